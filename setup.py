@@ -1,0 +1,17 @@
+"""Compiles the modules that need no torch to build: pybind11 over raw pointers."""
+
+from glob import glob
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+cpu = Pybind11Extension(
+    "sparc_fast._cpu",
+    sorted(glob("csrc/cpu/*.cpp")),
+    depends=sorted(glob("csrc/cpu/*.h")),
+    cxx_std=17,
+    extra_compile_args=["-O3", "-fopenmp"],
+    extra_link_args=["-fopenmp"],
+)
+
+setup(ext_modules=[cpu], cmdclass={"build_ext": build_ext})

@@ -1,0 +1,21 @@
+"""Fast, exact SPARC: sparse autoencoders whose latents mean the same concept in every model and modality."""
+
+from sparc_fast import functional
+from sparc_fast.backends import available as available_backends
+from sparc_fast.losses import SparcLoss, fvu, nmse
+from sparc_fast.optim import SparcAdam
+from sparc_fast.sae import SPARC, SparcOutput, SparseLatents
+from sparc_fast.version import __version__
+
+__all__ = [
+    "SPARC",
+    "SparcAdam",
+    "SparcLoss",
+    "SparcOutput",
+    "SparseLatents",
+    "__version__",
+    "available_backends",
+    "functional",
+    "fvu",
+    "nmse",
+]

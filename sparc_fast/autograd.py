@@ -1,0 +1,148 @@
+"""What each operator keeps for backward, and which gradient goes where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparc_fast.backends import Backend
+from sparc_fast.reference import pre_bias_gradient, wide
+
+
+class SupportValues(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        pre_bias: Tensor,
+        latent_bias: Tensor,
+        indices: Tensor,
+        d_streams: Sequence[int],
+        backend: Backend,
+    ) -> Tensor:
+        values = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
+        ctx.save_for_backward(x, W_enc, pre_bias, indices, values)
+        ctx.d_streams, ctx.backend = d_streams, backend
+        return values
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, pre_bias, indices, values = ctx.saved_tensors
+        grad_x = grad_W_enc = grad_latent_bias = grad_pre_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.backend.support_values_grad_x(grad_values, values, indices, W_enc, ctx.d_streams)
+        if any(ctx.needs_input_grad[1:4]):
+            inverse = ctx.backend.invert_indices(indices, len(W_enc))
+            grad_W_enc, grad_latent_bias = ctx.backend.encoder_gradients(
+                x, pre_bias, values, grad_values, *inverse, ctx.d_streams
+            )
+            grad_pre_bias = pre_bias_gradient(grad_latent_bias, W_enc, ctx.d_streams).to(pre_bias.dtype)
+            grad_W_enc = grad_W_enc.to(W_enc.dtype)
+            grad_latent_bias = grad_latent_bias.to(W_enc.dtype)
+        return grad_x, grad_W_enc, grad_pre_bias, grad_latent_bias, None, None, None
+
+
+class SparseDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor, backend: Backend
+    ) -> Tensor:
+        ctx.save_for_backward(values, indices, W_dec)
+        ctx.backend, ctx.pre_bias_dtype = backend, pre_bias.dtype
+        return backend.sparse_decode(values, indices, W_dec, pre_bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_recons: Tensor) -> tuple[Tensor | None, ...]:
+        values, indices, W_dec = ctx.saved_tensors
+        grad_recons = grad_recons.contiguous()
+        grad_values = grad_W_dec = grad_pre_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_values = ctx.backend.sparse_decode_grad_values(grad_recons, indices, W_dec)
+        if ctx.needs_input_grad[2]:
+            inverse = ctx.backend.invert_indices(indices, len(W_dec))
+            grad_W_dec = ctx.backend.decoder_gradients(values, grad_recons, *inverse).to(W_dec.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_pre_bias = wide(grad_recons).sum((0, 1)).to(ctx.pre_bias_dtype)
+        return grad_values, None, grad_W_dec, grad_pre_bias, None
+
+
+class ReconstructionLoss(torch.autograd.Function):
+    """Encode on a given support, decode to every stream, compare: the loss, and what it was made of.
+
+    The gradient with respect to the reconstructions is known as soon as the loss is, so it is computed in
+    forward, from the same gather of decoder rows; backward only reduces it onto the weights.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        W_dec: Tensor,
+        pre_bias: Tensor,
+        latent_bias: Tensor,
+        indices: Tensor,
+        residual: Tensor | None,
+        scale: Tensor,
+        weights: Sequence[float],
+        d_streams: Sequence[int],
+        backend: Backend,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        values, nmse, grad_recons, grad_values = encode_decode_compare(
+            x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale, weights, d_streams, backend
+        )
+        ctx.save_for_backward(x, W_enc, pre_bias, indices, values, grad_recons, grad_values)
+        ctx.d_streams, ctx.backend, ctx.decodes_pre_bias = d_streams, backend, residual is None
+        ctx.mark_non_differentiable(nmse, values, grad_recons)
+        ctx.set_materialize_grads(False)
+        return weighted_sum(nmse, weights), nmse, values, grad_recons
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 11
+        x, W_enc, pre_bias, indices, values, grad_recons, grad_values = ctx.saved_tensors
+        inverse = ctx.backend.invert_indices(indices, len(W_enc))
+        grad_W_enc, grad_W_dec, grad_latent_bias = ctx.backend.weight_gradients(
+            x, pre_bias, values, grad_values, grad_recons, *inverse, ctx.d_streams
+        )
+        grad_pre_bias = pre_bias_gradient(grad_latent_bias, W_enc, ctx.d_streams)
+        if ctx.decodes_pre_bias:
+            grad_pre_bias = grad_pre_bias + wide(grad_recons).sum((0, 1))
+        grads = (grad_W_enc, grad_W_dec, grad_pre_bias, grad_latent_bias)
+        scaled = (grad.mul_(grad_loss).to(x.dtype) for grad in grads)
+        return None, *scaled, *(None,) * 6
+
+
+def encode_decode_compare(
+    x: Tensor,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    indices: Tensor,
+    residual: Tensor | None,
+    scale: Tensor,
+    weights: Sequence[float],
+    d_streams: Sequence[int],
+    backend: Backend,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(values, nmse, grad_recons, grad_values) of one batch; a residual is reconstructed without the pre-bias."""
+    values = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
+    target, decoder_bias = (x, pre_bias) if residual is None else (residual, torch.zeros_like(pre_bias))
+    return values, *backend.decode_loss(
+        values, indices, W_dec, decoder_bias, target, scale, weights, d_streams
+    )
+
+
+def weighted_sum(nmse: Tensor, weights: Sequence[float]) -> Tensor:
+    """sum_{s, t} weights[s, t] nmse[s, t], added in that order."""
+    return (nmse.reshape(-1) * nmse.new_tensor(weights)).sum()

@@ -1,0 +1,135 @@
+"""Which implementations of the operators exist here, and which one a tensor gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from sparc_fast import reference
+
+
+class Backend(Protocol):
+    """The vocabulary every backend speaks; `reference` is its specification."""
+
+    def global_topk(
+        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int
+    ) -> Tensor: ...
+
+    def local_topk(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        pre_bias: Tensor,
+        latent_bias: Tensor,
+        k: int,
+        d_streams: Sequence[int],
+    ) -> Tensor: ...
+
+    def support_values(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        pre_bias: Tensor,
+        latent_bias: Tensor,
+        indices: Tensor,
+        d_streams: Sequence[int],
+    ) -> Tensor: ...
+
+    def support_values_grad_x(
+        self, grad_values: Tensor, values: Tensor, indices: Tensor, W_enc: Tensor, d_streams: Sequence[int]
+    ) -> Tensor: ...
+
+    def sparse_decode(self, values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor) -> Tensor: ...
+
+    def sparse_decode_grad_values(self, grad_recons: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor: ...
+
+    def decode_loss(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        pre_bias: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        weights: Sequence[float],
+        d_streams: Sequence[int],
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def invert_indices(self, indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]: ...
+
+    def encoder_gradients(
+        self,
+        x: Tensor,
+        pre_bias: Tensor,
+        values: Tensor,
+        grad_values: Tensor,
+        offsets: Tensor,
+        entries: Tensor,
+        d_streams: Sequence[int],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def decoder_gradients(
+        self, values: Tensor, grad_recons: Tensor, offsets: Tensor, entries: Tensor
+    ) -> Tensor: ...
+
+    def weight_gradients(
+        self,
+        x: Tensor,
+        pre_bias: Tensor,
+        values: Tensor,
+        grad_values: Tensor,
+        grad_recons: Tensor,
+        offsets: Tensor,
+        entries: Tensor,
+        d_streams: Sequence[int],
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def update_rows(
+        self,
+        W_enc: Tensor,
+        W_dec: Tensor,
+        moments: Sequence[Tensor],
+        x: Tensor,
+        pre_bias: Tensor,
+        values: Tensor,
+        grad_values: Tensor,
+        grad_recons: Tensor,
+        offsets: Tensor,
+        entries: Tensor,
+        d_streams: Sequence[int],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        step: int,
+        extra: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def count_silence(self, silence: Tensor, values: Tensor, indices: Tensor) -> None: ...
+
+
+_BACKENDS: dict[str, Backend] = {"reference": cast(Backend, reference)}
+_PREFERRED = {"cpu": ("reference",), "cuda": ("reference",)}
+
+
+def available(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """Names of the backends that can run on tensors of this device, the fastest first."""
+    names = _PREFERRED.get(torch.device(device).type, ("reference",))
+    return tuple(name for name in names if name in _BACKENDS)
+
+
+def resolve(name: str, device: torch.device) -> Backend:
+    """The backend called `name` for tensors on `device`; "auto" is the fastest of those available there.
+
+    Raises:
+        ValueError: no such backend, or it cannot run on this device.
+    """
+    names = available(device)
+    if name == "auto":
+        name = names[0]
+    if name not in names:
+        choices = ", ".join(repr(n) for n in ("auto", *names))
+        raise ValueError(f"backend must be one of {choices} for {device.type} tensors, got {name!r}")
+    return _BACKENDS[name]

@@ -1,0 +1,48 @@
+"""A model in one safetensors file: weights as tensors, configuration as JSON in the header.
+
+One file, so that weights and configuration cannot disagree and replacing a checkpoint is one atomic rename.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparc_fast.files import atomic_path
+
+FORMAT = "sparc_fast.SPARC/1"
+
+
+def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors and configuration to `path`, atomically."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format": FORMAT, "config": json.dumps(dict(config))})
+
+
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, configuration) from `path`; ValueError says what is wrong with a truncated or foreign file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path must be a model saved by sparc_fast, but there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"path must be a model saved by sparc_fast, but {path} is truncated or foreign: {error}"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"path must be a model saved by sparc_fast ({FORMAT}), "
+            f"but {path} says format {metadata.get('format')!r}"
+        )
+    return tensors, json.loads(metadata["config"])

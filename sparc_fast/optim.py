@@ -1,0 +1,184 @@
+"""SparcAdam: a whole SPARC training step, with no gradient of a weight matrix in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparc_fast import autograd, backends, losses, reference
+from sparc_fast.losses import SparcLoss
+from sparc_fast.sae import SPARC, Inputs, Packed
+
+Extra = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class SparcAdam(torch.optim.Optimizer):
+    """torch.optim.Adam on `model.loss`, with the decoder's gradient projection and unit norm, in one call a step.
+
+    ``opt.step(inputs)`` equals, to rounding::
+
+        loss = model.loss(inputs)
+        loss.total.backward()
+        model.project_gradients_()
+        adam.step()
+        model.normalize_decoder_()
+
+    Learning-rate schedulers and `state_dict` work as on any optimizer; the state is torch.optim.Adam's. Weights
+    narrower than float32 keep float32 master rows in the state.
+
+    Args:
+        model: the model to train.
+        lr, betas, eps: as in torch.optim.Adam (Kingma & Ba, arXiv 1412.6980).
+    """
+
+    def __init__(
+        self, model: SPARC, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        if not lr >= 0 or not eps >= 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                f"lr and eps must be >= 0 and betas in [0, 1), got lr={lr}, eps={eps}, betas={betas}"
+            )
+        self.model = model
+        super().__init__(list(model.parameters()), {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, inputs: Inputs, cross_loss_coef: float = 1.0, auxk_coef: float = 1 / 32
+    ) -> SparcLoss:
+        """One training step on a batch; returns its loss, before the step. Arguments as in `SPARC.loss`."""
+        model = self.model
+        packed = model.pack(inputs)
+        backend = backends.resolve(model.backend, packed.x.device)
+        S = len(packed.streams)
+        scale = losses.nmse_scale(packed.x, packed.d_streams)
+        weights = losses.pair_weights(S, cross_loss_coef)
+        indices = model.select(packed)
+        values, nmse, grad_recons, grad_values = autograd.encode_decode_compare(
+            *packed.operands(), indices, None, scale, weights, packed.d_streams, backend
+        )
+        total = autograd.weighted_sum(nmse, weights)
+
+        extra = auxk = None
+        dead = model.dead_latents(auxk_coef)
+        if dead is not None:
+            residual = losses.self_residual(grad_recons, scale, packed.d_streams)
+            extra, weighted_auxk = self._auxk(packed, dead, residual, auxk_coef, backend)
+            total, auxk = total + weighted_auxk, weighted_auxk / auxk_coef
+
+        self._update(packed, indices, values, grad_values, grad_recons, extra, backend)
+        model.count_silence(values, indices)
+        return losses.summarize(total, nmse, auxk, scale, cross_loss_coef)
+
+    def _auxk(
+        self, packed: Packed, dead: Tensor, residual: Tensor, auxk_coef: float, backend: backends.Backend
+    ) -> tuple[Extra, Tensor]:
+        among_dead = packed.of_latents(dead)
+        indices = self.model.select(among_dead, min(self.model.auxk, len(dead)))
+        scale = losses.nmse_scale(residual, packed.d_streams)
+        weights = losses.self_weights(len(packed.streams), auxk_coef)
+        values, nmse, grad_recons, grad_values = autograd.encode_decode_compare(
+            *among_dead.operands(), indices, residual, scale, weights, packed.d_streams, backend
+        )
+        inverse = backend.invert_indices(indices, len(dead))
+        grads = backend.weight_gradients(
+            packed.x, packed.pre_bias, values, grad_values, grad_recons, *inverse, packed.d_streams
+        )
+        return (dead, *grads), autograd.weighted_sum(nmse, weights)
+
+    def _update(
+        self,
+        packed: Packed,
+        indices: Tensor,
+        values: Tensor,
+        grad_values: Tensor,
+        grad_recons: Tensor,
+        extra: Extra | None,
+        backend: backends.Backend,
+    ) -> None:
+        model, group = self.model, self.param_groups[0]
+        x = packed.x
+        if packed.streams != model.streams:
+            # an absent stream is a stream without gradient: zero activations, zero residuals
+            absent = _Absent(model, packed)
+            x, grad_recons = absent.columns(x), absent.columns(grad_recons)
+            values, grad_values = absent.streams(values), absent.streams(grad_values)
+            indices = indices if indices.ndim == 2 else absent.streams(indices)
+            if extra is not None:
+                dead, *rows, bias = extra
+                extra = (
+                    dead,
+                    *(absent.columns(g) for g in rows),
+                    absent.streams(bias.T[:, :, None])[:, :, 0].T,
+                )
+        states = [self._state(p) for p in (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)]
+        for state in states:
+            state["step"] += 1
+        step = int(states[0]["step"])
+        hyper: tuple[Any, ...] = (group["lr"], group["betas"], group["eps"], step)
+        inverse = backend.invert_indices(indices, model.n_latents)
+        moments = [state[name] for state in states[:2] for name in ("exp_avg", "exp_avg_sq")]
+        grad_latent_bias, grad_pre_bias = backend.update_rows(
+            self._rows(model.W_enc), self._rows(model.W_dec), moments, x, model.pre_bias,
+            values, grad_values, grad_recons, *inverse, tuple(model.d_streams.values()), *hyper, extra,
+        )  # fmt: skip
+        grad_pre_bias += reference.wide(grad_recons).sum((0, 1))
+        for bias, grad, state in (
+            (model.latent_bias, grad_latent_bias, states[2]),
+            (model.pre_bias, grad_pre_bias, states[3]),
+        ):
+            reference.adam(self._rows(bias), grad, state["exp_avg"], state["exp_avg_sq"], *hyper)
+        for parameter in model.parameters():
+            if "master" in self.state[parameter]:
+                parameter.copy_(self.state[parameter]["master"])
+
+    def _rows(self, parameter: Tensor) -> Tensor:
+        """What Adam moves: the parameter, or its float32 master."""
+        return self.state[parameter].get("master", parameter)
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            rows = reference.wide(parameter.detach())
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(rows), torch.zeros_like(rows)
+            if parameter.dtype != rows.dtype:
+                state["master"] = rows
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As on any optimizer; master rows and moments keep their float32."""
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        names = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for name, parameter in zip(names, parameters, strict=True):
+            for key, value in state_dict["state"].get(name, {}).items():
+                device = value.device if key == "step" else parameter.device
+                self.state[parameter][key] = value.to(device, copy=True)
+
+
+class _Absent:
+    """Puts what was computed for some streams among zeros for all streams of the model."""
+
+    def __init__(self, model: SPARC, packed: Packed) -> None:
+        columns = reference.stream_slices(tuple(model.d_streams.values()))
+        self.S, self.D = len(columns), columns[-1].stop
+        self.present = [model.streams.index(name) for name in packed.streams]
+        self.present_columns = torch.cat(
+            [torch.arange(columns[s].start, columns[s].stop) for s in self.present]
+        )
+
+    def columns(self, of_present: Tensor) -> Tensor:
+        """[..., D'] -> [..., D]; a gradient [N, S', D'] -> [N, S, D]."""
+        if of_present.ndim == 3:
+            of_present = self.streams(of_present)
+        out = of_present.new_zeros(*of_present.shape[:-1], self.D)
+        out[..., self.present_columns.to(out.device)] = of_present
+        return out
+
+    def streams(self, of_present: Tensor) -> Tensor:
+        """[N, S', j] -> [N, S, j]"""
+        out = of_present.new_zeros(len(of_present), self.S, of_present.shape[2])
+        out[:, self.present] = of_present
+        return out

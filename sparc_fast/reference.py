@@ -1,0 +1,335 @@
+"""The specification: every operator in plain PyTorch, each docstring in index notation.
+
+Letters: S streams of widths D_s, D their sum, N samples, L latents, k active latents a sample.
+Stream s owns columns ``[:, offset_s : offset_s + D_s]`` of x, pre_bias, W_enc and W_dec; below, d runs over
+all D columns and s(d) is the stream that owns column d. ``indices`` is [N, k] where the streams of a sample
+share one support, [N, S, k] where each has its own; I[n, s, j] reads either.
+
+Inputs narrower than float32 are widened first and sums are float32; float64 stays float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+def stream_slices(d_streams: Sequence[int]) -> list[slice]:
+    """The columns of each stream: ``[slice(0, D_0), slice(D_0, D_0 + D_1), …]``."""
+    ends = list(accumulate(d_streams))
+    return [slice(end - width, end) for end, width in zip(ends, d_streams, strict=True)]
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the type its sums are taken in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def global_topk(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int) -> Tensor:
+    """indices[n] = the k latents l of largest  h[n, l] = sum_d (x - pre_bias)[n, d] W_enc[l, d] + sum_s latent_bias[s, l].
+
+    h is summed in float64 and rounded once to the type of the sums, so that the support does not depend on
+    the order of summation: not on the batch, the thread count, the matrix library or the backend.
+    Equal h goes to the lower latent; NaN ranks with +inf. Ascending in each row, int32.
+    """
+    centred = wide(x) - wide(pre_bias)
+    h = centred.double() @ W_enc.double().T + latent_bias.double().sum(0)
+    return _largest(h.to(centred.dtype), k)
+
+
+def local_topk(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, d_streams: Sequence[int]
+) -> Tensor:
+    """indices[n, s] = global_topk of stream s alone, [N, S, k]."""
+    supports = [
+        global_topk(x[:, cols], W_enc[:, cols], pre_bias[cols], latent_bias[s : s + 1], k)
+        for s, cols in enumerate(stream_slices(d_streams))
+    ]
+    return torch.stack(supports, dim=1)
+
+
+def _largest(h: Tensor, k: int) -> Tensor:
+    """Columns of the k largest of each row, ascending; ties to the lower column."""
+    h = torch.nan_to_num(h, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    threshold = h.topk(k, dim=1, sorted=True).values[:, -1:]
+    above, equal = h > threshold, h == threshold
+    room = k - above.sum(1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
+    # the j-th chosen column of a row goes to slot j, all others to a slot that is dropped: no data-dependent shape
+    slot = torch.where(chosen, chosen.cumsum(1) - 1, k)
+    columns = torch.arange(h.shape[1], dtype=torch.int32, device=h.device).expand_as(slot)
+    return columns.new_zeros(len(h), k + 1).scatter_(1, slot, columns)[:, :k].contiguous()
+
+
+def support_values(
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    indices: Tensor,
+    d_streams: Sequence[int],
+) -> Tensor:
+    """values[n, s, j] = relu(sum_{d in s} (x - pre_bias)[n, d] W_enc[l, d] + latent_bias[s, l]),  l = I[n, s, j]."""
+    centred = wide(x) - wide(pre_bias)
+    values = []
+    for s, cols in enumerate(stream_slices(d_streams)):
+        support = _support(indices, s)
+        dots = (wide(W_enc[support, cols]) @ centred[:, cols, None]).squeeze(-1)
+        values.append(torch.relu(dots + wide(latent_bias[s])[support]))
+    return torch.stack(values, dim=1).to(x.dtype)
+
+
+def support_values_grad_x(
+    grad_values: Tensor, values: Tensor, indices: Tensor, W_enc: Tensor, d_streams: Sequence[int]
+) -> Tensor:
+    """grad_x[n, d] = sum_j grad_z[n, s(d), j] W_enc[I[n, s(d), j], d],  grad_z = grad_values where values > 0."""
+    grad_z = relu_grad(grad_values, values)
+    grads = [
+        (grad_z[:, s, None] @ wide(W_enc[_support(indices, s), cols])).squeeze(1)
+        for s, cols in enumerate(stream_slices(d_streams))
+    ]
+    return torch.cat(grads, dim=1).to(W_enc.dtype)
+
+
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor) -> Tensor:
+    """recons[n, s, d] = sum_j values[n, s, j] W_dec[I[n, s, j], d] + pre_bias[d]:  all S * S reconstructions."""
+    return (_decode(wide(values), indices, W_dec) + wide(pre_bias)).to(values.dtype)
+
+
+def sparse_decode_grad_values(grad_recons: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """grad_values[n, s, j] = sum_d grad_recons[n, s, d] W_dec[I[n, s, j], d]"""
+    grad, rows = wide(grad_recons), wide(W_dec[indices])
+    if indices.ndim == 2:
+        return torch.einsum("nsd,njd->nsj", grad, rows).to(grad_recons.dtype)
+    return torch.einsum("nsd,nsjd->nsj", grad, rows).to(grad_recons.dtype)
+
+
+def decode_loss(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    pre_bias: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    weights: Sequence[float],
+    d_streams: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decode, squared errors and their gradient, from one gather of each sample's rows.
+
+    E[n, s, d]           = recons[n, s, d] - target[n, d]
+    nmse[s, t]           = sum_n scale[n, t] sum_{d in t} E[n, s, d]^2
+    loss                 = sum_{s, t} weights[s, t] nmse[s, t]           (weights row-major, source by target)
+    grad_recons[n, s, d] = dloss/drecons = 2 weights[s, t] scale[n, t] E[n, s, d],  t = s(d)
+    grad_values[n, s, j] = dloss/dvalues = sum_d grad_recons[n, s, d] W_dec[I[n, s, j], d]
+
+    A pair (s, t) of weight 0 is not computed: its nmse and grad_recons are 0. Returns nmse [S, S] in the type
+    of the sums, grad_recons [N, S, D] and grad_values [N, S, k].
+    """
+    S = len(d_streams)
+    weight = torch.tensor(weights, dtype=wide(values).dtype, device=values.device).view(S, S)
+    error = _decode(wide(values), indices, W_dec) + (wide(pre_bias) - wide(target))[:, None]
+    scale = wide(scale)
+    nmse = torch.zeros(S, S, dtype=error.dtype, device=error.device)
+    grad_recons = torch.zeros_like(error)
+    for t, cols in enumerate(stream_slices(d_streams)):
+        for s in range(S):
+            if weights[s * S + t] != 0:
+                error_st = error[:, s, cols]
+                nmse[s, t] = (scale[:, t] * error_st.square().sum(1)).sum()
+                grad_recons[:, s, cols] = 2 * weight[s, t] * scale[:, t, None] * error_st
+    grad_recons = grad_recons.to(values.dtype)
+    return nmse, grad_recons, sparse_decode_grad_values(grad_recons, indices, W_dec)
+
+
+def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
+    """Where each latent occurs: entries[offsets[l] : offsets[l + 1]] = the flat positions p, ascending, with indices.view(-1)[p] == l.
+
+    offsets is int64 [L + 1], entries int64 [indices.numel()]. Position p of [N, k] is sample p // k; ascending
+    positions are ascending samples.
+    """
+    flat = indices.reshape(-1).long()
+    counts = flat.new_zeros(n_latents).index_add_(0, flat, torch.ones_like(flat))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return offsets, torch.sort(flat, stable=True).indices
+
+
+def encoder_gradients(
+    x: Tensor,
+    pre_bias: Tensor,
+    values: Tensor,
+    grad_values: Tensor,
+    offsets: Tensor,
+    entries: Tensor,
+    d_streams: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Segment sums over a latent's entries (n, j), with grad_z = grad_values where values > 0 and 0 elsewhere.
+
+    grad_W_enc[l, d]       = sum_{(n, j): I[n, s(d), j] = l} grad_z[n, s(d), j] (x - pre_bias)[n, d]
+    grad_latent_bias[s, l] = sum_{(n, j): I[n, s, j] = l} grad_z[n, s, j]
+    """
+    centred, grad_z = wide(x) - wide(pre_bias), relu_grad(grad_values, values)
+    L, S = len(offsets) - 1, len(d_streams)
+    grad_W_enc = centred.new_zeros(L, sum(d_streams))
+    grad_latent_bias = centred.new_zeros(S, L)
+    for s, cols in enumerate(stream_slices(d_streams)):
+        latents, n, j = _entries_of_stream(offsets, entries, values.shape, s)
+        coefficient = grad_z[n, s, j]
+        grad_W_enc[:, cols].index_add_(0, latents, coefficient[:, None] * centred[n, cols])
+        grad_latent_bias[s].index_add_(0, latents, coefficient)
+    return grad_W_enc, grad_latent_bias
+
+
+def decoder_gradients(values: Tensor, grad_recons: Tensor, offsets: Tensor, entries: Tensor) -> Tensor:
+    """grad_W_dec[l, d] = sum_s sum_{(n, j): I[n, s, j] = l} values[n, s, j] grad_recons[n, s, d]"""
+    L, S, D = len(offsets) - 1, values.shape[1], grad_recons.shape[2]
+    grad_W_dec = wide(values).new_zeros(L, D)
+    for s in range(S):
+        latents, n, j = _entries_of_stream(offsets, entries, values.shape, s)
+        grad_W_dec.index_add_(0, latents, wide(values[n, s, j])[:, None] * wide(grad_recons[n, s]))
+    return grad_W_dec
+
+
+def weight_gradients(
+    x: Tensor,
+    pre_bias: Tensor,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_recons: Tensor,
+    offsets: Tensor,
+    entries: Tensor,
+    d_streams: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_W_enc [L, D], grad_W_dec [L, D], grad_latent_bias [S, L]) from one inverse index, in the type of the sums."""
+    grad_W_enc, grad_latent_bias = encoder_gradients(
+        x, pre_bias, values, grad_values, offsets, entries, d_streams
+    )
+    return grad_W_enc, decoder_gradients(values, grad_recons, offsets, entries), grad_latent_bias
+
+
+def update_rows(
+    W_enc: Tensor,
+    W_dec: Tensor,
+    moments: Sequence[Tensor],
+    x: Tensor,
+    pre_bias: Tensor,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_recons: Tensor,
+    offsets: Tensor,
+    entries: Tensor,
+    d_streams: Sequence[int],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+    extra: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One training step of every latent's rows, in place.
+
+    weight_gradients, then per latent and stream  g -= <g, w> w / <w, w>  on the decoder (so that the norm of w does
+    not change to first order), Adam on both rows, and w /= ||w|| on the decoder.
+    ``moments`` are Adam's first and second of W_enc, then of W_dec, each [L, D]. ``extra`` adds to the gradients
+    of some latents first: (latents [R], grad_W_enc [R, D], grad_W_dec [R, D], grad_latent_bias [S, R]).
+
+    Returns grad_latent_bias [S, L] and  grad_pre_bias[d] = -sum_l grad_latent_bias[s(d), l] W_enc[l, d],  the part
+    that comes through the encoder as it was before the step.
+    """
+    grad_W_enc, grad_W_dec, grad_latent_bias = weight_gradients(
+        x, pre_bias, values, grad_values, grad_recons, offsets, entries, d_streams
+    )
+    if extra is not None:
+        latents, *grads = extra
+        grad_W_enc[latents] += grads[0]
+        grad_W_dec[latents] += grads[1]
+        grad_latent_bias[:, latents] += grads[2]
+    grad_pre_bias = pre_bias_gradient(grad_latent_bias, W_enc, d_streams)
+    project_gradients(grad_W_dec, W_dec, d_streams)
+    adam(W_enc, grad_W_enc, moments[0], moments[1], lr, betas, eps, step)
+    adam(W_dec, grad_W_dec, moments[2], moments[3], lr, betas, eps, step)
+    normalize_rows(W_dec, d_streams)
+    return grad_latent_bias, grad_pre_bias
+
+
+def pre_bias_gradient(grad_latent_bias: Tensor, W_enc: Tensor, d_streams: Sequence[int]) -> Tensor:
+    """grad_pre_bias[d] = -sum_l grad_latent_bias[s(d), l] W_enc[l, d]:  the part that comes through the encoder."""
+    parts = [grad_latent_bias[s] @ wide(W_enc[:, cols]) for s, cols in enumerate(stream_slices(d_streams))]
+    return -torch.cat(parts)
+
+
+def adam(
+    w: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+) -> None:
+    """m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  w -= lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps); in place."""
+    grad = grad.to(m.dtype)
+    m.lerp_(grad, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    denominator = (v.sqrt() / (1 - betas[1] ** step) ** 0.5).add_(eps)
+    w.addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** step))
+
+
+def project_gradients(grad: Tensor, W_dec: Tensor, d_streams: Sequence[int]) -> None:
+    """grad[l, s] -= <grad[l, s], w> w / <w, w>,  w = W_dec[l, s]: takes out what would change the norm, in place."""
+    for cols in stream_slices(d_streams):
+        w, g = wide(W_dec[:, cols]), grad[:, cols]
+        squared_norm = w.square().sum(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+        g -= ((g * w).sum(1, keepdim=True) / squared_norm * w).to(g.dtype)
+
+
+def normalize_rows(W_dec: Tensor, d_streams: Sequence[int]) -> None:
+    """W_dec[l, s] /= ||W_dec[l, s]||, in place; a zero row stays zero."""
+    for cols in stream_slices(d_streams):
+        w = wide(W_dec[:, cols])
+        norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        W_dec[:, cols] = w / norm.clamp_min(torch.finfo(w.dtype).tiny)
+
+
+def count_silence(silence: Tensor, values: Tensor, indices: Tensor) -> None:
+    """silence[l] = samples since latent l last fired in any stream, over a batch seen as one block, in place.
+
+    A latent that fired anywhere in the batch (a value > 0 of some stream) becomes 0; every other grows by N.
+    """
+    active = values > 0
+    if indices.ndim == 2:
+        active = active.any(1)
+    fired = torch.zeros_like(silence)
+    fired.index_put_((indices.reshape(-1).long(),), active.reshape(-1).to(silence.dtype), accumulate=True)
+    silence.add_(len(values)).mul_(fired == 0)
+
+
+def relu_grad(grad_values: Tensor, values: Tensor) -> Tensor:
+    """grad_values where values > 0, else 0, in the type of the sums."""
+    return wide(grad_values) * (values > 0)
+
+
+def _support(indices: Tensor, s: int) -> Tensor:
+    return indices if indices.ndim == 2 else indices[:, s]
+
+
+def _decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    rows = wide(W_dec[indices])
+    if indices.ndim == 2:
+        return torch.einsum("nsj,njd->nsd", values, rows)
+    return torch.einsum("nsj,nsjd->nsd", values, rows)
+
+
+def _entries_of_stream(
+    offsets: Tensor, entries: Tensor, shape: torch.Size, s: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(latent, sample, position in the support) of every entry of stream s, by latent, then by sample."""
+    N, S, k = shape
+    every_latent = torch.arange(len(offsets) - 1, device=offsets.device)
+    latents = torch.repeat_interleave(every_latent, offsets.diff(), output_size=len(entries))
+    if len(entries) == N * k:
+        return latents, entries // k, entries % k
+    mine = torch.argsort((entries // k % S != s).int(), stable=True)[: N * k]
+    return latents[mine], entries[mine] // (S * k), entries[mine] % k

@@ -1,0 +1,94 @@
+"""SPARC's equations, written down densely from the paper and differentiated by autograd: the truth of the tests.
+
+Nothing here shares code with the package: every latent of every sample is formed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Weights:
+    W_enc: list[Tensor]  # per stream [L, D_s]
+    W_dec: list[Tensor]
+    pre_bias: list[Tensor]
+    latent_bias: list[Tensor]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Weights:
+        """Float64 copies of a model's weights, stream by stream, that require gradients."""
+        widths = list(model.d_streams.values())
+        split = [
+            [part.detach().double().clone().requires_grad_() for part in tensor.split(widths, dim=-1)]
+            for tensor in (model.W_enc, model.W_dec, model.pre_bias)
+        ]
+        bias = [row.detach().double().clone().requires_grad_() for row in model.latent_bias]
+        return cls(*split, bias)
+
+    def gradients(self) -> dict[str, Tensor]:
+        def grad(parts: list[Tensor]) -> list[Tensor]:
+            return [torch.zeros_like(p) if p.grad is None else p.grad for p in parts]
+
+        return {
+            "W_enc": torch.cat(grad(self.W_enc), dim=1),
+            "W_dec": torch.cat(grad(self.W_dec), dim=1),
+            "pre_bias": torch.cat(grad(self.pre_bias)),
+            "latent_bias": torch.stack(grad(self.latent_bias)),
+        }
+
+
+def logits(weights: Weights, inputs: list[Tensor]) -> list[Tensor]:
+    """h_s = (x_s - b_s) W_s^T + c_s"""
+    return [
+        (x - b) @ W.T + c
+        for x, W, b, c in zip(inputs, weights.W_enc, weights.pre_bias, weights.latent_bias, strict=True)
+    ]
+
+
+def masks(h: list[Tensor], k: int, selection: str, allowed: Tensor | None = None) -> list[Tensor]:
+    """1 at the k largest of each row, of the sum over streams or of each stream; a stable sort breaks ties."""
+    scores = [sum(h)] * len(h) if selection == "global" else h
+    if allowed is not None:
+        scores = [score.masked_fill(~allowed, -torch.inf) for score in scores]
+    order = [
+        score.detach().float().sort(dim=1, descending=True, stable=True).indices[:, :k] for score in scores
+    ]
+    return [torch.zeros_like(score).scatter(1, top, 1.0) for score, top in zip(scores, order, strict=True)]
+
+
+def nmse(recon: Tensor, x: Tensor) -> Tensor:
+    energy = (x**2).sum(1)
+    ratio = ((recon - x) ** 2).sum(1) / torch.where(energy > 0, energy, 1.0)
+    return torch.where(energy > 0, ratio, 0.0).mean()
+
+
+def objective(
+    weights: Weights,
+    inputs: list[Tensor],
+    k: int,
+    selection: str,
+    cross_loss_coef: float,
+    dead: Tensor | None = None,
+    auxk: int = 0,
+    auxk_coef: float = 0.0,
+) -> Tensor:
+    S = len(inputs)
+    h = logits(weights, inputs)
+    z = [torch.relu(a) * mask for a, mask in zip(h, masks(h, k, selection), strict=True)]
+    recons = [[z[s] @ weights.W_dec[t] + weights.pre_bias[t] for t in range(S)] for s in range(S)]
+    terms = [[nmse(recons[s][t], inputs[t]) for t in range(S)] for s in range(S)]
+    total = sum(terms[s][s] for s in range(S)) / S
+    if S > 1:
+        cross = sum(terms[s][t] for s in range(S) for t in range(S) if s != t)
+        total = total + cross_loss_coef * cross / (S * (S - 1))
+    if dead is not None and dead.any() and auxk_coef:
+        chosen = masks(h, min(auxk, int(dead.sum())), selection, allowed=dead)
+        for s in range(S):
+            residual = (inputs[s] - recons[s][s]).detach()
+            code = torch.relu(h[s]) * chosen[s]
+            total = total + auxk_coef / S * nmse(code @ weights.W_dec[s], residual)
+    return total
