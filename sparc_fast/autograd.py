@@ -50,9 +50,7 @@ class SupportValues(torch.autograd.Function):
 
 class SparseDecode(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor, backend: Backend
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor, backend: Backend) -> Tensor:
         ctx.save_for_backward(values, indices, W_dec)
         ctx.backend, ctx.pre_bias_dtype = backend, pre_bias.dtype
         return backend.sparse_decode(values, indices, W_dec, pre_bias)
@@ -138,9 +136,7 @@ def encode_decode_compare(
     """(values, nmse, grad_recons, grad_values) of one batch; a residual is reconstructed without the pre-bias."""
     values = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
     target, decoder_bias = (x, pre_bias) if residual is None else (residual, torch.zeros_like(pre_bias))
-    return values, *backend.decode_loss(
-        values, indices, W_dec, decoder_bias, target, scale, weights, d_streams
-    )
+    return values, *backend.decode_loss(values, indices, W_dec, decoder_bias, target, scale, weights, d_streams)
 
 
 def weighted_sum(nmse: Tensor, weights: Sequence[float]) -> Tensor:

@@ -14,9 +14,7 @@ from sparc_fast import reference
 class Backend(Protocol):
     """The vocabulary every backend speaks; `reference` is its specification."""
 
-    def global_topk(
-        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int
-    ) -> Tensor: ...
+    def global_topk(self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int) -> Tensor: ...
 
     def local_topk(
         self,
@@ -71,9 +69,7 @@ class Backend(Protocol):
         d_streams: Sequence[int],
     ) -> tuple[Tensor, Tensor]: ...
 
-    def decoder_gradients(
-        self, values: Tensor, grad_recons: Tensor, offsets: Tensor, entries: Tensor
-    ) -> Tensor: ...
+    def decoder_gradients(self, values: Tensor, grad_recons: Tensor, offsets: Tensor, entries: Tensor) -> Tensor: ...
 
     def weight_gradients(
         self,

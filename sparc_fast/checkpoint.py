@@ -42,7 +42,6 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"path must be a model saved by sparc_fast ({FORMAT}), "
-            f"but {path} says format {metadata.get('format')!r}"
+            f"path must be a model saved by sparc_fast ({FORMAT}), but {path} says format {metadata.get('format')!r}"
         )
     return tensors, json.loads(metadata["config"])

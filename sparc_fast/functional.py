@@ -82,14 +82,10 @@ def support_values(
     _check_support(indices, len(x), len(d_streams))
     chosen = backends.resolve(backend, x.device)
     with _no_autocast(x):
-        return autograd.SupportValues.apply(
-            x, W_enc, pre_bias, latent_bias, indices, tuple(d_streams), chosen
-        )
+        return autograd.SupportValues.apply(x, W_enc, pre_bias, latent_bias, indices, tuple(d_streams), chosen)
 
 
-def sparse_decode(
-    values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor, *, backend: str = "auto"
-) -> Tensor:
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor, *, backend: str = "auto") -> Tensor:
     """Every stream's activations through every stream's dictionary: all reconstructions from one gather.
 
     Args:
@@ -146,13 +142,9 @@ def reconstruction_loss(
     if residual is not None:
         _check("residual", residual, tuple(x.shape))
     if len(weights) != len(d_streams) ** 2:
-        raise ValueError(
-            f"weights must hold {len(d_streams) ** 2} factors, source by target, got {len(weights)}"
-        )
+        raise ValueError(f"weights must hold {len(d_streams) ** 2} factors, source by target, got {len(weights)}")
     if x.requires_grad:
-        raise ValueError(
-            "x must not require a gradient here: it is data; decode and compare to differentiate by it"
-        )
+        raise ValueError("x must not require a gradient here: it is data; decode and compare to differentiate by it")
     chosen = backends.resolve(backend, x.device)
     with _no_autocast(x):
         return autograd.ReconstructionLoss.apply(

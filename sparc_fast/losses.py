@@ -79,9 +79,7 @@ def self_residual(grad_recons: Tensor, scale: Tensor, d_streams: Sequence[int]) 
     return torch.cat(parts, dim=1).to(grad_recons.dtype)
 
 
-def summarize(
-    total: Tensor, nmse: Tensor, auxk: Tensor | None, scale: Tensor, cross_loss_coef: float
-) -> SparcLoss:
+def summarize(total: Tensor, nmse: Tensor, auxk: Tensor | None, scale: Tensor, cross_loss_coef: float) -> SparcLoss:
     """The parts of an objective as `SparcLoss`, from nmse [S, S]."""
     S = len(nmse)
     own = nmse.diagonal().sum()

@@ -37,9 +37,7 @@ class SparcAdam(torch.optim.Optimizer):
         self, model: SPARC, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
     ) -> None:
         if not lr >= 0 or not eps >= 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(
-                f"lr and eps must be >= 0 and betas in [0, 1), got lr={lr}, eps={eps}, betas={betas}"
-            )
+            raise ValueError(f"lr and eps must be >= 0 and betas in [0, 1), got lr={lr}, eps={eps}, betas={betas}")
         self.model = model
         super().__init__(list(model.parameters()), {"lr": lr, "betas": betas, "eps": eps})
 
@@ -165,9 +163,7 @@ class _Absent:
         columns = reference.stream_slices(tuple(model.d_streams.values()))
         self.S, self.D = len(columns), columns[-1].stop
         self.present = [model.streams.index(name) for name in packed.streams]
-        self.present_columns = torch.cat(
-            [torch.arange(columns[s].start, columns[s].stop) for s in self.present]
-        )
+        self.present_columns = torch.cat([torch.arange(columns[s].start, columns[s].stop) for s in self.present])
 
     def columns(self, of_present: Tensor) -> Tensor:
         """[..., D'] -> [..., D]; a gradient [N, S', D'] -> [N, S, D]."""

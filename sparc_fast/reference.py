@@ -203,9 +203,7 @@ def weight_gradients(
     d_streams: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_W_enc [L, D], grad_W_dec [L, D], grad_latent_bias [S, L]) from one inverse index, in the type of the sums."""
-    grad_W_enc, grad_latent_bias = encoder_gradients(
-        x, pre_bias, values, grad_values, offsets, entries, d_streams
-    )
+    grad_W_enc, grad_latent_bias = encoder_gradients(x, pre_bias, values, grad_values, offsets, entries, d_streams)
     return grad_W_enc, decoder_gradients(values, grad_recons, offsets, entries), grad_latent_bias
 
 
@@ -322,9 +320,7 @@ def _decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     return torch.einsum("nsj,nsjd->nsd", values, rows)
 
 
-def _entries_of_stream(
-    offsets: Tensor, entries: Tensor, shape: torch.Size, s: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _entries_of_stream(offsets: Tensor, entries: Tensor, shape: torch.Size, s: int) -> tuple[Tensor, Tensor, Tensor]:
     """(latent, sample, position in the support) of every entry of stream s, by latent, then by sample."""
     N, S, k = shape
     every_latent = torch.arange(len(offsets) - 1, device=offsets.device)

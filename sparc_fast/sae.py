@@ -116,9 +116,7 @@ class SPARC(nn.Module):
     ) -> None:
         super().__init__()
         if not d_streams or any(width < 1 for width in d_streams.values()):
-            raise ValueError(
-                f"d_streams must name at least one stream, each of width >= 1, got {dict(d_streams)}"
-            )
+            raise ValueError(f"d_streams must name at least one stream, each of width >= 1, got {dict(d_streams)}")
         if not 1 <= k <= n_latents:
             raise ValueError(f"k must be between 1 and n_latents={n_latents}, got {k}")
         if selection not in ("global", "local"):
@@ -355,9 +353,7 @@ class SPARC(nn.Module):
         checkpoint.save(path, self.state_dict(), self.config())
 
     @classmethod
-    def load(
-        cls, path: str | Path, *, device: torch.device | str | None = None, backend: str = "auto"
-    ) -> SPARC:
+    def load(cls, path: str | Path, *, device: torch.device | str | None = None, backend: str = "auto") -> SPARC:
         """The model that `save` wrote.
 
         Raises:
@@ -370,9 +366,7 @@ class SPARC(nn.Module):
             model = cls(**config, dtype=dtype, device=device, backend=backend)
             model.load_state_dict(tensors)
         except (TypeError, RuntimeError, KeyError) as error:
-            raise ValueError(
-                f"path must be a model saved by sparc_fast, but {path} does not fit: {error}"
-            ) from error
+            raise ValueError(f"path must be a model saved by sparc_fast, but {path} does not fit: {error}") from error
         return model
 
     def config(self) -> dict[str, Any]:
@@ -392,9 +386,7 @@ class SPARC(nn.Module):
     def _split(self, inputs: Tensor) -> dict[str, Tensor]:
         D = sum(self.d_streams.values())
         if inputs.ndim < 2 or inputs.shape[-1] != D:
-            raise ValueError(
-                f"inputs must be [..., D={D}], all streams side by side, got {list(inputs.shape)}"
-            )
+            raise ValueError(f"inputs must be [..., D={D}], all streams side by side, got {list(inputs.shape)}")
         return {name: inputs[..., cols] for name, cols in zip(self.streams, self._columns(), strict=True)}
 
     def _check(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -406,9 +398,7 @@ class SPARC(nn.Module):
         first = next(iter(present))
         for name, x in present.items():
             if x.ndim < 2 or x.shape[-1] != self.d_streams[name]:
-                raise ValueError(
-                    f"inputs[{name!r}] must be [..., {self.d_streams[name]}], got {list(x.shape)}"
-                )
+                raise ValueError(f"inputs[{name!r}] must be [..., {self.d_streams[name]}], got {list(x.shape)}")
             if x.shape[:-1] != present[first].shape[:-1]:
                 raise ValueError(
                     "inputs must hold the same samples in every stream: "

@@ -54,9 +54,7 @@ def masks(h: list[Tensor], k: int, selection: str, allowed: Tensor | None = None
     scores = [sum(h)] * len(h) if selection == "global" else h
     if allowed is not None:
         scores = [score.masked_fill(~allowed, -torch.inf) for score in scores]
-    order = [
-        score.detach().float().sort(dim=1, descending=True, stable=True).indices[:, :k] for score in scores
-    ]
+    order = [score.detach().float().sort(dim=1, descending=True, stable=True).indices[:, :k] for score in scores]
     return [torch.zeros_like(score).scatter(1, top, 1.0) for score, top in zip(scores, order, strict=True)]
 
 

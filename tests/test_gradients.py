@@ -23,17 +23,13 @@ def random_model(widths: list[int], L: int, k: int, selection: str, backend: str
 def assert_same_gradients(model: sf.SPARC, truth: Weights) -> None:
     for name, expected in truth.gradients().items():
         grad = model.get_parameter(name).grad
-        torch.testing.assert_close(
-            grad, expected, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("selection", ["global", "local"])
 @pytest.mark.parametrize("widths", [[7], [100, 1], [7, 384, 1], [3, 1, 7, 5], [1, 7, 2, 100, 3]], ids=str)
 @pytest.mark.parametrize("k", [1, 3, 17])
-def test_gradients_equal_the_dense_float64_equations(
-    widths: list[int], k: int, selection: str, backend: str
-) -> None:
+def test_gradients_equal_the_dense_float64_equations(widths: list[int], k: int, selection: str, backend: str) -> None:
     torch.manual_seed(len(widths) * 31 + k)
     model = random_model(widths, 17, k, selection, backend)
     inputs = {name: torch.randn(9, width, dtype=torch.float64) for name, width in model.d_streams.items()}
@@ -111,9 +107,7 @@ def test_encode_and_translate_are_differentiable_in_inputs_and_weights(backend: 
 def test_a_batch_without_some_streams_trains_the_streams_it_has(backend: str) -> None:
     torch.manual_seed(5)
     model = random_model([4, 6, 3], 12, 3, "global", backend)
-    inputs = {
-        name: torch.randn(5, model.d_streams[name], dtype=torch.float64) for name in ("stream0", "stream2")
-    }
+    inputs = {name: torch.randn(5, model.d_streams[name], dtype=torch.float64) for name in ("stream0", "stream2")}
     model.loss(inputs).total.backward()
     truth = Weights.of(model)
     present = Weights(*[[parts[0], parts[2]] for parts in vars(truth).values()])
