@@ -7,6 +7,7 @@ latent a row. `sparc_fast.reference` says in index notation what each operator c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +83,9 @@ def support_values(
     _check_support(indices, len(x), len(d_streams))
     chosen = backends.resolve(backend, x.device)
     with _no_autocast(x):
-        return autograd.SupportValues.apply(x, W_enc, pre_bias, latent_bias, indices, tuple(d_streams), chosen)
+        return cast(
+            Tensor, _apply(autograd.SupportValues, x, W_enc, pre_bias, latent_bias, indices, tuple(d_streams), chosen)
+        )
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor, *, backend: str = "auto") -> Tensor:
@@ -105,7 +108,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tens
     _check_same("W_dec", W_dec, "values", values)
     chosen = backends.resolve(backend, values.device)
     with _no_autocast(values):
-        return autograd.SparseDecode.apply(values, indices, W_dec, pre_bias, chosen)
+        return cast(Tensor, _apply(autograd.SparseDecode, values, indices, W_dec, pre_bias, chosen))
 
 
 def reconstruction_loss(
@@ -147,10 +150,11 @@ def reconstruction_loss(
         raise ValueError("x must not require a gradient here: it is data; decode and compare to differentiate by it")
     chosen = backends.resolve(backend, x.device)
     with _no_autocast(x):
-        return autograd.ReconstructionLoss.apply(
-            x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale, tuple(weights),
-            tuple(d_streams), chosen,
+        result = _apply(
+            autograd.ReconstructionLoss, x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale,
+            tuple(weights), tuple(d_streams), chosen,
         )  # fmt: skip
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor], result)
 
 
 def invert_indices(indices: Tensor, n_latents: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -171,6 +175,10 @@ def invert_indices(indices: Tensor, n_latents: int, *, backend: str = "auto") ->
             f"indices must lie in 0 … n_latents - 1 = {n_latents - 1}, got {int(indices.min())} … {int(indices.max())}"
         )
     return backends.resolve(backend, indices.device).invert_indices(indices, n_latents)
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: object) -> Any:
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 def _check_encoder(

@@ -25,7 +25,8 @@ class SparcAdam(torch.optim.Optimizer):
         adam.step()
         model.normalize_decoder_()
 
-    Learning-rate schedulers and `state_dict` work as on any optimizer; the state is torch.optim.Adam's. Weights
+    Learning-rate schedulers and `state_dict` work as on any optimizer; the state of each
+    parameter is that of torch.optim.Adam. Weights
     narrower than float32 keep float32 master rows in the state.
 
     Args:
@@ -83,7 +84,8 @@ class SparcAdam(torch.optim.Optimizer):
         grads = backend.weight_gradients(
             packed.x, packed.pre_bias, values, grad_values, grad_recons, *inverse, packed.d_streams
         )
-        return (dead, *grads), autograd.weighted_sum(nmse, weights)
+        grad_W_enc, grad_W_dec, grad_latent_bias = grads
+        return (dead, grad_W_enc, grad_W_dec, grad_latent_bias), autograd.weighted_sum(nmse, weights)
 
     def _update(
         self,
@@ -104,39 +106,37 @@ class SparcAdam(torch.optim.Optimizer):
             values, grad_values = absent.streams(values), absent.streams(grad_values)
             indices = indices if indices.ndim == 2 else absent.streams(indices)
             if extra is not None:
-                dead, *rows, bias = extra
-                extra = (
-                    dead,
-                    *(absent.columns(g) for g in rows),
-                    absent.streams(bias.T[:, :, None])[:, :, 0].T,
-                )
+                dead, extra_W_enc, extra_W_dec, bias = extra
+                bias = absent.streams(bias.T[:, :, None])[:, :, 0].T
+                extra = (dead, absent.columns(extra_W_enc), absent.columns(extra_W_dec), bias)
         states = [self._state(p) for p in (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)]
         for state in states:
             state["step"] += 1
         step = int(states[0]["step"])
-        hyper: tuple[Any, ...] = (group["lr"], group["betas"], group["eps"], step)
+        lr, betas, eps = group["lr"], group["betas"], group["eps"]
         inverse = backend.invert_indices(indices, model.n_latents)
         moments = [state[name] for state in states[:2] for name in ("exp_avg", "exp_avg_sq")]
         grad_latent_bias, grad_pre_bias = backend.update_rows(
             self._rows(model.W_enc), self._rows(model.W_dec), moments, x, model.pre_bias,
-            values, grad_values, grad_recons, *inverse, tuple(model.d_streams.values()), *hyper, extra,
+            values, grad_values, grad_recons, *inverse, tuple(model.d_streams.values()), lr, betas, eps, step, extra,
         )  # fmt: skip
         grad_pre_bias += reference.wide(grad_recons).sum((0, 1))
         for bias, grad, state in (
             (model.latent_bias, grad_latent_bias, states[2]),
             (model.pre_bias, grad_pre_bias, states[3]),
         ):
-            reference.adam(self._rows(bias), grad, state["exp_avg"], state["exp_avg_sq"], *hyper)
+            reference.adam(self._rows(bias), grad, state["exp_avg"], state["exp_avg_sq"], lr, betas, eps, step)
         for parameter in model.parameters():
             if "master" in self.state[parameter]:
                 parameter.copy_(self.state[parameter]["master"])
 
     def _rows(self, parameter: Tensor) -> Tensor:
         """What Adam moves: the parameter, or its float32 master."""
-        return self.state[parameter].get("master", parameter)
+        rows: Tensor = self.state[parameter].get("master", parameter)
+        return rows
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = self.state[parameter]
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
             rows = reference.wide(parameter.detach())
             state["step"] = torch.zeros((), dtype=torch.float32)

@@ -29,7 +29,9 @@ def wide(x: Tensor) -> Tensor:
 
 
 def global_topk(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int) -> Tensor:
-    """indices[n] = the k latents l of largest  h[n, l] = sum_d (x - pre_bias)[n, d] W_enc[l, d] + sum_s latent_bias[s, l].
+    """indices[n] = the k latents l of largest h[n, l].
+
+    h[n, l] = sum_d (x - pre_bias)[n, d] W_enc[l, d] + sum_s latent_bias[s, l]
 
     h is summed in float64 and rounded once to the type of the sums, so that the support does not depend on
     the order of summation: not on the batch, the thread count, the matrix library or the backend.
@@ -145,7 +147,7 @@ def decode_loss(
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
-    """Where each latent occurs: entries[offsets[l] : offsets[l + 1]] = the flat positions p, ascending, with indices.view(-1)[p] == l.
+    """entries[offsets[l] : offsets[l + 1]] = the flat positions p, ascending, with indices.view(-1)[p] == l.
 
     offsets is int64 [L + 1], entries int64 [indices.numel()]. Position p of [N, k] is sample p // k; ascending
     positions are ascending samples.
@@ -202,7 +204,7 @@ def weight_gradients(
     entries: Tensor,
     d_streams: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_W_enc [L, D], grad_W_dec [L, D], grad_latent_bias [S, L]) from one inverse index, in the type of the sums."""
+    """(grad_W_enc [L, D], grad_W_dec [L, D], grad_latent_bias [S, L]), from one inverse index."""
     grad_W_enc, grad_latent_bias = encoder_gradients(x, pre_bias, values, grad_values, offsets, entries, d_streams)
     return grad_W_enc, decoder_gradients(values, grad_recons, offsets, entries), grad_latent_bias
 
@@ -267,7 +269,7 @@ def adam(
     eps: float,
     step: int,
 ) -> None:
-    """m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  w -= lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps); in place."""
+    """m += (1 - b1)(g - m);  v = b2 v + (1 - b2) g^2;  w -= lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)."""
     grad = grad.to(m.dtype)
     m.lerp_(grad, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])

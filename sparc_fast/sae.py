@@ -138,7 +138,9 @@ class SPARC(nn.Module):
         self.register_buffer("input_rms", torch.ones(S, device=device))
         self.register_buffer("silence", torch.zeros(L, dtype=torch.int64, device=device))
         self.is_calibrated = False
-        self.register_load_state_dict_post_hook(lambda module, _: module._notice_calibration())
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            lambda module, _: module._notice_calibration()
+        )
         backends.resolve(backend, self.W_enc.device)
         self.reset_parameters()
 
@@ -256,7 +258,7 @@ class SPARC(nn.Module):
         if packed.streams == self.streams:
             loss = self._loss_of(recons, packed, cross_loss_coef)
         named = {
-            (source, target): self._uncalibrate(recons[:, s, cols], t).reshape(*packed.leading, -1)
+            (source, target): self._uncalibrate(recons[:, s, cols], t).reshape(*packed.leading, self.d_streams[target])
             for s, source in enumerate(packed.streams)
             for t, (target, cols) in enumerate(zip(self.streams, self._columns(), strict=True))
         }
@@ -421,7 +423,7 @@ class SPARC(nn.Module):
     def _calibrate(self, x: Tensor, positions: Sequence[int], columns: Sequence[slice]) -> Tensor:
         if not self.is_calibrated:
             return x
-        parts = x.split([cols.stop - cols.start for cols in columns], dim=1)
+        parts = torch.split(x, [cols.stop - cols.start for cols in columns], dim=1)
         return torch.cat(
             [
                 (part - self.input_mean[cols]) / self.input_rms[s]

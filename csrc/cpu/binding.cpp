@@ -1,20 +1,48 @@
-// sparc_fast._cpu: raw addresses in, nothing of torch. sparc_fast/native.py checks what it passes.
+// sparc_fast._cpu: the operators of the CPU backend. sparc_fast/native.py prepares what it passes; nothing of torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <cstdint>
-
-#include "invert_indices.h"
+#include "level.h"
+#include "operators.h"
 
 namespace py = pybind11;
 
-template <typename T>
-static T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+// Anything with data_ptr(), element_size(), shape and stride(), as torch.Tensor has; None has no data.
+template <>
+struct pybind11::detail::type_caster<Tensor> {
+    PYBIND11_TYPE_CASTER(Tensor, const_name("torch.Tensor"));
+
+    bool load(handle source, bool) {
+        if (source.is_none()) return true;
+        const py::tuple size = source.attr("shape"), stride = source.attr("stride")();
+        if (size.size() > 3) return false;
+        value.data = reinterpret_cast<void*>(source.attr("data_ptr")().cast<uintptr_t>());
+        value.item_size = source.attr("element_size")().cast<int64_t>();
+        value.ndim = size.size();
+        for (int64_t i = 0; i < value.ndim; ++i) {
+            value.size[i] = size[i].cast<int64_t>();
+            value.stride[i] = stride[i].cast<int64_t>();
+        }
+        return true;
+    }
+};
 
 PYBIND11_MODULE(_cpu, m) {
-    m.def("invert_indices", [](uintptr_t indices, int64_t n, int64_t L, uintptr_t offsets, uintptr_t entries) {
-        py::gil_scoped_release release;
-        invert_indices(pointer<const int32_t>(indices), n, L, pointer<int64_t>(offsets), pointer<int64_t>(entries));
-    });
+    const auto define = [&m](const char* name, auto function) {
+        m.def(name, function, py::call_guard<py::gil_scoped_release>());
+    };
+    py::class_<Batch>(m, "Batch").def(py::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Widths>());
+    py::class_<AdamStep>(m, "AdamStep").def(py::init<double, double, double, double, int64_t>());
+    py::class_<ExtraRows>(m, "ExtraRows").def(py::init<Tensor, Tensor, Tensor, Tensor>());
+    define("support_values", support_values);
+    define("support_values_grad_x", support_values_grad_x);
+    define("sparse_decode", sparse_decode);
+    define("sparse_decode_grad_values", sparse_decode_grad_values);
+    define("decode_loss", decode_loss);
+    define("invert_indices", py::overload_cast<Tensor, Tensor, Tensor, int64_t>(invert_indices));
+    define("weight_gradients", weight_gradients);
+    define("update_rows", update_rows);
+    define("count_silence", count_silence);
+    define("simd_level", simd_level);
+    define("set_simd_level", set_simd_level);
 }

@@ -1,7 +1,8 @@
 #include "invert_indices.h"
 
 #include <algorithm>
-#include <vector>
+
+#include "operators.h"
 
 void invert_indices(const int32_t* indices, int64_t n, int64_t L, int64_t* offsets, int64_t* entries) {
     std::fill(offsets, offsets + L + 1, int64_t{0});
@@ -9,4 +10,9 @@ void invert_indices(const int32_t* indices, int64_t n, int64_t L, int64_t* offse
     for (int64_t l = 0; l < L; ++l) offsets[l + 1] += offsets[l];
     std::vector<int64_t> next(offsets, offsets + L);
     for (int64_t p = 0; p < n; ++p) entries[next[indices[p]]++] = p;
+}
+
+void invert_indices(Tensor offsets, Tensor entries, Tensor indices, int64_t L) {
+    const Support support(indices, indices.size[1], L);
+    invert_indices(support.indices, entries.size[0], L, offsets.at<int64_t>(0), entries.at<int64_t>(0));
 }

@@ -1,0 +1,31 @@
+// Adam (Kingma & Ba, arXiv 1412.6980) on one vector of weights, its moments in memory.
+#include <limits>
+
+namespace SIMD_LEVEL {
+
+template <class A>
+class Adam {
+   public:
+    explicit Adam(const AdamStep& step)
+        : beta1(step.beta1),
+          beta2(step.beta2),
+          rest1(1 - step.beta1),
+          rest2(1 - step.beta2),
+          eps(step.eps),
+          rate(step.lr / (1 - std::pow(step.beta1, step.step))),
+          scale(1 / std::sqrt(1 - std::pow(step.beta2, step.step))) {}
+
+    // The weights after the step; moves n lanes of the moments.
+    INLINE Vec<A> operator()(Vec<A> w, Vec<A> grad, A* m, A* v, int64_t n) const {
+        const Vec<A> mean = load(m, n) * beta1 + rest1 * grad;
+        const Vec<A> square = load(v, n) * beta2 + rest2 * grad * grad;
+        store(m, mean, n);
+        store(v, square, n);
+        return w - rate * mean / (square_root(square) * scale + eps);
+    }
+
+   private:
+    A beta1, beta2, rest1, rest2, eps, rate, scale;
+};
+
+}  // namespace SIMD_LEVEL

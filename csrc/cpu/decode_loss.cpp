@@ -1,0 +1,101 @@
+// Decode, squared errors, their gradient, and that gradient back to the values, from one gather of decoder rows.
+//
+// A column run of one target stream at a time over a few samples a task: the k rows of a sample, cut to the run, are
+// read once for all sources and are still in cache when the gradient goes back through them; meanwhile the rows of
+// the next sample are fetched. Squared errors are summed in vector lanes over a run, then in float64 over runs and
+// samples, in order.
+#ifndef SIMD_LEVEL
+#include "level.h"
+#include "operators.h"
+#include "parallel.h"
+#define OPERATOR "decode_loss.cpp"
+#include "every_level.h"
+
+void decode_loss(
+    Tensor nmse, Tensor grad_recons, Tensor grad_values, Tensor values, Tensor indices, Tensor W_dec, Tensor pre_bias,
+    Tensor target, Tensor scale, std::vector<double> weights, Widths d_streams, int threads) {
+    const Support support(indices, d_streams.size(), W_dec.size[0]);
+    with_type(W_dec.item_size, [&](auto type) {
+        AT_SIMD_LEVEL(
+            decode_loss<decltype(type)>(
+                nmse, grad_recons, grad_values, values, support, W_dec, pre_bias, target, scale, weights, d_streams,
+                threads))
+    });
+}
+#else
+#include "gather.h"
+
+namespace SIMD_LEVEL {
+
+// recon -> gradient, in place and into grad; returns the squared error.
+template <class T, class A>
+INLINE A compare(A* recon, const A* bias, const T* target, A factor, T* grad, int64_t width) {
+    Vec<A> squares = {};
+    for (int64_t d = 0; d < width; d += lanes<A>) {
+        const int64_t n = width - d;
+        const Vec<A> error = load(recon + d, n) + (load(bias + d, n) - load(target + d, n));
+        squares += error * error;
+        store(recon + d, factor * error, n);
+        store(grad + d, factor * error, n);
+    }
+    return total<A>(squares);
+}
+
+template <class T>
+void decode_loss(
+    const Tensor& nmse, const Tensor& grad_recons, const Tensor& grad_values, const Tensor& values,
+    const Support& support, const Tensor& W_dec, const Tensor& pre_bias, const Tensor& target, const Tensor& scale,
+    const std::vector<double>& weights, const Widths& d_streams, int threads) {
+    using A = sum_t<T>;
+    const int64_t N = support.N, S = support.S, k = support.k;
+    std::vector<double> errors(N * S * S);  // [N, source, target]
+    for (const Columns& run : column_runs(d_streams, run_width)) {
+        const int64_t t = run.stream, width = run.end - run.begin;
+        const A* bias = pre_bias.at<const A>(run.begin);
+        std::vector<int64_t> sources, skipped;
+        for (int64_t s = 0; s < S; ++s) (weights[s * S + t] != 0 ? sources : skipped).push_back(s);
+        const int64_t group_size = support.shared ? most_streams : 1;
+
+        parallel_for(sample_blocks(support), threads, [&](int64_t block) {
+            A buffer[most_streams][run_width];
+            const SampleBlock samples(support, block);
+            for (int64_t n = samples.first; n < samples.last; ++n) {
+                for (int64_t s : skipped) std::fill_n(grad_recons.at<T>(n, s) + run.begin, width, T{});
+                if (run.begin == 0) std::fill_n(grad_values.at<A>(n), S * k, A(0));
+            }
+            for (size_t first = 0; first < sources.size(); first += group_size) {
+                const int64_t count = std::min<int64_t>(group_size, sources.size() - first);
+                const BlockRows<T> rows(W_dec, support, sources[first], run.begin, block);
+                for (int64_t n = rows.first; n < rows.last; ++n) {
+                    const A* coefficients[most_streams];
+                    A *recons[most_streams], *products[most_streams];
+                    for (int64_t i = 0; i < count; ++i) {
+                        coefficients[i] = values.at<const A>(n, sources[first + i]);
+                        products[i] = grad_values.at<A>(n, sources[first + i]);
+                        recons[i] = buffer[i];
+                    }
+                    const RowList<T> list = rows.of(n, k);
+                    with_streams(count, [&](auto S_) { combine<S_>(list, coefficients, width, recons); });
+                    for (int64_t i = 0; i < count; ++i) {
+                        const int64_t s = sources[first + i];
+                        const A factor = A(2 * weights[s * S + t]) * scale.at<const A>(n)[t];
+                        errors[(n * S + s) * S + t] += compare(
+                            recons[i], bias, target.at<const T>(n) + run.begin, factor,
+                            grad_recons.at<T>(n, s) + run.begin, width);
+                    }
+                    with_streams(count, [&](auto S_) { dots<S_>(list, recons, width, products); });
+                }
+            }
+        });
+    }
+    for (int64_t s = 0; s < S; ++s)
+        for (int64_t t = 0; t < S; ++t) {
+            double sum = 0;
+            for (int64_t n = 0; n < N; ++n)
+                if (weights[s * S + t] != 0) sum += double(scale.at<const A>(n)[t]) * errors[(n * S + s) * S + t];
+            nmse.at<A>(s)[t] = A(sum);
+        }
+}
+
+}  // namespace SIMD_LEVEL
+#endif

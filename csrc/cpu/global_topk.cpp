@@ -1,0 +1,207 @@
+#include "global_topk.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cmath>
+#include <type_traits>
+
+#include "invert_indices.h"
+#include "level.h"
+#include "parallel.h"
+#include "topk_rows.h"
+
+struct Squares {
+    float row, rest;
+};
+
+// The latents a block of scores belongs to, and the norms of their rows.
+struct Chunk {
+    int64_t first, size;
+    const float *norm, *residual;
+};
+
+#define OPERATOR "global_topk_kernel.h"
+#include "every_level.h"
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr double largest_norm = 1e18;
+
+template <class T>
+static Squares squares(const T* w, int64_t D, bf16* copy) {
+    AT_SIMD_LEVEL(measure_row(w, D, copy))
+}
+
+template <class T>
+static void screen(Screen& screen, int64_t n, const T* scores, const Chunk& chunk, Above<float>& above,
+                   std::vector<float>& lowers) {
+    AT_SIMD_LEVEL(screen_row(screen, n, scores, chunk, above, lowers))
+}
+
+template <class T>
+static void widen(const T* w, int64_t D, double* wide) {
+    AT_SIMD_LEVEL(widen_row(w, D, wide))
+}
+
+static void exact_dots(const float* const* x, int64_t count, const double* w, int64_t D, double* dots) {
+    AT_SIMD_LEVEL(exact_dots(x, count, w, D, dots))
+}
+
+// Calls f(begin, end) for the runs of at most `width` of [0, n).
+template <class F>
+static void parallel_runs(int64_t n, int64_t width, int threads, F f) {
+    parallel_for((n + width - 1) / width, threads,
+                 [&](int64_t task) { f(task * width, std::min(n, (task + 1) * width)); });
+}
+
+// At least the root of a sum of D squares that was taken in float32, in any order.
+static float norm_above(float squares, int64_t D) {
+    const double growth = 1 + std::ldexp(D + 32, -24), flushed = std::ldexp(std::sqrt(D), -63);
+    const double norm = growth * (std::sqrt(double(squares)) * growth + flushed);
+    return norm < largest_norm ? float(norm) : infinity;
+}
+
+void measure_rows(Tensor norm, Tensor residual, Tensor copy, Tensor w, int threads) {
+    const int64_t D = w.size[1];
+    const auto measure = [&](auto type) {
+        parallel_runs(w.size[0], 16, threads, [&](int64_t begin, int64_t end) {
+            for (int64_t n = begin; n < end; ++n) {
+                const auto [row, rest] = squares(w.at<const decltype(type)>(n), D, copy.data ? copy.at<bf16>(n) : nullptr);
+                norm.at<float>(0)[n] = norm_above(row, D);
+                residual.at<float>(0)[n] = norm_above(rest, D);
+            }
+        });
+    };
+    w.item_size == 2 ? measure(bf16{}) : measure(float{});
+}
+
+Screen::Screen(
+    Tensor norm, Tensor residual, Tensor bias_, int64_t D, int64_t k_, int64_t capacity_, bool narrow_scores)
+    : N(norm.size[0]),
+      L(bias_.size[0]),
+      k(k_),
+      capacity(capacity_),
+      c(std::ldexp(1.f, -22) + (narrow_scores ? std::ldexp(1.f, -8) : 0.f)),
+      p(N),
+      q(N),
+      bias(L),
+      slack(L),
+      exact_bias(bias_.at<const double>(0), bias_.at<const double>(0) + L),
+      threshold(N, -infinity),
+      count(N),
+      lower(new float[N * capacity]),
+      upper(new float[N * capacity]),
+      latent(new int32_t[N * capacity]) {
+    const double Du = std::ldexp(D, -23), gamma = Du < 1 ? Du / (1 - Du) : infinity, grow = 1 + std::ldexp(1, -20);
+    for (int64_t n = 0; n < N; ++n) {
+        const double rest = residual.at<const float>(0)[n], copy = norm.at<const float>(0)[n] + rest;
+        p[n] = (rest + gamma * copy) * grow;
+        q[n] = (1 + gamma) * copy * grow;
+        count[n] = std::isfinite(p[n]) && std::isfinite(q[n]) ? 0 : -1;
+    }
+    for (int64_t l = 0; l < L; ++l) {
+        const double b = exact_bias[l];
+        const bool bounded = std::abs(b) < largest_norm;
+        bias[l] = bounded || std::isinf(b) ? float(b) : NAN;
+        slack[l] = std::ldexp(4 * (D + 8), -126) + (bounded ? std::ldexp(std::abs(b), -22) : 0);
+    }
+}
+
+void Screen::filter(Tensor scores, int64_t first, Tensor norm, Tensor residual, int threads) {
+    const Chunk chunk{first, scores.size[1], norm.at<const float>(0), residual.at<const float>(0)};
+    const auto take = [&](auto type) {
+        parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
+            Above<float> above;
+            std::vector<float> lowers;
+            for (int64_t n = begin; n < end; ++n)
+                screen(*this, n, scores.at<const decltype(type)>(n), chunk, above, lowers);
+        });
+    };
+    scores.item_size == 2 ? take(bf16{}) : take(float{});
+}
+
+void Screen::prune(int64_t n, std::vector<float>& work) {
+    float *low = &lower[n * capacity], *high = &upper[n * capacity];
+    int32_t* latents = &latent[n * capacity];
+    if (count[n] >= k) threshold[n] = std::max(threshold[n], kth_largest(low, count[n], k, work));
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count[n]; ++i) {
+        low[kept] = low[i], high[kept] = high[i], latents[kept] = latents[i];
+        kept += high[i] >= threshold[n];
+    }
+    count[n] = kept;
+}
+
+bool Screen::compact(int64_t n, std::vector<float>& work) {
+    prune(n, work);
+    // little room gained would mean to come back at once
+    if (count[n] > capacity / 4 * 3) count[n] = -1;
+    return count[n] >= 0;
+}
+
+// Replaces the lower end of each candidate: +inf if it is certainly in the support, NaN if it is ambiguous.
+void Screen::classify(int64_t n, std::vector<float>& work) {
+    if (count[n] < 0) return;
+    prune(n, work);
+    float *low = &lower[n * capacity], *high = &upper[n * capacity];
+    const bool all = count[n] == k;
+    const float rival = all ? -infinity : kth_largest(high, count[n], k + 1, work);
+    for (int64_t i = 0; i < count[n]; ++i) low[i] = all || low[i] > rival ? infinity : NAN;
+}
+
+// Replaces NaN by the score. By latent, so that a row of W is read once for all rows of x.
+void Screen::score_ambiguous(Tensor x, Tensor W, int threads) {
+    std::vector<int64_t> places;
+    std::vector<int32_t> latents;
+    for (int64_t n = 0; n < N; ++n) {
+        for (int64_t place = n * capacity; place < n * capacity + count[n]; ++place) {
+            if (std::isnan(lower[place])) places.push_back(place), latents.push_back(latent[place]);
+        }
+    }
+    const int64_t D = x.size[1];
+    std::vector<int64_t> offsets(L + 1), entries(places.size());
+    invert_indices(latents.data(), latents.size(), L, offsets.data(), entries.data());
+    const auto score = [&](auto type) {
+        parallel_runs(L, 32, threads, [&](int64_t begin, int64_t end) {
+            std::vector<double> w(D), dots;
+            std::vector<const float*> rows;
+            for (int64_t l = begin; l < end; ++l) {
+                const int64_t *first = &entries[offsets[l]], many = offsets[l + 1] - offsets[l];
+                if (!many) continue;
+                rows.resize(many), dots.resize(many);
+                for (int64_t i = 0; i < many; ++i) rows[i] = x.at<const float>(places[first[i]] / capacity);
+                widen(W.at<const decltype(type)>(l), D, w.data());
+                exact_dots(rows.data(), many, w.data(), D, dots.data());
+                for (int64_t i = 0; i < many; ++i) {
+                    const float exact = dots[i] + exact_bias[l];
+                    lower[places[first[i]]] = std::isnan(exact) ? infinity : exact;
+                }
+            }
+        });
+    };
+    W.item_size == 2 ? score(bf16{}) : score(float{});
+}
+
+void Screen::choose(int64_t n, int32_t* indices, std::vector<float>& work) const {
+    const float* score = &lower[n * capacity];
+    const float kth = kth_largest(score, count[n], k, work);
+    int64_t room = k - std::count_if(score, score + count[n], [&](float s) { return s > kth; });
+    for (int64_t i = 0; i < count[n]; ++i)
+        if (score[i] > kth || (score[i] == kth && room-- > 0)) *indices++ = latent[n * capacity + i];
+}
+
+void Screen::settle(Tensor indices, Tensor given_up, Tensor x, Tensor W, int threads) {
+    const auto each_row = [&](auto f) {
+        parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
+            std::vector<float> work;
+            for (int64_t n = begin; n < end; ++n) f(n, work);
+        });
+    };
+    each_row([&](int64_t n, std::vector<float>& work) { classify(n, work); });
+    score_ambiguous(x, W, threads);
+    each_row([&](int64_t n, std::vector<float>& work) {
+        given_up.at<uint8_t>(0)[n] = count[n] < 0;
+        if (count[n] >= 0) choose(n, indices.at<int32_t>(n), work);
+    });
+}

@@ -1,0 +1,62 @@
+// The support of global_topk, proven from approximate scores.
+//
+// Let h = x.w + b exactly, and a the product of a GEMM over X, W, float32 or bfloat16 copies of x, w. Then |a + b - h| <= E,
+//     E = p ||w|| + q ||w - W|| + c |a| + s,    p = ||x - X|| + gamma ||X||,   q = (1 + gamma) ||X||:
+//   x.w - X.W = (x - X).w + X.(w - W)           by Cauchy-Schwarz, at most ||x - X|| ||w|| + ||X|| ||w - W||;
+//   the GEMM sums D products in any order       gamma ||X|| ||W||,  gamma = D u / (1 - D u),  ||W|| <= ||w|| + ||w - W||,
+//                                               u = 2^-23: twice the unit roundoff, for hardware that truncates, and
+//                                               far above what the float64 sum of the specification adds;
+//   the GEMM stores bfloat16                    c = 2^-8, float32: c = 0;
+//   a + b, b and E are rounded to float32       c += 2^-22,  s = 2^-22 |b|,  p and q grow by 2^-20;
+//   products, inputs may flush to zero          s += 4 (D + 8) 2^-126, and 2^-63 sqrt(D) on every norm.
+// Norms are measured, and rounded up. One above 10^18 counts as infinite: no sum that is bounded can overflow. An infinite
+// or NaN E makes the interval [-inf, inf]. Rounding is monotone, so [a + b - E, a + b + E] also holds the rounded score,
+// and disjoint intervals are in the order of the rounded scores, strictly: ties only occur among intervals that touch.
+//
+// A row's threshold is the k-th largest lower end seen so far: a latent whose upper end is below it is not in the
+// support. What survives is a candidate. In the end, those whose lower end is above all but k upper ends are in the
+// support; the others, the ambiguous, are scored as the specification does and ranked by (score, lower latent).
+// A row whose candidates do not fit is given up and reported, never cut short.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "tensor.h"
+
+// For each row of w (float32 or bfloat16): norm >= ||w||, residual >= ||w - copy||, where copy = bfloat16(w);
+// where copy has no data, the GEMM reads w itself.
+void measure_rows(Tensor norm, Tensor residual, Tensor copy, Tensor w, int threads);
+
+// The candidates of each row of x, while chunks of scores pass by.
+class Screen {
+public:
+    // norm and residual are those of the rows of x, bias [L] is float64; `capacity` is the room for a row's candidates.
+    Screen(
+        Tensor norm, Tensor residual, Tensor bias, int64_t D, int64_t k, int64_t capacity, bool narrow_scores);
+
+    // Takes in scores [N, m] of latents first ... first + m - 1, whose rows have this norm and residual.
+    // Chunks come in the order of latents.
+    void filter(Tensor scores, int64_t first, Tensor norm, Tensor residual, int threads);
+
+    // Writes the support of each row into indices, or 1 into given_up.
+    void settle(Tensor indices, Tensor given_up, Tensor x, Tensor W, int threads);
+
+    // Raises the threshold of a row whose room is used up and drops what is below it; false if the row is given up.
+    bool compact(int64_t n, std::vector<float>& work);
+
+    const int64_t N, L, k, capacity;
+    float c;
+    std::vector<float> p, q, bias, slack;   // [N], [N], [L], [L]
+    std::vector<double> exact_bias;         // [L]
+    std::vector<float> threshold;           // [N]
+    std::vector<int64_t> count;             // [N], -1: given up
+    std::unique_ptr<float[]> lower, upper;  // [N, capacity]
+    std::unique_ptr<int32_t[]> latent;      // [N, capacity], ascending
+
+private:
+    void prune(int64_t n, std::vector<float>& work);
+    void classify(int64_t n, std::vector<float>& work);
+    void score_ambiguous(Tensor x, Tensor W, int threads);
+    void choose(int64_t n, int32_t* indices, std::vector<float>& work) const;
+};

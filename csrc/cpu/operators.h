@@ -1,0 +1,51 @@
+// Every operator of the CPU backend, with the arguments and the meaning it has in sparc_fast/reference.py. Results
+// come first and are written in place; `threads` comes last. Values, biases, scales and their gradients are in the
+// type of the sums; x, the weights, the reconstructions and their gradients may be narrower.
+#pragma once
+#include <vector>
+
+#include "tensor.h"
+
+using Widths = std::vector<int64_t>;  // D_s of each stream
+
+void support_values(
+    Tensor values, Tensor x, Tensor W_enc, Tensor pre_bias, Tensor latent_bias, Tensor indices, Widths d_streams,
+    int threads);
+
+void support_values_grad_x(
+    Tensor grad_x, Tensor grad_values, Tensor values, Tensor indices, Tensor W_enc, Widths d_streams, int threads);
+
+void sparse_decode(Tensor recons, Tensor values, Tensor indices, Tensor W_dec, Tensor pre_bias, int threads);
+
+void sparse_decode_grad_values(Tensor grad_values, Tensor grad_recons, Tensor indices, Tensor W_dec, int threads);
+
+void decode_loss(
+    Tensor nmse, Tensor grad_recons, Tensor grad_values, Tensor values, Tensor indices, Tensor W_dec, Tensor pre_bias,
+    Tensor target, Tensor scale, std::vector<double> weights, Widths d_streams, int threads);
+
+void invert_indices(Tensor offsets, Tensor entries, Tensor indices, int64_t L);
+
+// The samples of a batch, what flowed through them, and where each latent occurs.
+struct Batch {
+    Tensor x, pre_bias, values, grad_values, grad_recons, offsets, entries;
+    Widths d_streams;
+};
+
+// A gradient without data is not computed.
+void weight_gradients(Tensor grad_W_enc, Tensor grad_W_dec, Tensor grad_latent_bias, Batch batch, int threads);
+
+struct AdamStep {
+    double lr, beta1, beta2, eps;
+    int64_t step;
+};
+
+// Gradients from elsewhere, for some latents: none where there is no data.
+struct ExtraRows {
+    Tensor latents, grad_W_enc, grad_W_dec, grad_latent_bias;
+};
+
+void update_rows(
+    Tensor grad_latent_bias, Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments, Batch batch,
+    AdamStep adam, ExtraRows extra, int threads);
+
+void count_silence(Tensor silence, Tensor values, Tensor indices);

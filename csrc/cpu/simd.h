@@ -1,0 +1,92 @@
+// One vector register of the instruction set being compiled (every_level.h): loads widen, stores narrow.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "tensor.h"
+
+#ifndef INLINE
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace SIMD_LEVEL {
+
+template <class E, int bytes>
+struct vector_of {
+    typedef E type __attribute__((vector_size(bytes)));
+};
+template <class A>
+using Vec = typename vector_of<A, VECTOR_BYTES>::type;
+template <class A>
+constexpr int lanes = VECTOR_BYTES / sizeof(A);
+
+INLINE Vec<float> load(const float* p) {
+    Vec<float> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE Vec<double> load(const double* p) {
+    Vec<double> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE Vec<float> load(const bf16* p) {
+    typename vector_of<uint16_t, VECTOR_BYTES / 2>::type bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return (Vec<float>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+}
+
+template <class A>
+INLINE void store(A* p, Vec<A> v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+INLINE void store(bf16* p, Vec<float> v) {
+    const auto bits = (Vec<uint32_t>)v;
+    const auto rounded = bits + 0x7fff + (bits >> 16 & 1);
+    const auto chosen = ((Vec<uint32_t>)(v == v) & rounded) | ((Vec<uint32_t>)(v != v) & (bits | 0x400000));
+    const auto narrow = __builtin_convertvector(chosen >> 16, typename vector_of<uint16_t, VECTOR_BYTES / 2>::type);
+    std::memcpy(p, &narrow, sizeof narrow);
+}
+
+// The first n lanes, the others 0.
+template <class T>
+INLINE Vec<sum_t<T>> load(const T* p, int64_t n) {
+    if (n >= lanes<sum_t<T>>) return load(p);
+    T lane[lanes<sum_t<T>>] = {};
+    for (int64_t i = 0; i < n; ++i) lane[i] = p[i];
+    return load(lane);
+}
+
+template <class T>
+INLINE void store(T* p, Vec<sum_t<T>> v, int64_t n) {
+    if (n >= lanes<sum_t<T>>) return store(p, v);
+    T lane[lanes<sum_t<T>>];
+    store(lane, v);
+    for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
+}
+
+// The sum of all lanes, halves first.
+template <class A, int bytes = VECTOR_BYTES>
+INLINE A total(typename vector_of<A, bytes>::type v) {
+    if constexpr (bytes == 2 * sizeof(A)) {
+        return v[0] + v[1];
+    } else {
+        typename vector_of<A, bytes / 2>::type half[2];
+        std::memcpy(half, &v, bytes);
+        return total<A, bytes / 2>(half[0] + half[1]);
+    }
+}
+
+template <class A>
+INLINE Vec<A> square_root(Vec<A> v) {
+    UNROLL for (int i = 0; i < lanes<A>; ++i) v[i] = std::sqrt(v[i]);
+    return v;
+}
+
+}  // namespace SIMD_LEVEL

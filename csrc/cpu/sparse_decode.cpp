@@ -1,0 +1,90 @@
+// All S * S reconstructions from one gather of decoder rows, and the gradient that goes back through it.
+//
+// A column run at a time over a few samples a task, as in support_values.cpp. A reconstruction is summed over the
+// support in order.
+#ifndef SIMD_LEVEL
+#include "level.h"
+#include "operators.h"
+#include "parallel.h"
+#define OPERATOR "sparse_decode.cpp"
+#include "every_level.h"
+
+void sparse_decode(Tensor recons, Tensor values, Tensor indices, Tensor W_dec, Tensor pre_bias, int threads) {
+    const Support support(indices, values.size[1], W_dec.size[0]);
+    with_type(W_dec.item_size, [&](auto type) {
+        AT_SIMD_LEVEL(sparse_decode<decltype(type)>(recons, values, support, W_dec, pre_bias, threads))
+    });
+}
+
+void sparse_decode_grad_values(Tensor grad_values, Tensor grad_recons, Tensor indices, Tensor W_dec, int threads) {
+    const Support support(indices, grad_recons.size[1], W_dec.size[0]);
+    with_type(W_dec.item_size, [&](auto type) {
+        AT_SIMD_LEVEL(sparse_decode_grad_values<decltype(type)>(grad_values, grad_recons, support, W_dec, threads))
+    });
+}
+#else
+#include "gather.h"
+
+namespace SIMD_LEVEL {
+
+template <class T>
+void sparse_decode(
+    const Tensor& recons, const Tensor& values, const Support& support, const Tensor& W_dec, const Tensor& pre_bias,
+    int threads) {
+    using A = sum_t<T>;
+    for (const Columns& run : column_runs({W_dec.size[1]}, run_width)) {
+        const int64_t width = run.end - run.begin;
+        const A* bias = pre_bias.at<const A>(run.begin);
+        parallel_for(sample_blocks(support), threads, [&](int64_t block) {
+            A buffer[most_streams][run_width];
+            for (const StreamGroup& group : stream_groups(support)) {
+                const BlockRows<T> rows(W_dec, support, group.first, run.begin, block);
+                for (int64_t n = rows.first; n < rows.last; ++n) {
+                    const A* coefficients[most_streams];
+                    A* sums[most_streams];
+                    for (int64_t i = 0; i < group.count; ++i) {
+                        coefficients[i] = values.at<const A>(n, group.first + i);
+                        sums[i] = buffer[i];
+                    }
+                    with_streams(group.count, [&](auto S) { combine<S>(rows.of(n, soon), coefficients, width, sums); });
+                    for (int64_t i = 0; i < group.count; ++i) {
+                        T* recon = recons.at<T>(n, group.first + i) + run.begin;
+                        for (int64_t d = 0; d < width; d += lanes<A>)
+                            store(recon + d, load(sums[i] + d, width - d) + load(bias + d, width - d), width - d);
+                    }
+                }
+            }
+        });
+    }
+}
+
+template <class T>
+void sparse_decode_grad_values(
+    const Tensor& grad_values, const Tensor& grad_recons, const Support& support, const Tensor& W_dec, int threads) {
+    using A = sum_t<T>;
+    for (const Columns& run : column_runs({W_dec.size[1]}, run_width)) {
+        const int64_t width = run.end - run.begin;
+        parallel_for(sample_blocks(support), threads, [&](int64_t block) {
+            A buffer[most_streams][run_width];
+            for (const StreamGroup& group : stream_groups(support)) {
+                const BlockRows<T> rows(W_dec, support, group.first, run.begin, block);
+                for (int64_t n = rows.first; n < rows.last; ++n) {
+                    const A* vectors[most_streams];
+                    A* products[most_streams];
+                    for (int64_t i = 0; i < group.count; ++i) {
+                        const T* grad = grad_recons.at<const T>(n, group.first + i) + run.begin;
+                        for (int64_t d = 0; d < width; d += lanes<A>)
+                            store(buffer[i] + d, load(grad + d, width - d), width - d);
+                        vectors[i] = buffer[i];
+                        products[i] = grad_values.at<A>(n, group.first + i);
+                        if (run.first) std::fill_n(products[i], support.k, A(0));
+                    }
+                    with_streams(group.count, [&](auto S) { dots<S>(rows.of(n, soon), vectors, width, products); });
+                }
+            }
+        });
+    }
+}
+
+}  // namespace SIMD_LEVEL
+#endif

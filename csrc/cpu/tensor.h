@@ -1,0 +1,84 @@
+// What Python hands over: addresses, sizes and strides. Nothing here knows torch.
+#pragma once
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+struct bf16 {
+    uint16_t bits;
+};
+
+// The type sums are taken in.
+template <class T>
+struct sum_type {
+    using type = float;
+};
+template <>
+struct sum_type<double> {
+    using type = double;
+};
+template <class T>
+using sum_t = typename sum_type<T>::type;
+
+// A tensor of up to three dimensions. The last is contiguous; native.py sees to it.
+struct Tensor {
+    void* data = nullptr;
+    int64_t size[3] = {0, 0, 0};
+    int64_t stride[3] = {0, 0, 0};
+    int64_t ndim = 0;
+    int64_t item_size = 0;  // 8: float64 or int64, 4: float32 or int32, 2: bfloat16
+
+    template <class T>
+    T* at(int64_t i, int64_t j = 0) const {
+        return static_cast<T*>(data) + i * stride[0] + j * stride[1];
+    }
+};
+
+// Calls f with a value of the floating-point type that has this size.
+template <class F>
+void with_type(int64_t item_size, F f) {
+    if (item_size == 8) f(double{});
+    if (item_size == 4) f(float{});
+    if (item_size == 2) f(bf16{});
+}
+
+// A run of columns inside one stream, the unit of work of the gathering operators.
+struct Columns {
+    int64_t stream, begin, end;
+    bool first, last;  // of its stream
+};
+
+// The columns of every stream, in runs of at most `width`.
+inline std::vector<Columns> column_runs(const std::vector<int64_t>& d_streams, int64_t width) {
+    std::vector<Columns> runs;
+    int64_t offset = 0;
+    for (size_t s = 0; s < d_streams.size(); ++s) {
+        const int64_t end = offset + d_streams[s];
+        for (int64_t c = offset; c < end; c += width)
+            runs.push_back({int64_t(s), c, c + width < end ? c + width : end, c == offset, c + width >= end});
+        offset = end;
+    }
+    return runs;
+}
+
+// The active latents of each sample: [N, k] shared by its streams, or [N, S, k].
+struct Support {
+    const int32_t* indices;
+    int64_t N, S, k;
+    bool shared;
+
+    Support(const Tensor& tensor, int64_t S_, int64_t L)
+        : indices(tensor.at<const int32_t>(0)),
+          N(tensor.size[0]),
+          S(S_),
+          k(tensor.size[tensor.ndim - 1]),
+          shared(tensor.ndim == 2) {
+        const int64_t count = N * k * (shared ? 1 : S);
+        bool inside = true;
+        for (int64_t i = 0; i < count; ++i) inside &= uint32_t(indices[i]) < uint64_t(L);
+        if (!inside) throw std::out_of_range("indices must lie in 0 ... n_latents - 1 = " + std::to_string(L - 1));
+    }
+
+    const int32_t* of(int64_t n, int64_t s) const { return indices + (shared ? n : n * S + s) * k; }
+};

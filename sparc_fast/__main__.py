@@ -1,0 +1,3 @@
+from sparc_fast.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,89 @@
+"""The command `sparc-fast`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from sparc_fast.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, or 1 after a message on standard error."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"sparc-fast: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sparc-fast",
+        description="Concept-aligned sparse autoencoders over several models and modalities.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and the backends built in")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="train on the built-in glyphs, print the evaluation and write a report",
+        description="Train SPARC and independent SAEs on the characters of two typefaces and their Unicode names; "
+        "print how well their latents agree across the three, and write a page to look through them.",
+    )
+    demo.add_argument("--out", type=Path, default=Path("sparc_report"), help="folder of the report (%(default)s)")
+    demo.add_argument("--steps", type=int, help="training steps of each model")
+    demo.add_argument("--seed", type=int, help="of the weights and the shuffling")
+    demo.add_argument("--ablations", action="store_true", help="also global TopK without, local TopK with, cross loss")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import torch
+
+        from sparc_fast import available_backends
+
+        print(f"sparc_fast {__version__}, torch {torch.__version__}")
+        for device in ("cpu", "cuda"):
+            print(f"{device} backends: {', '.join(available_backends(device))}")
+        parser.exit()
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    if missing := [name for name in ("rich", "matplotlib", "sklearn", "skimage", "jinja2") if find_spec(name) is None]:
+        raise ImportError(f"the demo needs {', '.join(missing)}: pip install 'sparc_fast[demo]'")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from sparc_fast import demo
+    from sparc_fast.data import glyphs as load_glyphs
+    from sparc_fast.report import write_report
+
+    console = Console()
+    changed = {name: value for name in ("steps", "seed") if (value := getattr(arguments, name)) is not None}
+    settings = demo.Settings(**changed)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with console.status("drawing the glyphs and reading their names"):
+        glyphs = load_glyphs()
+    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, object] = {}
+
+        def progress(name: str, step: int, steps: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=steps)
+            bar.update(tasks[name], completed=step)  # type: ignore[arg-type]
+
+        trained = demo.run(glyphs, settings, ablations=arguments.ablations, progress=progress)
+    console.print(demo.as_text(demo.comparison(trained)))
+    command = " ".join(["sparc-fast demo", *(f"--{name} {value}" for name, value in changed.items())])
+    page = write_report(demo.report(glyphs, trained, settings, command), arguments.out)
+    console.print(f"open [bold]{page}[/bold] in a browser to look through every latent")
+    return 0

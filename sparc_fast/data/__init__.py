@@ -1,0 +1,5 @@
+"""Data sets and how they are read."""
+
+from .glyphs import Glyphs, glyphs
+
+__all__ = ["Glyphs", "glyphs"]

@@ -1,0 +1,201 @@
+"""The demo: SPARC and independent SAEs on the glyphs, compared on characters neither has seen."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor
+
+from sparc_fast.data import Glyphs
+from sparc_fast.evaluate import Evaluation, evaluate, latent_use, name_latents, table, top_samples
+from sparc_fast.report import ModelReport, Report, Row
+from sparc_fast.sae import SPARC, Selection
+from sparc_fast.train import Curves, train
+from sparc_fast.version import __version__
+
+SPARC_NAME, INDEPENDENT, UNTRAINED = "SPARC", "independent SAEs", "untrained SPARC"
+HIGHLIGHTS = ("jaccard_single", "r1")
+STREAMS = {
+    "sans": "its picture in DejaVu Sans",
+    "serif": "its picture in DejaVu Serif",
+    "name": "its Unicode name",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a column of the table is made."""
+
+    selection: Selection
+    cross_loss_coef: float
+
+
+RECIPES = {SPARC_NAME: Recipe("global", 1.0), INDEPENDENT: Recipe("local", 0.0)}
+ABLATIONS = {"global, λ = 0": Recipe("global", 0.0), "local, λ = 1": Recipe("local", 1.0)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyperparameters of the demo, chosen on a part of the training characters (`docs/demo.md`)."""
+
+    n_latents: int = 1024
+    k: int = 12
+    steps: int = 4000
+    batch_size: int = 256
+    lr: float = 2e-3
+    cross_loss_coef: float = 1.0
+    auxk_coef: float = 1 / 32
+    dead_after: int = 20_000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model, its training curves and its evaluation on held-out characters."""
+
+    model: SPARC
+    curves: Curves
+    evaluation: Evaluation
+    seconds: float
+
+
+Progress = Callable[[str, int, int], object]
+"""Called with (what is being trained, steps done, steps in all)."""
+
+
+def run(glyphs: Glyphs, settings: Settings, *, ablations: bool, progress: Progress) -> dict[str, Trained]:
+    """Train and evaluate every column of the table."""
+    trained = {}
+    for name, recipe in {**RECIPES, **(ABLATIONS if ablations else {})}.items():
+        trained[name] = _train(name, recipe, glyphs, settings, progress)
+    untrained = _model(glyphs, RECIPES[SPARC_NAME], settings).eval()
+    trained[UNTRAINED] = Trained(untrained, {}, _evaluate(untrained, glyphs), 0.0)
+    return trained
+
+
+def _model(glyphs: Glyphs, recipe: Recipe, settings: Settings) -> SPARC:
+    torch.manual_seed(settings.seed)
+    widths = {name: x.shape[1] for name, x in glyphs.inputs.items()}
+    model = SPARC(widths, settings.n_latents, settings.k, selection=recipe.selection, dead_after=settings.dead_after)
+    model.calibrate(_rows(glyphs, glyphs.rows(held_out=False)))
+    return model
+
+
+def _train(name: str, recipe: Recipe, glyphs: Glyphs, settings: Settings, progress: Progress) -> Trained:
+    model = _model(glyphs, recipe, settings)
+    started = time.perf_counter()
+    curves = train(
+        model,
+        _rows(glyphs, glyphs.rows(held_out=False)),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        cross_loss_coef=settings.cross_loss_coef * recipe.cross_loss_coef,
+        auxk_coef=settings.auxk_coef,
+        seed=settings.seed,
+        on_step=lambda step: progress(name, step, settings.steps),
+    )
+    seconds = time.perf_counter() - started
+    return Trained(model, curves, _evaluate(model, glyphs), seconds)
+
+
+def _rows(glyphs: Glyphs, rows: Tensor) -> dict[str, Tensor]:
+    return {name: x[rows] for name, x in glyphs.inputs.items()}
+
+
+def _evaluate(model: SPARC, glyphs: Glyphs) -> Evaluation:
+    rows = glyphs.rows(held_out=True, face="regular")
+    return evaluate(model, _rows(glyphs, rows), glyphs.labels[rows])
+
+
+def comparison(trained: dict[str, Trained]) -> list[Row]:
+    """The table, one column a model: the metrics, then every pair of streams by itself."""
+    evaluations = {name: result.evaluation for name, result in trained.items()}
+    rows = [
+        Row(row.name, row.meaning, row.better, row.cells, "Over all streams", row.key in HIGHLIGHTS)
+        for row in table(evaluations)
+    ]
+    first = next(iter(evaluations.values()))
+    for query, candidate in first.retrieval:
+        cells = {}
+        for name, evaluation in evaluations.items():
+            r = evaluation.retrieval[query, candidate]
+            cells[name] = f"{r.r1:.3f} / {r.r5:.3f} / {r.r10:.3f}, median {r.median_rank:.0f}, MRR {r.mrr:.3f}"
+        meaning = f"R@1 / R@5 / R@10 of finding the {candidate} code of the same sample from its {query} code."
+        rows.append(Row(f"{query} → {candidate}", meaning, "higher", cells, "Retrieval between two streams"))
+    for s, source in enumerate(first.streams):
+        for t, target in enumerate(first.streams):
+            cells = {name: f"{e.nmse[s, t]:.3f} / {e.r2[s, t]:.3f}" for name, e in evaluations.items()}
+            meaning = f"NMSE / R² of {target} reconstructed from the {source} code alone."
+            rows.append(Row(f"{source} → {target}", meaning, "neither", cells, "Reconstruction, source to target"))
+    return rows
+
+
+def as_text(rows: list[Row]) -> Table:
+    """The table for a terminal."""
+    columns = list(rows[0].cells)
+    text = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    text.add_column("held-out characters")
+    for name in columns:
+        text.add_column(name, justify="right", style="bold" if name == SPARC_NAME else None)
+    section = ""
+    for row in rows:
+        if row.section != section:
+            section = row.section
+            text.add_section()
+            text.add_row(f"[bold]{section}[/bold]")
+        text.add_row(row.name, *(row.cells[name] for name in columns))
+    return text
+
+
+def report(glyphs: Glyphs, trained: dict[str, Trained], settings: Settings, command: str) -> Report:
+    """Everything the page shows: both models over all characters in the regular face, each stream encoded alone."""
+    regular = torch.tensor([face == "regular" for face in glyphs.faces]).nonzero()[:, 0]
+    return Report(
+        before=_model_report(INDEPENDENT, trained[INDEPENDENT], glyphs, regular),
+        after=_model_report(SPARC_NAME, trained[SPARC_NAME], glyphs, regular),
+        streams=STREAMS,
+        characters=[glyphs.characters[n] for n in regular],
+        names=[glyphs.names[n] for n in regular],
+        faces=[glyphs.faces[n] for n in regular],
+        images={name: pictures[regular].numpy() for name, pictures in glyphs.images.items()},
+        table=comparison(trained),
+        settings={
+            "sparc_fast": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "command": command,
+            "training": f"{(~glyphs.held_out).sum():,} pictures and names; table on "
+            f"{len(glyphs.rows(held_out=True, face='regular'))} characters never trained on",
+            **{name.replace("_", " "): str(value) for name, value in vars(settings).items()},
+        },
+    )
+
+
+def _model_report(name: str, trained: Trained, glyphs: Glyphs, rows: Tensor, n: int = 12) -> ModelReport:
+    model, evaluation = trained.model, trained.evaluation
+    with torch.no_grad():
+        codes = {stream: model.encode({stream: x[rows]}).stream(stream) for stream, x in glyphs.inputs.items()}
+    named = name_latents(codes, glyphs.labels[rows], glyphs.concepts, model.n_latents)
+    top = top_samples(codes, model.n_latents, n)
+    use = latent_use(codes, model.n_latents)
+    held_out_jaccard = evaluation.jaccard_single
+    assert held_out_jaccard is not None  # the glyphs have labels
+    silent = ~evaluation.latents_single.alive_in_any
+    return ModelReport(
+        name=name,
+        top_samples={stream: top.samples[s].numpy() for s, stream in enumerate(codes)},
+        top_values={stream: top.values[s].numpy() for s, stream in enumerate(codes)},
+        concept=list(named.names),
+        agreement=named.agreement.numpy(),
+        frequency=use.frequency.mean(0).numpy(),
+        jaccard=held_out_jaccard.masked_fill(silent, torch.nan).numpy(),
+        curves=trained.curves,
+    )

@@ -1,0 +1,39 @@
+"""Honest evaluation of sparse codes over several streams.
+
+Every metric can be run on *single* codes (each stream encoded alone: the honest protocol) or on *joint* ones
+(all encoded together: the SPARC paper's). `evaluate` runs them all for a model and `table` compares models.
+"""
+
+from .agreement import firing_agreement
+from .codes import Codes, StreamCode
+from .concepts import LatentNames, TopSamples, name_latents, top_samples
+from .jaccard import concept_jaccard, concept_jaccard_by_chance
+from .latents import LatentUse, latent_use
+from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
+from .retrieval import Retrieval, retrieval_ranks
+from .summary import METRICS, Evaluation, Metric, Row, evaluate, table
+
+__all__ = [
+    "METRICS",
+    "Codes",
+    "Evaluation",
+    "LatentNames",
+    "LatentUse",
+    "Metric",
+    "Retrieval",
+    "Row",
+    "StreamCode",
+    "TopSamples",
+    "concept_jaccard",
+    "concept_jaccard_by_chance",
+    "evaluate",
+    "firing_agreement",
+    "latent_use",
+    "name_latents",
+    "nmse_from_errors",
+    "r2_from_errors",
+    "retrieval_ranks",
+    "squared_error",
+    "table",
+    "top_samples",
+]

@@ -1,0 +1,385 @@
+"""All metrics of one model, and the table that compares models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from itertools import permutations
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from .agreement import firing_agreement
+from .codes import Codes, StreamCode, check_labels
+from .jaccard import concept_jaccard, concept_jaccard_by_chance
+from .latents import LatentUse, latent_use
+from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
+from .retrieval import Retrieval, retrieval_ranks
+
+if TYPE_CHECKING:
+    from ..sae import SPARC
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Metrics of one model on one set of samples, on the CPU.
+
+    single_codes: each stream encoded alone; every metric is of these, but for the two called joint (all
+    streams encoded together, the SPARC paper's protocol). The jaccard tensors [L] are None without labels.
+    retrieval is by (query stream, candidate stream); nmse and r2 [S, S] by source (row) and target (column).
+    """
+
+    streams: tuple[str, ...]
+    n_samples: int
+    n_latents: int
+    single_codes: Codes
+    jaccard_single: Tensor | None
+    jaccard_chance: Tensor | None
+    jaccard_joint: Tensor | None
+    agreement: Tensor
+    latents_single: LatentUse
+    latents_joint: LatentUse
+    retrieval: dict[tuple[str, str], Retrieval]
+    nmse: Tensor
+    r2: Tensor
+
+    @property
+    def frequency(self) -> Tensor:
+        """Fraction of samples that fire each latent in each stream encoded alone, [S, L]."""
+        return self.latents_single.frequency
+
+    def scores(self) -> dict[str, float | None]:
+        """One number per metric of `METRICS`; None where it is undefined."""
+        return {metric.key: _finite(metric.value(self)) for metric in METRICS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary numbers as plain JSON; undefined ones are null."""
+        return {
+            "streams": list(self.streams),
+            "n_samples": self.n_samples,
+            "n_latents": self.n_latents,
+            "scores": self.scores(),
+            "dead_latents": self.latents_single.dead,
+            "active_per_sample": self.latents_single.active_per_sample,
+            "retrieval": {
+                f"{query} -> {candidate}": {key: _finite(value) for key, value in vars(found).items()}
+                for (query, candidate), found in self.retrieval.items()
+            },
+            "nmse": self._matrix(self.nmse),
+            "r2": self._matrix(self.r2),
+        }
+
+    def _matrix(self, matrix: Tensor) -> dict[str, float | None]:
+        return {
+            f"{source} -> {target}": _finite(float(matrix[s, t]))
+            for s, source in enumerate(self.streams)
+            for t, target in enumerate(self.streams)
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: SPARC, inputs: Mapping[str, Tensor], labels: Tensor | None = None, *, batch_size: int = 1024
+) -> Evaluation:
+    """Run every metric on paired inputs {stream: [N, D_s]}, row n being the same sample in each.
+
+    labels: bool [N, C], the concepts each sample carries. The model runs in eval mode and without gradients,
+    and is left as it was; batches are moved to its device. No tensor of size N x L or N x N is made.
+    """
+    n_samples = _check_inputs(model, inputs, labels, batch_size)
+    was_training = model.training
+    model.eval()
+    try:
+        single, joint, errors = _run(model, inputs, n_samples, batch_size)
+    finally:
+        model.train(was_training)
+    L = model.n_latents
+    if labels is not None:
+        labels = labels.to(errors.device)
+    targets = [inputs[name] for name in model.streams]
+    errors = errors.cpu()
+    return Evaluation(
+        streams=tuple(model.streams),
+        n_samples=n_samples,
+        n_latents=L,
+        single_codes={name: (values.cpu(), indices.cpu()) for name, (values, indices) in single.items()},
+        jaccard_single=None if labels is None else concept_jaccard(single, labels, L).cpu(),
+        jaccard_chance=None if labels is None else concept_jaccard_by_chance(single, labels, L).cpu(),
+        jaccard_joint=None if labels is None else concept_jaccard(joint, labels, L).cpu(),
+        agreement=firing_agreement(single, L).cpu(),
+        latents_single=latent_use(single, L),
+        latents_joint=latent_use(joint, L),
+        retrieval={
+            (query, candidate): Retrieval.from_ranks(retrieval_ranks(single[query], single[candidate], L))
+            for query, candidate in permutations(model.streams, 2)
+        },
+        nmse=torch.stack([nmse_from_errors(errors[:, t], x.cpu()) for t, x in enumerate(targets)], dim=1),
+        r2=torch.stack([r2_from_errors(errors[:, t], x.cpu()) for t, x in enumerate(targets)], dim=1),
+    )
+
+
+def _check_inputs(model: SPARC, inputs: Mapping[str, Tensor], labels: Tensor | None, batch_size: int) -> int:
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if set(inputs) != set(model.streams):
+        raise ValueError(f"inputs: expected the streams {list(model.streams)}, got {list(inputs)}")
+    n_samples = len(inputs[model.streams[0]])
+    for name, width in model.d_streams.items():
+        if inputs[name].shape != (n_samples, width):
+            raise ValueError(f"inputs[{name!r}]: expected [N={n_samples}, D={width}], got {list(inputs[name].shape)}")
+    if labels is not None:
+        check_labels(labels, n_samples)
+    return n_samples
+
+
+def _run(model: SPARC, inputs: Mapping[str, Tensor], n_samples: int, batch_size: int) -> tuple[Codes, Codes, Tensor]:
+    """Single codes, joint codes, and squared errors [S, S, N] of decoding each single code to each stream."""
+    S, device = len(model.streams), next(model.parameters()).device
+    single: dict[str, list[StreamCode]] = {name: [] for name in model.streams}
+    joint: dict[str, list[StreamCode]] = {name: [] for name in model.streams}
+    errors = []
+    for start in range(0, max(n_samples, 1), batch_size):
+        batch = {name: inputs[name][start : start + batch_size].to(device) for name in model.streams}
+        together = model.encode(batch)
+        error = []
+        for source in model.streams:
+            alone = model.encode({source: batch[source]})
+            joint[source].append(together.stream(source))
+            single[source].append(alone.stream(source))
+            for target in model.streams:
+                error.append(squared_error(batch[target], model.decode(alone, source=source, target=target)))
+        errors.append(torch.stack(error))
+    return _concatenate(single), _concatenate(joint), torch.cat(errors, dim=1).reshape(S, S, -1)
+
+
+def _concatenate(batches: Mapping[str, list[StreamCode]]) -> Codes:
+    return {
+        name: (torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts]))
+        for name, parts in batches.items()
+    }
+
+
+Better = Literal["higher", "lower", "neither"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of an `Evaluation`: what it is called, means, and how it is written."""
+
+    key: str
+    name: str
+    meaning: str
+    better: Better
+    format: str
+    value: Callable[[Evaluation], float | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison: values and cells (values as text) by column; None is written as a dash."""
+
+    key: str
+    name: str
+    meaning: str
+    better: Better
+    values: dict[str, float | None]
+    cells: dict[str, str]
+
+
+def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
+    """Compare models: one row per metric, one column per evaluation, for example "SPARC", "untrained"."""
+    scores = {column: evaluation.scores() for column, evaluation in evaluations.items()}
+    rows = []
+    for metric in METRICS:
+        values = {column: by_key[metric.key] for column, by_key in scores.items()}
+        cells = {c: "–" if value is None else format(value, metric.format) for c, value in values.items()}
+        rows.append(Row(metric.key, metric.name, metric.meaning, metric.better, values, cells))
+    return rows
+
+
+def _mean(values: Tensor | None) -> float | None:
+    return None if values is None else float(values.mean())
+
+
+def _mean_alive(values: Tensor | None, use: LatentUse) -> float | None:
+    return None if values is None else float(values[use.alive_in_any].mean())
+
+
+def _retrieval(field: str) -> Callable[[Evaluation], float]:
+    return lambda e: _average([getattr(found, field) for found in e.retrieval.values()])
+
+
+def _own(matrix: Tensor) -> float:
+    return float(matrix.diagonal().mean())
+
+
+def _cross(matrix: Tensor) -> float:
+    return float(matrix[~torch.eye(len(matrix), dtype=torch.bool)].mean())
+
+
+def _average(values: Collection[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "jaccard_single",
+        "Concept alignment",
+        "How alike the labels are that a latent fires for in two streams, each encoded alone (Jaccard, 0 to"
+        " 1, over all latents, a dead one counting 0).",
+        "higher",
+        ".3f",
+        lambda e: _mean(e.jaccard_single),
+    ),
+    Metric(
+        "jaccard_single_alive",
+        "Concept alignment, alive latents",
+        "The same over the latents that fire in at least one stream.",
+        "higher",
+        ".3f",
+        lambda e: _mean_alive(e.jaccard_single, e.latents_single),
+    ),
+    Metric(
+        "jaccard_chance",
+        "Concept alignment by chance",
+        "The same after each stream's samples are shuffled: what firing often earns without any meaning.",
+        "neither",
+        ".3f",
+        lambda e: _mean(e.jaccard_chance),
+    ),
+    Metric(
+        "jaccard_joint",
+        "Concept alignment, encoded jointly",
+        "The same with all streams encoded together: a shared support makes it high by construction, even untrained.",
+        "neither",
+        ".3f",
+        lambda e: _mean(e.jaccard_joint),
+    ),
+    Metric(
+        "jaccard_joint_alive",
+        "Concept alignment, encoded jointly, alive latents",
+        "The same over the latents that fire in at least one stream.",
+        "neither",
+        ".3f",
+        lambda e: _mean_alive(e.jaccard_joint, e.latents_joint),
+    ),
+    Metric(
+        "agreement",
+        "Firing agreement",
+        "Of the samples that fire a latent in either of two streams, the fraction that fire it in both, each"
+        " encoded alone, over alive latents.",
+        "higher",
+        ".3f",
+        lambda e: _mean_alive(e.agreement, e.latents_single),
+    ),
+    Metric(
+        "r1",
+        "Retrieval R@1",
+        "How often a sample's code in one stream is nearest to its own code in another, over all pairs.",
+        "higher",
+        ".3f",
+        _retrieval("r1"),
+    ),
+    Metric(
+        "r5",
+        "Retrieval R@5",
+        "How often it is among the 5 nearest.",
+        "higher",
+        ".3f",
+        _retrieval("r5"),
+    ),
+    Metric(
+        "r10",
+        "Retrieval R@10",
+        "How often it is among the 10 nearest.",
+        "higher",
+        ".3f",
+        _retrieval("r10"),
+    ),
+    Metric(
+        "median_rank",
+        "Retrieval median rank",
+        "The rank at which half of the samples are found; 1 is best.",
+        "lower",
+        ",.1f",
+        _retrieval("median_rank"),
+    ),
+    Metric(
+        "mrr",
+        "Retrieval MRR",
+        "Mean of 1 / rank.",
+        "higher",
+        ".3f",
+        _retrieval("mrr"),
+    ),
+    Metric(
+        "nmse_self",
+        "Own error (NMSE)",
+        "Squared error of rebuilding a stream from its own code, as a fraction of its squared norm.",
+        "lower",
+        ".3f",
+        lambda e: _own(e.nmse),
+    ),
+    Metric(
+        "nmse_cross",
+        "Cross error (NMSE)",
+        "The same, from the code of another stream.",
+        "lower",
+        ".3f",
+        lambda e: _cross(e.nmse),
+    ),
+    Metric(
+        "r2_self",
+        "Own variance explained (R²)",
+        "Fraction of a stream's variance that its own code explains; 0 is what the mean scores.",
+        "higher",
+        ".3f",
+        lambda e: _own(e.r2),
+    ),
+    Metric(
+        "r2_cross",
+        "Cross variance explained (R²)",
+        "The same, from the code of another stream.",
+        "higher",
+        ".3f",
+        lambda e: _cross(e.r2),
+    ),
+    Metric(
+        "alive",
+        "Latents alive in all streams",
+        "Fraction of latents that some sample fires in every stream, each encoded alone.",
+        "higher",
+        ".1%",
+        lambda e: e.latents_single.n_alive / e.n_latents,
+    ),
+    Metric(
+        "mixed",
+        "Latents alive in some streams only",
+        "Fraction of latents that cannot mean the same in all streams, being silent in some.",
+        "lower",
+        ".1%",
+        lambda e: e.latents_single.n_mixed / e.n_latents,
+    ),
+    Metric(
+        "dead",
+        "Latents dead in all streams",
+        "Fraction of latents that no sample fires in any stream.",
+        "lower",
+        ".1%",
+        lambda e: e.latents_single.n_dead / e.n_latents,
+    ),
+    Metric(
+        "active",
+        "Active latents per sample",
+        "Mean number of latents with a value above 0 (L0), over the streams.",
+        "neither",
+        ".1f",
+        lambda e: _average(e.latents_single.active_per_sample.values()),
+    ),
+)

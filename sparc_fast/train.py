@@ -1,0 +1,87 @@
+"""A training loop for samples that fit in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from sparc_fast.optim import SparcAdam
+from sparc_fast.sae import SPARC
+
+Curves = dict[str, list[float]]
+
+
+def train(
+    model: SPARC,
+    inputs: Mapping[str, Tensor],
+    *,
+    steps: int,
+    batch_size: int = 256,
+    lr: float = 1e-3,
+    warmup: float = 0.05,
+    cross_loss_coef: float = 1.0,
+    auxk_coef: float = 1 / 32,
+    seed: int = 0,
+    curve_points: int = 200,
+    on_step: Callable[[int], object] | None = None,
+) -> Curves:
+    """Train with `SparcAdam`: shuffled epochs without replacement, linear warm-up, cosine decay to 0.
+
+    Args:
+        inputs: every stream's samples, [N, D_s], in memory.
+        steps: optimizer steps.
+        warmup: the part of the steps in which the learning rate rises to `lr`.
+        seed: of the shuffling; the same seed gives the same model, bit for bit, on one machine.
+        curve_points: about how many points of the training curves to keep.
+        on_step: called with the number of steps done, after each.
+
+    Returns:
+        curves: "step", "loss", "self", "cross" (when it is trained on) and "dead", lists of equal length.
+    """
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps and batch_size must be >= 1, got {steps} and {batch_size}")
+    x = model.pack(inputs)
+    if x.streams != model.streams or len(x.x) == 0:
+        raise ValueError(f"inputs must hold samples of every stream {model.streams}, got {len(x.x)} of {x.streams}")
+    optimizer = SparcAdam(model, lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps, warmup))
+    batches = _batches(len(x.x), batch_size, torch.Generator().manual_seed(seed))
+    curves: Curves = {"step": [], "loss": [], "self": [], "cross": [], "dead": []}
+    every = max(1, steps // curve_points)
+    model.train()
+    for step in range(1, steps + 1):
+        rows = next(batches)
+        loss = optimizer.step({name: stream[rows] for name, stream in inputs.items()}, cross_loss_coef, auxk_coef)
+        schedule.step()
+        if step % every == 0 or step == steps:
+            curves["step"].append(step)
+            curves["loss"].append(float(loss.total))
+            curves["self"].append(float(loss.self))
+            curves["cross"].append(math.nan if loss.cross is None else float(loss.cross))
+            curves["dead"].append(int(model.dead.sum()))
+        if on_step is not None:
+            on_step(step)
+    model.eval()
+    if math.isnan(curves["cross"][0]):
+        del curves["cross"]
+    return curves
+
+
+def _batches(n_samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Rows of batches without end: every epoch is a new permutation, and its ragged tail opens the next."""
+    rows = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(rows) < batch_size:
+            rows = torch.cat([rows, torch.randperm(n_samples, generator=generator)])
+        yield rows[:batch_size]
+        rows = rows[batch_size:]
+
+
+def _schedule(step: int, steps: int, warmup: float) -> float:
+    rising = warmup * steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))

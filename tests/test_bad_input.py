@@ -1,0 +1,157 @@
+"""Bad input gets one error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparc_fast as sf
+from sparc_fast import functional as F
+
+WIDTHS = {"dino": 4, "text": 3}
+
+
+def operands(N: int = 5, L: int = 9) -> dict[str, torch.Tensor]:
+    return {
+        "x": torch.randn(N, 7),
+        "W_enc": torch.randn(L, 7),
+        "pre_bias": torch.randn(7),
+        "latent_bias": torch.randn(2, L),
+    }
+
+
+@pytest.mark.parametrize("k", [0, -1, 10])
+def test_k_outside_the_latents(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k must be between 1 and n_latents=9, got {k}"):
+        sf.SPARC(WIDTHS, 9, k)
+    with pytest.raises(ValueError, match=f"k must be between 1 and n_latents=9, got {k}"):
+        F.global_topk(**operands(), k=k)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"d_streams": {}}, "d_streams must name at least one stream"),
+        ({"d_streams": {"a": 0}}, "each of width >= 1, got {'a': 0}"),
+        ({"selection": "both"}, "selection must be \"global\" or \"local\", got 'both'"),
+        ({"auxk": -1}, "auxk and dead_after must be >= 0, got -1"),
+        ({"backend": "abacus"}, "backend must be one of 'auto', .*'reference'.* for cpu tensors, got 'abacus'"),
+    ],
+)
+def test_a_model_that_cannot_be(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sf.SPARC(**{"d_streams": WIDTHS, "n_latents": 9, "k": 2, **arguments})
+
+
+@pytest.mark.parametrize("method", ["encode", "loss", "__call__"])
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "inputs must hold at least one of the streams .'dino', 'text'., got none"),
+        ({"audio": torch.zeros(2, 3)}, "inputs must be one of the streams .'dino', 'text'., got 'audio'"),
+        ({"dino": torch.zeros(2, 5)}, r"inputs\['dino'\] must be \[..., 4\], got \[2, 5\]"),
+        ({"dino": torch.zeros(4)}, r"inputs\['dino'\] must be \[..., 4\], got \[4\]"),
+        (
+            {"dino": torch.zeros(2, 4), "text": torch.zeros(3, 3)},
+            r"same samples in every stream: 'dino' has \[2\], 'text' has \[3\]",
+        ),
+        (torch.zeros(2, 8), r"inputs must be \[..., D=7\], all streams side by side, got \[2, 8\]"),
+    ],
+)
+def test_inputs_that_do_not_fit_the_streams(inputs: object, message: str, method: str) -> None:
+    model = sf.SPARC(WIDTHS, 9, 2)
+    with pytest.raises(ValueError, match=message):
+        getattr(model, method)(inputs)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_finite(bad: float) -> None:
+    model = sf.SPARC(WIDTHS, 9, 2)
+    inputs = {"dino": torch.zeros(5, 4), "text": torch.zeros(5, 3)}
+    inputs["text"][3, 1] = bad
+    with pytest.raises(ValueError, match=r"inputs\['text'\] must be finite, got NaN or infinity in 1 of 5 rows.*row 3"):
+        model.loss(inputs)
+
+
+def test_unchecked_nan_stays_in_its_row(backend: str) -> None:
+    torch.manual_seed(0)
+    model = sf.SPARC(WIDTHS, 9, 2, check_finite=False, backend=backend)
+    x = torch.randn(5, 7)
+    expected = model.encode(x)
+    x[3, 1] = torch.nan
+    codes = model.encode(x)
+    others = [0, 1, 2, 4]
+    assert torch.equal(codes.indices[others], expected.indices[others])
+    assert torch.equal(codes.values[others], expected.values[others])
+    assert codes.indices[3].unique().numel() == 2
+    assert codes.values[3].isnan().any()
+
+
+def test_finite_inputs_whose_sum_overflows_are_accepted() -> None:
+    model = sf.SPARC(WIDTHS, 9, 2)
+    model.encode({"dino": torch.full((5, 4), 1e38), "text": torch.zeros(5, 3)})
+
+
+@pytest.mark.parametrize("role", ["source", "target"])
+def test_unknown_streams_in_decode_and_translate(role: str) -> None:
+    model = sf.SPARC(WIDTHS, 9, 2)
+    names = {"source": "dino", "target": "text", role: "audio"}
+    with pytest.raises(ValueError, match=r"must be one of the streams \('dino'.*got 'audio'"):
+        model.translate({"dino": torch.zeros(2, 4)}, **names)
+    with pytest.raises(ValueError, match=r"must be one of the streams \('dino'.*got 'audio'"):
+        model.decode(model.encode({"dino": torch.zeros(2, 4)}), **names)
+
+
+def test_translate_without_its_source() -> None:
+    model = sf.SPARC(WIDTHS, 9, 2)
+    with pytest.raises(ValueError, match=r"inputs must hold the source stream 'text', got \('dino',\)"):
+        model.translate({"dino": torch.zeros(2, 4)}, "text", "dino")
+
+
+def test_calibration_without_every_stream() -> None:
+    with pytest.raises(ValueError, match=r"inputs must hold samples of every stream \('dino', 'text'\)"):
+        sf.SPARC(WIDTHS, 9, 2).calibrate({"dino": torch.randn(5, 4)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(5)}, r"x must be \[N, D\], got \[5\]"),
+        ({"x": torch.zeros(5, 7, dtype=torch.int32)}, "x must be float32, bfloat16, float16 or float64, got torch.int32"),
+        ({"W_enc": torch.randn(9, 6)}, r"W_enc must be \[L, 7\], got \[9, 6\]"),
+        ({"W_enc": torch.randn(9, 7).double()}, "W_enc must have the dtype and device of x, torch.float32 on cpu, got torch.float64"),
+        ({"pre_bias": torch.randn(6)}, r"pre_bias must be \[7\], got \[6\]"),
+        ({"latent_bias": torch.randn(2, 8)}, r"latent_bias must be \[2, 9\], got \[2, 8\]"),
+        ({"d_streams": (4, 4)}, r"d_streams must be widths of at least 1 that add up to D=7, got \(4, 4\)"),
+        ({"d_streams": (7, 0)}, r"d_streams must be widths of at least 1"),
+        ({"indices": torch.zeros(4, 2, dtype=torch.int32)}, r"indices must be \[N=5, k\] or \[N=5, S=2, k\], got \[4, 2\]"),
+        ({"indices": torch.zeros(5, 2)}, "indices must be int32 or int64, got torch.float32"),
+    ],
+)  # fmt: skip
+def test_operands_that_do_not_fit_each_other(change: dict[str, object], message: str) -> None:
+    arguments = {**operands(), "indices": torch.zeros(5, 2, dtype=torch.int32), "d_streams": (4, 3), **change}
+    with pytest.raises(ValueError, match=message):
+        F.support_values(**arguments)
+
+
+def test_indices_outside_the_latents() -> None:
+    with pytest.raises(ValueError, match=r"indices must lie in 0 … n_latents - 1 = 8, got 3 … 9"):
+        F.invert_indices(torch.tensor([[3, 9]]), 9)
+
+
+def test_the_fused_loss_refuses_inputs_that_want_gradients() -> None:
+    model = sf.SPARC(WIDTHS, 9, 2)
+    with pytest.raises(ValueError, match="x must not require a gradient"):
+        model.loss(torch.randn(5, 7, requires_grad=True))
+
+
+def test_weights_that_are_not_pairs_of_streams() -> None:
+    arguments = {**operands(), "W_dec": torch.randn(9, 7), "indices": torch.zeros(5, 2, dtype=torch.int32)}
+    with pytest.raises(ValueError, match="weights must hold 4 factors, source by target, got 2"):
+        F.reconstruction_loss(**arguments, d_streams=(4, 3), scale=torch.ones(5, 2), weights=(1.0, 1.0))
+
+
+@pytest.mark.parametrize("arguments", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}])
+def test_optimizer_settings_out_of_range(arguments: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="lr and eps must be >= 0 and betas in"):
+        sf.SparcAdam(sf.SPARC(WIDTHS, 9, 2), **arguments)

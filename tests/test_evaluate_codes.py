@@ -1,0 +1,86 @@
+"""Random sparse codes for the tests of the metrics, their dense meaning, and the checks on arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparc_fast.evaluate import (
+    Codes,
+    StreamCode,
+    concept_jaccard,
+    firing_agreement,
+    latent_use,
+    name_latents,
+    top_samples,
+)
+
+
+def code_of(dense: list[list[float]]) -> StreamCode:
+    """The code of a small dense matrix [N, L], all L latents selected."""
+    values = torch.tensor(dense)
+    return values, torch.arange(values.shape[1]).expand(values.shape)
+
+
+def dense_of(code: StreamCode, n_latents: int) -> Tensor:
+    values, indices = code
+    return torch.zeros(len(values), n_latents).scatter(1, indices.long(), values.relu())
+
+
+@st.composite
+def cases(draw: st.DrawFn, min_samples: int = 0) -> tuple[dict[str, StreamCode], Tensor, int]:
+    """Codes of 1 to 4 streams, labels, n_latents; values from -2 to 3, so ties, dead latents and zero rows."""
+    S, N = draw(st.integers(1, 4)), draw(st.integers(min_samples, 9))
+    L, C = draw(st.integers(1, 7)), draw(st.integers(0, 5))
+    k = draw(st.integers(1, L))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    codes = {}
+    for s in range(S):
+        indices = torch.rand(N, L, generator=generator).argsort(dim=1)[:, :k].int()
+        values = torch.randint(-2, 4, (N, k), generator=generator).float()
+        codes[f"stream{s}"] = (values, indices)
+    labels = torch.rand(N, C, generator=generator) < draw(st.sampled_from([0.1, 0.5, 1.0]))
+    return codes, labels, L
+
+
+GOOD = code_of([[1.0, 0.0], [0.0, 2.0]])
+LABELS = torch.ones(2, 1, dtype=torch.bool)
+METRICS = {
+    "concept_jaccard": lambda codes: concept_jaccard(codes, LABELS, 2),
+    "firing_agreement": lambda codes: firing_agreement(codes, 2),
+    "latent_use": lambda codes: latent_use(codes, 2),
+    "name_latents": lambda codes: name_latents(codes, LABELS, ["word"], 2),
+    "top_samples": lambda codes: top_samples(codes, 2, 1),
+}
+BAD: dict[str, tuple[Codes, str]] = {
+    "no stream": ({}, "codes: expected at least one stream"),
+    "shapes": ({"a": (GOOD[0], GOOD[1][:, :1])}, r"codes\['a'\]: expected .* got \(2, 2\) and \(2, 1\)"),
+    "index type": (
+        {"a": (GOOD[0], GOOD[1].float())},
+        r"codes\['a'\]: expected int32 or int64 indices, got torch.float32",
+    ),
+    "index too high": ({"a": (GOOD[0], GOOD[1] + 1)}, r"expected indices in \[0, n_latents=2\), got 1 to 2"),
+    "negative index": ({"a": (GOOD[0], GOOD[1] - 1)}, r"expected indices in \[0, n_latents=2\), got -1 to 0"),
+    "samples": (
+        {"a": GOOD, "b": (GOOD[0][:1], GOOD[1][:1])},
+        r"same number of samples .* \{'a': 2, 'b': 1\}",
+    ),
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("case", BAD)
+def test_every_metric_names_what_is_wrong_with_its_codes(metric: str, case: str) -> None:
+    codes, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        METRICS[metric](codes)
+
+
+@pytest.mark.parametrize("labels", [LABELS.float(), LABELS[:1], LABELS[:, 0]], ids=["type", "N", "dims"])
+def test_labels_of_the_wrong_type_or_shape_are_refused(labels: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"labels: expected bool \[N=2, C\], got torch"):
+        concept_jaccard({"a": GOOD}, labels, 2)
+    with pytest.raises(ValueError, match=r"labels: expected bool \[N=2, C\], got torch"):
+        name_latents({"a": GOOD}, labels, ["word"], 2)

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_evaluate_codes import cases, code_of, dense_of
+from torch import Tensor
+
+from sparc_fast.evaluate import Retrieval, StreamCode, retrieval_ranks
+
+Case = tuple[dict[str, StreamCode], Tensor, int]
+INF = math.inf
+
+
+def ranks_by_definition(queries: Tensor, candidates: Tensor) -> list[float]:
+    """In exact integers: cosines q.c / (|q| |c|) are ordered by sign(q.c) (q.c)^2 / |c|^2."""
+    q, c = queries.long().tolist(), candidates.long().tolist()
+
+    def orders(n: int, m: int) -> tuple[int, int]:
+        dot = sum(a * b for a, b in zip(q[n], c[m], strict=True))
+        return dot * abs(dot), sum(b * b for b in c[m])
+
+    ranks = []
+    for n in range(len(q)):
+        if not any(q[n]) or not any(c[n]):
+            ranks.append(INF)
+            continue
+        own, own_norm = orders(n, n)
+        others = [orders(n, m) for m in range(len(c)) if m != n and any(c[m])]
+        higher = sum(dot * own_norm > own * norm for dot, norm in others)
+        equal = sum(dot * own_norm == own * norm for dot, norm in others)
+        ranks.append(1 + higher + equal / 2)
+    return ranks
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=cases(), chunk=st.integers(1, 10))
+def test_ranks_of_sparse_codes_equal_the_definition_in_exact_arithmetic(case: Case, chunk: int) -> None:
+    streams, _, L = case
+    a, b = next(iter(streams.values())), list(streams.values())[-1]
+    expected = ranks_by_definition(dense_of(a, L), dense_of(b, L))
+    assert retrieval_ranks(a, b, L, chunk=chunk).tolist() == expected
+    assert retrieval_ranks(dense_of(a, L), dense_of(b, L), chunk=chunk).tolist() == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(N=st.integers(0, 9), D=st.integers(1, 5), seed=st.integers(0, 2**31), chunk=st.integers(1, 10))
+def test_ranks_of_signed_dense_rows_equal_the_definition(N: int, D: int, seed: int, chunk: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randint(-3, 4, (N, D), generator=generator).float() for _ in range(2))
+    assert retrieval_ranks(a, b, chunk=chunk).tolist() == ranks_by_definition(a, b)
+
+
+def test_equal_codes_are_found_first() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 8)
+    found = Retrieval.from_ranks(retrieval_ranks(x, 3 * x))
+    assert (found.r1, found.r5, found.r10, found.median_rank, found.mrr) == (1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("width", [1, 64, 768])
+def test_constant_codes_tie_with_everything_and_rank_in_the_middle(width: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, width).expand(101, width)
+    ranks = retrieval_ranks(x, x)
+    assert ranks.tolist() == [51.0] * 101
+    assert Retrieval.from_ranks(ranks).r10 == 0
+
+
+def test_ties_count_half() -> None:
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    candidates = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    # query 0: ties with 1; query 1: candidate 2 beats its own, which ties with 0; query 2: all three tie
+    assert retrieval_ranks(queries, candidates).tolist() == [1.5, 2.5, 2.0]
+
+
+def test_a_zero_row_matches_nothing_and_stands_behind_all_others() -> None:
+    queries = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    candidates = torch.tensor([[-1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    assert retrieval_ranks(queries, candidates).tolist() == [2.0, INF, INF]
+    zero = torch.zeros(1, 2)
+    found = Retrieval.from_ranks(retrieval_ranks(zero, zero))
+    assert (found.r1, found.r10, found.median_rank, found.mrr) == (0, 0, INF, 0)
+
+
+def test_codes_that_are_selected_but_not_active_are_zero_rows() -> None:
+    silent = (torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int32))
+    assert retrieval_ranks(silent, silent, 3).tolist() == [INF, INF]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-4, 1e30])
+def test_the_scale_of_the_codes_does_not_matter(scale: float) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(30, 6), torch.randn(30, 6)
+    assert torch.equal(retrieval_ranks(scale * a, scale * b), retrieval_ranks(a, b))
+
+
+def test_a_lone_sample_is_found_unless_it_is_zero() -> None:
+    assert retrieval_ranks(code_of([[1.0, 0.0]]), code_of([[1.0, 1.0]]), 2).tolist() == [1.0]
+
+
+def test_summary_of_hand_made_ranks() -> None:
+    found = Retrieval.from_ranks(torch.tensor([1.0, 2.0, 8.0, INF]))
+    assert found == Retrieval(n=4, r1=0.25, r5=0.5, r10=0.75, median_rank=5.0, mrr=(1 + 1 / 2 + 1 / 8) / 4)
+    assert Retrieval.from_ranks(torch.tensor([3.0, 1.0, 9.0])).median_rank == 3
+
+
+def test_no_queries_have_no_scores() -> None:
+    ranks = retrieval_ranks(torch.zeros(0, 3), torch.zeros(0, 3))
+    found = Retrieval.from_ranks(ranks)
+    assert found.n == 0
+    assert all(map(math.isnan, (found.r1, found.r5, found.r10, found.median_rank, found.mrr)))
+
+
+X, CODE = torch.ones(2, 3), code_of([[1.0], [1.0]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X, X[0]), r"candidates: expected \[N, D\], got \(3,\)"),
+        ((X, X[:1]), r"expected the same N .* queries dense \[2, 3\], candidates dense \[1, 3\]"),
+        ((X, X[:, :2]), r"expected the same D, got queries dense \[2, 3\], candidates dense \[2, 2\]"),
+        ((X, CODE, 1), "both dense or both sparse"),
+        ((CODE, CODE), "queries: expected n_latents with sparse codes, got None"),
+        ((CODE, CODE, 0), r"queries: expected indices in \[0, n_latents=0\)"),
+        ((X, X * math.nan), "candidates: expected finite values"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        retrieval_ranks(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_chunk_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="chunk: expected at least 1, got 0"):
+        retrieval_ranks(X, X, chunk=0)

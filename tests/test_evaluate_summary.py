@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import FrozenInstanceError
+from itertools import permutations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import sparc_fast as sf
+from sparc_fast.evaluate import (
+    METRICS,
+    Evaluation,
+    Retrieval,
+    concept_jaccard,
+    concept_jaccard_by_chance,
+    evaluate,
+    firing_agreement,
+    latent_use,
+    nmse_from_errors,
+    r2_from_errors,
+    retrieval_ranks,
+    squared_error,
+    table,
+)
+
+WIDTHS = {"image": 7, "text": 5, "sound": 3}
+
+
+def model_of(widths: dict[str, int] = WIDTHS, selection: str = "global") -> sf.SPARC:
+    torch.manual_seed(0)
+    return sf.SPARC(widths, n_latents=20, k=4, selection=selection, backend="reference")  # type: ignore[arg-type]
+
+
+def data_of(N: int, widths: dict[str, int] = WIDTHS) -> tuple[dict[str, Tensor], Tensor]:
+    torch.manual_seed(1)
+    return {name: torch.randn(N, width) for name, width in widths.items()}, torch.rand(N, 6) < 0.3
+
+
+# --- reconstruction ---
+
+
+@settings(max_examples=60, deadline=None)
+@given(N=st.integers(2, 9), D=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_nmse_and_r2_equal_their_definitions(N: int, D: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, x_hat = (torch.randn(N, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    error = squared_error(x, x_hat)
+    ratios = [float(((a - b) ** 2).sum() / (a**2).sum()) for a, b in zip(x, x_hat, strict=True)]
+    assert float(nmse_from_errors(error, x)) == pytest.approx(sum(ratios) / N)
+    r2 = 1 - float(((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum())
+    assert float(r2_from_errors(error, x)) == pytest.approx(r2)
+    both = torch.stack([error, 2 * error])
+    assert torch.equal(nmse_from_errors(both, x)[0], nmse_from_errors(error, x))
+    assert torch.equal(r2_from_errors(both, x)[1], r2_from_errors(2 * error, x))
+
+
+def test_anchors_of_nmse_and_r2() -> None:
+    x = torch.randn(10, 4) + 5
+    mean = x.mean(0).expand(10, 4)
+    assert nmse_from_errors(squared_error(x, x), x) == 0
+    assert r2_from_errors(squared_error(x, x), x) == 1
+    assert float(nmse_from_errors(squared_error(x, torch.zeros(10, 4)), x)) == pytest.approx(1)
+    assert float(r2_from_errors(squared_error(x, mean), x)) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_zero_row_adds_nothing_to_nmse_and_is_counted() -> None:
+    x = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    assert float(nmse_from_errors(squared_error(x, torch.ones(2, 2)), x)) == 0.5
+
+
+def test_a_nearly_constant_dimension_does_not_rule_r2() -> None:
+    x = torch.tensor([[0.0, 1.0], [10.0, 1.0001]])
+    x_hat = torch.tensor([[0.0, 1.0], [10.0, 1.1]])
+    assert float(r2_from_errors(squared_error(x, x_hat), x)) > 0.999
+
+
+@pytest.mark.parametrize("N", [0, 1, 3, 5000])
+def test_r2_is_undefined_where_nothing_varies(N: int) -> None:
+    x = torch.full((N, 2), 0.1)
+    assert math.isnan(r2_from_errors(squared_error(x, x + 1), x))
+
+
+def test_r2_of_many_rows_is_that_of_all_together() -> None:
+    x = torch.randn(9000, 2, dtype=torch.float64) * torch.arange(9000)[:, None]
+    expected = 1 - 9000 * 2 / (x - x.mean(0)).square().sum()
+    assert float(r2_from_errors(squared_error(x, x + 1), x)) == pytest.approx(float(expected))
+    assert float(nmse_from_errors(squared_error(x, 3 * x), x)) == pytest.approx(4 * 8999 / 9000)
+
+
+def test_shapes_that_do_not_match_are_named() -> None:
+    with pytest.raises(ValueError, match=r"x and x_hat: .* got \(2, 3\) and \(2, 1\)"):
+        squared_error(torch.ones(2, 3), torch.ones(2, 1))
+    for score in (nmse_from_errors, r2_from_errors):
+        with pytest.raises(ValueError, match=r"error and x: .* got \(2,\) and \(3, 1\)"):
+            score(torch.ones(2), torch.ones(3, 1))
+
+
+# --- evaluate ---
+
+
+@pytest.mark.parametrize("selection", ["global", "local"])
+@pytest.mark.parametrize("batch_size", [7, 30, 1000])
+def test_evaluate_equals_each_metric_on_the_whole_batch(selection: str, batch_size: int) -> None:
+    model, (inputs, labels) = model_of(selection=selection), data_of(30)
+    found = evaluate(model, inputs, labels, batch_size=batch_size)
+    together = model.encode(inputs)
+    joint = {name: together.stream(name) for name in model.streams}
+    alone = {name: model.encode({name: x}) for name, x in inputs.items()}
+    single = {name: codes.stream(name) for name, codes in alone.items()}
+    L = model.n_latents
+    assert found.jaccard_single is not None
+    assert found.jaccard_chance is not None
+    assert found.jaccard_joint is not None
+    torch.testing.assert_close(found.jaccard_single, concept_jaccard(single, labels, L))
+    torch.testing.assert_close(found.jaccard_chance, concept_jaccard_by_chance(single, labels, L))
+    torch.testing.assert_close(found.jaccard_joint, concept_jaccard(joint, labels, L))
+    torch.testing.assert_close(found.agreement, firing_agreement(single, L))
+    torch.testing.assert_close(found.frequency, latent_use(single, L).frequency)
+    torch.testing.assert_close(found.latents_joint.frequency, latent_use(joint, L).frequency)
+    assert list(found.retrieval) == list(permutations(WIDTHS, 2))
+    for (a, b), scores in found.retrieval.items():
+        assert scores == Retrieval.from_ranks(retrieval_ranks(single[a], single[b], L))
+    for s, source in enumerate(WIDTHS):
+        for t, target in enumerate(WIDTHS):
+            error = squared_error(inputs[target], model.decode(alone[source], source, target).detach())
+            torch.testing.assert_close(found.nmse[s, t], nmse_from_errors(error, inputs[target]))
+            torch.testing.assert_close(found.r2[s, t], r2_from_errors(error, inputs[target]))
+    for name, (values, indices) in found.single_codes.items():
+        torch.testing.assert_close(values, single[name][0].detach())
+        assert torch.equal(indices, single[name][1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_leaves_the_model_as_it_was(training: bool) -> None:
+    model, (inputs, labels) = model_of().train(training), data_of(9)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    evaluate(model, inputs, labels)
+    assert model.training is training
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_the_model_runs_in_eval_mode_and_returns_to_training_after_an_error() -> None:
+    class Failing(sf.SPARC):
+        def encode(self, inputs: object) -> sf.SparseLatents:
+            raise RuntimeError(f"training={self.training}")
+
+    model = Failing(WIDTHS, n_latents=20, k=4, backend="reference")
+    with pytest.raises(RuntimeError, match="training=False"):
+        evaluate(model, data_of(3)[0])
+    assert model.training
+
+
+def test_results_cannot_be_reassigned_and_carry_no_gradients() -> None:
+    found = evaluate(model_of(), *data_of(9))
+    with pytest.raises(FrozenInstanceError):
+        found.n_samples = 3  # type: ignore[misc]
+    assert not found.nmse.requires_grad
+    assert not any(values.requires_grad for values, _ in found.single_codes.values())
+
+
+def test_without_labels_only_the_jaccard_scores_are_missing() -> None:
+    inputs, _ = data_of(9)
+    found = evaluate(model_of(), inputs)
+    assert found.jaccard_single is found.jaccard_joint is found.jaccard_chance is None
+    missing = {key for key, value in found.scores().items() if value is None}
+    assert missing == {m.key for m in METRICS if m.key.startswith("jaccard")}
+
+
+def test_one_stream_has_no_cross_scores() -> None:
+    widths = {"image": 7}
+    scores = evaluate(model_of(widths), *data_of(9, widths)).scores()
+    undefined = {key for key, value in scores.items() if value is None}
+    assert undefined == {"nmse_cross", "r2_cross", "r1", "r5", "r10", "median_rank", "mrr"}
+    assert scores["jaccard_single"] == scores["jaccard_joint"] == 0
+
+
+def test_no_samples_give_undefined_scores_and_dead_latents() -> None:
+    scores = evaluate(model_of(), *data_of(0)).scores()
+    assert scores["dead"] == 1
+    assert scores["jaccard_single"] == scores["alive"] == scores["active"] == 0
+    assert scores["r1"] is scores["nmse_self"] is scores["r2_cross"] is scores["agreement"] is None
+
+
+def test_a_lone_sample_is_retrieved_first_and_has_no_variance() -> None:
+    scores = evaluate(model_of(), *data_of(1)).scores()
+    assert scores["r1"] == scores["median_rank"] == 1
+    assert scores["r2_self"] is None
+
+
+def test_streams_may_come_in_any_order() -> None:
+    model, (inputs, labels) = model_of(), data_of(9)
+    backwards = dict(reversed(list(inputs.items())))
+    assert evaluate(model, backwards, labels).to_dict() == evaluate(model, inputs, labels).to_dict()
+
+
+def test_wrong_inputs_are_named() -> None:
+    model, (inputs, labels) = model_of(), data_of(4)
+    with pytest.raises(ValueError, match=r"inputs: expected the streams \['image', 'text', 'sound'\], got"):
+        evaluate(model, {"image": inputs["image"]}, labels)
+    with pytest.raises(ValueError, match=r"inputs\['text'\]: expected \[N=4, D=5\], got \[3, 5\]"):
+        evaluate(model, {**inputs, "text": inputs["text"][:3]}, labels)
+    with pytest.raises(ValueError, match=r"labels: expected bool \[N=4, C\]"):
+        evaluate(model, inputs, labels[:3])
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        evaluate(model, inputs, labels, batch_size=0)
+
+
+# --- scores and table ---
+
+
+def evaluation_of(**changes: object) -> Evaluation:
+    """Two streams, two latents; latent 0 is aligned, latent 1 is dead."""
+    code = torch.tensor([[1.0], [1.0]]), torch.tensor([[0], [0]])
+    use = latent_use({"a": code, "b": code}, 2)
+    fields: dict[str, object] = {
+        "streams": ("a", "b"),
+        "n_samples": 2,
+        "n_latents": 2,
+        "single_codes": {"a": code, "b": code},
+        "jaccard_single": torch.tensor([0.6, 0.0]),
+        "jaccard_chance": torch.tensor([0.2, 0.0]),
+        "jaccard_joint": torch.tensor([1.0, 0.0]),
+        "agreement": torch.tensor([1.0, 0.0]),
+        "latents_single": use,
+        "latents_joint": use,
+        "retrieval": {
+            ("a", "b"): Retrieval(2, 0.5, 1.0, 1.0, 1500.0, 0.75),
+            ("b", "a"): Retrieval(2, 0.0, 1.0, 1.0, 500.0, 0.25),
+        },
+        "nmse": torch.tensor([[0.1, 0.5], [0.7, 0.3]]),
+        "r2": torch.tensor([[0.9, 0.5], [0.3, 0.7]]),
+    }
+    return Evaluation(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_scores_average_over_latents_streams_and_pairs() -> None:
+    expected = {
+        "jaccard_single": 0.3,
+        "jaccard_single_alive": 0.6,
+        "jaccard_chance": 0.1,
+        "jaccard_joint": 0.5,
+        "jaccard_joint_alive": 1.0,
+        "agreement": 1.0,
+        "r1": 0.25,
+        "r5": 1.0,
+        "r10": 1.0,
+        "median_rank": 1000.0,
+        "mrr": 0.5,
+        "nmse_self": 0.2,
+        "nmse_cross": 0.6,
+        "r2_self": 0.8,
+        "r2_cross": 0.4,
+        "alive": 0.5,
+        "mixed": 0.0,
+        "dead": 0.5,
+        "active": 1.0,
+    }
+    assert evaluation_of().scores() == pytest.approx(expected)
+
+
+def test_the_table_compares_models_by_column_and_dashes_what_is_missing() -> None:
+    rows = table({"SPARC": evaluation_of(), "no labels": evaluation_of(jaccard_single=None)})
+    assert [row.key for row in rows] == [metric.key for metric in METRICS]
+    by_key = {row.key: row for row in rows}
+    assert by_key["jaccard_single"].cells == {"SPARC": "0.300", "no labels": "–"}
+    assert by_key["jaccard_single"].values["no labels"] is None
+    assert by_key["median_rank"].cells["SPARC"] == "1,000.0"
+    assert by_key["dead"].cells["SPARC"] == "50.0%"
+    assert by_key["nmse_self"].better == "lower"
+    assert by_key["jaccard_joint"].better == "neither"
+    assert all(row.meaning.endswith(".") for row in rows)
+
+
+def test_the_table_of_no_models_has_no_columns() -> None:
+    assert all(row.cells == {} for row in table({}))
+
+
+def test_the_summary_is_strict_json_even_where_scores_are_undefined() -> None:
+    nothing_found = {("a", "b"): Retrieval(2, 0.0, 0.0, 0.0, math.inf, 0.0)}
+    summary = evaluation_of(retrieval=nothing_found, r2=torch.full((2, 2), math.nan)).to_dict()
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summary["retrieval"]["a -> b"]["median_rank"] is None
+    assert summary["r2"] == dict.fromkeys(["a -> a", "a -> b", "b -> a", "b -> b"])
+    assert summary["nmse"]["a -> b"] == pytest.approx(0.5)
+    assert summary["dead_latents"] == {"a": 1, "b": 1}
+    assert summary["active_per_sample"] == {"a": 1.0, "b": 1.0}

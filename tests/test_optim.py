@@ -1,0 +1,154 @@
+"""SparcAdam is torch.optim.Adam on model.loss, with projection before the step and unit norm after it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import sparc_fast as sf
+
+WIDTHS = {"a": 12, "b": 7, "c": 5}
+
+
+def make(backend: str, selection: str = "global", dtype: torch.dtype = torch.float32, **kwargs: object) -> sf.SPARC:
+    torch.manual_seed(0)
+    arguments = {"auxk": 4, "dead_after": 40, **kwargs}
+    return sf.SPARC(WIDTHS, 48, 5, selection=selection, backend=backend, dtype=dtype, **arguments)
+
+
+def batches(steps: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(6, 24, generator=generator, dtype=torch.float64)
+    draws = [torch.randn(16, 6, generator=generator, dtype=torch.float64) @ mixing for _ in range(steps)]
+    return [draw.to(dtype) for draw in draws]
+
+
+def plain_step(model: sf.SPARC, adam: torch.optim.Optimizer, inputs: object) -> sf.SparcLoss:
+    adam.zero_grad()
+    loss = model.loss(inputs)
+    loss.total.backward()
+    model.project_gradients_()
+    adam.step()
+    model.normalize_decoder_()
+    return loss
+
+
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_a_hundred_steps_equal_torch_adam_with_auxk_at_work(selection: str, backend: str) -> None:
+    ours, theirs = (make(backend, selection, torch.float64) for _ in range(2))
+    fused, adam = sf.SparcAdam(ours, lr=1e-2), torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    used_auxk = 0
+    for x in batches(100, torch.float64):
+        loss, expected = fused.step(x), plain_step(theirs, adam, x)
+        torch.testing.assert_close(loss.total, expected.total.detach(), rtol=1e-9, atol=1e-12)
+        used_auxk += loss.auxk is not None
+    assert used_auxk > 10
+    assert torch.equal(ours.silence, theirs.silence)
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p, theirs.get_parameter(name), rtol=1e-7, atol=1e-9)
+
+
+def test_a_hundred_float32_steps_stay_as_close_to_float64_as_torch_adam_does(backend: str) -> None:
+    ours, theirs, truth = make(backend), make(backend), make(backend).double()
+    optimizers = [sf.SparcAdam(ours, lr=1e-3)]
+    adams = [torch.optim.Adam(model.parameters(), lr=1e-3) for model in (theirs, truth)]
+    for x in batches(100):
+        optimizers[0].step(x)
+        plain_step(theirs, adams[0], x)
+        plain_step(truth, adams[1], x.double())
+    for name, p in truth.named_parameters():
+        error = (ours.get_parameter(name) - p).norm() / p.norm()
+        allowed = 2 * (theirs.get_parameter(name) - p).norm() / p.norm() + 1e-6
+        assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
+
+
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_batches_without_some_streams_equal_torch_adam(selection: str, backend: str) -> None:
+    ours, theirs = (make(backend, selection, torch.float64) for _ in range(2))
+    fused, adam = sf.SparcAdam(ours, lr=1e-2), torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    for i, x in enumerate(batches(20, torch.float64)):
+        streams = dict(zip(WIDTHS, x.split(list(WIDTHS.values()), dim=1), strict=True))
+        if i:
+            del streams["abc"[i % 3]]
+        fused.step(streams)
+        plain_step(theirs, adam, streams)
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p, theirs.get_parameter(name), rtol=1e-7, atol=1e-9)
+
+
+def test_decoder_rows_keep_unit_norm(backend: str) -> None:
+    model = make(backend)
+    optimizer = sf.SparcAdam(model, lr=0.05)
+    for x in batches(10):
+        optimizer.step(x)
+    for columns in model._columns():
+        torch.testing.assert_close(model.W_dec[:, columns].norm(dim=1), torch.ones(48))
+
+
+def test_schedulers_set_the_learning_rate_of_the_fused_step(backend: str) -> None:
+    ours, theirs = (make(backend, dtype=torch.float64) for _ in range(2))
+    fused, adam = sf.SparcAdam(ours, lr=1e-2), torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 10) for o in (fused, adam)]
+    for x in batches(10, torch.float64):
+        fused.step(x)
+        plain_step(theirs, adam, x)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert fused.param_groups[0]["lr"] == adam.param_groups[0]["lr"] < 1e-6
+    torch.testing.assert_close(ours.W_dec, theirs.W_dec, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_dict_round_trips_and_training_goes_on_bit_for_bit(dtype: torch.dtype, backend: str) -> None:
+    model = make(backend, dtype=dtype)
+    optimizer = sf.SparcAdam(model, lr=1e-2)
+    for x in batches(5):
+        optimizer.step(x)
+    other = make(backend, dtype=dtype)
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    resumed = sf.SparcAdam(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for x in batches(5):
+        optimizer.step(x)
+        resumed.step(x)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, other.get_parameter(name)), name
+
+
+def test_the_state_is_that_of_torch_adam(backend: str) -> None:
+    ours, theirs = (make(backend, dtype=torch.float64, auxk=0) for _ in range(2))
+    fused, adam = sf.SparcAdam(ours, lr=1e-2), torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    draws = batches(6, torch.float64)
+    for x in draws[:3]:
+        fused.step(x)
+    theirs.load_state_dict(ours.state_dict())
+    adam.load_state_dict({"state": fused.state_dict()["state"], "param_groups": adam.state_dict()["param_groups"]})
+    for x in draws[3:]:
+        fused.step(x)
+        plain_step(theirs, adam, x)
+    torch.testing.assert_close(ours.W_enc, theirs.W_enc, rtol=1e-7, atol=1e-9)
+
+
+def test_bfloat16_weights_learn_from_steps_smaller_than_their_rounding(backend: str) -> None:
+    model = make(backend, dtype=torch.bfloat16)
+    optimizer = sf.SparcAdam(model, lr=1e-5)
+    before = model.W_enc.clone()
+    for x in batches(40):
+        optimizer.step(x)
+    master = optimizer.state[model.W_enc]["master"]
+    assert master.dtype == torch.float32
+    assert not torch.equal(master, before.float())
+    assert torch.equal(model.W_enc, master.bfloat16())
+
+
+def test_training_is_the_same_bit_for_bit_from_run_to_run(backend: str) -> None:
+    runs = []
+    for _ in range(2):
+        model = make(backend)
+        optimizer = sf.SparcAdam(model, lr=1e-2)
+        for x in batches(10):
+            optimizer.step(x)
+        runs.append(model.state_dict())
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])

@@ -1,0 +1,287 @@
+"""The model: what it promises about codes, streams, shapes, calibration and dead latents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense import Weights, logits, masks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparc_fast as sf
+
+WIDTHS = {"dino": 10, "image": 7, "text": 5}
+
+
+def make(backend: str = "auto", **kwargs: object) -> sf.SPARC:
+    torch.manual_seed(0)
+    arguments = {"n_latents": 40, "k": 6, "backend": backend, **kwargs}
+    return sf.SPARC(WIDTHS, **arguments)
+
+
+def batch(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {name: torch.randn(*shape, width, dtype=dtype) for name, width in WIDTHS.items()}
+
+
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_codes_equal_the_dense_equations(selection: str, backend: str) -> None:
+    model, inputs = make(backend, selection=selection), batch(8)
+    codes = model.encode(inputs)
+    truth = Weights.of(model)
+    h = logits(truth, [x.double() for x in inputs.values()])
+    for name, score, mask in zip(WIDTHS, h, masks(h, 6, selection), strict=True):
+        torch.testing.assert_close(codes.dense(name).double(), torch.relu(score) * mask, rtol=1e-5, atol=1e-6)
+
+
+def test_streams_given_as_one_tensor_or_as_a_dict_in_any_order_give_the_same_codes(backend: str) -> None:
+    model, inputs = make(backend), batch(8)
+    expected = model.encode(inputs)
+    side_by_side = model.encode(torch.cat(list(inputs.values()), dim=-1))
+    reordered = model.encode(dict(reversed(inputs.items())))
+    for codes in (side_by_side, reordered):
+        assert codes.streams == expected.streams == ("dino", "image", "text")
+        assert torch.equal(codes.values, expected.values)
+        assert torch.equal(codes.indices, expected.indices)
+
+
+@pytest.mark.parametrize("selection", ["global", "local"])
+@pytest.mark.parametrize("leading", [(3,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
+def test_leading_dimensions_are_flattened_and_restored(leading: tuple[int, ...], selection: str, backend: str) -> None:
+    model, inputs = make(backend, selection=selection), batch(*leading)
+    codes = model.encode(inputs)
+    assert codes.values.shape == (*leading, 3, 6)
+    assert codes.indices.shape == ((*leading, 6) if selection == "global" else (*leading, 3, 6))
+    assert codes.dense("text").shape == (*leading, 40)
+    assert model.decode(codes, "text", "dino").shape == (*leading, 10)
+    recons = model(inputs).recons
+    assert set(recons) == {(source, target) for source in WIDTHS for target in WIDTHS}
+    for (_, target), recon in recons.items():
+        assert recon.shape == (*leading, WIDTHS[target])
+    flat = model.encode({name: x.reshape(-1, x.shape[-1]) for name, x in inputs.items()})
+    assert torch.equal(flat.values, codes.values.reshape(flat.values.shape))
+
+
+@pytest.mark.parametrize("present", [("dino",), ("text",), ("dino", "text"), ("image", "text")], ids="-".join)
+def test_a_subset_of_streams_encodes_as_a_model_that_never_had_the_others(present: tuple[str, ...]) -> None:
+    model, inputs = make(), batch(8)
+    codes = model.encode({name: inputs[name] for name in present})
+    small = sf.SPARC({name: WIDTHS[name] for name in present}, 40, 6)
+    columns = dict(zip(WIDTHS, model._columns(), strict=True))
+    with torch.no_grad():
+        small.W_enc.copy_(torch.cat([model.W_enc[:, columns[name]] for name in present], dim=1))
+    expected = small.encode({name: inputs[name] for name in present})
+    assert codes.streams == present
+    assert torch.equal(codes.indices, expected.indices)
+    torch.testing.assert_close(codes.values, expected.values)
+
+
+def test_translate_needs_only_the_source_stream(backend: str) -> None:
+    model, inputs = make(backend), batch(8)
+    alone = model.translate({"text": inputs["text"]}, source="text", target="dino")
+    beside_others = model.translate(inputs, source="text", target="dino")
+    as_tensor = model.translate(torch.cat(list(inputs.values()), -1), source="text", target="dino")
+    assert alone.shape == (8, 10)
+    assert torch.equal(alone, beside_others)
+    assert torch.equal(alone, as_tensor)
+
+
+def test_one_stream_alone_is_local_topk(backend: str) -> None:
+    model = make(backend)
+    local = make(backend, selection="local")
+    local.load_state_dict(model.state_dict())
+    inputs = batch(8)
+    all_local = local.encode(inputs)
+    for name in WIDTHS:
+        alone = model.encode({name: inputs[name]})
+        for got, expected in zip(alone.stream(name), all_local.stream(name), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_forward_without_every_stream_has_recons_of_all_targets_and_no_loss(backend: str) -> None:
+    out = make(backend)({"image": batch(8)["image"]})
+    assert out.loss is None
+    assert set(out.recons) == {("image", target) for target in WIDTHS}
+
+
+def test_losses_are_distinct_tensors_and_add_up(backend: str) -> None:
+    loss = make(backend).loss(batch(8), cross_loss_coef=0.5)
+    assert loss.auxk is None
+    assert len({t.data_ptr() for t in (loss.total, loss.self, loss.cross)}) == 3
+    torch.testing.assert_close(loss.total.detach(), loss.self + 0.5 * loss.cross)
+
+
+def test_without_cross_loss_no_cross_pair_is_computed(backend: str) -> None:
+    loss = make(backend).loss(batch(8), cross_loss_coef=0.0)
+    assert loss.cross is None
+    assert torch.equal(loss.nmse, loss.nmse.diagonal().diag())
+
+
+def test_a_zero_row_counts_as_error_zero_and_is_reported(backend: str) -> None:
+    model, inputs = make(backend), batch(8)
+    inputs["image"][3] = 0
+    loss = model.loss(inputs)
+    assert loss.zero_rows.tolist() == [0, 1, 0]
+    assert torch.isfinite(loss.total)
+    loss.total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_a_sample_alone_equals_the_same_sample_in_a_batch(selection: str, backend: str) -> None:
+    model, inputs = make(backend, selection=selection), batch(33)
+    together = model.encode(inputs)
+    for n in (0, 17, 32):
+        alone = model.encode({name: x[n : n + 1] for name, x in inputs.items()})
+        assert torch.equal(alone.indices[0], together.indices[n])
+        assert torch.equal(alone.values[0], together.values[n])
+        recons = [model.decode(codes, "dino", "text") for codes in (alone, together)]
+        assert torch.equal(recons[0][0], recons[1][n])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_every_float_dtype_trains(dtype: torch.dtype, backend: str) -> None:
+    model = make(backend, dtype=dtype)
+    loss = model.loss(batch(8))
+    loss.total.backward()
+    assert {p.grad.dtype for p in model.parameters()} == {dtype}
+    assert model.encode(batch(8)).values.dtype == dtype
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_autocast_does_not_change_the_numbers(backend: str) -> None:
+    model, inputs = make(backend), batch(8)
+    expected = model.loss(inputs)
+    expected.total.backward()
+    grad = model.W_enc.grad.clone()
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.loss(inputs)
+    loss.total.backward()
+    assert torch.equal(loss.total, expected.total)
+    assert torch.equal(model.W_enc.grad, grad)
+
+
+def test_decoder_rows_start_at_unit_norm_in_every_stream() -> None:
+    model = make()
+    for columns in model._columns():
+        torch.testing.assert_close(model.W_dec[:, columns].norm(dim=1), torch.ones(40))
+
+
+def test_projection_leaves_nothing_along_the_decoder_rows(backend: str) -> None:
+    model = make(backend)
+    model.loss(batch(8)).total.backward()
+    assert (model.W_dec.grad * model.W_dec).sum(1).abs().max() > 1e-4
+    model.project_gradients_()
+    for columns in model._columns():
+        along = (model.W_dec.grad[:, columns] * model.W_dec[:, columns]).sum(1)
+        torch.testing.assert_close(along, torch.zeros(40), atol=1e-6, rtol=0)
+
+
+def test_calibration_centres_each_stream_at_mean_squared_norm_one_and_is_undone_in_reconstructions() -> None:
+    inputs = {name: 100**i * (x + 5) for i, (name, x) in enumerate(batch(200).items())}
+    model = make()
+    model.calibrate(inputs)
+    x = model.pack(inputs).x
+    for columns in model._columns():
+        torch.testing.assert_close(x[:, columns].mean(0), torch.zeros(columns.stop - columns.start), atol=1e-4, rtol=0)
+        torch.testing.assert_close(x[:, columns].square().sum(1).mean(), torch.tensor(1.0))
+    plain = make()
+    plain.load_state_dict({**model.state_dict(), "input_mean": torch.zeros(22), "input_rms": torch.ones(3)})
+    expected = plain.translate(x, "dino", "text") * model.input_rms[2] + model.input_mean[17:]
+    torch.testing.assert_close(model.translate(inputs, "dino", "text"), expected)
+    torch.testing.assert_close(model.loss(inputs).total, plain.loss(x).total)
+
+
+def test_a_constant_stream_calibrates_to_zero_rather_than_nan() -> None:
+    inputs = batch(20)
+    inputs["image"][:] = 3.0
+    model = make()
+    model.calibrate(inputs)
+    assert torch.equal(model.pack(inputs).x[:, 10:17], torch.zeros(20, 7))
+
+
+def test_latents_die_by_samples_and_revive_when_any_stream_fires_them(backend: str) -> None:
+    model = make(backend, dead_after=20, auxk=0)
+    with torch.no_grad():
+        model.latent_bias[:, 30:] = -100.0
+    for _ in range(3):
+        model.loss(batch(8))
+    assert model.silence[30:].tolist() == [24] * 10
+    assert model.dead[30:].all()
+    assert not model.dead[: int((model.silence == 0).sum())].all() or (model.silence[:30] <= 24).all()
+    with torch.no_grad():
+        model.latent_bias[1, 35] = 500.0
+    model.loss(batch(8))
+    assert model.silence[35] == 0
+    assert not model.dead[35]
+
+
+def test_counters_move_in_training_only(backend: str) -> None:
+    model = make(backend)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.eval()
+    model.loss(batch(8))
+    model(batch(8))
+    model.train()
+    model.encode(batch(8))
+    model.translate(batch(8), "dino", "text")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.loss(batch(8))
+    assert not torch.equal(model.silence, before["silence"])
+
+
+def test_auxk_reaches_dead_latents_alone_and_never_the_pre_bias_directly(backend: str) -> None:
+    model = make(backend, dead_after=0, auxk=4)
+    dead = torch.arange(30, 40)
+    with torch.no_grad():
+        model.latent_bias[:, 30:] = -100.0
+    model.silence[30:] = 1
+    with_auxk = model.loss(batch(8), auxk_coef=0.5)
+    assert with_auxk.auxk is not None
+    with torch.no_grad():
+        model.latent_bias[:, 30:] = 0.0
+        model.W_enc[30:] *= 1e-3
+    model.silence[:30], model.silence[30:] = 0, 1
+    without = torch.autograd.grad(model.loss(batch(8), auxk_coef=0.0).total, model.W_enc)[0]
+    model.silence[:30], model.silence[30:] = 0, 1
+    with_it = torch.autograd.grad(model.loss(batch(8), auxk_coef=0.5).total, model.W_enc)[0]
+    changed = (with_it != without).any(1).nonzero()[:, 0]
+    assert len(changed) > 0
+    assert torch.isin(changed, dead).all()
+
+
+def test_auxk_without_dead_latents_changes_nothing(backend: str) -> None:
+    model = make(backend)
+    loss = model.loss(batch(8), auxk_coef=10.0)
+    assert loss.auxk is None
+    assert torch.equal(loss.total.detach(), make(backend).loss(batch(8), auxk_coef=0.0).total.detach())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    N=st.integers(0, 9), k=st.integers(1, 12), widths=st.lists(st.integers(1, 6), min_size=1, max_size=5), seed=st.integers(0, 99)
+)  # fmt: skip
+def test_any_shape_encodes_to_k_ascending_distinct_latents(N: int, k: int, widths: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    for backend in sf.available_backends("cpu"):
+        model = sf.SPARC({str(s): width for s, width in enumerate(widths)}, 12, k, backend=backend)
+        codes = model.encode(torch.randn(N, sum(widths)))
+        assert codes.indices.shape == (N, k)
+        assert (codes.indices.diff(dim=1) > 0).all()
+        assert codes.indices.numel() == 0 or (codes.indices.min() >= 0 and codes.indices.max() < 12)
+        assert (codes.values >= 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # raised by torch's own tracing
+def test_the_layer_compiles_as_one_graph(backend: str) -> None:
+    model, inputs = make(backend, auxk=0), batch(8)
+    expected = model.loss(inputs)
+    expected.total.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")(inputs)
+    compiled.total.backward()
+    torch.testing.assert_close(compiled.total, expected.total)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name])
