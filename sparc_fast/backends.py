@@ -107,7 +107,14 @@ class Backend(Protocol):
 
 
 _BACKENDS: dict[str, Backend] = {"reference": cast(Backend, reference)}
-_PREFERRED = {"cpu": ("reference",), "cuda": ("reference",)}
+_PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+
+try:
+    from sparc_fast import native
+except ImportError:  # not compiled here
+    pass
+else:
+    _BACKENDS["cpu"] = cast(Backend, native)
 
 
 def available(device: torch.device | str = "cpu") -> tuple[str, ...]:

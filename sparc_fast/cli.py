@@ -66,7 +66,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from sparc_fast.data import glyphs as load_glyphs
     from sparc_fast.report import write_report
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     changed = {name: value for name in ("steps", "seed") if (value := getattr(arguments, name)) is not None}
     settings = demo.Settings(**changed)
     arguments.out.mkdir(parents=True, exist_ok=True)

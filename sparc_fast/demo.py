@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich import box
@@ -35,10 +34,15 @@ class Recipe:
 
     selection: Selection
     cross_loss_coef: float
+    support_dropout: float = 0.0
 
 
-RECIPES = {SPARC_NAME: Recipe("global", 1.0), INDEPENDENT: Recipe("local", 0.0)}
-ABLATIONS = {"global, λ = 0": Recipe("global", 0.0), "local, λ = 1": Recipe("local", 1.0)}
+RECIPES = {SPARC_NAME: Recipe("global", 1.0, support_dropout=0.5), INDEPENDENT: Recipe("local", 0.0)}
+ABLATIONS = {
+    "SPARC, no dropout": Recipe("global", 1.0),
+    "global, λ = 0": Recipe("global", 0.0),
+    "local, λ = 1": Recipe("local", 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,9 @@ class Settings:
 
     n_latents: int = 1024
     k: int = 12
-    steps: int = 4000
+    steps: int = 1150
     batch_size: int = 256
-    lr: float = 2e-3
-    cross_loss_coef: float = 1.0
+    lr: float = 4e-3
     auxk_coef: float = 1 / 32
     dead_after: int = 20_000
     seed: int = 0
@@ -97,8 +100,9 @@ def _train(name: str, recipe: Recipe, glyphs: Glyphs, settings: Settings, progre
         steps=settings.steps,
         batch_size=settings.batch_size,
         lr=settings.lr,
-        cross_loss_coef=settings.cross_loss_coef * recipe.cross_loss_coef,
+        cross_loss_coef=recipe.cross_loss_coef,
         auxk_coef=settings.auxk_coef,
+        support_dropout=recipe.support_dropout,
         seed=settings.seed,
         on_step=lambda step: progress(name, step, settings.steps),
     )

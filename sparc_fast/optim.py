@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,9 +26,8 @@ class SparcAdam(torch.optim.Optimizer):
         adam.step()
         model.normalize_decoder_()
 
-    Learning-rate schedulers and `state_dict` work as on any optimizer; the state of each
-    parameter is that of torch.optim.Adam. Weights
-    narrower than float32 keep float32 master rows in the state.
+    Learning-rate schedulers and `state_dict` work as on any optimizer; the state of each parameter is that of
+    torch.optim.Adam. Weights narrower than float32 keep float32 master rows in the state.
 
     Args:
         model: the model to train.
@@ -44,7 +44,11 @@ class SparcAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, inputs: Inputs, cross_loss_coef: float = 1.0, auxk_coef: float = 1 / 32
+        self,
+        inputs: Inputs,
+        cross_loss_coef: float = 1.0,
+        auxk_coef: float = 1 / 32,
+        support_from: Sequence[str] | None = None,
     ) -> SparcLoss:
         """One training step on a batch; returns its loss, before the step. Arguments as in `SPARC.loss`."""
         model = self.model
@@ -53,7 +57,7 @@ class SparcAdam(torch.optim.Optimizer):
         S = len(packed.streams)
         scale = losses.nmse_scale(packed.x, packed.d_streams)
         weights = losses.pair_weights(S, cross_loss_coef)
-        indices = model.select(packed)
+        indices = model.select(packed, support_from=support_from)
         values, nmse, grad_recons, grad_values = autograd.encode_decode_compare(
             *packed.operands(), indices, None, scale, weights, packed.d_streams, backend
         )

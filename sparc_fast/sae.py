@@ -70,6 +70,24 @@ class Packed(NamedTuple):
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.x, self.W_enc, self.W_dec, self.pre_bias, self.latent_bias
 
+    def of_streams(self, streams: Sequence[str]) -> Packed:
+        """The same batch seen through some of its streams."""
+        if tuple(streams) == self.streams:
+            return self
+        positions = sorted({_position(name, self.streams, "support_from") for name in streams})
+        if not positions:
+            raise ValueError(f"support_from must name at least one of the streams {self.streams}, got none")
+        columns = [reference.stream_slices(self.d_streams)[s] for s in positions]
+        return self._replace(
+            x=_take_columns(self.x, columns),
+            streams=tuple(self.streams[s] for s in positions),
+            d_streams=tuple(self.d_streams[s] for s in positions),
+            W_enc=_take_columns(self.W_enc, columns),
+            W_dec=_take_columns(self.W_dec, columns),
+            pre_bias=_take_columns(self.pre_bias, columns),
+            latent_bias=self.latent_bias[positions],
+        )
+
     def of_latents(self, latents: Tensor) -> Packed:
         """The same batch before a dictionary of these latents alone."""
         return self._replace(
@@ -264,15 +282,25 @@ class SPARC(nn.Module):
         }
         return SparcOutput(codes, named, loss)
 
-    def loss(self, inputs: Inputs, cross_loss_coef: float = 1.0, auxk_coef: float = 1 / 32) -> SparcLoss:
+    def loss(
+        self,
+        inputs: Inputs,
+        cross_loss_coef: float = 1.0,
+        auxk_coef: float = 1 / 32,
+        support_from: Sequence[str] | None = None,
+    ) -> SparcLoss:
         """The training objective:  mean_s NMSE(s, s) + cross_loss_coef mean_{s != t} NMSE(s, t) + auxk_coef AuxK.
 
         Over the streams given: self terms of each, cross terms between every ordered pair of them. AuxK joins in
         training mode while latents are dead: the `auxk` largest of the dead latents reconstruct what each stream's
         own reconstruction left over (Gao et al., arXiv 2406.04093). In training mode the dead counters move.
+
+        Args:
+            support_from: under global selection, the streams whose pre-activations choose the support; by default
+                all that are given. A random subset in every batch teaches single streams to choose it alone.
         """
         packed = self.pack(inputs)
-        indices = self.select(packed)
+        indices = self.select(packed, support_from=support_from)
         S = len(packed.streams)
         scale = losses.nmse_scale(packed.x, packed.d_streams)
         total, nmse, values, grad_recons = functional.reconstruction_loss(
@@ -313,8 +341,12 @@ class SPARC(nn.Module):
             weights=losses.self_weights(len(packed.streams), auxk_coef), residual=residual, backend=self.backend,
         )[0]  # fmt: skip
 
-    def select(self, packed: Packed, k: int | None = None) -> Tensor:
+    def select(self, packed: Packed, k: int | None = None, support_from: Sequence[str] | None = None) -> Tensor:
         """The support of a packed batch: [N, k], or [N, S, k] under local selection."""
+        if support_from is not None:
+            if self.selection == "local":
+                raise ValueError("support_from must be None under local selection: each stream chooses its own")
+            packed = packed.of_streams(support_from)
         operands = (packed.x, packed.W_enc, packed.pre_bias, packed.latent_bias, k or self.k)
         if self.selection == "global":
             return functional.global_topk(*operands, backend=self.backend)
@@ -327,28 +359,25 @@ class SPARC(nn.Module):
         parts = self._split(inputs) if isinstance(inputs, Tensor) else self._check(inputs)
         streams = tuple(parts)
         leading = tuple(parts[streams[0]].shape[:-1])
-        positions = [self.streams.index(name) for name in streams]
-        whole = streams == self.streams
-        if whole and isinstance(inputs, Tensor):
+        if streams == self.streams and isinstance(inputs, Tensor):
             x = inputs.reshape(-1, inputs.shape[-1])
         else:
             x = torch.cat([parts[name].reshape(-1, self.d_streams[name]) for name in streams], dim=1)
+        d_streams = {name: self.d_streams[name] for name in streams}
         if self.check_finite and not torch.compiler.is_compiling():
-            self._check_rows(x, {name: self.d_streams[name] for name in streams})
+            self._check_rows(x, d_streams)
+        positions = [self.streams.index(name) for name in streams]
         columns = [self._columns()[s] for s in positions]
-        x = self._calibrate(x, positions, columns).to(self.W_enc.dtype)
-        adjacent = all(a.stop == b.start for a, b in pairwise(columns))
-
-        def take(W: Tensor) -> Tensor:
-            if adjacent:
-                return W[..., columns[0].start : columns[-1].stop]
-            return torch.cat([W[..., cols] for cols in columns], dim=-1)
-
         return Packed(
-            x, streams, tuple(self.d_streams[name] for name in streams), leading,
-            take(self.W_enc), take(self.W_dec), take(self.pre_bias),
-            self.latent_bias if whole else self.latent_bias[positions],
-        )  # fmt: skip
+            x=self._calibrate(x, positions, columns).to(self.W_enc.dtype),
+            streams=streams,
+            d_streams=tuple(d_streams.values()),
+            leading=leading,
+            W_enc=_take_columns(self.W_enc, columns),
+            W_dec=_take_columns(self.W_dec, columns),
+            pre_bias=_take_columns(self.pre_bias, columns),
+            latent_bias=self.latent_bias if streams == self.streams else self.latent_bias[positions],
+        )
 
     def save(self, path: str | Path) -> None:
         """Write weights, counters, calibration and configuration to one safetensors file, atomically."""
@@ -442,6 +471,13 @@ class SPARC(nn.Module):
         """Move the dead counters by a batch of codes; in training mode only."""
         if self.training:
             reference.count_silence(self.silence, values, indices)
+
+
+def _take_columns(W: Tensor, columns: Sequence[slice]) -> Tensor:
+    """Some streams' columns: a view where they are adjacent, a copy where they are not."""
+    if all(a.stop == b.start for a, b in pairwise(columns)):
+        return W[..., columns[0].start : columns[-1].stop]
+    return torch.cat([W[..., cols] for cols in columns], dim=-1)
 
 
 def _position(name: str, streams: Sequence[str], argument: str) -> int:

@@ -24,6 +24,7 @@ def train(
     warmup: float = 0.05,
     cross_loss_coef: float = 1.0,
     auxk_coef: float = 1 / 32,
+    support_dropout: float = 0.0,
     seed: int = 0,
     curve_points: int = 200,
     on_step: Callable[[int], object] | None = None,
@@ -34,7 +35,9 @@ def train(
         inputs: every stream's samples, [N, D_s], in memory.
         steps: optimizer steps.
         warmup: the part of the steps in which the learning rate rises to `lr`.
-        seed: of the shuffling; the same seed gives the same model, bit for bit, on one machine.
+        support_dropout: the probability with which a stream has no say in the support of a batch; one stream always
+            has. Under local selection it must be 0.
+        seed: of the shuffling and the dropout; the same seed gives the same model, bit for bit, on one machine.
         curve_points: about how many points of the training curves to keep.
         on_step: called with the number of steps done, after each.
 
@@ -43,18 +46,23 @@ def train(
     """
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps and batch_size must be >= 1, got {steps} and {batch_size}")
+    if not 0 <= support_dropout < 1:
+        raise ValueError(f"support_dropout must be in [0, 1), got {support_dropout}")
     x = model.pack(inputs)
     if x.streams != model.streams or len(x.x) == 0:
         raise ValueError(f"inputs must hold samples of every stream {model.streams}, got {len(x.x)} of {x.streams}")
     optimizer = SparcAdam(model, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps, warmup))
-    batches = _batches(len(x.x), batch_size, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    batches = _batches(len(x.x), batch_size, generator)
     curves: Curves = {"step": [], "loss": [], "self": [], "cross": [], "dead": []}
     every = max(1, steps // curve_points)
     model.train()
     for step in range(1, steps + 1):
         rows = next(batches)
-        loss = optimizer.step({name: stream[rows] for name, stream in inputs.items()}, cross_loss_coef, auxk_coef)
+        batch = {name: stream[rows] for name, stream in inputs.items()}
+        choosing = _choosing_streams(model.streams, support_dropout, generator) if support_dropout else None
+        loss = optimizer.step(batch, cross_loss_coef, auxk_coef, choosing)
         schedule.step()
         if step % every == 0 or step == steps:
             curves["step"].append(step)
@@ -78,6 +86,14 @@ def _batches(n_samples: int, batch_size: int, generator: torch.Generator) -> Ite
             rows = torch.cat([rows, torch.randperm(n_samples, generator=generator)])
         yield rows[:batch_size]
         rows = rows[batch_size:]
+
+
+def _choosing_streams(streams: tuple[str, ...], dropout: float, generator: torch.Generator) -> tuple[str, ...]:
+    """Each stream with probability 1 - dropout, drawn again until there is one."""
+    while True:
+        keep = torch.rand(len(streams), generator=generator) >= dropout
+        if keep.any():
+            return tuple(name for name, kept in zip(streams, keep, strict=True) if kept)
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:

@@ -124,7 +124,8 @@ def test_the_state_is_that_of_torch_adam(backend: str) -> None:
     for x in draws[:3]:
         fused.step(x)
     theirs.load_state_dict(ours.state_dict())
-    adam.load_state_dict({"state": fused.state_dict()["state"], "param_groups": adam.state_dict()["param_groups"]})
+    state = copy.deepcopy(fused.state_dict()["state"])
+    adam.load_state_dict({"state": state, "param_groups": adam.state_dict()["param_groups"]})
     for x in draws[3:]:
         fused.step(x)
         plain_step(theirs, adam, x)

@@ -149,6 +149,16 @@ def test_every_live_latent_is_on_the_page_with_its_samples(report):
                 assert side["strength"][s][0] == 100
 
 
+def test_the_table_has_every_row_and_a_dash_where_a_model_has_no_number(report):
+    page = render_page(report)
+    table = page[page.index("<table>") : page.index("</table>")]
+    assert re.findall(r"<td[^>]*>(.*?)</td>", table) == ["0.02", "0.21", "0.01", "12", "12", "–"]
+    assert all(row.meaning in table and row.section in table for row in report.table)
+    assert table.count('is better"') == 1  # L0 is neither
+    figures = page[page.index('<dl class="figures">') : page.index("</dl>")]
+    assert re.findall(r"<dt>(.*?)</dt>", figures) == ["Jaccard"]
+
+
 def test_numbers_that_are_not_finite_become_null(report):
     jaccard = report.after.jaccard.copy()
     jaccard[0] = np.nan

@@ -285,3 +285,19 @@ def test_the_layer_compiles_as_one_graph(backend: str) -> None:
     torch.testing.assert_close(compiled.total, expected.total)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, grads[name])
+
+
+def test_a_support_chosen_by_some_streams_serves_them_all(backend: str) -> None:
+    model, inputs = make(backend), batch(8)
+    packed = model.pack(inputs)
+    chosen = model.select(packed, support_from=("text", "dino"))
+    assert torch.equal(chosen, model.encode({name: inputs[name] for name in ("dino", "text")}).indices)
+    loss = model.loss(inputs, support_from=("text", "dino"))
+    loss.total.backward()
+    assert model.W_enc.grad[:, 10:17].abs().sum() > 0
+    with pytest.raises(ValueError, match="support_from must be one of the streams .* got 'audio'"):
+        model.loss(inputs, support_from=("audio",))
+    with pytest.raises(ValueError, match="support_from must name at least one"):
+        model.loss(inputs, support_from=())
+    with pytest.raises(ValueError, match="support_from must be None under local selection"):
+        make(backend, selection="local").loss(inputs, support_from=("dino",))

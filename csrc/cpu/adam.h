@@ -21,7 +21,7 @@ class Adam {
         const Vec<A> square = load(v, n) * beta2 + rest2 * grad * grad;
         store(m, mean, n);
         store(v, square, n);
-        return w - rate * mean / (square_root(square) * scale + eps);
+        return w - rate * mean / (square_root<A>(square) * scale + eps);
     }
 
    private:

@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "global_topk.h"
 #include "level.h"
 #include "operators.h"
+#include "topk_rows.h"
 
 namespace py = pybind11;
 
@@ -43,6 +45,13 @@ PYBIND11_MODULE(_cpu, m) {
     define("weight_gradients", weight_gradients);
     define("update_rows", update_rows);
     define("count_silence", count_silence);
+    py::class_<Screen>(m, "Screen")
+        .def(py::init<Tensor, Tensor, Tensor, int64_t, int64_t, int64_t, bool>())
+        .def("filter", &Screen::filter, py::call_guard<py::gil_scoped_release>())
+        .def("settle", &Screen::settle, py::call_guard<py::gil_scoped_release>());
+    define("measure_rows", measure_rows);
+    define("topk_rows", topk_rows);
+    define("has_bf16_products", has_bf16_products);
     define("simd_level", simd_level);
     define("set_simd_level", set_simd_level);
 }

@@ -15,7 +15,7 @@ struct RowList {
     int64_t count;
     const T* const* ahead;  // rows to prefetch meanwhile, as many
 
-    void prefetch(int64_t i, int64_t d) const { __builtin_prefetch(ahead[i] + d, 0, 2); }
+    void prefetch(int64_t i, int64_t d) const { __builtin_prefetch(ahead[i] + d, 0, PF); }
 };
 
 template <int S, int B, bool centred, class T, class A>
@@ -41,7 +41,7 @@ INLINE void combine_block(
 template <int S, bool centred = false, class T, class A>
 INLINE void combine(
     const RowList<T>& list, const A* const* coefficients, int64_t width, A* const* sums, const A* centre = nullptr) {
-    constexpr int W = lanes<A>, B = VECTOR_REGISTERS / (centred ? 4 : 2) / S;
+    constexpr int W = lanes<A>, B = VECTOR_REGISTERS / (centred ? 4 : S == 1 ? 2 : S == 4 ? 8 : 4);
     int64_t d = 0;
     for (; d + B * W <= width; d += B * W) combine_block<S, B, centred>(list, coefficients, centre, d, W, sums);
     for (; d < width; d += W)
@@ -87,7 +87,11 @@ INLINE void with_streams(int64_t S, F f) {
 }
 
 // Columns of one pass over the samples: narrow enough that L rows of it tend to stay in the last-level cache.
-constexpr int64_t run_width = 256;
+#ifndef RW
+#define RW 256
+#define PF 2
+#endif
+constexpr int64_t run_width = RW;
 // Samples of a task.
 constexpr int64_t block_samples = 16;
 // How many rows ahead a single pass over gathered rows prefetches.

@@ -76,6 +76,14 @@ void measure_rows(Tensor norm, Tensor residual, Tensor copy, Tensor w, int threa
     w.item_size == 2 ? measure(bf16{}) : measure(float{});
 }
 
+bool has_bf16_products() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 Screen::Screen(
     Tensor norm, Tensor residual, Tensor bias_, int64_t D, int64_t k_, int64_t capacity_, bool narrow_scores)
     : N(norm.size[0]),

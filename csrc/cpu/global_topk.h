@@ -28,6 +28,9 @@
 // where copy has no data, the GEMM reads w itself.
 void measure_rows(Tensor norm, Tensor residual, Tensor copy, Tensor w, int threads);
 
+// Whether the machine multiplies bfloat16 faster than float32.
+bool has_bf16_products();
+
 // The candidates of each row of x, while chunks of scores pass by.
 class Screen {
 public:

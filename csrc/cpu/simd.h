@@ -40,10 +40,8 @@ INLINE Vec<float> load(const bf16* p) {
     return (Vec<float>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
 }
 
-template <class A>
-INLINE void store(A* p, Vec<A> v) {
-    std::memcpy(p, &v, sizeof v);
-}
+INLINE void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
+INLINE void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
 INLINE void store(bf16* p, Vec<float> v) {

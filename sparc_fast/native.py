@@ -1,0 +1,224 @@
+"""The CPU backend: prepares tensors for the compiled operators of csrc/cpu, which know nothing of torch.
+
+float32, bfloat16 and float64 are computed as they are stored; float16 is widened to float32 first. Sums, values
+and gradients of weights are float32, or float64 for float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparc_fast import _cpu, reference
+from sparc_fast.reference import global_topk, local_topk, wide
+
+__all__ = [
+    "count_silence",
+    "decode_loss",
+    "decoder_gradients",
+    "encoder_gradients",
+    "global_topk",
+    "invert_indices",
+    "local_topk",
+    "sparse_decode",
+    "sparse_decode_grad_values",
+    "support_values",
+    "support_values_grad_x",
+    "update_rows",
+    "weight_gradients",
+]
+
+
+def support_values(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, indices: Tensor, d_streams: Sequence[int]
+) -> Tensor:
+    indices = _indices(indices)
+    values = _sums(x, len(x), len(d_streams), indices.shape[-1])
+    operands = *_stored(x, W_enc), _summed(pre_bias), _summed(latent_bias), indices
+    _cpu.support_values(values, *operands, d_streams, torch.get_num_threads())
+    return values.to(x.dtype)
+
+
+def support_values_grad_x(
+    grad_values: Tensor, values: Tensor, indices: Tensor, W_enc: Tensor, d_streams: Sequence[int]
+) -> Tensor:
+    (rows,) = _stored(W_enc)
+    grad_x = rows.new_empty(len(values), W_enc.shape[1])
+    operands = _summed(grad_values), _summed(values), _indices(indices), rows
+    _cpu.support_values_grad_x(grad_x, *operands, d_streams, torch.get_num_threads())
+    return grad_x.to(W_enc.dtype)
+
+
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor) -> Tensor:
+    (rows,) = _stored(W_dec)
+    recons = rows.new_empty(*values.shape[:2], W_dec.shape[1])
+    operands = _summed(values), _indices(indices), rows, _summed(pre_bias)
+    _cpu.sparse_decode(recons, *operands, torch.get_num_threads())
+    return recons.to(values.dtype)
+
+
+def sparse_decode_grad_values(grad_recons: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    indices = _indices(indices)
+    grad_values = _sums(grad_recons, *grad_recons.shape[:2], indices.shape[-1])
+    grad, rows = _stored(grad_recons, W_dec)
+    _cpu.sparse_decode_grad_values(grad_values, grad, indices, rows, torch.get_num_threads())
+    return grad_values.to(grad_recons.dtype)
+
+
+def decode_loss(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    pre_bias: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    weights: Sequence[float],
+    d_streams: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    (rows, target), coefficients = _stored(W_dec, target), _summed(values)
+    N, S, _ = values.shape
+    nmse = coefficients.new_empty(S, S)
+    grad_recons = rows.new_empty(N, S, W_dec.shape[1])
+    grad_values = torch.empty_like(coefficients)
+    operands = coefficients, _indices(indices), rows, _summed(pre_bias), target, _summed(scale)
+    _cpu.decode_loss(nmse, grad_recons, grad_values, *operands, weights, d_streams, torch.get_num_threads())
+    return nmse, grad_recons.to(values.dtype), grad_values.to(values.dtype)
+
+
+def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
+    indices = _indices(indices)
+    offsets = torch.empty(n_latents + 1, dtype=torch.int64)
+    entries = torch.empty(indices.numel(), dtype=torch.int64)
+    _cpu.invert_indices(offsets, entries, indices, n_latents)
+    return offsets, entries
+
+
+def encoder_gradients(
+    x: Tensor,
+    pre_bias: Tensor,
+    values: Tensor,
+    grad_values: Tensor,
+    offsets: Tensor,
+    entries: Tensor,
+    d_streams: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    operands = *_stored(x), _summed(pre_bias), _summed(values), _summed(grad_values), None, offsets, entries
+    grad_W_enc, grad_latent_bias = _gradients_like(x, offsets, x.shape[1], len(d_streams))
+    batch = _cpu.Batch(*operands, d_streams)
+    _cpu.weight_gradients(grad_W_enc, None, grad_latent_bias, batch, torch.get_num_threads())
+    return grad_W_enc, grad_latent_bias
+
+
+def decoder_gradients(values: Tensor, grad_recons: Tensor, offsets: Tensor, entries: Tensor) -> Tensor:
+    D = grad_recons.shape[2]
+    operands = None, None, _summed(values), None, *_stored(grad_recons), offsets, entries
+    grad_W_dec, _ = _gradients_like(grad_recons, offsets, D, 0)
+    _cpu.weight_gradients(None, grad_W_dec, None, _cpu.Batch(*operands, [D]), torch.get_num_threads())
+    return grad_W_dec
+
+
+def weight_gradients(
+    x: Tensor,
+    pre_bias: Tensor,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_recons: Tensor,
+    offsets: Tensor,
+    entries: Tensor,
+    d_streams: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    operands = _batch(x, pre_bias, values, grad_values, grad_recons, offsets, entries)
+    grad_W_enc, grad_latent_bias = _gradients_like(x, offsets, x.shape[1], len(d_streams))
+    grad_W_dec = torch.empty_like(grad_W_enc)
+    batch = _cpu.Batch(*operands, d_streams)
+    _cpu.weight_gradients(grad_W_enc, grad_W_dec, grad_latent_bias, batch, torch.get_num_threads())
+    return grad_W_enc, grad_W_dec, grad_latent_bias
+
+
+def update_rows(
+    W_enc: Tensor,
+    W_dec: Tensor,
+    moments: Sequence[Tensor],
+    x: Tensor,
+    pre_bias: Tensor,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_recons: Tensor,
+    offsets: Tensor,
+    entries: Tensor,
+    d_streams: Sequence[int],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+    extra: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    operands = _batch(x, pre_bias, values, grad_values, grad_recons, offsets, entries)
+    updated = [W_enc, W_dec, *moments]
+    if any(rows.dtype != operands[1].dtype or rows.stride(1) != 1 for rows in updated):
+        return reference.update_rows(
+            W_enc, W_dec, moments, x, pre_bias, values, grad_values, grad_recons, offsets, entries, d_streams,
+            lr, betas, eps, step, extra,
+        )  # fmt: skip
+    grad_latent_bias = _sums(x, len(d_streams), len(offsets) - 1)
+    grad_pre_bias = _sums(x, x.shape[1])
+    rows = (extra[0].long().contiguous(), *map(_summed, extra[1:])) if extra is not None else (None,) * 4
+    _cpu.update_rows(
+        grad_latent_bias, grad_pre_bias, W_enc, W_dec, moments, _cpu.Batch(*operands, d_streams),
+        _cpu.AdamStep(lr, *betas, eps, step), _cpu.ExtraRows(*rows), torch.get_num_threads(),
+    )  # fmt: skip
+    torch.autograd.graph.increment_version(updated)
+    return grad_latent_bias, grad_pre_bias
+
+
+def count_silence(silence: Tensor, values: Tensor, indices: Tensor) -> None:
+    active = _summed(values), _indices(indices)
+    _cpu.count_silence(silence, *active)
+
+
+def _batch(
+    x: Tensor,
+    pre_bias: Tensor,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_recons: Tensor,
+    offsets: Tensor,
+    entries: Tensor,
+) -> tuple[Tensor, ...]:
+    """The operands of _cpu.Batch: keep them alive as long as it."""
+    x, grad_recons = _stored(x, grad_recons)
+    return x, _summed(pre_bias), _summed(values), _summed(grad_values), grad_recons, offsets, entries
+
+
+def _gradients_like(x: Tensor, offsets: Tensor, D: int, S: int) -> tuple[Tensor, Tensor]:
+    """Room for the gradients of [L, D] weights and an [S, L] bias."""
+    L = len(offsets) - 1
+    return _sums(x, L, D), _sums(x, S, L)
+
+
+def _sums(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def _stored(*tensors: Tensor) -> list[Tensor]:
+    """Large operands in the widest of the types they are stored in; rows may lie apart, the numbers in a row may not."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    return [_dense_rows(tensor.to(dtype)) for tensor in tensors]
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor[:1].is_contiguous() else tensor.contiguous()
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """A small operand in the type of the sums, contiguous."""
+    return wide(tensor).contiguous()
+
+
+def _indices(indices: Tensor) -> Tensor:
+    return indices.to(torch.int32).contiguous()

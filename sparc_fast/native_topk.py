@@ -1,0 +1,132 @@
+"""The supports of the CPU backend: a GEMM by chunk of latents, screened while it is in cache, and never [N, L].
+
+The GEMM may be bfloat16: csrc/cpu/global_topk.h bounds its error and proves the support sample by sample. Samples
+without a proof go on to float32, and from there to float64, the specification itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparc_fast import _cpu
+from sparc_fast.reference import stream_slices, wide
+
+ROWS = 2048  # samples, and
+LATENTS = 2048  # latents of one GEMM
+ROOM = 16  # candidates a sample may hold, in units of k
+NARROW_PAYS = 96  # samples from which a bfloat16 GEMM gains more than rounding the weights costs
+
+
+def global_topk(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+) -> Tensor:
+    W, bias = _stored(W_enc.detach()), latent_bias.detach().double().sum(0)
+    indices = torch.empty(len(x), k, dtype=torch.int32)
+    rows = max(1, min(ROWS, 2**25 // (12 * _capacity(k, len(W)))))
+    for part, support in zip(x.detach().split(rows), indices.split(rows), strict=True):
+        centred = (wide(part) - wide(pre_bias.detach())).contiguous()
+        with torch.autocast("cpu", enabled=False):
+            support.copy_(_support(centred, W, bias, k, _precisions(centred, screening)))
+    return indices
+
+
+def local_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    d_streams: Sequence[int],
+    screening: str = "auto",
+) -> Tensor:
+    supports = [
+        global_topk(x[:, cols], W_enc[:, cols], pre_bias[cols], latent_bias[s : s + 1], k, screening)
+        for s, cols in enumerate(stream_slices(d_streams))
+    ]
+    return torch.stack(supports, dim=1)
+
+
+def topk_rows(scores: Tensor, k: int) -> Tensor:
+    """Columns of the k largest of each row, int32 [N, k], ascending; ties to the lower column, NaN ranks with +inf."""
+    indices = torch.empty(len(scores), k, dtype=torch.int32)
+    _cpu.topk_rows(indices, scores, k, torch.get_num_threads())
+    return indices
+
+
+def _precisions(x: Tensor, screening: str) -> list[torch.dtype]:
+    """The GEMMs to try in turn before float64."""
+    if x.dtype == torch.float64:
+        return []
+    # a float32 GEMM that torch may run in fewer bits has no bound
+    settings = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.mkldnn.fp32_precision, torch.backends.fp32_precision
+    plain = [torch.float32] if not {"tf32", "bf16"} & set(settings) else []
+    fast = torch.backends.mkldnn.is_available() and _cpu.has_bf16_products() and len(x) >= NARROW_PAYS
+    if screening == "bf16" or (screening == "auto" and fast):
+        return [torch.bfloat16, *plain]
+    return plain
+
+
+def _support(x: Tensor, W: Tensor, bias: Tensor, k: int, precisions: list[torch.dtype]) -> Tensor:
+    if not precisions:
+        return _exact(x, W, bias, k)
+    indices, given_up = _screened(x, W, bias, k, precisions[0])
+    rest = given_up.nonzero()[:, 0]
+    if len(rest):
+        indices[rest] = _support(x[rest], W, bias, k, precisions[1:])
+    return indices
+
+
+def _screened(x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The support [N, k] from a GEMM in this dtype, and bool [N]: where it could not be proven."""
+    (N, D), L, threads = x.shape, len(W), torch.get_num_threads()
+    chunk = min(LATENTS, L)
+    operand, norm, residual = _measured(x, dtype, None)
+    screen = _cpu.Screen(norm, residual, bias, D, k, _capacity(k, L), dtype == torch.bfloat16)
+    scores, copies = torch.empty(N * chunk, dtype=dtype), torch.empty(chunk, D, dtype=dtype)
+    for first in range(0, L, chunk):
+        rows, norm, residual = _measured(W[first : first + chunk], dtype, copies)
+        product = torch.mm(operand, rows.T, out=scores[: N * len(rows)].view(N, len(rows)))
+        screen.filter(product, first, norm, residual, threads)
+    del scores, copies
+    indices, given_up = torch.empty(N, k, dtype=torch.int32), torch.empty(N, dtype=torch.bool)
+    screen.settle(indices, given_up, x, W, threads)
+    return indices, given_up
+
+
+def _measured(w: Tensor, dtype: torch.dtype, room: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """w in this dtype, and upper bounds of its rows' norms and of what the conversion took from them."""
+    norm, residual = torch.empty(2, len(w)).unbind()
+    copy = None
+    if dtype != w.dtype:
+        copy = torch.empty(w.shape, dtype=dtype) if room is None else room[: len(w)]
+        if dtype == torch.float32:
+            copy.copy_(w)
+    rounded = copy if dtype == torch.bfloat16 else None
+    _cpu.measure_rows(norm, residual, rounded, w, torch.get_num_threads())
+    return w if copy is None else copy, norm, residual
+
+
+def _exact(x: Tensor, W: Tensor, bias: Tensor, k: int) -> Tensor:
+    """The specification, chunk by chunk: the best so far stand left of the next chunk, so that ties stay with them."""
+    best, latents = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int32)
+    wide_x = x.double()
+    for first in range(0, len(W), LATENTS):
+        rows = W[first : first + LATENTS].double()
+        h = (wide_x @ rows.T + bias[first : first + LATENTS]).to(x.dtype)
+        numbers = torch.arange(first, first + len(rows), dtype=torch.int32).expand_as(h)
+        best, latents = torch.cat([best, h], dim=1), torch.cat([latents, numbers], dim=1)
+        kept = topk_rows(best, min(k, best.shape[1])).long()
+        best, latents = best.gather(1, kept), latents.gather(1, kept)
+    return latents
+
+
+def _capacity(k: int, n_latents: int) -> int:
+    return min(ROOM * k + 256, n_latents) + 64
+
+
+def _stored(W: Tensor) -> Tensor:
+    W = W.float() if W.dtype == torch.float16 else W
+    return W if W[:1].is_contiguous() else W.contiguous()
