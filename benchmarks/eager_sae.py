@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sparc_fast import SPARC, nmse
 
-from .lean import invert, sum_rows
+from .tuned import invert, sum_rows
 
 
 class EagerSAE(torch.nn.Module):
@@ -32,13 +32,6 @@ class EagerSAE(torch.nn.Module):
         values, indices = SparseEncode.apply(x - self.pre_bias, self.W_enc, self.latent_bias, self.k)
         bags = F.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
         return nmse(bags + self.pre_bias, x)
-
-    def forward_backward(self, x: Tensor) -> Tensor:
-        """The loss; gradients in ``.grad``."""
-        self.zero_grad()
-        loss = self.loss(x)
-        loss.backward()
-        return loss.detach()
 
 
 class SparseEncode(torch.autograd.Function):

@@ -1,140 +1,98 @@
-"""Lean: the fastest training step we could write in plain PyTorch, with no code of ours below it. No AuxK.
+"""Lean: a training step as a careful PyTorch user writes it. No AuxK.
 
-What made it faster, each against the obvious way: logits, their sum and the weight gradients live in buffers that
-are kept (fresh pages cost as much as the arithmetic); a sample's S bags stand next to each other, so that
-embedding_bag finds its rows in cache; weight gradients are sparse CSR products, not index_add_ of [N k, D]
-contributions nor embedding_bag's own backward; Adam is fused. Autograd does the loss and the decode.
+Nothing dense behind TopK: values are gathered, decodes are embedding_bags, the encoder's gradient touches only
+selected latents (one index_add_ a stream). Autograd does the rest, and Adam is fused.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparc_fast import SPARC
-from sparc_fast.losses import nmse_scale, pair_weights
+from sparc_fast import SPARC, nmse
 from sparc_fast.reference import stream_slices
 
 
-class Lean:
+class Lean(torch.nn.Module):
     """Starts from a model's weights."""
 
     def __init__(self, model: SPARC, lr: float = 1e-4) -> None:
-        self.k, self.d_streams = model.k, tuple(model.d_streams.values())
-        self.columns = stream_slices(self.d_streams)
-        self.W_enc, self.W_dec, self.pre_bias, self.latent_bias = parameters = [
-            p.detach().clone() for p in (model.W_enc, model.W_dec, model.pre_bias, model.latent_bias)
-        ]
-        for p in parameters:
-            p.grad = torch.zeros_like(p)
-        self.adam = torch.optim.Adam(parameters, lr, fused=True)
-        self.logits = self.W_enc.new_empty(0)
+        super().__init__()
+        self.k, self.columns = model.k, stream_slices(tuple(model.d_streams.values()))
+        self.W_enc, self.W_dec, self.pre_bias, self.latent_bias = (
+            torch.nn.Parameter(p.detach().clone())
+            for p in (model.W_enc, model.W_dec, model.pre_bias, model.latent_bias)
+        )
+        self.adam = torch.optim.Adam(self.parameters(), lr, fused=True)
 
     def step(self, x: Tensor) -> Tensor:
         """One training step on x [N, D], all streams side by side; the loss before it."""
-        centred = x - self.pre_bias
-        indices, values = self.encode(centred)
-        loss, grad_values, grad_recons = decode_and_compare(
-            values, indices, self.W_dec, self.pre_bias, x, self.d_streams
-        )
-        grad_z = grad_values * (values > 0)
-        weight_gradients(
-            centred, indices, values, grad_z, grad_recons, self.columns, self.W_enc.grad, self.W_dec.grad
-        )
-        for s, cols in enumerate(self.columns):
-            grad_bias = self.latent_bias.grad[s].zero_().index_add_(0, indices.flatten(), grad_z[:, s].flatten())
-            self.pre_bias.grad[cols] = grad_recons[:, :, cols].sum((0, 1)) - grad_bias @ self.W_enc[:, cols]
-        project_gradients(self.W_dec.grad, self.W_dec, self.columns)
+        self.adam.zero_grad()
+        loss = self.loss(x)
+        loss.backward()
+        self.project_gradients()
         self.adam.step()
-        normalize_rows(self.W_dec, self.columns)
+        self.normalize_decoder()
+        return loss.detach()
+
+    def loss(self, x: Tensor) -> Tensor:
+        S = len(self.columns)
+        values, indices = SparseEncode.apply(x, self.W_enc, self.pre_bias, self.latent_bias, self.k, self.columns)
+        loss = x.new_zeros(())
+        for s in range(S):
+            recons = F.embedding_bag(indices, self.W_dec, per_sample_weights=values[s], mode="sum") + self.pre_bias
+            for t, cols in enumerate(self.columns):
+                weight = 1 / S if s == t else 1 / (S * (S - 1))
+                loss = loss + weight * nmse(recons[:, cols], x[:, cols])
         return loss
 
-    def encode(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """indices [N, k] and values [N, S, k]: one product a stream, which together are the one aggregated product."""
-        N, S, L = len(centred), len(self.columns), len(self.W_enc)
-        if self.logits.shape != (S + 1, N, L):
-            self.logits = centred.new_empty(S + 1, N, L)
-        *logits, aggregated = self.logits
-        for h, bias, cols in zip(logits, self.latent_bias, self.columns, strict=True):
-            torch.addmm(bias, centred[:, cols], self.W_enc[:, cols].T, out=h)
-        torch.sum(self.logits[:S], dim=0, out=aggregated)
-        indices = aggregated.topk(self.k, sorted=False).indices
-        values = torch.stack([h.gather(1, indices) for h in logits], dim=1)
-        return indices, values.relu_()
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        for cols in self.columns:
+            g, w = self.W_dec.grad[:, cols], self.W_dec[:, cols]
+            g -= (g * w).sum(1, keepdim=True) * w
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        for cols in self.columns:
+            self.W_dec[:, cols] /= self.W_dec[:, cols].norm(dim=1, keepdim=True)
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        return self.W_enc, self.W_dec
+        return self.W_enc.detach(), self.W_dec.detach()
 
 
-def decode_and_compare(
-    values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor, x: Tensor, d_streams: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its gradients for values [N, S, k] and for the reconstructions [N, S, D]."""
-    (N, S, k), D = values.shape, W_dec.shape[1]
-    z = values.detach().requires_grad_()
-    bags = F.embedding_bag(
-        indices.repeat_interleave(S, 0), W_dec, per_sample_weights=z.view(N * S, k), mode="sum"
-    )
-    error = bags.view(N, S, D) + (pre_bias - x)[:, None]
-    error.retain_grad()
-    norms = torch.stack([part.norm(dim=2) for part in error.split(list(d_streams), dim=2)], dim=2)
-    weights = norms.new_tensor(pair_weights(S, 1.0)).view(S, S)
-    loss = (norms.square() * nmse_scale(x, d_streams)[:, None] * weights).sum()
-    loss.backward()
-    return loss.detach(), z.grad, error.grad
+class SparseEncode(torch.autograd.Function):
+    """values [S, N, k] and indices [N, k]; one product a stream, which together are the one aggregated product."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, columns: Sequence[slice]
+    ) -> tuple[Tensor, Tensor]:
+        centred = x - pre_bias
+        logits = [
+            torch.addmm(bias, centred[:, cols], W_enc[:, cols].T)
+            for bias, cols in zip(latent_bias, columns, strict=True)
+        ]
+        indices = sum(logits[1:], logits[0]).topk(k, sorted=False).indices
+        values = torch.stack([h.gather(1, indices) for h in logits]).relu_()
+        ctx.save_for_backward(centred, W_enc, values, indices)
+        ctx.columns = columns
+        ctx.mark_non_differentiable(indices)
+        return values, indices
 
-def weight_gradients(
-    centred: Tensor, indices: Tensor, values: Tensor, grad_z: Tensor, grad_recons: Tensor, columns: Sequence[slice],
-    grad_W_enc: Tensor, grad_W_dec: Tensor,
-) -> None:  # fmt: skip
-    """The gradients of both weight matrices, into the tensors given."""
-    S, L = len(columns), len(grad_W_enc)
-    inverse = invert(indices, L)
-    for s, cols in enumerate(columns):
-        sum_rows(inverse, grad_z[:, s], centred[:, cols], out=grad_W_enc[:, cols])
-    every_stream = invert(indices.repeat_interleave(S, 0), L)
-    sum_rows(every_stream, values.flatten(0, 1), grad_recons.flatten(0, 1), out=grad_W_dec)
-
-
-class Inverse(NamedTuple):
-    """Where each latent occurs: its entries are ``order[starts[l] : starts[l + 1]]``."""
-
-    starts: Tensor
-    order: Tensor
-
-
-def invert(indices: Tensor, n_latents: int) -> Inverse:
-    flat = indices.flatten()
-    starts = torch.zeros(n_latents + 1, dtype=torch.int32)
-    starts[1:] = torch.bincount(flat, minlength=n_latents).cumsum(0)
-    return Inverse(starts, flat.argsort(stable=True))
-
-
-def sum_rows(inverse: Inverse, coefficients: Tensor, rows: Tensor, out: Tensor) -> Tensor:
-    """out[l] = sum over (n, j) with indices[n, j] = l of coefficients[n, j] rows[n]: sparse [L, N] times dense [N, D]."""
-    k = coefficients.shape[1]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR")
-        transposed_codes = torch.sparse_csr_tensor(
-            inverse.starts, (inverse.order // k).int(), coefficients.flatten()[inverse.order],
-            (len(out), len(rows)), check_invariants=False,
-        )  # fmt: skip
-    return torch.addmm(out, transposed_codes, rows, beta=0, out=out)
-
-
-def project_gradients(grad: Tensor, W_dec: Tensor, columns: Sequence[slice]) -> None:
-    """Take out what lies along each (unit) row, in place."""
-    for cols in columns:
-        g, w = grad[:, cols], W_dec[:, cols]
-        g.addcmul_(torch.einsum("ld,ld->l", g, w)[:, None], w, value=-1)
-
-
-def normalize_rows(W_dec: Tensor, columns: Sequence[slice]) -> None:
-    for cols in columns:
-        W_dec[:, cols].div_(W_dec[:, cols].norm(dim=1, keepdim=True))
+    @staticmethod
+    def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        centred, W_enc, values, indices = ctx.saved_tensors
+        grad_z, flat = grad_values * (values > 0), indices.flatten()
+        grad_W_enc = torch.zeros_like(W_enc)
+        grad_bias = W_enc.new_zeros(len(grad_z), len(W_enc))
+        for s, cols in enumerate(ctx.columns):
+            contributions = grad_z[s, :, :, None] * centred[:, None, cols]
+            grad_W_enc[:, cols].index_add_(0, flat, contributions.flatten(0, 1))
+            grad_bias[s].index_add_(0, flat, grad_z[s].flatten())
+        grad_pre_bias = -torch.cat([grad_bias[s] @ W_enc[:, cols] for s, cols in enumerate(ctx.columns)])
+        return None, grad_W_enc, grad_pre_bias, grad_bias, None, None

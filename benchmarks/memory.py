@@ -32,9 +32,13 @@ def held_bytes(shape: Shape) -> int:
 
 def expected_bytes(name: str, shape: Shape) -> int:
     """About what a contender takes, to know beforehand whether it fits."""
-    gradients, logits = FLOAT * 2 * shape.L * shape.D, FLOAT * shape.N * shape.L
-    beyond = {"Dense": gradients + 12 * shape.S * logits, "Lean": gradients + (shape.S + 1) * logits,
-              "reference": 6 * gradients + 8 * logits}  # fmt: skip
+    logits, gradients = FLOAT * shape.N * shape.L, FLOAT * 2 * shape.L * shape.D
+    beyond = {
+        "Dense": gradients + 12 * shape.S * logits,
+        "Lean": 2 * gradients + (shape.S + 1) * logits + 2 * FLOAT * shape.N * shape.k * shape.D,
+        "Tuned": gradients + (shape.S + 1) * logits,
+        "reference": 6 * gradients + 8 * logits,
+    }
     return held_bytes(shape) + beyond.get(name, 2**28)
 
 

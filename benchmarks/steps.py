@@ -1,4 +1,4 @@
-"""The whole training step against Dense and Lean, and a single stream's forward and backward against EagerSAE."""
+"""The whole training step against Dense, Lean and Tuned; and a single stream's forward and backward against EagerSAE."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from .dense import Dense
 from .eager_sae import EagerSAE
 from .lean import Lean
 from .operators import disagreement
+from .tuned import Tuned
+
+RIVALS = ("Dense", "Lean", "Tuned")
 
 
 class Trainer(Protocol):
@@ -39,11 +42,11 @@ class Ours:
 
 
 def trainer(name: str, shape: Shape, auxk: bool = True) -> Trainer:
-    """"Dense", "Lean", or ours on a backend. No latent is dead in a benchmark; only Dense then still computes AuxK."""
+    """A rival, or ours on the backend of that name. No latent is dead here: only Dense then still computes AuxK."""
     if name == "Dense":
         return Dense(shape.model(), auxk_coef=1 / 32 if auxk else 0.0)
-    if name == "Lean":
-        return Lean(shape.model())
+    if name in ("Lean", "Tuned"):
+        return {"Lean": Lean, "Tuned": Tuned}[name](shape.model())
     return Ours(shape.model(name))
 
 
@@ -64,7 +67,7 @@ def check_step(name: str) -> str | None:
 
 def _step_case(shape: Shape, names: Sequence[str]) -> Case:
     x = shape.inputs()
-    rivals = {name: check_step(name) for name in (*names, "Dense", "Lean")}
+    rivals = {name: check_step(name) for name in (*names, *RIVALS)}
     contenders: dict[str, Callable[[], Tensor]] = {
         name: partial(trainer(name, shape).step, x) for name, wrong in rivals.items() if not wrong
     }
@@ -75,7 +78,7 @@ def _step_case(shape: Shape, names: Sequence[str]) -> Case:
 
 
 def step_phases(shape: Shape) -> tuple[Cost, ...]:
-    """The encoder's product; values, decode and its gradient; the update, which reads and writes weights and moments."""
+    """The encoder's product; values, decode and its gradient; the update: weights and moments, read and written."""
     N, L, D, S, k = shape.N, shape.L, shape.D, shape.S, shape.k
     weights, x = FLOAT * L * D, FLOAT * N * D
     gather_flops = 2 * N * k * D
@@ -88,30 +91,26 @@ def step_phases(shape: Shape) -> tuple[Cost, ...]:
 
 def _sae_case(shape: Shape, names: Sequence[str]) -> Case:
     x = shape.inputs()
-    eager = EagerSAE(shape.model())
-    want = eager.forward_backward(x), eager.W_enc.grad, eager.W_dec.grad
-
-    def forward_backward(model: SPARC) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        model.zero_grad()
-        loss = model.loss(x).total
-        loss.backward()
-        return loss.detach(), model.W_enc.grad, model.W_dec.grad
-
-    contenders: dict[str, Callable[[], object]] = {}
-    wrong = {}
-    for name in names:
-        run = partial(forward_backward, shape.model(name))
-        if complaint := disagreement(run(), want):
-            wrong[name] = complaint
-        else:
-            contenders[name] = run
-    contenders["EagerSAE"] = partial(eager.forward_backward, x)
+    want = _forward_backward(shape.model("reference"), x)
+    rivals: dict[str, Callable[[], object]] = {name: partial(_forward_backward, shape.model(name), x) for name in names}
+    rivals["EagerSAE"] = partial(_forward_backward, EagerSAE(shape.model()), x)
+    wrong = {name: complaint for name, run in rivals.items() if (complaint := disagreement(run(), want))}
+    contenders = {name: run for name, run in rivals.items() if name not in wrong}
     N, L, D, k = shape.N, shape.L, shape.D, shape.k
     phases = (
         Cost(2 * N * L * D, FLOAT * (L * D + N * D)),
         Cost(10 * N * k * D, FLOAT * (min(N * k, L) * D + 3 * N * D + 2 * L * D)),
     )
     return Case("sae", shape, contenders, tuple(names), phases, wrong=wrong)
+
+
+def _forward_backward(model: SPARC | EagerSAE, x: Tensor) -> tuple[Tensor | None, ...]:
+    """The loss and the gradients of both weight matrices."""
+    model.zero_grad()
+    loss = model.loss(x)
+    total = loss if isinstance(loss, Tensor) else loss.total
+    total.backward()
+    return total.detach(), model.W_enc.grad, model.W_dec.grad
 
 
 @dataclass(frozen=True)

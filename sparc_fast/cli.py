@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from sparc_fast.files import atomic_path
 from sparc_fast.version import __version__
 
 
@@ -57,7 +58,7 @@ class _Version(argparse.Action):
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    if missing := [name for name in ("rich", "matplotlib", "sklearn", "skimage", "jinja2") if find_spec(name) is None]:
+    if missing := [name for name in ("rich", "matplotlib", "sklearn", "jinja2") if find_spec(name) is None]:
         raise ImportError(f"the demo needs {', '.join(missing)}: pip install 'sparc_fast[demo]'")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -69,7 +70,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     changed = {name: value for name in ("steps", "seed") if (value := getattr(arguments, name)) is not None}
     settings = demo.Settings(**changed)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    _check_folder(arguments.out)
     with console.status("drawing the glyphs and reading their names"):
         glyphs = load_glyphs()
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -87,3 +88,14 @@ def _demo(arguments: argparse.Namespace) -> int:
     page = write_report(demo.report(glyphs, trained, settings, command), arguments.out)
     console.print(f"open [bold]{page}[/bold] in a browser to look through every latent")
     return 0
+
+
+def _check_folder(folder: Path) -> None:
+    """Make the folder now: minutes of training must not end in an error about it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / ".writable") as temporary:
+            temporary.touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise OSError(f"--out must be a folder that can be written, got {folder}: {error.strerror or error}") from error

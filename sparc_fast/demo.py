@@ -131,8 +131,11 @@ def comparison(trained: dict[str, Trained]) -> list[Row]:
         cells = {}
         for name, evaluation in evaluations.items():
             r = evaluation.retrieval[query, candidate]
-            cells[name] = f"{r.r1:.3f} / {r.r5:.3f} / {r.r10:.3f}, median {r.median_rank:.0f}, MRR {r.mrr:.3f}"
-        meaning = f"R@1 / R@5 / R@10 of finding the {candidate} code of the same sample from its {query} code."
+            cells[name] = f"{r.r1:.3f} / {r.r5:.3f} / {r.r10:.3f} · {r.median_rank:.0f} · {r.mrr:.3f}"
+        meaning = (
+            f"R@1 / R@5 / R@10 · median rank · MRR of finding a sample's {candidate} code from its {query} code, "
+            f"among {r.n} candidates."
+        )
         rows.append(Row(f"{query} → {candidate}", meaning, "higher", cells, "Retrieval between two streams"))
     for s, source in enumerate(first.streams):
         for t, target in enumerate(first.streams):

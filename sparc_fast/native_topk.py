@@ -23,7 +23,7 @@ NARROW_PAYS = 96  # samples from which a bfloat16 GEMM gains more than rounding 
 def global_topk(
     x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
 ) -> Tensor:
-    W, bias = _stored(W_enc.detach()), latent_bias.detach().double().sum(0)
+    W, bias = _stored(W_enc.detach(), x.dtype), latent_bias.detach().double().sum(0)
     indices = torch.empty(len(x), k, dtype=torch.int32)
     rows = max(1, min(ROWS, 2**25 // (12 * _capacity(k, len(W)))))
     for part, support in zip(x.detach().split(rows), indices.split(rows), strict=True):
@@ -112,10 +112,10 @@ def _measured(w: Tensor, dtype: torch.dtype, room: Tensor | None) -> tuple[Tenso
 def _exact(x: Tensor, W: Tensor, bias: Tensor, k: int) -> Tensor:
     """The specification, chunk by chunk: the best so far stand left of the next chunk, so that ties stay with them."""
     best, latents = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int32)
-    wide_x = x.double()
     for first in range(0, len(W), LATENTS):
-        rows = W[first : first + LATENTS].double()
-        h = (wide_x @ rows.T + bias[first : first + LATENTS]).to(x.dtype)
+        rows = W[first : first + LATENTS]
+        h = x.new_empty(len(x), len(rows))
+        _cpu.exact_scores(h, x, rows, bias[first : first + LATENTS], torch.get_num_threads())
         numbers = torch.arange(first, first + len(rows), dtype=torch.int32).expand_as(h)
         best, latents = torch.cat([best, h], dim=1), torch.cat([latents, numbers], dim=1)
         kept = topk_rows(best, min(k, best.shape[1])).long()
@@ -127,6 +127,7 @@ def _capacity(k: int, n_latents: int) -> int:
     return min(ROOM * k + 256, n_latents) + 64
 
 
-def _stored(W: Tensor) -> Tensor:
-    W = W.float() if W.dtype == torch.float16 else W
+def _stored(W: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights as the operators read them: float32, bfloat16 or float64, the numbers of a row side by side."""
+    W = wide(W) if W.dtype == torch.float16 or dtype == torch.float64 else W
     return W if W[:1].is_contiguous() else W.contiguous()

@@ -49,6 +49,7 @@ PYBIND11_MODULE(_cpu, m) {
         .def(py::init<Tensor, Tensor, Tensor, int64_t, int64_t, int64_t, bool>())
         .def("filter", &Screen::filter, py::call_guard<py::gil_scoped_release>())
         .def("settle", &Screen::settle, py::call_guard<py::gil_scoped_release>());
+    define("exact_scores", exact_scores);
     define("measure_rows", measure_rows);
     define("topk_rows", topk_rows);
     define("has_bf16_products", has_bf16_products);

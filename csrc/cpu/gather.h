@@ -30,6 +30,7 @@ INLINE void combine_block(
         UNROLL for (int b = 0; b < B; ++b) {
             Vec<A> row = load(list.rows[i] + d + b * W, n);
             if constexpr (centred) row -= offset[b];
+            KEEP_IN_REGISTER(row);
             UNROLL for (int s = 0; s < S; ++s) sum[s][b] += coefficients[s][i] * row;
         }
     }
@@ -57,7 +58,8 @@ INLINE void dots_block(const RowList<T>& list, const A* const* vectors, int64_t 
         UNROLL for (int s = 0; s < S; ++s) vector[s] = load(vectors[s] + d, n);
         UNROLL for (int j = 0; j < J; ++j) {
             list.prefetch(i + j, d);
-            const Vec<A> row = load(list.rows[i + j] + d, n);
+            Vec<A> row = load(list.rows[i + j] + d, n);
+            KEEP_IN_REGISTER(row);
             UNROLL for (int s = 0; s < S; ++s) sum[s][j] += vector[s] * row;
         }
     };

@@ -44,7 +44,8 @@ static void widen(const T* w, int64_t D, double* wide) {
     AT_SIMD_LEVEL(widen_row(w, D, wide))
 }
 
-static void exact_dots(const float* const* x, int64_t count, const double* w, int64_t D, double* dots) {
+template <class T>
+static void exact_dots(const T* const* x, int64_t count, const double* w, int64_t D, double* dots) {
     AT_SIMD_LEVEL(exact_dots(x, count, w, D, dots))
 }
 
@@ -74,6 +75,35 @@ void measure_rows(Tensor norm, Tensor residual, Tensor copy, Tensor w, int threa
         });
     };
     w.item_size == 2 ? measure(bf16{}) : measure(float{});
+}
+
+// The scores of the given rows of x for one latent, whose row is w; `wide` is room.
+template <class T, class A>
+static void score_rows(
+    const T* w, double bias, const std::vector<const A*>& rows, int64_t D, std::vector<double>& wide,
+    std::vector<double>& scores) {
+    wide.resize(D), scores.resize(rows.size());
+    widen(w, D, wide.data());
+    exact_dots(rows.data(), rows.size(), wide.data(), D, scores.data());
+    for (double& score : scores) score = A(score + bias);
+}
+
+void exact_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, int threads) {
+    const int64_t N = x.size[0], D = x.size[1];
+    with_type(x.item_size, [&](auto sum) {
+        using A = sum_t<decltype(sum)>;
+        std::vector<const A*> rows(N);
+        for (int64_t n = 0; n < N; ++n) rows[n] = x.at<const A>(n);
+        with_type(W.item_size, [&](auto type) {
+            parallel_runs(W.size[0], 32, threads, [&](int64_t begin, int64_t end) {
+                std::vector<double> wide, column;
+                for (int64_t l = begin; l < end; ++l) {
+                    score_rows(W.at<const decltype(type)>(l), bias.at<const double>(0)[l], rows, D, wide, column);
+                    for (int64_t n = 0; n < N; ++n) scores.at<A>(n)[l] = column[n];
+                }
+            });
+        });
+    });
 }
 
 bool has_bf16_products() {
@@ -172,19 +202,16 @@ void Screen::score_ambiguous(Tensor x, Tensor W, int threads) {
     invert_indices(latents.data(), latents.size(), L, offsets.data(), entries.data());
     const auto score = [&](auto type) {
         parallel_runs(L, 32, threads, [&](int64_t begin, int64_t end) {
-            std::vector<double> w(D), dots;
+            std::vector<double> wide, scores;
             std::vector<const float*> rows;
             for (int64_t l = begin; l < end; ++l) {
                 const int64_t *first = &entries[offsets[l]], many = offsets[l + 1] - offsets[l];
                 if (!many) continue;
-                rows.resize(many), dots.resize(many);
+                rows.resize(many);
                 for (int64_t i = 0; i < many; ++i) rows[i] = x.at<const float>(places[first[i]] / capacity);
-                widen(W.at<const decltype(type)>(l), D, w.data());
-                exact_dots(rows.data(), many, w.data(), D, dots.data());
-                for (int64_t i = 0; i < many; ++i) {
-                    const float exact = dots[i] + exact_bias[l];
-                    lower[places[first[i]]] = std::isnan(exact) ? infinity : exact;
-                }
+                score_rows(W.at<const decltype(type)>(l), exact_bias[l], rows, D, wide, scores);
+                for (int64_t i = 0; i < many; ++i)
+                    lower[places[first[i]]] = std::isnan(scores[i]) ? infinity : float(scores[i]);
             }
         });
     };

@@ -28,6 +28,9 @@
 // where copy has no data, the GEMM reads w itself.
 void measure_rows(Tensor norm, Tensor residual, Tensor copy, Tensor w, int threads);
 
+// scores[n, l] = the score of the specification. x and scores are in the type of the sums.
+void exact_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, int threads);
+
 // Whether the machine multiplies bfloat16 faster than float32.
 bool has_bf16_products();
 

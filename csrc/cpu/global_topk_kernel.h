@@ -98,21 +98,28 @@ void widen_row(const T* w, int64_t D, double* wide) {
     }
 }
 
-// The dot products of J rows x with w. A product of two float32 is exact in float64, and every sum runs over the same
-// 32 lanes in the same order, so that the result is the same bits at every instruction set.
-template <int J>
-INLINE void exact_dots(const float* const* x, const double* w, int64_t D, double* dots) {
+INLINE Vec<double> load_wide(const double* p) { return load(p); }
+
+INLINE Vec<double> load_wide(const float* p) {
+    typename vector_of<float, VECTOR_BYTES / 2>::type narrow;
+    std::memcpy(&narrow, p, sizeof narrow);
+    return __builtin_convertvector(narrow, Vec<double>);
+}
+
+// The dot products of J rows x with w, while the rows `ahead` come into cache. A product of two float32 is exact in
+// float64, and every sum runs over the same 32 lanes in the same order: the same bits at every instruction set.
+template <int J, class T>
+INLINE void dots_of(const T* const* x, const T* const* ahead, const double* w, int64_t D, double* dots) {
     constexpr int width = 32, W = lanes<double>, V = width / W;
     double sums[J][width];
     Vec<double> sum[J][V] = {};
     int64_t d = 0;
     for (; d + width <= D; d += width) {
-        UNROLL for (int v = 0; v < V; ++v) {
-            const Vec<double> factor = load(w + d + v * W);
-            UNROLL for (int j = 0; j < J; ++j) {
-                typename vector_of<float, VECTOR_BYTES / 2>::type narrow;
-                std::memcpy(&narrow, x[j] + d + v * W, sizeof narrow);
-                sum[j][v] += __builtin_convertvector(narrow, Vec<double>) * factor;
+        UNROLL for (int j = 0; j < J; ++j) {
+            __builtin_prefetch(ahead[j] + d);
+            __builtin_prefetch(ahead[j] + d + width / 2);
+            UNROLL for (int v = 0; v < V; ++v) {
+                sum[j][v] += load_wide(x[j] + d + v * W) * load(w + d + v * W);
             }
         }
     }
@@ -125,11 +132,12 @@ INLINE void exact_dots(const float* const* x, const double* w, int64_t D, double
     }
 }
 
-inline void exact_dots(const float* const* x, int64_t count, const double* w, int64_t D, double* dots) {
+template <class T>
+void exact_dots(const T* const* x, int64_t count, const double* w, int64_t D, double* dots) {
     constexpr int J = 2;
     int64_t i = 0;
-    for (; i + J <= count; i += J) exact_dots<J>(x + i, w, D, dots + i);
-    for (; i < count; ++i) exact_dots<1>(x + i, w, D, dots + i);
+    for (; i + J <= count; i += J) dots_of<J, T>(x + i, x + std::min(i + J, count - J), w, D, dots + i);
+    for (; i < count; ++i) dots_of<1, T>(x + i, x + i, w, D, dots + i);
 }
 
 }  // namespace SIMD_LEVEL

@@ -8,6 +8,12 @@
 #ifndef INLINE
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+// The compiler would read a row from memory again for each stream that uses it.
+#if defined(__x86_64__)
+#define KEEP_IN_REGISTER(vector) asm("" : "+v"(vector))
+#else
+#define KEEP_IN_REGISTER(vector)
+#endif
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
 

@@ -15,7 +15,7 @@ WIDTH, DPI = 1600, 200  # pixels
 TOP, PICTURE, NAME_LINE, GAP = 176, 54, 30, 44  # pixels
 COLUMNS = (262, 946)  # where before and after begin
 LABEL = 146  # the stream's name, before its samples
-SHOWN, NAMES, LETTERS = 8, 2, 36
+SHOWN, NAMES, LETTERS, WORD = 8, 2, 36, 11
 
 
 def render_headline(report: Report, n: int = 6) -> bytes:
@@ -46,7 +46,8 @@ def render_headline(report: Report, n: int = 6) -> bytes:
             names = [report.names[row] for row in rows]
             middle = y + heights[stream] / 2
             write(x, middle - 11, stream, 7, SOFT)
-            write(x, middle + 13, word or "mixed", 6, ACCENT if word == concept else INK, "bold" if word else "normal")
+            shown = word if len(word) <= WORD else word[: WORD - 1] + "…"
+            write(x, middle + 13, shown or "mixed", 6, ACCENT if word == concept else INK, "bold" if word else "normal")
             if stream in report.images:
                 pictures = cells(report.images[stream][rows])
                 for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):

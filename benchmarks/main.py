@@ -1,0 +1,208 @@
+"""The benchmark command: choose cases, check, time in turns, print a line a contender and the figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import sparc_fast
+from sparc_fast import available_backends
+
+from . import memory
+from .cases import SMALL, WIDE, Case, Shape
+from .figures import Line, reached
+from .operators import OPERATORS
+from .steps import RIVALS, WHOLE
+from .timing import Roofs, interleave, measure_roofs, ratio, spread
+
+CASES = {**WHOLE, **OPERATORS}
+MEMORY_SHAPES = (WIDE, SMALL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmarks; the exit status is 1 if a contender was wrong."""
+    arguments = _parse(argv)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads or threads)
+    try:
+        return _run(arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    environment = _environment()
+    print(_heading(environment))
+    roofs = measure_roofs(small=arguments.quick)
+    print(
+        f"roofs: copy {roofs.copy / 1e9:.1f} GB/s, GEMM float32 {roofs.float32 / 1e9:.0f} GFLOP/s, "
+        f"bfloat16 {roofs.bfloat16 / 1e9:.0f} GFLOP/s\n"
+    )
+    lines, failed = [], False
+    for op, shape in _chosen(arguments):
+        if op == "memory":
+            found = _memory_lines(shape, arguments.backend)
+        else:
+            case = CASES[op].case(shape, arguments.backend)
+            for name, complaint in case.wrong.items():
+                print(_start(op, shape.name, name) + f"WRONG, not timed: {complaint}")
+                failed = True
+            if not case.ours:
+                print(_start(op, shape.name, ", ".join(arguments.backend)) + "has no such operator")
+            found = _lines(case, roofs, arguments.seconds, 3 if arguments.quick else 0)
+        for line in found:
+            print(_row(line), flush=True)
+            lines.append(line)
+    _print_figures(lines)
+    if arguments.json:
+        record = {"environment": environment, "roofs": asdict(roofs), "lines": [asdict(line) for line in lines]}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.plot:
+        from .plot import plot
+
+        plot(lines, arguments.plot)
+    return int(failed)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    ops = (*CASES, "memory")
+    shapes = dict.fromkeys(shape.name for op in ops for shape in _shapes(op))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Time every operator and the whole training step against plain PyTorch, in turns. A contender "
+        "whose result is not the reference's is not timed. Names may be given several times.",
+    )
+    parser.add_argument("--op", action="append", choices=ops, help="only this one (all)")
+    parser.add_argument("--shape", action="append", choices=shapes, help="only this one (all but small)")
+    parser.add_argument("--backend", action="append", choices=available_backends("cpu"), help="ours (the fastest)")
+    parser.add_argument("--threads", type=int, help="of PyTorch and of ours (PyTorch's default)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing for each case (%(default)g)")
+    parser.add_argument("--quick", action="store_true", help="small shapes, 3 rounds: does it run at all?")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the ratios (needs matplotlib)")
+    arguments = parser.parse_args(argv)
+    arguments.backend = arguments.backend or list(available_backends("cpu")[:1])
+    arguments.op = arguments.op or list(ops)
+    if arguments.threads is not None and arguments.threads < 1:
+        parser.error(f"--threads must be at least 1, got {arguments.threads}")
+    if not list(_chosen(arguments)):
+        has = [f"{op} has {', '.join(shape.name for shape in _shapes(op))}" for op in arguments.op]
+        parser.error(f"--shape must be one that --op has, got {', '.join(arguments.shape)}: {'; '.join(has)}")
+    return arguments
+
+
+def _shapes(op: str) -> tuple[Shape, ...]:
+    return MEMORY_SHAPES if op == "memory" else CASES[op].shapes
+
+
+def _chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Shape]]:
+    for op in arguments.op:
+        for shape in _shapes(op):
+            default = (shape.name == SMALL.name) == arguments.quick
+            if shape.name in arguments.shape if arguments.shape else default:
+                yield op, shape
+
+
+def _lines(case: Case, roofs: Roofs, seconds: float, rounds: int) -> Iterator[Line]:
+    times = interleave(case.contenders, seconds, rounds)
+    ours = next((times[name] for name in case.ours if name in times), None)
+    floor = roofs.floor(case.phases)
+    for name, taken in times.items():
+        role = "ours" if name in case.ours else "yardstick" if name in case.yardsticks else "baseline"
+        yield Line(
+            case.op, case.shape.name, name, role, taken, median(taken), spread(taken), ours and ratio(taken, ours),
+            sum(phase.flops for phase in case.phases), sum(phase.bytes for phase in case.phases), floor / median(taken),
+        )  # fmt: skip
+
+
+def _memory_lines(shape: Shape, backends: Sequence[str]) -> Iterator[Line]:
+    for name in (*backends, *RIVALS):
+        needed, free = memory.expected_bytes(name, shape), memory.available_bytes()
+        if free is not None and needed > 0.9 * free:
+            print(_start("memory", shape.name, name) + f"not run: needs {needed / 1e9:.0f} GB of {free / 1e9:.0f} free")
+            continue
+        role = "ours" if name in backends else "baseline"
+        yield Line("memory", shape.name, name, role, [], 0, 0, None, 0, 0, 0, memory.extra_bytes(name, shape))
+
+
+def _start(op: str, shape: str, contender: str) -> str:
+    return f"{op:16} {shape:15} {contender:26} "
+
+
+def _row(line: Line) -> str:
+    row = _start(line.op, line.shape, line.contender)
+    if line.bytes_beyond is not None:
+        return row + f"{line.bytes_beyond / 1e6:10.1f} MB beyond weights, moments and inputs"
+    row += f"{line.median * 1e3:10.3f} ms ±{line.spread:4.0%} "
+    row += f"{line.ratio:7.2f}× " if line.ratio is not None else " " * 9
+    if line.role == "yardstick":  # it does not do this case's work
+        return row
+    rates = f"{line.bytes / line.median / 1e9:7.1f} GB/s {line.flops / line.median / 1e9:7.1f} GFLOP/s"
+    return row + f"{rates} {line.of_roof:5.0%} of roof"
+
+
+def _print_figures(lines: Sequence[Line]) -> None:
+    if figures := reached(lines):
+        print(f"\n{'figure':64} {'must':>8} {'aim':>8} {'reached':>12}")
+    for figure, whose, value in figures:
+        print(f"{figure.what:64} {figure.must:>8} {figure.aim:>8} {value:>9.2f}{figure.unit:3} {whose}")
+
+
+def _environment() -> dict[str, Any]:
+    try:
+        from sparc_fast import _cpu
+    except ImportError:
+        compiled = None
+    else:
+        compiled = ("baseline", "AVX2", "AVX-512")[_cpu.simd_level()]
+    return {
+        "sparc_fast": sparc_fast.__version__,
+        "commit": _commit(),
+        "compiled": compiled,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+    }
+
+
+def _heading(environment: dict[str, Any]) -> str:
+    compiled = environment["compiled"]
+    return (
+        f"sparc_fast {environment['sparc_fast']} ({environment['commit']}) at {Path(sparc_fast.__file__).parent}, "
+        f"compiled module: {compiled or 'NO, the reference runs'}\n"
+        f"torch {environment['torch']}, {environment['processor']}, {environment['threads']} threads, float32"
+    )
+
+
+def _commit() -> str | None:
+    """Of the checkout these files are in; None for an installed wheel. A + marks uncommitted changes."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None if (here.parent / ".git").exists() else None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
