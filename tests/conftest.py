@@ -8,6 +8,9 @@ import torch
 import sparc_fast as sf
 
 
+torch.set_num_threads(1)  # shapes are tiny; tests of threads set their own number
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised memory reads as NaN, so that a value nobody wrote is seen."""
