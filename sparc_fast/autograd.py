@@ -13,6 +13,11 @@ from sparc_fast.backends import Backend
 from sparc_fast.reference import pre_bias_gradient, wide
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """The operators choose their own precision: narrow inputs, wide sums."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class SupportValues(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -33,6 +38,11 @@ class SupportValues(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(grad_values):
+            return SupportValues._gradients(ctx, grad_values)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, pre_bias, indices, values = ctx.saved_tensors
         grad_x = grad_W_enc = grad_latent_bias = grad_pre_bias = None
         if ctx.needs_input_grad[0]:
@@ -58,6 +68,11 @@ class SparseDecode(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_recons: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(grad_recons):
+            return SparseDecode._gradients(ctx, grad_recons)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_recons: Tensor) -> tuple[Tensor | None, ...]:
         values, indices, W_dec = ctx.saved_tensors
         grad_recons = grad_recons.contiguous()
         grad_values = grad_W_dec = grad_pre_bias = None
@@ -107,6 +122,11 @@ class ReconstructionLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 11
+        with without_autocast(grad_loss):
+            return ReconstructionLoss._gradients(ctx, grad_loss)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, pre_bias, indices, values, grad_recons, grad_values = ctx.saved_tensors
         inverse = ctx.backend.invert_indices(indices, len(W_enc))
         grad_W_enc, grad_W_dec, grad_latent_bias = ctx.backend.weight_gradients(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Protocol, cast
 
 import torch
@@ -109,12 +111,13 @@ class Backend(Protocol):
 _BACKENDS: dict[str, Backend] = {"reference": cast(Backend, reference)}
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 
-try:
-    from sparc_fast import native
-except ImportError:  # not compiled here
-    pass
-else:
-    _BACKENDS["cpu"] = cast(Backend, native)
+if find_spec("sparc_fast._cpu") is not None:
+    try:
+        from sparc_fast import native
+    except ImportError as error:
+        warnings.warn(f"the compiled CPU backend cannot be loaded, the slow reference is used: {error}", stacklevel=2)
+    else:
+        _BACKENDS["cpu"] = cast(Backend, native)
 
 
 def available(device: torch.device | str = "cpu") -> tuple[str, ...]:

@@ -44,4 +44,8 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"path must be a model saved by sparc_fast ({FORMAT}), but {path} says format {metadata.get('format')!r}"
         )
-    return tensors, json.loads(metadata["config"])
+    try:
+        config = json.loads(metadata["config"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"path must be a model saved by sparc_fast, but {path} has no configuration") from error
+    return tensors, config

@@ -84,7 +84,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
         trained = demo.run(glyphs, settings, ablations=arguments.ablations, progress=progress)
     console.print(demo.as_text(demo.comparison(trained)))
-    command = " ".join(["sparc-fast demo", *(f"--{name} {value}" for name, value in changed.items())])
+    options = [f"--{name} {value}" for name, value in changed.items()]
+    command = " ".join(["sparc-fast demo", *options, *(["--ablations"] if arguments.ablations else [])])
     page = write_report(demo.report(glyphs, trained, settings, command), arguments.out)
     console.print(f"open [bold]{page}[/bold] in a browser to look through every latent")
     return 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast import autograd, backends
+from sparc_fast.reference import wide
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -80,9 +81,9 @@ def support_values(
         values [N, S, k] in x's dtype. Gradients reach x, W_enc, pre_bias and latent_bias.
     """
     _check_encoder(x, W_enc, pre_bias, latent_bias, d_streams)
-    _check_support(indices, len(x), len(d_streams))
+    _check_support(indices, x, len(d_streams), len(W_enc))
     chosen = backends.resolve(backend, x.device)
-    with _no_autocast(x):
+    with autograd.without_autocast(x):
         return cast(
             Tensor, _apply(autograd.SupportValues, x, W_enc, pre_bias, latent_bias, indices, tuple(d_streams), chosen)
         )
@@ -104,10 +105,10 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tens
     _check("values", values, ("N", "S", "k"))
     _check("W_dec", W_dec, ("L", "D"))
     _check("pre_bias", pre_bias, (W_dec.shape[1],))
-    _check_support(indices, len(values), values.shape[1])
-    _check_same("W_dec", W_dec, "values", values)
+    _check_together("values", values, W_dec=W_dec, pre_bias=pre_bias)
+    _check_support(indices, values, values.shape[1], len(W_dec), values.shape[2])
     chosen = backends.resolve(backend, values.device)
-    with _no_autocast(values):
+    with autograd.without_autocast(values):
         return cast(Tensor, _apply(autograd.SparseDecode, values, indices, W_dec, pre_bias, chosen))
 
 
@@ -139,17 +140,24 @@ def reconstruction_loss(
         nmse [S, S], values [N, S, k] and grad_recons [N, S, D]: what it was made of, without gradient.
     """
     _check_encoder(x, W_enc, pre_bias, latent_bias, d_streams)
-    _check_support(indices, len(x), len(d_streams))
+    _check_support(indices, x, len(d_streams), len(W_enc))
     _check("W_dec", W_dec, tuple(W_enc.shape))
     _check("scale", scale, (len(x), len(d_streams)))
+    _check_together("x", x, W_dec=W_dec)
     if residual is not None:
         _check("residual", residual, tuple(x.shape))
+        _check_together("x", x, residual=residual)
+    if scale.dtype != wide(x).dtype or scale.device != x.device:
+        raise ValueError(f"scale must be {wide(x).dtype} on {x.device}, got {scale.dtype} on {scale.device}")
     if len(weights) != len(d_streams) ** 2:
         raise ValueError(f"weights must hold {len(d_streams) ** 2} factors, source by target, got {len(weights)}")
-    if x.requires_grad:
-        raise ValueError("x must not require a gradient here: it is data; decode and compare to differentiate by it")
+    for name, data in (("x", x), ("scale", scale), ("residual", residual)):
+        if data is not None and data.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must not require a gradient here: it is data; decode and compare to differentiate by it"
+            )
     chosen = backends.resolve(backend, x.device)
-    with _no_autocast(x):
+    with autograd.without_autocast(x):
         result = _apply(
             autograd.ReconstructionLoss, x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale,
             tuple(weights), tuple(d_streams), chosen,
@@ -169,11 +177,10 @@ def invert_indices(indices: Tensor, n_latents: int, *, backend: str = "auto") ->
         ``entries[offsets[l] : offsets[l + 1]]``, ascending.
     """
     if indices.ndim not in (2, 3) or indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"indices must be int32 or int64 [N, k] or [N, S, k], got {_describe(indices)}")
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < n_latents:
         raise ValueError(
-            f"indices must lie in 0 … n_latents - 1 = {n_latents - 1}, got {int(indices.min())} … {int(indices.max())}"
+            f"indices must be int32 or int64 [N, k] or [N, S, k], got {indices.dtype} {list(indices.shape)}"
         )
+    _check_range(indices, n_latents)
     return backends.resolve(backend, indices.device).invert_indices(indices, n_latents)
 
 
@@ -199,7 +206,7 @@ def _check_encoder(
                 f"d_streams must be widths of at least 1 that add up to D={x.shape[1]}, got {tuple(d_streams)}"
             )
         _check("latent_bias", latent_bias, (len(d_streams), len(W_enc)))
-    _check_same("W_enc", W_enc, "x", x)
+    _check_together("x", x, W_enc=W_enc, pre_bias=pre_bias, latent_bias=latent_bias)
 
 
 def _check_k(k: int, n_latents: int) -> None:
@@ -207,16 +214,32 @@ def _check_k(k: int, n_latents: int) -> None:
         raise ValueError(f"k must be between 1 and n_latents={n_latents}, got {k}")
 
 
-def _check_support(indices: Tensor, N: int, S: int) -> None:
-    shapes = (N,) if indices.ndim == 2 else (N, S)
-    if indices.ndim not in (2, 3) or tuple(indices.shape[:-1]) != shapes:
-        raise ValueError(f"indices must be [N={N}, k] or [N={N}, S={S}, k], got {list(indices.shape)}")
+def _check_support(indices: Tensor, like: Tensor, S: int, n_latents: int, k: int | None = None) -> None:
+    N = len(like)
+    leading = (N,) if indices.ndim == 2 else (N, S)
+    if indices.ndim not in (2, 3) or tuple(indices.shape[:-1]) != leading or k not in (None, indices.shape[-1]):
+        size = "k" if k is None else f"k={k}"
+        raise ValueError(f"indices must be [N={N}, {size}] or [N={N}, S={S}, {size}], got {list(indices.shape)}")
     if indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"indices must be int32 or int64, got {indices.dtype}")
+    if indices.device != like.device:
+        raise ValueError(f"indices must be on {like.device}, got {indices.device}")
+    _check_range(indices, n_latents)
+
+
+def _check_range(indices: Tensor, n_latents: int) -> None:
+    # where it would wait for a device or break a graph, the range stays the caller's promise
+    if indices.device.type != "cpu" or indices.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (int(bound) for bound in indices.aminmax())
+    if low < 0 or high >= n_latents:
+        raise ValueError(f"indices must lie in 0 … n_latents - 1 = {n_latents - 1}, got {low} … {high}")
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
     """Raise unless tensor is a float tensor of this shape; a letter stands for any size."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     fits = tensor.ndim == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
     )
@@ -227,18 +250,10 @@ def _check(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
         raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
 
-def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.dtype != other.dtype or tensor.device != other.device:
-        raise ValueError(
-            f"{name} must have the dtype and device of {other_name}, {other.dtype} on {other.device}, "
-            f"got {tensor.dtype} on {tensor.device}"
-        )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    """The operators choose their own precision: narrow inputs, wide sums."""
-    return torch.autocast(x.device.type, enabled=False)
+def _check_together(like_name: str, like: Tensor, **others: Tensor) -> None:
+    for name, tensor in others.items():
+        if tensor.dtype != like.dtype or tensor.device != like.device:
+            raise ValueError(
+                f"{name} must have the dtype and device of {like_name}, {like.dtype} on {like.device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )

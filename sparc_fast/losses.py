@@ -10,31 +10,47 @@ from torch import Tensor
 
 from sparc_fast.reference import stream_slices, wide
 
+ZERO_ROW = 1e-20
+"""A row of smaller squared norm counts as a zero row: relative to nothing, no error can be told."""
+
 
 def nmse(recons: Tensor, x: Tensor) -> Tensor:
     """mean_n ||recons[n] - x[n]||^2 / ||x[n]||^2 over the last dimension; a zero row counts as a sample of error 0.
 
     The uncentred normalised error that TopK autoencoders are trained on (Gao et al., arXiv 2406.04093).
     """
+    _check_same_shape(recons, x)
     error = (wide(recons) - wide(x)).square().sum(-1)
     energy = wide(x).square().sum(-1)
-    return torch.where(energy > 0, error / energy.where(energy > 0, 1.0), 0.0).mean()
+    counted = energy >= ZERO_ROW
+    ratio = torch.where(counted, error / energy.where(counted, 1.0), 0.0)
+    return ratio.sum() / max(ratio.numel(), 1)
 
 
 def fvu(recons: Tensor, x: Tensor) -> Tensor:
-    """sum ||recons - x||^2 / sum ||x - mean(x)||^2 over all samples: the fraction of variance unexplained, 1 - R^2.
+    """sum ||recons - x||^2 / sum ||x - mean(x)||^2 over all samples [..., D]: the fraction of variance unexplained.
 
-    Variance-weighted: a near-constant coordinate cannot dominate it.
+    1 - R^2, variance-weighted: a near-constant coordinate cannot dominate it.
     """
-    x, recons = wide(x).flatten(0, -2), wide(recons).flatten(0, -2)
+    _check_same_shape(recons, x)
+    x, recons = wide(x).reshape(-1, x.shape[-1]), wide(recons).reshape(-1, x.shape[-1])
     return (recons - x).square().sum() / (x - x.mean(0)).square().sum()
 
 
-def nmse_scale(x: Tensor, d_streams: Sequence[int]) -> Tensor:
-    """scale[n, t] = 1 / (N ||x[n, t]||^2), and 0 where x[n, t] is all zero: makes squared errors NMSE."""
-    energies = [wide(x[:, cols]).square().sum(1) for cols in stream_slices(d_streams)]
-    energy = torch.stack(energies, dim=1)
-    return torch.where(energy > 0, 1 / (energy * max(len(x), 1)), 0.0)
+def _check_same_shape(recons: Tensor, x: Tensor) -> None:
+    if recons.shape != x.shape or x.ndim == 0:
+        raise ValueError(f"recons must have the shape of x, {list(x.shape)}, got {list(recons.shape)}")
+
+
+def row_energy(x: Tensor, d_streams: Sequence[int]) -> Tensor:
+    """energy[n, t] = ||x[n, t]||^2 of each stream, [N, S]."""
+    return torch.stack([wide(x[:, cols]).square().sum(1) for cols in stream_slices(d_streams)], dim=1)
+
+
+def nmse_scale(energy: Tensor) -> Tensor:
+    """scale[n, t] = 1 / (N energy[n, t]), and 0 for zero rows: what makes squared errors NMSE."""
+    counted = energy >= ZERO_ROW
+    return torch.where(counted, 1 / energy.where(counted, 1.0) / max(len(energy), 1), 0.0)
 
 
 def pair_weights(n_streams: int, cross_loss_coef: float) -> tuple[float, ...]:
@@ -79,10 +95,10 @@ def self_residual(grad_recons: Tensor, scale: Tensor, d_streams: Sequence[int]) 
     return torch.cat(parts, dim=1).to(grad_recons.dtype)
 
 
-def summarize(total: Tensor, nmse: Tensor, auxk: Tensor | None, scale: Tensor, cross_loss_coef: float) -> SparcLoss:
-    """The parts of an objective as `SparcLoss`, from nmse [S, S]."""
+def summarize(total: Tensor, nmse: Tensor, auxk: Tensor | None, energy: Tensor, cross_loss_coef: float) -> SparcLoss:
+    """The parts of an objective as `SparcLoss`, from nmse [S, S] and the rows' energy [N, S]."""
     S = len(nmse)
-    own = nmse.diagonal().sum()
+    itself = torch.eye(S, dtype=torch.bool, device=nmse.device)
     has_cross = S > 1 and cross_loss_coef != 0
-    cross = (nmse.sum() - own) / (S * (S - 1)) if has_cross else None
-    return SparcLoss(total, own / S, cross, auxk, nmse, (scale == 0).sum(0))
+    cross = nmse.masked_fill(itself, 0).sum() / (S * (S - 1)) if has_cross else None
+    return SparcLoss(total, nmse.diagonal().mean(), cross, auxk, nmse, (energy < ZERO_ROW).sum(0))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sparc_fast import _cpu, reference
-from sparc_fast.reference import global_topk, local_topk, wide
+from sparc_fast.native_topk import global_topk, local_topk
+from sparc_fast.reference import gradient_dtype, wide
 
 __all__ = [
     "count_silence",
@@ -84,7 +85,8 @@ def decode_loss(
     grad_values = torch.empty_like(coefficients)
     operands = coefficients, _indices(indices), rows, _summed(pre_bias), target, _summed(scale)
     _cpu.decode_loss(nmse, grad_recons, grad_values, *operands, weights, d_streams, torch.get_num_threads())
-    return nmse, grad_recons.to(values.dtype), grad_values.to(values.dtype)
+    dtype = gradient_dtype(values)
+    return nmse, grad_recons.to(dtype), grad_values.to(dtype)
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,9 @@ class SparcAdam(torch.optim.Optimizer):
         if not lr >= 0 or not eps >= 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"lr and eps must be >= 0 and betas in [0, 1), got lr={lr}, eps={eps}, betas={betas}")
         self.model = model
-        super().__init__(list(model.parameters()), {"lr": lr, "betas": betas, "eps": eps})
+        self._seen: dict[Tensor, int] = {}
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "amsgrad": False}
+        super().__init__(list(model.parameters()), options)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -51,11 +53,20 @@ class SparcAdam(torch.optim.Optimizer):
         support_from: Sequence[str] | None = None,
     ) -> SparcLoss:
         """One training step on a batch; returns its loss, before the step. Arguments as in `SPARC.loss`."""
+        self._check_trainable()
         model = self.model
         packed = model.pack(inputs)
+        with autograd.without_autocast(packed.x):
+            return self._step(packed, cross_loss_coef, auxk_coef, support_from)
+
+    def _step(
+        self, packed: Packed, cross_loss_coef: float, auxk_coef: float, support_from: Sequence[str] | None
+    ) -> SparcLoss:
+        model = self.model
         backend = backends.resolve(model.backend, packed.x.device)
         S = len(packed.streams)
-        scale = losses.nmse_scale(packed.x, packed.d_streams)
+        energy = losses.row_energy(packed.x, packed.d_streams)
+        scale = losses.nmse_scale(energy)
         weights = losses.pair_weights(S, cross_loss_coef)
         indices = model.select(packed, support_from=support_from)
         values, nmse, grad_recons, grad_values = autograd.encode_decode_compare(
@@ -72,14 +83,14 @@ class SparcAdam(torch.optim.Optimizer):
 
         self._update(packed, indices, values, grad_values, grad_recons, extra, backend)
         model.count_silence(values, indices)
-        return losses.summarize(total, nmse, auxk, scale, cross_loss_coef)
+        return losses.summarize(total, nmse, auxk, energy, cross_loss_coef)
 
     def _auxk(
         self, packed: Packed, dead: Tensor, residual: Tensor, auxk_coef: float, backend: backends.Backend
     ) -> tuple[Extra, Tensor]:
         among_dead = packed.of_latents(dead)
         indices = self.model.select(among_dead, min(self.model.auxk, len(dead)))
-        scale = losses.nmse_scale(residual, packed.d_streams)
+        scale = losses.nmse_scale(losses.row_energy(residual, packed.d_streams))
         weights = losses.self_weights(len(packed.streams), auxk_coef)
         values, nmse, grad_recons, grad_values = autograd.encode_decode_compare(
             *among_dead.operands(), indices, residual, scale, weights, packed.d_streams, backend
@@ -133,11 +144,28 @@ class SparcAdam(torch.optim.Optimizer):
         for parameter in model.parameters():
             if "master" in self.state[parameter]:
                 parameter.copy_(self.state[parameter]["master"])
+                self._seen[parameter] = parameter._version
 
     def _rows(self, parameter: Tensor) -> Tensor:
         """What Adam moves: the parameter, or its float32 master."""
         rows: Tensor = self.state[parameter].get("master", parameter)
         return rows
+
+    def _check_trainable(self) -> None:
+        if not self.model.training:
+            raise ValueError("model must be in training mode to step, got eval mode: call model.train()")
+        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+        if frozen:
+            raise ValueError(f"SparcAdam trains every weight of the model, but {', '.join(frozen)} is frozen")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the model's own weights, given to the constructor, can be trained."""
+        if self.param_groups:
+            raise ValueError("SparcAdam has one parameter group, the model's weights, and takes no other")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "model": self.model, "_seen": self._seen}
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
@@ -147,10 +175,17 @@ class SparcAdam(torch.optim.Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(rows), torch.zeros_like(rows)
             if parameter.dtype != rows.dtype:
                 state["master"] = rows
+        elif "master" in state and self._seen.get(parameter) != parameter._version:
+            # somebody else wrote the weights: where they did, their rounding is all there is
+            master = state["master"]
+            master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As on any optimizer; master rows and moments keep their float32."""
+        """As on any optimizer; master rows and moments keep their float32. torch.optim.Adam's state loads too."""
+        for group in state_dict["param_groups"]:
+            if group.get("weight_decay") or group.get("amsgrad"):
+                raise ValueError("state_dict must be of an Adam without weight decay and amsgrad")
         super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
         names = [i for group in state_dict["param_groups"] for i in group["params"]]

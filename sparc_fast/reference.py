@@ -28,6 +28,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def gradient_dtype(values: Tensor) -> torch.dtype:
+    """What gradients of one sample are stored in: float16 cannot hold them, 1 / N underflows before any loss scale."""
+    return torch.float32 if values.dtype == torch.float16 else values.dtype
+
+
 def global_topk(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int) -> Tensor:
     """indices[n] = the k latents l of largest h[n, l].
 
@@ -79,7 +84,7 @@ def support_values(
     values = []
     for s, cols in enumerate(stream_slices(d_streams)):
         support = _support(indices, s)
-        dots = (wide(W_enc[support, cols]) @ centred[:, cols, None]).squeeze(-1)
+        dots = (wide(W_enc[support, cols]) * centred[:, None, cols]).sum(-1)
         values.append(torch.relu(dots + wide(latent_bias[s])[support]))
     return torch.stack(values, dim=1).to(x.dtype)
 
@@ -90,7 +95,7 @@ def support_values_grad_x(
     """grad_x[n, d] = sum_j grad_z[n, s(d), j] W_enc[I[n, s(d), j], d],  grad_z = grad_values where values > 0."""
     grad_z = relu_grad(grad_values, values)
     grads = [
-        (grad_z[:, s, None] @ wide(W_enc[_support(indices, s), cols])).squeeze(1)
+        (grad_z[:, s, :, None] * wide(W_enc[_support(indices, s), cols])).sum(1)
         for s, cols in enumerate(stream_slices(d_streams))
     ]
     return torch.cat(grads, dim=1).to(W_enc.dtype)
@@ -103,10 +108,9 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tens
 
 def sparse_decode_grad_values(grad_recons: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """grad_values[n, s, j] = sum_d grad_recons[n, s, d] W_dec[I[n, s, j], d]"""
-    grad, rows = wide(grad_recons), wide(W_dec[indices])
-    if indices.ndim == 2:
-        return torch.einsum("nsd,njd->nsj", grad, rows).to(grad_recons.dtype)
-    return torch.einsum("nsd,nsjd->nsj", grad, rows).to(grad_recons.dtype)
+    grad, S = wide(grad_recons), grad_recons.shape[1]
+    dots = [(grad[:, s, None] * wide(W_dec[_support(indices, s)])).sum(-1) for s in range(S)]
+    return torch.stack(dots, dim=1).to(grad_recons.dtype)
 
 
 def decode_loss(
@@ -128,7 +132,7 @@ def decode_loss(
     grad_values[n, s, j] = dloss/dvalues = sum_d grad_recons[n, s, d] W_dec[I[n, s, j], d]
 
     A pair (s, t) of weight 0 is not computed: its nmse and grad_recons are 0. Returns nmse [S, S] in the type
-    of the sums, grad_recons [N, S, D] and grad_values [N, S, k].
+    of the sums, grad_recons [N, S, D] and grad_values [N, S, k] in the type of `gradient_dtype`.
     """
     S = len(d_streams)
     weight = torch.tensor(weights, dtype=wide(values).dtype, device=values.device).view(S, S)
@@ -142,7 +146,7 @@ def decode_loss(
                 error_st = error[:, s, cols]
                 nmse[s, t] = (scale[:, t] * error_st.square().sum(1)).sum()
                 grad_recons[:, s, cols] = 2 * weight[s, t] * scale[:, t, None] * error_st
-    grad_recons = grad_recons.to(values.dtype)
+    grad_recons = grad_recons.to(gradient_dtype(values))
     return nmse, grad_recons, sparse_decode_grad_values(grad_recons, indices, W_dec)
 
 
@@ -316,10 +320,10 @@ def _support(indices: Tensor, s: int) -> Tensor:
 
 
 def _decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    rows = wide(W_dec[indices])
-    if indices.ndim == 2:
-        return torch.einsum("nsj,njd->nsd", values, rows)
-    return torch.einsum("nsj,nsjd->nsd", values, rows)
+    # a product and a sum, not a matrix product: those sum in an order that depends on the batch
+    S = values.shape[1]
+    recons = [(values[:, s, :, None] * wide(W_dec[_support(indices, s)])).sum(1) for s in range(S)]
+    return torch.stack(recons, dim=1)
 
 
 def _entries_of_stream(offsets: Tensor, entries: Tensor, shape: torch.Size, s: int) -> tuple[Tensor, Tensor, Tensor]:

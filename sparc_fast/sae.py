@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -110,7 +110,8 @@ class SPARC(nn.Module):
         auxk: dead latents that reconstruct the residual during training; 0 turns AuxK off.
         dead_after: a latent is dead once no stream fired it for more than this many training samples.
         backend: "auto", the fastest available for the inputs' device, or a name.
-        check_finite: raise on NaN or infinite inputs. On a GPU this waits for the device.
+        check_finite: raise on NaN or infinite inputs. On a GPU this waits for the device; under torch.compile
+            it is skipped.
         dtype, device: of the weights; inputs are converted to this dtype.
     """
 
@@ -133,8 +134,14 @@ class SPARC(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not d_streams or any(width < 1 for width in d_streams.values()):
-            raise ValueError(f"d_streams must name at least one stream, each of width >= 1, got {dict(d_streams)}")
+        if not isinstance(d_streams, Mapping) or not d_streams or not all(map(_is_stream, d_streams.items())):
+            raise ValueError(f"d_streams must name at least one stream, each an integer width >= 1, got {d_streams}")
+        if not all(isinstance(size, int) for size in (n_latents, k, auxk, dead_after)):
+            raise ValueError(
+                f"n_latents, k, auxk and dead_after must be integers, got {n_latents}, {k}, {auxk} and {dead_after}"
+            )
+        if dtype not in functional.FLOATS:
+            raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         if not 1 <= k <= n_latents:
             raise ValueError(f"k must be between 1 and n_latents={n_latents}, got {k}")
         if selection not in ("global", "local"):
@@ -156,9 +163,7 @@ class SPARC(nn.Module):
         self.register_buffer("input_rms", torch.ones(S, device=device))
         self.register_buffer("silence", torch.zeros(L, dtype=torch.int64, device=device))
         self.is_calibrated = False
-        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
-            lambda module, _: module._notice_calibration()
-        )
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         backends.resolve(backend, self.W_enc.device)
         self.reset_parameters()
 
@@ -203,21 +208,18 @@ class SPARC(nn.Module):
         streams of mean squared norm 1. Reconstructions come back in the streams' own units; losses are measured
         on the calibrated inputs. All streams must be given.
         """
-        self.input_mean.zero_()
-        self.input_rms.fill_(1)
-        self._notice_calibration()
-        packed = self.pack(inputs)
-        if packed.streams != self.streams or not len(packed.x):
+        streams, x, _ = self._side_by_side(inputs)
+        if streams != self.streams or not len(x):
             raise ValueError(
-                f"inputs must hold samples of every stream {self.streams} to calibrate, "
-                f"got {len(packed.x)} samples of {packed.streams}"
+                f"inputs must hold samples of every stream {self.streams} to calibrate, got {len(x)} of {streams}"
             )
-        x = packed.x.double()
-        self.input_mean.copy_(x.mean(0))
-        energy = (x - self.input_mean.double()).square()
-        for s, cols in enumerate(reference.stream_slices(packed.d_streams)):
-            rms = energy[:, cols].sum(1).mean().sqrt()
-            self.input_rms[s] = torch.where(rms > 0, rms, 1.0)
+        self._check_rows(x, self.d_streams)
+        x = x.double()
+        mean = x.mean(0)
+        rms = torch.stack([(x - mean)[:, cols].square().sum(1).mean().sqrt() for cols in self._columns()])
+        size = torch.stack([mean[cols].norm() for cols in self._columns()])
+        self.input_mean.copy_(mean)
+        self.input_rms.copy_(torch.where(rms > 1e-6 * size, rms, 1.0))  # a constant stream has no scale of its own
         self._notice_calibration()
 
     def encode(self, inputs: Inputs | Packed) -> SparseLatents:
@@ -241,6 +243,8 @@ class SPARC(nn.Module):
 
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
         """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""
+        if codes.n_latents != self.n_latents:
+            raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
         values, indices = codes.stream(source)
         t = _position(target, self.streams, "target")
         cols = self._columns()[t]
@@ -255,11 +259,10 @@ class SPARC(nn.Module):
     def translate(self, inputs: Inputs, source: str, target: str) -> Tensor:
         """Stream `target` predicted from stream `source` alone, [..., D_target]; `target` may be absent."""
         _position(source, self.streams, "source")
-        if isinstance(inputs, Tensor):
-            inputs = self._split(inputs)
-        if source not in inputs:
-            raise ValueError(f"inputs must hold the source stream {source!r}, got {tuple(inputs)}")
-        return self.decode(self.encode({source: inputs[source]}), source, target)
+        parts = self._parts(inputs)
+        if source not in parts:
+            raise ValueError(f"inputs must hold the source stream {source!r}, got {tuple(parts)}")
+        return self.decode(self.encode({source: parts[source]}), source, target)
 
     def forward(self, inputs: Inputs, cross_loss_coef: float = 1.0) -> SparcOutput:
         """Codes, every reconstruction, and (when all streams are given) the differentiable reconstruction loss.
@@ -294,6 +297,7 @@ class SPARC(nn.Module):
         Over the streams given: self terms of each, cross terms between every ordered pair of them. AuxK joins in
         training mode while latents are dead: the `auxk` largest of the dead latents reconstruct what each stream's
         own reconstruction left over (Gao et al., arXiv 2406.04093). In training mode the dead counters move.
+        How many latents are dead is read on the host: with AuxK, torch.compile splits the graph there.
 
         Args:
             support_from: under global selection, the streams whose pre-activations choose the support; by default
@@ -302,7 +306,8 @@ class SPARC(nn.Module):
         packed = self.pack(inputs)
         indices = self.select(packed, support_from=support_from)
         S = len(packed.streams)
-        scale = losses.nmse_scale(packed.x, packed.d_streams)
+        energy = losses.row_energy(packed.x, packed.d_streams)
+        scale = losses.nmse_scale(energy)
         total, nmse, values, grad_recons = functional.reconstruction_loss(
             *packed.operands(), indices,
             d_streams=packed.d_streams, scale=scale,
@@ -315,7 +320,7 @@ class SPARC(nn.Module):
             weighted_auxk = self._auxk_loss(packed, dead, residual, auxk_coef)
             total, auxk = total + weighted_auxk, weighted_auxk.detach() / auxk_coef
         self.count_silence(values, indices)
-        return losses.summarize(total, nmse, auxk, scale, cross_loss_coef)
+        return losses.summarize(total, nmse, auxk, energy, cross_loss_coef)
 
     def dead_latents(self, auxk_coef: float = 1.0) -> Tensor | None:
         """The latents AuxK may use now, int64 [n_dead]; None when there is nothing for it to do."""
@@ -329,15 +334,16 @@ class SPARC(nn.Module):
         pairs = [losses.nmse(recons[:, s, cols], packed.x[:, cols]) for s in range(S) for cols in columns]
         nmse = torch.stack(pairs).view(S, S)
         total = (nmse * nmse.new_tensor(losses.pair_weights(S, cross_loss_coef)).view(S, S)).sum()
-        scale = losses.nmse_scale(packed.x, packed.d_streams)
-        return losses.summarize(total, nmse.detach(), None, scale, cross_loss_coef)
+        energy = losses.row_energy(packed.x, packed.d_streams)
+        return losses.summarize(total, nmse.detach(), None, energy, cross_loss_coef)
 
     def _auxk_loss(self, packed: Packed, dead: Tensor, residual: Tensor, auxk_coef: float) -> Tensor:
         among_dead = packed.of_latents(dead)
         indices = self.select(among_dead, min(self.auxk, len(dead)))
+        scale = losses.nmse_scale(losses.row_energy(residual, packed.d_streams))
         return functional.reconstruction_loss(
             *among_dead.operands(), indices,
-            d_streams=packed.d_streams, scale=losses.nmse_scale(residual, packed.d_streams),
+            d_streams=packed.d_streams, scale=scale,
             weights=losses.self_weights(len(packed.streams), auxk_coef), residual=residual, backend=self.backend,
         )[0]  # fmt: skip
 
@@ -356,20 +362,15 @@ class SPARC(nn.Module):
         """Check a batch, put its streams side by side as [N, D'], calibrated, with the weights they need."""
         if isinstance(inputs, Packed):
             return inputs
-        parts = self._split(inputs) if isinstance(inputs, Tensor) else self._check(inputs)
-        streams = tuple(parts)
-        leading = tuple(parts[streams[0]].shape[:-1])
-        if streams == self.streams and isinstance(inputs, Tensor):
-            x = inputs.reshape(-1, inputs.shape[-1])
-        else:
-            x = torch.cat([parts[name].reshape(-1, self.d_streams[name]) for name in streams], dim=1)
+        streams, x, leading = self._side_by_side(inputs)
+        positions = [self.streams.index(name) for name in streams]
+        columns = [self._columns()[s] for s in positions]
+        x = self._calibrate(x, positions, columns).to(self.W_enc.dtype)
         d_streams = {name: self.d_streams[name] for name in streams}
         if self.check_finite and not torch.compiler.is_compiling():
             self._check_rows(x, d_streams)
-        positions = [self.streams.index(name) for name in streams]
-        columns = [self._columns()[s] for s in positions]
         return Packed(
-            x=self._calibrate(x, positions, columns).to(self.W_enc.dtype),
+            x=x,
             streams=streams,
             d_streams=tuple(d_streams.values()),
             leading=leading,
@@ -394,9 +395,10 @@ class SPARC(nn.Module):
         tensors, config = checkpoint.load(path)
         dtype = tensors["W_enc"].dtype if "W_enc" in tensors else torch.float32
         try:
-            model = cls(**config, dtype=dtype, device=device, backend=backend)
+            with torch.random.fork_rng(devices=[]):  # the first weights are thrown away: draw nothing for them
+                model = cls(**config, dtype=dtype, device=device, backend=backend)
             model.load_state_dict(tensors)
-        except (TypeError, RuntimeError, KeyError) as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"path must be a model saved by sparc_fast, but {path} does not fit: {error}") from error
         return model
 
@@ -408,11 +410,32 @@ class SPARC(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPARC:
+        """A change of the weights' dtype leaves the calibration in its own: it belongs to the inputs."""
+        measured = self.input_mean, self.input_rms
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.input_mean.dtype != measured[0].dtype:
+            self.input_mean, self.input_rms = (buffer.to(self.input_mean.device) for buffer in measured)
+        return self
+
     def _notice_calibration(self) -> None:
         self.is_calibrated = bool((self.input_mean != 0).any() or (self.input_rms != 1).any())
 
     def _columns(self) -> list[slice]:
         return reference.stream_slices(tuple(self.d_streams.values()))
+
+    def _side_by_side(self, inputs: Inputs) -> tuple[tuple[str, ...], Tensor, tuple[int, ...]]:
+        """(streams given, their samples [N, D'] as they came, leading dimensions)."""
+        parts = self._parts(inputs)
+        streams = tuple(parts)
+        leading = tuple(parts[streams[0]].shape[:-1])
+        if isinstance(inputs, Tensor):
+            return streams, inputs.reshape(-1, inputs.shape[-1]), leading
+        flat = [parts[name].reshape(-1, self.d_streams[name]) for name in streams]
+        return streams, torch.cat(flat, dim=1), leading
+
+    def _parts(self, inputs: Inputs) -> dict[str, Tensor]:
+        return self._split(inputs) if isinstance(inputs, Tensor) else self._check(inputs)
 
     def _split(self, inputs: Tensor) -> dict[str, Tensor]:
         D = sum(self.d_streams.values())
@@ -421,6 +444,10 @@ class SPARC(nn.Module):
         return {name: inputs[..., cols] for name, cols in zip(self.streams, self._columns(), strict=True)}
 
     def _check(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not isinstance(inputs, Mapping):
+            raise ValueError(
+                f"inputs must map streams to tensors, or be one tensor of all of them, got {type(inputs).__name__}"
+            )
         if not inputs:
             raise ValueError(f"inputs must hold at least one of the streams {self.streams}, got none")
         for name in inputs:
@@ -428,6 +455,8 @@ class SPARC(nn.Module):
         present = {name: inputs[name] for name in self.streams if name in inputs}
         first = next(iter(present))
         for name, x in present.items():
+            if not isinstance(x, Tensor) or x.is_complex():
+                raise ValueError(f"inputs[{name!r}] must be a real tensor, got {_kind(x)}")
             if x.ndim < 2 or x.shape[-1] != self.d_streams[name]:
                 raise ValueError(f"inputs[{name!r}] must be [..., {self.d_streams[name]}], got {list(x.shape)}")
             if x.shape[:-1] != present[first].shape[:-1]:
@@ -445,7 +474,8 @@ class SPARC(nn.Module):
             bad = (~torch.isfinite(x[:, cols]).all(1)).nonzero()[:, 0]
             if len(bad):
                 raise ValueError(
-                    f"inputs[{name!r}] must be finite, got NaN or infinity in {len(bad)} of {len(x)} rows, "
+                    f"inputs[{name!r}] must be finite in {x.dtype}, "
+                    f"got NaN or infinity in {len(bad)} of {len(x)} rows, "
                     f"first in row {int(bad[0])}"
                 )
 
@@ -455,7 +485,7 @@ class SPARC(nn.Module):
         parts = torch.split(x, [cols.stop - cols.start for cols in columns], dim=1)
         return torch.cat(
             [
-                (part - self.input_mean[cols]) / self.input_rms[s]
+                (part - self.input_mean[cols]) / self.input_rms[s]  # in float32, or wider
                 for part, s, cols in zip(parts, positions, columns, strict=True)
             ],
             dim=1,
@@ -470,7 +500,20 @@ class SPARC(nn.Module):
     def count_silence(self, values: Tensor, indices: Tensor) -> None:
         """Move the dead counters by a batch of codes; in training mode only."""
         if self.training:
-            reference.count_silence(self.silence, values, indices)
+            backends.resolve(self.backend, values.device).count_silence(self.silence, values, indices)
+
+
+def _after_loading(model: SPARC, _: object) -> None:
+    model._notice_calibration()
+
+
+def _is_stream(item: tuple[object, object]) -> bool:
+    name, width = item
+    return isinstance(name, str) and isinstance(width, int) and width >= 1
+
+
+def _kind(x: object) -> str:
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
 def _take_columns(W: Tensor, columns: Sequence[slice]) -> Tensor:

@@ -29,7 +29,7 @@ def train(
     curve_points: int = 200,
     on_step: Callable[[int], object] | None = None,
 ) -> Curves:
-    """Train with `SparcAdam`: shuffled epochs without replacement, linear warm-up, cosine decay to 0.
+    """Train with `SparcAdam`: shuffled epochs, one after the other, linear warm-up, cosine decay to 0.
 
     Args:
         inputs: every stream's samples, [N, D_s], in memory.
@@ -48,13 +48,18 @@ def train(
         raise ValueError(f"steps and batch_size must be >= 1, got {steps} and {batch_size}")
     if not 0 <= support_dropout < 1:
         raise ValueError(f"support_dropout must be in [0, 1), got {support_dropout}")
-    x = model.pack(inputs)
-    if x.streams != model.streams or len(x.x) == 0:
-        raise ValueError(f"inputs must hold samples of every stream {model.streams}, got {len(x.x)} of {x.streams}")
+    if support_dropout and model.selection == "local":
+        raise ValueError("support_dropout must be 0 under local selection: each stream chooses its own support")
+    if not 0 <= warmup <= 1 or curve_points < 1:
+        raise ValueError(f"warmup must be in [0, 1] and curve_points >= 1, got {warmup} and {curve_points}")
+    given = tuple(name for name in model.streams if name in inputs)
+    n_samples = min((len(inputs[name]) for name in given), default=0)
+    if given != model.streams or n_samples == 0:
+        raise ValueError(f"inputs must hold samples of every stream {model.streams}, got {n_samples} of {given}")
     optimizer = SparcAdam(model, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps, warmup))
     generator = torch.Generator().manual_seed(seed)
-    batches = _batches(len(x.x), batch_size, generator)
+    batches = _batches(n_samples, batch_size, generator)
     curves: Curves = {"step": [], "loss": [], "self": [], "cross": [], "dead": []}
     every = max(1, steps // curve_points)
     model.train()

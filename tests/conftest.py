@@ -7,7 +7,6 @@ import torch
 
 import sparc_fast as sf
 
-
 torch.set_num_threads(1)  # shapes are tiny; tests of threads set their own number
 
 

@@ -32,9 +32,14 @@ def test_k_outside_the_latents(k: int) -> None:
     ("arguments", "message"),
     [
         ({"d_streams": {}}, "d_streams must name at least one stream"),
-        ({"d_streams": {"a": 0}}, "each of width >= 1, got {'a': 0}"),
-        ({"selection": "both"}, "selection must be \"global\" or \"local\", got 'both'"),
+        ({"d_streams": {"a": 0}}, "each an integer width >= 1, got {'a': 0}"),
+        ({"selection": "both"}, 'selection must be "global" or "local", got \'both\''),
         ({"auxk": -1}, "auxk and dead_after must be >= 0, got -1"),
+        ({"d_streams": [4, 3]}, r"d_streams must name at least one stream.*got \[4, 3\]"),
+        ({"d_streams": {0: 4}}, "d_streams must name at least one stream.*got {0: 4}"),
+        ({"d_streams": {"a": 4.0}}, "each an integer width >= 1, got {'a': 4.0}"),
+        ({"k": 2.5}, "n_latents, k, auxk and dead_after must be integers, got 9, 2.5"),
+        ({"dtype": torch.complex64}, "dtype must be float32, bfloat16, float16 or float64, got torch.complex64"),
         ({"backend": "abacus"}, "backend must be one of 'auto', .*'reference'.* for cpu tensors, got 'abacus'"),
     ],
 )
@@ -55,6 +60,9 @@ def test_a_model_that_cannot_be(arguments: dict[str, object], message: str) -> N
             {"dino": torch.zeros(2, 4), "text": torch.zeros(3, 3)},
             r"same samples in every stream: 'dino' has \[2\], 'text' has \[3\]",
         ),
+        ({"dino": torch.zeros(2, 4).numpy()}, r"inputs\['dino'\] must be a real tensor, got ndarray"),
+        ({"dino": torch.zeros(2, 4) * 1j}, r"inputs\['dino'\] must be a real tensor, got torch.complex64"),
+        ([1.0, 2.0], "inputs must map streams to tensors, or be one tensor of all of them, got list"),
         (torch.zeros(2, 8), r"inputs must be \[..., D=7\], all streams side by side, got \[2, 8\]"),
     ],
 )
@@ -69,7 +77,7 @@ def test_rows_that_are_not_finite(bad: float) -> None:
     model = sf.SPARC(WIDTHS, 9, 2)
     inputs = {"dino": torch.zeros(5, 4), "text": torch.zeros(5, 3)}
     inputs["text"][3, 1] = bad
-    with pytest.raises(ValueError, match=r"inputs\['text'\] must be finite, got NaN or infinity in 1 of 5 rows.*row 3"):
+    with pytest.raises(ValueError, match=r"inputs\['text'\] must be finite in torch.float32, got NaN or infinity in 1 of 5 rows.*row 3"):
         model.loss(inputs)
 
 
@@ -102,6 +110,43 @@ def test_unknown_streams_in_decode_and_translate(role: str) -> None:
         model.decode(model.encode({"dino": torch.zeros(2, 4)}), **names)
 
 
+def test_inputs_that_overflow_in_the_dtype_of_the_weights() -> None:
+    model = sf.SPARC(WIDTHS, 9, 2, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"inputs\['dino'\] must be finite in torch.float16"):
+        model.loss(torch.full((5, 7), 1e5))
+
+
+def test_streams_nobody_asked_for_are_checked_in_translate_too() -> None:
+    model = sf.SPARC(WIDTHS, 9, 2)
+    with pytest.raises(ValueError, match="got 'audio'"):
+        model.translate({"dino": torch.zeros(2, 4), "audio": torch.zeros(2, 4)}, "dino", "text")
+    with pytest.raises(ValueError, match="same samples in every stream"):
+        model.translate({"dino": torch.zeros(2, 4), "text": torch.zeros(3, 3)}, "dino", "text")
+
+
+def test_codes_of_another_model() -> None:
+    codes = sf.SPARC(WIDTHS, 16, 2).encode(torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="codes must be of a model with n_latents=9, got 16"):
+        sf.SPARC(WIDTHS, 9, 2).decode(codes, "dino", "text")
+
+
+def test_decode_operands_that_do_not_fit_each_other() -> None:
+    values, indices = torch.ones(4, 1, 2), torch.zeros(4, 2, dtype=torch.int32)
+    W_dec, pre_bias = torch.ones(3, 2), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"indices must be \[N=4, k=2\] or \[N=4, S=1, k=2\], got \[4, 3\]"):
+        F.sparse_decode(values, torch.zeros(4, 3, dtype=torch.int32), W_dec, pre_bias)
+    with pytest.raises(ValueError, match="pre_bias must have the dtype and device of values"):
+        F.sparse_decode(values, indices, W_dec, pre_bias.double())
+    with pytest.raises(ValueError, match="indices must lie in 0 … n_latents - 1 = 2, got 3 … 3"):
+        F.sparse_decode(values, indices + 3, W_dec, pre_bias)
+
+
+def test_losses_of_different_shapes() -> None:
+    for measure in (sf.nmse, sf.fvu):
+        with pytest.raises(ValueError, match=r"recons must have the shape of x, \[5, 3\], got \[3\]"):
+            measure(torch.zeros(3), torch.zeros(5, 3))
+
+
 def test_translate_without_its_source() -> None:
     model = sf.SPARC(WIDTHS, 9, 2)
     with pytest.raises(ValueError, match=r"inputs must hold the source stream 'text', got \('dino',\)"):
@@ -119,6 +164,12 @@ def test_calibration_without_every_stream() -> None:
         ({"x": torch.randn(5)}, r"x must be \[N, D\], got \[5\]"),
         ({"x": torch.zeros(5, 7, dtype=torch.int32)}, "x must be float32, bfloat16, float16 or float64, got torch.int32"),
         ({"W_enc": torch.randn(9, 6)}, r"W_enc must be \[L, 7\], got \[9, 6\]"),
+        ({"pre_bias": torch.randn(7).double()}, "pre_bias must have the dtype and device of x, torch.float32 on cpu, got torch.float64"),
+        ({"latent_bias": torch.randn(2, 9, device="meta")}, "latent_bias must have the dtype and device of x, .* got torch.float32 on meta"),
+        ({"indices": torch.zeros(5, 2, dtype=torch.int32, device="meta")}, "indices must be on cpu, got meta"),
+        ({"indices": torch.full((5, 2), -1)}, "indices must lie in 0 … n_latents - 1 = 8, got -1 … -1"),
+        ({"indices": torch.full((5, 2), 2**32 + 1)}, "indices must lie in 0 … n_latents - 1 = 8, got 4294967297"),
+        ({"x": [[1.0] * 7] * 5}, "x must be a tensor, got list"),
         ({"W_enc": torch.randn(9, 7).double()}, "W_enc must have the dtype and device of x, torch.float32 on cpu, got torch.float64"),
         ({"pre_bias": torch.randn(6)}, r"pre_bias must be \[7\], got \[6\]"),
         ({"latent_bias": torch.randn(2, 8)}, r"latent_bias must be \[2, 9\], got \[2, 8\]"),
@@ -145,6 +196,15 @@ def test_the_fused_loss_refuses_inputs_that_want_gradients() -> None:
         model.loss(torch.randn(5, 7, requires_grad=True))
 
 
+def test_scale_and_residual_of_another_dtype() -> None:
+    arguments = {**operands(), "W_dec": torch.randn(9, 7), "indices": torch.zeros(5, 2, dtype=torch.int32)}
+    arguments |= {"d_streams": (4, 3), "weights": (1.0,) * 4}
+    with pytest.raises(ValueError, match="scale must be torch.float32 on cpu, got torch.float64 on cpu"):
+        F.reconstruction_loss(**arguments, scale=torch.ones(5, 2).double())
+    with pytest.raises(ValueError, match="residual must have the dtype and device of x"):
+        F.reconstruction_loss(**arguments, scale=torch.ones(5, 2), residual=torch.ones(5, 7).double())
+
+
 def test_weights_that_are_not_pairs_of_streams() -> None:
     arguments = {**operands(), "W_dec": torch.randn(9, 7), "indices": torch.zeros(5, 2, dtype=torch.int32)}
     with pytest.raises(ValueError, match="weights must hold 4 factors, source by target, got 2"):
@@ -155,3 +215,18 @@ def test_weights_that_are_not_pairs_of_streams() -> None:
 def test_optimizer_settings_out_of_range(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="lr and eps must be >= 0 and betas in"):
         sf.SparcAdam(sf.SPARC(WIDTHS, 9, 2), **arguments)
+
+
+def test_steps_that_would_not_be_what_they_say() -> None:
+    model = sf.SPARC(WIDTHS, 9, 2)
+    optimizer = sf.SparcAdam(model)
+    with pytest.raises(ValueError, match="model must be in training mode"):
+        sf.SparcAdam(sf.SPARC(WIDTHS, 9, 2).eval()).step(torch.zeros(2, 7))
+    model.W_dec.requires_grad_(False)
+    with pytest.raises(ValueError, match="trains every weight of the model, but W_dec is frozen"):
+        optimizer.step(torch.randn(2, 7))
+    with pytest.raises(ValueError, match="one parameter group"):
+        optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)]})
+    decayed = torch.optim.Adam(model.parameters(), weight_decay=0.1).state_dict()
+    with pytest.raises(ValueError, match="without weight decay"):
+        optimizer.load_state_dict(decayed)

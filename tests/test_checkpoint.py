@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,49 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         sf.SPARC.load(tmp_path / "text.safetensors")
 
 
+def test_a_file_without_a_sound_configuration_is_refused(model: sf.SPARC, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for metadata in ({"format": checkpoint.FORMAT}, {"format": checkpoint.FORMAT, "config": "{"}):
+        save_file(dict(model.state_dict()), path, metadata=metadata)
+        with pytest.raises(ValueError, match="has no configuration"):
+            sf.SPARC.load(path)
+    checkpoint.save(path, model.state_dict(), {**model.config(), "d_streams": [5, 3]})
+    with pytest.raises(ValueError, match="does not fit"):
+        sf.SPARC.load(path)
+
+
+def test_loading_leaves_the_random_numbers_alone(model: sf.SPARC, tmp_path: Path) -> None:
+    model.save(tmp_path / "model.safetensors")
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    sf.SPARC.load(tmp_path / "model.safetensors")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_models_and_optimizers_can_be_copied_and_pickled(model: sf.SPARC) -> None:
+    model.train()
+    optimizer = sf.SparcAdam(model, lr=1e-2)
+    optimizer.step(torch.randn(6, 8))
+    x = torch.randn(6, 8)
+    copies = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+    assert torch.equal(pickle.loads(pickle.dumps(model)).W_enc, model.W_enc)
+    optimizer.step(x)
+    for other in copies:
+        other.step(x)
+        assert torch.equal(other.model.W_enc, model.W_enc)
+
+
+def test_a_link_stays_a_link(model: sf.SPARC, tmp_path: Path) -> None:
+    model.save(tmp_path / "first.safetensors")
+    (tmp_path / "latest.safetensors").symlink_to("first.safetensors")
+    with torch.no_grad():
+        model.pre_bias.add_(1)
+    model.save(tmp_path / "latest.safetensors")
+    assert (tmp_path / "latest.safetensors").is_symlink()
+    assert torch.equal(sf.SPARC.load(tmp_path / "first.safetensors").pre_bias, model.pre_bias)
+
+
 def test_weights_that_do_not_fit_the_configuration_are_refused(model: sf.SPARC, tmp_path: Path) -> None:
     config = {**model.config(), "n_latents": 17}
     checkpoint.save(tmp_path / "model.safetensors", model.state_dict(), config)
@@ -116,3 +161,5 @@ def test_an_unwritable_folder_is_named(model: sf.SPARC, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file, not a folder")
     with pytest.raises(OSError, match=r"cannot write .*model\.safetensors"):
         model.save(tmp_path / "file" / "model.safetensors")
+    with pytest.raises(IsADirectoryError, match=r"cannot write .*: Is a directory"):
+        model.save(tmp_path)

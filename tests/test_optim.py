@@ -153,3 +153,23 @@ def test_training_is_the_same_bit_for_bit_from_run_to_run(backend: str) -> None:
             optimizer.step(x)
         runs.append(model.state_dict())
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_weights_loaded_from_elsewhere_are_not_overwritten_by_old_masters(backend: str) -> None:
+    model, other = make(backend, dtype=torch.bfloat16), make(backend, dtype=torch.bfloat16)
+    optimizer = sf.SparcAdam(model, lr=1e-2)
+    for x in batches(3):
+        optimizer.step(x)
+    model.load_state_dict(other.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step(batches(1)[0])
+    assert torch.equal(model.W_enc, other.W_enc)
+
+
+def test_torch_adam_can_go_on_from_our_state(backend: str) -> None:
+    model = make(backend)
+    fused = sf.SparcAdam(model, lr=1e-2)
+    fused.step(batches(1)[0])
+    adam = torch.optim.Adam(model.parameters())
+    adam.load_state_dict(copy.deepcopy(fused.state_dict()))
+    assert torch.isfinite(plain_step(model, adam, batches(1)[0]).total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import Weights, logits, masks
+from dense import Weights, logits, masks, objective
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,14 +129,16 @@ def test_a_zero_row_counts_as_error_zero_and_is_reported(backend: str) -> None:
 
 @pytest.mark.parametrize("selection", ["global", "local"])
 def test_a_sample_alone_equals_the_same_sample_in_a_batch(selection: str, backend: str) -> None:
-    model, inputs = make(backend, selection=selection), batch(33)
-    together = model.encode(inputs)
-    for n in (0, 17, 32):
-        alone = model.encode({name: x[n : n + 1] for name, x in inputs.items()})
+    torch.manual_seed(0)
+    model = sf.SPARC({"a": 384, "b": 1792}, 100, 7, selection=selection, backend=backend)
+    x = torch.randn(133, 2176)
+    together = model.encode(x)
+    recons = model.decode(together, "a", "b")
+    for n in (0, 17, 132):
+        alone = model.encode(x[n : n + 1])
         assert torch.equal(alone.indices[0], together.indices[n])
         assert torch.equal(alone.values[0], together.values[n])
-        recons = [model.decode(codes, "dino", "text") for codes in (alone, together)]
-        assert torch.equal(recons[0][0], recons[1][n])
+        assert torch.equal(model.decode(alone, "a", "b")[0], recons[n])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -149,6 +151,84 @@ def test_every_float_dtype_trains(dtype: torch.dtype, backend: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_gradients_are_as_good_as_their_dtype(dtype: torch.dtype, size: float, backend: str) -> None:
+    torch.manual_seed(0)
+    model = sf.SPARC({"a": 24, "b": 16}, 32, 8, dtype=dtype, backend=backend)
+    x = size * torch.randn(1024, 40, dtype=dtype)
+    truth = sf.SPARC({"a": 24, "b": 16}, 32, 8, dtype=torch.float64, backend="reference")
+    truth.load_state_dict(model.state_dict())
+    loss_scale = 2.0**12  # what a GradScaler does
+    (model.loss(x).total * loss_scale).backward()
+    truth.loss(x.double()).total.backward()
+    for name, p in model.named_parameters():
+        expected = truth.get_parameter(name).grad
+        error = (p.grad.double() / loss_scale - expected).norm() / expected.norm()
+        assert error < 4 * torch.finfo(dtype).eps, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("size", [1e-21, 1e-15, 0.0])
+def test_a_row_next_to_nothing_counts_as_zero_and_ruins_nothing(size: float, backend: str) -> None:
+    model, inputs = make(backend), batch(8)
+    inputs["image"][3] = size
+    loss = sf.SparcAdam(model).step(inputs)
+    assert loss.zero_rows.tolist() == [0, 1, 0]
+    assert loss.total < 10
+    torch.testing.assert_close(make(backend)(inputs).loss.total.detach(), loss.total)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_cross_loss_is_not_lost_beside_a_large_self_loss() -> None:
+    nmse = torch.tensor([[1e6, 1e-3], [1e-3, 1e6]])
+    torch.testing.assert_close(sf.losses.summarize(nmse.sum(), nmse, None, torch.ones(1, 2), 1.0).cross, nmse[0, 1])
+
+
+def test_no_samples_have_no_loss(backend: str) -> None:
+    model, x = make(backend), torch.zeros(0, 22)
+    assert model(x).loss.total == model.loss(x).total == 0
+
+
+def test_losses_whose_gradient_is_one_expanded_number_work(backend: str) -> None:
+    model, inputs = make(backend), batch(8)
+    model.encode(inputs).values.sum().backward()
+    model.decode(model.encode(inputs), "dino", "text").sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gradients_accumulate(backend: str) -> None:
+    model, inputs = make(backend, dtype=torch.float64), batch(8, dtype=torch.float64)
+    model.loss(inputs).total.backward()
+    once = model.W_dec.grad.clone()
+    model.loss(inputs).total.backward()
+    torch.testing.assert_close(model.W_dec.grad, 2 * once)
+
+
+def test_k_and_widths_without_round_numbers_or_limits(backend: str) -> None:
+    torch.manual_seed(0)
+    model = sf.SPARC({"a": 1152, "b": 385}, 600, 513, backend=backend, dtype=torch.float64)
+    x = torch.randn(3, 1537, dtype=torch.float64)
+    model.loss(x).total.backward()
+    truth = Weights.of(model)
+    objective(truth, list(x.split([1152, 385], dim=1)), 513, "global", 1.0).backward()
+    for name, expected in truth.gradients().items():
+        torch.testing.assert_close(model.get_parameter(name).grad, expected, rtol=1e-8, atol=1e-11)
+
+
+def test_training_does_not_depend_on_the_number_of_threads(backend: str) -> None:
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        model = make(backend)
+        optimizer = sf.SparcAdam(model, lr=1e-2)
+        for seed in range(3):
+            optimizer.step(torch.randn(40, 22, generator=torch.Generator().manual_seed(seed)))
+        runs.append(model.state_dict())
+    torch.set_num_threads(1)
+    for name, tensor in runs[0].items():
+        assert all(torch.equal(tensor, run[name]) for run in runs), name
+
+
 def test_autocast_does_not_change_the_numbers(backend: str) -> None:
     model, inputs = make(backend), batch(8)
     expected = model.loss(inputs)
@@ -157,8 +237,13 @@ def test_autocast_does_not_change_the_numbers(backend: str) -> None:
     model.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model.loss(inputs)
-    loss.total.backward()
+        loss.total.backward()
+        model.decode(model.encode(inputs), "dino", "text").sum().backward()
+        step = sf.SparcAdam(make(backend)).step(inputs)
     assert torch.equal(loss.total, expected.total)
+    assert torch.equal(step.total, expected.total)
+    model.zero_grad()
+    model.loss(inputs).total.backward()
     assert torch.equal(model.W_enc.grad, grad)
 
 
@@ -193,12 +278,38 @@ def test_calibration_centres_each_stream_at_mean_squared_norm_one_and_is_undone_
     torch.testing.assert_close(model.loss(inputs).total, plain.loss(x).total)
 
 
-def test_a_constant_stream_calibrates_to_zero_rather_than_nan() -> None:
-    inputs = batch(20)
-    inputs["image"][:] = 3.0
-    model = make()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_constant_stream_calibrates_to_zero_rather_than_nan(dtype: torch.dtype) -> None:
+    inputs = batch(20, dtype=dtype)
+    inputs["image"][:] = 0.1
+    model = make(dtype=dtype)
     model.calibrate(inputs)
-    assert torch.equal(model.pack(inputs).x[:, 10:17], torch.zeros(20, 7))
+    torch.testing.assert_close(model.pack(inputs).x[:, 10:17], torch.zeros(20, 7, dtype=dtype), atol=1e-7, rtol=0)
+
+
+def test_a_failed_calibration_leaves_the_previous_one() -> None:
+    model, inputs = make(), batch(20)
+    model.calibrate(inputs)
+    before = model.input_mean.clone()
+    with pytest.raises(ValueError, match="to calibrate"):
+        model.calibrate({"dino": inputs["dino"]})
+    inputs["text"][3] = torch.nan
+    with pytest.raises(ValueError, match="must be finite"):
+        model.calibrate(inputs)
+    assert torch.equal(model.input_mean, before)
+    assert model.is_calibrated
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_calibration_is_measured_and_kept_in_the_inputs_own_precision(dtype: torch.dtype) -> None:
+    inputs = {name: 1e5 + 0.5 * x for name, x in batch(200).items()}
+    narrow, cast = make(dtype=dtype), make()
+    narrow.calibrate(inputs)
+    cast.calibrate(inputs)
+    cast = cast.to(dtype)
+    assert torch.equal(narrow.input_mean, cast.input_mean)
+    x = cast.pack(inputs).x
+    torch.testing.assert_close(x[:, :10].float().square().sum(1).mean(), torch.tensor(1.0), atol=0.02, rtol=0)
 
 
 def test_latents_die_by_samples_and_revive_when_any_stream_fires_them(backend: str) -> None:
