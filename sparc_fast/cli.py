@@ -14,7 +14,10 @@ from sparc_fast.version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, or 1 after a message on standard error."""
-    arguments = _parser().parse_args(argv)
+    arguments, rest = _parser().parse_known_args(argv)
+    if rest and arguments.run is not _bench:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     try:
         status: int = arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:
@@ -42,6 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, help="of the weights and the shuffling")
     demo.add_argument("--ablations", action="store_true", help="also global TopK without, local TopK with, cross loss")
     demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser(
+        "bench", help="time every operator and the whole step against plain PyTorch", add_help=False
+    )
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -55,6 +63,13 @@ class _Version(argparse.Action):
         for device in ("cpu", "cuda"):
             print(f"{device} backends: {', '.join(available_backends(device))}")
         parser.exit()
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from sparc_fast.benchmarks.main import main as benchmarks
+
+    status: int = benchmarks(arguments.rest)
+    return status
 
 
 def _demo(arguments: argparse.Namespace) -> int:

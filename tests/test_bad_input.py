@@ -77,7 +77,9 @@ def test_rows_that_are_not_finite(bad: float) -> None:
     model = sf.SPARC(WIDTHS, 9, 2)
     inputs = {"dino": torch.zeros(5, 4), "text": torch.zeros(5, 3)}
     inputs["text"][3, 1] = bad
-    with pytest.raises(ValueError, match=r"inputs\['text'\] must be finite in torch.float32, got NaN or infinity in 1 of 5 rows.*row 3"):
+    with pytest.raises(
+        ValueError, match=r"inputs\['text'\] must be finite in torch.float32, got NaN or infinity in 1 of 5 rows.*row 3"
+    ):
         model.loss(inputs)
 
 
@@ -199,7 +201,7 @@ def test_the_fused_loss_refuses_inputs_that_want_gradients() -> None:
 def test_scale_and_residual_of_another_dtype() -> None:
     arguments = {**operands(), "W_dec": torch.randn(9, 7), "indices": torch.zeros(5, 2, dtype=torch.int32)}
     arguments |= {"d_streams": (4, 3), "weights": (1.0,) * 4}
-    with pytest.raises(ValueError, match="scale must be torch.float32 on cpu, got torch.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"scale must be torch.float32 on cpu, got torch.float64 on cpu"):
         F.reconstruction_loss(**arguments, scale=torch.ones(5, 2).double())
     with pytest.raises(ValueError, match="residual must have the dtype and device of x"):
         F.reconstruction_loss(**arguments, scale=torch.ones(5, 2), residual=torch.ones(5, 7).double())

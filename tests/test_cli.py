@@ -49,3 +49,16 @@ def test_the_demo_without_its_extra_says_what_to_install(
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "sklearn" else object())
     assert cli.main(["demo"]) == 1
     assert "the demo needs sklearn: pip install 'sparc_fast[demo]'" in capsys.readouterr().err
+
+
+def test_unknown_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--colour", "red"])
+    assert "unrecognized arguments: --colour red" in capsys.readouterr().err
+
+
+def test_bench_passes_its_options_to_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--help"])
+    assert stop.value.code == 0
+    assert "--quick" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The project around the code: public names, style, types, and that the commands people are told to run are the ones we run."""
+"""The project around the code: public names, style, types, and the commands people are told to run."""
 
 from __future__ import annotations
 

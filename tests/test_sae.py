@@ -406,7 +406,7 @@ def test_a_support_chosen_by_some_streams_serves_them_all(backend: str) -> None:
     loss = model.loss(inputs, support_from=("text", "dino"))
     loss.total.backward()
     assert model.W_enc.grad[:, 10:17].abs().sum() > 0
-    with pytest.raises(ValueError, match="support_from must be one of the streams .* got 'audio'"):
+    with pytest.raises(ValueError, match=r"support_from must be one of the streams .* got 'audio'"):
         model.loss(inputs, support_from=("audio",))
     with pytest.raises(ValueError, match="support_from must name at least one"):
         model.loss(inputs, support_from=())
