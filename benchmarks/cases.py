@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparc_fast import SPARC
-from sparc_fast.losses import nmse_scale, pair_weights
+from sparc_fast.losses import nmse_scale, pair_weights, row_energy
 from sparc_fast.reference import invert_indices, stream_slices
 
 FLOAT = 4  # bytes of a float32
@@ -141,7 +141,7 @@ class Operands:
 
     @cached_property
     def scale(self) -> Tensor:
-        return nmse_scale(self.x, self.d_streams)
+        return nmse_scale(row_energy(self.x, self.d_streams))
 
     @cached_property
     def weights(self) -> tuple[float, ...]:

@@ -21,11 +21,11 @@ from sparc_fast import available_backends
 from . import memory
 from .cases import SMALL, WIDE, Case, Shape
 from .figures import Line, reached
-from .operators import OPERATORS
-from .steps import RIVALS, WHOLE
+from .operators import OPERATORS, Operator
+from .steps import RIVALS, WHOLE, Whole
 from .timing import Roofs, interleave, measure_roofs, ratio, spread
 
-CASES = {**WHOLE, **OPERATORS}
+CASES: dict[str, Whole | Operator] = {**WHOLE, **OPERATORS}
 MEMORY_SHAPES = (WIDE, SMALL)
 
 
@@ -116,19 +116,21 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Shape]]:
 def _lines(case: Case, roofs: Roofs, seconds: float, rounds: int) -> Iterator[Line]:
     times = interleave(case.contenders, seconds, rounds)
     ours = next((times[name] for name in case.ours if name in times), None)
+    flops, moved = sum(phase.flops for phase in case.phases), sum(phase.bytes for phase in case.phases)
     floor = roofs.floor(case.phases)
     for name, taken in times.items():
         role = "ours" if name in case.ours else "yardstick" if name in case.yardsticks else "baseline"
+        over_ours = ratio(taken, ours) if ours else None
+        middle = median(taken)
         yield Line(
-            case.op, case.shape.name, name, role, taken, median(taken), spread(taken), ours and ratio(taken, ours),
-            sum(phase.flops for phase in case.phases), sum(phase.bytes for phase in case.phases), floor / median(taken),
-        )  # fmt: skip
+            case.op, case.shape.name, name, role, taken, middle, spread(taken), over_ours, flops, moved, floor / middle
+        )
 
 
 def _memory_lines(shape: Shape, backends: Sequence[str]) -> Iterator[Line]:
     for name in (*backends, *RIVALS):
         needed, free = memory.expected_bytes(name, shape), memory.available_bytes()
-        if free is not None and needed > 0.9 * free:
+        if free is not None and needed > 0.75 * free:
             print(_start("memory", shape.name, name) + f"not run: needs {needed / 1e9:.0f} GB of {free / 1e9:.0f} free")
             continue
         role = "ours" if name in backends else "baseline"
@@ -182,7 +184,7 @@ def _heading(environment: dict[str, Any]) -> str:
     return (
         f"sparc_fast {environment['sparc_fast']} ({environment['commit']}) at {Path(sparc_fast.__file__).parent}, "
         f"compiled module: {compiled or 'NO, the reference runs'}\n"
-        f"torch {environment['torch']}, {environment['processor']}, {environment['threads']} threads, float32"
+        f"torch {environment['torch']}, {environment['processor']}, {environment['threads']} thread(s), float32"
     )
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+import sparc_fast
+
 from .cases import FLOAT, SMALL, STEP, WIDE, Shape
 from .steps import trainer
 
@@ -52,7 +54,10 @@ def extra_bytes(name: str, shape: Shape) -> int:
     """Peak bytes beyond weights, moments and inputs of a contender's step, measured in a fresh process."""
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     command = [sys.executable, "-m", __name__, name, shape.name, str(torch.get_num_threads())]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    # from the installed package's own folder: `-m` puts the current one first, and a checkout there would shadow it
+    folder = Path(sparc_fast.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"memory of {name} at {shape.name} could not be measured: {done.stderr.strip()[-500:]}")
     return int(done.stdout)

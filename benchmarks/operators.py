@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +36,10 @@ class Operator:
     comparable: Callable[[Operands, Any], Any] = lambda o, result: result
     """What two right results have in common."""
 
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        return tuple(self.baselines)
+
     def case(self, shape: Shape, names: Sequence[str]) -> Case:
         """Checked on the first 32 samples against the reference, ready to be timed on all."""
         o = Operands(shape)
@@ -52,16 +57,19 @@ class Operator:
     def _contenders(self, names: Sequence[str]) -> Iterator[tuple[str, Callable[[Operands], Run]]]:
         for name in names:
             backend = backends.resolve(name, torch.device("cpu"))
-            if hasattr(backend, self.name) or backend is reference:
-                yield name, partial(self.ours, backend=backend)
-                if self.name == "global_topk" and "screening" in inspect.signature(backend.global_topk).parameters:
-                    yield f"{name}, no screen", partial(self.ours, backend=_Unscreened(backend))
+            if self.name == "topk_rows" and _select_rows(backend) is None:
+                continue
+            yield name, partial(self.ours, backend=backend)
+            if self.name == "global_topk" and "screening" in inspect.signature(backend.global_topk).parameters:
+                yield f"{name}, float32 screen", partial(self.ours, backend=_Float32(backend))
         yield from self.baselines.items()
 
 
-class _Unscreened:
+class _Float32:
+    """The support without a narrower product in front."""
+
     def __init__(self, backend: Backend) -> None:
-        self.global_topk = partial(backend.global_topk, screening=None)
+        self.global_topk = partial(backend.global_topk, screening="none")
 
 
 def disagreement(got: Any, want: Any) -> str | None:
@@ -80,8 +88,17 @@ def disagreement(got: Any, want: Any) -> str | None:
 # rows of scores, already in memory
 
 
+def _select_rows(backend: Backend) -> Callable[[Tensor, int], Tensor] | None:
+    """Not part of the backends' vocabulary, but the heart of their TopK; None where a backend has none by itself."""
+    if backend is reference:
+        return reference._largest
+    module = sys.modules.get(getattr(backend.global_topk, "__module__", ""))
+    return getattr(module, "topk_rows", None)
+
+
 def _rows_ours(o: Operands, backend: Backend) -> Run:
-    select = reference._largest if backend is reference else backend.topk_rows  # type: ignore[attr-defined]
+    select = _select_rows(backend)
+    assert select is not None
     return lambda: select(o.scores, o.k)
 
 

@@ -1,4 +1,4 @@
-"""The whole training step against Dense, Lean and Tuned; and a single stream's forward and backward against EagerSAE."""
+"""The whole training step against Dense, Lean and Tuned; forward and backward of one stream against EagerSAE."""
 
 from __future__ import annotations
 
@@ -117,10 +117,11 @@ def _forward_backward(model: SPARC | EagerSAE, x: Tensor) -> tuple[Tensor | None
 class Whole:
     name: str
     shapes: tuple[Shape, ...]
+    rivals: tuple[str, ...]
     case: Callable[[Shape, Sequence[str]], Case]
 
 
 WHOLE = {
-    "step": Whole("step", (*STEP, SMALL), _step_case),
-    "sae": Whole("sae", (SINGLE, SMALL_SINGLE), _sae_case),
+    "step": Whole("step", (*STEP, SMALL), RIVALS, _step_case),
+    "sae": Whole("sae", (SINGLE, SMALL_SINGLE), ("EagerSAE",), _sae_case),
 }

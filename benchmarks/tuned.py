@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparc_fast import SPARC
-from sparc_fast.losses import nmse_scale, pair_weights
+from sparc_fast.losses import nmse_scale, pair_weights, row_energy
 from sparc_fast.reference import stream_slices
 
 
@@ -80,7 +80,7 @@ def decode_and_compare(
     error.retain_grad()
     norms = torch.stack([part.norm(dim=2) for part in error.split(list(d_streams), dim=2)], dim=2)
     weights = norms.new_tensor(pair_weights(S, 1.0)).view(S, S)
-    loss = (norms.square() * nmse_scale(x, d_streams)[:, None] * weights).sum()
+    loss = (norms.square() * nmse_scale(row_energy(x, d_streams))[:, None] * weights).sum()
     loss.backward()
     return loss.detach(), z.grad, error.grad
 

@@ -113,11 +113,11 @@ _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 
 if find_spec("sparc_fast._cpu") is not None:
     try:
-        from sparc_fast import native
+        from sparc_fast import custom_ops
     except ImportError as error:
         warnings.warn(f"the compiled CPU backend cannot be loaded, the slow reference is used: {error}", stacklevel=2)
     else:
-        _BACKENDS["cpu"] = cast(Backend, native)
+        _BACKENDS["cpu"] = cast(Backend, custom_ops)
 
 
 def available(device: torch.device | str = "cpu") -> tuple[str, ...]:

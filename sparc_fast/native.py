@@ -205,7 +205,7 @@ def _sums(like: Tensor, *shape: int) -> Tensor:
 
 
 def _stored(*tensors: Tensor) -> list[Tensor]:
-    """Large operands in the widest of the types they are stored in; rows may lie apart, the numbers in a row may not."""
+    """Large operands in the widest type they are stored in; rows may lie apart, the numbers in a row may not."""
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)

@@ -7,6 +7,7 @@ without a proof go on to float32, and from there to float64, the specification i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,11 @@ from torch import Tensor
 from sparc_fast import _cpu
 from sparc_fast.reference import stream_slices, wide
 
-ROWS = 2048  # samples, and
-LATENTS = 2048  # latents of one GEMM
-ROOM = 16  # candidates a sample may hold, in units of k
-NARROW_PAYS = 96  # samples from which a bfloat16 GEMM gains more than rounding the weights costs
+ROWS, LATENTS = 2048, 2048  # samples and latents of one GEMM
+ROOM, SPARE = 8, 256  # a sample may hold ROOM k + SPARE candidates
+# bare float32 GEMM = 1, L = 8192, D = 2560, one Zen 4 core: float64 / float32 / bfloat16 took
+# 0.83 / 1.55 / 2.2 for 1 sample, 1.14 / 0.90 / 0.95 for 8, - / 0.75 / 0.56 for 64, - / 1.06 / 0.51 for 1024
+FEW, MANY = 2, 16
 
 
 def global_topk(
@@ -26,10 +28,10 @@ def global_topk(
     W, bias = _stored(W_enc.detach(), x.dtype), latent_bias.detach().double().sum(0)
     indices = torch.empty(len(x), k, dtype=torch.int32)
     rows = max(1, min(ROWS, 2**25 // (12 * _capacity(k, len(W)))))
-    for part, support in zip(x.detach().split(rows), indices.split(rows), strict=True):
-        centred = (wide(part) - wide(pre_bias.detach())).contiguous()
-        with torch.autocast("cpu", enabled=False):
-            support.copy_(_support(centred, W, bias, k, _precisions(centred, screening)))
+    with torch.autocast("cpu", enabled=False):
+        for n in range(0, len(x), rows):
+            centred = (wide(x[n : n + rows].detach()) - wide(pre_bias.detach())).contiguous()
+            indices[n : n + rows] = _support(centred, W, bias, k, _precisions(centred, screening))
     return indices
 
 
@@ -58,15 +60,16 @@ def topk_rows(scores: Tensor, k: int) -> Tensor:
 
 def _precisions(x: Tensor, screening: str) -> list[torch.dtype]:
     """The GEMMs to try in turn before float64."""
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or (screening == "auto" and len(x) <= FEW):
         return []
+    backends: Any = torch.backends
+    mkldnn = backends.mkldnn
+    settings = {mkldnn.matmul.fp32_precision, mkldnn.fp32_precision, backends.fp32_precision}
     # a float32 GEMM that torch may run in fewer bits has no bound
-    settings = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.mkldnn.fp32_precision, torch.backends.fp32_precision
-    plain = [torch.float32] if not {"tf32", "bf16"} & set(settings) else []
-    fast = torch.backends.mkldnn.is_available() and _cpu.has_bf16_products() and len(x) >= NARROW_PAYS
-    if screening == "bf16" or (screening == "auto" and fast):
-        return [torch.bfloat16, *plain]
-    return plain
+    plain = [] if settings & {"tf32", "bf16"} else [torch.float32]
+    fast = len(x) >= MANY and mkldnn.is_available() and _cpu.has_bf16_products()
+    narrow = screening == "bf16" or (screening == "auto" and fast)
+    return [torch.bfloat16, *plain] if narrow else plain
 
 
 def _support(x: Tensor, W: Tensor, bias: Tensor, k: int, precisions: list[torch.dtype]) -> Tensor:
@@ -82,7 +85,7 @@ def _support(x: Tensor, W: Tensor, bias: Tensor, k: int, precisions: list[torch.
 def _screened(x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The support [N, k] from a GEMM in this dtype, and bool [N]: where it could not be proven."""
     (N, D), L, threads = x.shape, len(W), torch.get_num_threads()
-    chunk = min(LATENTS, L)
+    chunk = min(LATENTS, max(64, 2**23 // D), L)
     operand, norm, residual = _measured(x, dtype, None)
     screen = _cpu.Screen(norm, residual, bias, D, k, _capacity(k, L), dtype == torch.bfloat16)
     scores, copies = torch.empty(N * chunk, dtype=dtype), torch.empty(chunk, D, dtype=dtype)
@@ -124,7 +127,7 @@ def _exact(x: Tensor, W: Tensor, bias: Tensor, k: int) -> Tensor:
 
 
 def _capacity(k: int, n_latents: int) -> int:
-    return min(ROOM * k + 256, n_latents) + 64
+    return min(ROOM * k + SPARE, n_latents) + 64
 
 
 def _stored(W: Tensor, dtype: torch.dtype) -> Tensor:

@@ -49,45 +49,44 @@ void decode_loss(
     using A = sum_t<T>;
     const int64_t N = support.N, S = support.S, k = support.k;
     std::vector<double> errors(N * S * S);  // [N, source, target]
-    for (const Columns& run : column_runs(d_streams, run_width)) {
+    const auto runs = column_runs(d_streams, run_width);
+    each_run(runs, support, W_dec.size[0], threads, [&](const Columns& run, int64_t block) {
         const int64_t t = run.stream, width = run.end - run.begin;
         const A* bias = pre_bias.at<const A>(run.begin);
-        std::vector<int64_t> sources, skipped;
-        for (int64_t s = 0; s < S; ++s) (weights[s * S + t] != 0 ? sources : skipped).push_back(s);
-        const int64_t group_size = support.shared ? most_streams : 1;
-
-        parallel_for(sample_blocks(support), threads, [&](int64_t block) {
-            A buffer[most_streams][run_width];
-            const SampleBlock samples(support, block);
+        std::vector<int64_t> compared;  // sources
+        const SampleBlock samples(support, block);
+        for (int64_t s = 0; s < S; ++s) {
+            const bool skipped = weights[s * S + t] == 0;
+            if (!skipped) compared.push_back(s);
             for (int64_t n = samples.first; n < samples.last; ++n) {
-                for (int64_t s : skipped) std::fill_n(grad_recons.at<T>(n, s) + run.begin, width, T{});
-                if (run.begin == 0) std::fill_n(grad_values.at<A>(n), S * k, A(0));
+                if (skipped) std::fill_n(grad_recons.at<T>(n, s) + run.begin, width, T{});
+                if (run.begin == 0) std::fill_n(grad_values.at<A>(n, s), k, A(0));
             }
-            for (size_t first = 0; first < sources.size(); first += group_size) {
-                const int64_t count = std::min<int64_t>(group_size, sources.size() - first);
-                const BlockRows<T> rows(W_dec, support, sources[first], run.begin, block);
-                for (int64_t n = rows.first; n < rows.last; ++n) {
-                    const A* coefficients[most_streams];
-                    A *recons[most_streams], *products[most_streams];
-                    for (int64_t i = 0; i < count; ++i) {
-                        coefficients[i] = values.at<const A>(n, sources[first + i]);
-                        products[i] = grad_values.at<A>(n, sources[first + i]);
-                        recons[i] = buffer[i];
-                    }
-                    const RowList<T> list = rows.of(n, k);
-                    with_streams(count, [&](auto S_) { combine<S_>(list, coefficients, width, recons); });
-                    for (int64_t i = 0; i < count; ++i) {
-                        const int64_t s = sources[first + i];
-                        const A factor = A(2 * weights[s * S + t]) * scale.at<const A>(n)[t];
-                        errors[(n * S + s) * S + t] += compare(
-                            recons[i], bias, target.at<const T>(n) + run.begin, factor,
-                            grad_recons.at<T>(n, s) + run.begin, width);
-                    }
-                    with_streams(count, [&](auto S_) { dots<S_>(list, recons, width, products); });
+        }
+        each_group(compared, support, [&](const int64_t* sources, int64_t count) {
+            A buffer[most_streams][run_width];
+            const BlockRows<T> rows(W_dec, support, sources[0], run.begin, block);
+            for (int64_t n = rows.first; n < rows.last; ++n) {
+                const A* coefficients[most_streams];
+                A *recons[most_streams], *products[most_streams];
+                for (int64_t i = 0; i < count; ++i) {
+                    coefficients[i] = values.at<const A>(n, sources[i]);
+                    products[i] = grad_values.at<A>(n, sources[i]);
+                    recons[i] = buffer[i];
                 }
+                const RowList<T> list = rows.of(n, k);
+                with_streams(count, [&](auto streams) { combine<streams, false>(list, coefficients, width, recons); });
+                for (int64_t i = 0; i < count; ++i) {
+                    const int64_t s = sources[i];
+                    const A factor = A(2 * weights[s * S + t]) * scale.at<const A>(n)[t];
+                    errors[(n * S + s) * S + t] += compare(
+                        recons[i], bias, target.at<const T>(n) + run.begin, factor, grad_recons.at<T>(n, s) + run.begin,
+                        width);
+                }
+                with_streams(count, [&](auto streams) { dots<streams>(list, recons, width, products); });
             }
         });
-    }
+    });
     for (int64_t s = 0; s < S; ++s)
         for (int64_t t = 0; t < S; ++t) {
             double sum = 0;

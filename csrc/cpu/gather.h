@@ -1,5 +1,5 @@
 // The two inner loops of every sparse operator, over rows picked by address:
-//   combine   sums[s][d] = sum_i coefficients[s][i] (row_i[d] - centre[d])
+//   combine   sums[s][d] = sum_i coefficients[s][i] row_i[d]
 //   dots      products[s][i] += sum_d vectors[s][d] row_i[d]
 // for S coefficient lists or vectors at once, so that S streams share one read of the rows. Each sum has its own
 // register and a fixed order: it does not depend on what else is computed beside it.
@@ -9,27 +9,25 @@ namespace SIMD_LEVEL {
 
 constexpr int most_streams = 4;  // S of one call
 
+// Rows picked by address, and as many to prefetch meanwhile.
 template <class T>
 struct RowList {
     const T* const* rows;
     int64_t count;
-    const T* const* ahead;  // rows to prefetch meanwhile, as many
+    const T* const* ahead;
 
-    void prefetch(int64_t i, int64_t d) const { __builtin_prefetch(ahead[i] + d, 0, PF); }
+    const T* row(int64_t i, int64_t d) const { return rows[i] + d; }
+    void prefetch(int64_t i, int64_t d) const { __builtin_prefetch(ahead[i] + d, 0, 2); }
 };
 
-template <int S, int B, bool centred, class T, class A>
-INLINE void combine_block(
-    const RowList<T>& list, const A* const* coefficients, const A* centre, int64_t d, int64_t n, A* const* sums) {
+template <int S, int B, bool fetch, class List, class A>
+INLINE void combine_block(const List& list, const A* const* coefficients, int64_t d, int64_t n, A* const* sums) {
     constexpr int W = lanes<A>;
-    Vec<A> sum[S][B] = {}, offset[B] = {};
-    if constexpr (centred) {
-        UNROLL for (int b = 0; b < B; ++b) offset[b] = load(centre + d + b * W, n);
-    }
+    Vec<A> sum[S][B] = {};
     for (int64_t i = 0; i < list.count; ++i) {
         UNROLL for (int b = 0; b < B; ++b) {
-            Vec<A> row = load(list.rows[i] + d + b * W, n);
-            if constexpr (centred) row -= offset[b];
+            if constexpr (fetch) list.prefetch(i, d + b * W);
+            Vec<A> row = load(list.row(i, d + b * W), n);
             KEEP_IN_REGISTER(row);
             UNROLL for (int s = 0; s < S; ++s) sum[s][b] += coefficients[s][i] * row;
         }
@@ -39,14 +37,14 @@ INLINE void combine_block(
     }
 }
 
-template <int S, bool centred = false, class T, class A>
-INLINE void combine(
-    const RowList<T>& list, const A* const* coefficients, int64_t width, A* const* sums, const A* centre = nullptr) {
-    constexpr int W = lanes<A>, B = VECTOR_REGISTERS / (centred ? 4 : S == 1 ? 2 : S == 4 ? 8 : 4);
+template <int S, bool fetch, class List, class A>
+INLINE void combine(const List& list, const A* const* coefficients, int64_t width, A* const* sums) {
+    constexpr int W = lanes<A>, most = VECTOR_REGISTERS / (S == 1 ? 2 : S == 4 ? 8 : 4);
     int64_t d = 0;
-    for (; d + B * W <= width; d += B * W) combine_block<S, B, centred>(list, coefficients, centre, d, W, sums);
-    for (; d < width; d += W)
-        combine_block<S, 1, centred>(list, coefficients, centre, d, std::min<int64_t>(W, width - d), sums);
+    for (; d + most * W <= width; d += most * W) combine_block<S, most, fetch>(list, coefficients, d, W, sums);
+    if constexpr (most > 4)
+        for (; d + 4 * W <= width; d += 4 * W) combine_block<S, 4, fetch>(list, coefficients, d, W, sums);
+    for (; d < width; d += W) combine_block<S, 1, fetch>(list, coefficients, d, std::min<int64_t>(W, width - d), sums);
 }
 
 template <int S, int J, class T, class A>
@@ -58,7 +56,7 @@ INLINE void dots_block(const RowList<T>& list, const A* const* vectors, int64_t 
         UNROLL for (int s = 0; s < S; ++s) vector[s] = load(vectors[s] + d, n);
         UNROLL for (int j = 0; j < J; ++j) {
             list.prefetch(i + j, d);
-            Vec<A> row = load(list.rows[i + j] + d, n);
+            Vec<A> row = load(list.row(i + j, d), n);
             KEEP_IN_REGISTER(row);
             UNROLL for (int s = 0; s < S; ++s) sum[s][j] += vector[s] * row;
         }
@@ -89,17 +87,31 @@ INLINE void with_streams(int64_t S, F f) {
 }
 
 // Columns of one pass over the samples: narrow enough that L rows of it tend to stay in the last-level cache.
-#ifndef RW
-#define RW 256
-#define PF 2
-#endif
-constexpr int64_t run_width = RW;
+constexpr int64_t run_width = 256;
 // Samples of a task.
 constexpr int64_t block_samples = 16;
 // How many rows ahead a single pass over gathered rows prefetches.
 constexpr int64_t soon = 16;
 
-inline int64_t sample_blocks(const Support& support) { return (support.N + block_samples - 1) / block_samples; }
+// body(run, block) for all runs of columns and all blocks of samples; a block meets the runs in order. Where other
+// samples use the same rows, run by run, so that the columns of a run stay in cache; else each row in one go.
+template <class Body>
+void each_run(const std::vector<Columns>& runs, const Support& support, int64_t L, int threads, Body body) {
+    const int64_t blocks = (support.N + block_samples - 1) / block_samples;
+    if (support.N * support.k <= L) {
+        parallel_for(blocks, threads, [&](int64_t block) {
+            for (const Columns& run : runs) body(run, block);
+        });
+        return;
+    }
+    std::vector<std::atomic<int64_t>> done(blocks);  // runs of each block
+    parallel_for(int64_t(runs.size()) * blocks, threads, [&](int64_t task) {
+        const int64_t r = task / blocks, block = task % blocks;
+        while (done[block].load(std::memory_order_acquire) < r) std::this_thread::yield();
+        body(runs[r], block);
+        done[block].store(r + 1, std::memory_order_release);
+    });
+}
 
 struct SampleBlock {
     int64_t first, last;
@@ -127,16 +139,18 @@ struct BlockRows : SampleBlock {
     }
 };
 
-// Streams that gather the same rows: up to most_streams where the support is shared, else one.
-struct StreamGroup {
-    int64_t first, count;
-};
+// f(streams, count) for groups of these streams that gather the same rows: most_streams where the support is shared,
+// else one by one.
+template <class F>
+void each_group(const std::vector<int64_t>& streams, const Support& support, F f) {
+    const int64_t size = support.shared ? most_streams : 1, count = streams.size();
+    for (int64_t i = 0; i < count; i += size) f(&streams[i], std::min(size, count - i));
+}
 
-inline std::vector<StreamGroup> stream_groups(const Support& support) {
-    std::vector<StreamGroup> groups;
-    const int64_t size = support.shared ? most_streams : 1;
-    for (int64_t s = 0; s < support.S; s += size) groups.push_back({s, std::min(size, support.S - s)});
-    return groups;
+inline std::vector<int64_t> every_stream(int64_t S) {
+    std::vector<int64_t> streams;
+    for (int64_t s = 0; s < S; ++s) streams.push_back(s);
+    return streams;
 }
 
 }  // namespace SIMD_LEVEL

@@ -5,6 +5,7 @@
 #endif
 
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "invert_indices.h"
@@ -21,6 +22,8 @@ struct Chunk {
     int64_t first, size;
     const float *norm, *residual;
 };
+
+constexpr int rows_ahead = 4;  // entries behind the end of a list of rows that may be read, to prefetch
 
 #define OPERATOR "global_topk_kernel.h"
 #include "every_level.h"
@@ -39,15 +42,13 @@ static void screen(Screen& screen, int64_t n, const T* scores, const Chunk& chun
     AT_SIMD_LEVEL(screen_row(screen, n, scores, chunk, above, lowers))
 }
 
-template <class T>
-static void widen(const T* w, int64_t D, double* wide) {
-    AT_SIMD_LEVEL(widen_row(w, D, wide))
+template <class T, class E>
+static void exact_dots(
+    const T* const* x, int64_t count, const E* w, int64_t D, const void* ahead, double* dots) {
+    AT_SIMD_LEVEL(exact_dots(x, count, w, D, ahead, dots))
 }
 
-template <class T>
-static void exact_dots(const T* const* x, int64_t count, const double* w, int64_t D, double* dots) {
-    AT_SIMD_LEVEL(exact_dots(x, count, w, D, dots))
-}
+static float kth_largest(const float* values, int64_t n, int64_t k) { AT_SIMD_LEVEL(kth_largest(values, n, k)) }
 
 // Calls f(begin, end) for the runs of at most `width` of [0, n).
 template <class F>
@@ -77,33 +78,54 @@ void measure_rows(Tensor norm, Tensor residual, Tensor copy, Tensor w, int threa
     w.item_size == 2 ? measure(bf16{}) : measure(float{});
 }
 
-// The scores of the given rows of x for one latent, whose row is w; `wide` is room.
-template <class T, class A>
+// A row of weights as the dot products read it.
+template <class E>
+struct ReadableRow {
+    const E* operator()(const E* w, int64_t) { return w; }
+};
+template <>
+struct ReadableRow<bf16> {
+    std::vector<float> wide;
+
+    const float* operator()(const bf16* w, int64_t D) {
+        wide.resize(D);
+        for (int64_t d = 0; d < D; ++d) {
+            const uint32_t bits = uint32_t(w[d].bits) << 16;
+            std::memcpy(&wide[d], &bits, sizeof bits);
+        }
+        return wide.data();
+    }
+};
+
+// scores[i] = h of the specification, of the row x[i] and the latent of the weights w.
+template <class T, class E>
 static void score_rows(
-    const T* w, double bias, const std::vector<const A*>& rows, int64_t D, std::vector<double>& wide,
+    const T* const* x, int64_t count, const E* w, const E* ahead, double bias, int64_t D, ReadableRow<E>& readable,
     std::vector<double>& scores) {
-    wide.resize(D), scores.resize(rows.size());
-    widen(w, D, wide.data());
-    exact_dots(rows.data(), rows.size(), wide.data(), D, scores.data());
-    for (double& score : scores) score = A(score + bias);
+    scores.resize(count);
+    exact_dots(x, count, readable(w, D), D, ahead, scores.data());
+    for (double& score : scores) score = T(score + bias);
 }
 
 void exact_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, int threads) {
     const int64_t N = x.size[0], D = x.size[1];
-    with_type(x.item_size, [&](auto sum) {
-        using A = sum_t<decltype(sum)>;
-        std::vector<const A*> rows(N);
-        for (int64_t n = 0; n < N; ++n) rows[n] = x.at<const A>(n);
-        with_type(W.item_size, [&](auto type) {
-            parallel_runs(W.size[0], 32, threads, [&](int64_t begin, int64_t end) {
-                std::vector<double> wide, column;
-                for (int64_t l = begin; l < end; ++l) {
-                    score_rows(W.at<const decltype(type)>(l), bias.at<const double>(0)[l], rows, D, wide, column);
-                    for (int64_t n = 0; n < N; ++n) scores.at<A>(n)[l] = column[n];
-                }
-            });
+    const auto score = [&](auto sum, auto type) {
+        using T = decltype(sum);
+        using E = decltype(type);
+        std::vector<const T*> rows;
+        for (int64_t n = 0; n < N + rows_ahead; ++n) rows.push_back(x.at<const T>(std::min(n, N - 1)));
+        parallel_runs(W.size[0], 32, threads, [&](int64_t begin, int64_t end) {
+            ReadableRow<E> readable;
+            std::vector<double> column;
+            for (int64_t l = begin; l < end; ++l) {
+                const E *w = W.at<const E>(l), *ahead = W.at<const E>(std::min(l + 1, end - 1));
+                score_rows(rows.data(), N, w, ahead, bias.at<const double>(0)[l], D, readable, column);
+                for (int64_t n = 0; n < N; ++n) scores.at<T>(n)[l] = column[n];
+            }
         });
-    });
+    };
+    if (x.item_size == 8) return score(double{}, double{});
+    W.item_size == 2 ? score(float{}, bf16{}) : score(float{}, float{});
 }
 
 bool has_bf16_products() {
@@ -159,10 +181,10 @@ void Screen::filter(Tensor scores, int64_t first, Tensor norm, Tensor residual, 
     scores.item_size == 2 ? take(bf16{}) : take(float{});
 }
 
-void Screen::prune(int64_t n, std::vector<float>& work) {
+void Screen::prune(int64_t n) {
     float *low = &lower[n * capacity], *high = &upper[n * capacity];
     int32_t* latents = &latent[n * capacity];
-    if (count[n] >= k) threshold[n] = std::max(threshold[n], kth_largest(low, count[n], k, work));
+    if (count[n] >= k) threshold[n] = std::max(threshold[n], kth_largest(low, count[n], k));
     int64_t kept = 0;
     for (int64_t i = 0; i < count[n]; ++i) {
         low[kept] = low[i], high[kept] = high[i], latents[kept] = latents[i];
@@ -171,25 +193,42 @@ void Screen::prune(int64_t n, std::vector<float>& work) {
     count[n] = kept;
 }
 
-bool Screen::compact(int64_t n, std::vector<float>& work) {
-    prune(n, work);
+bool Screen::compact(int64_t n) {
+    prune(n);
     // little room gained would mean to come back at once
     if (count[n] > capacity / 4 * 3) count[n] = -1;
     return count[n] >= 0;
 }
 
-// Replaces the lower end of each candidate: +inf if it is certainly in the support, NaN if it is ambiguous.
-void Screen::classify(int64_t n, std::vector<float>& work) {
-    if (count[n] < 0) return;
-    prune(n, work);
+// Marks the candidates that may lie on either side of what is probably the k-th score. With their scores the threshold
+// comes close to it from below, and the ends of all other intervals are on one side: few remain ambiguous.
+void Screen::mark_near_kth(int64_t n, std::vector<float>& centres) {
+    if (count[n] <= k) return;
     float *low = &lower[n * capacity], *high = &upper[n * capacity];
-    const bool all = count[n] == k;
-    const float rival = all ? -infinity : kth_largest(high, count[n], k + 1, work);
-    for (int64_t i = 0; i < count[n]; ++i) low[i] = all || low[i] > rival ? infinity : NAN;
+    centres.resize(count[n]);
+    for (int64_t i = 0; i < count[n]; ++i) centres[i] = std::isfinite(high[i]) ? low[i] / 2 + high[i] / 2 : low[i];
+    const float kth = kth_largest(centres.data(), count[n], k);
+    for (int64_t i = 0; i < count[n]; ++i)
+        if (low[i] < kth && high[i] > kth) low[i] = NAN;
 }
 
-// Replaces NaN by the score. By latent, so that a row of W is read once for all rows of x.
-void Screen::score_ambiguous(Tensor x, Tensor W, int threads) {
+// Marks the ambiguous, and raises those certainly in the support above all others.
+void Screen::mark_ambiguous(int64_t n) {
+    if (count[n] < 0) return;
+    prune(n);
+    float *low = &lower[n * capacity], *high = &upper[n * capacity];
+    const bool all = count[n] == k;
+    const float rival = all ? -infinity : kth_largest(high, count[n], k + 1);
+    for (int64_t i = 0; i < count[n]; ++i) {
+        if (all || low[i] > rival)
+            low[i] = infinity;
+        else if (low[i] < high[i])
+            low[i] = NAN;
+    }
+}
+
+// Narrows the marked intervals to the score. By latent, so that a row of W is read once for all rows of x.
+void Screen::score_marked(Tensor x, Tensor W, int threads) {
     std::vector<int64_t> places;
     std::vector<int32_t> latents;
     for (int64_t n = 0; n < N; ++n) {
@@ -201,26 +240,34 @@ void Screen::score_ambiguous(Tensor x, Tensor W, int threads) {
     std::vector<int64_t> offsets(L + 1), entries(places.size());
     invert_indices(latents.data(), latents.size(), L, offsets.data(), entries.data());
     const auto score = [&](auto type) {
+        using E = decltype(type);
         parallel_runs(L, 32, threads, [&](int64_t begin, int64_t end) {
-            std::vector<double> wide, scores;
+            ReadableRow<E> readable;
+            std::vector<double> scores;
             std::vector<const float*> rows;
-            for (int64_t l = begin; l < end; ++l) {
-                const int64_t *first = &entries[offsets[l]], many = offsets[l + 1] - offsets[l];
-                if (!many) continue;
-                rows.resize(many);
-                for (int64_t i = 0; i < many; ++i) rows[i] = x.at<const float>(places[first[i]] / capacity);
-                score_rows(W.at<const decltype(type)>(l), exact_bias[l], rows, D, wide, scores);
-                for (int64_t i = 0; i < many; ++i)
-                    lower[places[first[i]]] = std::isnan(scores[i]) ? infinity : float(scores[i]);
+            std::vector<int64_t> used;
+            for (int64_t l = begin; l < end; ++l)
+                if (offsets[l] < offsets[l + 1]) used.push_back(l);
+            for (int64_t e = offsets[begin]; e < offsets[end]; ++e)
+                rows.push_back(x.at<const float>(places[entries[e]] / capacity));
+            rows.insert(rows.end(), rows_ahead, x.at<const float>(0));
+            for (size_t u = 0; u < used.size(); ++u) {
+                const int64_t l = used[u], first = offsets[l], many = offsets[l + 1] - first;
+                const E *w = W.at<const E>(l), *ahead = W.at<const E>(used[std::min(u + 1, used.size() - 1)]);
+                score_rows(rows.data() + (first - offsets[begin]), many, w, ahead, exact_bias[l], D, readable, scores);
+                for (int64_t i = 0; i < many; ++i) {
+                    const int64_t place = places[entries[first + i]];
+                    lower[place] = upper[place] = std::isnan(scores[i]) ? infinity : float(scores[i]);
+                }
             }
         });
     };
     W.item_size == 2 ? score(bf16{}) : score(float{});
 }
 
-void Screen::choose(int64_t n, int32_t* indices, std::vector<float>& work) const {
+void Screen::choose(int64_t n, int32_t* indices) const {
     const float* score = &lower[n * capacity];
-    const float kth = kth_largest(score, count[n], k, work);
+    const float kth = kth_largest(score, count[n], k);
     int64_t room = k - std::count_if(score, score + count[n], [&](float s) { return s > kth; });
     for (int64_t i = 0; i < count[n]; ++i)
         if (score[i] > kth || (score[i] == kth && room-- > 0)) *indices++ = latent[n * capacity + i];
@@ -229,14 +276,16 @@ void Screen::choose(int64_t n, int32_t* indices, std::vector<float>& work) const
 void Screen::settle(Tensor indices, Tensor given_up, Tensor x, Tensor W, int threads) {
     const auto each_row = [&](auto f) {
         parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
-            std::vector<float> work;
-            for (int64_t n = begin; n < end; ++n) f(n, work);
+            std::vector<float> centres;
+            for (int64_t n = begin; n < end; ++n) f(n, centres);
         });
     };
-    each_row([&](int64_t n, std::vector<float>& work) { classify(n, work); });
-    score_ambiguous(x, W, threads);
-    each_row([&](int64_t n, std::vector<float>& work) {
+    each_row([&](int64_t n, std::vector<float>& centres) { mark_near_kth(n, centres); });
+    score_marked(x, W, threads);
+    each_row([&](int64_t n, std::vector<float>&) { mark_ambiguous(n); });
+    score_marked(x, W, threads);
+    each_row([&](int64_t n, std::vector<float>&) {
         given_up.at<uint8_t>(0)[n] = count[n] < 0;
-        if (count[n] >= 0) choose(n, indices.at<int32_t>(n), work);
+        if (count[n] >= 0) choose(n, indices.at<int32_t>(n));
     });
 }

@@ -15,7 +15,8 @@
 //
 // A row's threshold is the k-th largest lower end seen so far: a latent whose upper end is below it is not in the
 // support. What survives is a candidate. In the end, those whose lower end is above all but k upper ends are in the
-// support; the others, the ambiguous, are scored as the specification does and ranked by (score, lower latent).
+// support; the others, the ambiguous, are scored as the specification does, which makes their interval a point, and
+// ranked by (score, lower latent). Scores depend on nothing but the sample and the latent, not even the instruction set.
 // A row whose candidates do not fit is given up and reported, never cut short.
 #pragma once
 #include <cstdint>
@@ -49,7 +50,7 @@ public:
     void settle(Tensor indices, Tensor given_up, Tensor x, Tensor W, int threads);
 
     // Raises the threshold of a row whose room is used up and drops what is below it; false if the row is given up.
-    bool compact(int64_t n, std::vector<float>& work);
+    bool compact(int64_t n);
 
     const int64_t N, L, k, capacity;
     float c;
@@ -61,8 +62,9 @@ public:
     std::unique_ptr<int32_t[]> latent;      // [N, capacity], ascending
 
 private:
-    void prune(int64_t n, std::vector<float>& work);
-    void classify(int64_t n, std::vector<float>& work);
-    void score_ambiguous(Tensor x, Tensor W, int threads);
-    void choose(int64_t n, int32_t* indices, std::vector<float>& work) const;
+    void prune(int64_t n);
+    void mark_near_kth(int64_t n, std::vector<float>& centres);
+    void mark_ambiguous(int64_t n);
+    void score_marked(Tensor x, Tensor W, int threads);
+    void choose(int64_t n, int32_t* indices) const;
 };

@@ -76,7 +76,7 @@ void screen_row(Screen& screen, int64_t row, const T* scores, const Chunk& chunk
     }
     const int64_t offset = row * screen.capacity;
     for (int64_t l = 0; l < chunk.size; l += W) {
-        if (screen.count[row] + W > screen.capacity && !screen.compact(row, above.work)) return;
+        if (screen.count[row] + W > screen.capacity && !screen.compact(row)) return;
         const int64_t n = std::min<int64_t>(W, chunk.size - l), end = offset + screen.count[row];
         screen.count[row] += append_interval(
             interval(screen, row, scores, chunk, l, n), screen.threshold[row], chunk.first + l, n,
@@ -84,60 +84,51 @@ void screen_row(Screen& screen, int64_t row, const T* scores, const Chunk& chunk
     }
 }
 
-template <class T>
-void widen_row(const T* w, int64_t D, double* wide) {
-    for (int64_t d = 0; d < D; ++d) {
-        if constexpr (std::is_same_v<T, bf16>) {
-            const uint32_t bits = uint32_t(w[d].bits) << 16;
-            float value;
-            std::memcpy(&value, &bits, sizeof value);
-            wide[d] = value;
-        } else {
-            wide[d] = w[d];
-        }
-    }
-}
-
 INLINE Vec<double> load_wide(const double* p) { return load(p); }
 
 INLINE Vec<double> load_wide(const float* p) {
+#if VECTOR_BYTES == 64
+    return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p));
+#else
     typename vector_of<float, VECTOR_BYTES / 2>::type narrow;
     std::memcpy(&narrow, p, sizeof narrow);
     return __builtin_convertvector(narrow, Vec<double>);
+#endif
 }
 
-// The dot products of J rows x with w, while the rows `ahead` come into cache. A product of two float32 is exact in
-// float64, and every sum runs over the same 32 lanes in the same order: the same bits at every instruction set.
-template <int J, class T>
-INLINE void dots_of(const T* const* x, const T* const* ahead, const double* w, int64_t D, double* dots) {
-    constexpr int width = 32, W = lanes<double>, V = width / W;
+// The dot products of J rows x with w, while the J rows after them and `ahead`, the next weights, come into cache.
+// A product of two float32 is exact in float64, and every sum runs over the same 16 lanes in the same order: the same
+// bits at every instruction set.
+template <int J, class T, class E>
+INLINE void dots_of(const T* const* x, const E* w, int64_t D, const void* ahead, double* dots) {
+    constexpr int width = 16, W = lanes<double>, V = width / W;
     double sums[J][width];
     Vec<double> sum[J][V] = {};
     int64_t d = 0;
     for (; d + width <= D; d += width) {
-        UNROLL for (int j = 0; j < J; ++j) {
-            __builtin_prefetch(ahead[j] + d);
-            __builtin_prefetch(ahead[j] + d + width / 2);
-            UNROLL for (int v = 0; v < V; ++v) {
-                sum[j][v] += load_wide(x[j] + d + v * W) * load(w + d + v * W);
-            }
+        __builtin_prefetch(static_cast<const char*>(ahead) + d * sizeof(E), 0, 2);
+        UNROLL for (int j = 0; j < J; ++j) __builtin_prefetch(x[J + j] + d, 0, 2);
+        UNROLL for (int v = 0; v < V; ++v) {
+            const Vec<double> factor = load_wide(w + d + v * W);
+            UNROLL for (int j = 0; j < J; ++j) sum[j][v] += load_wide(x[j] + d + v * W) * factor;
         }
     }
     for (int j = 0; j < J; ++j) {
         std::memcpy(sums[j], sum[j], sizeof sums[j]);
-        for (int64_t i = d; i < D; ++i) sums[j][i - d] += double(x[j][i]) * w[i];
+        for (int64_t i = d; i < D; ++i) sums[j][i - d] += double(x[j][i]) * double(w[i]);
         for (int half = width / 2; half; half /= 2)
             for (int i = 0; i < half; ++i) sums[j][i] += sums[j][i + half];
         dots[j] = sums[j][0];
     }
 }
 
-template <class T>
-void exact_dots(const T* const* x, int64_t count, const double* w, int64_t D, double* dots) {
-    constexpr int J = 2;
+template <class T, class E>
+void exact_dots(const T* const* x, int64_t count, const E* w, int64_t D, const void* ahead, double* dots) {
+    constexpr int J = VECTOR_REGISTERS / 8;
+    static_assert(J <= rows_ahead);
     int64_t i = 0;
-    for (; i + J <= count; i += J) dots_of<J, T>(x + i, x + std::min(i + J, count - J), w, D, dots + i);
-    for (; i < count; ++i) dots_of<1, T>(x + i, x + i, w, D, dots + i);
+    for (; i + J <= count; i += J) dots_of<J, T, E>(x + i, w, D, ahead, dots + i);
+    for (; i < count; ++i) dots_of<1, T, E>(x + i, w, D, ahead, dots + i);
 }
 
 }  // namespace SIMD_LEVEL

@@ -1,15 +1,82 @@
-// The gradient of one latent's rows: sums over the entries of the latent, samples ascending.
+// The gradients of a run of latents in one stream: sums over the entries of each latent, samples ascending.
 //
-// A latent with many entries is summed in pieces of a fixed size, which all threads share beforehand, and the pieces
-// are added in order: which thread summed what never shows.
+// What the sums gather, x - pre_bias and the gradient of the reconstructions, is copied once a stream into strips of
+// columns that lie together, and a run of latents is summed strip by strip: a strip stays in the second-level cache.
+// A latent of many entries is summed beforehand, its strips shared among all threads. Every sum runs over its terms
+// in order, so neither the threads nor the runs show in the result.
 #include "gather.h"
+#include "scratch.h"
 
 namespace SIMD_LEVEL {
 
-constexpr int64_t piece_entries = 512;
+constexpr int64_t strip_width = 64;
+constexpr int64_t many_entries = 1024;
 
-struct Entry {
-    int64_t n, s, j;  // s is -1 where all streams share the support
+// What is summed for each latent: terms begin[l] ... end[l], each a row and its coefficient.
+template <class A>
+struct Terms {
+    Scratch<uint32_t> rows;
+    Scratch<A> coefficients;
+    std::vector<int64_t> begin, end;
+
+    Terms(int64_t count, int64_t L) : rows(count), coefficients(count), begin(L), end(L) {}
+
+    // A coefficient of 0 leaves no term; no branch, since half of them are.
+    void add(int64_t l, int64_t row, A coefficient) {
+        rows[end[l]] = uint32_t(row);
+        coefficients[end[l]] = coefficient;
+        end[l] += coefficient != 0;
+    }
+};
+
+// A matrix [rows, width] as strips [width / strip_width, rows, strip_width].
+template <class A>
+class Strips {
+   public:
+    Strips(int64_t rows, int64_t most_columns)
+        : rows(rows), data((most_columns + strip_width - 1) / strip_width * rows * strip_width) {}
+
+    // row <- source - centre, or source where there is no centre
+    template <class T>
+    void set(int64_t row, const T* source, const A* centre) const {
+        for (int64_t d = 0; d < width; d += lanes<A>) {
+            const int64_t n = width - d;
+            store(at(row, d), centre ? load(source + d, n) - load(centre + d, n) : load(source + d, n), n);
+        }
+    }
+
+    // sum[d ...] <- the sum of latent l's terms, in the strip that begins at column d
+    void sum(const Terms<A>& terms, int64_t l, int64_t d, A* sum) const {
+        struct List {
+            const uint32_t* rows;
+            int64_t count;
+            const A* strip;
+            const A* row(int64_t i, int64_t c) const { return strip + rows[i] * strip_width + c; }
+        };
+        const int64_t begin = terms.begin[l];
+        const A* coefficients[] = {&terms.coefficients[begin]};
+        A* sums[] = {sum + d};
+        const List list{&terms.rows[begin], terms.end[l] - begin, at(0, d)};
+        if (d + strip_width <= width)
+            combine_block<1, strip_width / lanes<A>, false>(list, coefficients, 0, lanes<A>, sums);
+        else
+            combine<1, false>(list, coefficients, width - d, sums);
+    }
+
+    // Brings the strip that begins at column d into cache, in one sweep of loads: prefetches would be dropped.
+    void fetch(int64_t d) const {
+        const A *begin = at(0, d), *end = begin + rows * strip_width;
+        for (const A* p = begin; p < end; p += 64 / sizeof(A)) *static_cast<const volatile A*>(p);
+    }
+
+    int64_t rows, width = 0;
+
+   private:
+    A* at(int64_t row, int64_t d) const {
+        return &data[d / strip_width * rows * strip_width + row * strip_width + d % strip_width];
+    }
+
+    Scratch<A> data;
 };
 
 template <class T>
@@ -17,120 +84,121 @@ class SegmentSums {
     using A = sum_t<T>;
 
    public:
-    // The rows and coefficients of one sum; each task has its own and uses it again and again.
-    struct Terms {
-        std::vector<const T*> rows;
-        std::vector<A> coefficients;
-
-        void clear() { rows.clear(), coefficients.clear(); }
-        void add(const T* row, A coefficient) { rows.push_back(row), coefficients.push_back(coefficient); }
-    };
-
     SegmentSums(const Batch& batch, bool encoder, bool decoder, int threads)
-        : batch(batch), offsets(batch.offsets.at<const int64_t>(0)), entries(batch.entries.at<const int64_t>(0)) {
-        S = batch.values.size[1];
-        k = batch.values.size[2];
-        shared = batch.entries.size[0] == batch.values.size[0] * k;
-        for (int64_t width : batch.d_streams) {
-            columns.push_back(D);
-            D += width;
-        }
-        for (int64_t l = 0; l + 1 < batch.offsets.size[0]; ++l) {
-            if (offsets[l + 1] - offsets[l] <= piece_entries) continue;
-            for (int64_t begin = offsets[l]; begin < offsets[l + 1]; begin += piece_entries)
-                pieces.push_back({l, begin, std::min(begin + piece_entries, offsets[l + 1])});
-        }
-        piece_sums.resize(pieces.size() * (2 * D + S));
-        const int64_t streams = columns.size();
-        parallel_for(pieces.size() * streams, threads, [&](int64_t task) {
-            const int64_t p = task / streams, s = task % streams;
-            A* sums = &piece_sums[p * (2 * D + S)];
-            Terms terms;
-            if (encoder) sums[2 * D + s] = sum_encoder(pieces[p].begin, pieces[p].end, s, terms, sums + columns[s]);
-            if (decoder) sum_decoder(pieces[p].begin, pieces[p].end, s, terms, sums + D + columns[s]);
+        : L(batch.offsets.size[0] - 1),
+          N(batch.values.size[0]),
+          S(batch.values.size[1]),
+          batch(batch),
+          offsets(batch.offsets.at<const int64_t>(0)),
+          threads(threads),
+          x(encoder ? N : 0, widest(batch.d_streams)),
+          grad_recons(decoder ? N * S : 0, widest(batch.d_streams)) {
+        const int64_t k = batch.values.size[2], count = batch.entries.size[0];
+        const bool shared = count == N * k;
+        for (int64_t s = 0; encoder && s < S; ++s) encoder_terms.emplace_back(count, L);
+        if (decoder) decoder_terms.emplace_back(shared ? count * S : count, L);
+        parallel_for((L + 63) / 64, threads, [&](int64_t task) {
+            for (int64_t l = task * 64; l < std::min(L, task * 64 + 64); ++l) {
+                for (Terms<A>& terms : encoder_terms) terms.begin[l] = terms.end[l] = offsets[l];
+                for (Terms<A>& terms : decoder_terms) terms.begin[l] = terms.end[l] = offsets[l] * (shared ? S : 1);
+                for (int64_t e = offsets[l]; e < offsets[l + 1]; ++e) {
+                    const int64_t position = *batch.entries.at<const int64_t>(e), row = position / k, j = position % k;
+                    if (!shared) add_terms(l, row / S, row % S, j);
+                    for (int64_t s = 0; shared && s < S; ++s) add_terms(l, row, s, j);
+                }
+            }
+        });
+        for (int64_t l = 0; l < L; ++l)
+            if (is_long(l)) long_latents.push_back(l);
+    }
+
+    // Turns to columns offset ... offset + width_ of stream s.
+    void enter(int64_t s, int64_t offset, int64_t width_) {
+        stream = s;
+        width = x.width = grad_recons.width = width_;
+        parallel_for((N + 15) / 16, threads, [&](int64_t task) {
+            for (int64_t n = task * 16; n < std::min(N, task * 16 + 16); ++n) {
+                if (!encoder_terms.empty()) x.set(n, batch.x.at<const T>(n) + offset, batch.pre_bias.at<const A>(offset));
+                for (int64_t s = 0; s < S && !decoder_terms.empty(); ++s)
+                    grad_recons.set(
+                        n * S + s, batch.grad_recons.at<const T>(n, s) + offset, static_cast<const A*>(nullptr));
+            }
+        });
+        const int64_t strips = (width + strip_width - 1) / strip_width;
+        long_sums.resize(long_latents.size() * 2 * width);
+        parallel_for(long_latents.size() * strips, threads, [&](int64_t task) {
+            A* sums = &long_sums[task / strips * 2 * width];
+            const int64_t l = long_latents[task / strips], d = task % strips * strip_width;
+            if (!encoder_terms.empty()) x.sum(encoder_terms[stream], l, d, sums);
+            if (!decoder_terms.empty()) grad_recons.sum(decoder_terms[0], l, d, sums + width);
         });
     }
 
-    // grad <- the gradient of W_enc[l] in stream s; returns that of latent_bias[s, l].
-    A encoder(int64_t l, int64_t s, Terms& terms, A* grad) const {
-        if (offsets[l + 1] - offsets[l] <= piece_entries)
-            return sum_encoder(offsets[l], offsets[l + 1], s, terms, grad);
-        add_pieces(l, columns[s], width(s), grad);
-        A bias;
-        add_pieces(l, 2 * D + s, 1, &bias);
-        return bias;
+    // The gradient of latent_bias[stream, l].
+    A bias(int64_t l) const {
+        const Terms<A>& terms = encoder_terms[stream];
+        A sum = 0;
+        for (int64_t i = terms.begin[l]; i < terms.end[l]; ++i) sum += terms.coefficients[i];
+        return sum;
     }
 
-    // grad <- the gradient of W_dec[l] in stream s.
-    void decoder(int64_t l, int64_t s, Terms& terms, A* grad) const {
-        if (offsets[l + 1] - offsets[l] <= piece_entries)
-            sum_decoder(offsets[l], offsets[l + 1], s, terms, grad);
-        else
-            add_pieces(l, D + columns[s], width(s), grad);
+    // grad, rows `stride` apart, <- the gradients of W_enc[first ... last] in this stream.
+    void encoder(int64_t first, int64_t last, A* grad, int64_t stride) const {
+        sum_run(x, encoder_terms[stream], 0, first, last, grad, stride);
     }
 
-    int64_t width(int64_t s) const { return batch.d_streams[s]; }
+    // grad, rows `stride` apart, <- the gradients of W_dec[first ... last] in this stream.
+    void decoder(int64_t first, int64_t last, A* grad, int64_t stride) const {
+        sum_run(grad_recons, decoder_terms[0], width, first, last, grad, stride);
+    }
 
-    std::vector<int64_t> columns;  // where each stream begins
-    int64_t D = 0;
+    // Latents of a run: many, so that a strip is used often while it is in cache; few, so that threads share the work
+    // and the gradients of the run stay in cache.
+    int64_t run_latents() const {
+        const int64_t used_often = 8 * L / batch.values.size[2], room = (8 << 20) / (int64_t(sizeof(A)) * width);
+        return std::max<int64_t>(1, std::min({used_often, room, L / (3 * threads)}));
+    }
+
+    const int64_t L, N, S;
 
    private:
-    struct Piece {
-        int64_t latent, begin, end;
-    };
+    static int64_t widest(const Widths& widths) { return *std::max_element(widths.begin(), widths.end()); }
 
-    Entry entry(int64_t e) const {
-        const int64_t row = entries[e] / k, j = entries[e] % k;
-        return shared ? Entry{row, -1, j} : Entry{row / S, row % S, j};
+    bool is_long(int64_t l) const { return offsets[l + 1] - offsets[l] > many_entries; }
+
+    void add_terms(int64_t l, int64_t n, int64_t s, int64_t j) {
+        const A value = batch.values.at<const A>(n, s)[j];
+        if (!encoder_terms.empty()) {
+            const A grad_value = batch.grad_values.at<const A>(n, s)[j];
+            encoder_terms[s].add(l, n, value > 0 ? grad_value : 0);
+        }
+        if (!decoder_terms.empty()) decoder_terms[0].add(l, n * S + s, value);
     }
 
-    A sum_encoder(int64_t begin, int64_t end, int64_t s, Terms& terms, A* grad) const {
-        terms.clear();
-        A bias = 0;
-        for (int64_t e = begin; e < end; ++e) {
-            const Entry at = entry(e);
-            if (at.s >= 0 && at.s != s) continue;
-            if (!(batch.values.at<const A>(at.n, s)[at.j] > 0)) continue;
-            const A grad_z = batch.grad_values.at<const A>(at.n, s)[at.j];
-            terms.add(batch.x.at<const T>(at.n) + columns[s], grad_z);
-            bias += grad_z;
+    void sum_run(
+        const Strips<A>& strips, const Terms<A>& terms, int64_t long_offset, int64_t first, int64_t last, A* grad,
+        int64_t stride) const {
+        const bool used_often = terms.end[last - 1] - terms.begin[first] > strips.rows;
+        for (int64_t d = 0; d < width; d += strip_width) {
+            if (used_often) strips.fetch(d);
+            for (int64_t l = first; l < last; ++l)
+                if (!is_long(l)) strips.sum(terms, l, d, grad + (l - first) * stride);
         }
-        const A* coefficients[] = {terms.coefficients.data()};
-        const RowList<T> list{terms.rows.data(), int64_t(terms.rows.size()), nullptr};
-        combine<1, true>(list, coefficients, width(s), &grad, batch.pre_bias.at<const A>(columns[s]));
-        return bias;
-    }
-
-    void sum_decoder(int64_t begin, int64_t end, int64_t s, Terms& terms, A* grad) const {
-        terms.clear();
-        for (int64_t e = begin; e < end; ++e) {
-            const Entry at = entry(e);
-            for (int64_t source = at.s < 0 ? 0 : at.s; source < (at.s < 0 ? S : at.s + 1); ++source) {
-                const A value = batch.values.at<const A>(at.n, source)[at.j];
-                if (value != 0) terms.add(batch.grad_recons.at<const T>(at.n, source) + columns[s], value);
-            }
-        }
-        const A* coefficients[] = {terms.coefficients.data()};
-        combine<1>(
-            RowList<T>{terms.rows.data(), int64_t(terms.rows.size()), nullptr}, coefficients, width(s), &grad);
-    }
-
-    void add_pieces(int64_t l, int64_t column, int64_t width, A* grad) const {
-        const auto before = [](const Piece& piece, int64_t latent) { return piece.latent < latent; };
-        auto piece = std::lower_bound(pieces.begin(), pieces.end(), l, before);
-        std::fill_n(grad, width, A(0));
-        for (; piece != pieces.end() && piece->latent == l; ++piece) {
-            const A* sums = &piece_sums[(piece - pieces.begin()) * (2 * D + S) + column];
-            for (int64_t d = 0; d < width; ++d) grad[d] += sums[d];
-        }
+        const auto begin = long_latents.begin();
+        for (auto it = std::lower_bound(begin, long_latents.end(), first); it != long_latents.end() && *it < last; ++it)
+            std::copy_n(&long_sums[(it - begin) * 2 * width + long_offset], width, grad + (*it - first) * stride);
     }
 
     const Batch& batch;
-    const int64_t *offsets, *entries;
-    int64_t S, k;
-    bool shared;
-    std::vector<Piece> pieces;   // of the latents with many entries, ascending
-    std::vector<A> piece_sums;   // [pieces, D of W_enc + D of W_dec + S of latent_bias]
+    const int64_t* offsets;
+    int threads;
+    std::vector<Terms<A>> encoder_terms;  // one a stream
+    std::vector<Terms<A>> decoder_terms;  // one for all
+    std::vector<int64_t> long_latents;
+
+    int64_t stream = 0, width = 0;
+    Strips<A> x, grad_recons;
+    std::vector<A> long_sums;  // [long_latents, encoder and decoder, width]
 };
 
 }  // namespace SIMD_LEVEL

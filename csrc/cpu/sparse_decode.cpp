@@ -32,58 +32,56 @@ void sparse_decode(
     const Tensor& recons, const Tensor& values, const Support& support, const Tensor& W_dec, const Tensor& pre_bias,
     int threads) {
     using A = sum_t<T>;
-    for (const Columns& run : column_runs({W_dec.size[1]}, run_width)) {
+    const auto runs = column_runs({W_dec.size[1]}, run_width);
+    each_run(runs, support, W_dec.size[0], threads, [&](const Columns& run, int64_t block) {
         const int64_t width = run.end - run.begin;
         const A* bias = pre_bias.at<const A>(run.begin);
-        parallel_for(sample_blocks(support), threads, [&](int64_t block) {
+        each_group(every_stream(support.S), support, [&](const int64_t* sources, int64_t count) {
             A buffer[most_streams][run_width];
-            for (const StreamGroup& group : stream_groups(support)) {
-                const BlockRows<T> rows(W_dec, support, group.first, run.begin, block);
-                for (int64_t n = rows.first; n < rows.last; ++n) {
-                    const A* coefficients[most_streams];
-                    A* sums[most_streams];
-                    for (int64_t i = 0; i < group.count; ++i) {
-                        coefficients[i] = values.at<const A>(n, group.first + i);
-                        sums[i] = buffer[i];
-                    }
-                    with_streams(group.count, [&](auto S) { combine<S>(rows.of(n, soon), coefficients, width, sums); });
-                    for (int64_t i = 0; i < group.count; ++i) {
-                        T* recon = recons.at<T>(n, group.first + i) + run.begin;
-                        for (int64_t d = 0; d < width; d += lanes<A>)
-                            store(recon + d, load(sums[i] + d, width - d) + load(bias + d, width - d), width - d);
-                    }
+            const BlockRows<T> rows(W_dec, support, sources[0], run.begin, block);
+            for (int64_t n = rows.first; n < rows.last; ++n) {
+                const A* coefficients[most_streams];
+                A* sums[most_streams];
+                for (int64_t i = 0; i < count; ++i) {
+                    coefficients[i] = values.at<const A>(n, sources[i]);
+                    sums[i] = buffer[i];
+                }
+                with_streams(count, [&](auto S) { combine<S, true>(rows.of(n, soon), coefficients, width, sums); });
+                for (int64_t i = 0; i < count; ++i) {
+                    T* recon = recons.at<T>(n, sources[i]) + run.begin;
+                    for (int64_t d = 0; d < width; d += lanes<A>)
+                        store(recon + d, load(sums[i] + d, width - d) + load(bias + d, width - d), width - d);
                 }
             }
         });
-    }
+    });
 }
 
 template <class T>
 void sparse_decode_grad_values(
     const Tensor& grad_values, const Tensor& grad_recons, const Support& support, const Tensor& W_dec, int threads) {
     using A = sum_t<T>;
-    for (const Columns& run : column_runs({W_dec.size[1]}, run_width)) {
+    const auto runs = column_runs({W_dec.size[1]}, run_width);
+    each_run(runs, support, W_dec.size[0], threads, [&](const Columns& run, int64_t block) {
         const int64_t width = run.end - run.begin;
-        parallel_for(sample_blocks(support), threads, [&](int64_t block) {
+        each_group(every_stream(support.S), support, [&](const int64_t* sources, int64_t count) {
             A buffer[most_streams][run_width];
-            for (const StreamGroup& group : stream_groups(support)) {
-                const BlockRows<T> rows(W_dec, support, group.first, run.begin, block);
-                for (int64_t n = rows.first; n < rows.last; ++n) {
-                    const A* vectors[most_streams];
-                    A* products[most_streams];
-                    for (int64_t i = 0; i < group.count; ++i) {
-                        const T* grad = grad_recons.at<const T>(n, group.first + i) + run.begin;
-                        for (int64_t d = 0; d < width; d += lanes<A>)
-                            store(buffer[i] + d, load(grad + d, width - d), width - d);
-                        vectors[i] = buffer[i];
-                        products[i] = grad_values.at<A>(n, group.first + i);
-                        if (run.first) std::fill_n(products[i], support.k, A(0));
-                    }
-                    with_streams(group.count, [&](auto S) { dots<S>(rows.of(n, soon), vectors, width, products); });
+            const BlockRows<T> rows(W_dec, support, sources[0], run.begin, block);
+            for (int64_t n = rows.first; n < rows.last; ++n) {
+                const A* vectors[most_streams];
+                A* products[most_streams];
+                for (int64_t i = 0; i < count; ++i) {
+                    const T* grad = grad_recons.at<const T>(n, sources[i]) + run.begin;
+                    for (int64_t d = 0; d < width; d += lanes<A>)
+                        store(buffer[i] + d, load(grad + d, width - d), width - d);
+                    vectors[i] = buffer[i];
+                    products[i] = grad_values.at<A>(n, sources[i]);
+                    if (run.first) std::fill_n(products[i], support.k, A(0));
                 }
+                with_streams(count, [&](auto S) { dots<S>(rows.of(n, soon), vectors, width, products); });
             }
         });
-    }
+    });
 }
 
 }  // namespace SIMD_LEVEL

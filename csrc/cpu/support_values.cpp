@@ -37,30 +37,29 @@ void support_values(
     const Tensor& values, const Tensor& x, const Tensor& W_enc, const Tensor& pre_bias, const Tensor& latent_bias,
     const Support& support, const Widths& d_streams, int threads) {
     using A = sum_t<T>;
-    for (const Columns& run : column_runs(d_streams, run_width)) {
+    const auto runs = column_runs(d_streams, run_width);
+    each_run(runs, support, W_enc.size[0], threads, [&](const Columns& run, int64_t block) {
         const int64_t s = run.stream, width = run.end - run.begin;
-        const A* bias = latent_bias.at<const A>(s);
         const A* centre = pre_bias.at<const A>(run.begin);
-        parallel_for(sample_blocks(support), threads, [&](int64_t block) {
-            const BlockRows<T> rows(W_enc, support, s, run.begin, block);
-            for (int64_t n = rows.first; n < rows.last; ++n) {
-                A centred[run_width];
-                const T* sample = x.at<const T>(n) + run.begin;
-                for (int64_t d = 0; d < width; d += lanes<A>)
-                    store(centred + d, load(sample + d, width - d) - load(centre + d, width - d), width - d);
-                A* products = values.at<A>(n, s);
-                if (run.first) std::fill_n(products, support.k, A(0));
-                const A* vectors[] = {centred};
-                dots<1>(rows.of(n, soon), vectors, width, &products);
-                if (!run.last) continue;
-                const int32_t* latents = support.of(n, s);
-                for (int64_t j = 0; j < support.k; ++j) {
-                    const A h = products[j] + bias[latents[j]];
-                    products[j] = h <= 0 ? 0 : h;  // NaN passes
-                }
+        const A* bias = latent_bias.at<const A>(s);
+        const BlockRows<T> rows(W_enc, support, s, run.begin, block);
+        for (int64_t n = rows.first; n < rows.last; ++n) {
+            A centred[run_width];
+            const T* sample = x.at<const T>(n) + run.begin;
+            for (int64_t d = 0; d < width; d += lanes<A>)
+                store(centred + d, load(sample + d, width - d) - load(centre + d, width - d), width - d);
+            const A* vectors[] = {centred};
+            A* products[] = {values.at<A>(n, s)};
+            if (run.first) std::fill_n(products[0], support.k, A(0));
+            dots<1>(rows.of(n, soon), vectors, width, products);
+            if (!run.last) continue;
+            for (int64_t j = 0; j < support.k; ++j) {
+                A& value = products[0][j];
+                value += bias[support.of(n, s)[j]];
+                if (value <= 0) value = 0;  // NaN stays
             }
-        });
-    }
+        }
+    });
 }
 
 template <class T>
@@ -68,23 +67,22 @@ void support_values_grad_x(
     const Tensor& grad_x, const Tensor& grad_values, const Tensor& values, const Support& support, const Tensor& W_enc,
     const Widths& d_streams, int threads) {
     using A = sum_t<T>;
-    for (const Columns& run : column_runs(d_streams, run_width)) {
+    const auto runs = column_runs(d_streams, run_width);
+    each_run(runs, support, W_enc.size[0], threads, [&](const Columns& run, int64_t block) {
         const int64_t s = run.stream, width = run.end - run.begin;
-        parallel_for(sample_blocks(support), threads, [&](int64_t block) {
-            const BlockRows<T> rows(W_enc, support, s, run.begin, block);
-            std::vector<A> grad_z(support.k);
-            for (int64_t n = rows.first; n < rows.last; ++n) {
-                for (int64_t j = 0; j < support.k; ++j)
-                    grad_z[j] = values.at<const A>(n, s)[j] > 0 ? grad_values.at<const A>(n, s)[j] : 0;
-                A sum[run_width];
-                A* sums[] = {sum};
-                const A* coefficients[] = {grad_z.data()};
-                combine<1>(rows.of(n, soon), coefficients, width, sums);
-                T* grad = grad_x.at<T>(n) + run.begin;
-                for (int64_t d = 0; d < width; d += lanes<A>) store(grad + d, load(sum + d, width - d), width - d);
-            }
-        });
-    }
+        const BlockRows<T> rows(W_enc, support, s, run.begin, block);
+        std::vector<A> grad_z(support.k);
+        for (int64_t n = rows.first; n < rows.last; ++n) {
+            for (int64_t j = 0; j < support.k; ++j)
+                grad_z[j] = values.at<const A>(n, s)[j] > 0 ? grad_values.at<const A>(n, s)[j] : 0;
+            A sum[run_width];
+            A* sums[] = {sum};
+            const A* coefficients[] = {grad_z.data()};
+            combine<1, true>(rows.of(n, soon), coefficients, width, sums);
+            T* grad = grad_x.at<T>(n) + run.begin;
+            for (int64_t d = 0; d < width; d += lanes<A>) store(grad + d, load(sum + d, width - d), width - d);
+        }
+    });
 }
 
 }  // namespace SIMD_LEVEL

@@ -49,6 +49,8 @@ struct Columns {
     bool first, last;  // of its stream
 };
 
+constexpr int64_t whole_streams = INT64_MAX / 2;
+
 // The columns of every stream, in runs of at most `width`.
 inline std::vector<Columns> column_runs(const std::vector<int64_t>& d_streams, int64_t width) {
     std::vector<Columns> runs;

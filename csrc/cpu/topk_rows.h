@@ -12,16 +12,8 @@ void topk_rows(Tensor indices, Tensor scores, int64_t k, int threads);
 // The entries of a row above some threshold, in order of column, and room to work on them.
 template <class T>
 struct Above {
-    std::vector<T> values, maxima, work, padded;
+    std::vector<T> values, maxima, padded;
     std::vector<int32_t> columns;
     int64_t count = 0;
     T threshold = 0;
 };
-
-// The k-th largest of n values without NaN; `work` is overwritten.
-template <class T>
-T kth_largest(const T* values, int64_t n, int64_t k, std::vector<T>& work) {
-    work.assign(values, values + n);
-    std::nth_element(work.begin(), work.begin() + (k - 1), work.end(), std::greater<T>());
-    return work[k - 1];
-}

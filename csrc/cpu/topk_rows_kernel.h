@@ -29,27 +29,78 @@ INLINE T ranked_value(T v) {
     return v == v ? v : std::numeric_limits<T>::infinity();
 }
 
+// Numbers in the order of the floats they come from, and back.
 template <class T>
-INLINE void append_above(Vec<T> v, int32_t column, Above<T>& above) {
+INLINE int64_t order_of(T value) {
+    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    Bits bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits < 0 ? bits ^ std::numeric_limits<Bits>::max() : bits;
+}
+
+template <class T>
+INLINE T value_at(int64_t order) {
+    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    const Bits bits = order < 0 ? Bits(order) ^ std::numeric_limits<Bits>::max() : Bits(order);
+    T value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// The k-th largest of n values without NaN, by bisection: a pass of comparisons halves the range, until k are left.
+template <class T>
+T kth_largest(const T* values, int64_t n, int64_t k) {
     constexpr int W = lanes<T>;
+    constexpr T infinity = std::numeric_limits<T>::infinity();
+    const int64_t whole = n / W * W;
+    int64_t low = order_of(-infinity), high = order_of(infinity);
+    while (low < high) {
+        const int64_t middle = low + int64_t((uint64_t(high) - uint64_t(low) + 1) / 2);
+        const T least = value_at<T>(middle);
+        Mask<T> counts = {};
+        for (int64_t i = 0; i < whole; i += W) counts -= load(values + i) >= least;
+        int64_t count = 0;
+        UNROLL for (int i = 0; i < W; ++i) count += counts[i];
+        for (int64_t i = whole; i < n; ++i) count += values[i] >= least;
+        if (count == k) {
+            Vec<T> smallest = Vec<T>{} + infinity;
+            for (int64_t i = 0; i < whole; i += W) {
+                const Vec<T> v = load(values + i);
+                smallest = (v >= least) & (v < smallest) ? v : smallest;
+            }
+            T kth = infinity;
+            UNROLL for (int i = 0; i < W; ++i) kth = std::min(kth, smallest[i]);
+            for (int64_t i = whole; i < n; ++i) kth = values[i] >= least ? std::min(kth, values[i]) : kth;
+            return kth;
+        }
+        (count > k ? low : high) = count > k ? middle : middle - 1;
+    }
+    return value_at<T>(low);
+}
+
+// Appends the lanes of v that exceed the threshold, and their columns; returns how many.
+template <class T>
+INLINE int64_t append_above(Vec<T> v, T threshold, int32_t column, T* values, int32_t* columns) {
 #if VECTOR_BYTES == 64
     if constexpr (std::is_same_v<T, float>) {
         // compressed in a register, then stored: compressing to memory is very slow on Zen 4
-        const __mmask16 mask = _mm512_cmp_ps_mask(v, _mm512_set1_ps(above.threshold), _CMP_GT_OQ);
+        const __mmask16 mask = _mm512_cmp_ps_mask(v, _mm512_set1_ps(threshold), _CMP_GT_OQ);
+        if (!mask) return 0;
         const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i columns = _mm512_add_epi32(_mm512_set1_epi32(column), iota);
-        _mm512_storeu_ps(above.values.data() + above.count, _mm512_maskz_compress_ps(mask, v));
-        _mm512_storeu_si512(above.columns.data() + above.count, _mm512_maskz_compress_epi32(mask, columns));
-        above.count += __builtin_popcount(mask);
-        return;
+        const __m512i numbers = _mm512_add_epi32(_mm512_set1_epi32(column), iota);
+        _mm512_storeu_ps(values, _mm512_maskz_compress_ps(mask, v));
+        _mm512_storeu_si512(columns, _mm512_maskz_compress_epi32(mask, numbers));
+        return __builtin_popcount(mask);
     }
 #endif
-    if (!any<T>(v > above.threshold)) return;
-    for (int i = 0; i < W; ++i) {
-        above.values[above.count] = v[i];
-        above.columns[above.count] = column + i;
-        above.count += v[i] > above.threshold;
+    if (!any<T>(v > threshold)) return 0;
+    int64_t count = 0;
+    for (int i = 0; i < lanes<T>; ++i) {
+        values[count] = v[i];
+        columns[count] = column + i;
+        count += v[i] > threshold;
     }
+    return count;
 }
 
 // Collects what may be among the k largest of row[0, L) into `above`, and returns the k-th largest.
@@ -73,28 +124,32 @@ T find_kth_largest(const T* row, int64_t L, int64_t k, Above<T>& above) {
     if (grouped) {
         above.maxima.resize(blocks * W);
         for (int64_t b = 0; b < blocks; ++b) {
-            const T* values = start(b);
+            const T* entries = start(b);
             Vec<T> maxima[chains];
-            UNROLL for (int c = 0; c < chains; ++c) maxima[c] = ranked<T>(load(values + c * W));
+            UNROLL for (int c = 0; c < chains; ++c) maxima[c] = ranked<T>(load(entries + c * W));
             for (int64_t i = 1; i < steps; ++i) {
                 UNROLL for (int c = 0; c < chains; ++c) {
-                    const Vec<T> v = ranked<T>(load(values + (i * chains + c) * W));
+                    const Vec<T> v = ranked<T>(load(entries + (i * chains + c) * W));
                     maxima[c] = maxima[c] < v ? v : maxima[c];
                 }
             }
             UNROLL for (int c = 1; c < chains; ++c) maxima[0] = maxima[0] < maxima[c] ? maxima[c] : maxima[0];
             store(above.maxima.data() + b * W, maxima[0]);
         }
-        above.threshold = kth_largest(above.maxima.data(), blocks * W, rank, above.work);
+        above.threshold = kth_largest(above.maxima.data(), blocks * W, rank);
     }
-    above.count = 0;
+    T* const values = above.values.data();
+    const T threshold = above.threshold;
+    int64_t count = 0;
     for (int64_t b = 0; b < blocks; ++b) {
-        if (grouped && !any<T>(load(above.maxima.data() + b * W) > above.threshold)) continue;
-        const T* values = start(b);
-        for (int64_t i = 0; i < block; i += W) append_above<T>(ranked<T>(load(values + i)), b * block + i, above);
+        if (grouped && !any<T>(load(above.maxima.data() + b * W) > threshold)) continue;
+        const T* entries = start(b);
+        for (int64_t i = 0; i < block; i += W)
+            count += append_above<T>(
+                ranked<T>(load(entries + i)), threshold, b * block + i, values + count, above.columns.data() + count);
     }
-    if (above.count < k) return above.threshold;
-    return kth_largest(above.values.data(), above.count, k, above.work);
+    above.count = count;
+    return count < k ? threshold : kth_largest(values, count, k);
 }
 
 template <class T>

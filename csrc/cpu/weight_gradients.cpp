@@ -21,17 +21,20 @@ void weight_gradients(
     const Tensor& grad_W_enc, const Tensor& grad_W_dec, const Tensor& grad_latent_bias, const Batch& batch,
     int threads) {
     using A = sum_t<T>;
-    const SegmentSums<T> sums(batch, grad_W_enc.data, grad_W_dec.data, threads);
-    const int64_t L = batch.offsets.size[0] - 1, size = 16, blocks = (L + size - 1) / size;
-    parallel_for(blocks * sums.columns.size(), threads, [&](int64_t task) {
-        const int64_t s = task / blocks, first = task % blocks * size;
-        typename SegmentSums<T>::Terms terms;
-        for (int64_t l = first; l < std::min(L, first + size); ++l) {
-            if (grad_W_enc.data)
-                grad_latent_bias.at<A>(s)[l] = sums.encoder(l, s, terms, grad_W_enc.at<A>(l) + sums.columns[s]);
-            if (grad_W_dec.data) sums.decoder(l, s, terms, grad_W_dec.at<A>(l) + sums.columns[s]);
-        }
-    });
+    SegmentSums<T> sums(batch, grad_W_enc.data, grad_W_dec.data, threads);
+    for (const Columns& run : column_runs(batch.d_streams, whole_streams)) {
+        sums.enter(run.stream, run.begin, run.end - run.begin);
+        const int64_t size = sums.run_latents();
+        parallel_for((sums.L + size - 1) / size, threads, [&](int64_t task) {
+            const int64_t first = task * size, last = std::min(sums.L, first + size);
+            if (grad_W_enc.data) {
+                sums.encoder(first, last, grad_W_enc.at<A>(first) + run.begin, grad_W_enc.stride[0]);
+                for (int64_t l = first; l < last; ++l) grad_latent_bias.at<A>(run.stream)[l] = sums.bias(l);
+            }
+            if (grad_W_dec.data)
+                sums.decoder(first, last, grad_W_dec.at<A>(first) + run.begin, grad_W_dec.stride[0]);
+        });
+    }
 }
 
 }  // namespace SIMD_LEVEL

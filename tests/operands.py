@@ -1,0 +1,135 @@
+"""Random operands for every operator, and every operator as a function of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from sparc_fast import backends, reference
+from sparc_fast.backends import Backend
+
+# d_streams, N, L, k
+CASES = {
+    "ragged": ((7, 1, 100), 5, 33, 3),
+    "width 1": ((1,), 3, 4, 4),
+    "several column runs": ((300, 520), 17, 40, 9),
+    "more streams than one gather takes": ((3, 1, 7, 5, 20), 9, 20, 6),
+    "every latent in use again and again": ((64, 16), 130, 12, 10),
+    "few samples of many latents": ((48,), 4, 500, 2),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@dataclass(frozen=True)
+class Operands:
+    x: Tensor
+    W_enc: Tensor
+    W_dec: Tensor
+    pre_bias: Tensor
+    latent_bias: Tensor
+    indices: Tensor
+    values: Tensor
+    grad_values: Tensor
+    grad_recons: Tensor
+    scale: Tensor
+    d_streams: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Operands:
+        """A copy with every floating-point tensor changed."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        floats = {n: t for n, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point()}
+        return replace(self, **{name: change(tensor) for name, tensor in floats.items()})
+
+    def to(self, dtype: torch.dtype) -> Operands:
+        return self.map(lambda tensor: tensor.to(dtype))
+
+    def samples(self, chosen: slice) -> Operands:
+        of_samples = ("x", "indices", "values", "grad_values", "grad_recons", "scale")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in of_samples})
+
+    @property
+    def inverse(self) -> tuple[Tensor, Tensor]:
+        return reference.invert_indices(self.indices, len(self.W_enc))
+
+
+def operands(
+    case: str | tuple[tuple[int, ...], int, int, int], dtype: torch.dtype, per_stream: bool = False, seed: int = 0
+) -> Operands:
+    d_streams, N, L, k = CASES[case] if isinstance(case, str) else case
+    S, D = len(d_streams), sum(d_streams)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    shape = (N, S, L) if per_stream else (N, L)
+    weights = tuple(float(s + 2 * t + 1) * (s != t or s % 2 == 0) for s in range(S) for t in range(S))
+    return Operands(
+        x=normal(N, D) + 3,
+        W_enc=normal(L, D),
+        W_dec=normal(L, D),
+        pre_bias=normal(D) + 3,
+        latent_bias=normal(S, L),
+        indices=torch.rand(shape, generator=generator).topk(k).indices.sort().values.int(),
+        values=torch.relu(normal(N, S, k)),
+        grad_values=normal(N, S, k),
+        grad_recons=normal(N, S, D),
+        scale=torch.rand(N, S, generator=generator),
+        d_streams=d_streams,
+        weights=weights,
+    ).to(dtype)
+
+
+def update_rows(o: Operands, backend: Backend, extra: bool = True) -> tuple[Tensor, ...]:
+    """The updated weights and moments, and what the operator returns; weights are in the type of the sums."""
+    weights = [reference.wide(W).clone() for W in (o.W_enc, o.W_dec)]
+    reference.normalize_rows(weights[1], o.d_streams)
+    generator = torch.Generator().manual_seed(1)
+    moments = [torch.rand(W.shape, generator=generator).to(W.dtype) for W in (*weights, *weights)]
+    rows = None
+    if extra:
+        latents = torch.arange(0, len(o.W_enc), 3)
+        W_enc, W_dec, latent_bias = (reference.wide(t) for t in (o.W_enc, o.W_dec, o.latent_bias))
+        rows = latents, W_enc[latents].flip(1), W_dec[latents].flip(1), latent_bias[:, latents]
+    grads = backend.update_rows(
+        *weights, moments, o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
+        0.01, (0.9, 0.999), 1e-8, 3, rows,
+    )  # fmt: skip
+    return (*weights, *moments, *grads)
+
+
+def count_silence(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
+    silence = torch.arange(len(o.W_enc))
+    backend.count_silence(silence, o.values, o.indices)
+    return (silence,)
+
+
+OPERATORS: dict[str, Callable[[Operands, Backend], tuple[Tensor, ...]]] = {
+    "support_values": lambda o, b: (b.support_values(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices, o.d_streams),),
+    "support_values_grad_x": lambda o, b: (
+        b.support_values_grad_x(o.grad_values, o.values, o.indices, o.W_enc, o.d_streams),
+    ),
+    "sparse_decode": lambda o, b: (b.sparse_decode(o.values, o.indices, o.W_dec, o.pre_bias),),
+    "sparse_decode_grad_values": lambda o, b: (b.sparse_decode_grad_values(o.grad_recons, o.indices, o.W_dec),),
+    "decode_loss": lambda o, b: b.decode_loss(
+        o.values, o.indices, o.W_dec, o.pre_bias, o.x, o.scale, o.weights, o.d_streams
+    ),
+    "invert_indices": lambda o, b: b.invert_indices(o.indices, len(o.W_enc)),
+    "encoder_gradients": lambda o, b: b.encoder_gradients(
+        o.x, o.pre_bias, o.values, o.grad_values, *o.inverse, o.d_streams
+    ),
+    "decoder_gradients": lambda o, b: (b.decoder_gradients(o.values, o.grad_recons, *o.inverse),),
+    "weight_gradients": lambda o, b: b.weight_gradients(
+        o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams
+    ),
+    "update_rows": update_rows,
+    "count_silence": count_silence,
+}
+
+
+def run(name: str, o: Operands, backend: str) -> tuple[Tensor, ...]:
+    return OPERATORS[name](o, backends.resolve(backend, torch.device("cpu")))

@@ -1,0 +1,169 @@
+"""The baselines do the work they stand for, and the command runs; nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparc_fast as sf
+from sparc_fast.benchmarks import memory
+from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE, Cost
+from sparc_fast.benchmarks.dense import Dense
+from sparc_fast.benchmarks.eager_sae import EagerSAE
+from sparc_fast.benchmarks.lean import Lean
+from sparc_fast.benchmarks.main import CASES, main
+from sparc_fast.benchmarks.operators import OPERATORS, disagreement
+from sparc_fast.benchmarks.timing import Roofs, interleave, ratio
+from sparc_fast.benchmarks.tuned import Tuned
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors, and perhaps a busy machine: threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+RIVALS: dict[str, Callable[[sf.SPARC], Dense | Lean | Tuned]] = {
+    "Dense": lambda model: Dense(model, auxk_coef=0),
+    "Lean": Lean,
+    "Tuned": Tuned,
+}
+
+
+def distance(weights: Tensor, expected: Tensor, start: Tensor) -> float:
+    """Of two sets of weights, in units of how far they came."""
+    return float((weights - expected).norm() / (expected - start).norm())
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_a_rival_trains_as_ours_does(rival: str) -> None:
+    # Dense renormalises before Adam's step as the research code does, so it drifts from ours by the step size
+    of_weights, of_loss = (5e-3, 1e-5) if rival == "Dense" else (1e-6, 1e-12)
+    model = SMALL.model("reference").double()
+    start = model.W_enc.detach().clone(), model.W_dec.detach().clone()
+    contender, optimizer, x = RIVALS[rival](model), sf.SparcAdam(model), SMALL.inputs().double()
+    for _ in range(4):
+        torch.testing.assert_close(contender.step(x), optimizer.step(x).total, rtol=of_loss, atol=0)
+    for weights, expected, begin in zip(contender.weights(), (model.W_enc, model.W_dec), start, strict=True):
+        assert distance(weights, expected.detach(), begin) < of_weights
+
+
+def test_auxk_of_dense_is_1_while_no_latent_is_dead() -> None:
+    model, inputs = SMALL.model(), SMALL.inputs()
+    with_auxk, without = (Dense(model, auxk_coef=coef).step(inputs) for coef in (0.5, 0.0))
+    torch.testing.assert_close(with_auxk - without, torch.tensor(0.5))
+
+
+def test_auxk_of_dense_reaches_dead_latents_only() -> None:
+    inputs, gradients = list(SMALL.inputs().split(SMALL.d_streams, dim=1)), []
+    for auxk_coef in (1.0, 0.0):
+        dense = Dense(SMALL.model(), auxk_coef=auxk_coef, dead_after_steps=1)
+        dense.steps_since_fired += 1  # one more silent step, and a latent is dead
+        dense.loss(inputs).backward()
+        gradients.append(dense.W_enc[0].grad)
+    reached = (gradients[0] != gradients[1]).any(1)
+    assert reached.any()
+    assert not (reached & (dense.steps_since_fired[0] == 1)).any()
+
+
+def test_eager_sae_has_the_gradients_of_a_single_stream() -> None:
+    model = SMALL_SINGLE.model("reference").double()
+    rival, x = EagerSAE(model), SMALL_SINGLE.inputs().double()
+    rival.loss(x).backward()
+    model.loss(x).total.backward()
+    for name in ("W_enc", "W_dec", "pre_bias"):
+        torch.testing.assert_close(getattr(rival, name).grad, getattr(model, name).grad)
+    torch.testing.assert_close(rival.latent_bias.grad, model.latent_bias.grad[0])
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_baseline_computes_the_operator(op: str) -> None:
+    assert OPERATORS[op].case(SMALL, ["reference"]).wrong == {}
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = replace(OPERATORS["sparse_decode"], baselines={"off by a bit": lambda o: lambda: o.x[:, None] * 1.01})
+    monkeypatch.setitem(CASES, "sparse_decode", broken)
+    assert main(["--quick", "--threads", "1", "--op", "sparse_decode", "--backend", "reference"]) == 1
+    assert "WRONG, not timed" in capsys.readouterr().out
+
+
+def test_disagreement_says_what_is_wrong() -> None:
+    x = torch.arange(4.0)
+    assert disagreement(x, x.clone()) is None
+    assert disagreement((x, x[:3]), (x, x)) == "shape [3], expected [4]"
+    assert disagreement(x.int(), x.int() + 1) == "4 entries differ"
+    assert "largest error" in str(disagreement(x, x + 1))
+
+
+def test_quick_run_writes_json_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    torch.set_num_threads(2)
+    paths = tmp_path / "run.json", tmp_path / "run.png"
+    chosen = [part for op in ("step", "sae", "sparse_decode", "invert_indices") for part in ("--op", op)]
+    command = ["--quick", "--threads", "1", *chosen, "--json", str(paths[0]), "--plot", str(paths[1])]
+    assert main(command) == 0
+    assert torch.get_num_threads() == 2
+    record = json.loads(paths[0].read_text())
+    assert record["environment"]["sparc_fast"] == sf.__version__
+    assert set(record["roofs"]) == {"copy", "float32", "bfloat16"}
+    lines = record["lines"]
+    assert {line["contender"] for line in lines if line["op"] == "step"} >= {"Dense", "Lean", "Tuned"}
+    assert all(len(line["seconds"]) == 3 and line["median"] > 0 and line["flops"] + line["bytes"] > 0 for line in lines)
+    assert paths[1].stat().st_size > 1000
+    assert "roofs: copy" in capsys.readouterr().out
+
+
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    # Dense forms at least its three logits and codes, and gradients of all weights
+    least = 4 * (6 * SMALL.N * SMALL.L + 2 * SMALL.L * SMALL.D)
+    assert least / 2 < memory.extra_bytes("Dense", SMALL) < 100 * least
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "topk"], "invalid choice: 'topk'"),
+        (["--shape", "N1"], "invalid choice: 'N1'"),
+        (["--backend", "tpu"], "invalid choice: 'tpu'"),
+        (["--op", "sae", "--shape", "rows-8k"], "sae has S1-N384-L8192, small"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+    ],
+)
+def test_an_unknown_name_says_what_there_is(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+    wait = torch.randn(600, 600)
+
+    def contender(name: str) -> Callable[[], None]:
+        def run() -> None:
+            order.append(name)
+            (wait @ wait @ wait).sum()
+
+        return run
+
+    times = interleave({"a": contender("a"), "b": contender("b")}, seconds=0, rounds=2)
+    assert [len(taken) for taken in times.values()] == [2, 2]
+    assert "".join(order).replace("aa", "a").replace("bb", "b").startswith("ab")
+    assert ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == 2.0
+
+
+def test_the_floor_is_the_slower_of_bytes_and_flops_of_each_phase() -> None:
+    roofs = Roofs(copy=10.0, float32=100.0, bfloat16=400.0)
+    assert roofs.floor([Cost(flops=100, bytes=20), Cost(flops=300, bytes=10)]) == 2 + 3

@@ -1,0 +1,54 @@
+"""Every compiled operator is a sound PyTorch custom operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparc_fast as sf
+
+pytestmark = pytest.mark.skipif("cpu" not in sf.available_backends("cpu"), reason="the CPU backend is not compiled")
+
+D_STREAMS = [5, 3]
+
+
+def arguments(dtype: torch.dtype, local: bool, N: int = 6, L: int = 12, k: int = 4) -> dict[str, tuple[object, ...]]:
+    torch.manual_seed(0)
+    x, W_enc, W_dec = torch.randn(N, 8), torch.randn(L, 8), torch.randn(L, 8)
+    x, W_enc, W_dec, pre_bias, latent_bias = (t.to(dtype) for t in (x, W_enc, W_dec, torch.randn(8), torch.randn(2, L)))
+    shape = (N, 2, k) if local else (N, k)
+    indices = torch.rand(*shape[:-1], L).topk(k).indices.sort().values.int()
+    values, grad_values, grad_recons = (
+        t.to(dtype) for t in (torch.rand(N, 2, k), torch.randn(N, 2, k), torch.randn(N, 2, 8))
+    )
+    scale = torch.rand(N, 2, dtype=sf.reference.wide(x).dtype)
+    inverse = sf.reference.invert_indices(indices, L)
+    return {
+        "global_topk": (x, W_enc, pre_bias, latent_bias, k),
+        "local_topk": (x, W_enc, pre_bias, latent_bias, k, D_STREAMS),
+        "support_values": (x, W_enc, pre_bias, latent_bias, indices, D_STREAMS),
+        "support_values_grad_x": (grad_values, values, indices, W_enc, D_STREAMS),
+        "sparse_decode": (values, indices, W_dec, pre_bias),
+        "sparse_decode_grad_values": (grad_recons, indices, W_dec),
+        "decode_loss": (values, indices, W_dec, pre_bias, x, scale, [0.5, 0.0, 1.0, 0.5], D_STREAMS),
+        "invert_indices": (indices, L),
+        "encoder_gradients": (x, pre_bias, values, grad_values, *inverse, D_STREAMS),
+        "decoder_gradients": (values, grad_recons, *inverse),
+        "weight_gradients": (x, pre_bias, values, grad_values, grad_recons, *inverse, D_STREAMS),
+        "count_silence": (torch.zeros(L, dtype=torch.int64), values, indices),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["shared", "per-stream"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", list(arguments(torch.float32, False)))
+def test_opcheck_finds_nothing(name: str, dtype: torch.dtype, local: bool) -> None:
+    operator = getattr(torch.ops.sparc_fast, name)
+    torch.library.opcheck(operator, arguments(dtype, local)[name], test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", ["support_values", "sparse_decode", "decode_loss", "global_topk"])
+def test_opcheck_finds_nothing_without_samples(name: str) -> None:
+    operator = getattr(torch.ops.sparc_fast, name)
+    empty = arguments(torch.float32, False, N=0)[name]
+    torch.library.opcheck(operator, empty, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,159 @@
+"""What holds for every operator: as accurate as plain PyTorch, and exact where exactness is promised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operands import CASES, DTYPES, OPERATORS, Operands, operands, run
+from torch import Tensor
+
+import sparc_fast as sf
+
+# results that belong to one sample alone
+OF_SAMPLES = {
+    "support_values": slice(0, 1),
+    "support_values_grad_x": slice(0, 1),
+    "sparse_decode": slice(0, 1),
+    "sparse_decode_grad_values": slice(0, 1),
+    "decode_loss": slice(1, 3),
+}
+SUPPORTS = pytest.mark.parametrize("per_stream", [False, True], ids=["shared support", "support per stream"])
+EVERY_OPERATOR = pytest.mark.parametrize("name", list(OPERATORS))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_equal(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def check_accuracy(name: str, o: Operands, backend: str) -> None:
+    plain, truth = run(name, o, "reference"), run(name, o.to(torch.float64), "reference")
+    for got, same_dtype, exact in zip(run(name, o, backend), plain, truth, strict=True):
+        if got.is_floating_point():
+            assert_as_accurate(got, same_dtype, exact)
+        else:
+            assert torch.equal(got, exact)
+
+
+@EVERY_OPERATOR
+@SUPPORTS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", list(CASES))
+def test_operators_are_as_accurate_as_plain_pytorch(
+    name: str, case: str, dtype: torch.dtype, per_stream: bool, backend: str
+) -> None:
+    check_accuracy(name, operands(case, dtype, per_stream), backend)
+
+
+@EVERY_OPERATOR
+@settings(max_examples=25, deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    N=st.integers(0, 40),
+    L=st.integers(1, 12),
+    data=st.data(),
+    per_stream=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_operators_equal_the_reference_at_any_shape(
+    name: str, widths: list[int], N: int, L: int, data: st.DataObject, per_stream: bool, dtype: torch.dtype, seed: int
+) -> None:
+    k = data.draw(st.integers(1, L), label="k")
+    # a sum of few terms may cancel, so that its accuracy is luck: this is about shapes
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.05)
+    o = operands((tuple(widths), N, L, k), dtype, per_stream, seed)
+    truth = run(name, o.to(torch.float64), "reference")
+    for backend in sf.available_backends("cpu"):
+        for got, exact in zip(run(name, o, backend), truth, strict=True):
+            scale = float(exact.abs().max()) + 1 if exact.numel() else 1
+            torch.testing.assert_close(got.to(exact.dtype), exact, rtol=0, atol=tolerance * scale)
+
+
+@EVERY_OPERATOR
+@SUPPORTS
+@pytest.mark.parametrize("case", ["several column runs", "every latent in use again and again"])
+def test_results_do_not_depend_on_the_number_of_threads(
+    name: str, case: str, per_stream: bool, backend: str, threads: None
+) -> None:
+    o = operands(case, torch.float32, per_stream)
+    torch.set_num_threads(1)
+    alone = run(name, o, backend)
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        if backend != "reference":
+            assert_equal(run(name, o, backend), alone)
+
+
+@pytest.mark.parametrize("name", list(OF_SAMPLES))
+@SUPPORTS
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_sample_alone_equals_the_same_sample_in_a_batch(name: str, case: str, per_stream: bool, backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("the matrix library may sum a batch in another order")
+    o = operands(case, torch.float32, per_stream)
+    batch = run(name, o, backend)[OF_SAMPLES[name]]
+    for n in range(min(len(o.x), 20)):
+        one = slice(n, n + 1)
+        assert_equal(run(name, o.samples(one), backend)[OF_SAMPLES[name]], tuple(result[one] for result in batch))
+
+
+@EVERY_OPERATOR
+@pytest.mark.parametrize("case", ["ragged", "several column runs"])
+def test_operands_may_be_slices_of_wider_tensors(name: str, case: str, backend: str) -> None:
+    o = operands(case, torch.float32)
+
+    def sliced(tensor: Tensor) -> Tensor:
+        wider = torch.full([size + 3 for size in tensor.shape], torch.nan)
+        window = wider[tuple(slice(1, size + 1) for size in tensor.shape)]
+        window.copy_(tensor)
+        return window
+
+    assert_equal(run(name, o.map(sliced), backend), run(name, o, backend))
+
+
+@EVERY_OPERATOR
+@SUPPORTS
+def test_supports_may_be_int64(name: str, per_stream: bool, backend: str) -> None:
+    o = operands("ragged", torch.float32, per_stream)
+    assert_equal(run(name, replace(o, indices=o.indices.long()), backend), run(name, o, backend))
+
+
+@EVERY_OPERATOR
+@SUPPORTS
+def test_no_samples_give_empty_results(name: str, per_stream: bool, backend: str) -> None:
+    o = operands("ragged", torch.float32, per_stream).samples(slice(0, 0))
+    check_accuracy(name, o, backend)
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS.keys() - {"invert_indices", "count_silence"}))
+def test_a_latent_may_be_in_a_support_twice(name: str, backend: str) -> None:
+    o = operands("ragged", torch.float32)
+    o.indices[:, 1] = o.indices[:, 0]
+    check_accuracy(name, o, backend)
+
+
+@pytest.mark.parametrize(
+    "name", ["support_values", "support_values_grad_x", "sparse_decode", "decode_loss", "invert_indices"]
+)
+@pytest.mark.parametrize("latent", [-1, 33])
+def test_a_latent_outside_the_dictionary_is_an_error(name: str, latent: int, backend: str) -> None:
+    o = operands("ragged", torch.float32)
+    o.indices[2, 1] = latent
+    if backend == "reference":
+        pytest.skip("PyTorch's indexing wraps negative numbers")
+    with pytest.raises(IndexError, match=r"indices must lie in 0 ... n_latents - 1 = 32"):
+        run(name, o, backend)

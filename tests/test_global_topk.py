@@ -1,0 +1,187 @@
+"""global_topk is exact: which latents, how ties fall, and what it must not depend on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import sparc_fast as sf
+from sparc_fast import functional
+
+inf, nan = torch.inf, torch.nan
+
+
+def largest(h: Tensor, k: int) -> Tensor:
+    """The rule, by a stable sort of all scores."""
+    order = torch.where(h.isnan(), inf, h).sort(dim=1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=1).values.int()
+
+
+def scores(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor) -> Tensor:
+    centred = x.float() - pre_bias.float()
+    return (centred.double() @ W_enc.double().T + latent_bias.double().sum(0)).float()
+
+
+def no_bias(W_enc: Tensor, streams: int = 1) -> tuple[Tensor, Tensor]:
+    return W_enc.new_zeros(W_enc.shape[1]), W_enc.new_zeros(streams, len(W_enc))
+
+
+ROWS = {
+    "all equal": torch.full((500,), 3.0),
+    "all zero": torch.zeros(500),
+    "two values": torch.arange(500) % 2 * 1.0,
+    "plateau at the k-th": torch.cat([torch.arange(490.0, 500.0), torch.full((300,), 7.0), torch.zeros(190)]),
+    "zeros of both signs": torch.where(torch.arange(500) % 3 == 0, -0.0, 0.0),
+    "minus infinity": torch.full((500,), -inf),
+    "few finite": torch.where(torch.arange(500) % 100 == 7, 1.0, -inf),
+    "plus infinity": torch.where(torch.arange(500) % 50 == 7, inf, torch.arange(500.0)),
+    "NaN among infinity": torch.where(torch.arange(500) % 50 == 7, nan, torch.arange(500) % 11 * inf),
+    "denormal": torch.arange(500) * 1e-42,
+    "ascending": torch.arange(500.0),
+    "descending": -torch.arange(500.0),
+    "one outlier": torch.arange(500) * 1e-3 + 1e30 * (torch.arange(500) == 321),
+    "narrow at an offset": 1e4 + 1e-3 * (torch.arange(500) * 77 % 500),
+    "one unit apart": 1 + 2.0**-23 * (torch.arange(500) * 77 % 50),
+}
+
+
+@pytest.mark.parametrize("k", [1, 20, 499, 500])
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+def test_the_largest_of_an_adversarial_row_are_found(row: Tensor, k: int, backend: str) -> None:
+    W_enc = torch.ones(500, 1)
+    support = functional.global_topk(torch.zeros(2, 1), W_enc, torch.zeros(1), row[None], k, backend=backend)
+    assert support.dtype == torch.int32
+    assert torch.equal(support, largest(row[None], k).expand(2, k))
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+def test_the_same_holds_when_the_row_comes_from_the_weights(row: Tensor, backend: str) -> None:
+    W_enc = row[:, None].clone()
+    support = functional.global_topk(torch.ones(3, 1), W_enc, *no_bias(W_enc), 20, backend=backend)
+    assert torch.equal(support, largest(row[None], 20).expand(3, 20))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    N=st.integers(0, 4),
+    L=st.integers(1, 300),
+    D=st.integers(1, 9),
+    S=st.integers(1, 3),
+    span=st.integers(0, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    data=st.data(),
+    seed=st.integers(0, 2**31),
+)
+def test_equal_scores_go_to_the_lower_latent_for_any_shape_and_dtype(
+    N: int, L: int, D: int, S: int, span: int, dtype: torch.dtype, data: st.DataObject, seed: int
+) -> None:
+    k = data.draw(st.integers(1, L), label="k")
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-span, span + 1, shape, generator=generator).to(dtype)
+
+    operands = integers(N, D), integers(L, D), integers(D), integers(S, L)
+    for backend in sf.available_backends("cpu"):
+        assert torch.equal(functional.global_topk(*operands, k, backend=backend), largest(scores(*operands), k))
+
+
+# N, L, D, k: below a vector; ragged; several chunks of latents; k near L
+@pytest.mark.parametrize(
+    ("N", "L", "D", "k"), [(1, 3, 1, 2), (5, 333, 77, 20), (130, 5001, 40, 32), (2, 2100, 17, 2000)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_random_supports_are_those_of_the_float64_scores(
+    N: int, L: int, D: int, k: int, dtype: torch.dtype, backend: str
+) -> None:
+    torch.manual_seed(N + L)
+    operands = [torch.randn(shape).to(dtype) for shape in ((N, D), (L, D), (D,), (3, L))]
+    assert torch.equal(functional.global_topk(*operands, k, backend=backend), largest(scores(*operands), k))
+
+
+def test_scores_that_differ_in_float64_but_not_in_float32_are_a_tie(backend: str) -> None:
+    x = torch.ones(1, 2)
+    W_enc = torch.tensor([[1.0, 2.0**-26], [1.0, 2.0**-25], [1.0, 2.0**-23], [1.0, 2.0**-26]])
+    assert functional.global_topk(x, W_enc, *no_bias(W_enc), 2, backend=backend).tolist() == [[0, 2]]
+
+
+def test_cancellation_leaves_the_order_of_what_remains(backend: str) -> None:
+    torch.manual_seed(0)
+    W_enc = torch.randn(400, 40)
+    W_enc[:, 1] = -W_enc[:, 0] + 1e-5 * torch.randn(400)
+    x = torch.randn(6, 40)
+    x[:, :2] = 1e5
+    support = functional.global_topk(x, W_enc, *no_bias(W_enc), 10, backend=backend)
+    assert torch.equal(support, largest(scores(x, W_enc, *no_bias(W_enc)), 10))
+
+
+def test_a_sample_alone_equals_the_same_sample_in_a_batch_and_at_any_thread_count(backend: str) -> None:
+    torch.manual_seed(0)
+    x, W_enc = torch.randn(150, 60), torch.randn(3000, 60)
+    together = functional.global_topk(x, W_enc, *no_bias(W_enc), 30, backend=backend)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = [functional.global_topk(row[None], W_enc, *no_bias(W_enc), 30, backend=backend) for row in x]
+        single = functional.global_topk(x, W_enc, *no_bias(W_enc), 30, backend=backend)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.cat(alone), together)
+    assert torch.equal(single, together)
+
+
+def test_a_bad_row_does_not_disturb_the_others(backend: str) -> None:
+    torch.manual_seed(0)
+    x, W_enc = torch.randn(120, 30), torch.randn(2500, 30)
+    expected = functional.global_topk(x, W_enc, *no_bias(W_enc), 12, backend=backend)
+    bad = x.clone()
+    bad[3, 4], bad[50, 0], bad[51] = nan, -inf, 0
+    bad[80] *= 1e30
+    support = functional.global_topk(bad, W_enc, *no_bias(W_enc), 12, backend=backend)
+    good = torch.ones(120, dtype=torch.bool)
+    good[[3, 50, 51, 80]] = False
+    assert torch.equal(support[good], expected[good])
+    assert torch.equal(support[3], torch.arange(12, dtype=torch.int32))
+    assert torch.equal(support[51], torch.arange(12, dtype=torch.int32))
+
+
+def test_bad_latents_rank_by_the_rule_and_masked_ones_last(backend: str) -> None:
+    torch.manual_seed(0)
+    x, W_enc = torch.randn(7, 30), torch.randn(600, 30)
+    W_enc[5, 0], W_enc[7, 3] = nan, inf
+    latent_bias = torch.zeros(2, 600)
+    latent_bias[0, 300:], latent_bias[1, 20], latent_bias[1, 30] = -inf, inf, 3e38
+    support = functional.global_topk(x, W_enc, torch.zeros(30), latent_bias, 40, backend=backend)
+    assert torch.equal(support, largest(scores(x, W_enc, torch.zeros(30), latent_bias), 40))
+
+
+def test_weights_may_be_columns_of_a_wider_matrix(backend: str) -> None:
+    torch.manual_seed(0)
+    x, W_enc = torch.randn(9, 50), torch.randn(700, 80)
+    for columns in (slice(11, 47), slice(3, 4)):
+        part, rows = x[:, columns], W_enc[:, columns]
+        expected = functional.global_topk(part.clone(), rows.clone(), *no_bias(rows), 8, backend=backend)
+        assert torch.equal(functional.global_topk(part, rows, *no_bias(rows), 8, backend=backend), expected)
+
+
+def test_no_samples_give_no_supports(backend: str) -> None:
+    W_enc = torch.randn(10, 3)
+    assert functional.global_topk(torch.zeros(0, 3), W_enc, *no_bias(W_enc), 4, backend=backend).shape == (0, 4)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_reduced_matmul_precision_and_autocast_do_not_change_the_support(precision: str, backend: str) -> None:
+    torch.manual_seed(0)
+    x, W_enc = torch.randn(200, 300), torch.randn(3000, 300)
+    expected = largest(scores(x, W_enc, *no_bias(W_enc)), 30)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert torch.equal(functional.global_topk(x, W_enc, *no_bias(W_enc), 30, backend=backend), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(functional.global_topk(x, W_enc, *no_bias(W_enc), 30, backend=backend), expected)
