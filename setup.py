@@ -2,7 +2,7 @@
 
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 cpu = Pybind11Extension(
@@ -15,4 +15,5 @@ cpu = Pybind11Extension(
     extra_link_args=["-fopenmp"],
 )
 
+ParallelCompile().install()
 setup(ext_modules=[cpu], cmdclass={"build_ext": build_ext})
