@@ -69,7 +69,7 @@ class _Float32:
     """The support without a narrower product in front."""
 
     def __init__(self, backend: Backend) -> None:
-        self.global_topk = partial(backend.global_topk, screening="none")
+        self.global_topk = partial(backend.global_topk, screening="off")
 
 
 def disagreement(got: Any, want: Any) -> str | None:

@@ -16,7 +16,9 @@ from sparc_fast import reference
 class Backend(Protocol):
     """The vocabulary every backend speaks; `reference` is its specification."""
 
-    def global_topk(self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int) -> Tensor: ...
+    def global_topk(
+        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+    ) -> Tensor: ...
 
     def local_topk(
         self,
@@ -26,6 +28,7 @@ class Backend(Protocol):
         latent_bias: Tensor,
         k: int,
         d_streams: Sequence[int],
+        screening: str = "auto",
     ) -> Tensor: ...
 
     def support_values(

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparc_fast import native, reference
 
@@ -25,26 +24,8 @@ def _operator(name: str, *, mutates: tuple[str, ...] = (), fake: Callable[..., A
     return operator
 
 
-def _fake_global_topk(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
-) -> Tensor:
-    return x.new_empty(len(x), k, dtype=torch.int32)
-
-
-def _fake_local_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    pre_bias: Tensor,
-    latent_bias: Tensor,
-    k: int,
-    d_streams: list[int],
-    screening: str = "auto",
-) -> Tensor:
-    return x.new_empty(len(x), len(d_streams), k, dtype=torch.int32)
-
-
-global_topk = _operator("global_topk", fake=_fake_global_topk)
-local_topk = _operator("local_topk", fake=_fake_local_topk)
+global_topk = _operator("global_topk")
+local_topk = _operator("local_topk")
 support_values = _operator("support_values")
 support_values_grad_x = _operator("support_values_grad_x")
 sparse_decode = _operator("sparse_decode")

@@ -19,7 +19,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def global_topk(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, *, backend: str = "auto"
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    *,
+    screening: str = "auto",
+    backend: str = "auto",
 ) -> Tensor:
     """The k latents whose pre-activations, summed over streams, are largest (SPARC, arXiv 2507.06265).
 
@@ -29,6 +36,9 @@ def global_topk(
         pre_bias: subtracted from x, [D].
         latent_bias: added to each stream's pre-activations, [S, L].
         k: latents kept per sample, 1 <= k <= L.
+        screening: "bf16" looks for candidates with a bfloat16 matrix product whose error is bounded sample by sample,
+            and goes on in float32, then float64, where that proves nothing; "off" begins with float32; "auto" takes
+            the faster. The support is the same.
         backend: "auto" or one of `sparc_fast.available_backends(x.device)`.
 
     Returns:
@@ -38,8 +48,9 @@ def global_topk(
     """
     _check_encoder(x, W_enc, pre_bias, latent_bias)
     _check_k(k, len(W_enc))
+    _check_screening(screening)
     with torch.no_grad():
-        return backends.resolve(backend, x.device).global_topk(x, W_enc, pre_bias, latent_bias, k)
+        return backends.resolve(backend, x.device).global_topk(x, W_enc, pre_bias, latent_bias, k, screening)
 
 
 def local_topk(
@@ -50,14 +61,16 @@ def local_topk(
     k: int,
     *,
     d_streams: Sequence[int],
+    screening: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """The k latents of largest pre-activation of each stream by itself; as `global_topk`, but int32 [N, S, k]."""
     _check_encoder(x, W_enc, pre_bias, latent_bias, d_streams)
     _check_k(k, len(W_enc))
+    _check_screening(screening)
     with torch.no_grad():
         chosen = backends.resolve(backend, x.device)
-        return chosen.local_topk(x, W_enc, pre_bias, latent_bias, k, d_streams)
+        return chosen.local_topk(x, W_enc, pre_bias, latent_bias, k, d_streams, screening)
 
 
 def support_values(
@@ -212,6 +225,11 @@ def _check_encoder(
 def _check_k(k: int, n_latents: int) -> None:
     if not 1 <= k <= n_latents:
         raise ValueError(f"k must be between 1 and n_latents={n_latents}, got {k}")
+
+
+def _check_screening(screening: str) -> None:
+    if screening not in ("auto", "bf16", "off"):
+        raise ValueError(f'screening must be "auto", "bf16" or "off", got {screening!r}')
 
 
 def _check_support(indices: Tensor, like: Tensor, S: int, n_latents: int, k: int | None = None) -> None:

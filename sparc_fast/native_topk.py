@@ -17,8 +17,9 @@ from sparc_fast.reference import stream_slices, wide
 
 ROWS, LATENTS = 2048, 2048  # samples and latents of one GEMM
 ROOM, SPARE = 8, 256  # a sample may hold ROOM k + SPARE candidates
-# bare float32 GEMM = 1, L = 8192, D = 2560, one Zen 4 core: float64 / float32 / bfloat16 took
-# 0.83 / 1.55 / 2.2 for 1 sample, 1.14 / 0.90 / 0.95 for 8, - / 0.75 / 0.56 for 64, - / 1.06 / 0.51 for 1024
+# Samples up to which float64 at once is fastest, and from which bfloat16 pays. L = 8192, D = 2560, one Zen 4 core,
+# float64 / float32 / bfloat16 in bare float32 GEMMs: 0.83 / 1.55 / 2.2 for 1 sample, 1.14 / 0.90 / 0.95 for 8,
+# 2.0 / 0.80 / 0.63 for 32, - / 0.71 / 0.51 for 64, - / 1.06 / 0.51 for 1024
 FEW, MANY = 2, 16
 
 
@@ -54,7 +55,7 @@ def local_topk(
 def topk_rows(scores: Tensor, k: int) -> Tensor:
     """Columns of the k largest of each row, int32 [N, k], ascending; ties to the lower column, NaN ranks with +inf."""
     indices = torch.empty(len(scores), k, dtype=torch.int32)
-    _cpu.topk_rows(indices, scores, k, torch.get_num_threads())
+    _cpu.topk_rows(indices, wide(scores).contiguous(), k, torch.get_num_threads())
     return indices
 
 

@@ -33,14 +33,17 @@ def gradient_dtype(values: Tensor) -> torch.dtype:
     return torch.float32 if values.dtype == torch.float16 else values.dtype
 
 
-def global_topk(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int) -> Tensor:
+def global_topk(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+) -> Tensor:
     """indices[n] = the k latents l of largest h[n, l].
 
     h[n, l] = sum_d (x - pre_bias)[n, d] W_enc[l, d] + sum_s latent_bias[s, l]
 
     h is summed in float64 and rounded once to the type of the sums, so that the support does not depend on
     the order of summation: not on the batch, the thread count, the matrix library or the backend.
-    Equal h goes to the lower latent; NaN ranks with +inf. Ascending in each row, int32.
+    Equal h goes to the lower latent; NaN ranks with +inf. Ascending in each row, int32. ``screening`` is how a fast
+    backend may look for candidates first; it changes no result, and means nothing here.
     """
     centred = wide(x) - wide(pre_bias)
     h = centred.double() @ W_enc.double().T + latent_bias.double().sum(0)
@@ -48,7 +51,13 @@ def global_topk(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor,
 
 
 def local_topk(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, d_streams: Sequence[int]
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    d_streams: Sequence[int],
+    screening: str = "auto",
 ) -> Tensor:
     """indices[n, s] = global_topk of stream s alone, [N, S, k]."""
     supports = [

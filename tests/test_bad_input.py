@@ -187,6 +187,11 @@ def test_operands_that_do_not_fit_each_other(change: dict[str, object], message:
         F.support_values(**arguments)
 
 
+def test_a_screening_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match='screening must be "auto", "bf16" or "off", got \'int8\''):
+        F.global_topk(**operands(), k=2, screening="int8")
+
+
 def test_indices_outside_the_latents() -> None:
     with pytest.raises(ValueError, match=r"indices must lie in 0 … n_latents - 1 = 8, got 3 … 9"):
         F.invert_indices(torch.tensor([[3, 9]]), 9)

@@ -175,7 +175,7 @@ def test_only_rows_without_a_proof_are_scored_in_full(screening: str, monkeypatc
 @given(
     L=st.integers(1, 3000),
     distinct=st.integers(1, 5000),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     data=st.data(),
     seed=st.integers(0, 2**31),
 )

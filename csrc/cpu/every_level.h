@@ -8,7 +8,7 @@
 #undef VECTOR_BYTES
 #undef VECTOR_REGISTERS
 
-#if defined(__x86_64__)
+#ifdef SPARC_FAST_EVERY_LEVEL
 #pragma GCC push_options
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)

@@ -69,7 +69,8 @@ void measure_rows(Tensor norm, Tensor residual, Tensor copy, Tensor w, int threa
     const auto measure = [&](auto type) {
         parallel_runs(w.size[0], 16, threads, [&](int64_t begin, int64_t end) {
             for (int64_t n = begin; n < end; ++n) {
-                const auto [row, rest] = squares(w.at<const decltype(type)>(n), D, copy.data ? copy.at<bf16>(n) : nullptr);
+                bf16* const rounded = copy.data ? copy.at<bf16>(n) : nullptr;
+                const auto [row, rest] = squares(w.at<const decltype(type)>(n), D, rounded);
                 norm.at<float>(0)[n] = norm_above(row, D);
                 residual.at<float>(0)[n] = norm_above(rest, D);
             }

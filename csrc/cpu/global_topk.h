@@ -1,22 +1,22 @@
 // The support of global_topk, proven from approximate scores.
 //
-// Let h = x.w + b exactly, and a the product of a GEMM over X, W, float32 or bfloat16 copies of x, w. Then |a + b - h| <= E,
-//     E = p ||w|| + q ||w - W|| + c |a| + s,    p = ||x - X|| + gamma ||X||,   q = (1 + gamma) ||X||:
+// Let h = x.w + b exactly, and a the product of a GEMM over X and W, float32 or bfloat16 copies of x and w. Then
+//     |a + b - h| <= E = p ||w|| + q ||w - W|| + c |a| + s,   p = ||x - X|| + gamma ||X||,   q = (1 + gamma) ||X||:
 //   x.w - X.W = (x - X).w + X.(w - W)           by Cauchy-Schwarz, at most ||x - X|| ||w|| + ||X|| ||w - W||;
-//   the GEMM sums D products in any order       gamma ||X|| ||W||,  gamma = D u / (1 - D u),  ||W|| <= ||w|| + ||w - W||,
-//                                               u = 2^-23: twice the unit roundoff, for hardware that truncates, and
-//                                               far above what the float64 sum of the specification adds;
+//   the GEMM sums D products in any order       gamma ||X|| ||W||,  gamma = D u / (1 - D u),  u = 2^-23: twice the unit
+//                                               roundoff, for hardware that truncates, and far above what the float64
+//                                               sum of the specification adds;  ||W|| <= ||w|| + ||w - W||;
 //   the GEMM stores bfloat16                    c = 2^-8, float32: c = 0;
 //   a + b, b and E are rounded to float32       c += 2^-22,  s = 2^-22 |b|,  p and q grow by 2^-20;
 //   products, inputs may flush to zero          s += 4 (D + 8) 2^-126, and 2^-63 sqrt(D) on every norm.
-// Norms are measured, and rounded up. One above 10^18 counts as infinite: no sum that is bounded can overflow. An infinite
-// or NaN E makes the interval [-inf, inf]. Rounding is monotone, so [a + b - E, a + b + E] also holds the rounded score,
-// and disjoint intervals are in the order of the rounded scores, strictly: ties only occur among intervals that touch.
+// Norms are measured, and rounded up. One above 10^18 counts as infinite: no sum that is bounded can overflow. An
+// infinite or NaN E makes the interval [-inf, inf]. Rounding is monotone, so [a + b - E, a + b + E] also holds the
+// rounded score, and disjoint intervals are strictly in the order of these: ties occur only where intervals touch.
 //
 // A row's threshold is the k-th largest lower end seen so far: a latent whose upper end is below it is not in the
 // support. What survives is a candidate. In the end, those whose lower end is above all but k upper ends are in the
 // support; the others, the ambiguous, are scored as the specification does, which makes their interval a point, and
-// ranked by (score, lower latent). Scores depend on nothing but the sample and the latent, not even the instruction set.
+// ranked by (score, lower latent). A score depends on nothing but sample and latent, not even the instruction set.
 // A row whose candidates do not fit is given up and reported, never cut short.
 #pragma once
 #include <cstdint>
@@ -39,8 +39,7 @@ bool has_bf16_products();
 class Screen {
 public:
     // norm and residual are those of the rows of x, bias [L] is float64; `capacity` is the room for a row's candidates.
-    Screen(
-        Tensor norm, Tensor residual, Tensor bias, int64_t D, int64_t k, int64_t capacity, bool narrow_scores);
+    Screen(Tensor norm, Tensor residual, Tensor bias, int64_t D, int64_t k, int64_t capacity, bool narrow_scores);
 
     // Takes in scores [N, m] of latents first ... first + m - 1, whose rows have this norm and residual.
     // Chunks come in the order of latents.

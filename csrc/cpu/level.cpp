@@ -6,7 +6,7 @@
 #include <cstring>
 
 static int best_level() {
-#if defined(__x86_64__)
+#ifdef SPARC_FAST_EVERY_LEVEL
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
         return level_avx512;

@@ -7,8 +7,12 @@ int simd_level();
 // Lowers or restores the level; never above what the machine has. Returns the level now in force.
 int set_simd_level(int level);
 
+#if defined(__x86_64__) && !defined(SPARC_FAST_BASELINE_ONLY)
+#define SPARC_FAST_EVERY_LEVEL
+#endif
+
 // Calls the copy of a function template that was compiled for this machine.
-#if defined(__x86_64__)
+#ifdef SPARC_FAST_EVERY_LEVEL
 #define AT_SIMD_LEVEL(...)                                   \
     switch (simd_level()) {                                  \
         case level_avx512: return avx512::__VA_ARGS__;       \

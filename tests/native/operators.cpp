@@ -1,0 +1,219 @@
+// Every operator on small ragged shapes against loops in float64, for builds with sanitizers: buffers are exactly as
+// large as their tensors, so that a read or write beside them is seen. Exits with 1 and a line where they disagree.
+#include "operators.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+
+#include "level.h"
+
+static int failures = 0;
+static std::mt19937 generator(0);
+
+static double widen(double value) { return value; }
+static double widen(float value) { return value; }
+static double widen(bf16 value) {
+    const uint32_t bits = uint32_t(value.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+static void narrow(double& to, double from) { to = from; }
+static void narrow(float& to, double from) { to = float(from); }
+static void narrow(bf16& to, double from) {
+    const float wide = float(from);
+    uint32_t bits;
+    std::memcpy(&bits, &wide, sizeof bits);
+    to.bits = uint16_t(bits >> 16);
+}
+
+// A contiguous tensor of up to three dimensions and its numbers.
+template <class T>
+struct Array {
+    int64_t size[3];
+    std::vector<T> data;
+
+    Array(int64_t a, int64_t b = 1, int64_t c = 1) : size{a, b, c}, data(a * b * c) {}
+
+    static Array random(int64_t a, int64_t b = 1, int64_t c = 1) {
+        Array array(a, b, c);
+        std::normal_distribution<double> normal;
+        for (T& value : array.data) narrow(value, normal(generator));
+        return array;
+    }
+    double operator()(int64_t i, int64_t j = 0, int64_t l = 0) const {
+        return widen(data[(i * size[1] + j) * size[2] + l]);
+    }
+    Tensor tensor(int64_t ndim) {
+        Tensor view;
+        view.data = data.data();
+        view.ndim = ndim;
+        view.item_size = sizeof(T);
+        int64_t stride = 1;
+        for (int64_t i = 2; i >= 0; --i) {
+            if (i < ndim) view.size[i] = size[i], view.stride[i] = stride;
+            stride *= size[i];
+        }
+        return view;
+    }
+};
+
+static void expect(const char* what, double got, double expected, double tolerance) {
+    if (std::abs(got - expected) <= tolerance * (1 + std::abs(expected))) return;
+    std::printf("%s: got %.9g, expected %.9g\n", what, got, expected);
+    ++failures;
+}
+
+template <class T>
+void check(Widths d_streams, int64_t N, int64_t L, int64_t k, bool shared, int threads, double tolerance) {
+    using A = sum_t<T>;
+    const int64_t S = d_streams.size();
+    std::vector<int64_t> stream_of;  // column
+    for (int64_t s = 0; s < S; ++s) stream_of.insert(stream_of.end(), d_streams[s], s);
+    const int64_t D = stream_of.size();
+
+    auto x = Array<T>::random(N, D), W_enc = Array<T>::random(L, D), W_dec = Array<T>::random(L, D);
+    auto pre_bias = Array<A>::random(D), latent_bias = Array<A>::random(S, L), scale = Array<A>::random(N, S);
+    auto grad_values = Array<A>::random(N, S, k);
+    auto G = Array<T>::random(N, S, D);
+    Array<int32_t> indices(N, shared ? k : S, shared ? 1 : k);
+    std::vector<int32_t> latents(L);
+    for (int64_t l = 0; l < L; ++l) latents[l] = int32_t(l);
+    for (size_t row = 0; row * k < indices.data.size(); ++row) {
+        std::shuffle(latents.begin() + 1, latents.end(), generator);  // latent 0 is in every support
+        std::sort(latents.begin() + 1, latents.begin() + k);
+        std::copy_n(latents.begin(), k, indices.data.begin() + row * k);
+    }
+    const Tensor index = indices.tensor(shared ? 2 : 3);
+    const auto I = [&](int64_t n, int64_t s, int64_t j) { return indices.data[(shared ? n : n * S + s) * k + j]; };
+
+    Array<A> values(N, S, k);
+    support_values(
+        values.tensor(3), x.tensor(2), W_enc.tensor(2), pre_bias.tensor(1), latent_bias.tensor(2), index, d_streams,
+        threads);
+    Array<T> grad_x(N, D);
+    support_values_grad_x(
+        grad_x.tensor(2), grad_values.tensor(3), values.tensor(3), index, W_enc.tensor(2), d_streams, threads);
+    const auto grad_z = [&](int64_t n, int64_t s, int64_t j) { return values(n, s, j) > 0 ? grad_values(n, s, j) : 0; };
+    Array<T> recons(N, S, D);
+    sparse_decode(recons.tensor(3), values.tensor(3), index, W_dec.tensor(2), pre_bias.tensor(1), threads);
+    Array<A> back(N, S, k);
+    sparse_decode_grad_values(back.tensor(3), G.tensor(3), index, W_dec.tensor(2), threads);
+    Array<A> nmse(S, S), loss_grad_values(N, S, k);
+    Array<T> grad_recons(N, S, D);
+    std::vector<double> weights(S * S, 0.5);
+    weights[S * S - 1] = 0;
+    decode_loss(
+        nmse.tensor(2), grad_recons.tensor(3), loss_grad_values.tensor(3), values.tensor(3), index, W_dec.tensor(2),
+        pre_bias.tensor(1), x.tensor(2), scale.tensor(2), weights, d_streams, threads);
+
+    std::vector<double> expected_nmse(S * S);
+    for (int64_t n = 0; n < N; ++n) {
+        for (int64_t d = 0; d < D; ++d) {
+            double sum = 0;
+            for (int64_t j = 0; j < k; ++j) sum += grad_z(n, stream_of[d], j) * W_enc(I(n, stream_of[d], j), d);
+            expect("support_values_grad_x", widen(grad_x.data[n * D + d]), sum, tolerance);
+        }
+        for (int64_t s = 0; s < S; ++s) {
+            std::vector<double> loss_back(k);
+            for (int64_t d = 0; d < D; ++d) {
+                const int64_t t = stream_of[d];
+                double sum = pre_bias(d);
+                for (int64_t j = 0; j < k; ++j) sum += values(n, s, j) * W_dec(I(n, s, j), d);
+                expect("sparse_decode", recons(n, s, d), sum, tolerance);
+                const double weight = weights[s * S + t], error = weight ? sum - x(n, d) : 0;
+                expected_nmse[s * S + t] += scale(n, t) * error * error;
+                expect("decode_loss, grad_recons", grad_recons(n, s, d), 2 * weight * scale(n, t) * error, tolerance);
+                for (int64_t j = 0; j < k; ++j)
+                    loss_back[j] += 2 * weight * scale(n, t) * error * W_dec(I(n, s, j), d);
+            }
+            for (int64_t j = 0; j < k; ++j) {
+                double h = latent_bias(s, I(n, s, j)), dot = 0;
+                for (int64_t d = 0; d < D; ++d) {
+                    if (stream_of[d] == s) h += (x(n, d) - pre_bias(d)) * W_enc(I(n, s, j), d);
+                    dot += G(n, s, d) * W_dec(I(n, s, j), d);
+                }
+                expect("support_values", values(n, s, j), std::max(h, 0.0), tolerance);
+                expect("sparse_decode_grad_values", back(n, s, j), dot, tolerance);
+                expect("decode_loss, grad_values", loss_grad_values(n, s, j), loss_back[j], 10 * tolerance);
+            }
+        }
+    }
+    for (int64_t s = 0; s < S; ++s)
+        for (int64_t t = 0; t < S; ++t)
+            expect("decode_loss, nmse", nmse(s, t), expected_nmse[s * S + t], 10 * tolerance);
+
+    Array<int64_t> offsets(L + 1), entries(indices.data.size());
+    invert_indices(offsets.tensor(1), entries.tensor(1), index, L);
+    for (int64_t l = 0; l < L; ++l)
+        for (int64_t e = offsets.data[l]; e < offsets.data[l + 1]; ++e)
+            expect("invert_indices", indices.data[entries.data[e]], double(l), 0);
+
+    const Batch batch{
+        x.tensor(2), pre_bias.tensor(1), values.tensor(3), grad_values.tensor(3), G.tensor(3), offsets.tensor(1),
+        entries.tensor(1), d_streams};
+    Array<A> grad_W_enc(L, D), grad_W_dec(L, D), grad_bias(S, L);
+    weight_gradients(grad_W_enc.tensor(2), grad_W_dec.tensor(2), grad_bias.tensor(2), batch, threads);
+    std::vector<double> enc(L * D), dec(L * D), bias(S * L);
+    for (int64_t n = 0; n < N; ++n)
+        for (int64_t s = 0; s < S; ++s)
+            for (int64_t j = 0; j < k; ++j) {
+                const int64_t l = I(n, s, j);
+                bias[s * L + l] += grad_z(n, s, j);
+                for (int64_t d = 0; d < D; ++d) {
+                    if (stream_of[d] == s) enc[l * D + d] += grad_z(n, s, j) * (x(n, d) - pre_bias(d));
+                    dec[l * D + d] += values(n, s, j) * G(n, s, d);
+                }
+            }
+    for (int64_t i = 0; i < L * D; ++i) {
+        expect("weight_gradients, W_enc", grad_W_enc.data[i], enc[i], 10 * tolerance);
+        expect("weight_gradients, W_dec", grad_W_dec.data[i], dec[i], 10 * tolerance);
+    }
+    for (int64_t i = 0; i < S * L; ++i) expect("weight_gradients, latent_bias", grad_bias.data[i], bias[i], 10 * tolerance);
+
+    // the step: that rows move where they should is the business of the Python tests; here, that memory is safe
+    auto master_enc = Array<A>::random(L, D), master_dec = Array<A>::random(L, D);
+    std::vector<Array<A>> moments(4, Array<A>(L, D));
+    std::vector<Tensor> moment_tensors;
+    for (Array<A>& moment : moments) moment_tensors.push_back(moment.tensor(2));
+    Array<A> grad_pre_bias(D);
+    Array<int64_t> extra_latents(1);
+    auto extra_enc = Array<A>::random(1, D), extra_dec = Array<A>::random(1, D), extra_bias = Array<A>::random(S, 1);
+    update_rows(
+        grad_bias.tensor(2), grad_pre_bias.tensor(1), master_enc.tensor(2), master_dec.tensor(2), moment_tensors, batch,
+        {0.01, 0.9, 0.999, 1e-8, 1},
+        {extra_latents.tensor(1), extra_enc.tensor(2), extra_dec.tensor(2), extra_bias.tensor(2)}, threads);
+    for (int64_t l = 0; l < L; ++l)
+        for (int64_t s = 0; s < S; ++s) {
+            double norm = 0;
+            for (int64_t d = 0; d < D; ++d) norm += (stream_of[d] == s) * std::pow(master_dec(l, d), 2);
+            expect("update_rows, norm", norm, 1, 1e-4);
+        }
+
+    Array<int64_t> silence(L);
+    count_silence(silence.tensor(1), values.tensor(3), index);
+}
+
+template <class T>
+void check_shapes(double tolerance) {
+    for (int threads : {1, 3})
+        for (bool shared : {true, false}) {
+            check<T>({7, 1, 19}, 5, 11, 3, shared, threads, tolerance);
+            check<T>({1}, 1, 1, 1, shared, threads, tolerance);
+            check<T>({259, 3}, 35, 6, 5, shared, threads, tolerance);              // several column runs
+            check<T>({2, 1, 3, 1, 2}, 18, 40, 2, shared, threads, tolerance);      // more streams than one gather takes
+            check<T>({5, 66}, 1100, 3, 2, shared, threads, tolerance);             // a latent with many entries
+            check<T>({3, 2}, 0, 4, 2, shared, threads, tolerance);                 // no samples
+        }
+}
+
+int main() {
+    check_shapes<double>(1e-10);
+    check_shapes<float>(1e-3);
+    check_shapes<bf16>(1e-1);
+    if (failures) std::printf("%d failures\n", failures);
+    return failures > 0;
+}
