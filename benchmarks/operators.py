@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,10 +55,8 @@ class Operator:
     def _contenders(self, names: Sequence[str]) -> Iterator[tuple[str, Callable[[Operands], Run]]]:
         for name in names:
             backend = backends.resolve(name, torch.device("cpu"))
-            if self.name == "topk_rows" and _select_rows(backend) is None:
-                continue
             yield name, partial(self.ours, backend=backend)
-            if self.name == "global_topk" and "screening" in inspect.signature(backend.global_topk).parameters:
+            if self.name == "global_topk" and backend is not reference:
                 yield f"{name}, float32 screen", partial(self.ours, backend=_Float32(backend))
         yield from self.baselines.items()
 
@@ -88,17 +84,17 @@ def disagreement(got: Any, want: Any) -> str | None:
 # rows of scores, already in memory
 
 
-def _select_rows(backend: Backend) -> Callable[[Tensor, int], Tensor] | None:
-    """Not part of the backends' vocabulary, but the heart of their TopK; None where a backend has none by itself."""
+def _select_rows(backend: Backend) -> Callable[[Tensor, int], Tensor]:
+    """Not part of the backends' vocabulary, but the heart of their TopK."""
     if backend is reference:
         return reference._largest
-    module = sys.modules.get(getattr(backend.global_topk, "__module__", ""))
-    return getattr(module, "topk_rows", None)
+    from sparc_fast import native_topk
+
+    return native_topk.topk_rows
 
 
 def _rows_ours(o: Operands, backend: Backend) -> Run:
     select = _select_rows(backend)
-    assert select is not None
     return lambda: select(o.scores, o.k)
 
 
