@@ -108,10 +108,10 @@ class ReconstructionLoss(torch.autograd.Function):
         d_streams: Sequence[int],
         backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        values, nmse, grad_recons, grad_values = encode_decode_compare(
+        values, nmse, grad_recons, grad_values, grad_pre_bias = encode_decode_compare(
             x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale, weights, d_streams, backend
         )
-        ctx.save_for_backward(x, W_enc, pre_bias, indices, values, grad_recons, grad_values)
+        ctx.save_for_backward(x, W_enc, pre_bias, indices, values, grad_recons, grad_values, grad_pre_bias)
         ctx.d_streams, ctx.backend, ctx.decodes_pre_bias = d_streams, backend, residual is None
         ctx.mark_non_differentiable(nmse, values, grad_recons)
         ctx.set_materialize_grads(False)
@@ -127,14 +127,14 @@ class ReconstructionLoss(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, pre_bias, indices, values, grad_recons, grad_values = ctx.saved_tensors
+        x, W_enc, pre_bias, indices, values, grad_recons, grad_values, through_decoder = ctx.saved_tensors
         inverse = ctx.backend.invert_indices(indices, len(W_enc))
         grad_W_enc, grad_W_dec, grad_latent_bias = ctx.backend.weight_gradients(
             x, pre_bias, values, grad_values, grad_recons, *inverse, ctx.d_streams
         )
         grad_pre_bias = pre_bias_gradient(grad_latent_bias, W_enc, ctx.d_streams)
         if ctx.decodes_pre_bias:
-            grad_pre_bias = grad_pre_bias + wide(grad_recons).sum((0, 1))
+            grad_pre_bias = grad_pre_bias + through_decoder
         grads = (grad_W_enc, grad_W_dec, grad_pre_bias, grad_latent_bias)
         scaled = (grad.mul_(grad_loss).to(x.dtype) for grad in grads)
         return None, *scaled, *(None,) * 6
@@ -152,8 +152,11 @@ def encode_decode_compare(
     weights: Sequence[float],
     d_streams: Sequence[int],
     backend: Backend,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(values, nmse, grad_recons, grad_values) of one batch; a residual is reconstructed without the pre-bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(values, nmse, grad_recons, grad_values, the decoder's part of grad_pre_bias) of one batch.
+
+    A residual is reconstructed without the pre-bias.
+    """
     values = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
     target, decoder_bias = (x, pre_bias) if residual is None else (residual, torch.zeros_like(pre_bias))
     return values, *backend.decode_loss(values, indices, W_dec, decoder_bias, target, scale, weights, d_streams)

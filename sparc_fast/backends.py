@@ -59,7 +59,7 @@ class Backend(Protocol):
         scale: Tensor,
         weights: Sequence[float],
         d_streams: Sequence[int],
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
     def invert_indices(self, indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]: ...
 
@@ -101,12 +101,24 @@ class Backend(Protocol):
         offsets: Tensor,
         entries: Tensor,
         d_streams: Sequence[int],
-        lr: float,
+        lr: float | Tensor,
         betas: tuple[float, float],
         eps: float,
-        step: int,
-        extra: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+        step: int | Tensor,
+        copies: Sequence[Tensor] | None = None,
+        last_step: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
+
+    def replay_rows(
+        self,
+        W_dec: Tensor,
+        moments: Sequence[Tensor],
+        latents: Tensor,
+        last_step: Tensor,
+        history: Tensor,
+        d_streams: Sequence[int],
+        copy: Tensor | None = None,
+    ) -> None: ...
 
     def count_silence(self, silence: Tensor, values: Tensor, indices: Tensor) -> None: ...
 

@@ -36,4 +36,5 @@ encoder_gradients = _operator("encoder_gradients")
 decoder_gradients = _operator("decoder_gradients")
 weight_gradients = _operator("weight_gradients")
 update_rows = native.update_rows  # moves weights and moments in place, outside of any graph
+replay_rows = native.replay_rows
 count_silence = _operator("count_silence", mutates=("silence",), fake=lambda silence, values, indices: None)

@@ -77,16 +77,17 @@ def decode_loss(
     scale: Tensor,
     weights: Sequence[float],
     d_streams: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (rows, target), coefficients = _stored(W_dec, target), _summed(values)
     N, S, _ = values.shape
     nmse = coefficients.new_empty(S, S)
     grad_recons = rows.new_empty(N, S, W_dec.shape[1])
-    grad_values = torch.empty_like(coefficients)
+    grad_values, grad_pre_bias = torch.empty_like(coefficients), coefficients.new_empty(W_dec.shape[1])
     operands = coefficients, _indices(indices), rows, _summed(pre_bias), target, _summed(scale)
-    _cpu.decode_loss(nmse, grad_recons, grad_values, *operands, weights, d_streams, torch.get_num_threads())
+    results = nmse, grad_recons, grad_values, grad_pre_bias
+    _cpu.decode_loss(*results, *operands, weights, d_streams, torch.get_num_threads())
     dtype = gradient_dtype(values)
-    return nmse, grad_recons.to(dtype), grad_values.to(dtype)
+    return nmse, grad_recons.to(dtype), grad_values.to(dtype), grad_pre_bias
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
@@ -151,28 +152,50 @@ def update_rows(
     offsets: Tensor,
     entries: Tensor,
     d_streams: Sequence[int],
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
-    step: int,
-    extra: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    step: int | Tensor,
+    copies: Sequence[Tensor] | None = None,
+    last_step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     operands = _batch(x, pre_bias, values, grad_values, grad_recons, offsets, entries)
     updated = [W_enc, W_dec, *moments]
-    if any(rows.dtype != operands[1].dtype or rows.stride(1) != 1 for rows in updated):
+    if any(rows.dtype != wide(operands[1]).dtype or rows.stride(1) != 1 for rows in updated):
         return reference.update_rows(
             W_enc, W_dec, moments, x, pre_bias, values, grad_values, grad_recons, offsets, entries, d_streams,
-            lr, betas, eps, step, extra,
+            lr, betas, eps, step, copies, last_step,
         )  # fmt: skip
     grad_latent_bias = _sums(x, len(d_streams), len(offsets) - 1)
     grad_pre_bias = _sums(x, x.shape[1])
-    rows = (extra[0].long().contiguous(), *map(_summed, extra[1:])) if extra is not None else (None,) * 4
+    narrow = [_bfloat16(copy) for copy in copies] if copies is not None else [None, None]
     _cpu.update_rows(
-        grad_latent_bias, grad_pre_bias, W_enc, W_dec, moments, _cpu.Batch(*operands, d_streams),
-        _cpu.AdamStep(lr, *betas, eps, step), _cpu.ExtraRows(*rows), torch.get_num_threads(),
+        grad_latent_bias, grad_pre_bias, W_enc, W_dec, moments, narrow, last_step, _cpu.Batch(*operands, d_streams),
+        _cpu.AdamStep(float(lr), *betas, eps, int(step)), torch.get_num_threads(),
     )  # fmt: skip
-    torch.autograd.graph.increment_version(updated)
+    for copy, written, rows in zip(copies or (), narrow, (W_enc, W_dec), strict=False):
+        if written is None:
+            copy.copy_(rows)
+    torch.autograd.graph.increment_version([*updated, *(copies or ())])
     return grad_latent_bias, grad_pre_bias
+
+
+def replay_rows(
+    W_dec: Tensor,
+    moments: Sequence[Tensor],
+    latents: Tensor,
+    last_step: Tensor,
+    history: Tensor,
+    d_streams: Sequence[int],
+    copy: Tensor | None = None,
+) -> None:
+    latents = latents.contiguous()
+    narrow = _bfloat16(copy) if copy is not None else None
+    steps = history.contiguous()
+    _cpu.replay_rows(W_dec, moments, narrow, latents, last_step, steps, d_streams, torch.get_num_threads())
+    if copy is not None and narrow is None:
+        copy[latents] = W_dec[latents].to(copy.dtype)
+    torch.autograd.graph.increment_version([W_dec, *moments] if copy is None else [W_dec, *moments, copy])
 
 
 def count_silence(silence: Tensor, values: Tensor, indices: Tensor) -> None:
@@ -220,6 +243,11 @@ def _dense_rows(tensor: Tensor) -> Tensor:
 def _summed(tensor: Tensor) -> Tensor:
     """A small operand in the type of the sums, contiguous."""
     return wide(tensor).contiguous()
+
+
+def _bfloat16(copy: Tensor) -> Tensor | None:
+    """A narrow copy of rows, if it is one that the compiled operators write."""
+    return copy if copy.dtype == torch.bfloat16 and copy.stride(1) == 1 else None
 
 
 def _indices(indices: Tensor) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparc_fast import autograd, backends, losses, reference
+from sparc_fast.auxk import among_all, among_dead
+from sparc_fast.behind import Behind
 from sparc_fast.losses import SparcLoss
+from sparc_fast.passes import AllStreams, Pass, stack
 from sparc_fast.sae import SPARC, Inputs, Packed
-
-Extra = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class SparcAdam(torch.optim.Optimizer):
@@ -32,17 +33,37 @@ class SparcAdam(torch.optim.Optimizer):
     Args:
         model: the model to train.
         lr, betas, eps: as in torch.optim.Adam (Kingma & Ba, arXiv 1412.6980).
+        lazy: "replay" leaves decoder rows that no sample of a batch uses as they are, and runs the steps they missed
+            when they are next read: bit for bit the same training, with less memory traffic where latents are many.
+            `model`'s own methods and `state_dict` call `catch_up` first; to read ``model.W_dec`` itself, call it.
+        capturable: as in torch.optim.Adam: the step count stays on the device, ``lr`` may be a tensor there, and a step
+            reads nothing on the host, so that a CUDA graph can capture it. AuxK then passes over all latents.
     """
 
     def __init__(
-        self, model: SPARC, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+        self,
+        model: SPARC,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        lazy: Literal["replay"] | None = None,
+        capturable: bool = False,
     ) -> None:
         if not lr >= 0 or not eps >= 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"lr and eps must be >= 0 and betas in [0, 1), got lr={lr}, eps={eps}, betas={betas}")
+        if lazy not in (None, "replay"):
+            raise ValueError(f'lazy must be None or "replay", got {lazy!r}')
+        if lazy and capturable:
+            raise ValueError('capturable must be False with lazy="replay": which rows to replay is read on the host')
         self.model = model
+        self.capturable = capturable
         self._seen: dict[Tensor, int] = {}
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "amsgrad": False}
         super().__init__(list(model.parameters()), options)
+        self._behind = Behind(model.n_latents, model.W_dec.device) if lazy else None
+        if lazy:
+            model.before_reading_decoder(self.catch_up)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -54,8 +75,7 @@ class SparcAdam(torch.optim.Optimizer):
     ) -> SparcLoss:
         """One training step on a batch; returns its loss, before the step. Arguments as in `SPARC.loss`."""
         self._check_trainable()
-        model = self.model
-        packed = model.pack(inputs)
+        packed = self.model.pack(inputs, current=False)
         with autograd.without_autocast(packed.x):
             return self._step(packed, cross_loss_coef, auxk_coef, support_from)
 
@@ -64,87 +84,91 @@ class SparcAdam(torch.optim.Optimizer):
     ) -> SparcLoss:
         model = self.model
         backend = backends.resolve(model.backend, packed.x.device)
-        S = len(packed.streams)
         energy = losses.row_energy(packed.x, packed.d_streams)
         scale = losses.nmse_scale(energy)
-        weights = losses.pair_weights(S, cross_loss_coef)
-        indices = model.select(packed, support_from=support_from)
-        values, nmse, grad_recons, grad_values = autograd.encode_decode_compare(
-            *packed.operands(), indices, None, scale, weights, packed.d_streams, backend
-        )
-        total = autograd.weighted_sum(nmse, weights)
+        weights = losses.pair_weights(len(packed.streams), cross_loss_coef)
+        supports = [model.select(packed, support_from=support_from)]
+        dead = (among_all if self.capturable else among_dead)(model, packed, auxk_coef)
+        if dead is not None:
+            supports.append(dead.indices)
+        of_model = AllStreams(model, packed)
+        inverse = backend.invert_indices(stack([of_model.support(i) for i in supports]), model.n_latents)
+        states = [self._state(p) for p in (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)]
+        if self._behind is not None:
+            touched = inverse[0].diff().nonzero()[:, 0]
+            self._replay(touched, backend)
+            packed = packed._replace(W_dec=model.columns_of(model.W_dec, packed.streams))
 
-        extra = auxk = None
-        dead = model.dead_latents(auxk_coef)
+        values, nmse, grad_recons, grad_values, grad_pre_bias = autograd.encode_decode_compare(
+            *packed.operands(), supports[0], None, scale, weights, packed.d_streams, backend
+        )
+        total, auxk = autograd.weighted_sum(nmse, weights), None
+        passes = [Pass(values, grad_values, grad_recons)]
         if dead is not None:
             residual = losses.self_residual(grad_recons, scale, packed.d_streams)
-            extra, weighted_auxk = self._auxk(packed, dead, residual, auxk_coef, backend)
+            weighted_auxk, of_dead = dead.reconstruct(packed, residual, auxk_coef, backend)
             total, auxk = total + weighted_auxk, weighted_auxk / auxk_coef
-
-        self._update(packed, indices, values, grad_values, grad_recons, extra, backend)
-        model.count_silence(values, indices)
+            passes.append(of_dead)
+        self._update(of_model, packed.x, passes, grad_pre_bias, inverse, states, backend)
+        model.count_silence(values, supports[0])
         return losses.summarize(total, nmse, auxk, energy, cross_loss_coef)
-
-    def _auxk(
-        self, packed: Packed, dead: Tensor, residual: Tensor, auxk_coef: float, backend: backends.Backend
-    ) -> tuple[Extra, Tensor]:
-        among_dead = packed.of_latents(dead)
-        indices = self.model.select(among_dead, min(self.model.auxk, len(dead)))
-        scale = losses.nmse_scale(losses.row_energy(residual, packed.d_streams))
-        weights = losses.self_weights(len(packed.streams), auxk_coef)
-        values, nmse, grad_recons, grad_values = autograd.encode_decode_compare(
-            *among_dead.operands(), indices, residual, scale, weights, packed.d_streams, backend
-        )
-        inverse = backend.invert_indices(indices, len(dead))
-        grads = backend.weight_gradients(
-            packed.x, packed.pre_bias, values, grad_values, grad_recons, *inverse, packed.d_streams
-        )
-        grad_W_enc, grad_W_dec, grad_latent_bias = grads
-        return (dead, grad_W_enc, grad_W_dec, grad_latent_bias), autograd.weighted_sum(nmse, weights)
 
     def _update(
         self,
-        packed: Packed,
-        indices: Tensor,
-        values: Tensor,
-        grad_values: Tensor,
-        grad_recons: Tensor,
-        extra: Extra | None,
+        of_model: AllStreams,
+        x: Tensor,
+        passes: Sequence[Pass],
+        grad_pre_bias: Tensor,
+        inverse: tuple[Tensor, Tensor],
+        states: Sequence[dict[str, Tensor]],
         backend: backends.Backend,
     ) -> None:
         model, group = self.model, self.param_groups[0]
-        x = packed.x
-        if packed.streams != model.streams:
-            # an absent stream is a stream without gradient: zero activations, zero residuals
-            absent = _Absent(model, packed)
-            x, grad_recons = absent.columns(x), absent.columns(grad_recons)
-            values, grad_values = absent.streams(values), absent.streams(grad_values)
-            indices = indices if indices.ndim == 2 else absent.streams(indices)
-            if extra is not None:
-                dead, extra_W_enc, extra_W_dec, bias = extra
-                bias = absent.streams(bias.T[:, :, None])[:, :, 0].T
-                extra = (dead, absent.columns(extra_W_enc), absent.columns(extra_W_dec), bias)
-        states = [self._state(p) for p in (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)]
+        lr, eps = group["lr"], group["eps"]
+        betas: tuple[float, float] = group["betas"]
         for state in states:
             state["step"] += 1
-        step = int(states[0]["step"])
-        lr, betas, eps = group["lr"], group["betas"], group["eps"]
-        inverse = backend.invert_indices(indices, model.n_latents)
+        step = states[0]["step"] if self.capturable else int(states[0]["step"])
+        if self._behind is not None:
+            self._behind.record(float(lr), *betas, float(eps))
+        # what AuxK reconstructed counts as further samples of the same inputs
+        x = stack([of_model.columns(x)] * len(passes))
+        batch = Pass(*map(stack, zip(*(of_model.all_streams(one) for one in passes), strict=True)))
+        W_enc, W_dec = self._rows(model.W_enc), self._rows(model.W_dec)
+        copies = [model.W_enc, model.W_dec] if W_enc is not model.W_enc else None
         moments = [state[name] for state in states[:2] for name in ("exp_avg", "exp_avg_sq")]
-        grad_latent_bias, grad_pre_bias = backend.update_rows(
-            self._rows(model.W_enc), self._rows(model.W_dec), moments, x, model.pre_bias,
-            values, grad_values, grad_recons, *inverse, tuple(model.d_streams.values()), lr, betas, eps, step, extra,
+        grad_latent_bias, through_encoder = backend.update_rows(
+            W_enc, W_dec, moments, x, model.pre_bias, *batch, *inverse, tuple(model.d_streams.values()),
+            lr, betas, eps, step, copies, self._behind.last_step if self._behind is not None else None,
         )  # fmt: skip
-        grad_pre_bias += reference.wide(grad_recons).sum((0, 1))
+        through_encoder += of_model.columns(grad_pre_bias)
         for bias, grad, state in (
             (model.latent_bias, grad_latent_bias, states[2]),
-            (model.pre_bias, grad_pre_bias, states[3]),
+            (model.pre_bias, through_encoder, states[3]),
         ):
             reference.adam(self._rows(bias), grad, state["exp_avg"], state["exp_avg_sq"], lr, betas, eps, step)
-        for parameter in model.parameters():
-            if "master" in self.state[parameter]:
-                parameter.copy_(self.state[parameter]["master"])
-                self._seen[parameter] = parameter._version
+            if "master" in state:
+                bias.copy_(state["master"])
+        self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """With ``lazy="replay"``: bring every decoder row up to date. Otherwise they always are."""
+        if self._behind is not None and self.state[self.model.W_dec]:
+            self._state(self.model.W_dec)
+            backend = backends.resolve(self.model.backend, self.model.W_dec.device)
+            self._replay(torch.arange(self.model.n_latents, device=self.model.W_dec.device), backend)
+
+    def _replay(self, latents: Tensor, backend: backends.Backend) -> None:
+        assert self._behind is not None
+        W_dec, behind = self.model.W_dec, self._behind
+        state, rows = self.state[W_dec], self._rows(W_dec)
+        backend.replay_rows(
+            rows, [state["exp_avg"], state["exp_avg_sq"]], latents, behind.last_step, behind.history,
+            tuple(self.model.d_streams.values()), W_dec if rows is not W_dec else None,
+        )  # fmt: skip
+        if rows is not W_dec:
+            self._seen[W_dec] = W_dec._version
 
     def _rows(self, parameter: Tensor) -> Tensor:
         """What Adam moves: the parameter, or its float32 master."""
@@ -165,13 +189,21 @@ class SparcAdam(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "model": self.model, "_seen": self._seen}
+        self.catch_up()
+        mine = ("model", "capturable", "_seen", "_behind")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._behind is not None:
+            self.model.before_reading_decoder(self.catch_up)
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             rows = reference.wide(parameter.detach())
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            device = parameter.device if self.capturable else None
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(rows), torch.zeros_like(rows)
             if parameter.dtype != rows.dtype:
                 state["master"] = rows
@@ -181,39 +213,24 @@ class SparcAdam(torch.optim.Optimizer):
             master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter))
         return state
 
+    def state_dict(self) -> dict[str, Any]:
+        """As on any optimizer; decoder rows are brought up to date first."""
+        self.catch_up()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As on any optimizer; master rows and moments keep their float32. torch.optim.Adam's state loads too."""
         for group in state_dict["param_groups"]:
             if group.get("weight_decay") or group.get("amsgrad"):
                 raise ValueError("state_dict must be of an Adam without weight decay and amsgrad")
+        self.catch_up()
         super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
         names = [i for group in state_dict["param_groups"] for i in group["params"]]
         for name, parameter in zip(names, parameters, strict=True):
             for key, value in state_dict["state"].get(name, {}).items():
-                device = value.device if key == "step" else parameter.device
+                device = torch.device("cpu") if key == "step" and not self.capturable else parameter.device
                 self.state[parameter][key] = value.to(device, copy=True)
-
-
-class _Absent:
-    """Puts what was computed for some streams among zeros for all streams of the model."""
-
-    def __init__(self, model: SPARC, packed: Packed) -> None:
-        columns = reference.stream_slices(tuple(model.d_streams.values()))
-        self.S, self.D = len(columns), columns[-1].stop
-        self.present = [model.streams.index(name) for name in packed.streams]
-        self.present_columns = torch.cat([torch.arange(columns[s].start, columns[s].stop) for s in self.present])
-
-    def columns(self, of_present: Tensor) -> Tensor:
-        """[..., D'] -> [..., D]; a gradient [N, S', D'] -> [N, S, D]."""
-        if of_present.ndim == 3:
-            of_present = self.streams(of_present)
-        out = of_present.new_zeros(*of_present.shape[:-1], self.D)
-        out[..., self.present_columns.to(out.device)] = of_present
-        return out
-
-    def streams(self, of_present: Tensor) -> Tensor:
-        """[N, S', j] -> [N, S, j]"""
-        out = of_present.new_zeros(len(of_present), self.S, of_present.shape[2])
-        out[:, self.present] = of_present
-        return out
+        if self._behind is not None:
+            state = self.state[self.model.W_dec]
+            self._behind.all_current(int(state["step"]) if state else 0)

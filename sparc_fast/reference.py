@@ -131,7 +131,7 @@ def decode_loss(
     scale: Tensor,
     weights: Sequence[float],
     d_streams: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Decode, squared errors and their gradient, from one gather of each sample's rows.
 
     E[n, s, d]           = recons[n, s, d] - target[n, d]
@@ -139,9 +139,11 @@ def decode_loss(
     loss                 = sum_{s, t} weights[s, t] nmse[s, t]           (weights row-major, source by target)
     grad_recons[n, s, d] = dloss/drecons = 2 weights[s, t] scale[n, t] E[n, s, d],  t = s(d)
     grad_values[n, s, j] = dloss/dvalues = sum_d grad_recons[n, s, d] W_dec[I[n, s, j], d]
+    grad_pre_bias[d]     = dloss/dpre_bias = sum_{n, s} grad_recons[n, s, d]
 
-    A pair (s, t) of weight 0 is not computed: its nmse and grad_recons are 0. Returns nmse [S, S] in the type
-    of the sums, grad_recons [N, S, D] and grad_values [N, S, k] in the type of `gradient_dtype`.
+    A pair (s, t) of weight 0 is not computed: its nmse and grad_recons are 0. Returns nmse [S, S], grad_recons
+    [N, S, D], grad_values [N, S, k] and grad_pre_bias [D]; nmse and grad_pre_bias in the type of the sums, the others
+    in the type of `gradient_dtype`.
     """
     S = len(d_streams)
     weight = torch.tensor(weights, dtype=wide(values).dtype, device=values.device).view(S, S)
@@ -156,7 +158,7 @@ def decode_loss(
                 nmse[s, t] = (scale[:, t] * error_st.square().sum(1)).sum()
                 grad_recons[:, s, cols] = 2 * weight[s, t] * scale[:, t, None] * error_st
     grad_recons = grad_recons.to(gradient_dtype(values))
-    return nmse, grad_recons, sparse_decode_grad_values(grad_recons, indices, W_dec)
+    return nmse, grad_recons, sparse_decode_grad_values(grad_recons, indices, W_dec), wide(grad_recons).sum((0, 1))
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
@@ -234,18 +236,22 @@ def update_rows(
     offsets: Tensor,
     entries: Tensor,
     d_streams: Sequence[int],
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
-    step: int,
-    extra: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    step: int | Tensor,
+    copies: Sequence[Tensor] | None = None,
+    last_step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One training step of every latent's rows, in place.
 
     weight_gradients, then per latent and stream  g -= <g, w> w / <w, w>  on the decoder (so that the norm of w does
-    not change to first order), Adam on both rows, and w /= ||w|| on the decoder.
-    ``moments`` are Adam's first and second of W_enc, then of W_dec, each [L, D]. ``extra`` adds to the gradients
-    of some latents first: (latents [R], grad_W_enc [R, D], grad_W_dec [R, D], grad_latent_bias [S, R]).
+    not change to first order), Adam on both rows, and w /= ||w|| on the decoder. ``moments`` are Adam's first and
+    second of W_enc, then of W_dec, each [L, D].
+
+    ``copies``, of W_enc and W_dec in a narrower type, are kept equal to their rows. With ``last_step``, int64 [L],
+    decoder rows without an entry are left behind, to `replay_rows` later, and those with one are marked: their
+    last_step becomes ``step``.
 
     Returns grad_latent_bias [S, L] and  grad_pre_bias[d] = -sum_l grad_latent_bias[s(d), l] W_enc[l, d],  the part
     that comes through the encoder as it was before the step.
@@ -253,17 +259,61 @@ def update_rows(
     grad_W_enc, grad_W_dec, grad_latent_bias = weight_gradients(
         x, pre_bias, values, grad_values, grad_recons, offsets, entries, d_streams
     )
-    if extra is not None:
-        latents, *grads = extra
-        grad_W_enc[latents] += grads[0]
-        grad_W_dec[latents] += grads[1]
-        grad_latent_bias[:, latents] += grads[2]
     grad_pre_bias = pre_bias_gradient(grad_latent_bias, W_enc, d_streams)
-    project_gradients(grad_W_dec, W_dec, d_streams)
     adam(W_enc, grad_W_enc, moments[0], moments[1], lr, betas, eps, step)
-    adam(W_dec, grad_W_dec, moments[2], moments[3], lr, betas, eps, step)
-    normalize_rows(W_dec, d_streams)
+    rows: slice | Tensor = slice(None)
+    if last_step is not None:
+        rows = offsets.diff().nonzero()[:, 0]
+        last_step[rows] = int(step)
+    _step_decoder(W_dec, grad_W_dec, moments[2:], rows, d_streams, lr, betas, eps, step)
+    if copies is not None:
+        copies[0].copy_(W_enc)
+        copies[1][rows] = W_dec[rows].to(copies[1].dtype)
     return grad_latent_bias, grad_pre_bias
+
+
+def replay_rows(
+    W_dec: Tensor,
+    moments: Sequence[Tensor],
+    latents: Tensor,
+    last_step: Tensor,
+    history: Tensor,
+    d_streams: Sequence[int],
+    copy: Tensor | None = None,
+) -> None:
+    """Take decoder rows that `update_rows` left behind through the steps they missed, in place.
+
+    ``latents`` are int64 [R], each once; ``history`` is float64 [T, 4], (lr, beta_1, beta_2, eps) of steps 1 ... T.
+    Row l makes steps last_step[l] + 1 ... T with a gradient of 0, which is what a step without an entry is: Adam's
+    moments still decay and move it. Bit for bit what `update_rows` without ``last_step`` would have done.
+    """
+    since = last_step[latents]
+    for step in range(int(since.min()) + 1 if len(latents) else len(history), len(history) + 1):
+        lr, beta_1, beta_2, eps = history[step - 1].tolist()
+        rows = latents[since < step]
+        _step_decoder(W_dec, torch.zeros_like(W_dec), moments, rows, d_streams, lr, (beta_1, beta_2), eps, step)
+    last_step[latents] = len(history)
+    if copy is not None:
+        copy[latents] = W_dec[latents].to(copy.dtype)
+
+
+def _step_decoder(
+    W_dec: Tensor,
+    grad: Tensor,
+    moments: Sequence[Tensor],
+    rows: slice | Tensor,
+    d_streams: Sequence[int],
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    step: int | Tensor,
+) -> None:
+    w, g, m, v = (tensor[rows] for tensor in (W_dec, grad, *moments))
+    project_gradients(g, w, d_streams)
+    adam(w, g, m, v, lr, betas, eps, step)
+    normalize_rows(w, d_streams)
+    for tensor, moved in zip((W_dec, *moments), (w, m, v), strict=True):
+        tensor[rows] = moved
 
 
 def pre_bias_gradient(grad_latent_bias: Tensor, W_enc: Tensor, d_streams: Sequence[int]) -> Tensor:
@@ -277,17 +327,28 @@ def adam(
     grad: Tensor,
     m: Tensor,
     v: Tensor,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
-    step: int,
+    step: int | Tensor,
 ) -> None:
     """m += (1 - b1)(g - m);  v = b2 v + (1 - b2) g^2;  w -= lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)."""
     grad = grad.to(m.dtype)
     m.lerp_(grad, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    denominator = (v.sqrt() / (1 - betas[1] ** step) ** 0.5).add_(eps)
-    w.addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** step))
+    rate, scale = adam_rates(lr, betas, step, v.dtype)
+    w.sub_(rate * m / (v.sqrt() * scale).add_(eps))
+
+
+def adam_rates(
+    lr: float | Tensor, betas: tuple[float, float], step: int | Tensor, dtype: torch.dtype
+) -> tuple[float | Tensor, float | Tensor]:
+    """lr / (1 - b1^t) and 1 / sqrt(1 - b2^t), taken in float64 and rounded once; tensors stay on their device."""
+    if not isinstance(lr, Tensor) and not isinstance(step, Tensor):
+        return lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
+    t = torch.as_tensor(step).double()
+    rate, scale = lr / (1 - betas[0] ** t), (1 - betas[1] ** t).rsqrt()
+    return rate.to(dtype), scale.to(dtype)
 
 
 def project_gradients(grad: Tensor, W_dec: Tensor, d_streams: Sequence[int]) -> None:

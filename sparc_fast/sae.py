@@ -111,7 +111,7 @@ class SPARC(nn.Module):
         dead_after: a latent is dead once no stream fired it for more than this many training samples.
         backend: "auto", the fastest available for the inputs' device, or a name.
         check_finite: raise on NaN or infinite inputs. On a GPU this waits for the device; under torch.compile
-            it is skipped.
+            and in a CUDA graph it is skipped.
         dtype, device: of the weights; inputs are converted to this dtype.
     """
 
@@ -163,7 +163,10 @@ class SPARC(nn.Module):
         self.register_buffer("input_rms", torch.ones(S, device=device))
         self.register_buffer("silence", torch.zeros(L, dtype=torch.int64, device=device))
         self.is_calibrated = False
+        self._catch_up: Callable[[], None] | None = None
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
+        self.register_state_dict_pre_hook(_before_saving)  # type: ignore[no-untyped-call]
         backends.resolve(backend, self.W_enc.device)
         self.reset_parameters()
 
@@ -192,12 +195,14 @@ class SPARC(nn.Module):
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
         """Give every decoder row unit norm in each stream. Call after each optimizer step."""
+        self._make_current()
         reference.normalize_rows(self.W_dec, tuple(self.d_streams.values()))
 
     @torch.no_grad()
     def project_gradients_(self) -> None:
         """Take out of the decoder's gradient what would only change row norms. Call before each optimizer step."""
         if self.W_dec.grad is not None:
+            self._make_current()
             reference.project_gradients(self.W_dec.grad, self.W_dec, tuple(self.d_streams.values()))
 
     @torch.no_grad()
@@ -243,6 +248,7 @@ class SPARC(nn.Module):
 
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
         """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""
+        self._make_current()
         if codes.n_latents != self.n_latents:
             raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
         values, indices = codes.stream(source)
@@ -358,8 +364,13 @@ class SPARC(nn.Module):
             return functional.global_topk(*operands, backend=self.backend)
         return functional.local_topk(*operands, d_streams=packed.d_streams, backend=self.backend)
 
-    def pack(self, inputs: Inputs | Packed) -> Packed:
-        """Check a batch, put its streams side by side as [N, D'], calibrated, with the weights they need."""
+    def pack(self, inputs: Inputs | Packed, *, current: bool = True) -> Packed:
+        """Check a batch, put its streams side by side as [N, D'], calibrated, with the weights they need.
+
+        Without `current`, decoder rows stay as an optimizer left them.
+        """
+        if current:
+            self._make_current()
         if isinstance(inputs, Packed):
             return inputs
         streams, x, leading = self._side_by_side(inputs)
@@ -367,18 +378,31 @@ class SPARC(nn.Module):
         columns = [self._columns()[s] for s in positions]
         x = self._calibrate(x, positions, columns).to(self.W_enc.dtype)
         d_streams = {name: self.d_streams[name] for name in streams}
-        if self.check_finite and not torch.compiler.is_compiling():
+        if self.check_finite and not torch.compiler.is_compiling() and not _is_capturing(x):
             self._check_rows(x, d_streams)
         return Packed(
             x=x,
             streams=streams,
             d_streams=tuple(d_streams.values()),
             leading=leading,
-            W_enc=_take_columns(self.W_enc, columns),
-            W_dec=_take_columns(self.W_dec, columns),
-            pre_bias=_take_columns(self.pre_bias, columns),
+            W_enc=self.columns_of(self.W_enc, streams),
+            W_dec=self.columns_of(self.W_dec, streams),
+            pre_bias=self.columns_of(self.pre_bias, streams),
             latent_bias=self.latent_bias if streams == self.streams else self.latent_bias[positions],
         )
+
+    def columns_of(self, weights: Tensor, streams: Sequence[str]) -> Tensor:
+        """The columns of these streams: a view where they are adjacent, a copy where they are not."""
+        return _take_columns(weights, [self._columns()[self.streams.index(name)] for name in streams])
+
+    def before_reading_decoder(self, catch_up: Callable[[], None]) -> None:
+        """Have `catch_up` called before this model reads its decoder: for an optimizer that leaves rows behind."""
+        self._make_current()
+        self._catch_up = catch_up
+
+    def _make_current(self) -> None:
+        if self._catch_up is not None:
+            self._catch_up()
 
     def save(self, path: str | Path) -> None:
         """Write weights, counters, calibration and configuration to one safetensors file, atomically."""
@@ -412,11 +436,16 @@ class SPARC(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPARC:
         """A change of the weights' dtype leaves the calibration in its own: it belongs to the inputs."""
+        self._make_current()
         measured = self.input_mean, self.input_rms
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.input_mean.dtype != measured[0].dtype:
             self.input_mean, self.input_rms = (buffer.to(self.input_mean.device) for buffer in measured)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._make_current()
+        return {**self.__dict__, "_catch_up": None}
 
     def _notice_calibration(self) -> None:
         self.is_calibrated = bool((self.input_mean != 0).any() or (self.input_rms != 1).any())
@@ -501,6 +530,18 @@ class SPARC(nn.Module):
         """Move the dead counters by a batch of codes; in training mode only."""
         if self.training:
             backends.resolve(self.backend, values.device).count_silence(self.silence, values, indices)
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _before_loading(model: SPARC, *_: object) -> None:
+    model._make_current()
+
+
+def _before_saving(model: SPARC, *_: object) -> None:
+    model._make_current()
 
 
 def _after_loading(model: SPARC, _: object) -> None:

@@ -84,22 +84,42 @@ def operands(
     ).to(dtype)
 
 
-def update_rows(o: Operands, backend: Backend, extra: bool = True) -> tuple[Tensor, ...]:
-    """The updated weights and moments, and what the operator returns; weights are in the type of the sums."""
+STEP = 3
+
+
+def rows_to_update(o: Operands) -> list[Tensor]:
+    """W_enc, W_dec with unit norm, and their moments, in the type of the sums."""
     weights = [reference.wide(W).clone() for W in (o.W_enc, o.W_dec)]
     reference.normalize_rows(weights[1], o.d_streams)
     generator = torch.Generator().manual_seed(1)
-    moments = [torch.rand(W.shape, generator=generator).to(W.dtype) for W in (*weights, *weights)]
-    rows = None
-    if extra:
-        latents = torch.arange(0, len(o.W_enc), 3)
-        W_enc, W_dec, latent_bias = (reference.wide(t) for t in (o.W_enc, o.W_dec, o.latent_bias))
-        rows = latents, W_enc[latents].flip(1), W_dec[latents].flip(1), latent_bias[:, latents]
+    return [*weights, *(torch.rand(W.shape, generator=generator).to(W.dtype) for W in (*weights, *weights))]
+
+
+def update_rows(o: Operands, backend: Backend, lazy: bool = False) -> tuple[Tensor, ...]:
+    """The updated rows and, where narrower, their copies, what the operator returns, and the steps made."""
+    W_enc, W_dec, *moments = rows = rows_to_update(o)
+    copies = [W.to(o.W_enc.dtype) for W in (W_enc, W_dec)] if o.W_enc.dtype != W_enc.dtype else None
+    last_step = torch.full((len(W_enc),), STEP - 1) if lazy else None
     grads = backend.update_rows(
-        *weights, moments, o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
-        0.01, (0.9, 0.999), 1e-8, 3, rows,
+        W_enc, W_dec, moments, o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
+        0.01, (0.9, 0.999), 1e-8, STEP, copies, last_step,
     )  # fmt: skip
-    return (*weights, *moments, *grads)
+    for copy, exact in zip(copies or (), rows, strict=False):
+        assert torch.equal(copy, exact.to(copy.dtype))
+    return (*rows, *grads, *([] if last_step is None else [last_step]))
+
+
+def replay_rows(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
+    """Decoder rows after the steps they missed, every third of them left as it is, and the last step of all."""
+    _, W_dec, _, _, m, v = rows_to_update(o)
+    last_step = torch.arange(len(W_dec)) % 7
+    latents = torch.arange(len(W_dec)).roll(1)
+    history = torch.tensor([(0.01 / t, 0.9, 0.999, 1e-8) for t in range(1, 12)], dtype=torch.float64)
+    copy = W_dec.to(o.W_dec.dtype) if o.W_dec.dtype != W_dec.dtype else None
+    backend.replay_rows(W_dec, [m, v], latents[latents % 3 > 0], last_step, history, o.d_streams, copy)
+    if copy is not None:
+        assert torch.equal(copy, W_dec.to(copy.dtype))
+    return W_dec, m, v, last_step
 
 
 def count_silence(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
@@ -127,6 +147,8 @@ OPERATORS: dict[str, Callable[[Operands, Backend], tuple[Tensor, ...]]] = {
         o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams
     ),
     "update_rows": update_rows,
+    "update_rows lazily": lambda o, b: update_rows(o, b, lazy=True),
+    "replay_rows": replay_rows,
     "count_silence": count_silence,
 }
 

@@ -2,19 +2,50 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import operands, run, update_rows
+from operands import STEP, operands, rows_to_update, run
 
 from sparc_fast import backends, reference
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("extra", [False, True])
-def test_it_equals_gradients_then_projection_then_adam_then_unit_norm(extra: bool, backend: str) -> None:
+def test_it_equals_gradients_then_projection_then_adam_then_unit_norm(backend: str) -> None:
     o = operands("ragged", torch.float64)
-    got = update_rows(o, backends.resolve(backend, CPU), extra)
-    for result, expected in zip(got, update_rows(o, backends.resolve("reference", CPU), extra), strict=True):
-        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    W_enc, W_dec, *moments = rows_to_update(o)
+    grad_W_enc, grad_W_dec, _ = reference.weight_gradients(
+        o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams
+    )
+    start, parameters = W_dec.clone(), [torch.nn.Parameter(W.clone()) for W in (W_enc, W_dec)]
+    for part, unit in zip(grad_W_dec.split(o.d_streams, dim=1), start.split(o.d_streams, dim=1), strict=True):
+        part -= (part * unit).sum(1, keepdim=True) * unit
+    adam = torch.optim.Adam(parameters, lr=0.01)
+    for i, (parameter, grad) in enumerate(zip(parameters, (grad_W_enc, grad_W_dec), strict=True)):
+        parameter.grad = grad
+        m, v = moments[2 * i : 2 * i + 2]
+        adam.state[parameter] = {"step": torch.tensor(STEP - 1.0), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    adam.step()
+    W_enc, W_dec = run("update_rows", o, backend)[:2]
+    torch.testing.assert_close(W_enc, parameters[0].detach(), rtol=1e-12, atol=1e-12)
+    for part, moved in zip(W_dec.split(o.d_streams, dim=1), parameters[1].split(o.d_streams, dim=1), strict=True):
+        torch.testing.assert_close(part, torch.nn.functional.normalize(moved.detach()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_lazy_step_moves_decoder_rows_with_entries_bit_for_bit_and_no_others(
+    dtype: torch.dtype, backend: str
+) -> None:
+    o = operands("few samples of many latents", dtype)
+    start, dense = rows_to_update(o), run("update_rows", o, backend)
+    *lazy, last_step = run("update_rows lazily", o, backend)
+    used = torch.isin(torch.arange(500), o.indices)
+    assert 0 < used.sum() < 500
+    assert torch.equal(last_step, torch.where(used, STEP, STEP - 1))
+    for i, (before, all_rows, some_rows) in enumerate(zip(start, dense, lazy, strict=False)):
+        of_decoder = i in (1, 4, 5)
+        expected = torch.where(used[:, None], all_rows, before) if of_decoder else all_rows
+        assert torch.equal(some_rows, expected)
+    for returned, expected in zip(lazy[6:], dense[6:], strict=True):
+        assert torch.equal(returned, expected)
 
 
 def test_decoder_rows_have_unit_norm_in_every_stream(backend: str) -> None:
@@ -43,17 +74,11 @@ def test_columns_of_a_wider_matrix_are_updated_in_place_and_nothing_beside_them(
     expected = run("update_rows", o, backend)
     wider = [torch.full((33, 120), 7.0) for _ in range(6)]
     inner = [tensor[:, 5:113] for tensor in wider]
-    start = [o.W_enc, o.W_dec.clone()]
-    reference.normalize_rows(start[1], o.d_streams)
-    generator = torch.Generator().manual_seed(1)
-    start += [torch.rand(33, 108, generator=generator) for _ in range(4)]
-    for window, tensor in zip(inner, start, strict=True):
+    for window, tensor in zip(inner, rows_to_update(o), strict=True):
         window.copy_(tensor)
-    latents = torch.arange(0, 33, 3)
-    rows = latents, o.W_enc[latents].flip(1), o.W_dec[latents].flip(1), o.latent_bias[:, latents]
     backends.resolve(backend, CPU).update_rows(
         *inner[:2], inner[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
-        0.01, (0.9, 0.999), 1e-8, 3, rows,
+        0.01, (0.9, 0.999), 1e-8, STEP,
     )  # fmt: skip
     for window, outer, result in zip(inner, wider, expected, strict=False):
         assert torch.equal(window, result)

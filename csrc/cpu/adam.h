@@ -1,4 +1,5 @@
 // Adam (Kingma & Ba, arXiv 1412.6980) on one vector of weights, its moments in memory.
+#include <algorithm>
 #include <limits>
 
 namespace SIMD_LEVEL {
@@ -17,12 +18,20 @@ class Adam {
 
     // The weights after the step; moves n lanes of the moments.
     INLINE Vec<A> operator()(Vec<A> w, Vec<A> grad, A* m, A* v, int64_t n) const {
-        const Vec<A> mean = load(m, n) * beta1 + rest1 * grad;
-        const Vec<A> square = load(v, n) * beta2 + rest2 * grad * grad;
+        Vec<A> mean = load(m, n), square = load(v, n);
+        decay(mean, square, grad);
         store(m, mean, n);
         store(v, square, n);
         return w - rate * mean / (square_root<A>(square) * scale + eps);
     }
+
+    INLINE void decay(Vec<A>& mean, Vec<A>& square, Vec<A> grad) const {
+        mean = mean * beta1 + rest1 * grad;
+        square = square * beta2 + rest2 * grad * grad;
+    }
+
+    // At least how far a step moves a weight, for a first moment of 1 and none that is second.
+    A most_per_moment() const { return A(1.01) * std::abs(rate) / eps; }
 
    private:
     A beta1, beta2, rest1, rest2, eps, rate, scale;

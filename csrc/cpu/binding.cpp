@@ -35,7 +35,6 @@ PYBIND11_MODULE(_cpu, m) {
     };
     py::class_<Batch>(m, "Batch").def(py::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Widths>());
     py::class_<AdamStep>(m, "AdamStep").def(py::init<double, double, double, double, int64_t>());
-    py::class_<ExtraRows>(m, "ExtraRows").def(py::init<Tensor, Tensor, Tensor, Tensor>());
     define("support_values", support_values);
     define("support_values_grad_x", support_values_grad_x);
     define("sparse_decode", sparse_decode);
@@ -44,6 +43,7 @@ PYBIND11_MODULE(_cpu, m) {
     define("invert_indices", py::overload_cast<Tensor, Tensor, Tensor, int64_t>(invert_indices));
     define("weight_gradients", weight_gradients);
     define("update_rows", update_rows);
+    define("replay_rows", replay_rows);
     define("count_silence", count_silence);
     py::class_<Screen>(m, "Screen")
         .def(py::init<Tensor, Tensor, Tensor, int64_t, int64_t, int64_t, bool>())

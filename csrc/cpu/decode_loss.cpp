@@ -3,7 +3,7 @@
 // A column run of one target stream at a time over a few samples a task: the k rows of a sample, cut to the run, are
 // read once for all sources and are still in cache when the gradient goes back through them; meanwhile the rows of
 // the next sample are fetched. Squared errors are summed in vector lanes over a run, then in float64 over runs and
-// samples, in order.
+// samples, in order; so is the gradient, over blocks of samples.
 #ifndef SIMD_LEVEL
 #include "level.h"
 #include "operators.h"
@@ -12,14 +12,15 @@
 #include "every_level.h"
 
 void decode_loss(
-    Tensor nmse, Tensor grad_recons, Tensor grad_values, Tensor values, Tensor indices, Tensor W_dec, Tensor pre_bias,
-    Tensor target, Tensor scale, std::vector<double> weights, Widths d_streams, int threads) {
+    Tensor nmse, Tensor grad_recons, Tensor grad_values, Tensor grad_pre_bias, Tensor values, Tensor indices,
+    Tensor W_dec, Tensor pre_bias, Tensor target, Tensor scale, std::vector<double> weights, Widths d_streams,
+    int threads) {
     const Support support(indices, d_streams.size(), W_dec.size[0]);
     with_type(W_dec.item_size, [&](auto type) {
         AT_SIMD_LEVEL(
             decode_loss<decltype(type)>(
-                nmse, grad_recons, grad_values, values, support, W_dec, pre_bias, target, scale, weights, d_streams,
-                threads))
+                nmse, grad_recons, grad_values, grad_pre_bias, values, support, W_dec, pre_bias, target, scale, weights,
+                d_streams, threads))
     });
 }
 #else
@@ -27,32 +28,37 @@ void decode_loss(
 
 namespace SIMD_LEVEL {
 
-// recon -> gradient, in place and into grad; returns the squared error.
+// recon -> gradient, in place, into grad and added to grad_sum; returns the squared error.
 template <class T, class A>
-INLINE A compare(A* recon, const A* bias, const T* target, A factor, T* grad, int64_t width) {
+INLINE A compare(A* recon, const A* bias, const T* target, A factor, T* grad, A* grad_sum, int64_t width) {
     Vec<A> squares = {};
     for (int64_t d = 0; d < width; d += lanes<A>) {
         const int64_t n = width - d;
         const Vec<A> error = load(recon + d, n) + (load(bias + d, n) - load(target + d, n));
         squares += error * error;
-        store(recon + d, factor * error, n);
-        store(grad + d, factor * error, n);
+        const Vec<A> gradient = factor * error;
+        store(recon + d, gradient, n);
+        store(grad + d, gradient, n);
+        store(grad_sum + d, load(grad_sum + d, n) + gradient, n);
     }
     return total<A>(squares);
 }
 
 template <class T>
 void decode_loss(
-    const Tensor& nmse, const Tensor& grad_recons, const Tensor& grad_values, const Tensor& values,
-    const Support& support, const Tensor& W_dec, const Tensor& pre_bias, const Tensor& target, const Tensor& scale,
-    const std::vector<double>& weights, const Widths& d_streams, int threads) {
+    const Tensor& nmse, const Tensor& grad_recons, const Tensor& grad_values, const Tensor& grad_pre_bias,
+    const Tensor& values, const Support& support, const Tensor& W_dec, const Tensor& pre_bias, const Tensor& target,
+    const Tensor& scale, const std::vector<double>& weights, const Widths& d_streams, int threads) {
     using A = sum_t<T>;
     const int64_t N = support.N, S = support.S, k = support.k;
+    const int64_t D = W_dec.size[1], blocks = (N + block_samples - 1) / block_samples;
     std::vector<double> errors(N * S * S);  // [N, source, target]
+    std::vector<A> grad_sums(blocks * D);   // [blocks of samples, D]
     const auto runs = column_runs(d_streams, run_width);
     each_run(runs, support, W_dec.size[0], threads, [&](const Columns& run, int64_t block) {
         const int64_t t = run.stream, width = run.end - run.begin;
         const A* bias = pre_bias.at<const A>(run.begin);
+        A* const grad_sum = &grad_sums[block * D + run.begin];
         std::vector<int64_t> compared;  // sources
         const SampleBlock samples(support, block);
         for (int64_t s = 0; s < S; ++s) {
@@ -81,7 +87,7 @@ void decode_loss(
                     const A factor = A(2 * weights[s * S + t]) * scale.at<const A>(n)[t];
                     errors[(n * S + s) * S + t] += compare(
                         recons[i], bias, target.at<const T>(n) + run.begin, factor, grad_recons.at<T>(n, s) + run.begin,
-                        width);
+                        grad_sum, width);
                 }
                 with_streams(count, [&](auto streams) { dots<streams>(list, recons, width, products); });
             }
@@ -94,6 +100,11 @@ void decode_loss(
                 if (weights[s * S + t] != 0) sum += double(scale.at<const A>(n)[t]) * errors[(n * S + s) * S + t];
             nmse.at<A>(s)[t] = A(sum);
         }
+    for (int64_t d = 0; d < D; ++d) {
+        double sum = 0;
+        for (int64_t b = 0; b < blocks; ++b) sum += grad_sums[b * D + d];
+        grad_pre_bias.at<A>(0)[d] = A(sum);
+    }
 }
 
 }  // namespace SIMD_LEVEL

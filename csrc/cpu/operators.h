@@ -20,8 +20,9 @@ void sparse_decode(Tensor recons, Tensor values, Tensor indices, Tensor W_dec, T
 void sparse_decode_grad_values(Tensor grad_values, Tensor grad_recons, Tensor indices, Tensor W_dec, int threads);
 
 void decode_loss(
-    Tensor nmse, Tensor grad_recons, Tensor grad_values, Tensor values, Tensor indices, Tensor W_dec, Tensor pre_bias,
-    Tensor target, Tensor scale, std::vector<double> weights, Widths d_streams, int threads);
+    Tensor nmse, Tensor grad_recons, Tensor grad_values, Tensor grad_pre_bias, Tensor values, Tensor indices,
+    Tensor W_dec, Tensor pre_bias, Tensor target, Tensor scale, std::vector<double> weights, Widths d_streams,
+    int threads);
 
 void invert_indices(Tensor offsets, Tensor entries, Tensor indices, int64_t L);
 
@@ -39,13 +40,14 @@ struct AdamStep {
     int64_t step;
 };
 
-// Gradients from elsewhere, for some latents: none where there is no data.
-struct ExtraRows {
-    Tensor latents, grad_W_enc, grad_W_dec, grad_latent_bias;
-};
-
+// Moments are those of W_enc, then of W_dec. Copies are bfloat16; those without data are not written. With last_step,
+// decoder rows without an entry are left behind.
 void update_rows(
-    Tensor grad_latent_bias, Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments, Batch batch,
-    AdamStep adam, ExtraRows extra, int threads);
+    Tensor grad_latent_bias, Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments,
+    std::vector<Tensor> copies, Tensor last_step, Batch batch, AdamStep adam, int threads);
+
+void replay_rows(
+    Tensor W_dec, std::vector<Tensor> moments, Tensor copy, Tensor latents, Tensor last_step, Tensor history,
+    Widths d_streams, int threads);
 
 void count_silence(Tensor silence, Tensor values, Tensor indices);

@@ -102,15 +102,16 @@ void check(Widths d_streams, int64_t N, int64_t L, int64_t k, bool shared, int t
     sparse_decode(recons.tensor(3), values.tensor(3), index, W_dec.tensor(2), pre_bias.tensor(1), threads);
     Array<A> back(N, S, k);
     sparse_decode_grad_values(back.tensor(3), G.tensor(3), index, W_dec.tensor(2), threads);
-    Array<A> nmse(S, S), loss_grad_values(N, S, k);
+    Array<A> nmse(S, S), loss_grad_values(N, S, k), loss_grad_pre_bias(D);
     Array<T> grad_recons(N, S, D);
     std::vector<double> weights(S * S, 0.5);
     weights[S * S - 1] = 0;
     decode_loss(
-        nmse.tensor(2), grad_recons.tensor(3), loss_grad_values.tensor(3), values.tensor(3), index, W_dec.tensor(2),
-        pre_bias.tensor(1), x.tensor(2), scale.tensor(2), weights, d_streams, threads);
+        nmse.tensor(2), grad_recons.tensor(3), loss_grad_values.tensor(3), loss_grad_pre_bias.tensor(1),
+        values.tensor(3), index, W_dec.tensor(2), pre_bias.tensor(1), x.tensor(2), scale.tensor(2), weights, d_streams,
+        threads);
 
-    std::vector<double> expected_nmse(S * S);
+    std::vector<double> expected_nmse(S * S), expected_grad_pre_bias(D);
     for (int64_t n = 0; n < N; ++n) {
         for (int64_t d = 0; d < D; ++d) {
             double sum = 0;
@@ -125,6 +126,7 @@ void check(Widths d_streams, int64_t N, int64_t L, int64_t k, bool shared, int t
                 for (int64_t j = 0; j < k; ++j) sum += values(n, s, j) * W_dec(I(n, s, j), d);
                 expect("sparse_decode", recons(n, s, d), sum, tolerance);
                 const double weight = weights[s * S + t], error = weight ? sum - x(n, d) : 0;
+                expected_grad_pre_bias[d] += 2 * weight * scale(n, t) * error;
                 expected_nmse[s * S + t] += scale(n, t) * error * error;
                 expect("decode_loss, grad_recons", grad_recons(n, s, d), 2 * weight * scale(n, t) * error, tolerance);
                 for (int64_t j = 0; j < k; ++j)
@@ -145,6 +147,9 @@ void check(Widths d_streams, int64_t N, int64_t L, int64_t k, bool shared, int t
     for (int64_t s = 0; s < S; ++s)
         for (int64_t t = 0; t < S; ++t)
             expect("decode_loss, nmse", nmse(s, t), expected_nmse[s * S + t], 10 * tolerance);
+
+    for (int64_t d = 0; d < D; ++d)
+        expect("decode_loss, grad_pre_bias", loss_grad_pre_bias(d), expected_grad_pre_bias[d], 10 * tolerance);
 
     Array<int64_t> offsets(L + 1), entries(indices.data.size());
     invert_indices(offsets.tensor(1), entries.tensor(1), index, L);
@@ -180,12 +185,23 @@ void check(Widths d_streams, int64_t N, int64_t L, int64_t k, bool shared, int t
     std::vector<Tensor> moment_tensors;
     for (Array<A>& moment : moments) moment_tensors.push_back(moment.tensor(2));
     Array<A> grad_pre_bias(D);
-    Array<int64_t> extra_latents(1);
-    auto extra_enc = Array<A>::random(1, D), extra_dec = Array<A>::random(1, D), extra_bias = Array<A>::random(S, 1);
-    update_rows(
-        grad_bias.tensor(2), grad_pre_bias.tensor(1), master_enc.tensor(2), master_dec.tensor(2), moment_tensors, batch,
-        {0.01, 0.9, 0.999, 1e-8, 1},
-        {extra_latents.tensor(1), extra_enc.tensor(2), extra_dec.tensor(2), extra_bias.tensor(2)}, threads);
+    Array<bf16> copy_enc(L, D), copy_dec(L, D);
+    Array<int64_t> last_step(L), every_latent(L);
+    for (int64_t l = 0; l < L; ++l) every_latent.data[l] = l;
+    std::vector<Tensor> copies(2);
+    if (sizeof(A) == sizeof(float)) copies = {copy_enc.tensor(2), copy_dec.tensor(2)};
+    Array<double> history(40, 4);
+    for (int64_t t = 0; t < 40; ++t)
+        for (int64_t i = 0; i < 4; ++i) history.data[t * 4 + i] = std::vector<double>{0.01, 0.5, 0.9, 1e-3}[i];
+    for (const bool lazy : {false, true})
+        update_rows(
+            grad_bias.tensor(2), grad_pre_bias.tensor(1), master_enc.tensor(2), master_dec.tensor(2), moment_tensors,
+            copies, lazy ? last_step.tensor(1) : Tensor{}, batch, {0.01, 0.5, 0.9, 1e-3, 1}, threads);
+    for (int64_t l = 0; l < L; ++l) expect("update_rows, last_step", last_step.data[l], N > 0 && offsets.data[l] < offsets.data[l + 1], 0);
+    replay_rows(
+        master_dec.tensor(2), {moment_tensors[2], moment_tensors[3]}, copies[1], every_latent.tensor(1),
+        last_step.tensor(1), history.tensor(2), d_streams, threads);
+    for (int64_t l = 0; l < L; ++l) expect("replay_rows, last_step", last_step.data[l], 40, 0);
     for (int64_t l = 0; l < L; ++l)
         for (int64_t s = 0; s < S; ++s) {
             double norm = 0;

@@ -1,0 +1,110 @@
+// Decoder rows go through the steps they missed, each with a gradient of 0, while they stay in the first-level cache.
+//
+// Their moments decay, so that in the end no step moves them. From there on, once that is certain for all steps to
+// come, only the moments are taken on:
+//     |step| <= rate |m| / eps,  and  w - step == w  where  |step| <= u |w|,  u = a quarter of the rounding unit.
+#ifndef SIMD_LEVEL
+#include <algorithm>
+#include <cmath>
+
+#include "level.h"
+#include "operators.h"
+#include "parallel.h"
+#define OPERATOR "replay_rows.cpp"
+#include "every_level.h"
+
+void replay_rows(
+    Tensor W_dec, std::vector<Tensor> moments, Tensor copy, Tensor latents, Tensor last_step, Tensor history,
+    Widths d_streams, int threads) {
+    with_type(W_dec.item_size, [&](auto type) {
+        if constexpr (sizeof(type) >= sizeof(float))
+            AT_SIMD_LEVEL(
+                replay_rows<decltype(type)>(W_dec, moments, copy, latents, last_step, history, d_streams, threads))
+    });
+}
+#else
+#include "decoder_row.h"
+
+namespace SIMD_LEVEL {
+
+// A missed step, and the most that any from here on can divide a moment's part in a weight by.
+template <class A>
+struct Missed {
+    Adam<A> adam;
+    A most_per_moment;  // max rate / eps of this step and all after it
+};
+
+// Whether no step from here on moves w, which has unit norm.
+template <class A>
+bool is_at_rest(const A* w, const A* m, int64_t width, A most_per_moment) {
+    constexpr A u = std::numeric_limits<A>::epsilon() / 8;
+    bool rests = true;
+    for (int64_t d = 0; d < width; ++d) rests &= most_per_moment * std::abs(m[d]) <= u * std::abs(w[d]);
+    return rests;
+}
+
+template <class A>
+void decay_moments(A* m, A* v, int64_t width, const Missed<A>* step, const Missed<A>* end) {
+    constexpr int W = lanes<A>, B = VECTOR_REGISTERS / 4;
+    const Vec<A> no_gradient = {};
+    for (int64_t d = 0; d < width; d += B * W) {
+        Vec<A> mean[B], square[B];
+        const auto n = [&](int b) { return std::max<int64_t>(0, width - d - b * W); };
+        for (int b = 0; b < B; ++b) mean[b] = load(m + d + b * W, n(b)), square[b] = load(v + d + b * W, n(b));
+        for (const Missed<A>* missed = step; missed != end; ++missed)
+            for (int b = 0; b < B; ++b) missed->adam.decay(mean[b], square[b], no_gradient);
+        for (int b = 0; b < B; ++b) store(m + d + b * W, mean[b], n(b)), store(v + d + b * W, square[b], n(b));
+    }
+}
+
+template <class A>
+void replay(Row<A> w, Row<A> m, Row<A> v, const A* zeros, int64_t width, const Missed<A>* step, const Missed<A>* end) {
+    constexpr int look_again = 16;
+    for (int64_t i = 1; step != end; ++i, ++step) {
+        const A norm = update_decoder(w, m, v, zeros, width, step->adam);
+        const Missed<A>* const next = step + 1;
+        if (i % look_again == 1 && norm == 1 && next != end && is_at_rest(w.data, m.data, width, next->most_per_moment))
+            return decay_moments(m.data, v.data, width, next, end);
+    }
+}
+
+template <class A>
+void replay_rows(
+    const Tensor& W_dec, const std::vector<Tensor>& moments, const Tensor& copy, const Tensor& latents,
+    const Tensor& last_step, const Tensor& history, const Widths& d_streams, int threads) {
+    const int64_t R = latents.size[0], T = history.size[0];
+    const auto latent = [&](int64_t r) { return latents.at<const int64_t>(0)[std::min(r, R - 1)]; };
+    int64_t* const last = last_step.at<int64_t>(0);
+    int64_t first = T;
+    for (int64_t r = 0; r < R; ++r) first = std::min(first, last[latent(r)]);
+    std::vector<Missed<A>> missed;
+    for (int64_t t = first; t < T; ++t) {
+        const double* const h = history.at<const double>(t);
+        missed.push_back({Adam<A>({h[0], h[1], h[2], h[3], t + 1}), 0});
+    }
+    A most = 0;
+    for (auto step = missed.rbegin(); step != missed.rend(); ++step)
+        step->most_per_moment = most = std::max(most, step->adam.most_per_moment());
+
+    const std::vector<Columns> runs = column_runs(d_streams, whole_streams);
+    const std::vector<A> zeros(*std::max_element(d_streams.begin(), d_streams.end()));
+    constexpr int64_t block = 8;
+    parallel_for((R + block - 1) / block, threads, [&](int64_t task) {
+        for (const Columns& run : runs)
+            for (int64_t r = task * block; r < std::min(R, (task + 1) * block); ++r) {
+                const int64_t l = latent(r);
+                if (last[l] >= T) continue;
+                const auto row = [&](const Tensor& tensor) { return Row<A>(tensor, l, latent(r + 1), run.begin); };
+                const int64_t width = run.end - run.begin;
+                const Row<A> w = row(W_dec);
+                const Missed<A>* const steps = missed.data();
+                replay(w, row(moments[0]), row(moments[1]), zeros.data(), width, steps + last[l] - first,
+                       steps + T - first);
+                copy_row(CopyRow(copy, l, run.begin), w.data, width);
+            }
+    });
+    for (int64_t r = 0; r < R; ++r) last[latent(r)] = T;
+}
+
+}  // namespace SIMD_LEVEL
+#endif

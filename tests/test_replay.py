@@ -1,0 +1,204 @@
+"""SparcAdam(lazy="replay") is SparcAdam, bit for bit, whenever anybody looks."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from operands import CASES
+
+import sparc_fast as sf
+from sparc_fast import backends
+
+WIDTHS = {"a": 12, "b": 7, "c": 5}
+EVERY_SELECTION = pytest.mark.parametrize("selection", ["global", "local"])
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+
+
+def pair(
+    backend: str, selection: str = "global", dtype: torch.dtype = torch.float32, lr: float = 1e-2, **kwargs: object
+) -> list[sf.SparcAdam]:
+    """(dense, lazy), on models alike."""
+    optimizers = []
+    for lazy in (None, "replay"):
+        torch.manual_seed(0)
+        arguments = {"auxk": 4, "dead_after": 60, **kwargs}
+        model = sf.SPARC(WIDTHS, 96, 3, selection=selection, backend=backend, dtype=dtype, **arguments)
+        optimizers.append(sf.SparcAdam(model, lr=lr, lazy=lazy))
+    return optimizers
+
+
+def batches(steps: int, N: int = 6, seed: int = 1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(6, 24, generator=generator)
+    return [torch.randn(N, 6, generator=generator) @ mixing for _ in range(steps)]
+
+
+def assert_same(dense: sf.SparcAdam, lazy: sf.SparcAdam) -> None:
+    expected, got = dense.model.state_dict(), lazy.model.state_dict()
+    assert all(torch.equal(got[name], expected[name]) for name in expected), "weights"
+    states = [optimizer.state_dict()["state"] for optimizer in (dense, lazy)]
+    for parameter, state in states[0].items():
+        assert all(torch.equal(states[1][parameter][key], state[key]) for key in state), f"moments of {parameter}"
+
+
+@EVERY_SELECTION
+@EVERY_DTYPE
+def test_training_with_auxk_and_a_schedule_is_that_of_the_dense_run(
+    selection: str, dtype: torch.dtype, backend: str
+) -> None:
+    optimizers = pair(backend, selection, dtype)
+    schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 60, eta_min=1e-4) for o in optimizers]
+    used_auxk = left_behind = 0
+    for x in batches(60):
+        losses = [optimizer.step(x) for optimizer in optimizers]
+        for scheduler in schedulers:
+            scheduler.step()
+        assert torch.equal(losses[0].total, losses[1].total)
+        used_auxk += losses[1].auxk is not None
+        left_behind += int((optimizers[1]._behind.last_step < optimizers[1]._behind.history.shape[0]).sum())
+    assert used_auxk > 5
+    assert left_behind > 60 * 20
+    assert_same(*optimizers)
+
+
+def test_rows_left_behind_for_hundreds_of_steps_still_equal_the_dense_run(backend: str) -> None:
+    optimizers = pair(backend, auxk=0)
+    used, others = batches(1)[0], batches(200, N=2, seed=2)
+    for x in (used, *(sample + 9 for sample in others)):  # far from the first batch: its latents rest
+        for optimizer in optimizers:
+            optimizer.step(x)
+    behind = optimizers[1]._behind
+    assert ((behind.last_step > 0) & (behind.last_step < 100)).any()
+    assert (behind.last_step == 0).any()
+    assert_same(*optimizers)
+
+
+def test_the_model_reads_rows_that_are_up_to_date_at_any_time(backend: str) -> None:
+    dense, lazy = pair(backend)
+    codes = dense.model.encode(batches(1)[0])
+    for i, x in enumerate(batches(12)):
+        dense.step(x)
+        lazy.step(x)
+        if i % 4 == 0:
+            assert torch.equal(*(o.model.decode(codes, "a", "b") for o in (dense, lazy)))
+        elif i % 4 == 1:
+            assert torch.equal(*(o.model(x).recons["b", "c"] for o in (dense, lazy)))
+        elif i % 4 == 2:
+            assert torch.equal(*(o.model.loss(x).total for o in (dense, lazy)))
+        else:
+            lazy.catch_up()
+            assert torch.equal(dense.model.W_dec, lazy.model.W_dec)
+    assert_same(dense, lazy)
+
+
+def test_batches_without_some_streams_equal_the_dense_run(backend: str) -> None:
+    dense, lazy = pair(backend, "local")
+    for i, x in enumerate(batches(15)):
+        streams = dict(zip(WIDTHS, x.split(list(WIDTHS.values()), dim=1), strict=True))
+        if i:
+            del streams["abc"[i % 3]]
+        assert torch.equal(dense.step(streams).total, lazy.step(streams).total)
+    assert_same(dense, lazy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_saved_run_goes_on_as_the_dense_one(dtype: torch.dtype, backend: str) -> None:
+    dense, lazy = pair(backend, dtype=dtype)
+    draws = batches(20)
+    for x in draws[:10]:
+        dense.step(x)
+        lazy.step(x)
+    _, resumed = pair(backend, dtype=dtype)
+    state = copy.deepcopy(lazy.state_dict())
+    resumed.model.load_state_dict(copy.deepcopy(lazy.model.state_dict()))
+    resumed.load_state_dict(state)
+    for x in draws[10:]:
+        dense.step(x)
+        resumed.step(x)
+    assert_same(dense, resumed)
+
+
+def test_weights_loaded_into_a_lazy_run_meet_moments_that_are_up_to_date(backend: str) -> None:
+    dense, lazy = pair(backend)
+    other = copy.deepcopy(dense.model.state_dict())
+    for x in batches(5):
+        dense.step(x)
+        lazy.step(x)
+    for optimizer in (dense, lazy):
+        optimizer.model.load_state_dict(other)
+    for x in batches(5, seed=3):
+        dense.step(x)
+        lazy.step(x)
+    assert_same(dense, lazy)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_a_copy_of_a_model_or_of_an_optimizer_stands_on_its_own(duplicate: object, backend: str) -> None:
+    dense, lazy = pair(backend)
+    for x in batches(5):
+        dense.step(x)
+        lazy.step(x)
+    twin = duplicate(lazy)
+    alone = duplicate(lazy.model)
+    for x in batches(5, seed=3):
+        twin.step(x)
+    assert torch.equal(alone.W_dec, dense.model.W_dec)
+    assert_same(dense, lazy)
+    for x in batches(5, seed=3):
+        dense.step(x)
+    assert_same(dense, twin)
+
+
+def test_a_second_optimizer_starts_from_rows_that_are_up_to_date(backend: str) -> None:
+    dense, lazy = pair(backend)
+    for x in batches(5):
+        dense.step(x)
+        lazy.step(x)
+    sf.SparcAdam(lazy.model, lr=1e-2, lazy="replay")
+    assert torch.equal(dense.model.W_dec, lazy.model.W_dec)
+
+
+def test_changed_betas_and_eps_are_replayed_as_they_were(backend: str) -> None:
+    dense, lazy = pair(backend)
+    for i, x in enumerate(batches(15)):
+        for optimizer in (dense, lazy):
+            optimizer.param_groups[0].update(betas=(0.9 - 0.05 * (i // 5), 0.99), eps=10.0 ** -(6 + i // 5))
+            optimizer.step(x)
+    assert_same(dense, lazy)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_replaying_equals_steps_without_entries(case: str, eps: float, backend: str) -> None:
+    d_streams, _, L, _ = CASES[case]
+    D, S, steps = sum(d_streams), len(d_streams), 300
+    operators = backends.resolve(backend, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    W_dec = torch.randn(L, D, generator=generator)
+    sf.reference.normalize_rows(W_dec, d_streams)
+    m = torch.randn(L, D, generator=generator) * 10.0 ** -torch.arange(L)[:, None].remainder(12)
+    rows = [W_dec, m, m.square() + 1e-30]
+    dense, lazy = ([tensor.clone() for tensor in rows] for _ in range(2))
+    unused = [torch.zeros(L, D) for _ in range(3)]
+    history = torch.tensor([(0.01 / t, 0.9, 0.999, eps) for t in range(1, steps + 1)], dtype=torch.float64)
+    nobody = torch.zeros(0, S, 1)
+    empty = torch.zeros(0, D), torch.zeros(D), nobody, nobody, torch.zeros(0, S, D)
+    inverse = torch.zeros(L + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    for t in range(1, steps + 1):
+        operators.update_rows(
+            unused[0], dense[0], [*unused[1:], *dense[1:]], *empty, *inverse, d_streams, 0.01 / t, (0.9, 0.999), eps, t
+        )
+    last_step = torch.zeros(L, dtype=torch.int64)
+    half = history[: steps // 2]
+    operators.replay_rows(lazy[0], lazy[1:], torch.arange(0, L, 2), last_step, half, d_streams)
+    operators.replay_rows(lazy[0], lazy[1:], torch.arange(L), last_step, history, d_streams)
+    for got, expected in zip(lazy, dense, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_lazy_must_be_replay_or_nothing() -> None:
+    with pytest.raises(ValueError, match='lazy must be None or "replay", got True'):
+        sf.SparcAdam(sf.SPARC({"a": 3}, 4, 2), lazy=True)
