@@ -1,5 +1,8 @@
 """Data sets and how they are read."""
 
+from .aligned import AlignedFiles, Scan, open
 from .glyphs import Glyphs, glyphs
+from .loader import Loader
+from .readers import Reader
 
-__all__ = ["Glyphs", "glyphs"]
+__all__ = ["AlignedFiles", "Glyphs", "Loader", "Reader", "Scan", "glyphs", "open"]

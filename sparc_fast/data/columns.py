@@ -1,0 +1,39 @@
+"""Columns of Arrow tables that hold a vector in every row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .readers import choose_name, numpy_dtype, require
+
+
+def vector_column(schema: Any, name: str | None, path: Path) -> tuple[str, torch.dtype]:
+    """(name, dtype) of the column of vectors meant: list, large_list or fixed_size_list of floats."""
+    types = require("pyarrow", path).types
+    lists: Mapping[str, Any] = {
+        field.name: field.type
+        for field in schema
+        if types.is_list(field.type) or types.is_large_list(field.type) or types.is_fixed_size_list(field.type)
+    }
+    name = choose_name(lists, name, path)
+    item = lists[name].value_type
+    dtype = numpy_dtype(np.dtype(item.to_pandas_dtype())) if types.is_floating(item) else None
+    if dtype is None:
+        raise ValueError(f"{path}[{name}] must hold lists of float16, float32 or float64, got lists of {item}")
+    return name, dtype
+
+
+def as_matrix(column: Any, title: str, width: int | None = None) -> np.ndarray[Any, Any]:
+    """An arrow array of lists as [rows, width], without a copy; ValueError where a row is null or another length."""
+    values = column.flatten()
+    width = (len(values) // len(column) if len(column) else 0) if width is None else width
+    lengths = set() if hasattr(column.type, "list_size") else set(np.unique(column.value_lengths().to_numpy(False)))
+    if column.null_count or values.null_count or lengths - {width} or len(values) != len(column) * width:
+        raise ValueError(f"{title} must hold lists of equal length {width} without nulls, got others")
+    matrix: np.ndarray[Any, Any] = values.to_numpy().reshape(len(column), width)
+    return matrix

@@ -1,0 +1,65 @@
+"""HDF5 files, chunked and compressed in any way."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .readers import Reader, choose_name, numpy_dtype, require
+
+
+def open_file(path: Path, name: str | None) -> Reader:
+    """Rows of one data set; names of data sets in groups are written with a slash."""
+    return Hdf5Reader(path, name)
+
+
+def open_h5(path: Path) -> Any:
+    """The open h5py.File."""
+    h5py = require("h5py", path)
+    try:
+        return h5py.File(path, "r", rdcc_nbytes=0)  # blocks are whole chunks: none is wanted twice
+    except OSError as error:
+        raise ValueError(f"{path} is truncated, locked or no HDF5 file: {error}") from error
+
+
+def dataset_names(file: Any) -> list[str]:
+    """Every data set in the file."""
+    names: list[str] = []
+    file.visititems(lambda name, entry: names.append(name) if hasattr(entry, "chunks") else None)  # groups have none
+    return names
+
+
+class Hdf5Reader(Reader):
+    """HDF5 reads and inflates whole chunks, one thread at a time."""
+
+    def __init__(self, path: Path, name: str | None) -> None:
+        self._file = open_h5(path)
+        try:
+            names = [n for n in dataset_names(self._file) if name is not None or self._file[n].ndim == 2]
+            data = self._file[choose_name(names, name, path)]
+            native = numpy_dtype(data.dtype.newbyteorder("="))  # HDF5 turns bytes around while it reads
+            if native is None:
+                raise ValueError(f"{path}[{data.name}] must hold float16, float32 or float64, got {data.dtype}")
+            chunk = data.chunks or (1, 0)
+            super().__init__(
+                f"{path}[{data.name.lstrip('/')}]", data.shape, native,
+                granule=min(chunk[0], max(1, data.shape[0])) if data.ndim == 2 else 1,
+                scratch=2 * math.prod(chunk) * data.dtype.itemsize + 2**20,  # inflated, deflated, and HDF5's own
+            )  # fmt: skip
+        except BaseException:
+            self._file.close()
+            raise
+        self._data = data
+
+    def _fill(self, start: int, out: Tensor) -> None:
+        try:
+            self._data.read_direct(out.numpy(), np.s_[start : start + len(out)])
+        except (OSError, ValueError) as error:
+            raise OSError(f"cannot read rows {start} to {start + len(out)} of {self.title}: {error}") from error
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,29 @@
+"""NumPy's .npy files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .flat import FlatReader
+from .readers import Reader, numpy_dtype
+
+
+def open_file(path: Path, name: str | None) -> Reader:
+    """Rows of a C-ordered array; two-byte void, as which numpy saves ml_dtypes' bfloat16, is bfloat16."""
+    if name is not None:
+        raise ValueError(f"{path} holds a single array, so it takes no name, got {name!r}")
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")  # reads the header and checks the length; never unpickles
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated, empty or no array of numbers: {error}") from error
+    if array.ndim == 2 and not array.flags.c_contiguous:
+        raise ValueError(f"{path} must be C-ordered; save np.ascontiguousarray(array)")
+    dtype = torch.bfloat16 if array.dtype == np.dtype("V2") else numpy_dtype(array.dtype)
+    if dtype is None:
+        raise ValueError(
+            f"{path} must hold float16, bfloat16, float32 or float64 in this byte order, got {array.dtype}"
+        )
+    return FlatReader(path, str(path), array.shape, dtype, array.offset)

@@ -1,0 +1,176 @@
+"""What every file format answers: rows of one stream, by number."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Source = str | Path | tuple[str | Path, str] | Tensor | npt.NDArray[Any]
+"""A file, (file, name of the data set in it), or rows already in memory, [N, D_s]."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DEFAULT_NAME = "features"  # what the research code's extraction scripts call it
+MODULES = {  # suffix -> the module of this package whose open_file(path, name) reads it
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+    ".npy": "npy",
+    ".safetensors": "safetensors_file",
+    ".pt": "torch_file",
+    ".pth": "torch_file",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+_NUMPY = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+class Reader(ABC):
+    """Rows of one stream, [N, D_s], in the dtype in which they are stored.
+
+    `rows` may be called from several threads at once.
+    """
+
+    def __init__(
+        self, title: str, shape: tuple[int, ...], dtype: torch.dtype | None, *, granule: int = 1, scratch: int = 0
+    ) -> None:
+        if len(shape) != 2 or shape[1] < 1:
+            raise ValueError(f"{title} must hold rows of one stream, [N, D_s], got shape {list(shape)}")
+        if dtype not in FLOATS:
+            raise ValueError(f"{title} must hold float16, bfloat16, float32 or float64, got another dtype")
+        self.title = title
+        """The file and the data set in it, for messages."""
+        self.n_rows, self.width = int(shape[0]), int(shape[1])
+        self.dtype: torch.dtype = dtype
+        self.granule = max(1, granule)
+        """Rows that the format can only read together; reads that start at multiples of it waste nothing."""
+        self.scratch = scratch
+        """Bytes that a read takes beyond its result."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in memory."""
+        return self.width * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Rows start <= n < stop, [stop - start, D_s], in `dtype`; written to `out` where it is given (contiguous)."""
+        if not 0 <= start <= stop <= self.n_rows:
+            raise ValueError(f"rows must lie in 0 to {self.n_rows} of {self.title}, got {start} to {stop}")
+        if out is None:
+            out = torch.empty(stop - start, self.width, dtype=self.dtype)
+        elif out.shape != (stop - start, self.width) or out.dtype != self.dtype or not out.is_contiguous():
+            expected = f"contiguous {self.dtype} of shape {[stop - start, self.width]}"
+            raise ValueError(f"out must be {expected}, got {out.dtype} of {list(out.shape)}")
+        if start < stop:
+            self._fill(start, out)
+        return out
+
+    @abstractmethod
+    def _fill(self, start: int, out: Tensor) -> None:
+        """Write len(out) >= 1 rows from row `start` to `out`."""
+
+    def will_need(self, start: int, stop: int) -> None:  # noqa: B027
+        """A hint that these rows are wanted soon; does nothing where the format has no use for it."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of the file."""
+
+
+class TensorReader(Reader):
+    """Rows of a tensor, which may be a map of a file."""
+
+    def __init__(self, tensor: Tensor, title: str) -> None:
+        super().__init__(title, tuple(tensor.shape), tensor.dtype)
+        self._tensor: Tensor | None = tensor.detach()
+
+    def _fill(self, start: int, out: Tensor) -> None:
+        if self._tensor is None:
+            raise ValueError(f"{self.title} is closed")
+        out.copy_(self._tensor[start : start + len(out)])
+
+    def close(self) -> None:
+        self._tensor = None
+
+
+def open_reader(source: Source, stream: str) -> Reader:
+    """The reader of a source; ValueError says what is wrong with it, FileNotFoundError that there is none."""
+    if isinstance(source, np.ndarray):
+        if numpy_dtype(source.dtype) is None:
+            raise ValueError(f"source of {stream!r} must hold float16, float32 or float64, got {source.dtype}")
+        return TensorReader(torch.from_numpy(source), f"array of {stream!r}")
+    if isinstance(source, Tensor):
+        return TensorReader(source.cpu(), f"tensor of {stream!r}")
+    path, name = source if isinstance(source, tuple) and len(source) == 2 else (source, None)
+    if not isinstance(path, str | Path) or not (name is None or isinstance(name, str)):
+        raise ValueError(
+            f"source of {stream!r} must be a path, (path, name of the data set), a tensor or an array, got {source!r}"
+        )
+    path = Path(path)
+    if path.suffix.lower() not in MODULES:
+        raise ValueError(f"source of {stream!r} must end in one of {', '.join(MODULES)}, got {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"source of {stream!r} must be a file, but there is none at {path}")
+    module = import_module(f"sparc_fast.data.{MODULES[path.suffix.lower()]}")
+    reader: Reader = module.open_file(path, name)
+    return reader
+
+
+def choose_name(names: Collection[str], wanted: str | None, path: Path) -> str:
+    """The data set meant: the one asked for, else "features", else the only one there is."""
+    if wanted is not None:
+        if wanted not in names:
+            raise ValueError(f"{path} has no data set {wanted!r}; it has {_listed(names)}")
+        return wanted
+    if DEFAULT_NAME in names:
+        return DEFAULT_NAME
+    if len(names) != 1:
+        raise ValueError(
+            f"{path} must hold a data set {DEFAULT_NAME!r} or a single one, or be given as (path, name); "
+            f"it has {_listed(names)}"
+        )
+    return next(iter(names))
+
+
+def _listed(names: Collection[str], at_most: int = 12) -> str:
+    shown = ", ".join(map(repr, sorted(names)[:at_most]))
+    return (shown or "none") + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
+
+
+def numpy_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:
+    """The torch dtype of a native numpy float; None for anything else."""
+    return _NUMPY.get(dtype.name) if dtype.isnative else None
+
+
+def require(module: str, path: Path) -> Any:
+    """An optional library, or one clear error."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        extra = module.partition(".")[0]
+        raise ImportError(f"reading {path.name} needs {extra}: pip install 'sparc_fast[{extra}]'") from error
+
+
+SUMMED_TOGETHER = 2**15 - 1  # numbers: torch adds up more than these with several threads, which others need
+
+
+def first_not_finite(rows: Tensor) -> int | None:
+    """Position of the first of `rows`, [n, D_s] contiguous, that holds NaN or infinity; None if there is none.
+
+    A sum is finite only if all its terms are, and adding up is the fastest thing to do with numbers. A sum of finite
+    numbers may overflow, so where one is not finite a second look decides.
+    """
+    numbers = rows.reshape(-1)
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    for start in range(0, len(numbers), SUMMED_TOGETHER):
+        some = numbers[start : start + SUMMED_TOGETHER]
+        if not math.isfinite(some.sum(dtype=wide).item()) and len(found := (~some.isfinite()).nonzero()):
+            return (start + int(found[0])) // rows.shape[1]
+    return None

@@ -1,0 +1,37 @@
+"""Tensors written by torch.save."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .readers import Reader, TensorReader, choose_name
+
+
+def open_file(path: Path, name: str | None) -> Reader:
+    """Rows of a tensor, or of a tensor in a dictionary of tensors; mapped, and never unpickled."""
+    loaded = load_mapped(path)
+    if isinstance(loaded, Tensor):
+        if name is not None:
+            raise ValueError(f"{path} holds a single tensor, so it takes no name, got {name!r}")
+        return TensorReader(loaded, str(path))
+    tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+    name = choose_name(tensors, name, path)
+    return TensorReader(tensors[name], f"{path}[{name}]")
+
+
+def load_mapped(path: Path) -> Tensor | dict[str, Tensor]:
+    """What the file holds, with weights_only=True."""
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(
+            f"{path} must hold tensors only, as today's torch.save writes them, but it is truncated, foreign, "
+            f"from before torch 1.6, or holds other objects: {error}"
+        ) from error
+    if not isinstance(loaded, Tensor | dict):
+        raise ValueError(f"{path} must hold a tensor or a dictionary of tensors, got {type(loaded).__name__}")
+    return loaded

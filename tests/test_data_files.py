@@ -1,0 +1,303 @@
+"""Every format gives the rows that were written, and says clearly what is wrong with a file."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparc_fast import data
+
+N, WIDTH = 103, 7
+
+
+def sample(n: int = N, width: int = WIDTH, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(n + width)).to(dtype)
+
+
+def write_npy(path: Path, rows: Tensor) -> Path:
+    array = rows.view(torch.int16).numpy().view("V2") if rows.dtype == torch.bfloat16 else rows.numpy()
+    np.save(path.with_suffix(".npy"), array)
+    return path.with_suffix(".npy")
+
+
+def write_hdf5(path: Path, rows: Tensor, **options: object) -> Path:
+    with h5py.File(path.with_suffix(".h5"), "w") as file:
+        file.create_dataset("features", data=rows.numpy(), **options)
+        file.create_dataset("indices", data=np.arange(len(rows), dtype=np.int32))
+    return path.with_suffix(".h5")
+
+
+def write_safetensors(path: Path, rows: Tensor) -> Path:
+    save_file({"a": torch.ones(3), "features": rows, "ids": torch.arange(len(rows))}, path.with_suffix(".safetensors"))
+    return path.with_suffix(".safetensors")
+
+
+def write_pt(path: Path, rows: Tensor) -> Path:
+    torch.save(rows, path.with_suffix(".pt"))
+    return path.with_suffix(".pt")
+
+
+def table(rows: Tensor, fixed: bool = True) -> pa.Table:
+    values = pa.array(rows.numpy().ravel())
+    if fixed:
+        column = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
+    else:
+        column = pa.ListArray.from_arrays(np.arange(len(rows) + 1) * rows.shape[1], values)
+    return pa.table({"id": [f"sample {n}" for n in range(len(rows))], "embedding": column})
+
+
+def write_parquet(path: Path, rows: Tensor, fixed: bool = True) -> Path:
+    pq.write_table(table(rows, fixed), path.with_suffix(".parquet"), row_group_size=16)
+    return path.with_suffix(".parquet")
+
+
+def write_arrow(path: Path, rows: Tensor, stream: bool = True) -> Path:
+    path = path.with_suffix(".arrow")
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(str(path), table(rows).schema) as file:
+        file.write_table(table(rows), max_chunksize=16)
+    return path
+
+
+WRITERS: dict[str, Callable[[Path, Tensor], Path]] = {
+    "npy": write_npy,
+    "hdf5": write_hdf5,
+    "hdf5, gzip": lambda path, rows: write_hdf5(path, rows, chunks=(32, rows.shape[1]), compression="gzip"),
+    "hdf5, shuffle and odd chunks": lambda path, rows: write_hdf5(path, rows, chunks=(10, 3), compression="gzip", shuffle=True),
+    "safetensors": write_safetensors,
+    "pt": write_pt,
+    "parquet": write_parquet,
+    "parquet, lists": lambda path, rows: write_parquet(path, rows, fixed=False),
+    "arrow stream": write_arrow,
+    "arrow file": lambda path, rows: write_arrow(path, rows, stream=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_format_gives_the_rows_that_were_written(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and kind not in ("npy", "safetensors", "pt"):
+        pytest.skip("the format has no bfloat16")
+    rows = sample(dtype=dtype)
+    with data.open({"a": WRITERS[kind](tmp_path / "file", rows)}) as files:
+        reader = files.readers["a"]
+        assert (reader.n_rows, reader.width, reader.dtype) == (N, WIDTH, dtype)
+        for start, stop in ((0, N), (5, 6), (15, 49), (100, N), (7, 7), (0, 0), (N, N)):
+            assert torch.equal(reader.rows(start, stop), rows[start:stop])
+        for start, stop in ((-1, 3), (5, N + 1), (6, 5)):
+            with pytest.raises(ValueError, match=f"rows must lie in 0 to {N} of .*file.*, got {start} to {stop}"):
+                reader.rows(start, stop)
+        out = torch.empty(10, WIDTH, dtype=dtype)
+        assert reader.rows(20, 30, out) is out
+        assert torch.equal(out, rows[20:30])
+        with pytest.raises(ValueError, match="out must be contiguous"):
+            reader.rows(20, 31, out)
+        assert torch.equal(files.rows(3, 9), rows[3:9].float())
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_file_without_rows_has_none(tmp_path: Path, kind: str) -> None:
+    if "gzip" in kind or "chunks" in kind:
+        pytest.skip("HDF5 has no chunks without rows")
+    with data.open({"a": WRITERS[kind](tmp_path / "file", sample(0))}) as files:
+        assert len(files) == 0
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_truncated_or_foreign_file_is_refused(tmp_path: Path, kind: str) -> None:
+    path = WRITERS[kind](tmp_path / "file", sample())
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"this is no such file at all, whatever its name says"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"file\..* (is truncated|must hold tensors only)"):
+            data.open({"a": path})
+
+
+def test_a_file_cut_short_while_it_is_open_is_an_error(tmp_path: Path) -> None:
+    path = write_npy(tmp_path / "file", sample(10_000))
+    with data.open({"a": path}) as files:
+        with path.open("r+b") as file:
+            file.truncate(5000)
+        with pytest.raises(OSError, match=r"file\.npy ends before row 10000: the file was cut short"):
+            files.rows(0, 10_000)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    torch.save({"features": sample(), "code": pickle.Pickler}, tmp_path / "objects.pt")
+    np.save(tmp_path / "objects.npy", np.array([[print]], dtype=object))
+    for name in ("objects.pt", "objects.npy"):
+        with pytest.raises(ValueError, match=name):
+            data.open({"a": tmp_path / name})
+
+
+def test_one_file_can_hold_all_streams_under_their_names(tmp_path: Path) -> None:
+    a, b = sample(width=3), sample(width=4)
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        file["streams/a"], file["streams/b"] = a.numpy(), b.numpy()
+    save_file({"a": a, "b": b}, tmp_path / "all.safetensors")
+    torch.save({"a": a, "b": b, "note": "text"}, tmp_path / "all.pt")
+    for path, prefix in (
+        (tmp_path / "all.h5", "streams/"),
+        (tmp_path / "all.safetensors", ""),
+        (tmp_path / "all.pt", ""),
+    ):
+        with data.open({"a": (path, prefix + "a"), "b": (path, prefix + "b")}) as files:
+            assert files.d_streams == {"a": 3, "b": 4}
+            assert torch.equal(files.rows(0, N), torch.cat([a, b], 1))
+        with pytest.raises(ValueError, match=r"must hold a data set 'features' or a single one.*it has .*a', .*b'"):
+            data.open({"a": path})
+        with pytest.raises(ValueError, match=r"has no data set 'c'; it has '"):
+            data.open({"a": (path, "c")})
+
+
+def test_tensors_and_arrays_are_sources_too() -> None:
+    rows = sample(dtype=torch.float16)
+    with data.open({"a": rows, "b": rows.float().numpy()}) as files:
+        assert torch.equal(files.rows(2, 9), torch.cat([rows, rows], 1)[2:9].float())
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.complex64, np.dtype(">f4"), np.bool_], ids=str)
+def test_other_numbers_are_refused(tmp_path: Path, dtype: np.dtype) -> None:
+    np.save(tmp_path / "file.npy", np.zeros((3, 4), dtype))
+    with pytest.raises(ValueError, match=r"file\.npy must hold float16, bfloat16, float32 or float64"):
+        data.open({"a": tmp_path / "file.npy"})
+    with pytest.raises(ValueError, match="must hold float16, float32 or float64"):
+        data.open({"a": np.zeros((3, 4), dtype)})
+
+
+def test_big_endian_hdf5_is_turned_around(tmp_path: Path) -> None:
+    rows = sample()
+    with h5py.File(tmp_path / "file.h5", "w") as file:
+        file["features"] = rows.numpy().astype(">f4")
+    with data.open({"a": tmp_path / "file.h5"}) as files:
+        assert torch.equal(files.rows(0, N), rows)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 2, 3), (5, 0)], ids=str)
+def test_rows_of_another_shape_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    np.save(tmp_path / "file.npy", np.zeros(shape, np.float32))
+    with pytest.raises(ValueError, match=r"file\.npy must hold rows of one stream, \[N, D_s\], got shape \["):
+        data.open({"a": tmp_path / "file.npy"})
+
+
+def test_columns_first_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "file.npy", np.asfortranarray(sample().numpy()))
+    with pytest.raises(ValueError, match=r"must be C-ordered; save np\.ascontiguousarray"):
+        data.open({"a": tmp_path / "file.npy"})
+
+
+def test_ragged_lists_and_nulls_are_refused(tmp_path: Path) -> None:
+    for rows in ([[1.0, 2.0], [3.0]], [[1.0, 2.0], None], [[1.0, None], [2.0, 3.0]]):
+        pq.write_table(pa.table({"embedding": pa.array(rows, pa.list_(pa.float32()))}), tmp_path / "file.parquet")
+        with pytest.raises(ValueError, match=r"must hold lists of equal length .* without nulls"):
+            data.open({"a": tmp_path / "file.parquet"})
+    pq.write_table(pa.table({"embedding": [[1, 2], [3, 4]]}), tmp_path / "file.parquet")
+    with pytest.raises(ValueError, match="must hold lists of float16, float32 or float64, got lists of int64"):
+        data.open({"a": tmp_path / "file.parquet"})
+
+
+def test_a_compressed_arrow_file_is_refused(tmp_path: Path) -> None:
+    pa.feather.write_feather(table(sample(4000)), tmp_path / "file.feather", compression="lz4")
+    with pytest.raises(ValueError, match=r"file\.feather is compressed; write it uncompressed, or as Parquet"):
+        data.open({"a": tmp_path / "file.feather"})
+
+
+def test_a_missing_file_and_an_unknown_suffix_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"source of 'a' must be a file, but there is none at .*nothing\.npy"):
+        data.open({"a": tmp_path / "nothing.npy"})
+    with pytest.raises(ValueError, match=r"source of 'a' must end in one of \.h5, .*, got .*file\.csv"):
+        data.open({"a": tmp_path / "file.csv"})
+    for sources in ({}, [1], {"": "a.npy"}, {3: "a.npy"}):
+        with pytest.raises(ValueError, match="sources must map the name of at least one stream to its file"):
+            data.open(sources)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="source of 'a' must be a path"):
+        data.open({"a": 3})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("h5py", "file.h5"), ("pyarrow", "file.parquet"), ("pyarrow", "file.arrow")]
+)
+def test_a_missing_library_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
+    (tmp_path / name).touch()
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"reading {name} needs {module}: pip install 'sparc_fast\[{module}\]'"):
+        data.open({"a": tmp_path / name})
+
+
+def test_streams_of_different_length_are_refused(tmp_path: Path) -> None:
+    sources = {"a": write_npy(tmp_path / "a", sample(5)), "b": write_pt(tmp_path / "b", sample(6))}
+    with pytest.raises(ValueError, match=r"sources must have equally many rows.* but 'a' has 5, 'b' has 6"):
+        data.open(sources)
+
+
+def test_ids_must_match_row_by_row_and_the_first_that_differ_are_named(tmp_path: Path) -> None:
+    rows = sample(20)
+    sources = {"a": write_hdf5(tmp_path / "a", rows), "b": write_npy(tmp_path / "b", rows)}
+    ids = np.arange(20)
+    (tmp_path / "ids.txt").write_text("\n".join(map(str, ids)))
+    np.save(tmp_path / "ids.npy", ids)
+    good: list[object] = [
+        ids,
+        ids.tolist(),
+        torch.arange(20),
+        tmp_path / "ids.txt",
+        tmp_path / "ids.npy",
+        [str(i) for i in ids],
+    ]
+    for of_b in good:
+        data.open(sources, ids={"a": (sources["a"], "indices"), "b": of_b}).close()  # type: ignore[dict-item]
+    swapped = ids.copy()
+    swapped[[7, 12]] = swapped[[12, 7]]
+    for bad in (swapped, [str(i) for i in swapped]):
+        with pytest.raises(ValueError, match=r"ids of 'b' must match those of 'a' row by row; .* row 7: '12' and '7'"):
+            data.open(sources, ids={"a": (sources["a"], "indices"), "b": bad})
+    with pytest.raises(ValueError, match="ids of 'b' must be one a row, 20 in all, got 19"):
+        data.open(sources, ids={"a": ids, "b": ids[:-1]})
+    with pytest.raises(ValueError, match="identifiers of at least two of the streams"):
+        data.open(sources, ids={"a": ids})
+    with pytest.raises(ValueError, match="ids must be integers or text, got float64"):
+        data.open(sources, ids={"a": ids, "b": ids / 2})
+
+
+def test_ids_can_lie_beside_the_rows_in_every_file(tmp_path: Path) -> None:
+    rows = sample(20)
+    torch.save({"features": rows, "id": [f"sample {n}" for n in range(20)]}, tmp_path / "c.pt")
+    sources = {"a": write_parquet(tmp_path / "a", rows), "b": write_arrow(tmp_path / "b", rows), "c": tmp_path / "c.pt"}
+    data.open(sources, ids="id").close()
+    torch.save({"features": rows, "id": [f"sample {n}" for n in range(19)] + ["other"]}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"ids of 'c' .* row 19: 'other' and 'sample 19'"):
+        data.open(sources, ids="id")
+    with pytest.raises(ValueError, match="has no data set 'name'"):
+        data.open(sources, ids="name")
+    data.open({"a": (write_safetensors(tmp_path / "s", rows), "features"), "b": write_hdf5(tmp_path / "h", rows)},
+              ids={"a": (tmp_path / "s.safetensors", "ids"), "b": (tmp_path / "h.h5", "indices")}).close()  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_a_scan_counts_what_is_not_finite_and_what_is_zero(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    rows = sample(3000, 500, dtype)
+    rows[4], rows[17] = 0, torch.finfo(dtype).max
+    path = write_safetensors(tmp_path / "file", rows)
+    assert data.open({"a": path}, scan=True).scan() == {"a": data.Scan(0, None, 1)}
+    rows[2900, 499], rows[2999, 0] = value, value
+    path = write_safetensors(tmp_path / "file", rows)
+    assert data.open({"a": path}).scan() == {"a": data.Scan(2, 2900, 1)}
+    with pytest.raises(
+        ValueError,
+        match=r"file\.safetensors\[features\] must be finite, but 2 of 3000 rows are not; the first is row 2900",
+    ):
+        data.open({"a": path}, scan=True)
