@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Protocol, cast
 
@@ -123,22 +125,14 @@ class Backend(Protocol):
     def count_silence(self, silence: Tensor, values: Tensor, indices: Tensor) -> None: ...
 
 
+# the fastest first; Triton runs on CPU tensors in its interpreter alone, to be tested
+_PREFERRED = {"cpu": ("cpu", "reference", "triton"), "cuda": ("triton", "reference")}
 _BACKENDS: dict[str, Backend] = {"reference": cast(Backend, reference)}
-_PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
-
-if find_spec("sparc_fast._cpu") is not None:
-    try:
-        from sparc_fast import custom_ops
-    except ImportError as error:
-        warnings.warn(f"the compiled CPU backend cannot be loaded, the slow reference is used: {error}", stacklevel=2)
-    else:
-        _BACKENDS["cpu"] = cast(Backend, custom_ops)
 
 
 def available(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """Names of the backends that can run on tensors of this device, the fastest first."""
-    names = _PREFERRED.get(torch.device(device).type, ("reference",))
-    return tuple(name for name in names if name in _BACKENDS)
+    return _AVAILABLE.get(torch.device(device).type, ("reference",))
 
 
 def resolve(name: str, device: torch.device) -> Backend:
@@ -153,4 +147,36 @@ def resolve(name: str, device: torch.device) -> Backend:
     if name not in names:
         choices = ", ".join(repr(n) for n in ("auto", *names))
         raise ValueError(f"backend must be one of {choices} for {device.type} tensors, got {name!r}")
+    if name not in _BACKENDS:
+        _BACKENDS[name] = _load(name)
     return _BACKENDS[name]
+
+
+def _load(name: str) -> Backend:
+    module, devices = {
+        "cpu": ("sparc_fast.native", ("cpu",)),
+        "triton": ("sparc_fast.kernels", ("cuda", "cpu") if _INTERPRETS else ("cuda",)),
+    }[name]
+    operators = import_module("sparc_fast.custom_ops").backend(import_module(module), f"sparc_fast_{name}", devices)
+    return cast(Backend, operators)
+
+
+def _is_here(name: str, device: str) -> bool:
+    if name == "triton":
+        return find_spec("triton") is not None and (device == "cuda" or _INTERPRETS)
+    return name != "cpu" or _compiled_cpu_loads()
+
+
+def _compiled_cpu_loads() -> bool:
+    if find_spec("sparc_fast._cpu") is None:
+        return False
+    try:
+        import_module("sparc_fast._cpu")
+    except ImportError as error:
+        warnings.warn(f"the compiled CPU backend cannot be loaded, the slow reference is used: {error}", stacklevel=2)
+        return False
+    return True
+
+
+_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+_AVAILABLE = {device: tuple(name for name in names if _is_here(name, device)) for device, names in _PREFERRED.items()}

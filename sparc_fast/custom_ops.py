@@ -1,40 +1,49 @@
-"""The CPU operators as PyTorch custom operators, so that torch.compile takes a model as one graph.
+"""A backend's operators as PyTorch custom operators, so that torch.compile takes a model as one graph.
 
-Each wraps the function of the same name in `native`. What its result looks like, shape and dtype, is what the
-reference's result looks like.
+What a result looks like, shape and dtype, is what the reference's result looks like.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 
-from sparc_fast import native, reference
+from sparc_fast import reference
+from sparc_fast.backends import Backend
 
-__all__ = [*native.__all__]
+IN_GRAPHS = (
+    "global_topk",
+    "local_topk",
+    "support_values",
+    "support_values_grad_x",
+    "sparse_decode",
+    "sparse_decode_grad_values",
+    "decode_loss",
+    "invert_indices",
+    "encoder_gradients",
+    "decoder_gradients",
+    "weight_gradients",
+    "count_silence",
+)
+# these move weights and moments in place, outside of any graph
+PLAIN = ("update_rows", "replay_rows")
 
 
-def _operator(name: str, *, mutates: tuple[str, ...] = (), fake: Callable[..., Any] | None = None) -> Any:
-    operator = torch.library.custom_op(f"sparc_fast::{name}", mutates_args=mutates, device_types="cpu")(
-        getattr(native, name)
+def backend(implementation: Any, library: str, device_types: str | tuple[str, ...]) -> Backend:
+    """The functions of a module, each behind the operator ``torch.ops.<library>.<its name>``."""
+    functions = {name: getattr(implementation, name) for name in (*IN_GRAPHS, *PLAIN)}
+    functions |= {name: _operator(f"{library}::{name}", functions[name], device_types) for name in IN_GRAPHS}
+    return cast(Backend, SimpleNamespace(**functions))
+
+
+def _operator(name: str, function: Callable[..., Any], device_types: str | tuple[str, ...]) -> Any:
+    short = name.split("::")[1]
+    in_place = short == "count_silence"
+    operator = torch.library.custom_op(name, mutates_args=("silence",) if in_place else (), device_types=device_types)(
+        function
     )
-    operator.register_fake(fake or getattr(reference, name))
+    operator.register_fake((lambda silence, values, indices: None) if in_place else getattr(reference, short))
     return operator
-
-
-global_topk = _operator("global_topk")
-local_topk = _operator("local_topk")
-support_values = _operator("support_values")
-support_values_grad_x = _operator("support_values_grad_x")
-sparse_decode = _operator("sparse_decode")
-sparse_decode_grad_values = _operator("sparse_decode_grad_values")
-decode_loss = _operator("decode_loss")
-invert_indices = _operator("invert_indices")
-encoder_gradients = _operator("encoder_gradients")
-decoder_gradients = _operator("decoder_gradients")
-weight_gradients = _operator("weight_gradients")
-update_rows = native.update_rows  # moves weights and moments in place, outside of any graph
-replay_rows = native.replay_rows
-count_silence = _operator("count_silence", mutates=("silence",), fake=lambda silence, values, indices: None)

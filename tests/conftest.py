@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+# without a GPU, Triton's interpreter runs the kernels; it must be chosen before they are imported
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from operands import fast_backends
+
 import sparc_fast as sf
 
 torch.set_num_threads(1)  # shapes are tiny; tests of threads set their own number
+# SPARC_FAST_TEST_DEVICE=cuda runs the operators' tests on a GPU
+torch.set_default_device(os.environ.get("SPARC_FAST_TEST_DEVICE", "cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +27,21 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=sorted(sf.available_backends("cpu")))
-def backend(request: pytest.FixtureRequest) -> str:
+# the operators' own tests, small enough for Triton's interpreter
+IN_INTERPRETER = {
+    "test_decode_loss",
+    "test_every_operator",
+    "test_global_topk",
+    "test_local_topk",
+    "test_support_values",
+    "test_update_rows",
+    "test_weight_gradients",
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every backend that runs here: an operator's tests hold for all of them."""
-    return str(request.param)
+    if "backend" in metafunc.fixturenames:
+        all_here = metafunc.module.__name__ in IN_INTERPRETER
+        names = sf.available_backends(torch.get_default_device()) if all_here else fast_backends()
+        metafunc.parametrize("backend", sorted(names))

@@ -7,6 +7,7 @@ import torch
 from dense import Weights, objective
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operands import fast_backends
 
 import sparc_fast as sf
 
@@ -57,7 +58,7 @@ def test_gradients_with_auxk_equal_the_dense_equations_for_any_shape(
 ) -> None:
     k = data.draw(st.integers(1, L), label="k")
     dead = torch.tensor(data.draw(st.lists(st.booleans(), min_size=L, max_size=L), label="dead"))
-    for backend in sf.available_backends("cpu"):
+    for backend in fast_backends():
         torch.manual_seed(seed)
         model = random_model(widths, L, k, selection, backend, auxk=3, dead_after=5)
         model.silence[dead] = 6

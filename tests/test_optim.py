@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from operands import seeded
 
 import sparc_fast as sf
 
@@ -19,7 +20,7 @@ def make(backend: str, selection: str = "global", dtype: torch.dtype = torch.flo
 
 
 def batches(steps: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     mixing = torch.randn(6, 24, generator=generator, dtype=torch.float64)
     draws = [torch.randn(16, 6, generator=generator, dtype=torch.float64) @ mixing for _ in range(steps)]
     return [draw.to(dtype) for draw in draws]

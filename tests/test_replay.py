@@ -7,10 +7,9 @@ import pickle
 
 import pytest
 import torch
-from operands import CASES
+from operands import CASES, operators_of, seeded
 
 import sparc_fast as sf
-from sparc_fast import backends
 
 WIDTHS = {"a": 12, "b": 7, "c": 5}
 EVERY_SELECTION = pytest.mark.parametrize("selection", ["global", "local"])
@@ -31,7 +30,7 @@ def pair(
 
 
 def batches(steps: int, N: int = 6, seed: int = 1) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     mixing = torch.randn(6, 24, generator=generator)
     return [torch.randn(N, 6, generator=generator) @ mixing for _ in range(steps)]
 
@@ -175,8 +174,8 @@ def test_changed_betas_and_eps_are_replayed_as_they_were(backend: str) -> None:
 def test_replaying_equals_steps_without_entries(case: str, eps: float, backend: str) -> None:
     d_streams, _, L, _ = CASES[case]
     D, S, steps = sum(d_streams), len(d_streams), 300
-    operators = backends.resolve(backend, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
+    operators = operators_of(backend)
+    generator = seeded(0)
     W_dec = torch.randn(L, D, generator=generator)
     sf.reference.normalize_rows(W_dec, d_streams)
     m = torch.randn(L, D, generator=generator) * 10.0 ** -torch.arange(L)[:, None].remainder(12)

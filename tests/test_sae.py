@@ -7,6 +7,7 @@ import torch
 from dense import Weights, logits, masks, objective
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operands import fast_backends, seeded
 
 import sparc_fast as sf
 
@@ -222,7 +223,7 @@ def test_training_does_not_depend_on_the_number_of_threads(backend: str) -> None
         model = make(backend)
         optimizer = sf.SparcAdam(model, lr=1e-2)
         for seed in range(3):
-            optimizer.step(torch.randn(40, 22, generator=torch.Generator().manual_seed(seed)))
+            optimizer.step(torch.randn(40, 22, generator=seeded(seed)))
         runs.append(model.state_dict())
     torch.set_num_threads(1)
     for name, tensor in runs[0].items():
@@ -375,7 +376,7 @@ def test_auxk_without_dead_latents_changes_nothing(backend: str) -> None:
 )  # fmt: skip
 def test_any_shape_encodes_to_k_ascending_distinct_latents(N: int, k: int, widths: list[int], seed: int) -> None:
     torch.manual_seed(seed)
-    for backend in sf.available_backends("cpu"):
+    for backend in fast_backends():
         model = sf.SPARC({str(s): width for s, width in enumerate(widths)}, 12, k, backend=backend)
         codes = model.encode(torch.randn(N, sum(widths)))
         assert codes.indices.shape == (N, k)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operands import seeded
 from torch import Tensor
 
 from sparc_fast import reference
@@ -84,7 +85,7 @@ def test_no_rows_break_the_bound(
     seed: int,
 ) -> None:  # fmt: skip
     k = data.draw(st.integers(1, min(L, 40)), label="k")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x, W_enc = rows(x_kind, 5, D, generator).to(dtype), rows(W_kind, L, D, generator).to(dtype)
     bias = (scale * torch.randn(2, L, generator=generator)).to(dtype)
     # not the reference: where sums cancel to the last bit of float64, that one depends on the matrix library
@@ -183,7 +184,7 @@ def test_topk_rows_selects_by_value_then_column(
     L: int, distinct: int, dtype: torch.dtype, data: st.DataObject, seed: int
 ) -> None:
     k = data.draw(st.integers(1, L), label="k")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     scores = torch.randint(0, distinct, (3, L), generator=generator).to(dtype)
     scores[torch.rand(3, L, generator=generator) < 0.01] = torch.nan
     scores[torch.rand(3, L, generator=generator) < 0.05] = -torch.inf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operands import seeded
 
 import sparc_fast as sf
 from sparc_fast.train import train
@@ -11,7 +12,7 @@ from sparc_fast.train import train
 
 def planted(n: int = 400) -> dict[str, torch.Tensor]:
     """Two streams that see the same three of 12 concepts, each through directions of its own."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     concepts = torch.rand(n, 12, generator=generator).topk(3).indices
     on = torch.zeros(n, 12).scatter(1, concepts, 1.0)
     return {name: on @ torch.randn(12, width, generator=generator) for name, width in (("a", 20), ("b", 15))}

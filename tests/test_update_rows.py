@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import STEP, operands, rows_to_update, run
+from operands import STEP, operands, operators_of, rows_to_update, run
 
-from sparc_fast import backends, reference
-
-CPU = torch.device("cpu")
+from sparc_fast import reference
 
 
 def test_it_equals_gradients_then_projection_then_adam_then_unit_norm(backend: str) -> None:
@@ -61,7 +59,7 @@ def test_a_zero_decoder_row_without_gradient_stays_zero(backend: str) -> None:
     unused = int(torch.isin(torch.arange(33), o.indices).logical_not().nonzero()[0])
     W_dec[unused] = 0
     moments = [torch.zeros_like(W_enc) for _ in range(4)]
-    backends.resolve(backend, CPU).update_rows(
+    operators_of(backend).update_rows(
         W_enc, W_dec, moments, o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
         0.01, (0.9, 0.999), 1e-8, 1,
     )  # fmt: skip
@@ -76,7 +74,7 @@ def test_columns_of_a_wider_matrix_are_updated_in_place_and_nothing_beside_them(
     inner = [tensor[:, 5:113] for tensor in wider]
     for window, tensor in zip(inner, rows_to_update(o), strict=True):
         window.copy_(tensor)
-    backends.resolve(backend, CPU).update_rows(
+    operators_of(backend).update_rows(
         *inner[:2], inner[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
         0.01, (0.9, 0.999), 1e-8, STEP,
     )  # fmt: skip
@@ -90,7 +88,7 @@ def test_autograd_notices_that_weights_changed(backend: str) -> None:
     o = operands("ragged", torch.float32)
     W_enc, W_dec = o.W_enc.clone(), o.W_dec.clone()
     versions = W_enc._version, W_dec._version
-    backends.resolve(backend, CPU).update_rows(
+    operators_of(backend).update_rows(
         W_enc, W_dec, [torch.zeros_like(W_enc) for _ in range(4)], o.x, o.pre_bias, o.values, o.grad_values,
         o.grad_recons, *o.inverse, o.d_streams, 0.01, (0.9, 0.999), 1e-8, 1,
     )  # fmt: skip

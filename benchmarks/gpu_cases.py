@@ -1,0 +1,239 @@
+"""The operators' arguments on any device, at the shapes the GPU's figures are named after, and calls of every operator.
+
+All random tensors are drawn on the device itself: at a million latents the host would take minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparc_fast import SPARC, reference
+from sparc_fast.losses import nmse_scale, pair_weights, row_energy
+from sparc_fast.reference import stream_slices
+
+from .cases import Shape
+
+U = Shape("U", 256, 8192)
+A = Shape("A", 4096, 32768)
+B = Shape("B", 4096, 131072)
+C = Shape("C", 8192, 1048576, k=128)
+TINY = Shape("tiny", N=5, L=48, k=3, d_streams=(8, 5, 3))
+SHAPES = {shape.name: shape for shape in (U, A, B, C, TINY)}
+ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}  # moves far beyond a weight's own rounding
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens: a device and the backend of ours that is measured there."""
+
+    device: torch.device
+    backend: str
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def free_bytes(self) -> int:
+        """Memory the device could still give; without one, nothing is refused."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.is_gpu else 2**62
+
+
+class DeviceOperands:
+    """Every operator's arguments at a shape, made when first asked for; the same numbers every time."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.d_streams, self.k = shape.d_streams, shape.k
+        self.columns = stream_slices(shape.d_streams)
+
+    def first(self, N: int) -> DeviceOperands:
+        """The same weights before fewer samples: cheap enough for the reference."""
+        few = DeviceOperands(replace(self.shape, N=min(N, self.shape.N)), self.dtype, self.device)
+        few.__dict__.update(W_enc=self.W_enc, W_dec=self.W_dec)
+        return few
+
+    def normal(self, seed: int, *size: int) -> Tensor:
+        torch.manual_seed(seed)
+        return torch.randn(size, device=self.device)
+
+    @cached_property
+    def x(self) -> Tensor:
+        """Gaussian rows of unit norm in each stream: latents are used evenly, the hardest case for caches."""
+        parts = [self.normal(s, self.shape.N, width) for s, width in enumerate(self.d_streams)]
+        return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1).to(self.dtype)
+
+    def weights_drawn(self, seed: int) -> Tensor:
+        """float32 [L, D], as `SPARC` draws them."""
+        torch.manual_seed(seed)
+        W = torch.empty(self.shape.L, self.shape.D, device=self.device)
+        for cols in self.columns:
+            W[:, cols].uniform_(-1, 1).mul_((cols.stop - cols.start) ** -0.5)
+        return W
+
+    @cached_property
+    def W_enc(self) -> Tensor:
+        return self.weights_drawn(10).to(self.dtype)
+
+    @cached_property
+    def W_dec(self) -> Tensor:
+        W = self.weights_drawn(11)
+        reference.normalize_rows(W, self.d_streams)
+        return W.to(self.dtype)
+
+    @cached_property
+    def pre_bias(self) -> Tensor:
+        return (self.normal(12, self.shape.D) / 100).to(self.dtype)
+
+    @cached_property
+    def latent_bias(self) -> Tensor:
+        return (self.normal(13, self.shape.S, self.shape.L) / 100).to(self.dtype)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        return self.normal(14, self.shape.N, self.shape.L)
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """Distinct and ascending: one latent of each of k equal ranges."""
+        torch.manual_seed(15)
+        low = torch.arange(self.k, device=self.device) * self.shape.L // self.k
+        high = torch.arange(1, self.k + 1, device=self.device) * self.shape.L // self.k
+        drawn = torch.rand(self.shape.N, self.k, device=self.device)
+        return torch.minimum(low + (drawn * (high - low)).long(), high - 1).int()
+
+    @cached_property
+    def values(self) -> Tensor:
+        return (self.normal(16, self.shape.N, self.shape.S, self.k).relu() / 10).to(self.dtype)
+
+    @cached_property
+    def grad_values(self) -> Tensor:
+        return (self.normal(17, self.shape.N, self.shape.S, self.k) / max(self.shape.N, 1)).to(self.dtype)
+
+    @cached_property
+    def grad_recons(self) -> Tensor:
+        grad = self.normal(18, self.shape.N, self.shape.S, self.shape.D) / max(self.shape.N, 1)
+        return grad.to(reference.gradient_dtype(self.values))
+
+    @cached_property
+    def scale(self) -> Tensor:
+        return nmse_scale(row_energy(self.x, self.d_streams))
+
+    @cached_property
+    def weights(self) -> tuple[float, ...]:
+        return pair_weights(self.shape.S, 1.0)
+
+    @cached_property
+    def inverse(self) -> tuple[Tensor, Tensor]:
+        return reference.invert_indices(self.indices, self.shape.L)
+
+    @cached_property
+    def touched(self) -> int:
+        """Latents that are in some sample's support: the rows a gather cannot avoid."""
+        return len(self.indices.unique())
+
+
+class Trained:
+    """Weights of our own to move, with Adam's moments as after some steps (at rest, Adam only keeps signs).
+
+    Narrow weights are copies of float32 rows, as `SparcAdam` keeps them.
+    """
+
+    def __init__(self, o: DeviceOperands) -> None:
+        self.start = o.W_enc, o.W_dec
+        self.W_enc, self.W_dec = (reference.wide(W).clone() for W in self.start)
+        self.moments = [torch.full_like(self.W_enc, value) for value in (0.0, 1e-6, 0.0, 1e-6)]
+        self.narrow: dict[str, Any] = {}
+        if self.W_enc.dtype != o.dtype:
+            self.narrow = {"copies": (o.W_enc.clone(), o.W_dec.clone())}
+
+    def moved(self) -> tuple[Tensor, Tensor]:
+        return self.W_enc - self.start[0], self.W_dec - self.start[1]
+
+
+def _update_rows(b: Any, o: DeviceOperands) -> Callable[[], Trained]:
+    own = Trained(o)
+    args = (o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams)
+
+    def run() -> Trained:
+        b.update_rows(own.W_enc, own.W_dec, own.moments, *args, **ADAM, step=1000, **own.narrow)
+        return own
+
+    return run
+
+
+def _replay_rows(b: Any, o: DeviceOperands) -> Callable[[], Tensor]:
+    """Ten skipped steps of every second latent."""
+    own = Trained(o)
+    latents = torch.arange(0, o.shape.L, 2, device=o.device)
+    history = torch.tensor([[1e-4, 0.9, 0.999, 1e-8]] * 10, dtype=torch.float64, device=o.device)
+    copy = own.narrow["copies"][1] if own.narrow else None
+
+    def run() -> Tensor:
+        last_step = torch.zeros(o.shape.L, dtype=torch.int64, device=o.device)
+        b.replay_rows(own.W_dec, own.moments[2:], latents, last_step, history, o.d_streams, copy)
+        return own.W_dec
+
+    return run
+
+
+def _count_silence(b: Any, o: DeviceOperands) -> Callable[[], Tensor]:
+    silence = torch.zeros(o.shape.L, dtype=torch.int64, device=o.device)
+
+    def run() -> Tensor:
+        b.count_silence(silence, o.values, o.indices)
+        return silence
+
+    return run
+
+
+def _gradient_args(o: DeviceOperands) -> tuple[Any, ...]:
+    return o.x, o.pre_bias, o.values, o.grad_values
+
+
+# every operator as a function to call again and again; `b` is a backend, or any namespace of its functions
+CALLS: dict[str, Callable[[Any, DeviceOperands], Callable[[], Any]]] = {
+    "topk_rows": lambda b, o: lambda: b.topk_rows(o.scores, o.k),
+    "global_topk": lambda b, o: lambda: b.global_topk(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.k),
+    "local_topk": lambda b, o: lambda: b.local_topk(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.k, o.d_streams),
+    "support_values": lambda b, o: (
+        lambda: b.support_values(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices, o.d_streams)
+    ),
+    "support_values_grad_x": lambda b, o: (
+        lambda: b.support_values_grad_x(o.grad_values, o.values, o.indices, o.W_enc, o.d_streams)
+    ),
+    "sparse_decode": lambda b, o: lambda: b.sparse_decode(o.values, o.indices, o.W_dec, o.pre_bias),
+    "sparse_decode_grad_values": lambda b, o: lambda: b.sparse_decode_grad_values(o.grad_recons, o.indices, o.W_dec),
+    "decode_loss": lambda b, o: (
+        lambda: b.decode_loss(o.values, o.indices, o.W_dec, o.pre_bias, o.x, o.scale, o.weights, o.d_streams)
+    ),
+    "invert_indices": lambda b, o: lambda: b.invert_indices(o.indices, o.shape.L),
+    "encoder_gradients": lambda b, o: lambda: b.encoder_gradients(*_gradient_args(o), *o.inverse, o.d_streams),
+    "decoder_gradients": lambda b, o: lambda: b.decoder_gradients(o.values, o.grad_recons, *o.inverse),
+    "weight_gradients": lambda b, o: (
+        lambda: b.weight_gradients(*_gradient_args(o), o.grad_recons, *o.inverse, o.d_streams)
+    ),
+    "update_rows": _update_rows,
+    "replay_rows": _replay_rows,
+    "count_silence": _count_silence,
+}
+
+
+def model(shape: Shape, place: Place, dtype: torch.dtype, backend: str | None = None, **options: Any) -> SPARC:
+    """The same weights every time on a device, drawn there; inputs are not checked, which would wait for the GPU."""
+    torch.manual_seed(0)
+    streams = {f"stream{s}": width for s, width in enumerate(shape.d_streams)}
+    options = {"check_finite": False, "backend": backend or place.backend, "dtype": dtype} | options
+    return SPARC(streams, shape.L, shape.k, device=place.device, **options)
+
+
+def namespace(**functions: Any) -> Any:
+    """A backend of some functions."""
+    return SimpleNamespace(**functions)

@@ -1,0 +1,231 @@
+"""The best plain PyTorch we could write on a GPU for each operator and for the whole step.
+
+On a GPU a dense product is often faster than a gather: every operator has both, and the faster one counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparc_fast import SPARC
+from sparc_fast.reference import stream_slices, wide
+
+from .gpu_cases import ADAM, DeviceOperands, Trained
+from .gpu_timing import Run
+from .tuned import normalize_rows, project_gradients
+
+CHUNK = 256  # samples whose rows are gathered at a time: [CHUNK, k, D] is 84 MB in bfloat16
+
+
+def dense_codes(values: Tensor, indices: Tensor, n_latents: int) -> Tensor:
+    """Codes of every stream of every sample, [N S, L]."""
+    N, S, k = values.shape
+    codes = values.new_zeros(N * S, n_latents)
+    return codes.scatter_(1, indices.long().repeat_interleave(S, 0), values.reshape(N * S, k))
+
+
+def torch_topk(o: DeviceOperands) -> Run:
+    return lambda: o.scores.topk(o.k, dim=1).indices
+
+
+def product_and_topk(o: DeviceOperands) -> Run:
+    bias = o.latent_bias.sum(0)
+    return lambda: torch.addmm(bias, o.x - o.pre_bias, o.W_enc.T).topk(o.k, dim=1, sorted=False).indices
+
+
+def logits_and_gather(o: DeviceOperands) -> Run:
+    indices = o.indices.long()
+
+    def run() -> Tensor:
+        centred = o.x - o.pre_bias
+        values = [
+            torch.addmm(o.latent_bias[s], centred[:, cols], o.W_enc[:, cols].T).gather(1, indices)
+            for s, cols in enumerate(o.columns)
+        ]
+        return torch.stack(values, dim=1).relu_()
+
+    return run
+
+
+def gather_and_dot(o: DeviceOperands) -> Run:
+    indices = o.indices.long()
+
+    def run() -> Tensor:
+        centred = o.x - o.pre_bias
+        values = o.x.new_empty(o.shape.N, o.shape.S, o.k)
+        for n in range(0, o.shape.N, CHUNK):
+            rows = o.W_enc[indices[n : n + CHUNK]]
+            for s, cols in enumerate(o.columns):
+                values[n : n + CHUNK, s] = (rows[:, :, cols] @ centred[n : n + CHUNK, cols, None]).squeeze(2)
+        return values.add_(o.latent_bias[:, indices].transpose(0, 1)).relu_()
+
+    return run
+
+
+def bags(o: DeviceOperands) -> Run:
+    indices, values = o.indices.long().repeat_interleave(o.shape.S, 0), o.values.flatten(0, 1)
+    shape = (o.shape.N, o.shape.S, o.shape.D)
+    return lambda: F.embedding_bag(indices, o.W_dec, per_sample_weights=values, mode="sum").add_(o.pre_bias).view(shape)
+
+
+def dense_decode(o: DeviceOperands) -> Run:
+    shape = (o.shape.N, o.shape.S, o.shape.D)
+    return lambda: torch.addmm(o.pre_bias, dense_codes(o.values, o.indices, o.shape.L), o.W_dec).view(shape)
+
+
+def _compare(o: DeviceOperands, recons: Tensor) -> tuple[Tensor, Tensor]:
+    """nmse [S, S] and the gradient for the reconstructions, in the type of the operands."""
+    S = o.shape.S
+    weights = torch.tensor(o.weights, device=recons.device).view(S, S)
+    nmse, grads = [], []
+    for t, cols in enumerate(o.columns):
+        error = recons[:, :, cols].float() - o.x[:, None, cols].float()
+        nmse.append((error.square().sum(2) * o.scale[:, t, None]).sum(0))
+        grads.append((error * (2 * weights[:, t] * o.scale[:, t, None])[:, :, None]).to(recons.dtype))
+    return torch.stack(nmse, dim=1), torch.cat(grads, dim=2)
+
+
+def decode_by_bags(o: DeviceOperands) -> Run:
+    indices, recons_of = o.indices.long(), bags(o)
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        nmse, grad = _compare(o, recons_of())
+        grad_values = torch.empty_like(o.values)
+        for n in range(0, o.shape.N, CHUNK):
+            grad_values[n : n + CHUNK] = grad[n : n + CHUNK] @ o.W_dec[indices[n : n + CHUNK]].transpose(1, 2)
+        return nmse, grad, grad_values
+
+    return run
+
+
+def decode_by_products(o: DeviceOperands) -> Run:
+    indices, recons_of = o.indices.long().repeat_interleave(o.shape.S, 0), dense_decode(o)
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        nmse, grad = _compare(o, recons_of())
+        return nmse, grad, (grad.flatten(0, 1) @ o.W_dec.T).gather(1, indices).view_as(o.values)
+
+    return run
+
+
+def sort_and_search(o: DeviceOperands) -> Run:
+    every = torch.arange(o.shape.L + 1, device=o.device, dtype=o.indices.dtype)
+
+    def run() -> tuple[Tensor, Tensor]:
+        ordered, entries = torch.sort(o.indices.flatten(), stable=True)
+        return torch.searchsorted(ordered, every), entries
+
+    return run
+
+
+def gradients_by_products(o: DeviceOperands) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Both weight gradients as dense products, in the type of the operands."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        L, S = o.shape.L, o.shape.S
+        centred = o.x - o.pre_bias
+        of_z = dense_codes(o.grad_values * (o.values > 0), o.indices, L).view(-1, S, L)
+        grad_W_enc = torch.cat([of_z[:, s].T @ centred[:, cols] for s, cols in enumerate(o.columns)], dim=1)
+        del of_z
+        return grad_W_enc, dense_codes(o.values, o.indices, L).T @ o.grad_recons.flatten(0, 1)
+
+    return run
+
+
+def gradients_by_index_add(o: DeviceOperands) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Both weight gradients in float32, added up sample by sample (in no fixed order)."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        centred, grad_z = wide(o.x) - wide(o.pre_bias), wide(o.grad_values) * (o.values > 0)
+        grads = tuple(torch.zeros(o.shape.L, o.shape.D, device=o.device) for _ in range(2))
+        for n in range(0, o.shape.N, CHUNK):
+            flat = o.indices[n : n + CHUNK].flatten()
+            for s, cols in enumerate(o.columns):
+                add = grad_z[n : n + CHUNK, s, :, None] * centred[n : n + CHUNK, None, cols]
+                grads[0][:, cols].index_add_(0, flat, add.flatten(0, 1))
+            add = wide(o.values[n : n + CHUNK]).transpose(1, 2) @ wide(o.grad_recons[n : n + CHUNK])
+            grads[1].index_add_(0, flat, add.flatten(0, 1))
+        return grads
+
+    return run
+
+
+def update_by(gradients: Callable[[DeviceOperands], Any]) -> Callable[[DeviceOperands], Run]:
+    """Weight gradients, projection, torch's fused Adam, unit norm, and narrow copies where there are."""
+
+    def prepare(o: DeviceOperands) -> Run:
+        own, gradients_of = Trained(o), gradients(o)
+        parameters = [own.W_enc, own.W_dec]
+        adam = torch.optim.Adam(parameters, **ADAM, fused=True)
+        for p, m, v in zip(parameters, own.moments[::2], own.moments[1::2], strict=True):
+            adam.state[p] = {"step": torch.tensor(999.0, device=o.device), "exp_avg": m, "exp_avg_sq": v}
+
+        def run() -> Trained:
+            for p, grad in zip(parameters, gradients_of(), strict=True):
+                p.grad = wide(grad)
+            project_gradients(own.W_dec.grad, own.W_dec, o.columns)
+            adam.step()
+            normalize_rows(own.W_dec, o.columns)
+            for copy, p in zip(own.narrow.get("copies", ()), parameters, strict=False):
+                copy.copy_(p)
+            for p in parameters:
+                p.grad = None
+            return own
+
+        return run
+
+    return prepare
+
+
+class LeanDense(torch.nn.Module):
+    """A careful step by dense products: one product a stream, TopK, scattered codes, autograd, fused Adam. No AuxK.
+
+    With `compute=torch.bfloat16` products run in it, over float32 weights and moments, as under autocast.
+    """
+
+    def __init__(self, model: SPARC, lr: float = 1e-4, compute: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.k, self.columns, self.compute = model.k, stream_slices(tuple(model.d_streams.values())), compute
+        self.W_enc, self.W_dec, self.pre_bias, self.latent_bias = (
+            torch.nn.Parameter(p.detach().float().clone())
+            for p in (model.W_enc, model.W_dec, model.pre_bias, model.latent_bias)
+        )
+        self.adam = torch.optim.Adam(self.parameters(), lr, fused=True)
+
+    def step(self, x: Tensor) -> Tensor:
+        self.adam.zero_grad()
+        loss = self.loss(x)
+        loss.backward()
+        with torch.no_grad():
+            project_gradients(self.W_dec.grad, self.W_dec, self.columns)
+            self.adam.step()
+            normalize_rows(self.W_dec, self.columns)
+        return loss.detach()
+
+    def loss(self, x: Tensor) -> Tensor:
+        S, compute = len(self.columns), self.compute
+        x = x.float()
+        centred, W_enc, W_dec = (t.to(compute) for t in (x - self.pre_bias, self.W_enc, self.W_dec))
+        logits = [
+            torch.addmm(bias, centred[:, cols], W_enc[:, cols].T)
+            for bias, cols in zip(self.latent_bias.to(compute), self.columns, strict=True)
+        ]
+        with torch.no_grad():
+            support = sum(logits[1:], logits[0]).topk(self.k, sorted=False).indices
+        codes = [torch.zeros_like(h).scatter(1, support, h.gather(1, support).relu()) for h in logits]
+        recons = torch.stack([z @ W_dec for z in codes], dim=1).float() + self.pre_bias
+        loss = x.new_zeros(())
+        for t, cols in enumerate(self.columns):
+            target = x[:, cols]
+            nmse = (recons[:, :, cols] - target[:, None]).square().sum(2) / target.square().sum(1)[:, None]
+            for s, mean in enumerate(nmse.mean(0)):
+                loss = loss + mean * (1 / S if s == t else 1 / (S * (S - 1)))
+        return loss
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        return self.W_enc.detach(), self.W_dec.detach()

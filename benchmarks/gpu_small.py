@@ -1,0 +1,29 @@
+"""Every operator once at small ragged shapes: what compute-sanitizer watches."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from .cases import Shape
+from .gpu_cases import CALLS, TINY, DeviceOperands
+from .gpu_operators import Ours
+
+RAGGED = Shape("ragged", N=37, L=500, k=9, d_streams=(130, 7, 65))
+
+
+def main(device: str, backend: str) -> None:
+    ours = Ours(backend, torch.device(device))
+    for shape, dtype in ((RAGGED, torch.float32), (RAGGED, torch.bfloat16), (TINY, torch.float32)):
+        o = DeviceOperands(shape, dtype, torch.device(device))
+        for name, call in CALLS.items():
+            if hasattr(ours, name):
+                call(ours, o)()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print("every operator ran")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -1,0 +1,145 @@
+"""Times on a device, taken in turns, and the device's roofs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gpu_cases import Place
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an operator cannot do without."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    """Moved between memory and chip: every operand once, every touched row once, every result once."""
+    gathered: float = 0.0
+    """Read from the L2 cache by gathers."""
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """The best this device did in this run, a second."""
+
+    copy: float
+    gather: float
+    bfloat16: float
+    tf32: float
+    float32: float
+
+    def floor(self, work: Work, dtype: str) -> float:
+        """Seconds below which this work cannot come; float32 products may run as no narrower ones."""
+        rate = self.bfloat16 if dtype == "bfloat16" else self.float32
+        return max(work.flops / rate, work.bytes / self.copy, work.gathered / self.gather)
+
+
+class Clock:
+    """Times one run at a time, by the device's own events where there is a device."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        # twice the largest L2 cache there is: what was in the cache is gone after writing it
+        self.flushed = torch.empty(2**28 if place.is_gpu else 0, dtype=torch.int8, device=place.device)
+
+    def seconds(self, run: Run, repeats: int = 1, cold: bool = False) -> float:
+        """Of one run, the mean of `repeats` back to back; `cold`: not from a warm L2 cache."""
+        if cold:
+            self.flushed.zero_()
+        if not self.place.is_gpu:
+            began = perf_counter()
+            for _ in range(repeats):
+                run()
+            return (perf_counter() - began) / repeats
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / repeats
+
+    def in_turns(self, runs: Mapping[str, Run], seconds: float, cold: bool = False) -> dict[str, list[float]]:
+        """Each run's times, A B C A B C …, for about `seconds` and at least 3 rounds after a warm-up.
+
+        With `cold`, the cache is flushed before each; without, short runs repeat until they can be timed (1 ms).
+        """
+        repeats, once = {}, 0.0
+        for name, run in runs.items():
+            run()
+            took = self.seconds(run)
+            repeats[name] = 1 if cold else max(1, min(100, round(1e-3 / max(took, 1e-6))))
+            once += took * repeats[name] + (2e-4 if cold else 0)
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(max(3, min(50, round(seconds / max(once, 1e-6))))):
+            for name, run in runs.items():
+                times[name].append(self.seconds(run, repeats[name], cold))
+        return times
+
+
+def ratio(times: list[float], ours: list[float]) -> float:
+    """How many times ours fits into theirs: the median over rounds, so that a slow spell hits both alike."""
+    return median(a / b for a, b in zip(times, ours, strict=True))
+
+
+def measure_roofs(clock: Clock, small: bool = False) -> dict[str, float]:
+    """The fields of `Roofs`, best of 5: copies, gathers of rows from a table that the L2 cache holds, products."""
+    device = clock.place.device
+    best = lambda run: min(clock.seconds(run) for _ in range(6))  # noqa: E731  (the first warms up)
+    run, copied = copy_run(device, 2**16 if small else 2**28)
+    roofs = {"copy": copied / best(run)}
+    run, gathered = gather_run(device, programs=4 if small else 16384, rows=64 if small else 12288)
+    roofs["gather"] = gathered / best(run)
+    n = 64 if small else 8192
+    for name, dtype, tf32 in (
+        ("bfloat16", torch.bfloat16, False),
+        ("tf32", torch.float32, True),
+        ("float32", torch.float32, False),
+    ):
+        size = min(n, 4096) if dtype == torch.float32 else n
+        torch.manual_seed(0)
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        try:
+            roofs[name] = 2 * size**3 / best(lambda a=a, b=b: a @ b.T)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+    return roofs
+
+
+def copy_run(device: torch.device, numbers: int) -> tuple[Run, int]:
+    """A copy of a tensor beyond the caches, and the bytes it reads and writes."""
+    source = torch.ones(numbers, device=device)
+    target = torch.empty_like(source)
+    return (lambda: target.copy_(source)), 2 * source.nbytes
+
+
+def gather_run(device: torch.device, programs: int, rows: int, columns: int = 1024) -> tuple[Run, int]:
+    """Programs that each add up 64 random rows of a bfloat16 table of 24 MB, and the bytes they read."""
+    from .gpu_gather import sum_rows
+
+    torch.manual_seed(0)
+    table = torch.randn(rows, columns, device=device).to(torch.bfloat16)
+    chosen = torch.randint(rows, (programs, 64), device=device, dtype=torch.int32)
+    return (lambda: sum_rows(table, chosen)), programs * 64 * columns * 2
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, NaN included."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(x: Tensor) -> Tensor:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.detach().contiguous().view(integers[x.element_size()])

@@ -1,0 +1,205 @@
+"""Decode, squared errors, their gradient, and that gradient back to the values, from one gather of each sample's rows.
+
+E[n, s, d]           = sum_j values[n, s, j] W_dec[I[n, s, j], d] + pre_bias[d] - target[n, d]
+nmse[s, t]           = sum_n scale[n, t] sum_{d in t} E[n, s, d]^2
+grad_recons[n, s, d] = 2 weights[s, t] scale[n, t] E[n, s, d],  t = s(d)
+grad_values[n, s, j] = sum_d grad_recons[n, s, d] W_dec[I[n, s, j], d]
+grad_pre_bias[d]     = sum_{n, s} grad_recons[n, s, d]
+
+A program takes a sample and a chunk of columns of one target stream, BLOCK_D at a time. It gathers the sample's rows,
+cut to the block, keeps them, and has from them the errors of every source that shares the support, their gradient, and
+the block's part of grad_values. Supports too long to be kept are gathered a second time for the last of these. Where
+each stream has its own support, the sources of a sample are programs of their own. Columns are the slow axis of the
+grid, so that what all samples gather at a time can stay in the L2 cache.
+
+The chunks' parts of nmse, [chunks, S, N], and of grad_values, [chunks, N, S, k], are written out and summed in order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparc_fast.kernels.launching import column_blocks, launch, next_power_of_2, widths
+from sparc_fast.kernels.sparse_decode import (
+    arithmetic,
+    block_columns,
+    coefficients,
+    combine,
+    dense_rows,
+    gather,
+    locate,
+    operand_type,
+    stored,
+    sum_type,
+)
+from sparc_fast.kernels.sparse_decode_grad_values import dots
+from sparc_fast.reference import gradient_dtype, wide
+
+
+@triton.jit(do_not_specialize=["N"])
+def _decode_loss_kernel(
+    nmse_parts, grad_recons, grad_values_parts,
+    values, indices, W_dec, pre_bias, target, scale, weights, columns, W_stride, target_stride, N, S, k, L, D,
+    PER_STREAM: tl.constexpr, KEPT: tl.constexpr, ALIGNED: tl.constexpr, SUM: tl.constexpr, OPERAND: tl.constexpr,
+    TENSOR_CORES: tl.constexpr, SOURCES: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    n, chunk, first = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * SOURCES
+    begin = tl.multiple_of(tl.load(columns + chunk * 3), ALIGNED)
+    end = tl.multiple_of(tl.load(columns + chunk * 3 + 1), ALIGNED)
+    t = tl.load(columns + chunk * 3 + 2)
+    slots = tl.arange(0, SLOTS)
+    sources = first + slots
+    mine = (slots < SOURCES) & (sources < S)
+    weight = tl.load(weights + sources * S + t, mask=mine, other=0.0)
+    counts = weight != 0  # decided in float64: what is tiny still counts
+    k_read = tl.where(tl.max(counts.to(tl.int32), axis=0) > 0, k, 0)  # no row, where no source counts
+    support = indices + ((n * S + first) * k if PER_STREAM else n * k)
+    values += n * S * k
+    grad_values_parts += (chunk.to(tl.int64) * N + n) * S * k
+
+    sample_scale = tl.load(scale + n * S + t).to(SUM)
+    factor = tl.where(counts, 2 * weight.to(SUM) * sample_scale, 0.0)
+    j = tl.arange(0, BLOCK_K)
+    parts = grad_values_parts + sources[:, None] * k + j[None, :]
+
+    if KEPT:
+        offsets, wanted = locate(support, W_stride, j, k_read, L)
+        value = coefficients(values, sources, mine, k, j, wanted)
+    squares = tl.zeros([SLOTS], SUM)
+    products = tl.zeros([SLOTS, BLOCK_K], SUM)
+    for start in range(begin, end, BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)
+        inside = cols < end
+        error = tl.zeros([SLOTS, BLOCK_D], SUM)
+        if KEPT:
+            rows = gather(W_dec, offsets, wanted, cols, inside)
+            error = combine(error, value, rows, SOURCES, TENSOR_CORES, OPERAND)
+        else:
+            for start_j in range(0, k, BLOCK_K):
+                at = start_j + j
+                offsets, wanted = locate(support, W_stride, at, k_read, L)
+                rows = gather(W_dec, offsets, wanted, cols, inside)
+                value = coefficients(values, sources, mine, k, at, wanted)
+                error = combine(error, value, rows, SOURCES, TENSOR_CORES, OPERAND)
+        bias = tl.load(pre_bias + cols, mask=inside, other=0.0).to(SUM)
+        bias -= tl.load(target + n * target_stride + cols, mask=inside, other=0.0).to(SUM)
+        # a pair of weight 0 is not computed: nothing it holds, NaN or not, goes on from here
+        error = tl.where(counts[:, None] & inside[None, :], error + bias[None, :], 0.0)
+        squares += tl.sum(error * error, axis=1)
+        # grad_values comes from the gradient as it is stored
+        grad = (factor[:, None] * error).to(grad_recons.dtype.element_ty)
+        out = grad_recons + (n * S + sources)[:, None] * D + cols[None, :]
+        tl.store(out, grad, mask=mine[:, None] & inside[None, :])
+        if KEPT:
+            products = dots(products, grad, rows, SOURCES, TENSOR_CORES, OPERAND)
+        else:
+            for start_j in range(0, k, BLOCK_K):
+                at = start_j + j
+                offsets, wanted = locate(support, W_stride, at, k_read, L)
+                rows = gather(W_dec, offsets, wanted, cols, inside)
+                part = dots(tl.zeros([SLOTS, BLOCK_K], SUM), grad, rows, SOURCES, TENSOR_CORES, OPERAND)
+                part = tl.where(wanted[None, :], part, 0.0)
+                tl.store(parts + start_j, part, mask=mine[:, None] & (at < k)[None, :])
+    squares = tl.where(counts, sample_scale * squares, 0.0)
+    tl.store(nmse_parts + (chunk.to(tl.int64) * S + sources) * N + n, squares, mask=mine)
+    if KEPT:
+        products = tl.where(wanted[None, :], products, 0.0)  # where there is no row, whatever the gradient is
+        tl.store(parts, products, mask=mine[:, None] & (j < k)[None, :])
+
+
+@triton.jit(do_not_specialize=["size"])
+def _sum_parts_kernel(total, parts, size, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """total[i] = sum_c parts[c, i], in order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    sums = tl.load(parts + i, mask=inside, other=0.0)
+    for _ in range(1, CHUNKS):
+        parts += size
+        sums += tl.load(parts + i, mask=inside, other=0.0)
+    tl.store(total + i, sums, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _nmse_kernel(nmse, parts, columns, N, S, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """nmse[s, t] = the sum of parts[c, s, n] over samples and the chunks c of stream t, in float64."""
+    s, t = tl.program_id(0), tl.program_id(1)
+    sums = tl.zeros([BLOCK_N], tl.float64)
+    for chunk in range(CHUNKS):
+        N_read = tl.where(tl.load(columns + chunk * 3 + 2) == t, N, 0)
+        part = parts + (chunk * S + s).to(tl.int64) * N
+        for start in range(0, N, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            sums += tl.load(part + n, mask=n < N_read, other=0.0).to(tl.float64)
+    tl.store(nmse + s * S + t, tl.sum(sums, axis=0))
+
+
+def choice(S: int, k: int, L: int, width: int, values: torch.dtype, rows: torch.dtype) -> dict[str, int]:
+    # estimated, not measured: 16 KB of rows a block, so that the next block is fetched meanwhile; 512 columns a chunk
+    block_k = max(next_power_of_2(k), 16)
+    block_d = min(max(next_power_of_2(width), 16), max(16384 // (block_k * rows.itemsize), 256 // rows.itemsize), 512)
+    kept = block_k * block_d * rows.itemsize <= 65536
+    block_k = block_k if kept else 64
+    return {
+        "CHUNK": max(block_columns(L, width, rows.itemsize, 512), block_d) if kept else block_d,
+        "KEPT": kept,
+        "BLOCK_K": block_k,
+        "BLOCK_D": block_d,
+        "num_warps": min(max(block_k * block_d * rows.itemsize // 4096, 1), 8),
+        "num_stages": 3 if block_k * block_d * rows.itemsize <= 32768 else 2,  # within 99 KB of shared memory
+        **arithmetic(S, values, rows),
+    }
+
+
+def decode_loss(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    pre_bias: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    weights: Sequence[float],
+    d_streams: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (N, S, k), (L, D), device = values.shape, W_dec.shape, values.device
+    sums, dtype = sum_type(values, W_dec, pre_bias, target), gradient_dtype(values)
+    stored_sums = torch.float64 if sums == tl.float64 else torch.float32
+    per_stream = indices.ndim == 3
+    chosen = choice(1 if per_stream else S, k, L, max(d_streams), values.dtype, W_dec.dtype)
+    columns = column_blocks(widths(d_streams), chosen.pop("CHUNK"), device)
+    chunks = len(columns)
+
+    nmse_parts = torch.empty(chunks, S, N, dtype=stored_sums, device=device)
+    grad_values_parts = torch.empty(chunks, N, S, k, dtype=stored_sums, device=device)
+    grad_recons = torch.empty(N, S, D, dtype=stored(dtype, device), device=device)
+    rows, target = dense_rows(W_dec), dense_rows(target)
+    launch(
+        _decode_loss_kernel, (N, chunks, triton.cdiv(S, chosen["SOURCES"])),
+        nmse_parts, grad_recons, grad_values_parts,
+        values.contiguous(), indices.contiguous(), rows, pre_bias.contiguous(), target, scale.contiguous(),
+        _weights(tuple(weights), device), columns, rows.stride(0), target.stride(0), N, S, k, L, D,
+        PER_STREAM=per_stream, ALIGNED=math.gcd(16, *d_streams), SUM=sums, OPERAND=operand_type(values), **chosen,
+    )  # fmt: skip
+
+    grad_values = torch.empty(N, S, k, dtype=stored(dtype, device), device=device)
+    size = grad_values.numel()
+    launch(
+        _sum_parts_kernel, (triton.cdiv(size, 1024),), grad_values, grad_values_parts, size, CHUNKS=chunks, BLOCK=1024
+    )
+    nmse = torch.empty(S, S, dtype=stored_sums, device=device)
+    launch(_nmse_kernel, (S, S), nmse, nmse_parts, columns, N, S, CHUNKS=chunks, BLOCK_N=1024)
+    grad_recons = grad_recons.to(dtype)
+    return nmse, grad_recons, grad_values.to(dtype), grad_recons.sum((0, 1), dtype=wide(grad_recons[:0]).dtype)
+
+
+@cache
+def _weights(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    """Kept for good: a captured CUDA graph goes on reading it."""
+    return torch.tensor(weights, dtype=torch.float64, device=device)

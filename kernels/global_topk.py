@@ -1,0 +1,535 @@
+"""indices[n] = the k latents l of largest h[n, l] = sum_d (x - pre_bias)[n, d] W_enc[l, d] + sum_s latent_bias[s, l].
+
+h is summed in float64 and rounded once to float32; ties go to the lower latent, NaN ranks with +inf. Almost all latents
+are excluded without that sum, by a GEMM in the tensor cores, chunk by chunk of latents, never [N, L].
+
+Let h = x.w + b exactly, x centred, and a the product of X and W, rounded copies of x and w. Then
+    |a + b - h| <= E = p ||w|| + q ||w - W|| + c |a| + s,   p = ||x - X|| + gamma ||X||,   q = (1 + gamma) ||X||:
+  x.w - X.W = (x - X).w + X.(w - W)           by Cauchy-Schwarz, at most ||x - X|| ||w|| + ||X|| ||w - W||;
+  the GEMM sums D products in any order       gamma ||X|| ||W||,  gamma = D u / (1 - D u),  u = 2^-22: four times the
+                                              unit roundoff, as tensor cores align the 16 products of an instruction
+                                              and the sum so far to the largest and cut them to no fewer than 24 bits:
+                                              at most 17 * 2^-23 of sum_d |X_d W_d| an instruction;  ||W|| <= ||w|| +
+                                              ||w - W||; this is also far above what the float64 sum adds;
+  a + b, b and E are rounded to float32       c = 2^-22,  s = 2^-22 |b|,  p and q grow by 2^-20;
+  products, inputs may flush to zero          s += 4 (D + 8) 2^-126, and 2^-63 sqrt(D) on every norm.
+Norms are measured, and rounded up. A row of x or w that is all zero makes a = 0 and E = 0. A norm above 10^18 counts as
+infinite: no sum that is bounded can overflow. An infinite or NaN E makes the interval [-inf, inf]. float16 copies are
+of rows times a power of two, which brings their largest number to [1, 2): no number is out of range, and what becomes
+too small is in ||x - X||. Rounding is monotone, so [a + b - E, a + b + E] also holds the rounded score.
+
+The filter (topk_rows.py says how) keeps, sample by sample, what may be among the k largest. In the end those whose
+lower end is above all but k upper ends are in the support; of the others, the ambiguous, those around the k-th get a
+sum in float32, whose sums are short: ||x|| ||w|| (D / BLOCK_D + 64) 2^-23 is its E. What is still ambiguous gets the
+score of the specification, which makes its interval a point. Samples whose candidates do not fit, whose norm is not
+finite, and all of float64, are scored in full: by programs that each stream a part of W, or end if there are none.
+A score is summed in an order that depends on D alone: no result depends on the batch, the chunks or these choices.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparc_fast.kernels.launching import launch, next_power_of_2
+from sparc_fast.kernels.topk_rows import TOP, candidate_room, choose, kth_largest, merge_parts, sortable, take
+from sparc_fast.reference import wide
+
+ROWS = 4096  # samples of one GEMM
+SCORES = 0.64  # of the L2 cache may be scores of one GEMM: they are still there when the filter reads them
+ROOM, SPARE = 8, 256  # a sample may hold ROOM k + SPARE candidates
+CANDIDATES = 2**27  # bytes of candidates, unless a single sample needs more
+LARGEST_NORM = tl.constexpr(1e18)
+
+
+def measure_choice(D: int) -> dict[str, int]:
+    # estimated, not measured: 16 numbers a thread, loaded 16 bytes at a time; short rows by many at once
+    block = min(512, max(16, next_power_of_2(D)))
+    return {"ROWS": 4 if block == 512 else 64, "BLOCK_D": block, "num_warps": 4}
+
+
+def filter_choice(chunk: int) -> dict[str, int]:
+    # estimated, not measured: 8 scores and 2 candidates a thread keep the registers few
+    block = min(2048, max(16, next_power_of_2(chunk)))
+    return {"COLUMNS": block, "BLOCK": min(block, 512), "num_warps": 8 if block > 512 else 2}
+
+
+def settle_choice(D: int, capacity: int, item_size: int) -> dict[str, int]:
+    # estimated, not measured: 8 KB of W in flight for each of four samples a multiprocessor. BLOCK_D: see full_choice
+    block_d = min(256, max(16, next_power_of_2(D)))
+    block = min(512, max(16, next_power_of_2(capacity)))
+    return {
+        "R": min(64, 8192 // item_size // block_d),
+        "EXACT_R": 2,
+        "BLOCK_D": block_d,
+        "BLOCK": block,
+        "num_warps": 4,
+    }
+
+
+def full_choice(D: int, item_size: int) -> dict[str, int]:
+    # estimated, not measured: the reductions of a step are short beside its 8 KB of W. BLOCK_D is the order of a
+    # score's sum: the same here and in settle_choice
+    block_d = min(256, max(16, next_power_of_2(D)))
+    return {"R": min(64, 8192 // item_size // block_d), "BLOCK_D": block_d, "BLOCK": 512, "num_warps": 8}
+
+
+@lru_cache(maxsize=256)
+def chunk_length(rows: int, L: int, l2_bytes: int, multiprocessors: int) -> int:
+    """Latents of one GEMM: scores that stay in L2, and tiles of 128 x 256 that fill whole waves."""
+    most = max(256, int(SCORES * l2_bytes) // (4 * rows) // 256 * 256)
+    if most >= L:
+        return L
+
+    def used(chunk: int) -> float:
+        tiles = -(-rows // 128) * (chunk // 256)
+        return tiles / (-(-tiles // multiprocessors) * multiprocessors)
+
+    return max(range(max(256, most // 512 * 256), most + 1, 256), key=lambda chunk: (round(used(chunk), 2), chunk))
+
+
+@lru_cache(maxsize=64)
+def _device(device: torch.device) -> tuple[int, int]:
+    """(bytes of L2 cache, multiprocessors)"""
+    if device.type != "cuda":
+        return 2**20, 1
+    properties = torch.cuda.get_device_properties(device)
+    return properties.L2_cache_size, properties.multi_processor_count
+
+
+@triton.jit
+def _norm_above(squares, growth, flushed, inverse, largest):
+    """At least the root of a sum of squares taken in float32; 0 only of a row that is all zero; NaN stays."""
+    norm = growth * (tl.sqrt(squares) * growth + flushed) * inverse
+    norm = tl.where(norm >= LARGEST_NORM, float("inf"), norm)
+    return tl.where((largest == 0) & (norm < LARGEST_NORM), 0.0, norm)
+
+
+@triton.jit(do_not_specialize=["N", "growth", "flushed"])
+def _measure(
+    v, stride, pre_bias, copy, norm, residual, inverse_scale, N, D, growth, flushed,
+    CENTRED: tl.constexpr, COPIED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Copies rows of v (minus pre_bias), and bounds their norms and what the copy took from them."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    wanted = row < N
+    place = row.to(tl.int64)[:, None]
+    inverse = tl.full((ROWS,), 1.0, tl.float32)
+    scale = inverse
+    if SCALED:
+        largest = tl.zeros((ROWS,), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            column = d + tl.arange(0, BLOCK_D)
+            inside = wanted[:, None] & (column < D)[None, :]
+            number = tl.load(v + place * stride + column[None, :], mask=inside, other=0).to(tl.float32)
+            if CENTRED:
+                number -= tl.load(pre_bias + column, mask=column < D, other=0).to(tl.float32)[None, :]
+            largest = tl.maximum(largest, tl.max(tl.abs(number), axis=1))
+        # 2^60 and its inverse bound the factors: their products stay normal numbers
+        exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 127 - 60), 127 + 60)
+        inverse = (exponent << 23).to(tl.float32, bitcast=True)
+        scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    squares = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    lost = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    largest = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        column = d + tl.arange(0, BLOCK_D)
+        inside = wanted[:, None] & (column < D)[None, :]
+        number = tl.load(v + place * stride + column[None, :], mask=inside, other=0).to(tl.float32)
+        if CENTRED:
+            number -= tl.load(pre_bias + column, mask=column < D, other=0).to(tl.float32)[None, :]
+        largest = tl.maximum(largest, tl.abs(number))
+        number = number * scale[:, None]
+        squares += number * number
+        if COPIED:
+            rounded = number.to(copy.dtype.element_ty)
+            tl.store(copy + place * D + column[None, :], rounded, mask=inside)
+            rest = number - rounded.to(tl.float32)
+            lost += rest * rest
+    highest = tl.max(largest, axis=1)
+    tl.store(norm + row, _norm_above(tl.sum(squares, axis=1), growth, flushed, inverse, highest), mask=wanted)
+    if COPIED:
+        rest = _norm_above(tl.sum(lost, axis=1), growth, flushed, inverse, highest)
+        tl.store(residual + row, tl.where(rest == rest, rest, float("inf")), mask=wanted)
+        tl.store(inverse_scale + row, inverse, mask=wanted)
+
+
+@triton.jit
+def _interval(a, b, bound, slack, zero):
+    """Keys of the ends of a + b -+ E, where a is x.w up to `bound`, or 0 where a row is zero."""
+    size = tl.abs(b)
+    error = bound + (2.0**-22 * tl.abs(a) + slack + 2.0**-22 * tl.where(size < LARGEST_NORM, size, 0))
+    error = tl.where(zero, 0, error)
+    error = tl.where((size >= LARGEST_NORM) & (size < float("inf")), float("nan"), error)
+    lower = a + b - error
+    return sortable(tl.where(lower == lower, lower, float("-inf"))), sortable(a + b + error)
+
+
+@triton.jit(do_not_specialize=["first", "chunk", "k", "capacity", "gamma", "flushed", "slack"])
+def _filter(
+    scores, first, chunk, bias, w_norm, w_residual, w_inverse, x_norm, x_residual, x_inverse, counts, thresholds,
+    lows, highs, latents, k, capacity, gamma, flushed, slack,
+    COPIED: tl.constexpr, TOP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Takes in the scores of latents first ... first + chunk - 1 of one sample."""
+    row = tl.program_id(0)
+    place = row.to(tl.int64)
+    rest = tl.load(x_residual + row)
+    whole = tl.load(x_norm + row) + rest
+    p = (rest + gamma * whole) * (1 + 2.0**-20)
+    q = (1 + gamma) * whole * (1 + 2.0**-20)
+    inverse = tl.load(x_inverse + row)
+    count, threshold = tl.load(counts + row), tl.load(thresholds + row)
+    # a count of -1 is a sample given up, -2 one that holds NaN
+    start_count = tl.where(whole != whole, -2, tl.where(q < float("inf"), 0, -1))
+    count = tl.where(first == 0, start_count, count)
+    threshold = tl.where(first == 0, -TOP, threshold)
+    lows += place * capacity
+    highs += place * capacity
+    latents += place * capacity
+    for start in range(0, chunk, COLUMNS):
+        lane = start + tl.arange(0, COLUMNS)
+        valid = lane < chunk
+        latent = first + lane
+        a = tl.load(scores + place * chunk + lane, mask=valid, other=0)
+        b = tl.load(bias + latent, mask=valid, other=0)
+        norm = tl.load(w_norm + latent, mask=valid, other=0)
+        if COPIED:
+            a *= inverse * tl.load(w_inverse + latent, mask=valid, other=1)
+            residual = tl.load(w_residual + latent, mask=valid, other=0)
+        else:
+            a *= inverse
+            residual = flushed
+        zero = (norm < tl.where(whole == 0, float("inf"), 0)) | (norm == 0)
+        lower, upper = _interval(a, b, p * norm + q * residual, slack, zero)
+        count, threshold = take(
+            lower, upper, latent, valid, count, threshold, lows, highs, latents, k, capacity, False, TOP,
+            BLOCK,
+        )  # fmt: skip
+    tl.store(counts + row, count)
+    tl.store(thresholds + row, threshold)
+
+
+@triton.jit
+def _exact_scores(
+    x, pre_bias, W, W_stride, bias, latent, wanted, D, SUM: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The scores of the specification of a sample and R latents, as keys. Halving fixes the order of the sum."""
+    sums = tl.zeros((R, BLOCK_D), tl.float64)
+    for d in range(0, D, BLOCK_D):
+        column = d + tl.arange(0, BLOCK_D)
+        inside = column < D
+        centred = tl.load(x + column, mask=inside, other=0).to(SUM)
+        centred -= tl.load(pre_bias + column, mask=inside, other=0).to(SUM)
+        place = latent.to(tl.int64)[:, None] * W_stride + column[None, :]
+        w = tl.load(W + place, mask=wanted[:, None] & inside[None, :], other=0)
+        sums += w.to(tl.float64) * centred.to(tl.float64)[None, :]
+    width: tl.constexpr = BLOCK_D // 16
+    # within 16 neighbours, then over these
+    parts = tl.reshape(sums, (R, width, 16))
+    a, b = tl.split(tl.reshape(parts, (R, width, 8, 2)))
+    a, b = tl.split(tl.reshape(a + b, (R, width, 4, 2)))
+    a, b = tl.split(tl.reshape(a + b, (R, width, 2, 2)))
+    a, b = tl.split(a + b)
+    total = tl.reshape(a + b, (R, width))
+    if width >= 32:
+        a, b = tl.split(tl.reshape(total, (R, width // 2, 2)))
+        total = a + b
+    if width >= 16:
+        a, b = tl.split(tl.reshape(total, (R, total.shape[1] // 2, 2)))
+        total = a + b
+    if width >= 8:
+        a, b = tl.split(tl.reshape(total, (R, total.shape[1] // 2, 2)))
+        total = a + b
+    if width >= 4:
+        a, b = tl.split(tl.reshape(total, (R, total.shape[1] // 2, 2)))
+        total = a + b
+    if width >= 2:
+        a, b = tl.split(tl.reshape(total, (R, total.shape[1] // 2, 2)))
+        total = tl.reshape(a + b, (R, 1))
+    score = tl.reshape(total, (R,)) + tl.load(bias + latent, mask=wanted, other=0)
+    return sortable(score.to(SUM))
+
+
+@triton.jit
+def _float32_dots(x, pre_bias, W, W_stride, latent, wanted, D, R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The products of a sample and R latents; no sum is deeper than D / BLOCK_D + 32."""
+    sums = tl.zeros((R, BLOCK_D), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        column = d + tl.arange(0, BLOCK_D)
+        inside = column < D
+        centred = tl.load(x + column, mask=inside, other=0).to(tl.float32)
+        centred -= tl.load(pre_bias + column, mask=inside, other=0).to(tl.float32)
+        place = latent.to(tl.int64)[:, None] * W_stride + column[None, :]
+        w = tl.load(W + place, mask=wanted[:, None] & inside[None, :], other=0)
+        sums += w.to(tl.float32) * centred[None, :]
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
+def _mark(above, below, lows, highs, places, count, TOP: tl.constexpr, BLOCK: tl.constexpr):
+    """Lists the intervals with lower end <= `above` and upper end >= `below` that are not points."""
+    marked = 0
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        low = tl.load(lows + place, mask=place < count, other=TOP)
+        high = tl.load(highs + place, mask=place < count, other=-TOP)
+        mark = (low < high) & (low <= above) & (high >= below)
+        slot = marked + tl.cumsum(mark.to(tl.int32), axis=0) - 1
+        tl.store(places + slot, place, mask=mark)
+        marked += tl.sum(mark.to(tl.int32), axis=0)
+    tl.debug_barrier()
+    return marked
+
+
+@triton.jit(do_not_specialize=["first_row", "k", "capacity", "rounding", "slack"])
+def _settle(
+    x, x_stride, pre_bias, W, W_stride, bias, first_row, D, x_norm, w_norm, counts, lows, highs, latents, places, k,
+    capacity, rounding, slack, indices, given_up, total,
+    R: tl.constexpr, EXACT_R: tl.constexpr, BLOCK_D: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The support of one sample from its candidates, or its number among those given up."""
+    row = tl.program_id(0).to(tl.int64)
+    count, size = tl.load(counts + row), tl.load(x_norm + row)
+    lows += row * capacity
+    highs += row * capacity
+    latents += row * capacity
+    places += row * capacity
+    row += first_row
+    x += row * x_stride
+    indices += row * k
+    if count == -1:
+        tl.store(given_up + tl.atomic_add(total, 1), row.to(tl.int32))
+    elif count == -2:  # every score is NaN
+        for start in range(0, k, BLOCK):
+            lane = start + tl.arange(0, BLOCK)
+            tl.store(indices + lane, lane, mask=lane < k)
+    else:
+        if count > k:
+            # the k-th score is between these: intervals around it become narrow by a sum in float32
+            least, rival = kth_largest(lows, count, k, TOP, BLOCK), kth_largest(highs, count, k, TOP, BLOCK)
+            kth = (least >> 1) + (rival >> 1)
+            marked = _mark(kth, kth, lows, highs, places, count, TOP, BLOCK)
+            for start in range(0, marked, R):
+                lane = start + tl.arange(0, R)
+                wanted = lane < marked
+                place = tl.load(places + lane, mask=wanted, other=0)
+                latent = tl.load(latents + place, mask=wanted, other=0)
+                a = _float32_dots(x, pre_bias, W, W_stride, latent, wanted, D, R, BLOCK_D)
+                b = tl.load(bias + latent, mask=wanted, other=0).to(tl.float32)
+                norm = tl.load(w_norm + latent, mask=wanted, other=0)
+                lower, upper = _interval(a, b, rounding * size * norm, slack, tl.minimum(norm, size) == 0)
+                lower = tl.maximum(lower, tl.load(lows + place, mask=wanted, other=0))
+                upper = tl.minimum(upper, tl.load(highs + place, mask=wanted, other=0))
+                tl.debug_barrier()  # the same number may be held by several threads
+                tl.store(lows + place, lower, mask=wanted)
+                tl.store(highs + place, upper, mask=wanted)
+            tl.debug_barrier()
+            # few are left on both sides of these: they get the score of the specification
+            least, rival = kth_largest(lows, count, k, TOP, BLOCK), kth_largest(highs, count, k + 1, TOP, BLOCK)
+            marked = _mark(rival, least, lows, highs, places, count, TOP, BLOCK)
+            for start in range(0, marked, EXACT_R):
+                lane = start + tl.arange(0, EXACT_R)
+                wanted = lane < marked
+                place = tl.load(places + lane, mask=wanted, other=0)
+                latent = tl.load(latents + place, mask=wanted, other=0)
+                key = _exact_scores(x, pre_bias, W, W_stride, bias, latent, wanted, D, tl.float32, EXACT_R, BLOCK_D)
+                tl.store(lows + place, key, mask=wanted)
+                tl.store(highs + place, key, mask=wanted)
+            tl.debug_barrier()
+            for start in range(0, count, BLOCK):
+                place = start + tl.arange(0, BLOCK)
+                low = tl.load(lows + place, mask=place < count, other=-TOP)
+                high = tl.load(highs + place, mask=place < count, other=-TOP)
+                key = tl.where(low > rival, TOP - 1, tl.where(high < least, -TOP, low))
+                tl.debug_barrier()
+                tl.store(lows + place, key, mask=place < count)
+        choose(lows, latents, count, k, indices, lows, False, TOP, BLOCK)
+
+
+@triton.jit(do_not_specialize=["L", "k", "capacity"])
+def _score_in_full(
+    x, x_stride, pre_bias, W, W_stride, bias, L, D, k, capacity, total, rows, keys, latents, part_keys, part_latents,
+    part_counts, indices,
+    SUM: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The k largest exact scores of the samples given up; where these are few, of parts, which `merge_parts` joins."""
+    program = tl.program_id(0)
+    groups = tl.load(total)
+    parts = tl.maximum(tl.num_programs(0) // tl.maximum(groups, 1), 1)
+    span = tl.cdiv(L, parts)
+    keys += program.to(tl.int64) * capacity
+    latents += program.to(tl.int64) * capacity
+    part_keys += program.to(tl.int64) * k
+    part_latents += program.to(tl.int64) * k
+    for task in range(program, groups * parts, tl.num_programs(0)):
+        row = tl.load(rows + task // parts).to(tl.int64)
+        begin = task % parts * span
+        end = tl.minimum(begin + span, L)
+        count, threshold = tl.full((), 0, tl.int32), tl.full((), -TOP, keys.dtype.element_ty)
+        for start in range(begin, end, R):
+            latent = start + tl.arange(0, R)
+            wanted = latent < end
+            key = _exact_scores(x + row * x_stride, pre_bias, W, W_stride, bias, latent, wanted, D, SUM, R, BLOCK_D)
+            count, threshold = take(
+                key, key, latent, wanted, count, threshold, keys, keys, latents, k, capacity, True, TOP, BLOCK
+            )
+        written = choose(keys, latents, count, k, part_latents, part_keys, True, TOP, BLOCK)
+        tl.store(part_counts + program, written)
+        tl.debug_barrier()
+        if parts == 1:
+            for start in range(0, k, BLOCK):
+                lane = start + tl.arange(0, BLOCK)
+                name = tl.load(part_latents + lane, mask=lane < k, other=0)
+                tl.store(indices + row * k + lane, name, mask=lane < k)
+            tl.debug_barrier()
+
+
+def _float32_is_ieee(device: torch.device) -> bool:
+    """Whether torch may not multiply float32 matrices in fewer bits, which would have no bound."""
+    backends = torch.backends
+    matmul = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
+    return not {matmul.fp32_precision, getattr(backends, "fp32_precision", "none")} & {"tf32", "bf16"}
+
+
+def operand_dtype(W: Tensor, screening: str) -> torch.dtype:
+    """What the GEMM multiplies: W as it is stored where that is narrow, else copies."""
+    if screening == "off" and _float32_is_ieee(W.device):
+        return torch.float32
+    # sums of float16 products in float16 have no bound that is of use
+    narrow_sums = torch.backends.cuda.matmul.allow_fp16_accumulation
+    return torch.bfloat16 if W.dtype == torch.bfloat16 or screening == "bf16" or narrow_sums else torch.float16
+
+
+def _multiply(X: Tensor, W: Tensor, out: Tensor) -> None:
+    """out = X W^T, summed and stored in float32."""
+    if not X.is_cuda:
+        out.copy_(X.double() @ W.double().T)
+    elif X.dtype == torch.float32:
+        torch.mm(X, W.T, out=out)
+    else:
+        torch.mm(X, W.T, out_dtype=torch.float32, out=out)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The numbers of a row side by side."""
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
+
+
+def global_topk(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+) -> Tensor:
+    """int32 [N, k], the support of each sample.
+
+    Scratch at N = 4096, k = 64: 32 MB of scores, 50 MB of candidates (16 bytes for each of 8 k + 256), the copy of x,
+    and the copy of a chunk of W unless W is stored in what the GEMM multiplies.
+    """
+    x, W = _rows(x.detach()), _rows(W_enc.detach())
+    pre_bias, N = pre_bias.detach().contiguous(), len(x)
+    bias = latent_bias.detach().sum(0, dtype=torch.float64)
+    indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
+    if N == 0:
+        return indices
+    sums = torch.promote_types(wide(x).dtype, wide(pre_bias).dtype)
+    if torch.float64 in (sums, W.dtype):
+        rows = torch.arange(N, dtype=torch.int32, device=x.device)
+        total = torch.full((1,), N, dtype=torch.int32, device=x.device)
+    else:
+        rows = torch.empty(N, dtype=torch.int32, device=x.device)
+        total = torch.zeros(1, dtype=torch.int32, device=x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            _screen(x, W, pre_bias, bias, k, operand_dtype(W, screening), indices, rows, total)
+    _in_full(x, W, pre_bias, bias, k, sums, indices, rows, total)
+    return indices
+
+
+def _screen(
+    x: Tensor, W: Tensor, pre_bias: Tensor, bias: Tensor, k: int, dtype: torch.dtype, indices: Tensor, given_up: Tensor,
+    total: Tensor,
+) -> None:  # fmt: skip
+    """Writes the supports that the GEMM proves, and the numbers of the other samples into given_up[:total]."""
+    (N, D), L, device = x.shape, len(W), x.device
+    capacity = min(ROOM * k + SPARE, L)
+    blocks = -(-N // max(1, min(ROWS, CANDIDATES // (16 * capacity))))
+    rows = -(-N // blocks // 8) * 8
+    chunk = chunk_length(rows, L, *_device(device))
+    growth, flushed = 1 + math.ldexp(D + 48, -24), math.ldexp(math.sqrt(D), -63)
+    Du = math.ldexp(D, -22)
+    bounds = Du / (1 - Du) if Du < 1 else math.inf, flushed, math.ldexp(4 * (D + 8), -126)
+    settled = settle_choice(D, capacity, W.element_size())
+    rounding = math.ldexp(triton.cdiv(D, settled["BLOCK_D"]) + 64, -23)
+    copied, scaled = W.dtype != dtype, dtype == torch.float16
+
+    def measure(v: Tensor, copy: Tensor, numbers: Tensor, centred: bool, copied: bool) -> None:
+        launched = measure_choice(D)
+        launch(
+            _measure, (triton.cdiv(len(v), launched["ROWS"]),), v, v.stride(0), pre_bias, copy, *numbers, len(v), D,
+            growth, flushed, CENTRED=centred, COPIED=copied, SCALED=scaled and copied, **launched,
+        )  # fmt: skip
+
+    # a number of rows that divides by 8 keeps every pointer below aligned, and kernels are compiled once
+    X = torch.empty(rows, D, dtype=dtype, device=device)
+    scores = torch.empty(rows * chunk, dtype=torch.float32, device=device)
+    narrow_bias = bias.float()
+    # norm, residual norm and inverse scale
+    of_x = torch.empty(3, rows, dtype=torch.float32, device=device)
+    of_w = torch.empty(3 if copied else 1, L, dtype=torch.float32, device=device)
+    copy = torch.empty(chunk, D, dtype=dtype, device=device) if copied else W
+    counts, thresholds = torch.empty(2, rows, dtype=torch.int32, device=device)
+    lows, highs, latents, places = torch.empty(4, rows * capacity, dtype=torch.int32, device=device)
+    if not copied:
+        measure(W, W, of_w.expand(3, L), centred=False, copied=False)
+    for n in range(0, N, rows):
+        samples = x[n : n + rows]
+        N_here = len(samples)
+        measure(samples, X, of_x, centred=True, copied=True)
+        for first in range(0, L, chunk):
+            weights = W[first : first + chunk]
+            m = len(weights)
+            if copied:
+                measure(weights, copy, of_w[:, first : first + m], centred=False, copied=True)
+                weights = copy[:m]
+            product = scores[: N_here * m].view(N_here, m)
+            _multiply(X[:N_here], weights, product)
+            launch(
+                _filter, (N_here,), product, first, m, narrow_bias, *of_w.expand(3, L), *of_x, counts, thresholds,
+                lows, highs, latents, k, capacity, *bounds, COPIED=copied, TOP=TOP[torch.float32],
+                **filter_choice(chunk),
+            )  # fmt: skip
+        launch(
+            _settle, (N_here,), x, x.stride(0), pre_bias, W, W.stride(0), bias, n, D, of_x[0], of_w[0], counts, lows,
+            highs, latents, places, k, capacity, rounding, bounds[2], indices, given_up, total,
+            TOP=TOP[torch.float32], **settled,
+        )  # fmt: skip
+
+
+def _in_full(
+    x: Tensor, W: Tensor, pre_bias: Tensor, bias: Tensor, k: int, sums: torch.dtype, indices: Tensor, rows: Tensor,
+    total: Tensor,
+) -> None:  # fmt: skip
+    """The supports of the samples rows[:total]."""
+    (N, D), L, device = x.shape, len(W), x.device
+    # estimated, not measured: two programs a multiprocessor
+    most = 2 * _device(device)[1]
+    capacity = candidate_room(k, L)
+    key_dtype = torch.int64 if sums == torch.float64 else torch.int32
+    keys = torch.empty(most, capacity, dtype=key_dtype, device=device)
+    latents = torch.empty(most, capacity, dtype=torch.int32, device=device)
+    part_keys = torch.empty(most, k, dtype=key_dtype, device=device)
+    part_latents = torch.empty(most, k, dtype=torch.int32, device=device)
+    part_counts = torch.empty(most, dtype=torch.int32, device=device)
+    launched = full_choice(D, W.element_size())
+    launch(
+        _score_in_full, (most,), x, x.stride(0), pre_bias, W, W.stride(0), bias, L, D, k, capacity, total, rows, keys,
+        latents, part_keys, part_latents, part_counts, indices,
+        SUM=tl.float64 if sums == torch.float64 else tl.float32, TOP=TOP[sums], **launched,
+    )  # fmt: skip
+    launch(
+        merge_parts, (min(N, most // 2),), part_keys, part_latents, part_counts, total, rows, k, capacity, most, keys,
+        latents, indices, TOP=TOP[sums], BLOCK=launched["BLOCK"], num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,45 @@
+"""entries[offsets[l] : offsets[l + 1]] = the flat positions p, ascending, with indices.view(-1)[p] == l.
+
+A stable radix sort of the positions by latent; then every latent looks up its first position by binary search.
+Latents outside 0 ... L - 1 sort to the ends and are in no segment.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparc_fast.kernels.launching import launch, next_power_of_2
+
+
+def choice(n_latents: int) -> dict[str, int]:
+    # estimated, not measured: neighbours search the same cache lines, so only their number in flight counts
+    return {"BLOCK_L": min(next_power_of_2(n_latents + 1), 256), "num_warps": 4}
+
+
+def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
+    keys = indices.detach().reshape(-1)
+    if keys.dtype != torch.int32:  # half as many passes of the sort; clamped first, so that none wraps into range
+        keys = keys.clamp(-1, n_latents).to(torch.int32)
+    keys, entries = torch.sort(keys, stable=True)
+    offsets = torch.empty(n_latents + 1, dtype=torch.int64, device=indices.device)
+    chosen = choice(n_latents)
+    grid = (triton.cdiv(n_latents + 1, chosen["BLOCK_L"]),)
+    launch(_offsets_kernel, grid, offsets, keys, n_latents + 1, len(keys), len(keys).bit_length(), **chosen)
+    return offsets, entries
+
+
+@triton.jit(do_not_specialize=["length", "bits"])
+def _offsets_kernel(offsets, keys, n_offsets, length, bits, BLOCK_L: tl.constexpr):
+    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    low = tl.zeros([BLOCK_L], tl.int64)  # ends as the first position with keys[position] >= l
+    high = low + length
+    for _ in range(bits):
+        middle = (low + high) // 2
+        searching = low < high
+        below = tl.load(keys + middle, mask=searching, other=0) < l
+        low = tl.where(searching & below, middle + 1, low)
+        high = tl.where(searching & ~below, middle, high)
+    tl.store(offsets + l, low, mask=l < n_offsets)

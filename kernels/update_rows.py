@@ -1,0 +1,452 @@
+"""One training step of every latent's rows, in place; a gradient never reaches memory.
+
+The encoder's kernel sums the gradient of a latent's row (`segment_sums`) while the row and its moments are on their
+way, and moves them by Adam. Each program does a block of latents, of which it also sums
+    grad_pre_bias[d] = -sum_l grad_latent_bias[s(d), l] W_enc[l, d]
+for the blocks to be added in order: blocks depend on L alone, and there are at most 4096, so that scratch is
+[4096, D] sums. The decoder's kernel has a latent's whole row of a stream in registers: g -= <g, w> w / <w, w>, Adam,
+w /= ||w||. Streams wider than WHOLE_ROW go through memory instead, a block of columns at a time, and sum their
+gradient twice.
+
+Adam and the norm are written so that a row's bits depend on the row alone, not on the kernel that computes it
+(`replay_rows` takes the same step in another one): every product that meets a sum is an explicit fma, quotients and
+roots are rounded exactly, and ||w||^2 is a float64 sum of squares cut to a common grain, which no order can change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparc_fast.kernels.launching import launch, next_power_of_2
+from sparc_fast.kernels.segment_sums import (
+    Columns,
+    Entries,
+    add_bias_pieces,
+    add_pieces,
+    column_block,
+    decoder_pieces,
+    decoder_sums,
+    dense_rows,
+    encoder_pieces,
+    encoder_sums,
+    segment,
+    tile,
+    writers,
+)
+from sparc_fast.reference import wide
+
+WHOLE_ROW = 4096  # columns of a stream up to which the decoder's row stays in registers
+MOST_BLOCKS = 4096  # of latents
+
+
+def encoder_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
+    # estimated, not measured: 4 rows of 2 KB in flight beside w, m and v, in 4 programs a multiprocessor
+    return tile(d_streams, dtype, widest=1024, rows=4)
+
+
+def decoder_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
+    # estimated, not measured: a row of grad_recons for each source, so twice as many in flight
+    widest = next_power_of_2(WHOLE_ROW) if max(d_streams) <= WHOLE_ROW else min(WHOLE_ROW, 1024)
+    return tile(d_streams, dtype, widest, rows=8)
+
+
+def pieces_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
+    # estimated, not measured: as the decoder's, whose pieces these are
+    return tile(d_streams, dtype, widest=1024, rows=8)
+
+
+def update_rows(
+    W_enc: Tensor,
+    W_dec: Tensor,
+    moments: Sequence[Tensor],
+    x: Tensor,
+    pre_bias: Tensor,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_recons: Tensor,
+    offsets: Tensor,
+    entries: Tensor,
+    d_streams: Sequence[int],
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    step: int | Tensor,
+    copies: Sequence[Tensor] | None = None,
+    last_step: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    batch = Entries.of(values, grad_values, offsets, entries)
+    step = _scalar(step, torch.float64, x.device)
+    constants = adam_constants(
+        _scalar(lr, torch.float64, x.device), _settings(*betas, eps, x.device), step, 1, W_enc.dtype
+    )
+    W_enc_copy, W_dec_copy = copies if copies is not None else (None, None)
+    with InPlace(W_enc, *moments[:2], W_enc_copy) as rows:
+        grads = _update_encoder(rows, constants, dense_rows(x), pre_bias.detach().contiguous(), batch, d_streams)
+    with InPlace(W_dec, *moments[2:], W_dec_copy) as rows:
+        recons = dense_rows(grad_recons.detach().flatten(0, 1))
+        _update_decoder(rows, constants, recons, batch, d_streams, step, last_step)
+    return grads
+
+
+class InPlace:
+    """Rows of a matrix, of its two moments and of its copy, each followed by its stride, as kernels take them.
+
+    A tensor whose columns lie apart is changed through a dense one, and copied back on leaving.
+    """
+
+    def __init__(self, *tensors: Tensor | None) -> None:
+        self.tensors = [None if t is None else t.detach() for t in tensors]
+        self.dense = [None if t is None else dense_rows(t) for t in self.tensors]
+
+    def __enter__(self) -> list[Any]:
+        return [arg for t in self.dense for arg in (t, 0 if t is None else t.stride(0))]
+
+    def __exit__(self, *_: object) -> None:
+        changed = [t for t in self.tensors if t is not None]
+        for tensor, dense in zip(self.tensors, self.dense, strict=True):
+            if tensor is not None and dense is not tensor:
+                tensor.copy_(dense)
+        torch.autograd.graph.increment_version(changed)
+
+
+def _update_encoder(
+    rows: list[Any], constants: Tensor, x: Tensor, pre_bias: Tensor, batch: Entries, d_streams: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    D, L, S = x.shape[1], batch.n_latents, len(d_streams)
+    chosen = encoder_choice(d_streams, x.dtype)
+    columns = Columns.of(d_streams, chosen["BLOCK_D"], x.device)
+    pieces = encoder_pieces(x, pre_bias, batch, columns, chosen)
+    tiles = triton.cdiv(L, chosen["LATENTS"])  # of latents
+    tiles_per_block = max(triton.cdiv(tiles, MOST_BLOCKS), min(8, triton.cdiv(tiles, 256)))
+    blocks = triton.cdiv(tiles, tiles_per_block)
+    like = wide(x.new_empty(0))
+    grad_latent_bias, pre_bias_parts = like.new_empty(S, L), like.new_empty(blocks, D)
+    launch(
+        _update_encoder_kernel, (blocks, len(columns.table)), *rows, constants, grad_latent_bias, pre_bias_parts,
+        tiles_per_block, x, x.stride(0), pre_bias, *batch, *pieces, columns.table, L, D, batch.values.shape[2],
+        ALIGN=columns.ALIGN, **{**batch.constants, "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32},
+        **chosen,
+    )  # fmt: skip
+    return grad_latent_bias, -pre_bias_parts.sum(0)
+
+
+def _update_decoder(
+    rows: list[Any],
+    constants: Tensor,
+    grad_recons: Tensor,
+    batch: Entries,
+    d_streams: Sequence[int],
+    step: Tensor,
+    last_step: Tensor | None,
+) -> None:
+    width, L = max(d_streams), batch.n_latents
+    chosen = decoder_choice(d_streams, grad_recons.dtype)
+    streams = Columns.of(d_streams, width, grad_recons.device)
+    of_pieces = pieces_choice(d_streams, grad_recons.dtype)
+    pieces = decoder_pieces(
+        grad_recons, batch, Columns.of(d_streams, of_pieces["BLOCK_D"], grad_recons.device), of_pieces
+    )
+    whole = chosen["BLOCK_D"] >= width
+    launch(
+        _update_decoder_kernel if whole else _update_wide_decoder_kernel,
+        (triton.cdiv(L, chosen["LATENTS"]), len(d_streams)), *rows, constants, step, last_step, grad_recons,
+        grad_recons.stride(0), batch.values, batch.offsets, batch.entries, pieces.rows, streams.table, L,
+        grad_recons.shape[1], batch.values.shape[2], GRAIN=grain(width), ALIGN=streams.ALIGN, **batch.constants,
+        **chosen,
+    )  # fmt: skip
+    if last_step is not None:
+        torch.autograd.graph.increment_version([last_step])
+
+
+def adam_constants(lr: Tensor, settings: Tensor, first_step: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """[steps, 7]: beta_1, beta_2, 1 - beta_1, 1 - beta_2, eps, lr / (1 - beta_1^t), 1 / sqrt(1 - beta_2^t).
+
+    `lr` [steps] and `settings` [steps, 3] = (beta_1, beta_2, eps) of each step are float64, or one row for all;
+    so is `first_step`, the t of the first row. Worked out in float64 and rounded once.
+    """
+    constants = torch.empty(steps, 7, dtype=dtype, device=lr.device)
+    strides = (lr.stride(0) if lr.ndim else 0, settings.stride(0) if settings.ndim > 1 else 0)
+    grid = (triton.cdiv(steps, 128),)
+    launch(_constants_kernel, grid, constants, lr, settings, *strides, first_step, steps, BLOCK=128, num_warps=4)
+    return constants
+
+
+def grain(width: int) -> float:
+    """What the largest square of a row is multiplied by to give the number whose last place all squares are cut to.
+
+    Twice a power of two that is at least `width`: the sum of the cut squares then fits a float64.
+    """
+    return 2.0 * next_power_of_2(width)
+
+
+def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # full() puts a number on the device without a copy from the host, which would wait
+    return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def _settings(beta_1: float, beta_2: float, eps: float, device: torch.device) -> Tensor:
+    return torch.tensor([beta_1, beta_2, eps], dtype=torch.float64, device=device)
+
+
+@triton.jit(do_not_specialize=["steps"])
+def _constants_kernel(constants, lr, settings, stride_lr, stride_settings, first_step, steps, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < steps
+    step = tl.load(first_step) + i
+    beta_1 = tl.load(settings + i * stride_settings, mask=live, other=0.5)
+    beta_2 = tl.load(settings + i * stride_settings + 1, mask=live, other=0.5)
+    eps = tl.load(settings + i * stride_settings + 2, mask=live, other=0)
+    rate = tl.load(lr + i * stride_lr, mask=live, other=0) / (1 - tl.exp(step * tl.log(beta_1)))
+    scale = 1 / tl.sqrt(1 - tl.exp(step * tl.log(beta_2)))
+    at = constants + i * 7
+    tl.store(at, beta_1, mask=live)
+    tl.store(at + 1, beta_2, mask=live)
+    tl.store(at + 2, 1 - beta_1, mask=live)
+    tl.store(at + 3, 1 - beta_2, mask=live)
+    tl.store(at + 4, eps, mask=live)
+    tl.store(at + 5, rate, mask=live)
+    tl.store(at + 6, scale, mask=live)
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b, rounded exactly."""
+    return a / b if a.dtype.primitive_bitwidth == 64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def root(a):
+    return tl.sqrt(a) if a.dtype.primitive_bitwidth == 64 else tl.sqrt_rn(a)
+
+
+@triton.jit
+def adam(w, gradient, m, v, constants):
+    """The row and its moments after a step, with the row of `adam_constants` at `constants`."""
+    beta_1, beta_2 = tl.load(constants), tl.load(constants + 1)
+    rest_1, rest_2 = tl.load(constants + 2), tl.load(constants + 3)
+    eps, rate, scale = tl.load(constants + 4), tl.load(constants + 5), tl.load(constants + 6)
+    m = tl.fma(m, beta_1, rest_1 * gradient)
+    v = tl.fma(v, beta_2, rest_2 * gradient * gradient)
+    return w - quotient(rate * m, tl.fma(root(v), scale, eps)), m, v
+
+
+@triton.jit
+def squares_of(w):
+    return w.to(tl.float64) * w.to(tl.float64)
+
+
+@triton.jit
+def sum_of_squares(squares, grain, TYPE: tl.constexpr):
+    """float64 [LATENTS], the same whatever the order of the sum, for squares of a TYPE at most grain / width.
+
+    Every square is cut to a multiple of the last place of `grain`; sums of those are exact. What is cut off is far
+    below float32, and added for float64.
+    """
+    cut = (squares + grain[:, None]) - grain[:, None]
+    total = tl.sum(cut, 1)
+    if TYPE.primitive_bitwidth == 64:
+        total += tl.sum(squares - cut, 1)
+    return total
+
+
+@triton.jit
+def smallest(TYPE: tl.constexpr):
+    """The smallest normal number: divides a row of zeros without harm."""
+    return 2.2250738585072014e-308 if TYPE.primitive_bitwidth == 64 else 1.1754943508222875e-38
+
+
+@triton.jit
+def inverse_norm(total, TYPE: tl.constexpr):
+    return (1 / tl.maximum(tl.sqrt(total), smallest(TYPE))).to(TYPE)
+
+
+@triton.jit
+def unit_norm(w, GRAIN: tl.constexpr):
+    """Whole rows w [LATENTS, BLOCK_D] / ||w||."""
+    squares = squares_of(w)
+    total = sum_of_squares(squares, tl.max(squares, 1) * GRAIN, w.dtype)
+    return w * inverse_norm(total, w.dtype)[:, None]
+
+
+@triton.jit
+def to_bfloat16(w):
+    """Rounded to nearest even on the bits: Triton's interpreter cuts them off."""
+    bits = w.to(tl.float32).to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(w == w, rounded, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def store_copy(copy, at, w, mask):
+    if copy is not None:
+        if copy.dtype.element_ty == tl.bfloat16:
+            tl.store(copy + at, to_bfloat16(w), mask=mask)
+        else:
+            tl.store(copy + at, w.to(copy.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _update_encoder_kernel(
+    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, grad_latent_bias, pre_bias_parts,
+    tiles_per_block, x, stride_x, pre_bias, values, grad_values, offsets, entries, piece_rows, piece_bias,
+    table, L, D, k,
+    S: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
+    ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    first, last, stream = column_block(table, tl.program_id(1), ALIGN)
+    columns = first + tl.arange(0, BLOCK_D)
+    inside = columns < last
+    centre = tl.load(pre_bias + columns, mask=inside, other=0).to(SUM)
+    writes = writers(table, stream, L)
+    block = tl.program_id(0)
+    part = tl.zeros([LATENTS, BLOCK_D], SUM)
+    for i in range(0, tiles_per_block):
+        l = (block * tiles_per_block + i) * LATENTS + tl.arange(0, LATENTS)
+        mask = (l < L)[:, None] & inside[None, :]
+        at = l.to(tl.int64)[:, None]
+        # asked for before the sums are, so that they arrive meanwhile; read once, they need not stay in the cache
+        w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
+        m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
+        v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
+        begin, end = segment(offsets, l, L)
+        gradient, bias = encoder_sums(
+            begin, tl.minimum(begin + PIECE, end), stream, columns, inside, centre, x, stride_x, values, grad_values,
+            entries, k, S, PER_STREAM, ROWS, POSITION, SUM,
+        )  # fmt: skip
+        gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
+        bias = add_bias_pieces(bias, begin, end, piece_bias, stream, S, PIECE)
+        tl.store(grad_latent_bias + stream.to(tl.int64) * L + l, bias, mask=l < writes)
+        part += bias[:, None] * w.to(SUM)
+        w, m, v = adam(w, gradient.to(w.dtype), m, v, constants)
+        tl.store(W + at * stride_W + columns[None, :], w, mask=mask, eviction_policy="evict_first")
+        tl.store(M + at * stride_M + columns[None, :], m, mask=mask, eviction_policy="evict_first")
+        tl.store(V + at * stride_V + columns[None, :], v, mask=mask, eviction_policy="evict_first")
+        store_copy(copy, at * stride_copy + columns[None, :], w, mask)
+    tl.store(pre_bias_parts + block.to(tl.int64) * D + columns, tl.sum(part, 0), mask=inside)
+
+
+@triton.jit
+def latents_to_update(l, begin, end, L, first, step, last_step):
+    """Which latents' decoder rows take this step; notes it in last_step, if there is one."""
+    updated = l < L
+    if last_step is not None:
+        updated &= begin < end
+        # the program of the first stream writes for all
+        noted = updated & (first + tl.zeros_like(l) == 0)
+        tl.store(last_step + l, tl.zeros_like(begin) + tl.load(step).to(tl.int64), mask=noted)
+    return updated
+
+
+@triton.jit
+def _update_decoder_kernel(
+    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, step, last_step, grad_recons, stride_recons,
+    values, offsets, entries, piece_rows, table, L, D, k,
+    S: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
+    GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    first, last, _ = column_block(table, tl.program_id(1), ALIGN)
+    columns = first + tl.arange(0, BLOCK_D)
+    inside = columns < last
+    l = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    begin, end = segment(offsets, l, L)
+    mask = latents_to_update(l, begin, end, L, first, step, last_step)[:, None] & inside[None, :]
+    at = l.to(tl.int64)[:, None]
+    w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
+    m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
+    v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
+    gradient = decoder_sums(
+        begin, tl.minimum(begin + PIECE, end), columns, inside, grad_recons, stride_recons, values, entries, k,
+        S, PER_STREAM, ROWS, POSITION, SUM,
+    )  # fmt: skip
+    gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE).to(w.dtype)
+    along = tl.sum(gradient * w, 1) / tl.maximum(tl.sum(w * w, 1), smallest(w.dtype))
+    gradient -= along[:, None] * w
+    w, m, v = adam(w, gradient, m, v, constants)
+    w = unit_norm(tl.where(mask, w, 0.0), GRAIN)
+    tl.store(W + at * stride_W + columns[None, :], w, mask=mask, eviction_policy="evict_first")
+    tl.store(M + at * stride_M + columns[None, :], m, mask=mask, eviction_policy="evict_first")
+    tl.store(V + at * stride_V + columns[None, :], v, mask=mask, eviction_policy="evict_first")
+    store_copy(copy, at * stride_copy + columns[None, :], w, mask)
+
+
+@triton.jit
+def wide_norm(W, at, stride_W, largest, updated, first, last, GRAIN: tl.constexpr, BLOCK_D: tl.constexpr):
+    """inverse_norm of rows in memory, of which `largest` is the largest square."""
+    total = tl.zeros_like(largest)
+    for column in range(first, last, BLOCK_D):
+        columns = column + tl.arange(0, BLOCK_D)
+        mask = updated[:, None] & (columns < last)[None, :]
+        w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0)
+        total += sum_of_squares(squares_of(w), largest * GRAIN, W.dtype.element_ty)
+    return inverse_norm(total, W.dtype.element_ty)
+
+
+@triton.jit
+def scale_wide_rows(W, at, stride_W, copy, stride_copy, factor, updated, first, last, BLOCK_D: tl.constexpr):
+    for column in range(first, last, BLOCK_D):
+        columns = column + tl.arange(0, BLOCK_D)
+        mask = updated[:, None] & (columns < last)[None, :]
+        w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0) * factor[:, None]
+        tl.store(W + at * stride_W + columns[None, :], w, mask=mask)
+        store_copy(copy, at * stride_copy + columns[None, :], w, mask)
+
+
+@triton.jit
+def _update_wide_decoder_kernel(
+    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, step, last_step, grad_recons, stride_recons,
+    values, offsets, entries, piece_rows, table, L, D, k,
+    S: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
+    GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    first, last, _ = column_block(table, tl.program_id(1), ALIGN)
+    l = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    begin, end = segment(offsets, l, L)
+    updated = latents_to_update(l, begin, end, L, first, step, last_step)
+    at = l.to(tl.int64)[:, None]
+    own_end = tl.minimum(begin + PIECE, end)
+    gw = tl.zeros([LATENTS], W.dtype.element_ty)
+    ww = tl.zeros([LATENTS], W.dtype.element_ty)
+    for column in range(first, last, BLOCK_D):
+        columns = column + tl.arange(0, BLOCK_D)
+        inside = columns < last
+        mask = updated[:, None] & inside[None, :]
+        w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0)
+        gradient = decoder_sums(
+            begin, own_end, columns, inside, grad_recons, stride_recons, values, entries, k,
+            S, PER_STREAM, ROWS, POSITION, SUM,
+        )  # fmt: skip
+        gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE).to(w.dtype)
+        gw += tl.sum(gradient * w, 1)
+        ww += tl.sum(w * w, 1)
+    along = gw / tl.maximum(ww, smallest(W.dtype.element_ty))
+    largest = tl.zeros([LATENTS], tl.float64)
+    for column in range(first, last, BLOCK_D):
+        columns = column + tl.arange(0, BLOCK_D)
+        inside = columns < last
+        mask = updated[:, None] & inside[None, :]
+        w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0)
+        m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0)
+        v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0)
+        gradient = decoder_sums(
+            begin, own_end, columns, inside, grad_recons, stride_recons, values, entries, k,
+            S, PER_STREAM, ROWS, POSITION, SUM,
+        )  # fmt: skip
+        gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE).to(w.dtype)
+        gradient -= along[:, None] * w
+        w, m, v = adam(w, gradient, m, v, constants)
+        largest = tl.maximum(largest, tl.max(squares_of(tl.where(mask, w, 0.0)), 1))
+        tl.store(W + at * stride_W + columns[None, :], w, mask=mask)
+        tl.store(M + at * stride_M + columns[None, :], m, mask=mask)
+        tl.store(V + at * stride_V + columns[None, :], v, mask=mask)
+    tl.debug_barrier()  # what one thread stored, another loads
+    factor = wide_norm(W, at, stride_W, largest, updated, first, last, GRAIN, BLOCK_D)
+    tl.debug_barrier()
+    scale_wide_rows(W, at, stride_W, copy, stride_copy, factor, updated, first, last, BLOCK_D)

@@ -1,0 +1,290 @@
+"""The supports by Triton kernels: no rows break the bound, no candidate is dropped, whatever the shape."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparc_fast import reference
+
+pytest.importorskip("triton")
+from sparc_fast.kernels.local_topk import local_topk
+from sparc_fast.kernels.topk_rows import topk_rows
+
+# the package may give its functions the names of their modules
+kernel = importlib.import_module("sparc_fast.kernels.global_topk")
+
+# infinite and NaN intervals are part of the method; the interpreter computes them with numpy
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCREENINGS = ["auto", "bf16", "off"]
+inf, nan = torch.inf, torch.nan
+
+
+def support(x: Tensor, W_enc: Tensor, k: int, screening: str = "auto", bias: Tensor | None = None) -> Tensor:
+    bias = W_enc.new_zeros(1, len(W_enc)) if bias is None else bias
+    operands = (x, W_enc, x.new_zeros(x.shape[1]), bias)
+    return kernel.global_topk(*(o.to(DEVICE) for o in operands), k, screening).cpu()
+
+
+def expected(x: Tensor, W_enc: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
+    bias = W_enc.new_zeros(1, len(W_enc)) if bias is None else bias
+    return reference.global_topk(x, W_enc, x.new_zeros(x.shape[1]), bias, k)
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """The rule, by a stable sort of all scores."""
+    order = torch.where(scores.isnan(), inf, scores).sort(dim=1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=1).values.int()
+
+
+@pytest.fixture
+def given_up(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many samples each call scored in full."""
+    totals: list[int] = []
+    in_full = kernel._in_full
+
+    def counted(*args: object) -> None:
+        totals.append(int(args[-1]))  # type: ignore[call-overload]
+        in_full(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kernel, "_in_full", counted)
+    return totals
+
+
+def rows(kind: str, N: int, D: int, generator: torch.Generator) -> Tensor:
+    """N rows of D numbers of a kind that is hard on rounding."""
+    w = torch.randn(N, D, generator=generator)
+    signs = torch.randint(0, 2, (N, D), generator=generator) * 2 - 1
+    if kind == "outlier dimensions":
+        w[:, 0] *= 1e4
+    elif kind == "wide range of norms":
+        w *= 10 ** torch.randint(-30, 30, (N, 1), generator=generator)
+    elif kind == "wide range of numbers":
+        w *= 10 ** torch.randint(-9, 1, (N, D), generator=generator)
+    elif kind == "cancelling":
+        w[:, D // 2 :] = (signs * 1e4)[:, D // 2 :] + w[:, D // 2 :]
+    elif kind == "denormal":
+        w *= 1e-41
+    elif kind == "near the limits":
+        w = signs * torch.tensor([3e38, 1e19, 1e-19, 1e-38])[torch.randint(0, 4, (N, D), generator=generator)]
+    elif kind == "a few rows over and over":
+        w = w[torch.randint(0, min(N, 3), (N,), generator=generator)]
+    elif kind == "one unit apart":
+        w = w[:1].expand(N, D) * (1 + 2.0**-23 * torch.randint(-3, 4, (N, D), generator=generator))
+    elif kind == "halfway between bfloat16":
+        w = signs * (1 + 2.0**-8 + 2.0**-7 * torch.randint(0, 100, (N, D), generator=generator))
+    elif kind == "some zero":
+        w[::2] = 0
+    return w
+
+
+KINDS = [
+    "normal", "outlier dimensions", "wide range of norms", "wide range of numbers", "cancelling", "denormal",
+    "near the limits", "a few rows over and over", "one unit apart", "halfway between bfloat16", "some zero",
+]  # fmt: skip
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    x_kind=st.sampled_from(KINDS),
+    W_kind=st.sampled_from(KINDS),
+    D=st.integers(1, 70),
+    L=st.integers(1, 150),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    screening=st.sampled_from(SCREENINGS),
+    scale=st.sampled_from([0.0, 1.0, 1e4]),
+    data=st.data(),
+    seed=st.integers(0, 2**31),
+)
+def test_no_rows_break_the_bound(
+    x_kind: str, W_kind: str, D: int, L: int, dtype: torch.dtype, screening: str, scale: float, data: st.DataObject,
+    seed: int,
+) -> None:  # fmt: skip
+    k = data.draw(st.integers(1, min(L, 40)), label="k")
+    generator = torch.Generator().manual_seed(seed)
+    x, W_enc = rows(x_kind, 2, D, generator).to(dtype), rows(W_kind, L, D, generator).to(dtype)
+    bias = (scale * torch.randn(2, L, generator=generator)).to(dtype)
+    operands = [o.to(DEVICE) for o in (x, W_enc, x.new_zeros(D), bias)]
+    found = kernel.global_topk(*operands, k, screening)
+    # not the reference: where sums cancel to the last bit of float64, that one depends on the matrix library
+    in_full = torch.empty_like(found)
+    every, total = (torch.arange(2, dtype=torch.int32, device=DEVICE), torch.tensor([2], dtype=torch.int32))
+    x, W_enc, pre_bias, bias = operands
+    kernel._in_full(
+        x, W_enc, pre_bias, bias.sum(0, dtype=torch.float64), k, torch.float32, in_full, every, total.to(DEVICE)
+    )
+    assert torch.equal(found, in_full)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_product_as_wrong_as_the_bound_allows_changes_no_support(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(seed)
+    D = 64
+    x, W_enc = torch.randn(2, D).bfloat16(), torch.randn(500, D).bfloat16()
+    plain = kernel._multiply
+
+    def worst(X: Tensor, W: Tensor, out: Tensor) -> None:
+        plain(X, W, out)
+        gamma = D * 2.0**-22 / (1 - D * 2.0**-22)
+        size = X.float().norm(dim=1)[:, None] * W.float().norm(dim=1)
+        # those in the support are underrated, all others overrated
+        out += 0.999 * gamma * size * torch.where(torch.zeros_like(out).scatter(1, inside, 1) > 0, -1, 1)
+
+    monkeypatch.setattr(kernel, "_multiply", worst)
+    inside = expected(x, W_enc, 25).long().to(DEVICE)
+    assert torch.equal(support(x, W_enc, 25), inside.int().cpu())
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["underrates", "overrates"])
+@pytest.mark.parametrize("screening", ["auto", "bf16"])
+def test_a_latent_that_rounding_misjudges_as_far_as_the_bound_allows_is_placed(sign: int, screening: str) -> None:
+    lost = 2.0**-8 if screening == "bf16" else 2.0**-11
+    signs = torch.randint(0, 2, (257,)) * 2 - 1
+    nearly_halfway = 1 + lost - 2.0**-20
+    x, W_enc = nearly_halfway * signs[None], torch.zeros(300, 257)
+    W_enc[7] = sign * nearly_halfway * signs
+    exact = 257 * nearly_halfway**2
+    for nudge in (-1e-3, 1e-3):
+        bias = torch.full((1, 300), sign * (exact + nudge))
+        bias[0, 7] = 0
+        for k in (1, 299):
+            assert torch.equal(support(x, W_enc, k, screening, bias), expected(x, W_enc, k, bias))
+
+
+def small(monkeypatch: pytest.MonkeyPatch, chunk: int = 200) -> None:
+    monkeypatch.setattr(kernel, "chunk_length", lambda rows, L, *device: min(chunk, L))
+    monkeypatch.setattr(kernel, "ROWS", 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "plateau"])
+def test_candidates_that_do_not_fit_are_never_dropped(
+    order: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "ROOM", 1)
+    monkeypatch.setattr(kernel, "SPARE", 8)
+    small(monkeypatch)
+    torch.manual_seed(0)
+    x, W_enc = torch.rand(6, 30), torch.rand(700, 30)
+    if order != "random":
+        W_enc = W_enc[W_enc.sum(1).argsort(descending=order == "descending")]
+    if order == "plateau":
+        W_enc[200:600] = W_enc[650]
+    x, W_enc = x.to(dtype), W_enc.to(dtype)
+    assert torch.equal(support(x, W_enc, 40), expected(x, W_enc, 40))
+
+
+def test_only_samples_without_a_proof_are_scored_in_full(given_up: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, 512)
+    torch.manual_seed(0)
+    x, W_enc = torch.randn(7, 40), torch.randn(900, 40)
+    x[1], x[2, 3], x[5, 0] = 0, nan, inf
+    x[6] *= 1e30
+    assert torch.equal(support(x, W_enc, 32), expected(x, W_enc, 32))
+    assert given_up == [2]  # infinity and 1e30
+
+
+@pytest.mark.parametrize("fill", [0.0, -2.5])
+def test_zero_weights_tie_everywhere_and_still_need_no_full_scores(fill: float, given_up: list[int]) -> None:
+    x, W_enc = torch.randn(3, 20), torch.zeros(2000, 20)
+    bias = torch.full((2, 2000), fill)
+    bias[1, 1500] = 9
+    assert torch.equal(support(x, W_enc, 10, bias=bias), expected(x, W_enc, 10, bias))
+    assert given_up == [0]
+
+
+def test_float64_ranks_what_float32_cannot_tell_apart() -> None:
+    W_enc = 1 + 2.0**-40 * torch.randperm(150, dtype=torch.float64)[:, None].expand(150, 5)
+    x = torch.ones(2, 5, dtype=torch.float64)
+    assert torch.equal(support(x, W_enc, 7), expected(x, W_enc, 7))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 300, 5), (9, 33, 7, 4), (2, 70, 1, 70)], ids=str)
+def test_any_shape_any_dtype_of_each_operand(shape: tuple[int, int, int, int]) -> None:
+    N, L, D, k = shape
+    torch.manual_seed(L)
+    x, W_enc, pre_bias, bias = torch.randn(N, D) + 3, torch.randn(L, D), torch.randn(D) + 3, torch.randn(3, L)
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    for i, dtype in enumerate(dtypes):
+        mixed = x.to(dtype), W_enc.to(dtypes[i - 1]), pre_bias.to(dtypes[i - 2]), bias.to(dtype)
+        found = kernel.global_topk(*(o.to(DEVICE) for o in mixed), k).cpu()
+        assert found.dtype == torch.int32
+        assert torch.equal(found, reference.global_topk(*mixed, k))
+    assert kernel.global_topk(*(o.to(DEVICE) for o in (x[:0], W_enc, pre_bias, bias)), k).shape == (0, k)
+
+
+def test_a_sample_alone_equals_the_same_sample_in_a_batch_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, W_enc = torch.randn(9, 60), torch.randn(600, 60)
+    W_enc[300:] = W_enc[:300]
+    together = support(x, W_enc, 30)
+    assert torch.equal(together, expected(x, W_enc, 30))
+    small(monkeypatch)
+    assert torch.equal(support(x, W_enc, 30), together)
+    assert torch.equal(torch.cat([support(row[None], W_enc, 30) for row in x[:3]]), together[:3])
+
+
+def test_operands_may_be_columns_of_wider_matrices_and_streams_are_supported_alone() -> None:
+    torch.manual_seed(0)
+    x, W_enc, pre_bias, bias = torch.randn(4, 61), torch.randn(90, 61), torch.randn(61), torch.randn(3, 90)
+    widths = (7, 1, 53)
+    found = local_topk(*(o.to(DEVICE) for o in (x, W_enc, pre_bias, bias)), 6, widths)
+    assert torch.equal(found.cpu(), reference.local_topk(x, W_enc, pre_bias, bias, 6, widths))
+
+
+ROWS = {
+    "all equal": torch.full((500,), 3.0),
+    "two values": torch.arange(500) % 2 * 1.0,
+    "plateau at the k-th": torch.cat([torch.arange(490.0, 500.0), torch.full((300,), 7.0), torch.zeros(190)]),
+    "zeros of both signs": torch.where(torch.arange(500) % 3 == 0, -0.0, 0.0),
+    "minus infinity": torch.full((500,), -inf),
+    "few finite": torch.where(torch.arange(500) % 100 == 7, 1.0, -inf),
+    "plus infinity": torch.where(torch.arange(500) % 50 == 7, inf, torch.arange(500.0)),
+    "NaN of both signs": torch.where(torch.arange(500) % 50 == 7, -nan, torch.arange(500) % 11 * inf),
+    "denormal": torch.arange(500) * 1e-42,
+    "ascending": torch.arange(500.0),
+    "descending": -torch.arange(500.0),
+    "one outlier": torch.arange(500) * 1e-3 + 1e30 * (torch.arange(500) == 321),
+    "narrow at an offset": 1e4 + 1e-3 * (torch.arange(500) * 77 % 500),
+}
+
+
+@pytest.mark.parametrize("k", [1, 20, 500])
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+def test_rows_of_scores_are_selected_by_value_then_column(row: Tensor, k: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        scores = torch.stack([row, row.flip(0)]).to(dtype)
+        assert torch.equal(topk_rows(scores.to(DEVICE), k).cpu(), largest(scores, k))
+
+
+@pytest.mark.parametrize(("N", "L", "k"), [(1, 20000, 300), (5, 4099, 1), (1, 9000, 2500), (0, 5, 2)], ids=str)
+def test_long_rows_are_cut_in_parts_and_short_room_is_enough(N: int, L: int, k: int) -> None:
+    torch.manual_seed(0)
+    scores = torch.randint(-3000, 3000, (N, L)).float()
+    scores[:, ::1000] = nan
+    assert torch.equal(topk_rows(scores.to(DEVICE), k).cpu(), largest(scores, k))
+    wider = torch.randn(N, L + 3).to(DEVICE)[:, 1:-2]
+    assert torch.equal(topk_rows(wider, k).cpu(), largest(wider.cpu(), k))
+    ascending = scores.sort(dim=1).values
+    assert torch.equal(topk_rows(ascending.to(DEVICE), k).cpu(), largest(ascending, k))
+
+
+@pytest.mark.parametrize("rows_here", [1, 8, 256, 1000, 4096])
+@pytest.mark.parametrize("L", [3, 8192, 32768, 1048576])
+def test_the_scores_of_a_chunk_stay_in_cache(rows_here: int, L: int) -> None:
+    cache, multiprocessors = 50 * 2**20, 132
+    chunk = kernel.chunk_length(rows_here, L, cache, multiprocessors)
+    assert 1 <= chunk <= L
+    assert 4 * rows_here * chunk <= kernel.SCORES * cache
+    if chunk < L:
+        tiles = math.ceil(rows_here / 128) * chunk // 256
+        assert chunk % 256 == 0
+        assert tiles / (math.ceil(tiles / multiprocessors) * multiprocessors) > 0.9

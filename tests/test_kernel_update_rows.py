@@ -1,0 +1,249 @@
+"""What the Triton kernels of the backward pass and the optimizer do beyond what every backend must."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from operands import OPERATORS, STEP, Operands, operands, rows_to_update
+from torch import Tensor
+
+from sparc_fast import reference
+
+pytest.importorskip("triton")
+# modules, not the functions of the same names that the package offers
+count_silence, decoder_gradients, encoder_gradients, inverse, replay_rows, segment_sums, update, gradients = (
+    import_module(f"sparc_fast.kernels.{name}")
+    for name in (
+        "count_silence", "decoder_gradients", "encoder_gradients", "invert_indices", "replay_rows", "segment_sums",
+        "update_rows", "weight_gradients",
+    )
+)  # fmt: skip
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = SimpleNamespace(
+    invert_indices=inverse.invert_indices,
+    encoder_gradients=encoder_gradients.encoder_gradients,
+    decoder_gradients=decoder_gradients.decoder_gradients,
+    weight_gradients=gradients.weight_gradients,
+    update_rows=update.update_rows,
+    replay_rows=replay_rows.replay_rows,
+    count_silence=count_silence.count_silence,
+)
+SUPPORTS = pytest.mark.parametrize("per_stream", [False, True], ids=["shared support", "support per stream"])
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+def on_device(o: Operands) -> Operands:
+    return replace(o.map(lambda tensor: tensor.to(DEVICE)), indices=o.indices.to(DEVICE))
+
+
+def check(name: str, o: Operands) -> None:
+    o = on_device(o)
+    run = OPERATORS[name]
+    results = run(o, KERNELS), run(o, reference), run(o.to(torch.float64), reference)
+    for got, same_dtype, truth in zip(*results, strict=True):
+        assert_as_accurate(got, same_dtype, truth)
+
+
+def step(rows: list[Tensor], o: Operands, t: int | Tensor = STEP, lr: float | Tensor = 0.01, **more: object) -> tuple:
+    """One update of rows = [W_enc, W_dec, 4 moments] in place, by the kernels."""
+    index = inverse.invert_indices(o.indices, len(rows[0]))
+    return update.update_rows(
+        *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *index, o.d_streams,
+        lr, BETAS, EPS, t, **more,
+    )  # fmt: skip
+
+
+def assert_equal(got: list[Tensor] | tuple[Tensor, ...], expected: list[Tensor] | tuple[Tensor, ...]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@SUPPORTS
+@pytest.mark.parametrize("name", ["weight_gradients", "update_rows"])
+@pytest.mark.parametrize("piece", [1, 4, 7])
+def test_a_latent_in_many_samples_is_summed_in_pieces(
+    name: str, piece: int, per_stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment_sums, "PIECE", piece)
+    check(name, operands(((20, 16), 30, 9, 4), torch.float32, per_stream))
+
+
+def test_a_latent_in_every_sample_beside_rare_ones_is_summed_in_pieces() -> None:
+    o = operands(((20, 16), 300, 40, 3), torch.bfloat16)
+    o.indices[:, 0] = 11
+    check("update_rows", o)
+
+
+@SUPPORTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_streams_too_wide_for_registers_go_through_memory(
+    dtype: torch.dtype, per_stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update, "WHOLE_ROW", 32)
+    check("update_rows", operands(((100, 7), 5, 20, 3), dtype, per_stream))
+
+
+def test_launch_choices_change_no_result_but_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("encoder_choice", "decoder_choice"):
+        chosen = {"LATENTS": 1, "ROWS": 2, "BLOCK_D": 64, "num_warps": 2}
+        monkeypatch.setattr(update, name, lambda d_streams, dtype, chosen=chosen: chosen)
+    monkeypatch.setattr(update, "MOST_BLOCKS", 3)
+    check("update_rows", operands(((64, 48), 6, 10, 3), torch.float32))
+
+
+@pytest.mark.parametrize("whole_row", [4096, 16], ids=["rows in registers", "rows in memory"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_replayed_rows_equal_rows_that_were_never_left_behind(
+    dtype: torch.dtype, whole_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update, "WHOLE_ROW", whole_row)
+    L, d_streams, lrs = 14, (33, 20), [0.1, 0.03, 0.01, 0.02, 0.3, 0.01]
+    dense = [tensor.to(DEVICE) for tensor in rows_to_update(operands((d_streams, 1, L, 2), dtype))]
+    lazy = [tensor.clone() for tensor in dense]
+    dense_copies, lazy_copies = ([W.to(torch.bfloat16) for W in rows[:2]] for rows in (dense, lazy))
+    last_step = torch.zeros(L, dtype=torch.int64, device=DEVICE)
+    history = torch.tensor([(lr, *BETAS, EPS) for lr in lrs], dtype=torch.float64, device=DEVICE)
+    for t, lr in enumerate(lrs, 1):
+        o = on_device(operands((d_streams, 1, L, 2), dtype, seed=t))
+        step(dense, o, t, lr, copies=dense_copies)
+        catch_up = lazy[1], lazy[4:], o.indices[0].long(), last_step, history[: t - 1], d_streams, lazy_copies[1]
+        replay_rows.replay_rows(*catch_up)
+        step(lazy, o, t, lr, copies=lazy_copies, last_step=last_step)
+        assert (last_step[o.indices[0].long()] == t).all()
+        assert_equal([lazy[1][o.indices[0].long()]], [dense[1][o.indices[0].long()]])
+    everyone = torch.arange(L, device=DEVICE)
+    replay_rows.replay_rows(lazy[1], lazy[4:], everyone, last_step, history, d_streams, lazy_copies[1])
+    assert_equal([*lazy, *lazy_copies], [*dense, *dense_copies])
+    assert (last_step == len(lrs)).all()
+
+
+def test_replay_agrees_with_the_reference() -> None:
+    o = operands(((33, 20), 1, 14, 2), torch.float32)
+    _, W_dec, _, _, m, v = rows_to_update(o)
+    history = torch.tensor([(0.01 * t, *BETAS, EPS) for t in range(1, 8)], dtype=torch.float64)
+    latents, last_step = torch.tensor([9, 2, 5]), torch.arange(14) // 2
+    ours = [tensor.to(DEVICE).clone() for tensor in (W_dec, m, v)]
+    made = last_step.to(DEVICE).clone()
+    replay_rows.replay_rows(ours[0], ours[1:], latents.to(DEVICE), made, history.to(DEVICE), o.d_streams)
+    reference.replay_rows(W_dec, [m, v], latents, last_step, history, o.d_streams)
+    torch.testing.assert_close([tensor.cpu() for tensor in ours], [W_dec, m, v], rtol=1e-5, atol=1e-6)
+    assert torch.equal(made.cpu(), last_step)
+
+
+@pytest.mark.parametrize("whole_row", [4096, 16], ids=["rows in registers", "rows in memory"])
+def test_the_norm_of_a_row_does_not_depend_on_the_order_of_its_columns(
+    whole_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replayed(rows: list[Tensor]) -> list[Tensor]:
+        rows = [tensor.clone() for tensor in rows]
+        last_step = torch.zeros(50, dtype=torch.int64, device=DEVICE)
+        latents = torch.arange(50, device=DEVICE)
+        replay_rows.replay_rows(rows[0], rows[1:], latents, last_step, history, (90,))
+        return rows
+
+    _, W_dec, _, _, m, v = (t.to(DEVICE) for t in rows_to_update(operands(((90,), 1, 50, 2), torch.float32)))
+    history = torch.tensor([(0.1, *BETAS, EPS)] * 3, dtype=torch.float64, device=DEVICE)
+    plain = replayed([W_dec, m, v])
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    monkeypatch.setattr(update, "WHOLE_ROW", whole_row)
+    assert_equal(replayed([t[:, order].contiguous() for t in (W_dec, m, v)]), [t[:, order] for t in plain])
+    torch.testing.assert_close(plain[0].double().norm(dim=1), torch.ones(50).double().to(DEVICE), rtol=1e-7, atol=0)
+
+
+def test_rates_and_steps_on_the_device_give_the_same_bits() -> None:
+    o = on_device(operands("ragged", torch.float32))
+    numbers, tensors = ([t.to(DEVICE) for t in rows_to_update(o)] for _ in range(2))
+    step(numbers, o, 1234, 0.0123)
+    step(tensors, o, torch.tensor(1234, device=DEVICE), torch.tensor(0.0123, dtype=torch.float64, device=DEVICE))
+    assert_equal(numbers, tensors)
+
+
+def test_a_step_gives_the_same_bits_every_time() -> None:
+    o = on_device(operands("several column runs", torch.bfloat16))
+    once, again = ([t.to(DEVICE) for t in rows_to_update(o)] for _ in range(2))
+    assert_equal((*step(once, o), *once), (*step(again, o), *again))
+
+
+def test_rows_without_an_entry_are_left_behind() -> None:
+    o = on_device(operands("few samples of many latents", torch.float32))
+    rows = [t.to(DEVICE) for t in rows_to_update(o)]
+    before = [t.clone() for t in rows]
+    last_step = torch.full((500,), 2, device=DEVICE)
+    step(rows, o, last_step=last_step)
+    used = torch.zeros(500, dtype=torch.bool, device=DEVICE)
+    used[o.indices.flatten().long()] = True
+    assert torch.equal(last_step, torch.where(used, STEP, 2))
+    for i in (1, 4, 5):
+        assert torch.equal((rows[i] != before[i]).any(1), used)
+    assert (rows[0] != before[0]).any(1).all()
+
+
+def test_weights_may_be_columns_of_wider_tensors() -> None:
+    o = on_device(operands("ragged", torch.float32))
+    plain, every_other = ([t.to(DEVICE) for t in rows_to_update(o)] for _ in range(2))
+    wider = [torch.full((t.shape[0], 2 * t.shape[1]), torch.nan, device=DEVICE) for t in every_other]
+    for tensor, columns in zip(wider, every_other, strict=True):
+        tensor[:, ::2] = columns
+    step(plain, o)
+    step([tensor[:, ::2] for tensor in wider], o)
+    assert_equal([tensor[:, ::2] for tensor in wider], plain)
+    assert all(tensor[:, 1::2].isnan().all() for tensor in wider)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_latents_outside_the_dictionary_are_in_no_segment(dtype: torch.dtype) -> None:
+    indices = torch.tensor([[0, 33, 2], [-1, 2, 32], [2**31 - 1, -(2**31), 0]], dtype=dtype, device=DEVICE)
+    if dtype == torch.int64:
+        indices[0, 1] = 2**32 + 5  # would be 5 in 32 bits
+    offsets, entries = inverse.invert_indices(indices, 33)
+    flat = indices.flatten()
+    for l in range(33):
+        found = entries[offsets[l] : offsets[l + 1]]
+        assert torch.equal(found, (flat == l).nonzero()[:, 0])
+    silence = torch.arange(33, device=DEVICE)
+    count_silence.count_silence(silence, torch.ones(3, 1, 3, device=DEVICE), indices)
+    assert (silence == 0).nonzero()[:, 0].tolist() == [0, 2, 32]
+
+
+def test_what_a_sample_does_not_use_cannot_harm_a_gradient() -> None:
+    o = on_device(operands("ragged", torch.float32))
+    o.values[1] = 0
+    clean = KERNELS.weight_gradients(
+        o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *inverse.invert_indices(o.indices, 33), o.d_streams
+    )
+    o.x[1], o.grad_recons[1] = torch.nan, torch.inf
+    index = inverse.invert_indices(o.indices, 33)
+    assert_equal(
+        KERNELS.weight_gradients(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *index, o.d_streams), clean
+    )
+
+
+def test_operands_may_be_of_different_types() -> None:
+    o = on_device(operands("ragged", torch.float32))
+    rows, expected = ([t.to(DEVICE) for t in rows_to_update(o)] for _ in range(2))
+    mixed = replace(o, x=o.x.bfloat16(), grad_values=o.grad_values.half(), grad_recons=o.grad_recons.bfloat16())
+    grads = step(rows, mixed)
+    exact = reference.update_rows(
+        *expected[:2], expected[2:], mixed.x, mixed.pre_bias, mixed.values, mixed.grad_values,
+        mixed.grad_recons.float(), *o.inverse, o.d_streams, 0.01, BETAS, EPS, STEP,
+    )  # fmt: skip
+    torch.testing.assert_close([*rows, *grads], [*expected, *exact], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy about infinities
+def test_copies_are_rounded_to_nearest_even() -> None:
+    special = [0.0, -0.0, 1.00390625, 1.01171875, -1.00390625, 3.4e38, torch.inf, -torch.inf, 1e-40, 65504.0]
+    W = torch.tensor([special], device=DEVICE)
+    W = torch.cat([W, torch.randn(7, len(special), device=DEVICE)])
+    o = on_device(operands(((len(special),), 2, 8, 2), torch.float32))
+    for dtype in (torch.bfloat16, torch.float16):
+        rows = [W.clone(), W.clone(), *(torch.zeros_like(W) for _ in range(4))]
+        copies = [torch.empty_like(W, dtype=dtype) for _ in range(2)]
+        step(rows, replace(o, grad_values=torch.zeros_like(o.grad_values)), lr=0.0, copies=copies)
+        assert_equal(copies, [rows[0].to(dtype), rows[1].to(dtype)])

@@ -1,0 +1,70 @@
+"""Every Triton kernel compiles at its real launch choices for the GPUs it is meant for, and fits them. Needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+TOY = """
+import sys
+import torch, triton, triton.language as tl
+from sparc_fast.benchmarks import kernel_resources
+
+@triton.jit(do_not_specialize=["N"])
+def _sum_kernel(out, x, bias, stride, N, scale, BLOCK: tl.constexpr, KEPT: tl.constexpr):
+    rows, cols = tl.program_id(0) * KEPT + tl.arange(0, KEPT), tl.arange(0, BLOCK)
+    tile = tl.load(x + rows[:, None] * stride + cols[None, :], mask=rows[:, None] < N, other=0.0)
+    for i in range(N):  # keeps the whole tile alive
+        tile = tile * scale + tile * tile
+    if bias is not None:
+        tile += tl.load(bias + cols)[None, :]
+    tl.store(out + rows[:, None] * stride + cols[None, :], tile)
+
+with kernel_resources.noting() as seen:
+    x = torch.empty(64, 1024)
+    for kept in (4, 32):
+        _sum_kernel[(16,)](x, x, None, x.stride(0), 32, 0.5, BLOCK=1024, KEPT=kept, num_warps=4)
+    _sum_kernel[(16,)](x, x, None, 1, 33, 0.5, BLOCK=1024, KEPT=4, num_warps=4)
+small, large, narrow = seen
+assert dict(small.signature) == {
+    "out": "*fp32", "x": "*fp32", "bias": "constexpr", "stride": "i32", "N": "i32", "scale": "fp32",
+    "BLOCK": "constexpr", "KEPT": "constexpr",
+}
+assert small.divisible_by_16 == (0, 1, 3) and narrow.divisible_by_16 == (0, 1)
+assert dict(narrow.constants)["stride"] == 1 and dict(small.options) == {"num_warps": 4}
+fits, spills = kernel_resources.resources([(small, 90), (large, 90)])
+assert fits.fits and fits.registers > 16, fits
+assert not spills.fits and spills.spilled > 0, spills
+print("as expected")
+"""
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """In a process in which kernels are compiled, not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_kernel_compiles_and_fits_sm_80_sm_90_and_sm_100() -> None:
+    done = run("-m", "sparc_fast.benchmarks.kernel_resources", "--json", "--brief")
+    assert done.stdout.startswith("["), done.stderr[-3000:]
+    taken: list[dict[str, Any]] = json.loads(done.stdout)
+    assert {line["capability"] for line in taken} == {80, 90, 100}
+    misfits = [{name: value for name, value in line.items() if value} for line in taken if not line["fits"]]
+    assert not misfits, json.dumps(misfits, indent=1)
+
+
+def test_spills_are_seen_and_launches_are_specialised_as_triton_does_it(tmp_path: Path) -> None:
+    script = tmp_path / "toy.py"
+    script.write_text(TOY)
+    done = run(str(script))
+    assert done.stdout.strip() == "as expected", done.stdout + done.stderr[-3000:]
