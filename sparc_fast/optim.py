@@ -12,6 +12,7 @@ from sparc_fast import autograd, backends, losses, reference
 from sparc_fast.auxk import among_all, among_dead
 from sparc_fast.behind import Behind
 from sparc_fast.losses import SparcLoss
+from sparc_fast.pages import empty_rows
 from sparc_fast.passes import AllStreams, Pass, stack
 from sparc_fast.sae import SPARC, Inputs, Packed
 
@@ -204,7 +205,7 @@ class SparcAdam(torch.optim.Optimizer):
             rows = reference.wide(parameter.detach())
             device = parameter.device if self.capturable else None
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(rows), torch.zeros_like(rows)
+            state["exp_avg"], state["exp_avg_sq"] = _zeros_like(rows), _zeros_like(rows)
             if parameter.dtype != rows.dtype:
                 state["master"] = rows
         elif "master" in state and self._seen.get(parameter) != parameter._version:
@@ -234,3 +235,9 @@ class SparcAdam(torch.optim.Optimizer):
         if self._behind is not None:
             state = self.state[self.model.W_dec]
             self._behind.all_current(int(state["step"]) if state else 0)
+
+
+def _zeros_like(rows: Tensor) -> Tensor:
+    if rows.ndim != 2:
+        return torch.zeros_like(rows)
+    return empty_rows(*rows.shape, dtype=rows.dtype, device=rows.device).zero_()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparc_fast import backends, checkpoint, functional, losses, reference
 from sparc_fast.losses import SparcLoss
+from sparc_fast.pages import empty_rows
 
 Inputs = Mapping[str, Tensor] | Tensor
 Selection = Literal["global", "local"]
@@ -155,8 +156,8 @@ class SPARC(nn.Module):
 
         S, L, D = len(self.d_streams), n_latents, sum(self.d_streams.values())
         like: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.W_enc = nn.Parameter(torch.empty(L, D, **like))
-        self.W_dec = nn.Parameter(torch.empty(L, D, **like))
+        self.W_enc = nn.Parameter(empty_rows(L, D, **like))
+        self.W_dec = nn.Parameter(empty_rows(L, D, **like))
         self.pre_bias = nn.Parameter(torch.empty(D, **like))
         self.latent_bias = nn.Parameter(torch.empty(S, L, **like))
         self.register_buffer("input_mean", torch.zeros(D, device=device))

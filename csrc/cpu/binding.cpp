@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "global_topk.h"
+#include "huge_pages.h"
 #include "level.h"
 #include "operators.h"
 #include "topk_rows.h"
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_cpu, m) {
     define("exact_scores", exact_scores);
     define("measure_rows", measure_rows);
     define("topk_rows", topk_rows);
+    define("prefer_huge_pages", prefer_huge_pages);
     define("has_bf16_products", has_bf16_products);
     define("simd_level", simd_level);
     define("set_simd_level", set_simd_level);

@@ -1,0 +1,90 @@
+// What the kernels are written in: CUDA, or its emulation on the host (tests/cuda_emulation).
+#pragma once
+#include <cstdint>
+
+#ifdef SPARC_FAST_EMULATE_CUDA
+
+#include "cuda_emulation.h"
+
+template <class... Parameters, class... Arguments>
+void launch(
+    void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, uintptr_t, Arguments... arguments) {
+    if (blocks == 0) return;
+    const auto run = [&] { kernel(arguments...); };
+    emulation::launch({unsigned(blocks), 1, 1}, {unsigned(threads), 1, 1}, shared_bytes, run);
+}
+
+__device__ inline char* shared_memory() { return emulation::shared_memory(); }
+
+#else
+
+#include <cuda_fp16.h>
+
+#include <stdexcept>
+#include <string>
+
+inline void check(cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// kernel<<<blocks, threads, shared_bytes, stream>>>(arguments ...) on the current device; no blocks start nothing.
+template <class... Parameters, class... Arguments>
+void launch(
+    void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, uintptr_t stream,
+    Arguments... arguments) {
+    if (blocks == 0) return;
+    if (shared_bytes > 48 << 10)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    kernel<<<unsigned(blocks), threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
+    check(cudaGetLastError());
+}
+
+__device__ inline char* shared_memory() {
+    extern __shared__ __align__(16) char memory[];
+    return memory;
+}
+
+#endif
+
+constexpr unsigned all_lanes = ~0u;
+
+// Deals out the shared memory of a block, array by array. Made from 0 it only counts, which the host does to know how
+// many bytes to ask for.
+class SharedMemory {
+   public:
+    __host__ __device__ explicit SharedMemory(uintptr_t begin) : counts(begin == 0), next(begin) {}
+
+    template <class T>
+    __host__ __device__ T* take(int count) {
+        next = (next + alignof(T) - 1) / alignof(T) * alignof(T);
+        T* const array = reinterpret_cast<T*>(next);
+        next += count * sizeof(T);
+#ifdef SPARC_FAST_EMULATE_CUDA
+        next = (next + 7) / 8 * 8;
+        if (!counts) emulation::forbid(reinterpret_cast<void*>(next), emulation::red_zone);
+        next += emulation::red_zone;
+#endif
+        return array;
+    }
+
+    __host__ __device__ size_t bytes() const { return next; }
+
+   private:
+    bool counts;
+    uintptr_t next;
+};
+
+template <class T>
+__host__ __device__ constexpr T smaller(T a, T b) {
+    return a < b ? a : b;
+}
+
+template <class T>
+__host__ __device__ constexpr T larger(T a, T b) {
+    return a < b ? b : a;
+}
+
+template <class T>
+__host__ __device__ constexpr T ceil_div(T a, T b) {
+    return (a + b - 1) / b;
+}

@@ -1,0 +1,163 @@
+// A counting sort: where each latent occurs, from which latent occurs where.
+//
+// Every position draws a number from its latent's counter, which counts the latent at the same time; sums of the counts
+// are the offsets; a position is put at its latent's offset plus its number. Numbers were drawn in whatever order the
+// threads came, so that at last every segment is sorted: up to 32 entries by a warp, up to `segment_room` by a block in
+// shared memory. A segment longer than that, of a latent which nearly every sample uses, is written once more by a block
+// that reads all indices in order: there are few such latents, since their entries add up to n.
+#pragma once
+#include "block.cuh"
+
+constexpr int segment_room = 2048;
+constexpr int counts_each = 8;  // of a thread that sums them
+constexpr int rounds = 16;      // positions of a thread between two barriers, when all indices are read
+
+// Latents outside 0 ... L - 1 are counted as L.
+__device__ inline int bucket(int32_t latent, int L) { return uint32_t(latent) < uint32_t(L) ? latent : L; }
+
+__global__ void __launch_bounds__(256) clear_counts_kernel(int* counts, int buckets) {
+    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < buckets) counts[i] = 0;
+}
+
+__global__ void __launch_bounds__(256) draw_numbers_kernel(
+    int* counts, int* numbers, const int32_t* __restrict__ indices, int n, int L) {
+    const int64_t p = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (p < n) numbers[p] = atomicAdd(&counts[bucket(indices[p], L)], 1);
+}
+
+// The counts of a thread: counts_each of them, side by side.
+__device__ inline int64_t sum_counts(const int* counts, int64_t first, int64_t buckets) {
+    int64_t sum = 0;
+    for (int64_t l = first; l < smaller(first + counts_each, buckets); ++l) sum += counts[l];
+    return sum;
+}
+
+__global__ void __launch_bounds__(256) sum_counts_kernel(int64_t* sums, const int* counts, int buckets) {
+    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    int64_t* const of_warps = memory.take<int64_t>(32);
+    const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * counts_each;
+    int64_t all;
+    sum_before(sum_counts(counts, first, buckets), of_warps, all);
+    if (threadIdx.x == 0) sums[blockIdx.x] = all;
+}
+
+// offsets[l] for all l up to L, from the counts and the sums of each block's counts.
+__global__ void __launch_bounds__(256) offsets_kernel(
+    int64_t* offsets, const int64_t* sums, const int* counts, int buckets) {
+    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    int64_t* const of_warps = memory.take<int64_t>(32);
+    int64_t earlier = 0, blocks_before, all;
+    for (int64_t b = threadIdx.x; b < blockIdx.x; b += blockDim.x) earlier += sums[b];
+    sum_before(earlier, of_warps, blocks_before);
+    __syncthreads();
+    const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * counts_each;
+    int64_t offset = blocks_before + sum_before(sum_counts(counts, first, buckets), of_warps, all);
+    for (int64_t l = first; l < smaller<int64_t>(first + counts_each, buckets); ++l) {
+        offsets[l] = offset;
+        offset += counts[l];
+    }
+}
+
+__global__ void __launch_bounds__(256) place_entries_kernel(
+    int64_t* entries, const int64_t* offsets, const int* numbers, const int32_t* __restrict__ indices, int n, int L) {
+    const int64_t p = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (p < n) entries[offsets[bucket(indices[p], L)] + numbers[p]] = p;
+}
+
+// Sorts a segment of up to 32 entries; called by a whole warp.
+__device__ inline void sort_in_warp(int64_t* segment, int length) {
+    const int lane = threadIdx.x % 32;
+    const int mine = lane < length ? int(segment[lane]) : 0;
+    int rank = 0;
+    for (int i = 0; i < length; ++i) rank += __shfl_sync(all_lanes, mine, i) < mine;
+    __syncwarp();
+    if (lane < length) segment[rank] = mine;
+}
+
+__device__ inline void sort_segment(int64_t* segment, int length, int* room) {
+    int size = 1;
+    while (size < length) size *= 2;
+    __syncthreads();
+    for (int i = threadIdx.x; i < size; i += blockDim.x) room[i] = i < length ? int(segment[i]) : INT32_MAX;
+    sort_in_block(room, size);
+    for (int i = threadIdx.x; i < length; i += blockDim.x) segment[i] = room[i];
+}
+
+// Writes the positions of latent l, in order.
+__device__ inline void write_segment(
+    int64_t* segment, int l, const int32_t* __restrict__ indices, int n, int L, int* of_warps) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    for (int64_t begin = 0; begin < n; begin += int64_t(blockDim.x) * rounds) {
+        const int64_t first = begin + warp * 32 * rounds + lane;
+        unsigned found[rounds];
+        int many = 0;
+#pragma unroll
+        for (int r = 0; r < rounds; ++r) {
+            const int64_t p = first + r * 32;
+            found[r] = __ballot_sync(all_lanes, p < n && bucket(indices[p], L) == l);
+            many += __popc(found[r]);
+        }
+        __syncthreads();
+        if (lane == 0) of_warps[warp] = many;
+        __syncthreads();
+        int before = 0, all = 0;
+        for (int w = 0; w < warps; ++w) {
+            if (w == warp) before = all;
+            all += of_warps[w];
+        }
+#pragma unroll
+        for (int r = 0; r < rounds; ++r) {
+            if (found[r] >> lane & 1) segment[before + __popc(found[r] & ((1u << lane) - 1))] = first + r * 32;
+            before += __popc(found[r]);
+        }
+        segment += all;
+    }
+}
+
+// The shared memory of a block that sorts segments.
+struct SegmentsShared {
+    int* room;      // [segment_room]
+    int* longer;    // [256]: latents that are too much for a warp
+    int* many;      // of these
+    int* of_warps;  // [32]
+    size_t bytes;
+
+    __host__ __device__ explicit SegmentsShared(uintptr_t begin) : bytes(0) {
+        SharedMemory memory(begin);
+        room = memory.take<int>(segment_room);
+        longer = memory.take<int>(256);
+        many = memory.take<int>(1);
+        of_warps = memory.take<int>(32);
+        bytes = memory.bytes();
+    }
+};
+
+// A warp has 32 latents side by side, and the warps of a block have latents far apart, as those in frequent use may
+// stand together.
+__global__ void __launch_bounds__(256) sort_segments_kernel(
+    int64_t* entries, const int64_t* offsets, const int32_t* __restrict__ indices, int n, int L) {
+    const SegmentsShared shared(reinterpret_cast<uintptr_t>(shared_memory()));
+    if (threadIdx.x == 0) *shared.many = 0;
+    __syncthreads();
+    const auto end_of = [=](int64_t l) { return l == L ? int64_t(n) : offsets[l + 1]; };
+    const int lane = threadIdx.x % 32;
+    const int64_t l = (int64_t(threadIdx.x / 32) * gridDim.x + blockIdx.x) * 32 + lane;
+    const int64_t begin = l <= L ? offsets[l] : 0;
+    const int length = l <= L ? int(end_of(l) - begin) : 0;
+    if (length > 32) shared.longer[atomicAdd(shared.many, 1)] = int(l);
+    for (unsigned left = __ballot_sync(all_lanes, length > 1 && length <= 32); left; left &= left - 1) {
+        const int owner = __ffs(left) - 1;
+        sort_in_warp(entries + __shfl_sync(all_lanes, begin, owner), __shfl_sync(all_lanes, length, owner));
+    }
+    __syncthreads();
+    for (int i = 0; i < *shared.many; ++i) {
+        const int latent = shared.longer[i];
+        int64_t* const segment = entries + offsets[latent];
+        const int64_t many = end_of(latent) - offsets[latent];
+        if (many <= segment_room)
+            sort_segment(segment, int(many), shared.room);
+        else
+            write_segment(segment, latent, indices, n, L, shared.of_warps);
+    }
+}

@@ -1,0 +1,22 @@
+"""Memory for large matrices whose rows are gathered."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HAS_COMPILED = find_spec("sparc_fast._cpu") is not None
+LARGE = 2**22  # bytes, two huge pages
+
+
+def empty_rows(n_rows: int, width: int, **like: Any) -> Tensor:
+    """torch.empty(n_rows, width), on a CPU in huge pages where the system grants them: fewer page walks a gather."""
+    rows = torch.empty(n_rows, width, **like)
+    if _HAS_COMPILED and rows.device.type == "cpu" and rows.nbytes >= LARGE:
+        from sparc_fast import _cpu
+
+        _cpu.prefer_huge_pages(rows)
+    return rows
