@@ -40,9 +40,9 @@ class Shape:
         streams = {f"stream{s}": width for s, width in enumerate(self.d_streams)}
         return SPARC(streams, self.L, self.k, backend=backend)
 
-    def inputs(self) -> Tensor:
+    def inputs(self, seed: int = 1) -> Tensor:
         """Gaussian rows of unit norm in each stream: latents are used evenly, the hardest case for caches."""
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         return torch.cat([F.normalize(torch.randn(self.N, width), dim=1) for width in self.d_streams], dim=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import subprocess
@@ -22,10 +23,11 @@ from . import memory
 from .cases import SMALL, WIDE, Case, Shape
 from .figures import Line, reached
 from .operators import OPERATORS, Operator
+from .replay import REPLAY
 from .steps import RIVALS, WHOLE, Whole
 from .timing import Roofs, interleave, measure_roofs, ratio, spread
 
-CASES: dict[str, Whole | Operator] = {**WHOLE, **OPERATORS}
+CASES: dict[str, Whole | Operator] = {**WHOLE, **OPERATORS, **REPLAY}
 MEMORY_SHAPES = (WIDE, SMALL)
 
 
@@ -50,19 +52,13 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     lines, failed = [], False
     for op, shape in _chosen(arguments):
+        gc.collect()  # the models of the case before
         if op == "memory":
-            found = _memory_lines(shape, arguments.backend)
+            found = list(_memory_lines(shape, arguments.backend))
         else:
-            case = CASES[op].case(shape, arguments.backend)
-            for name, complaint in case.wrong.items():
-                print(_start(op, shape.name, name) + f"WRONG, not timed: {complaint}")
-                failed = True
-            if not case.ours:
-                print(_start(op, shape.name, ", ".join(arguments.backend)) + "has no such operator")
-            found = _lines(case, roofs, arguments.seconds, 3 if arguments.quick else 0)
-        for line in found:
-            print(_row(line), flush=True)
-            lines.append(line)
+            found, wrong = _case_lines(op, shape, roofs, arguments)
+            failed |= wrong
+        lines += found
     _print_figures(lines)
     if arguments.json:
         record = {"environment": environment, "roofs": asdict(roofs), "lines": [asdict(line) for line in lines]}
@@ -72,6 +68,24 @@ def _run(arguments: argparse.Namespace) -> int:
 
         plot(lines, arguments.plot)
     return int(failed)
+
+
+def _case_lines(op: str, shape: Shape, roofs: Roofs, arguments: argparse.Namespace) -> tuple[list[Line], bool]:
+    """What a case measured, and whether a contender was wrong."""
+    try:
+        case = CASES[op].case(shape, arguments.backend)
+    except MemoryError as error:
+        print(_start(op, shape.name, ", ".join(arguments.backend)) + f"not run: {error}")
+        return [], False
+    for name, complaint in case.wrong.items():
+        print(_start(op, shape.name, name) + f"WRONG, not timed: {complaint}")
+    if not case.ours:
+        print(_start(op, shape.name, ", ".join(arguments.backend)) + "has no such operator")
+    found = []
+    for line in _lines(case, roofs, arguments.seconds, 3 if arguments.quick else 0):
+        print(_row(line), flush=True)
+        found.append(line)
+    return found, bool(case.wrong)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -114,6 +128,8 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Shape]]:
 
 
 def _lines(case: Case, roofs: Roofs, seconds: float, rounds: int) -> Iterator[Line]:
+    if not case.contenders:
+        return
     times = interleave(case.contenders, seconds, rounds)
     ours = next((times[name] for name in case.ours if name in times), None)
     flops, moved = sum(phase.flops for phase in case.phases), sum(phase.bytes for phase in case.phases)
@@ -128,13 +144,16 @@ def _lines(case: Case, roofs: Roofs, seconds: float, rounds: int) -> Iterator[Li
 
 
 def _memory_lines(shape: Shape, backends: Sequence[str]) -> Iterator[Line]:
-    for name in (*backends, *RIVALS):
+    lazy = f"{backends[0]}, replay"
+    for name in (*backends, lazy, *RIVALS):
         needed, free = memory.expected_bytes(name, shape), memory.available_bytes()
         if free is not None and needed > 0.75 * free:
             print(_start("memory", shape.name, name) + f"not run: needs {needed / 1e9:.0f} GB of {free / 1e9:.0f} free")
             continue
-        role = "ours" if name in backends else "baseline"
-        yield Line("memory", shape.name, name, role, [], 0, 0, None, 0, 0, 0, memory.extra_bytes(name, shape))
+        role = "ours" if name in (*backends, lazy) else "baseline"
+        line = Line("memory", shape.name, name, role, [], 0, 0, None, 0, 0, 0, memory.extra_bytes(name, shape))
+        print(_row(line), flush=True)
+        yield line
 
 
 def _start(op: str, shape: str, contender: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ class Trainer(Protocol):
 
 
 class Ours:
-    def __init__(self, model: SPARC, lr: float = 1e-4) -> None:
-        self.model, self.optimizer = model, SparcAdam(model, lr)
+    def __init__(self, model: SPARC, lazy: Literal["replay"] | None = None) -> None:
+        self.model, self.optimizer = model, SparcAdam(model, lazy=lazy)
 
     def step(self, x: Tensor) -> Tensor:
         return self.optimizer.step(x).total
@@ -47,7 +47,8 @@ def trainer(name: str, shape: Shape, auxk: bool = True) -> Trainer:
         return Dense(shape.model(), auxk_coef=1 / 32 if auxk else 0.0)
     if name in ("Lean", "Tuned"):
         return {"Lean": Lean, "Tuned": Tuned}[name](shape.model())
-    return Ours(shape.model(name))
+    name, _, lazy = name.partition(", ")
+    return Ours(shape.model(name), lazy="replay" if lazy else None)
 
 
 def check_step(name: str) -> str | None:

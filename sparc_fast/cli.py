@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from sparc_fast import convert
 from sparc_fast.files import atomic_path
 from sparc_fast.version import __version__
 
@@ -45,6 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, help="of the weights and the shuffling")
     demo.add_argument("--ablations", action="store_true", help="also global TopK without, local TopK with, cross loss")
     demo.set_defaults(run=_demo)
+
+    converted = commands.add_parser(
+        "convert",
+        help="turn a checkpoint of the research code into ours, or back",
+        description="Turn a checkpoint of the research code into one of sparc_fast, or back; the suffixes say which way.",
+    )
+    convert.add_arguments(converted)
+    converted.set_defaults(run=convert.run)
 
     bench = commands.add_parser(
         "bench", help="time every operator and the whole step against plain PyTorch", add_help=False

@@ -174,3 +174,22 @@ def test_torch_adam_can_go_on_from_our_state(backend: str) -> None:
     adam = torch.optim.Adam(model.parameters())
     adam.load_state_dict(copy.deepcopy(fused.state_dict()))
     assert torch.isfinite(plain_step(model, adam, batches(1)[0]).total)
+
+
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_a_capturable_step_reads_nothing_on_the_host_and_trains_alike(selection: str, backend: str) -> None:
+    plain, capturable = (make(backend, selection, torch.float64) for _ in range(2))
+    rate = torch.tensor(1e-2, dtype=torch.float64)
+    optimizers = sf.SparcAdam(plain, lr=1e-2), sf.SparcAdam(capturable, lr=rate, capturable=True)
+    without_dead = 0
+    for x in batches(60, torch.float64):
+        losses = [optimizer.step(x) for optimizer in optimizers]
+        torch.testing.assert_close(losses[0].total, losses[1].total, rtol=1e-9, atol=1e-12)
+        if losses[0].auxk is None:
+            without_dead += 1
+            assert losses[1].auxk == 0
+        else:
+            torch.testing.assert_close(losses[0].auxk, losses[1].auxk, rtol=1e-9, atol=1e-12)
+    assert 0 < without_dead < 50
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(p, capturable.get_parameter(name), rtol=1e-7, atol=1e-9)

@@ -1,0 +1,68 @@
+"""Compiles the CUDA kernels for the host: as a module like sparc_fast._cuda, or as a program under a sanitizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
+
+ROOT = Path(__file__).parents[2]
+HERE = ROOT / "tests/cuda_emulation"
+COMPILER = shutil.which("g++")
+KERNELS = sorted(ROOT.glob("csrc/cuda/*.cu"))
+FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DSPARC_FAST_EMULATE_CUDA"]
+INCLUDES = [f"-I{HERE}", f"-I{ROOT / 'csrc/cuda'}"]
+
+
+def build(target: Path, sources: Sequence[Path], flags: Sequence[str] = (), link: Sequence[str] = ()) -> Path:
+    """The target, linked from CUDA or C++ sources and the emulation, which no sanitizer looks into."""
+
+    def run(*arguments: object) -> None:
+        done = subprocess.run([str(COMPILER), *map(str, arguments)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:4000]
+
+    def compiled(source: Path) -> Path:
+        result = target.with_name(f"{target.stem}-{source.stem}.o")
+        special = ["-O2", "-g1"] if source.name == "runtime.cpp" else flags
+        run(*FLAGS, *INCLUDES, *special, "-x", "c++", "-c", source, "-o", result)
+        return result
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, [*sources, HERE / "runtime.cpp"]))
+    run(*objects, *flags, *link, "-o", target)
+    return target
+
+
+def emulated_module(folder: Path) -> ModuleType:
+    """What sparc_fast._cuda is, with kernels that run on the host."""
+    import pybind11
+
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    sources = [*KERNELS, ROOT / "csrc/cuda/binding.cpp"]
+    path = build(folder / "_cuda.so", sources, ["-O1", "-fvisibility=hidden", *includes], ["-shared"])
+    return _loaded("_cuda", path)
+
+
+@contextmanager
+def emulated_backend(module: ModuleType) -> Iterator[ModuleType]:
+    """sparc_fast.native_cuda on top of that module; its operators take tensors of the CPU."""
+    with patch.dict(sys.modules, {"sparc_fast._cuda": module}):
+        yield _loaded("emulated_native_cuda", ROOT / "sparc_fast/native_cuda.py")
+
+
+def _loaded(name: str, path: Path) -> ModuleType:
+    spec = spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

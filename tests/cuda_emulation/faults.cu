@@ -1,0 +1,172 @@
+// Small kernels, each with one fault of the kind that kernels have, and sound ones beside them: what the emulation must
+// find, and what it must not. `faults <case>` exits with 1 where a result is wrong or a launch fails.
+#include <cstdio>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "device.cuh"
+
+constexpr int threads = 64, capacity = 16;
+
+// Every thread reads what its neighbour wrote.
+__global__ void turn_kernel(int* out, bool fault) {
+    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    int* const values = memory.take<int>(threads);
+    values[threadIdx.x] = threadIdx.x;
+    if (!fault) __syncthreads();
+    out[threadIdx.x] = values[(threadIdx.x + 1) % threads];
+}
+
+__global__ void turn_in_warp_kernel(int* out, bool fault) {
+    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    int* const values = memory.take<int>(threads);
+    const unsigned neighbour = threadIdx.x / 32 * 32 + (threadIdx.x + 1) % 32;
+    values[threadIdx.x] = threadIdx.x;
+    if (!fault) __syncwarp();
+    out[threadIdx.x] = values[neighbour];
+}
+
+// The sum of 0 ... threads - 1; the fault is in shared memory that nobody cleared.
+__global__ void sum_kernel(int* out, bool fault) {
+    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    int* const sum = memory.take<int>(1);
+    if (threadIdx.x == 0 && !fault) *sum = 0;
+    __syncthreads();
+    atomicAdd(sum, int(threadIdx.x));
+    __syncthreads();
+    if (threadIdx.x == 0) *out = *sum;
+}
+
+__global__ void static_sum_kernel(int* out, bool) {
+    __shared__ int sum;
+    if (threadIdx.x == 0) sum = 0;
+    __syncthreads();
+    const int of_warp = __reduce_add_sync(all_lanes, int(threadIdx.x));
+    if (threadIdx.x % 32 == 0) atomicAdd(&sum, of_warp);
+    __syncthreads();
+    if (threadIdx.x == 0) *out = sum;
+}
+
+// One place too far, in shared memory and in a tensor.
+__global__ void fill_shared_kernel(int* out, bool fault) {
+    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    int *const values = memory.take<int>(threads - 1), *const last = memory.take<int>(1);
+    if (threadIdx.x < threads - !fault) values[threadIdx.x] = 1;
+    if (threadIdx.x == 0) *last = 2;
+    __syncthreads();
+    if (threadIdx.x < threads - 1) out[threadIdx.x] = values[threadIdx.x] + *last;
+}
+
+__global__ void fill_kernel(int* out, bool fault) {
+    if (threadIdx.x < threads - !fault) out[threadIdx.x] = 3;
+}
+
+// The number of all even threads, gathered where only `capacity` have room.
+__global__ void gather_kernel(int* out, bool fault) {
+    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    int *const found = memory.take<int>(capacity), *const count = memory.take<int>(1), *const sum = memory.take<int>(1);
+    if (threadIdx.x == 0) *count = *sum = 0;
+    __syncthreads();
+    bool waiting = threadIdx.x % 2 == 0;
+    do {
+        const int slot = waiting ? atomicAdd(count, 1) : capacity;
+        if (slot < capacity) found[slot] = threadIdx.x, waiting = false;
+        __syncthreads();
+        if (threadIdx.x < smaller<unsigned>(*count, capacity)) atomicAdd(sum, found[threadIdx.x]);
+        __syncthreads();
+        if (threadIdx.x == 0) *count = 0;
+    } while (__syncthreads_or(waiting && !fault));
+    if (threadIdx.x == 0) *out = *sum;
+}
+
+__global__ void half_barrier_kernel(int* out, bool fault) {
+    if (!fault || threadIdx.x < threads / 2) __syncthreads();
+    out[threadIdx.x] = 1;
+}
+
+__global__ void two_barriers_kernel(int* out, bool fault) {
+    if (fault && threadIdx.x < threads / 2)
+        __syncthreads();
+    else
+        __syncthreads();
+    out[threadIdx.x] = 1;
+}
+
+__global__ void half_vote_kernel(int* out, bool fault) {
+    if (fault && threadIdx.x % 32 == 7) return;
+    out[threadIdx.x] = __popc(__ballot_sync(all_lanes, threadIdx.x % 2 == 0));
+}
+
+__global__ void other_mask_kernel(int* out, bool fault) {
+    const unsigned mask = threadIdx.x % 32 < 16 ? 0xffffu : fault ? 0xffffu : 0xffff0000u;
+    out[threadIdx.x] = __popc(__ballot_sync(mask, 1));
+}
+
+// Blocks that add to one number.
+__global__ void add_kernel(int* out, bool fault) {
+    if (threadIdx.x != blockIdx.x) return;
+    if (fault)
+        *out += 1;
+    else
+        atomicAdd(out, 1);
+}
+
+__global__ void vector_kernel(int* out, bool fault) {
+    const int4 four = __ldg(reinterpret_cast<const int4*>(out + (fault ? 1 : 4)));
+    if (threadIdx.x == 0) out[0] = four.x + 1;
+}
+
+struct Case {
+    const char* name;
+    void (*kernel)(int*, bool);
+    int64_t blocks;
+    std::vector<int> expected;
+};
+
+static std::vector<int> same(int value, int count) { return std::vector<int>(count, value); }
+
+static std::vector<int> turned(int width) {
+    std::vector<int> values;
+    for (int i = 0; i < threads; ++i) values.push_back(i / width * width + (i + 1) % width);
+    return values;
+}
+
+int main(int, char** arguments) {
+    const std::vector<Case> cases{
+        {"barrier", turn_kernel, 2, turned(threads)},
+        {"warp barrier", turn_in_warp_kernel, 1, turned(32)},
+        {"clear", sum_kernel, 2, {threads * (threads - 1) / 2}},
+        {"static", static_sum_kernel, 3, {threads * (threads - 1) / 2}},
+        {"shared end", fill_shared_kernel, 1, same(3, threads - 1)},
+        {"tensor end", fill_kernel, 1, same(3, threads - 1)},
+        {"overflow", gather_kernel, 1, {threads / 2 * (threads / 2 - 1)}},
+        {"half barrier", half_barrier_kernel, 1, same(1, threads)},
+        {"two barriers", two_barriers_kernel, 1, same(1, threads)},
+        {"half vote", half_vote_kernel, 1, same(16, threads)},
+        {"other mask", other_mask_kernel, 1, same(16, threads)},
+        {"blocks", add_kernel, 2, {2}},
+        {"aligned", vector_kernel, 1, {1, 0, 0, 0, 0, 0, 0, 0}},
+    };
+    std::string name = arguments[1];
+    const bool fault = name.rfind("no ", 0) == 0;
+    if (fault) name = name.substr(3);
+    for (const Case& chosen : cases) {
+        if (name != chosen.name) continue;
+        SharedMemory memory(0);
+        memory.take<int>(threads), memory.take<int>(1), memory.take<int>(1);
+        std::vector<int> out(chosen.expected.size());
+        try {
+            launch(chosen.kernel, chosen.blocks, threads, memory.bytes(), 0, out.data(), fault);
+        } catch (const std::runtime_error& error) {
+            std::fprintf(stderr, "%s\n", error.what());
+            return 1;
+        }
+        if (out == chosen.expected) return 0;
+        std::fprintf(stderr, "wrong result\n");
+        return 1;
+    }
+    std::fprintf(stderr, "no such case\n");
+    return 2;
+}
