@@ -23,7 +23,7 @@
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
-#define __shared__ static  // only for kernels that are no templates; blocks find what the one before left
+#define __shared__ static  // the blocks of a launch find what the one before left
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;

@@ -53,14 +53,14 @@ __global__ void static_sum_kernel(int* out, bool) {
 __global__ void fill_shared_kernel(int* out, bool fault) {
     SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
     int *const values = memory.take<int>(threads - 1), *const last = memory.take<int>(1);
-    if (threadIdx.x < threads - !fault) values[threadIdx.x] = 1;
+    if (int(threadIdx.x) < threads - !fault) values[threadIdx.x] = 1;
     if (threadIdx.x == 0) *last = 2;
     __syncthreads();
     if (threadIdx.x < threads - 1) out[threadIdx.x] = values[threadIdx.x] + *last;
 }
 
 __global__ void fill_kernel(int* out, bool fault) {
-    if (threadIdx.x < threads - !fault) out[threadIdx.x] = 3;
+    if (int(threadIdx.x) < threads - !fault) out[threadIdx.x] = 3;
 }
 
 // The number of all even threads, gathered where only `capacity` have room.
@@ -135,10 +135,10 @@ static std::vector<int> turned(int width) {
 
 int main(int, char** arguments) {
     const std::vector<Case> cases{
-        {"barrier", turn_kernel, 2, turned(threads)},
+        {"barrier", turn_kernel, 1, turned(threads)},
         {"warp barrier", turn_in_warp_kernel, 1, turned(32)},
-        {"clear", sum_kernel, 2, {threads * (threads - 1) / 2}},
-        {"static", static_sum_kernel, 3, {threads * (threads - 1) / 2}},
+        {"clear", sum_kernel, 1, {threads * (threads - 1) / 2}},
+        {"static", static_sum_kernel, 1, {threads * (threads - 1) / 2}},
         {"shared end", fill_shared_kernel, 1, same(3, threads - 1)},
         {"tensor end", fill_kernel, 1, same(3, threads - 1)},
         {"overflow", gather_kernel, 1, {threads / 2 * (threads / 2 - 1)}},

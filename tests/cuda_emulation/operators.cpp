@@ -113,6 +113,6 @@ int main() {
         for (const int L : {1, 5, 700}) check_invert_indices(n, L, 0, ++number);
         check_invert_indices(n, 40, 50, ++number);
     }
-    check_invert_indices(5000, 3, 70, ++number);
+    check_invert_indices(2800, 3, 80, ++number);
     return failures != 0;
 }

@@ -16,7 +16,6 @@
 extern "C" {
 IF_THERE void* __tsan_get_current_fiber();
 IF_THERE void* __tsan_create_fiber(unsigned flags);
-IF_THERE void __tsan_destroy_fiber(void* fiber);
 IF_THERE void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 IF_THERE void __tsan_acquire(void* at);
 IF_THERE void __tsan_release(void* at);
@@ -63,7 +62,8 @@ struct Warp {
     int meetings = 0;
 };
 
-std::vector<Fibre> fibres;
+std::vector<std::vector<Fibre>> teams;  // one for all blocks; for ThreadSanitizer, which sees them run at once, one each
+Fibre* fibres;                           // of the block that runs
 std::vector<Warp> warps;
 Order starts, ends, barriers[2];
 int at_barrier, agreeing, counted, barriers_met;
@@ -106,10 +106,6 @@ void run_fibre() {
 }
 
 void prepare(Fibre& fibre, unsigned i) {
-    if (fibre.stack && __tsan_create_fiber) {
-        munmap(fibre.stack, stack_bytes + page);  // of another thread: forgotten with what it did there
-        fibre.stack = nullptr;
-    }
     if (!fibre.stack) {
         void* const memory = mmap(nullptr, stack_bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -118,7 +114,7 @@ void prepare(Fibre& fibre, unsigned i) {
     }
     // frames that a failed launch left behind
     if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(fibre.stack + page, stack_bytes);
-    if (__tsan_create_fiber) fibre.tsan = __tsan_create_fiber(0);
+    if (__tsan_create_fiber && !fibre.tsan) fibre.tsan = __tsan_create_fiber(0);
     fibre.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     fibre.state = Fibre::ready;
     getcontext(&fibre.context);
@@ -168,7 +164,6 @@ void run_block(unsigned threads) {
         }
         if (!progress && error.empty()) error = waiting(threads);
     }
-    for (unsigned i = 0; i < threads && __tsan_destroy_fiber; ++i) __tsan_destroy_fiber(fibres[i].tsan);
 }
 
 }  // namespace
@@ -176,7 +171,6 @@ void run_block(unsigned threads) {
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
     const unsigned threads = block.x * block.y * block.z;
     if (!threads || threads > 1024 || !grid.x || !grid.y || !grid.z) throw std::runtime_error("invalid launch");
-    if (fibres.size() < threads) fibres.resize(threads);
     const char* const chosen = std::getenv("CUDA_EMULATION_SCHEDULE");
     schedule = chosen ? std::atoi(chosen) : 0;
     shuffle.seed(schedule);
@@ -192,6 +186,10 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
         std::vector<char> rubbish(shared_bytes + 16, char(0xa5));
         rubbish.swap(shared);
         if (__tsan_create_fiber) retired.push_back(std::move(rubbish));
+        const size_t team = __tsan_create_fiber ? b : 0;
+        if (teams.size() <= team) teams.resize(team + 1);
+        if (teams[team].size() < threads) teams[team].resize(threads);
+        fibres = teams[team].data();
         starts.release();
         run_block(threads);
         if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(shared.data(), shared.size());
@@ -241,7 +239,7 @@ int barrier(bool predicate, Where where) {
 
 const uint64_t* meet(Vote vote, unsigned mask, uint64_t value, Where where) {
     Fibre& self = *current;
-    const unsigned i = unsigned(current - fibres.data()), first = i / 32 * 32;
+    const unsigned i = unsigned(current - fibres), first = i / 32 * 32;
     const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
     self.where = where, self.vote = vote, self.mask = mask, self.value = value, self.voted = false;
     if (!(mask >> (i - first) & 1)) fail("a mask without the lane itself at " + described(where));
