@@ -6,6 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# cuBLAS is deterministic only with a workspace of its own, and must be told before it starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Triton warns where nobody has said whether products and sums may be fused; they may
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # without a GPU, Triton's interpreter runs the kernels; it must be chosen before they are imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

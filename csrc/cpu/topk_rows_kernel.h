@@ -66,7 +66,7 @@ T kth_largest(const T* values, int64_t n, int64_t k) {
             Vec<T> smallest = Vec<T>{} + infinity;
             for (int64_t i = 0; i < whole; i += W) {
                 const Vec<T> v = load(values + i);
-                smallest = (v >= least) & (v < smallest) ? v : smallest;
+                smallest = ((v >= least) & (v < smallest)) ? v : smallest;
             }
             T kth = infinity;
             UNROLL for (int i = 0; i < W; ++i) kth = std::min(kth, smallest[i]);
@@ -107,7 +107,7 @@ INLINE int64_t append_above(Vec<T> v, T threshold, int32_t column, T* values, in
 // All entries above it have been collected; if fewer than k were, its equals have not.
 template <class T>
 T find_kth_largest(const T* row, int64_t L, int64_t k, Above<T>& above) {
-    constexpr int W = lanes<T>, chains = 4;
+    constexpr int W = lanes<T>, chains = 4, bytes_ahead = 4096;
     constexpr T lowest = -std::numeric_limits<T>::infinity();
     const int64_t rank = k + 8, steps = std::clamp<int64_t>(L / (4 * chains * rank), 1, 16);
     const bool grouped = L >= 4 * chains * rank;  // at least 4 rank groups of chains * steps entries
@@ -129,6 +129,8 @@ T find_kth_largest(const T* row, int64_t L, int64_t k, Above<T>& above) {
             UNROLL for (int c = 0; c < chains; ++c) maxima[c] = ranked<T>(load(entries + c * W));
             for (int64_t i = 1; i < steps; ++i) {
                 UNROLL for (int c = 0; c < chains; ++c) {
+                    // hardware stops fetching ahead at the end of a page
+                    __builtin_prefetch(entries + (i * chains + c) * W + bytes_ahead / sizeof(T));
                     const Vec<T> v = ranked<T>(load(entries + (i * chains + c) * W));
                     maxima[c] = maxima[c] < v ? v : maxima[c];
                 }
