@@ -169,8 +169,10 @@ def noting() -> Iterator[dict[Launch, str]]:
         name="NVIDIA H200", multi_processor_count=132, L2_cache_size=60 * 2**20, major=9, minor=0,
         shared_memory_per_block_optin=227 * 1024, total_memory=139 * 2**30,
     )  # fmt: skip
+    device = h200.L2_cache_size, h200.multi_processor_count
     with (
         mock.patch.object(JITFunction, "run", run),
+        mock.patch("sparc_fast.kernels.global_topk._device", return_value=device),  # the tensors say they are on a CPU
         mock.patch.object(FakeTensor, "is_cuda", property(lambda self: True)),
         mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=h200),

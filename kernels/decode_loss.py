@@ -147,6 +147,9 @@ def choice(S: int, k: int, L: int, width: int, values: torch.dtype, rows: torch.
     block_d = min(max(next_power_of_2(width), 16), max(16384 // (block_k * rows.itemsize), 256 // rows.itemsize), 512)
     kept = block_k * block_d * rows.itemsize <= 65536
     block_k = block_k if kept else 64
+    chosen = arithmetic(S, values, rows)
+    # left alone, the compiler spills a register or two of the multiply-adds to fit a fourth program
+    limit = {} if chosen["TENSOR_CORES"] or not kept else {"maxnreg": 168}
     return {
         "CHUNK": max(block_columns(L, width, rows.itemsize, 512), block_d) if kept else block_d,
         "KEPT": kept,
@@ -154,7 +157,8 @@ def choice(S: int, k: int, L: int, width: int, values: torch.dtype, rows: torch.
         "BLOCK_D": block_d,
         "num_warps": min(max(block_k * block_d * rows.itemsize // 4096, 1), 8),
         "num_stages": 3 if block_k * block_d * rows.itemsize <= 32768 else 2,  # within 99 KB of shared memory
-        **arithmetic(S, values, rows),
+        **chosen,
+        **limit,
     }
 
 

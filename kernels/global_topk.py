@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -37,7 +38,17 @@ import triton.language as tl
 from torch import Tensor
 
 from sparc_fast.kernels.launching import launch, next_power_of_2
-from sparc_fast.kernels.topk_rows import TOP, candidate_room, choose, kth_largest, merge_parts, sortable, take
+from sparc_fast.kernels.topk_rows import (
+    REGISTERS,
+    TOP,
+    candidate_room,
+    choose,
+    kth_largest,
+    merge_choice,
+    merge_parts,
+    sortable,
+    take,
+)
 from sparc_fast.reference import wide
 
 ROWS = 4096  # samples of one GEMM
@@ -76,7 +87,8 @@ def full_choice(D: int, item_size: int) -> dict[str, int]:
     # estimated, not measured: the reductions of a step are short beside its 8 KB of W. BLOCK_D is the order of a
     # score's sum: the same here and in settle_choice
     block_d = min(256, max(16, next_power_of_2(D)))
-    return {"R": min(64, 8192 // item_size // block_d), "BLOCK_D": block_d, "BLOCK": 512, "num_warps": 8}
+    rows = min(64, 8192 // item_size // block_d)
+    return {"R": rows, "BLOCK_D": block_d, "BLOCK": 512, "num_warps": 8, "maxnreg": REGISTERS}
 
 
 @lru_cache(maxsize=256)
@@ -392,7 +404,7 @@ def _score_in_full(
 
 def _float32_is_ieee(device: torch.device) -> bool:
     """Whether torch may not multiply float32 matrices in fewer bits, which would have no bound."""
-    backends = torch.backends
+    backends: Any = torch.backends
     matmul = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
     return not {matmul.fp32_precision, getattr(backends, "fp32_precision", "none")} & {"tf32", "bf16"}
 
@@ -531,5 +543,5 @@ def _in_full(
     )  # fmt: skip
     launch(
         merge_parts, (min(N, most // 2),), part_keys, part_latents, part_counts, total, rows, k, capacity, most, keys,
-        latents, indices, TOP=TOP[sums], BLOCK=launched["BLOCK"], num_warps=4,
+        latents, indices, TOP=TOP[sums], **merge_choice(launched["BLOCK"]),
     )  # fmt: skip

@@ -19,13 +19,19 @@ from torch import Tensor
 from sparc_fast.kernels.launching import launch, next_power_of_2
 
 ROOM, SPARE = 2, 256  # a program holds up to ROOM k + SPARE candidates
+REGISTERS = 128  # of a thread: left alone, the compiler spills some to make room for one more program
 TOP = {torch.float32: 2**31 - 1, torch.float64: 2**63 - 1}  # above every key; -TOP is below
 
 
 def choice(columns: int) -> dict[str, int]:
-    # estimated, not measured: 8 scores and 2 candidates a thread keep the registers few
-    block = min(2048, max(16, next_power_of_2(columns)))
-    return {"COLUMNS": block, "BLOCK": min(block, 512), "num_warps": 8 if block > 512 else 2}
+    # estimated, not measured: 8 scores and 4 candidates a thread; 4 programs fit a multiprocessor, as `programs` starts
+    block = min(1024, max(16, next_power_of_2(columns)))
+    return {"COLUMNS": block, "BLOCK": min(block, 512), "num_warps": 4 if block > 256 else 2, "maxnreg": REGISTERS}
+
+
+def merge_choice(block: int) -> dict[str, int]:
+    # estimated, not measured: 4 candidates a thread
+    return {"BLOCK": block, "num_warps": 4, "maxnreg": REGISTERS}
 
 
 def programs(device: torch.device) -> int:
@@ -61,7 +67,7 @@ def kth_largest(keys, count, k, TOP: tl.constexpr, BLOCK: tl.constexpr):
         low = tl.minimum(low, tl.min(tl.where(start + lanes < count, more, TOP), axis=0))
         high = tl.maximum(high, tl.max(more, axis=0))
     high += 1
-    while low + 1 < high:
+    while low < high - 1:  # low + 1 would overflow where there are no keys
         guess = (low >> 1) + (high >> 1) + (low & high & 1)
         reaching = tl.sum((first >= guess).to(tl.int32), axis=0)
         for start in range(BLOCK, count, BLOCK):
@@ -88,7 +94,7 @@ def raised(
     lanes = tl.arange(0, BLOCK)
     goal = k + (capacity - k) // 2
     low, high = threshold, tl.full((), TOP, lower.dtype)
-    while low + 1 < high:
+    while low < high - 1:
         guess = (low >> 1) + (high >> 1) + (low & high & 1)
         reaching = tl.sum((valid & (lower >= guess)).to(tl.int32), axis=0)
         passing = tl.sum((valid & (upper >= guess)).to(tl.int32), axis=0)
@@ -274,6 +280,6 @@ def topk_rows(scores: Tensor, k: int) -> Tensor:
     total = torch.full((), N, dtype=torch.int32, device=scores.device)
     launch(
         merge_parts, (N,), part_keys, part_latents, part_counts, total, rows, k, capacity, N * parts, keys, latents,
-        indices, TOP=top, BLOCK=launched["BLOCK"], num_warps=launched["num_warps"],
+        indices, TOP=top, **merge_choice(launched["BLOCK"]),
     )  # fmt: skip
     return indices

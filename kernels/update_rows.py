@@ -111,7 +111,7 @@ class InPlace:
     def __exit__(self, *_: object) -> None:
         changed = [t for t in self.tensors if t is not None]
         for tensor, dense in zip(self.tensors, self.dense, strict=True):
-            if tensor is not None and dense is not tensor:
+            if tensor is not None and dense is not None and dense is not tensor:
                 tensor.copy_(dense)
         torch.autograd.graph.increment_version(changed)
 

@@ -43,6 +43,11 @@ IN_INTERPRETER = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """NumPy, which Triton's interpreter computes with, warns of what floating point is meant to do."""
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every backend that runs here: an operator's tests hold for all of them."""
     if "backend" in metafunc.fixturenames:
