@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     converted = commands.add_parser(
         "convert",
         help="turn a checkpoint of the research code into ours, or back",
-        description="Turn a checkpoint of the research code into one of sparc_fast, or back; the suffixes say which way.",
+        description="Turn a checkpoint of the research code into one of sparc_fast, or back, as the suffixes say.",
     )
     convert.add_arguments(converted)
     converted.set_defaults(run=convert.run)
