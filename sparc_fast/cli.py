@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sparc_fast import convert
 from sparc_fast.files import atomic_path
+from sparc_fast.training import command as training
 from sparc_fast.version import __version__
 
 
@@ -46,6 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, help="of the weights and the shuffling")
     demo.add_argument("--ablations", action="store_true", help="also global TopK without, local TopK with, cross loss")
     demo.set_defaults(run=_demo)
+
+    train = commands.add_parser(
+        "train",
+        help="train on your own features, in a run that survives interruption",
+        description="Train SPARC on features in files. The same command goes on where a stopped or killed run was, "
+        "bit for bit.",
+    )
+    training.add_arguments(train)
+    train.set_defaults(run=training.run)
 
     converted = commands.add_parser(
         "convert",

@@ -8,7 +8,8 @@
 
 template <class... Parameters, class... Arguments>
 void launch(
-    void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, uintptr_t, Arguments... arguments) {
+    void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, uintptr_t,
+    Arguments... arguments) {
     if (blocks == 0) return;
     const auto run = [&] { kernel(arguments...); };
     emulation::launch({unsigned(blocks), 1, 1}, {unsigned(threads), 1, 1}, shared_bytes, run);
@@ -60,7 +61,6 @@ class SharedMemory {
         T* const array = reinterpret_cast<T*>(next);
         next += count * sizeof(T);
 #ifdef SPARC_FAST_EMULATE_CUDA
-        next = (next + 7) / 8 * 8;
         if (!counts) emulation::forbid(reinterpret_cast<void*>(next), emulation::red_zone);
         next += emulation::red_zone;
 #endif

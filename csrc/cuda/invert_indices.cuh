@@ -3,8 +3,8 @@
 // Every position draws a number from its latent's counter, which counts the latent at the same time; sums of the counts
 // are the offsets; a position is put at its latent's offset plus its number. Numbers were drawn in whatever order the
 // threads came, so that at last every segment is sorted: up to 32 entries by a warp, up to `segment_room` by a block in
-// shared memory. A segment longer than that, of a latent which nearly every sample uses, is written once more by a block
-// that reads all indices in order: there are few such latents, since their entries add up to n.
+// shared memory. A segment longer than that, of a latent which nearly every sample uses, is written once more by a
+// block that reads all indices in order: there are few such latents, since their entries add up to n.
 #pragma once
 #include "block.cuh"
 
@@ -26,36 +26,43 @@ __global__ void __launch_bounds__(256) draw_numbers_kernel(
     if (p < n) numbers[p] = atomicAdd(&counts[bucket(indices[p], L)], 1);
 }
 
-// The counts of a thread: counts_each of them, side by side.
-__device__ inline int64_t sum_counts(const int* counts, int64_t first, int64_t buckets) {
-    int64_t sum = 0;
-    for (int64_t l = first; l < smaller(first + counts_each, buckets); ++l) sum += counts[l];
-    return sum;
-}
+// A thread's counts, counts_each of them side by side, and their sum.
+struct Counts {
+    int64_t first, sum = 0;
+    int counts[counts_each];
 
-__global__ void __launch_bounds__(256) sum_counts_kernel(int64_t* sums, const int* counts, int buckets) {
+    __device__ Counts(const int* all, int buckets)
+        : first((int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * counts_each) {
+#pragma unroll
+        for (int i = 0; i < counts_each; ++i) {
+            counts[i] = first + i < buckets ? all[first + i] : 0;
+            sum += counts[i];
+        }
+    }
+};
+
+__global__ void __launch_bounds__(256, 4) sum_counts_kernel(int64_t* sums, const int* counts, int buckets) {
     SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
-    int64_t* const of_warps = memory.take<int64_t>(32);
-    const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * counts_each;
     int64_t all;
-    sum_before(sum_counts(counts, first, buckets), of_warps, all);
+    sum_before(Counts(counts, buckets).sum, memory.take<int64_t>(32), all);
     if (threadIdx.x == 0) sums[blockIdx.x] = all;
 }
 
 // offsets[l] for all l up to L, from the counts and the sums of each block's counts.
-__global__ void __launch_bounds__(256) offsets_kernel(
+__global__ void __launch_bounds__(256, 4) offsets_kernel(
     int64_t* offsets, const int64_t* sums, const int* counts, int buckets) {
     SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
     int64_t* const of_warps = memory.take<int64_t>(32);
-    int64_t earlier = 0, blocks_before, all;
+    const Counts mine(counts, buckets);
+    int64_t earlier = 0, before, all;
     for (int64_t b = threadIdx.x; b < blockIdx.x; b += blockDim.x) earlier += sums[b];
-    sum_before(earlier, of_warps, blocks_before);
+    sum_before(earlier, of_warps, before);
     __syncthreads();
-    const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * counts_each;
-    int64_t offset = blocks_before + sum_before(sum_counts(counts, first, buckets), of_warps, all);
-    for (int64_t l = first; l < smaller<int64_t>(first + counts_each, buckets); ++l) {
-        offsets[l] = offset;
-        offset += counts[l];
+    int64_t offset = before + sum_before(mine.sum, of_warps, all);
+#pragma unroll
+    for (int i = 0; i < counts_each; ++i) {
+        if (mine.first + i < buckets) offsets[mine.first + i] = offset;
+        offset += mine.counts[i];
     }
 }
 

@@ -2,12 +2,12 @@
 // that reach it.
 //
 // A block does a row, or a part of one. It takes a sample, spread over the row, and makes its rank-th largest the
-// threshold: then a little more than k scores are expected to reach it. They are gathered in shared memory. If at
-// least k came and all found room, the k largest are among them and are chosen exactly. If fewer came, the threshold was
-// too high, and the row is read again without one. If the room was too small (many equals), the k-th largest of those
-// that found room is a threshold that k scores do reach; with it the row is read again, in steps. Whenever the room may
-// not do for the next step, all but the k largest are dropped, and the threshold rises above the least of these: who
-// comes later stands further right, and loses ties. So no row is too hard, and none is cut short.
+// threshold: then a few times k scores are expected to reach it. They are gathered in shared memory. If at least k came
+// and all found room, the k largest are among them and are chosen exactly. If fewer came, the threshold was too high,
+// and the row is read again without one. If the room was too small (many equals), the k-th largest of those that found
+// room is a threshold that k scores do reach; with it the row is read again. To read again is to read in steps:
+// whenever the room may not do for the next step, all but the k largest are dropped, and the threshold rises above the
+// least of these; who comes later stands further right, and loses ties. So no row is too hard, and none is cut short.
 //
 // A candidate is a number, key << 32 | ~column: larger scores are larger, and of equal scores the lower column is. No
 // two are equal, so the order in which they were gathered does not show in the result.
@@ -259,9 +259,9 @@ __device__ int select(const RowPart<Format>& row, const TopkPlan& plan, int k, c
     return gather_in_steps(row, least, k, plan.capacity, shared);
 }
 
-// Block b does part b % plan.parts of row b / plan.parts, and writes its k results at indices + b k, and at values where
-// there are any: the last parts of a row may have fewer than k columns, and are filled up with -inf. `names`, of rows of
-// L, are what to write for columns.
+// Block b does part b % plan.parts of row b / plan.parts, and writes its k results at indices + b k; where there are
+// values, their scores at values + b k. The last parts of a row may have fewer than k columns, and are filled up with
+// -inf. `names`, in rows of L, are what to write for columns.
 template <class Format>
 __global__ void __launch_bounds__(512, 2) topk_rows_kernel(
     TopkPlan plan, int32_t* indices, float* values, const typename Format::Word* scores, int64_t stride, int64_t L,

@@ -7,13 +7,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests/cuda_emulation"
@@ -52,11 +50,17 @@ def emulated_module(folder: Path) -> ModuleType:
     return _loaded("_cuda", path)
 
 
-@contextmanager
-def emulated_backend(module: ModuleType) -> Iterator[ModuleType]:
+def emulated_backend(module: ModuleType) -> ModuleType:
     """sparc_fast.native_cuda on top of that module; its operators take tensors of the CPU."""
-    with patch.dict(sys.modules, {"sparc_fast._cuda": module}):
-        yield _loaded("emulated_native_cuda", ROOT / "sparc_fast/native_cuda.py")
+    name = "sparc_fast._cuda"
+    compiled = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        return _loaded("emulated_native_cuda", ROOT / "sparc_fast/native_cuda.py")
+    finally:
+        del sys.modules[name]
+        if compiled is not None:
+            sys.modules[name] = compiled
 
 
 def _loaded(name: str, path: Path) -> ModuleType:

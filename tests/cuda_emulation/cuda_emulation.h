@@ -1,8 +1,8 @@
 // Enough of CUDA to compile the kernels of csrc/cuda as plain C++ and to run them on the host.
 //
 // Blocks run one after the other. The threads of a block are fibres of one thread of the host: each runs until it meets
-// a barrier or a warp's vote, so a run can be repeated exactly. CUDA_EMULATION_SCHEDULE chooses the order they run in: 0
-// first to last, 1 last to first, any other number a shuffled order, in which they also pause at atomics.
+// a barrier or a warp's vote, so a run can be repeated exactly. CUDA_EMULATION_SCHEDULE chooses the order they run in:
+// 0 first to last, 1 last to first, any other number a shuffled order, in which they also pause at atomics.
 //
 // What stops a launch with an error: a barrier that not every thread of the block meets, or at different lines; a vote
 // or shuffle that a lane of its mask never meets; a mask without the lane itself. Shared memory starts as rubbish, and

@@ -1,5 +1,5 @@
-// The CUDA operators on small ragged shapes against plain loops, for builds with sanitizers: buffers are exactly as large
-// as their tensors. Exits with 1 and a line where they disagree.
+// The CUDA operators on small ragged shapes against plain loops, for builds with sanitizers: buffers are exactly as
+// large as their tensors. With an argument the largest is left out. Exits with 1 and a line where they disagree.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -93,7 +93,7 @@ static void check_invert_indices(int n, int L, int hot, int number) {
     expect(offsets == expected_offsets && entries == expected, "invert_indices", number);
 }
 
-int main() {
+int main(int count, char**) {
     const Shape shapes[] = {
         {1, 1, 1, 32, 0, 1, 0, 0},
         {3, 50, 7, 64, 0, 1, 0, 0},
@@ -113,6 +113,7 @@ int main() {
         for (const int L : {1, 5, 700}) check_invert_indices(n, L, 0, ++number);
         check_invert_indices(n, 40, 50, ++number);
     }
-    check_invert_indices(2800, 3, 80, ++number);
+    // one latent takes a block more than one round; of this many fibres ThreadSanitizer takes long to tell the order
+    if (count == 1) check_invert_indices(4200, 3, 80, ++number);
     return failures != 0;
 }

@@ -1,11 +1,10 @@
-// The fibres behind cuda_emulation.h. Never instrumented: ThreadSanitizer is told of a fibre's changes, and must not see
-// how they come about.
+// The fibres behind cuda_emulation.h. Never instrumented: ThreadSanitizer is told when another fibre goes on, and must
+// not see how that comes about.
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdlib>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -62,8 +61,8 @@ struct Warp {
     int meetings = 0;
 };
 
-std::vector<std::vector<Fibre>> teams;  // one for all blocks; for ThreadSanitizer, which sees them run at once, one each
-Fibre* fibres;                           // of the block that runs
+std::vector<std::vector<Fibre>> teams;  // one for all blocks, or one each: to ThreadSanitizer they run at once
+Fibre* fibres;                          // of the block that runs
 std::vector<Warp> warps;
 Order starts, ends, barriers[2];
 int at_barrier, agreeing, counted, barriers_met;
@@ -75,7 +74,14 @@ size_t host_stack_bytes;
 const std::function<void()>* running;
 std::vector<char> shared;
 std::vector<std::vector<char>> retired;  // shared memory of blocks that may still run, as ThreadSanitizer sees it
-std::mt19937 shuffle;
+// Not one of <random>: of a template that a kernel's program uses too, the linker may take the instrumented copy.
+struct Random {
+    using result_type = uint32_t;
+    uint64_t state = 1;
+    static constexpr uint32_t min() { return 0; }
+    static constexpr uint32_t max() { return ~0u; }
+    uint32_t operator()() { return uint32_t((state = state * 6364136223846793005u + 1442695040888963407u) >> 32); }
+} shuffle;
 int schedule;
 std::string error;
 
@@ -107,7 +113,8 @@ void run_fibre() {
 
 void prepare(Fibre& fibre, unsigned i) {
     if (!fibre.stack) {
-        void* const memory = mmap(nullptr, stack_bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        const int rights = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS;
+        void* const memory = mmap(nullptr, stack_bytes + page, rights, flags, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
         fibre.stack = static_cast<char*>(memory);
         mprotect(memory, page, PROT_NONE);  // a stack that overflows is noticed
@@ -173,7 +180,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
     if (!threads || threads > 1024 || !grid.x || !grid.y || !grid.z) throw std::runtime_error("invalid launch");
     const char* const chosen = std::getenv("CUDA_EMULATION_SCHEDULE");
     schedule = chosen ? std::atoi(chosen) : 0;
-    shuffle.seed(schedule);
+    shuffle.state = unsigned(schedule);
     gridDim = grid, blockDim = block;
     running = &kernel;
     error.clear();
@@ -250,10 +257,11 @@ const uint64_t* meet(Vote vote, unsigned mask, uint64_t value, Where where) {
     bool complete = true;
     for (unsigned l = 0; l < 32; ++l) {
         if (!(mask >> l & 1)) continue;
-        const bool there = first + l < threads && fibres[first + l].state == Fibre::at_vote && !fibres[first + l].voted &&
-                           fibres[first + l].mask == mask && fibres[first + l].vote == vote &&
-                           fibres[first + l].where.line() == where.line();
-        complete &= there;
+        if (first + l >= threads) complete = false;
+        if (!complete) break;
+        const Fibre& other = fibres[first + l];
+        complete = other.state == Fibre::at_vote && !other.voted && other.mask == mask && other.vote == vote &&
+                   other.where.line() == where.line();
     }
     if (complete) {
         warp.meetings += vote == Vote::sync;

@@ -1,0 +1,92 @@
+"""The CUDA backend: prepares tensors for the compiled kernels of csrc/cuda, which know nothing of torch.
+
+Kernels are started on the current stream of the tensors' device. Their workspace comes from torch's allocator, nothing
+waits for the device, and nothing depends on what is in a tensor: a step can be captured in a CUDA graph. What the
+kernels do not do (float64, k above 2048, 2^31 positions and more) the Triton kernels do.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["invert_indices", "topk_rows"]
+
+_cuda: Any = import_module("sparc_fast._cuda")
+_SCORES = {
+    torch.float32: _cuda.Scores.float32,
+    torch.bfloat16: _cuda.Scores.bfloat16,
+    torch.float16: _cuda.Scores.float16,
+}
+
+
+def topk_rows(scores: Tensor, k: int) -> Tensor:
+    """Columns of the k largest of each row, int32 [N, k], ascending; ties to the lower column, NaN ranks with +inf."""
+    (N, L), device = scores.shape, scores.device
+    if scores.dtype not in _SCORES or k > _cuda.most_k or max(N, L) >= 2**31:
+        result: Tensor = _in_triton("topk_rows", scores, k)
+        return result
+    scores = scores.detach()
+    scores = scores if scores.stride(1) == 1 or L == 1 else scores.contiguous()
+    indices = torch.empty(N, k, dtype=torch.int32, device=device)
+    plan = _cuda.TopkPlan(N, L, k, _multiprocessors(device))
+    workspace = _bytes(_cuda.topk_rows_workspace(plan, N, k), device)
+    with _on(device):
+        _cuda.topk_rows(
+            plan, indices.data_ptr(), scores.data_ptr(), _SCORES[scores.dtype], scores.stride(0), N, L, k,
+            workspace.data_ptr(), _stream(device),
+        )  # fmt: skip
+    return indices
+
+
+def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
+    n, device = indices.numel(), indices.device
+    if max(n, n_latents + 1) >= 2**31:
+        offsets, entries = _in_triton("invert_indices", indices, n_latents)
+        return offsets, entries
+    if indices.dtype != torch.int32:  # clamped first, so that none wraps into range
+        indices = indices.clamp(-1, n_latents).to(torch.int32)
+    indices = indices.contiguous()
+    offsets = torch.empty(n_latents + 1, dtype=torch.int64, device=device)
+    entries = torch.empty(n, dtype=torch.int64, device=device)
+    workspace = _bytes(_cuda.invert_indices_workspace(n, n_latents), device)
+    with _on(device):
+        _cuda.invert_indices(
+            offsets.data_ptr(), entries.data_ptr(), indices.data_ptr(), n, n_latents, workspace.data_ptr(),
+            _stream(device),
+        )  # fmt: skip
+    return offsets, entries
+
+
+def __getattr__(name: str) -> Any:
+    """An operator that has no CUDA kernel is Triton's."""
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("sparc_fast.kernels"), name)
+
+
+def _in_triton(operator: str, *operands: Any) -> Any:
+    return getattr(import_module("sparc_fast.kernels"), operator)(*operands)
+
+
+def _bytes(count: int, device: torch.device) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8, device=device)
+
+
+# Tensors of the CPU are for kernels that are emulated there, as the tests do.
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,0 +1,82 @@
+"""One checkpoint, one file: a safetensors file whose header holds the state that is not tensors, and a hash of all.
+
+One file, so that weights, moments and the loader's place cannot disagree and a checkpoint appears by one rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparc_fast.files import atomic_path
+
+FORMAT = "sparc_fast.training/1"
+HASHED_TOGETHER = 2**26  # bytes: pieces that threads hash side by side
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write tensors and plain data to `path`, atomically.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full; what was there is untouched.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # one entry: safetensors writes several in an order of its own, and equal checkpoints should be equal files
+    header = json.dumps({"sha256": _digest(on_host, state), "state": dict(state)}, allow_nan=False)
+    try:
+        with atomic_path(path) as temporary:
+            save_file(on_host, temporary, metadata={FORMAT: header})
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write the checkpoint {path}: {error}") from error
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, state) from `path`; ValueError where the file is not whole, or not ours, or not what was written."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"path must be a checkpoint of a training run, but there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(FORMAT)
+            if header is None:
+                raise ValueError(f"path must be a checkpoint of a training run ({FORMAT}), but {path} is none")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = json.loads(header)
+        expected, state = content["sha256"], content["state"]
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"path must be a checkpoint, but {path} is truncated or damaged: {error}") from error
+    if _digest(tensors, state) != expected:
+        raise ValueError(f"path must be a checkpoint, but {path} is damaged: its content has another hash")
+    return tensors, state
+
+
+def _digest(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
+    """SHA-256 of names, shapes, dtypes and state, and of the SHA-256s of the tensors' pieces."""
+    names = sorted(tensors)
+    shapes = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]
+    whole = hashlib.sha256(json.dumps([shapes, state]).encode())
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        for piece in threads.map(_hash, (piece for name in names for piece in _pieces(tensors[name]))):
+            whole.update(piece)
+    return whole.hexdigest()
+
+
+def _pieces(tensor: Tensor) -> Iterator[memoryview]:
+    content = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+    return (content[start : start + HASHED_TOGETHER] for start in range(0, len(content), HASHED_TOGETHER))
+
+
+def _hash(piece: memoryview) -> bytes:
+    return hashlib.sha256(piece).digest()

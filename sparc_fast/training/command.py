@@ -1,0 +1,90 @@
+"""The command `sparc-fast train`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from .config import Config
+from .config_file import absolute, read_settings
+from .progress import Lines, Progress, Silent, best_progress
+from .settings import flag, parse_source, sources
+from .trainer import Trainer
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The file of settings, the folder, and a flag for every setting."""
+    parser.add_argument("config", nargs="?", type=Path, help="settings as TOML, JSON or YAML; comes before any flag")
+    parser.add_argument("--out", type=Path, required=True, help="the run's folder; one that is there goes on")
+    parser.add_argument("--progress", choices=("auto", "lines", "none"), default="auto", help="on standard error")
+    group = parser.add_argument_group("settings")
+    for f in fields(Config):
+        group.add_argument(_flag(f), dest=f"set_{f.name}", **_arguments(f))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; the exit status is 0 when the run is finished, 1 after an error, and 128 + the signal that stopped it."""
+    config = Config.of(_settings(arguments))
+    progress: Progress = {"auto": best_progress, "lines": Lines, "none": Silent}[arguments.progress]()
+    try:
+        with Trainer(config, arguments.out, progress=progress) as trainer:
+            outcome = trainer.run()
+    except FloatingPointError as error:
+        print(f"sparc-fast: {error}", file=sys.stderr)
+        return 1
+    if outcome.stopped_by is not None:
+        return 128 + outcome.stopped_by
+    print(f"{outcome.step:,} steps done; the model is {trainer.folder.model}")
+    if outcome.best is not None:
+        step, figure = outcome.best
+        print(f"best on held-out rows: {figure:.4f} after step {step:,}, {trainer.folder.best}")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of the file (or of the run that goes on), and the flags over them."""
+    there = arguments.out / "config.json"
+    path = arguments.config or (there if there.is_file() else None)
+    settings = read_settings(path) if path is not None else {}
+    for f in fields(Config):
+        given = getattr(arguments, f"set_{f.name}")
+        if given is not None:
+            settings[f.name] = _parsed(f, given)
+    if "steps" in settings and "epochs" in settings:  # a flag takes the place of what the file says
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            if getattr(arguments, f"set_{one}") is not None and getattr(arguments, f"set_{other}") is None:
+                del settings[other]
+    return settings
+
+
+def _parsed(f: Field[Any], given: Any) -> Any:
+    kind = f.metadata["kind"]
+    if kind is flag:
+        return given
+    if kind is sources:
+        named = dict(parse_source(text) for text in given)
+        return {stream: absolute(source, Path.cwd()) for stream, source in named.items()}
+    try:
+        return kind.parse(given)
+    except ValueError:
+        raise ValueError(f"{_flag(f)} must be {kind.expected}, got {given!r}") from None
+
+
+def _flag(f: Field[Any]) -> str:
+    return f"--{f.name.replace('_', '-')}"
+
+
+def _arguments(f: Field[Any]) -> dict[str, Any]:
+    kind, default = f.metadata["kind"], f.default
+    words = f.metadata["help"].replace("%", "%%")
+    if kind is sources:
+        return {"nargs": "+", "metavar": "STREAM=FILE[#NAME]", "help": words}
+    if kind is flag:
+        return {"action": argparse.BooleanOptionalAction, "help": words}
+    shown = "" if default is MISSING or default == "" else f" ({default})"
+    return {"metavar": "X", "help": words + shown}

@@ -1,0 +1,104 @@
+"""The folder of a run: what lies where, and that only one process trains in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparc_fast.files import atomic_path
+
+from . import checkpoint_file
+from .config import Config
+
+PREFIX, SUFFIX = "step-", ".safetensors"
+
+
+class RunFolder:
+    """config.json, metrics.jsonl, sessions.jsonl, checkpoints/, and in the end model.safetensors."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).resolve()
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.sessions = self.path / "sessions.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model.safetensors"
+        self.best = self.path / "best.safetensors"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and keep other processes from training in it; a lock ends with its process."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise OSError(f"cannot write to the run's folder {self.path}: {error.strerror or error}") from error
+        try:
+            _lock(handle, self.path)
+            for leftover in self.checkpoints.glob(".*"):  # of a process that was killed while it wrote
+                leftover.unlink()
+            yield
+        finally:
+            os.close(handle)
+
+    def agree_on(self, config: Config) -> None:
+        """Keep the configuration here, or hold it against the one that is; ValueError names what differs."""
+        if self.config.is_file():
+            there = Config.of(json.loads(self.config.read_text(encoding="utf-8")))
+            if different := config.differences(there):
+                listed = ", ".join(f"{n} {getattr(there, n)!r}, not {getattr(config, n)!r}" for n in different)
+                raise ValueError(f"a run goes on with the settings it began with; {self.path} has {listed}")
+            if config == there:
+                return
+        with atomic_path(self.config) as temporary:
+            temporary.write_text(json.dumps(config.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints here, ascending."""
+        names = (path.name for path in self.checkpoints.glob(f"{PREFIX}*{SUFFIX}"))
+        return sorted(int(number) for name in names if (number := name[len(PREFIX) : -len(SUFFIX)]).isdigit())
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"{PREFIX}{step:09d}{SUFFIX}"
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int, best: int) -> None:
+        """Write a checkpoint; then delete all but the newest `keep` and that of step `best`."""
+        try:
+            checkpoint_file.write(self.checkpoint(step), tensors, state)
+        except OSError as error:
+            steps = self.steps()
+            left = f"the last one, {self.checkpoint(steps[-1]).name}, is whole" if steps else "there is none yet"
+            raise OSError(f"{error}; {left}, and the same command goes on from it") from error
+        for old in self.steps()[:-keep]:
+            if old != best:
+                self.checkpoint(old).unlink()
+
+    def newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """(tensors, state) of the newest checkpoint that is whole; damaged ones are set aside with a warning."""
+        for step in reversed(self.steps()):
+            path = self.checkpoint(step)
+            try:
+                return checkpoint_file.read(path)
+            except ValueError as error:
+                aside = path.with_suffix(".damaged")
+                path.rename(aside)
+                warnings.warn(f"{error}; it is now {aside.name}, and the one before it is tried", stacklevel=2)
+        return None
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock: two processes there are the user's to avoid
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise OSError(f"another process is training in {folder}") from error

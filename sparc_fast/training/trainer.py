@@ -1,0 +1,318 @@
+"""The training loop, and going on with it after any interruption as if there had been none."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparc_fast import backends, data
+from sparc_fast.data import AlignedFiles, Loader
+from sparc_fast.optim import SparcAdam
+from sparc_fast.sae import SPARC
+from sparc_fast.version import __version__
+
+from .calibration import calibrate
+from .config import Config
+from .held_out import hold_out
+from .metrics import Means, MetricsFile, Record
+from .progress import Progress, Silent
+from .run_folder import RunFolder
+from .schedules import Schedule
+from .session import Session
+from .sinks import Sink, TensorBoard, WandB
+from .state import find_not_finite, load_model, load_tensors, tensors_of
+from .stopping import Stop, stop_on_signals
+from .validation import validate
+
+MEANS = "metrics.sums"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a session ended."""
+
+    step: int
+    """Steps made in all sessions."""
+    stopped_by: signal.Signals | None
+    """The signal that ended it early, after a checkpoint; None when the run is finished."""
+    best: tuple[int, float] | None
+    """(step, validation figure) of the best checkpoint; None without validation."""
+
+
+class Trainer:
+    """Train a SPARC in a folder; in a folder where a run was interrupted, go on with it.
+
+    What a run computes is a function of its configuration and data: killed at any moment and started again with the
+    same arguments, it ends with the same bits in weights, moments and metrics.jsonl (on one machine and torch).
+
+    Args:
+        config: the settings; when a run goes on, those it began with, but for ones no result depends on.
+        folder: config.json, metrics.jsonl, sessions.jsonl, checkpoints/, and in the end model.safetensors, and with
+            validation best.safetensors.
+        files: what `sparc_fast.data.open` gave, instead of ``config.data``.
+        validation_files: the same for ``config.validation_data``.
+        sinks: objects that are given every record (`Sink`).
+        progress: shows how far it is; nothing by default.
+
+    Raises:
+        ValueError: the folder holds a run with other settings, or settings and data do not fit together.
+        OSError: the folder cannot be written, or another process trains in it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: str | Path,
+        *,
+        files: AlignedFiles | None = None,
+        validation_files: AlignedFiles | None = None,
+        sinks: Sequence[Sink] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        self.config, self.folder = config, RunFolder(folder)
+        self._sinks, self._progress = list(sinks), progress or Silent()
+        device = _device(config.device)
+        with ExitStack() as opened:
+            files, self.validation_files = _open(config, files, validation_files, opened)
+            self.model = _new_model(config, files, device)
+            self.optimizer = SparcAdam(
+                self.model, config.lr, (config.beta_1, config.beta_2), config.eps,
+                lazy="replay" if config.lazy else None,
+            )  # fmt: skip
+            self.loader = opened.enter_context(_new_loader(config, files))
+            self.steps = config.steps or max(1, round(config.epochs * len(self.loader)))
+            self.schedule = Schedule(config, self.steps)
+            self.step = 0
+            self.best: tuple[int, float] | None = None
+            self._means = Means(self.model.streams, device)
+            opened.enter_context(self.folder.locked())
+            self.folder.agree_on(config)
+            self._go_on()
+            self._opened = opened.pop_all()
+
+    def run(self) -> Outcome:
+        """Train until all steps are made, or SIGINT or SIGTERM asks to stop: then after a checkpoint.
+
+        Raises:
+            FloatingPointError: a loss or a weight was NaN or infinite; the checkpoints are from before.
+            OSError: data cannot be read, or a checkpoint or metrics cannot be written; the last checkpoint is whole.
+        """
+        device = self.model.W_enc.device
+        backend = self.config.backend if self.config.backend != "auto" else backends.available(device)[0]
+        session = Session(self.step, device, backend)
+        how = "error"
+        try:
+            with stop_on_signals() as stop, ExitStack() as closing:
+                self._run(stop, closing)
+            how = stop.signal.name if stop.signal and self.step < self.steps else "finished"
+        except BaseException as error:
+            how = type(error).__name__
+            raise
+        finally:
+            session.end(self.folder.sessions, self.step, self.config.batch_size, how)
+        return Outcome(self.step, stop.signal if self.step < self.steps else None, self.best)
+
+    def close(self) -> None:
+        """Close what was opened, and let others train in the folder."""
+        self._opened.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, stop: Stop, closing: ExitStack) -> None:
+        config, progress, device = self.config, self._progress, self.model.W_enc.device
+        self._metrics = MetricsFile(self.folder.metrics, self.step)
+        closing.callback(self._metrics.close)
+        sinks = [*self._sinks, *self._asked_for()] if self.step < self.steps else []
+        for sink in sinks:
+            closing.callback(sink.close)
+        self._receivers: list[Any] = [*sinks, progress]
+        if self.step == 0 and config.calibrate:
+            progress.say(f"calibrating on up to {config.calibration_rows:,} rows")
+            calibrate(self.model, self.loader, config.calibration_rows)
+        closing.callback(progress.close)
+        progress.start(self.step, self.steps, config.batch_size)
+        self.model.train()
+        self.model.check_finite = device.type == "cpu"  # the loader has looked; a GPU would wait
+        batches = self._batches()
+        while self.step < self.steps and stop.signal is None:
+            self._train_on(next(batches))
+            progress.advance(self.step)
+            self._after_step(stop)
+        if stop.signal is not None and self.step < self.steps:
+            progress.say(f"stopped by {stop.signal.name} after step {self.step:,}; the same command goes on from there")
+            return
+        self.model.k, self.model.check_finite = config.k, True
+        self.model.eval()
+        self.model.save(self.folder.model)
+        if self.best is not None:
+            load_model(self.folder.checkpoint(self.best[0])).save(self.folder.best)
+
+    def _batches(self) -> Iterator[Tensor]:
+        while True:
+            yield from self.loader
+
+    def _train_on(self, batch: Tensor) -> None:
+        step, model = self.step, self.model
+        model.k = self.schedule.k(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(step)
+        loss = self.optimizer.step(
+            batch.to(model.W_enc.device, non_blocking=True),
+            self.schedule.cross_loss_coef(step),
+            self.config.auxk_coef,
+            self.schedule.support_from(step, model.streams),
+        )
+        self._means.add(loss)
+        self.step += 1
+        if loss.total.device.type == "cpu" and not math.isfinite(loss.total.item()):
+            self._diverged("the loss")  # on a GPU this waits until the means are read
+
+    def _after_step(self, stop: Stop) -> None:
+        config, last = self.config, self.step == self.steps
+        logs = last or self.step % config.log_every == 0
+        validates = self.validation_files is not None and (last or self.step % config.validate_every == 0)
+        saves = last or self.step % config.checkpoint_every == 0 or stop.signal is not None
+        if (logs or validates or saves) and not self._means.is_finite():
+            self._diverged("the loss")
+        if logs:
+            self._record("train", self._train_record())
+        if validates:
+            saves |= self._validate()
+        if saves or stop.signal is not None:
+            self._save()
+
+    def _train_record(self) -> Record:
+        done = self.step - 1  # steps made before the last one
+        return {
+            **(self._means.take() or {}),
+            "dead": int(self.model.dead.sum()),
+            "epoch": self.step / len(self.loader),
+            "lr": self.schedule.lr(done),
+            "cross_loss_coef": self.schedule.cross_loss_coef(done),
+            "k": self.schedule.k(done),
+        }
+
+    def _validate(self) -> bool:
+        """Whether it is the best so far. With the final k, so that figures of all steps can be compared."""
+        config = self.config
+        assert self.validation_files is not None
+        self.model.k = config.k
+        found = validate(self.model, self.validation_files, config.batch_size, config.cross_loss_coef)
+        self._record("validation", found)
+        figure = found[config.best_by]
+        if not math.isfinite(figure):
+            self._diverged("the validation loss")
+        if self.best is not None and figure >= self.best[1]:
+            return False
+        self.best = self.step, figure
+        return True
+
+    def _record(self, kind: str, content: Record) -> None:
+        record = {"step": self.step, kind: content}
+        self._metrics.append(record)
+        for receiver in self._receivers:
+            receiver.record(record)
+
+    def _save(self) -> None:
+        tensors = tensors_of(self.model, self.optimizer)
+        if (name := find_not_finite(tensors)) is not None:
+            self._diverged(name)
+        self._metrics.sync()
+        state = {
+            "sparc_fast": __version__,
+            "step": self.step,
+            "best": self.best,
+            "loader": self.loader.state_dict(),
+            "model": {**self.model.config(), "k": self.config.k, "check_finite": True},
+            "config": self.config.as_dict(),
+        }
+        best = -1 if self.best is None else self.best[0]
+        self.folder.save(self.step, {**tensors, MEANS: self._means.sums}, state, self.config.keep, best)
+
+    def _go_on(self) -> None:
+        found = self.folder.newest()
+        if found is None:
+            return
+        tensors, state = found
+        if state["model"]["d_streams"] != self.model.d_streams:
+            raise ValueError(f"data must have the streams {state['model']['d_streams']}, got {self.model.d_streams}")
+        self._means.sums.copy_(tensors.pop(MEANS))
+        load_tensors(self.model, self.optimizer, tensors)
+        self.loader.load_state_dict(state["loader"])
+        self.step, self.best = state["step"], tuple(state["best"]) if state["best"] else None
+
+    def _asked_for(self) -> list[Sink]:
+        config, folder = self.config, self.folder.path
+        sinks: list[Sink] = [TensorBoard(folder, self.step)] if config.tensorboard else []
+        return [*sinks, WandB(folder, config.wandb, config.as_dict())] if config.wandb else sinks
+
+    def _diverged(self, what: str) -> None:
+        steps = self.folder.steps()
+        left = f"the last good checkpoint is {self.folder.checkpoint(steps[-1])}" if steps else "there is no checkpoint"
+        raise FloatingPointError(
+            f"{what} was NaN or infinite by step {self.step}: {left}. "
+            "A lower lr, a longer warmup or a look at the data (sparc_fast.data.open(..., scan=True)) may help"
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:1, got {name!r}") from error
+
+
+def _open(
+    config: Config, files: AlignedFiles | None, validation_files: AlignedFiles | None, opened: ExitStack
+) -> tuple[AlignedFiles, AlignedFiles | None]:
+    """(files to train on, files to validate on); closes in the end those that are opened here."""
+    if (files is not None and config.data) or (files is None and not config.data):
+        raise ValueError("data must name the streams' files, or files be given to Trainer instead, and not both")
+    if files is None:
+        files = opened.enter_context(data.open(config.data))
+    if validation_files is None and config.validation_data:
+        validation_files = opened.enter_context(data.open(config.validation_data))
+    if config.validation_rows:
+        return hold_out(files, config.validation_rows)
+    if validation_files is not None and validation_files.d_streams != files.d_streams:
+        raise ValueError(
+            f"validation_data must have the streams of data, {files.d_streams}, got {validation_files.d_streams}"
+        )
+    return files, validation_files
+
+
+def _new_model(config: Config, files: AlignedFiles, device: torch.device) -> SPARC:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # on the CPU, so that every device begins with the same weights
+        model = SPARC(
+            files.d_streams, config.n_latents, config.k,
+            selection="local" if config.selection == "local" else "global", auxk=config.auxk,
+            dead_after=config.dead_after, backend="auto", dtype=getattr(torch, config.dtype), device="cpu",
+        )  # fmt: skip
+    backends.resolve(config.backend, device)
+    model.backend = config.backend
+    return model.to(device) if device.type != "cpu" else model
+
+
+def _new_loader(config: Config, files: AlignedFiles) -> Loader:
+    return Loader(
+        files, config.batch_size, memory=config.memory, seed=config.seed, last="drop",
+        n_threads=config.reading_threads or None,
+    )  # fmt: skip

@@ -1,0 +1,72 @@
+"""The emulation of CUDA finds the faults it is there to find; sanitizers find none in the kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from cuda_emulation import build
+
+pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="no g++")
+SANITIZERS = {
+    "plain": ["-O1"],
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+}
+# what is left out, in which build that is noticed, and what is said then
+FAULTS = [
+    ("barrier", "thread", "data race"),
+    ("barrier", "plain", "wrong result"),
+    ("warp barrier", "thread", "data race"),
+    ("blocks", "thread", "data race"),
+    ("clear", "plain", "wrong result"),
+    ("overflow", "plain", "wrong result"),
+    ("half barrier", "plain", "threads wait for others that never come: thread 0 at faults.cu:"),
+    ("two barriers", "plain", "threads of a block wait at different barriers, faults.cu:"),
+    ("half vote", "plain", "threads wait for others that never come"),
+    ("other mask", "plain", "a mask without the lane itself at faults.cu:"),
+    ("shared end", "address", "use-after-poison"),
+    ("tensor end", "address", "heap-buffer-overflow"),
+    ("aligned", "plain", ""),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulation")
+
+
+def program(folder: Path, name: str, sanitizer: str) -> Path:
+    path = folder / f"{name}-{sanitizer}"
+    sources = [build.HERE / "faults.cu"] if name == "faults" else [*build.KERNELS, build.HERE / "operators.cpp"]
+    return path if path.exists() else build.build(path, sources, SANITIZERS[sanitizer])
+
+
+def run(path: Path, *arguments: str, schedule: int = 0) -> subprocess.CompletedProcess[str]:
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "atexit_sleep_ms=0"}
+    environment = {**os.environ, **options, "CUDA_EMULATION_SCHEDULE": str(schedule)}
+    return subprocess.run([path, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("fault", "sanitizer", "message"), FAULTS)
+def test_a_planted_fault_is_found(fault: str, sanitizer: str, message: str, folder: Path) -> None:
+    done = run(program(folder, "faults", sanitizer), fault)
+    assert done.returncode not in (0, 2), "not found"
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("sanitizer", list(SANITIZERS))
+def test_sound_kernels_pass_in_any_order_of_threads(sanitizer: str, folder: Path) -> None:
+    for schedule in range(4):
+        done = run(program(folder, "faults", sanitizer), schedule=schedule)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_a_sanitizer_finds_nothing_in_the_kernels(sanitizer: str, folder: Path) -> None:
+    # first to last, all that is counted comes sorted already, so that sorting moves nothing
+    for schedule, arguments in [(0, []), (2, ["few"])]:
+        done = run(program(folder, "operators", sanitizer), *arguments, schedule=schedule)
+        assert done.returncode == 0, done.stdout + done.stderr[-4000:]

@@ -1,0 +1,160 @@
+"""Checkpoints: what is kept, what a full disk leaves, and that a damaged one is never taken for whole."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import resource
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from training_runs import assert_same_results, config, files, trained
+
+from sparc_fast.training import Trainer, checkpoint_file, load_model, read_metrics
+
+STATE = {"step": 3, "best": None, "loader": {"d_streams": {"b": 1, "a": 2}}}
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "x": torch.randn(7, 5, generator=generator),
+        "narrow": torch.randn(9, generator=generator).bfloat16(),
+        "step": torch.tensor(4.0),
+        "none": torch.empty(0, 3),
+        "count": torch.arange(6),
+    }
+
+
+def test_a_checkpoint_comes_back_bit_for_bit_with_its_state_in_order(tmp_path: Path) -> None:
+    checkpoint_file.write(tmp_path / "c", tensors(), STATE)
+    found, state = checkpoint_file.read(tmp_path / "c")
+    assert state == STATE
+    assert list(state["loader"]["d_streams"]) == ["b", "a"]
+    assert found.keys() == tensors().keys()
+    for name, tensor in tensors().items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert torch.equal(found[name], tensor)
+
+
+def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        checkpoint_file.write(tmp_path / name, tensors(), STATE)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def test_large_tensors_are_hashed_in_pieces_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_file, "HASHED_TOGETHER", 16)
+    checkpoint_file.write(tmp_path / "c", tensors(), STATE)
+    checkpoint_file.read(tmp_path / "c")
+    content = bytearray((tmp_path / "c").read_bytes())
+    content[-1] ^= 1  # the last piece counts too
+    (tmp_path / "c").write_bytes(content)
+    with pytest.raises(ValueError, match="another hash"):
+        checkpoint_file.read(tmp_path / "c")
+
+
+def test_any_change_of_a_checkpoint_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    checkpoint_file.write(path, tensors(), STATE)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    in_state = whole.index(b'step\\": 3') + len(b'step\\": ')
+    assert in_state < 8 + length
+    for at in (in_state, 8 + length, len(whole) - 1):
+        changed = bytearray(whole)
+        changed[at] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="damaged"):
+            checkpoint_file.read(path)
+    for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="truncated or damaged"):
+            checkpoint_file.read(path)
+
+
+def test_foreign_files_are_refused_and_never_unpickled(tmp_path: Path) -> None:
+    safetensors.torch.save_file(tensors(), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"must be a checkpoint of a training run \(sparc_fast.training/1\)"):
+        checkpoint_file.read(tmp_path / "other")
+    (tmp_path / "pickle").write_bytes(pickle.dumps({"x": 1}))
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        checkpoint_file.read(tmp_path / "pickle")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        checkpoint_file.read(tmp_path / "nothing")
+
+
+def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, keep=2)
+    figures = {
+        r["step"]: r["validation"]["loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "validation" in r
+    }
+    assert list(figures) == [16, 32, 40]
+    best = min(figures, key=lambda step: figures[step])
+    assert trainer.best == (best, figures[best])
+    assert trainer.folder.steps() == sorted({best, 35, 40})
+    saved = load_model(trainer.folder.checkpoint(best))
+    assert torch.equal(saved.W_dec, type(saved).load(trainer.folder.best).W_dec)
+    assert saved.k == 3
+    assert not saved.training
+
+
+def test_a_best_checkpoint_outlives_newer_ones(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, keep=1, lr=30.0, warmup=1.0, validate_every=4)  # it only gets worse
+    assert trainer.best is not None
+    assert trainer.best[0] < 35
+    assert trainer.folder.steps() == [trainer.best[0], 40]
+
+
+@pytest.mark.parametrize("how", ["a write that the system refuses", "no space left"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_says_so(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tmp_path / "whole")
+    written = checkpoint_file.write
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def refused(path: Path, *content: object) -> None:
+        if path.name != "step-000000015.safetensors":
+            written(path, *content)  # type: ignore[arg-type]
+        elif how == "no space left":
+            with monkeypatch.context() as patch:
+                patch.setattr(safetensors.torch, "save_file", full)
+                written(path, *content)  # type: ignore[arg-type]
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+            try:
+                written(path, *content)  # type: ignore[arg-type]
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_file, "write", refused)
+    message = (
+        r"cannot write the checkpoint .*15.*(File too large|No space left).*; the last one, step-000000010\..* is whole"
+    )
+    with Trainer(config(), tmp_path / "full", files=files()) as trainer, pytest.raises(OSError, match=message):
+        trainer.run()
+    assert [path.name for path in trainer.folder.checkpoints.iterdir() if path.name.startswith(".")] == []
+    assert trainer.folder.steps() == [5, 10]
+    monkeypatch.undo()
+    trained(tmp_path / "full")
+    assert_same_results(tmp_path / "full", tmp_path / "whole")
+
+
+def test_half_written_files_of_a_killed_process_are_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".step-000000005.safetensors.123-abc").write_bytes(b"half")
+    with Trainer(config(), tmp_path, files=files()) as trainer:
+        assert list(trainer.folder.checkpoints.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write to the run's folder .*file"):
+        Trainer(config(), tmp_path / "file", files=files())

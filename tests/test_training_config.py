@@ -1,0 +1,157 @@
+"""Settings: every one is documented and checked, from Python, files and flags alike."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparc_fast import training
+from sparc_fast.training import Config, config_file, read_config, read_settings
+from sparc_fast.training.config import help_of
+
+LEAST: dict[str, Any] = {"n_latents": 16, "k": 2, "steps": 10}
+DOCUMENTATION = Path(__file__).parents[1] / "docs" / "training.md"
+
+
+def test_every_setting_is_documented() -> None:
+    page = DOCUMENTATION.read_text(encoding="utf-8")
+    for f in fields(Config):
+        assert help_of(f.name)
+        assert f"`{f.name}`" in page, f"docs/training.md does not name {f.name}"
+
+
+def test_settings_survive_json() -> None:
+    config = Config(**LEAST, data={"a": "a.npy", "b": ("b.h5", "rows")}, lr=1)
+    again = Config.of(json.loads(json.dumps(config.as_dict())))
+    assert again == config
+    assert isinstance(again.lr, float)
+    assert again.data["b"] == ("b.h5", "rows")
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"k": 0}, "k must be an integer >= 1, got 0"),
+    ({"k": 2.0}, "k must be an integer >= 1, got 2.0"),
+    ({"k": True}, "k must be an integer >= 1, got True"),
+    ({"lr": 0}, "lr must be a number > 0, got 0"),
+    ({"lr": float("nan")}, "lr must be a number > 0, got nan"),
+    ({"lr": "1e-3"}, "lr must be a number > 0, got '1e-3'"),
+    ({"warmup": 1.5}, "warmup must be a number from 0 to 1, got 1.5"),
+    ({"beta_2": 1.0}, "beta_2 must be a number >= 0 and < 1, got 1.0"),
+    ({"decay": "exponential"}, "decay must be one of cosine, linear, constant, got 'exponential'"),
+    ({"lazy": "yes"}, "lazy must be true or false, got 'yes'"),
+    ({"data": ["a.npy"]}, r"data must be a table of streams, each a path or \[path, name\], got \['a.npy'\]"),
+    ({"data": {"a": 3}}, "data must be a table of streams"),
+    ({"wandb": 3}, "wandb must be text, got 3"),
+    ({"k": 17}, "k must be between 1 and n_latents=16, got 17"),
+    ({"epochs": 2.0}, "steps or epochs must be given, and only one, got 10 and 2.0"),
+    ({"steps": 0}, "steps or epochs must be given, and only one, got 0 and 0.0"),
+    ({"k_start": 4}, "k_start and k_ramp must be given together, got 4 and 0.0"),
+    ({"k_start": 17, "k_ramp": 0.5}, "k_start must be at most n_latents=16, got 17"),
+    ({"cross_loss_start": 1.0}, "cross_loss_ramp must be > 0"),
+    ({"selection": "local", "support_dropout": 0.5}, "support_dropout must be 0 under local selection"),
+    ({"data": {"a": "x"}, "validation_data": {"b": "y"}}, r"validation_data must name the streams of data, \['a'\], got"),
+    ({"data": {"a": "x"}, "validation_data": {"a": "y"}, "validation_rows": 3}, "must not both be given"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=lambda value: str(value)[:40])
+def test_a_setting_out_of_range_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config.of({**LEAST, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("n_latent", "n_latent is not a setting; did you mean n_latents?"),
+        ("learning_rate", "did you mean lr?"),
+        ("topk_type", "did you mean selection?"),
+        ("qqq", "qqq is not a setting; the settings are data, "),
+        ("gradient_accumulation_steps", "batches are not accumulated.*give the whole batch as batch_size"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_one_it_may_have_meant(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config.of({**LEAST, name: 1})
+
+
+def test_missing_settings_are_named() -> None:
+    with pytest.raises(ValueError, match="n_latents and k must be given"):
+        Config.of({"steps": 3})
+
+
+FILES = {
+    "c.toml": 'n_latents = 16\nk = 2\nsteps = 10\nlr = 1e-3\n[data]\na = "sub/a.npy"\nb = ["b.h5", "rows"]\n',
+    "c.json": '{"n_latents": 16, "k": 2, "steps": 10, "lr": 1e-3, "data": {"a": "sub/a.npy", "b": ["b.h5", "rows"]}}',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_hold_the_same_settings_with_paths_beside_them(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(FILES[name])
+    data = {"a": str(tmp_path / "sub" / "a.npy"), "b": (str(tmp_path / "b.h5"), "rows")}
+    assert read_config(tmp_path / name) == Config(**LEAST, lr=1e-3, data=data)
+
+
+class Yaml:
+    """What PyYAML makes of a file: numbers such as 1e-3 are text to it."""
+
+    content: object = {**LEAST, "lr": "1e-3", "wandb": "2026", "data": {"a": "a.npy"}}
+
+    @classmethod
+    def safe_load(cls, _: str) -> object:
+        return cls.content
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", Yaml)  # type: ignore[arg-type]
+    (tmp_path / "c.yaml").write_text("read by another")
+    config = read_config(tmp_path / "c.yaml")
+    assert (config.lr, config.wandb, config.data) == (1e-3, "2026", {"a": str(tmp_path / "a.npy")})
+
+
+def without(*names: str) -> Callable[..., Any]:
+    def missing(name: str, *arguments: Any) -> Any:
+        if name in names:
+            raise ImportError(name)
+        return builtins.__import__(name, *arguments)
+
+    return missing
+
+
+def test_a_missing_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, library in (("c.yaml", "PyYAML"), ("c.toml", "tomli")):
+        (tmp_path / name).write_text("k = 2")
+        monkeypatch.setattr(config_file, "import_module", without("yaml", "tomllib", "tomli"))
+        with pytest.raises(
+            ImportError, match=rf"needs {library}: pip install 'sparc_fast\[train\]', or write it as JSON"
+        ):
+            read_config(tmp_path / name)
+
+
+def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> None:
+    for name, text, message in (
+        ("c.toml", "k = ", "config must be TOML, but .* is not"),
+        ("c.json", "{", "config must be JSON, but .* is not"),
+        ("c.json", "[1]", "config must hold a table of settings, got list"),
+        ("c.ini", "", "config must end in one of .toml, .json"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_config(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_settings(tmp_path / "nothing.toml")
+
+
+def test_public_names() -> None:
+    assert training.__all__ == [
+        "Config", "Outcome", "Sink", "Trainer", "load_model", "read_config", "read_metrics", "read_settings",
+    ]  # fmt: skip
+    assert all(hasattr(training, name) for name in training.__all__)

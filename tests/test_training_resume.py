@@ -1,0 +1,138 @@
+"""A run that was killed, stopped or damaged ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_runs import RUNS, assert_same_results, config, files, trained
+
+from sparc_fast.training import Trainer, read_metrics
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
+    """(folder of `RUNS`, how every session of each ended)"""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, str(HERE / "training_killer.py"), str(folder), "0"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return folder, [line.split() for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(
+    name: str, killed: tuple[Path, list[list[str]]], tmp_path: Path
+) -> None:
+    folder, sessions = killed
+    ends = [(place, int(how)) for run, place, how in sessions if run == name]
+    assert ends[:4] == [(place, -signal.SIGKILL) for place in ("step", "replace", "unlink", "step")]
+    assert ends[-1] == ("time", 0)
+    trained(tmp_path, **RUNS[name])
+    assert_same_results(folder / name, tmp_path)
+    (last,) = read_metrics(folder / name / "sessions.jsonl")  # who is killed writes none
+    assert last["from_step"] > 0, "the last session should have gone on from a checkpoint"
+
+
+class Signals:
+    """A sink that sends this process a signal, as somebody at a terminal would."""
+
+    def __init__(self, number: signal.Signals, step: int, times: int = 1) -> None:
+        self.number, self.step, self.times = number, step, times
+
+    def record(self, record: dict[str, Any]) -> None:
+        if record["step"] == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_a_run_after_a_checkpoint_and_it_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+    before = signal.getsignal(number)
+    with Trainer(config(), tmp_path / "stopped", files=files(), sinks=[Signals(number, 7)]) as trainer:
+        outcome = trainer.run()
+        assert (outcome.step, outcome.stopped_by) == (7, number)
+        assert signal.getsignal(number) is before
+        assert not trainer.folder.model.exists()
+        assert trainer.folder.steps()[-1] == 7
+        outcome = trainer.run()  # the same object goes on too
+        assert (outcome.step, outcome.stopped_by) == (40, None)
+    trained(tmp_path / "whole")
+    assert_same_results(tmp_path / "stopped", tmp_path / "whole")
+    ended = [line["ended"] for line in read_metrics(tmp_path / "stopped" / "sessions.jsonl")]
+    assert ended == [number.name, "finished"]
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
+    sinks = [Signals(signal.SIGINT, 7, times=2)]
+    with Trainer(config(), tmp_path, files=files(), sinks=sinks) as trainer, pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert trainer.folder.steps() == [5]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(tmp_path: Path) -> None:
+    trained(tmp_path / "whole")
+    with Trainer(config(), tmp_path / "hurt", files=files(), sinks=[Signals(signal.SIGTERM, 14)]) as trainer:
+        trainer.run()
+        newest, older = (trainer.folder.checkpoint(step) for step in reversed(trainer.folder.steps()))
+    content = bytearray(newest.read_bytes())
+    content[-1000] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"is damaged: its content has another hash; it is now .*14\.damaged"):
+        trainer = Trainer(config(), tmp_path / "hurt", files=files())
+    with trainer:
+        assert trainer.step == 10
+        assert older.exists()
+        trainer.run()
+    assert_same_results(tmp_path / "hurt", tmp_path / "whole")
+
+
+def test_settings_no_result_depends_on_may_change_on_the_way(tmp_path: Path) -> None:
+    trained(tmp_path / "whole")
+    with Trainer(config(), tmp_path / "changed", files=files(), sinks=[Signals(signal.SIGTERM, 14)]) as trainer:
+        trainer.run()
+    trained(tmp_path / "changed", lazy=True, checkpoint_every=9, keep=1, reading_threads=2, memory=2**28)
+    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("changed", "whole")]
+    assert metrics[0] == metrics[1]
+    assert json.loads((tmp_path / "changed" / "config.json").read_text())["checkpoint_every"] == 9
+
+
+def test_other_settings_may_not_change_on_the_way(tmp_path: Path) -> None:
+    trained(tmp_path, steps=3)
+    with pytest.raises(
+        ValueError, match=r"goes on with the settings it began with; .* has steps 3, not 4, lr 0.01, not"
+    ):
+        trained(tmp_path, steps=4, lr=1e-3)
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
+    trained(tmp_path)
+    content = {
+        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "sessions" not in path.name
+    }
+    trained(tmp_path)
+    for path, before in content.items():
+        if path.name not in ("model.safetensors", "best.safetensors"):  # equal tensors, header in any order
+            assert path.read_bytes() == before
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")].count(40) == 2
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl", reason="Windows has no such lock")
+    with (
+        Trainer(config(), tmp_path, files=files()),
+        pytest.raises(OSError, match="another process is training in"),
+    ):
+        Trainer(config(), tmp_path, files=files())
+    Trainer(config(), tmp_path, files=files()).close()

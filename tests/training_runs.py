@@ -1,0 +1,69 @@
+"""Small runs for the tests of training, and what must be equal when two of them are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparc_fast import data
+from sparc_fast.data import AlignedFiles
+from sparc_fast.training import Config, Trainer
+
+D = {"a": 300, "b": 200}
+WINDOWED = 9_500_000  # bytes: below what all rows take, so that the loader's windows are several
+RUNS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "lazy-bfloat16-local": {"lazy": True, "dtype": "bfloat16", "selection": "local", "support_dropout": 0.0},
+}
+
+
+def rows(n: int = 6000) -> dict[str, Tensor]:
+    """Two streams that see the same three of 24 concepts, each through directions of its own."""
+    generator = torch.Generator().manual_seed(0)
+    concepts = torch.rand(n, 24, generator=generator).topk(3).indices
+    on = torch.zeros(n, 24).scatter(1, concepts, 1.0)
+    return {name: on @ torch.randn(24, width, generator=generator) for name, width in D.items()}
+
+
+def files(n: int = 6000) -> AlignedFiles:
+    return data.open(rows(n))
+
+
+def config(**changes: Any) -> Config:
+    """A run of every schedule there is, in which latents die."""
+    settings: dict[str, Any] = {
+        "n_latents": 64, "k": 3, "auxk": 8, "dead_after": 400, "steps": 40, "batch_size": 32, "lr": 1e-2,
+        "support_dropout": 0.3, "k_start": 6, "k_ramp": 0.5, "cross_loss_ramp": 0.2, "memory": WINDOWED,
+        "reading_threads": 1, "calibration_rows": 500, "log_every": 7, "checkpoint_every": 5, "validate_every": 16,
+        "validation_rows": 100,
+    }  # fmt: skip
+    return Config(**{**settings, **changes})
+
+
+def trained(folder: Path, **changes: Any) -> Trainer:
+    with Trainer(config(**changes), folder, files=files()) as trainer:
+        trainer.run()
+    return trainer
+
+
+def assert_same_results(folder: Path, expected: Path) -> None:
+    """Bit for bit: metrics, the last checkpoint (weights, moments, counters, loader, schedules) and the models."""
+    assert (folder / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
+    last = sorted((expected / "checkpoints").iterdir())[-1].name
+    assert sorted((folder / "checkpoints").iterdir())[-1].name == last
+    assert (folder / "checkpoints" / last).read_bytes() == (expected / "checkpoints" / last).read_bytes()
+    models = [name for name in ("model.safetensors", "best.safetensors") if (expected / name).exists()]
+    assert models
+    for name in models:
+        got, want = (_tensors(path / name) for path in (folder, expected))
+        assert list(got) == list(want)
+        assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
