@@ -16,7 +16,7 @@ WIDTHS = {"a": 6, "b": 3}
 
 def make(backend: str, dtype: torch.dtype = torch.float32, **kwargs: object) -> sf.SPARC:
     torch.manual_seed(0)
-    arguments = {"auxk": 2, "dead_after": 8, **kwargs}
+    arguments = {"auxk": 2, "dead_after": 4, **kwargs}
     return sf.SPARC(WIDTHS, 16, 3, backend=backend, dtype=dtype, **arguments)
 
 
