@@ -163,5 +163,6 @@ def encode_decode_compare(
 
 
 def weighted_sum(nmse: Tensor, weights: Sequence[float]) -> Tensor:
-    """sum_{s, t} weights[s, t] nmse[s, t], added in that order."""
-    return (nmse.reshape(-1) * nmse.new_tensor(weights)).sum()
+    """sum_{s, t} weights[s, t] nmse[s, t], without those of weight 0; nothing is copied to the device for it."""
+    terms = [value * weight for value, weight in zip(nmse.reshape(-1), weights, strict=True) if weight]
+    return torch.stack(terms).sum() if terms else nmse.sum() * 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from sparc_fast import autograd, losses, reference
+from sparc_fast import autograd, losses
 from sparc_fast.backends import Backend
 from sparc_fast.passes import Pass
 from sparc_fast.sae import SPARC, Packed
@@ -53,6 +54,6 @@ def among_all(model: SPARC, packed: Packed, auxk_coef: float) -> AmongDead | Non
     """
     if not model.training or model.auxk == 0 or auxk_coef == 0:
         return None
-    bias = reference.wide(packed.latent_bias).masked_fill(~model.dead, OUT_OF_REACH)
+    bias = packed.latent_bias.masked_fill(~model.dead, max(OUT_OF_REACH, torch.finfo(packed.latent_bias.dtype).min))
     indices = model.select(packed._replace(latent_bias=bias), min(model.auxk, model.n_latents))
     return AmongDead(indices, bias, model.dead.any())

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 from operands import seeded
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparc_fast as sf
+from sparc_fast import backends
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where the interpreter meets infinities
@@ -41,11 +46,12 @@ def test_training_equals_the_reference(selection: str, settings: dict[str, objec
         torch.testing.assert_close(tensor, expected[name], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_weights_learn_through_float32_masters(dtype: torch.dtype) -> None:
+def test_narrow_weights_learn_through_float32_masters(dtype: torch.dtype, capturable: bool) -> None:
     model = make("triton", dtype)
-    optimizer = sf.SparcAdam(model, lr=1e-3)
-    for x in batches(2):
+    optimizer = sf.SparcAdam(model, lr=1e-3, capturable=capturable)
+    for x in batches(3):
         optimizer.step(x)
     for weights in (model.W_enc, model.W_dec):
         master = optimizer.state[weights]["master"]
@@ -73,6 +79,49 @@ def test_a_compiled_loss_is_one_graph_and_has_the_same_gradients() -> None:
     torch.compile(compiled.loss, fullgraph=True, backend="aot_eager")(x).total.backward()
     for name, p in eager.named_parameters():
         assert torch.equal(compiled.get_parameter(name).grad, p.grad), name
+
+
+class Seen(TorchDispatchMode):
+    """The names of every PyTorch operator called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.add(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+def write_zeros(kernel: object, grid: object, *arguments: object, **_: object) -> None:
+    """In a kernel's place: whatever it was to write is a number that may be used as an index."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            argument.zero_()
+
+
+@pytest.mark.parametrize(("capturable", "reads"), [(True, set()), (False, {"aten::nonzero"})])
+def test_a_capturable_step_moves_nothing_between_host_and_device(
+    monkeypatch: pytest.MonkeyPatch, capturable: bool, reads: set[str]
+) -> None:
+    operators = backends.resolve("triton", torch.get_default_device())
+    kernels = importlib.import_module("sparc_fast.kernels")
+    optimizer = sf.SparcAdam(make("triton", torch.bfloat16, check_finite=False), capturable=capturable)
+    for x in batches(3):  # what is made once is made
+        optimizer.step(x)
+    # the host's side alone, without what hides it: custom operators, and the interpreter
+    monkeypatch.setitem(backends._BACKENDS, "triton", kernels)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("sparc_fast.kernels") and hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", write_zeros)
+    assert backends.resolve("triton", torch.get_default_device()) is not operators
+    optimizer.model.silence[:] = 100
+    batch = batches(1)[0]
+    with Seen() as seen:
+        optimizer.step(batch)
+    assert "aten::sort.stable" in seen.names
+    found = seen.names & {"aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh", "aten::new_tensor"}
+    assert found == reads, found
 
 
 def test_two_runs_are_the_same_bit_for_bit() -> None:
