@@ -100,7 +100,9 @@ def write_zeros(kernel: object, grid: object, *arguments: object, **_: object) -
             argument.zero_()
 
 
-@pytest.mark.parametrize(("capturable", "reads"), [(True, set()), (False, {"aten::nonzero"})])
+@pytest.mark.parametrize(
+    ("capturable", "reads"), [(True, set()), (False, {"aten::nonzero", "aten::_local_scalar_dense"})]
+)
 def test_a_capturable_step_moves_nothing_between_host_and_device(
     monkeypatch: pytest.MonkeyPatch, capturable: bool, reads: set[str]
 ) -> None:
