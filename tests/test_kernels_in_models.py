@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -100,23 +100,35 @@ def write_zeros(kernel: object, grid: object, *arguments: object, **_: object) -
             argument.zero_()
 
 
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Call it: from then on the Triton backend launches nothing, and what hides its host side is gone."""
+    pytest.importorskip("sparc_fast.kernels")
+    modules = {name: module for name, module in sys.modules.items() if name.startswith("sparc_fast.kernels")}
+
+    def without() -> None:
+        monkeypatch.setitem(backends._BACKENDS, "triton", modules["sparc_fast.kernels"])
+        for module in modules.values():
+            if hasattr(module, "launch"):
+                monkeypatch.setattr(module, "launch", write_zeros)
+
+    yield without
+    for module in modules.values():  # small tensors that are kept for good were zeroed too
+        for kept in vars(module).values():
+            if hasattr(kept, "cache_clear"):
+                kept.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("capturable", "reads"), [(True, set()), (False, {"aten::nonzero", "aten::_local_scalar_dense"})]
 )
 def test_a_capturable_step_moves_nothing_between_host_and_device(
-    monkeypatch: pytest.MonkeyPatch, capturable: bool, reads: set[str]
+    without_kernels: Callable[[], None], capturable: bool, reads: set[str]
 ) -> None:
-    operators = backends.resolve("triton", torch.get_default_device())
-    kernels = importlib.import_module("sparc_fast.kernels")
     optimizer = sf.SparcAdam(make("triton", torch.bfloat16, check_finite=False), capturable=capturable)
     for x in batches(3):  # what is made once is made
         optimizer.step(x)
-    # the host's side alone, without what hides it: custom operators, and the interpreter
-    monkeypatch.setitem(backends._BACKENDS, "triton", kernels)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("sparc_fast.kernels") and hasattr(module, "launch"):
-            monkeypatch.setattr(module, "launch", write_zeros)
-    assert backends.resolve("triton", torch.get_default_device()) is not operators
+    without_kernels()
     optimizer.model.silence[:] = 100
     batch = batches(1)[0]
     with Seen() as seen:
