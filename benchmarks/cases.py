@@ -49,6 +49,8 @@ class Shape:
 SMALL = Shape("small", N=64, L=1024, k=16, d_streams=(64, 48, 48))
 STEP = (Shape("N1024-L8192", 1024, 8192), Shape("N256-L32768", 256, 32768))
 WIDE = Shape("N1024-L131072", 1024, 131072)
+# one training set-up at ever more latents; the first is for tests
+WIDTHS = tuple(Shape(f"N512-L{L}", 512, L, k=32, d_streams=(128, 128)) for L in (2048, 65536, 262144, 1048576))
 SINGLE = Shape("S1-N384-L8192", 384, 8192, k=32, d_streams=(256,))
 SMALL_SINGLE = Shape("small", N=64, L=1024, k=16, d_streams=(64,))
 # rows of scores: N L = 16 M of them, more than any cache holds

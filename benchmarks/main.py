@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    environment = _environment()
-    print(_heading(environment))
+    environment = environment_of_run()
+    print(heading(environment))
     roofs = measure_roofs(small=arguments.quick)
     print(
         f"roofs: copy {roofs.copy / 1e9:.1f} GB/s, GEMM float32 {roofs.float32 / 1e9:.0f} GFLOP/s, "
@@ -179,7 +179,8 @@ def _print_figures(lines: Sequence[Line]) -> None:
         print(f"{figure.what:64} {figure.must:>8} {figure.aim:>8} {value:>9.2f}{figure.unit:3} {whose}")
 
 
-def _environment() -> dict[str, Any]:
+def environment_of_run() -> dict[str, Any]:
+    """What the figures of a run hang on."""
     try:
         from sparc_fast import _cpu
     except ImportError:
@@ -198,7 +199,8 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _heading(environment: dict[str, Any]) -> str:
+def heading(environment: dict[str, Any]) -> str:
+    """The environment in two lines."""
     compiled = environment["compiled"]
     return (
         f"sparc_fast {environment['sparc_fast']} ({environment['commit']}) at {Path(sparc_fast.__file__).parent}, "

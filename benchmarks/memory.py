@@ -20,10 +20,10 @@ import torch
 
 import sparc_fast
 
-from .cases import FLOAT, SMALL, STEP, WIDE, Shape
+from .cases import FLOAT, SMALL, STEP, WIDE, WIDTHS, Shape
 from .steps import trainer
 
-SHAPES = {shape.name: shape for shape in (WIDE, *STEP, SMALL)}
+SHAPES = {shape.name: shape for shape in (WIDE, *STEP, SMALL, *WIDTHS)}
 
 
 def held_bytes(shape: Shape) -> int:

@@ -37,6 +37,7 @@ IN_INTERPRETER = {
     "test_every_operator",
     "test_global_topk",
     "test_local_topk",
+    "test_offsets",
     "test_support_values",
     "test_update_rows",
     "test_weight_gradients",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sparc_fast as sf
-from sparc_fast.benchmarks import memory
+from sparc_fast.benchmarks import memory, width
 from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE, Cost
 from sparc_fast.benchmarks.dense import Dense
 from sparc_fast.benchmarks.eager_sae import EagerSAE
@@ -167,3 +167,21 @@ def test_contenders_take_turns() -> None:
 def test_the_floor_is_the_slower_of_bytes_and_flops_of_each_phase() -> None:
     roofs = Roofs(copy=10.0, float32=100.0, bfloat16=400.0)
     assert roofs.floor([Cost(flops=100, bytes=20), Cost(flops=300, bytes=10)]) == 2 + 3
+
+
+def test_the_width_command_measures_time_memory_and_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record, picture = tmp_path / "width.json", tmp_path / "width.png"
+    threads = ["--threads", "1", "--seconds", "0"]
+    assert width.main(["--latents", "2048", *threads, "--json", str(record), "--plot", str(picture)]) == 0
+    assert "MB beyond" in capsys.readouterr().out
+    (measured,) = json.loads(record.read_text())["widths"]
+    assert measured["L"] == 2048
+    assert measured["seconds"] > measured["floor"] / 100 > 0
+    assert measured["bytes_held"] == 4 * (3 * (2 * 2048 * 256 + 256 + 2 * 2048) + 512 * 256)
+    assert measured["loss"][1] < measured["loss"][0]
+    assert picture.stat().st_size > 0
+
+
+def test_time_that_grows_as_the_square_has_exponent_2() -> None:
+    narrow = width.Width(1000, 0.5, 0, 0, 0, 0, (0, 0))
+    assert width.exponent(narrow, replace(narrow, L=4000, seconds=8.0)) == pytest.approx(2)
