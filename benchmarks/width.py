@@ -84,9 +84,10 @@ def _measured(latents: Sequence[int], roofs: Roofs, seconds: float) -> Iterator[
             continue
         width = _at(shape, roofs, seconds)
         print(
-            f"L = {width.L:9,}  {width.seconds * 1e3:9.1f} ms ±{width.spread:4.0%}  {width.seconds / width.L * 1e9:6.0f} "
-            f"ns a latent  {width.floor / width.seconds:4.0%} of roof  {width.bytes_held / 1e9:6.2f} GB held  "
-            f"{width.bytes_beyond / 1e6:6.0f} MB beyond  loss {width.loss[0]:.4f} → {width.loss[1]:.4f}",
+            f"L = {width.L:9,}  {width.seconds * 1e3:9.1f} ms ±{width.spread:4.0%}  "
+            f"{width.seconds / width.L * 1e9:6.0f} ns a latent  {width.floor / width.seconds:4.0%} of roof  "
+            f"{width.bytes_held / 1e9:6.2f} GB held  {width.bytes_beyond / 1e6:6.0f} MB beyond  "
+            f"loss {width.loss[0]:.4f} → {width.loss[1]:.4f}",
             flush=True,
         )
         yield width
