@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparc_fast import _cpu, reference
 from sparc_fast.native_topk import global_topk, local_topk
+from sparc_fast.pages import empty_rows
 from sparc_fast.reference import gradient_dtype, wide
 
 __all__ = [
@@ -134,7 +135,7 @@ def weight_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     operands = _batch(x, pre_bias, values, grad_values, grad_recons, offsets, entries)
     grad_W_enc, grad_latent_bias = _gradients_like(x, offsets, x.shape[1], len(d_streams))
-    grad_W_dec = torch.empty_like(grad_W_enc)
+    grad_W_dec = empty_rows(*grad_W_enc.shape, dtype=grad_W_enc.dtype)
     batch = _cpu.Batch(*operands, d_streams)
     _cpu.weight_gradients(grad_W_enc, grad_W_dec, grad_latent_bias, batch, torch.get_num_threads())
     return grad_W_enc, grad_W_dec, grad_latent_bias
@@ -220,7 +221,8 @@ def _batch(
 def _gradients_like(x: Tensor, offsets: Tensor, D: int, S: int) -> tuple[Tensor, Tensor]:
     """Room for the gradients of [L, D] weights and an [S, L] bias."""
     L = len(offsets) - 1
-    return _sums(x, L, D), _sums(x, S, L)
+    bias = _sums(x, S, L)
+    return empty_rows(L, D, dtype=bias.dtype), bias
 
 
 def _sums(like: Tensor, *shape: int) -> Tensor:
