@@ -16,18 +16,17 @@ from sparc_fast.data import Reader, budget
 
 from .config import Config
 
-CALIBRATING, CHOOSING, RECONSTRUCTING, UPDATING, VALIDATING, ENDING, GOING_ON = PHASES = (
+CALIBRATING, CHOOSING, RECONSTRUCTING, UPDATING, VALIDATING, GOING_ON = PHASES = (
     "measuring the streams",
     "choosing the support",
     "reconstructing",
     "updating the weights",
     "validating",
-    "reading the best checkpoint, at the end",
     "going on from a checkpoint",
 )
 STEP = (CHOOSING, RECONSTRUCTING, UPDATING)
-TRAINED = (*STEP, VALIDATING, ENDING)
-"""Phases in which moments and masters are there as they stay."""
+TRAINED = PHASES[1:]
+"""Phases in which there are moments and masters."""
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT, INDEX, LONG = 4, 4, 8  # bytes
@@ -142,7 +141,8 @@ def parts_of(
         dead: the part of the latents that is dead when AuxK works hardest.
     """
     sizes = Sizes.of(config, streams.widths, dead)
-    parts = [Part("process: Python, torch, libraries", overhead), *_kept(config, sizes, steps)]
+    taken = "CUDA's context and libraries" if on_gpu else "process: Python, torch, libraries"
+    parts = [Part(taken, overhead), *_kept(config, sizes, steps)]
     if not on_gpu:
         parts.append(Part("loader: windows and orders of rows", loader_bytes(config, streams)))
         parts += _calibration(config, sizes)
@@ -190,20 +190,17 @@ def _kept(config: Config, sizes: Sizes, steps: int) -> Iterator[Part]:
     measured = LONG * sizes.L + FLOAT * (sizes.D + sizes.S)
     weights, widened = sizes.weights * sizes.weight, sizes.weight < FLOAT
     yield Part(f"weights, {config.dtype}", weights + measured)
-    yield Part(f"Adam's moments, {moments_of(config)}", 2 * sizes.weights * sizes.moment, (*TRAINED, GOING_ON))
+    yield Part(f"Adam's moments, {moments_of(config)}", 2 * sizes.weights * sizes.moment, TRAINED)
     if widened:
-        yield Part("float32 masters of the weights", FLOAT * sizes.weights, (*TRAINED, GOING_ON))
+        yield Part("float32 masters of the weights", FLOAT * sizes.weights, TRAINED)
     if config.lazy:
-        yield Part("replay: last steps, settings of all steps", LONG * sizes.L + 64 * steps, (*TRAINED, GOING_ON))
+        yield Part("replay: last steps, settings of all steps", LONG * sizes.L + 64 * steps, TRAINED)
     if widened:  # sizes of a comparison, and of the choice that it makes between float32 numbers
         yield Part("masters held against a matrix of weights", (1 + 2 * FLOAT) * sizes.L * sizes.D, (GOING_ON,))
     elif sizes.moment < FLOAT:  # torch.optim.Optimizer brings a state to its parameters' dtype, which is made good
         yield Part(
             "moments in float32, until they are rounded", 2 * (weights - sizes.weights * sizes.moment), (GOING_ON,)
         )
-    if config.validation_rows or config.validation_data:
-        norms = FLOAT * sizes.L * sizes.W
-        yield Part("second model: the best one", weights + measured + norms, (ENDING,))
 
 
 def _calibration(config: Config, sizes: Sizes) -> Iterator[Part]:

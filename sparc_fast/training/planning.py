@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -39,7 +39,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found; `as_text` in plan_text.py shows it."""
+    """What `plan` found; as text it is the tables that `sparc-fast plan --changes` prints."""
 
     config: Config
     streams: Streams
@@ -57,6 +57,11 @@ class Plan:
     """The phases of a step; none where the machine's roofs are not known."""
     changes: tuple[Change, ...]
     """Cheapest first."""
+
+    def __str__(self) -> str:
+        from .plan_text import as_text
+
+        return as_text(self, changes=True)
 
     @property
     def phases(self) -> dict[str, int]:
@@ -164,7 +169,11 @@ def _streams(
     if files is None and not config.data:
         raise ValueError("d_streams must give the width of every stream, or data name their files")
     with ExitStack() as opened:
-        files = files or opened.enter_context(data.open(config.data))
+        if files is None:
+            try:
+                files = opened.enter_context(data.open(config.data))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{error}; widths of data to come are given by d_streams") from error
         if config.validation_rows:
             files, _ = hold_out(files, config.validation_rows)
         return Streams(files.readers, files.n_rows)
@@ -199,42 +208,58 @@ def _check_backend(config: Config, machine: Machine) -> None:
 
 
 def _changes(now: Plan) -> Iterator[Change]:
-    """What saves memory or time, cheapest first."""
+    """What saves memory or time, cheapest first; fewer latents last."""
+    single = list(_single_changes(now))
+    yield from single
+    if now.fits:
+        return
+    together: dict[str, Any] = {}
+    for saving in (change for change in single if change.saves > 0):
+        together |= saving.settings
+        change = _change(now, "all of these", **together)
+        if change.fits:
+            if len(together) > 1:
+                yield change
+            break
+    if (n_latents := _fewer_latents(now)) is not None:
+        yield _change(now, "a smaller dictionary", n_latents=n_latents)
+
+
+def _with(now: Plan, **settings: Any) -> Plan:
+    return _outcome(replace(now.config, **settings), now.streams, now.machine, now.dead)
+
+
+def _change(now: Plan, costs: str, **settings: Any) -> Change:
+    other = _with(now, **settings)
+    return Change(settings, costs, now.peak - other.peak, other.fits, other.step_seconds)
+
+
+def _single_changes(now: Plan) -> Iterator[Change]:
     config = now.config
-
-    def outcome(**settings: Any) -> Plan:
-        return _outcome(replace(config, **settings), now.streams, now.machine, now.dead)
-
-    def change(costs: str, **settings: Any) -> Change:
-        other = outcome(**settings)
-        return Change(settings, costs, now.peak - other.peak, other.fits, other.step_seconds)
-
     if not config.lazy and now.time:
-        yield change("nothing: the same bits; pays where a batch uses few of the latents", lazy=True)
-    if now.machine.device == "cpu" and (memory := _less_loader_memory(now, outcome)) is not None:
-        yield change("smaller windows: data larger than them are shuffled less evenly", memory=memory)
-    if "moments" in {f.name for f in fields(Config)} and moments_of(config) == "float32":
-        yield change("moments rounded to 8 bits of mantissa", moments="bfloat16")
+        yield _change(now, "nothing: the same bits; pays where a batch uses few of the latents", lazy=True)
+    if now.machine.device == "cpu" and (memory := _less_loader_memory(now)) is not None:
+        yield _change(now, "smaller windows: data larger than them are shuffled less evenly", memory=memory)
+    if "moments" in {f.name for f in fields(config)} and moments_of(config) == "float32":
+        yield _change(now, "moments rounded to 8 bits of mantissa", moments="bfloat16")
     for dtype, costs in (
         ("bfloat16", "weights are read rounded to 8 bits of mantissa; float32 masters are kept beside them"),
         ("float32", "activations twice as wide; no masters beside the weights"),
     ):
         if config.dtype != dtype and config.dtype != "float16":
-            yield change(costs, dtype=dtype)
+            yield _change(now, costs, dtype=dtype)
     if config.auxk and config.auxk_coef:
-        yield change("dead latents stay dead", auxk=0)
-    if (batch_size := _smaller_batch(now, outcome)) is not None:
-        yield change("other training: more steps an epoch, and the learning rate to suit", batch_size=batch_size)
-    if (n_latents := _fewer_latents(now, outcome)) is not None:
-        yield change("a smaller dictionary", n_latents=n_latents)
+        yield _change(now, "dead latents stay dead", auxk=0)
+    if (batch_size := _smaller_batch(now)) is not None:
+        yield _change(now, "other training: more steps an epoch, and the learning rate to suit", batch_size=batch_size)
 
 
-def _less_loader_memory(now: Plan, outcome: Callable[..., Plan]) -> int | None:
+def _less_loader_memory(now: Plan) -> int | None:
     """The most memory, halved until the run fits, or the least that the loader can do with."""
     least, memory = None, now.config.memory // 2
     while memory >= 2**20:
         try:
-            other = outcome(memory=memory)
+            other = _with(now, memory=memory)
         except ValueError:  # too little for these files
             break
         if other.peak < now.peak:
@@ -245,11 +270,11 @@ def _less_loader_memory(now: Plan, outcome: Callable[..., Plan]) -> int | None:
     return least
 
 
-def _smaller_batch(now: Plan, outcome: Callable[..., Plan]) -> int | None:
+def _smaller_batch(now: Plan) -> int | None:
     """Halved until the run fits, or until that saves little."""
     found, before, size = None, now.peak, now.config.batch_size // 2
     while size >= 64:
-        other = outcome(batch_size=size)
+        other = _with(now, batch_size=size)
         if before - other.peak < 0.02 * now.peak:
             break
         found, before = size, other.peak
@@ -259,15 +284,13 @@ def _smaller_batch(now: Plan, outcome: Callable[..., Plan]) -> int | None:
     return found
 
 
-def _fewer_latents(now: Plan, outcome: Callable[..., Plan]) -> int | None:
-    """The most, in steps of 64, that fit; None where all do, or none."""
-    if now.fits:
-        return None
+def _fewer_latents(now: Plan) -> int | None:
+    """The most, in steps of 64, that fit; None where none do."""
     least = math.ceil(max(now.config.k, now.config.k_start) / 64)
-    if not outcome(n_latents=64 * least).fits:
+    if not _with(now, n_latents=64 * least).fits:
         return None
     low, high = least, math.ceil(now.config.n_latents / 64)  # fits, does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if outcome(n_latents=64 * middle).fits else (low, middle)
+        low, high = (middle, high) if _with(now, n_latents=64 * middle).fits else (low, middle)
     return 64 * low
