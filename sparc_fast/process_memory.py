@@ -46,7 +46,7 @@ def _left_in_groups(root: Path, groups: Path) -> list[int]:
 
 
 def resident(field: str) -> int:
-    """VmRSS, now, or VmHWM, its peak, in bytes; elsewhere than on Linux the peak of the whole process."""
+    """VmRSS, now, RssAnon, the same without files, or VmHWM, the peak, in bytes; not on Linux always the peak."""
     for line in _lines("/proc/self/status"):
         if line.startswith(field):
             return int(line.split()[1]) * 1024

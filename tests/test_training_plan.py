@@ -345,6 +345,7 @@ def test_files_say_what_flags_would_and_the_same_file_of_settings_trains_and_pla
         (["--d-streams", "a=3", "--copy-rate", "1e9"], "must be given together, got ['copy']"),
         (["--d-streams", "a=3", "--dead", "2"], "dead must be a number from 0 to 1, got 2.0"),
         (["--d-streams", "a=3", "--backend", "reference"], "backend must be cpu to plan for cpu, got reference"),
+        (["--d-streams", "a=3", "--device", "cuda"], "machine must be one to train on cuda, got a machine, cpu"),
         (["--d-streams", "a=3", "--roofs", "/nowhere.json"], "there is no file /nowhere.json"),
     ],
 )
@@ -434,6 +435,8 @@ def test_a_gpu_that_is_not_here_is_planned_from_what_is_said_of_it(
     command = ["plan", *FLAGS, *TO_COME, "--device", "cuda"]
     assert cli.main(command) == 1
     assert "--machine-memory" in capsys.readouterr().err
+    assert cli.main(["plan", *FLAGS, *TO_COME, "--device", "tpu"]) == 1
+    assert "device must be auto, cpu, cuda or cuda:1 to plan for, got 'tpu'" in capsys.readouterr().err
     assert cli.main([*command, "--machine-memory", "80GB"]) == 0
     printed = capsys.readouterr().out
     assert "nothing of it has been measured on a GPU" in printed

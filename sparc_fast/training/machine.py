@@ -47,11 +47,13 @@ class Machine:
         """
         overhead = int(process_memory.in_own_process("-c", _PRINT_OVERHEAD, str(torch.get_num_threads())))
         if device == "cpu":
-            memory = memory or process_memory.available_bytes() or _all_memory()
+            memory = memory or _free_memory()
             return cls(
                 processor(), "cpu", memory, overhead, overhead, torch.get_num_threads(), roofs or measure_roofs()
             )
         name = "a CUDA device"
+        if not device.startswith("cuda"):
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:1 to plan for, got {device!r}")
         if torch.cuda.is_available():
             name = torch.cuda.get_device_name(device)
             memory = memory or torch.cuda.mem_get_info(device)[0]
@@ -104,5 +106,9 @@ def _machine(content: Any) -> Machine:
     return machine
 
 
-def _all_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _free_memory() -> int:
+    """What the system could give, and what this process holds: it ends before the run begins, or is the run's."""
+    free = process_memory.available_bytes()
+    if free is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free + process_memory.resident("RssAnon")

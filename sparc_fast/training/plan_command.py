@@ -12,7 +12,7 @@ from .command import add_settings, settings_of
 from .config import Config
 from .machine import Machine
 from .plan_text import as_text, parse_bytes
-from .planning import on_cuda, plan
+from .planning import device_of, plan
 
 DOES_NOT_FIT = 3
 """The exit status."""
@@ -55,7 +55,7 @@ def _machine(arguments: argparse.Namespace, config: Config) -> Machine:
         raise ValueError(f"{', '.join(f'--{rate}-rate' for rate in RATES)} must be given together, got {list(rates)}")
     roofs = Roofs(**{rate: _number(f"--{rate}-rate", value, float) for rate, value in rates.items()}) if rates else None
     if arguments.roofs is None:
-        return Machine.here("cuda" if on_cuda(config) else "cpu", memory=memory, roofs=roofs)
+        return Machine.here(device_of(config), memory=memory, roofs=roofs)
     machine = Machine.load(arguments.roofs)
     return replace(machine, memory=memory or machine.memory, roofs=roofs or machine.roofs)
 

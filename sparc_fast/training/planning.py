@@ -129,15 +129,15 @@ def plan(
     if not 0 <= dead <= 1:
         raise ValueError(f"dead must be a number from 0 to 1, got {dead}")
     streams = _streams(config, d_streams, n_rows, files)
-    machine = machine or Machine.here("cuda" if on_cuda(config) else "cpu")
+    machine = machine or Machine.here(device_of(config))
     _check_backend(config, machine)
     found = _outcome(config, streams, machine, dead)
     return replace(found, changes=tuple(_changes(found)))
 
 
-def on_cuda(config: Config) -> bool:
-    """Whether `Trainer` would train on a GPU here."""
-    return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+def device_of(config: Config) -> str:
+    """Where `Trainer` would train here."""
+    return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _outcome(config: Config, streams: Streams, machine: Machine, dead: float) -> Plan:
@@ -199,6 +199,8 @@ def _imagined(config: Config, d_streams: Mapping[str, int], n_rows: int | None) 
 
 
 def _check_backend(config: Config, machine: Machine) -> None:
+    if config.device != "auto" and config.device.partition(":")[0] != machine.device:
+        raise ValueError(f"machine must be one to train on {config.device}, got {machine.name}, {machine.device}")
     known = ("cpu",) if machine.device == "cpu" else ("triton", "cuda")
     chosen = config.backend
     if chosen == "auto":
