@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sparc_fast import SPARC
 from sparc_fast.losses import nmse_scale, pair_weights, row_energy
 from sparc_fast.reference import invert_indices, stream_slices
+from sparc_fast.roofs import Cost
 
 FLOAT = 4  # bytes of a float32
 
@@ -56,14 +57,6 @@ SMALL_SINGLE = Shape("small", N=64, L=1024, k=16, d_streams=(64,))
 # rows of scores: N L = 16 M of them, more than any cache holds
 ROWS = tuple(Shape(f"rows-{name}", 2**24 // L, L) for name, L in
              {"8k": 8192, "32k": 32768, "131k": 131072, "1M": 1048576}.items())  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a phase cannot do without: its multiplications and additions, and every tensor moved once."""
-
-    flops: float
-    bytes: float
 
 
 @dataclass

@@ -18,6 +18,8 @@ import torch
 
 import sparc_fast
 from sparc_fast import available_backends
+from sparc_fast.process_memory import available_bytes
+from sparc_fast.roofs import Roofs, measure_roofs, processor
 
 from . import memory
 from .cases import SMALL, WIDE, Case, Shape
@@ -25,7 +27,7 @@ from .figures import Line, reached
 from .operators import OPERATORS, Operator
 from .replay import REPLAY
 from .steps import RIVALS, WHOLE, Whole
-from .timing import Roofs, interleave, measure_roofs, ratio, spread
+from .timing import interleave, ratio, spread
 
 CASES: dict[str, Whole | Operator] = {**WHOLE, **OPERATORS, **REPLAY}
 MEMORY_SHAPES = (WIDE, SMALL)
@@ -146,7 +148,7 @@ def _lines(case: Case, roofs: Roofs, seconds: float, rounds: int) -> Iterator[Li
 def _memory_lines(shape: Shape, backends: Sequence[str]) -> Iterator[Line]:
     lazy = f"{backends[0]}, replay"
     for name in (*backends, lazy, *RIVALS):
-        needed, free = memory.expected_bytes(name, shape), memory.available_bytes()
+        needed, free = memory.expected_bytes(name, shape), available_bytes()
         if free is not None and needed > 0.75 * free:
             print(_start("memory", shape.name, name) + f"not run: needs {needed / 1e9:.0f} GB of {free / 1e9:.0f} free")
             continue
@@ -193,7 +195,7 @@ def environment_of_run() -> dict[str, Any]:
         "compiled": compiled,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "dtype": "float32",
     }
@@ -218,13 +220,6 @@ def _commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None if (here.parent / ".git").exists() else None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sparc_fast import SPARC, SparcAdam
+from sparc_fast.roofs import Cost
 
-from .cases import FLOAT, SINGLE, SMALL, SMALL_SINGLE, STEP, Case, Cost, Shape
+from .cases import FLOAT, SINGLE, SMALL, SMALL_SINGLE, STEP, Case, Shape
 from .dense import Dense
 from .eager_sae import EagerSAE
 from .lean import Lean

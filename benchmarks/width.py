@@ -21,11 +21,14 @@ from time import perf_counter
 
 import torch
 
+from sparc_fast.process_memory import available_bytes
+from sparc_fast.roofs import Roofs, measure_roofs
+
 from . import memory
 from .cases import WIDTHS, Shape
 from .main import environment_of_run, heading
 from .steps import step_phases, trainer
-from .timing import Roofs, measure_roofs, spread
+from .timing import spread
 
 BATCHES = 8
 WARM_UP = 2
@@ -78,7 +81,7 @@ def _measured(latents: Sequence[int], roofs: Roofs, seconds: float) -> Iterator[
         if shape.L not in latents:
             continue
         gc.collect()  # the model of the width before
-        needed, free = memory.held_bytes(shape) + 2**29, memory.available_bytes()
+        needed, free = memory.held_bytes(shape) + 2**29, available_bytes()
         if free is not None and needed > free:
             print(f"L = {shape.L:,}: not run, needs {needed / 1e9:.1f} GB of {free / 1e9:.1f} free")
             continue

@@ -13,14 +13,15 @@ from torch import Tensor
 
 import sparc_fast as sf
 from sparc_fast.benchmarks import memory, width
-from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE, Cost
+from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE
 from sparc_fast.benchmarks.dense import Dense
 from sparc_fast.benchmarks.eager_sae import EagerSAE
 from sparc_fast.benchmarks.lean import Lean
 from sparc_fast.benchmarks.main import CASES, main
 from sparc_fast.benchmarks.operators import OPERATORS, disagreement
-from sparc_fast.benchmarks.timing import Roofs, interleave, ratio
+from sparc_fast.benchmarks.timing import interleave, ratio
 from sparc_fast.benchmarks.tuned import Tuned
+from sparc_fast.roofs import Cost, Roofs
 
 
 @pytest.fixture(autouse=True)

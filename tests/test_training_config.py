@@ -152,6 +152,7 @@ def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> Non
 
 def test_public_names() -> None:
     assert training.__all__ == [
-        "Config", "Outcome", "Sink", "Trainer", "load_model", "read_config", "read_metrics", "read_settings",
+        "Config", "Machine", "Outcome", "Plan", "Sink", "Trainer", "load_model", "plan", "read_config", "read_metrics",
+        "read_settings",
     ]  # fmt: skip
     assert all(hasattr(training, name) for name in training.__all__)

@@ -29,7 +29,7 @@ from .run_folder import RunFolder
 from .schedules import Schedule
 from .session import Session
 from .sinks import Sink, TensorBoard, WandB
-from .state import find_not_finite, load_model, load_tensors, tensors_of
+from .state import find_not_finite, load_tensors, save_model_of, tensors_of
 from .stopping import Stop, stop_on_signals
 from .validation import validate
 
@@ -160,7 +160,7 @@ class Trainer:
         self.model.eval()
         self.model.save(self.folder.model)
         if self.best is not None:
-            load_model(self.folder.checkpoint(self.best[0])).save(self.folder.best)
+            save_model_of(self.folder.checkpoint(self.best[0]), self.folder.best)
 
     def _batches(self) -> Iterator[Tensor]:
         while True:
