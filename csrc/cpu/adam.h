@@ -27,8 +27,7 @@ class Adam {
         moments.read(d, n, mean, square);
         decay(mean, square, grad);
         const Vec<A> moved = w - rate * mean / (square_root<A>(square) * scale + eps);
-        moments.round(row_noise, d, mean, square);
-        moments.write(d, n, mean, square);
+        moments.write(row_noise, d, n, mean, square);
         return moved;
     }
 

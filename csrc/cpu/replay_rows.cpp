@@ -67,7 +67,7 @@ void decay_moments(const Moments<M>& moments, int64_t width, const Missed<A>* st
                 moments.round(noise, d + b * W, mean[b], square[b]);
             }
         }
-        for (int b = 0; b < B; ++b) moments.write(d + b * W, n(b), mean[b], square[b]);
+        for (int b = 0; b < B; ++b) moments.write(Noise(), d + b * W, n(b), mean[b], square[b]);
     }
 }
 

@@ -27,19 +27,23 @@ struct Noise {
     }
 };
 
-constexpr uint32_t upper_half = 0xFFFF0000;
-
-// One of the two bfloat16 beside v, for random bits in the lower halves.
-INLINE Vec<float> rounded(Vec<float> v, Vec<uint32_t> random) {
-    const auto bits = (Vec<uint32_t>)v, number = (Vec<uint32_t>)(v == v);
-    return (Vec<float>)(((bits + (random & ~upper_half & number)) | (0x400000 & ~number)) & upper_half);
+// In the upper halves one of the two bfloat16 beside v, for random bits in the lower halves; NaN stays NaN.
+INLINE Vec<uint32_t> rounded(Vec<float> v, Vec<uint32_t> random) {
+    return v == v ? (Vec<uint32_t>)v + (random & 0xFFFF) : Vec<uint32_t>{} + 0x7FC00000;
 }
 
-// The first n lanes of v, which bfloat16 holds.
-INLINE void store_exact(bf16* p, Vec<float> v, int64_t n) {
-    const auto bits = (Vec<uint32_t>)v >> 16;
-    const auto narrow = __builtin_convertvector(bits, typename vector_of<uint16_t, VECTOR_BYTES / 2>::type);
-    std::memcpy(p, &narrow, n >= lanes<float> ? sizeof narrow : n * sizeof(bf16));
+INLINE Vec<float> upper_halves(Vec<uint32_t> bits) { return (Vec<float>)(bits & 0xFFFF0000); }
+
+// The upper halves of the first n lanes.
+INLINE void store_upper(bf16* p, Vec<uint32_t> bits, int64_t n) {
+    const auto halves = __builtin_convertvector(bits >> 16, typename vector_of<uint16_t, VECTOR_BYTES / 2>::type);
+    if (n >= lanes<float>) {
+        std::memcpy(p, &halves, sizeof halves);
+    } else {
+        bf16 lane[lanes<float>];
+        std::memcpy(lane, &halves, sizeof lane);
+        for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
+    }
 }
 
 }  // namespace SIMD_LEVEL

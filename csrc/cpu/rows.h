@@ -43,19 +43,21 @@ struct Moments {
         square = load(second + d, n);
     }
 
-    // What is written next, rounded with the noise of the row in a step; exact moments need none.
+    // What is kept of moments, with the noise of their row; exact ones are kept as they are.
     static INLINE void round(Noise noise, int64_t d, Vec<A>& mean, Vec<A>& square) {
         if constexpr (sizeof(M) < sizeof(A)) {
             const auto bits = noise.at(d);
-            mean = rounded(mean, bits);
-            square = rounded(square, bits >> 16);
+            mean = upper_halves(rounded(mean, bits));
+            square = upper_halves(rounded(square, bits >> 16));
         }
     }
 
-    INLINE void write(int64_t d, int64_t n, Vec<A> mean, Vec<A> square) const {
+    // Rounds; what was rounded before stays as it is, with any noise.
+    INLINE void write(Noise noise, int64_t d, int64_t n, Vec<A> mean, Vec<A> square) const {
         if constexpr (sizeof(M) < sizeof(A)) {
-            store_exact(first + d, mean, n);
-            store_exact(second + d, square, n);
+            const auto bits = noise.at(d);
+            store_upper(first + d, rounded(mean, bits), n);
+            store_upper(second + d, rounded(square, bits >> 16), n);
         } else {
             store(first + d, mean, n);
             store(second + d, square, n);
