@@ -44,7 +44,7 @@ class Curve:
 
 
 def curve(glyphs: data.Glyphs, moments: Moments, settings: Settings) -> Curve:
-    """Train once, and keep the loss of every step."""
+    """Train once, and keep every step's self + cross loss: AuxK comes and goes with the first dead latent."""
     torch.manual_seed(settings.seed)
     seen, held_out = (_rows(glyphs, glyphs.rows(held_out=held)) for held in (False, True))
     widths = {name: x.shape[1] for name, x in glyphs.inputs.items()}
@@ -56,7 +56,8 @@ def curve(glyphs: data.Glyphs, moments: Moments, settings: Settings) -> Curve:
     )  # fmt: skip
     with torch.no_grad():
         loss = float(model.loss(held_out, auxk_coef=0.0).total)
-    return Curve(moments, settings.seed, curves["step"], curves["loss"], loss)
+    losses = [self + cross for self, cross in zip(curves["self"], curves["cross"], strict=True)]
+    return Curve(moments, settings.seed, curves["step"], losses, loss)
 
 
 def _rows(glyphs: data.Glyphs, rows: Tensor) -> dict[str, Tensor]:
