@@ -7,7 +7,7 @@ import sys
 import torch
 
 from .cases import Shape
-from .gpu_cases import CALLS, TINY, DeviceOperands
+from .gpu_cases import CALLS, NARROW_MOMENTS, TINY, DeviceOperands
 from .gpu_operators import Ours
 
 RAGGED = Shape("ragged", N=37, L=500, k=9, d_streams=(130, 7, 65))
@@ -17,7 +17,7 @@ def main(device: str, backend: str) -> None:
     ours = Ours(backend, torch.device(device))
     for shape, dtype in ((RAGGED, torch.float32), (RAGGED, torch.bfloat16), (TINY, torch.float32)):
         o = DeviceOperands(shape, dtype, torch.device(device))
-        for name, call in CALLS.items():
+        for name, call in (*CALLS.items(), *NARROW_MOMENTS.items()):
             if hasattr(ours, name):
                 call(ours, o)()
     if device == "cuda":

@@ -24,12 +24,13 @@ from sparc_fast.roofs import Roofs, measure_roofs, processor
 from . import memory
 from .cases import SMALL, WIDE, Case, Shape
 from .figures import Line, reached
+from .moments import MOMENTS
 from .operators import OPERATORS, Operator
 from .replay import REPLAY
 from .steps import RIVALS, WHOLE, Whole
 from .timing import interleave, ratio, spread
 
-CASES: dict[str, Whole | Operator] = {**WHOLE, **OPERATORS, **REPLAY}
+CASES: dict[str, Whole | Operator] = {**WHOLE, **OPERATORS, **REPLAY, **MOMENTS}
 MEMORY_SHAPES = (WIDE, SMALL)
 
 

@@ -32,8 +32,10 @@ class Trainer(Protocol):
 
 
 class Ours:
-    def __init__(self, model: SPARC, lazy: Literal["replay"] | None = None) -> None:
-        self.model, self.optimizer = model, SparcAdam(model, lazy=lazy)
+    def __init__(
+        self, model: SPARC, lazy: Literal["replay"] | None = None, moments: Literal["float32", "bfloat16"] = "float32"
+    ) -> None:
+        self.model, self.optimizer = model, SparcAdam(model, lazy=lazy, moments=moments)
 
     def step(self, x: Tensor) -> Tensor:
         return self.optimizer.step(x).total

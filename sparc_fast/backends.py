@@ -109,6 +109,7 @@ class Backend(Protocol):
         step: int | Tensor,
         copies: Sequence[Tensor] | None = None,
         last_step: Tensor | None = None,
+        seed: int | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def replay_rows(
@@ -120,6 +121,7 @@ class Backend(Protocol):
         history: Tensor,
         d_streams: Sequence[int],
         copy: Tensor | None = None,
+        seed: int | None = None,
     ) -> None: ...
 
     def count_silence(self, silence: Tensor, values: Tensor, indices: Tensor) -> None: ...

@@ -159,20 +159,22 @@ def update_rows(
     step: int | Tensor,
     copies: Sequence[Tensor] | None = None,
     last_step: Tensor | None = None,
+    seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     operands = _batch(x, pre_bias, values, grad_values, grad_recons, offsets, entries)
-    updated = [W_enc, W_dec, *moments]
-    if any(rows.dtype != wide(operands[1]).dtype or rows.stride(1) != 1 for rows in updated):
+    updated, rounding = [W_enc, W_dec, *moments], reference.rounding_seed(W_enc, moments, seed)
+    exact = updated if rounding is None else updated[:2]
+    if any(rows.dtype != operands[1].dtype for rows in exact) or any(rows.stride(1) != 1 for rows in updated):
         return reference.update_rows(
             W_enc, W_dec, moments, x, pre_bias, values, grad_values, grad_recons, offsets, entries, d_streams,
-            lr, betas, eps, step, copies, last_step,
+            lr, betas, eps, step, copies, last_step, seed,
         )  # fmt: skip
     grad_latent_bias = _sums(x, len(d_streams), len(offsets) - 1)
     grad_pre_bias = _sums(x, x.shape[1])
     narrow = [_bfloat16(copy) for copy in copies] if copies is not None else [None, None]
     _cpu.update_rows(
         grad_latent_bias, grad_pre_bias, W_enc, W_dec, moments, narrow, last_step, _cpu.Batch(*operands, d_streams),
-        _cpu.AdamStep(float(lr), *betas, eps, int(step)), torch.get_num_threads(),
+        _cpu.AdamStep(float(lr), *betas, eps, int(step), _unsigned(rounding)), torch.get_num_threads(),
     )  # fmt: skip
     for copy, written, rows in zip(copies or (), narrow, (W_enc, W_dec), strict=False):
         if written is None:
@@ -189,11 +191,13 @@ def replay_rows(
     history: Tensor,
     d_streams: Sequence[int],
     copy: Tensor | None = None,
+    seed: int | None = None,
 ) -> None:
     latents = latents.contiguous()
+    rounding = _unsigned(reference.rounding_seed(W_dec, moments, seed))
     narrow = _bfloat16(copy) if copy is not None else None
     steps = history.contiguous()
-    _cpu.replay_rows(W_dec, moments, narrow, latents, last_step, steps, d_streams, torch.get_num_threads())
+    _cpu.replay_rows(W_dec, moments, narrow, latents, last_step, steps, d_streams, rounding, torch.get_num_threads())
     if copy is not None and narrow is None:
         copy[latents] = W_dec[latents].to(copy.dtype)
     torch.autograd.graph.increment_version([W_dec, *moments] if copy is None else [W_dec, *moments, copy])
@@ -250,6 +254,11 @@ def _summed(tensor: Tensor) -> Tensor:
 def _bfloat16(copy: Tensor) -> Tensor | None:
     """A narrow copy of rows, if it is one that the compiled operators write."""
     return copy if copy.dtype == torch.bfloat16 and copy.stride(1) == 1 else None
+
+
+def _unsigned(seed: int | None) -> int:
+    """The 64 bits of a seed; none is as good as any where nothing is rounded."""
+    return (seed or 0) % 2**64
 
 
 def _indices(indices: Tensor) -> Tensor:

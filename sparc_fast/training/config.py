@@ -52,10 +52,14 @@ class Config:
         "float32", choice("float32", "bfloat16", "float16"), "of the weights; Adam's master rows stay float32"
     )
 
+    moments: str = setting(
+        "float32", choice("float32", "bfloat16"), "of Adam's moments of the weights; bfloat16 is rounded stochastically"
+    )
+
     steps: int = setting(0, integer(0), "optimizer steps; or give `epochs`")
     epochs: float = setting(0.0, not_negative, "passes over the data; or give `steps`")
     batch_size: int = setting(4096, integer(1), "rows of an optimizer step; the rows that an epoch has over wait")
-    seed: int = setting(0, integer(0), "of the first weights, the shuffling and the support dropout")
+    seed: int = setting(0, integer(0), "of first weights, shuffling, support dropout and rounding")
 
     lr: float = setting(1e-4, positive, "SparcAdam's learning rate at its peak")
     warmup: float = setting(0.05, part, "the part of the steps in which the learning rate rises to `lr`")

@@ -88,7 +88,7 @@ class Sizes:
         n_dead = round(dead * config.n_latents) if config.auxk and config.auxk_coef else 0
         return cls(
             S, config.batch_size, config.n_latents, max(config.k, config.k_start), sum(widths), max(widths),
-            min(config.auxk, n_dead), n_dead, ITEM_SIZE[config.dtype], ITEM_SIZE[moments_of(config)],
+            min(config.auxk, n_dead), n_dead, ITEM_SIZE[config.dtype], ITEM_SIZE[config.moments],
             2 if config.dtype == "bfloat16" else FLOAT, S if local else 1,
         )  # fmt: skip
 
@@ -96,6 +96,11 @@ class Sizes:
     def weights(self) -> int:
         """How many there are."""
         return 2 * self.L * self.D + self.D + self.S * self.L
+
+    @property
+    def moments(self) -> int:
+        """Bytes of Adam's moments; those of the biases are float32."""
+        return 2 * (2 * self.L * self.D * self.moment + (self.D + self.S * self.L) * FLOAT)
 
     @property
     def batch(self) -> int:
@@ -117,10 +122,6 @@ class Sizes:
         if not self.n_dead:
             return self.N * self.supports * self.k
         return 2 * self.N * self.supports * self.widest_support
-
-
-def moments_of(config: Config) -> str:
-    return str(getattr(config, "moments", "float32"))
 
 
 def parts_of(
@@ -190,7 +191,7 @@ def _kept(config: Config, sizes: Sizes, steps: int) -> Iterator[Part]:
     measured = LONG * sizes.L + FLOAT * (sizes.D + sizes.S)
     weights, widened = sizes.weights * sizes.weight, sizes.weight < FLOAT
     yield Part(f"weights, {config.dtype}", weights + measured)
-    yield Part(f"Adam's moments, {moments_of(config)}", 2 * sizes.weights * sizes.moment, TRAINED)
+    yield Part(f"Adam's moments, {config.moments}", sizes.moments, TRAINED)
     if widened:
         yield Part("float32 masters of the weights", FLOAT * sizes.weights, TRAINED)
     if config.lazy:
@@ -198,9 +199,7 @@ def _kept(config: Config, sizes: Sizes, steps: int) -> Iterator[Part]:
     if widened:  # sizes of a comparison, and of the choice that it makes between float32 numbers
         yield Part("masters held against a matrix of weights", (1 + 2 * FLOAT) * sizes.L * sizes.D, (GOING_ON,))
     elif sizes.moment < FLOAT:  # torch.optim.Optimizer brings a state to its parameters' dtype, which is made good
-        yield Part(
-            "moments in float32, until they are rounded", 2 * (weights - sizes.weights * sizes.moment), (GOING_ON,)
-        )
+        yield Part("moments in float32, until they are rounded", 2 * weights - sizes.moments, (GOING_ON,))
 
 
 def _calibration(config: Config, sizes: Sizes) -> Iterator[Part]:

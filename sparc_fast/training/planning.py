@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from sparc_fast.data import AlignedFiles, Reader
 from .config import Config
 from .held_out import hold_out
 from .machine import Machine
-from .memory_model import Part, Streams, host_bytes, mapped_bytes, moments_of, parts_of, totals
+from .memory_model import Part, Streams, host_bytes, mapped_bytes, parts_of, totals
 from .step_time import CPU_EFFICIENCY, Phase, step_phases
 
 ACCURACY = 0.15
@@ -242,7 +242,7 @@ def _single_changes(now: Plan) -> Iterator[Change]:
         yield _change(now, "nothing: the same bits; pays where a batch uses few of the latents", lazy=True)
     if now.machine.device == "cpu" and (memory := _less_loader_memory(now)) is not None:
         yield _change(now, "smaller windows: data larger than them are shuffled less evenly", memory=memory)
-    if "moments" in {f.name for f in fields(config)} and moments_of(config) == "float32":
+    if config.moments == "float32":
         yield _change(now, "moments rounded to 8 bits of mantissa", moments="bfloat16")
     for dtype, costs in (
         ("bfloat16", "weights are read rounded to 8 bits of mantissa; float32 masters are kept beside them"),
