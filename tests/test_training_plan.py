@@ -206,15 +206,15 @@ def test_latents_are_reduced_to_the_most_that_fit() -> None:
 
 
 def test_changes_that_fit_only_together_are_said_together() -> None:
-    hopeless = planned(memory=2**29, moments="bfloat16")
+    hopeless = planned(memory=2**29)
     least = next(change.settings["memory"] for change in hopeless.changes if "memory" in change.settings)
-    both = plan(config(memory=least, auxk=0, moments="bfloat16"), WIDTHS, 10**6, MACHINE).peak
-    found = planned(memory=both + 2**20, moments="bfloat16")
+    both = plan(config(memory=least, moments="bfloat16"), WIDTHS, 10**6, MACHINE).peak
+    found = planned(memory=both + 2**20)
     together = [change for change in found.changes if len(change.settings) > 1]
     assert len(together) == 1
     assert together[0].fits
-    assert together[0].settings == {"memory": least, "auxk": 0}
-    assert not any(change.fits for change in found.changes if set(change.settings) < {"memory", "auxk"})
+    assert together[0].settings == {"memory": least, "moments": "bfloat16"}
+    assert not any(change.fits for change in found.changes if set(change.settings) < {"memory", "moments"})
 
 
 def test_float32_is_cheaper_to_keep_than_bfloat16_with_its_masters() -> None:
