@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -29,6 +30,14 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """sparc_fast.native_cuda with kernels that run on the host."""
+    from cuda_emulation import build
+
+    return build.emulated_backend(build.emulated_module(tmp_path_factory.mktemp("cuda")))
 
 
 # the operators' own tests, small enough for Triton's interpreter

@@ -205,8 +205,10 @@ __global__ void __launch_bounds__(512, 2) filter_scores_kernel(
         int more = append(row, candidates, begin, end, below, count, shared);
         if (more > candidates.capacity) {
             const auto lower = [&](int i) { return i < count ? candidates.lower(i) : row.lower(begin + i - count); };
-            below = larger(below, kth_largest(lower, count + end - begin, k, shared) - 1);
-            count = drop(candidates, count, below, shared);
+            // of later latents `below` may ask more than of the candidates
+            const Candidate risen = kth_largest(lower, count + end - begin, k, shared) - 1;
+            count = drop(candidates, count, risen, shared);
+            below = larger(below, risen);
             more = append(row, candidates, begin, end, below, count, shared);
         }
         count = more <= candidates.capacity ? more : -1;
@@ -230,12 +232,12 @@ constexpr int staged_columns = 8192;  // of a sample, in shared memory; estimate
 
 // What a block shares that settles a support.
 struct SettleShared : SelectionShared {
-    int* chosen;    // [size]
+    int* chosen;    // [power_of_two(k)]
     float* sample;  // [D], centred, or nothing where D is larger than staged_columns
     size_t bytes;
 
-    __host__ __device__ SettleShared(SharedMemory memory, int size, int D) : SelectionShared(memory) {
-        chosen = memory.take<int>(size);
+    __host__ __device__ SettleShared(SharedMemory memory, int k, int D) : SelectionShared(memory) {
+        chosen = memory.take<int>(power_of_two(k));
         sample = memory.take<float>(D <= staged_columns ? D : 0);
         bytes = memory.bytes();
     }
@@ -338,13 +340,12 @@ __device__ inline int mark(
     return *shared.kept;
 }
 
-// The support of one sample from its candidates, or its number among those given up. `size` is a power of two, at least
-// k.
+// The support of one sample from its candidates, or its number among those given up.
 template <class Format>
 __global__ void __launch_bounds__(128, 4) settle_supports_kernel(
-    Candidates all, Operands operands, int64_t first_row, const float* x_norm, const float* w_norm, int k, int size,
+    Candidates all, Operands operands, int64_t first_row, const float* x_norm, const float* w_norm, int k,
     float rounding, float slack, int32_t* indices, int32_t* given_up, int32_t* total) {
-    const SettleShared shared(SharedMemory(reinterpret_cast<uintptr_t>(shared_memory())), size, operands.D);
+    const SettleShared shared(SharedMemory(reinterpret_cast<uintptr_t>(shared_memory())), k, operands.D);
     const int64_t n = blockIdx.x, row = first_row + n;
     const int count = all.counts[n];
     indices += row * k;
@@ -389,6 +390,7 @@ __global__ void __launch_bounds__(128, 4) settle_supports_kernel(
         return candidate(low > rival ? ~0u : upper(i) < least ? 0 : low, candidates.latents[i]);
     };
     const Candidate last = count > k ? kth_largest(final, count, k, shared) : 0;
+    const int size = power_of_two(k);
     if (threadIdx.x == 0) *shared.kept = 0;
     for (int i = threadIdx.x; i < size; i += blockDim.x) shared.chosen[i] = INT32_MAX;
     __syncthreads();

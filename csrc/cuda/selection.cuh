@@ -46,9 +46,9 @@ struct SelectionShared {
     }
 };
 
-// The largest number that at least k of the items at(0) ... at(n - 1) reach. By digits, the highest first; unless it must
-// be the k-th `itself`, as soon as all items of a digit are among the k largest, a number with zeros behind that digit,
-// which no more than these reach. When a thread returns, all have read the items for the last time.
+// The largest number that at least k of the items at(0) ... at(n - 1) reach. By digits, the highest first; as soon as
+// all items of a digit are among the k largest, a number with zeros behind that digit, which no more than these reach,
+// unless it must be the k-th `itself`. When a thread returns, all have read the items for the last time.
 template <bool itself = false, class At>
 __device__ auto kth_largest(At at, int n, int k, const SelectionShared& shared) {
     using Item = decltype(at(0));

@@ -18,12 +18,12 @@
 
 // The shared memory of a block.
 struct TopkShared : SelectionShared {
-    Candidate* candidates;  // [capacity], and in the same place
+    Candidate* candidates;  // [capacity], or a power of two not below k; and in the same place
     uint32_t* sample;       // [2 capacity]
     size_t bytes;
 
-    __host__ __device__ TopkShared(SharedMemory memory, int capacity) : SelectionShared(memory) {
-        candidates = memory.take<Candidate>(capacity);
+    __host__ __device__ TopkShared(SharedMemory memory, int capacity, int k) : SelectionShared(memory) {
+        candidates = memory.take<Candidate>(larger(capacity, power_of_two(k)));
         sample = reinterpret_cast<uint32_t*>(candidates);
         bytes = memory.bytes();
     }
@@ -157,12 +157,11 @@ template <class Format>
 __global__ void __launch_bounds__(512, 2) topk_rows_kernel(
     TopkPlan plan, int32_t* indices, float* values, const typename Format::Word* scores, int64_t stride, int64_t L,
     int64_t span, int k, const int32_t* names) {
-    const TopkShared shared(SharedMemory(reinterpret_cast<uintptr_t>(shared_memory())), plan.capacity);
+    const TopkShared shared(SharedMemory(reinterpret_cast<uintptr_t>(shared_memory())), plan.capacity, k);
     const int64_t n = blockIdx.x / plan.parts, begin = blockIdx.x % plan.parts * span;
     const RowPart<Format> row(scores + n * stride + begin, int(larger<int64_t>(smaller(span, L - begin), 0)));
     const int count = select(row, plan, k, shared);
-    int size = 1;
-    while (size < k) size *= 2;
+    const int size = power_of_two(k);
     // to be sorted by column
     __syncthreads();
     for (int i = threadIdx.x; i < size; i += blockDim.x) {
