@@ -15,6 +15,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from cuda_emulation import build
 from operands import fast_backends
 
 import sparc_fast as sf
@@ -34,10 +35,14 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """sparc_fast.native_cuda with kernels that run on the host."""
-    from cuda_emulation import build
-
+    """The CUDA backend with its kernels emulated on the host."""
     return build.emulated_backend(build.emulated_module(tmp_path_factory.mktemp("cuda")))
+
+
+@pytest.fixture(params=["0", "1", "2", "3"], ids=["first to last", "last to first", "shuffled", "shuffled otherwise"])
+def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order in which the emulation runs threads."""
+    monkeypatch.setenv("CUDA_EMULATION_SCHEDULE", request.param)
 
 
 # the operators' own tests, small enough for Triton's interpreter

@@ -1,5 +1,7 @@
 """The CUDA kernels of global_topk, run on the host by tests/cuda_emulation between Triton's, which are interpreted."""
 
+# tests of Triton's kernels are imported to run here as well, with a fixture of theirs
+# ruff: noqa: F401, F811
 from __future__ import annotations
 
 import importlib
@@ -22,15 +24,15 @@ if torch.cuda.is_available():
     pytest.skip("with a GPU, Triton is not interpreted: tests/test_cuda_device.py", allow_module_level=True)
 
 from test_kernel_global_topk import (
-    given_up,  # noqa: F401
-    test_a_latent_that_rounding_misjudges_as_far_as_the_bound_allows_is_placed,  # noqa: F401
-    test_a_product_as_wrong_as_the_bound_allows_changes_no_support,  # noqa: F401
-    test_a_sample_alone_equals_the_same_sample_in_a_batch_of_any_size,  # noqa: F401
-    test_any_shape_any_dtype_of_each_operand,  # noqa: F401
-    test_candidates_that_do_not_fit_are_never_dropped,  # noqa: F401
-    test_no_rows_break_the_bound,  # noqa: F401
-    test_only_samples_without_a_proof_are_scored_in_full,  # noqa: F401
-    test_zero_weights_tie_everywhere_and_still_need_no_full_scores,  # noqa: F401
+    given_up,
+    test_a_latent_that_rounding_misjudges_as_far_as_the_bound_allows_is_placed,
+    test_a_product_as_wrong_as_the_bound_allows_changes_no_support,
+    test_a_sample_alone_equals_the_same_sample_in_a_batch_of_any_size,
+    test_any_shape_any_dtype_of_each_operand,
+    test_candidates_that_do_not_fit_are_never_dropped,
+    test_no_rows_break_the_bound,
+    test_only_samples_without_a_proof_are_scored_in_full,
+    test_zero_weights_tie_everywhere_and_still_need_no_full_scores,
 )
 
 # the package may give its functions the names of their modules

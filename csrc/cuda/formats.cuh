@@ -1,4 +1,4 @@
-// The types that numbers are stored in, and reading rows of them.
+// Floats as they lie in memory.
 #pragma once
 #include "device.cuh"
 
@@ -6,35 +6,19 @@ struct Float32 {
     using Word = uint32_t;
     __device__ static float value(Word word) { return __uint_as_float(word); }
 };
+
 struct BFloat16 {
     using Word = uint16_t;
     __device__ static float value(Word word) { return __uint_as_float(uint32_t(word) << 16); }
+    // To nearest, ties to even; any NaN becomes that of torch.
+    __device__ static Word word(float value) {
+        const uint32_t bits = __float_as_uint(value);
+        return value == value ? Word((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : Word(0x7fc0);
+    }
 };
+
 struct Float16 {
     using Word = uint16_t;
     __device__ static float value(Word word) { return __half2float(__ushort_as_half(word)); }
-};
-
-// A run of a row's columns, read 16 bytes at a time where they are aligned.
-template <class Format>
-struct RowPart {
-    using Word = typename Format::Word;
-    static constexpr int width = 16 / sizeof(Word);
-
-    const Word* words;
-    int length, head, vectors;  // head: words before the first whole 16 bytes
-
-    __device__ RowPart(const Word* words_, int length_) : words(words_), length(length_) {
-        head = smaller(length, int((16 - reinterpret_cast<uintptr_t>(words) % 16) % 16 / sizeof(Word)));
-        vectors = (length - head) / width;
-    }
-    __device__ float operator[](int i) const { return Format::value(words[i]); }
-    __device__ uint4 vector(int v) const { return __ldcs(reinterpret_cast<const uint4*>(words + head) + v); }
-    __device__ static float in(const uint4& vector, int i) {
-        const uint32_t word = i * 4 / width == 0   ? vector.x
-                              : i * 4 / width == 1 ? vector.y
-                              : i * 4 / width == 2 ? vector.z
-                                                   : vector.w;
-        return Format::value(Word(width == 8 && i % 2 ? word >> 16 : word));
-    }
+    __device__ static Word word(float value) { return __half_as_ushort(__float2half_rn(value)); }
 };

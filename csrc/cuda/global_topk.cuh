@@ -17,6 +17,7 @@
 
 #include "formats.cuh"
 #include "global_topk.h"
+#include "row_part.cuh"
 #include "selection.cuh"
 
 constexpr float largest_norm = 1e18f, unit = 0x1p-22f;

@@ -13,6 +13,7 @@
 // two are equal, so the order in which they were gathered does not show in the result.
 #pragma once
 #include "formats.cuh"
+#include "row_part.cuh"
 #include "selection.cuh"
 #include "topk_rows.h"
 
