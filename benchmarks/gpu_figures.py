@@ -10,7 +10,8 @@ from .gpu_steps import MEMORY
 from .gpu_timing import Roofs, Work
 
 Read = Callable[[Sequence[Row]], float | None]
-CUDA = "ours, in CUDA C++"  # beside Triton's, which are "ours"
+CUDA = "cuda"
+"""The contender with the CUDA C++ kernels, beside Triton's, which are "ours"."""
 
 
 @dataclass(frozen=True)

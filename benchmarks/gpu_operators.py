@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from . import gpu_rivals as rivals
 from .cases import Shape
 from .gpu_cases import CALLS, DeviceOperands, Trained
 from .gpu_cub import batched_topk
-from .gpu_figures import CUDA
 from .gpu_record import Record
 from .gpu_timing import Clock, Run, Work
 
@@ -36,10 +34,6 @@ class Ours:
             from sparc_fast.kernels.topk_rows import topk_rows
 
             self.topk_rows, self.replay_rows = topk_rows, replay_rows
-        elif name == "cuda":
-            from sparc_fast.native_cuda import topk_rows
-
-            self.topk_rows = topk_rows
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -149,7 +143,7 @@ def measure(record: Record, clock: Clock, shape: Shape, dtype: torch.dtype, name
         with record.guard(name, shape.name, "ours", type_):
             operator = OPERATORS[name]
             prepared: dict[str, Prepare] = {"ours": lambda o, name=name: CALLS[name](ours, o)}
-            prepared |= operator.baselines | _on_a_gpu(record, name, shape.name, type_)
+            prepared |= operator.baselines | _compiled_rivals(record, name, shape.name, type_)
             runs = dict(_checked(record, name, operator, prepared, o))
             for label, prepare in (operator.yardsticks or {}).items():
                 runs[label] = prepare(o)
@@ -158,19 +152,10 @@ def measure(record: Record, clock: Clock, shape: Shape, dtype: torch.dtype, name
                 record.times(name, shape.name, label, type_, taken, operator.work(o))
 
 
-def _on_a_gpu(record: Record, name: str, shape: str, dtype: str) -> dict[str, Prepare]:
-    """Contenders that only a GPU has: the CUDA kernels, where Triton's are ours, and CUB."""
-    contenders: dict[str, Prepare] = {}
-    if not record.place.is_gpu:
-        return contenders
-    if record.place.backend == "triton" and "cuda" in backends.available(record.place.device):
-        native_cuda = import_module("sparc_fast.native_cuda")
-        if name in native_cuda.__all__:
-            contenders[CUDA] = lambda o: CALLS[name](Ours("cuda", o.device), o)
-    # it is compiled first, and must not cost the others their time
-    if name == "topk_rows" and not record.quick and record.has_time(25, name, shape, CUB, dtype):
-        contenders[CUB] = batched_topk
-    return contenders
+def _compiled_rivals(record: Record, name: str, shape: str, dtype: str) -> dict[str, Prepare]:
+    """Those that are compiled first: only where there is a GPU, and where that costs the others no time."""
+    wanted = name == "topk_rows" and record.place.is_gpu and not record.quick
+    return {CUB: batched_topk} if wanted and record.has_time(25, name, shape, CUB, dtype) else {}
 
 
 def _checked(
@@ -183,9 +168,7 @@ def _checked(
     for label, prepare in prepared.items():
         with record.guard(*where, label, _name(o.dtype)):
             # plain PyTorch rounds codes, logits and gradients to the operands' type on the way
-            tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}.get(
-                o.dtype, 2e-2 if label in ("ours", CUDA) else 6e-2
-            )
+            tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}.get(o.dtype, 2e-2 if label == "ours" else 6e-2)
             complaint = disagreement(operator.comparable(few, prepare(few)()), want, tolerance)
             if complaint:
                 record.add(*where, label, _name(o.dtype), error=f"wrong, not timed: {complaint}")

@@ -183,16 +183,13 @@ def test_operators_that_are_faster_in_cuda_are_named() -> None:
     assert found["encoder + TopK in CUDA C++ ÷ bare cuBLAS product, A"].measured == "1.8×"
 
 
-def test_the_cuda_kernels_are_contenders_where_they_are_here(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sparc_fast._cuda")
+def test_cubs_topk_takes_part_on_a_gpu_where_there_is_time_to_compile_it(record: Record) -> None:
     on_gpu = Record("phase", Place(torch.device("cuda"), "triton"))
-    monkeypatch.setattr(sf.backends, "_AVAILABLE", {"cuda": ("triton", "cuda", "reference")})
-    contenders = lambda name, record: set(gpu_operators._on_a_gpu(record, name, "A", "float32"))  # noqa: E731
-    assert contenders("topk_rows", on_gpu) == {gpu_figures.CUDA, gpu_operators.CUB}
-    assert contenders("global_topk", on_gpu) == {gpu_figures.CUDA}
-    assert contenders("sparse_decode", on_gpu) == contenders("topk_rows", record) == set()
+    rivals = lambda name, record: set(gpu_operators._compiled_rivals(record, name, "A", "float32"))  # noqa: E731
+    assert rivals("topk_rows", on_gpu) == {gpu_operators.CUB}
+    assert rivals("global_topk", on_gpu) == rivals("topk_rows", record) == set()
     on_gpu.until = monotonic() + 20
-    assert contenders("topk_rows", on_gpu) == {gpu_figures.CUDA}
+    assert rivals("topk_rows", on_gpu) == set()
     assert named(on_gpu.rows, "topk_rows", "A", gpu_operators.CUB, "float32").error == "no time left"
 
 
