@@ -10,6 +10,8 @@ from .gpu_steps import MEMORY
 from .gpu_timing import Roofs, Work
 
 Read = Callable[[Sequence[Row]], float | None]
+CUDA = "cuda"
+"""The contender with the CUDA C++ kernels, beside Triton's, which are "ours"."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,15 @@ def _figures() -> list[Figure]:
                 value(rows, "global_topk", shape), value(rows, "global_topk", shape, "x @ W_enc.T")
             ),
             least=False,
+        )
+        for shape in ("A", "B")
+    ]  # fmt: skip
+    figures += [
+        Figure(
+            f"encoder + TopK in CUDA C++ ÷ bare cuBLAS product, {shape}", None, None,
+            lambda rows, shape=shape: over(
+                value(rows, "global_topk", shape, CUDA), value(rows, "global_topk", shape, "x @ W_enc.T")
+            ),
         )
         for shape in ("A", "B")
     ]  # fmt: skip
@@ -173,6 +184,17 @@ def figures_table(found: Sequence[Reached]) -> str:
         f"{line.what:58} {line.must:>10} {line.aim:>10} {line.measured:>12} {line.held:>13}"
         for line in (heading, *found)
     )
+
+
+def faster_in_cuda(rows: Sequence[Row]) -> str:
+    """Which operators the CUDA kernels do faster than Triton's, and where: a line each, for `FASTER_IN_CUDA`."""
+    lines = []
+    for row in rows:
+        triton = value(rows, row.what, row.shape, "ours", row.dtype)
+        if row.contender == CUDA and row.value is not None and triton is not None and row.value < triton:
+            times = f"{row.value * 1e3:.3f} ms, Triton {triton * 1e3:.3f} ms"
+            lines.append(f"faster in CUDA C++: {row.what}, {row.shape}, {row.dtype}: {times}")
+    return "\n".join(lines) or "faster in CUDA C++ than in Triton: nothing that was measured"
 
 
 def rows_table(rows: Iterable[Row], roofs: Roofs | None) -> str:

@@ -21,7 +21,7 @@ import torch
 from . import gpu, gpu_checks, gpu_operators, gpu_steps
 from .gpu_cases import A, B, C, Place, U
 from .gpu_checks import ROOT
-from .gpu_figures import figures_table, floor_of, reached, rows_table
+from .gpu_figures import faster_in_cuda, figures_table, floor_of, reached, rows_table
 from .gpu_record import Record, Row, read_rows, write_atomically
 from .gpu_timing import Clock, Roofs, measure_roofs
 
@@ -145,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = whole_report(environment(place), found)
     print("\n" + rows_table(found, roofs_of(found)))
     print("\n" + heading(report["environment"]) + "\n\n" + figures_table(reached(found)))
+    print("\n" + faster_in_cuda(found))
     path = arguments.out or ROOT / "benchmarks" / "results" / result_name(report["environment"])
     write_atomically(path, json.dumps(report, indent=1) + "\n")
     print(f"\neverything measured: {path}")

@@ -7,6 +7,7 @@ kernels do not do (float64, k above 2048, 2^31 positions and more) the Triton ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["invert_indices", "topk_rows"]
+__all__ = ["global_topk", "invert_indices", "local_topk", "topk_rows"]
 
 _cuda: Any = import_module("sparc_fast._cuda")
 _SCORES = {
@@ -41,6 +42,71 @@ def topk_rows(scores: Tensor, k: int) -> Tensor:
             workspace.data_ptr(), _stream(device),
         )  # fmt: skip
     return indices
+
+
+def global_topk(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+) -> Tensor:
+    """int32 [N, k]: Triton's global_topk, with the scores filtered and the supports settled by CUDA kernels."""
+    triton = import_module("sparc_fast.kernels.global_topk")
+    support: Tensor = triton.select(x, W_enc, pre_bias, latent_bias, k, screening, _selection(triton, k))
+    return support
+
+
+def local_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    d_streams: Sequence[int],
+    screening: str = "auto",
+) -> Tensor:
+    """int32 [N, S, k]: a support for each stream."""
+    selection = _selection(import_module("sparc_fast.kernels.global_topk"), k)
+    supports: Tensor = import_module("sparc_fast.kernels.local_topk").select_in_streams(
+        x, W_enc, pre_bias, latent_bias, k, d_streams, screening, selection
+    )
+    return supports
+
+
+def _selection(triton: Any, k: int) -> Any:
+    return triton.Selection(_take_in, _settle) if k <= _cuda.most_k else triton.TRITON
+
+
+def _take_in(
+    product: Tensor, first: int, chunk: int, bias: Tensor, of_w: Tensor, of_x: Tensor, candidates: Any, k: int,
+    bounds: tuple[float, float, float],
+) -> None:  # fmt: skip
+    (N, m), device = product.shape, product.device
+    numbers = [bias[first:], *(row[first:] for row in of_w)]
+    latents = [number.data_ptr() for number in numbers] + [0, 0] * (len(of_w) == 1)
+    samples = [row.data_ptr() for row in of_x]
+    with _on(device):
+        _cuda.filter_scores(
+            _cuda.FilterPlan(m, k, candidates.capacity), _state(candidates), product.data_ptr(), N, first, m, latents,
+            samples, k, bounds, _stream(device),
+        )  # fmt: skip
+
+
+def _settle(
+    x: Tensor, pre_bias: Tensor, W: Tensor, bias: Tensor, first_row: int, N: int, x_norm: Tensor, w_norm: Tensor,
+    candidates: Any, k: int, rounding: float, slack: float, indices: Tensor, given_up: Tensor, total: Tensor,
+) -> None:  # fmt: skip
+    with _on(x.device):
+        _cuda.settle_supports(
+            _state(candidates), _numbers(x), x.stride(0), _numbers(pre_bias), _numbers(W), W.stride(0), bias.data_ptr(),
+            x.shape[1], first_row, N, x_norm.data_ptr(), w_norm.data_ptr(), k, rounding, slack, indices.data_ptr(),
+            given_up.data_ptr(), total.data_ptr(), _stream(x.device),
+        )  # fmt: skip
+
+
+def _state(candidates: Any) -> Any:
+    return _cuda.Candidates([tensor.data_ptr() for tensor in candidates[:6]], candidates.capacity)
+
+
+def _numbers(tensor: Tensor) -> Any:
+    return _cuda.Numbers(tensor.data_ptr(), _SCORES[tensor.dtype])
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:

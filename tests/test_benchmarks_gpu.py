@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 import sparc_fast as sf
-from sparc_fast.benchmarks import gpu, gpu_checks, gpu_figures, gpu_link, gpu_operators, gpu_small, gpu_steps
+from sparc_fast.benchmarks import gpu, gpu_checks, gpu_cub, gpu_figures, gpu_link, gpu_operators, gpu_small, gpu_steps
 from sparc_fast.benchmarks.gpu_cases import CALLS, TINY, DeviceOperands, Place
 from sparc_fast.benchmarks.gpu_record import Record, Row, read_rows, write_atomically
 from sparc_fast.benchmarks.gpu_timing import Clock, Roofs, Work, equal
@@ -161,6 +163,47 @@ def test_figures_are_read_off_rows_and_judged() -> None:
     table = gpu_figures.figures_table(list(found.values()))
     assert table.splitlines()[0].split() == ["figure", "must", "aim", "measured", "held"]
     assert "≤ 4.5 ms" in table
+
+
+def test_operators_that_are_faster_in_cuda_are_named() -> None:
+    def row(what: str, shape: str, contender: str, value: float) -> Row:
+        return Row("A", what, shape, contender, "bfloat16", value)
+
+    rows = [
+        row("global_topk", "A", "ours", 1e-3), row("global_topk", "A", gpu_figures.CUDA, 0.9e-3),
+        row("global_topk", "B", "ours", 1e-3), row("global_topk", "B", gpu_figures.CUDA, 1.1e-3),
+        row("topk_rows", "A", gpu_figures.CUDA, 1e-3), row("sparse_decode", "A", "ours", 1e-3),
+        row("global_topk", "A", "x @ W_enc.T", 0.5e-3),
+    ]  # fmt: skip
+    assert gpu_figures.faster_in_cuda(rows) == (
+        "faster in CUDA C++: global_topk, A, bfloat16: 0.900 ms, Triton 1.000 ms"
+    )
+    assert "nothing" in gpu_figures.faster_in_cuda(rows[2:])
+    found = {figure.what: figure for figure in gpu_figures.reached(rows)}
+    assert found["encoder + TopK in CUDA C++ ÷ bare cuBLAS product, A"].measured == "1.8×"
+
+
+def test_cubs_topk_takes_part_on_a_gpu_where_there_is_time_to_compile_it(record: Record) -> None:
+    on_gpu = Record("phase", Place(torch.device("cuda"), "triton"))
+    rivals = lambda name, record: set(gpu_operators._compiled_rivals(record, name, "A", "float32"))  # noqa: E731
+    assert rivals("topk_rows", on_gpu) == {gpu_operators.CUB}
+    assert rivals("global_topk", on_gpu) == rivals("topk_rows", record) == set()
+    on_gpu.until = monotonic() + 20
+    assert rivals("topk_rows", on_gpu) == set()
+    assert named(on_gpu.rows, "topk_rows", "A", gpu_operators.CUB, "float32").error == "no time left"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_cubs_topk_is_compiled_or_its_row_says_why_not() -> None:
+    has_it = subprocess.run(
+        ["nvcc", "-E", "-x", "cu", "-"], input="#include <cub/device/device_batched_topk.cuh>", text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if has_it.returncode:
+        with pytest.raises(RuntimeError, match=r"has no cub::DeviceBatchedTopK, which needs CCCL 3\.5"):
+            gpu_cub.compiled(1024, 8, (9, 0))
+    else:
+        assert gpu_cub.compiled(1024, 8, (9, 0)).__name__ == "cub_topk_rows"
 
 
 def test_phases_run_apart_and_a_failing_one_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

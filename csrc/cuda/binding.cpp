@@ -1,7 +1,9 @@
 // sparc_fast._cuda: the operators that have a CUDA kernel. Addresses, sizes and a stream; sparc_fast/native_cuda.py
 // prepares them. Everything is started on the current device.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "global_topk.h"
 #include "invert_indices.h"
 #include "topk_rows.h"
 
@@ -36,6 +38,46 @@ PYBIND11_MODULE(_cuda, m) {
             topk_rows(plan, at<int32_t>(indices), at<void>(scores), type, stride, N, L, k, at<void>(workspace), stream);
         },
         "plan"_a, "indices"_a, "scores"_a, "type"_a, "stride"_a, "N"_a, "L"_a, "k"_a, "workspace"_a, "stream"_a,
+        released);
+
+    py::class_<FilterPlan>(m, "FilterPlan", py::module_local())
+        .def(py::init(&FilterPlan::of), "chunk"_a, "k"_a, "capacity"_a)
+        .def_readwrite("threads", &FilterPlan::threads)
+        .def_readwrite("sample", &FilterPlan::sample);
+    // counts, thresholds, lows, highs, latents, places
+    py::class_<Candidates>(m, "Candidates", py::module_local())
+        .def(py::init([](std::array<uintptr_t, 6> arrays, int capacity) {
+            const auto [counts, thresholds, lows, highs, latents, places] = arrays;
+            return Candidates{at<int32_t>(counts), at<int32_t>(thresholds), at<int32_t>(lows), at<int32_t>(highs),
+                              at<int32_t>(latents), at<int32_t>(places), capacity};
+        }), "arrays"_a, "capacity"_a);
+    py::class_<Numbers>(m, "Numbers", py::module_local())
+        .def(py::init([](uintptr_t data, Scores type) { return Numbers{at<void>(data), type}; }), "data"_a, "type"_a);
+    m.def(
+        "filter_scores",
+        [](FilterPlan plan, Candidates candidates, uintptr_t scores, int64_t N, int64_t first, int64_t chunk,
+           std::array<uintptr_t, 4> latents, std::array<uintptr_t, 3> samples, int k, std::array<float, 3> bounds,
+           uintptr_t stream) {
+            filter_scores(
+                plan, candidates, at<float>(scores), N, first, chunk,
+                {at<float>(latents[0]), at<float>(latents[1]), at<float>(latents[2]), at<float>(latents[3])},
+                {at<float>(samples[0]), at<float>(samples[1]), at<float>(samples[2])}, k,
+                {bounds[0], bounds[1], bounds[2]}, stream);
+        },
+        "plan"_a, "candidates"_a, "scores"_a, "N"_a, "first"_a, "chunk"_a, "latents"_a, "samples"_a, "k"_a, "bounds"_a,
+        "stream"_a, released);
+    m.def(
+        "settle_supports",
+        [](Candidates candidates, Numbers x, int64_t x_stride, Numbers pre_bias, Numbers W, int64_t W_stride,
+           uintptr_t bias, int D, int64_t first_row, int64_t N, uintptr_t x_norm, uintptr_t w_norm, int k,
+           float rounding, float slack, uintptr_t indices, uintptr_t given_up, uintptr_t total, uintptr_t stream) {
+            settle_supports(
+                candidates, {x, pre_bias, W, x_stride, W_stride, at<double>(bias), D}, first_row, N, at<float>(x_norm),
+                at<float>(w_norm), k, rounding, slack, at<int32_t>(indices), at<int32_t>(given_up), at<int32_t>(total),
+                stream);
+        },
+        "candidates"_a, "x"_a, "x_stride"_a, "pre_bias"_a, "W"_a, "W_stride"_a, "bias"_a, "D"_a, "first_row"_a, "N"_a,
+        "x_norm"_a, "w_norm"_a, "k"_a, "rounding"_a, "slack"_a, "indices"_a, "given_up"_a, "total"_a, "stream"_a,
         released);
 
     m.def("invert_indices_workspace", invert_indices_workspace, "n"_a, "L"_a);

@@ -88,3 +88,10 @@ template <class T>
 __host__ __device__ constexpr T ceil_div(T a, T b) {
     return (a + b - 1) / b;
 }
+
+// The least power of two that is at least n.
+__host__ __device__ constexpr int power_of_two(int n) {
+    int size = 1;
+    while (size < n) size *= 2;
+    return size;
+}

@@ -82,6 +82,18 @@ __global__ void gather_kernel(int* out, bool fault) {
     if (threadIdx.x == 0) *out = *sum;
 }
 
+// The odd numbers of a tensor are moved to its front, over others that must have been read before.
+__global__ void compact_kernel(int* out, bool fault) {
+    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    int* const kept = memory.take<int>(1);
+    if (threadIdx.x == 0) *kept = 0;
+    out[threadIdx.x] = threadIdx.x % 2;
+    __syncthreads();
+    const bool odd = out[threadIdx.x];
+    if (!fault) __syncthreads();
+    if (odd) out[atomicAdd(kept, 1)] = 3;
+}
+
 __global__ void half_barrier_kernel(int* out, bool fault) {
     if (!fault || threadIdx.x < threads / 2) __syncthreads();
     out[threadIdx.x] = 1;
@@ -134,6 +146,12 @@ static std::vector<int> turned(int width) {
     return values;
 }
 
+static std::vector<int> compacted() {
+    std::vector<int> values = same(3, threads);
+    for (int i = threads / 2; i < threads; ++i) values[i] = i % 2;
+    return values;
+}
+
 // What went wrong, or nothing.
 static std::string failure(const Case& chosen, bool fault) {
     SharedMemory memory(0);
@@ -156,6 +174,7 @@ int main(int count, char** arguments) {
         {"shared end", fill_shared_kernel, 1, same(3, threads - 1)},
         {"tensor end", fill_kernel, 1, same(3, threads - 1)},
         {"overflow", gather_kernel, 1, {threads / 2 * (threads / 2 - 1)}},
+        {"compact", compact_kernel, 1, compacted()},
         {"half barrier", half_barrier_kernel, 1, same(1, threads)},
         {"two barriers", two_barriers_kernel, 1, same(1, threads)},
         {"half vote", half_vote_kernel, 1, same(16, threads)},
