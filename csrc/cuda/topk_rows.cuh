@@ -13,22 +13,10 @@
 // two are equal, so the order in which they were gathered does not show in the result.
 #pragma once
 #include "block.cuh"
+#include "formats.cuh"
 #include "topk_rows.h"
 
 using Candidate = unsigned long long;
-
-struct Float32 {
-    using Word = uint32_t;
-    __device__ static float value(Word word) { return __uint_as_float(word); }
-};
-struct BFloat16 {
-    using Word = uint16_t;
-    __device__ static float value(Word word) { return __uint_as_float(uint32_t(word) << 16); }
-};
-struct Float16 {
-    using Word = uint16_t;
-    __device__ static float value(Word word) { return __half2float(__ushort_as_half(word)); }
-};
 
 // Unsigned numbers in the order of the floats: NaN is +inf, the zeros are equal. All are above 0, which is no float.
 __device__ inline uint32_t key_of(float value) {
