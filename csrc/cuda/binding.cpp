@@ -76,7 +76,7 @@ PYBIND11_MODULE(_cuda, m) {
     py::class_<Streams>(m, "Streams", py::module_local()).def(py::init(&streams_of), "widths"_a);
     py::class_<Batch>(m, "Batch", py::module_local())
         .def(py::init([](Matrix x, Matrix grad_recons, Matrix pre_bias, Matrix values, Matrix grad_values,
-                         uintptr_t offsets, uintptr_t entries, int64_t count, int64_t L, int k, bool per_stream,
+                         uintptr_t offsets, uintptr_t entries, int64_t count, int L, int k, bool per_stream,
                          Streams streams) {
             return Batch{x, grad_recons, pre_bias, values, grad_values, at<const int64_t>(offsets),
                          at<const int64_t>(entries), count, L, k, per_stream, streams};

@@ -60,6 +60,12 @@ __device__ inline void load(float (&values)[held], const Matrix& matrix, int64_t
     }
 }
 
+// Brings the columns into the L2 cache, a thread for what a cache line holds.
+__device__ inline void prefetch(const Matrix& matrix, int64_t row, const Columns& columns) {
+    if (threadIdx.x % (128 / sizeof(float) / held) == 0 && columns.count)
+        prefetch(static_cast<const float*>(matrix.data) + row * matrix.stride + columns.begin);
+}
+
 __device__ inline void store(const float (&values)[held], const Matrix& matrix, int64_t row, const Columns& columns) {
     float* const at = static_cast<float*>(matrix.data) + row * matrix.stride + columns.begin;
     if (columns.vectors) {

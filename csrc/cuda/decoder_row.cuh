@@ -19,6 +19,12 @@ __device__ inline void load(Held& row, const Rows& rows, int64_t l, const Column
     load(row.v, rows.second, l, columns);
 }
 
+__device__ inline void prefetch(const Rows& rows, int64_t l, const Columns& columns) {
+    prefetch(rows.weights, l, columns);
+    prefetch(rows.first, l, columns);
+    prefetch(rows.second, l, columns);
+}
+
 __device__ inline void store(const Held& row, const Rows& rows, int64_t l, const Columns& columns) {
     store(row.w, rows.weights, l, columns);
     store(row.m, rows.first, l, columns);
@@ -77,27 +83,30 @@ __device__ inline void step_in_registers(
     divide(row.w, norm_of(squares, sums));
 }
 
-// A step of a row too wide for that, and of its copy; gradient_at(gradient, columns, w) sets a thread's columns.
+// A step of a row too wide for that, and of its copy; gradient_at(gradient, columns) sets a thread's columns, and what
+// they have along the row is taken out here.
 template <class GradientAt>
 __device__ void step_in_memory(
-    const Rows& rows, int64_t l, const Stream& stream, const AdamConstants& constants, BlockSums& sums,
+    const Rows& rows, int64_t l, const Stream& stream, const AdamConstants& constants, float along, BlockSums& sums,
     GradientAt gradient_at) {
     float squares[1] = {0};
-    Held row;
     for (int first = stream.begin; first < stream.end; first += stream.step()) {
         const Columns columns(stream, first);
         float gradient[held];
+        gradient_at(gradient, columns);
+        Held row;
         load(row, rows, l, columns);
-        gradient_at(gradient, columns, row.w);
+        project(gradient, row.w, along);
         move(row, gradient, columns, constants, squares);
         store(row, rows, l, columns);
     }
     const float norm = norm_of(squares, sums);
     for (int first = stream.begin; first < stream.end; first += stream.step()) {
         const Columns columns(stream, first);
-        load(row.w, rows.weights, l, columns);
-        divide(row.w, norm);
-        store(row.w, rows.weights, l, columns);
-        store_copy(row.w, rows.copy, l, columns);
+        float w[held];
+        load(w, rows.weights, l, columns);
+        divide(w, norm);
+        store(w, rows.weights, l, columns);
+        store_copy(w, rows.copy, l, columns);
     }
 }

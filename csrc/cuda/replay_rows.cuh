@@ -5,7 +5,7 @@
 __device__ inline bool exists(int64_t latent, int64_t L) { return latent >= 0 && latent < L; }
 
 // Block b does latent b % R in stream b / R.
-__global__ void __launch_bounds__(most_threads) replay_rows_kernel(
+__global__ void __launch_bounds__(most_threads, 1) replay_rows_kernel(
     Rows rows, const AdamConstants* constants, const int64_t* latents, int64_t R, int64_t L, const int64_t* last_step,
     int64_t T, Streams streams, bool aligned) {
     SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
@@ -24,11 +24,11 @@ __global__ void __launch_bounds__(most_threads) replay_rows_kernel(
         store_copy(row.w, rows.copy, l, columns);
         return;
     }
-    const auto no_gradient = [](float (&gradient)[held], const Columns&, const float (&)[held]) {
+    const auto no_gradient = [](float (&gradient)[held], const Columns&) {
 #pragma unroll
         for (int i = 0; i < held; ++i) gradient[i] = 0;
     };
-    for (int64_t t = made; t < T; ++t) step_in_memory(rows, l, stream, constants[t], sums, no_gradient);
+    for (int64_t t = made; t < T; ++t) step_in_memory(rows, l, stream, constants[t], 0, sums, no_gradient);
 }
 
 // Not by the kernel above: its blocks of other streams may yet read it.

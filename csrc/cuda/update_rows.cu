@@ -12,7 +12,7 @@ UpdatePlan UpdatePlan::of(const Streams& streams, bool per_stream, int multiproc
 // A row of a float32 matrix in the workspace: begins at whole 16 bytes.
 static int64_t stride_of(const Streams& streams) { return ceil_div(streams.begin[streams.count], held) * held; }
 
-static int64_t latents_of_tile(int64_t L) { return larger<int64_t>(8, ceil_div<int64_t>(L, 2048)); }
+static int latents_of_tile(int L) { return larger(8, ceil_div(L, 2048)); }
 
 // How the workspace is dealt out; made from 0 it only counts.
 struct UpdateWorkspace {
@@ -42,8 +42,8 @@ struct UpdateWorkspace {
 // No latent can have more entries than a piece where there are no more in all.
 static int64_t slots_of(int64_t count, int piece) { return count > piece ? ceil_div<int64_t>(count, piece) : 0; }
 
-int64_t update_rows_workspace(UpdatePlan plan, int64_t count, int64_t L, const Streams& streams) {
-    const int64_t parts = ceil_div(L, latents_of_tile(L));
+int64_t update_rows_workspace(UpdatePlan plan, int64_t count, int L, const Streams& streams) {
+    const int parts = ceil_div(L, latents_of_tile(L));
     return UpdateWorkspace(nullptr, slots_of(count, plan.piece), parts, streams).bytes;
 }
 
@@ -53,7 +53,7 @@ static void update_all(const UpdatePlan& plan, const UpdateArguments& arguments,
     const int threads = threads_for(batch.streams);
     if (slots) {
         launch(
-            list_pieces_kernel, ceil_div<int64_t>(batch.L, 256), 256, 0, stream, arguments.pieces, arguments.counters,
+            list_pieces_kernel, ceil_div(batch.L, 256), 256, 0, stream, arguments.pieces, arguments.counters,
             batch.offsets, batch.L, plan.piece);
         launch(sum_pieces_kernel<X, G>, plan.blocks, threads, 0, stream, arguments);
     }
@@ -67,8 +67,8 @@ void update_rows(
     UpdatePlan plan, float* grad_latent_bias, float* grad_pre_bias, const Rows& encoder, const Rows& decoder,
     const Batch& batch, const AdamStep& step, int64_t* last_step, void* workspace, uintptr_t stream) {
     if (plan.blocks < 1 || plan.piece < 1) throw std::invalid_argument("the plan needs blocks and entries");
-    const int64_t latents = latents_of_tile(batch.L), slots = slots_of(batch.count, plan.piece);
-    const int parts = int(ceil_div(batch.L, latents)), D = batch.streams.begin[batch.streams.count];
+    const int64_t slots = slots_of(batch.count, plan.piece);
+    const int latents = latents_of_tile(batch.L), parts = ceil_div(batch.L, latents), D = batch.streams.begin[batch.streams.count];
     const UpdateWorkspace room(workspace, slots, parts, batch.streams);
     const auto matrix = [&](float* data) { return Matrix{data, stride_of(batch.streams), Floats::float32}; };
     const bool aligned = encoder.aligned() && decoder.aligned() && batch.x.aligned() && batch.grad_recons.aligned();

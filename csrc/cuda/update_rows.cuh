@@ -29,9 +29,9 @@ struct UpdateArguments {
     Matrix pre_bias_parts;  // [parts, D]: -grad_pre_bias of the latents of a tile
     float* grad_latent_bias;
     int64_t* last_step;
-    int parts;        // tiles of a stream
-    int64_t latents;  // of a tile
-    bool aligned;     // rows of all matrices
+    int parts;    // tiles of a stream
+    int latents;  // of a tile
+    bool aligned; // rows of all matrices
 };
 
 // The shared memory of a block.
@@ -49,7 +49,7 @@ struct UpdateShared {
 };
 
 __global__ void __launch_bounds__(256) list_pieces_kernel(
-    Piece* pieces, Counters* counters, const int64_t* offsets, int64_t L, int piece) {
+    Piece* pieces, Counters* counters, const int64_t* offsets, int L, int piece) {
     const int64_t l = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (l >= L) return;
     const int64_t end = offsets[l + 1];
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(256) list_pieces_kernel(
 
 // A block does a piece of one stream, then another.
 template <class X, class G>
-__global__ void __launch_bounds__(most_threads) sum_pieces_kernel(UpdateArguments a) {
+__global__ void __launch_bounds__(most_threads, 1) sum_pieces_kernel(UpdateArguments a) {
     const int many = a.counters->pieces, S = a.batch.streams.count;
     for (int64_t i = blockIdx.x; i < int64_t(many) * S; i += gridDim.x) {
         const int s = int(i / many);
@@ -83,23 +83,22 @@ __global__ void __launch_bounds__(most_threads) sum_pieces_kernel(UpdateArgument
 // The encoder rows of latents first_latent ... last_latent - 1, of which this is part `part`.
 template <class X>
 __device__ void update_encoder(
-    const UpdateArguments& a, int s, const Stream& stream, const AdamConstants& constants, int64_t part,
-    int64_t first_latent, int64_t last_latent) {
+    const UpdateArguments& a, int s, const Stream& stream, int part, int first_latent, int last_latent) {
     for (int first = stream.begin; first < stream.end; first += stream.step()) {
         const Columns columns(stream, first);
         float centre[held], of_pre_bias[held] = {};
         load_centre(centre, a.batch, columns);
-        for (int64_t l = first_latent; l < last_latent; ++l) {
+        for (int l = first_latent; l < last_latent; ++l) {
             Held row;
             float gradient[held];
-            // asked for before the sums are, so that they arrive meanwhile
-            load(row, a.encoder, l, columns);
+            if (l + 1 < last_latent) prefetch(a.encoder, l + 1, columns);
             const float bias = encoder_gradient<X>(gradient, a.batch, a.sums, s, columns, centre, l);
-            if (columns.begin == stream.begin) a.grad_latent_bias[s * a.batch.L + l] = bias;
+            if (columns.begin == stream.begin) a.grad_latent_bias[int64_t(s) * a.batch.L + l] = bias;
+            load(row, a.encoder, l, columns);
 #pragma unroll
             for (int i = 0; i < held; ++i) {
                 of_pre_bias[i] = __fmaf_rn(bias, row.w[i], of_pre_bias[i]);
-                row.w[i] = adam(row.w[i], gradient[i], row.m[i], row.v[i], constants);
+                row.w[i] = adam(row.w[i], gradient[i], row.m[i], row.v[i], *a.constants);
             }
             store(row, a.encoder, l, columns);
             store_copy(row.w, a.encoder.copy, l, columns);
@@ -111,23 +110,24 @@ __device__ void update_encoder(
 // Latent l's decoder row. A row without an entry has no gradient, and takes the step that replay_rows takes.
 template <class G>
 __device__ void update_decoder(
-    const UpdateArguments& a, const Stream& stream, const AdamConstants& constants, int64_t l, BlockSums& sums) {
+    const UpdateArguments& a, const Stream& stream, int l, bool is_last, BlockSums& sums) {
     const bool has_entries = a.batch.offsets[l] < a.batch.offsets[l + 1];
     if (a.last_step) {
         if (!has_entries) return;
-        if (stream.begin == 0 && threadIdx.x == 0) a.last_step[l] = constants.step;
+        if (stream.begin == 0 && threadIdx.x == 0) a.last_step[l] = a.constants->step;
     }
     float products[2] = {0, 0}, gradient[held];
     if (stream.in_registers()) {
         const Columns columns(stream, stream.begin);
         Held row;
-        load(row, a.decoder, l, columns);
+        if (!is_last) prefetch(a.decoder, l + 1, columns);
         decoder_gradient<G>(gradient, a.batch, a.sums, columns, l);
+        load(row, a.decoder, l, columns);
         if (has_entries) {
             multiply(products, gradient, row.w);
             project(gradient, row.w, along_of(products, sums));
         }
-        step_in_registers(row, gradient, columns, constants, sums);
+        step_in_registers(row, gradient, columns, *a.constants, sums);
         store(row, a.decoder, l, columns);
         store_copy(row.w, a.decoder.copy, l, columns);
         return;
@@ -136,29 +136,27 @@ __device__ void update_decoder(
     for (int first = stream.begin; first < stream.end && has_entries; first += stream.step()) {
         const Columns columns(stream, first);
         float w[held];
-        load(w, a.decoder.weights, l, columns);
         decoder_gradient<G>(gradient, a.batch, a.sums, columns, l);
+        load(w, a.decoder.weights, l, columns);
         multiply(products, gradient, w);
     }
     const float along = has_entries ? along_of(products, sums) : 0;
-    const auto gradient_at = [&](float (&gradient)[held], const Columns& columns, const float (&w)[held]) {
+    const auto gradient_at = [&](float (&gradient)[held], const Columns& columns) {
         decoder_gradient<G>(gradient, a.batch, a.sums, columns, l);
-        if (has_entries) project(gradient, w, along);
     };
-    step_in_memory(a.decoder, l, stream, constants, sums, gradient_at);
+    step_in_memory(a.decoder, l, stream, *a.constants, along, sums, gradient_at);
 }
 
 template <class X, class G>
-__global__ void __launch_bounds__(most_threads) update_rows_kernel(UpdateArguments a) {
+__global__ void __launch_bounds__(most_threads, 1) update_rows_kernel(UpdateArguments a) {
     const UpdateShared shared(reinterpret_cast<uintptr_t>(shared_memory()));
-    const AdamConstants constants = *a.constants;
     BlockSums sums(shared.of_warps);
     for (int tile = blockIdx.x; tile < a.parts * a.batch.streams.count; tile = *shared.tile) {
         const int s = tile / a.parts, part = tile % a.parts;
-        const int64_t first = part * a.latents, last = smaller(first + a.latents, a.batch.L);
+        const int first = part * a.latents, last = smaller(first + a.latents, a.batch.L);
         const Stream stream(a.batch.streams, s, a.aligned);
-        update_encoder<X>(a, s, stream, constants, part, first, last);
-        for (int64_t l = first; l < last; ++l) update_decoder<G>(a, stream, constants, l, sums);
+        update_encoder<X>(a, s, stream, part, first, last);
+        for (int l = first; l < last; ++l) update_decoder<G>(a, stream, l, l + 1 == last, sums);
         __syncthreads();  // all have read the number of this tile
         if (threadIdx.x == 0) *shared.tile = int(gridDim.x) + atomicAdd(&a.counters->next_tile, 1);
         __syncthreads();

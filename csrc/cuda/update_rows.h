@@ -16,8 +16,8 @@ struct Batch {
     Matrix x, grad_recons;                 // [N, D], [N S, D]
     Matrix pre_bias, values, grad_values;  // [D], [N, S, k] twice
     const int64_t *offsets, *entries;
-    int64_t count, L;  // of entries, of latents
-    int k;
+    int64_t count;  // of entries
+    int L, k;
     bool per_stream;  // entries number [N, S, k], not [N, k]
     Streams streams;
 };
@@ -30,7 +30,7 @@ struct UpdatePlan {
 };
 
 // Bytes of workspace that update_rows needs.
-int64_t update_rows_workspace(UpdatePlan plan, int64_t count, int64_t L, const Streams& streams);
+int64_t update_rows_workspace(UpdatePlan plan, int64_t count, int L, const Streams& streams);
 
 // A step of every latent's rows in place, and grad_latent_bias [S, L] and grad_pre_bias [D], as
 // sparc_fast/reference.py says. With last_step, decoder rows without an entry are left behind, and those with one are
