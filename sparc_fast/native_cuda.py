@@ -104,9 +104,8 @@ def update_rows(
     batch = _cuda.Batch(
         *map(_matrix, operands), offsets.data_ptr(), entries.data_ptr(), len(entries), L, k, per_stream, streams
     )
-    lr, lr_on_device = _number(lr, device)
-    step, step_on_device = _number(step, device)
-    adam = _cuda.AdamStep(lr, *betas, eps, step, _address(lr_on_device), _address(step_on_device))
+    (rate, rate_there), (count, count_there) = _number(lr, device), _number(step, device)
+    adam = _cuda.AdamStep(rate, *betas, eps, count, _address(rate_there), _address(count_there))
     plan = _cuda.UpdatePlan(streams, per_stream, _multiprocessors(device))
     workspace = _bytes(_cuda.update_rows_workspace(plan, len(entries), L, streams), device)
     grad_latent_bias = torch.empty(S, L, dtype=torch.float32, device=device)
@@ -151,7 +150,8 @@ def replay_rows(
 
 def _moves(W_dec: Tensor, moments: Sequence[Tensor], d_streams: Sequence[int]) -> bool:
     """Whether the kernels move such rows. One answer for both operators: a missed step must be replayed bit for bit."""
-    return {W_dec.dtype, *(m.dtype for m in moments)} == {torch.float32} and len(d_streams) <= _cuda.most_streams
+    fits = len(d_streams) <= _cuda.most_streams and len(W_dec) * len(d_streams) < 2**31
+    return fits and {W_dec.dtype, *(m.dtype for m in moments)} == {torch.float32}
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ static void update_all(const UpdatePlan& plan, const UpdateArguments& arguments,
 void update_rows(
     UpdatePlan plan, float* grad_latent_bias, float* grad_pre_bias, const Rows& encoder, const Rows& decoder,
     const Batch& batch, const AdamStep& step, int64_t* last_step, void* workspace, uintptr_t stream) {
-    if (plan.blocks < 1 || plan.piece < 1) throw std::invalid_argument("the plan needs blocks and entries");
+    if (plan.blocks < 1 || plan.piece < 1) throw std::invalid_argument("the plan needs at least one block and entry");
     const int64_t slots = slots_of(batch.count, plan.piece);
     const int latents = latents_of_tile(batch.L), parts = ceil_div(batch.L, latents), D = batch.streams.begin[batch.streams.count];
     const UpdateWorkspace room(workspace, slots, parts, batch.streams);
