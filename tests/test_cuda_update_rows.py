@@ -50,12 +50,13 @@ def check(cuda: ModuleType, name: str, o: Operands) -> None:
 
 
 def step(
-    cuda: ModuleType, rows: list[Tensor], o: Operands, t: int | Tensor = STEP, lr: float | Tensor = 0.01, **more: Any
-) -> tuple[Tensor, Tensor]:
+    cuda: ModuleType, rows: list[Tensor], o: Operands, t: int | Tensor = STEP, lr: float | Tensor = 0.01,
+    eps: float = EPS, **more: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One update of rows = [W_enc, W_dec, 4 moments] in place."""
     grads: tuple[Tensor, Tensor] = cuda.update_rows(
         *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
-        lr, BETAS, EPS, t, **more,
+        lr, BETAS, eps, t, **more,
     )  # fmt: skip
     return grads
 
@@ -85,7 +86,7 @@ def test_rows_are_moved_as_accurately_as_by_plain_pytorch(
     check(cuda, name, operands((WIDE, 4, 3, 2) if case == "wide" else case, dtype, per_stream))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     widths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     N=st.integers(0, 40),
@@ -189,25 +190,24 @@ def test_rows_without_an_entry_are_left_behind(cuda: ModuleType) -> None:
     assert_equal(lazy[6:], dense[6:])
 
 
-@pytest.mark.parametrize("d_streams", [(33, 20), (300, 520), WIDE], ids=str)
-@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize(("d_streams", "eps"), [((33, 20), EPS), ((33, 20), 0.0), ((300, 520), EPS), (WIDE, EPS)])
 def test_replayed_rows_equal_rows_that_were_never_left_behind(
     d_streams: tuple[int, ...], eps: float, cuda: ModuleType, without_triton: None
 ) -> None:
-    L, lrs = 6, [0.1, 0.03, 0.01, 0.02, 0.3, 0.01]
+    L, lrs = 6, [0.1, 0.03, 0.01, 0.02]
     dense = rows_to_update(operands((d_streams, 1, L, 2), torch.bfloat16))
     dense[4][1] *= 1e-6
     lazy = [tensor.clone() for tensor in dense]
     dense_copies, lazy_copies = ([W.bfloat16() for W in rows[:2]] for rows in (dense, lazy))
     last_step = torch.zeros(L, dtype=torch.int64)
-    history = torch.tensor([(lr, *BETAS, EPS) for lr in lrs], dtype=torch.float64)
+    history = torch.tensor([(lr, *BETAS, eps) for lr in lrs], dtype=torch.float64)
     everyone = torch.arange(L)
     for t, lr in enumerate(lrs, 1):
         o = operands((d_streams, 1, L, 2), torch.bfloat16, seed=t)
         used = o.indices[0].long()
-        step(cuda, dense, o, t, lr, copies=dense_copies)
+        step(cuda, dense, o, t, lr, eps, copies=dense_copies)
         cuda.replay_rows(lazy[1], lazy[4:], used, last_step, history[: t - 1], d_streams, lazy_copies[1])
-        step(cuda, lazy, o, t, lr, copies=lazy_copies, last_step=last_step)
+        step(cuda, lazy, o, t, lr, eps, copies=lazy_copies, last_step=last_step)
         assert (last_step[used] == t).all()
         assert torch.equal(lazy[1][used], dense[1][used])
     assert (last_step < len(lrs)).any()
@@ -217,7 +217,7 @@ def test_replayed_rows_equal_rows_that_were_never_left_behind(
 
 
 def test_replaying_many_steps_equals_steps_without_entries(cuda: ModuleType) -> None:
-    d_streams, L, steps = (7, 1, 100), 12, 200
+    d_streams, L, steps = (7, 1, 100), 12, 100
     m = torch.randn(L, 108, generator=seeded(0)) * 10.0 ** -torch.arange(L)[:, None]
     W_dec = torch.randn(L, 108, generator=seeded(1))
     reference.normalize_rows(W_dec, d_streams)
@@ -243,13 +243,13 @@ def test_a_lazy_training_run_is_the_dense_one_bit_for_bit(cuda: ModuleType, monk
         model = sf.SPARC({"a": 12, "b": 7, "c": 5}, 96, 3, backend="reference", auxk=4, dead_after=60)
         runs.append(sf.SparcAdam(model, lr=1e-2, lazy=lazy))
     mixing = torch.randn(6, 24, generator=seeded(1))
-    for t in range(30):
+    for t in range(20):
         x = torch.randn(6, 6, generator=seeded(t)) @ mixing
         dense, late = (run.step(x) for run in runs)
         assert torch.equal(dense.total, late.total)
     behind = runs[1]._behind
     assert behind is not None
-    assert (behind.last_step < 30).any()
+    assert (behind.last_step < 20).any()
     expected, got = (run.model.state_dict() for run in runs)
     assert_equal([got[name] for name in expected], list(expected.values()))
 
