@@ -1,7 +1,7 @@
 // The columns of a row that are a thread's own.
 //
-// A block does a row of one stream, each thread `held` columns side by side; where the block is not wide enough, it goes
-// through the row in steps. Where rows are aligned, columns are read and written 16 bytes at a time.
+// A block does a row of one stream, each thread `held` columns side by side; where the block is not wide enough, it
+// goes through the row in steps. Where rows are aligned, columns are read and written 16 bytes at a time.
 #pragma once
 #include "formats.cuh"
 #include "matrix.h"

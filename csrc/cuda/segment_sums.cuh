@@ -5,10 +5,10 @@
 // decoder: sum over entries (n, j) and streams s of  values[n, s, j] grad_recons[n, s, d]
 //
 // A warp looks up 32 terms at once, one a lane, and reads the rows of those whose coefficient is not 0; no barrier is
-// needed. Of a latent with more than `piece` entries the first `piece` are summed where the sum is wanted. Every further
-// piece was summed beforehand, by whichever block was free, into a row of scratch, and these rows are added in order: so
-// neither the grid nor a latent that every sample uses shows in time or bits. The row of a piece is the number of its
-// first entry / piece: first entries of pieces lie at least `piece` apart, so no two have one row.
+// needed. Of a latent with more than `piece` entries the first `piece` are summed where the sum is wanted. Every
+// further piece was summed beforehand, by another block, into a row of scratch, and these rows are added in order: so a
+// latent that every sample uses keeps no block busy, and the grid shows in no bit. The row of a piece is the number of
+// its first entry / piece: first entries of pieces lie at least `piece` apart, so no two have one row.
 #pragma once
 #include "columns.cuh"
 #include "update_rows.h"
@@ -126,8 +126,7 @@ __device__ float encoder_gradient(
 #pragma unroll
     for (int i = 0; i < held; ++i) sum[i] = 0;
     if (!columns.of_warp) return 0;
-    float bias =
-        encoder_sum<X>(sum, batch, s, columns, centre, begin, smaller(begin + pieces.piece, end));
+    float bias = encoder_sum<X>(sum, batch, s, columns, centre, begin, smaller(begin + pieces.piece, end));
     add_pieces(sum, pieces.encoder, pieces.piece, columns, begin, end);
     for (int64_t first = begin + pieces.piece; first < end; first += pieces.piece)
         bias = __fadd_rn(bias, pieces.bias[first / pieces.piece * batch.streams.count + s]);

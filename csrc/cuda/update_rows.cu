@@ -1,12 +1,13 @@
 #include "update_rows.cuh"
 
 #include <stdexcept>
+#include <type_traits>
 
 UpdatePlan UpdatePlan::of(const Streams& streams, bool per_stream, int multiprocessors) {
-    // estimated, not measured: as many blocks as fit a multiprocessor at 128 registers a thread or a little less, and a
-    // piece of no more than some tens of rows a stream, in the time of which hundreds of other rows are done
-    const int together = larger(640 / threads_for(streams), 1);
-    return {smaller(together, 16) * multiprocessors, per_stream ? 128 * streams.count : 128};
+    // estimated, not measured: as many blocks as surely fit a multiprocessor, 512 threads of 128 registers, as one that
+    // starts late would finish late; and pieces in the time of which hundreds of other rows are done
+    const int together = larger(512 / threads_for(streams), 1);
+    return {together * multiprocessors, per_stream ? 128 * streams.count : 128};
 }
 
 // A row of a float32 matrix in the workspace: begins at whole 16 bytes.
@@ -66,9 +67,11 @@ static void update_all(const UpdatePlan& plan, const UpdateArguments& arguments,
 void update_rows(
     UpdatePlan plan, float* grad_latent_bias, float* grad_pre_bias, const Rows& encoder, const Rows& decoder,
     const Batch& batch, const AdamStep& step, int64_t* last_step, void* workspace, uintptr_t stream) {
-    if (plan.blocks < 1 || plan.piece < 1) throw std::invalid_argument("the plan needs at least one block and entry");
+    if (plan.blocks < 1 || plan.piece < 1)
+        throw std::invalid_argument("the plan needs at least one block and entry");
     const int64_t slots = slots_of(batch.count, plan.piece);
-    const int latents = latents_of_tile(batch.L), parts = ceil_div(batch.L, latents), D = batch.streams.begin[batch.streams.count];
+    const int latents = latents_of_tile(batch.L), parts = ceil_div(batch.L, latents);
+    const int D = batch.streams.begin[batch.streams.count];
     const UpdateWorkspace room(workspace, slots, parts, batch.streams);
     const auto matrix = [&](float* data) { return Matrix{data, stride_of(batch.streams), Floats::float32}; };
     const bool aligned = encoder.aligned() && decoder.aligned() && batch.x.aligned() && batch.grad_recons.aligned();

@@ -4,8 +4,8 @@
 // grad_recons that are gathered stay in the L2 cache, while weights and moments stream by. A block takes a tile, then
 // the next that nobody has taken; it first moves the tile's encoder rows, which gives one row of what is summed to
 // grad_pre_bias, then its decoder rows. Tiles depend on the number of latents alone, so who took which shows nowhere.
-// Latents with many entries have been summed in pieces by then (segment_sums.cuh), all pieces beyond the first listed in
-// whatever order the threads came.
+// Latents with many entries have been summed in pieces by then (segment_sums.cuh); the list of pieces is in whatever
+// order the threads came.
 #pragma once
 #include "decoder_row.cuh"
 #include "segment_sums.cuh"
@@ -29,9 +29,9 @@ struct UpdateArguments {
     Matrix pre_bias_parts;  // [parts, D]: -grad_pre_bias of the latents of a tile
     float* grad_latent_bias;
     int64_t* last_step;
-    int parts;    // tiles of a stream
-    int latents;  // of a tile
-    bool aligned; // rows of all matrices
+    int parts;     // tiles of a stream
+    int latents;   // of a tile
+    bool aligned;  // rows of all matrices
 };
 
 // The shared memory of a block.
@@ -91,6 +91,7 @@ __device__ void update_encoder(
         for (int l = first_latent; l < last_latent; ++l) {
             Held row;
             float gradient[held];
+            // the next row is on its way while this one's gradient is summed
             if (l + 1 < last_latent) prefetch(a.encoder, l + 1, columns);
             const float bias = encoder_gradient<X>(gradient, a.batch, a.sums, s, columns, centre, l);
             if (columns.begin == stream.begin) a.grad_latent_bias[int64_t(s) * a.batch.L + l] = bias;
@@ -164,7 +165,8 @@ __global__ void __launch_bounds__(most_threads, 1) update_rows_kernel(UpdateArgu
 }
 
 // Minus the sum of all parts of 32 columns, in an order that depends on their number alone. Blocks are 32 x 32 threads.
-__global__ void __launch_bounds__(1024) sum_parts_kernel(float* grad_pre_bias, Matrix pre_bias_parts, int parts, int D) {
+__global__ void __launch_bounds__(1024) sum_parts_kernel(
+    float* grad_pre_bias, Matrix pre_bias_parts, int parts, int D) {
     SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
     float* const of_groups = memory.take<float>(32 * 32);
     const int column = blockIdx.x * 32 + threadIdx.x % 32, group = threadIdx.x / 32;
