@@ -215,7 +215,9 @@ def _line(row: Row, ours: float | None, roofs: Roofs | None) -> str:
         return f"{start} {shown.get(row.unit, f'{row.value:.4g} {row.unit}')} {row.note} {row.error}".rstrip()
     times = f"{row.value * 1e3:10.3f} ms " + (f"{row.value / ours:7.2f}×" if ours else " " * 8)
     floor = floor_of(row, roofs)
-    share = f" floor {floor * 1e3:9.3f} ms {floor / row.value:5.0%}" if floor and row.contender == "ours" else ""
+    share = (
+        f" floor {floor * 1e3:9.3f} ms {floor / row.value:5.0%}" if floor and row.contender in ("ours", "cuda") else ""
+    )
     return f"{start} {times}{share} {row.note}".rstrip()
 
 

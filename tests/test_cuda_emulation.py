@@ -31,6 +31,8 @@ FAULTS = [
     ("shared end", "address", "use-after-poison"),
     ("tensor end", "address", "heap-buffer-overflow"),
     ("aligned", "plain", ""),
+    ("aligned store", "plain", ""),
+    ("swap", "plain", "a mask without the lane itself at faults.cu:"),
 ]
 
 

@@ -223,8 +223,8 @@ __global__ void __launch_bounds__(512, 2) filter_scores_kernel(
 
 __device__ inline float value_of(const Numbers& numbers, int64_t i) {
     switch (numbers.type) {
-        case Scores::float32: return static_cast<const float*>(numbers.data)[i];
-        case Scores::bfloat16: return BFloat16::value(static_cast<const uint16_t*>(numbers.data)[i]);
+        case Floats::float32: return static_cast<const float*>(numbers.data)[i];
+        case Floats::bfloat16: return BFloat16::value(static_cast<const uint16_t*>(numbers.data)[i]);
         default: return Float16::value(static_cast<const uint16_t*>(numbers.data)[i]);
     }
 }

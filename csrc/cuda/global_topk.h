@@ -43,7 +43,7 @@ void filter_scores(
 // Numbers of a type that is known when the program runs.
 struct Numbers {
     const void* data;
-    Scores type;
+    Floats type;
 };
 
 // What scores are summed from. Rows of x and W lie so many numbers apart.

@@ -45,10 +45,10 @@ static void select_rows(
 }
 
 void topk_rows(
-    TopkPlan plan, int32_t* indices, const void* scores, Scores type, int64_t stride, int64_t N, int64_t L, int k,
+    TopkPlan plan, int32_t* indices, const void* scores, Floats type, int64_t stride, int64_t N, int64_t L, int k,
     void* workspace, uintptr_t stream) {
-    const auto select = type == Scores::float32    ? select_rows<Float32>
-                        : type == Scores::bfloat16 ? select_rows<BFloat16>
+    const auto select = type == Floats::float32    ? select_rows<Float32>
+                        : type == Floats::bfloat16 ? select_rows<BFloat16>
                                                    : select_rows<Float16>;
     if (k < 1 || k > most_k || k > plan.span(L) || plan.capacity < k + plan.threads || 2 * plan.capacity < plan.sample)
         throw std::invalid_argument("the plan does not fit the rows");

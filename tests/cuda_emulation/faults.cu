@@ -131,6 +131,15 @@ __global__ void vector_kernel(int* out, bool fault) {
     if (threadIdx.x == 0) out[0] = four.x + 1;
 }
 
+__global__ void vector_store_kernel(int* out, bool fault) {
+    if (threadIdx.x == 0) __stcs(reinterpret_cast<int4*>(out + (fault ? 2 : 4)), int4{1, 2, 3, 4});
+}
+
+// What the thread of the other half has, both halves by the same line.
+__global__ void swap_kernel(int* out, bool fault) {
+    out[threadIdx.x] = __shfl_xor_sync(fault && threadIdx.x % 2 ? 0x55555555u : all_lanes, int(threadIdx.x), 16);
+}
+
 struct Case {
     const char* name;
     void (*kernel)(int*, bool);
@@ -139,6 +148,12 @@ struct Case {
 };
 
 static std::vector<int> same(int value, int count) { return std::vector<int>(count, value); }
+
+static std::vector<int> swapped() {
+    std::vector<int> values;
+    for (int i = 0; i < threads; ++i) values.push_back(i ^ 16);
+    return values;
+}
 
 static std::vector<int> turned(int width) {
     std::vector<int> values;
@@ -181,6 +196,8 @@ int main(int count, char** arguments) {
         {"other mask", other_mask_kernel, 1, same(16, threads)},
         {"blocks", add_kernel, 2, {2}},
         {"aligned", vector_kernel, 1, {1, 0, 0, 0, 0, 0, 0, 0}},
+        {"aligned store", vector_store_kernel, 1, {0, 0, 0, 0, 1, 2, 3, 4}},
+        {"swap", swap_kernel, 1, swapped()},
     };
     int failures = 0, run = 0;
     for (const Case& chosen : cases) {
