@@ -49,6 +49,8 @@ class Shape:
 SMALL = Shape("small", N=64, L=1024, k=16, d_streams=(64, 48, 48))
 STEP = (Shape("N1024-L8192", 1024, 8192), Shape("N256-L32768", 256, 32768))
 WIDE = Shape("N1024-L131072", 1024, 131072)
+# samples far more than latents
+MANY = (Shape("N65536-L8192", 65536, 8192), Shape("N16384-L1024", 16384, 1024, k=16, d_streams=(256, 192, 192)))
 SINGLE = Shape("S1-N384-L8192", 384, 8192, k=32, d_streams=(256,))
 SMALL_SINGLE = Shape("small", N=64, L=1024, k=16, d_streams=(64,))
 # rows of scores: N L = 16 M of them, more than any cache holds

@@ -17,6 +17,7 @@ WINDOWED = 9_500_000  # bytes: below what all rows take, so that the loader's wi
 RUNS: dict[str, dict[str, Any]] = {
     "dense": {},
     "lazy-bfloat16-local": {"lazy": True, "dtype": "bfloat16", "selection": "local", "support_dropout": 0.0},
+    "accumulated": {"accumulate": 3},
 }
 
 

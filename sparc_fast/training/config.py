@@ -55,6 +55,7 @@ class Config:
     steps: int = setting(0, integer(0), "optimizer steps; or give `epochs`")
     epochs: float = setting(0.0, not_negative, "passes over the data; or give `steps`")
     batch_size: int = setting(4096, integer(1), "rows of an optimizer step; the rows that an epoch has over wait")
+    accumulate: int = setting(1, integer(1), "micro-batches in which the rows of a step pass through the model")
     seed: int = setting(0, integer(0), "of the first weights, the shuffling and the support dropout")
 
     lr: float = setting(1e-4, positive, "SparcAdam's learning rate at its peak")
@@ -124,6 +125,8 @@ class Config:
     def _check_together(self) -> None:
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(f"steps or epochs must be given, and only one, got {self.steps} and {self.epochs}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate must be at most batch_size={self.batch_size}, got {self.accumulate}")
         if self.k > self.n_latents:
             raise ValueError(f"k must be between 1 and n_latents={self.n_latents}, got {self.k}")
         if (self.k_start > 0) != (self.k_ramp > 0):
@@ -165,9 +168,6 @@ ELSEWHERE = {
 
 def _hint(name: str, known: list[str]) -> str:
     if "accum" in name or "micro" in name:
-        return (
-            ": batches are not accumulated. A fused step holds nothing of size samples × latents, "
-            "so give the whole batch as batch_size"
-        )
+        return "; did you mean accumulate, into how many micro-batches the batch_size rows of a step are split?"
     meant = ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, known, 1, 0.5)), None)
     return f"; did you mean {meant}?" if meant else f"; the settings are {', '.join(known)}"

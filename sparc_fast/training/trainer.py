@@ -171,8 +171,9 @@ class Trainer:
         model.k = self.schedule.k(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(step)
+        batch = batch.to(model.W_enc.device, non_blocking=True)
         loss = self.optimizer.step(
-            batch.to(model.W_enc.device, non_blocking=True),
+            batch if self.config.accumulate == 1 else batch.tensor_split(self.config.accumulate),
             self.schedule.cross_loss_coef(step),
             self.config.auxk_coef,
             self.schedule.support_from(step, model.streams),
