@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sparc_fast.pages import empty_rows
+
 from . import budget
 from .aligned import AlignedFiles, check_dtype
 from .reading import Job, Reading
@@ -255,7 +257,7 @@ class Loader:
         return Window(epoch, number, start, order, buffers), reading
 
     def _new_buffers(self) -> list[Tensor]:
-        return [torch.empty(self._plan.window_rows, r.width, dtype=r.dtype) for r in self._readers]
+        return [empty_rows(self._plan.window_rows, r.width, dtype=r.dtype) for r in self._readers]
 
 
 def _gather(buffers: list[Tensor], rows: Tensor, out: Tensor) -> None:

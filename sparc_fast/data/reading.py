@@ -37,6 +37,8 @@ class Reading:
 
     def __init__(self, jobs: Iterable[Job], n_threads: int, check_finite: bool) -> None:
         self._todo = _Todo(deque(jobs), check_finite)
+        # a thread more than were reckoned with must take no memory of its own
+        self._who_waits_reads = all(job.reader.scratch == 0 for job in self._todo.jobs)
         self._threads = [threading.Thread(target=self._todo.work, daemon=True) for _ in range(n_threads)]
         # stopped when nobody waits any more, and at exit: the interpreter must not go away under a reading thread
         self._end = weakref.finalize(self, _end, self._todo, self._threads)
@@ -44,7 +46,9 @@ class Reading:
             thread.start()
 
     def wait(self) -> None:
-        """Until all is read; raises the first error."""
+        """Until all is read, and read along meanwhile; raises the first error."""
+        if self._who_waits_reads:
+            self._todo.work()
         for thread in self._threads:
             thread.join()
         if self._todo.errors:
