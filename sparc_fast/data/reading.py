@@ -11,25 +11,23 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .readers import Reader, first_not_finite
+from .readers import Reader, Spans
 
-AHEAD = 4  # jobs the disk is told of beforehand, so that it need not wait for the next
+AHEAD = 2  # jobs the disk is told of beforehand, so that it need not wait for the next
 
 
 class Job(NamedTuple):
-    """Rows from `start` of a reader, and where they go."""
+    """Spans of a reader's rows, and where they go, one after the other."""
 
     reader: Reader
-    start: int
+    spans: Spans
     out: Tensor
 
     def hint(self) -> None:
-        self.reader.will_need(self.start, self.start + len(self.out))
+        self.reader.will_need(self.spans)
 
     def run(self, check_finite: bool) -> None:
-        self.reader.rows(self.start, self.start + len(self.out), self.out)
-        if check_finite and (found := first_not_finite(self.out)) is not None:
-            raise ValueError(f"{self.reader.title} must be finite, but row {self.start + found} is not")
+        self.reader.read(self.spans, self.out, check_finite)
 
 
 class Reading:
