@@ -52,6 +52,8 @@ STEP = (Shape("N1024-L8192", 1024, 8192), Shape("N256-L32768", 256, 32768))
 WIDE = Shape("N1024-L131072", 1024, 131072)
 # one training set-up at ever more latents; the first is for tests
 WIDTHS = tuple(Shape(f"N512-L{L}", 512, L, k=32, d_streams=(128, 128)) for L in (2048, 65536, 262144, 1048576))
+# samples far more than latents
+MANY = (Shape("N65536-L8192", 65536, 8192), Shape("N16384-L1024", 16384, 1024, k=16, d_streams=(256, 192, 192)))
 SINGLE = Shape("S1-N384-L8192", 384, 8192, k=32, d_streams=(256,))
 SMALL_SINGLE = Shape("small", N=64, L=1024, k=16, d_streams=(64,))
 # rows of scores: N L = 16 M of them, more than any cache holds

@@ -1,8 +1,11 @@
 """How fast shuffled batches come from files, and how well they are shuffled: ``python -m benchmarks.data``.
 
 Writes features of three streams in the layouts people have, then times, taking turns, one epoch of: reading the
-files in order (to nowhere, and into batches), the loader, and a row at a time in a random order through h5py, which
-is how the research code's data set reads under a true shuffle. Every contender's rows are checked first.
+files in order (to nowhere; in large blocks; a batch at a time), the loader, and a row at a time in a random order
+through h5py, which is how the research code's data set reads under a true shuffle. Rows are checked first.
+
+The loader keeps two threads busy when nobody computes between batches: one that reads, and the caller, who gathers and
+then reads along. So its rate is given relative to reading in order with one thread and with two.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import argparse
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast import data
+from sparc_fast.data.aligned import blocks
 from sparc_fast.data.shuffle import Plan, permutation
 
 D_STREAMS = {"dino": 1024, "clip_img": 768, "clip_txt": 768}
@@ -33,6 +38,7 @@ LAYOUTS = {  # name: (suffix, dtype, h5py's arguments)
 }
 BATCH = 1024
 MIB = 2**20
+IN_ORDER = ("in order, 1 thread", "in order, 2 threads")
 
 
 @dataclass
@@ -105,8 +111,35 @@ def to_nowhere(layout: Layout) -> int:
     return layout.n_rows
 
 
-def in_order(files: data.AlignedFiles) -> Iterator[Tensor]:
-    """Batches in the order of the files, one after the other, always in the same memory: the work without shuffling."""
+def in_order(files: data.AlignedFiles, n_threads: int) -> int:
+    """Every stream in order, 8 MiB at a time, into memory used again and again; in batches of float32 if it is not."""
+    lock = threading.Lock()
+    parts = iter([(reader, *rows) for reader in files.readers.values() for rows in blocks(reader, 8 * MIB)])
+
+    def read() -> None:
+        room = {reader: torch.empty(8 * MIB // reader.row_bytes + reader.granule, reader.width, dtype=reader.dtype)
+                for reader in files.readers.values()}  # fmt: skip
+        batches = {reader: torch.empty(BATCH, reader.width) for reader in room}
+        while True:
+            with lock:
+                reader, start, stop = next(parts, (None, 0, 0))
+            if reader is None:
+                return
+            rows = reader.rows(start, stop, room[reader][: stop - start])
+            if rows.dtype != torch.float32:
+                for batch in rows.split(BATCH):
+                    batches[reader][: len(batch)] = batch
+
+    threads = [threading.Thread(target=read) for _ in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return files.n_rows
+
+
+def batch_at_a_time(files: data.AlignedFiles) -> Iterator[Tensor]:
+    """Batches in the order of the files, side by side, always in the same memory: what a plain loop does."""
     batch = torch.empty(BATCH, sum(D_STREAMS.values()))
     parts = [torch.empty(BATCH, reader.width, dtype=reader.dtype) for reader in files.readers.values()]
     for start in range(0, files.n_rows, BATCH):
@@ -153,10 +186,12 @@ def contenders(layout: Layout, memory: int, rows_at_a_time: int) -> Mapping[str,
     assert resident.plan.n_windows == 1
     for loader in (windowed, resident, unchecked):
         check(iter(loader), layout.n_rows)
-    check(in_order(files), layout.n_rows)
+    check(batch_at_a_time(files), layout.n_rows)
     runs: dict[str, Callable[[], int]] = {
         "to nowhere": lambda: to_nowhere(layout),
-        "in order, into batches": lambda: drain(in_order(files)),
+        IN_ORDER[0]: lambda: in_order(files, 1),
+        IN_ORDER[1]: lambda: in_order(files, 2),
+        "in order, a batch at a time": lambda: drain(batch_at_a_time(files)),
         f"loader, {memory // MIB} MiB": lambda: drain(iter(windowed)),
         f"loader, {memory // MIB} MiB, not looking for NaN": lambda: drain(iter(unchecked)),
         "loader, all in memory": lambda: drain(iter(resident)),
@@ -179,14 +214,16 @@ def timed(layout: Layout, runs: Mapping[str, Callable[[], int]], rounds: int, co
 
 
 def report(layout: Layout, heading: str) -> None:
-    print(f"\n{heading}: {layout.n_rows} rows, {layout.delivered / 1e6:.0f} MB as stored")
-    reference = median(layout.seconds["in order, into batches"])
+    print(
+        f"\n{heading}: {layout.n_rows} rows, {layout.delivered / 1e6:.0f} MB as stored; % of in order, 1 and 2 threads"
+    )
     for name, seconds in layout.seconds.items():
         middle = median(seconds)
-        rate = layout.delivered / middle / 1e9
-        speed = f"{rate:8.3f} GB/s {layout.n_rows / middle:12,.0f} rows/s {reference / middle:9.1%} of in order"
+        # rounds in turns: a slow spell hits both sides of a ratio
+        of_order = [median(o / s for o, s in zip(layout.seconds[order], seconds, strict=True)) for order in IN_ORDER]
+        speed = f"{layout.delivered / middle / 1e9:8.3f} GB/s {layout.n_rows / middle:12,.0f} rows/s"
         busy = median(layout.cpu_seconds[name]) / layout.delivered * 1e9
-        print(f"  {name:42} {speed} {busy:8.3f} CPU s/GB"
+        print(f"  {name:42} {speed} {of_order[0]:7.0%} {of_order[1]:7.0%} {busy:8.3f} CPU s/GB"
               f"   ({min(seconds):.3f} to {max(seconds):.3f} s)")  # fmt: skip
     layout.seconds.clear()
     layout.cpu_seconds.clear()
@@ -204,8 +241,8 @@ def quality(n_rows: int, window_fraction: int, block_rows: int, epochs: int = 4)
 def epoch_order(plan: Plan, epoch: int) -> np.ndarray:
     """The rows of an epoch, in order."""
     windows = []
-    for number, blocks in enumerate(plan.windows(epoch)):
-        rows = np.concatenate([np.arange(*plan.rows(int(block))) for block in blocks])
+    for number, window in enumerate(plan.windows(epoch)):
+        rows = np.concatenate([np.arange(*plan.rows(int(block))) for block in window])
         windows.append(rows[plan.order(epoch, number, len(rows))])
     return np.concatenate(windows)
 

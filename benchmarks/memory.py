@@ -4,6 +4,9 @@ The process first trains a tiny model, so that libraries and threads are there; 
 It builds the model and the inputs, forgets the peak so far, and takes two steps. The answer is the highest
 resident memory during them, less the base, less the bytes of weights, two moments each, and inputs. Gradients,
 logits, codes and every scratch that outlives a step count.
+
+    python -m benchmarks.memory cpu N65536-L8192 2               # bytes of a contender, a shape, 2 threads
+    python -m benchmarks.memory "cpu, 16 parts" N65536-L8192 2
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ import torch
 
 from sparc_fast.process_memory import forget_peak, give_back_freed, in_own_process, resident
 
-from .cases import FLOAT, SMALL, STEP, WIDE, WIDTHS, Shape
+from .cases import FLOAT, MANY, SMALL, STEP, WIDE, WIDTHS, Shape
 from .steps import trainer
 
-SHAPES = {shape.name: shape for shape in (WIDE, *STEP, SMALL, *WIDTHS)}
+SHAPES = {shape.name: shape for shape in (WIDE, *STEP, *MANY, SMALL, *WIDTHS)}
 
 
 def held_bytes(shape: Shape) -> int:

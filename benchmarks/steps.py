@@ -33,25 +33,33 @@ class Trainer(Protocol):
 
 class Ours:
     def __init__(
-        self, model: SPARC, lazy: Literal["replay"] | None = None, moments: Literal["float32", "bfloat16"] = "float32"
+        self,
+        model: SPARC,
+        lazy: Literal["replay"] | None = None,
+        moments: Literal["float32", "bfloat16"] = "float32",
+        parts: int = 1,
     ) -> None:
-        self.model, self.optimizer = model, SparcAdam(model, lazy=lazy, moments=moments)
+        self.model, self.optimizer, self.parts = model, SparcAdam(model, lazy=lazy, moments=moments), parts
 
     def step(self, x: Tensor) -> Tensor:
-        return self.optimizer.step(x).total
+        return self.optimizer.step(x.tensor_split(self.parts)).total
 
     def weights(self) -> tuple[Tensor, Tensor]:
         return self.model.W_enc.data, self.model.W_dec.data
 
 
 def trainer(name: str, shape: Shape, auxk: bool = True) -> Trainer:
-    """A rival, or ours on the backend of that name. No latent is dead here: only Dense then still computes AuxK."""
+    """A rival, or ours on the backend of that name, perhaps ", lazy" or in ", 8 parts".
+
+    No latent is dead here: only Dense then still computes AuxK.
+    """
     if name == "Dense":
         return Dense(shape.model(), auxk_coef=1 / 32 if auxk else 0.0)
     if name in ("Lean", "Tuned"):
         return {"Lean": Lean, "Tuned": Tuned}[name](shape.model())
-    name, _, lazy = name.partition(", ")
-    return Ours(shape.model(name), lazy="replay" if lazy else None)
+    name, _, how = name.partition(", ")
+    parts, split, _ = how.partition(" parts")
+    return Ours(shape.model(name), lazy="replay" if how and not split else None, parts=int(parts) if split else 1)
 
 
 def check_step(name: str) -> str | None:

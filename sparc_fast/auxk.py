@@ -25,9 +25,11 @@ class AmongDead:
     any_dead: Tensor | None
     """bool scalar, or None where the answer is known to be yes."""
 
-    def reconstruct(self, packed: Packed, residual: Tensor, auxk_coef: float, backend: Backend) -> tuple[Tensor, Pass]:
-        """(auxk_coef x mean NMSE of the residual, what flowed)."""
-        scale = losses.nmse_scale(losses.row_energy(residual, packed.d_streams))
+    def reconstruct(
+        self, packed: Packed, residual: Tensor, auxk_coef: float, backend: Backend, n_samples: int
+    ) -> tuple[Tensor, Pass]:
+        """(auxk_coef x mean NMSE of the residual over `n_samples`, what flowed)."""
+        scale = losses.nmse_scale(losses.row_energy(residual, packed.d_streams), n_samples)
         if self.any_dead is not None:
             scale = scale * self.any_dead
         weights = losses.self_weights(len(packed.streams), auxk_coef)

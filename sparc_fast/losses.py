@@ -47,10 +47,14 @@ def row_energy(x: Tensor, d_streams: Sequence[int]) -> Tensor:
     return torch.stack([wide(x[:, cols]).square().sum(1) for cols in stream_slices(d_streams)], dim=1)
 
 
-def nmse_scale(energy: Tensor) -> Tensor:
-    """scale[n, t] = 1 / (N energy[n, t]), and 0 for zero rows: what makes squared errors NMSE."""
+def nmse_scale(energy: Tensor, n_samples: int | None = None) -> Tensor:
+    """scale[n, t] = 1 / (N energy[n, t]), and 0 for zero rows: what makes squared errors NMSE.
+
+    N is `n_samples`, where these rows are only a part of those that the mean is taken over.
+    """
     counted = energy >= ZERO_ROW
-    return torch.where(counted, 1 / energy.where(counted, 1.0) / max(len(energy), 1), 0.0)
+    N = len(energy) if n_samples is None else n_samples
+    return torch.where(counted, 1 / energy.where(counted, 1.0) / max(N, 1), 0.0)
 
 
 def pair_weights(n_streams: int, cross_loss_coef: float) -> tuple[float, ...]:

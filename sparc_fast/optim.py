@@ -12,8 +12,9 @@ from sparc_fast import autograd, backends, losses, reference
 from sparc_fast.auxk import among_all, among_dead
 from sparc_fast.behind import Behind
 from sparc_fast.losses import SparcLoss
+from sparc_fast.micro_batches import MicroBatches
 from sparc_fast.pages import empty_rows
-from sparc_fast.passes import AllStreams, Pass, stack
+from sparc_fast.passes import AllStreams, Flow, Pass, stack
 from sparc_fast.sae import SPARC, Inputs, Packed
 
 MomentType = Literal["float32", "bfloat16"]
@@ -86,24 +87,68 @@ class SparcAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        inputs: Inputs,
+        inputs: Inputs | Sequence[Inputs],
         cross_loss_coef: float = 1.0,
         auxk_coef: float = 1 / 32,
         support_from: Sequence[str] | None = None,
     ) -> SparcLoss:
-        """One training step on a batch; returns its loss, before the step. Arguments as in `SPARC.loss`."""
+        """One training step on a batch; returns its loss, before the step. Arguments as in `SPARC.loss`.
+
+        Several batches of the same streams, a list or tuple like ``x.split(4096)``, are parts of one: to rounding, the
+        step and the loss are those of all samples together. What grows with samples is held for one part at a time,
+        beside the gradients of both weight matrices, and for moments these twice.
+        """
         self._check_trainable()
-        packed = self.model.pack(inputs, current=False)
-        with autograd.without_autocast(packed.x):
-            return self._step(packed, cross_loss_coef, auxk_coef, support_from)
+        parts = list(inputs) if isinstance(inputs, Sequence) else [inputs]
+        if len(parts) > 1 and self._behind is not None and self.moments == "bfloat16":
+            raise ValueError('inputs must be one batch with lazy="replay" and bfloat16 moments, got parts of one')
+        n_samples = self._count_samples(parts)
+        with autograd.without_autocast(self.model.W_enc):
+            return self._step(parts, n_samples, cross_loss_coef, auxk_coef, support_from)
 
     def _step(
-        self, packed: Packed, cross_loss_coef: float, auxk_coef: float, support_from: Sequence[str] | None
+        self,
+        parts: Sequence[Inputs],
+        n_samples: int,
+        cross_loss_coef: float,
+        auxk_coef: float,
+        support_from: Sequence[str] | None,
     ) -> SparcLoss:
+        model = self.model
+        backend = backends.resolve(model.backend, model.W_enc.device)
+        states = [self._state(p) for p in (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)]
+
+        def flow(part: Inputs) -> Flow:
+            return self._flow(model.pack(part, current=False), n_samples, cross_loss_coef, auxk_coef, support_from)
+
+        batch: Flow | MicroBatches
+        if len(parts) == 1:
+            batch = flow(parts[0])
+        else:
+            batch = MicroBatches(model, backend, n_samples)
+            for part in parts:
+                batch.add(flow(part))
+        self._update(batch, states, backend)
+        batch.count_silence(model)
+        total = autograd.weighted_sum(batch.nmse, losses.pair_weights(len(batch.nmse), cross_loss_coef))
+        auxk = None
+        if batch.auxk is not None:
+            total, auxk = total + batch.auxk, batch.auxk / auxk_coef
+        return losses.summarize(total, batch.nmse, auxk, batch.energy, cross_loss_coef)
+
+    def _flow(
+        self,
+        packed: Packed,
+        n_samples: int,
+        cross_loss_coef: float,
+        auxk_coef: float,
+        support_from: Sequence[str] | None,
+    ) -> Flow:
+        """What flows through a batch, or through a part of one of `n_samples`."""
         model = self.model
         backend = backends.resolve(model.backend, packed.x.device)
         energy = losses.row_energy(packed.x, packed.d_streams)
-        scale = losses.nmse_scale(energy)
+        scale = losses.nmse_scale(energy, n_samples)
         weights = losses.pair_weights(len(packed.streams), cross_loss_coef)
         supports = [model.select(packed, support_from=support_from)]
         dead = (among_all if self.capturable else among_dead)(model, packed, auxk_coef)
@@ -111,7 +156,6 @@ class SparcAdam(torch.optim.Optimizer):
             supports.append(dead.indices)
         of_model = AllStreams(model, packed)
         inverse = backend.invert_indices(stack([of_model.support(i) for i in supports]), model.n_latents)
-        states = [self._state(p) for p in (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)]
         if self._behind is not None:
             touched = inverse[0].diff().nonzero()[:, 0]
             self._replay(touched, backend)
@@ -120,26 +164,20 @@ class SparcAdam(torch.optim.Optimizer):
         values, nmse, grad_recons, grad_values, grad_pre_bias = autograd.encode_decode_compare(
             *packed.operands(), supports[0], None, scale, weights, packed.d_streams, backend
         )
-        total, auxk = autograd.weighted_sum(nmse, weights), None
+        auxk = None
         passes = [Pass(values, grad_values, grad_recons)]
         if dead is not None:
             residual = losses.self_residual(grad_recons, scale, packed.d_streams)
-            weighted_auxk, of_dead = dead.reconstruct(packed, residual, auxk_coef, backend)
-            total, auxk = total + weighted_auxk, weighted_auxk / auxk_coef
+            auxk, of_dead = dead.reconstruct(packed, residual, auxk_coef, backend, n_samples)
             passes.append(of_dead)
-        self._update(of_model, packed.x, passes, grad_pre_bias, inverse, states, backend)
-        model.count_silence(values, supports[0])
-        return losses.summarize(total, nmse, auxk, energy, cross_loss_coef)
+        # what AuxK reconstructed counts as further samples of the same inputs
+        x = stack([of_model.columns(packed.x)] * len(passes))
+        stacked = Pass(*map(stack, zip(*(of_model.all_streams(one) for one in passes), strict=True)))
+        grad_pre_bias = of_model.columns(grad_pre_bias)
+        return Flow(x, stacked, inverse, grad_pre_bias, values, supports[0], nmse, auxk, energy)
 
     def _update(
-        self,
-        of_model: AllStreams,
-        x: Tensor,
-        passes: Sequence[Pass],
-        grad_pre_bias: Tensor,
-        inverse: tuple[Tensor, Tensor],
-        states: Sequence[dict[str, Tensor]],
-        backend: backends.Backend,
+        self, batch: Flow | MicroBatches, states: Sequence[dict[str, Tensor]], backend: backends.Backend
     ) -> None:
         model, group = self.model, self.param_groups[0]
         lr, eps = group["lr"], group["eps"]
@@ -149,17 +187,14 @@ class SparcAdam(torch.optim.Optimizer):
         step = states[0]["step"] if self.capturable else int(states[0]["step"])
         if self._behind is not None:
             self._behind.record(float(lr), *betas, float(eps))
-        # what AuxK reconstructed counts as further samples of the same inputs
-        x = stack([of_model.columns(x)] * len(passes))
-        batch = Pass(*map(stack, zip(*(of_model.all_streams(one) for one in passes), strict=True)))
         W_enc, W_dec = self._rows(model.W_enc), self._rows(model.W_dec)
-        copies = [model.W_enc, model.W_dec] if W_enc is not model.W_enc else None
+        copies: list[Tensor] | None = [model.W_enc, model.W_dec] if W_enc is not model.W_enc else None
         moments = [state[name] for state in states[:2] for name in ("exp_avg", "exp_avg_sq")]
-        grad_latent_bias, through_encoder = backend.update_rows(
-            W_enc, W_dec, moments, x, model.pre_bias, *batch, *inverse, tuple(model.d_streams.values()),
-            lr, betas, eps, step, copies, self._behind.last_step if self._behind is not None else None, self.seed,
+        grad_latent_bias, through_encoder = batch.update_rows(
+            backend, (W_enc, W_dec, moments), model.pre_bias, tuple(model.d_streams.values()), (lr, betas, eps, step),
+            copies, self._behind.last_step if self._behind is not None else None, self.seed,
         )  # fmt: skip
-        through_encoder += of_model.columns(grad_pre_bias)
+        through_encoder += batch.grad_pre_bias
         for bias, grad, state in (
             (model.latent_bias, grad_latent_bias, states[2]),
             (model.pre_bias, through_encoder, states[3]),
@@ -197,6 +232,17 @@ class SparcAdam(torch.optim.Optimizer):
         if self.moments == "bfloat16" and (parameter is self.model.W_enc or parameter is self.model.W_dec):
             return torch.bfloat16
         return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+    def _count_samples(self, parts: Sequence[Inputs]) -> int:
+        if not parts:
+            raise ValueError("inputs must be a batch, or parts of one, got no part")
+        shapes = [self.model.shape_of(part) for part in parts]
+        for streams, _ in shapes:
+            if streams != shapes[0][0]:
+                raise ValueError(
+                    f"inputs must hold the same streams in every part of a batch, got {shapes[0][0]} and {streams}"
+                )
+        return sum(n_samples for _, n_samples in shapes)
 
     def _check_trainable(self) -> None:
         if not self.model.training:

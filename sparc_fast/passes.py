@@ -10,7 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparc_fast import reference
+from sparc_fast.backends import Backend
 from sparc_fast.sae import SPARC, Packed
+
+AdamSettings = tuple[float | Tensor, tuple[float, float], float, int | Tensor]
+"""lr, betas, eps and the step, from 1."""
 
 
 class Pass(NamedTuple):
@@ -19,6 +23,45 @@ class Pass(NamedTuple):
     values: Tensor
     grad_values: Tensor
     grad_recons: Tensor
+
+
+class Flow(NamedTuple):
+    """All passes over a batch: what it did to the loss, and what moves the model's rows."""
+
+    x: Tensor
+    """Once a pass, [passes * N, D]."""
+    passes: Pass
+    inverse: tuple[Tensor, Tensor]
+    grad_pre_bias: Tensor
+    """The decoder's part, [D]."""
+    values: Tensor
+    """Of the first pass and the streams given, [N, S', k]."""
+    support: Tensor
+    nmse: Tensor
+    auxk: Tensor | None
+    """Its part of the loss."""
+    energy: Tensor
+
+    def update_rows(
+        self,
+        backend: Backend,
+        weights: tuple[Tensor, Tensor, list[Tensor]],
+        pre_bias: Tensor,
+        d_streams: tuple[int, ...],
+        adam: AdamSettings,
+        copies: list[Tensor] | None,
+        last_step: Tensor | None,
+        seed: int,
+    ) -> tuple[Tensor, Tensor]:
+        """A backend's `update_rows` of both weights and their moments, by this batch."""
+        lr, betas, eps, step = adam
+        return backend.update_rows(
+            *weights, self.x, pre_bias, *self.passes, *self.inverse, d_streams, lr, betas, eps, step, copies, last_step,
+            seed,
+        )  # fmt: skip
+
+    def count_silence(self, model: SPARC) -> None:
+        model.count_silence(self.values, self.support)
 
 
 def stack(parts: Sequence[Tensor]) -> Tensor:

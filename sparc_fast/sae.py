@@ -365,6 +365,11 @@ class SPARC(nn.Module):
             return functional.global_topk(*operands, backend=self.backend)
         return functional.local_topk(*operands, d_streams=packed.d_streams, backend=self.backend)
 
+    def shape_of(self, inputs: Inputs) -> tuple[tuple[str, ...], int]:
+        """(streams given, samples) of a batch, whose shapes it checks."""
+        parts = self._parts(inputs)
+        return tuple(parts), math.prod(next(iter(parts.values())).shape[:-1])
+
     def pack(self, inputs: Inputs | Packed, *, current: bool = True) -> Packed:
         """Check a batch, put its streams side by side as [N, D'], calibrated, with the weights they need.
 

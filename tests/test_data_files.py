@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparc_fast import data
+from sparc_fast.data.flat import FlatReader
 
 N, WIDTH = 103, 7
 
@@ -182,6 +183,36 @@ def test_big_endian_hdf5_is_turned_around(tmp_path: Path) -> None:
         file["features"] = rows.numpy().astype(">f4")
     with data.open({"a": tmp_path / "file.h5"}) as files:
         assert torch.equal(files.rows(0, N), rows)
+
+
+@pytest.mark.parametrize("userblock", [0, 512])
+def test_hdf5_rows_are_right_wherever_they_lie_and_contiguous_ones_are_read_without_hdf5(
+    tmp_path: Path, userblock: int
+) -> None:
+    rows = sample()
+    rows_bf16 = h5py.h5t.IEEE_F32LE.copy()  # bfloat16's bits as a type of HDF5's own, which it widens while it reads
+    rows_bf16.set_fields(15, 7, 8, 0, 7)
+    rows_bf16.set_size(2)
+    with h5py.File(tmp_path / "file.h5", "w", userblock_size=userblock or None) as file:
+        file["plain"], file["big_endian"] = rows.numpy(), rows.numpy().astype(">f4")
+        file.create_dataset("unwritten", rows.shape, np.float32)
+        file.create_dataset("elsewhere", rows.shape, np.float32, external=[(str(tmp_path / "raw"), 0, 10_000)])
+        file["elsewhere"][...] = rows.numpy()
+        layout = h5py.VirtualLayout(rows.shape, np.float32)
+        layout[:] = h5py.VirtualSource(file["plain"])
+        file.create_virtual_dataset("virtual", layout)
+        compact = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        compact.set_layout(h5py.h5d.COMPACT)
+        space = h5py.h5s.create_simple(tuple(rows.shape))
+        for name, stored, how in (("compact", h5py.h5t.IEEE_F32LE, compact), ("bfloat16", rows_bf16, None)):
+            h5py.Dataset(h5py.h5d.create(file.id, name.encode(), stored, space, how))[...] = rows.numpy()
+        names = list(file)
+    for name in names:
+        expected = torch.zeros(N, WIDTH) if name == "unwritten" else rows
+        with data.open({"a": (tmp_path / "file.h5", name)}) as files:
+            got = files.rows(0, N)
+            torch.testing.assert_close(got, expected, rtol=2**-8 if name == "bfloat16" else 0, atol=0, msg=name)
+            assert isinstance(files.readers["a"], FlatReader) == (name == "plain"), name
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 2, 3), (5, 0)], ids=str)

@@ -50,6 +50,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"data": ["a.npy"]}, r"data must be a table of streams, each a path or \[path, name\], got \['a.npy'\]"),
     ({"data": {"a": 3}}, "data must be a table of streams"),
     ({"wandb": 3}, "wandb must be text, got 3"),
+    ({"accumulate": 0}, "accumulate must be an integer >= 1, got 0"),
+    ({"accumulate": 9, "batch_size": 8}, "accumulate must be at most batch_size=8, got 9"),
     ({"k": 17}, "k must be between 1 and n_latents=16, got 17"),
     ({"epochs": 2.0}, "steps or epochs must be given, and only one, got 10 and 2.0"),
     ({"steps": 0}, "steps or epochs must be given, and only one, got 0 and 0.0"),
@@ -75,7 +77,8 @@ def test_a_setting_out_of_range_is_named(changes: dict[str, Any], message: str) 
         ("learning_rate", "did you mean lr?"),
         ("topk_type", "did you mean selection?"),
         ("qqq", "qqq is not a setting; the settings are data, "),
-        ("gradient_accumulation_steps", "batches are not accumulated.*give the whole batch as batch_size"),
+        ("gradient_accumulation_steps", "did you mean accumulate, into how many micro-batches the batch_size rows"),
+        ("micro_batch_size", "did you mean accumulate"),
     ],
 )
 def test_an_unknown_setting_is_refused_with_the_one_it_may_have_meant(name: str, message: str) -> None:

@@ -74,6 +74,14 @@ def test_a_run_is_the_loop_one_would_write_by_hand(tmp_path: Path) -> None:
     assert logged["dead"] == int(model.dead.sum())
 
 
+def test_accumulated_steps_are_those_of_whole_batches_to_rounding(tmp_path: Path) -> None:
+    plain, parted = (trained(tmp_path / str(parts), steps=12, accumulate=parts).model.state_dict() for parts in (1, 5))
+    assert torch.equal(plain["silence"], parted["silence"])
+    for name in ("W_enc", "W_dec", "pre_bias", "latent_bias"):
+        torch.testing.assert_close(parted[name], plain[name], rtol=1e-3, atol=1e-4)
+    assert not torch.equal(plain["W_enc"], parted["W_enc"]), "sums in another order should show"
+
+
 def test_training_learns(tmp_path: Path) -> None:
     trained(tmp_path, steps=100, log_every=50, validate_every=50)
     figures = [r["validation"]["loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "validation" in r]

@@ -18,6 +18,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dense": {},
     "lazy-bfloat16-moments": {"lazy": True, "moments": "bfloat16", "seed": 3},
     "lazy-bfloat16-local": {"lazy": True, "dtype": "bfloat16", "selection": "local", "support_dropout": 0.0},
+    "accumulated": {"accumulate": 3},
 }
 
 

@@ -5,6 +5,7 @@
 #include "global_topk.h"
 #include "huge_pages.h"
 #include "level.h"
+#include "loader.h"
 #include "operators.h"
 #include "topk_rows.h"
 
@@ -53,6 +54,10 @@ PYBIND11_MODULE(_cpu, m) {
     define("exact_scores", exact_scores);
     define("measure_rows", measure_rows);
     define("topk_rows", topk_rows);
+    define("first_not_finite", py::overload_cast<Tensor, bool>(first_not_finite));
+    define("will_need", will_need);
+    define("read_spans", read_spans);
+    define("gather_rows", gather_rows);
     define("prefer_huge_pages", prefer_huge_pages);
     define("has_bf16_products", has_bf16_products);
     define("simd_level", simd_level);

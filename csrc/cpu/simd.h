@@ -46,6 +46,19 @@ INLINE Vec<float> load(const bf16* p) {
     return (Vec<float>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
 }
 
+// Exact, subnormal numbers too, whatever the processor does with those of float32.
+INLINE Vec<float> load(const f16* p) {
+    typename vector_of<uint16_t, VECTOR_BYTES / 2>::type narrow;
+    std::memcpy(&narrow, p, sizeof narrow);
+    const auto bits = __builtin_convertvector(narrow, Vec<uint32_t>);
+    const auto shifted = (bits & 0x7fff) << 13, exponent = shifted & 0x0f800000;
+    const auto special = (Vec<uint32_t>)(exponent == 0x0f800000), tiny = (Vec<uint32_t>)(exponent == 0);
+    const auto normal = shifted + (112u << 23) + (special & (112u << 23));
+    const Vec<float> least = (Vec<float>)(Vec<uint32_t>{} + (113u << 23));  // 2^-14
+    const auto subnormal = (Vec<uint32_t>)((Vec<float>)(shifted + (113u << 23)) - least);
+    return (Vec<float>)((tiny & subnormal) | (~tiny & normal) | (bits & 0x8000) << 16);
+}
+
 INLINE void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
 INLINE void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
 

@@ -9,6 +9,10 @@ struct bf16 {
     uint16_t bits;
 };
 
+struct f16 {
+    uint16_t bits;
+};
+
 // The type sums are taken in.
 template <class T>
 struct sum_type {

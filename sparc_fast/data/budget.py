@@ -13,6 +13,7 @@ from .readers import Reader
 from .shuffle import Plan
 
 READ_AT_ONCE = 2**20  # bytes: below, a disk loses time between reads
+JOB_BYTES = 2**21  # blocks are read so many bytes together, so that Python has little to do with each
 BLOCKS_TO_MIX = 1024  # blocks a window should hold; blocks shrink below READ_AT_ONCE for it ...
 READ_AT_LEAST = 2**18  # ... but not below this, as long as the window holds FEWEST_BLOCKS
 FEWEST_BLOCKS = 16  # blocks a window must hold: fewer would not mix

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .readers import Reader
+from .compiled import _cpu
+from .readers import Reader, Spans
 
 AT_ONCE = 2**30  # bytes a single call may ask for; systems stop short of 2 GiB
 
@@ -38,10 +39,38 @@ class FlatReader(Reader):
                 raise OSError(f"{self.title} ends before row {start + len(out)}: the file was cut short")
             done += got
 
-    def will_need(self, start: int, stop: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            at, length = self._offset + start * self.row_bytes, (stop - start) * self.row_bytes
-            os.posix_fadvise(self._file, at, length, os.POSIX_FADV_WILLNEED)
+    def read(self, spans: Spans, out: Tensor, check_finite: bool) -> None:
+        """In one call of compiled code, where there is some: blocks are many, and small beside what Python costs."""
+        if _cpu is None:
+            super().read(spans, out, check_finite)
+            return
+        if not self._closing.alive:
+            raise ValueError(f"{self.title} is closed")
+        begins, lengths = self._bytes(spans)
+        done, error, found = _cpu.read_spans(
+            self._file, begins, lengths, out, self.dtype == torch.bfloat16, check_finite
+        )
+        if error:
+            raise OSError(error, os.strerror(error), self.title)
+        if found >= 0:
+            self._refuse(spans, found // self.width)
+        if done < sum(lengths):
+            raise OSError(f"{self.title} ends before row {spans[-1][1]}: the file was cut short")
+
+    def will_need(self, spans: Spans) -> None:
+        begins, lengths = self._bytes(spans)
+        if _cpu is not None:
+            _cpu.will_need(self._file, begins, lengths)
+        elif hasattr(os, "posix_fadvise"):
+            for at, length in zip(begins, lengths, strict=True):
+                os.posix_fadvise(self._file, at, length, os.POSIX_FADV_WILLNEED)
+
+    def _bytes(self, spans: Spans) -> tuple[list[int], list[int]]:
+        """(where each begins in the file, how long each is)"""
+        return (
+            [self._offset + start * self.row_bytes for start, _ in spans],
+            [(stop - start) * self.row_bytes for start, stop in spans],
+        )
 
     def close(self) -> None:
         self._closing()

@@ -1,20 +1,26 @@
-"""HDF5 files, chunked and compressed in any way."""
+"""HDF5 files, chunked and compressed in any way, or contiguous."""
 
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from .flat import FlatReader
 from .readers import Reader, choose_name, numpy_dtype, require
 
 
 def open_file(path: Path, name: str | None) -> Reader:
     """Rows of one data set; names of data sets in groups are written with a slash."""
-    return Hdf5Reader(path, name)
+    reader = Hdf5Reader(path, name)
+    if (offset := reader.offset_in_file()) is None:
+        return reader
+    reader.close()
+    return FlatReader(path, reader.title, (reader.n_rows, reader.width), reader.dtype, offset)
 
 
 def open_h5(path: Path) -> Any:
@@ -37,7 +43,7 @@ class Hdf5Reader(Reader):
     """HDF5 reads and inflates whole chunks, one thread at a time."""
 
     def __init__(self, path: Path, name: str | None) -> None:
-        self._file = open_h5(path)
+        self._path, self._file = path, open_h5(path)
         try:
             names = [n for n in dataset_names(self._file) if name is not None or self._file[n].ndim == 2]
             data = self._file[choose_name(names, name, path)]
@@ -54,6 +60,14 @@ class Hdf5Reader(Reader):
             self._file.close()
             raise
         self._data = data
+
+    def offset_in_file(self) -> int | None:
+        """Where the rows begin, if they lie in the file as memory holds them; else, in chunks for one, None."""
+        stored, native = self._data.id, require("h5py", self._path).h5t.py_create(self._data.dtype)
+        whole = stored.get_storage_size() == self.n_rows * self.row_bytes  # what was never written has no place yet
+        as_in_memory = sys.byteorder == "little" and self._data.dtype.isnative and native.equal(stored.get_type())
+        offset: int | None = stored.get_offset() if whole and as_in_memory else None
+        return offset
 
     def _fill(self, start: int, out: Tensor) -> None:
         try:

@@ -10,8 +10,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sparc_fast.pages import empty_rows
+
 from . import budget
 from .aligned import AlignedFiles, check_dtype
+from .compiled import _cpu
 from .reading import Job, Reading
 from .recycling import Recycled
 from .shuffle import Plan, Rows
@@ -243,19 +246,22 @@ class Loader:
         """The window, filled by threads."""
         blocks = self._deal(epoch)[number]
         buffers = self._spare.pop() if self._spare else self._new_buffers()
+        spans = [self._plan.rows(block) for block in blocks.tolist()]
         jobs = []
         for reader, buffer in zip(self._readers, buffers, strict=True):
+            together = max(1, budget.JOB_BYTES // (self._plan.block_rows * reader.row_bytes))
             at = 0
-            for block in blocks.tolist():
-                first, stop = self._plan.rows(block)
-                jobs.append(Job(reader, first, buffer[at : at + stop - first]))
-                at += stop - first
+            for first in range(0, len(spans), together):
+                some = spans[first : first + together]
+                n = sum(stop - start for start, stop in some)
+                jobs.append(Job(reader, some, buffer[at : at + n]))
+                at += n
         reading = Reading(jobs, self.n_threads, self.check_finite)
         order = torch.from_numpy(self._plan.order(epoch, number, self._plan.n_rows_of(blocks)))
         return Window(epoch, number, start, order, buffers), reading
 
     def _new_buffers(self) -> list[Tensor]:
-        return [torch.empty(self._plan.window_rows, r.width, dtype=r.dtype) for r in self._readers]
+        return [empty_rows(self._plan.window_rows, r.width, dtype=r.dtype) for r in self._readers]
 
 
 def _gather(buffers: list[Tensor], rows: Tensor, out: Tensor) -> None:
@@ -264,10 +270,19 @@ def _gather(buffers: list[Tensor], rows: Tensor, out: Tensor) -> None:
     for buffer in buffers:
         right = left + buffer.shape[1]
         columns = out[:, left:right]
-        if buffer.dtype == out.dtype:
+        if _cpu is not None and (widening := _widening(buffer.dtype, out.dtype)) is not None:
+            _cpu.gather_rows(columns, buffer, rows, widening, torch.get_num_threads())
+        elif buffer.dtype == out.dtype:
             torch.index_select(buffer, 0, rows, out=columns)
         else:
             step = max(1, budget.CONVERTED_TOGETHER // (buffer.shape[1] * buffer.itemsize))
             for at in range(0, len(rows), step):
                 columns[at : at + step].copy_(buffer.index_select(0, rows[at : at + step]))
         left = right
+
+
+def _widening(stored: torch.dtype, wanted: torch.dtype) -> int | None:
+    """How compiled code is to gather rows; None where it cannot."""
+    if stored == wanted:
+        return 0
+    return {torch.bfloat16: 1, torch.float16: 2}.get(stored) if wanted == torch.float32 else None

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib import import_module
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .compiled import _cpu
+
 Source = str | Path | tuple[str | Path, str] | Tensor | npt.NDArray[Any]
 """A file, (file, name of the data set in it), or rows already in memory, [N, D_s]."""
+
+Spans = Sequence[tuple[int, int]]
+"""Runs of neighbouring rows, (start, stop) each."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEFAULT_NAME = "features"  # what the research code's extraction scripts call it
@@ -77,7 +83,21 @@ class Reader(ABC):
     def _fill(self, start: int, out: Tensor) -> None:
         """Write len(out) >= 1 rows from row `start` to `out`."""
 
-    def will_need(self, start: int, stop: int) -> None:  # noqa: B027
+    def read(self, spans: Spans, out: Tensor, check_finite: bool) -> None:
+        """The rows of these spans one after the other to `out`; ValueError names one that is not finite."""
+        at = 0
+        for start, stop in spans:
+            rows = self.rows(start, stop, out[at : at + stop - start])
+            if check_finite and (found := first_not_finite(rows)) is not None:
+                self._refuse(spans, at + found)
+            at += stop - start
+
+    def _refuse(self, spans: Spans, position: int) -> NoReturn:
+        """That the row at this position of what was read is not finite."""
+        numbers = chain.from_iterable(range(*span) for span in spans)
+        raise ValueError(f"{self.title} must be finite, but row {next(islice(numbers, position, None))} is not")
+
+    def will_need(self, spans: Spans) -> None:  # noqa: B027
         """A hint that these rows are wanted soon; does nothing where the format has no use for it."""
 
     def close(self) -> None:  # noqa: B027
@@ -164,9 +184,12 @@ SUMMED_TOGETHER = 2**15 - 1  # numbers: torch adds up more than these with sever
 def first_not_finite(rows: Tensor) -> int | None:
     """Position of the first of `rows`, [n, D_s] contiguous, that holds NaN or infinity; None if there is none.
 
-    A sum is finite only if all its terms are, and adding up is the fastest thing to do with numbers. A sum of finite
-    numbers may overflow, so where one is not finite a second look decides.
+    Where nothing is compiled: a sum is finite only if all its terms are, and adding up is the fastest thing to do with
+    numbers. A sum of finite numbers may overflow, so where one is not finite a second look decides.
     """
+    if _cpu is not None:
+        position = _cpu.first_not_finite(rows, rows.dtype == torch.bfloat16)
+        return None if position < 0 else position // rows.shape[1]
     numbers = rows.reshape(-1)
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     for start in range(0, len(numbers), SUMMED_TOGETHER):

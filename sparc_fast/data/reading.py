@@ -11,25 +11,23 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .readers import Reader, first_not_finite
+from .readers import Reader, Spans
 
-AHEAD = 4  # jobs the disk is told of beforehand, so that it need not wait for the next
+AHEAD = 2  # jobs the disk is told of beforehand, so that it need not wait for the next
 
 
 class Job(NamedTuple):
-    """Rows from `start` of a reader, and where they go."""
+    """Spans of a reader's rows, and where they go, one after the other."""
 
     reader: Reader
-    start: int
+    spans: Spans
     out: Tensor
 
     def hint(self) -> None:
-        self.reader.will_need(self.start, self.start + len(self.out))
+        self.reader.will_need(self.spans)
 
     def run(self, check_finite: bool) -> None:
-        self.reader.rows(self.start, self.start + len(self.out), self.out)
-        if check_finite and (found := first_not_finite(self.out)) is not None:
-            raise ValueError(f"{self.reader.title} must be finite, but row {self.start + found} is not")
+        self.reader.read(self.spans, self.out, check_finite)
 
 
 class Reading:
@@ -37,6 +35,8 @@ class Reading:
 
     def __init__(self, jobs: Iterable[Job], n_threads: int, check_finite: bool) -> None:
         self._todo = _Todo(deque(jobs), check_finite)
+        # a thread more than were reckoned with must take no memory of its own
+        self._who_waits_reads = all(job.reader.scratch == 0 for job in self._todo.jobs)
         self._threads = [threading.Thread(target=self._todo.work, daemon=True) for _ in range(n_threads)]
         # stopped when nobody waits any more, and at exit: the interpreter must not go away under a reading thread
         self._end = weakref.finalize(self, _end, self._todo, self._threads)
@@ -44,7 +44,9 @@ class Reading:
             thread.start()
 
     def wait(self) -> None:
-        """Until all is read; raises the first error."""
+        """Until all is read, and read along meanwhile; raises the first error."""
+        if self._who_waits_reads:
+            self._todo.work()
         for thread in self._threads:
             thread.join()
         if self._todo.errors:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from itertools import accumulate
 
 from torch import Tensor
 
 from sparc_fast.data import AlignedFiles, Reader
+from sparc_fast.data.readers import Spans
 
 BLOCKS = 64  # held-out blocks at most: enough of them to see every region of a sorted file
-
-Spans = Sequence[tuple[int, int]]
 
 
 class Part(Reader):
@@ -31,9 +29,14 @@ class Part(Reader):
             self._whole.rows(first, stop, out[at : at + stop - first])
             at += stop - first
 
-    def will_need(self, start: int, stop: int) -> None:
-        for first, end in self._pieces(start, stop):
-            self._whole.will_need(first, end)
+    def read(self, spans: Spans, out: Tensor, check_finite: bool) -> None:
+        self._whole.read(self._of_whole(spans), out, check_finite)  # an error names the file's own row
+
+    def will_need(self, spans: Spans) -> None:
+        self._whole.will_need(self._of_whole(spans))
+
+    def _of_whole(self, spans: Spans) -> Spans:
+        return [piece for span in spans for piece in self._pieces(*span)]
 
     def close(self) -> None:
         self._whole.close()

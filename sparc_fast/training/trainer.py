@@ -172,8 +172,9 @@ class Trainer:
         model.k = self.schedule.k(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(step)
+        batch = batch.to(model.W_enc.device, non_blocking=True)
         loss = self.optimizer.step(
-            batch.to(model.W_enc.device, non_blocking=True),
+            batch if self.config.accumulate == 1 else batch.tensor_split(self.config.accumulate),
             self.schedule.cross_loss_coef(step),
             self.config.auxk_coef,
             self.schedule.support_from(step, model.streams),
@@ -213,7 +214,7 @@ class Trainer:
         config = self.config
         assert self.validation_files is not None
         self.model.k = config.k
-        found = validate(self.model, self.validation_files, config.batch_size, config.cross_loss_coef)
+        found = validate(self.model, self.validation_files, config.micro_batch, config.cross_loss_coef)
         self._record("validation", found)
         figure = found[config.best_by]
         if not math.isfinite(figure):

@@ -1,0 +1,219 @@
+"""A step on the parts of a batch is the step on the batch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from operands import seeded
+from torch import Tensor
+
+import sparc_fast as sf
+from sparc_fast import micro_batches
+from sparc_fast.benchmarks import memory
+from sparc_fast.benchmarks.cases import MANY
+from sparc_fast.sae import Inputs
+
+WIDTHS = {"a": 12, "b": 7, "c": 5}
+EVERY_SELECTION = pytest.mark.parametrize("selection", ["global", "local"])
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models here are small: their rows are updated in more than one call, the last of them shorter."""
+    monkeypatch.setattr(micro_batches, "LATENTS_AT_ONCE", 20)
+
+
+def make(
+    backend: str,
+    selection: str = "global",
+    dtype: torch.dtype = torch.float32,
+    *,
+    lr: float = 1e-2,
+    **optimizer: object,
+) -> sf.SparcAdam:
+    torch.manual_seed(0)
+    model = sf.SPARC(WIDTHS, 48, 5, selection=selection, backend=backend, dtype=dtype, auxk=4, dead_after=40)
+    return sf.SparcAdam(model, lr=lr, **optimizer)
+
+
+def batches(steps: int, dtype: torch.dtype = torch.float32, N: int = 16) -> list[Tensor]:
+    generator = seeded(1)
+    mixing = torch.randn(6, 24, generator=generator, dtype=torch.float64)
+    draws = [torch.randn(N, 6, generator=generator, dtype=torch.float64) @ mixing for _ in range(steps)]
+    for draw in draws:
+        draw[3] = 0  # a zero row is a sample too
+    return [draw.to(dtype) for draw in draws]
+
+
+def streams_of(x: Tensor) -> dict[str, Tensor]:
+    return dict(zip(WIDTHS, x.split(list(WIDTHS.values()), dim=1), strict=True))
+
+
+def assert_same_loss(loss: sf.SparcLoss, expected: sf.SparcLoss, rtol: float, atol: float) -> None:
+    for name, part in expected._asdict().items():
+        got = getattr(loss, name)
+        assert (got is None) == (part is None), name
+        if part is not None:
+            torch.testing.assert_close(got, part, rtol=rtol, atol=atol)
+
+
+def assert_same_training(parted: sf.SparcAdam, whole: sf.SparcAdam, rtol: float, atol: float) -> None:
+    """Weights, buffers, moments and masters."""
+    expected = whole.model.state_dict()
+    for name, tensor in parted.model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=rtol, atol=atol)
+    states = parted.state_dict()["state"], whole.state_dict()["state"]
+    assert states[0].keys() == states[1].keys()
+    for parameter, state in states[1].items():
+        assert states[0][parameter].keys() == state.keys()
+        for key in state:
+            torch.testing.assert_close(states[0][parameter][key], state[key], rtol=rtol, atol=atol)
+
+
+@EVERY_SELECTION
+@pytest.mark.parametrize("sizes", [[16], [8, 8], [7, 0, 4, 5], [1] * 16], ids=str)
+def test_thirty_steps_on_parts_equal_steps_on_whole_batches_with_auxk_at_work(
+    selection: str, sizes: list[int], backend: str
+) -> None:
+    parted, whole = (make(backend, selection, torch.float64) for _ in range(2))
+    used_auxk = 0
+    for x in batches(30, torch.float64):
+        loss, expected = parted.step(x.split(sizes)), whole.step(x)
+        assert_same_loss(loss, expected, rtol=1e-9, atol=1e-12)
+        assert torch.equal(parted.model.silence, whole.model.silence)
+        used_auxk += loss.auxk is not None
+    assert 5 < used_auxk < 30
+    assert_same_training(parted, whole, rtol=1e-7, atol=1e-9)
+
+
+@EVERY_SELECTION
+@EVERY_DTYPE
+def test_one_step_on_parts_is_the_whole_step_in_every_dtype(selection: str, dtype: torch.dtype, backend: str) -> None:
+    """From the same weights, moments and counters: what differs is the order of float32 sums."""
+    parted, whole = (make(backend, selection, dtype) for _ in range(2))
+    used_auxk = 0
+    rtol, atol = (1e-9, 1e-12) if dtype == torch.float64 else (1e-4, 1e-5)
+    for x in batches(25, dtype):
+        parted.model.load_state_dict(whole.model.state_dict())
+        parted.load_state_dict(whole.state_dict())
+        loss, expected = parted.step(x.split(6)), whole.step(x)
+        assert_same_loss(loss, expected, rtol, atol)
+        used_auxk += loss.auxk is not None
+        assert torch.equal(parted.model.silence, whole.model.silence)
+        for name, p in whole.model.named_parameters():
+            state = parted.state[parted.model.get_parameter(name)]
+            for key, value in whole.state[p].items():
+                torch.testing.assert_close(state[key], value, rtol=rtol, atol=atol)
+    assert used_auxk > 3
+
+
+@EVERY_SELECTION
+def test_parts_without_some_streams_equal_the_whole_batch(selection: str, backend: str) -> None:
+    parted, whole = (make(backend, selection, torch.float64) for _ in range(2))
+    for i, x in enumerate(batches(20, torch.float64)):
+        given = [name for j, name in enumerate(WIDTHS) if i == 0 or j != i % 3]
+        parts = [{name: streams_of(part)[name] for name in given} for part in x.split(5)]
+        loss, expected = parted.step(parts), whole.step({name: streams_of(x)[name] for name in given})
+        assert_same_loss(loss, expected, rtol=1e-9, atol=1e-12)
+    assert_same_training(parted, whole, rtol=1e-7, atol=1e-9)
+
+
+def test_streams_without_a_say_have_none_in_any_part(backend: str) -> None:
+    parted, whole = (make(backend, dtype=torch.float64) for _ in range(2))
+    for i, x in enumerate(batches(20, torch.float64)):
+        settings = {"cross_loss_coef": i / 20, "auxk_coef": 0.1, "support_from": ["abc"[i % 3]]}
+        loss, expected = parted.step(x.split(5), **settings), whole.step(x, **settings)
+        assert_same_loss(loss, expected, rtol=1e-9, atol=1e-12)
+    assert_same_training(parted, whole, rtol=1e-7, atol=1e-9)
+
+
+@EVERY_SELECTION
+def test_a_capturable_step_takes_parts_too(selection: str, backend: str) -> None:
+    rate = torch.tensor(1e-2, dtype=torch.float64)
+    parted = make(backend, selection, torch.float64, lr=rate, capturable=True)
+    whole = make(backend, selection, torch.float64)
+    for x in batches(30, torch.float64):
+        torch.testing.assert_close(parted.step(x.split(6)).total, whole.step(x).total, rtol=1e-9, atol=1e-12)
+    for name, p in whole.model.named_parameters():
+        torch.testing.assert_close(parted.model.get_parameter(name), p, rtol=1e-7, atol=1e-9)
+
+
+@EVERY_SELECTION
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_no_part_uses_can_be_left_behind_bit_for_bit(
+    selection: str, dtype: torch.dtype, backend: str
+) -> None:
+    dense, lazy = (make(backend, selection, dtype, lazy=lazy) for lazy in (None, "replay"))
+    left_behind = used_auxk = 0
+    for i, x in enumerate(batches(40, dtype, N=6)):
+        inputs = x if i % 4 == 3 else x.split(2)
+        losses = [optimizer.step(inputs) for optimizer in (dense, lazy)]
+        assert torch.equal(losses[0].total, losses[1].total)
+        used_auxk += losses[0].auxk is not None
+        left_behind += int((lazy._behind.last_step < len(lazy._behind.history)).sum())
+    assert left_behind > 40 * 5
+    assert used_auxk > 3
+    assert_same_training(lazy, dense, rtol=0, atol=0)
+
+
+def test_steps_on_parts_are_the_same_bit_for_bit_whatever_the_number_of_threads(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(micro_batches, "LATENTS_AT_ONCE", 512)  # enough for threads to share
+    generator = seeded(3)
+    draws = [torch.randn(20, 600, generator=generator) for _ in range(3)]
+    runs = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            torch.manual_seed(0)
+            model = sf.SPARC({"a": 400, "b": 200}, 700, 4, backend=backend, auxk=4, dead_after=30)
+            optimizer = sf.SparcAdam(model, lr=1e-2)
+            losses = [optimizer.step(x.split(8)) for x in draws]
+        finally:
+            torch.set_num_threads(1)
+        assert losses[-1].auxk is not None
+        moments = [state["exp_avg_sq"] for state in optimizer.state.values()]
+        runs.append([*(loss.total for loss in losses), *model.state_dict().values(), *moments])
+    for run in runs[1:]:
+        assert all(torch.equal(got, expected) for got, expected in zip(run, runs[0], strict=True))
+
+
+def test_one_part_is_the_batch_itself(backend: str) -> None:
+    parted, whole = make(backend), make(backend)
+    for x in batches(5):
+        assert torch.equal(parted.step([x]).total, whole.step(x).total)
+    assert_same_training(parted, whole, rtol=0, atol=0)
+
+
+WRONG: list[tuple[Callable[[Tensor], list[Inputs]], str]] = [
+    (lambda x: [], "inputs must be a batch, or parts of one, got no part"),
+    (lambda x: [x, {"a": x[:, :12]}], r"inputs must hold the same streams in every part .*'c'\) and \('a',\)"),
+    (lambda x: [x, x[:, 1:]], r"inputs must be \[..., D=24\], all streams side by side, got \[16, 23\]"),
+    (lambda x: [x, x * torch.inf], "inputs.'a'. must be finite"),
+]
+
+
+@pytest.mark.parametrize(("parts", "message"), WRONG, ids=lambda value: str(value)[:40])
+def test_a_step_that_one_part_spoils_changes_nothing(
+    parts: Callable[[Tensor], list[Inputs]], message: str, backend: str
+) -> None:
+    optimizer, untouched = make(backend), make(backend)
+    draws = batches(6)
+    for x in draws[:5]:
+        for each in (optimizer, untouched):
+            each.step(x.split(4))
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(parts(draws[5]))
+    assert_same_training(optimizer, untouched, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a process's peak memory")
+def test_parts_take_less_memory_where_samples_are_far_more_than_latents() -> None:
+    """Of the case's 150 MB of residuals' gradients an eighth is held at a time, and 10 MB of weights' gradients."""
+    whole, parted = (memory.extra_bytes(name, MANY[1]) for name in ("auto", "auto, 8 parts"))
+    assert parted < 0.4 * whole
