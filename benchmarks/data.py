@@ -165,6 +165,28 @@ def row_at_a_time(layout: Layout, at_most: int) -> Iterator[Tensor]:
             file.close()
 
 
+def through_memory() -> float:
+    """Bytes a second, with two threads, of a copy to memory beyond the caches and one reading of what was copied.
+
+    No shuffle larger than the caches is faster: what is read in the order of the file must wait somewhere until its
+    turn comes. Reading in order into memory used again and again does neither.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    source = torch.ones(2**27)
+    target = torch.zeros_like(source)
+
+    def once() -> float:
+        start = perf_counter()
+        target.copy_(source)
+        target.sum()
+        return perf_counter() - start
+
+    rate = source.nbytes / min(once() for _ in range(7))
+    torch.set_num_threads(threads)
+    return rate
+
+
 def drain(batches: Iterator[Tensor]) -> int:
     return sum(len(batch) for batch in batches)
 
@@ -297,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name in [arguments.only] if arguments.only else LAYOUTS:
             layout = write(name, folder, arguments.hdf5_rows if name.startswith("HDF5") else arguments.rows)
+            print(f"\ncopied to memory and read there, which no shuffle avoids: {through_memory() / 1e9:.1f} GB/s")
             runs = contenders(layout, max(layout.delivered // 4, 64 * MIB), rows_at_a_time=1024)
             timed(layout, runs, arguments.rounds)
             report(layout, f"{name}, from the page cache")

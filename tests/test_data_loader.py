@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import sparc_fast as sf
 from sparc_fast import data
+from sparc_fast.data import flat, readers
+from sparc_fast.data import loader as loader_module
 from sparc_fast.data.shuffle import Plan
 
 N = 6000
@@ -210,6 +213,58 @@ def test_no_thread_outlives_the_loader(files: data.AlignedFiles) -> None:
     del made
     gc.collect()
     assert threading.active_count() == before
+
+
+def without_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (flat, readers, loader_module):
+        monkeypatch.setattr(module, "_cpu", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_batches_are_the_same_where_nothing_is_compiled(
+    tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = 2.0 ** torch.arange(-25, 15)  # subnormal in half precision, and almost too large for it
+    streams = {}
+    for name, width in (("a", 131), ("b", 1), ("c", 64)):
+        rows = torch.randn(8000, width, generator=torch.Generator().manual_seed(width))
+        streams[name] = (rows.clamp(-1.9, 1.9) * sizes[torch.arange(8000) % len(sizes), None]).to(stored)
+        save_file({"features": streams[name]}, tmp_path / f"{name}.safetensors")
+    files = data.open({name: tmp_path / f"{name}.safetensors" for name in streams})
+    rows = torch.cat([stream.to(dtype) for stream in streams.values()], 1)
+    seen = []
+    for _ in range(2):
+        for memory, n_windows in ((6_000_000, range(2, 99)), (RESIDENT, (1,))):
+            made = data.Loader(files, 70, memory=memory, dtype=dtype, n_threads=1)
+            assert made.plan.n_windows in n_windows
+            seen.append(torch.cat(list(made)))
+        without_compiled(monkeypatch)
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    # every row once: compared as bits, in the order of all their columns
+    sort = [np.sort(x.double().numpy().view([("", np.float64)] * 196)[:, 0]) for x in (rows, seen[0])]
+    assert (sort[0] == sort[1]).all()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_row_of_a_file_that_is_not_finite_is_named(
+    tmp_path: Path, dtype: torch.dtype, value: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        without_compiled(monkeypatch)
+    largest = torch.finfo(dtype).max  # finite, though its sums are not
+    for row in (0, 2345, 5999):
+        rows = torch.full((6000, 300), largest, dtype=dtype)
+        rows[row, 299] = value
+        save_file({"features": rows}, tmp_path / "a.safetensors")
+        with data.open({"a": tmp_path / "a.safetensors"}) as files:
+            made = data.Loader(files, 64, memory=6_000_000, n_threads=2, dtype=dtype)
+            assert made.plan.n_windows > 1
+            with pytest.raises(ValueError, match=rf"a\.safetensors\[features\] must be finite, but row {row} is not"):
+                list(made)
 
 
 MEASURE = """

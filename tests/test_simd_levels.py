@@ -40,3 +40,21 @@ def test_operators_are_as_accurate_as_plain_pytorch_on_every_instruction_set(
                 assert_as_accurate(got, same_dtype, exact)
             else:
                 assert torch.equal(got, exact)
+
+
+@pytest.mark.parametrize(("dtype", "widening"), [(torch.bfloat16, 1), (torch.float16, 2)], ids=str)
+def test_every_number_of_two_bytes_is_widened_exactly_and_told_from_nan_and_infinity(
+    dtype: torch.dtype, widening: int, level: str
+) -> None:
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1)
+    expected = numbers.float()
+    for width in (1, 37):
+        rows = numbers.expand(-1, width).contiguous()
+        got = torch.full((len(rows), width + 3), 7.0)
+        _cpu.gather_rows(got[:, 2:-1], rows, torch.arange(len(rows)), widening, 1)
+        assert torch.equal(got[:, 2:-1].isnan(), expected.isnan().expand_as(rows))
+        same = got[:, 2:-1].view(torch.int32) == expected.view(torch.int32)  # zeros have signs
+        assert (same | expected.isnan()).all()
+        assert (got[:, [0, 1, -1]] == 7).all()
+    finite = [_cpu.first_not_finite(number[None], dtype == torch.bfloat16) == -1 for number in numbers[::7]]
+    assert finite == expected[::7, 0].isfinite().tolist()

@@ -5,6 +5,10 @@
 
 #include "tensor.h"
 
+#if VECTOR_BYTES == 64
+#include <immintrin.h>
+#endif
+
 #ifndef INLINE
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -50,6 +54,9 @@ INLINE Vec<float> load(const bf16* p) {
 INLINE Vec<float> load(const f16* p) {
     typename vector_of<uint16_t, VECTOR_BYTES / 2>::type narrow;
     std::memcpy(&narrow, p, sizeof narrow);
+#if VECTOR_BYTES == 64
+    return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)narrow);
+#endif
     const auto bits = __builtin_convertvector(narrow, Vec<uint32_t>);
     const auto shifted = (bits & 0x7fff) << 13, exponent = shifted & 0x0f800000;
     const auto special = (Vec<uint32_t>)(exponent == 0x0f800000), tiny = (Vec<uint32_t>)(exponent == 0);

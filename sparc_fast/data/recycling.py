@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sparc_fast.pages import empty_rows
+
 
 class Recycled:
     """Gives tensors of one shape and dtype. A tensor is its owner's for as long as anything refers to its memory."""
@@ -28,7 +30,7 @@ class Recycled:
                 return self._lend(i)
         if len(self._memory) == self._at_most:  # their owners keep all of them
             return torch.empty(self._shape, dtype=self._dtype)
-        self._memory.append(np.empty(self._shape[0] * self._shape[1] * self._dtype.itemsize, np.uint8))
+        self._memory.append(empty_rows(*self._shape, dtype=self._dtype).view(torch.uint8).numpy())
         self._taken.append(lambda: None)
         return self._lend(len(self._memory) - 1)
 

@@ -2,13 +2,17 @@
 // large as their tensors, so that a read or write beside them is seen. Exits with 1 and a line where they disagree.
 #include "operators.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <random>
 
 #include "level.h"
+#include "loader.h"
 
 static int failures = 0;
 static std::mt19937 generator(0);
@@ -237,7 +241,48 @@ void check_shapes(double tolerance) {
         }
 }
 
+// Rows gathered at random, and spans of a file, each of them up to the last byte of its buffer.
+template <class T>
+void check_loader(int64_t width, int widening) {
+    const int64_t N = 300, n = 150;
+    auto window = Array<T>::random(N, width);
+    auto batch = Array<float>::random(n, width);
+    Array<T> same(n, width), read(n, width);
+    Array<int64_t> rows(n);
+    for (int64_t& row : rows.data) row = generator() % N;
+    for (int threads : {1, 3}) {
+        if (widening) gather_rows(batch.tensor(2), window.tensor(2), rows.tensor(1), widening, threads);
+        gather_rows(same.tensor(2), window.tensor(2), rows.tensor(1), as_it_is, threads);
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t d = 0; d < width; ++d) {
+                if (widening) expect("gather_rows, widened", batch(i, d), window(rows.data[i], d), 0);
+                expect("gather_rows", same(i, d), window(rows.data[i], d), 0);
+            }
+    }
+    std::FILE* file = std::tmpfile();
+    std::fwrite(window.data.data(), sizeof(T), window.data.size(), file);
+    std::fflush(file);
+    const int64_t bytes = width * sizeof(T);
+    const std::vector<int64_t> begins{7 * bytes, 200 * bytes}, lengths{50 * bytes, 100 * bytes};
+    will_need(fileno(file), begins, lengths);
+    const auto [done, error, found] = read_spans(fileno(file), begins, lengths, read.tensor(2), widening, true);
+    expect("read_spans", done == n * bytes && error == 0 && found == -1, 1, 0);
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t d = 0; d < width; ++d) expect("read_spans", read(i, d), window(i < 50 ? i + 7 : i + 150, d), 0);
+    const auto past_end = read_spans(fileno(file), {250 * bytes}, {n * bytes}, read.tensor(2), widening, true);
+    expect("read_spans, cut short", std::get<0>(past_end), 50 * bytes, 0);
+    expect("read_spans, no file", std::get<1>(read_spans(-1, begins, lengths, read.tensor(2), widening, true)) != 0, 1, 0);
+    std::fclose(file);
+    narrow(read.data.back(), std::numeric_limits<double>::infinity());
+    expect("first_not_finite", first_not_finite(read.tensor(2), widening), n * width - 1, 0);
+}
+
 int main() {
+    for (int64_t width : {1, 37, 700}) {
+        check_loader<double>(width, as_it_is);
+        check_loader<float>(width, as_it_is);
+        check_loader<bf16>(width, from_bfloat16);
+    }
     check_shapes<double>(1e-10);
     check_shapes<float>(1e-3);
     check_shapes<bf16>(1e-1);
