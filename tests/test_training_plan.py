@@ -89,6 +89,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "widths": (128, 128), "n_rows": 26000, "n_latents": 4096, "k": 4, "batch_size": 12288, "auxk": 64,
         "dead_after": 0, "concepts": 8,
     },
+    "micro-batches": {
+        "widths": (256, 128, 128), "n_rows": 26000, "n_latents": 16384, "k": 16, "batch_size": 12288, "accumulate": 6,
+        "validation_rows": 1000, "validate_every": 1,
+    },
     "support dropout, which copies columns": {
         "widths": (192, 64, 192), "n_rows": 3000, "n_latents": 32768, "k": 8, "batch_size": 512, "steps": 8,
         "support_dropout": 0.5,
@@ -215,6 +219,13 @@ def test_changes_that_fit_only_together_are_said_together() -> None:
     assert together[0].fits
     assert together[0].settings == {"memory": least, "moments": "bfloat16"}
     assert not any(change.fits for change in found.changes if set(change.settings) < {"memory", "moments"})
+
+
+def test_a_large_batch_beside_few_latents_is_taken_in_micro_batches() -> None:
+    found = planned(n_latents=1024, k=16, batch_size=65536)
+    change = next(change for change in found.changes if "accumulate" in change.settings)
+    assert change.saves == found.peak - planned(n_latents=1024, k=16, batch_size=65536, **change.settings).peak > 0
+    assert not any("accumulate" in change.settings for change in planned(n_latents=2**20, batch_size=64).changes)
 
 
 def test_float32_is_cheaper_to_keep_than_bfloat16_with_its_masters() -> None:

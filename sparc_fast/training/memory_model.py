@@ -63,7 +63,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The letters: S streams, N samples of a batch, L latents, k active, D all widths, W the widest."""
+    """The letters: S streams, N samples at a time, L latents, k active, D all widths, W the widest."""
 
     S: int
     N: int
@@ -81,15 +81,17 @@ class Sizes:
     """Bytes of a number of the reconstructions' gradient."""
     supports: int
     """Supports of a sample: 1, or S under local selection."""
+    rows: int
+    """Of an optimizer step: N, or that of all its micro-batches."""
 
     @classmethod
     def of(cls, config: Config, widths: tuple[int, ...], dead: float) -> Sizes:
         S, local = len(widths), config.selection == "local"
         n_dead = round(dead * config.n_latents) if config.auxk and config.auxk_coef else 0
         return cls(
-            S, config.batch_size, config.n_latents, max(config.k, config.k_start), sum(widths), max(widths),
+            S, config.micro_batch, config.n_latents, max(config.k, config.k_start), sum(widths), max(widths),
             min(config.auxk, n_dead), n_dead, ITEM_SIZE[config.dtype], ITEM_SIZE[config.moments],
-            2 if config.dtype == "bfloat16" else FLOAT, S if local else 1,
+            2 if config.dtype == "bfloat16" else FLOAT, S if local else 1, config.batch_size,
         )  # fmt: skip
 
     @property
@@ -105,7 +107,7 @@ class Sizes:
     @property
     def batch(self) -> int:
         """Bytes of a batch as the loader gives it."""
-        return self.N * self.D * FLOAT
+        return self.rows * self.D * FLOAT
 
     @property
     def widest_support(self) -> int:
@@ -215,7 +217,11 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
     yield Part("batch", sizes.batch)
     if config.calibrate or w < FLOAT:
         yield Part("batch as the model sees it", N * D * w, (*STEP, VALIDATING))
-    yield Part("batch of held-out rows", sizes.batch * validates, (VALIDATING,))
+    yield Part("batch of held-out rows", N * D * FLOAT * validates, (VALIDATING,))
+    if config.accumulate > 1:
+        gradients = FLOAT * (2 * sizes.L * D + S * sizes.L)
+        yield Part("gradients of the weights, summed over micro-batches", gradients, STEP)
+        yield Part("gradients of the weights by one micro-batch", gradients, (UPDATING,))
     stacked = INDEX * sizes.entries * (sizes.passes - 1)
     supports = INDEX * N * sizes.supports * (sizes.k + sizes.k_dead) + stacked
     yield Part("supports, and their inverse", supports + LONG * (sizes.entries + 2 * sizes.L), and_validating)

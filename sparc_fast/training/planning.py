@@ -252,6 +252,8 @@ def _single_changes(now: Plan) -> Iterator[Change]:
             yield _change(now, costs, dtype=dtype)
     if config.auxk and config.auxk_coef:
         yield _change(now, "dead latents stay dead", auxk=0)
+    if (accumulate := _more_micro_batches(now)) is not None:
+        yield _change(now, "gradients of all weights, kept over the micro-batches of a step", accumulate=accumulate)
     if (batch_size := _smaller_batch(now)) is not None:
         yield _change(now, "other training: more steps an epoch, and the learning rate to suit", batch_size=batch_size)
 
@@ -270,6 +272,18 @@ def _less_loader_memory(now: Plan) -> int | None:
                 break
         memory //= 2
     return least
+
+
+def _more_micro_batches(now: Plan) -> int | None:
+    """The fewest micro-batches with which it fits, or else those with which it takes least; None if none takes less."""
+    if now.config.lazy and now.config.moments == "bfloat16":
+        return None
+    found, least, accumulate = None, now.peak, 2 * now.config.accumulate
+    while accumulate <= now.config.batch_size and not (found and _with(now, accumulate=found).fits):
+        if (peak := _with(now, accumulate=accumulate).peak) < least:
+            found, least = accumulate, peak
+        accumulate *= 2
+    return found
 
 
 def _smaller_batch(now: Plan) -> int | None:
