@@ -114,7 +114,7 @@ def test_a_character_is_drawn_anew_each_time_and_still_recognised(folder: Path, 
         first, again = x[: ROWS - once], x[once:]
         assert not (first == again).all(1).any()
         nearest = (first @ again.T).argmax(1)
-        assert (nearest == torch.arange(len(first))).float().mean() > 0.5
+        assert (nearest == torch.arange(len(first))).float().mean() > 0.3, "by chance 0.002"
 
 
 def test_the_files_open_and_the_settings_train(folder: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
     inputs = _inputs(arguments.data, first)
     labels = _labels(arguments.labels, arguments.data, len(inputs[first.streams[0]]))
-    columns = {**models, _unused("untrained", models): _untrained(first, arguments.seed)}
+    columns = {**models, "untrained (2)" if "untrained" in models else "untrained": untrained(first, arguments.seed)}
     evaluations = {name: evaluate(model, inputs, labels) for name, model in columns.items()}
     if arguments.json:
         print(json.dumps({name: found.to_dict() for name, found in evaluations.items()}, indent=2, ensure_ascii=False))
@@ -106,7 +106,7 @@ def _load(path: Path) -> SPARC:
             raise no_model from None
 
 
-def _untrained(trained: SPARC, seed: int) -> SPARC:
+def untrained(trained: SPARC, seed: int) -> SPARC:
     """Random weights, and the calibration of the model that it stands beside."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -114,10 +114,6 @@ def _untrained(trained: SPARC, seed: int) -> SPARC:
         model = SPARC(**config, dtype=trained.W_enc.dtype)
     model.load_state_dict({name: getattr(trained, name) for name in ("input_mean", "input_rms")}, strict=False)
     return model
-
-
-def _unused(name: str, names: dict[str, SPARC]) -> str:
-    return name if name not in names else _unused(f"{name} ", names)
 
 
 def _inputs(texts: Sequence[str], model: SPARC) -> dict[str, Tensor]:
