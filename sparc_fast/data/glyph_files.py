@@ -205,10 +205,10 @@ def _write_text(path: Path, content: str) -> None:
 
 SETTINGS = """\
 n_latents = 32768
-k = 32
-epochs = 8
+k = 64
+epochs = 6
 batch_size = 1024
-lr = 2e-3
+lr = 4e-3
 dead_after = 100_000
 lazy = true
 checkpoint_every = 100
