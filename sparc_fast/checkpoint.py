@@ -23,7 +23,8 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, A
 
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata={"format": FORMAT, "config": json.dumps(dict(config))})
+        # one entry: safetensors writes several in an order of its own, and equal models should be equal files
+        save_file(contiguous, temporary, metadata={FORMAT: json.dumps(dict(config))})
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -40,12 +41,10 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"path must be a model saved by sparc_fast, but {path} is truncated or foreign: {error}"
         ) from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"path must be a model saved by sparc_fast ({FORMAT}), but {path} says format {metadata.get('format')!r}"
-        )
+    if FORMAT not in metadata:
+        raise ValueError(f"path must be a model saved by sparc_fast ({FORMAT}), but {path} says {sorted(metadata)}")
     try:
-        config = json.loads(metadata["config"])
-    except (KeyError, json.JSONDecodeError) as error:
+        config = json.loads(metadata[FORMAT])
+    except json.JSONDecodeError as error:
         raise ValueError(f"path must be a model saved by sparc_fast, but {path} has no configuration") from error
     return tensors, config

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sparc_fast import convert
+from sparc_fast.evaluate import command as evaluation
 from sparc_fast.files import atomic_path
 from sparc_fast.training import command as training
 from sparc_fast.training import plan_command
@@ -67,6 +68,27 @@ def _parser() -> argparse.ArgumentParser:
     plan_command.add_arguments(planned)
     planned.set_defaults(run=plan_command.run)
 
+    evaluated = commands.add_parser(
+        "eval",
+        help="print the evaluation of trained models, beside an untrained one",
+        description="Print the table of `sparc-fast demo` for models of your own, on samples they have not seen: "
+        "each stream encoded alone, and jointly where it says so.",
+    )
+    evaluation.add_arguments(evaluated)
+    evaluated.set_defaults(run=evaluation.run)
+
+    glyphs = commands.add_parser(
+        "glyphs",
+        help="write the built-in glyphs as a large data set in files",
+        description="Draw the glyphs in several faces and sizes, each time a little differently, into .npy files "
+        "that `sparc-fast train` reads; held-out characters in files of their own.",
+    )
+    glyphs.add_argument("--out", type=Path, default=Path("glyphs"), help="folder of the files (%(default)s)")
+    glyphs.add_argument("--rows", type=int, default=200_000, help="rows to train on (%(default)s)")
+    glyphs.add_argument("--seed", type=int, default=0, help="of the split and the jitter (%(default)s)")
+    glyphs.add_argument("--threads", type=int, help="that draw; as many as there are cores by default")
+    glyphs.set_defaults(run=_glyphs)
+
     converted = commands.add_parser(
         "convert",
         help="turn a checkpoint of the research code into ours, or back",
@@ -108,6 +130,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from sparc_fast import demo
+    from sparc_fast.comparison import as_text, comparison
     from sparc_fast.data import glyphs as load_glyphs
     from sparc_fast.report import write_report
 
@@ -127,11 +150,32 @@ def _demo(arguments: argparse.Namespace) -> int:
             bar.update(tasks[name], completed=step)  # type: ignore[arg-type]
 
         trained = demo.run(glyphs, settings, ablations=arguments.ablations, progress=progress)
-    console.print(demo.as_text(demo.comparison(trained)))
+    evaluations = {name: result.evaluation for name, result in trained.items()}
+    console.print(as_text(comparison(evaluations), "held-out characters"))
     options = [f"--{name} {value}" for name, value in changed.items()]
     command = " ".join(["sparc-fast demo", *options, *(["--ablations"] if arguments.ablations else [])])
     page = write_report(demo.report(glyphs, trained, settings, command), arguments.out)
     console.print(f"open [bold]{page}[/bold] in a browser to look through every latent")
+    return 0
+
+
+def _glyphs(arguments: argparse.Namespace) -> int:
+    if missing := [name for name in ("rich", "matplotlib", "sklearn") if find_spec(name) is None]:
+        raise ImportError(f"the glyphs need {', '.join(missing)}: pip install 'sparc_fast[demo]'")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from sparc_fast.data import write_glyphs
+
+    _check_folder(arguments.out)
+    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=arguments.rows)
+        write_glyphs(
+            arguments.out, arguments.rows, seed=arguments.seed, threads=arguments.threads,
+            progress=lambda done, rows: bar.update(task, completed=done),
+        )  # fmt: skip
+    print(f"{arguments.rows:,} rows; now: sparc-fast train {arguments.out / 'train.toml'} --out runs/wide")
     return 0
 
 

@@ -8,19 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor
 
+from sparc_fast.comparison import comparison
 from sparc_fast.data import Glyphs
-from sparc_fast.evaluate import Evaluation, evaluate, latent_use, name_latents, table, top_samples
-from sparc_fast.report import ModelReport, Report, Row
+from sparc_fast.evaluate import Evaluation, evaluate, latent_use, name_latents, top_samples
+from sparc_fast.report import ModelReport, Report
 from sparc_fast.sae import SPARC, Selection
 from sparc_fast.train import Curves, train
 from sparc_fast.version import __version__
 
 SPARC_NAME, INDEPENDENT, UNTRAINED = "SPARC", "independent SAEs", "untrained SPARC"
-HIGHLIGHTS = ("jaccard_single", "r1")
 STREAMS = {
     "sans": "its picture in DejaVu Sans",
     "serif": "its picture in DejaVu Serif",
@@ -119,49 +117,6 @@ def _evaluate(model: SPARC, glyphs: Glyphs) -> Evaluation:
     return evaluate(model, _rows(glyphs, rows), glyphs.labels[rows])
 
 
-def comparison(trained: dict[str, Trained]) -> list[Row]:
-    """The table, one column a model: the metrics, then every pair of streams by itself."""
-    evaluations = {name: result.evaluation for name, result in trained.items()}
-    rows = [
-        Row(row.name, row.meaning, row.better, row.cells, "Over all streams", row.key in HIGHLIGHTS)
-        for row in table(evaluations)
-    ]
-    first = next(iter(evaluations.values()))
-    for query, candidate in first.retrieval:
-        cells = {}
-        for name, evaluation in evaluations.items():
-            r = evaluation.retrieval[query, candidate]
-            cells[name] = f"{r.r1:.3f} / {r.r5:.3f} / {r.r10:.3f} · {r.median_rank:.0f} · {r.mrr:.3f}"
-        meaning = (
-            f"R@1 / R@5 / R@10 · median rank · MRR of finding a sample's {candidate} code from its {query} code, "
-            f"among {r.n} candidates."
-        )
-        rows.append(Row(f"{query} → {candidate}", meaning, "higher", cells, "Retrieval between two streams"))
-    for s, source in enumerate(first.streams):
-        for t, target in enumerate(first.streams):
-            cells = {name: f"{e.nmse[s, t]:.3f} / {e.r2[s, t]:.3f}" for name, e in evaluations.items()}
-            meaning = f"NMSE / R² of {target} reconstructed from the {source} code alone."
-            rows.append(Row(f"{source} → {target}", meaning, "neither", cells, "Reconstruction, source to target"))
-    return rows
-
-
-def as_text(rows: list[Row]) -> Table:
-    """The table for a terminal."""
-    columns = list(rows[0].cells)
-    text = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    text.add_column("held-out characters")
-    for name in columns:
-        text.add_column(name, justify="right", style="bold" if name == SPARC_NAME else None)
-    section = ""
-    for row in rows:
-        if row.section != section:
-            section = row.section
-            text.add_section()
-            text.add_row(f"[bold]{section}[/bold]")
-        text.add_row(row.name, *(row.cells[name] for name in columns))
-    return text
-
-
 def report(glyphs: Glyphs, trained: dict[str, Trained], settings: Settings, command: str) -> Report:
     """Everything the page shows: both models over all characters in the regular face, each stream encoded alone."""
     regular = torch.tensor([face == "regular" for face in glyphs.faces]).nonzero()[:, 0]
@@ -173,7 +128,7 @@ def report(glyphs: Glyphs, trained: dict[str, Trained], settings: Settings, comm
         names=[glyphs.names[n] for n in regular],
         faces=[glyphs.faces[n] for n in regular],
         images={name: pictures[regular].numpy() for name, pictures in glyphs.images.items()},
-        table=comparison(trained),
+        table=comparison({name: result.evaluation for name, result in trained.items()}),
         settings={
             "sparc_fast": __version__,
             "torch": str(torch.__version__),

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
 from sparc_fast.data import Glyphs, glyphs
-from sparc_fast.data.glyphs import _blurred, _hog, _principal, _semantic
+from sparc_fast.data.glyphs import Principal, _blurred, _hog, _semantic
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,16 @@ def test_held_out_pictures_do_not_change_what_is_fitted(regular: Glyphs, feature
     images, train = regular.images["sans"][:300], ~regular.held_out[:300]
     changed = images.clone()
     changed[~train] = changed[~train].flip(1)  # upside down
-    before, after = (_principal(features(x), train, 16) for x in (images, changed))
+    before, after = (Principal.fit(features(x)[train], 16)(features(x)) for x in (images, changed))
     torch.testing.assert_close(before[train], after[train], rtol=0, atol=1e-5)
     assert not torch.allclose(before[~train], after[~train], atol=0.1)
+
+
+def test_a_row_s_own_picture_is_described_as_the_row(regular: Glyphs) -> None:
+    for stream in ("sans", "serif"):
+        torch.testing.assert_close(regular.describe(stream, regular.images[stream][:50]), regular.inputs[stream][:50])
+    with pytest.raises(ValueError, match=r"stream: expected one of \['sans', 'serif'\], got 'name'"):
+        regular.describe("name", regular.images["sans"])
 
 
 def test_held_out_names_do_not_change_what_is_fitted(regular: Glyphs) -> None:

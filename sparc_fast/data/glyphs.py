@@ -29,7 +29,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
-Picture = npt.NDArray[np.uint8]  # [SIDE, SIDE], 255 is full ink
+Pictures = npt.NDArray[np.uint8]  # [..., SIDE, SIDE], 255 is full ink
 
 FACES = {  # face: (font of the sans picture, font of the serif picture)
     "regular": ("DejaVuSans", "DejaVuSerif"),
@@ -45,6 +45,29 @@ CONCEPT_COUNT = 15, 600  # a concept is a word of at least, at most, so many cha
 
 
 @dataclass(frozen=True)
+class Principal:
+    """Principal components, half whitened, rows then of unit length.
+
+    Half whitened: a component of variance v is divided by v^(1/4), so that fine detail counts, but less.
+    """
+
+    mean: Tensor  # [F]
+    axes: Tensor  # [F, D_s]
+
+    @classmethod
+    def fit(cls, x: Tensor, width: int) -> Principal:
+        """The first `width` components of the rows [N, F]."""
+        mean = x.mean(0)
+        x = x - mean
+        variances, axes = torch.linalg.eigh(x.T @ x / len(x))
+        variances = variances.clamp(min=1e-6 * float(variances[-1]))
+        return cls(mean, (axes * variances.pow(-0.25))[:, -width:].flip(1))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.normalize((x - self.mean) @ self.axes)
+
+
+@dataclass(frozen=True)
 class Glyphs:
     """N rows, each one character in one face; C concepts. Rows of a face follow the code points."""
 
@@ -56,6 +79,13 @@ class Glyphs:
     concepts: list[str]  # [C] words of the names, sorted
     labels: Tensor  # bool [N, C]: is the word in the name
     images: dict[str, Tensor]  # "sans", "serif": uint8 [N, SIDE, SIDE], 255 is full ink
+    principal: dict[str, Principal]  # how each stream's features became its inputs
+
+    def describe(self, stream: str, images: Tensor) -> Tensor:
+        """Other pictures, uint8 [M, SIDE, SIDE], as `inputs` of "sans" or "serif" [M, D_s]; nothing is fitted again."""
+        if stream not in FEATURES:
+            raise ValueError(f"stream: expected one of {list(FEATURES)}, got {stream!r}")
+        return self.principal[stream](FEATURES[stream](images))
 
     def rows(self, *, held_out: bool, face: str | None = None) -> Tensor:
         """Row numbers, int64 ascending, of the held-out or the training characters, in one face or in all."""
@@ -89,7 +119,7 @@ def glyphs(*, faces: Sequence[str] = tuple(FACES), held_out: float = 0.2, width:
             "glyphs() needs matplotlib (its fonts) and scikit-learn: pip install 'sparc_fast[demo]'"
         ) from error
 
-    pictures = {face: _render(*FACES[face]) for face in {"regular", *faces}}
+    pictures = {face: _render(face) for face in {"regular", *faces}}
     alphabet = list(pictures["regular"])  # also decides the split, so that it does not depend on the faces
     order = np.random.default_rng(seed).permutation(len(alphabet))
     kept = {alphabet[i] for i in order[: max(1, round(held_out * len(alphabet)))]}
@@ -101,14 +131,14 @@ def glyphs(*, faces: Sequence[str] = tuple(FACES), held_out: float = 0.2, width:
     images = {"sans": pairs[:, 0], "serif": pairs[:, 1]}
     is_held_out = torch.tensor([character in kept for character in characters])
 
-    inputs = {
-        "sans": _principal(_hog(images["sans"]), ~is_held_out, width),
-        "serif": _principal(_blurred(images["serif"]), ~is_held_out, width),
-        "name": _principal(_semantic(names, ~is_held_out), ~is_held_out, width),
-    }
+    features = {stream: describe(images[stream]) for stream, describe in FEATURES.items()}
+    features["name"] = _semantic(names, ~is_held_out)
+    principal = {stream: Principal.fit(x[~is_held_out], width) for stream, x in features.items()}
+    inputs = {stream: principal[stream](x) for stream, x in features.items()}
     concepts = _concepts([unicodedata.name(character) for character in alphabet])
     labels = torch.tensor([[concept in words for concept in concepts] for words in map(_words, names)])
-    return Glyphs(inputs, characters, names, [face for face, _ in rows], is_held_out, concepts, labels, images)
+    drawn = [face for face, _ in rows]
+    return Glyphs(inputs, characters, names, drawn, is_held_out, concepts, labels, images, principal)
 
 
 def _words(name: str) -> set[str]:
@@ -121,28 +151,36 @@ def _concepts(names: list[str]) -> list[str]:
     return sorted(word for word, count in counts.items() if low <= count <= high)
 
 
-def _render(sans: str, serif: str) -> dict[str, tuple[Picture, Picture]]:
-    """The named characters that leave ink in both fonts, ascending, and their two pictures."""
-    import matplotlib
+def _render(face: str) -> dict[str, Pictures]:
+    """The named characters that leave ink in both fonts of a face, ascending, and their two pictures."""
     from matplotlib.ft2font import FT2Font
+
+    drawn_by_both = set.intersection(*(set(FT2Font(file).get_charmap()) for file in _font_files(face)))
+    named = [character for character in map(chr, sorted(drawn_by_both)) if unicodedata.name(character, "")]
+    pairs = zip(named, draw(named, face), strict=True)
+    return {character: pair for character, pair in pairs if pair.any((1, 2)).all()}
+
+
+def draw(characters: Sequence[str], face: str, size: int = EM) -> Pictures:
+    """Pictures [N, 2, SIDE, SIDE] of characters in a face's sans and serif fonts, at a font size in pixels."""
     from PIL import ImageFont
 
-    files = [f"{matplotlib.get_data_path()}/fonts/ttf/{font}.ttf" for font in (sans, serif)]
-    fonts = [ImageFont.truetype(file, EM, layout_engine=ImageFont.Layout.BASIC) for file in files]
-    drawn_by_both = set(FT2Font(files[0]).get_charmap()) & set(FT2Font(files[1]).get_charmap())
-    pictures = {}
-    for character in map(chr, sorted(drawn_by_both)):
-        pair = _draw(character, fonts[0]), _draw(character, fonts[1])
-        if unicodedata.name(character, "") and pair[0].any() and pair[1].any():
-            pictures[character] = pair
-    return pictures
+    fonts = [ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC) for file in _font_files(face)]
+    baseline = SIDE / 2 + (BASELINE - SIDE / 2) * size / EM  # letters of all sizes have their middle in one place
+    return np.array([[_draw(character, font, round(baseline)) for font in fonts] for character in characters])
 
 
-def _draw(character: str, font: FreeTypeFont) -> Picture:
+def _font_files(face: str) -> list[str]:
+    import matplotlib
+
+    return [f"{matplotlib.get_data_path()}/fonts/ttf/{font}.ttf" for font in FACES[face]]
+
+
+def _draw(character: str, font: FreeTypeFont, baseline: int) -> Pictures:
     from PIL import Image, ImageDraw
 
     picture = Image.new("L", (SIDE, SIDE))
-    ImageDraw.Draw(picture).text((SIDE // 2, BASELINE), character, fill=255, font=font, anchor="ms")
+    ImageDraw.Draw(picture).text((SIDE // 2, baseline), character, fill=255, font=font, anchor="ms")
     return np.array(picture)
 
 
@@ -182,12 +220,5 @@ def _semantic(names: list[str], train: Tensor) -> Tensor:
     return torch.from_numpy(np.stack([feature[name] for name in names])).float()
 
 
-def _principal(x: Tensor, train: Tensor, width: int) -> Tensor:
-    """The first `width` principal components of the training rows, half whitened, rows then of unit length.
-
-    Half whitened: a component of variance v is divided by v^(1/4), so that fine detail counts, but less.
-    """
-    x = x - x[train].mean(0)
-    variances, axes = torch.linalg.eigh(x[train].T @ x[train] / train.sum())
-    variances = variances.clamp(min=1e-6 * float(variances[-1]))
-    return F.normalize(x @ (axes * variances.pow(-0.25))[:, -width:].flip(1))
+FEATURES = {"sans": _hog, "serif": _blurred}
+"""What a stream sees of its pictures."""

@@ -1,0 +1,165 @@
+"""The command `sparc-fast eval`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparc_fast import data
+from sparc_fast.data.readers import MODULES, Source
+from sparc_fast.sae import SPARC
+from sparc_fast.training import load_model
+from sparc_fast.training.settings import parse_source
+
+from .summary import Evaluation, evaluate
+
+__all__ = ["add_arguments", "run"]
+
+MODEL, LABELS = "model.safetensors", "labels.npy"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The models, the samples, and how to print."""
+    parser.add_argument(
+        "models", nargs="+", metavar="[NAME=]MODEL", help="a finished run's folder, a model file or a checkpoint"
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FOLDER or STREAM=FILE[#NAME]",
+        help="samples the models have not seen: a folder with a file named after each stream, or the files themselves",
+    )
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help=f"a .npy file of truth values, samples × concepts; {LABELS} of the folder where there is one",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the untrained model's weights (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table of `sparc-fast demo` for some models and an untrained one of the first one's shape."""
+    if not arguments.json and find_spec("rich") is None:
+        raise ImportError("the table needs rich: pip install 'sparc_fast[train]', or ask for --json")
+    models = _load_all(arguments.models)
+    name, first = next(iter(models.items()))
+    for other, model in models.items():
+        if model.d_streams != first.d_streams:
+            raise ValueError(
+                f"models must have the same streams: {name} has {first.d_streams}, {other} {model.d_streams}"
+            )
+    inputs = _inputs(arguments.data, first)
+    labels = _labels(arguments.labels, arguments.data, len(inputs[first.streams[0]]))
+    columns = {**models, "untrained (2)" if "untrained" in models else "untrained": untrained(first, arguments.seed)}
+    evaluations = {name: evaluate(model, inputs, labels) for name, model in columns.items()}
+    if arguments.json:
+        print(json.dumps({name: found.to_dict() for name, found in evaluations.items()}, indent=2, ensure_ascii=False))
+    else:
+        _print(evaluations)
+    return 0
+
+
+def _load_all(texts: Sequence[str]) -> dict[str, SPARC]:
+    models: dict[str, SPARC] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            path = text
+            name = _name(Path(text))
+        if name in models:
+            raise ValueError(f"models must have names of their own, but two are called {name}: give NAME=MODEL")
+        models[name] = _load(Path(path))
+    return models
+
+
+def _name(path: Path) -> str:
+    """A run is called as its folder is."""
+    path = path.resolve()
+    return path.parent.name if path.name == MODEL else path.stem
+
+
+def _load(path: Path) -> SPARC:
+    if path.is_dir():
+        path = path / MODEL
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path.parent} has no {MODEL}, which a run gets when it is finished; "
+                "a checkpoint in it can be evaluated before"
+            )
+    try:
+        return SPARC.load(path)
+    except ValueError as no_model:
+        try:
+            return load_model(path)
+        except ValueError:
+            raise no_model from None
+
+
+def untrained(trained: SPARC, seed: int) -> SPARC:
+    """Random weights, and the calibration of the model that it stands beside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = {**trained.config(), "check_finite": True}
+        model = SPARC(**config, dtype=trained.W_enc.dtype)
+    model.load_state_dict({name: getattr(trained, name) for name in ("input_mean", "input_rms")}, strict=False)
+    return model
+
+
+def _inputs(texts: Sequence[str], model: SPARC) -> dict[str, Tensor]:
+    """Every stream's samples, [N, D_s]."""
+    folder = Path(texts[0])
+    sources: dict[str, Source]
+    if len(texts) == 1 and folder.is_dir():
+        sources = {stream: _file(folder, stream) for stream in model.streams}
+    else:
+        sources = dict(parse_source(text) for text in texts)
+        if set(sources) != set(model.streams):
+            raise ValueError(f"--data must give the streams {', '.join(model.streams)}, got {', '.join(sources)}")
+    sources = {stream: sources[stream] for stream in model.streams}
+    with data.open(sources) as files:
+        if files.d_streams != model.d_streams:
+            raise ValueError(f"--data must have the widths {model.d_streams}, got {files.d_streams}")
+        parts = torch.split(files.rows(0, files.n_rows), list(files.d_streams.values()), dim=1)
+    return dict(zip(sources, parts, strict=True))
+
+
+def _file(folder: Path, stream: str) -> Path:
+    for suffix in MODULES:
+        if (path := folder / f"{stream}{suffix}").is_file():
+            return path
+    raise FileNotFoundError(f"--data must hold a file for each stream, but there is no {stream}.npy in {folder}")
+
+
+def _labels(given: Path | None, texts: Sequence[str], n: int) -> Tensor | None:
+    """Which concepts each sample carries, bool [N, C]."""
+    path = given or Path(texts[0]) / LABELS
+    if given is None and not path.is_file():
+        return None
+    try:
+        labels = np.load(path)  # never unpickles
+    except ValueError as error:
+        raise ValueError(f"labels must be a .npy file of truth values, but {path} is none: {error}") from error
+    if labels.dtype != np.bool_ or labels.ndim != 2 or len(labels) != n:
+        raise ValueError(f"labels must be bool [N={n}, C], got {labels.dtype} {list(labels.shape)} in {path}")
+    return torch.from_numpy(labels)
+
+
+def _print(evaluations: dict[str, Evaluation]) -> None:
+    from rich.console import Console
+
+    from sparc_fast.comparison import as_text, comparison
+
+    n = next(iter(evaluations.values())).n_samples
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(as_text(comparison(evaluations), f"{n:,} samples"))

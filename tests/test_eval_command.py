@@ -1,0 +1,160 @@
+"""`sparc-fast eval`: the demo's table for any model, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_runs import D, rows
+
+import sparc_fast as sf
+from sparc_fast import cli
+from sparc_fast.evaluate import command as evaluation
+from sparc_fast.evaluate import evaluate
+
+N = 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 60 steps, `run`, and held-out samples with labels, `held_out`."""
+    folder = tmp_path_factory.mktemp("eval")
+    (folder / "held_out").mkdir()
+    for stream, x in rows(400 + N).items():
+        np.save(folder / f"{stream}.npy", x[:400].numpy())
+        np.save(folder / "held_out" / f"{stream}.npy", x[400:].numpy())
+    np.save(folder / "held_out" / "labels.npy", np.arange(N)[:, None] % 5 == np.arange(5))
+    data = [f"{stream}={folder / stream}.npy" for stream in D]
+    flags = [
+        "--n-latents",
+        "64",
+        "--k",
+        "3",
+        "--steps",
+        "30",
+        "--batch-size",
+        "32",
+        "--lr",
+        "1e-2",
+        "--progress",
+        "none",
+    ]
+    assert cli.main(["train", "--out", str(folder / "run"), *flags, "--data", *data]) == 0
+    return folder
+
+
+def held_out() -> dict[str, torch.Tensor]:
+    return {stream: x[400:] for stream, x in rows(400 + N).items()}
+
+
+def run(*arguments: object) -> int:
+    return cli.main(["eval", *(str(argument) for argument in arguments)])
+
+
+def test_the_table_has_a_column_for_every_model_and_an_untrained_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = next((folder / "run" / "checkpoints").iterdir())
+    assert run(folder / "run", f"early [b]={last}", "--data", folder / "held_out") == 0
+    printed = capsys.readouterr().out
+    head = next(line for line in printed.splitlines() if "samples" in line)
+    assert head.split() == ["60", "samples", "run", "early", "[b]", "untrained"]
+    for words in ("Concept alignment", "Retrieval R@1", "a → b", "Own error (NMSE)"):
+        assert words in printed
+
+
+def test_json_has_the_figures_of_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder / "run", "--data", folder / "held_out", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    model = sf.SPARC.load(folder / "run" / "model.safetensors")
+    labels = torch.from_numpy(np.load(folder / "held_out" / "labels.npy"))
+    assert found["run"] == evaluate(model, held_out(), labels).to_dict()
+    assert found["untrained"]["nmse"]["a -> a"] > 1.5 * found["run"]["nmse"]["a -> a"]
+    assert found["untrained"]["scores"]["jaccard_single"] is not None
+
+
+def test_the_untrained_model_is_of_the_same_shape_and_calibration_and_its_seed(folder: Path) -> None:
+    trained = sf.SPARC.load(folder / "run" / "model.safetensors")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    untrained, again, other = (evaluation.untrained(trained, seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(3), expected), "it takes from nobody's random numbers"
+    assert untrained.config() == trained.config()
+    assert untrained.is_calibrated
+    assert torch.equal(untrained.input_mean, trained.input_mean)
+    assert torch.equal(untrained.input_rms, trained.input_rms)
+    assert torch.equal(untrained.W_enc, again.W_enc)
+    assert not torch.equal(untrained.W_enc, other.W_enc)
+    assert not torch.equal(untrained.W_enc, trained.W_enc)
+
+
+def test_files_of_any_format_serve_and_labels_may_be_missing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import h5py
+
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file.create_dataset("rows", data=held_out()["b"].numpy())
+    files = [f"b={tmp_path / 'b.h5'}#rows", f"a={folder / 'held_out' / 'a.npy'}"]
+    assert run(folder / "run" / "model.safetensors", "--data", *files, "--json") == 0
+    without = json.loads(capsys.readouterr().out)["run"]
+    assert run(folder / "run", "--data", *files, "--labels", folder / "held_out" / "labels.npy", "--json") == 0
+    with_labels = json.loads(capsys.readouterr().out)["run"]
+    assert without["scores"]["jaccard_single"] is None
+    assert with_labels["scores"]["jaccard_single"] > 0
+    assert without["nmse"] == with_labels["nmse"]
+
+
+def test_a_model_called_untrained_keeps_its_column(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"untrained={folder / 'run'}", "--data", folder / "held_out", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["untrained", "untrained (2)"]
+    assert found["untrained"]["nmse"]["a -> a"] < found["untrained (2)"]["nmse"]["a -> a"]
+
+
+def test_errors_are_one_line_that_says_what_is_wrong(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished, unseen = folder / "run", folder / "held_out"
+    (tmp_path / "going").mkdir()
+    (tmp_path / "text.safetensors").write_text("not a model")
+    np.save(tmp_path / "a.npy", np.zeros((N, 300), np.float32))
+    np.save(tmp_path / "wide.npy", np.zeros((N, 7), np.float32))
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    sf.SPARC({"a": 300, "c": 2}, 8, 2).save(tmp_path / "other.safetensors")
+    a, b = f"a={unseen / 'a.npy'}", f"b={unseen / 'b.npy'}"
+    for arguments, message in (
+        (
+            [tmp_path / "going", "--data", unseen],
+            "going has no model.safetensors, which a run gets when it is finished",
+        ),
+        ([tmp_path / "no.safetensors", "--data", unseen], "there is no file"),
+        ([tmp_path / "text.safetensors", "--data", unseen], "truncated or foreign"),
+        ([finished, finished, "--data", unseen], "two are called run: give NAME=MODEL"),
+        ([finished, tmp_path / "other.safetensors", "--data", unseen], "models must have the same streams: run has"),
+        ([finished, "--data", tmp_path], f"there is no b.npy in {tmp_path}"),
+        ([finished, "--data", "a.npy"], "a source must be stream=path or stream=path#name, got 'a.npy'"),
+        ([finished, "--data", a], "--data must give the streams a, b, got a"),
+        (
+            [finished, "--data", a, f"b={tmp_path / 'wide.npy'}"],
+            "--data must have the widths {'a': 300, 'b': 200}, got",
+        ),
+        ([finished, "--data", a, b, "--labels", unseen / "a.npy"], "labels must be bool [N=60, C], got float32"),
+        (
+            [finished, "--data", a, b, "--labels", tmp_path / "objects.npy"],
+            "labels must be a .npy file of truth values",
+        ),
+        ([finished, "--data", a, b, "--labels", tmp_path / "none.npy"], "none.npy"),
+    ):
+        assert run(*arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("sparc-fast: ")
+        assert error.count("\n") == 1
+        assert message in error
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    assert run(finished, "--data", unseen) == 1
+    assert "the table needs rich: pip install 'sparc_fast[train]', or ask for --json" in capsys.readouterr().err
