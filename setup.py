@@ -1,10 +1,8 @@
 """Compiles the modules that need no torch to build: pybind11 over raw pointers."""
 
-import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from glob import glob
 from pathlib import Path
 
@@ -25,12 +23,10 @@ cpu = Pybind11Extension(
 cuda = Extension(
     "sparc_fast._cuda",
     sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp")),
-    depends=sorted(glob("csrc/cuda/*.h") + glob("csrc/cuda/*.cuh")),
+    depends=sorted(glob("csrc/cuda/*.h") + glob("csrc/cuda/*.cuh") + ["csrc/cuda/build.py"]),
     optional=True,
 )
 nvcc = shutil.which("nvcc")
-# the last is also compiled to PTX, which later GPUs translate
-archs = os.environ.get("SPARC_FAST_CUDA_ARCHS", "80;90a;100").split(";")
 
 
 class BuildExt(build_ext):
@@ -42,12 +38,7 @@ class BuildExt(build_ext):
             return
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        flags = ["-O3", "-std=c++17", "--Werror", "all-warnings", "--threads", "0", "-Xcompiler"]
-        flags += ["-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-        flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        flags += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-        command = [nvcc, "--shared", *flags, *includes, "-o", target, *ext.sources]
+        command = [sys.executable, "csrc/cuda/build.py", target, "--include", pybind11.get_include()]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sparc_fast import SPARC
 from sparc_fast.losses import nmse_scale, pair_weights, row_energy
 from sparc_fast.reference import invert_indices, stream_slices
+from sparc_fast.roofs import Cost
 
 FLOAT = 4  # bytes of a float32
 
@@ -49,6 +50,8 @@ class Shape:
 SMALL = Shape("small", N=64, L=1024, k=16, d_streams=(64, 48, 48))
 STEP = (Shape("N1024-L8192", 1024, 8192), Shape("N256-L32768", 256, 32768))
 WIDE = Shape("N1024-L131072", 1024, 131072)
+# one training set-up at ever more latents; the first is for tests
+WIDTHS = tuple(Shape(f"N512-L{L}", 512, L, k=32, d_streams=(128, 128)) for L in (2048, 65536, 262144, 1048576))
 # samples far more than latents
 MANY = (Shape("N65536-L8192", 65536, 8192), Shape("N16384-L1024", 16384, 1024, k=16, d_streams=(256, 192, 192)))
 SINGLE = Shape("S1-N384-L8192", 384, 8192, k=32, d_streams=(256,))
@@ -56,14 +59,6 @@ SMALL_SINGLE = Shape("small", N=64, L=1024, k=16, d_streams=(64,))
 # rows of scores: N L = 16 M of them, more than any cache holds
 ROWS = tuple(Shape(f"rows-{name}", 2**24 // L, L) for name, L in
              {"8k": 8192, "32k": 32768, "131k": 131072, "1M": 1048576}.items())  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a phase cannot do without: its multiplications and additions, and every tensor moved once."""
-
-    flops: float
-    bytes: float
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in one command: proves the kernels there, measures them, and says which figures hold.
 
 ``python -m benchmarks.gpu [--quick] [--out FILE]`` takes less than 8 minutes (2 with --quick) and needs nothing but
-torch, triton, numpy, pytest and hypothesis. Each phase is a process of its own with its own share of the time: one that
-hangs, or breaks the GPU's context, costs itself and no other. The table of figures comes last; everything measured
-goes to one JSON file under benchmarks/results. Without a GPU the exit status is 2.
+torch, triton, numpy, pytest and hypothesis; where nvcc is, it compiles the CUDA C++ kernels if nobody has. Each phase
+is a process of its own with its own share of the time: one that hangs, or breaks the GPU's context, costs itself and no
+other. The table of figures comes last; everything measured goes to one JSON file under benchmarks/results. Without a
+GPU the exit status is 2.
 """
 
 from __future__ import annotations

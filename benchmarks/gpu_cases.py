@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -146,10 +146,10 @@ class Trained:
     Narrow weights are copies of float32 rows, as `SparcAdam` keeps them.
     """
 
-    def __init__(self, o: DeviceOperands) -> None:
+    def __init__(self, o: DeviceOperands, moments: torch.dtype | None = None) -> None:
         self.start = o.W_enc, o.W_dec
         self.W_enc, self.W_dec = (reference.wide(W).clone() for W in self.start)
-        self.moments = [torch.full_like(self.W_enc, value) for value in (0.0, 1e-6, 0.0, 1e-6)]
+        self.moments = [torch.full_like(self.W_enc, value, dtype=moments) for value in (0.0, 1e-6, 0.0, 1e-6)]
         self.narrow: dict[str, Any] = {}
         if self.W_enc.dtype != o.dtype:
             self.narrow = {"copies": (o.W_enc.clone(), o.W_dec.clone())}
@@ -158,27 +158,27 @@ class Trained:
         return self.W_enc - self.start[0], self.W_dec - self.start[1]
 
 
-def _update_rows(b: Any, o: DeviceOperands) -> Callable[[], Trained]:
-    own = Trained(o)
+def _update_rows(b: Any, o: DeviceOperands, moments: torch.dtype | None = None) -> Callable[[], Trained]:
+    own = Trained(o, moments)
     args = (o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams)
 
     def run() -> Trained:
-        b.update_rows(own.W_enc, own.W_dec, own.moments, *args, **ADAM, step=1000, **own.narrow)
+        b.update_rows(own.W_enc, own.W_dec, own.moments, *args, **ADAM, step=1000, **own.narrow, seed=0)
         return own
 
     return run
 
 
-def _replay_rows(b: Any, o: DeviceOperands) -> Callable[[], Tensor]:
+def _replay_rows(b: Any, o: DeviceOperands, moments: torch.dtype | None = None) -> Callable[[], Tensor]:
     """Ten skipped steps of every second latent."""
-    own = Trained(o)
+    own = Trained(o, moments)
     latents = torch.arange(0, o.shape.L, 2, device=o.device)
     history = torch.tensor([[1e-4, 0.9, 0.999, 1e-8]] * 10, dtype=torch.float64, device=o.device)
     copy = own.narrow["copies"][1] if own.narrow else None
 
     def run() -> Tensor:
         last_step = torch.zeros(o.shape.L, dtype=torch.int64, device=o.device)
-        b.replay_rows(own.W_dec, own.moments[2:], latents, last_step, history, o.d_streams, copy)
+        b.replay_rows(own.W_dec, own.moments[2:], latents, last_step, history, o.d_streams, copy, seed=0)
         return own.W_dec
 
     return run
@@ -223,6 +223,11 @@ CALLS: dict[str, Callable[[Any, DeviceOperands], Callable[[], Any]]] = {
     "update_rows": _update_rows,
     "replay_rows": _replay_rows,
     "count_silence": _count_silence,
+}
+# the same operators with Adam's moments in bfloat16, which other machine code does
+NARROW_MOMENTS = {
+    "update_rows": partial(_update_rows, moments=torch.bfloat16),
+    "replay_rows": partial(_replay_rows, moments=torch.bfloat16),
 }
 
 

@@ -26,7 +26,8 @@ def test_files(quick: bool) -> list[str]:
     chosen = []
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         of_backends = re.search(r"\bbackend: str\b", path.read_text()) is not None
-        if (of_backends or path.name.startswith("test_kernel_")) and not path.name.startswith("test_benchmarks"):
+        of_kernels = path.name.startswith("test_kernel_") or path.name == "test_cuda_device.py"
+        if (of_backends or of_kernels) and not path.name.startswith("test_benchmarks"):
             chosen.append(f"tests/{path.name}")
     return chosen
 
@@ -70,12 +71,19 @@ def report_tests(record: Record, expected: int, outcomes: dict[str, str]) -> Non
         record.add(TESTS, contender=name, error="failed")
 
 
-def run_until(seconds: float, command: Sequence[str], environment: dict[str, str] | None = None) -> str:
-    """What a command prints, stopped with all its children after so many seconds."""
-    process = subprocess.Popen(
+def start(command: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
+
+
+def run_until(seconds: float, command: Sequence[str], environment: dict[str, str] | None = None) -> str:
+    """What a command prints, stopped with all its children after so many seconds."""
+    return printed_until(seconds, start(command, environment))
+
+
+def printed_until(seconds: float, process: subprocess.Popen[str]) -> str:
     try:
         return process.communicate(timeout=max(seconds, 0.1))[0]
     except subprocess.TimeoutExpired:

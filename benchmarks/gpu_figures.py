@@ -10,6 +10,8 @@ from .gpu_steps import MEMORY
 from .gpu_timing import Roofs, Work
 
 Read = Callable[[Sequence[Row]], float | None]
+CUDA = "cuda"
+"""The contender with the CUDA C++ kernels, beside Triton's, which are "ours"."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,15 @@ def _figures() -> list[Figure]:
                 value(rows, "global_topk", shape), value(rows, "global_topk", shape, "x @ W_enc.T")
             ),
             least=False,
+        )
+        for shape in ("A", "B")
+    ]  # fmt: skip
+    figures += [
+        Figure(
+            f"encoder + TopK in CUDA C++ ÷ bare cuBLAS product, {shape}", None, None,
+            lambda rows, shape=shape: over(
+                value(rows, "global_topk", shape, CUDA), value(rows, "global_topk", shape, "x @ W_enc.T")
+            ),
         )
         for shape in ("A", "B")
     ]  # fmt: skip
@@ -175,6 +186,17 @@ def figures_table(found: Sequence[Reached]) -> str:
     )
 
 
+def faster_in_cuda(rows: Sequence[Row]) -> str:
+    """Which operators the CUDA kernels do faster than Triton's, and where: a line each, for `FASTER_IN_CUDA`."""
+    lines = []
+    for row in rows:
+        triton = value(rows, row.what, row.shape, "ours", row.dtype)
+        if row.contender == CUDA and row.value is not None and triton is not None and row.value < triton:
+            times = f"{row.value * 1e3:.3f} ms, Triton {triton * 1e3:.3f} ms"
+            lines.append(f"faster in CUDA C++: {row.what}, {row.shape}, {row.dtype}: {times}")
+    return "\n".join(lines) or "faster in CUDA C++ than in Triton: nothing that was measured"
+
+
 def rows_table(rows: Iterable[Row], roofs: Roofs | None) -> str:
     """A line a row: times with the ratio to ours and the share of the floor; other values; what went wrong."""
     rows = list(rows)
@@ -193,7 +215,9 @@ def _line(row: Row, ours: float | None, roofs: Roofs | None) -> str:
         return f"{start} {shown.get(row.unit, f'{row.value:.4g} {row.unit}')} {row.note} {row.error}".rstrip()
     times = f"{row.value * 1e3:10.3f} ms " + (f"{row.value / ours:7.2f}×" if ours else " " * 8)
     floor = floor_of(row, roofs)
-    share = f" floor {floor * 1e3:9.3f} ms {floor / row.value:5.0%}" if floor and row.contender == "ours" else ""
+    share = (
+        f" floor {floor * 1e3:9.3f} ms {floor / row.value:5.0%}" if floor and row.contender in ("ours", "cuda") else ""
+    )
     return f"{start} {times}{share} {row.note}".rstrip()
 
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from . import gpu, gpu_checks, gpu_operators, gpu_steps
+from . import gpu, gpu_build, gpu_checks, gpu_operators, gpu_steps
 from .gpu_cases import A, B, C, Place, U
 from .gpu_checks import ROOT
-from .gpu_figures import figures_table, floor_of, reached, rows_table
+from .gpu_figures import faster_in_cuda, figures_table, floor_of, reached, rows_table
 from .gpu_record import Record, Row, read_rows, write_atomically
 from .gpu_timing import Clock, Roofs, measure_roofs
 
@@ -141,10 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = [sys.executable, "-m", f"{__package__}.gpu", *(["--quick"] if arguments.quick else [])]
     chosen = arguments.only or [name for name, phase in PHASES.items() if not arguments.quick or phase.quick]
-    found = run_phases(chosen, arguments.quick, command)
+    building = gpu_build.Build(torch.cuda.get_device_capability(place.device))
+    found = run_phases(chosen, arguments.quick, command, building)
     report = whole_report(environment(place), found)
     print("\n" + rows_table(found, roofs_of(found)))
     print("\n" + heading(report["environment"]) + "\n\n" + figures_table(reached(found)))
+    print("\n" + faster_in_cuda(found))
     path = arguments.out or ROOT / "benchmarks" / "results" / result_name(report["environment"])
     write_atomically(path, json.dumps(report, indent=1) + "\n")
     print(f"\neverything measured: {path}")
@@ -157,11 +159,16 @@ def run_phase(phase: Phase, record: Record) -> None:
         phase.run(record)
 
 
-def run_phases(names: Sequence[str], quick: bool, command: Sequence[str]) -> list[Row]:
-    """Each phase in a process of its own, one after another, within the budget."""
+def run_phases(
+    names: Sequence[str], quick: bool, command: Sequence[str], building: gpu_build.Build | None = None
+) -> list[Row]:
+    """Each phase in a process of its own, one after another, within the budget; all but the roofs await the build."""
     found: list[Row] = []
     end = monotonic() + BUDGET[quick]
     for name in names:
+        if building is not None and name != "roofs":
+            found.append(building.row())
+            building = None
         phase = PHASES[name]
         seconds = min(phase.quick if quick else phase.seconds, end - monotonic())
         began = monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from sparc_fast import backends, reference
 
 from . import gpu_rivals as rivals
 from .cases import Shape
-from .gpu_cases import CALLS, DeviceOperands, Trained
+from .gpu_cases import CALLS, DeviceOperands, Place, Trained, namespace
+from .gpu_cub import batched_topk
 from .gpu_record import Record
 from .gpu_timing import Clock, Run, Work
 
 Prepare = Callable[[DeviceOperands], Run]
+CUB = "cub::DeviceBatchedTopK"
 
 
 class Ours:
@@ -35,6 +38,14 @@ class Ours:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
+
+
+def kernels_beside(place: Place) -> dict[str, dict[str, Any]]:
+    """Backends of ours that take part besides the one that is measured, and what each has kernels of its own for."""
+    if place.backend == "cuda" or "cuda" not in backends.available(place.device):
+        return {}
+    native_cuda = import_module("sparc_fast.native_cuda")
+    return {"cuda": {name: getattr(native_cuda, name) for name in native_cuda.__all__}}
 
 
 @dataclass(frozen=True)
@@ -141,13 +152,23 @@ def measure(record: Record, clock: Clock, shape: Shape, dtype: torch.dtype, name
         with record.guard(name, shape.name, "ours", type_):
             operator = OPERATORS[name]
             prepared: dict[str, Prepare] = {"ours": lambda o, name=name: CALLS[name](ours, o)}
-            prepared |= operator.baselines
+            for backend, kernels in kernels_beside(record.place).items():
+                if name in kernels:
+                    beside = namespace(**kernels)
+                    prepared[backend] = lambda o, name=name, beside=beside: CALLS[name](beside, o)
+            prepared |= operator.baselines | _compiled_rivals(record, name, shape.name, type_)
             runs = dict(_checked(record, name, operator, prepared, o))
             for label, prepare in (operator.yardsticks or {}).items():
                 runs[label] = prepare(o)
             fitting = _fitting(record, name, o, runs)
             for label, taken in clock.in_turns(fitting, seconds, cold=True).items():
                 record.times(name, shape.name, label, type_, taken, operator.work(o))
+
+
+def _compiled_rivals(record: Record, name: str, shape: str, dtype: str) -> dict[str, Prepare]:
+    """Those that are compiled first: only where there is a GPU, and where that costs the others no time."""
+    wanted = name == "topk_rows" and record.place.is_gpu and not record.quick
+    return {CUB: batched_topk} if wanted and record.has_time(25, name, shape, CUB, dtype) else {}
 
 
 def _checked(
@@ -160,7 +181,8 @@ def _checked(
     for label, prepare in prepared.items():
         with record.guard(*where, label, _name(o.dtype)):
             # plain PyTorch rounds codes, logits and gradients to the operands' type on the way
-            tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}.get(o.dtype, 2e-2 if label == "ours" else 6e-2)
+            narrow = 6e-2 if label in operator.baselines else 2e-2
+            tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}.get(o.dtype, narrow)
             complaint = disagreement(operator.comparable(few, prepare(few)()), want, tolerance)
             if complaint:
                 record.add(*where, label, _name(o.dtype), error=f"wrong, not timed: {complaint}")

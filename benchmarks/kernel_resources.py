@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import gpu_cases
 from .cases import Shape
-from .gpu_cases import CALLS, DeviceOperands, namespace
+from .gpu_cases import CALLS, NARROW_MOMENTS, DeviceOperands, namespace
 from .gpu_link import joined
 
 TARGETS = {80: 163, 90: 227, 100: 227}
@@ -201,7 +201,9 @@ def launches(shape: Shape, dtype: torch.dtype, only: Sequence[str] = ()) -> dict
         o = DeviceOperands(shape, dtype, torch.device("cpu"))
         for name in only or backend:
             seen.clear()
-            CALLS[name](namespace(**backend), o)()
+            for calls in (CALLS, NARROW_MOMENTS):
+                if name in calls:
+                    calls[name](namespace(**backend), o)()
             for launch in seen:
                 found.setdefault(launch, name)
     return found

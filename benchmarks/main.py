@@ -18,16 +18,19 @@ import torch
 
 import sparc_fast
 from sparc_fast import available_backends
+from sparc_fast.process_memory import available_bytes
+from sparc_fast.roofs import Roofs, measure_roofs, processor
 
 from . import memory
 from .cases import SMALL, WIDE, Case, Shape
 from .figures import Line, reached
+from .moments import MOMENTS
 from .operators import OPERATORS, Operator
 from .replay import REPLAY
 from .steps import RIVALS, WHOLE, Whole
-from .timing import Roofs, interleave, measure_roofs, ratio, spread
+from .timing import interleave, ratio, spread
 
-CASES: dict[str, Whole | Operator] = {**WHOLE, **OPERATORS, **REPLAY}
+CASES: dict[str, Whole | Operator] = {**WHOLE, **OPERATORS, **REPLAY, **MOMENTS}
 MEMORY_SHAPES = (WIDE, SMALL)
 
 
@@ -43,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    environment = _environment()
-    print(_heading(environment))
+    environment = environment_of_run()
+    print(heading(environment))
     roofs = measure_roofs(small=arguments.quick)
     print(
         f"roofs: copy {roofs.copy / 1e9:.1f} GB/s, GEMM float32 {roofs.float32 / 1e9:.0f} GFLOP/s, "
@@ -146,7 +149,7 @@ def _lines(case: Case, roofs: Roofs, seconds: float, rounds: int) -> Iterator[Li
 def _memory_lines(shape: Shape, backends: Sequence[str]) -> Iterator[Line]:
     lazy = f"{backends[0]}, replay"
     for name in (*backends, lazy, *RIVALS):
-        needed, free = memory.expected_bytes(name, shape), memory.available_bytes()
+        needed, free = memory.expected_bytes(name, shape), available_bytes()
         if free is not None and needed > 0.75 * free:
             print(_start("memory", shape.name, name) + f"not run: needs {needed / 1e9:.0f} GB of {free / 1e9:.0f} free")
             continue
@@ -179,7 +182,8 @@ def _print_figures(lines: Sequence[Line]) -> None:
         print(f"{figure.what:64} {figure.must:>8} {figure.aim:>8} {value:>9.2f}{figure.unit:3} {whose}")
 
 
-def _environment() -> dict[str, Any]:
+def environment_of_run() -> dict[str, Any]:
+    """What the figures of a run hang on."""
     try:
         from sparc_fast import _cpu
     except ImportError:
@@ -192,13 +196,14 @@ def _environment() -> dict[str, Any]:
         "compiled": compiled,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "dtype": "float32",
     }
 
 
-def _heading(environment: dict[str, Any]) -> str:
+def heading(environment: dict[str, Any]) -> str:
+    """The environment in two lines."""
     compiled = environment["compiled"]
     return (
         f"sparc_fast {environment['sparc_fast']} ({environment['commit']}) at {Path(sparc_fast.__file__).parent}, "
@@ -216,13 +221,6 @@ def _commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None if (here.parent / ".git").exists() else None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
 
 
 if __name__ == "__main__":

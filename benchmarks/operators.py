@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from sparc_fast import backends, reference
 from sparc_fast.backends import Backend
+from sparc_fast.roofs import Cost
 
 from . import tuned
-from .cases import FLOAT, ROWS, SMALL, STEP, Case, Cost, Operands, Shape
+from .cases import FLOAT, ROWS, SMALL, STEP, Case, Operands, Shape
 
 Run = Callable[[], Any]
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}  # moves far beyond a weight's own rounding

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from sparc_fast import SparcAdam
+from sparc_fast.process_memory import available_bytes
+from sparc_fast.roofs import Cost
 
 from . import memory
-from .cases import FLOAT, SMALL, WIDE, Case, Cost, Shape
+from .cases import FLOAT, SMALL, WIDE, Case, Shape
 from .steps import Whole
 
 BATCHES = 12
@@ -47,7 +49,7 @@ def same_training(backend: str, skewed: bool) -> str | None:
 
 
 def case(shape: Shape, names: Sequence[str], skewed: bool) -> Case:
-    needed, free = 2 * memory.held_bytes(shape), memory.available_bytes()
+    needed, free = 2 * memory.held_bytes(shape), available_bytes()
     if free is not None and needed > 0.9 * free:
         raise MemoryError(f"two models need {needed / 1e9:.0f} GB of {free / 1e9:.0f} free")
     wrong, contenders = {}, {}

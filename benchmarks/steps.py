@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sparc_fast import SPARC, SparcAdam
+from sparc_fast.roofs import Cost
 
-from .cases import FLOAT, SINGLE, SMALL, SMALL_SINGLE, STEP, Case, Cost, Shape
+from .cases import FLOAT, SINGLE, SMALL, SMALL_SINGLE, STEP, Case, Shape
 from .dense import Dense
 from .eager_sae import EagerSAE
 from .lean import Lean
@@ -31,8 +32,14 @@ class Trainer(Protocol):
 
 
 class Ours:
-    def __init__(self, model: SPARC, lazy: Literal["replay"] | None = None, parts: int = 1) -> None:
-        self.model, self.optimizer, self.parts = model, SparcAdam(model, lazy=lazy), parts
+    def __init__(
+        self,
+        model: SPARC,
+        lazy: Literal["replay"] | None = None,
+        moments: Literal["float32", "bfloat16"] = "float32",
+        parts: int = 1,
+    ) -> None:
+        self.model, self.optimizer, self.parts = model, SparcAdam(model, lazy=lazy, moments=moments), parts
 
     def step(self, x: Tensor) -> Tensor:
         return self.optimizer.step(x.tensor_split(self.parts)).total

@@ -29,8 +29,9 @@ A score is summed in an order that depends on D alone: no result depends on the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -428,6 +429,54 @@ def _multiply(X: Tensor, W: Tensor, out: Tensor) -> None:
         torch.mm(X, W.T, out_dtype=torch.float32, out=out)
 
 
+class Candidates(NamedTuple):
+    """What may be among the k largest of some samples; a sample's arrays hold `capacity` each."""
+
+    counts: Tensor
+    thresholds: Tensor
+    lows: Tensor
+    highs: Tensor
+    latents: Tensor
+    places: Tensor
+    capacity: int
+
+
+class Selection(NamedTuple):
+    """How the kernels that select are launched: Triton's here, or another backend's on the same tensors."""
+
+    take_in: Callable[..., None]
+    settle: Callable[..., None]
+
+
+def _take_in(
+    product: Tensor, first: int, chunk: int, bias: Tensor, of_w: Tensor, of_x: Tensor, candidates: Candidates, k: int,
+    bounds: tuple[float, float, float],
+) -> None:  # fmt: skip
+    """The scores of latents from `first` on; no product is longer than `chunk`. of_w has one row where W is no copy."""
+    counts, thresholds, lows, highs, latents, _, capacity = candidates
+    launch(
+        _filter, (len(product),), product, first, product.shape[1], bias, *of_w.expand(3, -1), *of_x, counts,
+        thresholds, lows, highs, latents, k, capacity, *bounds, COPIED=len(of_w) == 3, TOP=TOP[torch.float32],
+        **filter_choice(chunk),
+    )  # fmt: skip
+
+
+def _settle_rows(
+    x: Tensor, pre_bias: Tensor, W: Tensor, bias: Tensor, first_row: int, N: int, x_norm: Tensor, w_norm: Tensor,
+    candidates: Candidates, k: int, rounding: float, slack: float, indices: Tensor, given_up: Tensor, total: Tensor,
+) -> None:  # fmt: skip
+    """The supports of N samples from first_row on."""
+    D, (counts, _, lows, highs, latents, places, capacity) = x.shape[1], candidates
+    launch(
+        _settle, (N,), x, x.stride(0), pre_bias, W, W.stride(0), bias, first_row, D, x_norm, w_norm, counts, lows,
+        highs, latents, places, k, capacity, rounding, slack, indices, given_up, total, TOP=TOP[torch.float32],
+        **settle_choice(D, capacity, W.element_size()),
+    )  # fmt: skip
+
+
+TRITON = Selection(_take_in, _settle_rows)
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """The numbers of a row side by side."""
     return tensor if tensor.stride(-1) == 1 and tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
@@ -436,7 +485,14 @@ def _rows(tensor: Tensor) -> Tensor:
 def global_topk(
     x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
 ) -> Tensor:
-    """int32 [N, k], the support of each sample.
+    """int32 [N, k], the support of each sample."""
+    return select(x, W_enc, pre_bias, latent_bias, k, screening, TRITON)
+
+
+def select(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str, selection: Selection
+) -> Tensor:
+    """global_topk by these kernels.
 
     Scratch at N = 4096, k = 64: 32 MB of scores, 50 MB of candidates (16 bytes for each of 8 k + 256), the copy of x,
     and the copy of a chunk of W unless W is stored in what the GEMM multiplies.
@@ -455,14 +511,14 @@ def global_topk(
         rows = torch.empty(N, dtype=torch.int32, device=x.device)
         total = torch.zeros(1, dtype=torch.int32, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
-            _screen(x, W, pre_bias, bias, k, operand_dtype(W, screening), indices, rows, total)
+            _screen(x, W, pre_bias, bias, k, operand_dtype(W, screening), indices, rows, total, selection)
     _in_full(x, W, pre_bias, bias, k, sums, indices, rows, total)
     return indices
 
 
 def _screen(
     x: Tensor, W: Tensor, pre_bias: Tensor, bias: Tensor, k: int, dtype: torch.dtype, indices: Tensor, given_up: Tensor,
-    total: Tensor,
+    total: Tensor, selection: Selection,
 ) -> None:  # fmt: skip
     """Writes the supports that the GEMM proves, and the numbers of the other samples into given_up[:total]."""
     (N, D), L, device = x.shape, len(W), x.device
@@ -473,8 +529,7 @@ def _screen(
     growth, flushed = 1 + math.ldexp(D + 48, -24), math.ldexp(math.sqrt(D), -63)
     Du = math.ldexp(D, -22)
     bounds = Du / (1 - Du) if Du < 1 else math.inf, flushed, math.ldexp(4 * (D + 8), -126)
-    settled = settle_choice(D, capacity, W.element_size())
-    rounding = math.ldexp(triton.cdiv(D, settled["BLOCK_D"]) + 64, -23)
+    rounding = math.ldexp(triton.cdiv(D, settle_choice(D, capacity, W.element_size())["BLOCK_D"]) + 64, -23)
     copied, scaled = W.dtype != dtype, dtype == torch.float16
 
     def measure(v: Tensor, copy: Tensor, numbers: Tensor, centred: bool, copied: bool) -> None:
@@ -494,6 +549,7 @@ def _screen(
     copy = torch.empty(chunk, D, dtype=dtype, device=device) if copied else W
     counts, thresholds = torch.empty(2, rows, dtype=torch.int32, device=device)
     lows, highs, latents, places = torch.empty(4, rows * capacity, dtype=torch.int32, device=device)
+    candidates = Candidates(counts, thresholds, lows, highs, latents, places, capacity)
     if not copied:
         measure(W, W, of_w.expand(3, L), centred=False, copied=False)
     for n in range(0, N, rows):
@@ -508,15 +564,10 @@ def _screen(
                 weights = copy[:m]
             product = scores[: N_here * m].view(N_here, m)
             _multiply(X[:N_here], weights, product)
-            launch(
-                _filter, (N_here,), product, first, m, narrow_bias, *of_w.expand(3, L), *of_x, counts, thresholds,
-                lows, highs, latents, k, capacity, *bounds, COPIED=copied, TOP=TOP[torch.float32],
-                **filter_choice(chunk),
-            )  # fmt: skip
-        launch(
-            _settle, (N_here,), x, x.stride(0), pre_bias, W, W.stride(0), bias, n, D, of_x[0], of_w[0], counts, lows,
-            highs, latents, places, k, capacity, rounding, bounds[2], indices, given_up, total,
-            TOP=TOP[torch.float32], **settled,
+            selection.take_in(product, first, chunk, narrow_bias, of_w, of_x, candidates, k, bounds)
+        selection.settle(
+            x, pre_bias, W, bias, n, N_here, of_x[0], of_w[0], candidates, k, rounding, bounds[2], indices, given_up,
+            total,
         )  # fmt: skip
 
 

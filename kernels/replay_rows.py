@@ -22,12 +22,14 @@ from sparc_fast.kernels.update_rows import (
     adam_constants,
     decoder_choice,
     grain,
+    rounded_moments,
     scale_wide_rows,
     squares_of,
     store_copy,
     unit_norm,
     wide_norm,
 )
+from sparc_fast.reference import rounding_seed
 
 
 def choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
@@ -43,10 +45,12 @@ def replay_rows(
     history: Tensor,
     d_streams: Sequence[int],
     copy: Tensor | None = None,
+    seed: int | None = None,
 ) -> None:
     width, R, L, T = max(d_streams), len(latents), len(W_dec), len(history)
     first_step = torch.ones((), dtype=torch.float64, device=W_dec.device)
-    constants = adam_constants(history[:, 0], history[:, 1:], first_step, T, W_dec.dtype)
+    rounding = rounding_seed(W_dec, moments, seed)
+    constants, noise = adam_constants(history[:, 0], history[:, 1:], first_step, T, W_dec.dtype, rounding)
     chosen = choice(d_streams, W_dec.dtype)
     streams = Columns.of(d_streams, width, W_dec.device)
     grid = (triton.cdiv(R, chosen["LATENTS"]), len(d_streams))
@@ -54,7 +58,7 @@ def replay_rows(
     latents = latents.contiguous()
     with InPlace(W_dec, *moments, copy) as rows:
         launch(
-            kernel, grid, *rows, constants, latents, last_step, streams.table, R, L, T,
+            kernel, grid, *rows, constants, noise, latents, last_step, streams.table, R, L, T,
             GRAIN=grain(width), ALIGN=streams.ALIGN, **chosen,
         )  # fmt: skip
     # not by the kernel above: its programs for other streams may yet read it
@@ -74,8 +78,8 @@ def missed_steps(latents, last_step, R, L, T, LATENTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["R", "T"])
 def _replay_rows_kernel(
-    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, latents, last_step, table, R, L, T,
-    GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, latents, last_step, table,
+    R, L, T, GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, _ = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
@@ -83,11 +87,12 @@ def _replay_rows_kernel(
     mask = (made < T)[:, None] & (columns < last)[None, :]
     at = l.to(tl.int64)[:, None]
     w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0)
-    m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0)
-    v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0)
+    m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0).to(w.dtype)
+    v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0).to(w.dtype)
     for t in range(tl.min(made, 0), T):
         missed = mask & (made <= t)[:, None]
         moved, m_moved, v_moved = adam(w, tl.zeros_like(w), m, v, constants + t * 7)
+        m_moved, v_moved = rounded_moments(m_moved, v_moved, noise, t, 1, l, columns)
         moved = unit_norm(tl.where(missed, moved, 0.0), GRAIN)
         w, m, v = tl.where(missed, moved, w), tl.where(missed, m_moved, m), tl.where(missed, v_moved, v)
     tl.store(W + at * stride_W + columns[None, :], w, mask=mask)
@@ -98,8 +103,8 @@ def _replay_rows_kernel(
 
 @triton.jit(do_not_specialize=["R", "T"])
 def _replay_wide_rows_kernel(
-    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, latents, last_step, table, R, L, T,
-    GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, latents, last_step, table,
+    R, L, T, GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, _ = column_block(table, tl.program_id(1), ALIGN)
     l, made = missed_steps(latents, last_step, R, L, T, LATENTS)
@@ -114,6 +119,7 @@ def _replay_wide_rows_kernel(
             m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0)
             v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0)
             w, m, v = adam(w, tl.zeros_like(w), m, v, constants + t * 7)
+            m, v = rounded_moments(m, v, noise, t, 1, l, columns)
             largest = tl.maximum(largest, tl.max(squares_of(tl.where(mask, w, 0.0)), 1))
             tl.store(W + at * stride_W + columns[None, :], w, mask=mask)
             tl.store(M + at * stride_M + columns[None, :], m, mask=mask)

@@ -40,7 +40,7 @@ from sparc_fast.kernels.segment_sums import (
     tile,
     writers,
 )
-from sparc_fast.reference import wide
+from sparc_fast.reference import rounding_seed, wide
 
 WHOLE_ROW = 4096  # columns of a stream up to which the decoder's row stays in registers
 MOST_BLOCKS = 4096  # of latents
@@ -80,18 +80,20 @@ def update_rows(
     step: int | Tensor,
     copies: Sequence[Tensor] | None = None,
     last_step: Tensor | None = None,
+    seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch = Entries.of(values, grad_values, offsets, entries)
     step = _scalar(step, torch.float64, x.device)
-    constants = adam_constants(
-        _scalar(lr, torch.float64, x.device), _settings(*betas, eps, x.device), step, 1, W_enc.dtype
-    )
+    constants, noise = adam_constants(
+        _scalar(lr, torch.float64, x.device), _settings(*betas, eps, x.device), step, 1, W_enc.dtype,
+        rounding_seed(W_enc, moments, seed),
+    )  # fmt: skip
     W_enc_copy, W_dec_copy = copies if copies is not None else (None, None)
     with InPlace(W_enc, *moments[:2], W_enc_copy) as rows:
-        grads = _update_encoder(rows, constants, dense_rows(x), pre_bias.detach().contiguous(), batch, d_streams)
+        grads = _update_encoder(rows, constants, noise, dense_rows(x), pre_bias.detach().contiguous(), batch, d_streams)
     with InPlace(W_dec, *moments[2:], W_dec_copy) as rows:
         recons = dense_rows(grad_recons.detach().flatten(0, 1))
-        _update_decoder(rows, constants, recons, batch, d_streams, step, last_step)
+        _update_decoder(rows, constants, noise, recons, batch, d_streams, step, last_step)
     return grads
 
 
@@ -117,7 +119,13 @@ class InPlace:
 
 
 def _update_encoder(
-    rows: list[Any], constants: Tensor, x: Tensor, pre_bias: Tensor, batch: Entries, d_streams: Sequence[int]
+    rows: list[Any],
+    constants: Tensor,
+    noise: Tensor | None,
+    x: Tensor,
+    pre_bias: Tensor,
+    batch: Entries,
+    d_streams: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     D, L, S = x.shape[1], batch.n_latents, len(d_streams)
     chosen = encoder_choice(d_streams, x.dtype)
@@ -129,7 +137,7 @@ def _update_encoder(
     like = wide(x.new_empty(0))
     grad_latent_bias, pre_bias_parts = like.new_empty(S, L), like.new_empty(blocks, D)
     launch(
-        _update_encoder_kernel, (blocks, len(columns.table)), *rows, constants, grad_latent_bias, pre_bias_parts,
+        _update_encoder_kernel, (blocks, len(columns.table)), *rows, constants, noise, grad_latent_bias, pre_bias_parts,
         tiles_per_block, x, x.stride(0), pre_bias, *batch, *pieces, columns.table, L, D, batch.values.shape[2],
         ALIGN=columns.ALIGN, **{**batch.constants, "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32},
         **chosen,
@@ -140,6 +148,7 @@ def _update_encoder(
 def _update_decoder(
     rows: list[Any],
     constants: Tensor,
+    noise: Tensor | None,
     grad_recons: Tensor,
     batch: Entries,
     d_streams: Sequence[int],
@@ -156,7 +165,7 @@ def _update_decoder(
     whole = chosen["BLOCK_D"] >= width
     launch(
         _update_decoder_kernel if whole else _update_wide_decoder_kernel,
-        (triton.cdiv(L, chosen["LATENTS"]), len(d_streams)), *rows, constants, step, last_step, grad_recons,
+        (triton.cdiv(L, chosen["LATENTS"]), len(d_streams)), *rows, constants, noise, step, last_step, grad_recons,
         grad_recons.stride(0), batch.values, batch.offsets, batch.entries, pieces.rows, streams.table, L,
         grad_recons.shape[1], batch.values.shape[2], GRAIN=grain(width), ALIGN=streams.ALIGN, **batch.constants,
         **chosen,
@@ -165,17 +174,30 @@ def _update_decoder(
         torch.autograd.graph.increment_version([last_step])
 
 
-def adam_constants(lr: Tensor, settings: Tensor, first_step: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """[steps, 7]: beta_1, beta_2, 1 - beta_1, 1 - beta_2, eps, lr / (1 - beta_1^t), 1 / sqrt(1 - beta_2^t).
+def adam_constants(
+    lr: Tensor, settings: Tensor, first_step: Tensor, steps: int, dtype: torch.dtype, seed: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """[steps, 7]: beta_1, beta_2, 1 - beta_1, 1 - beta_2, eps, lr / (1 - beta_1^t), 1 / sqrt(1 - beta_2^t); with a
+    seed, int32 [steps, 2] besides: the two words that the noise of a step's roundings comes from.
 
     `lr` [steps] and `settings` [steps, 3] = (beta_1, beta_2, eps) of each step are float64, or one row for all;
     so is `first_step`, the t of the first row. Worked out in float64 and rounded once.
     """
     constants = torch.empty(steps, 7, dtype=dtype, device=lr.device)
+    noise = None if seed is None else torch.empty(steps, 2, dtype=torch.int32, device=lr.device)
     strides = (lr.stride(0) if lr.ndim else 0, settings.stride(0) if settings.ndim > 1 else 0)
     grid = (triton.cdiv(steps, 128),)
-    launch(_constants_kernel, grid, constants, lr, settings, *strides, first_step, steps, BLOCK=128, num_warps=4)
-    return constants
+    launch(
+        _constants_kernel, grid, constants, noise, lr, settings, *strides, first_step, steps, *_words(seed or 0),
+        BLOCK=128, num_warps=4,
+    )  # fmt: skip
+    return constants, noise
+
+
+def _words(seed: int) -> tuple[int, int]:
+    """The lower and the upper 32 of 64 bits, as int32."""
+    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
 def grain(width: int) -> float:
@@ -196,8 +218,11 @@ def _settings(beta_1: float, beta_2: float, eps: float, device: torch.device) ->
     return torch.tensor([beta_1, beta_2, eps], dtype=torch.float64, device=device)
 
 
-@triton.jit(do_not_specialize=["steps"])
-def _constants_kernel(constants, lr, settings, stride_lr, stride_settings, first_step, steps, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["steps", "seed_low", "seed_high"])
+def _constants_kernel(
+    constants, noise, lr, settings, stride_lr, stride_settings, first_step, steps, seed_low, seed_high,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = i < steps
     step = tl.load(first_step) + i
@@ -214,6 +239,13 @@ def _constants_kernel(constants, lr, settings, stride_lr, stride_settings, first
     tl.store(at + 4, eps, mask=live)
     tl.store(at + 5, rate, mask=live)
     tl.store(at + 6, scale, mask=live)
+    if noise is not None:
+        nothing = tl.zeros([BLOCK], tl.uint32)
+        a, b = absorb(nothing, nothing, nothing + seed_low.to(tl.uint32, bitcast=True))
+        a, b = absorb(a, b, nothing + seed_high.to(tl.uint32, bitcast=True))
+        a, b = absorb(a, b, step.to(tl.int64).to(tl.uint32))
+        tl.store(noise + 2 * i, a.to(tl.int32, bitcast=True), mask=live)
+        tl.store(noise + 2 * i + 1, b.to(tl.int32, bitcast=True), mask=live)
 
 
 @triton.jit
@@ -229,12 +261,12 @@ def root(a):
 
 @triton.jit
 def adam(w, gradient, m, v, constants):
-    """The row and its moments after a step, with the row of `adam_constants` at `constants`."""
+    """The row and its moments, in its type, after a step, with the row of `adam_constants` at `constants`."""
     beta_1, beta_2 = tl.load(constants), tl.load(constants + 1)
     rest_1, rest_2 = tl.load(constants + 2), tl.load(constants + 3)
     eps, rate, scale = tl.load(constants + 4), tl.load(constants + 5), tl.load(constants + 6)
-    m = tl.fma(m, beta_1, rest_1 * gradient)
-    v = tl.fma(v, beta_2, rest_2 * gradient * gradient)
+    m = tl.fma(m.to(w.dtype), beta_1, rest_1 * gradient)
+    v = tl.fma(v.to(w.dtype), beta_2, rest_2 * gradient * gradient)
     return w - quotient(rate * m, tl.fma(root(v), scale, eps)), m, v
 
 
@@ -294,10 +326,43 @@ def store_copy(copy, at, w, mask):
 
 
 @triton.jit
+def mix(x, key):
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13) ^ key) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def absorb(a, b, word):
+    a = mix(a + word, 0)
+    return a, mix(b ^ a, 0)
+
+
+@triton.jit
+def rounded(x, random):
+    """float32 x as one of the two bfloat16 beside it, for `random` in 0 ... 65535 (`reference.round_to_bfloat16`)."""
+    bits = (x.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def rounded_moments(m, v, noise, t, MATRIX: tl.constexpr, l, columns):
+    """The moments as they are kept: where there is noise, step t of it, rounded as `reference.rounding_noise` says."""
+    if noise is not None:
+        nothing = tl.zeros_like(l).to(tl.uint32)
+        a = nothing + tl.load(noise + 2 * t).to(tl.uint32, bitcast=True)
+        b = nothing + tl.load(noise + 2 * t + 1).to(tl.uint32, bitcast=True)
+        a, b = absorb(a, b, (2 * l + MATRIX).to(tl.uint32))
+        bits = mix(a[:, None] + columns.to(tl.uint32)[None, :], b[:, None])
+        m, v = rounded(m, bits & 0xFFFF), rounded(v, bits >> 16)
+    return m, v
+
+
+@triton.jit
 def _update_encoder_kernel(
-    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, grad_latent_bias, pre_bias_parts,
-    tiles_per_block, x, stride_x, pre_bias, values, grad_values, offsets, entries, piece_rows, piece_bias,
-    table, L, D, k,
+    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, grad_latent_bias,
+    pre_bias_parts, tiles_per_block, x, stride_x, pre_bias, values, grad_values, offsets, entries, piece_rows,
+    piece_bias, table, L, D, k,
     S: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
     ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -326,6 +391,7 @@ def _update_encoder_kernel(
         tl.store(grad_latent_bias + stream.to(tl.int64) * L + l, bias, mask=l < writes)
         part += bias[:, None] * w.to(SUM)
         w, m, v = adam(w, gradient.to(w.dtype), m, v, constants)
+        m, v = rounded_moments(m, v, noise, 0, 0, l, columns)
         tl.store(W + at * stride_W + columns[None, :], w, mask=mask, eviction_policy="evict_first")
         tl.store(M + at * stride_M + columns[None, :], m, mask=mask, eviction_policy="evict_first")
         tl.store(V + at * stride_V + columns[None, :], v, mask=mask, eviction_policy="evict_first")
@@ -347,8 +413,8 @@ def latents_to_update(l, begin, end, L, first, step, last_step):
 
 @triton.jit
 def _update_decoder_kernel(
-    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, step, last_step, grad_recons, stride_recons,
-    values, offsets, entries, piece_rows, table, L, D, k,
+    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, step, last_step, grad_recons,
+    stride_recons, values, offsets, entries, piece_rows, table, L, D, k,
     S: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
     GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -370,6 +436,7 @@ def _update_decoder_kernel(
     along = tl.sum(gradient * w, 1) / tl.maximum(tl.sum(w * w, 1), smallest(w.dtype))
     gradient -= along[:, None] * w
     w, m, v = adam(w, gradient, m, v, constants)
+    m, v = rounded_moments(m, v, noise, 0, 1, l, columns)
     w = unit_norm(tl.where(mask, w, 0.0), GRAIN)
     tl.store(W + at * stride_W + columns[None, :], w, mask=mask, eviction_policy="evict_first")
     tl.store(M + at * stride_M + columns[None, :], m, mask=mask, eviction_policy="evict_first")
@@ -401,8 +468,8 @@ def scale_wide_rows(W, at, stride_W, copy, stride_copy, factor, updated, first, 
 
 @triton.jit
 def _update_wide_decoder_kernel(
-    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, step, last_step, grad_recons, stride_recons,
-    values, offsets, entries, piece_rows, table, L, D, k,
+    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, step, last_step, grad_recons,
+    stride_recons, values, offsets, entries, piece_rows, table, L, D, k,
     S: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
     GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -442,6 +509,7 @@ def _update_wide_decoder_kernel(
         gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE).to(w.dtype)
         gradient -= along[:, None] * w
         w, m, v = adam(w, gradient, m, v, constants)
+        m, v = rounded_moments(m, v, noise, 0, 1, l, columns)
         largest = tl.maximum(largest, tl.max(squares_of(tl.where(mask, w, 0.0)), 1))
         tl.store(W + at * stride_W + columns[None, :], w, mask=mask)
         tl.store(M + at * stride_M + columns[None, :], m, mask=mask)

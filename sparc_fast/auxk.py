@@ -45,7 +45,9 @@ def among_dead(model: SPARC, packed: Packed, auxk_coef: float) -> AmongDead | No
     dead = model.dead_latents(auxk_coef)
     if dead is None:
         return None
-    indices = model.select(packed.of_latents(dead), min(model.auxk, len(dead)))
+    # without their decoder rows, which choosing does not read
+    encoder = packed._replace(W_enc=packed.W_enc[dead], latent_bias=packed.latent_bias[:, dead])
+    indices = model.select(encoder, min(model.auxk, len(dead)))
     return AmongDead(dead.int()[indices.long()], packed.latent_bias, None)
 
 

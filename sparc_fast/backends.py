@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Protocol, cast
 
 import torch
@@ -109,6 +110,7 @@ class Backend(Protocol):
         step: int | Tensor,
         copies: Sequence[Tensor] | None = None,
         last_step: Tensor | None = None,
+        seed: int | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def replay_rows(
@@ -120,13 +122,18 @@ class Backend(Protocol):
         history: Tensor,
         d_streams: Sequence[int],
         copy: Tensor | None = None,
+        seed: int | None = None,
     ) -> None: ...
 
     def count_silence(self, silence: Tensor, values: Tensor, indices: Tensor) -> None: ...
 
 
-# The first that is here is "auto". Triton runs on CPU tensors in its interpreter alone, to be tested; the CUDA kernels
-# come second until they have been measured to be faster.
+# Operators that "auto" takes from the CUDA kernels on a GPU, each with the measurement that says so: where, both times.
+# Nothing has been measured yet; `python -m benchmarks.gpu` names those that belong here.
+FASTER_IN_CUDA: dict[str, str] = {}
+
+# The first that is here is "auto", but for FASTER_IN_CUDA. Triton runs on CPU tensors in its interpreter alone, to be
+# tested.
 _PREFERRED = {"cpu": ("cpu", "reference", "triton"), "cuda": ("triton", "cuda", "reference")}
 _BACKENDS: dict[str, Backend] = {"reference": cast(Backend, reference)}
 
@@ -143,6 +150,8 @@ def resolve(name: str, device: torch.device) -> Backend:
         ValueError: no such backend, or it cannot run on this device.
     """
     names = available(device)
+    if name == "auto" and FASTER_IN_CUDA and names[:2] == ("triton", "cuda"):
+        return _fastest(device)
     if name == "auto":
         name = names[0]
     if name not in names:
@@ -151,6 +160,13 @@ def resolve(name: str, device: torch.device) -> Backend:
     if name not in _BACKENDS:
         _BACKENDS[name] = _load(name)
     return _BACKENDS[name]
+
+
+def _fastest(device: torch.device) -> Backend:
+    """Triton's operators, and those that have been measured to be faster in CUDA."""
+    cuda = resolve("cuda", device)
+    faster = {operator: getattr(cuda, operator) for operator in FASTER_IN_CUDA}
+    return cast(Backend, SimpleNamespace(**{**vars(resolve("triton", device)), **faster}))
 
 
 def _load(name: str) -> Backend:

@@ -11,11 +11,12 @@ from pathlib import Path
 from sparc_fast import convert
 from sparc_fast.files import atomic_path
 from sparc_fast.training import command as training
+from sparc_fast.training import plan_command
 from sparc_fast.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, or 1 after a message on standard error."""
+    """Run one command; the exit status is 0, 1 after a message on standard error, or what the command says."""
     arguments, rest = _parser().parse_known_args(argv)
     if rest and arguments.run is not _bench:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
@@ -56,6 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_arguments(train)
     train.set_defaults(run=training.run)
+
+    planned = commands.add_parser(
+        "plan",
+        help="whether a training run fits this machine or another, and how long it takes",
+        description="The memory of a training run, part by part, and the time of its steps, before it is begun; what "
+        "would make it fit. Exit status 0 if it fits, 3 if it does not, 1 after an error.",
+    )
+    plan_command.add_arguments(planned)
+    planned.set_defaults(run=plan_command.run)
 
     converted = commands.add_parser(
         "convert",

@@ -60,6 +60,7 @@ class MicroBatches:
         adam: AdamSettings,
         copies: list[Tensor] | None,
         last_step: Tensor | None,
+        seed: int,
     ) -> tuple[Tensor, Tensor]:
         """As `Flow.update_rows`: a gradient is that of a batch whose sample l uses latent l, and no other."""
         (W_enc, W_dec, moments), (lr, betas, eps, step) = weights, adam
@@ -78,6 +79,7 @@ class MicroBatches:
                 d_streams, lr, betas, eps, step,
                 None if copies is None else [copy[rows] for copy in copies],
                 None if last_step is None else last_step[rows],
+                seed + first,  # rounding counts latents from the first of the call
             )  # fmt: skip
         return grad_latent_bias, through_encoder
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparc_fast import _cpu, reference
 from sparc_fast.native_topk import global_topk, local_topk
+from sparc_fast.pages import empty_rows
 from sparc_fast.reference import gradient_dtype, wide
 
 __all__ = [
@@ -134,7 +135,7 @@ def weight_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     operands = _batch(x, pre_bias, values, grad_values, grad_recons, offsets, entries)
     grad_W_enc, grad_latent_bias = _gradients_like(x, offsets, x.shape[1], len(d_streams))
-    grad_W_dec = torch.empty_like(grad_W_enc)
+    grad_W_dec = empty_rows(*grad_W_enc.shape, dtype=grad_W_enc.dtype)
     batch = _cpu.Batch(*operands, d_streams)
     _cpu.weight_gradients(grad_W_enc, grad_W_dec, grad_latent_bias, batch, torch.get_num_threads())
     return grad_W_enc, grad_W_dec, grad_latent_bias
@@ -158,20 +159,22 @@ def update_rows(
     step: int | Tensor,
     copies: Sequence[Tensor] | None = None,
     last_step: Tensor | None = None,
+    seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     operands = _batch(x, pre_bias, values, grad_values, grad_recons, offsets, entries)
-    updated = [W_enc, W_dec, *moments]
-    if any(rows.dtype != wide(operands[1]).dtype or rows.stride(1) != 1 for rows in updated):
+    updated, rounding = [W_enc, W_dec, *moments], reference.rounding_seed(W_enc, moments, seed)
+    exact = updated if rounding is None else updated[:2]
+    if any(rows.dtype != operands[1].dtype for rows in exact) or any(rows.stride(1) != 1 for rows in updated):
         return reference.update_rows(
             W_enc, W_dec, moments, x, pre_bias, values, grad_values, grad_recons, offsets, entries, d_streams,
-            lr, betas, eps, step, copies, last_step,
+            lr, betas, eps, step, copies, last_step, seed,
         )  # fmt: skip
     grad_latent_bias = _sums(x, len(d_streams), len(offsets) - 1)
     grad_pre_bias = _sums(x, x.shape[1])
     narrow = [_bfloat16(copy) for copy in copies] if copies is not None else [None, None]
     _cpu.update_rows(
         grad_latent_bias, grad_pre_bias, W_enc, W_dec, moments, narrow, last_step, _cpu.Batch(*operands, d_streams),
-        _cpu.AdamStep(float(lr), *betas, eps, int(step)), torch.get_num_threads(),
+        _cpu.AdamStep(float(lr), *betas, eps, int(step), _unsigned(rounding)), torch.get_num_threads(),
     )  # fmt: skip
     for copy, written, rows in zip(copies or (), narrow, (W_enc, W_dec), strict=False):
         if written is None:
@@ -188,11 +191,13 @@ def replay_rows(
     history: Tensor,
     d_streams: Sequence[int],
     copy: Tensor | None = None,
+    seed: int | None = None,
 ) -> None:
     latents = latents.contiguous()
+    rounding = _unsigned(reference.rounding_seed(W_dec, moments, seed))
     narrow = _bfloat16(copy) if copy is not None else None
     steps = history.contiguous()
-    _cpu.replay_rows(W_dec, moments, narrow, latents, last_step, steps, d_streams, torch.get_num_threads())
+    _cpu.replay_rows(W_dec, moments, narrow, latents, last_step, steps, d_streams, rounding, torch.get_num_threads())
     if copy is not None and narrow is None:
         copy[latents] = W_dec[latents].to(copy.dtype)
     torch.autograd.graph.increment_version([W_dec, *moments] if copy is None else [W_dec, *moments, copy])
@@ -220,7 +225,8 @@ def _batch(
 def _gradients_like(x: Tensor, offsets: Tensor, D: int, S: int) -> tuple[Tensor, Tensor]:
     """Room for the gradients of [L, D] weights and an [S, L] bias."""
     L = len(offsets) - 1
-    return _sums(x, L, D), _sums(x, S, L)
+    bias = _sums(x, S, L)
+    return empty_rows(L, D, dtype=bias.dtype), bias
 
 
 def _sums(like: Tensor, *shape: int) -> Tensor:
@@ -248,6 +254,11 @@ def _summed(tensor: Tensor) -> Tensor:
 def _bfloat16(copy: Tensor) -> Tensor | None:
     """A narrow copy of rows, if it is one that the compiled operators write."""
     return copy if copy.dtype == torch.bfloat16 and copy.stride(1) == 1 else None
+
+
+def _unsigned(seed: int | None) -> int:
+    """The 64 bits of a seed; none is as good as any where nothing is rounded."""
+    return (seed or 0) % 2**64
 
 
 def _indices(indices: Tensor) -> Tensor:

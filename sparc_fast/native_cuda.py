@@ -2,32 +2,34 @@
 
 Kernels are started on the current stream of the tensors' device. Their workspace comes from torch's allocator, nothing
 waits for the device, and nothing depends on what is in a tensor: a step can be captured in a CUDA graph. What the
-kernels do not do (float64, k above 2048, 2^31 positions and more) the Triton kernels do.
+kernels do not do (float64, moments narrower than float32, k above 2048, more than 64 streams, 2^31 positions and more)
+the Triton kernels do.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["invert_indices", "topk_rows"]
+__all__ = ["global_topk", "invert_indices", "local_topk", "replay_rows", "topk_rows", "update_rows"]
 
 _cuda: Any = import_module("sparc_fast._cuda")
-_SCORES = {
-    torch.float32: _cuda.Scores.float32,
-    torch.bfloat16: _cuda.Scores.bfloat16,
-    torch.float16: _cuda.Scores.float16,
+_FLOATS = {
+    torch.float32: _cuda.Floats.float32,
+    torch.bfloat16: _cuda.Floats.bfloat16,
+    torch.float16: _cuda.Floats.float16,
 }
 
 
 def topk_rows(scores: Tensor, k: int) -> Tensor:
     """Columns of the k largest of each row, int32 [N, k], ascending; ties to the lower column, NaN ranks with +inf."""
     (N, L), device = scores.shape, scores.device
-    if scores.dtype not in _SCORES or k > _cuda.most_k or max(N, L) >= 2**31:
+    if scores.dtype not in _FLOATS or k > _cuda.most_k or max(N, L) >= 2**31:
         result: Tensor = _in_triton("topk_rows", scores, k)
         return result
     scores = scores.detach()
@@ -37,10 +39,75 @@ def topk_rows(scores: Tensor, k: int) -> Tensor:
     workspace = _bytes(_cuda.topk_rows_workspace(plan, N, k), device)
     with _on(device):
         _cuda.topk_rows(
-            plan, indices.data_ptr(), scores.data_ptr(), _SCORES[scores.dtype], scores.stride(0), N, L, k,
+            plan, indices.data_ptr(), scores.data_ptr(), _FLOATS[scores.dtype], scores.stride(0), N, L, k,
             workspace.data_ptr(), _stream(device),
         )  # fmt: skip
     return indices
+
+
+def global_topk(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+) -> Tensor:
+    """int32 [N, k]: Triton's global_topk, with the scores filtered and the supports settled by CUDA kernels."""
+    triton = import_module("sparc_fast.kernels.global_topk")
+    support: Tensor = triton.select(x, W_enc, pre_bias, latent_bias, k, screening, _selection(triton, k))
+    return support
+
+
+def local_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    d_streams: Sequence[int],
+    screening: str = "auto",
+) -> Tensor:
+    """int32 [N, S, k]: a support for each stream."""
+    selection = _selection(import_module("sparc_fast.kernels.global_topk"), k)
+    supports: Tensor = import_module("sparc_fast.kernels.local_topk").select_in_streams(
+        x, W_enc, pre_bias, latent_bias, k, d_streams, screening, selection
+    )
+    return supports
+
+
+def _selection(triton: Any, k: int) -> Any:
+    return triton.Selection(_take_in, _settle) if k <= _cuda.most_k else triton.TRITON
+
+
+def _take_in(
+    product: Tensor, first: int, chunk: int, bias: Tensor, of_w: Tensor, of_x: Tensor, candidates: Any, k: int,
+    bounds: tuple[float, float, float],
+) -> None:  # fmt: skip
+    (N, m), device = product.shape, product.device
+    numbers = [bias[first:], *(row[first:] for row in of_w)]
+    latents = [number.data_ptr() for number in numbers] + [0, 0] * (len(of_w) == 1)
+    samples = [row.data_ptr() for row in of_x]
+    with _on(device):
+        _cuda.filter_scores(
+            _cuda.FilterPlan(m, k, candidates.capacity), _state(candidates), product.data_ptr(), N, first, m, latents,
+            samples, k, bounds, _stream(device),
+        )  # fmt: skip
+
+
+def _settle(
+    x: Tensor, pre_bias: Tensor, W: Tensor, bias: Tensor, first_row: int, N: int, x_norm: Tensor, w_norm: Tensor,
+    candidates: Any, k: int, rounding: float, slack: float, indices: Tensor, given_up: Tensor, total: Tensor,
+) -> None:  # fmt: skip
+    with _on(x.device):
+        _cuda.settle_supports(
+            _state(candidates), _numbers(x), x.stride(0), _numbers(pre_bias), _numbers(W), W.stride(0), bias.data_ptr(),
+            x.shape[1], first_row, N, x_norm.data_ptr(), w_norm.data_ptr(), k, rounding, slack, indices.data_ptr(),
+            given_up.data_ptr(), total.data_ptr(), _stream(x.device),
+        )  # fmt: skip
+
+
+def _state(candidates: Any) -> Any:
+    return _cuda.Candidates([tensor.data_ptr() for tensor in candidates[:6]], candidates.capacity)
+
+
+def _numbers(tensor: Tensor) -> Any:
+    return _cuda.Numbers(tensor.data_ptr(), _FLOATS[tensor.dtype])
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
@@ -60,6 +127,125 @@ def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
             _stream(device),
         )  # fmt: skip
     return offsets, entries
+
+
+def update_rows(
+    W_enc: Tensor,
+    W_dec: Tensor,
+    moments: Sequence[Tensor],
+    x: Tensor,
+    pre_bias: Tensor,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_recons: Tensor,
+    offsets: Tensor,
+    entries: Tensor,
+    d_streams: Sequence[int],
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    step: int | Tensor,
+    copies: Sequence[Tensor] | None = None,
+    last_step: Tensor | None = None,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    (N, S, k), L, device = values.shape, len(W_enc), x.device
+    if not _moves(W_dec, moments, d_streams) or x.dtype not in _FLOATS or N * S >= 2**32:
+        grads: tuple[Tensor, Tensor] = _in_triton(
+            "update_rows", W_enc, W_dec, moments, x, pre_bias, values, grad_values, grad_recons, offsets, entries,
+            d_streams, lr, betas, eps, step, copies, last_step, seed,
+        )  # fmt: skip
+        return grads
+    if x.dtype != grad_recons.dtype and (x.dtype, grad_recons.dtype) != (torch.float16, torch.float32):
+        x, grad_recons = x.float(), grad_recons.float()
+    operands = [_dense(x), _dense(grad_recons.flatten(0, 1))]
+    operands += [tensor.detach().contiguous() for tensor in (pre_bias, values, grad_values)]
+    offsets, entries = offsets.contiguous(), entries.contiguous()
+    streams, per_stream = _cuda.Streams([int(d) for d in d_streams]), len(entries) != N * k
+    batch = _cuda.Batch(
+        *map(_matrix, operands), offsets.data_ptr(), entries.data_ptr(), len(entries), L, k, per_stream, streams
+    )
+    (rate, rate_there), (count, count_there) = _number(lr, device), _number(step, device)
+    adam = _cuda.AdamStep(rate, *betas, eps, count, _address(rate_there), _address(count_there))
+    plan = _cuda.UpdatePlan(streams, per_stream, _multiprocessors(device))
+    workspace = _bytes(_cuda.update_rows_workspace(plan, len(entries), L, streams), device)
+    grad_latent_bias = torch.empty(S, L, dtype=torch.float32, device=device)
+    grad_pre_bias = torch.empty(x.shape[1], dtype=torch.float32, device=device)
+    W_enc_copy, W_dec_copy = copies if copies is not None else (None, None)
+    with (
+        _in_place(W_enc, *moments[:2], W_enc_copy) as encoder,
+        _in_place(W_dec, *moments[2:], W_dec_copy) as decoder,
+        _on(device),
+    ):
+        _cuda.update_rows(
+            plan, grad_latent_bias.data_ptr(), grad_pre_bias.data_ptr(), encoder, decoder, batch, adam,
+            _address(last_step), workspace.data_ptr(), _stream(device),
+        )  # fmt: skip
+    if last_step is not None:
+        torch.autograd.graph.increment_version([last_step])
+    return grad_latent_bias, grad_pre_bias
+
+
+def replay_rows(
+    W_dec: Tensor,
+    moments: Sequence[Tensor],
+    latents: Tensor,
+    last_step: Tensor,
+    history: Tensor,
+    d_streams: Sequence[int],
+    copy: Tensor | None = None,
+    seed: int | None = None,
+) -> None:
+    T, device = len(history), W_dec.device
+    if not _moves(W_dec, moments, d_streams):
+        _in_triton("replay_rows", W_dec, moments, latents, last_step, history, d_streams, copy, seed)
+        return
+    latents, history = latents.contiguous(), history.contiguous()
+    workspace = _bytes(_cuda.replay_rows_workspace(T), device)
+    with _in_place(W_dec, *moments, copy) as decoder, _on(device):
+        _cuda.replay_rows(
+            decoder, latents.data_ptr(), len(latents), len(W_dec), last_step.data_ptr(), history.data_ptr(), T,
+            _cuda.Streams([int(d) for d in d_streams]), workspace.data_ptr(), _stream(device),
+        )  # fmt: skip
+    torch.autograd.graph.increment_version([last_step])
+
+
+def _moves(W_dec: Tensor, moments: Sequence[Tensor], d_streams: Sequence[int]) -> bool:
+    """Whether the kernels move such rows. One answer for both operators: a missed step must be replayed bit for bit."""
+    fits = len(d_streams) <= _cuda.most_streams and len(W_dec) * len(d_streams) < 2**31
+    return fits and {W_dec.dtype, *(m.dtype for m in moments)} == {torch.float32}
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with its columns side by side in memory; rows may lie apart."""
+    x = x.detach()
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _matrix(x: Tensor | None) -> Any:
+    return _cuda.Matrix() if x is None else _cuda.Matrix(x.data_ptr(), x.stride(0), _FLOATS[x.dtype])
+
+
+@contextmanager
+def _in_place(*tensors: Tensor | None) -> Iterator[Any]:
+    """Weights, their moments and their copy, to be changed in place; through dense ones where columns lie apart."""
+    dense = [None if t is None else _dense(t) for t in tensors]
+    yield _cuda.Rows(*map(_matrix, dense))
+    for tensor, written in zip(tensors, dense, strict=True):
+        if tensor is not None and written is not None and written.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(written)
+    torch.autograd.graph.increment_version([t for t in tensors if t is not None])
+
+
+def _number(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """The number itself, or where the device has it."""
+    if not isinstance(value, Tensor) or value.device != device:
+        return float(value), None
+    return 0.0, value.detach().to(torch.float64)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def __getattr__(name: str) -> Any:

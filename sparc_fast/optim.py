@@ -17,6 +17,8 @@ from sparc_fast.pages import empty_rows
 from sparc_fast.passes import AllStreams, Flow, Pass, stack
 from sparc_fast.sae import SPARC, Inputs, Packed
 
+MomentType = Literal["float32", "bfloat16"]
+
 
 class SparcAdam(torch.optim.Optimizer):
     """torch.optim.Adam on `model.loss`, with the decoder's gradient projection and unit norm, in one call a step.
@@ -40,6 +42,11 @@ class SparcAdam(torch.optim.Optimizer):
             `model`'s own methods and `state_dict` call `catch_up` first; to read ``model.W_dec`` itself, call it.
         capturable: as in torch.optim.Adam: the step count stays on the device, ``lr`` may be a tensor there, and a step
             reads nothing on the host, so that a CUDA graph can capture it. AuxK then passes over all latents.
+        moments: "bfloat16" keeps Adam's moments of W_enc and W_dec in half the memory, rounded up or down at random so
+            that they are right on average; to the nearest, moments that change by less than a rounding would stand
+            still. Rows move by the moments before they are rounded. "float32" keeps them as torch.optim.Adam does.
+        seed: of that rounding. The same seed gives the same bits, on any number of threads, lazy or not; it is not
+            part of the state.
     """
 
     def __init__(
@@ -51,6 +58,8 @@ class SparcAdam(torch.optim.Optimizer):
         *,
         lazy: Literal["replay"] | None = None,
         capturable: bool = False,
+        moments: MomentType = "float32",
+        seed: int = 0,
     ) -> None:
         if not lr >= 0 or not eps >= 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"lr and eps must be >= 0 and betas in [0, 1), got lr={lr}, eps={eps}, betas={betas}")
@@ -58,8 +67,16 @@ class SparcAdam(torch.optim.Optimizer):
             raise ValueError(f'lazy must be None or "replay", got {lazy!r}')
         if lazy and capturable:
             raise ValueError('capturable must be False with lazy="replay": which rows to replay is read on the host')
+        if moments not in ("float32", "bfloat16"):
+            raise ValueError(f'moments must be "float32" or "bfloat16", got {moments!r}')
+        if moments == "bfloat16" and model.W_enc.dtype == torch.float64:
+            raise ValueError('moments must be "float32" for a float64 model, whose moments are float64, got "bfloat16"')
+        if not isinstance(seed, int):
+            raise ValueError(f"seed must be an integer, got {seed!r}")
         self.model = model
         self.capturable = capturable
+        self.moments: MomentType = moments
+        self.seed = seed
         self._seen: dict[Tensor, int] = {}
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "amsgrad": False}
         super().__init__(list(model.parameters()), options)
@@ -83,6 +100,8 @@ class SparcAdam(torch.optim.Optimizer):
         """
         self._check_trainable()
         parts = list(inputs) if isinstance(inputs, Sequence) else [inputs]
+        if len(parts) > 1 and self._behind is not None and self.moments == "bfloat16":
+            raise ValueError('inputs must be one batch with lazy="replay" and bfloat16 moments, got parts of one')
         n_samples = self._count_samples(parts)
         with autograd.without_autocast(self.model.W_enc):
             return self._step(parts, n_samples, cross_loss_coef, auxk_coef, support_from)
@@ -172,8 +191,8 @@ class SparcAdam(torch.optim.Optimizer):
         copies: list[Tensor] | None = [model.W_enc, model.W_dec] if W_enc is not model.W_enc else None
         moments = [state[name] for state in states[:2] for name in ("exp_avg", "exp_avg_sq")]
         grad_latent_bias, through_encoder = batch.update_rows(
-            backend, (W_enc, W_dec, moments), model.pre_bias, tuple(model.d_streams.values()),
-            (lr, betas, eps, step), copies, self._behind.last_step if self._behind is not None else None,
+            backend, (W_enc, W_dec, moments), model.pre_bias, tuple(model.d_streams.values()), (lr, betas, eps, step),
+            copies, self._behind.last_step if self._behind is not None else None, self.seed,
         )  # fmt: skip
         through_encoder += batch.grad_pre_bias
         for bias, grad, state in (
@@ -199,7 +218,7 @@ class SparcAdam(torch.optim.Optimizer):
         state, rows = self.state[W_dec], self._rows(W_dec)
         backend.replay_rows(
             rows, [state["exp_avg"], state["exp_avg_sq"]], latents, behind.last_step, behind.history,
-            tuple(self.model.d_streams.values()), W_dec if rows is not W_dec else None,
+            tuple(self.model.d_streams.values()), W_dec if rows is not W_dec else None, self.seed,
         )  # fmt: skip
         if rows is not W_dec:
             self._seen[W_dec] = W_dec._version
@@ -208,6 +227,11 @@ class SparcAdam(torch.optim.Optimizer):
         """What Adam moves: the parameter, or its float32 master."""
         rows: Tensor = self.state[parameter].get("master", parameter)
         return rows
+
+    def _moment_dtype(self, parameter: Tensor) -> torch.dtype:
+        if self.moments == "bfloat16" and (parameter is self.model.W_enc or parameter is self.model.W_dec):
+            return torch.bfloat16
+        return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
     def _count_samples(self, parts: Sequence[Inputs]) -> int:
         if not parts:
@@ -235,12 +259,12 @@ class SparcAdam(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
-        mine = ("model", "capturable", "_seen", "_behind")
+        mine = ("model", "capturable", "moments", "seed", "_seen", "_behind")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self._behind is not None:
+        if state.get("_behind") is not None:  # a copy, not a state that is being loaded
             self.model.before_reading_decoder(self.catch_up)
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -249,7 +273,8 @@ class SparcAdam(torch.optim.Optimizer):
             rows = reference.wide(parameter.detach())
             device = parameter.device if self.capturable else None
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"], state["exp_avg_sq"] = _zeros_like(rows), _zeros_like(rows)
+            dtype = self._moment_dtype(parameter)
+            state["exp_avg"], state["exp_avg_sq"] = _zeros_like(rows, dtype), _zeros_like(rows, dtype)
             if parameter.dtype != rows.dtype:
                 state["master"] = rows
         elif "master" in state and self._seen.get(parameter) != parameter._version:
@@ -264,7 +289,11 @@ class SparcAdam(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As on any optimizer; master rows and moments keep their float32. torch.optim.Adam's state loads too."""
+        """As on any optimizer; master rows keep their float32. torch.optim.Adam's state loads too.
+
+        Moments take the type of this optimizer's ``moments``: float32 ones are rounded to the nearest bfloat16,
+        bfloat16 ones widened to the same float32.
+        """
         for group in state_dict["param_groups"]:
             if group.get("weight_decay") or group.get("amsgrad"):
                 raise ValueError("state_dict must be of an Adam without weight decay and amsgrad")
@@ -275,13 +304,14 @@ class SparcAdam(torch.optim.Optimizer):
         for name, parameter in zip(names, parameters, strict=True):
             for key, value in state_dict["state"].get(name, {}).items():
                 device = torch.device("cpu") if key == "step" and not self.capturable else parameter.device
-                self.state[parameter][key] = value.to(device, copy=True)
+                dtype = self._moment_dtype(parameter) if key in ("exp_avg", "exp_avg_sq") else value.dtype
+                self.state[parameter][key] = value.to(device, dtype, copy=True)
         if self._behind is not None:
             state = self.state[self.model.W_dec]
             self._behind.all_current(int(state["step"]) if state else 0)
 
 
-def _zeros_like(rows: Tensor) -> Tensor:
+def _zeros_like(rows: Tensor, dtype: torch.dtype) -> Tensor:
     if rows.ndim != 2:
-        return torch.zeros_like(rows)
-    return empty_rows(*rows.shape, dtype=rows.dtype, device=rows.device).zero_()
+        return torch.zeros_like(rows, dtype=dtype)
+    return empty_rows(*rows.shape, dtype=dtype, device=rows.device).zero_()

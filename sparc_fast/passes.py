@@ -51,12 +51,14 @@ class Flow(NamedTuple):
         adam: AdamSettings,
         copies: list[Tensor] | None,
         last_step: Tensor | None,
+        seed: int,
     ) -> tuple[Tensor, Tensor]:
         """A backend's `update_rows` of both weights and their moments, by this batch."""
         lr, betas, eps, step = adam
         return backend.update_rows(
-            *weights, self.x, pre_bias, *self.passes, *self.inverse, d_streams, lr, betas, eps, step, copies, last_step
-        )
+            *weights, self.x, pre_bias, *self.passes, *self.inverse, d_streams, lr, betas, eps, step, copies, last_step,
+            seed,
+        )  # fmt: skip
 
     def count_silence(self, model: SPARC) -> None:
         model.count_silence(self.values, self.support)

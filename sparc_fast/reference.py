@@ -242,12 +242,14 @@ def update_rows(
     step: int | Tensor,
     copies: Sequence[Tensor] | None = None,
     last_step: Tensor | None = None,
+    seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One training step of every latent's rows, in place.
 
     weight_gradients, then per latent and stream  g -= <g, w> w / <w, w>  on the decoder (so that the norm of w does
     not change to first order), Adam on both rows, and w /= ||w|| on the decoder. ``moments`` are Adam's first and
-    second of W_enc, then of W_dec, each [L, D].
+    second of W_enc, then of W_dec, each [L, D]. Those that are bfloat16 need a ``seed``: rows move by the moments as
+    they are in float32, which are then kept as  round_to_bfloat16(moment, `rounding_noise`(seed, step, matrix, l)).
 
     ``copies``, of W_enc and W_dec in a narrower type, are kept equal to their rows. With ``last_step``, int64 [L],
     decoder rows without an entry are left behind, to `replay_rows` later, and those with one are marked: their
@@ -256,16 +258,18 @@ def update_rows(
     Returns grad_latent_bias [S, L] and  grad_pre_bias[d] = -sum_l grad_latent_bias[s(d), l] W_enc[l, d],  the part
     that comes through the encoder as it was before the step.
     """
+    seed = rounding_seed(W_enc, moments, seed)
     grad_W_enc, grad_W_dec, grad_latent_bias = weight_gradients(
         x, pre_bias, values, grad_values, grad_recons, offsets, entries, d_streams
     )
     grad_pre_bias = pre_bias_gradient(grad_latent_bias, W_enc, d_streams)
-    adam(W_enc, grad_W_enc, moments[0], moments[1], lr, betas, eps, step)
+    noise = _noise_of_rows(seed, step, 0, W_enc, slice(None))
+    adam(W_enc, grad_W_enc, moments[0], moments[1], lr, betas, eps, step, noise)
     rows: slice | Tensor = slice(None)
     if last_step is not None:
         rows = offsets.diff().nonzero()[:, 0]
         last_step[rows] = int(step)
-    _step_decoder(W_dec, grad_W_dec, moments[2:], rows, d_streams, lr, betas, eps, step)
+    _step_decoder(W_dec, grad_W_dec, moments[2:], rows, d_streams, lr, betas, eps, step, seed)
     if copies is not None:
         copies[0].copy_(W_enc)
         copies[1][rows] = W_dec[rows].to(copies[1].dtype)
@@ -280,18 +284,21 @@ def replay_rows(
     history: Tensor,
     d_streams: Sequence[int],
     copy: Tensor | None = None,
+    seed: int | None = None,
 ) -> None:
     """Take decoder rows that `update_rows` left behind through the steps they missed, in place.
 
     ``latents`` are int64 [R], each once; ``history`` is float64 [T, 4], (lr, beta_1, beta_2, eps) of steps 1 ... T.
     Row l makes steps last_step[l] + 1 ... T with a gradient of 0, which is what a step without an entry is: Adam's
-    moments still decay and move it. Bit for bit what `update_rows` without ``last_step`` would have done.
+    moments still decay and move it. Bit for bit what `update_rows` without ``last_step`` would have done, with the
+    same ``seed`` where moments are bfloat16.
     """
+    seed = rounding_seed(W_dec, moments, seed)
     since = last_step[latents]
     for step in range(int(since.min()) + 1 if len(latents) else len(history), len(history) + 1):
         lr, beta_1, beta_2, eps = history[step - 1].tolist()
         rows = latents[since < step]
-        _step_decoder(W_dec, torch.zeros_like(W_dec), moments, rows, d_streams, lr, (beta_1, beta_2), eps, step)
+        _step_decoder(W_dec, torch.zeros_like(W_dec), moments, rows, d_streams, lr, (beta_1, beta_2), eps, step, seed)
     last_step[latents] = len(history)
     if copy is not None:
         copy[latents] = W_dec[latents].to(copy.dtype)
@@ -307,10 +314,11 @@ def _step_decoder(
     betas: tuple[float, float],
     eps: float,
     step: int | Tensor,
+    seed: int | None,
 ) -> None:
     w, g, m, v = (tensor[rows] for tensor in (W_dec, grad, *moments))
     project_gradients(g, w, d_streams)
-    adam(w, g, m, v, lr, betas, eps, step)
+    adam(w, g, m, v, lr, betas, eps, step, _noise_of_rows(seed, step, 1, W_dec, rows))
     normalize_rows(w, d_streams)
     for tensor, moved in zip((W_dec, *moments), (w, m, v), strict=True):
         tensor[rows] = moved
@@ -331,13 +339,21 @@ def adam(
     betas: tuple[float, float],
     eps: float,
     step: int | Tensor,
+    noise: Tensor | None = None,
 ) -> None:
-    """m += (1 - b1)(g - m);  v = b2 v + (1 - b2) g^2;  w -= lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)."""
-    grad = grad.to(m.dtype)
-    m.lerp_(grad, 1 - betas[0])
-    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    rate, scale = adam_rates(lr, betas, step, v.dtype)
-    w.sub_(rate * m / (v.sqrt() * scale).add_(eps))
+    """m += (1 - b1)(g - m);  v = b2 v + (1 - b2) g^2;  w -= lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps).
+
+    bfloat16 moments need ``noise``, what `rounding_noise` gives for these rows: they are rounded after w has moved.
+    """
+    mean, square = wide(m), wide(v)  # themselves, or copies
+    grad = grad.to(mean.dtype)
+    mean.lerp_(grad, 1 - betas[0])
+    square.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    rate, scale = adam_rates(lr, betas, step, square.dtype)
+    w.sub_(rate * mean / (square.sqrt() * scale).add_(eps))
+    if noise is not None:
+        m.copy_(round_to_bfloat16(mean, noise & 0xFFFF))
+        v.copy_(round_to_bfloat16(square, noise >> 16))
 
 
 def adam_rates(
@@ -349,6 +365,68 @@ def adam_rates(
     t = torch.as_tensor(step).double()
     rate, scale = lr / (1 - betas[0] ** t), (1 - betas[1] ** t).rsqrt()
     return rate.to(dtype), scale.to(dtype)
+
+
+def rounding_seed(rows: Tensor, moments: Sequence[Tensor], seed: int | None) -> int | None:
+    """The seed that moments of these rows are rounded with; None where they are stored as they are.
+
+    Raises:
+        ValueError: bfloat16 moments without a seed, beside others, or of rows that are not float32.
+    """
+    if all(moment.dtype != torch.bfloat16 for moment in moments):
+        return None
+    if rows.dtype != torch.float32 or any(moment.dtype != torch.bfloat16 for moment in moments):
+        dtypes = ", ".join(str(tensor.dtype) for tensor in (rows, *moments))
+        raise ValueError(f"bfloat16 moments must be all of the moments of float32 rows, got rows and moments {dtypes}")
+    if seed is None:
+        raise ValueError("seed must be an integer where moments are bfloat16, got None")
+    return seed
+
+
+def round_to_bfloat16(x: Tensor, random: Tensor) -> Tensor:
+    """float32 x to one of the two bfloat16 beside it, for ``random`` drawn evenly from 0 ... 65535: right on average.
+
+    The bits of x plus ``random``, cut off after the upper 16. What bfloat16 holds stays as it is, infinity and NaN
+    included; beyond the largest finite bfloat16 the upper neighbour is infinity. The sign stays.
+    """
+    bits = x.view(torch.int32) + random.to(torch.int32) & -0x10000
+    return torch.where(x.isnan(), x, bits.view(torch.float32)).to(torch.bfloat16)
+
+
+def rounding_noise(seed: int, step: int | Tensor, matrix: int, latents: Tensor, width: int) -> Tensor:
+    """32 random bits for every weight of some rows, int64 [R, width]; the lower 16 are for its first moment, the upper
+    for its second. ``matrix`` is 0 for W_enc and 1 for W_dec; ``latents`` are int64 [R].
+
+    They are a hash of (seed, step, matrix, latent l, column d) alone. In integers modulo 2^32, with MurmurHash3's
+    finalizer (Appleby) as mix:
+
+    mix(x)         = z ^ z >> 16,  z = (y ^ y >> 13) 0xC2B2AE35,  y = (x ^ x >> 16) 0x85EBCA6B
+    a, b           = 0, 0, and then for each word of  (seed, seed >> 32, step, 2 l + matrix)
+    a, b           = mix(a + word), mix(b ^ mix(a + word))
+    noise[l, d]    = mix(a + d)  with  (y ^ y >> 13 ^ b)  in it
+    """
+    a = b = latents.new_zeros(())
+    for word in (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, torch.as_tensor(step).long(), 2 * latents + matrix):
+        a = _mix((a + word) & 0xFFFFFFFF)
+        b = _mix(b ^ a)
+    return _mix((a[:, None] + torch.arange(width, device=latents.device)) & 0xFFFFFFFF, b[:, None])
+
+
+def _mix(x: Tensor, key: int | Tensor = 0) -> Tensor:
+    y = _times(x ^ x >> 16, 0x85EBCA6B)
+    z = _times(y ^ y >> 13 ^ key, 0xC2B2AE35)
+    return z ^ z >> 16
+
+
+def _times(x: Tensor, factor: int) -> Tensor:
+    """x factor modulo 2^32, without a product that int64 cannot hold."""
+    return ((x & 0xFFFF) * factor + (((x >> 16) * factor & 0xFFFF) << 16)) & 0xFFFFFFFF
+
+
+def _noise_of_rows(seed: int | None, step: int | Tensor, matrix: int, W: Tensor, rows: slice | Tensor) -> Tensor | None:
+    if seed is None:
+        return None
+    return rounding_noise(seed, step, matrix, torch.arange(len(W), device=W.device)[rows], W.shape[1])
 
 
 def project_gradients(grad: Tensor, W_dec: Tensor, d_streams: Sequence[int]) -> None:

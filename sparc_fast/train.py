@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from sparc_fast.optim import SparcAdam
+from sparc_fast.optim import MomentType, SparcAdam
 from sparc_fast.sae import SPARC
 
 Curves = dict[str, list[float]]
@@ -25,6 +25,7 @@ def train(
     cross_loss_coef: float = 1.0,
     auxk_coef: float = 1 / 32,
     support_dropout: float = 0.0,
+    moments: MomentType = "float32",
     seed: int = 0,
     curve_points: int = 200,
     on_step: Callable[[int], object] | None = None,
@@ -37,7 +38,9 @@ def train(
         warmup: the part of the steps in which the learning rate rises to `lr`.
         support_dropout: the probability with which a stream has no say in the support of a batch; one stream always
             has. Under local selection it must be 0.
-        seed: of the shuffling and the dropout; the same seed gives the same model, bit for bit, on one machine.
+        moments: the type Adam keeps them in, as in `SparcAdam`.
+        seed: of the shuffling, the dropout and the rounding of bfloat16 moments; the same seed gives the same model,
+            bit for bit, on one machine.
         curve_points: about how many points of the training curves to keep.
         on_step: called with the number of steps done, after each.
 
@@ -56,7 +59,7 @@ def train(
     n_samples = min((len(inputs[name]) for name in given), default=0)
     if given != model.streams or n_samples == 0:
         raise ValueError(f"inputs must hold samples of every stream {model.streams}, got {n_samples} of {given}")
-    optimizer = SparcAdam(model, lr=lr)
+    optimizer = SparcAdam(model, lr=lr, moments=moments, seed=seed)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps, warmup))
     generator = torch.Generator().manual_seed(seed)
     batches = _batches(n_samples, batch_size, generator)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from cuda_emulation import build
 from operands import fast_backends
 
 import sparc_fast as sf
@@ -31,12 +33,25 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA backend with its kernels emulated on the host."""
+    return build.emulated_backend(build.emulated_module(tmp_path_factory.mktemp("cuda")))
+
+
+@pytest.fixture(params=["0", "1", "2", "3"], ids=["first to last", "last to first", "shuffled", "shuffled otherwise"])
+def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order in which the emulation runs threads."""
+    monkeypatch.setenv("CUDA_EMULATION_SCHEDULE", request.param)
+
+
 # the operators' own tests, small enough for Triton's interpreter
 IN_INTERPRETER = {
     "test_decode_loss",
     "test_every_operator",
     "test_global_topk",
     "test_local_topk",
+    "test_offsets",
     "test_support_values",
     "test_update_rows",
     "test_weight_gradients",

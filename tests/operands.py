@@ -100,39 +100,46 @@ def operands(
     ).to(dtype)
 
 
-STEP = 3
+STEP, SEED = 3, 2**40 + 7
 
 
-def rows_to_update(o: Operands) -> list[Tensor]:
-    """W_enc, W_dec with unit norm, and their moments, in the type of the sums."""
+def rows_to_update(o: Operands, narrow: bool = False) -> list[Tensor]:
+    """W_enc, W_dec with unit norm, and their moments, in the type of the sums.
+
+    Narrow moments are bfloat16; beside float64 weights, the same numbers in float64.
+    """
     weights = [reference.wide(W).clone() for W in (o.W_enc, o.W_dec)]
     reference.normalize_rows(weights[1], o.d_streams)
     generator = seeded(1)
-    return [*weights, *(torch.rand(W.shape, generator=generator).to(W.dtype) for W in (*weights, *weights))]
+    moments = [torch.rand(W.shape, generator=generator).to(W.dtype) for W in (*weights, *weights)]
+    if narrow:
+        moments = [m.bfloat16().to(m.dtype if m.dtype == torch.float64 else torch.bfloat16) for m in moments]
+    return [*weights, *moments]
 
 
-def update_rows(o: Operands, backend: Backend, lazy: bool = False) -> tuple[Tensor, ...]:
+def update_rows(o: Operands, backend: Backend, lazy: bool = False, narrow: bool = False) -> tuple[Tensor, ...]:
     """The updated rows and, where narrower, their copies, what the operator returns, and the steps made."""
-    W_enc, W_dec, *moments = rows = rows_to_update(o)
+    W_enc, W_dec, *moments = rows = rows_to_update(o, narrow)
     copies = [W.to(o.W_enc.dtype) for W in (W_enc, W_dec)] if o.W_enc.dtype != W_enc.dtype else None
     last_step = torch.full((len(W_enc),), STEP - 1) if lazy else None
     grads = backend.update_rows(
         W_enc, W_dec, moments, o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
-        0.01, (0.9, 0.999), 1e-8, STEP, copies, last_step,
+        0.01, (0.9, 0.999), 1e-8, STEP, copies, last_step, SEED if narrow else None,
     )  # fmt: skip
     for copy, exact in zip(copies or (), rows, strict=False):
         assert torch.equal(copy, exact.to(copy.dtype))
     return (*rows, *grads, *([] if last_step is None else [last_step]))
 
 
-def replay_rows(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
+def replay_rows(o: Operands, backend: Backend, narrow: bool = False) -> tuple[Tensor, ...]:
     """Decoder rows after the steps they missed, every third of them left as it is, and the last step of all."""
-    _, W_dec, _, _, m, v = rows_to_update(o)
+    _, W_dec, _, _, m, v = rows_to_update(o, narrow)
     last_step = torch.arange(len(W_dec)) % 7
     latents = torch.arange(len(W_dec)).roll(1)
     history = torch.tensor([(0.01 / t, 0.9, 0.999, 1e-8) for t in range(1, 12)], dtype=torch.float64)
     copy = W_dec.to(o.W_dec.dtype) if o.W_dec.dtype != W_dec.dtype else None
-    backend.replay_rows(W_dec, [m, v], latents[latents % 3 > 0], last_step, history, o.d_streams, copy)
+    seed = SEED if narrow else None
+    backend.replay_rows(W_dec, [m, v], latents[latents % 3 > 0], last_step, history, o.d_streams, copy, seed)
     if copy is not None:
         assert torch.equal(copy, W_dec.to(copy.dtype))
     return W_dec, m, v, last_step
@@ -164,7 +171,9 @@ OPERATORS: dict[str, Callable[[Operands, Backend], tuple[Tensor, ...]]] = {
     ),
     "update_rows": update_rows,
     "update_rows lazily": lambda o, b: update_rows(o, b, lazy=True),
+    "update_rows, bfloat16 moments": lambda o, b: update_rows(o, b, narrow=True),
     "replay_rows": replay_rows,
+    "replay_rows, bfloat16 moments": lambda o, b: replay_rows(o, b, narrow=True),
     "count_silence": count_silence,
 }
 

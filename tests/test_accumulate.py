@@ -183,6 +183,25 @@ def test_steps_on_parts_are_the_same_bit_for_bit_whatever_the_number_of_threads(
         assert all(torch.equal(got, expected) for got, expected in zip(run, runs[0], strict=True))
 
 
+def test_bfloat16_moments_are_rounded_by_seed_and_train_as_on_whole_batches(backend: str) -> None:
+    parted, again, other, whole = (make(backend, lr=1e-3, moments="bfloat16", seed=seed) for seed in (1, 1, 2, 1))
+    for x in batches(20):
+        losses = [each.step(x.split(5)).total for each in (parted, again, other)]
+        torch.testing.assert_close(losses[0], whole.step(x).total, rtol=1e-3, atol=0)
+        assert torch.equal(losses[0], losses[1])
+    states = [each.state_dict()["state"][0]["exp_avg_sq"] for each in (parted, again, other)]
+    assert states[0].dtype == torch.bfloat16
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_parts_with_lazy_bfloat16_moments_are_refused(backend: str) -> None:
+    optimizer = make(backend, lazy="replay", moments="bfloat16")
+    with pytest.raises(ValueError, match=r"inputs must be one batch with lazy=.replay. and bfloat16 moments"):
+        optimizer.step(batches(1)[0].split(4))
+    optimizer.step(batches(1))
+
+
 def test_one_part_is_the_batch_itself(backend: str) -> None:
     parted, whole = make(backend), make(backend)
     for x in batches(5):

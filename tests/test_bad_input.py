@@ -224,6 +224,17 @@ def test_optimizer_settings_out_of_range(arguments: dict[str, object]) -> None:
         sf.SparcAdam(sf.SPARC(WIDTHS, 9, 2), **arguments)
 
 
+def test_moments_that_cannot_be_kept() -> None:
+    for dtype, arguments, message in (
+        (torch.float32, {"moments": "float16"}, 'moments must be "float32" or "bfloat16", got \'float16\''),
+        (torch.float32, {"moments": torch.bfloat16}, "moments must be .* got torch.bfloat16"),
+        (torch.float32, {"moments": "bfloat16", "seed": 0.5}, "seed must be an integer, got 0.5"),
+        (torch.float64, {"moments": "bfloat16"}, 'moments must be "float32" for a float64 model'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sf.SparcAdam(sf.SPARC(WIDTHS, 9, 2, dtype=dtype), **arguments)
+
+
 def test_steps_that_would_not_be_what_they_say() -> None:
     model = sf.SPARC(WIDTHS, 9, 2)
     optimizer = sf.SparcAdam(model)

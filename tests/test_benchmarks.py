@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 import sparc_fast as sf
-from sparc_fast.benchmarks import memory
-from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE, Cost
+from sparc_fast.benchmarks import memory, moments_curve, width
+from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE
 from sparc_fast.benchmarks.dense import Dense
 from sparc_fast.benchmarks.eager_sae import EagerSAE
 from sparc_fast.benchmarks.lean import Lean
 from sparc_fast.benchmarks.main import CASES, main
 from sparc_fast.benchmarks.operators import OPERATORS, disagreement
-from sparc_fast.benchmarks.timing import Roofs, interleave, ratio
+from sparc_fast.benchmarks.timing import interleave, ratio
 from sparc_fast.benchmarks.tuned import Tuned
+from sparc_fast.roofs import Cost, Roofs
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,7 @@ def test_quick_run_writes_json_and_a_plot(tmp_path: Path, capsys: pytest.Capture
     pytest.importorskip("matplotlib")
     torch.set_num_threads(2)
     paths = tmp_path / "run.json", tmp_path / "run.png"
-    chosen = [part for op in ("step", "sae", "sparse_decode", "invert_indices") for part in ("--op", op)]
+    chosen = [part for op in ("step", "sae", "sparse_decode", "invert_indices", "moments") for part in ("--op", op)]
     command = ["--quick", "--threads", "1", *chosen, "--json", str(paths[0]), "--plot", str(paths[1])]
     assert main(command) == 0
     assert torch.get_num_threads() == 2
@@ -118,9 +119,31 @@ def test_quick_run_writes_json_and_a_plot(tmp_path: Path, capsys: pytest.Capture
     assert set(record["roofs"]) == {"copy", "float32", "bfloat16"}
     lines = record["lines"]
     assert {line["contender"] for line in lines if line["op"] == "step"} >= {"Dense", "Lean", "Tuned"}
+    moments = {line["contender"].split(", ")[1]: line["role"] for line in lines if line["op"] == "moments"}
+    assert moments == {"bfloat16 moments": "ours", "float32 moments": "baseline"}
     assert all(len(line["seconds"]) == 3 and line["median"] > 0 and line["flops"] + line["bytes"] > 0 for line in lines)
     assert paths[1].stat().st_size > 1000
     assert "roofs: copy" in capsys.readouterr().out
+
+
+def test_curves_of_both_moments_are_written_beside_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    paths = tmp_path / "curves.json", tmp_path / "curves.png"
+    arguments = ["--steps", "20", "--seeds", "1", "--json", str(paths[0]), "--plot", str(paths[1])]
+    assert moments_curve.main(arguments) == 0
+    record = json.loads(paths[0].read_text())
+    exact, narrow = record["curves"]
+    assert [curve["moments"] for curve in (exact, narrow)] == ["float32", "bfloat16"]
+    assert len(exact["loss"]) == len(narrow["loss"]) == 20
+    assert narrow["loss"][0] == exact["loss"][0]
+    assert narrow["loss"][1:] == pytest.approx(exact["loss"][1:], rel=0.02)
+    assert narrow["loss"] != exact["loss"]
+    assert record["summary"]["bfloat16"]["final"] == [narrow["loss"][-1]]
+    assert paths[1].read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("held out") == 2
 
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
@@ -167,3 +190,21 @@ def test_contenders_take_turns() -> None:
 def test_the_floor_is_the_slower_of_bytes_and_flops_of_each_phase() -> None:
     roofs = Roofs(copy=10.0, float32=100.0, bfloat16=400.0)
     assert roofs.floor([Cost(flops=100, bytes=20), Cost(flops=300, bytes=10)]) == 2 + 3
+
+
+def test_the_width_command_measures_time_memory_and_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record, picture = tmp_path / "width.json", tmp_path / "width.png"
+    threads = ["--threads", "1", "--seconds", "0"]
+    assert width.main(["--latents", "2048", *threads, "--json", str(record), "--plot", str(picture)]) == 0
+    assert "MB beyond" in capsys.readouterr().out
+    (measured,) = json.loads(record.read_text())["widths"]
+    assert measured["L"] == 2048
+    assert measured["seconds"] > measured["floor"] / 100 > 0
+    assert measured["bytes_held"] == 4 * (3 * (2 * 2048 * 256 + 256 + 2 * 2048) + 512 * 256)
+    assert measured["loss"][1] < measured["loss"][0]
+    assert picture.stat().st_size > 0
+
+
+def test_time_that_grows_as_the_square_has_exponent_2() -> None:
+    narrow = width.Width(1000, 0.5, 0, 0, 0, 0, (0, 0))
+    assert width.exponent(narrow, replace(narrow, L=4000, seconds=8.0)) == pytest.approx(2)

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+import runpy
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from cuda_emulation import build
 
 import sparc_fast as sf
-from sparc_fast.benchmarks import gpu, gpu_checks, gpu_figures, gpu_link, gpu_operators, gpu_small, gpu_steps
+from sparc_fast.benchmarks import (
+    gpu,
+    gpu_build,
+    gpu_checks,
+    gpu_cub,
+    gpu_figures,
+    gpu_link,
+    gpu_operators,
+    gpu_small,
+    gpu_steps,
+)
 from sparc_fast.benchmarks.gpu_cases import CALLS, TINY, DeviceOperands, Place
 from sparc_fast.benchmarks.gpu_record import Record, Row, read_rows, write_atomically
 from sparc_fast.benchmarks.gpu_timing import Clock, Roofs, Work, equal
@@ -38,6 +53,63 @@ def test_every_operator_and_its_rivals_agree_and_are_timed(record: Record) -> No
     contenders = sum(1 + len(op.baselines) + len(op.yardsticks or {}) for op in gpu_operators.OPERATORS.values())
     assert len(record.rows) == 2 * contenders
     assert all(row.value and len(row.seconds) >= 3 and row.work for row in record.rows)
+
+
+@pytest.mark.skipif(build.COMPILER is None, reason="no g++")
+def test_kernels_of_a_second_backend_take_part_in_what_they_do(
+    record: Record, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = {name: getattr(cuda, name) for name in cuda.__all__}
+    monkeypatch.setattr(gpu_operators, "kernels_beside", lambda place: {"cuda": kernels})
+    monkeypatch.setattr(gpu_small, "kernels_beside", lambda place: {"cuda": kernels})
+    measured = ["topk_rows", "invert_indices", "update_rows"]
+    gpu_operators.measure(record, Clock(REFERENCE), TINY, torch.bfloat16, [*measured, "sparse_decode"], 0.0)
+    assert not [row for row in record.rows if row.error]
+    assert [row.what for row in record.rows if row.contender == "cuda"] == measured
+    called = []
+    watched = {name: lambda *args, f=f, name=name, **more: (called.append(name), f(*args, **more))[1]
+               for name, f in kernels.items()}  # fmt: skip
+    monkeypatch.setattr(gpu_small, "kernels_beside", lambda place: {"cuda": watched})
+    gpu_small.main("cpu", "reference")
+    assert set(called) == set(kernels)
+
+
+def test_kernels_are_compiled_where_nvcc_is_and_nobody_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, target = tmp_path / "nvcc", tmp_path / "_cuda.so"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(gpu_build, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_build, "target", lambda: target)
+    # notes what it was asked for, and leaves that as the module
+    compiler.write_text(
+        '#!/bin/sh\nprevious=\nfor a; do [ "$previous" = -o ] && out=$a; previous=$a; done\necho "$@" > "$out"\n'
+    )
+    compiler.chmod(0o755)
+    row = gpu_build.Build((9, 0)).row()
+    assert row.value == 1, row
+    asked = target.read_text()
+    assert "code=sm_90a" in asked
+    assert "sm_80" not in asked
+    assert "update_rows.cu" in asked
+    assert "binding.cpp" in asked
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    compiler.write_text("#!/bin/sh\necho 'update_rows.cu(3): error: no' >&2; exit 1\n")
+    row = gpu_build.Build((9, 0)).row()
+    assert row.value is None
+    assert "error: no" in row.error
+    monkeypatch.setattr(gpu_build, "find_spec", lambda name: name)
+    row = gpu_build.Build((9, 0)).row()
+    assert (row.value, row.note) == (1, "was compiled before")
+
+
+def test_headers_that_torch_brings_along_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(gpu_link.ROOT / "csrc/cuda/build.py"))
+    find = script["find_spec"]
+    monkeypatch.setitem(
+        script["pybind11_headers"].__globals__, "find_spec", lambda name: find(name) if name == "torch" else None
+    )
+    headers = script["pybind11_headers"]()
+    assert headers.parent.name == "torch"
+    assert {"pybind11.h", "stl.h"} <= {path.name for path in (headers / "pybind11").iterdir()}
 
 
 def test_every_operator_of_the_backends_can_be_called() -> None:
@@ -163,6 +235,47 @@ def test_figures_are_read_off_rows_and_judged() -> None:
     assert "≤ 4.5 ms" in table
 
 
+def test_operators_that_are_faster_in_cuda_are_named() -> None:
+    def row(what: str, shape: str, contender: str, value: float) -> Row:
+        return Row("A", what, shape, contender, "bfloat16", value)
+
+    rows = [
+        row("global_topk", "A", "ours", 1e-3), row("global_topk", "A", gpu_figures.CUDA, 0.9e-3),
+        row("global_topk", "B", "ours", 1e-3), row("global_topk", "B", gpu_figures.CUDA, 1.1e-3),
+        row("topk_rows", "A", gpu_figures.CUDA, 1e-3), row("sparse_decode", "A", "ours", 1e-3),
+        row("global_topk", "A", "x @ W_enc.T", 0.5e-3),
+    ]  # fmt: skip
+    assert gpu_figures.faster_in_cuda(rows) == (
+        "faster in CUDA C++: global_topk, A, bfloat16: 0.900 ms, Triton 1.000 ms"
+    )
+    assert "nothing" in gpu_figures.faster_in_cuda(rows[2:])
+    found = {figure.what: figure for figure in gpu_figures.reached(rows)}
+    assert found["encoder + TopK in CUDA C++ ÷ bare cuBLAS product, A"].measured == "1.8×"
+
+
+def test_cubs_topk_takes_part_on_a_gpu_where_there_is_time_to_compile_it(record: Record) -> None:
+    on_gpu = Record("phase", Place(torch.device("cuda"), "triton"))
+    rivals = lambda name, record: set(gpu_operators._compiled_rivals(record, name, "A", "float32"))  # noqa: E731
+    assert rivals("topk_rows", on_gpu) == {gpu_operators.CUB}
+    assert rivals("global_topk", on_gpu) == rivals("topk_rows", record) == set()
+    on_gpu.until = monotonic() + 20
+    assert rivals("topk_rows", on_gpu) == set()
+    assert named(on_gpu.rows, "topk_rows", "A", gpu_operators.CUB, "float32").error == "no time left"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_cubs_topk_is_compiled_or_its_row_says_why_not() -> None:
+    has_it = subprocess.run(
+        ["nvcc", "-E", "-x", "cu", "-"], input="#include <cub/device/device_batched_topk.cuh>", text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if has_it.returncode:
+        with pytest.raises(RuntimeError, match=r"has no cub::DeviceBatchedTopK, which needs CCCL 3\.5"):
+            gpu_cub.compiled(1024, 8, (9, 0))
+    else:
+        assert gpu_cub.compiled(1024, 8, (9, 0)).__name__ == "cub_topk_rows"
+
+
 def test_phases_run_apart_and_a_failing_one_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main = pytest.importorskip("sparc_fast.benchmarks.gpu_main")
     script = tmp_path / "phase.py"
@@ -182,7 +295,12 @@ def test_phases_run_apart_and_a_failing_one_costs_itself_only(tmp_path: Path, mo
     assert "segmentation fault" in found[1].error
     assert found[3].error.startswith("stopped after")
     monkeypatch.setattr(main, "BUDGET", {False: 1.0, True: 1.0})
-    assert [row.error for row in main.run_phases(["B"], False, ["false"])] == ["no time left"]
+    built = Row("build", gpu_build.WHAT)
+    compiling = SimpleNamespace(row=lambda: built)
+    late = main.run_phases(["roofs", "A", "B"], False, ["false"], compiling)
+    assert [(row.phase, row.error) for row in late] == [
+        ("roofs", "no time left"), ("build", ""), ("A", "no time left"), ("B", "no time left"),
+    ]  # fmt: skip
 
 
 def test_a_whole_report_is_json_with_floors_and_figures() -> None:

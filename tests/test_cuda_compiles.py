@@ -34,14 +34,16 @@ def resources(source: Path, arch: str, folder: Path) -> Iterator[dict[str, str]]
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-def test_every_kernel_compiles_without_a_spill(tmp_path: Path) -> None:
+def test_every_kernel_compiles_without_a_spill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = [(source, arch, tmp_path) for source in SOURCES for arch in ARCHS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = [entry for entries in pool.map(lambda job: list(resources(*job)), jobs) for entry in entries]
     kernels = sum(len(re.findall("__global__", path.read_text())) for path in ROOT.glob("csrc/cuda/*.cuh"))
     assert len({entry["kernel"] for entry in found}) == kernels > 0
-    for entry in found:
-        entry["type"] = entry["type"] or ""
-        print("{kernel:22} {type:9} {arch:7} {registers:>3} registers {stored:>3} bytes spilt".format(**entry))
+    with capsys.disabled():  # shown in every run of the suite
+        print("\nkernel                      type             arch  registers  bytes spilt")
+        for entry in sorted(found, key=lambda entry: (entry["kernel"], entry["type"] or "", entry["arch"])):
+            entry["type"] = entry["type"] or ""
+            print("{kernel:27} {type:16} {arch:7} {registers:>7} {stored:>12}".format(**entry))
     spills = [entry for entry in found if any(int(entry[name]) for name in ("stack", "stored", "loaded"))]
     assert not spills

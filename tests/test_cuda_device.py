@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_as_accurate
+from operands import OPERATORS, Operands, operands, rows_to_update
 from torch import Tensor
 
 from sparc_fast import reference
@@ -50,6 +55,46 @@ def test_topk_rows_are_exact_on_hard_rows() -> None:
     check(torch.where(x > 2, torch.nan, torch.where(x < 0, -torch.inf, x)), 64)
 
 
+def to_select_from(N: int, L: int, D: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, W_enc, pre_bias and latent_bias."""
+    return normal(N, D).to(dtype), normal(L, D).to(dtype), normal(D).to(dtype), normal(2, L).to(dtype)
+
+
+# several chunks; one chunk of few samples, in many steps; the largest k; rows off any vector
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("N", "L", "D", "k"), [(4500, 16384, 256, 64), (5, 2**18, 64, 128), (300, 30000, 100, 2048), (33, 4099, 257, 7)]
+)
+def test_supports_are_exact(N: int, L: int, D: int, k: int, dtype: torch.dtype) -> None:
+    x, W_enc, pre_bias, bias = to_select_from(N, L, D, dtype)
+    found = native_cuda.global_topk(x, W_enc, pre_bias, bias, k)
+    for rows, indices in zip(x.split(64), found.split(64), strict=True):
+        assert torch.equal(indices, reference.global_topk(rows, W_enc, pre_bias, bias, k))
+
+
+def test_supports_are_exact_on_hard_samples() -> None:
+    x, W_enc, pre_bias, bias = to_select_from(64, 20000, 60)
+    W_enc[10000:] = W_enc[:10000]
+    x[3], x[5, 2], x[8, 0] = 0, torch.nan, torch.inf
+    x[9] *= 1e30
+    order = W_enc.sum(1).argsort()
+    for weights, biases in (
+        (W_enc, bias),
+        (W_enc[order], bias * 0),
+        (W_enc[order.flip(0)], bias),
+        (W_enc * 0, bias * 0),
+    ):
+        found = native_cuda.global_topk(x, weights, pre_bias, biases, 64)
+        assert torch.equal(found, reference.global_topk(x, weights, pre_bias, biases, 64))
+    assert torch.equal(found, native_cuda.global_topk(x[:1], W_enc * 0, pre_bias, bias * 0, 64).expand(64, -1))
+
+
+def test_streams_are_supported_alone() -> None:
+    x, W_enc, pre_bias, bias = to_select_from(100, 5000, 200)
+    expected = reference.local_topk(x, W_enc, pre_bias, bias, 20, (130, 70))
+    assert torch.equal(native_cuda.local_topk(x, W_enc, pre_bias, bias, 20, (130, 70)), expected)
+
+
 @pytest.mark.parametrize(("N", "k", "L"), [(4096, 64, 32768), (8192, 128, 2**20), (256, 64, 8192), (3, 2, 5)])
 def test_inverse_indices_equal_the_reference(N: int, k: int, L: int) -> None:
     indices = torch.randint(0, L, (N, k), device="cuda", dtype=torch.int32)
@@ -58,6 +103,121 @@ def test_inverse_indices_equal_the_reference(N: int, k: int, L: int) -> None:
         for got, expected in zip(
             native_cuda.invert_indices(indices, L), reference.invert_indices(indices, L), strict=True
         ):
+            assert torch.equal(got, expected)
+
+
+@pytest.fixture
+def operands_on_the_gpu(on_the_gpu: None) -> Iterator[None]:
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(os.environ.get("SPARC_FAST_TEST_DEVICE", "cpu"))
+
+
+# d_streams, N, L, k
+UPDATES = [((1024, 768, 768), 1024, 8192, 64), ((100, 7), 300, 1000, 9), ((5000,), 64, 300, 8), ((1,), 33, 50, 2)]
+
+
+def skewed(shape: tuple[tuple[int, ...], int, int, int], dtype: torch.dtype, per_stream: bool = False) -> Operands:
+    """One latent is in every sample."""
+    o = operands(shape, dtype, per_stream)
+    o.indices[..., 0] = 3
+    return o
+
+
+def update_directly(rows: list[Tensor], o: Operands, **more: Any) -> tuple[Tensor, ...]:
+    grads = native_cuda.update_rows(
+        *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
+        **{"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "step": 3, **more},
+    )  # fmt: skip
+    return (*rows, *grads)
+
+
+@pytest.mark.parametrize("per_stream", [False, True], ids=["shared support", "support per stream"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", UPDATES, ids=str)
+def test_rows_are_moved_as_accurately_as_by_plain_pytorch(
+    shape: tuple[tuple[int, ...], int, int, int], dtype: torch.dtype, per_stream: bool, operands_on_the_gpu: None
+) -> None:
+    o = skewed(shape, dtype, per_stream)
+    for name in ("update_rows", "replay_rows"):
+        run = OPERATORS[name]
+        results = run(o, native_cuda), run(o, reference), run(o.to(torch.float64), reference)
+        for got, same_dtype, truth in zip(*results, strict=True):
+            if got.is_floating_point():
+                # the largest error is that of the one weight whose second moment is next to 0: luck with both
+                assert_as_accurate(got, same_dtype, truth, factor=4)
+            else:
+                assert torch.equal(got, truth)
+
+
+@pytest.mark.parametrize("shape", UPDATES, ids=str)
+def test_neither_a_second_run_nor_another_grid_changes_a_bit(
+    shape: tuple[tuple[int, ...], int, int, int], operands_on_the_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    o = skewed(shape, torch.bfloat16)
+    expected, original = update_directly(rows_to_update(o), o), native_cuda._cuda.UpdatePlan
+    for blocks in (None, 1, 37, 5000):
+
+        def plan(*arguments: Any, blocks: int | None = blocks) -> Any:
+            chosen = original(*arguments)
+            chosen.blocks = blocks or chosen.blocks
+            return chosen
+
+        monkeypatch.setattr(native_cuda._cuda, "UpdatePlan", plan)
+        for got, first in zip(update_directly(rows_to_update(o), o), expected, strict=True):
+            assert torch.equal(got, first)
+
+
+@pytest.mark.parametrize("shape", UPDATES, ids=str)
+def test_replayed_rows_equal_rows_that_were_never_left_behind(
+    shape: tuple[tuple[int, ...], int, int, int], operands_on_the_gpu: None
+) -> None:
+    d_streams, _, L, k = shape
+    start = operands((d_streams, 1, L, k), torch.float32)
+    dense, lazy = rows_to_update(start), rows_to_update(start)
+    last_step = torch.zeros(L, dtype=torch.int64)
+    history = torch.tensor([(0.1 / t, 0.9, 0.999, 1e-8) for t in range(1, 31)], dtype=torch.float64)
+    for t in range(1, 31):
+        o = operands((d_streams, 1, L, k), torch.float32, seed=t)
+        used = o.indices[0].long()
+        update_directly(dense, o, lr=0.1 / t, step=t)
+        native_cuda.replay_rows(lazy[1], lazy[4:], used, last_step, history[: t - 1], d_streams)
+        update_directly(lazy, o, lr=0.1 / t, step=t, last_step=last_step)
+    assert (last_step < 30).any()
+    native_cuda.replay_rows(lazy[1], lazy[4:], torch.arange(L), last_step, history, d_streams)
+    for got, expected in zip(lazy, dense, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_graph_moves_rows_as_eager_steps_do(operands_on_the_gpu: None) -> None:
+    o = skewed(UPDATES[0], torch.bfloat16)
+    inverse = o.inverse
+    lr, count = torch.tensor(0.01, dtype=torch.float64), torch.zeros(())
+    eager, captured = rows_to_update(o), rows_to_update(o)
+
+    def step(rows: list[Tensor]) -> None:
+        native_cuda.update_rows(
+            *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *inverse, o.d_streams,
+            lr, (0.9, 0.999), 1e-8, count,
+        )  # fmt: skip
+
+    graph = torch.cuda.CUDAGraph()
+    step([row.clone() for row in eager])
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        count += 1
+        step(captured)
+    count.zero_()
+    for t in range(1, 4):
+        lr.fill_(0.01 / t)
+        o.values.copy_(torch.relu(torch.randn_like(o.values)))  # the indices, too, may be others at every replay
+        o.indices.copy_(o.indices.roll(1, 0))
+        for mine, fresh in zip(inverse, reference.invert_indices(o.indices, len(o.W_enc)), strict=True):
+            mine.copy_(fresh)
+        graph.replay()
+        assert count == t
+        step(eager)
+        for got, expected in zip(captured, eager, strict=True):
             assert torch.equal(got, expected)
 
 
@@ -74,6 +234,18 @@ def test_a_graph_replays_with_new_numbers() -> None:
         assert torch.equal(indices, reference._largest(numbers, 64))
         for got, expected in zip((offsets, entries), reference.invert_indices(indices, 40000), strict=True):
             assert torch.equal(got, expected)
+
+
+def test_a_graph_of_supports_replays_with_new_samples() -> None:
+    (x, *rest), graph = to_select_from(128, 40000, 64), torch.cuda.CUDAGraph()
+    native_cuda.global_topk(x, *rest, 64)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        indices = native_cuda.global_topk(x, *rest, 64)
+    for numbers in (normal(128, 64), normal(128, 64).round(), torch.full_like(x, torch.inf), torch.zeros_like(x)):
+        x.copy_(numbers)
+        graph.replay()
+        assert torch.equal(indices, reference.global_topk(x, *rest, 64))
 
 
 def test_kernels_run_on_the_stream_in_use() -> None:

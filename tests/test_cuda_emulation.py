@@ -21,6 +21,7 @@ FAULTS = [
     ("barrier", "plain", "wrong result"),
     ("warp barrier", "thread", "data race"),
     ("blocks", "thread", "data race"),
+    ("compact", "thread", "data race"),
     ("clear", "plain", "wrong result"),
     ("overflow", "plain", "wrong result"),
     ("half barrier", "plain", "threads wait for others that never come: thread 0 at faults.cu:"),
@@ -30,6 +31,8 @@ FAULTS = [
     ("shared end", "address", "use-after-poison"),
     ("tensor end", "address", "heap-buffer-overflow"),
     ("aligned", "plain", ""),
+    ("aligned store", "plain", ""),
+    ("swap", "plain", "a mask without the lane itself at faults.cu:"),
 ]
 
 

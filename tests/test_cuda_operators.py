@@ -20,16 +20,6 @@ pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="no g++")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(scope="module")
-def cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return build.emulated_backend(build.emulated_module(tmp_path_factory.mktemp("cuda")))
-
-
-@pytest.fixture(params=["0", "1", "2", "3"], ids=["first to last", "last to first", "shuffled", "shuffled otherwise"])
-def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_EMULATION_SCHEDULE", request.param)
-
-
 def planned(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch, **choices: int) -> None:
     """topk_rows with these choices instead of its own."""
     original = cuda._cuda.TopkPlan

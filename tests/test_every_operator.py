@@ -72,7 +72,7 @@ def test_operators_equal_the_reference_at_any_shape(
 ) -> None:
     k = data.draw(st.integers(1, L), label="k")
     # a sum of few terms may cancel, so that its accuracy is luck: this is about shapes
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.05)
+    tolerance = {torch.float64: 1e-9, torch.float32: 0.05 if "bfloat16" in name else 1e-4}.get(dtype, 0.05)
     o = operands((tuple(widths), N, L, k), dtype, per_stream, seed)
     truth = run(name, o.to(torch.float64), "reference")
     for backend in fast_backends():
@@ -133,7 +133,9 @@ def test_no_samples_give_empty_results(name: str, per_stream: bool, backend: str
     check_accuracy(name, o, backend)
 
 
-@pytest.mark.parametrize("name", sorted(OPERATORS.keys() - {"invert_indices", "count_silence", "replay_rows"}))
+@pytest.mark.parametrize(
+    "name", sorted(name for name in OPERATORS if not name.startswith(("invert", "count", "replay")))
+)
 def test_a_latent_may_be_in_a_support_twice(name: str, backend: str) -> None:
     o = operands("ragged", torch.float32)
     o.indices[:, 1] = o.indices[:, 0]

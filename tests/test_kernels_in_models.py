@@ -46,6 +46,25 @@ def test_training_equals_the_reference(selection: str, settings: dict[str, objec
         torch.testing.assert_close(tensor, expected[name], rtol=1e-7, atol=1e-9)
 
 
+def test_bfloat16_moments_are_those_of_the_reference_lazy_or_not_and_captured() -> None:
+    states = []
+    for backend, settings in (
+        ("reference", {}), ("triton", {}), ("triton", {"lazy": "replay"}), ("triton", {"capturable": True}),
+    ):  # fmt: skip
+        model = make(backend, auxk=0)
+        optimizer = sf.SparcAdam(model, lr=1e-2, moments="bfloat16", seed=5, **settings)
+        for x in batches(4):
+            optimizer.step(x)
+        state = optimizer.state_dict()["state"]
+        states.append([state[i][key] for i in range(2) for key in ("exp_avg", "exp_avg_sq")])
+        assert states[-1][0].dtype == torch.bfloat16
+    expected, dense, lazy, captured = states
+    for i in range(4):
+        assert torch.equal(dense[i], lazy[i])
+        assert torch.equal(dense[i], captured[i])
+        assert (dense[i] != expected[i]).float().mean() < 0.02  # where float32 rounds otherwise
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_weights_learn_through_float32_masters(dtype: torch.dtype, capturable: bool) -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from operands import seeded
+from operands import fast_backends, seeded
 
 import sparc_fast as sf
 
@@ -101,15 +101,18 @@ def test_schedulers_set_the_learning_rate_of_the_fused_step(backend: str) -> Non
     torch.testing.assert_close(ours.W_dec, theirs.W_dec, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_state_dict_round_trips_and_training_goes_on_bit_for_bit(dtype: torch.dtype, backend: str) -> None:
+def test_state_dict_round_trips_and_training_goes_on_bit_for_bit(
+    dtype: torch.dtype, moments: str, backend: str
+) -> None:
     model = make(backend, dtype=dtype)
-    optimizer = sf.SparcAdam(model, lr=1e-2)
+    optimizer = sf.SparcAdam(model, lr=1e-2, moments=moments, seed=4)
     for x in batches(5):
         optimizer.step(x)
     other = make(backend, dtype=dtype)
     other.load_state_dict(copy.deepcopy(model.state_dict()))
-    resumed = sf.SparcAdam(other)
+    resumed = sf.SparcAdam(other, moments=moments, seed=4)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for x in batches(5):
         optimizer.step(x)
@@ -193,3 +196,87 @@ def test_a_capturable_step_reads_nothing_on_the_host_and_trains_alike(selection:
     assert 0 < without_dead < 50
     for name, p in plain.named_parameters():
         torch.testing.assert_close(p, capturable.get_parameter(name), rtol=1e-7, atol=1e-9)
+
+
+def test_a_hundred_steps_with_bfloat16_moments_reach_the_loss_of_float32_within_a_hundredth(backend: str) -> None:
+    ends = []
+    for settings in ({}, {"moments": "bfloat16"}, {"moments": "bfloat16", "seed": 1}):
+        optimizer = sf.SparcAdam(make(backend), lr=3e-3, **settings)
+        losses = torch.stack([optimizer.step(x).total for x in batches(100)])
+        assert losses[-10:].mean() < losses[0] / 2
+        ends.append(float(losses[-10:].mean()))
+    assert ends[1:] == pytest.approx([ends[0]] * 2, rel=0.01)
+    assert ends[1] != ends[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bfloat16_moments_of_the_matrices_take_half_the_memory_and_biases_keep_float32(
+    dtype: torch.dtype, backend: str
+) -> None:
+    model = make(backend, dtype=dtype)
+    optimizer = sf.SparcAdam(model, moments="bfloat16")
+    optimizer.step(batches(1)[0])
+    for p in model.parameters():
+        state = optimizer.state[p]
+        bytes_each = 2 if p is model.W_enc or p is model.W_dec else 4
+        assert state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes == 2 * bytes_each * p.numel()
+        assert ("master" in state) == (dtype != torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_weights_are_their_masters_rounded_beside_bfloat16_moments(dtype: torch.dtype, backend: str) -> None:
+    model = make(backend, dtype=dtype)
+    optimizer = sf.SparcAdam(model, moments="bfloat16")
+    for x in batches(5):
+        optimizer.step(x)
+    for W in (model.W_enc, model.W_dec):
+        assert torch.equal(W, optimizer.state[W]["master"].to(dtype))
+
+
+@pytest.mark.skipif("cpu" not in fast_backends(), reason="the CPU backend is not here")
+def test_bfloat16_moments_do_not_depend_on_the_number_of_threads() -> None:
+    runs = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            model = make("cpu")
+            optimizer = sf.SparcAdam(model, lr=1e-2, moments="bfloat16")
+            for x in batches(10):
+                optimizer.step(x)
+            runs.append([p.detach() for p in model.parameters()] + [optimizer.state[model.W_dec]["exp_avg_sq"]])
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_states_of_one_type_of_moments_load_into_the_other(backend: str) -> None:
+    exact, narrow = (sf.SparcAdam(make(backend), lr=1e-2, moments=moments) for moments in ("float32", "bfloat16"))
+    for x in batches(3):
+        exact.step(x)
+        narrow.step(x)
+    for giver, moments in ((exact, "bfloat16"), (narrow, "float32")):
+        taker = sf.SparcAdam(make(backend), moments=moments)
+        taker.load_state_dict(copy.deepcopy(giver.state_dict()))
+        for mine, theirs in zip(taker.model.parameters(), giver.model.parameters(), strict=True):
+            for key in ("exp_avg", "exp_avg_sq"):
+                got, given = taker.state[mine][key], giver.state[theirs][key]
+                is_matrix = mine is taker.model.W_enc or mine is taker.model.W_dec
+                assert got.dtype == (getattr(torch, moments) if is_matrix else torch.float32)
+                assert torch.equal(got, given.to(got.dtype))  # to the nearest, or widened
+        assert torch.isfinite(taker.step(batches(1)[0]).total)
+    adam = torch.optim.Adam(narrow.model.parameters())
+    adam.load_state_dict(copy.deepcopy(narrow.state_dict()))
+    assert torch.isfinite(plain_step(narrow.model, adam, batches(1)[0]).total)
+
+
+def test_a_capturable_step_rounds_moments_as_a_plain_one_does(backend: str) -> None:
+    plain, capturable = (
+        sf.SparcAdam(make(backend, auxk=0), lr=1e-2, moments="bfloat16", capturable=c) for c in (False, True)
+    )
+    for x in batches(10):
+        plain.step(x)
+        capturable.step(x)
+    for name, p in plain.model.named_parameters():
+        torch.testing.assert_close(p, capturable.model.get_parameter(name), rtol=1e-4, atol=1e-5)
+    v = [optimizer.state[optimizer.model.W_enc]["exp_avg_sq"] for optimizer in (plain, capturable)]
+    assert (v[0] != v[1]).float().mean() < 0.01

@@ -13,11 +13,22 @@ import sparc_fast as sf
 
 WIDTHS = {"a": 12, "b": 7, "c": 5}
 EVERY_SELECTION = pytest.mark.parametrize("selection", ["global", "local"])
-EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+EVERY_DTYPE = pytest.mark.parametrize(
+    ("dtype", "moments"),
+    [(dtype, "float32") for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
+    + [(dtype, "bfloat16") for dtype in (torch.float32, torch.bfloat16, torch.float16)],
+    ids=str,
+)
+EVERY_MOMENTS = pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 
 
 def pair(
-    backend: str, selection: str = "global", dtype: torch.dtype = torch.float32, lr: float = 1e-2, **kwargs: object
+    backend: str,
+    selection: str = "global",
+    dtype: torch.dtype = torch.float32,
+    lr: float = 1e-2,
+    moments: str = "float32",
+    **kwargs: object,
 ) -> list[sf.SparcAdam]:
     """(dense, lazy), on models alike."""
     optimizers = []
@@ -25,7 +36,7 @@ def pair(
         torch.manual_seed(0)
         arguments = {"auxk": 4, "dead_after": 60, **kwargs}
         model = sf.SPARC(WIDTHS, 96, 3, selection=selection, backend=backend, dtype=dtype, **arguments)
-        optimizers.append(sf.SparcAdam(model, lr=lr, lazy=lazy))
+        optimizers.append(sf.SparcAdam(model, lr=lr, lazy=lazy, moments=moments, seed=3))
     return optimizers
 
 
@@ -46,9 +57,9 @@ def assert_same(dense: sf.SparcAdam, lazy: sf.SparcAdam) -> None:
 @EVERY_SELECTION
 @EVERY_DTYPE
 def test_training_with_auxk_and_a_schedule_is_that_of_the_dense_run(
-    selection: str, dtype: torch.dtype, backend: str
+    selection: str, dtype: torch.dtype, moments: str, backend: str
 ) -> None:
-    optimizers = pair(backend, selection, dtype)
+    optimizers = pair(backend, selection, dtype, moments=moments)
     schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 60, eta_min=1e-4) for o in optimizers]
     used_auxk = left_behind = 0
     for x in batches(60):
@@ -63,8 +74,9 @@ def test_training_with_auxk_and_a_schedule_is_that_of_the_dense_run(
     assert_same(*optimizers)
 
 
-def test_rows_left_behind_for_hundreds_of_steps_still_equal_the_dense_run(backend: str) -> None:
-    optimizers = pair(backend, auxk=0)
+@EVERY_MOMENTS
+def test_rows_left_behind_for_hundreds_of_steps_still_equal_the_dense_run(moments: str, backend: str) -> None:
+    optimizers = pair(backend, auxk=0, moments=moments)
     used, others = batches(1)[0], batches(200, N=2, seed=2)
     for x in (used, *(sample + 9 for sample in others)):  # far from the first batch: its latents rest
         for optimizer in optimizers:
@@ -103,14 +115,15 @@ def test_batches_without_some_streams_equal_the_dense_run(backend: str) -> None:
     assert_same(dense, lazy)
 
 
+@EVERY_MOMENTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_saved_run_goes_on_as_the_dense_one(dtype: torch.dtype, backend: str) -> None:
-    dense, lazy = pair(backend, dtype=dtype)
+def test_a_saved_run_goes_on_as_the_dense_one(dtype: torch.dtype, moments: str, backend: str) -> None:
+    dense, lazy = pair(backend, dtype=dtype, moments=moments)
     draws = batches(20)
     for x in draws[:10]:
         dense.step(x)
         lazy.step(x)
-    _, resumed = pair(backend, dtype=dtype)
+    _, resumed = pair(backend, dtype=dtype, moments=moments)
     state = copy.deepcopy(lazy.state_dict())
     resumed.model.load_state_dict(copy.deepcopy(lazy.model.state_dict()))
     resumed.load_state_dict(state)
@@ -134,9 +147,10 @@ def test_weights_loaded_into_a_lazy_run_meet_moments_that_are_up_to_date(backend
     assert_same(dense, lazy)
 
 
+@EVERY_MOMENTS
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
-def test_a_copy_of_a_model_or_of_an_optimizer_stands_on_its_own(duplicate: object, backend: str) -> None:
-    dense, lazy = pair(backend)
+def test_a_copy_of_a_model_or_of_an_optimizer_stands_on_its_own(duplicate: object, moments: str, backend: str) -> None:
+    dense, lazy = pair(backend, moments=moments)
     for x in batches(5):
         dense.step(x)
         lazy.step(x)
@@ -160,8 +174,9 @@ def test_a_second_optimizer_starts_from_rows_that_are_up_to_date(backend: str) -
     assert torch.equal(dense.model.W_dec, lazy.model.W_dec)
 
 
-def test_changed_betas_and_eps_are_replayed_as_they_were(backend: str) -> None:
-    dense, lazy = pair(backend)
+@EVERY_MOMENTS
+def test_changed_betas_and_eps_are_replayed_as_they_were(moments: str, backend: str) -> None:
+    dense, lazy = pair(backend, moments=moments)
     for i, x in enumerate(batches(15)):
         for optimizer in (dense, lazy):
             optimizer.param_groups[0].update(betas=(0.9 - 0.05 * (i // 5), 0.99), eps=10.0 ** -(6 + i // 5))
@@ -171,29 +186,31 @@ def test_changed_betas_and_eps_are_replayed_as_they_were(backend: str) -> None:
 
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("eps", [1e-8, 0.0])
-def test_replaying_equals_steps_without_entries(case: str, eps: float, backend: str) -> None:
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=str)
+def test_replaying_equals_steps_without_entries(case: str, eps: float, moments: torch.dtype, backend: str) -> None:
     d_streams, _, L, _ = CASES[case]
-    D, S, steps = sum(d_streams), len(d_streams), 300
+    D, S, steps = sum(d_streams), len(d_streams), 300 if moments == torch.float32 else 120
     operators = operators_of(backend)
     generator = seeded(0)
     W_dec = torch.randn(L, D, generator=generator)
     sf.reference.normalize_rows(W_dec, d_streams)
     m = torch.randn(L, D, generator=generator) * 10.0 ** -torch.arange(L)[:, None].remainder(12)
-    rows = [W_dec, m, m.square() + 1e-30]
+    rows = [W_dec, m.to(moments), (m.square() + 1e-30).to(moments)]
     dense, lazy = ([tensor.clone() for tensor in rows] for _ in range(2))
-    unused = [torch.zeros(L, D) for _ in range(3)]
+    unused = [torch.zeros(L, D), torch.zeros(L, D).to(moments), torch.zeros(L, D).to(moments)]
     history = torch.tensor([(0.01 / t, 0.9, 0.999, eps) for t in range(1, steps + 1)], dtype=torch.float64)
     nobody = torch.zeros(0, S, 1)
     empty = torch.zeros(0, D), torch.zeros(D), nobody, nobody, torch.zeros(0, S, D)
     inverse = torch.zeros(L + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     for t in range(1, steps + 1):
         operators.update_rows(
-            unused[0], dense[0], [*unused[1:], *dense[1:]], *empty, *inverse, d_streams, 0.01 / t, (0.9, 0.999), eps, t
-        )
+            unused[0], dense[0], [*unused[1:], *dense[1:]], *empty, *inverse, d_streams, 0.01 / t, (0.9, 0.999), eps, t,
+            seed=7,
+        )  # fmt: skip
     last_step = torch.zeros(L, dtype=torch.int64)
     half = history[: steps // 2]
-    operators.replay_rows(lazy[0], lazy[1:], torch.arange(0, L, 2), last_step, half, d_streams)
-    operators.replay_rows(lazy[0], lazy[1:], torch.arange(L), last_step, history, d_streams)
+    operators.replay_rows(lazy[0], lazy[1:], torch.arange(0, L, 2), last_step, half, d_streams, seed=7)
+    operators.replay_rows(lazy[0], lazy[1:], torch.arange(L), last_step, history, d_streams, seed=7)
     for got, expected in zip(lazy, dense, strict=True):
         assert torch.equal(got, expected)
 

@@ -147,6 +147,18 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_says_so(
     assert_same_results(tmp_path / "full", tmp_path / "whole")
 
 
+def test_a_checkpoint_holds_bfloat16_moments_and_is_a_third_smaller(tmp_path: Path) -> None:
+    exact, narrow = (
+        trained(tmp_path / moments, steps=5, moments=moments).folder.checkpoint(5)
+        for moments in ("float32", "bfloat16")
+    )
+    tensors, _ = checkpoint_file.read(narrow)
+    for name, tensor in tensors.items():
+        if "exp_avg" in name:
+            assert tensor.dtype == (torch.bfloat16 if ".W_" in name else torch.float32), name
+    assert narrow.stat().st_size / exact.stat().st_size == pytest.approx(2 / 3, abs=0.03)
+
+
 def test_half_written_files_of_a_killed_process_are_cleared_away(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir(parents=True)
     (tmp_path / "checkpoints" / ".step-000000005.safetensors.123-abc").write_bytes(b"half")

@@ -45,6 +45,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"warmup": 1.5}, "warmup must be a number from 0 to 1, got 1.5"),
     ({"beta_2": 1.0}, "beta_2 must be a number >= 0 and < 1, got 1.0"),
     ({"decay": "exponential"}, "decay must be one of cosine, linear, constant, got 'exponential'"),
+    ({"moments": "float16"}, "moments must be one of float32, bfloat16, got 'float16'"),
     ({"lazy": "yes"}, "lazy must be true or false, got 'yes'"),
     ({"data": ["a.npy"]}, r"data must be a table of streams, each a path or \[path, name\], got \['a.npy'\]"),
     ({"data": {"a": 3}}, "data must be a table of streams"),
@@ -155,6 +156,7 @@ def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> Non
 
 def test_public_names() -> None:
     assert training.__all__ == [
-        "Config", "Outcome", "Sink", "Trainer", "load_model", "read_config", "read_metrics", "read_settings",
+        "Config", "Machine", "Outcome", "Plan", "Sink", "Trainer", "load_model", "plan", "read_config", "read_metrics",
+        "read_settings",
     ]  # fmt: skip
     assert all(hasattr(training, name) for name in training.__all__)

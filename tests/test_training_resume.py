@@ -114,6 +114,8 @@ def test_other_settings_may_not_change_on_the_way(tmp_path: Path) -> None:
         ValueError, match=r"goes on with the settings it began with; .* has steps 3, not 4, lr 0.01, not"
     ):
         trained(tmp_path, steps=4, lr=1e-3)
+    with pytest.raises(ValueError, match=r"has moments 'float32', not 'bfloat16'"):
+        trained(tmp_path, steps=3, moments="bfloat16")
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:

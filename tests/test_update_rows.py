@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import STEP, operands, operators_of, rows_to_update, run
+from operands import SEED, STEP, Operands, fitting, operands, operators_of, rows_to_update, run
+from torch import Tensor
 
 from sparc_fast import reference
 
@@ -94,3 +95,67 @@ def test_autograd_notices_that_weights_changed(backend: str) -> None:
     )  # fmt: skip
     assert W_enc._version > versions[0]
     assert W_dec._version > versions[1]
+
+
+def stepped(o: Operands, backend: str, rows: list[Tensor], seed: int | None, step: int | Tensor = STEP) -> list[Tensor]:
+    """Copies of W_enc, W_dec and their moments after a step."""
+    rows = [tensor.clone() for tensor in rows]
+    operators_of(backend).update_rows(
+        *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
+        0.01, (0.9, 0.999), 1e-8, step, seed=seed,
+    )  # fmt: skip
+    return rows
+
+
+@pytest.mark.parametrize("case", ["ragged", "several column runs"])
+def test_rows_move_by_moments_that_are_not_yet_rounded_and_these_are_rounded_as_the_reference_says(
+    case: str, backend: str
+) -> None:
+    o = fitting(operands(case, torch.float32), backend)
+    narrow = rows_to_update(o, narrow=True)
+    exact = stepped(o, backend, [tensor.float() for tensor in narrow], None)
+    got = stepped(o, backend, narrow, SEED)
+    latents, D = torch.arange(len(o.W_enc)), o.W_enc.shape[1]
+    for i in range(2):
+        assert torch.equal(got[i], exact[i])
+        noise = reference.rounding_noise(SEED, STEP, i, latents, D)
+        for at, random in ((2 + 2 * i, noise & 0xFFFF), (3 + 2 * i, noise >> 16)):
+            assert torch.equal(got[at], reference.round_to_bfloat16(exact[at], random))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_or_step_others(backend: str) -> None:
+    o = fitting(operands("ragged", torch.float32), backend)
+    rows = rows_to_update(o, narrow=True)
+    first, again, other = (stepped(o, backend, rows, seed) for seed in (SEED, SEED, SEED + 1))
+    later = stepped(o, backend, rows, SEED, STEP + 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[:2], other[:2], strict=True))
+    for moments in (other[2:], later[2:]):
+        for a, b in zip(first[2:], moments, strict=True):
+            assert 0.2 < (a != b).float().mean() < 0.8
+
+
+def test_a_step_on_the_device_rounds_as_a_number_does(backend: str) -> None:
+    o = fitting(operands("ragged", torch.float32), backend)
+    rows = rows_to_update(o, narrow=True)
+    number, tensor = (stepped(o, backend, rows, SEED, step) for step in (1234, torch.tensor(1234.0)))
+    assert all(torch.equal(a, b) for a, b in zip(number[2:], tensor[2:], strict=True))
+
+
+def test_moments_that_are_not_finite_stay_so_and_second_moments_never_fall_below_0(backend: str) -> None:
+    o = fitting(operands("ragged", torch.float32), backend)
+    rows = rows_to_update(o, narrow=True)
+    rows[2][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    rows[3][0, :3] = torch.tensor([torch.nan, torch.inf, 0.0])
+    rows[3][1], rows[5][1] = 0.0, 2.0**-133  # the smallest that bfloat16 holds
+    _, _, m, v, _, v_dec = stepped(o, backend, rows, SEED)
+    assert not m[0, :3].isfinite().any()
+    assert not v[0, :2].isfinite().any()
+    assert (v[1:] >= 0).all()
+    assert (v_dec >= 0).all()
+
+
+def test_bfloat16_moments_without_a_seed_are_refused(backend: str) -> None:
+    o = fitting(operands("ragged", torch.float32), backend)
+    with pytest.raises(ValueError, match="seed must be an integer where moments are bfloat16, got None"):
+        stepped(o, backend, rows_to_update(o, narrow=True), None)

@@ -16,6 +16,7 @@ D = {"a": 300, "b": 200}
 WINDOWED = 9_500_000  # bytes: below what all rows take, so that the loader's windows are several
 RUNS: dict[str, dict[str, Any]] = {
     "dense": {},
+    "lazy-bfloat16-moments": {"lazy": True, "moments": "bfloat16", "seed": 3},
     "lazy-bfloat16-local": {"lazy": True, "dtype": "bfloat16", "selection": "local", "support_dropout": 0.0},
     "accumulated": {"accumulate": 3},
 }

@@ -36,7 +36,7 @@ PYBIND11_MODULE(_cpu, m) {
         m.def(name, function, py::call_guard<py::gil_scoped_release>());
     };
     py::class_<Batch>(m, "Batch").def(py::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Widths>());
-    py::class_<AdamStep>(m, "AdamStep").def(py::init<double, double, double, double, int64_t>());
+    py::class_<AdamStep>(m, "AdamStep").def(py::init<double, double, double, double, int64_t, uint64_t>());
     define("support_values", support_values);
     define("support_values_grad_x", support_values_grad_x);
     define("sparse_decode", sparse_decode);

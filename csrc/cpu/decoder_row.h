@@ -3,18 +3,6 @@
 
 namespace SIMD_LEVEL {
 
-// Columns of a row, and of the row that comes after, which is fetched meanwhile.
-template <class A>
-struct Row {
-    A* data;
-    int64_t next;  // distance to the row that comes after
-
-    Row(const Tensor& tensor, int64_t l, int64_t after, int64_t column)
-        : data(tensor.at<A>(l) + column), next((after - l) * tensor.stride[0]) {}
-    A* operator+(int64_t d) const { return data + d; }
-    void prefetch(int64_t d) const { __builtin_prefetch(data + next + d, 1, 2); }
-};
-
 // The bfloat16 copy of a row, or nothing.
 struct CopyRow {
     bf16* data;
@@ -35,9 +23,9 @@ void copy_row(CopyRow copy, const A* w, int64_t width) {
 
 // Adam on w along the sphere: what the gradient has along w is taken out before, and w has unit norm after. Returns
 // the norm that w had before that. Never inlined: a step that is replayed has the same bits.
-template <class A>
+template <class A, class M>
 __attribute__((noinline)) A update_decoder(
-    Row<A> w, Row<A> m, Row<A> v, const A* grad, int64_t width, const Adam<A>& adam) {
+    Row<A> w, const Moments<M>& moments, const A* grad, int64_t width, const Adam<A>& adam) {
     Vec<A> gw = {}, ww = {};
     for (int64_t d = 0; d < width; d += lanes<A>) {
         w.prefetch(d);
@@ -46,12 +34,13 @@ __attribute__((noinline)) A update_decoder(
         ww += old * old;
     }
     const A along = total<A>(gw) / std::max(total<A>(ww), std::numeric_limits<A>::min());
+    const Noise noise = moments.noise(adam.noise);
     Vec<A> squares = {};
     for (int64_t d = 0; d < width; d += lanes<A>) {
         const int64_t n = width - d;
-        for (const Row<A>& row : {m, v}) row.prefetch(d);
+        moments.prefetch(d);
         const Vec<A> old = load(w + d, n);
-        Vec<A> moved = adam(old, load(grad + d, n) - along * old, m + d, v + d, n);
+        Vec<A> moved = adam(old, load(grad + d, n) - along * old, moments, noise, d, n);
         store(w + d, moved, n);
         if (n < lanes<A>) moved = load(w + d, n);  // with eps = 0 the lanes beside the row are 0 / 0
         squares += moved * moved;

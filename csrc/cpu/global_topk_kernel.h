@@ -72,7 +72,7 @@ void screen_row(Screen& screen, int64_t row, const T* scores, const Chunk& chunk
             const int64_t n = std::min<int64_t>(W, chunk.size - l);
             store(lowers.data() + l, interval(screen, row, scores, chunk, l, n).lower, n);
         }
-        screen.threshold[row] = find_kth_largest(lowers.data(), chunk.size, screen.k, above);
+        screen.threshold[row] = find_kth_largest(lowers.data(), lowers.data(), chunk.size, screen.k, above);
     }
     const int64_t offset = row * screen.capacity;
     for (int64_t l = 0; l < chunk.size; l += W) {

@@ -38,9 +38,10 @@ void weight_gradients(Tensor grad_W_enc, Tensor grad_W_dec, Tensor grad_latent_b
 struct AdamStep {
     double lr, beta1, beta2, eps;
     int64_t step;
+    uint64_t seed = 0;  // of the rounding of bfloat16 moments
 };
 
-// Moments are those of W_enc, then of W_dec. Copies are bfloat16; those without data are not written. With last_step,
+// Moments are those of W_enc, then of W_dec, in the type of the sums or all bfloat16. Copies are bfloat16; those without data are not written. With last_step,
 // decoder rows without an entry are left behind.
 void update_rows(
     Tensor grad_latent_bias, Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments,
@@ -48,6 +49,6 @@ void update_rows(
 
 void replay_rows(
     Tensor W_dec, std::vector<Tensor> moments, Tensor copy, Tensor latents, Tensor last_step, Tensor history,
-    Widths d_streams, int threads);
+    Widths d_streams, uint64_t seed, int threads);
 
 void count_silence(Tensor silence, Tensor values, Tensor indices);

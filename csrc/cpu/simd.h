@@ -113,4 +113,9 @@ INLINE Vec<A> square_root(Vec<A> v) {
     return v;
 }
 
+template <class A>
+INLINE Vec<A> magnitude(Vec<A> v) {
+    return v < 0 ? -v : v;
+}
+
 }  // namespace SIMD_LEVEL

@@ -13,8 +13,8 @@
 #include "every_level.h"
 
 template <class T>
-static void select_row(const T* row, int64_t L, int64_t k, Above<T>& above, int32_t* indices) {
-    AT_SIMD_LEVEL(topk_row(row, L, k, above, indices))
+static void select_row(const T* row, const T* next, int64_t L, int64_t k, Above<T>& above, int32_t* indices) {
+    AT_SIMD_LEVEL(topk_row(row, next, L, k, above, indices))
 }
 
 void topk_rows(Tensor indices, Tensor scores, int64_t k, int threads) {
@@ -25,7 +25,8 @@ void topk_rows(Tensor indices, Tensor scores, int64_t k, int threads) {
         parallel_for((N + rows - 1) / rows, threads, [&](int64_t task) {
             Above<T> above;
             for (int64_t n = task * rows; n < std::min(N, (task + 1) * rows); ++n)
-                select_row(scores.at<const T>(n), L, k, above, indices.at<int32_t>(n));
+                select_row(
+                    scores.at<const T>(n), scores.at<const T>(std::min(n + 1, N - 1)), L, k, above, indices.at<int32_t>(n));
         });
     });
 }

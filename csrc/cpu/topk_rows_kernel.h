@@ -104,9 +104,10 @@ INLINE int64_t append_above(Vec<T> v, T threshold, int32_t column, T* values, in
 }
 
 // Collects what may be among the k largest of row[0, L) into `above`, and returns the k-th largest.
-// All entries above it have been collected; if fewer than k were, its equals have not.
+// All entries above it have been collected; if fewer than k were, its equals have not. While they are collected, which
+// leaves memory idle, `next` is fetched: what will be read next.
 template <class T>
-T find_kth_largest(const T* row, int64_t L, int64_t k, Above<T>& above) {
+T find_kth_largest(const T* row, const T* next, int64_t L, int64_t k, Above<T>& above) {
     constexpr int W = lanes<T>, chains = 4, bytes_ahead = 4096;
     constexpr T lowest = -std::numeric_limits<T>::infinity();
     const int64_t rank = k + 8, steps = std::clamp<int64_t>(L / (4 * chains * rank), 1, 16);
@@ -146,17 +147,19 @@ T find_kth_largest(const T* row, int64_t L, int64_t k, Above<T>& above) {
     for (int64_t b = 0; b < blocks; ++b) {
         if (grouped && !any<T>(load(above.maxima.data() + b * W) > threshold)) continue;
         const T* entries = start(b);
-        for (int64_t i = 0; i < block; i += W)
+        for (int64_t i = 0; i < block; i += W, next += W) {
+            __builtin_prefetch(next);
             count += append_above<T>(
                 ranked<T>(load(entries + i)), threshold, b * block + i, values + count, above.columns.data() + count);
+        }
     }
     above.count = count;
     return count < k ? threshold : kth_largest(values, count, k);
 }
 
 template <class T>
-void topk_row(const T* row, int64_t L, int64_t k, Above<T>& above, int32_t* indices) {
-    const T kth = find_kth_largest(row, L, k, above);
+void topk_row(const T* row, const T* next, int64_t L, int64_t k, Above<T>& above, int32_t* indices) {
+    const T kth = find_kth_largest(row, next, L, k, above);
     int64_t greater = 0;
     for (int64_t i = 0; i < above.count; ++i) greater += above.values[i] > kth;
     int64_t room = k - greater;

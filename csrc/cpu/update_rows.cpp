@@ -14,9 +14,11 @@ void update_rows(
     Tensor grad_latent_bias, Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments,
     std::vector<Tensor> copies, Tensor last_step, Batch batch, AdamStep adam, int threads) {
     with_type(batch.x.item_size, [&](auto type) {
-        AT_SIMD_LEVEL(
-            update_rows<decltype(type)>(
-                grad_latent_bias, grad_pre_bias, W_enc, W_dec, moments, copies, last_step, batch, adam, threads))
+        with_moments<sum_t<decltype(type)>>(moments, [&](auto moment) {
+            AT_SIMD_LEVEL(
+                update_rows<decltype(type), decltype(moment)>(
+                    grad_latent_bias, grad_pre_bias, W_enc, W_dec, moments, copies, last_step, batch, adam, threads))
+        });
     });
 }
 #else
@@ -26,16 +28,18 @@ void update_rows(
 namespace SIMD_LEVEL {
 
 // pre_bias -= grad_bias w, then Adam on w.
-template <class A>
+template <class A, class M>
 void update_encoder(
-    Row<A> w, Row<A> m, Row<A> v, CopyRow copy, const A* grad, A grad_bias, A* pre_bias, int64_t width,
+    Row<A> w, const Moments<M>& moments, CopyRow copy, const A* grad, A grad_bias, A* pre_bias, int64_t width,
     const Adam<A>& adam) {
+    const Noise noise = moments.noise(adam.noise);
     for (int64_t d = 0; d < width; d += lanes<A>) {
         const int64_t n = width - d;
-        for (const Row<A>& row : {w, m, v}) row.prefetch(d);
+        w.prefetch(d);
+        moments.prefetch(d);
         const Vec<A> old = load(w + d, n);
         store(pre_bias + d, load(pre_bias + d, n) - grad_bias * old, n);
-        const Vec<A> moved = adam(old, load(grad + d, n), m + d, v + d, n);
+        const Vec<A> moved = adam(old, load(grad + d, n), moments, noise, d, n);
         store(w + d, moved, n);
         if (copy.data) copy_to(copy.data + d, moved, n);
     }
@@ -50,7 +54,7 @@ inline std::vector<int64_t> stepping(const int64_t* offsets, int64_t first, int6
     return latents;
 }
 
-template <class T>
+template <class T, class M>
 void update_rows(
     const Tensor& grad_latent_bias, const Tensor& grad_pre_bias, const Tensor& W_enc, const Tensor& W_dec,
     const std::vector<Tensor>& moments, const std::vector<Tensor>& copies, const Tensor& last_step, const Batch& batch,
@@ -73,24 +77,22 @@ void update_rows(
         parallel_for((L + size - 1) / size, threads, make_room, [&](int64_t task, const Scratch<A>& grads) {
             const int64_t first = task * size, last = std::min(L, first + size);
             sums.encoder(first, last, &grads[0], width);
-            const auto row = [&](const Tensor& tensor, int64_t l, int64_t after) {
-                return Row<A>(tensor, l, after, column);
+            const auto moments_of = [&](int64_t matrix, int64_t l, int64_t after) {
+                return Moments<M>(&moments[2 * matrix], matrix, l, after, column);
             };
             for (int64_t l = first; l < last; ++l) {
                 const int64_t after = std::min(l + 1, L - 1);
                 const A bias = grad_latent_bias.at<A>(s)[l] = sums.bias(l);
                 update_encoder(
-                    row(W_enc, l, after), row(moments[0], l, after), row(moments[1], l, after),
-                    CopyRow(copies[0], l, column), &grads[(l - first) * width], bias,
-                    &pre_bias_parts[l / block * D + column], width, adam);
+                    Row<A>(W_enc, l, after, column), moments_of(0, l, after), CopyRow(copies[0], l, column),
+                    &grads[(l - first) * width], bias, &pre_bias_parts[l / block * D + column], width, adam);
             }
             sums.decoder(first, last, &grads[0], width);
             const std::vector<int64_t> latents = stepping(offsets, first, last, lazy);
             for (size_t i = 0; i + 1 < latents.size(); ++i) {
                 const int64_t l = latents[i], after = latents[i + 1];
-                const Row<A> w = row(W_dec, l, after);
-                update_decoder(
-                    w, row(moments[2], l, after), row(moments[3], l, after), &grads[(l - first) * width], width, adam);
+                const Row<A> w(W_dec, l, after, column);
+                update_decoder(w, moments_of(1, l, after), &grads[(l - first) * width], width, adam);
                 copy_row(CopyRow(copies[1], l, column), w.data, width);
             }
         });

@@ -56,3 +56,36 @@ __device__ void sort_in_block(T* items, int size) {
     }
     __syncthreads();
 }
+
+// Sums over all threads of a block, the same for all of them: added in an order that depends on the number of threads
+// alone. Each sum meets one barrier; two take turns in memory, so that none overtakes another.
+class BlockSums {
+   public:
+    static constexpr int most = 2, places = 2 * most * 32;  // values at once; what `of_warps` must have
+
+    __device__ explicit BlockSums(float* of_warps_) : of_warps(of_warps_) {}
+
+    // Each value becomes its sum.
+    template <int count>
+    __device__ void operator()(float (&values)[count]) {
+        static_assert(count <= most);
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+        float* const mine = of_warps + turn * most * 32;
+        turn ^= 1;
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            for (int by = 16; by; by /= 2) values[i] = __fadd_rn(values[i], __shfl_xor_sync(all_lanes, values[i], by));
+            if (lane == 0) mine[i * 32 + warp] = values[i];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            values[i] = mine[i * 32];
+            for (int w = 1; w < warps; ++w) values[i] = __fadd_rn(values[i], mine[i * 32 + w]);
+        }
+    }
+
+   private:
+    float* of_warps;
+    int turn = 0;
+};

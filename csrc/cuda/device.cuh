@@ -17,6 +17,12 @@ void launch(
 
 __device__ inline char* shared_memory() { return emulation::shared_memory(); }
 
+struct Kept {
+    uint4 operator()(const uint4* p) const { return __ldg(p); }
+};
+
+__device__ inline void prefetch(const void*) {}
+
 #else
 
 #include <cuda_fp16.h>
@@ -44,6 +50,26 @@ __device__ inline char* shared_memory() {
     extern __shared__ __align__(16) char memory[];
     return memory;
 }
+
+// Reads what other blocks will read again: the L2 cache gives it up last, and the first-level cache is spared. Nothing
+// may write there during the kernel.
+class Kept {
+   public:
+    __device__ Kept() { asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy)); }
+    __device__ uint4 operator()(const uint4* p) const {
+        uint4 v;
+        asm("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+            : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+            : "l"(p), "l"(policy));
+        return v;
+    }
+
+   private:
+    uint64_t policy;
+};
+
+// Brings the 128 bytes around p into the L2 cache.
+__device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 #endif
 
@@ -87,4 +113,11 @@ __host__ __device__ constexpr T larger(T a, T b) {
 template <class T>
 __host__ __device__ constexpr T ceil_div(T a, T b) {
     return (a + b - 1) / b;
+}
+
+// The least power of two that is at least n.
+__host__ __device__ constexpr int power_of_two(int n) {
+    int size = 1;
+    while (size < n) size *= 2;
+    return size;
 }

@@ -38,17 +38,17 @@ template <class Format>
 static void select_rows(
     TopkPlan plan, int32_t* indices, float* values, const void* scores, int64_t stride, int64_t N, int64_t L, int k,
     const int32_t* names, uintptr_t stream) {
-    const size_t shared_bytes = TopkShared(0, plan.capacity).bytes;
+    const size_t shared_bytes = TopkShared(SharedMemory(0), plan.capacity, k).bytes;
     launch(
         topk_rows_kernel<Format>, N * plan.parts, plan.threads, shared_bytes, stream, plan, indices, values,
         static_cast<const typename Format::Word*>(scores), stride, L, plan.span(L), k, names);
 }
 
 void topk_rows(
-    TopkPlan plan, int32_t* indices, const void* scores, Scores type, int64_t stride, int64_t N, int64_t L, int k,
+    TopkPlan plan, int32_t* indices, const void* scores, Floats type, int64_t stride, int64_t N, int64_t L, int k,
     void* workspace, uintptr_t stream) {
-    const auto select = type == Scores::float32    ? select_rows<Float32>
-                        : type == Scores::bfloat16 ? select_rows<BFloat16>
+    const auto select = type == Floats::float32    ? select_rows<Float32>
+                        : type == Floats::bfloat16 ? select_rows<BFloat16>
                                                    : select_rows<Float16>;
     if (k < 1 || k > most_k || k > plan.span(L) || plan.capacity < k + plan.threads || 2 * plan.capacity < plan.sample)
         throw std::invalid_argument("the plan does not fit the rows");

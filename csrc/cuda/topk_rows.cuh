@@ -12,114 +12,30 @@
 // A candidate is a number, key << 32 | ~column: larger scores are larger, and of equal scores the lower column is. No
 // two are equal, so the order in which they were gathered does not show in the result.
 #pragma once
-#include "block.cuh"
+#include "formats.cuh"
+#include "row_part.cuh"
+#include "selection.cuh"
 #include "topk_rows.h"
 
-using Candidate = unsigned long long;
-
-struct Float32 {
-    using Word = uint32_t;
-    __device__ static float value(Word word) { return __uint_as_float(word); }
-};
-struct BFloat16 {
-    using Word = uint16_t;
-    __device__ static float value(Word word) { return __uint_as_float(uint32_t(word) << 16); }
-};
-struct Float16 {
-    using Word = uint16_t;
-    __device__ static float value(Word word) { return __half2float(__ushort_as_half(word)); }
-};
-
-// Unsigned numbers in the order of the floats: NaN is +inf, the zeros are equal. All are above 0, which is no float.
-__device__ inline uint32_t key_of(float value) {
-    constexpr uint32_t infinity = 0x7f800000, sign = 0x80000000;
-    const uint32_t bits = __float_as_uint(value), magnitude = bits & ~sign;
-    const bool positive = !(bits & sign) || magnitude > infinity;
-    return positive ? sign + smaller(magnitude, infinity) : sign - magnitude;
-}
-
-// The least float of this key; -inf for 0.
-__device__ inline float float_of(uint32_t key) {
-    constexpr uint32_t infinity = 0x7f800000, sign = 0x80000000;
-    if (key >= sign) return __uint_as_float(key - sign);
-    return __uint_as_float(sign | smaller(sign - key, infinity));
-}
-
-__device__ inline Candidate candidate(uint32_t key, uint32_t column) { return Candidate(key) << 32 | ~column; }
-__device__ inline uint32_t key_in(Candidate candidate) { return uint32_t(candidate >> 32); }
-__device__ inline uint32_t column_in(Candidate candidate) { return ~uint32_t(candidate); }
-
-constexpr int digit_bits = 11, digits = 1 << digit_bits;
-
 // The shared memory of a block.
-struct TopkShared {
-    Candidate* candidates;  // [capacity], and in the same place
+struct TopkShared : SelectionShared {
+    Candidate* candidates;  // [capacity], or a power of two not below k; and in the same place
     uint32_t* sample;       // [2 capacity]
-    int* histogram;         // [digits]
-    int* of_warps;          // [32]
-    int* count;             // of candidates that came, with or without room
-    int* kept;
-    int* digit;   // where the k-th largest lies,
-    int* within;  // which of that digit it is,
-    int* many;    // and how many have that digit
     size_t bytes;
 
-    __host__ __device__ TopkShared(uintptr_t begin, int capacity) : bytes(0) {
-        SharedMemory memory(begin);
-        candidates = memory.take<Candidate>(capacity);
+    __host__ __device__ TopkShared(SharedMemory memory, int capacity, int k) : SelectionShared(memory) {
+        candidates = memory.take<Candidate>(larger(capacity, power_of_two(k)));
         sample = reinterpret_cast<uint32_t*>(candidates);
-        histogram = memory.take<int>(digits);
-        of_warps = memory.take<int>(32);
-        count = memory.take<int>(1);
-        kept = memory.take<int>(1);
-        digit = memory.take<int>(1);
-        within = memory.take<int>(1);
-        many = memory.take<int>(1);
         bytes = memory.bytes();
     }
-};
-
-// The largest number that at least k of items[0 ... n) reach. By digits, the highest first; as soon as all items of a
-// digit are among the k largest, a number with zeros behind that digit, which no more than these reach. When a thread
-// returns, all have read the items for the last time.
-template <class Item>
-__device__ Item kth_largest(const Item* items, int n, int k, const TopkShared& shared) {
-    constexpr int bits = 8 * sizeof(Item);
-    Item known = 0;
-    for (int low = bits - digit_bits;; low -= digit_bits) {
-        const int shift = larger(low, 0), width = digit_bits + smaller(low, 0);
-        for (int d = threadIdx.x; d < digits; d += blockDim.x) shared.histogram[d] = 0;
-        __syncthreads();
-        for (int i = threadIdx.x; i < n; i += blockDim.x) {
-            const Item item = items[i];
-            // two shifts: one by all bits would be none
-            if (((item ^ known) >> (shift + width - 1)) >> 1 == 0)
-                atomicAdd(&shared.histogram[int(item >> shift) & ((1 << width) - 1)], 1);
-        }
-        __syncthreads();
-        // a thread has some digits side by side; the first thread has the highest
-        const int each = ceil_div<int>(digits, blockDim.x), highest = digits - 1 - int(threadIdx.x) * each;
-        const int lowest = larger(highest - each + 1, 0);
-        int mine = 0, all;
-        for (int d = highest; d >= lowest; --d) mine += shared.histogram[d];
-        int above = sum_before(mine, shared.of_warps, all);
-        if (above < k && above + mine >= k) {
-            int d = highest;
-            while (above + shared.histogram[d] < k) above += shared.histogram[d--];
-            *shared.digit = d;
-            *shared.within = k - above;
-            *shared.many = shared.histogram[d];
-        }
-        __syncthreads();
-        known |= Item(*shared.digit) << shift;
-        k = *shared.within;
-        if (shift == 0 || k == *shared.many) return known;
+    __device__ auto candidate_at() const {
+        return [all = candidates](int i) { return all[i]; };
     }
-}
+};
 
 // Drops all but the k largest of n > k candidates. Ends with a barrier.
 __device__ inline void keep_largest(int n, int k, const TopkShared& shared) {
-    const Candidate least = kth_largest(shared.candidates, n, k, shared);
+    const Candidate least = kth_largest(shared.candidate_at(), n, k, shared);
     if (threadIdx.x == 0) *shared.kept = 0;
     __syncthreads();
     for (int begin = 0; begin < n; begin += blockDim.x) {
@@ -130,30 +46,6 @@ __device__ inline void keep_largest(int n, int k, const TopkShared& shared) {
     }
     __syncthreads();
 }
-
-// A run of a row's columns, read 16 bytes at a time where they are aligned.
-template <class Format>
-struct RowPart {
-    using Word = typename Format::Word;
-    static constexpr int width = 16 / sizeof(Word);
-
-    const Word* words;
-    int length, head, vectors;  // head: words before the first whole 16 bytes
-
-    __device__ RowPart(const Word* words_, int length_) : words(words_), length(length_) {
-        head = smaller(length, int((16 - reinterpret_cast<uintptr_t>(words) % 16) % 16 / sizeof(Word)));
-        vectors = (length - head) / width;
-    }
-    __device__ float operator[](int i) const { return Format::value(words[i]); }
-    __device__ uint4 vector(int v) const { return __ldcs(reinterpret_cast<const uint4*>(words + head) + v); }
-    __device__ static float in(const uint4& vector, int i) {
-        const uint32_t word = i * 4 / width == 0   ? vector.x
-                              : i * 4 / width == 1 ? vector.y
-                              : i * 4 / width == 2 ? vector.z
-                                                   : vector.w;
-        return Format::value(Word(width == 8 && i % 2 ? word >> 16 : word));
-    }
-};
 
 // Gathers candidates with a score of at least `least`; false when there was no room for all.
 template <class Format>
@@ -238,7 +130,7 @@ __device__ uint32_t guess_threshold(const RowPart<Format>& row, int sample, int 
     const int apart = row.length / (sample / 32);
     for (int i = threadIdx.x; i < sample; i += blockDim.x) shared.sample[i] = key_of(row[i / 32 * apart + i % 32]);
     __syncthreads();
-    return kth_largest(shared.sample, sample, rank, shared);
+    return kth_largest([all = shared.sample](int i) { return all[i]; }, sample, rank, shared);
 }
 
 // Leaves the k largest among the candidates, or all where the row has fewer, and returns how many.
@@ -254,7 +146,7 @@ __device__ int select(const RowPart<Format>& row, const TopkPlan& plan, int k, c
         }
         least = 0;
     } else {
-        least = key_in(kth_largest(shared.candidates, plan.capacity, k, shared));
+        least = key_in(kth_largest(shared.candidate_at(), plan.capacity, k, shared));
     }
     return gather_in_steps(row, least, k, plan.capacity, shared);
 }
@@ -266,12 +158,11 @@ template <class Format>
 __global__ void __launch_bounds__(512, 2) topk_rows_kernel(
     TopkPlan plan, int32_t* indices, float* values, const typename Format::Word* scores, int64_t stride, int64_t L,
     int64_t span, int k, const int32_t* names) {
-    const TopkShared shared(reinterpret_cast<uintptr_t>(shared_memory()), plan.capacity);
+    const TopkShared shared(SharedMemory(reinterpret_cast<uintptr_t>(shared_memory())), plan.capacity, k);
     const int64_t n = blockIdx.x / plan.parts, begin = blockIdx.x % plan.parts * span;
     const RowPart<Format> row(scores + n * stride + begin, int(larger<int64_t>(smaller(span, L - begin), 0)));
     const int count = select(row, plan, k, shared);
-    int size = 1;
-    while (size < k) size *= 2;
+    const int size = power_of_two(k);
     // to be sorted by column
     __syncthreads();
     for (int i = threadIdx.x; i < size; i += blockDim.x) {

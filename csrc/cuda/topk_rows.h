@@ -1,7 +1,7 @@
 #pragma once
 #include <cstdint>
 
-enum class Scores { float32, bfloat16, float16 };
+#include "matrix.h"
 
 // How the rows of topk_rows are selected. Nothing here changes a result, unless it makes no sense.
 struct TopkPlan {
@@ -25,7 +25,7 @@ int64_t topk_rows_workspace(TopkPlan plan, int64_t N, int k);
 // indices[n] (int32) = columns of the k largest of scores[n], ascending. Ties go to the lower column; NaN ranks with
 // +inf. 1 <= k <= most_k, k <= L < 2^31. Rows lie `stride` scores apart. Nothing waits, nothing is allocated.
 void topk_rows(
-    TopkPlan plan, int32_t* indices, const void* scores, Scores type, int64_t stride, int64_t N, int64_t L, int k,
+    TopkPlan plan, int32_t* indices, const void* scores, Floats type, int64_t stride, int64_t N, int64_t L, int k,
     void* workspace, uintptr_t stream);
 
 constexpr int most_k = 2048;

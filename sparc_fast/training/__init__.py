@@ -4,12 +4,26 @@ from pathlib import Path
 
 from .config import Config
 from .config_file import read_settings
+from .machine import Machine
 from .metrics import read_metrics
+from .planning import Plan, plan
 from .sinks import Sink
 from .state import load_model
 from .trainer import Outcome, Trainer
 
-__all__ = ["Config", "Outcome", "Sink", "Trainer", "load_model", "read_config", "read_metrics", "read_settings"]
+__all__ = [
+    "Config",
+    "Machine",
+    "Outcome",
+    "Plan",
+    "Sink",
+    "Trainer",
+    "load_model",
+    "plan",
+    "read_config",
+    "read_metrics",
+    "read_settings",
+]
 
 
 def read_config(path: str | Path) -> Config:

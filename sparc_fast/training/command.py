@@ -14,14 +14,19 @@ from .progress import Lines, Progress, Silent, best_progress
 from .settings import flag, parse_source, sources
 from .trainer import Trainer
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "add_settings", "run", "settings_of"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The file of settings, the folder, and a flag for every setting."""
-    parser.add_argument("config", nargs="?", type=Path, help="settings as TOML, JSON or YAML; comes before any flag")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; one that is there goes on")
     parser.add_argument("--progress", choices=("auto", "lines", "none"), default="auto", help="on standard error")
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The file of settings, and a flag for every setting."""
+    parser.add_argument("config", nargs="?", type=Path, help="settings as TOML, JSON or YAML; comes before any flag")
     group = parser.add_argument_group("settings")
     for f in fields(Config):
         group.add_argument(_flag(f), dest=f"set_{f.name}", **_arguments(f))
@@ -29,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; the exit status is 0 when the run is finished, 1 after an error, and 128 + the signal that stopped it."""
-    config = Config.of(_settings(arguments))
+    there = arguments.out / "config.json"
+    config = Config.of(settings_of(arguments, there if there.is_file() else None))
     progress: Progress = {"auto": best_progress, "lines": Lines, "none": Silent}[arguments.progress]()
     try:
         with Trainer(config, arguments.out, progress=progress) as trainer:
@@ -46,10 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Those of the file (or of the run that goes on), and the flags over them."""
-    there = arguments.out / "config.json"
-    path = arguments.config or (there if there.is_file() else None)
+def settings_of(arguments: argparse.Namespace, otherwise: Path | None = None) -> dict[str, Any]:
+    """Those of the file (or of `otherwise`, a run that goes on), and the flags over them."""
+    path = arguments.config or otherwise
     settings = read_settings(path) if path is not None else {}
     for f in fields(Config):
         given = getattr(arguments, f"set_{f.name}")

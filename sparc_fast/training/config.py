@@ -52,11 +52,15 @@ class Config:
         "float32", choice("float32", "bfloat16", "float16"), "of the weights; Adam's master rows stay float32"
     )
 
+    moments: str = setting(
+        "float32", choice("float32", "bfloat16"), "of Adam's moments of the weights; bfloat16 is rounded stochastically"
+    )
+
     steps: int = setting(0, integer(0), "optimizer steps; or give `epochs`")
     epochs: float = setting(0.0, not_negative, "passes over the data; or give `steps`")
     batch_size: int = setting(4096, integer(1), "rows of an optimizer step; the rows that an epoch has over wait")
     accumulate: int = setting(1, integer(1), "micro-batches in which the rows of a step pass through the model")
-    seed: int = setting(0, integer(0), "of the first weights, the shuffling and the support dropout")
+    seed: int = setting(0, integer(0), "of first weights, shuffling, support dropout and rounding")
 
     lr: float = setting(1e-4, positive, "SparcAdam's learning rate at its peak")
     warmup: float = setting(0.05, part, "the part of the steps in which the learning rate rises to `lr`")
@@ -101,6 +105,11 @@ class Config:
                 raise ValueError(f"{f.name} must be {kind.expected}, got {value!r}") from None
         self._check_together()
 
+    @property
+    def micro_batch(self) -> int:
+        """The most rows that pass through the model at a time."""
+        return -(-self.batch_size // self.accumulate)
+
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Config:
         """From a mapping, as a file holds it; ValueError names unknown settings, and what they may have meant."""
@@ -127,6 +136,8 @@ class Config:
             raise ValueError(f"steps or epochs must be given, and only one, got {self.steps} and {self.epochs}")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate must be at most batch_size={self.batch_size}, got {self.accumulate}")
+        if self.accumulate > 1 and self.lazy and self.moments == "bfloat16":
+            raise ValueError(f"accumulate must be 1 with lazy and bfloat16 moments, got {self.accumulate}")
         if self.k > self.n_latents:
             raise ValueError(f"k must be between 1 and n_latents={self.n_latents}, got {self.k}")
         if (self.k_start > 0) != (self.k_ramp > 0):

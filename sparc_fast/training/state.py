@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparc_fast import checkpoint
 from sparc_fast.optim import SparcAdam
 from sparc_fast.sae import SPARC
 
@@ -44,6 +45,12 @@ def load_model(path: str | Path, *, device: torch.device | str | None = None, ba
         model = SPARC(**state["model"], dtype=of_model["W_enc"].dtype, device=device, backend=backend)
     model.load_state_dict(of_model)
     return model.eval()
+
+
+def save_model_of(path: Path, to: Path) -> None:
+    """``load_model(path).save(to)`` without a second model in memory: tensors go from file to file."""
+    tensors, state = checkpoint_file.read(path)
+    checkpoint.save(to, _under("model.", tensors), state["model"])
 
 
 def find_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

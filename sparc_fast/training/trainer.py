@@ -29,7 +29,7 @@ from .run_folder import RunFolder
 from .schedules import Schedule
 from .session import Session
 from .sinks import Sink, TensorBoard, WandB
-from .state import find_not_finite, load_model, load_tensors, tensors_of
+from .state import find_not_finite, load_tensors, save_model_of, tensors_of
 from .stopping import Stop, stop_on_signals
 from .validation import validate
 
@@ -87,6 +87,7 @@ class Trainer:
             self.optimizer = SparcAdam(
                 self.model, config.lr, (config.beta_1, config.beta_2), config.eps,
                 lazy="replay" if config.lazy else None,
+                moments="bfloat16" if config.moments == "bfloat16" else "float32", seed=config.seed,
             )  # fmt: skip
             self.loader = opened.enter_context(_new_loader(config, files))
             self.steps = config.steps or max(1, round(config.epochs * len(self.loader)))
@@ -160,7 +161,7 @@ class Trainer:
         self.model.eval()
         self.model.save(self.folder.model)
         if self.best is not None:
-            load_model(self.folder.checkpoint(self.best[0])).save(self.folder.best)
+            save_model_of(self.folder.checkpoint(self.best[0]), self.folder.best)
 
     def _batches(self) -> Iterator[Tensor]:
         while True:
@@ -213,7 +214,7 @@ class Trainer:
         config = self.config
         assert self.validation_files is not None
         self.model.k = config.k
-        found = validate(self.model, self.validation_files, config.batch_size, config.cross_loss_coef)
+        found = validate(self.model, self.validation_files, config.micro_batch, config.cross_loss_coef)
         self._record("validation", found)
         figure = found[config.best_by]
         if not math.isfinite(figure):

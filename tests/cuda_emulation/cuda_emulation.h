@@ -10,6 +10,7 @@
 // thread, of blocks that run at once, and only what orders threads on a GPU orders them here: __syncthreads,
 // __syncwarp, and the end of a launch. So a missing barrier is found whatever the order, and no race is left to luck.
 #pragma once
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -237,3 +238,22 @@ inline float __half2float(__half value) {
     const float small = float(fraction) * 0x1p-24f;
     return sign ? -small : small;
 }
+inline unsigned short __half_as_ushort(__half value) { return value.bits; }
+// To nearest, ties to even.
+inline __half __float2half_rn(float value) {
+    const unsigned bits = __float_as_uint(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return {0x7fff};
+    if (magnitude >= 0x47800000u) return {uint16_t(sign | 0x7c00u)};
+    // below 2^-14 a step is 2^-24: adding 2^-1 in float32, where a step is that too, rounds
+    if (magnitude < 0x38800000u)
+        return {uint16_t(sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u))};
+    return {uint16_t(sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13)};
+}
+
+// One rounding each; the host's compiler fuses none of them.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }

@@ -82,6 +82,18 @@ __global__ void gather_kernel(int* out, bool fault) {
     if (threadIdx.x == 0) *out = *sum;
 }
 
+// The odd numbers of a tensor are moved to its front, over others that must have been read before.
+__global__ void compact_kernel(int* out, bool fault) {
+    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    int* const kept = memory.take<int>(1);
+    if (threadIdx.x == 0) *kept = 0;
+    out[threadIdx.x] = threadIdx.x % 2;
+    __syncthreads();
+    const bool odd = out[threadIdx.x];
+    if (!fault) __syncthreads();
+    if (odd) out[atomicAdd(kept, 1)] = 3;
+}
+
 __global__ void half_barrier_kernel(int* out, bool fault) {
     if (!fault || threadIdx.x < threads / 2) __syncthreads();
     out[threadIdx.x] = 1;
@@ -119,6 +131,15 @@ __global__ void vector_kernel(int* out, bool fault) {
     if (threadIdx.x == 0) out[0] = four.x + 1;
 }
 
+__global__ void vector_store_kernel(int* out, bool fault) {
+    if (threadIdx.x == 0) __stcs(reinterpret_cast<int4*>(out + (fault ? 2 : 4)), int4{1, 2, 3, 4});
+}
+
+// What the thread of the other half has, both halves by the same line.
+__global__ void swap_kernel(int* out, bool fault) {
+    out[threadIdx.x] = __shfl_xor_sync(fault && threadIdx.x % 2 ? 0x55555555u : all_lanes, int(threadIdx.x), 16);
+}
+
 struct Case {
     const char* name;
     void (*kernel)(int*, bool);
@@ -128,9 +149,21 @@ struct Case {
 
 static std::vector<int> same(int value, int count) { return std::vector<int>(count, value); }
 
+static std::vector<int> swapped() {
+    std::vector<int> values;
+    for (int i = 0; i < threads; ++i) values.push_back(i ^ 16);
+    return values;
+}
+
 static std::vector<int> turned(int width) {
     std::vector<int> values;
     for (int i = 0; i < threads; ++i) values.push_back(i / width * width + (i + 1) % width);
+    return values;
+}
+
+static std::vector<int> compacted() {
+    std::vector<int> values = same(3, threads);
+    for (int i = threads / 2; i < threads; ++i) values[i] = i % 2;
     return values;
 }
 
@@ -156,12 +189,15 @@ int main(int count, char** arguments) {
         {"shared end", fill_shared_kernel, 1, same(3, threads - 1)},
         {"tensor end", fill_kernel, 1, same(3, threads - 1)},
         {"overflow", gather_kernel, 1, {threads / 2 * (threads / 2 - 1)}},
+        {"compact", compact_kernel, 1, compacted()},
         {"half barrier", half_barrier_kernel, 1, same(1, threads)},
         {"two barriers", two_barriers_kernel, 1, same(1, threads)},
         {"half vote", half_vote_kernel, 1, same(16, threads)},
         {"other mask", other_mask_kernel, 1, same(16, threads)},
         {"blocks", add_kernel, 2, {2}},
         {"aligned", vector_kernel, 1, {1, 0, 0, 0, 0, 0, 0, 0}},
+        {"aligned store", vector_store_kernel, 1, {0, 0, 0, 0, 1, 2, 3, 4}},
+        {"swap", swap_kernel, 1, swapped()},
     };
     int failures = 0, run = 0;
     for (const Case& chosen : cases) {

@@ -9,8 +9,11 @@
 #include <random>
 #include <vector>
 
+#include "global_topk.h"
 #include "invert_indices.h"
+#include "replay_rows.h"
 #include "topk_rows.h"
+#include "update_rows.h"
 
 static int failures = 0;
 static std::mt19937 generator(0);
@@ -63,15 +66,80 @@ static void check_topk_rows(const Shape& shape, int kind, int number) {
     plan = plan.for_length(plan.span(shape.L), shape.k);
     if (shape.capacity) plan.capacity = shape.capacity, plan.sample = shape.sample, plan.rank = shape.rank;
     std::vector<char> workspace(topk_rows_workspace(plan, shape.N, shape.k));
-    for (const Scores type : {Scores::float32, Scores::bfloat16}) {
+    for (const Floats type : {Floats::float32, Floats::bfloat16}) {
         std::vector<int32_t> indices(shape.N * shape.k, -1);
-        const void* const data = type == Scores::float32 ? static_cast<const void*>(wide.data()) : narrow.data();
+        const void* const data = type == Floats::float32 ? static_cast<const void*>(wide.data()) : narrow.data();
         topk_rows(
             plan, indices.data(), data, type, stride, shape.N, shape.L, shape.k, workspace.data(), 0);
         for (int n = 0; n < shape.N; ++n) {
             const std::vector<int32_t> exact = largest(&wide[n * stride], shape.L, shape.k);
             expect(std::equal(exact.begin(), exact.end(), &indices[n * shape.k]), "topk_rows", number);
         }
+    }
+}
+
+// W's numbers as they are stored: small integers are the same in any type, and have sums without a rounding.
+static std::vector<uint16_t> bfloat16_of(const std::vector<float>& wide) {
+    std::vector<uint16_t> narrow(wide.size());
+    for (size_t i = 0; i < wide.size(); ++i) std::memcpy(&narrow[i], reinterpret_cast<const char*>(&wide[i]) + 2, 2);
+    return narrow;
+}
+
+struct Problem {
+    int L, D, k, capacity, chunk, threads, sample;
+    float residual;  // how far the products may be from the scores, in lengths of a sample
+    int given_up;    // samples
+};
+
+// The filter by chunks and the choice. Sample 1 holds NaN; the products of the others are the scores.
+static void check_global_topk(const Problem& problem, bool copied, int number) {
+    const auto [L, D, k, capacity, chunk, threads, sample, residual, expected_given_up] = problem;
+    constexpr int N = 3;
+    std::vector<float> x(N * D), pre_bias(D, 1), W(L * D), bias(L), norm(L), rest(L, residual), one(L, 1);
+    std::vector<float> x_norm(N), x_rest(N), x_one(N, 1);
+    std::vector<double> wide_bias(L);
+    for (float& v : x) v = 1 + float(generator() % 5) - 2;
+    for (float& v : W) v = float(generator() % 3) - 1;
+    x[D] = NAN;
+    for (int l = 0; l < L; ++l) {
+        wide_bias[l] = bias[l] = float(generator() % 9);
+        norm[l] = std::sqrt(float(D));
+    }
+    for (int n = 0; n < N; ++n) x_norm[n] = n == 1 ? NAN : 2 * std::sqrt(float(D));
+    std::vector<float> scores(N * L);
+    for (int n = 0; n < N; ++n)
+        for (int l = 0; l < L; ++l)
+            for (int d = 0; d < D; ++d) scores[n * L + l] += (x[n * D + d] - 1) * W[l * D + d];
+    std::vector<int32_t> counts(N), thresholds(N), lows(N * capacity), highs(lows), latents(lows), places(lows);
+    const Candidates candidates{counts.data(), thresholds.data(), lows.data(),   highs.data(),
+                                latents.data(), places.data(),    capacity};
+    const Bounds bounds{float(D) * 0x1p-22f, 0, 0x1p-100f};
+    for (int first = 0; first < L; first += chunk) {
+        const int m = std::min(chunk, L - first);
+        std::vector<float> part(N * m);
+        for (int n = 0; n < N; ++n) std::copy_n(&scores[n * L + first], m, &part[n * m]);
+        const auto of_chunk = [&](const std::vector<float>& all) { return all.data() + first; };
+        const FilterPlan plan{threads, first == 0 ? sample : 0};
+        const float *const rests = copied ? of_chunk(rest) : nullptr, *const ones = copied ? of_chunk(one) : nullptr;
+        filter_scores(
+            plan, candidates, part.data(), N, first, m, {of_chunk(bias), of_chunk(norm), rests, ones},
+            {x_norm.data(), x_rest.data(), x_one.data()}, k, bounds, 0);
+    }
+    const std::vector<uint16_t> narrow = bfloat16_of(W);
+    std::vector<int32_t> indices(N * k, -1), given_up(N, -1);
+    int32_t total = 0;
+    const Numbers weights = copied ? Numbers{W.data(), Floats::float32} : Numbers{narrow.data(), Floats::bfloat16};
+    const Operands operands{{x.data(), Floats::float32}, {pre_bias.data(), Floats::float32}, weights, D, D,
+                            wide_bias.data(), D};
+    settle_supports(
+        candidates, operands, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack, indices.data(),
+        given_up.data(), &total, 0);
+    expect(total == expected_given_up, "samples given up", number);
+    for (int n = 0; n < N; ++n) {
+        if (std::count(given_up.begin(), given_up.begin() + total, n)) continue;
+        for (int l = 0; l < L; ++l) scores[n * L + l] += n == 1 ? NAN : bias[l];
+        const std::vector<int32_t> exact = largest(&scores[n * L], L, k);
+        expect(std::equal(exact.begin(), exact.end(), &indices[n * k]), "global_topk", number);
     }
 }
 
@@ -93,6 +161,163 @@ static void check_invert_indices(int n, int L, int hot, int number) {
     expect(offsets == expected_offsets && entries == expected, "invert_indices", number);
 }
 
+static std::vector<float> normal(size_t count) {
+    std::normal_distribution<float> distribution;
+    std::vector<float> values(count);
+    for (float& value : values) value = distribution(generator);
+    return values;
+}
+
+struct UpdateShape {
+    std::vector<int> widths;
+    int N, L, k, blocks, piece;
+    bool per_stream, lazy;
+};
+
+// Rows as plain loops in float64 move them.
+struct ExactRows {
+    std::vector<double> w, m, v;
+
+    void step(size_t i, double gradient, double lr, double step) {
+        m[i] = 0.9 * m[i] + 0.1 * gradient;
+        v[i] = 0.999 * v[i] + 0.001 * gradient * gradient;
+        const double scale = std::sqrt(v[i] / (1 - std::pow(0.999, step)));
+        w[i] -= lr / (1 - std::pow(0.9, step)) * m[i] / (scale + 1e-3);
+    }
+    void normalize(size_t begin, int width) {
+        double square = 0;
+        for (int d = 0; d < width; ++d) square += w[begin + d] * w[begin + d];
+        for (int d = 0; d < width; ++d) w[begin + d] /= std::sqrt(square);
+    }
+};
+
+// Weights, moments and a bfloat16 copy, each exactly as large as it must be.
+struct DeviceRows {
+    std::vector<float> w, m, v;
+    std::vector<uint16_t> copy;
+    int64_t D;
+
+    DeviceRows(int L, int64_t D_) : w(normal(L * D_)), m(normal(L * D_)), v(normal(L * D_)), copy(L * D_), D(D_) {
+        for (float& value : v) value = std::abs(value) + 0.1f;
+        for (size_t i = 0; i < w.size(); ++i) copy[i] = narrow(w[i]);
+    }
+    static uint16_t narrow(float value) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+    Rows rows() {
+        const auto matrix = [&](auto& data, Floats type) { return Matrix{data.data(), D, type}; };
+        return {matrix(w, Floats::float32), matrix(m, Floats::float32), matrix(v, Floats::float32),
+                matrix(copy, Floats::bfloat16)};
+    }
+    ExactRows exact() const { return {{w.begin(), w.end()}, {m.begin(), m.end()}, {v.begin(), v.end()}}; }
+    bool equals(const ExactRows& other) const {
+        bool equal = true;
+        const auto close = [](double a, double b) { return std::abs(a - b) <= 1e-3 * (std::abs(b) + 1); };
+        for (size_t i = 0; i < w.size(); ++i)
+            equal &= close(w[i], other.w[i]) && close(m[i], other.m[i]) && close(v[i], other.v[i]) &&
+                     copy[i] == narrow(w[i]);
+        return equal;
+    }
+};
+
+static Streams streams_of(const std::vector<int>& widths) {
+    Streams streams{int(widths.size()), {}};
+    std::partial_sum(widths.begin(), widths.end(), streams.begin + 1);
+    return streams;
+}
+
+static void check_update_rows(const UpdateShape& shape, int number) {
+    const Streams streams = streams_of(shape.widths);
+    const int N = shape.N, S = streams.count, L = shape.L, k = shape.k, D = streams.begin[S];
+    std::vector<int32_t> indices(N * k * (shape.per_stream ? S : 1));
+    for (size_t i = 0; i < indices.size(); ++i) indices[i] = i % 3 ? 0 : int(generator() % (L + 1));  // L is outside
+    std::vector<int64_t> offsets(L + 1), entries(indices.size());
+    std::vector<char> room(invert_indices_workspace(indices.size(), L));
+    invert_indices(offsets.data(), entries.data(), indices.data(), indices.size(), L, room.data(), 0);
+    std::vector<float> x = normal(N * D), grad_recons = normal(N * S * D), pre_bias = normal(D);
+    std::vector<float> values = normal(N * S * k), grad_values = normal(N * S * k);
+    for (float& value : values) value = std::max(value, 0.f);
+    DeviceRows encoder(L, D), decoder(L, D);
+    ExactRows exact_encoder = encoder.exact(), exact_decoder = decoder.exact();
+    std::vector<float> grad_latent_bias(S * L, NAN), grad_pre_bias(D, NAN);
+    std::vector<int64_t> last_step(L, -1);
+    const auto matrix = [](std::vector<float>& data, int64_t stride) { return Matrix{data.data(), stride, {}}; };
+    const Batch batch{
+        matrix(x, D), matrix(grad_recons, D), matrix(pre_bias, 1), matrix(values, k), matrix(grad_values, k),
+        offsets.data(), entries.data(), int64_t(entries.size()), L, k, shape.per_stream, streams};
+    const UpdatePlan plan{shape.blocks, shape.piece};
+    std::vector<char> workspace(update_rows_workspace(plan, entries.size(), L, streams), char(0xa5));
+    update_rows(
+        plan, grad_latent_bias.data(), grad_pre_bias.data(), encoder.rows(), decoder.rows(), batch,
+        {0.01, 0.9, 0.999, 1e-3, 3, nullptr, nullptr}, shape.lazy ? last_step.data() : nullptr, workspace.data(), 0);
+
+    std::vector<double> exact_pre_bias(D);
+    bool marked = true, biased = true;
+    for (int l = 0; l < L; ++l) {
+        const bool used = offsets[l] < offsets[l + 1];
+        marked &= last_step[l] == (shape.lazy && used ? 3 : -1);
+        for (int t = 0; t < S; ++t) {
+            const int begin = streams.begin[t], width = streams.begin[t + 1] - begin;
+            std::vector<double> of_encoder(width), of_decoder(width);
+            double bias = 0, gw = 0, ww = 0;
+            for (int64_t e = offsets[l]; e < offsets[l + 1]; ++e)
+                for (int s = 0; s < S; ++s) {
+                    const int64_t row = entries[e] / k, j = entries[e] % k, n = shape.per_stream ? row / S : row;
+                    if (shape.per_stream && row % S != s) continue;
+                    const int64_t at = (n * S + s) * k + j;
+                    const double grad_z = s == t && values[at] > 0 ? grad_values[at] : 0;
+                    bias += grad_z;
+                    for (int d = 0; d < width; ++d) {
+                        of_encoder[d] += grad_z * (x[n * D + begin + d] - pre_bias[begin + d]);
+                        of_decoder[d] += double(values[at]) * grad_recons[(n * S + s) * D + begin + d];
+                    }
+                }
+            biased &= std::abs(bias - grad_latent_bias[t * L + l]) < 1e-3;
+            for (int d = 0; d < width; ++d) {
+                const size_t i = size_t(l) * D + begin + d;
+                exact_pre_bias[begin + d] -= bias * exact_encoder.w[i];
+                exact_encoder.step(i, of_encoder[d], 0.01, 3);
+                gw += of_decoder[d] * exact_decoder.w[i], ww += exact_decoder.w[i] * exact_decoder.w[i];
+            }
+            if (shape.lazy && !used) continue;
+            for (int d = 0; d < width; ++d) {
+                const size_t i = size_t(l) * D + begin + d;
+                exact_decoder.step(i, of_decoder[d] - gw / ww * exact_decoder.w[i], 0.01, 3);
+            }
+            exact_decoder.normalize(size_t(l) * D + begin, width);
+        }
+    }
+    expect(marked && biased, "update_rows, steps and biases", number);
+    for (int d = 0; d < D; ++d)
+        expect(std::abs(exact_pre_bias[d] - grad_pre_bias[d]) < 1e-2, "update_rows, grad_pre_bias", number);
+    expect(encoder.equals(exact_encoder) && decoder.equals(exact_decoder), "update_rows", number);
+}
+
+static void check_replay_rows(const std::vector<int>& widths, int number) {
+    const Streams streams = streams_of(widths);
+    const int L = 5, T = 4, D = streams.begin[streams.count];
+    DeviceRows decoder(L, D);
+    ExactRows exact = decoder.exact();
+    std::vector<int64_t> latents{3, 0, 4, -1, L}, last_step{1, 0, 2, T, 3};
+    std::vector<double> history;
+    for (int t = 1; t <= T; ++t) history.insert(history.end(), {0.1 / t, 0.9, 0.999, 1e-3});
+    for (const int l : {0, 4})
+        for (int64_t t = last_step[l] + 1; t <= T; ++t)
+            for (int s = 0; s < streams.count; ++s) {
+                const int begin = streams.begin[s], width = streams.begin[s + 1] - begin;
+                for (int d = 0; d < width; ++d) exact.step(size_t(l) * D + begin + d, 0, 0.1 / t, t);
+                exact.normalize(size_t(l) * D + begin, width);
+            }
+    std::vector<char> workspace(replay_rows_workspace(T));
+    replay_rows(
+        decoder.rows(), latents.data(), latents.size(), L, last_step.data(), history.data(), T, streams,
+        workspace.data(), 0);
+    expect(decoder.equals(exact), "replay_rows", number);
+    expect(last_step == std::vector<int64_t>{T, 0, 2, T, T}, "replay_rows, steps", number);
+}
+
 int main(int count, char**) {
     const Shape shapes[] = {
         {1, 1, 1, 32, 0, 1, 0, 0},
@@ -104,10 +329,24 @@ int main(int count, char**) {
         {2, 700, 9, 64, 90, 1, 0, 0},        // none
         {2, 700, 5, 32, 64, 3, 64, 20},      // in parts
         {1, 130, 40, 32, 160, 3, 0, 0},      // the last part has fewer than k
+        {1, 130, 70, 32, 102, 1, 0, 0},      // to be sorted, the k largest take more room than there are candidates
     };
     int number = 0;
     for (const Shape& shape : shapes)
         for (int kind = 0; kind < 5; ++kind) check_topk_rows(shape, kind, ++number);
+    const Problem problems[] = {
+        {1, 1, 1, 1, 1, 32, 0, 0, 0},
+        {300, 9, 7, 60, 130, 32, 0, 0, 0},     // the room is used up in every chunk
+        {300, 9, 7, 60, 130, 32, 64, 0.1, 0},   // after a sample, and intervals overlap
+        {700, 16, 5, 90, 700, 32, 32, 0.07, 0},  // in two steps, with vector loads
+        {290, 270, 20, 80, 100, 64, 32, 9, 2},  // no room for intervals so wide
+        {40, 9, 40, 40, 13, 32, 0, 1, 0},      // all
+    };
+    number = 0;
+    for (const Problem& problem : problems) {
+        check_global_topk(problem, true, ++number);
+        if (problem.given_up == 0) check_global_topk(problem, false, ++number);
+    }
     number = 0;
     for (const int n : {0, 1, 77, 300}) {
         for (const int L : {1, 5, 700}) check_invert_indices(n, L, 0, ++number);
@@ -115,5 +354,23 @@ int main(int count, char**) {
     }
     // one latent takes a block more than one round; of this many fibres ThreadSanitizer takes long to tell the order
     if (count == 1) check_invert_indices(4200, 3, 80, ++number);
+    const UpdateShape updates[] = {
+        {{8, 16}, 5, 9, 3, 3, 4, false, false},  // in vectors, one latent in pieces
+        {{7, 1, 12}, 4, 10, 3, 2, 3, true, true},
+        {{60}, 3, 3, 2, 1, 100, false, true},
+        {{9}, 0, 4, 2, 7, 1, false, false},  // no samples
+        {{4100, 3}, 3, 2, 2, 2, 2, false, false},  // wider than a block
+    };
+#ifdef __SANITIZE_THREAD__
+    const int widest = 4096;  // it knows no more than 8128 fibres
+#else
+    const int widest = count == 1 ? 5000 : 4096;
+#endif
+    number = 0;
+    for (const UpdateShape& shape : updates)
+        if (shape.widths[0] < widest) check_update_rows(shape, ++number);
+    number = 0;
+    for (const std::vector<int>& widths : {std::vector<int>{7, 1, 12}, {16, 8}, {4100, 3}})
+        if (widths[0] < widest) check_replay_rows(widths, ++number);
     return failures != 0;
 }

@@ -1,0 +1,30 @@
+#pragma once
+#include <cstdint>
+
+enum class Floats { float32, bfloat16, float16 };
+
+// Rows of floats in memory, `stride` floats apart, the columns of a row side by side. No data: there is no matrix.
+struct Matrix {
+    void* data;
+    int64_t stride;
+    Floats type;
+
+    bool aligned() const {  // every row begins at whole 16 bytes
+        const int64_t bytes = type == Floats::float32 ? 4 : 2;
+        return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0;
+    }
+};
+
+constexpr int most_streams = 64;
+
+// Stream s has columns begin[s] ... begin[s + 1].
+struct Streams {
+    int count;
+    int begin[most_streams + 1];
+
+    int widest() const {
+        int widest = 0;
+        for (int s = 0; s < count; ++s) widest = begin[s + 1] - begin[s] > widest ? begin[s + 1] - begin[s] : widest;
+        return widest;
+    }
+};

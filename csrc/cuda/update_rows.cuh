@@ -1,0 +1,185 @@
+// Gradient, projection, Adam and unit norm of every latent's rows in one pass; no gradient reaches memory.
+//
+// A tile is a run of latents in one stream: all tiles of a stream, then all of the next, so that the columns of x and
+// grad_recons that are gathered stay in the L2 cache, while weights and moments stream by. A block takes a tile, then
+// the next that nobody has taken; it first moves the tile's encoder rows, which gives one row of what is summed to
+// grad_pre_bias, then its decoder rows. Tiles depend on the number of latents alone, so who took which shows nowhere.
+// Latents with many entries have been summed in pieces by then (segment_sums.cuh); the list of pieces is in whatever
+// order the threads came.
+#pragma once
+#include "decoder_row.cuh"
+#include "segment_sums.cuh"
+
+// Entries begin ... end of one latent.
+struct Piece {
+    int64_t begin, end;
+};
+
+struct Counters {
+    int pieces, next_tile;
+};
+
+struct UpdateArguments {
+    Rows encoder, decoder;
+    Batch batch;
+    PieceSums sums;
+    Piece* pieces;
+    Counters* counters;
+    const AdamConstants* constants;
+    Matrix pre_bias_parts;  // [parts, D]: -grad_pre_bias of the latents of a tile
+    float* grad_latent_bias;
+    int64_t* last_step;
+    int parts;     // tiles of a stream
+    int latents;   // of a tile
+    bool aligned;  // rows of all matrices
+};
+
+// The shared memory of a block.
+struct UpdateShared {
+    float* of_warps;
+    int* tile;
+    size_t bytes;
+
+    __host__ __device__ explicit UpdateShared(uintptr_t begin) : bytes(0) {
+        SharedMemory memory(begin);
+        of_warps = memory.take<float>(BlockSums::places);
+        tile = memory.take<int>(1);
+        bytes = memory.bytes();
+    }
+};
+
+__global__ void __launch_bounds__(256) list_pieces_kernel(
+    Piece* pieces, Counters* counters, const int64_t* offsets, int L, int piece) {
+    const int64_t l = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (l >= L) return;
+    const int64_t end = offsets[l + 1];
+    for (int64_t begin = offsets[l] + piece; begin < end; begin += piece)
+        pieces[atomicAdd(&counters->pieces, 1)] = {begin, smaller(begin + piece, end)};
+}
+
+// A block does a piece of one stream, then another.
+template <class X, class G>
+__global__ void __launch_bounds__(most_threads, 1) sum_pieces_kernel(UpdateArguments a) {
+    const int many = a.counters->pieces, S = a.batch.streams.count;
+    for (int64_t i = blockIdx.x; i < int64_t(many) * S; i += gridDim.x) {
+        const int s = int(i / many);
+        const Piece piece = a.pieces[i % many];
+        const int64_t slot = piece.begin / a.sums.piece;
+        const Stream stream(a.batch.streams, s, a.aligned);
+        for (int first = stream.begin; first < stream.end; first += stream.step()) {
+            const Columns columns(stream, first);
+            if (!columns.of_warp) continue;
+            float centre[held], encoder[held] = {}, decoder[held] = {};
+            load_centre(centre, a.batch, columns);
+            const float bias = encoder_sum<X>(encoder, a.batch, s, columns, centre, piece.begin, piece.end);
+            store(encoder, a.sums.encoder, slot, columns);
+            if (columns.begin == stream.begin) a.sums.bias[slot * S + s] = bias;
+            decoder_sum<G>(decoder, a.batch, columns, piece.begin, piece.end);
+            store(decoder, a.sums.decoder, slot, columns);
+        }
+    }
+}
+
+// The encoder rows of latents first_latent ... last_latent - 1, of which this is part `part`.
+template <class X>
+__device__ void update_encoder(
+    const UpdateArguments& a, int s, const Stream& stream, int part, int first_latent, int last_latent) {
+    for (int first = stream.begin; first < stream.end; first += stream.step()) {
+        const Columns columns(stream, first);
+        float centre[held], of_pre_bias[held] = {};
+        load_centre(centre, a.batch, columns);
+        for (int l = first_latent; l < last_latent; ++l) {
+            Held row;
+            float gradient[held];
+            // the next row is on its way while this one's gradient is summed
+            if (l + 1 < last_latent) prefetch(a.encoder, l + 1, columns);
+            const float bias = encoder_gradient<X>(gradient, a.batch, a.sums, s, columns, centre, l);
+            if (columns.begin == stream.begin) a.grad_latent_bias[int64_t(s) * a.batch.L + l] = bias;
+            load(row, a.encoder, l, columns);
+#pragma unroll
+            for (int i = 0; i < held; ++i) {
+                of_pre_bias[i] = __fmaf_rn(bias, row.w[i], of_pre_bias[i]);
+                row.w[i] = adam(row.w[i], gradient[i], row.m[i], row.v[i], *a.constants);
+            }
+            store(row, a.encoder, l, columns);
+            store_copy(row.w, a.encoder.copy, l, columns);
+        }
+        store(of_pre_bias, a.pre_bias_parts, part, columns);
+    }
+}
+
+// Latent l's decoder row. A row without an entry has no gradient, and takes the step that replay_rows takes.
+template <class G>
+__device__ void update_decoder(
+    const UpdateArguments& a, const Stream& stream, int l, bool is_last, BlockSums& sums) {
+    const bool has_entries = a.batch.offsets[l] < a.batch.offsets[l + 1];
+    if (a.last_step) {
+        if (!has_entries) return;
+        if (stream.begin == 0 && threadIdx.x == 0) a.last_step[l] = a.constants->step;
+    }
+    float products[2] = {0, 0}, gradient[held];
+    if (stream.in_registers()) {
+        const Columns columns(stream, stream.begin);
+        Held row;
+        if (!is_last) prefetch(a.decoder, l + 1, columns);
+        decoder_gradient<G>(gradient, a.batch, a.sums, columns, l);
+        load(row, a.decoder, l, columns);
+        if (has_entries) {
+            multiply(products, gradient, row.w);
+            project(gradient, row.w, along_of(products, sums));
+        }
+        step_in_registers(row, gradient, columns, *a.constants, sums);
+        store(row, a.decoder, l, columns);
+        store_copy(row.w, a.decoder.copy, l, columns);
+        return;
+    }
+    // too wide: the gradient is summed twice
+    for (int first = stream.begin; first < stream.end && has_entries; first += stream.step()) {
+        const Columns columns(stream, first);
+        float w[held];
+        decoder_gradient<G>(gradient, a.batch, a.sums, columns, l);
+        load(w, a.decoder.weights, l, columns);
+        multiply(products, gradient, w);
+    }
+    const float along = has_entries ? along_of(products, sums) : 0;
+    const auto gradient_at = [&](float (&gradient)[held], const Columns& columns) {
+        decoder_gradient<G>(gradient, a.batch, a.sums, columns, l);
+    };
+    step_in_memory(a.decoder, l, stream, *a.constants, along, sums, gradient_at);
+}
+
+template <class X, class G>
+__global__ void __launch_bounds__(most_threads, 1) update_rows_kernel(UpdateArguments a) {
+    const UpdateShared shared(reinterpret_cast<uintptr_t>(shared_memory()));
+    BlockSums sums(shared.of_warps);
+    for (int tile = blockIdx.x; tile < a.parts * a.batch.streams.count; tile = *shared.tile) {
+        const int s = tile / a.parts, part = tile % a.parts;
+        const int first = part * a.latents, last = smaller(first + a.latents, a.batch.L);
+        const Stream stream(a.batch.streams, s, a.aligned);
+        update_encoder<X>(a, s, stream, part, first, last);
+        for (int l = first; l < last; ++l) update_decoder<G>(a, stream, l, l + 1 == last, sums);
+        __syncthreads();  // all have read the number of this tile
+        if (threadIdx.x == 0) *shared.tile = int(gridDim.x) + atomicAdd(&a.counters->next_tile, 1);
+        __syncthreads();
+    }
+}
+
+// Minus the sum of all parts of 32 columns, in an order that depends on their number alone. Blocks are 32 x 32 threads.
+__global__ void __launch_bounds__(1024) sum_parts_kernel(
+    float* grad_pre_bias, Matrix pre_bias_parts, int parts, int D) {
+    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    float* const of_groups = memory.take<float>(32 * 32);
+    const int column = blockIdx.x * 32 + threadIdx.x % 32, group = threadIdx.x / 32;
+    const int each = ceil_div(parts, 32), first = group * each, last = smaller(first + each, parts);
+    const float* const data = static_cast<const float*>(pre_bias_parts.data) + column;
+    float sum = 0;
+    if (column < D) {
+#pragma unroll 8
+        for (int part = first; part < last; ++part) sum = __fadd_rn(sum, __ldcs(data + part * pre_bias_parts.stride));
+    }
+    of_groups[threadIdx.x] = sum;
+    __syncthreads();
+    if (group != 0 || column >= D) return;
+    for (int g = 1; g < 32; ++g) sum = __fadd_rn(sum, of_groups[g * 32 + threadIdx.x]);
+    grad_pre_bias[column] = -sum;
+}

@@ -1,0 +1,71 @@
+"""The best a machine does, and what work cannot do without: what benchmarks and plans are held against."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a phase cannot do without: its multiplications and additions, and every tensor moved once."""
+
+    flops: float
+    bytes: float
+    dtype: str = "float32"
+    """In which it may multiply: "float32" or "bfloat16"."""
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """The best a machine did, in bytes and FLOP a second."""
+
+    copy: float
+    float32: float
+    bfloat16: float
+
+    def floor(self, phases: Iterable[Cost]) -> float:
+        """Seconds below which the work of these phases, one after another, cannot come."""
+        rates = {"float32": self.float32, "bfloat16": self.bfloat16}
+        return sum(max(phase.bytes / self.copy, phase.flops / rates[phase.dtype]) for phase in phases)
+
+
+def measure_roofs(small: bool = False) -> Roofs:
+    """Copy rate of a tensor beyond the caches (1 GiB in all); rate of a square matrix product in each type."""
+    source = torch.ones(2**20 if small else 2**27)
+    target = torch.ones_like(source)
+    copy = 2 * source.nbytes / _best(lambda: target.copy_(source))
+    n = 256 if small else 2048
+
+    def gemm(dtype: torch.dtype) -> float:
+        a, b = torch.randn(2, n, n).to(dtype)
+        return 2 * n**3 / _best(lambda: a @ b.T)
+
+    return Roofs(copy, gemm(torch.float32), gemm(torch.bfloat16))
+
+
+def _best(run: Callable[[], Any], times: int = 5) -> float:
+    run()
+    return min(seconds_of(run) for _ in range(times))
+
+
+def seconds_of(run: Callable[[], Any], repeats: int = 1) -> float:
+    """Of one run, the mean of `repeats` back to back."""
+    start = perf_counter()
+    for _ in range(repeats):
+        run()
+    return (perf_counter() - start) / repeats
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())

@@ -1,0 +1,280 @@
+"""What a training run holds in memory, part by part: the sums of the tensors that its code makes.
+
+A step's tensors come and go, so a part says in which phases of a run it is there; the peak is that of the largest
+phase. Freed blocks below 32 MiB stay with the C library's allocator: on a CPU what finding the support takes, which is
+such blocks, is there in every phase of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from sparc_fast.data import Reader, budget
+
+from .config import Config
+
+CALIBRATING, CHOOSING, RECONSTRUCTING, UPDATING, VALIDATING, GOING_ON = PHASES = (
+    "measuring the streams",
+    "choosing the support",
+    "reconstructing",
+    "updating the weights",
+    "validating",
+    "going on from a checkpoint",
+)
+STEP = (CHOOSING, RECONSTRUCTING, UPDATING)
+TRAINED = PHASES[1:]
+"""Phases in which there are moments and masters."""
+
+ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOAT, INDEX, LONG = 4, 4, 8  # bytes
+ROWS, LATENTS, ROOM, SPARE = 2048, 2048, 8, 256  # sparc_fast/native_topk.py, which is not there without its module
+STRIP = 64  # columns of which sums of gradients copy their operands: csrc/cpu/segment_sums.h
+RUN = 2**23  # bytes of gradients that a thread sums before it moves the rows: the same file
+BLOCK = 16  # samples of a task of decode_loss: csrc/cpu/gather.h
+GPU_SCORES = 2**25  # bytes of scores in a GPU's L2 cache: kernels/global_topk.py
+PIECE = 128  # entries of a latent that are summed together on a GPU: kernels/segment_sums.py
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some bytes of a run."""
+
+    name: str
+    bytes: int
+    phases: tuple[str, ...] = PHASES
+    """When they are there."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The data of a run, or what they will be."""
+
+    readers: Mapping[str, Reader]
+    n_rows: int | None
+    """Rows that are trained on; None where that is not known."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(reader.width for reader in self.readers.values())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The letters: S streams, N samples at a time, L latents, k active, D all widths, W the widest."""
+
+    S: int
+    N: int
+    L: int
+    k: int
+    D: int
+    W: int
+    k_dead: int
+    """Latents of AuxK's support; 0 without AuxK."""
+    n_dead: int
+    weight: int
+    """Bytes of a weight."""
+    moment: int
+    gradient: int
+    """Bytes of a number of the reconstructions' gradient."""
+    supports: int
+    """Supports of a sample: 1, or S under local selection."""
+    rows: int
+    """Of an optimizer step: N, or that of all its micro-batches."""
+
+    @classmethod
+    def of(cls, config: Config, widths: tuple[int, ...], dead: float) -> Sizes:
+        S, local = len(widths), config.selection == "local"
+        n_dead = round(dead * config.n_latents) if config.auxk and config.auxk_coef else 0
+        return cls(
+            S, config.micro_batch, config.n_latents, max(config.k, config.k_start), sum(widths), max(widths),
+            min(config.auxk, n_dead), n_dead, ITEM_SIZE[config.dtype], ITEM_SIZE[config.moments],
+            2 if config.dtype == "bfloat16" else FLOAT, S if local else 1, config.batch_size,
+        )  # fmt: skip
+
+    @property
+    def weights(self) -> int:
+        """How many there are."""
+        return 2 * self.L * self.D + self.D + self.S * self.L
+
+    @property
+    def moments(self) -> int:
+        """Bytes of Adam's moments; those of the biases are float32."""
+        return 2 * (2 * self.L * self.D * self.moment + (self.D + self.S * self.L) * FLOAT)
+
+    @property
+    def batch(self) -> int:
+        """Bytes of a batch as the loader gives it."""
+        return self.rows * self.D * FLOAT
+
+    @property
+    def widest_support(self) -> int:
+        return max(self.k, self.k_dead)
+
+    @property
+    def passes(self) -> int:
+        """Times that a batch goes through the model: once more for AuxK."""
+        return 2 if self.n_dead else 1
+
+    @property
+    def entries(self) -> int:
+        """Numbers of latents in all supports of a step, as they are stacked."""
+        if not self.n_dead:
+            return self.N * self.supports * self.k
+        return 2 * self.N * self.supports * self.widest_support
+
+
+def parts_of(
+    config: Config,
+    streams: Streams,
+    *,
+    threads: int,
+    overhead: int,
+    steps: int,
+    on_gpu: bool = False,
+    dead: float = 0.5,
+) -> list[Part]:
+    """Every part of a run in the memory where it trains: the process's, or a GPU's.
+
+    Args:
+        overhead: bytes that are taken before there is a model.
+        steps: of the whole run.
+        dead: the part of the latents that is dead when AuxK works hardest.
+    """
+    sizes = Sizes.of(config, streams.widths, dead)
+    taken = "CUDA's context and libraries" if on_gpu else "process: Python, torch, libraries"
+    parts = [Part(taken, overhead), *_kept(config, sizes, steps)]
+    if not on_gpu:
+        parts.append(Part("loader: windows and orders of rows", loader_bytes(config, streams)))
+        parts += _calibration(config, sizes)
+    parts += _batch(config, sizes)
+    parts += _gpu_scratch(sizes, streams.widths) if on_gpu else _cpu_scratch(config, sizes, streams.widths, threads)
+    return [part for part in parts if part.bytes and part.phases]
+
+
+def totals(parts: Iterable[Part]) -> dict[str, int]:
+    """phase -> bytes."""
+    parts = list(parts)
+    return {phase: sum(part.bytes for part in parts if phase in part.phases) for phase in PHASES}
+
+
+def loader_bytes(config: Config, streams: Streams) -> int:
+    """Windows, orders and what reading takes; batches are counted with the step. All it may take, if N is unknown.
+
+    Raises:
+        ValueError: its memory is too small for these files.
+    """
+    if streams.n_rows is None:
+        return config.memory
+    readers, n_threads = streams.readers.values(), config.reading_threads or budget.default_threads()
+    needs = budget.Needs.of(readers, config.batch_size, torch.float32, n_threads)
+    plan = budget.make_plan(readers, needs, config.memory, config.seed, shuffle=True)
+    held = 1 if plan.n_windows == 1 else 2
+    scratch = n_threads * max(reader.scratch for reader in readers)
+    return plan.window_rows * (held * needs.row + budget.ORDER_BYTES) + scratch
+
+
+def host_bytes(config: Config, streams: Streams, overhead: int) -> int:
+    """Of the host beside a GPU: the process, the loader with three page-locked batches, a checkpoint's copies."""
+    sizes = Sizes.of(config, streams.widths, 0)
+    copies = sum(part.bytes for part in _kept(config, sizes, 0) if UPDATING in part.phases)
+    return overhead + loader_bytes(config, streams) + 3 * sizes.batch + copies
+
+
+def mapped_bytes(config: Config, widths: tuple[int, ...]) -> int:
+    """Of a checkpoint's file, while it is read: its pages are in memory, until somebody else needs it."""
+    return sum(part.bytes for part in _kept(config, Sizes.of(config, widths, 0), 0) if UPDATING in part.phases)
+
+
+def _kept(config: Config, sizes: Sizes, steps: int) -> Iterator[Part]:
+    """The model and what the optimizer keeps, and the copies of them that reading a checkpoint makes."""
+    measured = LONG * sizes.L + FLOAT * (sizes.D + sizes.S)
+    weights, widened = sizes.weights * sizes.weight, sizes.weight < FLOAT
+    yield Part(f"weights, {config.dtype}", weights + measured)
+    yield Part(f"Adam's moments, {config.moments}", sizes.moments, TRAINED)
+    if widened:
+        yield Part("float32 masters of the weights", FLOAT * sizes.weights, TRAINED)
+    if config.lazy:
+        yield Part("replay: last steps, settings of all steps", LONG * sizes.L + 64 * steps, TRAINED)
+    if widened:  # sizes of a comparison, and of the choice that it makes between float32 numbers
+        yield Part("masters held against a matrix of weights", (1 + 2 * FLOAT) * sizes.L * sizes.D, (GOING_ON,))
+    elif sizes.moment < FLOAT:  # torch.optim.Optimizer brings a state to its parameters' dtype, which is made good
+        yield Part("moments in float32, until they are rounded", 2 * weights - sizes.moments, (GOING_ON,))
+
+
+def _calibration(config: Config, sizes: Sizes) -> Iterator[Part]:
+    if config.calibrate:
+        yield Part("measuring: one more batch, two in float64", 5 * sizes.batch, (CALIBRATING,))
+
+
+def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
+    """What flows through a step, whatever computes it."""
+    S, N, D, w, g = sizes.S, sizes.N, sizes.D, sizes.weight, sizes.gradient
+    both, and_validating = (RECONSTRUCTING, UPDATING), (RECONSTRUCTING, UPDATING, VALIDATING)
+    validates = bool(config.validation_rows or config.validation_data)
+    yield Part("batch", sizes.batch)
+    if config.calibrate or w < FLOAT:
+        yield Part("batch as the model sees it", N * D * w, (*STEP, VALIDATING))
+    yield Part("batch of held-out rows", N * D * FLOAT * validates, (VALIDATING,))
+    if config.accumulate > 1:
+        gradients = FLOAT * (2 * sizes.L * D + S * sizes.L)
+        yield Part("gradients of the weights, summed over micro-batches", gradients, STEP)
+        yield Part("gradients of the weights by one micro-batch", gradients, (UPDATING,))
+    stacked = INDEX * sizes.entries * (sizes.passes - 1)
+    supports = INDEX * N * sizes.supports * (sizes.k + sizes.k_dead) + stacked
+    yield Part("supports, and their inverse", supports + LONG * (sizes.entries + 2 * sizes.L), and_validating)
+    narrow = w if w < FLOAT else 0
+    yield Part("values, and their gradient", 2 * N * S * sizes.k * (FLOAT + narrow), and_validating)
+    yield Part("gradient of the reconstructions: N S D", N * S * D * g, and_validating)
+    if sizes.n_dead:
+        yield Part("AuxK: weights of the dead latents", sizes.n_dead * (D + S) * w, (CHOOSING,))
+        second = N * D * w + N * S * (D * g + 2 * sizes.k_dead * FLOAT)
+        yield Part("AuxK: residual, and the second pass over it", second, both)
+        stacks = 2 * N * (D * w + S * (D * g + 2 * sizes.widest_support * FLOAT))
+        yield Part("AuxK: both passes in one batch", stacks, (UPDATING,))
+
+
+def _cpu_scratch(config: Config, sizes: Sizes, widths: tuple[int, ...], threads: int) -> Iterator[Part]:
+    S, N, L, D = sizes.S, sizes.N, sizes.L, sizes.D
+    yield Part("support: scores, candidates", _cpu_topk(sizes), (*STEP, VALIDATING))
+    if config.dtype == "float16":
+        yield Part("float16 weights widened to be read", FLOAT * L * D, (CHOOSING, RECONSTRUCTING, VALIDATING))
+    if config.support_dropout and S > 2:
+        apart = D - min(widths[1:-1])  # streams that are not neighbours are copied together
+        yield Part("columns of the streams that choose", (2 * L + N) * apart * sizes.weight, (CHOOSING,))
+    sums = N * S * S * LONG + -(-N // BLOCK) * D * FLOAT
+    yield Part("errors, and sums of the pre-bias's gradient", sums, (RECONSTRUCTING, VALIDATING))
+    strips = sizes.passes * N * (1 + S) * -(-sizes.W // STRIP) * STRIP * FLOAT
+    yield Part("update: batch and gradient in strips", strips, (UPDATING,))
+    of_decoder = S if sizes.supports == 1 else 1
+    terms = sizes.entries * (S + of_decoder) * (INDEX + FLOAT) + 2 * LONG * (S + 1) * L
+    yield Part("update: terms of the sums", terms, (UPDATING,))
+    runs = threads * min(RUN, -(-L // (3 * threads)) * sizes.W * FLOAT)
+    yield Part("update: gradients of some rows", runs + 256 * D * FLOAT + 4 * S * L * FLOAT, (UPDATING,))
+
+
+def _cpu_topk(sizes: Sizes) -> int:
+    """sparc_fast/native_topk.py and csrc/cpu/global_topk.h, stream by stream under local selection."""
+    capacity = min(ROOM * sizes.widest_support + SPARE, sizes.L) + 64
+    rows = min(sizes.N, ROWS, max(1, 2**25 // (12 * capacity)))
+    D = sizes.D if sizes.supports == 1 else sizes.W
+    chunk = min(LATENTS, max(64, 2**23 // D), sizes.L)
+    centred = rows * D * (FLOAT + 2 + (FLOAT if sizes.weight < FLOAT else 0))
+    return 12 * rows * capacity + 2 * rows * chunk + 2 * chunk * D + centred + 6 * LONG * sizes.L
+
+
+def _gpu_scratch(sizes: Sizes, widths: tuple[int, ...]) -> Iterator[Part]:
+    """What the Triton kernels' launchers allocate, from their code."""
+    S, N, L, D = sizes.S, sizes.N, sizes.L, sizes.D
+    capacity = min(ROOM * sizes.widest_support + SPARE, L)
+    rows = min(N, 4096, max(1, 2**27 // (16 * capacity)))
+    chunk = min(L, max(256, GPU_SCORES // (4 * rows)))
+    topk = 4 * rows * chunk + 16 * rows * capacity + 2 * (rows + chunk) * D + (3 * FLOAT + FLOAT + LONG) * L
+    yield Part("support: scores, candidates", topk, (CHOOSING, VALIDATING))
+    yield Part("supports being sorted", 24 * sizes.entries, (RECONSTRUCTING,))
+    chunks = sum(-(-width // 128) for width in widths)
+    yield Part("sums by chunks of columns", chunks * N * S * (1 + sizes.k) * FLOAT, (RECONSTRUCTING, VALIDATING))
+    pieces = -(-sizes.entries // PIECE) * 2 * D * FLOAT
+    yield Part("update: sums of long latents", pieces + 1024 * D * FLOAT + 4 * S * L * FLOAT, (UPDATING,))

@@ -1,0 +1,137 @@
+"""A plan as text: aligned columns, and words for what is estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .machine import Machine
+from .planning import ACCURACY, Change, Plan
+from .step_time import CPU_EFFICIENCY
+
+UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+WIDTH = 52  # of the first column
+
+
+def as_text(plan: Plan, changes: bool = False) -> str:
+    """The table of parts, the verdict, the time; the changes too where it does not fit, or they are asked for."""
+    lines = [*_heading(plan), "", *_memory(plan), "", *_time(plan)]
+    if (changes or not plan.fits) and plan.changes:
+        lines += ["", *_changes(plan)]
+    return "\n".join(lines)
+
+
+def show_bytes(number: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit, size in UNITS.items():
+        if abs(number) >= size:
+            return f"{number / size:,.1f} {unit}" if abs(number) < 100 * size else f"{number / size:,.0f} {unit}"
+    return f"{number:.0f} bytes"
+
+
+def parse_bytes(text: str) -> int:
+    """ "80GiB" -> 85899345920; ValueError where the text stands for no size."""
+    decimal = {unit.replace("i", ""): 1000**power for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), 1)}
+    for unit, size in {**UNITS, **decimal}.items():
+        if text.endswith(unit):
+            return _at_least_1(float(text[: -len(unit)]) * size)
+    return _at_least_1(float(text))
+
+
+def _at_least_1(number: float) -> int:
+    if not 1 <= number < 2**63:
+        raise ValueError
+    return int(number)
+
+
+def _heading(plan: Plan) -> Iterator[str]:
+    config, machine, streams = plan.config, plan.machine, plan.streams
+    widths = ", ".join(f"{name} {reader.width:,}" for name, reader in streams.readers.items())
+    rows = "number of rows not given" if streams.n_rows is None else f"{streams.n_rows:,} rows"
+    yield f"L = {config.n_latents:,}, k = {config.k}, D = {sum(streams.widths):,} ({widths}), {rows}"
+    yield f"batches of {config.batch_size:,}, {config.dtype}, {config.selection} selection" + ", lazy" * config.lazy
+    yield f"on {machine.name}, {machine.threads} threads{_rates(machine)}"
+
+
+def _rates(machine: Machine) -> str:
+    roofs = machine.roofs
+    if roofs is None:
+        return ""
+    products = f"products {roofs.float32 / 1e9:,.0f} GFLOP/s float32, {roofs.bfloat16 / 1e9:,.0f} bfloat16"
+    return f": copies {roofs.copy / 1e9:,.1f} GB/s, {products}"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    yield f"{'memory':{WIDTH}} {'at the peak':>12} {'otherwise':>12}"
+    for part in plan.parts:
+        counts = plan.peak_phase in part.phases
+        columns = (show_bytes(part.bytes), "") if counts else ("", show_bytes(part.bytes))
+        yield f"{part.name:{WIDTH}} {columns[0]:>12} {columns[1]:>12}".rstrip()
+    yield _row(f"peak, {plan.peak_phase}", show_bytes(plan.peak))
+    yield _row("the machine has", show_bytes(plan.machine.memory))
+    yield _verdict(plan)
+    if plan.parts and any(part.name.startswith("AuxK") for part in plan.parts):
+        yield f"AuxK is counted with {plan.dead:.0%} of the latents dead (--dead)."
+    if plan.host is not None:
+        yield "Estimated from the kernels' code: nothing of it has been measured on a GPU."
+        yield f"Of the host it takes {show_bytes(plan.host)}, mostly to write checkpoints."
+    yield f"Reading a checkpoint maps its {show_bytes(plan.mapped)}: pages that the system takes back, not counted."
+
+
+def _verdict(plan: Plan) -> str:
+    difference = show_bytes(abs(plan.machine.memory - plan.peak))
+    close = f", which is less than the {ACCURACY:.0%} that this may be off by" if plan.is_close else ""
+    return (
+        f"It fits, with {difference} to spare{close}."
+        if plan.fits
+        else f"It does not fit: {difference} too much{close}."
+    )
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    roofs = plan.machine.roofs
+    if roofs is None:
+        rates = "--copy-rate, --float32-rate and --bfloat16-rate"
+        yield f"No times, since the machine's roofs are not known: --roofs, or {rates}, give them."
+        return
+    yield f"{'time of a step':{WIDTH}} {'at the roofs':>12}"
+    for phase in plan.time:
+        yield _row(phase.name, show_seconds(roofs.floor([phase.cost])))
+    seconds = plan.step_seconds
+    assert seconds is not None
+    if plan.machine.device == "cpu":
+        yield _row(f"a step, at {CPU_EFFICIENCY:.0%} of the roofs", show_seconds(seconds))
+        yield "That share is what two whole steps on two cores reached: 77 % and 72 %. Other machines differ."
+    else:
+        yield _row("a step, at the roofs: the least it can take", show_seconds(seconds))
+    if plan.hours is not None:
+        yield f"{plan.steps:,} steps: {plan.hours:,.1f} hours, without reading, validation and checkpoints."
+
+
+def show_seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f} ms" if seconds < 10 else f"{seconds:,.1f} s"
+
+
+def _changes(plan: Plan) -> Iterator[str]:
+    timed = plan.step_seconds is not None
+    yield f"{'what changes it, cheapest first':{WIDTH}} {'saves':>12} {'a step' if timed else '':>12}  fits"
+    for change in plan.changes:
+        yield _change(change)
+
+
+def _change(change: Change) -> str:
+    settings = ", ".join(f"{name} = {_toml(value)}" for name, value in change.settings.items())
+    if "memory" in change.settings:
+        settings += f"  # {show_bytes(change.settings['memory'])}"
+    seconds = "" if change.step_seconds is None else show_seconds(change.step_seconds)
+    line = f"{settings:{WIDTH}} {show_bytes(change.saves):>12} {seconds:>12}  {'yes' if change.fits else 'no'}"
+    return f"{line}\n    costs {change.costs}"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _row(name: str, value: str) -> str:
+    return f"{name:{WIDTH}} {value:>12}"

@@ -1,0 +1,44 @@
+"""How long a training step takes: what it cannot do without, at a machine's roofs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparc_fast.roofs import Cost, Roofs
+
+from .config import Config
+from .memory_model import FLOAT, Sizes
+
+# floor ÷ measured step where both are from one run: 0.77 at N 1024, L 8192 and 0.72 at N 256, L 32768, D 2560, two
+# cores, float32 (benchmarks/NOTES.md "Where it stands", README "What it reaches")
+CPU_EFFICIENCY = 0.75
+MANY = 16  # samples from which the support is found in bfloat16: sparc_fast/native_topk.py
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a step."""
+
+    name: str
+    cost: Cost
+
+
+def step_phases(config: Config, widths: tuple[int, ...], roofs: Roofs, dead: float = 0.0) -> list[Phase]:
+    """The phases of a step, one after another, and what each cannot do without; latents are used evenly."""
+    sizes = Sizes.of(config, widths, dead)
+    S, N, L, D, w = sizes.S, sizes.N, sizes.L, sizes.D, sizes.weight
+    product = "bfloat16" if N >= MANY and roofs.bfloat16 > roofs.float32 else "float32"
+    matrix, batch = L * D * w, N * D * w
+    used = 1 - (1 - sizes.k / L) ** (N * sizes.supports)
+    gathered = 2 * N * sizes.k * D * sizes.passes
+    phases = [
+        Phase("choosing the support: x W_encᵀ", Cost(2 * N * L * D, matrix + batch, product)),
+        Phase("values, reconstructions, their gradient", Cost(gathered * (1 + 2 * S), 2 * used * matrix + batch)),
+    ]
+    if sizes.n_dead:
+        phases.insert(1, Phase("AuxK: x W_encᵀ of the dead latents", Cost(2 * N * sizes.n_dead * D, batch, product)))
+    kept = 2 * (2 * sizes.moment + FLOAT) + (w if w < FLOAT else 0)  # bytes of a weight read and written
+    decoder = used * (2 - used) if config.lazy else 1.0  # rows left behind are gone through twice when they are used
+    moved = L * D * kept * (1 + decoder)
+    update = Cost(gathered * (1 + S), moved + N * D * (1 + S) * sizes.gradient)
+    return [*phases, Phase("updating the weights", update)]
