@@ -172,8 +172,10 @@ def test_batches_are_the_callers_own(files: data.AlignedFiles, keep: Callable[[T
 
 
 def test_memory_that_a_batch_has_left_is_used_again(files: data.AlignedFiles) -> None:
-    addresses = {batch.data_ptr() for _ in range(3) for batch in loader(files)}
+    made = loader(files)
+    addresses = {batch.data_ptr() for _ in range(3) for batch in made}
     assert len(addresses) <= 3
+    assert all(address % 64 == 0 for address in addresses), "rows of whole vectors should not straddle cache lines"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

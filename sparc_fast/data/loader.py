@@ -1,4 +1,4 @@
-"""Shuffled batches at the speed of reading in order."""
+"""Shuffled batches from files that are read in large pieces, in one direction."""
 
 from __future__ import annotations
 
