@@ -87,6 +87,11 @@ def test_files_have_a_row_for_each_row_at_unit_length_that_no_pickle_holds(folde
     assert np.load(folder / "labels.npy", allow_pickle=False).dtype == np.bool_
 
 
+def assert_same_fit(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Rows of unit length; the last components of a fit depend on how many threads multiply matrices."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
 def test_a_row_says_which_character_it_is(folder: Path, base: Glyphs) -> None:
     about = json.loads((folder / "glyphs.json").read_text(encoding="utf-8"))
     rows, names = np.load(folder / "train" / "rows.npy"), np.load(folder / "train" / "name.npy")
@@ -94,13 +99,13 @@ def test_a_row_says_which_character_it_is(folder: Path, base: Glyphs) -> None:
     order = torch.tensor([base.characters.index(character) for character in about["characters"]])
     assert about["names"] == [base.names[n] for n in order]
     assert np.array_equal(labels, base.labels[order].numpy())
-    torch.testing.assert_close(torch.from_numpy(names), base.inputs["name"][order[rows[:, 0]]].half())
+    assert_same_fit(torch.from_numpy(names), base.inputs["name"][order[rows[:, 0]]].half())
 
 
 def test_the_held_out_rows_of_a_face_are_those_of_the_demo(folder: Path, base: Glyphs) -> None:
     rows = base.rows(held_out=True, face="regular")
     for stream, x in base.inputs.items():
-        torch.testing.assert_close(torch.from_numpy(np.load(folder / "held_out/regular" / f"{stream}.npy")), x[rows])
+        assert_same_fit(torch.from_numpy(np.load(folder / "held_out/regular" / f"{stream}.npy")), x[rows])
     assert np.array_equal(np.load(folder / "held_out" / "regular" / "labels.npy"), base.labels[rows].numpy())
 
 
