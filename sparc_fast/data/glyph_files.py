@@ -206,12 +206,12 @@ def _write_text(path: Path, content: str) -> None:
 SETTINGS = """\
 n_latents = 32768
 k = 64
-epochs = 6
-batch_size = 1024
-lr = 4e-3
+epochs = 5
+batch_size = 2048
+lr = 6e-3
 dead_after = 100_000
 lazy = true
-checkpoint_every = 100
+checkpoint_every = 50
 {choice}
 [data]
 sans = "train/sans.npy"
