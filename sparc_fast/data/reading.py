@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .readers import Reader, Spans
 
-AHEAD = 2  # jobs the disk is told of beforehand, so that it need not wait for the next
+AHEAD = 8  # jobs the disk is told of beforehand, so that it need not wait for the next
 
 
 class Job(NamedTuple):
