@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.backends import Backend
-from sparc_fast.passes import AdamSettings, Flow, Pass
+from sparc_fast.passes import Flow, Pass, Update
 from sparc_fast.reference import stream_slices
 from sparc_fast.sae import SPARC
 
@@ -51,19 +51,9 @@ class MicroBatches:
         self.backend.count_silence(self._silence, part.values, part.support)
         self._used |= part.inverse[0].diff() > 0
 
-    def update_rows(
-        self,
-        backend: Backend,
-        weights: tuple[Tensor, Tensor, list[Tensor]],
-        pre_bias: Tensor,
-        d_streams: tuple[int, ...],
-        adam: AdamSettings,
-        copies: list[Tensor] | None,
-        last_step: Tensor | None,
-        seed: int,
-    ) -> tuple[Tensor, Tensor]:
+    def update_rows(self, backend: Backend, update: Update) -> tuple[Tensor, Tensor]:
         """As `Flow.update_rows`: a gradient is that of a batch whose sample l uses latent l, and no other."""
-        (W_enc, W_dec, moments), (lr, betas, eps, step) = weights, adam
+        W_enc, d_streams, last_step = update.W_enc, update.d_streams, update.last_step
         grad_latent_bias = self._gradients[2]
         through_encoder = torch.zeros_like(self._gradients[0][0])
         nothing = torch.zeros_like(through_encoder)
@@ -75,11 +65,11 @@ class MicroBatches:
                 through_encoder[columns] -= (grad_latent_bias[s, rows, None] * W_enc[rows, columns]).sum(0)
             x, passes, inverse = self._as_batch(rows, room, last_step is not None)
             backend.update_rows(
-                W_enc[rows], W_dec[rows], [moment[rows] for moment in moments], x, nothing, *passes, *inverse,
-                d_streams, lr, betas, eps, step,
-                None if copies is None else [copy[rows] for copy in copies],
+                W_enc[rows], update.W_dec[rows], [moment[rows] for moment in update.moments], x, nothing, *passes,
+                *inverse, d_streams, update.lr, update.betas, update.eps, update.step,
+                None if update.copies is None else [copy[rows] for copy in update.copies],
                 None if last_step is None else last_step[rows],
-                seed + first,  # rounding counts latents from the first of the call
+                update.seed + first,  # rounding counts latents from the first of the call
             )  # fmt: skip
         return grad_latent_bias, through_encoder
 

@@ -96,18 +96,14 @@ def _settle(
 ) -> None:  # fmt: skip
     with _on(x.device):
         _cuda.settle_supports(
-            _state(candidates), _numbers(x), x.stride(0), _numbers(pre_bias), _numbers(W), W.stride(0), bias.data_ptr(),
-            x.shape[1], first_row, N, x_norm.data_ptr(), w_norm.data_ptr(), k, rounding, slack, indices.data_ptr(),
-            given_up.data_ptr(), total.data_ptr(), _stream(x.device),
+            _state(candidates), _matrix(x), _matrix(pre_bias), _matrix(W), bias.data_ptr(), x.shape[1], first_row, N,
+            x_norm.data_ptr(), w_norm.data_ptr(), k, rounding, slack, indices.data_ptr(), given_up.data_ptr(),
+            total.data_ptr(), _stream(x.device),
         )  # fmt: skip
 
 
 def _state(candidates: Any) -> Any:
     return _cuda.Candidates([tensor.data_ptr() for tensor in candidates[:6]], candidates.capacity)
-
-
-def _numbers(tensor: Tensor) -> Any:
-    return _cuda.Numbers(tensor.data_ptr(), _FLOATS[tensor.dtype])
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from sparc_fast.behind import Behind
 from sparc_fast.losses import SparcLoss
 from sparc_fast.micro_batches import MicroBatches
 from sparc_fast.pages import empty_rows
-from sparc_fast.passes import AllStreams, Flow, Pass, stack
+from sparc_fast.passes import AllStreams, Flow, Pass, Update, stack
 from sparc_fast.sae import SPARC, Inputs, Packed
 
 MomentType = Literal["float32", "bfloat16"]
@@ -190,10 +190,12 @@ class SparcAdam(torch.optim.Optimizer):
         W_enc, W_dec = self._rows(model.W_enc), self._rows(model.W_dec)
         copies: list[Tensor] | None = [model.W_enc, model.W_dec] if W_enc is not model.W_enc else None
         moments = [state[name] for state in states[:2] for name in ("exp_avg", "exp_avg_sq")]
-        grad_latent_bias, through_encoder = batch.update_rows(
-            backend, (W_enc, W_dec, moments), model.pre_bias, tuple(model.d_streams.values()), (lr, betas, eps, step),
-            copies, self._behind.last_step if self._behind is not None else None, self.seed,
+        last_step = self._behind.last_step if self._behind is not None else None
+        update = Update(
+            W_enc, W_dec, moments, model.pre_bias, tuple(model.d_streams.values()), lr, betas, eps, step, copies,
+            last_step, self.seed,
         )  # fmt: skip
+        grad_latent_bias, through_encoder = batch.update_rows(backend, update)
         through_encoder += batch.grad_pre_bias
         for bias, grad, state in (
             (model.latent_bias, grad_latent_bias, states[2]),

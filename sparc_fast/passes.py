@@ -13,8 +13,23 @@ from sparc_fast import reference
 from sparc_fast.backends import Backend
 from sparc_fast.sae import SPARC, Packed
 
-AdamSettings = tuple[float | Tensor, tuple[float, float], float, int | Tensor]
-"""lr, betas, eps and the step, from 1."""
+
+class Update(NamedTuple):
+    """A step of the rows and their moments: a backend's `update_rows`, but for the batch."""
+
+    W_enc: Tensor
+    W_dec: Tensor
+    moments: list[Tensor]
+    pre_bias: Tensor
+    d_streams: tuple[int, ...]
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    step: int | Tensor
+    """From 1."""
+    copies: list[Tensor] | None
+    last_step: Tensor | None
+    seed: int
 
 
 class Pass(NamedTuple):
@@ -42,22 +57,12 @@ class Flow(NamedTuple):
     """Its part of the loss."""
     energy: Tensor
 
-    def update_rows(
-        self,
-        backend: Backend,
-        weights: tuple[Tensor, Tensor, list[Tensor]],
-        pre_bias: Tensor,
-        d_streams: tuple[int, ...],
-        adam: AdamSettings,
-        copies: list[Tensor] | None,
-        last_step: Tensor | None,
-        seed: int,
-    ) -> tuple[Tensor, Tensor]:
-        """A backend's `update_rows` of both weights and their moments, by this batch."""
-        lr, betas, eps, step = adam
+    def update_rows(self, backend: Backend, update: Update) -> tuple[Tensor, Tensor]:
+        """By this batch; returns what a backend's `update_rows` does."""
+        u = update
         return backend.update_rows(
-            *weights, self.x, pre_bias, *self.passes, *self.inverse, d_streams, lr, betas, eps, step, copies, last_step,
-            seed,
+            u.W_enc, u.W_dec, u.moments, self.x, u.pre_bias, *self.passes, *self.inverse, u.d_streams, u.lr, u.betas,
+            u.eps, u.step, u.copies, u.last_step, u.seed,
         )  # fmt: skip
 
     def count_silence(self, model: SPARC) -> None:

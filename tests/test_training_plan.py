@@ -266,6 +266,13 @@ def test_the_product_is_counted_in_the_faster_type_and_lazy_steps_move_less() ->
     assert seconds(lazy=True, batch_size=256) < seconds(batch_size=256)
 
 
+def test_micro_batches_multiply_all_rows_of_a_step_and_add_up_gradients() -> None:
+    whole, parted = (planned(n_latents=4096, batch_size=32768, accumulate=turns).time for turns in (1, 8))
+    for one, several in zip(whole, parted, strict=True):
+        assert several.cost.flops == one.cost.flops
+        assert several.cost.bytes > one.cost.bytes
+
+
 # ---- the command
 
 

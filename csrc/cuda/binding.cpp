@@ -35,6 +35,10 @@ PYBIND11_MODULE(_cuda, m) {
         .value("float32", Floats::float32)
         .value("bfloat16", Floats::bfloat16)
         .value("float16", Floats::float16);
+    py::class_<Matrix>(m, "Matrix", py::module_local())
+        .def(py::init([](uintptr_t address, int64_t stride, Floats type) {
+            return Matrix{at<void>(address), stride, type};
+        }), "address"_a = 0, "stride"_a = 0, "type"_a = Floats::float32);
     m.attr("most_k") = most_k;
     py::class_<TopkPlan>(m, "TopkPlan", py::module_local())
         .def(py::init(&TopkPlan::of), "N"_a, "L"_a, "k"_a, "multiprocessors"_a)
@@ -64,8 +68,6 @@ PYBIND11_MODULE(_cuda, m) {
             return Candidates{at<int32_t>(counts), at<int32_t>(thresholds), at<int32_t>(lows), at<int32_t>(highs),
                               at<int32_t>(latents), at<int32_t>(places), capacity};
         }), "arrays"_a, "capacity"_a);
-    py::class_<Numbers>(m, "Numbers", py::module_local())
-        .def(py::init([](uintptr_t data, Floats type) { return Numbers{at<void>(data), type}; }), "data"_a, "type"_a);
     m.def(
         "filter_scores",
         [](FilterPlan plan, Candidates candidates, uintptr_t scores, int64_t N, int64_t first, int64_t chunk,
@@ -81,17 +83,15 @@ PYBIND11_MODULE(_cuda, m) {
         "stream"_a, released);
     m.def(
         "settle_supports",
-        [](Candidates candidates, Numbers x, int64_t x_stride, Numbers pre_bias, Numbers W, int64_t W_stride,
-           uintptr_t bias, int D, int64_t first_row, int64_t N, uintptr_t x_norm, uintptr_t w_norm, int k,
-           float rounding, float slack, uintptr_t indices, uintptr_t given_up, uintptr_t total, uintptr_t stream) {
+        [](Candidates candidates, Matrix x, Matrix pre_bias, Matrix W, uintptr_t bias, int D, int64_t first_row,
+           int64_t N, uintptr_t x_norm, uintptr_t w_norm, int k, float rounding, float slack, uintptr_t indices,
+           uintptr_t given_up, uintptr_t total, uintptr_t stream) {
             settle_supports(
-                candidates, {x, pre_bias, W, x_stride, W_stride, at<double>(bias), D}, first_row, N, at<float>(x_norm),
-                at<float>(w_norm), k, rounding, slack, at<int32_t>(indices), at<int32_t>(given_up), at<int32_t>(total),
-                stream);
+                candidates, {x, pre_bias, W, at<double>(bias), D}, first_row, N, at<float>(x_norm), at<float>(w_norm),
+                k, rounding, slack, at<int32_t>(indices), at<int32_t>(given_up), at<int32_t>(total), stream);
         },
-        "candidates"_a, "x"_a, "x_stride"_a, "pre_bias"_a, "W"_a, "W_stride"_a, "bias"_a, "D"_a, "first_row"_a, "N"_a,
-        "x_norm"_a, "w_norm"_a, "k"_a, "rounding"_a, "slack"_a, "indices"_a, "given_up"_a, "total"_a, "stream"_a,
-        released);
+        "candidates"_a, "x"_a, "pre_bias"_a, "W"_a, "bias"_a, "D"_a, "first_row"_a, "N"_a, "x_norm"_a, "w_norm"_a,
+        "k"_a, "rounding"_a, "slack"_a, "indices"_a, "given_up"_a, "total"_a, "stream"_a, released);
 
     m.def("invert_indices_workspace", invert_indices_workspace, "n"_a, "L"_a);
     m.def(
@@ -104,10 +104,6 @@ PYBIND11_MODULE(_cuda, m) {
         "offsets"_a, "entries"_a, "indices"_a, "n"_a, "L"_a, "workspace"_a, "stream"_a, released);
 
     m.attr("most_streams") = most_streams;
-    py::class_<Matrix>(m, "Matrix", py::module_local())
-        .def(py::init([](uintptr_t address, int64_t stride, Floats type) {
-            return Matrix{at<void>(address), stride, type};
-        }), "address"_a = 0, "stride"_a = 0, "type"_a = Floats::float32);
     py::class_<Rows>(m, "Rows", py::module_local())
         .def(py::init<Matrix, Matrix, Matrix, Matrix>(), "weights"_a, "first"_a, "second"_a, "copy"_a);
     py::class_<Streams>(m, "Streams", py::module_local()).def(py::init(&streams_of), "widths"_a);

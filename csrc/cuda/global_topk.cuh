@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(512, 2) filter_scores_kernel(
     }
 }
 
-__device__ inline float value_of(const Numbers& numbers, int64_t i) {
+__device__ inline float value_of(const Matrix& numbers, int64_t i) {
     switch (numbers.type) {
         case Floats::float32: return static_cast<const float*>(numbers.data)[i];
         case Floats::bfloat16: return BFloat16::value(static_cast<const uint16_t*>(numbers.data)[i]);
@@ -246,7 +246,7 @@ struct SettleShared : SelectionShared {
 
 // A sample minus pre_bias.
 struct Centred {
-    Numbers x, pre_bias;
+    Matrix x, pre_bias;
     int64_t begin;  // of the sample
     const float* staged;
     int D;
@@ -313,7 +313,7 @@ __device__ void multiply_marked(
 #pragma unroll
         for (int r = 0; r < many; ++r) {
             const int64_t latent = candidates.latents[candidates.places[smaller(begin + r, marked - 1)]];
-            rows[r] = static_cast<const Word*>(operands.W.data) + latent * operands.W_stride;
+            rows[r] = static_cast<const Word*>(operands.W.data) + latent * operands.W.stride;
         }
         Sum sums[many];
         dots<Format>(sums, sample, rows);
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(128, 4) settle_supports_kernel(
     // what is above `rival` is in the support, what is under `least` is not
     uint32_t rival = ~0u, least = 0;
     if (count > k) {
-        const Centred sample{operands.x, operands.pre_bias, row * operands.x_stride, shared.sample, operands.D};
+        const Centred sample{operands.x, operands.pre_bias, row * operands.x.stride, shared.sample, operands.D};
         if (operands.D <= staged_columns)
             for (int d = threadIdx.x; d < operands.D; d += blockDim.x) shared.sample[d] = sample.computed(d);
         // the k-th score is between these: intervals around it become narrow by a sum in float32

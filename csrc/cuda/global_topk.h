@@ -40,16 +40,9 @@ void filter_scores(
     FilterPlan plan, Candidates candidates, const float* scores, int64_t N, int64_t first, int64_t chunk,
     LatentNorms latents, SampleNorms samples, int k, Bounds bounds, uintptr_t stream);
 
-// Numbers of a type that is known when the program runs.
-struct Numbers {
-    const void* data;
-    Floats type;
-};
-
-// What scores are summed from. Rows of x and W lie so many numbers apart.
+// What scores are summed from.
 struct Operands {
-    Numbers x, pre_bias, W;
-    int64_t x_stride, W_stride;
+    Matrix x, pre_bias, W;
     const double* bias;  // [L]
     int D;
 };

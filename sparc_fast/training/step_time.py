@@ -26,19 +26,30 @@ class Phase:
 def step_phases(config: Config, widths: tuple[int, ...], roofs: Roofs, dead: float = 0.0) -> list[Phase]:
     """The phases of a step, one after another, and what each cannot do without; latents are used evenly."""
     sizes = Sizes.of(config, widths, dead)
-    S, N, L, D, w = sizes.S, sizes.N, sizes.L, sizes.D, sizes.weight
-    product = "bfloat16" if N >= MANY and roofs.bfloat16 > roofs.float32 else "float32"
+    S, N, L, D, w = sizes.S, sizes.rows, sizes.L, sizes.D, sizes.weight
+    turns = config.accumulate  # in each, all weights are read and, if there are several, their gradients added up
+    product = "bfloat16" if sizes.N >= MANY and roofs.bfloat16 > roofs.float32 else "float32"
     matrix, batch = L * D * w, N * D * w
-    used = 1 - (1 - sizes.k / L) ** (N * sizes.supports)
+
+    def used(n: int) -> float:
+        """The part of the latents that n samples use."""
+        return 1 - (1 - sizes.k / L) ** (n * sizes.supports)
+
     gathered = 2 * N * sizes.k * D * sizes.passes
     phases = [
-        Phase("choosing the support: x W_encᵀ", Cost(2 * N * L * D, matrix + batch, product)),
-        Phase("values, reconstructions, their gradient", Cost(gathered * (1 + 2 * S), 2 * used * matrix + batch)),
+        Phase("choosing the support: x W_encᵀ", Cost(2 * N * L * D, turns * matrix + batch, product)),
+        Phase(
+            "values, reconstructions, their gradient",
+            Cost(gathered * (1 + 2 * S), 2 * turns * used(sizes.N) * matrix + batch),
+        ),
     ]
     if sizes.n_dead:
         phases.insert(1, Phase("AuxK: x W_encᵀ of the dead latents", Cost(2 * N * sizes.n_dead * D, batch, product)))
     kept = 2 * (2 * sizes.moment + FLOAT) + (w if w < FLOAT else 0)  # bytes of a weight read and written
-    decoder = used * (2 - used) if config.lazy else 1.0  # rows left behind are gone through twice when they are used
+    # rows left behind are gone through twice when they are used
+    decoder = used(N) * (2 - used(N)) if config.lazy else 1.0
     moved = L * D * kept * (1 + decoder)
+    if turns > 1:
+        moved += turns * 4 * 2 * L * D * FLOAT  # written, and read to be added to what is read and written
     update = Cost(gathered * (1 + S), moved + N * D * (1 + S) * sizes.gradient)
     return [*phases, Phase("updating the weights", update)]

@@ -125,11 +125,11 @@ static void check_global_topk(const Problem& problem, bool copied, int number) {
             plan, candidates, part.data(), N, first, m, {of_chunk(bias), of_chunk(norm), rests, ones},
             {x_norm.data(), x_rest.data(), x_one.data()}, k, bounds, 0);
     }
-    const std::vector<uint16_t> narrow = bfloat16_of(W);
+    std::vector<uint16_t> narrow = bfloat16_of(W);
     std::vector<int32_t> indices(N * k, -1), given_up(N, -1);
     int32_t total = 0;
-    const Numbers weights = copied ? Numbers{W.data(), Floats::float32} : Numbers{narrow.data(), Floats::bfloat16};
-    const Operands operands{{x.data(), Floats::float32}, {pre_bias.data(), Floats::float32}, weights, D, D,
+    const Matrix weights = copied ? Matrix{W.data(), D, Floats::float32} : Matrix{narrow.data(), D, Floats::bfloat16};
+    const Operands operands{{x.data(), D, Floats::float32}, {pre_bias.data(), 1, Floats::float32}, weights,
                             wide_bias.data(), D};
     settle_supports(
         candidates, operands, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack, indices.data(),
