@@ -9,7 +9,7 @@ from sparc_fast.roofs import Cost, Roofs
 from .config import Config
 from .memory_model import FLOAT, Sizes
 
-# floor ÷ measured step where both are from one run, at N 1024, L 8192 and at N 256, L 32768, D 2560, float32, two cores:
+# floor ÷ measured step, each from one run, at N 1024, L 8192 and at N 256, L 32768, D 2560, float32, two cores:
 # 0.77 and 0.72 on Zen 4, 0.52 and 0.76 on Zen 5 (benchmarks/NOTES.md, "Where it stands"); this is their mean
 CPU_EFFICIENCY = 0.7
 MANY = 16  # samples from which the support is found in bfloat16: sparc_fast/native_topk.py
