@@ -1,9 +1,9 @@
 // Decode, squared errors, their gradient, and that gradient back to the values, from one gather of decoder rows.
 //
-// A column run of one target stream at a time over a few samples a task: the k rows of a sample, cut to the run, are
-// read once for all sources and are still in cache when the gradient goes back through them; meanwhile the rows of
-// the next sample are fetched. Squared errors are summed in vector lanes over a run, then in float64 over runs and
-// samples, in order; so is the gradient, over blocks of samples.
+// A run of one target stream's columns at a time over a few samples a task: the k rows of a sample, cut to the run, are
+// read once for all sources and are still in cache when the gradient goes back through them. Squared errors are summed
+// in vector lanes over a run, then in float64 over runs and samples, in order; so is the gradient, over blocks of
+// samples.
 #ifndef SIMD_LEVEL
 #include "level.h"
 #include "operators.h"
@@ -54,25 +54,22 @@ void decode_loss(
     const int64_t D = W_dec.size[1], blocks = (N + block_samples - 1) / block_samples;
     std::vector<double> errors(N * S * S);  // [N, source, target]
     std::vector<A> grad_sums(blocks * D);   // [blocks of samples, D]
-    const auto runs = column_runs(d_streams, run_width);
-    each_run(runs, support, W_dec.size[0], threads, [&](const Columns& run, int64_t block) {
+    each_run(d_streams, N, threads, [&](const Columns& run, const Block& block) {
         const int64_t t = run.stream, width = run.end - run.begin;
         const A* bias = pre_bias.at<const A>(run.begin);
-        A* const grad_sum = &grad_sums[block * D + run.begin];
+        A* const grad_sum = &grad_sums[block.index * D + run.begin];
         std::vector<int64_t> compared;  // sources
-        const SampleBlock samples(support, block);
         for (int64_t s = 0; s < S; ++s) {
             const bool skipped = weights[s * S + t] == 0;
             if (!skipped) compared.push_back(s);
-            for (int64_t n = samples.first; n < samples.last; ++n) {
+            for (int64_t n = block.first; n < block.last; ++n) {
                 if (skipped) std::fill_n(grad_recons.at<T>(n, s) + run.begin, width, T{});
                 if (run.begin == 0) std::fill_n(grad_values.at<A>(n, s), k, A(0));
             }
         }
         each_group(compared, support, [&](const int64_t* sources, int64_t count) {
             A buffer[most_streams][run_width];
-            const BlockRows<T> rows(W_dec, support, sources[0], run.begin, block);
-            for (int64_t n = rows.first; n < rows.last; ++n) {
+            for (int64_t n = block.first; n < block.last; ++n) {
                 const A* coefficients[most_streams];
                 A *recons[most_streams], *products[most_streams];
                 for (int64_t i = 0; i < count; ++i) {
@@ -80,8 +77,8 @@ void decode_loss(
                     products[i] = grad_values.at<A>(n, sources[i]);
                     recons[i] = buffer[i];
                 }
-                const RowList<T> list = rows.of(n, k);
-                with_streams(count, [&](auto streams) { combine<streams, false>(list, coefficients, width, recons); });
+                const auto rows = gathered<T>(W_dec, run.begin, support, n, sources[0]);
+                with_streams(count, [&](auto streams) { combine<streams>(rows, coefficients, width, recons); });
                 for (int64_t i = 0; i < count; ++i) {
                     const int64_t s = sources[i];
                     const A factor = A(2 * weights[s * S + t]) * scale.at<const A>(n)[t];
@@ -89,7 +86,7 @@ void decode_loss(
                         recons[i], bias, target.at<const T>(n) + run.begin, factor, grad_recons.at<T>(n, s) + run.begin,
                         grad_sum, width);
                 }
-                with_streams(count, [&](auto streams) { dots<streams>(list, recons, width, products); });
+                with_streams(count, [&](auto streams) { dots<streams>(rows, recons, width, products); });
             }
         });
     });

@@ -1,4 +1,4 @@
-// The two inner loops of every sparse operator, over rows picked by address:
+// The two inner loops of every sparse operator, over rows of a matrix:
 //   combine   sums[s][d] = sum_i coefficients[s][i] row_i[d]
 //   dots      products[s][i] += sum_d vectors[s][d] row_i[d]
 // for S coefficient lists or vectors at once, so that S streams share one read of the rows. Each sum has its own
@@ -9,56 +9,86 @@ namespace SIMD_LEVEL {
 
 constexpr int most_streams = 4;  // S of one call
 
-// Rows picked by address, and as many to prefetch meanwhile.
+// Columns of one pass over rows in memory: long enough for the hardware to read a row ahead, few enough that the run's
+// columns of many rows stay in the last-level cache. Sums of squares and products are taken a run at a time.
+constexpr int64_t run_width = 512;
+// Samples of a task.
+constexpr int64_t block_samples = 16;
+// How many rows ahead a pass over gathered rows prefetches.
+constexpr int64_t soon = 8;
+
+// Rows picked by place, `stride` apart.
 template <class T>
 struct RowList {
-    const T* const* rows;
+    const T* begin;
+    int64_t stride;
+    const int32_t* places;
     int64_t count;
-    const T* const* ahead;
+    int64_t left;  // places in memory, those of the samples after too
 
-    const T* row(int64_t i, int64_t d) const { return rows[i] + d; }
-    void prefetch(int64_t i, int64_t d) const { __builtin_prefetch(ahead[i] + d, 0, 2); }
+    const T* row(int64_t i, int64_t d) const { return begin + places[i] * stride + d; }
+    const T* ahead(int64_t i) const { return row(std::min(i + soon, left - 1), 0); }
 };
 
-template <int S, int B, bool fetch, class List, class A>
-INLINE void combine_block(const List& list, const A* const* coefficients, int64_t d, int64_t n, A* const* sums) {
+// R rows at a time from end to end, so that each is one stream to the hardware: coefficients stay in registers, sums in
+// the first-level cache. The first rows find nothing to add to.
+template <int S, int R, bool first, class T, class A>
+INLINE void combine_rows(
+    const RowList<T>& list, const A* const* coefficients, int64_t i, int64_t width, A* const* sums) {
     constexpr int W = lanes<A>;
-    Vec<A> sum[S][B] = {};
-    for (int64_t i = 0; i < list.count; ++i) {
-        UNROLL for (int b = 0; b < B; ++b) {
-            if constexpr (fetch) list.prefetch(i, d + b * W);
-            Vec<A> row = load(list.row(i, d + b * W), n);
-            KEEP_IN_REGISTER(row);
-            UNROLL for (int s = 0; s < S; ++s) sum[s][b] += coefficients[s][i] * row;
+    Vec<A> coefficient[R][S];
+    const T *row[R], *ahead[R];
+    UNROLL for (int r = 0; r < R; ++r) {
+        row[r] = list.row(i + r, 0);
+        ahead[r] = list.ahead(i + r);
+        UNROLL for (int s = 0; s < S; ++s) coefficient[r][s] = Vec<A>{} + coefficients[s][i + r];
+    }
+    const auto add = [&](int64_t d, int64_t n) INLINE_LAMBDA {
+        Vec<A> sum[S] = {};
+        if constexpr (!first) {
+            UNROLL for (int s = 0; s < S; ++s) sum[s] = load(sums[s] + d, n);
         }
-    }
-    UNROLL for (int s = 0; s < S; ++s) {
-        UNROLL for (int b = 0; b < B; ++b) store(sums[s] + d + b * W, sum[s][b], n);
-    }
+        UNROLL for (int r = 0; r < R; ++r) {
+            __builtin_prefetch(ahead[r] + d);
+            const Vec<A> values = load(row[r] + d, n);
+            UNROLL for (int s = 0; s < S; ++s) sum[s] += coefficient[r][s] * values;
+        }
+        UNROLL for (int s = 0; s < S; ++s) store(sums[s] + d, sum[s], n);
+    };
+    int64_t d = 0;
+    for (; d + W <= width; d += W) add(d, W);
+    if (d < width) add(d, width - d);
 }
 
-template <int S, bool fetch, class List, class A>
-INLINE void combine(const List& list, const A* const* coefficients, int64_t width, A* const* sums) {
-    constexpr int W = lanes<A>, most = VECTOR_REGISTERS / (S == 1 ? 2 : S == 4 ? 8 : 4);
-    int64_t d = 0;
-    for (; d + most * W <= width; d += most * W) combine_block<S, most, fetch>(list, coefficients, d, W, sums);
-    if constexpr (most > 4)
-        for (; d + 4 * W <= width; d += 4 * W) combine_block<S, 4, fetch>(list, coefficients, d, W, sums);
-    for (; d < width; d += W) combine_block<S, 1, fetch>(list, coefficients, d, std::min<int64_t>(W, width - d), sums);
+template <int S, class T, class A>
+INLINE void combine(const RowList<T>& list, const A* const* coefficients, int64_t width, A* const* sums) {
+    constexpr int fitting = (VECTOR_REGISTERS - 1) / S - 1, R = fitting >= 8 ? 8 : fitting >= 4 ? 4 : 2;
+    if (list.count >= R)
+        combine_rows<S, R, true>(list, coefficients, 0, width, sums);
+    else
+        combine_rows<S, 1, true>(list, coefficients, 0, width, sums);
+    int64_t i = list.count >= R ? R : 1;
+    for (; i + R <= list.count; i += R) combine_rows<S, R, false>(list, coefficients, i, width, sums);
+    for (; i < list.count; ++i) combine_rows<S, 1, false>(list, coefficients, i, width, sums);
 }
 
 template <int S, int J, class T, class A>
 INLINE void dots_block(const RowList<T>& list, const A* const* vectors, int64_t width, int64_t i, A* const* products) {
     constexpr int W = lanes<A>;
+    const T *row[J], *ahead[J];
+    UNROLL for (int j = 0; j < J; ++j) {
+        row[j] = list.row(i + j, 0);
+        ahead[j] = list.ahead(i + j);
+    }
     Vec<A> sum[S][J] = {};
     const auto add = [&](int64_t d, int64_t n) INLINE_LAMBDA {
         Vec<A> vector[S];
         UNROLL for (int s = 0; s < S; ++s) vector[s] = load(vectors[s] + d, n);
         UNROLL for (int j = 0; j < J; ++j) {
-            list.prefetch(i + j, d);
-            Vec<A> row = load(list.row(i + j, d), n);
-            KEEP_IN_REGISTER(row);
-            UNROLL for (int s = 0; s < S; ++s) sum[s][j] += vector[s] * row;
+            __builtin_prefetch(ahead[j] + d);
+            Vec<A> values = load(row[j] + d, n);
+            KEEP_IN_REGISTER(values);
+            UNROLL for (int s = 0; s < S; ++s) sum[s][j] += vector[s] * values;
         }
     };
     int64_t d = 0;
@@ -86,58 +116,31 @@ INLINE void with_streams(int64_t S, F f) {
     if (S == 4) f(std::integral_constant<int, 4>{});
 }
 
-// Columns of one pass over the samples: narrow enough that L rows of it tend to stay in the last-level cache.
-constexpr int64_t run_width = 256;
 // Samples of a task.
-constexpr int64_t block_samples = 16;
-// How many rows ahead a single pass over gathered rows prefetches.
-constexpr int64_t soon = 16;
+struct Block {
+    int64_t index, first, last;
+};
 
-// body(run, block) for all runs of columns and all blocks of samples; a block meets the runs in order. Where other
-// samples use the same rows, run by run, so that the columns of a run stay in cache; else each row in one go.
+// body(run, block) for all runs of columns and all blocks of samples, run by run; a block meets the runs in order.
 template <class Body>
-void each_run(const std::vector<Columns>& runs, const Support& support, int64_t L, int threads, Body body) {
-    const int64_t blocks = (support.N + block_samples - 1) / block_samples;
-    if (support.N * support.k <= L) {
-        parallel_for(blocks, threads, [&](int64_t block) {
-            for (const Columns& run : runs) body(run, block);
-        });
-        return;
-    }
+void each_run(const Widths& d_streams, int64_t N, int threads, Body body) {
+    const auto runs = column_runs(d_streams, run_width);
+    const int64_t blocks = (N + block_samples - 1) / block_samples;
     std::vector<std::atomic<int64_t>> done(blocks);  // runs of each block
     parallel_for(int64_t(runs.size()) * blocks, threads, [&](int64_t task) {
-        const int64_t r = task / blocks, block = task % blocks;
-        while (done[block].load(std::memory_order_acquire) < r) std::this_thread::yield();
-        body(runs[r], block);
-        done[block].store(r + 1, std::memory_order_release);
+        const int64_t r = task / blocks, i = task % blocks, first = i * block_samples;
+        while (done[i].load(std::memory_order_acquire) < r) std::this_thread::yield();
+        body(runs[r], Block{i, first, std::min(N, first + block_samples)});
+        done[i].store(r + 1, std::memory_order_release);
     });
 }
 
-struct SampleBlock {
-    int64_t first, last;
-    SampleBlock(const Support& support, int64_t block)
-        : first(block * block_samples), last(std::min(support.N, first + block_samples)) {}
-};
-
-// Addresses, at one column, of the rows of W that each sample of a block gathers for stream s.
+// The rows of W, from this column on, that sample n gathers for stream s.
 template <class T>
-struct BlockRows : SampleBlock {
-    std::vector<const T*> rows;
-    int64_t k;
-
-    BlockRows(const Tensor& W, const Support& support, int64_t s, int64_t column, int64_t block)
-        : SampleBlock(support, block), k(support.k) {
-        rows.reserve((last - first + 1) * k + soon);
-        for (int64_t n = first; n < last; ++n)
-            for (int64_t j = 0; j < k; ++j) rows.push_back(W.at<const T>(support.of(n, s)[j]) + column);
-        rows.resize(rows.capacity(), rows.back());
-    }
-
-    RowList<T> of(int64_t n, int64_t distance) const {
-        const T* const* mine = rows.data() + (n - first) * k;
-        return {mine, k, mine + distance};
-    }
-};
+RowList<T> gathered(const Tensor& W, int64_t column, const Support& support, int64_t n, int64_t s) {
+    const int32_t* const latents = support.of(n, s);
+    return {W.at<const T>(0) + column, W.stride[0], latents, support.k, support.indices + support.entries() - latents};
+}
 
 // f(streams, count) for groups of these streams that gather the same rows: most_streams where the support is shared,
 // else one by one.

@@ -29,6 +29,17 @@ struct Terms {
     }
 };
 
+// total[d] = sum_i coefficients[i] row_i[d] of rows in cache, for B registers of columns from d on.
+template <int B, class List, class A>
+INLINE void combine_block(const List& list, const A* coefficients, int64_t d, int64_t n, A* total) {
+    constexpr int W = lanes<A>;
+    Vec<A> sum[B] = {};
+    for (int64_t i = 0; i < list.count; ++i) {
+        UNROLL for (int b = 0; b < B; ++b) sum[b] += coefficients[i] * load(list.row(i, d + b * W), n);
+    }
+    UNROLL for (int b = 0; b < B; ++b) store(total + d + b * W, sum[b], n);
+}
+
 // A matrix [rows, width] as strips [width / strip_width, rows, strip_width].
 template <class A>
 class Strips {
@@ -54,13 +65,11 @@ class Strips {
             const A* row(int64_t i, int64_t c) const { return strip + rows[i] * strip_width + c; }
         };
         const int64_t begin = terms.begin[l];
-        const A* coefficients[] = {&terms.coefficients[begin]};
-        A* sums[] = {sum + d};
+        const A* const coefficients = &terms.coefficients[begin];
         const List list{&terms.rows[begin], terms.end[l] - begin, at(0, d)};
-        if (d + strip_width <= width)
-            combine_block<1, strip_width / lanes<A>, false>(list, coefficients, 0, lanes<A>, sums);
-        else
-            combine<1, false>(list, coefficients, width - d, sums);
+        constexpr int W = lanes<A>;
+        if (d + strip_width <= width) return combine_block<strip_width / W>(list, coefficients, 0, W, sum + d);
+        for (int64_t c = 0; c < width - d; c += W) combine_block<1>(list, coefficients, c, width - d - c, sum + d);
     }
 
     // Brings the strip that begins at column d into cache, in one sweep of loads: prefetches would be dropped.

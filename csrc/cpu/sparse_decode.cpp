@@ -1,7 +1,6 @@
 // All S * S reconstructions from one gather of decoder rows, and the gradient that goes back through it.
 //
-// A column run at a time over a few samples a task, as in support_values.cpp. A reconstruction is summed over the
-// support in order.
+// A run of columns at a time over a few samples a task. A reconstruction is summed over the support in order.
 #ifndef SIMD_LEVEL
 #include "level.h"
 #include "operators.h"
@@ -32,21 +31,20 @@ void sparse_decode(
     const Tensor& recons, const Tensor& values, const Support& support, const Tensor& W_dec, const Tensor& pre_bias,
     int threads) {
     using A = sum_t<T>;
-    const auto runs = column_runs({W_dec.size[1]}, run_width);
-    each_run(runs, support, W_dec.size[0], threads, [&](const Columns& run, int64_t block) {
+    each_run({W_dec.size[1]}, support.N, threads, [&](const Columns& run, const Block& block) {
         const int64_t width = run.end - run.begin;
         const A* bias = pre_bias.at<const A>(run.begin);
         each_group(every_stream(support.S), support, [&](const int64_t* sources, int64_t count) {
             A buffer[most_streams][run_width];
-            const BlockRows<T> rows(W_dec, support, sources[0], run.begin, block);
-            for (int64_t n = rows.first; n < rows.last; ++n) {
+            for (int64_t n = block.first; n < block.last; ++n) {
                 const A* coefficients[most_streams];
                 A* sums[most_streams];
                 for (int64_t i = 0; i < count; ++i) {
                     coefficients[i] = values.at<const A>(n, sources[i]);
                     sums[i] = buffer[i];
                 }
-                with_streams(count, [&](auto S) { combine<S, true>(rows.of(n, soon), coefficients, width, sums); });
+                const auto rows = gathered<T>(W_dec, run.begin, support, n, sources[0]);
+                with_streams(count, [&](auto S) { combine<S>(rows, coefficients, width, sums); });
                 for (int64_t i = 0; i < count; ++i) {
                     T* recon = recons.at<T>(n, sources[i]) + run.begin;
                     for (int64_t d = 0; d < width; d += lanes<A>)
@@ -61,13 +59,11 @@ template <class T>
 void sparse_decode_grad_values(
     const Tensor& grad_values, const Tensor& grad_recons, const Support& support, const Tensor& W_dec, int threads) {
     using A = sum_t<T>;
-    const auto runs = column_runs({W_dec.size[1]}, run_width);
-    each_run(runs, support, W_dec.size[0], threads, [&](const Columns& run, int64_t block) {
+    each_run({W_dec.size[1]}, support.N, threads, [&](const Columns& run, const Block& block) {
         const int64_t width = run.end - run.begin;
         each_group(every_stream(support.S), support, [&](const int64_t* sources, int64_t count) {
             A buffer[most_streams][run_width];
-            const BlockRows<T> rows(W_dec, support, sources[0], run.begin, block);
-            for (int64_t n = rows.first; n < rows.last; ++n) {
+            for (int64_t n = block.first; n < block.last; ++n) {
                 const A* vectors[most_streams];
                 A* products[most_streams];
                 for (int64_t i = 0; i < count; ++i) {
@@ -78,7 +74,8 @@ void sparse_decode_grad_values(
                     products[i] = grad_values.at<A>(n, sources[i]);
                     if (run.first) std::fill_n(products[i], support.k, A(0));
                 }
-                with_streams(count, [&](auto S) { dots<S>(rows.of(n, soon), vectors, width, products); });
+                const auto rows = gathered<T>(W_dec, run.begin, support, n, sources[0]);
+                with_streams(count, [&](auto S) { dots<S>(rows, vectors, width, products); });
             }
         });
     });

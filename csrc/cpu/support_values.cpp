@@ -1,7 +1,6 @@
 // Each stream's own pre-activations at the latents of the support.
 //
-// A column run at a time, so that the encoder's columns stay in cache while every sample gathers from them; a task is
-// a few samples. Sums over a run in vector lanes, over runs in order.
+// A run of columns at a time over a few samples a task. Sums over a run in vector lanes, over runs in order.
 #ifndef SIMD_LEVEL
 #include "level.h"
 #include "operators.h"
@@ -37,13 +36,11 @@ void support_values(
     const Tensor& values, const Tensor& x, const Tensor& W_enc, const Tensor& pre_bias, const Tensor& latent_bias,
     const Support& support, const Widths& d_streams, int threads) {
     using A = sum_t<T>;
-    const auto runs = column_runs(d_streams, run_width);
-    each_run(runs, support, W_enc.size[0], threads, [&](const Columns& run, int64_t block) {
+    each_run(d_streams, support.N, threads, [&](const Columns& run, const Block& block) {
         const int64_t s = run.stream, width = run.end - run.begin;
         const A* centre = pre_bias.at<const A>(run.begin);
         const A* bias = latent_bias.at<const A>(s);
-        const BlockRows<T> rows(W_enc, support, s, run.begin, block);
-        for (int64_t n = rows.first; n < rows.last; ++n) {
+        for (int64_t n = block.first; n < block.last; ++n) {
             A centred[run_width];
             const T* sample = x.at<const T>(n) + run.begin;
             for (int64_t d = 0; d < width; d += lanes<A>)
@@ -51,7 +48,7 @@ void support_values(
             const A* vectors[] = {centred};
             A* products[] = {values.at<A>(n, s)};
             if (run.first) std::fill_n(products[0], support.k, A(0));
-            dots<1>(rows.of(n, soon), vectors, width, products);
+            dots<1>(gathered<T>(W_enc, run.begin, support, n, s), vectors, width, products);
             if (!run.last) continue;
             for (int64_t j = 0; j < support.k; ++j) {
                 A& value = products[0][j];
@@ -67,18 +64,16 @@ void support_values_grad_x(
     const Tensor& grad_x, const Tensor& grad_values, const Tensor& values, const Support& support, const Tensor& W_enc,
     const Widths& d_streams, int threads) {
     using A = sum_t<T>;
-    const auto runs = column_runs(d_streams, run_width);
-    each_run(runs, support, W_enc.size[0], threads, [&](const Columns& run, int64_t block) {
+    each_run(d_streams, support.N, threads, [&](const Columns& run, const Block& block) {
         const int64_t s = run.stream, width = run.end - run.begin;
-        const BlockRows<T> rows(W_enc, support, s, run.begin, block);
         std::vector<A> grad_z(support.k);
-        for (int64_t n = rows.first; n < rows.last; ++n) {
+        for (int64_t n = block.first; n < block.last; ++n) {
             for (int64_t j = 0; j < support.k; ++j)
                 grad_z[j] = values.at<const A>(n, s)[j] > 0 ? grad_values.at<const A>(n, s)[j] : 0;
             A sum[run_width];
             A* sums[] = {sum};
             const A* coefficients[] = {grad_z.data()};
-            combine<1, true>(rows.of(n, soon), coefficients, width, sums);
+            combine<1>(gathered<T>(W_enc, run.begin, support, n, s), coefficients, width, sums);
             T* grad = grad_x.at<T>(n) + run.begin;
             for (int64_t d = 0; d < width; d += lanes<A>) store(grad + d, load(sum + d, width - d), width - d);
         }

@@ -88,11 +88,11 @@ struct Support {
           S(S_),
           k(tensor.size[tensor.ndim - 1]),
           shared(tensor.ndim == 2) {
-        const int64_t count = N * k * (shared ? 1 : S);
         bool inside = true;
-        for (int64_t i = 0; i < count; ++i) inside &= uint32_t(indices[i]) < uint64_t(L);
+        for (int64_t i = 0; i < entries(); ++i) inside &= uint32_t(indices[i]) < uint64_t(L);
         if (!inside) throw std::out_of_range("indices must lie in 0 ... n_latents - 1 = " + std::to_string(L - 1));
     }
 
+    int64_t entries() const { return N * k * (shared ? 1 : S); }
     const int32_t* of(int64_t n, int64_t s) const { return indices + (shared ? n : n * S + s) * k; }
 };
