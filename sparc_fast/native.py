@@ -55,8 +55,7 @@ def support_values_grad_x(
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor) -> Tensor:
     (rows,) = _stored(W_dec)
-    N, S, _ = values.shape
-    recons = empty_rows(N * S, W_dec.shape[1], dtype=rows.dtype).view(N, S, -1)
+    recons = empty_rows(*values.shape[:2], W_dec.shape[1], dtype=rows.dtype)
     operands = _summed(values), _indices(indices), rows, _summed(pre_bias)
     _cpu.sparse_decode(recons, *operands, torch.get_num_threads())
     return recons.to(values.dtype)
@@ -83,7 +82,7 @@ def decode_loss(
     (rows, target), coefficients = _stored(W_dec, target), _summed(values)
     N, S, _ = values.shape
     nmse = coefficients.new_empty(S, S)
-    grad_recons = empty_rows(N * S, W_dec.shape[1], dtype=rows.dtype).view(N, S, -1)
+    grad_recons = empty_rows(N, S, W_dec.shape[1], dtype=rows.dtype)
     grad_values, grad_pre_bias = torch.empty_like(coefficients), coefficients.new_empty(W_dec.shape[1])
     operands = coefficients, _indices(indices), rows, _summed(pre_bias), target, _summed(scale)
     results = nmse, grad_recons, grad_values, grad_pre_bias

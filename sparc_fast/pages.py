@@ -1,4 +1,4 @@
-"""Memory for large matrices: rows that are gathered, gradients that are new in every step."""
+"""Memory for large matrices: rows that are gathered, results that are new in every step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _HAS_COMPILED = find_spec("sparc_fast._cpu") is not None
 LARGE = 2**22  # bytes, two huge pages
 
 
-def empty_rows(n_rows: int, width: int, **like: Any) -> Tensor:
-    """torch.empty(n_rows, width), on a CPU in huge pages where it grants them: fewer page walks and faults."""
-    rows = torch.empty(n_rows, width, **like)
+def empty_rows(*size: int, **like: Any) -> Tensor:
+    """torch.empty(*size), on a CPU in huge pages where it grants them: fewer page walks and faults."""
+    rows = torch.empty(*size, **like)
     if _HAS_COMPILED and rows.device.type == "cpu" and rows.nbytes >= LARGE:
         from sparc_fast import _cpu
 

@@ -105,6 +105,17 @@ def test_a_sample_alone_equals_the_same_sample_in_a_batch(name: str, case: str, 
         assert_equal(run(name, o.samples(one), backend)[OF_SAMPLES[name]], tuple(result[one] for result in batch))
 
 
+@pytest.mark.parametrize("name", ["sparse_decode", "decode_loss"])
+@pytest.mark.parametrize("widths", [(1024, 900, 876), (1001, 899, 901)], ids=["aligned rows", "unaligned rows"])
+@pytest.mark.skipif("cpu" not in fast_backends(), reason="the CPU backend is not here")
+def test_results_too_large_for_caches_have_the_same_bits(name: str, widths: tuple[int, ...]) -> None:
+    o = operands((widths, 130, 40, 9), torch.float32)
+    batch = run(name, o, "cpu")[OF_SAMPLES[name]]
+    assert batch[0].nbytes > 2**22  # from there on written past the caches
+    for half in (slice(0, 65), slice(65, 130)):
+        assert_equal(run(name, o.samples(half), "cpu")[OF_SAMPLES[name]], tuple(result[half] for result in batch))
+
+
 @EVERY_OPERATOR
 @pytest.mark.parametrize("case", ["ragged", "several column runs"])
 def test_operands_may_be_slices_of_wider_tensors(name: str, case: str, backend: str) -> None:

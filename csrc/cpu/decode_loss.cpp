@@ -30,7 +30,8 @@ namespace SIMD_LEVEL {
 
 // recon -> gradient, in place, into grad and added to grad_sum; returns the squared error.
 template <class T, class A>
-INLINE A compare(A* recon, const A* bias, const T* target, A factor, T* grad, A* grad_sum, int64_t width) {
+INLINE A compare(A* recon, const A* bias, const T* target, A factor, T* grad, A* grad_sum, int64_t width, bool large) {
+    const bool past = large && aligned(grad);
     Vec<A> squares = {};
     for (int64_t d = 0; d < width; d += lanes<A>) {
         const int64_t n = width - d;
@@ -38,7 +39,7 @@ INLINE A compare(A* recon, const A* bias, const T* target, A factor, T* grad, A*
         squares += error * error;
         const Vec<A> gradient = factor * error;
         store(recon + d, gradient, n);
-        store(grad + d, gradient, n);
+        store(grad + d, gradient, n, past);
         store(grad_sum + d, load(grad_sum + d, n) + gradient, n);
     }
     return total<A>(squares);
@@ -54,6 +55,7 @@ void decode_loss(
     const int64_t D = W_dec.size[1], blocks = (N + block_samples - 1) / block_samples;
     std::vector<double> errors(N * S * S);  // [N, source, target]
     std::vector<A> grad_sums(blocks * D);   // [blocks of samples, D]
+    const bool large = grad_recons.bytes() >= beyond_caches;
     each_run(d_streams, N, threads, [&](const Columns& run, const Block& block) {
         const int64_t t = run.stream, width = run.end - run.begin;
         const A* bias = pre_bias.at<const A>(run.begin);
@@ -84,11 +86,12 @@ void decode_loss(
                     const A factor = A(2 * weights[s * S + t]) * scale.at<const A>(n)[t];
                     errors[(n * S + s) * S + t] += compare(
                         recons[i], bias, target.at<const T>(n) + run.begin, factor, grad_recons.at<T>(n, s) + run.begin,
-                        grad_sum, width);
+                        grad_sum, width, large);
                 }
                 with_streams(count, [&](auto streams) { dots<streams>(rows, recons, width, products); });
             }
         });
+        finish_past_caches();
     });
     for (int64_t s = 0; s < S; ++s)
         for (int64_t t = 0; t < S; ++t) {

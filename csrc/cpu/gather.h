@@ -16,6 +16,8 @@ constexpr int64_t run_width = 512;
 constexpr int64_t block_samples = 16;
 // How many rows ahead a pass over gathered rows prefetches.
 constexpr int64_t soon = 8;
+// Bytes of a result that will not be in cache when it is read.
+constexpr int64_t beyond_caches = 4 << 20;
 
 // Rows picked by place, `stride` apart.
 template <class T>
@@ -38,6 +40,8 @@ INLINE void combine_rows(
     constexpr int W = lanes<A>;
     Vec<A> coefficient[R][S];
     const T *row[R], *ahead[R];
+    A* total[S];
+    UNROLL for (int s = 0; s < S; ++s) total[s] = sums[s];
     UNROLL for (int r = 0; r < R; ++r) {
         row[r] = list.row(i + r, 0);
         ahead[r] = list.ahead(i + r);
@@ -46,14 +50,14 @@ INLINE void combine_rows(
     const auto add = [&](int64_t d, int64_t n) INLINE_LAMBDA {
         Vec<A> sum[S] = {};
         if constexpr (!first) {
-            UNROLL for (int s = 0; s < S; ++s) sum[s] = load(sums[s] + d, n);
+            UNROLL for (int s = 0; s < S; ++s) sum[s] = load(total[s] + d, n);
         }
         UNROLL for (int r = 0; r < R; ++r) {
             __builtin_prefetch(ahead[r] + d);
             const Vec<A> values = load(row[r] + d, n);
             UNROLL for (int s = 0; s < S; ++s) sum[s] += coefficient[r][s] * values;
         }
-        UNROLL for (int s = 0; s < S; ++s) store(sums[s] + d, sum[s], n);
+        UNROLL for (int s = 0; s < S; ++s) store(total[s] + d, sum[s], n);
     };
     int64_t d = 0;
     for (; d + W <= width; d += W) add(d, W);

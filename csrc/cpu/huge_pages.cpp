@@ -7,8 +7,7 @@
 void prefer_huge_pages(Tensor tensor) {
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t page = 4096;
-    const int64_t count = tensor.size[0] * tensor.stride[0];
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data), end = begin + count * tensor.item_size;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data), end = begin + tensor.bytes();
     const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
     if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else

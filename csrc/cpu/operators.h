@@ -41,8 +41,8 @@ struct AdamStep {
     uint64_t seed = 0;  // of the rounding of bfloat16 moments
 };
 
-// Moments are those of W_enc, then of W_dec, in the type of the sums or all bfloat16. Copies are bfloat16; those without data are not written. With last_step,
-// decoder rows without an entry are left behind.
+// Moments are those of W_enc, then of W_dec, in the type of the sums or all bfloat16. Copies are bfloat16; those without
+// data are not written. With last_step, decoder rows without an entry are left behind.
 void update_rows(
     Tensor grad_latent_bias, Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments,
     std::vector<Tensor> copies, Tensor last_step, Batch batch, AdamStep adam, int threads);

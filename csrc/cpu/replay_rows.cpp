@@ -37,8 +37,8 @@ struct Missed {
     A most_per_moment;  // max rate / eps of this step and all after it
 };
 
-// Whether no step from here on moves w, which has unit norm. A moment that is rounded does not grow either: it is one of
-// the numbers it may be rounded to, and decays to one that lies below.
+// Whether no step from here on moves w, which has unit norm. A moment that is rounded does not grow either: it is one
+// of the numbers it may be rounded to, and decays to one that lies below.
 template <class A, class M>
 bool is_at_rest(Row<A> w, Row<M> m, int64_t width, A most_per_moment) {
     constexpr A u = std::numeric_limits<A>::epsilon() / 8;
@@ -78,7 +78,8 @@ void replay(
     for (int64_t i = 1; step != end; ++i, ++step) {
         const A norm = update_decoder(w, moments, zeros, width, step->adam);
         const Missed<A>* const next = step + 1;
-        if (i % look_again == 1 && norm == 1 && next != end && is_at_rest(w, moments.first, width, next->most_per_moment))
+        const bool look = i % look_again == 1 && norm == 1 && next != end;
+        if (look && is_at_rest(w, moments.first, width, next->most_per_moment))
             return decay_moments(moments, width, next, end);
     }
 }

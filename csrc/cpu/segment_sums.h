@@ -127,7 +127,8 @@ class SegmentSums {
         width = x.width = grad_recons.width = width_;
         parallel_for((N + 15) / 16, threads, [&](int64_t task) {
             for (int64_t n = task * 16; n < std::min(N, task * 16 + 16); ++n) {
-                if (!encoder_terms.empty()) x.set(n, batch.x.at<const T>(n) + offset, batch.pre_bias.at<const A>(offset));
+                if (!encoder_terms.empty())
+                    x.set(n, batch.x.at<const T>(n) + offset, batch.pre_bias.at<const A>(offset));
                 for (int64_t s = 0; s < S && !decoder_terms.empty(); ++s)
                     grad_recons.set(
                         n * S + s, batch.grad_recons.at<const T>(n, s) + offset, static_cast<const A*>(nullptr));

@@ -2,10 +2,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "tensor.h"
 
-#if VECTOR_BYTES == 64
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -94,6 +95,34 @@ INLINE void store(T* p, Vec<sum_t<T>> v, int64_t n) {
     store(lane, v);
     for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
 }
+
+// As store, or past the caches, which would read every line before it is written: `past` only where p is aligned.
+// finish_past_caches() before another thread looks.
+template <class T>
+INLINE void store(T* p, Vec<sum_t<T>> v, int64_t n, bool past) {
+#if defined(__x86_64__)
+    if constexpr (std::is_same_v<T, float>) {
+        if (past && n >= lanes<float>) {
+#if VECTOR_BYTES == 64
+            return _mm512_stream_ps(p, (__m512)v);
+#elif VECTOR_BYTES == 32
+            return _mm256_stream_ps(p, (__m256)v);
+#else
+            return _mm_stream_ps(p, (__m128)v);
+#endif
+        }
+    }
+#endif
+    store(p, v, n);
+}
+
+INLINE void finish_past_caches() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+INLINE bool aligned(const void* p) { return uintptr_t(p) % VECTOR_BYTES == 0; }
 
 // The sum of all lanes, halves first.
 template <class A, int bytes = VECTOR_BYTES>

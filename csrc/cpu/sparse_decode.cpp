@@ -31,6 +31,7 @@ void sparse_decode(
     const Tensor& recons, const Tensor& values, const Support& support, const Tensor& W_dec, const Tensor& pre_bias,
     int threads) {
     using A = sum_t<T>;
+    const bool large = recons.bytes() >= beyond_caches;
     each_run({W_dec.size[1]}, support.N, threads, [&](const Columns& run, const Block& block) {
         const int64_t width = run.end - run.begin;
         const A* bias = pre_bias.at<const A>(run.begin);
@@ -47,11 +48,13 @@ void sparse_decode(
                 with_streams(count, [&](auto S) { combine<S>(rows, coefficients, width, sums); });
                 for (int64_t i = 0; i < count; ++i) {
                     T* recon = recons.at<T>(n, sources[i]) + run.begin;
+                    const bool past = large && aligned(recon);
                     for (int64_t d = 0; d < width; d += lanes<A>)
-                        store(recon + d, load(sums[i] + d, width - d) + load(bias + d, width - d), width - d);
+                        store(recon + d, load(sums[i] + d, width - d) + load(bias + d, width - d), width - d, past);
                 }
             }
         });
+        finish_past_caches();
     });
 }
 

@@ -37,6 +37,8 @@ struct Tensor {
     T* at(int64_t i, int64_t j = 0) const {
         return static_cast<T*>(data) + i * stride[0] + j * stride[1];
     }
+
+    int64_t bytes() const { return size[0] * stride[0] * item_size; }
 };
 
 // Calls f with a value of the floating-point type that has this size.

@@ -24,9 +24,10 @@ void topk_rows(Tensor indices, Tensor scores, int64_t k, int threads) {
         using T = sum_t<decltype(type)>;
         parallel_for((N + rows - 1) / rows, threads, [&](int64_t task) {
             Above<T> above;
-            for (int64_t n = task * rows; n < std::min(N, (task + 1) * rows); ++n)
-                select_row(
-                    scores.at<const T>(n), scores.at<const T>(std::min(n + 1, N - 1)), L, k, above, indices.at<int32_t>(n));
+            for (int64_t n = task * rows; n < std::min(N, (task + 1) * rows); ++n) {
+                const T* const next = scores.at<const T>(std::min(n + 1, N - 1));
+                select_row(scores.at<const T>(n), next, L, k, above, indices.at<int32_t>(n));
+            }
         });
     });
 }
