@@ -28,6 +28,9 @@ void decode_loss(
 
 namespace SIMD_LEVEL {
 
+// Samples of a task, and of one sum of the gradient.
+constexpr int64_t block_samples = 16;
+
 // recon -> gradient, in place, into grad and added to grad_sum; returns the squared error.
 template <class T, class A>
 INLINE A compare(A* recon, const A* bias, const T* target, A factor, T* grad, A* grad_sum, int64_t width, bool large) {
@@ -56,7 +59,7 @@ void decode_loss(
     std::vector<double> errors(N * S * S);  // [N, source, target]
     std::vector<A> grad_sums(blocks * D);   // [blocks of samples, D]
     const bool large = grad_recons.bytes() >= beyond_caches;
-    each_run(d_streams, N, threads, [&](const Columns& run, const Block& block) {
+    each_run(d_streams, support, W_dec.size[0], block_samples, threads, [&](const Columns& run, const Block& block) {
         const int64_t t = run.stream, width = run.end - run.begin;
         const A* bias = pre_bias.at<const A>(run.begin);
         A* const grad_sum = &grad_sums[block.index * D + run.begin];

@@ -12,8 +12,8 @@ constexpr int most_streams = 4;  // S of one call
 // Columns of one pass over rows in memory: long enough for the hardware to read a row ahead, few enough that the run's
 // columns of many rows stay in the last-level cache. Sums of squares and products are taken a run at a time.
 constexpr int64_t run_width = 512;
-// Samples of a task.
-constexpr int64_t block_samples = 16;
+// Samples of a task, so few that no thread waits long for the last.
+constexpr int64_t few_samples = 4;
 // How many rows ahead a pass over gathered rows prefetches.
 constexpr int64_t soon = 8;
 // Bytes of a result that will not be in cache when it is read.
@@ -125,16 +125,24 @@ struct Block {
     int64_t index, first, last;
 };
 
-// body(run, block) for all runs of columns and all blocks of samples, run by run; a block meets the runs in order.
+// body(run, block) for all runs of columns and all blocks of `size` samples; a block meets the runs in order. Where
+// other samples use the same rows, run by run, so that a run's columns stay in cache; else each block in one go.
 template <class Body>
-void each_run(const Widths& d_streams, int64_t N, int threads, Body body) {
+void each_run(const Widths& d_streams, const Support& support, int64_t L, int64_t size, int threads, Body body) {
     const auto runs = column_runs(d_streams, run_width);
-    const int64_t blocks = (N + block_samples - 1) / block_samples;
+    const int64_t blocks = (support.N + size - 1) / size;
+    const auto block = [&](int64_t i) { return Block{i, i * size, std::min(support.N, (i + 1) * size)}; };
+    if (support.N * support.k <= L) {
+        parallel_for(blocks, threads, [&](int64_t i) {
+            for (const Columns& run : runs) body(run, block(i));
+        });
+        return;
+    }
     std::vector<std::atomic<int64_t>> done(blocks);  // runs of each block
     parallel_for(int64_t(runs.size()) * blocks, threads, [&](int64_t task) {
-        const int64_t r = task / blocks, i = task % blocks, first = i * block_samples;
+        const int64_t r = task / blocks, i = task % blocks;
         while (done[i].load(std::memory_order_acquire) < r) std::this_thread::yield();
-        body(runs[r], Block{i, first, std::min(N, first + block_samples)});
+        body(runs[r], block(i));
         done[i].store(r + 1, std::memory_order_release);
     });
 }

@@ -32,7 +32,7 @@ void sparse_decode(
     int threads) {
     using A = sum_t<T>;
     const bool large = recons.bytes() >= beyond_caches;
-    each_run({W_dec.size[1]}, support.N, threads, [&](const Columns& run, const Block& block) {
+    each_run({W_dec.size[1]}, support, W_dec.size[0], few_samples, threads, [&](const auto& run, const auto& block) {
         const int64_t width = run.end - run.begin;
         const A* bias = pre_bias.at<const A>(run.begin);
         each_group(every_stream(support.S), support, [&](const int64_t* sources, int64_t count) {
@@ -62,7 +62,7 @@ template <class T>
 void sparse_decode_grad_values(
     const Tensor& grad_values, const Tensor& grad_recons, const Support& support, const Tensor& W_dec, int threads) {
     using A = sum_t<T>;
-    each_run({W_dec.size[1]}, support.N, threads, [&](const Columns& run, const Block& block) {
+    each_run({W_dec.size[1]}, support, W_dec.size[0], few_samples, threads, [&](const auto& run, const auto& block) {
         const int64_t width = run.end - run.begin;
         each_group(every_stream(support.S), support, [&](const int64_t* sources, int64_t count) {
             A buffer[most_streams][run_width];

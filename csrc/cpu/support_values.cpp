@@ -36,7 +36,7 @@ void support_values(
     const Tensor& values, const Tensor& x, const Tensor& W_enc, const Tensor& pre_bias, const Tensor& latent_bias,
     const Support& support, const Widths& d_streams, int threads) {
     using A = sum_t<T>;
-    each_run(d_streams, support.N, threads, [&](const Columns& run, const Block& block) {
+    each_run(d_streams, support, W_enc.size[0], few_samples, threads, [&](const auto& run, const auto& block) {
         const int64_t s = run.stream, width = run.end - run.begin;
         const A* centre = pre_bias.at<const A>(run.begin);
         const A* bias = latent_bias.at<const A>(s);
@@ -64,7 +64,7 @@ void support_values_grad_x(
     const Tensor& grad_x, const Tensor& grad_values, const Tensor& values, const Support& support, const Tensor& W_enc,
     const Widths& d_streams, int threads) {
     using A = sum_t<T>;
-    each_run(d_streams, support.N, threads, [&](const Columns& run, const Block& block) {
+    each_run(d_streams, support, W_enc.size[0], few_samples, threads, [&](const auto& run, const auto& block) {
         const int64_t s = run.stream, width = run.end - run.begin;
         std::vector<A> grad_z(support.k);
         for (int64_t n = block.first; n < block.last; ++n) {
