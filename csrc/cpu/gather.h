@@ -48,16 +48,13 @@ INLINE void combine_rows(
         UNROLL for (int s = 0; s < S; ++s) coefficient[r][s] = Vec<A>{} + coefficients[s][i + r];
     }
     const auto add = [&](int64_t d, int64_t n) INLINE_LAMBDA {
-        Vec<A> sum[S] = {};
-        if constexpr (!first) {
-            UNROLL for (int s = 0; s < S; ++s) sum[s] = load(total[s] + d, n);
+        UNROLL for (int s = 0; s < S; ++s) {
+            Vec<A> sum = {};
+            if constexpr (!first) sum = load(total[s] + d, n);
+            UNROLL for (int r = 0; r < R; ++r) sum += coefficient[r][s] * load(row[r] + d, n);
+            store(total[s] + d, sum, n);
         }
-        UNROLL for (int r = 0; r < R; ++r) {
-            __builtin_prefetch(ahead[r] + d);
-            const Vec<A> values = load(row[r] + d, n);
-            UNROLL for (int s = 0; s < S; ++s) sum[s] += coefficient[r][s] * values;
-        }
-        UNROLL for (int s = 0; s < S; ++s) store(total[s] + d, sum[s], n);
+        UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(ahead[r] + d);
     };
     int64_t d = 0;
     for (; d + W <= width; d += W) add(d, W);
