@@ -40,10 +40,12 @@ def backend(implementation: Any, library: str, device_types: str | tuple[str, ..
 
 
 def _operator(name: str, function: Callable[..., Any], device_types: str | tuple[str, ...]) -> Any:
-    short = name.split("::")[1]
+    library, short = name.split("::")
     in_place = short == "count_silence"
-    operator = torch.library.custom_op(name, mutates_args=("silence",) if in_place else (), device_types=device_types)(
-        function
-    )
-    operator.register_fake((lambda silence, values, indices: None) if in_place else getattr(reference, short))
-    return operator
+    schema = torch.library.infer_schema(function, mutates_args=("silence",) if in_place else ())
+    # not torch.library.custom_op: a call takes twice as long through its layers of Python, 60 µs longer out of cache
+    torch.library.define(name, schema)
+    torch.library.impl(name, device_types, function)
+    fake = (lambda silence, values, indices: None) if in_place else getattr(reference, short)
+    torch.library.register_fake(name, fake)
+    return getattr(getattr(torch.ops, library), short).default

@@ -40,7 +40,7 @@ def support_values(
     values = _sums(x, len(x), len(d_streams), indices.shape[-1])
     operands = *_stored(x, W_enc), _summed(pre_bias), _summed(latent_bias), indices
     _cpu.support_values(values, *operands, d_streams, torch.get_num_threads())
-    return values.to(x.dtype)
+    return _as(values, x.dtype)
 
 
 def support_values_grad_x(
@@ -50,15 +50,15 @@ def support_values_grad_x(
     grad_x = rows.new_empty(len(values), W_enc.shape[1])
     operands = _summed(grad_values), _summed(values), _indices(indices), rows
     _cpu.support_values_grad_x(grad_x, *operands, d_streams, torch.get_num_threads())
-    return grad_x.to(W_enc.dtype)
+    return _as(grad_x, W_enc.dtype)
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor) -> Tensor:
     (rows,) = _stored(W_dec)
-    recons = empty_rows(*values.shape[:2], W_dec.shape[1], dtype=rows.dtype)
+    recons = rows.new_empty(*values.shape[:2], W_dec.shape[1])
     operands = _summed(values), _indices(indices), rows, _summed(pre_bias)
     _cpu.sparse_decode(recons, *operands, torch.get_num_threads())
-    return recons.to(values.dtype)
+    return _as(recons, values.dtype)
 
 
 def sparse_decode_grad_values(grad_recons: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def sparse_decode_grad_values(grad_recons: Tensor, indices: Tensor, W_dec: Tenso
     grad_values = _sums(grad_recons, *grad_recons.shape[:2], indices.shape[-1])
     grad, rows = _stored(grad_recons, W_dec)
     _cpu.sparse_decode_grad_values(grad_values, grad, indices, rows, torch.get_num_threads())
-    return grad_values.to(grad_recons.dtype)
+    return _as(grad_values, grad_recons.dtype)
 
 
 def decode_loss(
@@ -82,13 +82,13 @@ def decode_loss(
     (rows, target), coefficients = _stored(W_dec, target), _summed(values)
     N, S, _ = values.shape
     nmse = coefficients.new_empty(S, S)
-    grad_recons = empty_rows(N, S, W_dec.shape[1], dtype=rows.dtype)
+    grad_recons = rows.new_empty(N, S, W_dec.shape[1])
     grad_values, grad_pre_bias = torch.empty_like(coefficients), coefficients.new_empty(W_dec.shape[1])
     operands = coefficients, _indices(indices), rows, _summed(pre_bias), target, _summed(scale)
     results = nmse, grad_recons, grad_values, grad_pre_bias
     _cpu.decode_loss(*results, *operands, weights, d_streams, torch.get_num_threads())
     dtype = gradient_dtype(values)
-    return nmse, grad_recons.to(dtype), grad_values.to(dtype), grad_pre_bias
+    return nmse, _as(grad_recons, dtype), _as(grad_values, dtype), grad_pre_bias
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
@@ -239,11 +239,11 @@ def _stored(*tensors: Tensor) -> list[Tensor]:
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     dtype = torch.float32 if dtype == torch.float16 else dtype
-    return [_dense_rows(tensor.to(dtype)) for tensor in tensors]
+    return [_dense_rows(_as(tensor, dtype)) for tensor in tensors]
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor[:1].is_contiguous() else tensor.contiguous()
+    return tensor if tensor.is_contiguous() or tensor[:1].is_contiguous() else tensor.contiguous()
 
 
 def _summed(tensor: Tensor) -> Tensor:
@@ -262,4 +262,9 @@ def _unsigned(seed: int | None) -> int:
 
 
 def _indices(indices: Tensor) -> Tensor:
-    return indices.to(torch.int32).contiguous()
+    return _as(indices, torch.int32).contiguous()
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), which takes long to find out that nothing is to do when its code is not in cache."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

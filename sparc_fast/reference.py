@@ -25,7 +25,7 @@ def stream_slices(d_streams: Sequence[int]) -> list[slice]:
 
 def wide(x: Tensor) -> Tensor:
     """x in the type its sums are taken in."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def gradient_dtype(values: Tensor) -> torch.dtype:

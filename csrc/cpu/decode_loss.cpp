@@ -5,6 +5,7 @@
 // in vector lanes over a run, then in float64 over runs and samples, in order; so is the gradient, over blocks of
 // samples.
 #ifndef SIMD_LEVEL
+#include "huge_pages.h"
 #include "level.h"
 #include "operators.h"
 #include "parallel.h"
@@ -59,7 +60,8 @@ void decode_loss(
     std::vector<double> errors(N * S * S);  // [N, source, target]
     std::vector<A> grad_sums(blocks * D);   // [blocks of samples, D]
     const bool large = grad_recons.bytes() >= beyond_caches;
-    each_run(d_streams, support, W_dec.size[0], block_samples, threads, [&](const Columns& run, const Block& block) {
+    if (large) prefer_huge_pages(grad_recons);
+    each_block(d_streams, support, block_samples, threads, [&](const Columns& run, const Block& block) {
         const int64_t t = run.stream, width = run.end - run.begin;
         const A* bias = pre_bias.at<const A>(run.begin);
         A* const grad_sum = &grad_sums[block.index * D + run.begin];
@@ -73,7 +75,7 @@ void decode_loss(
             }
         }
         each_group(compared, support, [&](const int64_t* sources, int64_t count) {
-            A buffer[most_streams][run_width];
+            alignas(64) A buffer[most_streams][run_width];
             for (int64_t n = block.first; n < block.last; ++n) {
                 const A* coefficients[most_streams];
                 A *recons[most_streams], *products[most_streams];
@@ -82,7 +84,7 @@ void decode_loss(
                     products[i] = grad_values.at<A>(n, sources[i]);
                     recons[i] = buffer[i];
                 }
-                const auto rows = gathered<T>(W_dec, run.begin, support, n, sources[0]);
+                const auto rows = gathered<T>(W_dec, run, block, support, n, sources[0]);
                 with_streams(count, [&](auto streams) { combine<streams>(rows, coefficients, width, recons); });
                 for (int64_t i = 0; i < count; ++i) {
                     const int64_t s = sources[i];

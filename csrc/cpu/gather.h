@@ -16,49 +16,69 @@ constexpr int64_t run_width = 512;
 constexpr int64_t few_samples = 4;
 // How many rows ahead a pass over gathered rows prefetches.
 constexpr int64_t soon = 8;
-// Bytes of a result that will not be in cache when it is read.
-constexpr int64_t beyond_caches = 4 << 20;
 
-// Rows picked by place, `stride` apart.
+// Rows picked by place, `stride` apart: `count` of them; `left` in memory until others come.
 template <class T>
 struct RowList {
     const T* begin;
     int64_t stride;
     const int32_t* places;
-    int64_t count;
-    int64_t left;  // places in memory, those of the samples after too
+    int64_t count, left;
+    const T* next_begin;
+    const int32_t* next_places;
+    int64_t next_left;
 
-    const T* row(int64_t i, int64_t d) const { return begin + places[i] * stride + d; }
-    const T* ahead(int64_t i) const { return row(std::min(i + soon, left - 1), 0); }
+    const T* row(int64_t i) const { return begin + places[i] * stride; }
+    const T* ahead(int64_t i) const {
+        i += soon;
+        return i < left ? row(i) : next_begin + next_places[std::min(i - left, next_left - 1)] * stride;
+    }
 };
+
+// add(d, n) for all columns, n of them at a time, while R rows further on come into cache. Two neighbouring lines of a
+// row are asked for together, which memory answers sooner than one at a time.
+template <int R, class T, class Add>
+INLINE void each_column(const RowList<T>& list, int64_t i, int64_t width, Add add) {
+    constexpr int W = lanes<sum_t<T>>, line = 64 / sizeof(T);
+    const T* ahead[R];
+    UNROLL for (int r = 0; r < R; ++r) ahead[r] = list.ahead(i + r);
+    int64_t d = 0;
+    for (; d + 2 * line <= width; d += 2 * line) {
+        UNROLL for (int e = 0; e < 2 * line; e += W) {
+            add(d + e, W);
+            UNROLL for (int r = R * e / (2 * line); r < R * (e + W) / (2 * line); ++r) {
+                __builtin_prefetch(ahead[r] + d);
+                __builtin_prefetch(ahead[r] + d + line);
+            }
+        }
+    }
+    for (; d < width; d += W) {
+        add(d, width - d);
+        UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(ahead[r] + d);
+    }
+}
 
 // R rows at a time from end to end, so that each is one stream to the hardware: coefficients stay in registers, sums in
 // the first-level cache. The first rows find nothing to add to.
 template <int S, int R, bool first, class T, class A>
 INLINE void combine_rows(
     const RowList<T>& list, const A* const* coefficients, int64_t i, int64_t width, A* const* sums) {
-    constexpr int W = lanes<A>;
     Vec<A> coefficient[R][S];
-    const T *row[R], *ahead[R];
+    const T* row[R];
     A* total[S];
     UNROLL for (int s = 0; s < S; ++s) total[s] = sums[s];
     UNROLL for (int r = 0; r < R; ++r) {
-        row[r] = list.row(i + r, 0);
-        ahead[r] = list.ahead(i + r);
+        row[r] = list.row(i + r);
         UNROLL for (int s = 0; s < S; ++s) coefficient[r][s] = Vec<A>{} + coefficients[s][i + r];
     }
-    const auto add = [&](int64_t d, int64_t n) INLINE_LAMBDA {
+    each_column<R>(list, i, width, [&](int64_t d, int64_t n) INLINE_LAMBDA {
         UNROLL for (int s = 0; s < S; ++s) {
             Vec<A> sum = {};
             if constexpr (!first) sum = load(total[s] + d, n);
             UNROLL for (int r = 0; r < R; ++r) sum += coefficient[r][s] * load(row[r] + d, n);
             store(total[s] + d, sum, n);
         }
-        UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(ahead[r] + d);
-    };
-    int64_t d = 0;
-    for (; d + W <= width; d += W) add(d, W);
-    if (d < width) add(d, width - d);
+    });
 }
 
 template <int S, class T, class A>
@@ -75,26 +95,18 @@ INLINE void combine(const RowList<T>& list, const A* const* coefficients, int64_
 
 template <int S, int J, class T, class A>
 INLINE void dots_block(const RowList<T>& list, const A* const* vectors, int64_t width, int64_t i, A* const* products) {
-    constexpr int W = lanes<A>;
-    const T *row[J], *ahead[J];
-    UNROLL for (int j = 0; j < J; ++j) {
-        row[j] = list.row(i + j, 0);
-        ahead[j] = list.ahead(i + j);
-    }
+    const T* row[J];
+    UNROLL for (int j = 0; j < J; ++j) row[j] = list.row(i + j);
     Vec<A> sum[S][J] = {};
-    const auto add = [&](int64_t d, int64_t n) INLINE_LAMBDA {
+    each_column<J>(list, i, width, [&](int64_t d, int64_t n) INLINE_LAMBDA {
         Vec<A> vector[S];
         UNROLL for (int s = 0; s < S; ++s) vector[s] = load(vectors[s] + d, n);
         UNROLL for (int j = 0; j < J; ++j) {
-            __builtin_prefetch(ahead[j] + d);
             Vec<A> values = load(row[j] + d, n);
             KEEP_IN_REGISTER(values);
             UNROLL for (int s = 0; s < S; ++s) sum[s][j] += vector[s] * values;
         }
-    };
-    int64_t d = 0;
-    for (; d + W <= width; d += W) add(d, W);
-    if (d < width) add(d, width - d);
+    });
     UNROLL for (int s = 0; s < S; ++s) {
         UNROLL for (int j = 0; j < J; ++j) products[s][i + j] += total<A>(sum[s][j]);
     }
@@ -117,38 +129,48 @@ INLINE void with_streams(int64_t S, F f) {
     if (S == 4) f(std::integral_constant<int, 4>{});
 }
 
-// Samples of a task.
+// Samples of a task; and where reading goes on after it: at which of them, at which column.
 struct Block {
-    int64_t index, first, last;
+    int64_t index, first, last, next, next_column;
 };
 
-// body(run, block) for all runs of columns and all blocks of `size` samples; a block meets the runs in order. Where
-// other samples use the same rows, run by run, so that a run's columns stay in cache; else each block in one go.
+// body(run, block) for all runs of columns of all blocks of `size` samples, a block after the other.
+template <class Body>
+void each_block(const Widths& d_streams, const Support& support, int64_t size, int threads, Body body) {
+    const auto runs = column_runs(d_streams, run_width);
+    parallel_for((support.N + size - 1) / size, threads, [&](int64_t i) {
+        const int64_t first = i * size, last = std::min(support.N, first + size);
+        for (size_t r = 1; r < runs.size(); ++r) body(runs[r - 1], Block{i, first, last, first, runs[r].begin});
+        body(runs.back(), Block{i, first, last, last, 0});
+    });
+}
+
+// The same, a run after the other where samples share rows, so that a run's columns stay in cache; a block meets the
+// runs in order.
 template <class Body>
 void each_run(const Widths& d_streams, const Support& support, int64_t L, int64_t size, int threads, Body body) {
+    if (support.N * support.k <= L) return each_block(d_streams, support, size, threads, body);
     const auto runs = column_runs(d_streams, run_width);
     const int64_t blocks = (support.N + size - 1) / size;
-    const auto block = [&](int64_t i) { return Block{i, i * size, std::min(support.N, (i + 1) * size)}; };
-    if (support.N * support.k <= L) {
-        parallel_for(blocks, threads, [&](int64_t i) {
-            for (const Columns& run : runs) body(run, block(i));
-        });
-        return;
-    }
     std::vector<std::atomic<int64_t>> done(blocks);  // runs of each block
     parallel_for(int64_t(runs.size()) * blocks, threads, [&](int64_t task) {
         const int64_t r = task / blocks, i = task % blocks;
+        const int64_t first = i * size, last = std::min(support.N, first + size);
         while (done[i].load(std::memory_order_acquire) < r) std::this_thread::yield();
-        body(runs[r], block(i));
+        body(runs[r], Block{i, first, last, last, runs[r].begin});
         done[i].store(r + 1, std::memory_order_release);
     });
 }
 
-// The rows of W, from this column on, that sample n gathers for stream s.
+// The rows of W, cut to the run, that sample n of the block gathers for stream s.
 template <class T>
-RowList<T> gathered(const Tensor& W, int64_t column, const Support& support, int64_t n, int64_t s) {
-    const int32_t* const latents = support.of(n, s);
-    return {W.at<const T>(0) + column, W.stride[0], latents, support.k, support.indices + support.entries() - latents};
+RowList<T> gathered(
+    const Tensor& W, const Columns& run, const Block& block, const Support& support, int64_t n, int64_t s) {
+    const T* const begin = W.at<const T>(0);
+    const int32_t *latents = support.of(n, s), *next = support.of(block.next, 0);
+    const int32_t* const end = support.indices + support.entries();
+    const int64_t left = support.of(block.last, 0) - latents;
+    return {begin + run.begin, W.stride[0], latents, support.k, left, begin + block.next_column, next, end - next};
 }
 
 // f(streams, count) for groups of these streams that gather the same rows: most_streams where the support is shared,

@@ -2,6 +2,7 @@
 //
 // A run of columns at a time over a few samples a task. A reconstruction is summed over the support in order.
 #ifndef SIMD_LEVEL
+#include "huge_pages.h"
 #include "level.h"
 #include "operators.h"
 #include "parallel.h"
@@ -32,11 +33,12 @@ void sparse_decode(
     int threads) {
     using A = sum_t<T>;
     const bool large = recons.bytes() >= beyond_caches;
-    each_run({W_dec.size[1]}, support, W_dec.size[0], few_samples, threads, [&](const auto& run, const auto& block) {
+    if (large) prefer_huge_pages(recons);
+    each_block({W_dec.size[1]}, support, few_samples, threads, [&](const auto& run, const auto& block) {
         const int64_t width = run.end - run.begin;
         const A* bias = pre_bias.at<const A>(run.begin);
         each_group(every_stream(support.S), support, [&](const int64_t* sources, int64_t count) {
-            A buffer[most_streams][run_width];
+            alignas(64) A buffer[most_streams][run_width];
             for (int64_t n = block.first; n < block.last; ++n) {
                 const A* coefficients[most_streams];
                 A* sums[most_streams];
@@ -44,7 +46,7 @@ void sparse_decode(
                     coefficients[i] = values.at<const A>(n, sources[i]);
                     sums[i] = buffer[i];
                 }
-                const auto rows = gathered<T>(W_dec, run.begin, support, n, sources[0]);
+                const auto rows = gathered<T>(W_dec, run, block, support, n, sources[0]);
                 with_streams(count, [&](auto S) { combine<S>(rows, coefficients, width, sums); });
                 for (int64_t i = 0; i < count; ++i) {
                     T* recon = recons.at<T>(n, sources[i]) + run.begin;
@@ -65,7 +67,7 @@ void sparse_decode_grad_values(
     each_run({W_dec.size[1]}, support, W_dec.size[0], few_samples, threads, [&](const auto& run, const auto& block) {
         const int64_t width = run.end - run.begin;
         each_group(every_stream(support.S), support, [&](const int64_t* sources, int64_t count) {
-            A buffer[most_streams][run_width];
+            alignas(64) A buffer[most_streams][run_width];
             for (int64_t n = block.first; n < block.last; ++n) {
                 const A* vectors[most_streams];
                 A* products[most_streams];
@@ -77,7 +79,7 @@ void sparse_decode_grad_values(
                     products[i] = grad_values.at<A>(n, sources[i]);
                     if (run.first) std::fill_n(products[i], support.k, A(0));
                 }
-                const auto rows = gathered<T>(W_dec, run.begin, support, n, sources[0]);
+                const auto rows = gathered<T>(W_dec, run, block, support, n, sources[0]);
                 with_streams(count, [&](auto S) { dots<S>(rows, vectors, width, products); });
             }
         });

@@ -41,14 +41,14 @@ void support_values(
         const A* centre = pre_bias.at<const A>(run.begin);
         const A* bias = latent_bias.at<const A>(s);
         for (int64_t n = block.first; n < block.last; ++n) {
-            A centred[run_width];
+            alignas(64) A centred[run_width];
             const T* sample = x.at<const T>(n) + run.begin;
             for (int64_t d = 0; d < width; d += lanes<A>)
                 store(centred + d, load(sample + d, width - d) - load(centre + d, width - d), width - d);
             const A* vectors[] = {centred};
             A* products[] = {values.at<A>(n, s)};
             if (run.first) std::fill_n(products[0], support.k, A(0));
-            dots<1>(gathered<T>(W_enc, run.begin, support, n, s), vectors, width, products);
+            dots<1>(gathered<T>(W_enc, run, block, support, n, s), vectors, width, products);
             if (!run.last) continue;
             for (int64_t j = 0; j < support.k; ++j) {
                 A& value = products[0][j];
@@ -70,10 +70,10 @@ void support_values_grad_x(
         for (int64_t n = block.first; n < block.last; ++n) {
             for (int64_t j = 0; j < support.k; ++j)
                 grad_z[j] = values.at<const A>(n, s)[j] > 0 ? grad_values.at<const A>(n, s)[j] : 0;
-            A sum[run_width];
+            alignas(64) A sum[run_width];
             A* sums[] = {sum};
             const A* coefficients[] = {grad_z.data()};
-            combine<1>(gathered<T>(W_enc, run.begin, support, n, s), coefficients, width, sums);
+            combine<1>(gathered<T>(W_enc, run, block, support, n, s), coefficients, width, sums);
             T* grad = grad_x.at<T>(n) + run.begin;
             for (int64_t d = 0; d < width; d += lanes<A>) store(grad + d, load(sum + d, width - d), width - d);
         }
