@@ -36,7 +36,7 @@ INLINE Vec<float> upper_halves(Vec<uint32_t> bits) { return (Vec<float>)(bits & 
 
 // The upper halves of the first n lanes.
 INLINE void store_upper(bf16* p, Vec<uint32_t> bits, int64_t n) {
-    const auto halves = __builtin_convertvector(bits >> 16, typename vector_of<uint16_t, VECTOR_BYTES / 2>::type);
+    const Halves halves = narrowed(bits >> 16);
     if (n >= lanes<float>) {
         std::memcpy(p, &halves, sizeof halves);
     } else {

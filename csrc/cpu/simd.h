@@ -33,6 +33,27 @@ using Vec = typename vector_of<A, VECTOR_BYTES>::type;
 template <class A>
 constexpr int lanes = VECTOR_BYTES / sizeof(A);
 
+// One 16-bit number a lane. The compiler would convert halves of a vector and put them together.
+using Halves = typename vector_of<uint16_t, VECTOR_BYTES / 2>::type;
+
+INLINE Vec<uint32_t> widened(Halves v) {
+#if VECTOR_BYTES == 64
+    return (Vec<uint32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif VECTOR_BYTES == 32
+    return (Vec<uint32_t>)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+    return __builtin_convertvector(v, Vec<uint32_t>);
+#endif
+}
+
+INLINE Halves narrowed(Vec<uint32_t> v) {
+#if VECTOR_BYTES == 64
+    return (Halves)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#else
+    return __builtin_convertvector(v, Halves);
+#endif
+}
+
 INLINE Vec<float> load(const float* p) {
     Vec<float> v;
     std::memcpy(&v, p, sizeof v);
@@ -46,19 +67,19 @@ INLINE Vec<double> load(const double* p) {
 }
 
 INLINE Vec<float> load(const bf16* p) {
-    typename vector_of<uint16_t, VECTOR_BYTES / 2>::type bits;
+    Halves bits;
     std::memcpy(&bits, p, sizeof bits);
-    return (Vec<float>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+    return (Vec<float>)(widened(bits) << 16);
 }
 
 // Exact, subnormal numbers too, whatever the processor does with those of float32.
 INLINE Vec<float> load(const f16* p) {
-    typename vector_of<uint16_t, VECTOR_BYTES / 2>::type narrow;
+    Halves narrow;
     std::memcpy(&narrow, p, sizeof narrow);
 #if VECTOR_BYTES == 64
     return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)narrow);
 #endif
-    const auto bits = __builtin_convertvector(narrow, Vec<uint32_t>);
+    const auto bits = widened(narrow);
     const auto shifted = (bits & 0x7fff) << 13, exponent = shifted & 0x0f800000;
     const auto special = (Vec<uint32_t>)(exponent == 0x0f800000), tiny = (Vec<uint32_t>)(exponent == 0);
     const auto normal = shifted + (112u << 23) + (special & (112u << 23));
@@ -75,7 +96,7 @@ INLINE void store(bf16* p, Vec<float> v) {
     const auto bits = (Vec<uint32_t>)v;
     const auto rounded = bits + 0x7fff + (bits >> 16 & 1);
     const auto chosen = ((Vec<uint32_t>)(v == v) & rounded) | ((Vec<uint32_t>)(v != v) & (bits | 0x400000));
-    const auto narrow = __builtin_convertvector(chosen >> 16, typename vector_of<uint16_t, VECTOR_BYTES / 2>::type);
+    const Halves narrow = narrowed(chosen >> 16);
     std::memcpy(p, &narrow, sizeof narrow);
 }
 
