@@ -48,7 +48,7 @@ static void exact_dots(
     AT_SIMD_LEVEL(exact_dots(x, count, w, D, ahead, dots))
 }
 
-static float kth_largest(const float* values, int64_t n, int64_t k) { AT_SIMD_LEVEL(kth_largest(values, n, k)) }
+static float kth_largest(const float* values, int64_t n, int64_t k) { AT_SIMD_LEVEL(kth_largest(values, n, k, k)) }
 
 // Calls f(begin, end) for the runs of at most `width` of [0, n).
 template <class F>

@@ -1,9 +1,10 @@
 // The rows of topk_rows: exact selection by group maxima.
 //
 // A block of the row is cut into one group a lane, so that all its group maxima cost one comparison per vector. The
-// (k + 8)-th largest maximum is the threshold: k + 7 entries exceed it, ties aside, and few more; all lie in groups
-// whose maximum exceeds it, so only blocks with such a group are read again. The k-th largest of these few is exact.
-// Where ties leave fewer than k above the threshold, its equals fill up from the left.
+// (k + 1)-th to (k + 16)-th largest maximum, whichever is found first, is the threshold: at least k entries exceed it,
+// ties aside, and few more; all lie in groups whose maximum exceeds it, so only blocks with such a group are read again.
+// The k-th largest of these few is exact. Where ties leave fewer than k above the threshold, its equals fill up from the
+// left.
 namespace SIMD_LEVEL {
 
 // The integers as wide as T: what comparing two vectors gives.
@@ -47,13 +48,38 @@ INLINE T value_at(int64_t order) {
     return value;
 }
 
-// The k-th largest of n values without NaN, by bisection: a pass of comparisons halves the range, until k are left.
+// The smallest of n values, none NaN, that is not below `least`, and the largest of all.
 template <class T>
-T kth_largest(const T* values, int64_t n, int64_t k) {
+std::pair<T, T> ends(const T* values, int64_t n, T least) {
     constexpr int W = lanes<T>;
     constexpr T infinity = std::numeric_limits<T>::infinity();
+    Vec<T> lowest = Vec<T>{} + infinity, highest = -lowest;
+    T low = infinity, high = -infinity;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        const Vec<T> v = load(values + i);
+        lowest = ((v >= least) & (v < lowest)) ? v : lowest;
+        highest = v > highest ? v : highest;
+    }
+    UNROLL for (int lane = 0; lane < W; ++lane) {
+        low = std::min(low, lowest[lane]);
+        high = std::max(high, highest[lane]);
+    }
+    for (; i < n; ++i) {
+        if (values[i] >= least) low = std::min(low, values[i]);
+        high = std::max(high, values[i]);
+    }
+    return {low, high};
+}
+
+// The k-th, ... or most-th largest of n values, none NaN, by bisection: a pass of comparisons halves the range, until k
+// to `most` are left.
+template <class T>
+T kth_largest(const T* values, int64_t n, int64_t k, int64_t most) {
+    constexpr int W = lanes<T>;
     const int64_t whole = n / W * W;
-    int64_t low = order_of(-infinity), high = order_of(infinity);
+    const auto [smallest, largest] = ends(values, n, -std::numeric_limits<T>::infinity());
+    int64_t low = order_of(smallest), high = order_of(largest);
     while (low < high) {
         const int64_t middle = low + int64_t((uint64_t(high) - uint64_t(low) + 1) / 2);
         const T least = value_at<T>(middle);
@@ -62,18 +88,8 @@ T kth_largest(const T* values, int64_t n, int64_t k) {
         int64_t count = 0;
         UNROLL for (int i = 0; i < W; ++i) count += counts[i];
         for (int64_t i = whole; i < n; ++i) count += values[i] >= least;
-        if (count == k) {
-            Vec<T> smallest = Vec<T>{} + infinity;
-            for (int64_t i = 0; i < whole; i += W) {
-                const Vec<T> v = load(values + i);
-                smallest = ((v >= least) & (v < smallest)) ? v : smallest;
-            }
-            T kth = infinity;
-            UNROLL for (int i = 0; i < W; ++i) kth = std::min(kth, smallest[i]);
-            for (int64_t i = whole; i < n; ++i) kth = values[i] >= least ? std::min(kth, values[i]) : kth;
-            return kth;
-        }
-        (count > k ? low : high) = count > k ? middle : middle - 1;
+        if (k <= count && count <= most) return ends(values, n, least).first;
+        (count > most ? low : high) = count > most ? middle : middle - 1;
     }
     return value_at<T>(low);
 }
@@ -108,12 +124,13 @@ INLINE int64_t append_above(Vec<T> v, T threshold, int32_t column, T* values, in
 // leaves memory idle, `next` is fetched: what will be read next.
 template <class T>
 T find_kth_largest(const T* row, const T* next, int64_t L, int64_t k, Above<T>& above) {
-    constexpr int W = lanes<T>, chains = 4, bytes_ahead = 4096;
+    constexpr int W = lanes<T>, chains = 4, spare = 16, bytes_ahead = 4096;
     constexpr T lowest = -std::numeric_limits<T>::infinity();
-    const int64_t rank = k + 8, steps = std::clamp<int64_t>(L / (4 * chains * rank), 1, 16);
-    const bool grouped = L >= 4 * chains * rank;  // at least 4 rank groups of chains * steps entries
+    const int64_t enough = 4 * chains * (k + spare / 2);  // 4 groups of `chains` entries to one above the threshold
+    const int64_t steps = std::clamp<int64_t>(L / enough, 1, 16);
+    const bool grouped = L >= enough;
     const int64_t block = chains * W * steps, whole = L / block, blocks = (L + block - 1) / block;
-    const int64_t most = grouped ? rank * chains * steps : L;
+    const int64_t most = grouped ? (k + spare) * chains * steps : L;
     if (int64_t(above.values.size()) < most + W) above.values.resize(most + W), above.columns.resize(most + W);
     if (blocks > whole) {
         above.padded.assign(block, lowest);
@@ -139,7 +156,7 @@ T find_kth_largest(const T* row, const T* next, int64_t L, int64_t k, Above<T>& 
             UNROLL for (int c = 1; c < chains; ++c) maxima[0] = maxima[0] < maxima[c] ? maxima[c] : maxima[0];
             store(above.maxima.data() + b * W, maxima[0]);
         }
-        above.threshold = kth_largest(above.maxima.data(), blocks * W, rank);
+        above.threshold = kth_largest(above.maxima.data(), blocks * W, k + 1, k + spare);
     }
     T* const values = above.values.data();
     const T threshold = above.threshold;
@@ -154,7 +171,7 @@ T find_kth_largest(const T* row, const T* next, int64_t L, int64_t k, Above<T>& 
         }
     }
     above.count = count;
-    return count < k ? threshold : kth_largest(values, count, k);
+    return count < k ? threshold : kth_largest(values, count, k, k);
 }
 
 template <class T>
