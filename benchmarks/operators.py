@@ -111,6 +111,7 @@ topk_rows = Operator(
     {"torch.topk": lambda o: lambda: o.scores.topk(o.k, dim=1).indices},
     lambda o: Cost(0, FLOAT * (o.scores.numel() + o.shape.N * o.k)),
     comparable=lambda o, indices: _selected_scores(o.scores, indices),
+    yardsticks={"torch.amax": lambda o: lambda: o.scores.amax(1)},
 )
 
 
