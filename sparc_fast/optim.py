@@ -300,7 +300,8 @@ class SparcAdam(torch.optim.Optimizer):
             if group.get("weight_decay") or group.get("amsgrad"):
                 raise ValueError("state_dict must be of an Adam without weight decay and amsgrad")
         self.catch_up()
-        super().load_state_dict(state_dict)
+        # without the state: torch.optim.Optimizer would copy it in its parameters' type first
+        super().load_state_dict({**state_dict, "state": {}})
         parameters = [p for group in self.param_groups for p in group["params"]]
         names = [i for group in state_dict["param_groups"] for i in group["params"]]
         for name, parameter in zip(names, parameters, strict=True):

@@ -140,8 +140,10 @@ void each_block(const Widths& d_streams, const Support& support, int64_t size, i
     const auto runs = column_runs(d_streams, run_width);
     parallel_for((support.N + size - 1) / size, threads, [&](int64_t i) {
         const int64_t first = i * size, last = std::min(support.N, first + size);
-        for (size_t r = 1; r < runs.size(); ++r) body(runs[r - 1], Block{i, first, last, first, runs[r].begin});
-        body(runs.back(), Block{i, first, last, last, 0});
+        for (size_t r = 0; r < runs.size(); ++r) {
+            const bool more = r + 1 < runs.size();
+            body(runs[r], Block{i, first, last, more ? first : last, more ? runs[r + 1].begin : 0});
+        }
     });
 }
 

@@ -200,8 +200,6 @@ def _kept(config: Config, sizes: Sizes, steps: int) -> Iterator[Part]:
         yield Part("replay: last steps, settings of all steps", LONG * sizes.L + 64 * steps, TRAINED)
     if widened:  # sizes of a comparison, and of the choice that it makes between float32 numbers
         yield Part("masters held against a matrix of weights", (1 + 2 * FLOAT) * sizes.L * sizes.D, (GOING_ON,))
-    elif sizes.moment < FLOAT:  # torch.optim.Optimizer brings a state to its parameters' dtype, which is made good
-        yield Part("moments in float32, until they are rounded", 2 * weights - sizes.moments, (GOING_ON,))
 
 
 def _calibration(config: Config, sizes: Sizes) -> Iterator[Part]:
@@ -231,9 +229,9 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
     if sizes.n_dead:
         yield Part("AuxK: weights of the dead latents", sizes.n_dead * (D + S) * w, (CHOOSING,))
         second = N * D * w + N * S * (D * g + 2 * sizes.k_dead * FLOAT)
-        yield Part("AuxK: residual, and the second pass over it", second, both)
+        yield Part("AuxK: residual, and the second pass over it", second, (RECONSTRUCTING,))
         stacks = 2 * N * (D * w + S * (D * g + 2 * sizes.widest_support * FLOAT))
-        yield Part("AuxK: both passes in one batch", stacks, (UPDATING,))
+        yield Part("AuxK: both passes in one batch", stacks, both)
 
 
 def _cpu_scratch(config: Config, sizes: Sizes, widths: tuple[int, ...], threads: int) -> Iterator[Part]:
