@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast import _cpu, reference
-from sparc_fast.native_topk import global_topk, local_topk
+from sparc_fast.native_topk import dense_rows, global_topk, local_topk
 from sparc_fast.pages import empty_rows
 from sparc_fast.reference import gradient_dtype, wide
 
@@ -206,6 +206,7 @@ def replay_rows(
 def count_silence(silence: Tensor, values: Tensor, indices: Tensor) -> None:
     active = _summed(values), _indices(indices)
     _cpu.count_silence(silence, *active)
+    torch.autograd.graph.increment_version([silence])
 
 
 def _batch(
@@ -239,11 +240,7 @@ def _stored(*tensors: Tensor) -> list[Tensor]:
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     dtype = torch.float32 if dtype == torch.float16 else dtype
-    return [_dense_rows(_as(tensor, dtype)) for tensor in tensors]
-
-
-def _dense_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_contiguous() or tensor[:1].is_contiguous() else tensor.contiguous()
+    return [dense_rows(_as(tensor, dtype)) for tensor in tensors]
 
 
 def _summed(tensor: Tensor) -> Tensor:

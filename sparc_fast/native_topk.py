@@ -134,4 +134,8 @@ def _capacity(k: int, n_latents: int) -> int:
 def _stored(W: Tensor, dtype: torch.dtype) -> Tensor:
     """Weights as the operators read them: float32, bfloat16 or float64, the numbers of a row side by side."""
     W = wide(W) if W.dtype == torch.float16 or dtype == torch.float64 else W
-    return W if W[:1].is_contiguous() else W.contiguous()
+    return dense_rows(W)
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() or tensor[:1].is_contiguous() else tensor.contiguous()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -42,7 +44,7 @@ def arguments(dtype: torch.dtype, local: bool, N: int = 6, L: int = 12, k: int =
     }  # fmt: skip
 
 
-def operator_of(library: str, name: str) -> object:
+def operator_of(library: str, name: str) -> Any:
     backends.resolve(library, torch.get_default_device())
     return getattr(getattr(torch.ops, f"sparc_fast_{library}"), name)
 
@@ -54,6 +56,15 @@ def operator_of(library: str, name: str) -> object:
 def test_opcheck_finds_nothing(name: str, dtype: torch.dtype, local: bool, library: str) -> None:
     operator = operator_of(library, name)
     torch.library.opcheck(operator, arguments(dtype, local)[name], test_utils=("test_schema", "test_faketensor"))
+
+
+@EVERY_LIBRARY
+def test_counters_that_an_operator_changed_have_a_new_version(library: str) -> None:
+    silence, *active = arguments(torch.float32, False)["count_silence"]
+    assert isinstance(silence, torch.Tensor)
+    before = silence._version
+    operator_of(library, "count_silence")(silence, *active)
+    assert silence._version > before
 
 
 @EVERY_LIBRARY
