@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operands import seeded
 from torch import Tensor
@@ -172,6 +172,11 @@ def test_only_rows_without_a_proof_are_scored_in_full(screening: str, monkeypatc
     assert in_full == [1]
 
 
+def by_value_then_column(scores: Tensor, k: int) -> Tensor:
+    order = torch.where(scores.isnan(), torch.inf, scores).sort(dim=1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=1).values.int()
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     L=st.integers(1, 3000),
@@ -188,5 +193,27 @@ def test_topk_rows_selects_by_value_then_column(
     scores = torch.randint(0, distinct, (3, L), generator=generator).to(dtype)
     scores[torch.rand(3, L, generator=generator) < 0.01] = torch.nan
     scores[torch.rand(3, L, generator=generator) < 0.05] = -torch.inf
-    order = torch.where(scores.isnan(), torch.inf, scores).sort(dim=1, descending=True, stable=True).indices
-    assert torch.equal(native_topk.topk_rows(scores, k), order[:, :k].sort(dim=1).values.int())
+    assert torch.equal(native_topk.topk_rows(scores, k), by_value_then_column(scores, k))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    L=st.integers(10_000, 60_000),
+    k=st.integers(1, 40),
+    distinct=st.sampled_from([1, 30, 2**24]),
+    raised=st.integers(0, 60),
+    stride=st.sampled_from([1, 4, 16, 64, 100]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**31),
+)
+def test_topk_rows_finds_the_largest_of_long_rows_wherever_they_lie(
+    L: int, k: int, distinct: int, raised: int, stride: int, dtype: torch.dtype, seed: int, simd_level: int
+) -> None:
+    generator = seeded(seed)
+    scores = torch.randint(0, distinct, (2, L), generator=generator).to(dtype)
+    first = int(torch.randint(0, L - stride * raised, (), generator=generator))
+    scores[0, first : first + stride * raised : stride] += (
+        torch.randint(0, 9, (raised,), generator=generator) * distinct
+    )
+    scores[1, torch.randint(0, L, (raised,), generator=generator)] = torch.nan
+    assert torch.equal(native_topk.topk_rows(scores, k), by_value_then_column(scores, k))

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -13,7 +14,8 @@ void topk_rows(Tensor indices, Tensor scores, int64_t k, int threads);
 // The entries of a row above some threshold, in order of column, and room to work on them.
 template <class T>
 struct Above {
-    std::vector<T> values, maxima, padded;
+    std::vector<T> values, first, second, padded;
+    std::vector<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>> place;
     std::vector<int32_t> columns;
     int64_t count = 0;
     T threshold = 0;

@@ -3,96 +3,13 @@
 // A block of the row is cut into one group a lane, so that all its group maxima cost one comparison per vector. The
 // (k + 1)-th to (k + 16)-th largest maximum, whichever is found first, is the threshold: at least k entries exceed it,
 // ties aside, and few more; all lie in groups whose maximum exceeds it, so only blocks with such a group are read again.
+// In a long row most of these hold one such entry, the maximum itself: a second one shows in the second largest entry
+// of its group. So each group keeps this and the place of its maximum, and a block without a second is not read again.
 // The k-th largest of these few is exact. Where ties leave fewer than k above the threshold, its equals fill up from the
 // left.
+#include "kth_largest.h"
+
 namespace SIMD_LEVEL {
-
-// The integers as wide as T: what comparing two vectors gives.
-template <class T>
-using Mask = decltype(Vec<T>{} < Vec<T>{});
-
-template <class T>
-INLINE bool any(Mask<T> mask) {
-    uint64_t words[VECTOR_BYTES / 8], all = 0;
-    std::memcpy(words, &mask, sizeof words);
-    UNROLL for (int i = 0; i < VECTOR_BYTES / 8; ++i) all |= words[i];
-    return all != 0;
-}
-
-// NaN ranks with +inf.
-template <class T>
-INLINE Vec<T> ranked(Vec<T> v) {
-    return v == v ? v : Vec<T>{} + std::numeric_limits<T>::infinity();
-}
-
-template <class T>
-INLINE T ranked_value(T v) {
-    return v == v ? v : std::numeric_limits<T>::infinity();
-}
-
-// Numbers in the order of the floats they come from, and back.
-template <class T>
-INLINE int64_t order_of(T value) {
-    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    Bits bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits < 0 ? bits ^ std::numeric_limits<Bits>::max() : bits;
-}
-
-template <class T>
-INLINE T value_at(int64_t order) {
-    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    const Bits bits = order < 0 ? Bits(order) ^ std::numeric_limits<Bits>::max() : Bits(order);
-    T value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-// The smallest of n values, none NaN, that is not below `least`, and the largest of all.
-template <class T>
-std::pair<T, T> ends(const T* values, int64_t n, T least) {
-    constexpr int W = lanes<T>;
-    constexpr T infinity = std::numeric_limits<T>::infinity();
-    Vec<T> lowest = Vec<T>{} + infinity, highest = -lowest;
-    T low = infinity, high = -infinity;
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        const Vec<T> v = load(values + i);
-        lowest = ((v >= least) & (v < lowest)) ? v : lowest;
-        highest = v > highest ? v : highest;
-    }
-    UNROLL for (int lane = 0; lane < W; ++lane) {
-        low = std::min(low, lowest[lane]);
-        high = std::max(high, highest[lane]);
-    }
-    for (; i < n; ++i) {
-        if (values[i] >= least) low = std::min(low, values[i]);
-        high = std::max(high, values[i]);
-    }
-    return {low, high};
-}
-
-// The k-th, ... or most-th largest of n values, none NaN, by bisection: a pass of comparisons halves the range, until k
-// to `most` are left.
-template <class T>
-T kth_largest(const T* values, int64_t n, int64_t k, int64_t most) {
-    constexpr int W = lanes<T>;
-    const int64_t whole = n / W * W;
-    const auto [smallest, largest] = ends(values, n, -std::numeric_limits<T>::infinity());
-    int64_t low = order_of(smallest), high = order_of(largest);
-    while (low < high) {
-        const int64_t middle = low + int64_t((uint64_t(high) - uint64_t(low) + 1) / 2);
-        const T least = value_at<T>(middle);
-        Mask<T> counts = {};
-        for (int64_t i = 0; i < whole; i += W) counts -= load(values + i) >= least;
-        int64_t count = 0;
-        UNROLL for (int i = 0; i < W; ++i) count += counts[i];
-        for (int64_t i = whole; i < n; ++i) count += values[i] >= least;
-        if (k <= count && count <= most) return ends(values, n, least).first;
-        (count > most ? low : high) = count > most ? middle : middle - 1;
-    }
-    return value_at<T>(low);
-}
 
 // Appends the lanes of v that exceed the threshold, and their columns; returns how many.
 template <class T>
@@ -119,16 +36,76 @@ INLINE int64_t append_above(Vec<T> v, T threshold, int32_t column, T* values, in
     return count;
 }
 
+// The largest entry of each lane of a block; where `placed` its place too, and the largest of the others.
+template <class T>
+struct Best {
+    Vec<T> first, second;
+    Mask<T> place;
+};
+
+template <bool placed, class T>
+INLINE void insert(Best<T>& best, Vec<T> value, Mask<T> place) {
+    const Mask<T> greater = value > best.first;
+    if (placed) {
+        const Vec<T> lesser = greater ? best.first : value;
+        best.second = best.second < lesser ? lesser : best.second;
+        best.place = greater ? place : best.place;
+    }
+    best.first = greater ? value : best.first;
+}
+
+// Of `steps` times `chains` vectors.
+template <bool placed, int chains, class T>
+INLINE Best<T> best_of(const T* entries, int steps) {
+    constexpr int W = lanes<T>, bytes_ahead = 8192;
+    const Vec<T> lowest = Vec<T>{} - std::numeric_limits<T>::infinity();
+    Best<T> best[chains];
+    UNROLL for (int c = 0; c < chains; ++c) best[c] = {ranked<T>(load(entries + c * W)), lowest, Mask<T>{} + c * W};
+    for (int i = 1; i < steps; ++i) {
+        UNROLL for (int c = 0; c < chains; ++c) {
+            const int place = (i * chains + c) * W;
+            // hardware stops fetching ahead at the end of a page
+            __builtin_prefetch(entries + place + bytes_ahead / sizeof(T));
+            insert<placed>(best[c], ranked<T>(load(entries + place)), Mask<T>{} + place);
+        }
+    }
+    UNROLL for (int c = 1; c < chains; ++c) {
+        insert<placed>(best[0], best[c].first, best[c].place);
+        best[0].second = best[0].second < best[c].second ? best[c].second : best[0].second;
+    }
+    return best[0];
+}
+
+// Appends the maxima above the threshold of the block that begins at `column`, in order of column.
+template <class T>
+void append_maxima(int64_t block, int32_t column, Above<T>& above) {
+    constexpr int W = lanes<T>;
+    const int64_t begin = above.count;
+    for (int64_t group = block * W; group < (block + 1) * W; ++group) {
+        const T value = above.first[group];
+        if (!(value > above.threshold)) continue;
+        const int32_t at = column + above.place[group] + group % W;
+        int64_t i = above.count++;
+        for (; i > begin && above.columns[i - 1] > at; --i) {
+            above.values[i] = above.values[i - 1];
+            above.columns[i] = above.columns[i - 1];
+        }
+        above.values[i] = value;
+        above.columns[i] = at;
+    }
+}
+
 // Collects what may be among the k largest of row[0, L) into `above`, and returns the k-th largest.
 // All entries above it have been collected; if fewer than k were, its equals have not. While they are collected, which
 // leaves memory idle, `next` is fetched: what will be read next.
 template <class T>
 T find_kth_largest(const T* row, const T* next, int64_t L, int64_t k, Above<T>& above) {
-    constexpr int W = lanes<T>, chains = 4, spare = 16, bytes_ahead = 4096;
+    constexpr int W = lanes<T>, chains = 4, spare = 16, line = 64 / sizeof(T), lines_a_block = 16;
     constexpr T lowest = -std::numeric_limits<T>::infinity();
-    const int64_t enough = 4 * chains * (k + spare / 2);  // 4 groups of `chains` entries to one above the threshold
-    const int64_t steps = std::clamp<int64_t>(L / enough, 1, 16);
-    const bool grouped = L >= enough;
+    const int64_t share = L / (4 * chains * (k + spare / 2));  // steps for 4 groups to one above the threshold
+    const bool grouped = share > 0, placed = share >= 48;
+    // 16 groups to one above the threshold, and few have a second; in a short row their maxima would cost too much
+    const int64_t steps = std::max(std::clamp<int64_t>(share, 1, 16), std::min<int64_t>(share / 4, 64));
     const int64_t block = chains * W * steps, whole = L / block, blocks = (L + block - 1) / block;
     const int64_t most = grouped ? (k + spare) * chains * steps : L;
     if (int64_t(above.values.size()) < most + W) above.values.resize(most + W), above.columns.resize(most + W);
@@ -139,39 +116,38 @@ T find_kth_largest(const T* row, const T* next, int64_t L, int64_t k, Above<T>& 
     const auto start = [&](int64_t b) { return b < whole ? row + b * block : above.padded.data(); };
 
     above.threshold = lowest;
-    if (grouped) {
-        above.maxima.resize(blocks * W);
+    if (grouped) above.first.resize(blocks * W);
+    if (placed) {
+        above.second.resize(blocks * W), above.place.resize(blocks * W);
         for (int64_t b = 0; b < blocks; ++b) {
-            const T* entries = start(b);
-            Vec<T> maxima[chains];
-            UNROLL for (int c = 0; c < chains; ++c) maxima[c] = ranked<T>(load(entries + c * W));
-            for (int64_t i = 1; i < steps; ++i) {
-                UNROLL for (int c = 0; c < chains; ++c) {
-                    // hardware stops fetching ahead at the end of a page
-                    __builtin_prefetch(entries + (i * chains + c) * W + bytes_ahead / sizeof(T));
-                    const Vec<T> v = ranked<T>(load(entries + (i * chains + c) * W));
-                    maxima[c] = maxima[c] < v ? v : maxima[c];
-                }
-            }
-            UNROLL for (int c = 1; c < chains; ++c) maxima[0] = maxima[0] < maxima[c] ? maxima[c] : maxima[0];
-            store(above.maxima.data() + b * W, maxima[0]);
+            const Best<T> best = best_of<true, chains>(start(b), steps);
+            store(above.first.data() + b * W, best.first);
+            store(above.second.data() + b * W, best.second);
+            std::memcpy(above.place.data() + b * W, &best.place, sizeof best.place);
         }
-        above.threshold = kth_largest(above.maxima.data(), blocks * W, k + 1, k + spare);
+    } else if (grouped) {
+        for (int64_t b = 0; b < blocks; ++b)
+            store(above.first.data() + b * W, best_of<false, chains>(start(b), steps).first);
     }
-    T* const values = above.values.data();
+    if (grouped) above.threshold = kth_largest(above.first.data(), blocks * W, k + 1, k + spare);
+
     const T threshold = above.threshold;
-    int64_t count = 0;
+    above.count = 0;
     for (int64_t b = 0; b < blocks; ++b) {
-        if (grouped && !any<T>(load(above.maxima.data() + b * W) > threshold)) continue;
+        if (placed) UNROLL for (int i = 0; i < lines_a_block; ++i, next += line) __builtin_prefetch(next);
+        if (grouped && !any<T>(load(above.first.data() + b * W) > threshold)) continue;
+        if (placed && !any<T>(load(above.second.data() + b * W) > threshold)) {
+            append_maxima(b, b * block, above);
+            continue;
+        }
         const T* entries = start(b);
         for (int64_t i = 0; i < block; i += W, next += W) {
             __builtin_prefetch(next);
-            count += append_above<T>(
-                ranked<T>(load(entries + i)), threshold, b * block + i, values + count, above.columns.data() + count);
+            above.count += append_above<T>(ranked<T>(load(entries + i)), threshold, b * block + i,
+                                           above.values.data() + above.count, above.columns.data() + above.count);
         }
     }
-    above.count = count;
-    return count < k ? threshold : kth_largest(values, count, k, k);
+    return above.count < k ? threshold : kth_largest(above.values.data(), above.count, k, k);
 }
 
 template <class T>

@@ -11,8 +11,10 @@
 #include <limits>
 #include <random>
 
+#include "global_topk.h"
 #include "level.h"
 #include "loader.h"
+#include "topk_rows.h"
 
 static int failures = 0;
 static std::mt19937 generator(0);
@@ -31,7 +33,7 @@ static void narrow(bf16& to, double from) {
     const float wide = float(from);
     uint32_t bits;
     std::memcpy(&bits, &wide, sizeof bits);
-    to.bits = uint16_t(bits >> 16);
+    to.bits = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 // A contiguous tensor of up to three dimensions and its numbers.
@@ -241,6 +243,109 @@ void check_shapes(double tolerance) {
         }
 }
 
+static void expect_largest(const char* what, const int32_t* got, int64_t k, const std::vector<double>& row) {
+    const auto rank = [&](int64_t i) { return std::isnan(row[i]) ? INFINITY : row[i]; };
+    std::vector<int32_t> order(row.size());
+    for (size_t i = 0; i < row.size(); ++i) order[i] = int32_t(i);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t i, int32_t j) { return rank(i) > rank(j); });
+    std::sort(order.begin(), order.begin() + k);
+    for (int64_t j = 0; j < k; ++j) expect(what, got[j], order[j], 0);
+}
+
+template <class T>
+void check_topk_rows(int64_t L, int64_t k, int distinct) {
+    const int64_t N = 9;
+    Array<T> scores(N, L);
+    for (T& score : scores.data) score = generator() % 50 ? T(generator() % distinct) : T(NAN);
+    for (int threads : {1, 3}) {
+        Array<int32_t> indices(N, k);
+        topk_rows(indices.tensor(2), scores.tensor(2), k, threads);
+        for (int64_t n = 0; n < N; ++n)
+            expect_largest(
+                "topk_rows", &indices.data[n * k], k, {scores.data.begin() + n * L, scores.data.begin() + (n + 1) * L});
+    }
+}
+
+// The product of a GEMM over the numbers it is given, in the type it stores.
+template <class Score, class A, class B>
+Array<Score> product(const Array<A>& x, const Array<B>& W) {
+    const int64_t N = x.size[0], L = W.size[0], D = x.size[1];
+    Array<Score> scores(N, L);
+    for (int64_t n = 0; n < N; ++n)
+        for (int64_t l = 0; l < L; ++l) {
+            float sum = 0;
+            for (int64_t d = 0; d < D; ++d) sum += float(x(n, d)) * float(W(l, d));
+            narrow(scores.data[n * L + l], sum);
+        }
+    return scores;
+}
+
+// Every latent twice, so that every score is tied; the first sample is infinite. Score is what the GEMM stores.
+template <class Score, class E>
+void check_global_topk(int64_t N, int64_t L, int64_t D, int64_t k, int64_t capacity, int64_t chunk, int threads) {
+    constexpr bool narrow = sizeof(Score) == 2, narrower = sizeof(Score) < sizeof(E);
+    auto x = Array<float>::random(N, D);
+    auto W = Array<E>::random(L, D);
+    auto bias = Array<double>::random(L);
+    x.data[0] = INFINITY;
+    for (int64_t l = 1; l < L; l += 2) {
+        std::copy_n(&W.data[(l - 1) * D], D, &W.data[l * D]);
+        bias.data[l] = bias.data[l - 1];
+    }
+    Array<float> exact(N, L);
+    exact_scores(exact.tensor(2), x.tensor(2), W.tensor(2), bias.tensor(1), threads);
+
+    Array<float> norm(N), residual(N);
+    Array<bf16> narrow_x(N, D);
+    measure_rows(norm.tensor(1), residual.tensor(1), narrow ? narrow_x.tensor(2) : Tensor{}, x.tensor(2), threads);
+    Screen screen(norm.tensor(1), residual.tensor(1), bias.tensor(1), D, k, capacity, narrow);
+    for (int64_t first = 0; first < L; first += chunk) {
+        const int64_t m = std::min(chunk, L - first);
+        Array<E> rows(m, D);
+        Array<bf16> narrow_rows(m, D);
+        Array<float> row_norm(m), row_residual(m);
+        std::copy_n(&W.data[first * D], m * D, rows.data.begin());
+        measure_rows(
+            row_norm.tensor(1), row_residual.tensor(1), narrower ? narrow_rows.tensor(2) : Tensor{}, rows.tensor(2),
+            threads);
+        auto scores = narrower ? product<Score>(narrow_x, narrow_rows)
+                      : narrow ? product<Score>(narrow_x, rows)
+                               : product<Score>(x, rows);
+        screen.filter(scores.tensor(2), first, row_norm.tensor(1), row_residual.tensor(1), threads);
+    }
+    Array<int32_t> indices(N, k);
+    Array<uint8_t> given_up(N);
+    screen.settle(indices.tensor(2), given_up.tensor(1), x.tensor(2), W.tensor(2), threads);
+    for (int64_t n = 0; n < N; ++n) {
+        if (n == 0 || capacity > L) expect("global_topk, given_up", given_up.data[n], n == 0, 0);
+        for (int64_t l = 0; n > 0 && l < L; ++l) {
+            double sum = bias(l);
+            for (int64_t d = 0; d < D; ++d) sum += x(n, d) * W(l, d);
+            expect("exact_scores", exact(n, l), sum, 1e-6);
+        }
+        if (!given_up.data[n])
+            expect_largest(
+                "global_topk", &indices.data[n * k], k, {exact.data.begin() + n * L, exact.data.begin() + (n + 1) * L});
+    }
+}
+
+// A row as short as its threshold allows, one with group maxima, and one so long that these know their places.
+static void check_selection() {
+    for (int distinct : {1, 9, 1 << 24}) {
+        check_topk_rows<float>(5, 5, distinct);
+        check_topk_rows<float>(997, 20, distinct);
+        check_topk_rows<float>(20011, 7, distinct);
+        check_topk_rows<double>(20011, 7, distinct);
+    }
+    for (int threads : {1, 3})
+        for (int64_t capacity : {80, 400}) {  // 80: too few for 300 of 301
+            check_global_topk<float, float>(11, 301, 37, 10, capacity, 100, threads);
+            check_global_topk<bf16, float>(11, 301, 37, 10, capacity, 100, threads);
+            check_global_topk<bf16, bf16>(11, 301, 37, 10, capacity, 7, threads);
+            check_global_topk<float, bf16>(11, 301, 37, 300, capacity, 100, threads);
+        }
+}
+
 // Rows gathered at random, and spans of a file, each of them up to the last byte of its buffer.
 template <class T>
 void check_loader(int64_t width, int widening) {
@@ -278,6 +383,7 @@ void check_loader(int64_t width, int widening) {
 }
 
 int main() {
+    check_selection();
     for (int64_t width : {1, 37, 700}) {
         check_loader<double>(width, as_it_is);
         check_loader<float>(width, as_it_is);
