@@ -12,20 +12,26 @@ namespace SIMD_LEVEL {
 constexpr int64_t strip_width = 64;
 constexpr int64_t many_entries = 1024;
 
-// What is summed for each latent: terms begin[l] ... end[l], each a row and its coefficient.
+// What is summed for each latent, its rows and their coefficients: count[l] terms from begin(l) on.
 template <class A>
 struct Terms {
+    const int64_t* offsets;
+    int64_t an_entry;  // most terms of an entry
     Scratch<uint32_t> rows;
     Scratch<A> coefficients;
-    std::vector<int64_t> begin, end;
+    std::vector<uint32_t> count;
 
-    Terms(int64_t count, int64_t L) : rows(count), coefficients(count), begin(L), end(L) {}
+    Terms(const int64_t* offsets, int64_t L, int64_t an_entry)
+        : offsets(offsets), an_entry(an_entry), rows(begin(L)), coefficients(begin(L)), count(L) {}
+
+    int64_t begin(int64_t l) const { return offsets[l] * an_entry; }
 
     // A coefficient of 0 leaves no term; no branch, since half of them are.
     void add(int64_t l, int64_t row, A coefficient) {
-        rows[end[l]] = uint32_t(row);
-        coefficients[end[l]] = coefficient;
-        end[l] += coefficient != 0;
+        const int64_t end = begin(l) + count[l];
+        rows[end] = uint32_t(row);
+        coefficients[end] = coefficient;
+        count[l] += coefficient != 0;
     }
 };
 
@@ -64,9 +70,8 @@ class Strips {
             const A* strip;
             const A* row(int64_t i, int64_t c) const { return strip + rows[i] * strip_width + c; }
         };
-        const int64_t begin = terms.begin[l];
-        const A* const coefficients = &terms.coefficients[begin];
-        const List list{&terms.rows[begin], terms.end[l] - begin, at(0, d)};
+        const A* const coefficients = &terms.coefficients[terms.begin(l)];
+        const List list{&terms.rows[terms.begin(l)], terms.count[l], at(0, d)};
         constexpr int W = lanes<A>;
         if (d + strip_width <= width) return combine_block<strip_width / W>(list, coefficients, 0, W, sum + d);
         for (int64_t c = 0; c < width - d; c += W) combine_block<1>(list, coefficients, c, width - d - c, sum + d);
@@ -104,12 +109,10 @@ class SegmentSums {
           grad_recons(decoder ? N * S : 0, widest(batch.d_streams)) {
         const int64_t k = batch.values.size[2], count = batch.entries.size[0];
         const bool shared = count == N * k;
-        for (int64_t s = 0; encoder && s < S; ++s) encoder_terms.emplace_back(count, L);
-        if (decoder) decoder_terms.emplace_back(shared ? count * S : count, L);
+        for (int64_t s = 0; encoder && s < S; ++s) encoder_terms.emplace_back(offsets, L, 1);
+        if (decoder) decoder_terms.emplace_back(offsets, L, shared ? S : 1);
         parallel_for((L + 63) / 64, threads, [&](int64_t task) {
             for (int64_t l = task * 64; l < std::min(L, task * 64 + 64); ++l) {
-                for (Terms<A>& terms : encoder_terms) terms.begin[l] = terms.end[l] = offsets[l];
-                for (Terms<A>& terms : decoder_terms) terms.begin[l] = terms.end[l] = offsets[l] * (shared ? S : 1);
                 for (int64_t e = offsets[l]; e < offsets[l + 1]; ++e) {
                     const int64_t position = *batch.entries.at<const int64_t>(e), row = position / k, j = position % k;
                     if (!shared) add_terms(l, row / S, row % S, j);
@@ -148,7 +151,7 @@ class SegmentSums {
     A bias(int64_t l) const {
         const Terms<A>& terms = encoder_terms[stream];
         A sum = 0;
-        for (int64_t i = terms.begin[l]; i < terms.end[l]; ++i) sum += terms.coefficients[i];
+        for (int64_t i = 0; i < terms.count[l]; ++i) sum += terms.coefficients[terms.begin(l) + i];
         return sum;
     }
 
@@ -165,7 +168,7 @@ class SegmentSums {
     // Latents of a run: many, so that a strip is used often while it is in cache; few, so that threads share the work
     // and the gradients of the run stay in cache.
     int64_t run_latents() const {
-        const int64_t used_often = 8 * L / batch.values.size[2], room = (8 << 20) / (int64_t(sizeof(A)) * width);
+        const int64_t used_often = 8 * L / batch.values.size[2], room = (4 << 20) / (int64_t(sizeof(A)) * width);
         return std::max<int64_t>(1, std::min({used_often, room, L / (3 * threads)}));
     }
 
@@ -188,9 +191,10 @@ class SegmentSums {
     void sum_run(
         const Strips<A>& strips, const Terms<A>& terms, int64_t long_offset, int64_t first, int64_t last, A* grad,
         int64_t stride) const {
-        const bool used_often = terms.end[last - 1] - terms.begin[first] > strips.rows;
+        // a sweep reads a row several times as fast as sums read rows at random
+        const bool swept = 4 * (terms.begin(last) - terms.begin(first)) > strips.rows;
         for (int64_t d = 0; d < width; d += strip_width) {
-            if (used_often) strips.fetch(d);
+            if (swept) strips.fetch(d);
             for (int64_t l = first; l < last; ++l)
                 if (!is_long(l)) strips.sum(terms, l, d, grad + (l - first) * stride);
         }
