@@ -25,16 +25,34 @@ struct Interval {
     Vec<float> lower, upper;
 };
 
+// Those of a row's scores in a chunk.
 template <class T>
-INLINE Interval interval(const Screen& screen, int64_t row, const T* scores, const Chunk& chunk, int64_t l, int64_t n) {
-    const Vec<float> score = load(scores + l, n), negative = -score;
-    const Vec<float> magnitude = score < negative ? negative : score;
-    const Vec<float> centre = score + load(screen.bias.data() + chunk.first + l, n);
-    const Vec<float> error = screen.p[row] * load(chunk.norm + l, n) + screen.q[row] * load(chunk.residual + l, n) +
-                             (screen.c * magnitude + load(screen.slack.data() + chunk.first + l, n));
-    const Vec<float> lower = centre - error, upper = centre + error, infinity = Vec<float>{} + INFINITY;
-    return {lower == lower ? lower : -infinity, upper == upper ? upper : infinity};
-}
+struct Intervals {
+    const T* scores;
+    const float *bias, *norm, *residual, *slack;
+    float p, q, c;
+
+    Intervals(const Screen& screen, int64_t row, const T* scores, const Chunk& chunk)
+        : scores(scores),
+          bias(screen.bias.data() + chunk.first),
+          norm(chunk.norm),
+          residual(chunk.residual),
+          slack(screen.slack.data() + chunk.first),
+          p(screen.p[row]),
+          q(screen.q[row]),
+          c(screen.c) {}
+
+    // Of n latents from the l-th on.
+    INLINE Interval operator()(int64_t l, int64_t n) const {
+        const Vec<float> score = load(scores + l, n), negative = -score;
+        const Vec<float> magnitude = score < negative ? negative : score;
+        const Vec<float> centre = score + load(bias + l, n);
+        const Vec<float> error =
+            p * load(norm + l, n) + q * load(residual + l, n) + (c * magnitude + load(slack + l, n));
+        const Vec<float> lower = centre - error, upper = centre + error, infinity = Vec<float>{} + INFINITY;
+        return {lower == lower ? lower : -infinity, upper == upper ? upper : infinity};
+    }
+};
 
 INLINE int64_t append_interval(const Interval& v, float threshold, int32_t latent, int64_t n, float* lower,
                                float* upper, int32_t* latents) {
@@ -65,23 +83,31 @@ template <class T>
 void screen_row(Screen& screen, int64_t row, const T* scores, const Chunk& chunk, Above<float>& above,
                 std::vector<float>& lowers) {
     constexpr int W = lanes<float>;
-    if (screen.count[row] < 0) return;
+    int64_t count = screen.count[row];
+    if (count < 0) return;
+    const Intervals<T> interval(screen, row, scores, chunk);
     if (chunk.first == 0 && chunk.size >= screen.k) {
         lowers.resize(chunk.size);
         for (int64_t l = 0; l < chunk.size; l += W) {
             const int64_t n = std::min<int64_t>(W, chunk.size - l);
-            store(lowers.data() + l, interval(screen, row, scores, chunk, l, n).lower, n);
+            store(lowers.data() + l, interval(l, n).lower, n);
         }
         screen.threshold[row] = find_kth_largest(lowers.data(), lowers.data(), chunk.size, screen.k, above);
     }
-    const int64_t offset = row * screen.capacity;
+    float *const lower = &screen.lower[row * screen.capacity], *const upper = &screen.upper[row * screen.capacity];
+    int32_t* const latent = &screen.latent[row * screen.capacity];
+    float threshold = screen.threshold[row];
     for (int64_t l = 0; l < chunk.size; l += W) {
-        if (screen.count[row] + W > screen.capacity && !screen.compact(row)) return;
-        const int64_t n = std::min<int64_t>(W, chunk.size - l), end = offset + screen.count[row];
-        screen.count[row] += append_interval(
-            interval(screen, row, scores, chunk, l, n), screen.threshold[row], chunk.first + l, n,
-            screen.lower.get() + end, screen.upper.get() + end, screen.latent.get() + end);
+        if (count + W > screen.capacity) {
+            screen.count[row] = count;
+            if (!screen.compact(row)) return;
+            count = screen.count[row], threshold = screen.threshold[row];
+        }
+        const int64_t n = std::min<int64_t>(W, chunk.size - l);
+        count += append_interval(
+            interval(l, n), threshold, chunk.first + l, n, lower + count, upper + count, latent + count);
     }
+    screen.count[row] = count;
 }
 
 INLINE Vec<double> load_wide(const double* p) { return load(p); }
