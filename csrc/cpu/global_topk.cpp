@@ -23,8 +23,6 @@ struct Chunk {
     const float *norm, *residual;
 };
 
-constexpr int rows_ahead = 4;  // entries behind the end of a list of rows that may be read, to prefetch
-
 #define OPERATOR "global_topk_kernel.h"
 #include "every_level.h"
 
@@ -114,7 +112,7 @@ void exact_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, int threads) {
         using T = decltype(sum);
         using E = decltype(type);
         std::vector<const T*> rows;
-        for (int64_t n = 0; n < N + rows_ahead; ++n) rows.push_back(x.at<const T>(std::min(n, N - 1)));
+        for (int64_t n = 0; n < N; ++n) rows.push_back(x.at<const T>(n));
         parallel_runs(W.size[0], 32, threads, [&](int64_t begin, int64_t end) {
             ReadableRow<E> readable;
             std::vector<double> column;
@@ -207,10 +205,10 @@ void Screen::mark_near_kth(int64_t n, std::vector<float>& centres) {
     if (count[n] <= k) return;
     float *low = &lower[n * capacity], *high = &upper[n * capacity];
     centres.resize(count[n]);
-    for (int64_t i = 0; i < count[n]; ++i) centres[i] = std::isfinite(high[i]) ? low[i] / 2 + high[i] / 2 : low[i];
+    for (int64_t i = 0; i < count[n]; ++i) centres[i] = high[i] < infinity ? low[i] / 2 + high[i] / 2 : low[i];
     const float kth = kth_largest(centres.data(), count[n], k);
     for (int64_t i = 0; i < count[n]; ++i)
-        if (low[i] < kth && high[i] > kth) low[i] = NAN;
+        low[i] = (low[i] < kth) & (high[i] > kth) ? NAN : low[i];
 }
 
 // Marks the ambiguous, and raises those certainly in the support above all others.
@@ -220,23 +218,22 @@ void Screen::mark_ambiguous(int64_t n) {
     float *low = &lower[n * capacity], *high = &upper[n * capacity];
     const bool all = count[n] == k;
     const float rival = all ? -infinity : kth_largest(high, count[n], k + 1);
-    for (int64_t i = 0; i < count[n]; ++i) {
-        if (all || low[i] > rival)
-            low[i] = infinity;
-        else if (low[i] < high[i])
-            low[i] = NAN;
-    }
+    for (int64_t i = 0; i < count[n]; ++i) low[i] = all | (low[i] > rival) ? infinity : low[i] < high[i] ? NAN : low[i];
 }
 
 // Narrows the marked intervals to the score. By latent, so that a row of W is read once for all rows of x.
 void Screen::score_marked(Tensor x, Tensor W, int threads) {
-    std::vector<int64_t> places;
+    std::vector<int64_t> places, of_row(capacity + 1);
     std::vector<int32_t> latents;
     for (int64_t n = 0; n < N; ++n) {
+        int64_t marked = 0;
         for (int64_t place = n * capacity; place < n * capacity + count[n]; ++place) {
-            if (std::isnan(lower[place])) places.push_back(place), latents.push_back(latent[place]);
+            of_row[marked] = place;
+            marked += std::isnan(lower[place]);
         }
+        places.insert(places.end(), of_row.begin(), of_row.begin() + marked);
     }
+    for (const int64_t place : places) latents.push_back(latent[place]);
     const int64_t D = x.size[1];
     std::vector<int64_t> offsets(L + 1), entries(places.size());
     invert_indices(latents.data(), latents.size(), L, offsets.data(), entries.data());
@@ -251,7 +248,6 @@ void Screen::score_marked(Tensor x, Tensor W, int threads) {
                 if (offsets[l] < offsets[l + 1]) used.push_back(l);
             for (int64_t e = offsets[begin]; e < offsets[end]; ++e)
                 rows.push_back(x.at<const float>(places[entries[e]] / capacity));
-            rows.insert(rows.end(), rows_ahead, x.at<const float>(0));
             for (size_t u = 0; u < used.size(); ++u) {
                 const int64_t l = used[u], first = offsets[l], many = offsets[l + 1] - first;
                 const E *w = W.at<const E>(l), *ahead = W.at<const E>(used[std::min(u + 1, used.size() - 1)]);

@@ -122,7 +122,7 @@ INLINE Vec<double> load_wide(const float* p) {
 #endif
 }
 
-// The dot products of J rows x with w, while the J rows after them and `ahead`, the next weights, come into cache.
+// The dot products of J rows x with w, while `ahead`, the next weights, come into cache.
 // A product of two float32 is exact in float64, and every sum runs over the same 16 lanes in the same order: the same
 // bits at every instruction set.
 template <int J, class T, class E>
@@ -133,7 +133,6 @@ INLINE void dots_of(const T* const* x, const E* w, int64_t D, const void* ahead,
     int64_t d = 0;
     for (; d + width <= D; d += width) {
         __builtin_prefetch(static_cast<const char*>(ahead) + d * sizeof(E), 0, 2);
-        UNROLL for (int j = 0; j < J; ++j) __builtin_prefetch(x[J + j] + d, 0, 2);
         UNROLL for (int v = 0; v < V; ++v) {
             const Vec<double> factor = load_wide(w + d + v * W);
             UNROLL for (int j = 0; j < J; ++j) sum[j][v] += load_wide(x[j] + d + v * W) * factor;
@@ -151,10 +150,12 @@ INLINE void dots_of(const T* const* x, const E* w, int64_t D, const void* ahead,
 template <class T, class E>
 void exact_dots(const T* const* x, int64_t count, const E* w, int64_t D, const void* ahead, double* dots) {
     constexpr int J = VECTOR_REGISTERS / 8;
-    static_assert(J <= rows_ahead);
     int64_t i = 0;
     for (; i + J <= count; i += J) dots_of<J, T, E>(x + i, w, D, ahead, dots + i);
-    for (; i < count; ++i) dots_of<1, T, E>(x + i, w, D, ahead, dots + i);
+    static_assert(J == 2 || J == 4);
+    if (count - i == 3) return dots_of<3, T, E>(x + i, w, D, ahead, dots + i);
+    if (count - i == 2) return dots_of<2, T, E>(x + i, w, D, ahead, dots + i);
+    if (count - i == 1) return dots_of<1, T, E>(x + i, w, D, ahead, dots + i);
 }
 
 }  // namespace SIMD_LEVEL
