@@ -223,17 +223,13 @@ void Screen::mark_ambiguous(int64_t n) {
 
 // Narrows the marked intervals to the score. By latent, so that a row of W is read once for all rows of x.
 void Screen::score_marked(Tensor x, Tensor W, int threads) {
-    std::vector<int64_t> places, of_row(capacity + 1);
+    std::vector<int64_t> places;
     std::vector<int32_t> latents;
     for (int64_t n = 0; n < N; ++n) {
-        int64_t marked = 0;
         for (int64_t place = n * capacity; place < n * capacity + count[n]; ++place) {
-            of_row[marked] = place;
-            marked += std::isnan(lower[place]);
+            if (std::isnan(lower[place])) places.push_back(place), latents.push_back(latent[place]);
         }
-        places.insert(places.end(), of_row.begin(), of_row.begin() + marked);
     }
-    for (const int64_t place : places) latents.push_back(latent[place]);
     const int64_t D = x.size[1];
     std::vector<int64_t> offsets(L + 1), entries(places.size());
     invert_indices(latents.data(), latents.size(), L, offsets.data(), entries.data());

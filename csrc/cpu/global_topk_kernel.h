@@ -150,12 +150,12 @@ INLINE void dots_of(const T* const* x, const E* w, int64_t D, const void* ahead,
 template <class T, class E>
 void exact_dots(const T* const* x, int64_t count, const E* w, int64_t D, const void* ahead, double* dots) {
     constexpr int J = VECTOR_REGISTERS / 8;
+    static_assert(J == 2 || J == 4);
     int64_t i = 0;
     for (; i + J <= count; i += J) dots_of<J, T, E>(x + i, w, D, ahead, dots + i);
-    static_assert(J == 2 || J == 4);
-    if (count - i == 3) return dots_of<3, T, E>(x + i, w, D, ahead, dots + i);
-    if (count - i == 2) return dots_of<2, T, E>(x + i, w, D, ahead, dots + i);
-    if (count - i == 1) return dots_of<1, T, E>(x + i, w, D, ahead, dots + i);
+    if (count - i == 3) dots_of<3, T, E>(x + i, w, D, ahead, dots + i);
+    if (count - i == 2) dots_of<2, T, E>(x + i, w, D, ahead, dots + i);
+    if (count - i == 1) dots_of<1, T, E>(x + i, w, D, ahead, dots + i);
 }
 
 }  // namespace SIMD_LEVEL

@@ -32,7 +32,7 @@ ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT, INDEX, LONG = 4, 4, 8  # bytes
 ROWS, LATENTS, ROOM, SPARE = 2048, 2048, 8, 256  # sparc_fast/native_topk.py, which is not there without its module
 STRIP = 64  # columns of which sums of gradients copy their operands: csrc/cpu/segment_sums.h
-RUN = 2**23  # bytes of gradients that a thread sums before it moves the rows: the same file
+RUN = 2**22  # bytes of gradients that a thread sums before it moves the rows: the same file
 BLOCK = 16  # samples of a task of decode_loss: csrc/cpu/gather.h
 GPU_SCORES = 2**25  # bytes of scores in a GPU's L2 cache: kernels/global_topk.py
 PIECE = 128  # entries of a latent that are summed together on a GPU: kernels/segment_sums.py
@@ -247,7 +247,7 @@ def _cpu_scratch(config: Config, sizes: Sizes, widths: tuple[int, ...], threads:
     strips = sizes.passes * N * (1 + S) * -(-sizes.W // STRIP) * STRIP * FLOAT
     yield Part("update: batch and gradient in strips", strips, (UPDATING,))
     of_decoder = S if sizes.supports == 1 else 1
-    terms = sizes.entries * (S + of_decoder) * (INDEX + FLOAT) + 2 * LONG * (S + 1) * L
+    terms = sizes.entries * (S + of_decoder) * (INDEX + FLOAT) + INDEX * (S + 1) * L
     yield Part("update: terms of the sums", terms, (UPDATING,))
     runs = threads * min(RUN, -(-L // (3 * threads)) * sizes.W * FLOAT)
     yield Part("update: gradients of some rows", runs + 256 * D * FLOAT + 4 * S * L * FLOAT, (UPDATING,))
