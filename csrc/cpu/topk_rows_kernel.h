@@ -56,17 +56,18 @@ INLINE void insert(Best<T>& best, Vec<T> value, Mask<T> place) {
 
 // Of `steps` times `chains` vectors.
 template <bool placed, int chains, class T>
-INLINE Best<T> best_of(const T* entries, int steps) {
+INLINE Best<T> best_of(const T* entries, int64_t steps) {
     constexpr int W = lanes<T>, bytes_ahead = 8192;
     const Vec<T> lowest = Vec<T>{} - std::numeric_limits<T>::infinity();
     Best<T> best[chains];
     UNROLL for (int c = 0; c < chains; ++c) best[c] = {ranked<T>(load(entries + c * W)), lowest, Mask<T>{} + c * W};
-    for (int i = 1; i < steps; ++i) {
+    Mask<T> place = {};
+    for (int64_t i = 1; i < steps; ++i) {
+        entries += chains * W, place += chains * W;
         UNROLL for (int c = 0; c < chains; ++c) {
-            const int place = (i * chains + c) * W;
             // hardware stops fetching ahead at the end of a page
-            __builtin_prefetch(entries + place + bytes_ahead / sizeof(T));
-            insert<placed>(best[c], ranked<T>(load(entries + place)), Mask<T>{} + place);
+            __builtin_prefetch(entries + c * W + bytes_ahead / sizeof(T));
+            insert<placed>(best[c], ranked<T>(load(entries + c * W)), place + c * W);
         }
     }
     UNROLL for (int c = 1; c < chains; ++c) {
@@ -103,9 +104,9 @@ T find_kth_largest(const T* row, const T* next, int64_t L, int64_t k, Above<T>& 
     constexpr int W = lanes<T>, chains = 4, spare = 16, line = 64 / sizeof(T), lines_a_block = 16;
     constexpr T lowest = -std::numeric_limits<T>::infinity();
     const int64_t share = L / (4 * chains * (k + spare / 2));  // steps for 4 groups to one above the threshold
-    const bool grouped = share > 0, placed = share >= 48;
+    const bool grouped = share > 0, placed = VECTOR_BYTES > 16 && share >= 48;
     // 16 groups to one above the threshold, and few have a second; in a short row their maxima would cost too much
-    const int64_t steps = std::max(std::clamp<int64_t>(share, 1, 16), std::min<int64_t>(share / 4, 64));
+    const int64_t steps = placed ? std::clamp<int64_t>(share / 4, 16, 64) : std::clamp<int64_t>(share, 1, 16);
     const int64_t block = chains * W * steps, whole = L / block, blocks = (L + block - 1) / block;
     const int64_t most = grouped ? (k + spare) * chains * steps : L;
     if (int64_t(above.values.size()) < most + W) above.values.resize(most + W), above.columns.resize(most + W);
