@@ -57,7 +57,7 @@ INLINE void insert(Best<T>& best, Vec<T> value, Mask<T> place) {
 // Of `steps` times `chains` vectors.
 template <bool placed, int chains, class T>
 INLINE Best<T> best_of(const T* entries, int64_t steps) {
-    constexpr int W = lanes<T>, bytes_ahead = 8192;
+    constexpr int W = lanes<T>, bytes_ahead = placed ? 8192 : 4096;
     const Vec<T> lowest = Vec<T>{} - std::numeric_limits<T>::infinity();
     Best<T> best[chains];
     UNROLL for (int c = 0; c < chains; ++c) best[c] = {ranked<T>(load(entries + c * W)), lowest, Mask<T>{} + c * W};
@@ -132,6 +132,8 @@ T find_kth_largest(const T* row, const T* next, int64_t L, int64_t k, Above<T>& 
     }
     if (grouped) above.threshold = kth_largest(above.first.data(), blocks * W, k + 1, k + spare);
 
+    T* const values = above.values.data();
+    int32_t* const columns = above.columns.data();
     const T threshold = above.threshold;
     above.count = 0;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -142,13 +144,15 @@ T find_kth_largest(const T* row, const T* next, int64_t L, int64_t k, Above<T>& 
             continue;
         }
         const T* entries = start(b);
+        int64_t count = above.count;
         for (int64_t i = 0; i < block; i += W, next += W) {
             __builtin_prefetch(next);
-            above.count += append_above<T>(ranked<T>(load(entries + i)), threshold, b * block + i,
-                                           above.values.data() + above.count, above.columns.data() + above.count);
+            count += append_above<T>(
+                ranked<T>(load(entries + i)), threshold, b * block + i, values + count, columns + count);
         }
+        above.count = count;
     }
-    return above.count < k ? threshold : kth_largest(above.values.data(), above.count, k, k);
+    return above.count < k ? threshold : kth_largest(values, above.count, k, k);
 }
 
 template <class T>
