@@ -104,8 +104,9 @@ T find_kth_largest(const T* row, const T* next, int64_t L, int64_t k, Above<T>& 
     constexpr int W = lanes<T>, chains = 4, spare = 16, line = 64 / sizeof(T), lines_a_block = 16;
     constexpr T lowest = -std::numeric_limits<T>::infinity();
     const int64_t share = L / (4 * chains * (k + spare / 2));  // steps for 4 groups to one above the threshold
+    // with places 16 groups to one, so that few have a second: too many in a short row. The first reading must wait for
+    // memory all the same, which one of 16-byte vectors does not.
     const bool grouped = share > 0, placed = VECTOR_BYTES > 16 && share >= 48;
-    // 16 groups to one above the threshold, and few have a second; in a short row their maxima would cost too much
     const int64_t steps = placed ? std::clamp<int64_t>(share / 4, 16, 64) : std::clamp<int64_t>(share, 1, 16);
     const int64_t block = chains * W * steps, whole = L / block, blocks = (L + block - 1) / block;
     const int64_t most = grouped ? (k + spare) * chains * steps : L;
