@@ -62,6 +62,12 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
+def largest(scores: Tensor, k: int) -> Tensor:
+    """The rule of selection, by a stable sort: the k largest, ties to the lower column, NaN ranks with infinity."""
+    order = torch.where(scores.isnan(), torch.inf, scores).sort(dim=1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=1).values.int()
+
+
 def fast_backends() -> tuple[str, ...]:
     """The backends that get through any test: Triton's interpreter does not."""
     device = torch.get_default_device()

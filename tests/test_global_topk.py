@@ -6,18 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import IN_INTERPRETER, fast_backends, seeded
+from operands import IN_INTERPRETER, fast_backends, largest, seeded
 from torch import Tensor
 
 from sparc_fast import functional
 
 inf, nan = torch.inf, torch.nan
-
-
-def largest(h: Tensor, k: int) -> Tensor:
-    """The rule, by a stable sort of all scores."""
-    order = torch.where(h.isnan(), inf, h).sort(dim=1, descending=True, stable=True).indices
-    return order[:, :k].sort(dim=1).values.int()
 
 
 def fitting(N: int, backend: str, most: int = IN_INTERPRETER) -> int:

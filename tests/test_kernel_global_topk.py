@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operands import largest
 from torch import Tensor
 
 from sparc_fast import reference
@@ -37,12 +38,6 @@ def support(x: Tensor, W_enc: Tensor, k: int, screening: str = "auto", bias: Ten
 def expected(x: Tensor, W_enc: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
     bias = W_enc.new_zeros(1, len(W_enc)) if bias is None else bias
     return reference.global_topk(x, W_enc, x.new_zeros(x.shape[1]), bias, k)
-
-
-def largest(scores: Tensor, k: int) -> Tensor:
-    """The rule, by a stable sort of all scores."""
-    order = torch.where(scores.isnan(), inf, scores).sort(dim=1, descending=True, stable=True).indices
-    return order[:, :k].sort(dim=1).values.int()
 
 
 @pytest.fixture

@@ -28,16 +28,14 @@ INLINE T ranked_value(T v) {
 // Numbers in the order of the floats they come from, and back.
 template <class T>
 INLINE int64_t order_of(T value) {
-    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    Bits bits;
+    integer_t<T> bits;
     std::memcpy(&bits, &value, sizeof bits);
-    return bits < 0 ? bits ^ std::numeric_limits<Bits>::max() : bits;
+    return bits < 0 ? bits ^ std::numeric_limits<integer_t<T>>::max() : bits;
 }
 
 template <class T>
 INLINE T value_at(int64_t order) {
-    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    const Bits bits = order < 0 ? Bits(order) ^ std::numeric_limits<Bits>::max() : Bits(order);
+    const integer_t<T> number = order, bits = number < 0 ? number ^ std::numeric_limits<integer_t<T>>::max() : number;
     T value;
     std::memcpy(&value, &bits, sizeof value);
     return value;

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 struct bf16 {
@@ -24,6 +25,10 @@ struct sum_type<double> {
 };
 template <class T>
 using sum_t = typename sum_type<T>::type;
+
+// The integer as wide as a float or a double.
+template <class T>
+using integer_t = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
 // A tensor of up to three dimensions. The last is contiguous; native.py sees to it.
 struct Tensor {

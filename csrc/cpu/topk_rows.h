@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -15,7 +14,7 @@ void topk_rows(Tensor indices, Tensor scores, int64_t k, int threads);
 template <class T>
 struct Above {
     std::vector<T> values, first, second, padded;
-    std::vector<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>> place;
+    std::vector<integer_t<T>> place;
     std::vector<int32_t> columns;
     int64_t count = 0;
     T threshold = 0;
