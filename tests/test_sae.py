@@ -363,6 +363,20 @@ def test_auxk_reaches_dead_latents_alone_and_never_the_pre_bias_directly(backend
     assert torch.isin(changed, dead).all()
 
 
+def test_auxk_chooses_from_the_rows_of_dead_latents_alone(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    select = sf.SPARC.select
+    monkeypatch.setattr(
+        sf.SPARC, "select", lambda m, packed, *a, **kw: rows.append(len(packed.W_enc)) or select(m, packed, *a, **kw)
+    )
+    model = make(backend, dead_after=0, auxk=4)
+    for n_dead in (1, 3, 17):
+        model.silence.zero_()
+        model.silence[:n_dead] = 1
+        model.loss(batch(8), auxk_coef=0.5)
+    assert rows == [model.n_latents, 1, model.n_latents, 3, model.n_latents, 17]
+
+
 def test_auxk_without_dead_latents_changes_nothing(backend: str) -> None:
     model = make(backend)
     loss = model.loss(batch(8), auxk_coef=10.0)
