@@ -7,13 +7,12 @@ import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
-from subprocess import Popen
 from time import monotonic
 
 import sparc_fast
 
-from .gpu_checks import ROOT, printed_until, start
 from .gpu_record import Row
+from .processes import ROOT, Process
 
 WHAT = "sparc_fast._cuda"
 ARCHS = {80: "80", 90: "90a", 100: "100"}
@@ -25,7 +24,7 @@ class Build:
 
     def __init__(self, capability: tuple[int, int], most_seconds: float = 150) -> None:
         self._began, self._most = monotonic(), most_seconds
-        self._process: Popen[str] | None = None
+        self._process: Process | None = None
         script = ROOT / "csrc/cuda/build.py"
         if find_spec(WHAT) is not None:
             self._note = "was compiled before"
@@ -34,14 +33,15 @@ class Build:
         else:
             self._note = ""
             environment = os.environ | {"SPARC_FAST_CUDA_ARCHS": archs(capability)}
-            self._process = start([sys.executable, str(script), str(target())], environment)
+            self._process = Process([sys.executable, str(script), str(target())], environment)
 
     def row(self) -> Row:
         if self._process is None:
             return Row("build", WHAT, value=float(find_spec(WHAT) is not None), unit="held", note=self._note)
-        printed = printed_until(self._most - (monotonic() - self._began), self._process)
-        seconds = monotonic() - self._began
-        if self._process.returncode:
+        self._process.wait(self._most - (monotonic() - self._began))
+        failed = self._process.status != 0
+        printed, seconds = self._process.end(), monotonic() - self._began
+        if failed:
             lines = printed.strip().splitlines() or [""]
             said = next((line for line in lines if "error" in line.lower()), lines[-1])
             return Row("build", WHAT, error=f"not compiled after {seconds:.0f} s: {said[:300]}")

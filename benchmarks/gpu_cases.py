@@ -36,6 +36,8 @@ class Place:
 
     device: torch.device
     backend: str
+    role: str = "ours"
+    """What our rows are called: the backend, "hybrid" or "graph"."""
 
     @property
     def is_gpu(self) -> bool:

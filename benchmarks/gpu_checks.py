@@ -5,24 +5,21 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from .gpu_record import Record
+from .processes import ROOT, run_until
 
-ROOT = Path(__file__).resolve().parents[1]
 TESTS = "operator tests on the device"
+SMALL = "every operator at small shapes"
 OUTCOME = re.compile(r"^(tests/\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", re.MULTILINE)
 
 
-def test_files(quick: bool) -> list[str]:
+def test_files() -> list[str]:
     """The files whose tests run on every backend, and those of single kernels."""
-    if quick:
-        return ["tests/test_every_operator.py"]
     chosen = []
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         of_backends = re.search(r"\bbackend: str\b", path.read_text()) is not None
@@ -43,22 +40,23 @@ def run_tests(record: Record, files: Sequence[str], workers: int | None = None) 
         record.add(TESTS, error=f"no tests collected: {collected.strip()[-300:]}")
         return
     workers = workers or max(1, (os.cpu_count() or 2) - 2)
-    share = -(-len(tests) // workers)
-    parts = [tests[at : at + share] for at in range(0, len(tests), share)]
+    parts = dealt(tests, workers)
 
     def run(part: Sequence[str]) -> str:
         return run_until(record.left(), [*pytest, "-v", "--tb=line", "-rfE", *part], environment)
 
-    with ThreadPoolExecutor(len(parts) + 1) as pool:
-        small = pool.submit(lambda: run_until(record.left(), small_program(record)))
+    with ThreadPoolExecutor(len(parts)) as pool:
         printed = list(pool.map(run, parts))
-    if "every operator ran" not in small.result():
-        record.add("every operator at small shapes", error=f"failed: {small.result().strip()[-300:]}")
     outcomes = dict(match for text in printed for match in OUTCOME.findall(text))
     report_tests(record, len(tests), outcomes)
     broken = [text.strip()[-1500:] for text, part in zip(printed, parts, strict=True) if not OUTCOME.search(text)]
     for text in broken[:3]:
         record.add(TESTS, error=f"a process ran no test: {text}")
+
+
+def dealt(tests: Sequence[str], workers: int) -> list[list[str]]:
+    """Tests in turn to each worker: those of a file, which compile alike, do not all wait for one."""
+    return [part for part in (list(tests[at::workers]) for at in range(workers)) if part]
 
 
 def report_tests(record: Record, expected: int, outcomes: dict[str, str]) -> None:
@@ -71,26 +69,6 @@ def report_tests(record: Record, expected: int, outcomes: dict[str, str]) -> Non
         record.add(TESTS, contender=name, error="failed")
 
 
-def start(command: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
-
-
-def run_until(seconds: float, command: Sequence[str], environment: dict[str, str] | None = None) -> str:
-    """What a command prints, stopped with all its children after so many seconds."""
-    return printed_until(seconds, start(command, environment))
-
-
-def printed_until(seconds: float, process: subprocess.Popen[str]) -> str:
-    try:
-        return process.communicate(timeout=max(seconds, 0.1))[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        return process.communicate()[0]
-
-
 def sanitizer() -> str | None:
     """compute-sanitizer on the PATH or beside CUDA's compiler."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
@@ -98,23 +76,45 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
-def small_program(record: Record) -> list[str]:
+def small_program(device: str, backend: str) -> list[str]:
     """Every operator at ragged shapes."""
-    return [sys.executable, "-m", f"{__package__}.gpu_small", record.place.device.type, record.place.backend]
+    return [sys.executable, "-m", f"{__package__}.gpu_small", device, backend]
+
+
+def run_small(record: Record, backends: Mapping[str, str]) -> None:
+    """The small program on the backend of each role at once: does every operator run at all?"""
+    commands = [small_program(record.place.device.type, backend) for backend in backends.values()]
+    with ThreadPoolExecutor(len(commands)) as pool:
+        for role, printed in zip(backends, pool.map(lambda c: run_until(record.left(), c), commands), strict=True):
+            ran = "every operator ran" in printed
+            error = "" if ran else f"failed: {printed.strip()[-300:]}"
+            record.add(SMALL, contender=role, value=float(ran), unit="held", error=error)
+
+
+def kernel_names() -> list[str]:
+    """Of every kernel of ours, Triton's and those in CUDA C++."""
+    jitted = "".join(path.read_text() for path in sorted((ROOT / "kernels").glob("*.py")))
+    written = "".join(path.read_text() for path in sorted((ROOT / "csrc/cuda").glob("*.cu*")))
+    names = re.findall(r"@triton\.jit.*\ndef (_\w+)\(", jitted) + re.findall(r"\b(\w+_kernel)\(", written)
+    return sorted(set(names))
 
 
 def run_sanitizer(record: Record) -> None:
-    """memcheck and racecheck over every operator, at once; Triton's cache holds the kernels if they ran before."""
+    """memcheck and racecheck over every kernel of ours, at once; Triton's cache holds them if they ran before."""
     tool = sanitizer()
     if not record.place.is_gpu or tool is None:
         record.add("compute-sanitizer", error="not found" if record.place.is_gpu else "needs a GPU")
         return
     # every tensor an allocation of its own, so that reading past its end is seen
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # watching PyTorch's own kernels and cuBLAS takes minutes
+    ours = [argument for name in kernel_names() for argument in ("--kernel-name", f"kns={name}")]
+    program = small_program(record.place.device.type, record.place.backend)
 
     def run(check: str) -> str:
-        command = [str(tool), "--tool", check, "--print-limit", "5", *small_program(record)]
-        return run_until(record.left(), command, environment)
+        return run_until(
+            record.left(), [str(tool), "--tool", check, "--print-limit", "5", *ours, *program], environment
+        )
 
     checks = ("memcheck", "racecheck")
     with ThreadPoolExecutor(len(checks)) as pool:

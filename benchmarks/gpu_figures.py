@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from sparc_fast.backends import Backend
+
+from .gpu_checks import SMALL
 from .gpu_record import Row
 from .gpu_steps import MEMORY
 from .gpu_timing import Roofs, Work
 
 Read = Callable[[Sequence[Row]], float | None]
-CUDA = "cuda"
-"""The contender with the CUDA C++ kernels, beside Triton's, which are "ours"."""
+OURS = ("triton", "cuda", "hybrid", "graph")
+"""Our contenders: the fastest of them that was measured is what a user can have."""
 
 
 @dataclass(frozen=True)
@@ -28,24 +31,28 @@ class Figure:
         return wanted is None or (value >= wanted if self.least else value <= wanted)
 
 
-def value(rows: Sequence[Row], what: str, shape: str, contender: str = "ours", dtype: str = "bfloat16") -> float | None:
-    """Of the one row that is so named, if it was measured."""
-    named = (what, shape, contender, dtype)
-    return next(
-        (r.value for r in rows if (r.what, r.shape, r.contender, r.dtype) == named and r.value is not None), None
-    )
-
-
-def best(rows: Sequence[Row], what: str, shape: str, contender: str, dtype: str) -> float | None:
-    """The fastest whose name begins so: the best of PyTorch is the rival."""
+def value(
+    rows: Sequence[Row], what: str, shape: str, contender: str | tuple[str, ...] = OURS, dtype: str = "bfloat16"
+) -> float | None:
+    """The least of the rows that are so named; of rivals whose names begin alike the best counts."""
     found = [
         r.value
         for r in rows
         if (r.what, r.shape, r.dtype) == (what, shape, dtype)
-        and r.contender.startswith(contender)
         and r.value is not None
+        and r.contender.startswith(contender)
     ]
     return min(found, default=None)
+
+
+def beside(rows: Sequence[Row], what: str, shape: str, a: tuple[str, str], b: tuple[str, str]) -> float | None:
+    """a / b, each (contender, type), from a phase that measured both in turns; `b` "" is ours."""
+    for phase in dict.fromkeys(row.phase for row in rows):
+        own = [row for row in rows if row.phase == phase]
+        found = over(value(own, what, shape, *a), value(own, what, shape, b[0] or OURS, b[1]))
+        if found is not None:
+            return found
+    return None
 
 
 def over(a: float | None, b: float | None) -> float | None:
@@ -53,43 +60,41 @@ def over(a: float | None, b: float | None) -> float | None:
 
 
 def _rival_over_ours(shape: str, rival: str, dtype: str, ours: str) -> Read:
-    return lambda rows: over(best(rows, "step", shape, rival, dtype), value(rows, "step", shape, "ours", ours))
+    return lambda rows: beside(rows, "step", shape, (rival, dtype), ("", ours))
 
 
-def _milliseconds(shape: str) -> Read:
-    return lambda rows: over(value(rows, "step", shape), 1e-3)
+def _milliseconds(shape: str, role: str | tuple[str, ...] = OURS) -> Read:
+    return lambda rows: over(value(rows, "step", shape, role), 1e-3)
 
 
 def _figures() -> list[Figure]:
     figures = [
         Figure(
-            f"encoder + TopK ÷ bare cuBLAS product, {shape}", 1.25, 1.1,
-            lambda rows, shape=shape: over(
-                value(rows, "global_topk", shape), value(rows, "global_topk", shape, "x @ W_enc.T")
+            f"encoder + TopK, {backend} ÷ bare cuBLAS product, {shape}", 1.25, 1.1,
+            lambda rows, shape=shape, backend=backend: over(
+                1.0, beside(rows, "global_topk", shape, ("x @ W_enc.T", "bfloat16"), (backend, "bfloat16"))
             ),
             least=False,
         )
         for shape in ("A", "B")
+        for backend in ("triton", "cuda")
     ]  # fmt: skip
     figures += [
         Figure(
-            f"encoder + TopK in CUDA C++ ÷ bare cuBLAS product, {shape}", None, None,
-            lambda rows, shape=shape: over(
-                value(rows, "global_topk", shape, CUDA), value(rows, "global_topk", shape, "x @ W_enc.T")
-            ),
-        )
-        for shape in ("A", "B")
-    ]  # fmt: skip
-    figures += [
-        Figure(
-            f"torch.topk ÷ our TopK, float32 rows {what}", 4, 6,
-            lambda rows, shape=shape: over(
-                best(rows, "topk_rows", shape, "torch.topk", "float32"),
-                value(rows, "topk_rows", shape, "ours", "float32"),
+            f"torch.topk ÷ our TopK, {backend}, float32 rows {what}", 4, 6,
+            lambda rows, shape=shape, backend=backend: beside(
+                rows, "topk_rows", shape, ("torch.topk", "float32"), (backend, "float32")
             ),
         )
         for shape, what in (("A", "4096 × 32768"), ("B", "4096 × 131072"))
+        for backend in ("triton", "cuda")
     ]  # fmt: skip
+    figures += [
+        Figure(f"whole step, bfloat16, {shape}, {role}", None, None, _milliseconds(shape, role), " ms")
+        for shape in ("A", "B")
+        for role in OURS
+        if (shape, role) != ("B", "graph")
+    ]
     figures += [
         Figure(f"whole step, bfloat16, {shape}", must, aim, _milliseconds(shape), " ms", least=False)
         for shape, must, aim in (("U", None, None), ("A", 4.5, 3.4), ("B", 15, 11.5), ("C", 170, 130))
@@ -127,7 +132,7 @@ def _figures() -> list[Figure]:
     figures += [
         Figure(
             f"20 steps twice, bitwise equal, {dtype}", 1, None,
-            lambda rows, dtype=dtype: value(rows, "20 steps twice, bitwise equal", "U", "ours", dtype), "",
+            lambda rows, dtype=dtype: value(rows, "20 steps twice, bitwise equal", "U", OURS, dtype), "",
         )
         for dtype in ("bfloat16", "float32")
     ]  # fmt: skip
@@ -135,6 +140,11 @@ def _figures() -> list[Figure]:
         Figure("a step in a CUDA graph equals eager, bitwise", 1, None,
                lambda rows: value(rows, "graph equals eager, bitwise", "U"), "")
     )  # fmt: skip
+    figures += [
+        Figure(f"{SMALL}, {backend}", 1, None,
+               lambda rows, backend=backend: value(rows, SMALL, "", backend, ""), "")
+        for backend in ("triton", "cuda")
+    ]  # fmt: skip
     figures += [
         Figure(f"{what} finds nothing wrong", 1, None, lambda rows, what=what: value(rows, what, "", "", ""), "")
         for what in ("operator tests on the device", "compute-sanitizer memcheck", "compute-sanitizer racecheck")
@@ -186,24 +196,54 @@ def figures_table(found: Sequence[Reached]) -> str:
     )
 
 
-def faster_in_cuda(rows: Sequence[Row]) -> str:
-    """Which operators the CUDA kernels do faster than Triton's, and where: a line each, for `FASTER_IN_CUDA`."""
-    lines = []
+FOR_CUDA = frozenset(name for name in vars(Backend) if not name.startswith("_"))
+"""What `FASTER_IN_CUDA` may name: the vocabulary of the backends."""
+CLEARLY = 0.98
+"""Of the other's time: what is less faster than that is not worth a choice."""
+
+
+def faster_in_cuda(rows: Sequence[Row]) -> dict[str, str]:
+    """Operator -> where, and both times: those the CUDA kernels do faster than Triton's wherever both were measured."""
+    both: dict[str, list[tuple[float, float, str]]] = {}
     for row in rows:
-        triton = value(rows, row.what, row.shape, "ours", row.dtype)
-        if row.contender == CUDA and row.value is not None and triton is not None and row.value < triton:
-            times = f"{row.value * 1e3:.3f} ms, Triton {triton * 1e3:.3f} ms"
-            lines.append(f"faster in CUDA C++: {row.what}, {row.shape}, {row.dtype}: {times}")
-    return "\n".join(lines) or "faster in CUDA C++ than in Triton: nothing that was measured"
+        triton = value(rows, row.what, row.shape, "triton", row.dtype)
+        if row.contender == "cuda" and row.unit == "s" and row.value and triton and row.what in FOR_CUDA:
+            where = f"{row.shape} {row.dtype}: {row.value * 1e3:.3f} ms, Triton {triton * 1e3:.3f}"
+            both.setdefault(row.what, []).append((row.value, triton, where))
+    return {
+        operator: "; ".join(where for _, _, where in times)
+        for operator, times in both.items()
+        if all(cuda < CLEARLY * triton for cuda, triton, _ in times)
+    }
+
+
+def launch_choices(rows: Sequence[Row]) -> dict[str, str]:
+    """ "file.function" of a launch choice -> what the sweep found for it at each shape."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.what == "launch choice" and row.value is not None:
+            found.setdefault(row.contender, []).append(f"{row.shape} {row.dtype}: {row.note}")
+    return {name: "; ".join(notes) for name, notes in found.items()}
+
+
+def to_paste(rows: Sequence[Row], gpu: str, commit: str | None) -> str:
+    """What the run justifies, as it belongs into the sources: entries of a table, and each launch choice's comment."""
+    lines = ["# sparc_fast/backends.py", "FASTER_IN_CUDA: dict[str, str] = {"]
+    lines += [f'    "{operator}": "{gpu}, {where}",' for operator, where in faster_in_cuda(rows).items()]
+    lines.append("}")
+    for name, note in launch_choices(rows).items():
+        file, function = name.split(".")
+        lines += [f"# kernels/{file}.py, {function}:", f"    # measured on {gpu} at {commit or 'no commit'}: {note}"]
+    return "\n".join(lines)
 
 
 def rows_table(rows: Iterable[Row], roofs: Roofs | None) -> str:
     """A line a row: times with the ratio to ours and the share of the floor; other values; what went wrong."""
     rows = list(rows)
-    ours = {(r.what, r.shape, r.dtype): r.value for r in rows if r.contender == "ours" and r.unit == "s" and r.value}
-    return "\n".join(
-        _line(row, ours.get((row.what, row.shape, row.dtype)), roofs) for row in rows if row.what != "roof"
-    )
+    ours = {
+        (r.phase, r.what, r.shape, r.dtype): r.value for r in rows if r.contender in OURS and r.unit == "s" and r.value
+    }
+    return "\n".join(_line(row, ours.get((row.phase, row.what, row.shape, row.dtype)), roofs) for row in rows)
 
 
 def _line(row: Row, ours: float | None, roofs: Roofs | None) -> str:
@@ -215,9 +255,7 @@ def _line(row: Row, ours: float | None, roofs: Roofs | None) -> str:
         return f"{start} {shown.get(row.unit, f'{row.value:.4g} {row.unit}')} {row.note} {row.error}".rstrip()
     times = f"{row.value * 1e3:10.3f} ms " + (f"{row.value / ours:7.2f}×" if ours else " " * 8)
     floor = floor_of(row, roofs)
-    share = (
-        f" floor {floor * 1e3:9.3f} ms {floor / row.value:5.0%}" if floor and row.contender in ("ours", "cuda") else ""
-    )
+    share = f" floor {floor * 1e3:9.3f} ms {floor / row.value:5.0%}" if floor and row.contender in OURS else ""
     return f"{start} {times}{share} {row.note}".rstrip()
 
 

@@ -10,22 +10,32 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
 
+from sparc_fast import backends
+
 from . import gpu, gpu_build, gpu_checks, gpu_operators, gpu_steps
-from .gpu_cases import A, B, C, Place, U
-from .gpu_checks import ROOT
-from .gpu_figures import faster_in_cuda, figures_table, floor_of, reached, rows_table
+from .cases import Shape
+from .gpu_cases import SHAPES, TINY, Place
+from .gpu_figures import faster_in_cuda, figures_table, floor_of, launch_choices, reached, rows_table, to_paste
 from .gpu_record import Record, Row, read_rows, write_atomically
 from .gpu_timing import Clock, Roofs, measure_roofs
+from .processes import ROOT, Process, left, run_until
 
 BFLOAT16 = torch.bfloat16
+ALL = [name for name in gpu_operators.OPERATORS if name != "topk_rows"]
+
+
+def shape_of(record: Record, name: str) -> Shape:
+    """The shape, or a tiny one of its name where a CPU stands in."""
+    return SHAPES[name] if record.place.is_gpu else replace(TINY, name=name)
 
 
 def roofs(record: Record) -> None:
@@ -33,59 +43,59 @@ def roofs(record: Record) -> None:
         record.add("roof", contender=name, value=rate, unit="/s")
 
 
-def tests(record: Record) -> None:
-    gpu_checks.run_tests(record, gpu_checks.test_files(record.quick))
+def small(record: Record) -> None:
+    gpu_checks.run_small(record, {role: BACKENDS[record.place.device.type][role] for role in ("triton", "cuda")})
 
 
-def sanitizer(record: Record) -> None:
-    gpu_checks.run_sanitizer(record)
+def profile(name: str, record: Record) -> None:
+    gpu_steps.profile(record, shape_of(record, name), "bfloat16")
+
+
+def operators(name: str, record: Record) -> None:
+    own = [operator for operator in ALL if operator in gpu_operators.own_kernels(record.place.backend)]
+    gpu_operators.measure(record, Clock(record.place), shape_of(record, name), BFLOAT16, own, 0.5, rivals=False)
+
+
+def step(name: str, record: Record) -> None:
+    gpu_steps.compare(
+        record, Clock(record.place), shape_of(record, name), [(record.place.role, "bfloat16")], seconds(record, 3)
+    )
+
+
+def graph(name: str, record: Record) -> None:
+    gpu_steps.graph(record, Clock(record.place), shape_of(record, name), "bfloat16", seconds(record, 2))
 
 
 def rows(record: Record) -> None:
-    clock = Clock(record.place)
-    for shape in (A, B):
-        gpu_operators.measure(record, clock, shape, torch.float32, ["topk_rows"], _seconds(record, 3))
-
-
-ALL = [name for name in gpu_operators.OPERATORS if name not in ("topk_rows", "global_topk")]
+    for name in ("A", "B"):
+        shape = shape_of(record, name)
+        gpu_operators.measure(record, Clock(record.place), shape, torch.float32, ["topk_rows"], seconds(record, 2))
 
 
 def upstream(record: Record) -> None:
     """Shape U: the research code's own size."""
-    clock, seconds = Clock(record.place), _seconds(record, 3)
-    gpu_steps.compare(record, clock, U, list(gpu_steps.trainers(U, record.place)), seconds)
+    shape = shape_of(record, "U")
     for dtype in ("bfloat16", "float32"):
-        gpu_steps.repeat(record, U, dtype)
-    gpu_steps.graph(record, clock, U, "bfloat16", seconds)
-    if not record.quick:
-        gpu_operators.measure(record, clock, U, BFLOAT16, ["global_topk", *ALL], 0.5)
+        gpu_steps.repeat(record, shape, dtype)
+    step("U", record)
 
 
-def shape_a(record: Record) -> None:
-    clock, seconds = Clock(record.place), _seconds(record, 4)
-    gpu_operators.measure(record, clock, A, BFLOAT16, ["global_topk"], _seconds(record, 2))
-    wanted = [("ours", "bfloat16"), ("Lean, dense products", "bfloat16")]
-    if not record.quick:
-        wanted = list(gpu_steps.trainers(A, record.place))
-    gpu_steps.compare(record, clock, A, wanted, seconds)
-    gpu_steps.memory(record, A, wanted)
-    if not record.quick:
-        gpu_operators.measure(record, clock, A, BFLOAT16, ALL, 1.0)
-        gpu_steps.graph(record, clock, A, "bfloat16", 1.0)
+def step_rivals(name: str, record: Record) -> None:
+    shape = shape_of(record, name)
+    wanted = list(gpu_steps.trainers(shape, record.place))
+    if name == "B":
+        wanted = [(record.place.role, "bfloat16"), ("Lean, dense products", "bfloat16")]
+    gpu_steps.compare(record, Clock(record.place), shape, wanted, 3.0)
+    if name == "A":
+        gpu_steps.memory(record, shape, wanted)
 
 
-def shape_b(record: Record) -> None:
-    clock = Clock(record.place)
-    gpu_operators.measure(record, clock, B, BFLOAT16, ["global_topk"], _seconds(record, 2))
-    wanted = [("ours", "bfloat16"), ("Lean, dense products", "bfloat16")]
-    gpu_steps.compare(record, clock, B, wanted, _seconds(record, 4))
-    if not record.quick:
-        gpu_operators.measure(record, clock, B, BFLOAT16, ALL, 1.0)
+def operator_rivals(record: Record) -> None:
+    gpu_operators.measure(record, Clock(record.place), shape_of(record, "A"), BFLOAT16, ALL, 1.0)
 
 
-def shape_c(record: Record) -> None:
-    wanted = [("ours", "bfloat16"), ("Lean, dense products", "bfloat16")]
-    gpu_steps.compare(record, Clock(record.place), C, wanted, 5.0)
+def tests(record: Record) -> None:
+    gpu_checks.run_tests(record, gpu_checks.test_files())
 
 
 def sweep(record: Record) -> None:
@@ -94,7 +104,7 @@ def sweep(record: Record) -> None:
     launch_sweep.sweep(record, Clock(record.place))
 
 
-def _seconds(record: Record, full: float) -> float:
+def seconds(record: Record, full: float) -> float:
     return full / 3 if record.quick else full
 
 
@@ -102,95 +112,162 @@ def _seconds(record: Record, full: float) -> float:
 class Phase:
     run: Callable[[Record], None]
     seconds: float
-    """It may take at most, of a full run."""
-    quick: float
-    """… and of a quick one; 0 leaves it out."""
+    """It may take at most."""
+    role: str = "hybrid"
+    """What is measured: a key of `BACKENDS`."""
+    quick: bool = False
+    """Whether a quick run has it too."""
 
 
-PHASES: dict[str, Phase] = {
-    "roofs": Phase(roofs, 30, 20),
-    "tests": Phase(tests, 100, 35),
-    "rows": Phase(rows, 35, 15),
-    "A": Phase(shape_a, 75, 25),
-    "U": Phase(upstream, 50, 25),
-    "B": Phase(shape_b, 55, 0),
-    "C": Phase(shape_c, 50, 0),
-    "sanitizer": Phase(sanitizer, 70, 0),
-    "sweep": Phase(sweep, 120, 0),
+BACKENDS = {
+    "cuda": {"triton": "triton", "cuda": "cuda", "hybrid": "auto", "graph": "auto"},
+    "cpu": {"triton": "reference", "cuda": "cpu", "hybrid": "auto", "graph": "auto"},
 }
+"""Device -> role -> backend. What stands in for a GPU's has the same vocabulary, and nothing else in common."""
+
+# An illegal access breaks a process: each backend has one of its own at each shape. What decides most comes first.
+PHASES: dict[str, Phase] = {
+    "roofs": Phase(roofs, 20, quick=True),
+    "small": Phase(small, 40, quick=True),
+    "profile-A": Phase(partial(profile, "A"), 25, "triton", quick=True),
+    "profile-A-cuda": Phase(partial(profile, "A"), 15, "cuda"),
+    "operators-A-triton": Phase(partial(operators, "A"), 25, "triton"),
+    "operators-A-cuda": Phase(partial(operators, "A"), 15, "cuda"),
+    "step-A-triton": Phase(partial(step, "A"), 12, "triton", quick=True),
+    "step-A-cuda": Phase(partial(step, "A"), 12, "cuda", quick=True),
+    "step-A-hybrid": Phase(partial(step, "A"), 12, "hybrid"),
+    "step-A-graph": Phase(partial(graph, "A"), 12, "graph", quick=True),
+    "profile-B": Phase(partial(profile, "B"), 12, "triton"),
+    "operators-B-triton": Phase(partial(operators, "B"), 20, "triton"),
+    "operators-B-cuda": Phase(partial(operators, "B"), 12, "cuda"),
+    "step-B-triton": Phase(partial(step, "B"), 10, "triton"),
+    "step-B-cuda": Phase(partial(step, "B"), 10, "cuda"),
+    "step-B-hybrid": Phase(partial(step, "B"), 10, "hybrid"),
+    "step-C-triton": Phase(partial(step, "C"), 18, "triton"),
+    "step-C-hybrid": Phase(partial(step, "C"), 18, "hybrid"),
+    "rows-triton": Phase(rows, 12, "triton"),
+    "rows-cuda": Phase(rows, 10, "cuda"),
+    "step-U": Phase(upstream, 12, "hybrid"),
+    "step-U-graph": Phase(partial(graph, "U"), 10, "graph"),
+    "rivals-A": Phase(partial(step_rivals, "A"), 18, "hybrid"),
+    "rivals-operators-A": Phase(operator_rivals, 20, "hybrid"),
+    "rivals-B": Phase(partial(step_rivals, "B"), 12, "hybrid"),
+    "rivals-U": Phase(partial(step_rivals, "U"), 10, "hybrid"),
+    "tests": Phase(tests, 120, "triton"),
+    "sanitizer": Phase(gpu_checks.run_sanitizer, 60, "triton"),
+    "sanitizer-cuda": Phase(gpu_checks.run_sanitizer, 60, "cuda"),
+    "sweep": Phase(sweep, 120, "triton"),
+}
+FIRST = "step-A-graph"
+"""Up to here a run has its first useful result, within 4 minutes."""
 BUDGET = {False: 465.0, True: 115.0}
 """Seconds of a full and of a quick run; a phase gets no more than is left."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=gpu.__doc__)
-    parser.add_argument("--quick", action="store_true", help="2 minutes: fewer tests, shapes A and U only")
-    parser.add_argument("--out", type=Path, help="the JSON file (benchmarks/results/<GPU>-<commit>-<date>.json)")
+    parser.add_argument("--quick", action="store_true", help="2 minutes: a profile and whole steps at shape A only")
+    parser.add_argument("--out", type=Path, help="write the JSON here as well as under benchmarks/results")
     parser.add_argument("--only", action="append", choices=PHASES, help="only this phase; may be given several times")
+    parser.add_argument(
+        "--stand-in", action="store_true", help="every phase at a tiny shape on the CPU: tries the command, no figure"
+    )
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=60, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if not arguments.stand_in and not torch.cuda.is_available():
         print("benchmarks.gpu needs a CUDA device, and PyTorch finds none here")
         return 2
-    place = Place(torch.device("cuda"), "triton")
+    place = Place(torch.device("cpu" if arguments.stand_in else "cuda"), "auto")
     if arguments.phase:
-        path, until = arguments.record, monotonic() + arguments.seconds
-        run_phase(PHASES[arguments.phase], Record(arguments.phase, place, arguments.quick, path, until))
+        told = json.loads(sys.stdin.readline() or "null")  # until then this process only loads what it needs
+        if told is not None:  # else the parent is gone
+            run_phase(arguments.phase, place, arguments.quick, arguments.record, told)
         return 0
-    command = [sys.executable, "-m", f"{__package__}.gpu", *(["--quick"] if arguments.quick else [])]
+    command = [sys.executable, "-m", f"{__package__}.gpu"]
+    command += ["--quick"] * arguments.quick + ["--stand-in"] * arguments.stand_in
     chosen = arguments.only or [name for name, phase in PHASES.items() if not arguments.quick or phase.quick]
-    building = gpu_build.Build(torch.cuda.get_device_capability(place.device))
-    found = run_phases(chosen, arguments.quick, command, building)
-    report = whole_report(environment(place), found)
-    print("\n" + rows_table(found, roofs_of(found)))
-    print("\n" + heading(report["environment"]) + "\n\n" + figures_table(reached(found)))
-    print("\n" + faster_in_cuda(found))
-    path = arguments.out or ROOT / "benchmarks" / "results" / result_name(report["environment"])
-    write_atomically(path, json.dumps(report, indent=1) + "\n")
-    print(f"\neverything measured: {path}")
+    building = gpu_build.Build(torch.cuda.get_device_capability(place.device)) if place.is_gpu else None
+    where = environment(place)
+    name = result_name(where)
+    paths = [path for path in (arguments.out, ROOT / "benchmarks" / "results" / name) if path is not None]
+    if arguments.stand_in:
+        paths = paths[: len(paths) - 1]  # nothing of it is a result
+
+    def keep(found: Sequence[Row]) -> None:
+        for path in paths:
+            write_atomically(path, json.dumps(whole_report(where, found), indent=1) + "\n")
+
+    found = run_phases(chosen, arguments.quick, command, building, keep)
+    print("\n" + heading(where) + "\n\n" + figures_table(reached(found)))
+    print("\n" + to_paste(found, where["gpu"], where["commit"]))
+    print("\neverything measured: " + " and ".join(map(str, paths)))
     return int(any(figure.held == "NO" for figure in reached(found)))
 
 
-def run_phase(phase: Phase, record: Record) -> None:
+def run_phase(name: str, place: Place, quick: bool, path: Path | None, told: Mapping[str, Any]) -> Record:
     """One phase in this process; a failure becomes a row."""
+    phase = PHASES[name]
+    backend = BACKENDS[place.device.type][phase.role]
+    record = Record(name, replace(place, backend=backend, role=phase.role), quick, path, told["until"])
+    backends.FASTER_IN_CUDA.update(dict.fromkeys(told["faster"], "measured in this run"))
     with record.guard("phase"):
         phase.run(record)
+    return record
 
 
 def run_phases(
-    names: Sequence[str], quick: bool, command: Sequence[str], building: gpu_build.Build | None = None
+    names: Sequence[str],
+    quick: bool,
+    command: Sequence[str],
+    building: gpu_build.Build | None = None,
+    keep: Callable[[Sequence[Row]], None] = lambda found: None,
 ) -> list[Row]:
-    """Each phase in a process of its own, one after another, within the budget; all but the roofs await the build."""
+    """Each phase in a process of its own, one after another, within the budget; all but the roofs await the build.
+
+    The next process loads PyTorch while one measures. What is found is printed and kept after every phase.
+    """
     found: list[Row] = []
-    end = monotonic() + BUDGET[quick]
-    for name in names:
-        if building is not None and name != "roofs":
-            found.append(building.row())
-            building = None
-        phase = PHASES[name]
-        seconds = min(phase.quick if quick else phase.seconds, end - monotonic())
-        began = monotonic()
-        found += _in_process(name, seconds, command)
-        print(f"{name}: {monotonic() - began:.0f} s of at most {seconds:.0f}", flush=True)
+    began = monotonic()
+    end = began + BUDGET[quick]
+    with tempfile.TemporaryDirectory() as folder:
+        waiting = [Child(name, command, Path(folder)) for name in names[:1]]
+        for at, name in enumerate(names):
+            child = waiting.pop()
+            waiting += [Child(other, command, Path(folder)) for other in names[at + 1 : at + 2]]
+            if building is not None and name != "roofs":
+                found.append(building.row())
+                building = None
+            given = min(PHASES[name].seconds, left(end))
+            took = monotonic()
+            new = child.run(given, list(faster_in_cuda(found)))
+            found += new
+            print(f"\n{name}: {monotonic() - took:.0f} s of at most {given:.0f}, {monotonic() - began:.0f} s in all")
+            print(rows_table(new, roofs_of(found)), flush=True)
+            keep(found)
     return found
 
 
-def _in_process(name: str, seconds: float, command: Sequence[str]) -> list[Row]:
-    if seconds < 5:
-        return [Row(name, "phase", error="no time left")]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.jsonl"
-        began = monotonic()
+class Child:
+    """A process that has loaded everything and waits to be told when its phase must have ended."""
+
+    def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
+        self.name, self.path = name, folder / f"{name}.jsonl"
+        self.process = Process([*command, "--phase", name, "--record", str(self.path)])
+
+    def run(self, seconds: float, faster: Sequence[str]) -> list[Row]:
+        if seconds < 5:
+            self.process.end()
+            return [Row(self.name, "phase", error="no time left")]
         # what a phase does not stop itself is stopped a little later
-        arguments = ["--phase", name, "--record", str(path), "--seconds", str(seconds - 4)]
-        printed = gpu_checks.run_until(seconds, [*command, *arguments])
-        found = read_rows(path)
-        if monotonic() - began >= seconds:
-            found.append(Row(name, "phase", error=f"stopped after {seconds:.0f} s"))
-        elif not found:
-            found.append(Row(name, "phase", error=f"left nothing: {printed.strip()[-1000:]}"))
+        self.process.tell(json.dumps({"until": monotonic() + seconds - 4, "faster": list(faster)}))
+        ended = self.process.wait(seconds)
+        printed = self.process.end()
+        found = read_rows(self.path)
+        if not ended:
+            found.append(Row(self.name, "phase", error=f"stopped after {seconds:.0f} s"))
+        elif self.process.status or not found:
+            found.append(Row(self.name, "phase", error=f"failed: {printed.strip()[-1000:]}"))
         return found
 
 
@@ -206,6 +283,8 @@ def whole_report(where: Mapping[str, Any], found: Sequence[Row]) -> dict[str, An
         "environment": dict(where),
         "roofs": asdict(known) if known else None,
         "figures": [asdict(figure) for figure in reached(found)],
+        "faster_in_cuda": faster_in_cuda(found),
+        "launch_choices": launch_choices(found),
         "rows": lines,
     }
 
@@ -217,10 +296,10 @@ def environment(place: Place) -> dict[str, Any]:
     if place.is_gpu:
         name = torch.cuda.get_device_name(place.device)
         query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-        asked = gpu_checks.run_until(10, ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
+        asked = run_until(10, ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
         clocks = dict(zip(query.split(","), asked.strip().splitlines()[0].split(", "), strict=False))
     else:
-        name, clocks = platform.machine(), {}
+        name, clocks = f"no GPU: {platform.machine()} stands in", {}
     return {
         "gpu": name, **clocks, "cuda": torch.version.cuda, "torch": torch.__version__, "triton": triton.__version__,
         "python": platform.python_version(), "commit": commit(),
@@ -234,7 +313,7 @@ def commit() -> str | None:
     if named or not (ROOT / ".git").exists():
         return named
     try:
-        return gpu_checks.run_until(10, ["git", "describe", "--always", "--dirty=+", "--exclude=*"]).strip() or None
+        return run_until(10, ["git", "describe", "--always", "--dirty=+", "--exclude=*"]).strip() or None
     except OSError:
         return None
 

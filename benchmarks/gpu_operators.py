@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -14,13 +14,14 @@ from sparc_fast import backends, reference
 
 from . import gpu_rivals as rivals
 from .cases import Shape
-from .gpu_cases import CALLS, DeviceOperands, Place, Trained, namespace
-from .gpu_cub import batched_topk
+from .gpu_cases import CALLS, DeviceOperands, Trained
 from .gpu_record import Record
 from .gpu_timing import Clock, Run, Work
 
 Prepare = Callable[[DeviceOperands], Run]
-CUB = "cub::DeviceBatchedTopK"
+
+
+TOPK_ROWS = {"triton": "sparc_fast.kernels", "cuda": "sparc_fast.native_cuda", "cpu": "sparc_fast.native_topk"}
 
 
 class Ours:
@@ -30,22 +31,18 @@ class Ours:
         self._backend = backends.resolve(name, device)
         if name == "reference":
             self.topk_rows = reference._largest
-        elif name == "triton":
-            from sparc_fast.kernels.replay_rows import replay_rows
-            from sparc_fast.kernels.topk_rows import topk_rows
-
-            self.topk_rows, self.replay_rows = topk_rows, replay_rows
+        elif name in TOPK_ROWS:
+            self.topk_rows = import_module(TOPK_ROWS[name]).topk_rows
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
 
-def kernels_beside(place: Place) -> dict[str, dict[str, Any]]:
-    """Backends of ours that take part besides the one that is measured, and what each has kernels of its own for."""
-    if place.backend == "cuda" or "cuda" not in backends.available(place.device):
-        return {}
-    native_cuda = import_module("sparc_fast.native_cuda")
-    return {"cuda": {name: getattr(native_cuda, name) for name in native_cuda.__all__}}
+def own_kernels(backend: str) -> frozenset[str]:
+    """The operators a backend has an implementation of its own for."""
+    if backend != "cuda":
+        return frozenset(OPERATORS)
+    return frozenset(import_module("sparc_fast.native_cuda").__all__) & frozenset(OPERATORS)
 
 
 @dataclass(frozen=True)
@@ -142,33 +139,30 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
-def measure(record: Record, clock: Clock, shape: Shape, dtype: torch.dtype, names: list[str], seconds: float) -> None:
-    """Check and time operators at a shape; whatever fails becomes a row."""
-    o, type_ = DeviceOperands(shape, dtype, record.place.device), _name(dtype)
+def measure(
+    record: Record,
+    clock: Clock,
+    shape: Shape,
+    dtype: torch.dtype,
+    names: Sequence[str],
+    seconds: float,
+    rivals: bool = True,
+) -> None:
+    """Check and time operators at a shape, with PyTorch's or alone; whatever fails becomes a row."""
+    o, type_, role = DeviceOperands(shape, dtype, record.place.device), _name(dtype), record.place.role
     ours = Ours(record.place.backend, record.place.device)
     for name in names:
-        if not record.has_time(2 * seconds, name, shape.name, "ours", type_):
+        if not record.has_time(2 * seconds, name, shape.name, role, type_):
             continue
-        with record.guard(name, shape.name, "ours", type_):
+        with record.guard(name, shape.name, role, type_):
             operator = OPERATORS[name]
-            prepared: dict[str, Prepare] = {"ours": lambda o, name=name: CALLS[name](ours, o)}
-            for backend, kernels in kernels_beside(record.place).items():
-                if name in kernels:
-                    beside = namespace(**kernels)
-                    prepared[backend] = lambda o, name=name, beside=beside: CALLS[name](beside, o)
-            prepared |= operator.baselines | _compiled_rivals(record, name, shape.name, type_)
-            runs = dict(_checked(record, name, operator, prepared, o))
+            prepared: dict[str, Prepare] = {role: lambda o, name=name: CALLS[name](ours, o)}
+            runs = dict(_checked(record, name, operator, prepared | (operator.baselines if rivals else {}), o))
             for label, prepare in (operator.yardsticks or {}).items():
                 runs[label] = prepare(o)
             fitting = _fitting(record, name, o, runs)
-            for label, taken in clock.in_turns(fitting, seconds, cold=True).items():
+            for label, taken in clock.operators(fitting, seconds).items():
                 record.times(name, shape.name, label, type_, taken, operator.work(o))
-
-
-def _compiled_rivals(record: Record, name: str, shape: str, dtype: str) -> dict[str, Prepare]:
-    """Those that are compiled first: only where there is a GPU, and where that costs the others no time."""
-    wanted = name == "topk_rows" and record.place.is_gpu and not record.quick
-    return {CUB: batched_topk} if wanted and record.has_time(25, name, shape, CUB, dtype) else {}
 
 
 def _checked(

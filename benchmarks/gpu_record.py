@@ -60,10 +60,12 @@ class Record:
                 file.write(json.dumps(asdict(row)) + "\n")
         return row
 
-    def times(self, what: str, shape: str, contender: str, dtype: str, taken: Sequence[float], *work: Work) -> None:
+    def times(
+        self, what: str, shape: str, contender: str, dtype: str, taken: Sequence[float], *work: Work, note: str = ""
+    ) -> None:
         """`work` are its phases."""
         phases = tuple(map(asdict, work))
-        self.add(what, shape, contender, dtype, value=median(taken), seconds=tuple(taken), work=phases)
+        self.add(what, shape, contender, dtype, value=median(taken), seconds=tuple(taken), work=phases, note=note)
 
     @contextlib.contextmanager
     def guard(self, what: str, shape: str = "", contender: str = "", dtype: str = "") -> Iterator[None]:

@@ -1,10 +1,11 @@
-"""The whole training step on a device: against its rivals, its memory, its repeatability, and in a CUDA graph."""
+"""The whole training step on a device: kernel by kernel, against its rivals, its memory, repeated, and in a graph."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -58,8 +59,8 @@ def trainers(shape: Shape, place: Place) -> dict[tuple[str, str], Callable[[], A
     """(name, type) -> its maker. All start from the same weights; rivals keep float32 weights and moments."""
     start = partial(model, shape, place, torch.float32)
     return {
-        ("ours", "bfloat16"): lambda: Ours(model(shape, place, torch.bfloat16)),
-        ("ours", "float32"): lambda: Ours(start()),
+        (place.role, "bfloat16"): lambda: Ours(model(shape, place, torch.bfloat16)),
+        (place.role, "float32"): lambda: Ours(start()),
         ("Lean, dense products", "bfloat16"): lambda: LeanDense(start(), LR, torch.bfloat16),
         ("Lean, dense products", "float32"): lambda: LeanDense(start(), LR),
         ("Lean, embedding_bag", "float32"): lambda: Lean(start(), LR),
@@ -72,9 +73,10 @@ def expected_bytes(name: str, dtype: str, shape: Shape) -> float:
     """About what a trainer takes at its peak, to know beforehand whether it fits."""
     weights = 2.0 * shape.L * shape.D
     logits = shape.S * shape.N * shape.L * (2.0 if dtype == "bfloat16" else 4.0)
-    if name == "ours":
+    held = {"Dense": 14, "Lean, dense products": 6, "Lean, embedding_bag": 3}
+    if name not in held:
         return weights * (16 if dtype == "bfloat16" else 12) + weights * 4 + 2e9  # its first weights are float32
-    return weights * 24 + logits * {"Dense": 14, "Lean, dense products": 6}.get(name, 3) + 2e9
+    return weights * 24 + logits * held[name] + 2e9
 
 
 def inputs(shape: Shape, place: Place) -> Tensor:
@@ -109,7 +111,7 @@ def compare(record: Record, clock: Clock, shape: Shape, wanted: Sequence[tuple[s
             continue
         with record.guard("step", shape.name, *key):
             trainer = trainers(shape, place)[key]()
-            batch = x.to(TYPES[dtype]) if name == "ours" else x
+            batch = x.to(TYPES[dtype]) if name == place.role else x
             losses[key] = [float(trainer.step(batch)) for _ in range(3)]
             made[key] = partial(trainer.step, batch)
     for key, complaint in disagreements(losses).items():
@@ -119,9 +121,11 @@ def compare(record: Record, clock: Clock, shape: Shape, wanted: Sequence[tuple[s
         return
     with record.guard("step", shape.name):
         named: Mapping[str, Run] = {"/".join(key): run for key, run in made.items()}
-        for label, taken in clock.in_turns(named, seconds).items():
+        for label, taken in clock.steps(named, seconds).items():
             name, dtype = label.rsplit("/", 1)
-            record.times("step", shape.name, name, dtype, taken, *step_work(shape, dtype))
+            host = clock.host_seconds(named[label])
+            note = f"host {host * 1e3:.2f} ms, loss after two steps {losses[name, dtype][-1]:.6g}"
+            record.times("step", shape.name, name, dtype, taken, *step_work(shape, dtype), note=note)
 
 
 def disagreements(losses: Mapping[tuple[str, str], list[float]]) -> dict[tuple[str, str], str]:
@@ -158,7 +162,7 @@ def memory(record: Record, shape: Shape, wanted: Sequence[tuple[str, str]]) -> N
             before = torch.cuda.memory_allocated(place.device)
             trainer = trainers(shape, place)[name, dtype]()
             x = inputs(shape, place)
-            x = x.to(TYPES[dtype]) if name == "ours" else x
+            x = x.to(TYPES[dtype]) if name == place.role else x
             for _ in range(2):
                 trainer.step(x)
             gc.collect()
@@ -181,7 +185,7 @@ def _held(trainer: Any) -> list[Tensor]:
 
 def repeat(record: Record, shape: Shape, dtype: str, steps: int = 20) -> None:
     """The same steps twice, from the same weights: the same bits?"""
-    where = (f"{steps} steps twice, bitwise equal", shape.name, "ours", dtype)
+    where = (f"{steps} steps twice, bitwise equal", shape.name, record.place.role, dtype)
     with record.guard(*where):
         first, second = (_trained(record.place, shape, dtype, steps) for _ in range(2))
         record.add(*where, value=float(_same(first, second)), unit="held")
@@ -201,11 +205,11 @@ def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 
 def graph(record: Record, clock: Clock, shape: Shape, dtype: str, seconds: float) -> None:
     """A step captured in a CUDA graph and replayed, against the same steps one call at a time."""
-    place, where = record.place, (shape.name, "ours", dtype)
+    place, where = record.place, (shape.name, record.place.role, dtype)
     if not place.is_gpu:
-        record.add("step in a CUDA graph", *where, error="needs a GPU")
+        record.add("step", *where, error="needs a GPU")
         return
-    with record.guard("step in a CUDA graph", *where):
+    with record.guard("step", *where):
         x = inputs(shape, place).to(TYPES[dtype])
 
         def fresh() -> Ours:
@@ -228,7 +232,50 @@ def graph(record: Record, clock: Clock, shape: Shape, dtype: str, seconds: float
             eager.step(x)
         held = _same(captured.result(), eager.result())
         record.add("graph equals eager, bitwise", *where, value=float(held), unit="held")
-        runs: dict[str, Run] = {"ours": partial(eager.step, x), "in a CUDA graph": steps.replay}
-        for label, taken in clock.in_turns(runs, seconds).items():
-            what = "step, capturable" if label == "ours" else "step in a CUDA graph"
+        runs: dict[str, Run] = {"step, capturable": partial(eager.step, x), "step": steps.replay}
+        for what, taken in clock.steps(runs, seconds).items():
             record.times(what, *where, taken, *step_work(shape, dtype))
+
+
+def profile(record: Record, shape: Shape, dtype: str, steps: int = 5) -> None:
+    """Where a step's time goes: a row for each kernel, those that take most first, and one for all of them."""
+    place, where = record.place, (shape.name, dtype)
+    with record.guard("profile", shape.name, place.role, dtype):
+        needed = expected_bytes(place.role, dtype, shape)
+        if needed > place.free_bytes():
+            record.add(
+                "profile", shape.name, place.role, dtype, error=f"does not fit: needs about {needed / 1e9:.0f} GB"
+            )
+            return
+        trainer = Ours(model(shape, place, TYPES[dtype]))
+        x = inputs(shape, place).to(TYPES[dtype])
+        for _ in range(3):
+            trainer.step(x)
+        activity = torch.profiler.ProfilerActivity
+        wait = torch.cuda.synchronize if place.is_gpu else lambda: None
+        wait()
+        with torch.profiler.profile(activities=[activity.CPU, *[activity.CUDA] * place.is_gpu]) as profiler:
+            began = perf_counter()
+            for _ in range(steps):
+                trainer.step(x)
+            wait()
+            whole = (perf_counter() - began) / steps
+        kernels = kernel_times(profiler.key_averages(), place.is_gpu)
+        for name, (seconds, count) in kernels.items():
+            note = f"{count / steps:g} a step, {seconds / steps / whole:.1%}"
+            record.add(f"kernel, {place.role}", shape.name, name[:120], dtype, value=seconds / steps, note=note)
+        busy = sum(seconds for seconds, _ in kernels.values()) / steps
+        launches = sum(count for _, count in kernels.values()) / steps
+        note = f"{launches:g} launches a step, which took {whole * 1e3:.3f} ms under the profiler"
+        record.add("all kernels", where[0], place.role, dtype, value=busy, note=note)
+
+
+def kernel_times(averages: Iterable[Any], on_gpu: bool) -> dict[str, tuple[float, int]]:
+    """Name -> (seconds, count), the longest first; without a GPU PyTorch's operators stand in for kernels."""
+    wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    taken = {
+        event.key: ((event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6, event.count)
+        for event in averages
+        if event.device_type == wanted and not event.is_user_annotation
+    }
+    return dict(sorted(taken.items(), key=lambda item: -item[1][0]))

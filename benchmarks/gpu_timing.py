@@ -43,6 +43,12 @@ class Roofs:
         return max(work.flops / rate, work.bytes / self.copy, work.gathered / self.gather)
 
 
+CYCLES = 2e9
+"""A second of a GPU whose clock is as fast as any: a sleep of so many cycles never ends early."""
+MOST_HIDDEN = 0.02
+"""Seconds for which a GPU sleeps at most while the host starts what is timed."""
+
+
 class Clock:
     """Times one run at a time, by the device's own events where there is a device."""
 
@@ -51,10 +57,19 @@ class Clock:
         # twice the largest L2 cache there is: what was in the cache is gone after writing it
         self.flushed = torch.empty(2**28 if place.is_gpu else 0, dtype=torch.int8, device=place.device)
 
-    def seconds(self, run: Run, repeats: int = 1, cold: bool = False) -> float:
-        """Of one run, the mean of `repeats` back to back; `cold`: not from a warm L2 cache."""
-        if cold:
-            self.flushed.zero_()
+    def host_seconds(self, run: Run) -> float:
+        """Until the call returns: what the host needs to start a run, and what it waits for."""
+        if self.place.is_gpu:
+            torch.cuda.synchronize()
+        began = perf_counter()
+        run()
+        return perf_counter() - began
+
+    def seconds(self, run: Run, repeats: int = 1, cold: bool = False, hidden: float = 0.0) -> float:
+        """Of one run, the mean of `repeats` back to back; `cold`: not from a warm L2 cache.
+
+        A GPU first sleeps for `hidden` seconds, in which the host goes ahead: its time then is no part of the figure.
+        """
         if not self.place.is_gpu:
             began = perf_counter()
             for _ in range(repeats):
@@ -62,6 +77,10 @@ class Clock:
             return (perf_counter() - began) / repeats
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if cold:
+            self.flushed.zero_()
+        if hidden:
+            torch.cuda._sleep(int(CYCLES * min(hidden, MOST_HIDDEN)))
         start.record()
         for _ in range(repeats):
             run()
@@ -69,21 +88,32 @@ class Clock:
         torch.cuda.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / repeats
 
-    def in_turns(self, runs: Mapping[str, Run], seconds: float, cold: bool = False) -> dict[str, list[float]]:
-        """Each run's times, A B C A B C …, for about `seconds` and at least 3 rounds after a warm-up.
+    def operators(self, runs: Mapping[str, Run], seconds: float) -> dict[str, list[float]]:
+        """Each run's times on the device alone, from a cold L2 cache, A B C A B C …
 
-        With `cold`, the cache is flushed before each; without, short runs repeat until they can be timed (1 ms).
+        For about `seconds`, and at least 3 rounds after a warm-up.
         """
-        repeats, once = {}, 0.0
+        hidden, once = {}, 0.0
         for name, run in runs.items():
             run()
-            took = self.seconds(run)
-            repeats[name] = 1 if cold else max(1, min(100, round(1e-3 / max(took, 1e-6))))
-            once += took * repeats[name] + (2e-4 if cold else 0)
+            hidden[name] = 2 * self.host_seconds(run) + 5e-5
+            once += self.seconds(run, cold=True, hidden=hidden[name]) + hidden[name] + 2e-4
+        return self._rounds(runs, seconds / max(once, 1e-6), lambda name, run: self.seconds(run, 1, True, hidden[name]))
+
+    def steps(self, runs: Mapping[str, Run], seconds: float, together: int = 10) -> dict[str, list[float]]:
+        """Each run's times as a training loop has them, host and all: `together` steps back to back, in turns."""
+        once = 0.0
+        for run in runs.values():
+            run()
+            once += self.seconds(run, 2) * together
+        return self._rounds(runs, seconds / max(once, 1e-6), lambda name, run: self.seconds(run, together))
+
+    @staticmethod
+    def _rounds(runs: Mapping[str, Run], rounds: float, seconds: Callable[[str, Run], float]) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(max(3, min(50, round(seconds / max(once, 1e-6))))):
+        for _ in range(max(3, min(50, round(rounds)))):
             for name, run in runs.items():
-                times[name].append(self.seconds(run, repeats[name], cold))
+                times[name].append(seconds(name, run))
         return times
 
 
@@ -95,7 +125,7 @@ def ratio(times: list[float], ours: list[float]) -> float:
 def measure_roofs(clock: Clock, small: bool = False) -> dict[str, float]:
     """The fields of `Roofs`, best of 5: copies, gathers of rows from a table that the L2 cache holds, products."""
     device = clock.place.device
-    best = lambda run: min(clock.seconds(run) for _ in range(6))  # noqa: E731  (the first warms up)
+    best = lambda run: min(clock.seconds(run, hidden=1e-4) for _ in range(6))  # noqa: E731  (the first warms up)
     run, copied = copy_run(device, 2**16 if small else 2**28)
     roofs = {"copy": copied / best(run)}
     run, gathered = gather_run(device, programs=4 if small else 16384, rows=64 if small else 12288)

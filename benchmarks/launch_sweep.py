@@ -135,7 +135,8 @@ class Search:
                 if disagreement(results(self.fresh(self.few)()), self.want, 1e-2):
                     return None
                 self.run()
-                return median(self.clock.seconds(self.run) for _ in range(7))
+                hidden = 2 * self.clock.host_seconds(self.run) + 5e-5
+                return median(self.clock.seconds(self.run, hidden=hidden) for _ in range(7))
             except Exception as error:
                 print(f"  {self.operator}: {data}: {first_line(error, 100)}")
                 return None
