@@ -40,8 +40,7 @@ struct UpdateShared {
     int* tile;
     size_t bytes;
 
-    __host__ __device__ explicit UpdateShared(uintptr_t begin) : bytes(0) {
-        SharedMemory memory(begin);
+    __host__ __device__ explicit UpdateShared(SharedMemory memory) {
         of_warps = memory.take<float>(BlockSums::places);
         tile = memory.take<int>(1);
         bytes = memory.bytes();
@@ -150,7 +149,7 @@ __device__ void update_decoder(
 
 template <class X, class G>
 __global__ void __launch_bounds__(most_threads, 1) update_rows_kernel(UpdateArguments a) {
-    const UpdateShared shared(reinterpret_cast<uintptr_t>(shared_memory()));
+    const UpdateShared shared{SharedMemory(shared_memory())};
     BlockSums sums(shared.of_warps);
     for (int tile = blockIdx.x; tile < a.parts * a.batch.streams.count; tile = *shared.tile) {
         const int s = tile / a.parts, part = tile % a.parts;
@@ -167,7 +166,7 @@ __global__ void __launch_bounds__(most_threads, 1) update_rows_kernel(UpdateArgu
 // Minus the sum of all parts of 32 columns, in an order that depends on their number alone. Blocks are 32 x 32 threads.
 __global__ void __launch_bounds__(1024) sum_parts_kernel(
     float* grad_pre_bias, Matrix pre_bias_parts, int parts, int D) {
-    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    SharedMemory memory(shared_memory());
     float* const of_groups = memory.take<float>(32 * 32);
     const int column = blockIdx.x * 32 + threadIdx.x % 32, group = threadIdx.x / 32;
     const int each = ceil_div(parts, 32), first = group * each, last = smaller(first + each, parts);
