@@ -78,15 +78,15 @@ void update_rows(
     const UpdateArguments arguments{
         encoder,
         decoder,
-        batch,
-        {matrix(room.encoder_pieces), matrix(room.decoder_pieces), room.bias_pieces, plan.piece},
+        IndexedBatch(batch),
+        {matrix(room.encoder_pieces), matrix(room.decoder_pieces), room.bias_pieces, Divisor(plan.piece)},
         room.pieces,
         room.counters,
         room.constants,
         matrix(room.pre_bias_parts),
         grad_latent_bias,
         last_step,
-        parts,
+        Divisor(parts),
         latents,
         aligned,
     };
