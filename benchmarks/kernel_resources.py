@@ -257,8 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status is not None:
         return status
     if arguments.cuda:
-        if cuda_resources.nvcc() is None:
-            parser.error("--cuda needs nvcc on the PATH")
+        if cuda_resources.nvcc() is None or not cuda_resources.SOURCES.exists():
+            parser.error("--cuda needs nvcc on the PATH, and a checkout")
         compiled = cuda_resources.resources(arguments.target or list(TARGETS))
         print(json.dumps([asdict(r) for r in compiled]) if arguments.json else cuda_resources.table(compiled))
         return int(not all(r.fits for r in compiled))
