@@ -183,7 +183,7 @@ def choose(keys, latents, count, k, chosen, chosen_keys, KEYS: tl.constexpr, TOP
     return written
 
 
-@triton.jit(do_not_specialize=["N", "L", "k", "capacity", "parts"])
+@triton.jit(do_not_specialize=["N", "k", "capacity", "parts"])
 def _parts(
     scores, stride, N, L, k, capacity, parts, keys, latents, chosen, chosen_keys, counts,
     TOP: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -191,7 +191,7 @@ def _parts(
     program = tl.program_id(0)
     keys += program.to(tl.int64) * capacity
     latents += program.to(tl.int64) * capacity
-    span = tl.cdiv(L, parts)
+    span = tl.cdiv(L, parts * 16) * 16  # so that scores are loaded 16 bytes at once where 16 divides L
     for task in range(program, N * parts, tl.num_programs(0)):
         row, begin = task // parts, task % parts * span
         end = tl.minimum(begin + span, L)
