@@ -160,7 +160,8 @@ def segment(offsets, l, L):
 @triton.jit
 def encoder_sums(
     begin, end, stream, columns, inside, centre, x, stride_x, values, grad_values, entries,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, ROWS: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, ROWS: tl.constexpr, POSITION: tl.constexpr,
+    SUM: tl.constexpr,
 ):  # fmt: skip
     """Gradient [LATENTS, BLOCK_D] and bias gradient [LATENTS] from entries begin : end of one stream."""
     gradient = tl.zeros([begin.shape[0], columns.shape[0]], SUM)
@@ -191,7 +192,8 @@ def encoder_sums(
 @triton.jit
 def decoder_sums(
     begin, end, columns, inside, grad_recons, stride_recons, values, entries,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, ROWS: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, ROWS: tl.constexpr, POSITION: tl.constexpr,
+    SUM: tl.constexpr,
 ):  # fmt: skip
     """Gradient [LATENTS, BLOCK_D] from entries begin : end: one row of grad_recons [N * S, D] an entry and source."""
     SOURCES: tl.constexpr = 1 if PER_STREAM else S  # of one entry
@@ -255,8 +257,8 @@ def piece_of_slot(slot, slots, offsets, L, bits, PIECE: tl.constexpr):
 @triton.jit(do_not_specialize=["slots"])
 def _encoder_pieces_kernel(
     piece_rows, piece_bias, x, stride_x, pre_bias, values, grad_values, offsets, entries, table, slots, L, bits, D,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
-    ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
+    SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, stream = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
@@ -277,8 +279,8 @@ def _encoder_pieces_kernel(
 @triton.jit(do_not_specialize=["slots"])
 def _decoder_pieces_kernel(
     piece_rows, grad_recons, stride_recons, values, offsets, entries, table, slots, L, bits, D,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
-    ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
+    SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, _ = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)

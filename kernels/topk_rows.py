@@ -24,9 +24,9 @@ TOP = {torch.float32: 2**31 - 1, torch.float64: 2**63 - 1}  # above every key; -
 
 
 def choice(columns: int) -> dict[str, int]:
-    # estimated, not measured: 8 scores and 4 candidates a thread; 4 programs fit a multiprocessor, as `programs` starts
-    block = min(1024, max(16, next_power_of_2(columns)))
-    return {"COLUMNS": block, "BLOCK": min(block, 512), "num_warps": 4 if block > 256 else 2, "maxnreg": REGISTERS}
+    # estimated, not measured: 4 scores and 4 candidates a thread; 4 programs fit a multiprocessor, as `programs` starts
+    block = min(512, max(16, next_power_of_2(columns)))
+    return {"COLUMNS": block, "BLOCK": block, "num_warps": 4 if block > 256 else 2, "maxnreg": REGISTERS}
 
 
 def merge_choice(block: int) -> dict[str, int]:
