@@ -89,7 +89,8 @@ def full_choice(D: int, item_size: int) -> dict[str, int]:
     # score's sum: the same here and in settle_choice
     block_d = min(256, max(16, next_power_of_2(D)))
     rows = rows_at_once(D, block_d, item_size)
-    return {"R": rows, "BLOCK_D": block_d, "BLOCK": 512, "num_warps": 8, "maxnreg": REGISTERS}
+    registers = REGISTERS if D % 16 == 0 else 255  # addresses of single numbers do not fit beside a second program
+    return {"R": rows, "BLOCK_D": block_d, "BLOCK": 512, "num_warps": 8, "maxnreg": registers}
 
 
 def rows_at_once(D: int, block_d: int, item_size: int) -> int:
