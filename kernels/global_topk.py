@@ -342,7 +342,8 @@ def _settle(
                 a = _float32_dots(x, pre_bias, W, W_stride, latent, wanted, D, R, BLOCK_D)
                 b = tl.load(bias + latent, mask=wanted, other=0).to(tl.float32)
                 norm = tl.load(w_norm + latent, mask=wanted, other=0)
-                lower, upper = _interval(a, b, rounding * size * norm, slack, (norm == 0) | (size == 0))
+                zero = (norm < tl.where(size == 0, float("inf"), 0)) | (norm == 0)
+                lower, upper = _interval(a, b, rounding * size * norm, slack, zero)
                 lower = tl.maximum(lower, tl.load(lows + place, mask=wanted, other=0))
                 upper = tl.minimum(upper, tl.load(highs + place, mask=wanted, other=0))
                 tl.debug_barrier()  # the same number may be held by several threads
