@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sparc_fast import autograd, backends
-from sparc_fast.reference import wide
+from sparc_fast.autograd import Reconstruction
+from sparc_fast.reference import gradient_dtype, wide
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -146,12 +147,34 @@ def reconstruction_loss(
         W_dec: decoder, [L, D].
         scale: what each sample's squared error counts in each target stream, [N, S]; 1 / (N ||x_t||^2) gives NMSE.
         weights: S * S factors, row-major [source, target]; pairs of weight 0 cost nothing.
-        residual: reconstruct this [N, D] and without the pre-bias, instead of x (AuxK).
+        residual: reconstruct this [N, D] and without the pre-bias, instead of x (AuxK); beside float16, float32 too.
 
     Returns:
         loss: scalar; gradients reach W_enc, W_dec, pre_bias and latent_bias.
         nmse [S, S], values [N, S, k] and grad_recons [N, S, D]: what it was made of, without gradient.
     """
+    parts = reconstruct(
+        x, W_enc, W_dec, pre_bias, latent_bias, indices,
+        d_streams=d_streams, scale=scale, weights=weights, residual=residual, backend=backend,
+    )  # fmt: skip
+    return parts.loss, parts.nmse, parts.values, parts.grad_recons
+
+
+def reconstruct(
+    x: Tensor,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    indices: Tensor,
+    *,
+    d_streams: Sequence[int],
+    scale: Tensor,
+    weights: Sequence[float],
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Reconstruction:
+    """As `reconstruction_loss`, with all that its gradient is made of."""
     _check_encoder(x, W_enc, pre_bias, latent_bias, d_streams)
     _check_support(indices, x, len(d_streams), len(W_enc))
     _check("W_dec", W_dec, tuple(W_enc.shape))
@@ -159,7 +182,8 @@ def reconstruction_loss(
     _check_together("x", x, W_dec=W_dec)
     if residual is not None:
         _check("residual", residual, tuple(x.shape))
-        _check_together("x", x, residual=residual)
+        if residual.dtype != gradient_dtype(x) or residual.device != x.device:
+            _check_together("x", x, residual=residual)
     if scale.dtype != wide(x).dtype or scale.device != x.device:
         raise ValueError(f"scale must be {wide(x).dtype} on {x.device}, got {scale.dtype} on {scale.device}")
     if len(weights) != len(d_streams) ** 2:
@@ -171,11 +195,11 @@ def reconstruction_loss(
             )
     chosen = backends.resolve(backend, x.device)
     with autograd.without_autocast(x):
-        result = _apply(
+        parts = _apply(
             autograd.ReconstructionLoss, x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale,
             tuple(weights), tuple(d_streams), chosen,
         )  # fmt: skip
-    return cast(tuple[Tensor, Tensor, Tensor, Tensor], result)
+    return Reconstruction(*parts)
 
 
 def invert_indices(indices: Tensor, n_latents: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

@@ -161,6 +161,7 @@ def cases(steps: int, device: str, backend: str) -> Iterator[tuple[str, Callable
     yield "AuxK comes and goes", lambda: fused(steps, model, {}, step=lambda i: {"auxk_coef": 0.5 * (i % 3)})
     yield "calibrated", lambda: fused(steps, model, {}, calibrate=True)
     yield "float64", lambda: fused(steps, {**model, "dtype": torch.float64}, {})
+    yield "float16", lambda: fused(steps, {**model, "dtype": torch.float16}, {})
     yield "capturable", lambda: fused(steps, model, {"capturable": True})
     yield "capturable local", lambda: fused(steps, local, {"capturable": True}, absent)
     yield "replay", lambda: fused(steps, model, lazy)
@@ -245,7 +246,11 @@ def read(folder: Path, of_old: Path) -> None:
         model = sf.SPARC.load(of_old / f"{selection}.safetensors")
         batch = batches(1, "cpu")[0]
         codes = model.encode(batch)
-        bits = {"values": codes.values.detach(), "indices": codes.indices, "recon": model.decode(codes, "text", "image")}
+        bits = {
+            "values": codes.values,
+            "indices": codes.indices,
+            "recon": model.decode(codes, "text", "image"),
+        }
         bits = {name: tensor.detach() for name, tensor in bits.items()} | bits_of_loss(0, model.loss(batch))
         torch.save(bits | dict(model.state_dict()), folder / f"read {selection}.pt")
         model.save(folder / f"read {selection}.safetensors")
