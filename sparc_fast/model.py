@@ -245,8 +245,11 @@ class SPARC(nn.Module):
         reads_host: bool = True,
     ) -> Objective:
         dead = self.dead if self.training and self.auxk and auxk_coef else None
+        if dead is not None and reads_host:
+            dead = dead.nonzero()[:, 0]  # before this batch's work is under way, so that the host need not wait for it
+            dead = dead if len(dead) else None
         return Objective(
-            self.selection, self.k, self.backend, cross_loss_coef, support_from, self.auxk, auxk_coef, dead, reads_host
+            self.selection, self.k, self.backend, cross_loss_coef, support_from, self.auxk, auxk_coef, dead
         )
 
     def _batch(self, inputs: Inputs, *, current: bool = True) -> Batch:

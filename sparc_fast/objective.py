@@ -115,7 +115,7 @@ class AmongDead(NamedTuple):
     positions: Tensor
     """[N, k'] or [N, S, k'], in `latents`."""
     latents: Tensor | None
-    """int64 [n_dead]; None where positions are among all latents, and how many are dead was not read on the host."""
+    """int64 [n_dead]; None where positions are among all latents."""
     latent_bias: Tensor
     any_dead: Tensor | None
     """bool scalar, or None where the answer is known to be yes."""
@@ -165,17 +165,16 @@ class Objective:
     cross_loss_coef: float = 1.0
     support_from: Sequence[str] | None = None
     auxk: int = 0
-    """Latents a sample may use for AuxK; 0 turns it off."""
+    """Latents a sample may use for AuxK, at most."""
     auxk_coef: float = 0.0
     dead: Tensor | None = None
-    """bool [L], for AuxK."""
-    reads_host: bool = True
-    """Count the dead on the host: AuxK is left out while there are none, and chooses by a GEMM over them alone."""
+    """Those AuxK may use: int64 [n_dead], some, to choose from by a GEMM over their rows alone; or bool [L], maybe none,
+    where the host must not wait to hear how many they are. None turns AuxK off."""
 
     def choose(self, batch: Batch) -> Supports:
         """The supports of a batch; reads no row of the decoder."""
         indices = self._select(batch, self.k, self.support_from)
-        return Supports(indices, None if self.dead is None or not self.auxk else self._among(self.dead, batch))
+        return Supports(indices, None if self.dead is None else self._among(self.dead, batch))
 
     def measure(self, batch: Batch, supports: Supports, n_samples: int | None = None) -> Flow:
         """Encode, decode and compare: the loss of each part, differentiable, and what its gradient is made of.
@@ -225,14 +224,11 @@ class Objective:
     def _select(self, batch: Batch, k: int, support_from: Sequence[str] | None = None) -> Tensor:
         return selection.select(self.selection, batch, k, support_from=support_from, backend=self.backend)
 
-    def _among(self, dead: Tensor, batch: Batch) -> AmongDead | None:
+    def _among(self, dead: Tensor, batch: Batch) -> AmongDead:
         bias = batch.latent_bias
-        if self.reads_host:
-            latents = dead.nonzero()[:, 0]
-            if not len(latents):
-                return None
-            positions = self._select(batch.encoder_of_latents(latents), min(self.auxk, len(latents)))
-            return AmongDead(positions, latents, bias, None)
+        if dead.dtype == torch.int64:
+            positions = self._select(batch.encoder_of_latents(dead), min(self.auxk, len(dead)))
+            return AmongDead(positions, dead, bias, None)
         # all latents, in which only the dead can win; where fewer than auxk are, others fill up with values of 0
         bias = bias.masked_fill(~dead, max(OUT_OF_REACH, torch.finfo(bias.dtype).min))
         positions = self._select(batch._replace(latent_bias=bias), min(self.auxk, len(dead)))
