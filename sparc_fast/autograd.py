@@ -95,10 +95,10 @@ class Reconstruction(NamedTuple):
     """[S, S], source by target."""
     values: Tensor
     """[N, S, k]"""
-    grad_values: Tensor
-    """[N, S, k]"""
     grad_recons: Tensor
     """[N, S, D]"""
+    grad_values: Tensor
+    """[N, S, k]"""
     grad_pre_bias: Tensor
     """[D], the decoder's part; of no use where a residual was reconstructed."""
 
@@ -107,8 +107,7 @@ class ReconstructionLoss(torch.autograd.Function):
     """Encode on a given support, decode to every stream, compare: the loss, and what it was made of.
 
     The gradient with respect to the reconstructions is known as soon as the loss is, so it is computed in
-    forward, from the same gather of decoder rows; backward only reduces it onto the weights. A residual is
-    reconstructed without the pre-bias. The result is a `Reconstruction`'s parts.
+    forward, from the same gather of decoder rows; backward only reduces it onto the weights.
     """
 
     @staticmethod
@@ -134,7 +133,7 @@ class ReconstructionLoss(torch.autograd.Function):
         ctx.save_for_backward(x, W_enc, pre_bias, indices, values, grad_recons, grad_values, grad_pre_bias)
         ctx.d_streams, ctx.backend, ctx.decodes_pre_bias = d_streams, backend, residual is None
         ctx.set_materialize_grads(False)
-        parts = nmse, values, grad_values, grad_recons, grad_pre_bias
+        parts = nmse, values, grad_recons, grad_values, grad_pre_bias
         ctx.mark_non_differentiable(*parts)
         return weighted_sum(nmse, weights), *parts
 
@@ -159,6 +158,31 @@ class ReconstructionLoss(torch.autograd.Function):
         grads = (grad_W_enc, grad_W_dec, grad_pre_bias, grad_latent_bias)
         scaled = (grad.mul_(grad_loss).to(x.dtype) for grad in grads)
         return None, *scaled, *(None,) * 6
+
+
+def reconstruct(
+    x: Tensor,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    indices: Tensor,
+    residual: Tensor | None,
+    scale: Tensor,
+    weights: Sequence[float],
+    d_streams: Sequence[int],
+    backend: Backend,
+) -> Reconstruction:
+    """`ReconstructionLoss` by the names of its results; a residual is reconstructed without the pre-bias."""
+    for name, data in (("x", x), ("scale", scale), ("residual", residual)):
+        if data is not None and data.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must not require a gradient here: it is data; decode and compare to differentiate by it"
+            )
+    operands = x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale
+    with without_autocast(x):
+        parts = ReconstructionLoss.apply(*operands, tuple(weights), tuple(d_streams), backend)  # type: ignore[no-untyped-call]
+    return Reconstruction(*parts)
 
 
 def weighted_sum(nmse: Tensor, weights: Sequence[float]) -> Tensor:

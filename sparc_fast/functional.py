@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast import autograd, backends
-from sparc_fast.autograd import Reconstruction
-from sparc_fast.reference import gradient_dtype, wide
+from sparc_fast.reference import wide
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -147,34 +146,12 @@ def reconstruction_loss(
         W_dec: decoder, [L, D].
         scale: what each sample's squared error counts in each target stream, [N, S]; 1 / (N ||x_t||^2) gives NMSE.
         weights: S * S factors, row-major [source, target]; pairs of weight 0 cost nothing.
-        residual: reconstruct this [N, D] and without the pre-bias, instead of x (AuxK); beside float16, float32 too.
+        residual: reconstruct this [N, D] and without the pre-bias, instead of x (AuxK).
 
     Returns:
         loss: scalar; gradients reach W_enc, W_dec, pre_bias and latent_bias.
         nmse [S, S], values [N, S, k] and grad_recons [N, S, D]: what it was made of, without gradient.
     """
-    parts = reconstruct(
-        x, W_enc, W_dec, pre_bias, latent_bias, indices,
-        d_streams=d_streams, scale=scale, weights=weights, residual=residual, backend=backend,
-    )  # fmt: skip
-    return parts.loss, parts.nmse, parts.values, parts.grad_recons
-
-
-def reconstruct(
-    x: Tensor,
-    W_enc: Tensor,
-    W_dec: Tensor,
-    pre_bias: Tensor,
-    latent_bias: Tensor,
-    indices: Tensor,
-    *,
-    d_streams: Sequence[int],
-    scale: Tensor,
-    weights: Sequence[float],
-    residual: Tensor | None = None,
-    backend: str = "auto",
-) -> Reconstruction:
-    """As `reconstruction_loss`, with all that its gradient is made of."""
     _check_encoder(x, W_enc, pre_bias, latent_bias, d_streams)
     _check_support(indices, x, len(d_streams), len(W_enc))
     _check("W_dec", W_dec, tuple(W_enc.shape))
@@ -182,24 +159,13 @@ def reconstruct(
     _check_together("x", x, W_dec=W_dec)
     if residual is not None:
         _check("residual", residual, tuple(x.shape))
-        if residual.dtype != gradient_dtype(x) or residual.device != x.device:
-            _check_together("x", x, residual=residual)
+        _check_together("x", x, residual=residual)
     if scale.dtype != wide(x).dtype or scale.device != x.device:
         raise ValueError(f"scale must be {wide(x).dtype} on {x.device}, got {scale.dtype} on {scale.device}")
     if len(weights) != len(d_streams) ** 2:
         raise ValueError(f"weights must hold {len(d_streams) ** 2} factors, source by target, got {len(weights)}")
-    for name, data in (("x", x), ("scale", scale), ("residual", residual)):
-        if data is not None and data.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} must not require a gradient here: it is data; decode and compare to differentiate by it"
-            )
-    chosen = backends.resolve(backend, x.device)
-    with autograd.without_autocast(x):
-        parts = _apply(
-            autograd.ReconstructionLoss, x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale,
-            tuple(weights), tuple(d_streams), chosen,
-        )  # fmt: skip
-    return Reconstruction(*parts)
+    arguments = (x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale)
+    return autograd.reconstruct(*arguments, weights, d_streams, backends.resolve(backend, x.device))[:4]
 
 
 def invert_indices(indices: Tensor, n_latents: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

@@ -100,8 +100,8 @@ class SPARC(nn.Module):
         self.is_calibrated = False
         self._catch_up: Callable[[], None] | None = None
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
-        self.register_state_dict_pre_hook(_before_saving)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
+        self.register_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
         backends.resolve(backend, self.W_enc.device)
         self.reset_parameters()
 
@@ -361,11 +361,7 @@ def _is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _before_loading(model: SPARC, *_: object) -> None:
-    model._make_current()
-
-
-def _before_saving(model: SPARC, *_: object) -> None:
+def _before_state(model: SPARC, *_: object) -> None:
     model._make_current()
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparc_fast import functional, selection
-from sparc_fast.autograd import Reconstruction, weighted_sum, without_autocast
+from sparc_fast import backends, selection
+from sparc_fast.autograd import Reconstruction, reconstruct, weighted_sum
 from sparc_fast.batch import Batch
 from sparc_fast.reference import stream_slices, wide
 
@@ -137,9 +137,6 @@ class Supports(NamedTuple):
     indices: Tensor
     dead: AmongDead | None
 
-    def each(self) -> list[Tensor]:
-        return [self.indices] if self.dead is None else [self.indices, self.dead.indices]
-
 
 class Flow(NamedTuple):
     """What flowed through a batch, or a part of one: the terms of the objective, and what moves the weights."""
@@ -168,8 +165,8 @@ class Objective:
     """Latents a sample may use for AuxK, at most."""
     auxk_coef: float = 0.0
     dead: Tensor | None = None
-    """Those AuxK may use: int64 [n_dead], some, to choose from by a GEMM over their rows alone; or bool [L], maybe none,
-    where the host must not wait to hear how many they are. None turns AuxK off."""
+    """For AuxK, which None turns off: int64 [n_dead], one at least, and it chooses by a GEMM over their rows alone; or
+    bool [L], where the host must not wait to hear how many are dead."""
 
     def choose(self, batch: Batch) -> Supports:
         """The supports of a batch; reads no row of the decoder."""
@@ -182,20 +179,21 @@ class Objective:
         `n_samples` as in `nmse_scale`, where the batch is a part of one.
         """
         S, widths = len(batch.streams), batch.d_streams
-        with without_autocast(batch.x):
-            energy = row_energy(batch.x, widths)
-            scale = nmse_scale(energy, n_samples)
-            weights = pair_weights(S, self.cross_loss_coef)
-            first = self._reconstruct(batch, supports.indices, None, scale, weights)
-            dead = supports.dead
-            if dead is None:
-                return Flow(first, None, energy)
-            residual = self_residual(first.grad_recons, scale, widths)
-            scale = nmse_scale(row_energy(residual, widths), n_samples)
-            if dead.any_dead is not None:
-                scale = scale * dead.any_dead
-            weights = self_weights(S, self.auxk_coef)
-            return Flow(first, self._reconstruct(*dead.before(batch), residual, scale, weights), energy)
+        energy = row_energy(batch.x, widths)
+        scale = nmse_scale(energy, n_samples)
+        weights = pair_weights(S, self.cross_loss_coef)
+        backend = backends.resolve(self.backend, batch.x.device)
+        first = reconstruct(*batch.operands(), supports.indices, None, scale, weights, widths, backend)
+        if supports.dead is None:
+            return Flow(first, None, energy)
+        residual = self_residual(first.grad_recons, scale, widths)
+        scale = nmse_scale(row_energy(residual, widths), n_samples)
+        if supports.dead.any_dead is not None:
+            scale = scale * supports.dead.any_dead
+        weights = self_weights(S, self.auxk_coef)
+        batch, indices = supports.dead.before(batch)
+        auxk = reconstruct(*batch.operands(), indices, residual, scale, weights, widths, backend)
+        return Flow(first, auxk, energy)
 
     def compare(self, recons: Tensor, batch: Batch) -> SparcLoss:
         """The loss of given reconstructions [N, S, D], differentiable by them, without AuxK."""
@@ -233,11 +231,3 @@ class Objective:
         bias = bias.masked_fill(~dead, max(OUT_OF_REACH, torch.finfo(bias.dtype).min))
         positions = self._select(batch._replace(latent_bias=bias), min(self.auxk, len(dead)))
         return AmongDead(positions, None, bias, dead.any())
-
-    def _reconstruct(
-        self, batch: Batch, indices: Tensor, residual: Tensor | None, scale: Tensor, weights: Sequence[float]
-    ) -> Reconstruction:
-        return functional.reconstruct(
-            *batch.operands(), indices,
-            d_streams=batch.d_streams, scale=scale, weights=weights, residual=residual, backend=self.backend,
-        )  # fmt: skip

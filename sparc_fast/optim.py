@@ -128,7 +128,8 @@ class SparcAdam(torch.optim.Optimizer):
         given = model._batch(inputs, current=False)
         supports = objective.choose(given)
         of_model = AllStreams(model.d_streams, given)
-        inverse = backend.invert_indices(stack([of_model.streams(i) for i in supports.each()]), model.n_latents)
+        used = [supports.indices] if supports.dead is None else [supports.indices, supports.dead.indices]
+        inverse = backend.invert_indices(stack([of_model.streams(i) for i in used]), model.n_latents)
         if self._behind is not None:
             self._replay(inverse[0].diff().nonzero()[:, 0], backend)
             given = given._replace(W_dec=columns_of(model.W_dec, given.streams, model.d_streams))
