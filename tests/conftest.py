@@ -15,14 +15,19 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import two_devices
 from cuda_emulation import build
 from operands import fast_backends
 
 import sparc_fast as sf
 
 torch.set_num_threads(1)  # shapes are tiny; tests of threads set their own number
-# SPARC_FAST_TEST_DEVICE=cuda runs the operators' tests on a GPU
-torch.set_default_device(os.environ.get("SPARC_FAST_TEST_DEVICE", "cpu"))
+# SPARC_FAST_TEST_DEVICE=cuda runs the operators' tests on a GPU, =two on memory that keeps to the rules of one
+TEST_DEVICE = os.environ.get("SPARC_FAST_TEST_DEVICE", "cpu")
+if TEST_DEVICE == "two":
+    two_devices.two_devices().__enter__()
+    torch.compile = lambda *_, **__: pytest.skip("torch.compile compiles nothing while operators are watched")
+torch.set_default_device(two_devices.DEVICE if TEST_DEVICE == "two" else TEST_DEVICE)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,8 @@ CASES = {
     "every latent in use again and again": ((64, 16), 130, 12, 10),
     "few samples of many latents": ((48,), 4, 500, 2),
 }
+# without a GPU the kernels run in Triton's interpreter, on whatever the device of the tests is
+KERNEL_DEVICE = torch.device("cuda") if torch.cuda.is_available() else torch.get_default_device()
 # programs of Triton's interpreter run one by one: it gets the first of the samples
 IN_INTERPRETER = 3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from operands import seeded
 from torch import Tensor
 from upstream_dense import UpstreamDense, normalize, project
 
@@ -33,7 +34,7 @@ def pair(
 
 
 def batch(seed: int, n: int = 9, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return {s: torch.randn(n, d, generator=generator, dtype=dtype) for s, d in D.items()}
 
 
@@ -58,7 +59,7 @@ def assert_close(got: Tensor, truth: Tensor, what: str) -> None:
 def compare_steps(steps: int, dense: UpstreamDense, model: compat.MultiStreamSparseAutoencoder) -> tuple[int, int]:
     """Train both alike; how many AuxK codes were positive, and how many rows were initialised again."""
     adams = [torch.optim.Adam(side.parameters(), lr=1e-2) for side in (dense, model)]
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     useful_auxk = reinitialized = 0
     for step in range(steps):
         x = batch(step)

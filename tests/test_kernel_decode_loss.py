@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from operands import KERNEL_DEVICE as DEVICE
 from operands import OPERATORS, Operands, operands
 from torch import Tensor
 
@@ -18,7 +19,6 @@ pytest.importorskip("triton")
 
 NAMES = ["support_values", "support_values_grad_x", "sparse_decode", "sparse_decode_grad_values", "decode_loss"]
 MODULES = {name: import_module(f"sparc_fast.kernels.{name}") for name in NAMES}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASE = (7, 40, 5), 3, 20, 6
 # NumPy, which Triton's interpreter computes with, warns of inf * 0
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -28,7 +28,7 @@ EVERY_OPERATOR = pytest.mark.parametrize("name", NAMES)
 
 def run(name: str, o: Operands) -> tuple[Tensor, ...]:
     tensors = {key: value.to(DEVICE) for key, value in vars(o).items() if isinstance(value, Tensor)}
-    return tuple(result.cpu() for result in OPERATORS[name](replace(o, **tensors), KERNELS))
+    return tuple(result.to(o.x.device) for result in OPERATORS[name](replace(o, **tensors), KERNELS))
 
 
 class _Kernels:

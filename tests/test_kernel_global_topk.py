@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import largest
+from operands import KERNEL_DEVICE as DEVICE
+from operands import largest, seeded
 from torch import Tensor
 
 from sparc_fast import reference
@@ -24,7 +25,6 @@ kernel = importlib.import_module("sparc_fast.kernels.global_topk")
 # infinite and NaN intervals are part of the method; the interpreter computes them with numpy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCREENINGS = ["auto", "bf16", "off"]
 inf, nan = torch.inf, torch.nan
 
@@ -32,7 +32,7 @@ inf, nan = torch.inf, torch.nan
 def support(x: Tensor, W_enc: Tensor, k: int, screening: str = "auto", bias: Tensor | None = None) -> Tensor:
     bias = W_enc.new_zeros(1, len(W_enc)) if bias is None else bias
     operands = (x, W_enc, x.new_zeros(x.shape[1]), bias)
-    return kernel.global_topk(*(o.to(DEVICE) for o in operands), k, screening).cpu()
+    return kernel.global_topk(*(o.to(DEVICE) for o in operands), k, screening).to(x.device)
 
 
 def expected(x: Tensor, W_enc: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
@@ -104,7 +104,7 @@ def test_no_rows_break_the_bound(
     seed: int,
 ) -> None:  # fmt: skip
     k = data.draw(st.integers(1, min(L, 40)), label="k")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x, W_enc = rows(x_kind, 2, D, generator).to(dtype), rows(W_kind, L, D, generator).to(dtype)
     bias = (scale * torch.randn(2, L, generator=generator)).to(dtype)
     operands = [o.to(DEVICE) for o in (x, W_enc, x.new_zeros(D), bias)]
@@ -135,7 +135,7 @@ def test_a_product_as_wrong_as_the_bound_allows_changes_no_support(seed: int, mo
 
     monkeypatch.setattr(kernel, "_multiply", worst)
     inside = expected(x, W_enc, 25).long().to(DEVICE)
-    assert torch.equal(support(x, W_enc, 25), inside.int().cpu())
+    assert torch.equal(support(x, W_enc, 25), inside.int().to(x.device))
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["underrates", "overrates"])
@@ -222,7 +222,7 @@ def test_any_shape_any_dtype_of_each_operand(shape: tuple[int, int, int, int]) -
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     for i, dtype in enumerate(dtypes):
         mixed = x.to(dtype), W_enc.to(dtypes[i - 1]), pre_bias.to(dtypes[i - 2]), bias.to(dtype)
-        found = kernel.global_topk(*(o.to(DEVICE) for o in mixed), k).cpu()
+        found = kernel.global_topk(*(o.to(DEVICE) for o in mixed), k).to(x.device)
         assert found.dtype == torch.int32
         assert torch.equal(found, reference.global_topk(*mixed, k))
     assert kernel.global_topk(*(o.to(DEVICE) for o in (x[:0], W_enc, pre_bias, bias)), k).shape == (0, k)
@@ -244,7 +244,7 @@ def test_operands_may_be_columns_of_wider_matrices_and_streams_are_supported_alo
     x, W_enc, pre_bias, bias = torch.randn(4, 61), torch.randn(90, 61), torch.randn(61), torch.randn(3, 90)
     widths = (7, 1, 53)
     found = local_topk(*(o.to(DEVICE) for o in (x, W_enc, pre_bias, bias)), 6, widths)
-    assert torch.equal(found.cpu(), reference.local_topk(x, W_enc, pre_bias, bias, 6, widths))
+    assert torch.equal(found.to(x.device), reference.local_topk(x, W_enc, pre_bias, bias, 6, widths))
 
 
 ROWS = {
@@ -269,7 +269,7 @@ ROWS = {
 def test_rows_of_scores_are_selected_by_value_then_column(row: Tensor, k: int) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64) if k == 20 else (torch.float32,):
         scores = torch.stack([row, row.flip(0)]).to(dtype)
-        assert torch.equal(topk_rows(scores.to(DEVICE), k).cpu(), largest(scores, k))
+        assert torch.equal(topk_rows(scores.to(DEVICE), k).to(scores.device), largest(scores, k))
 
 
 @pytest.mark.parametrize(("N", "L", "k"), [(1, 20000, 300), (5, 4099, 1), (1, 9000, 2500), (0, 5, 2)], ids=str)
@@ -277,11 +277,11 @@ def test_long_rows_are_cut_in_parts_and_short_room_is_enough(N: int, L: int, k: 
     torch.manual_seed(0)
     scores = torch.randint(-3000, 3000, (N, L)).float()
     scores[:, ::1000] = nan
-    assert torch.equal(topk_rows(scores.to(DEVICE), k).cpu(), largest(scores, k))
+    assert torch.equal(topk_rows(scores.to(DEVICE), k).to(scores.device), largest(scores, k))
     wider = torch.randn(N, L + 3).to(DEVICE)[:, 1:-2]
-    assert torch.equal(topk_rows(wider, k).cpu(), largest(wider.cpu(), k))
+    assert torch.equal(topk_rows(wider, k), largest(wider, k))
     ascending = scores.sort(dim=1).values
-    assert torch.equal(topk_rows(ascending.to(DEVICE), k).cpu(), largest(ascending, k))
+    assert torch.equal(topk_rows(ascending.to(DEVICE), k).to(scores.device), largest(ascending, k))
 
 
 @pytest.mark.parametrize("rows_here", [1, 8, 256, 1000, 4096])

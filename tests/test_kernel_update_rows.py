@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from operands import OPERATORS, SEED, STEP, Operands, operands, rows_to_update
+from operands import KERNEL_DEVICE as DEVICE
+from operands import OPERATORS, SEED, STEP, Operands, operands, rows_to_update, seeded
 from torch import Tensor
 
 from sparc_fast import reference
@@ -28,7 +29,6 @@ pytest.importorskip("triton")
     )
 )  # fmt: skip
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = SimpleNamespace(
     invert_indices=inverse.invert_indices,
     encoder_gradients=encoder_gradients.encoder_gradients,
@@ -149,8 +149,8 @@ def test_replay_agrees_with_the_reference() -> None:
     made = last_step.to(DEVICE).clone()
     replay_rows.replay_rows(ours[0], ours[1:], latents.to(DEVICE), made, history.to(DEVICE), o.d_streams)
     reference.replay_rows(W_dec, [m, v], latents, last_step, history, o.d_streams)
-    torch.testing.assert_close([tensor.cpu() for tensor in ours], [W_dec, m, v], rtol=1e-5, atol=1e-6)
-    assert torch.equal(made.cpu(), last_step)
+    torch.testing.assert_close([tensor.to(W_dec.device) for tensor in ours], [W_dec, m, v], rtol=1e-5, atol=1e-6)
+    assert torch.equal(made.to(last_step.device), last_step)
 
 
 @pytest.mark.parametrize("whole_row", [4096, 16], ids=["rows in registers", "rows in memory"])
@@ -167,7 +167,7 @@ def test_the_norm_of_a_row_does_not_depend_on_the_order_of_its_columns(
     _, W_dec, _, _, m, v = (t.to(DEVICE) for t in rows_to_update(operands(((90,), 1, 50, 2), torch.float32)))
     history = torch.tensor([(0.1, *BETAS, EPS)] * 3, dtype=torch.float64, device=DEVICE)
     plain = replayed([W_dec, m, v])
-    order = torch.randperm(90, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    order = torch.randperm(90, generator=seeded(0)).to(DEVICE)
     monkeypatch.setattr(update, "WHOLE_ROW", whole_row)
     assert_equal(replayed([t[:, order].contiguous() for t in (W_dec, m, v)]), [t[:, order] for t in plain])
     torch.testing.assert_close(plain[0].double().norm(dim=1), torch.ones(50).double().to(DEVICE), rtol=1e-7, atol=0)
