@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import is_hypothesis_test, settings
 
 # cuBLAS is deterministic only with a workspace of its own, and must be told before it starts
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -28,6 +29,10 @@ if TEST_DEVICE == "two":
     two_devices.two_devices().__enter__()
     torch.compile = lambda *_, **__: pytest.skip("torch.compile compiles nothing while operators are watched")
 torch.set_default_device(two_devices.DEVICE if TEST_DEVICE == "two" else TEST_DEVICE)
+
+
+MOST_EXAMPLES = 5  # of a test on a device
+SETTINGS = "_hypothesis_internal_use_settings"  # where a decorated test keeps its own, which no profile overrules
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +71,31 @@ IN_INTERPRETER = {
 def pytest_configure(config: pytest.Config) -> None:
     """NumPy, which Triton's interpreter computes with, warns of what floating point is meant to do."""
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-of-each", action="store_true", help="of each test its first parameters, on every backend")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if TEST_DEVICE != "cpu":
+        for item in items:
+            _cap_examples(item)
+    if config.getoption("--one-of-each"):
+        first: dict[object, pytest.Item] = {}
+        for item in items:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            first.setdefault((item.path, item.originalname, parameters.get("backend")), item)
+        items[:] = first.values()
+
+
+def _cap_examples(item: pytest.Item) -> None:
+    """Kernels are compiled for many of hypothesis' examples: few, and the same in every run."""
+    if is_hypothesis_test(test := getattr(item, "obj", None)):
+        test = getattr(test, "__func__", test)
+        own = getattr(test, SETTINGS, None) or settings.default
+        most = min(own.max_examples, MOST_EXAMPLES)
+        setattr(test, SETTINGS, settings(own, max_examples=most, deadline=None, derandomize=True, database=None))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -108,9 +107,10 @@ def test_inverse_indices_equal_the_reference(N: int, k: int, L: int) -> None:
 
 @pytest.fixture
 def operands_on_the_gpu(on_the_gpu: None) -> Iterator[None]:
+    before = torch.get_default_device()
     torch.set_default_device("cuda")
     yield
-    torch.set_default_device(os.environ.get("SPARC_FAST_TEST_DEVICE", "cpu"))
+    torch.set_default_device(before)
 
 
 # d_streams, N, L, k
