@@ -103,4 +103,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         all_here = metafunc.module.__name__ in IN_INTERPRETER
         names = sf.available_backends(torch.get_default_device()) if all_here else fast_backends()
-        metafunc.parametrize("backend", sorted(names))
+        on_no_gpu = {"cpu"} if TEST_DEVICE == "two" else set()
+        metafunc.parametrize("backend", sorted({*names} - on_no_gpu))

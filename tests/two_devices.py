@@ -159,7 +159,9 @@ class Watched(TorchDispatchMode):
         else:
             on_device = asked == DEVICE or (None if _differentiates() else False)
         _check_generators(operator, (args, kwargs), on_device)
-        if operator.namespace.startswith("sparc_fast") and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
+        if operator.namespace.startswith("sparc_fast") and all(
+            type(t) in (Tensor, torch.nn.Parameter) for t in tensors
+        ):
             with self:  # what is in it is watched too
                 results = operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         else:
