@@ -242,7 +242,7 @@ class SparcAdam(torch.optim.Optimizer):
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             rows = reference.wide(parameter.detach())
-            device = parameter.device if self.capturable else None
+            device = parameter.device if self.capturable else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             dtype = self._moment_dtype(parameter)
             state["exp_avg"], state["exp_avg_sq"] = _zeros_like(rows, dtype), _zeros_like(rows, dtype)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from types import ModuleType
 
 import pytest
@@ -18,18 +19,16 @@ if not torch.cuda.is_available():
 
 import two_devices
 from cuda_emulation import build
-from operands import fast_backends
-
-import sparc_fast as sf
+from operands import backends_of_the_device, fast_backends
 
 torch.set_num_threads(1)  # shapes are tiny; tests of threads set their own number
 # SPARC_FAST_TEST_DEVICE=cuda runs the operators' tests on a GPU, =two on memory that keeps to the rules of one
 TEST_DEVICE = os.environ.get("SPARC_FAST_TEST_DEVICE", "cpu")
 if TEST_DEVICE == "two":
-    two_devices.two_devices().__enter__()
+    FOR_GOOD = ExitStack()
+    FOR_GOOD.enter_context(two_devices.two_devices())
     torch.compile = lambda *_, **__: pytest.skip("torch.compile compiles nothing while operators are watched")
 torch.set_default_device(two_devices.DEVICE if TEST_DEVICE == "two" else TEST_DEVICE)
-
 
 MOST_EXAMPLES = 5  # of a test on a device
 SETTINGS = "_hypothesis_internal_use_settings"  # where a decorated test keeps its own, which no profile overrules
@@ -102,6 +101,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every backend that runs here: an operator's tests hold for all of them."""
     if "backend" in metafunc.fixturenames:
         all_here = metafunc.module.__name__ in IN_INTERPRETER
-        names = sf.available_backends(torch.get_default_device()) if all_here else fast_backends()
-        on_no_gpu = {"cpu"} if TEST_DEVICE == "two" else set()
-        metafunc.parametrize("backend", sorted({*names} - on_no_gpu))
+        names = backends_of_the_device() if all_here else fast_backends()
+        metafunc.parametrize("backend", sorted(names))

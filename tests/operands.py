@@ -20,8 +20,6 @@ CASES = {
     "every latent in use again and again": ((64, 16), 130, 12, 10),
     "few samples of many latents": ((48,), 4, 500, 2),
 }
-# without a GPU the kernels run in Triton's interpreter, on whatever the device of the tests is
-KERNEL_DEVICE = torch.device("cuda") if torch.cuda.is_available() else torch.get_default_device()
 # programs of Triton's interpreter run one by one: it gets the first of the samples
 IN_INTERPRETER = 3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -70,10 +68,21 @@ def largest(scores: Tensor, k: int) -> Tensor:
     return order[:, :k].sort(dim=1).values.int()
 
 
+def backends_of_the_device() -> tuple[str, ...]:
+    """Those for the default device; "cpu" computes on the host alone, which a second device is not."""
+    device = torch.get_default_device()
+    return tuple(name for name in backends.available(device) if name != "cpu" or device == torch.device("cpu"))
+
+
 def fast_backends() -> tuple[str, ...]:
     """The backends that get through any test: Triton's interpreter does not."""
-    device = torch.get_default_device()
-    return tuple(name for name in backends.available(device) if name != "triton" or device.type == "cuda")
+    interprets = torch.get_default_device().type == "cpu"
+    return tuple(name for name in backends_of_the_device() if name != "triton" or not interprets)
+
+
+def kernel_device() -> torch.device:
+    """Where the Triton kernels run: without a GPU in the interpreter, wherever the tests do."""
+    return torch.device("cuda") if torch.cuda.is_available() else torch.get_default_device()
 
 
 def operators_of(backend: str) -> Backend:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from operands import KERNEL_DEVICE as DEVICE
-from operands import OPERATORS, Operands, operands
+from operands import OPERATORS, Operands, kernel_device, operands
 from torch import Tensor
 
 from sparc_fast import reference
@@ -19,6 +18,7 @@ pytest.importorskip("triton")
 
 NAMES = ["support_values", "support_values_grad_x", "sparse_decode", "sparse_decode_grad_values", "decode_loss"]
 MODULES = {name: import_module(f"sparc_fast.kernels.{name}") for name in NAMES}
+DEVICE = kernel_device()
 CASE = (7, 40, 5), 3, 20, 6
 # NumPy, which Triton's interpreter computes with, warns of inf * 0
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import KERNEL_DEVICE as DEVICE
-from operands import largest, seeded
+from operands import kernel_device, largest, seeded
 from torch import Tensor
 
 from sparc_fast import reference
@@ -25,6 +24,7 @@ kernel = importlib.import_module("sparc_fast.kernels.global_topk")
 # infinite and NaN intervals are part of the method; the interpreter computes them with numpy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
+DEVICE = kernel_device()
 SCREENINGS = ["auto", "bf16", "off"]
 inf, nan = torch.inf, torch.nan
 

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from operands import KERNEL_DEVICE as DEVICE
-from operands import OPERATORS, SEED, STEP, Operands, operands, rows_to_update, seeded
+from operands import OPERATORS, SEED, STEP, Operands, kernel_device, operands, rows_to_update, seeded
 from torch import Tensor
 
 from sparc_fast import reference
@@ -38,6 +37,7 @@ KERNELS = SimpleNamespace(
     replay_rows=replay_rows.replay_rows,
     count_silence=count_silence.count_silence,
 )
+DEVICE = kernel_device()
 SUPPORTS = pytest.mark.parametrize("per_stream", [False, True], ids=["shared support", "support per stream"])
 BETAS, EPS = (0.9, 0.999), 1e-8
 

@@ -15,6 +15,7 @@ code that gets only the address of a tensor is not watched.
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -159,10 +160,10 @@ class Watched(TorchDispatchMode):
         else:
             on_device = asked == DEVICE or (None if _differentiates() else False)
         _check_generators(operator, (args, kwargs), on_device)
-        if operator.namespace.startswith("sparc_fast") and all(
-            type(t) in (Tensor, torch.nn.Parameter) for t in tensors
-        ):
-            with self:  # what is in it is watched too
+        # in a kernel's own code, too, but for the CPU's, which is compiled
+        ours = operator.namespace in ("sparc_fast_triton", "sparc_fast_cuda")
+        if ours and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors):
+            with self:
                 results = operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         else:
             results = operator(*args, **kwargs)
@@ -172,9 +173,13 @@ class Watched(TorchDispatchMode):
 
 
 def _differentiates() -> bool:
-    """Whether this is PyTorch's own backward, not that of a function in Python."""
-    node = torch._C._current_autograd_node()
-    return node is not None and not isinstance(node, torch.autograd.function.BackwardCFunction)
+    """Whether autograd itself called the operator, not Python within a backward pass."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.endswith(
+        ("torch/_compile.py", "_dynamo/eval_frame.py")
+    ):
+        frame = frame.f_back
+    return frame.f_code.co_name == "_engine_run_backward"
 
 
 def _check_tensors(operator: torch._ops.OpOverload, args: tuple[Any, ...], tensors: list[Tensor]) -> None:
