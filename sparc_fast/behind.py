@@ -23,7 +23,7 @@ class Behind:
     def record(self, lr: float, beta_1: float, beta_2: float, eps: float) -> None:
         """One more step is being made."""
         self._make_room(self._count + 1)
-        self._steps[self._count] = torch.tensor((lr, beta_1, beta_2, eps), dtype=torch.float64)
+        self._steps[self._count] = torch.tensor((lr, beta_1, beta_2, eps), dtype=torch.float64, device="cpu")
         self._count += 1
 
     def all_current(self, step: int) -> None:

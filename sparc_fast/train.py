@@ -88,10 +88,10 @@ def train(
 
 def _batches(n_samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Rows of batches without end: every epoch is a new permutation, and its ragged tail opens the next."""
-    rows = torch.empty(0, dtype=torch.int64)
+    rows = torch.empty(0, dtype=torch.int64, device="cpu")
     while True:
         while len(rows) < batch_size:
-            rows = torch.cat([rows, torch.randperm(n_samples, generator=generator)])
+            rows = torch.cat([rows, torch.randperm(n_samples, generator=generator, device="cpu")])
         yield rows[:batch_size]
         rows = rows[batch_size:]
 
@@ -99,7 +99,7 @@ def _batches(n_samples: int, batch_size: int, generator: torch.Generator) -> Ite
 def _choosing_streams(streams: tuple[str, ...], dropout: float, generator: torch.Generator) -> tuple[str, ...]:
     """Each stream with probability 1 - dropout, drawn again until there is one."""
     while True:
-        keep = torch.rand(len(streams), generator=generator) >= dropout
+        keep = torch.rand(len(streams), generator=generator, device="cpu") >= dropout
         if keep.any():
             return tuple(name for name, kept in zip(streams, keep, strict=True) if kept)
 

@@ -344,7 +344,7 @@ def test_inputs_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match=r"inputs\['b'\] must be .* got torch.float64 \[9, 5\]"):
         model({**x, "b": x["b"].double()})
     with pytest.raises(ValueError, match=r"inputs\['a'\] must be a tensor \[N, D\], got array"):
-        model({"a": x["a"].numpy()})
+        model({"a": x["a"].cpu().numpy()})
     with pytest.raises(ValueError, match="outputs must be what forward returned, got dict"):
         model.compute_loss(dict(model(x)), x)
     with pytest.raises(ValueError, match='topk_type must be "global" or "local", got \'batch\''):

@@ -24,7 +24,7 @@ N, WIDTH = 103, 7
 
 
 def sample(n: int = N, width: int = WIDTH, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(n, width, generator=torch.Generator().manual_seed(n + width)).to(dtype)
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(n + width), device="cpu").to(dtype)
 
 
 def write_npy(path: Path, rows: Tensor) -> Path:

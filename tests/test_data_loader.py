@@ -34,7 +34,7 @@ def rows_of(n: int = N) -> dict[str, Tensor]:
     number = torch.arange(n)
     streams = {}
     for name, width, dtype in (("a", 300, torch.float32), ("b", 200, torch.float16)):
-        rows = torch.randn(n, width, generator=torch.Generator().manual_seed(width))
+        rows = torch.randn(n, width, generator=torch.Generator().manual_seed(width), device="cpu")
         rows[:, 0], rows[:, 1] = number % 1000, number // 1000
         streams[name] = rows.to(dtype)
     return streams
@@ -230,7 +230,7 @@ def test_batches_are_the_same_where_nothing_is_compiled(
     sizes = 2.0 ** torch.arange(-25, 15)  # subnormal in half precision, and almost too large for it
     streams = {}
     for name, width in (("a", 131), ("b", 1), ("c", 64)):
-        rows = torch.randn(8000, width, generator=torch.Generator().manual_seed(width))
+        rows = torch.randn(8000, width, generator=torch.Generator().manual_seed(width), device="cpu")
         streams[name] = (rows.clamp(-1.9, 1.9) * sizes[torch.arange(8000) % len(sizes), None]).to(stored)
         save_file({"features": streams[name]}, tmp_path / f"{name}.safetensors")
     files = data.open({name: tmp_path / f"{name}.safetensors" for name in streams})

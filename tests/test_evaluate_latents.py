@@ -80,7 +80,7 @@ def test_agreement_compares_codes_of_different_k() -> None:
 def test_agreement_of_unrelated_latents_is_about_half_their_frequency() -> None:
     torch.manual_seed(0)
     streams = {name: code_of((torch.rand(4000, 20) < 0.1).float().tolist()) for name in "ab"}
-    assert firing_agreement(streams, 20).mean() == pytest.approx(0.1 / (2 - 0.1), abs=0.01)
+    assert float(firing_agreement(streams, 20).mean()) == pytest.approx(0.1 / (2 - 0.1), abs=0.01)
 
 
 # --- names ---

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operands import seeded
 from test_evaluate_codes import cases, code_of, dense_of
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def test_ranks_of_sparse_codes_equal_the_definition_in_exact_arithmetic(case: Ca
 @settings(max_examples=100, deadline=None)
 @given(N=st.integers(0, 9), D=st.integers(1, 5), seed=st.integers(0, 2**31), chunk=st.integers(1, 10))
 def test_ranks_of_signed_dense_rows_equal_the_definition(N: int, D: int, seed: int, chunk: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     a, b = (torch.randint(-3, 4, (N, D), generator=generator).float() for _ in range(2))
     assert retrieval_ranks(a, b, chunk=chunk).tolist() == ranks_by_definition(a, b)
 

@@ -153,7 +153,7 @@ def test_no_change_is_none_and_a_picture_depends_on_its_own_row() -> None:
     still = torch.zeros(4, CHANGES)
     still[:, -1] = -1  # sharp
     assert torch.equal(jitter(pictures, still), pictures)
-    changes = torch.rand(4, CHANGES, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    changes = torch.rand(4, CHANGES, generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
     whole = jitter(pictures, changes)
     assert all(torch.equal(jitter(pictures[n : n + 1], changes[n : n + 1])[0], whole[n]) for n in range(4))
     assert not (whole == pictures).flatten(1).all(1).any()

@@ -19,13 +19,14 @@ STATE = {"step": 3, "best": None, "loader": {"d_streams": {"b": 1, "a": 2}}}
 
 def tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {
-        "x": torch.randn(7, 5, generator=generator),
-        "narrow": torch.randn(9, generator=generator).bfloat16(),
-        "step": torch.tensor(4.0),
-        "none": torch.empty(0, 3),
-        "count": torch.arange(6),
-    }
+    with torch.device("cpu"):
+        return {
+            "x": torch.randn(7, 5, generator=generator),
+            "narrow": torch.randn(9, generator=generator).bfloat16(),
+            "step": torch.tensor(4.0),
+            "none": torch.empty(0, 3),
+            "count": torch.arange(6),
+        }
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_with_its_state_in_order(tmp_path: Path) -> None:

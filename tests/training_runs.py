@@ -25,9 +25,9 @@ RUNS: dict[str, dict[str, Any]] = {
 def rows(n: int = 6000) -> dict[str, Tensor]:
     """Two streams that see the same three of 24 concepts, each through directions of its own."""
     generator = torch.Generator().manual_seed(0)
-    concepts = torch.rand(n, 24, generator=generator).topk(3).indices
-    on = torch.zeros(n, 24).scatter(1, concepts, 1.0)
-    return {name: on @ torch.randn(24, width, generator=generator) for name, width in D.items()}
+    concepts = torch.rand(n, 24, generator=generator, device="cpu").topk(3).indices
+    on = torch.zeros(n, 24, device="cpu").scatter(1, concepts, 1.0)
+    return {name: on @ torch.randn(24, width, generator=generator, device="cpu") for name, width in D.items()}
 
 
 def files(n: int = 6000) -> AlignedFiles:

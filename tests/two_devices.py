@@ -106,7 +106,7 @@ def numpy(tensor: Tensor, *, force: bool = False) -> Any:
 
 
 def _placed(
-    function: Callable[..., Tensor], default: Callable[..., torch.device] = lambda *_: torch.get_default_device()
+    function: Callable[..., Tensor], default: Callable[..., torch.device] = lambda *_: torch.empty(0).device
 ) -> Callable[..., Tensor]:
     """A function that brings numbers of the host to the device asked for, or else to the default."""
 

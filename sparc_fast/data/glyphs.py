@@ -93,7 +93,7 @@ class Glyphs:
             raise ValueError(f"face: expected one of {sorted(set(self.faces))}, got {face!r}")
         wanted = self.held_out if held_out else ~self.held_out
         if face is not None:
-            wanted = wanted & torch.tensor([f == face for f in self.faces])
+            wanted = wanted & torch.tensor([f == face for f in self.faces], device=wanted.device)
         return wanted.nonzero().flatten()
 
 
@@ -129,14 +129,14 @@ def glyphs(*, faces: Sequence[str] = tuple(FACES), held_out: float = 0.2, width:
     names = [unicodedata.name(character) for character in characters]
     pairs = torch.from_numpy(np.stack([pictures[face][character] for face, character in rows]))
     images = {"sans": pairs[:, 0], "serif": pairs[:, 1]}
-    is_held_out = torch.tensor([character in kept for character in characters])
+    is_held_out = torch.tensor([character in kept for character in characters], device="cpu")
 
     features = {stream: describe(images[stream]) for stream, describe in FEATURES.items()}
     features["name"] = _semantic(names, ~is_held_out)
     principal = {stream: Principal.fit(x[~is_held_out], width) for stream, x in features.items()}
     inputs = {stream: principal[stream](x) for stream, x in features.items()}
     concepts = _concepts([unicodedata.name(character) for character in alphabet])
-    labels = torch.tensor([[concept in words for concept in concepts] for words in map(_words, names)])
+    labels = torch.tensor([[concept in words for concept in concepts] for words in map(_words, names)], device="cpu")
     drawn = [face for face, _ in rows]
     return Glyphs(inputs, characters, names, drawn, is_held_out, concepts, labels, images, principal)
 
@@ -200,7 +200,7 @@ def _hog(images: Tensor, cell: int = 4, bins: int = 8) -> Tensor:
 
 def _blurred(images: Tensor) -> Tensor:
     """Square roots of Gaussian-blurred ink at every second pixel [N, (SIDE / 2)^2]."""
-    bell = torch.exp(-torch.arange(-4.0, 5.0).square() / (2 * 1.5**2))
+    bell = torch.exp(-torch.arange(-4.0, 5.0, device=images.device).square() / (2 * 1.5**2))
     bell = torch.outer(bell, bell) / bell.sum() ** 2
     return F.conv2d(images[:, None] / 255, bell[None, None], stride=2, padding=4).sqrt().flatten(1)
 

@@ -30,7 +30,7 @@ def jitter(images: Tensor, changes: Tensor) -> Tensor:
     height, width = images.shape[1:]
     cos, sin = torch.cos(turn * TURN), torch.sin(turn * TURN)
     # where every pixel of the result comes from; grid_sample's coordinates go from -1 to 1
-    x, y = (torch.arange(1 - n, n, 2) / n for n in (width, height))
+    x, y = (torch.arange(1 - n, n, 2, device=images.device) / n for n in (width, height))
     y = y[:, None]
     from_x = (cos * x + sin * y) / (1 + wider * STRETCH) - right * SHIFT * 2 / width
     from_y = (cos * y - sin * x) / (1 + taller * STRETCH) - down * SHIFT * 2 / height

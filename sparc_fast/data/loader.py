@@ -191,7 +191,9 @@ class Loader:
         if n == self.batch_size and not self.pin_memory:
             return self._batches.take()
         D = sum(self.files.d_streams.values())
-        return torch.empty(n, D, dtype=self.dtype, pin_memory=self.pin_memory)  # torch keeps pinned memory by itself
+        return torch.empty(
+            n, D, dtype=self.dtype, device="cpu", pin_memory=self.pin_memory
+        )  # torch keeps pinned memory
 
     def _window_at(self, epoch: int, row: int) -> Window:
         """The window with that row of the epoch; when it is a new one, the one after it starts being read."""

@@ -71,7 +71,7 @@ class Reader(ABC):
         if not 0 <= start <= stop <= self.n_rows:
             raise ValueError(f"rows must lie in 0 to {self.n_rows} of {self.title}, got {start} to {stop}")
         if out is None:
-            out = torch.empty(stop - start, self.width, dtype=self.dtype)
+            out = torch.empty(stop - start, self.width, dtype=self.dtype, device="cpu")
         elif out.shape != (stop - start, self.width) or out.dtype != self.dtype or not out.is_contiguous():
             expected = f"contiguous {self.dtype} of shape {[stop - start, self.width]}"
             raise ValueError(f"out must be {expected}, got {out.dtype} of {list(out.shape)}")

@@ -29,8 +29,8 @@ class Recycled:
             if taken() is None:
                 return self._lend(i)
         if len(self._memory) == self._at_most:  # their owners keep all of them
-            return torch.empty(self._shape, dtype=self._dtype)
-        self._memory.append(empty_rows(*self._shape, dtype=self._dtype).view(torch.uint8).numpy())
+            return torch.empty(self._shape, dtype=self._dtype, device="cpu")
+        self._memory.append(empty_rows(*self._shape, dtype=self._dtype, device="cpu").view(torch.uint8).numpy())
         self._taken.append(lambda: None)
         return self._lend(len(self._memory) - 1)
 

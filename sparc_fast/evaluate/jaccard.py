@@ -55,6 +55,6 @@ def concept_jaccard_by_chance(codes: Codes, labels: Tensor, n_latents: int, seed
     generator = torch.Generator().manual_seed(seed)
     shuffled = {}
     for name, (values, indices) in codes.items():
-        order = torch.randperm(len(values), generator=generator).to(values.device)
+        order = torch.randperm(len(values), generator=generator, device="cpu").to(values.device)
         shuffled[name] = (values[order], indices[order])
     return concept_jaccard(shuffled, labels, n_latents)

@@ -216,7 +216,7 @@ def _own(matrix: Tensor) -> float:
 
 
 def _cross(matrix: Tensor) -> float:
-    return float(matrix[~torch.eye(len(matrix), dtype=torch.bool)].mean())
+    return float(matrix[~torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)].mean())
 
 
 def _average(values: Collection[float]) -> float:

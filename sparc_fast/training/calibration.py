@@ -17,7 +17,7 @@ def calibrate(model: SPARC, loader: Loader, n_rows: int) -> None:
     """
     state = loader.state_dict()
     D = sum(model.d_streams.values())
-    mean, squares, n = torch.zeros(D, dtype=torch.float64), torch.zeros(D, dtype=torch.float64), 0
+    (mean, squares), n = torch.zeros(2, D, dtype=torch.float64, device="cpu"), 0
     for batch in loader:
         x = batch[: n_rows - n].double()
         of_batch = x.mean(0)

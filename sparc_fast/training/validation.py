@@ -24,7 +24,7 @@ def validate(model: SPARC, files: AlignedFiles, batch_size: int, cross_loss_coef
     was_training = model.training
     model.eval()
     S = len(model.streams)
-    joint, single = (torch.zeros(S, S, dtype=torch.float64) for _ in range(2))
+    joint, single = (torch.zeros(S, S, dtype=torch.float64, device="cpu") for _ in range(2))
     for x in _batches(files, batch_size, model.W_enc.device):
         joint += len(x) * model.loss(x, 1.0, 0.0).nmse.double().cpu()
         for s, stream in enumerate(model.streams):
