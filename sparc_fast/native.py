@@ -93,8 +93,8 @@ def decode_loss(
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     indices = _indices(indices)
-    offsets = torch.empty(n_latents + 1, dtype=torch.int64)
-    entries = torch.empty(indices.numel(), dtype=torch.int64)
+    offsets = torch.empty(n_latents + 1, dtype=torch.int64, device="cpu")
+    entries = torch.empty(indices.numel(), dtype=torch.int64, device="cpu")
     _cpu.invert_indices(offsets, entries, indices, n_latents)
     return offsets, entries
 
@@ -231,7 +231,7 @@ def _gradients_like(x: Tensor, offsets: Tensor, D: int, S: int) -> tuple[Tensor,
 
 
 def _sums(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+    return torch.empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32, device="cpu")
 
 
 def _stored(*tensors: Tensor) -> list[Tensor]:

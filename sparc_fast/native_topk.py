@@ -27,7 +27,7 @@ def global_topk(
     x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
 ) -> Tensor:
     W, bias = _stored(W_enc.detach(), x.dtype), latent_bias.detach().double().sum(0)
-    indices = torch.empty(len(x), k, dtype=torch.int32)
+    indices = torch.empty(len(x), k, dtype=torch.int32, device="cpu")
     rows = max(1, min(ROWS, 2**25 // (12 * _capacity(k, len(W)))))
     with torch.autocast("cpu", enabled=False):
         for n in range(0, len(x), rows):
@@ -54,7 +54,7 @@ def local_topk(
 
 def topk_rows(scores: Tensor, k: int) -> Tensor:
     """Columns of the k largest of each row, int32 [N, k], ascending; ties to the lower column, NaN ranks with +inf."""
-    indices = torch.empty(len(scores), k, dtype=torch.int32)
+    indices = torch.empty(len(scores), k, dtype=torch.int32, device="cpu")
     _cpu.topk_rows(indices, wide(scores).contiguous(), k, torch.get_num_threads())
     return indices
 
@@ -89,23 +89,26 @@ def _screened(x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype) ->
     chunk = min(LATENTS, max(64, 2**23 // D), L)
     operand, norm, residual = _measured(x, dtype, None)
     screen = _cpu.Screen(norm, residual, bias, D, k, _capacity(k, L), dtype == torch.bfloat16)
-    scores, copies = torch.empty(N * chunk, dtype=dtype), torch.empty(chunk, D, dtype=dtype)
+    scores, copies = torch.empty(N * chunk, dtype=dtype, device="cpu"), torch.empty(chunk, D, dtype=dtype, device="cpu")
     for first in range(0, L, chunk):
         rows, norm, residual = _measured(W[first : first + chunk], dtype, copies)
         product = torch.mm(operand, rows.T, out=scores[: N * len(rows)].view(N, len(rows)))
         screen.filter(product, first, norm, residual, threads)
     del scores, copies
-    indices, given_up = torch.empty(N, k, dtype=torch.int32), torch.empty(N, dtype=torch.bool)
+    indices, given_up = (
+        torch.empty(N, k, dtype=torch.int32, device="cpu"),
+        torch.empty(N, dtype=torch.bool, device="cpu"),
+    )
     screen.settle(indices, given_up, x, W, threads)
     return indices, given_up
 
 
 def _measured(w: Tensor, dtype: torch.dtype, room: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """w in this dtype, and upper bounds of its rows' norms and of what the conversion took from them."""
-    norm, residual = torch.empty(2, len(w)).unbind()
+    norm, residual = torch.empty(2, len(w), device="cpu").unbind()
     copy = None
     if dtype != w.dtype:
-        copy = torch.empty(w.shape, dtype=dtype) if room is None else room[: len(w)]
+        copy = torch.empty(w.shape, dtype=dtype, device="cpu") if room is None else room[: len(w)]
         if dtype == torch.float32:
             copy.copy_(w)
     rounded = copy if dtype == torch.bfloat16 else None
@@ -115,12 +118,12 @@ def _measured(w: Tensor, dtype: torch.dtype, room: Tensor | None) -> tuple[Tenso
 
 def _exact(x: Tensor, W: Tensor, bias: Tensor, k: int) -> Tensor:
     """The specification, chunk by chunk: the best so far stand left of the next chunk, so that ties stay with them."""
-    best, latents = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int32)
+    best, latents = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int32, device="cpu")
     for first in range(0, len(W), LATENTS):
         rows = W[first : first + LATENTS]
         h = x.new_empty(len(x), len(rows))
         _cpu.exact_scores(h, x, rows, bias[first : first + LATENTS], torch.get_num_threads())
-        numbers = torch.arange(first, first + len(rows), dtype=torch.int32).expand_as(h)
+        numbers = torch.arange(first, first + len(rows), dtype=torch.int32, device="cpu").expand_as(h)
         best, latents = torch.cat([best, h], dim=1), torch.cat([latents, numbers], dim=1)
         kept = topk_rows(best, min(k, best.shape[1])).long()
         best, latents = best.gather(1, kept), latents.gather(1, kept)

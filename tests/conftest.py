@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from types import ModuleType
 
 import pytest
@@ -19,7 +19,9 @@ if not torch.cuda.is_available():
 
 import two_devices
 from cuda_emulation import build
-from operands import backends_of_the_device, fast_backends
+from operands import fast_backends
+
+from sparc_fast import backends
 
 torch.set_num_threads(1)  # shapes are tiny; tests of threads set their own number
 # SPARC_FAST_TEST_DEVICE=cuda runs the operators' tests on a GPU, =two on memory that keeps to the rules of one
@@ -72,6 +74,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
+# what files hold and how runs go on them is the host's, whatever the default device
+ON_THE_HOST = {
+    "test_convert", "test_data_files", "test_data_loader", "test_eval_command", "test_glyph_files", "test_glyphs",
+    "test_report",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def device_of_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    name = request.module.__name__
+    with torch.device("cpu") if name in ON_THE_HOST or name.startswith("test_training_") else nullcontext():
+        yield
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-of-each", action="store_true", help="of each test its first parameters, on every backend")
 
@@ -101,5 +117,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every backend that runs here: an operator's tests hold for all of them."""
     if "backend" in metafunc.fixturenames:
         all_here = metafunc.module.__name__ in IN_INTERPRETER
-        names = backends_of_the_device() if all_here else fast_backends()
+        names = backends.available(torch.get_default_device()) if all_here else fast_backends()
         metafunc.parametrize("backend", sorted(names))

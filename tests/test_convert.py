@@ -55,7 +55,7 @@ def test_a_checkpoint_comes_over_and_back_bit_for_bit(selection: str, tmp_path: 
     }  # fmt: skip
     ours.save(tmp_path / "model.safetensors")
     convert.to_upstream(sf.SPARC.load(tmp_path / "model.safetensors"), tmp_path / "back" / "m.pth", batch_size=9)
-    back = torch.load(tmp_path / "back" / "m.pth", torch.get_default_device(), weights_only=True)
+    back = torch.load(tmp_path / "back" / "m.pth", weights_only=True)
     assert list(back) == list(theirs.state_dict())
     for name, tensor in theirs.state_dict().items():
         assert back[name].is_contiguous()

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from two_devices import DEVICE, HOST, two_devices
 
+import sparc_fast as sf
 from sparc_fast.benchmarks import gpu_checks
+from sparc_fast.train import train
 
 ROOT = Path(__file__).parents[1]
 # not those that take a second and more
@@ -112,6 +114,30 @@ def test_what_is_on_the_host_stays_there_when_what_it_was_copied_from_changes(x:
     x.zero_()
     assert host.tolist() == [0, 1, 2, 3]
     assert shared.device == DEVICE
+
+
+@pytest.mark.parametrize("settings", [{}, {"lazy": "replay"}, {"moments": "bfloat16"}], ids=str)
+def test_a_model_of_the_host_learns_the_same_whatever_the_default_device(settings: dict[str, str], x: Tensor) -> None:
+    weights = []
+    for default in (HOST, x.device):
+        with torch.device(default):
+            torch.manual_seed(0)
+            model = sf.SPARC({"a": 6, "b": 3}, 20, 3, auxk=2, dead_after=1, device="cpu")
+            optimizer = sf.SparcAdam(model, lr=1e-2, **settings)
+            inputs = {name: torch.randn(40, width, device="cpu") for name, width in (("a", 6), ("b", 3))}
+            for _ in range(3):
+                optimizer.step(inputs)
+            train(model, inputs, steps=2, batch_size=30, support_dropout=0.5)
+            weights.append(model.state_dict())
+    for name, tensor in weights[0].items():
+        assert torch.equal(weights[1][name], tensor), name
+
+
+def test_what_is_saved_on_the_device_is_loaded_there(x: Tensor, tmp_path: Path) -> None:
+    torch.save({"x": x, "host": x.cpu()}, tmp_path / "both.pt")
+    found = torch.load(tmp_path / "both.pt")
+    assert (found["x"].device, found["host"].device) == (DEVICE, HOST)
+    assert torch.load(tmp_path / "both.pt", map_location="cpu")["x"].device == HOST
 
 
 @pytest.mark.skipif("SPARC_FAST_TEST_DEVICE" in os.environ, reason="this is such a run")

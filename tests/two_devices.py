@@ -6,7 +6,8 @@ saved tensors and `.data` know it, and `Tensor.device` tells it. Within `two_dev
 - an operator, or a launch in Triton's interpreter, on tensors of both, but where a GPU takes them: copies, a number of
   the host in arithmetic, indices of the host;
 - a generator of one that draws for the other;
-- `.numpy()` on the device.
+- `.numpy()` on the device;
+- the backend "cpu" there.
 
 It holds for the thread that entered it. What files hold, NumPy shares and other threads make is the host's. Compiled
 code that gets only the address of a tensor is not watched.
@@ -28,6 +29,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sparc_fast import backends
+
 DEVICE, HOST = torch.device("cpu", 0), torch.device("cpu")
 
 aten = torch.ops.aten
@@ -36,6 +39,7 @@ INDEXES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 # to these a number of the host is a tensor like any other
 STRICT = {aten.cat.default, aten.stack.default, aten.equal.default}
 
+_backends = backends.available
 _device, _to, _numpy = torch.Tensor.device.__get__, torch.Tensor.to, torch.Tensor.numpy
 _generators: weakref.WeakValueDictionary[int, torch.Generator] = weakref.WeakValueDictionary()  # the device's
 
@@ -48,6 +52,7 @@ def two_devices() -> Iterator[None]:
         *((torch.Tensor, method.__name__, method) for method in (to, cpu, numpy)),
         *((torch, name, _placed(getattr(torch, name))) for name in ("tensor", "as_tensor", "asarray")),
         (torch, "Generator", Generator),
+        (backends, "available", _available),
     ]
     if find_spec("triton") is not None:
         from triton.runtime.interpreter import GridExecutor
@@ -130,6 +135,25 @@ def _launched(launch: Callable[..., None]) -> Callable[..., None]:
         launch(executor, *args, **kwargs)
 
     return launched
+
+
+def _available(device: torch.device | str = HOST) -> tuple[str, ...]:
+    """The backend "cpu" is compiled for the host alone."""
+    return tuple(name for name in _backends(device) if name != "cpu" or torch.device(device) != DEVICE)
+
+
+def _tag(storage: torch.UntypedStorage) -> str | None:
+    return str(DEVICE) if getattr(storage, "on_device", False) else None
+
+
+def _restore(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    if location != str(DEVICE):
+        return None
+    storage.on_device = True  # type: ignore[attr-defined]
+    return storage
+
+
+torch.serialization.register_package(0, _tag, _restore)  # what is saved on the device is loaded there
 
 
 class Generator(torch.Generator):
