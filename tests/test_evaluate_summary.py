@@ -117,12 +117,12 @@ def test_evaluate_equals_each_metric_on_the_whole_batch(selection: str, batch_si
     assert found.jaccard_single is not None
     assert found.jaccard_chance is not None
     assert found.jaccard_joint is not None
-    torch.testing.assert_close(found.jaccard_single, concept_jaccard(single, labels, L))
-    torch.testing.assert_close(found.jaccard_chance, concept_jaccard_by_chance(single, labels, L))
-    torch.testing.assert_close(found.jaccard_joint, concept_jaccard(joint, labels, L))
-    torch.testing.assert_close(found.agreement, firing_agreement(single, L))
-    torch.testing.assert_close(found.frequency, latent_use(single, L).frequency)
-    torch.testing.assert_close(found.latents_joint.frequency, latent_use(joint, L).frequency)
+    torch.testing.assert_close(found.jaccard_single, concept_jaccard(single, labels, L).cpu())
+    torch.testing.assert_close(found.jaccard_chance, concept_jaccard_by_chance(single, labels, L).cpu())
+    torch.testing.assert_close(found.jaccard_joint, concept_jaccard(joint, labels, L).cpu())
+    torch.testing.assert_close(found.agreement, firing_agreement(single, L).cpu())
+    torch.testing.assert_close(found.frequency, latent_use(single, L).frequency.cpu())
+    torch.testing.assert_close(found.latents_joint.frequency, latent_use(joint, L).frequency.cpu())
     assert list(found.retrieval) == list(permutations(WIDTHS, 2))
     for (a, b), scores in found.retrieval.items():
         assert scores == Retrieval.from_ranks(retrieval_ranks(single[a], single[b], L))
