@@ -76,8 +76,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # what files hold and how runs go on them is the host's, whatever the default device
 ON_THE_HOST = {
-    "test_convert", "test_data_files", "test_data_loader", "test_eval_command", "test_glyph_files", "test_glyphs",
-    "test_report",
+    "test_benchmarks", "test_benchmarks_gpu", "test_cli", "test_convert", "test_data_files", "test_data_loader",
+    "test_eval_command", "test_glyph_files", "test_glyphs", "test_report",
 }  # fmt: skip
 
 

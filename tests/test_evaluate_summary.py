@@ -129,11 +129,11 @@ def test_evaluate_equals_each_metric_on_the_whole_batch(selection: str, batch_si
     for s, source in enumerate(WIDTHS):
         for t, target in enumerate(WIDTHS):
             error = squared_error(inputs[target], model.decode(alone[source], source, target).detach())
-            torch.testing.assert_close(found.nmse[s, t], nmse_from_errors(error, inputs[target]))
-            torch.testing.assert_close(found.r2[s, t], r2_from_errors(error, inputs[target]))
+            torch.testing.assert_close(found.nmse[s, t], nmse_from_errors(error, inputs[target]).cpu())
+            torch.testing.assert_close(found.r2[s, t], r2_from_errors(error, inputs[target]).cpu())
     for name, (values, indices) in found.single_codes.items():
-        torch.testing.assert_close(values, single[name][0].detach())
-        assert torch.equal(indices, single[name][1])
+        torch.testing.assert_close(values, single[name][0].detach().cpu())
+        assert torch.equal(indices, single[name][1].cpu())
 
 
 @pytest.mark.parametrize("training", [True, False])
