@@ -118,7 +118,6 @@ def test_a_command_that_outlasts_its_time_is_stopped_with_its_children() -> None
 
 @pytest.mark.parametrize("name", [name for name in gpu_main.PHASES if name != "tests"])
 def test_every_phase_runs_on_stand_ins_at_a_tiny_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_main, "seconds", lambda record, full: 0.0)
     monkeypatch.setattr(gpu_main.backends, "FASTER_IN_CUDA", {})
     told = {"until": monotonic() + 60, "faster": ["update_rows"]}
     record = gpu_main.run_phase(name, Place(CPU, "auto"), False, None, told)
