@@ -15,7 +15,7 @@ from sparc_fast.data import Glyphs
 from sparc_fast.evaluate import Evaluation, evaluate, latent_use, name_latents, top_samples
 from sparc_fast.report import ModelReport, Report
 from sparc_fast.sae import SPARC, Selection
-from sparc_fast.train import Curves, train
+from sparc_fast.training.in_memory import Curves, train
 from sparc_fast.version import __version__
 
 SPARC_NAME, INDEPENDENT, UNTRAINED = "SPARC", "independent SAEs", "untrained SPARC"

@@ -19,11 +19,10 @@ import sparc_fast as sf
 from sparc_fast import data
 from sparc_fast.data import Loader
 from sparc_fast.training import Trainer, load_model, read_metrics
-from sparc_fast.training.calibration import calibrate
-from sparc_fast.training.held_out import hold_out
-from sparc_fast.training.progress import Lines
-from sparc_fast.training.sinks import flat
-from sparc_fast.training.validation import validate
+from sparc_fast.training.metrics import flat
+from sparc_fast.training.progress import Bar, Lines
+from sparc_fast.training.trainer import calibrate
+from sparc_fast.training.validation import hold_out, validate
 
 
 class Recorder:
@@ -289,15 +288,12 @@ def test_lines_tell_how_far_it_is_and_how_fast(tmp_path: Path) -> None:
     assert re.fullmatch(pattern, lines[1])
 
 
-def test_the_bar_shows_steps_speed_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_shows_steps_speed_and_figures(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from sparc_fast.training import bar
-
     out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=160)
-    monkeypatch.setattr(bar, "Console", lambda **_: console)
-    with Trainer(config(), tmp_path, files=files(), progress=bar.Bar()) as trainer:
+    bar = Bar(Console(file=out, force_terminal=True, width=160))
+    with Trainer(config(), tmp_path, files=files(), progress=bar) as trainer:
         trainer.run()
     for words in ("40/40", "rows/s", "0:00:0", "loss 0.", "validation loss"):
         assert words in out.getvalue()

@@ -1,15 +1,96 @@
-"""A plan as text: aligned columns, and words for what is estimated."""
+"""What a plan says, and how it reads: aligned columns, and words for what is estimated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparc_fast.training.config import Config
 
 from .machine import Machine
-from .planning import ACCURACY, Change, Plan
-from .step_time import CPU_EFFICIENCY
+from .memory import ACCURACY, Part, Streams, totals
+from .roofline import Cost
+from .time import CPU_EFFICIENCY
 
 UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 WIDTH = 52  # of the first column
+
+
+@dataclass(frozen=True)
+class Change:
+    """Other settings, and what they would give."""
+
+    settings: Mapping[str, Any]
+    costs: str
+    """What one gives up."""
+    saves: int
+    """Bytes of the peak; negative where it takes more."""
+    fits: bool
+    step_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found; as text it is the tables that `sparc-fast plan --changes` prints."""
+
+    config: Config
+    streams: Streams
+    machine: Machine
+    dead: float
+    """The part of the latents taken to be dead, if AuxK is on."""
+    steps: int | None
+    """Of the whole run; None where neither the settings nor the files say it."""
+    parts: tuple[Part, ...]
+    host: int | None
+    """Bytes of the host beside a GPU."""
+    mapped: int
+    """Bytes of a checkpoint's file that are in memory while it is read, if nobody else needs it; not in the peak."""
+    time: Mapping[str, Cost]
+    """The phases of a step; none where the machine's roofs are not known."""
+    changes: tuple[Change, ...]
+    """Cheapest first."""
+
+    def __str__(self) -> str:
+        return as_text(self, changes=True)
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes in each phase of the run."""
+        return totals(self.parts)
+
+    @property
+    def peak(self) -> int:
+        """Bytes in the phase that takes most."""
+        return max(self.phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.phases.__getitem__)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.machine.memory
+
+    @property
+    def is_close(self) -> bool:
+        """Whether it fits or not is within what the peak may be off by."""
+        return abs(self.peak - self.machine.memory) <= ACCURACY * self.peak
+
+    @property
+    def step_seconds(self) -> float | None:
+        """On a CPU the floor over the efficiency measured there; on a GPU, where none has been, the floor itself."""
+        if self.machine.roofs is None:
+            return None
+        floor = self.machine.roofs.floor(self.time.values())
+        return floor / CPU_EFFICIENCY if self.machine.device == "cpu" else floor
+
+    @property
+    def hours(self) -> float | None:
+        """Of all steps; not of reading, validation and checkpoints."""
+        if self.steps is None or self.step_seconds is None:
+            return None
+        return self.steps * self.step_seconds / 3600
 
 
 def as_text(plan: Plan, changes: bool = False) -> str:
@@ -94,20 +175,20 @@ def _time(plan: Plan) -> Iterator[str]:
         yield f"No times, since the machine's roofs are not known: --roofs, or {rates}, give them."
         return
     yield f"{'time of a step':{WIDTH}} {'at the roofs':>12}"
-    for phase in plan.time:
-        yield _row(phase.name, show_seconds(roofs.floor([phase.cost])))
+    for phase, cost in plan.time.items():
+        yield _row(phase, _seconds(roofs.floor([cost])))
     seconds = plan.step_seconds
     assert seconds is not None
     if plan.machine.device == "cpu":
-        yield _row(f"a step, at {CPU_EFFICIENCY:.0%} of the roofs", show_seconds(seconds))
+        yield _row(f"a step, at {CPU_EFFICIENCY:.0%} of the roofs", _seconds(seconds))
         yield "That share is what four whole steps on two machines reached: 52 to 77 %. Other machines differ."
     else:
-        yield _row("a step, at the roofs: the least it can take", show_seconds(seconds))
+        yield _row("a step, at the roofs: the least it can take", _seconds(seconds))
     if plan.hours is not None:
         yield f"{plan.steps:,} steps: {plan.hours:,.1f} hours, without reading, validation and checkpoints."
 
 
-def show_seconds(seconds: float) -> str:
+def _seconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.1f} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 
@@ -122,7 +203,7 @@ def _change(change: Change) -> str:
     settings = ", ".join(f"{name} = {_toml(value)}" for name, value in change.settings.items())
     if "memory" in change.settings:
         settings += f"  # {show_bytes(change.settings['memory'])}"
-    seconds = "" if change.step_seconds is None else show_seconds(change.step_seconds)
+    seconds = "" if change.step_seconds is None else _seconds(change.step_seconds)
     line = f"{settings:{WIDTH}} {show_bytes(change.saves):>12} {seconds:>12}  {'yes' if change.fits else 'no'}"
     return f"{line}\n    costs {change.costs}"
 
