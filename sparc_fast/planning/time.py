@@ -14,7 +14,7 @@ CPU_EFFICIENCY = 0.7
 
 def step_costs(config: Config, widths: tuple[int, ...], roofs: Roofline) -> dict[str, Cost]:
     """The phases of a step, one after another, and what each cannot do without; latents are used evenly."""
-    sizes = Sizes.of(config, widths, dead=0)
+    sizes = Sizes(config, widths)
     S, N, L, D, w = sizes.S, sizes.rows, sizes.L, sizes.D, sizes.weight
     turns = config.accumulate  # in each, all weights are read and, if there are several, their gradients added up
     product = "bfloat16" if roofs.bfloat16 > roofs.float32 else "float32"

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,43 +40,25 @@ def setting(default: Any, kind: Kind, help: str, *, free: bool = False) -> Any:
     return field(default=default, metadata=about(kind, help, free=free))
 
 
-def integer(least: int) -> Kind:
-    def convert(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _checked(expected: str, accepted: Any, fits: Callable[[Any], bool], kept_as: Callable[[Any], Any]) -> Kind:
+    def convert(value: Any) -> Any:
+        if not isinstance(value, accepted) or (isinstance(value, bool) and accepted is not bool) or not fits(value):
             raise ValueError
-        return value
+        return kept_as(value)
 
-    return Kind(f"an integer >= {least}", convert, int)
+    return Kind(expected, convert, kept_as)
+
+
+def integer(least: int) -> Kind:
+    return _checked(f"an integer >= {least}", int, lambda n: n >= least, int)
 
 
 def number(expected: str, fits: Callable[[float], bool]) -> Kind:
-    def convert(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not fits(value):
-            raise ValueError
-        return float(value)
-
-    return Kind(expected, convert, float)
+    return _checked(expected, int | float, lambda x: math.isfinite(x) and fits(x), float)
 
 
 def choice(*names: str) -> Kind:
-    def convert(value: Any) -> str:
-        if not isinstance(value, str) or value not in names:
-            raise ValueError
-        return value
-
-    return Kind(f"one of {', '.join(names)}", convert)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError
-    return value
+    return _checked(f"one of {', '.join(names)}", str, names.__contains__, str)
 
 
 def _sources(value: Any) -> dict[str, str | tuple[str, str]]:
@@ -102,8 +85,8 @@ def parse_source(text: str) -> tuple[str, str | tuple[str, str]]:
     return stream, (path, name) if name else path
 
 
-flag = Kind("true or false", _flag)
-text = Kind("text", _text)
+flag = _checked("true or false", bool, lambda _: True, bool)
+text = _checked("text", str, lambda _: True, str)
 sources = Kind("a table of streams, each a path or [path, name]", _sources)
 part = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 below_one = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
@@ -315,7 +298,8 @@ def _parse(path: Path) -> Any:
     text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".toml":
-            return _toml().loads(text)
+            library = "tomllib" if find_spec("tomllib") else "tomli"  # before Python 3.11
+            return _library(library, "tomli", path).loads(text)
         if path.suffix == ".json":
             return json.loads(text)
         return _library("yaml", "PyYAML", path).safe_load(text)
@@ -323,13 +307,6 @@ def _parse(path: Path) -> Any:
         raise
     except Exception as error:  # every library has its own
         raise ValueError(f"config must be {path.suffix[1:].upper()}, but {path} is not: {error}") from error
-
-
-def _toml() -> Any:
-    try:
-        return import_module("tomllib")
-    except ImportError:  # before Python 3.11
-        return _library("tomli", "tomli", Path("config.toml"))
 
 
 def _library(module: str, package: str, path: Path) -> Any:

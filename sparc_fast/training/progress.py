@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from importlib.util import find_spec
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from .metrics import Record
 
 
-class Display(Protocol):
-    """Told of every step and every record."""
+class Display:
+    """Told of every step and every record; this one shows nothing."""
 
     def start(self, step: int, steps: int, batch_size: int) -> None: ...
     def advance(self, step: int) -> None: ...
@@ -20,26 +20,7 @@ class Display(Protocol):
     def close(self) -> None: ...
 
 
-class Silent:
-    """Nothing to see."""
-
-    def start(self, step: int, steps: int, batch_size: int) -> None:
-        pass
-
-    def advance(self, step: int) -> None:
-        pass
-
-    def say(self, words: str) -> None:
-        pass
-
-    def record(self, record: Record) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class Lines(Silent):
+class Lines(Display):
     """A line a record, with throughput and the time left, as a log file wants it."""
 
     def __init__(self, out: TextIO | None = None) -> None:
@@ -62,7 +43,7 @@ class Lines(Silent):
         self.say(f"{at}: {summary(record)}")
 
 
-class Bar:
+class Bar(Display):
     """By rich: steps done, rows a second, the time left, and the last figures."""
 
     def __init__(self, console: Any = None) -> None:

@@ -25,7 +25,7 @@ from sparc_fast.version import __version__
 from .checkpoints import find_not_finite, load_tensors, save_model_of, tensors_of
 from .config import Config
 from .metrics import Means, MetricsFile, Record, Sink, TensorBoard, WandB
-from .progress import Display, Silent
+from .progress import Display
 from .run_folder import RunFolder, Session
 from .schedules import Schedule
 from .validation import hold_out, validate
@@ -76,7 +76,7 @@ class Trainer:
         progress: Display | None = None,
     ) -> None:
         self.config, self.folder = config, RunFolder(folder)
-        self._sinks, self._progress = list(sinks), progress or Silent()
+        self._sinks, self._progress = list(sinks), progress or Display()
         device = _device(config.device)
         with ExitStack() as opened:
             files, self.validation_files = _open(config, files, validation_files, opened)
