@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,24 +148,18 @@ def test_the_sums_count_with_the_constants_of_the_compiled_code() -> None:
 # ---- the sums
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-def test_weights_and_moments_are_exactly_those_of_the_tensors(moments: Literal["float32", "bfloat16"]) -> None:
-    model = sf.SPARC(WIDTHS, 512, 8)
-    optimizer = sf.SparcAdam(model, moments=moments)
+@pytest.mark.parametrize(
+    "settings", [{}, {"moments": "bfloat16"}, {"dtype": "bfloat16"}], ids=["float32", "moments", "weights"]
+)
+def test_weights_moments_and_masters_are_exactly_those_of_the_tensors(settings: dict[str, Any]) -> None:
+    model = sf.SPARC(WIDTHS, 512, 8, dtype=getattr(torch, settings.get("dtype", "float32")))
+    optimizer = sf.SparcAdam(model, moments=settings.get("moments", "float32"))
     optimizer.step(torch.randn(16, 1792))
-    found = planned(n_latents=512, k=8, moments=moments)
+    found = planned(n_latents=512, k=8, **settings)
     assert bytes_of(found, "weights") == sum(t.nbytes for t in model.state_dict().values())
-    kept = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert bytes_of(found, "Adam's moments") == sum(moment.nbytes for moment in kept)
-
-
-def test_masters_are_exactly_those_of_the_tensors() -> None:
-    model = sf.SPARC(WIDTHS, 512, 8, dtype=torch.bfloat16)
-    optimizer = sf.SparcAdam(model)
-    optimizer.step(torch.randn(16, 1792))
-    found = planned(n_latents=512, k=8, dtype="bfloat16")
-    assert bytes_of(found, "weights") == sum(t.nbytes for t in model.state_dict().values())
-    assert bytes_of(found, "float32 masters") == sum(state["master"].nbytes for state in optimizer.state.values())
+    kept = [(name, tensor.nbytes) for state in optimizer.state.values() for name, tensor in state.items()]
+    for part, names in (("Adam's moments", ("exp_avg", "exp_avg_sq")), ("float32 masters", ("master",))):
+        assert bytes_of(found, part) == sum(size for name, size in kept if name in names)
 
 
 def test_the_peak_is_the_sum_of_the_parts_of_the_largest_phase() -> None:
@@ -233,24 +227,18 @@ def test_a_large_batch_beside_few_latents_is_taken_in_micro_batches() -> None:
     assert not any("accumulate" in change.settings for change in planned(n_latents=2**20, batch_size=64).changes)
 
 
-def test_settings_that_exclude_each_other_are_not_said_together() -> None:
-    found = planned(machine_memory=2**25, lazy=True, batch_size=65536)  # lazy, bfloat16 moments and micro-batches
-    assert {"moments", "accumulate"} <= {name for change in found.changes for name in change.settings}
-    assert not any({"moments", "accumulate"} <= set(change.settings) for change in found.changes)
+def test_a_change_that_the_other_settings_exclude_is_not_said() -> None:
+    for found in (planned(lazy=True, accumulate=4), planned(machine_memory=2**25, lazy=True, batch_size=65536)):
+        assert found.changes
+        assert all(replace(found.config, **change.settings) for change in found.changes)
 
 
-def test_float32_is_cheaper_to_keep_than_bfloat16_with_its_masters() -> None:
-    change = next(change for change in planned().changes if change.settings == {"dtype": "bfloat16"})
-    assert change.saves < 0
-
-
-def test_bfloat16_moments_are_a_change_that_saves_half_of_them() -> None:
+def test_bfloat16_moments_save_half_of_them_and_bfloat16_weights_take_more_with_their_masters() -> None:
     wide = planned()
+    assert next(change for change in wide.changes if change.settings == {"dtype": "bfloat16"}).saves < 0
     change = next(change for change in wide.changes if change.settings == {"moments": "bfloat16"})
     assert change.saves > 0.25 * bytes_of(wide, "Adam's moments")
-    narrow = planned(moments="bfloat16")
-    assert bytes_of(narrow, "Adam's moments") < 0.51 * bytes_of(wide, "Adam's moments")
-    assert not any("moments" in change.settings for change in narrow.changes)
+    assert not any("moments" in change.settings for change in planned(moments="bfloat16").changes)
 
 
 # ---- time
@@ -423,13 +411,6 @@ def test_this_machine_is_measured_and_can_be_kept(
     assert here.name in capsys.readouterr().out
 
 
-def test_roofs_of_a_small_measurement_are_rates() -> None:
-    from sparc_fast.planning.roofline import measure_roofs
-
-    roofs = measure_roofs(small=True)
-    assert min(roofs.copy, roofs.float32, roofs.bfloat16) > 1e6
-
-
 @LINUX
 def test_the_limit_of_a_control_group_is_what_there_is(tmp_path: Path) -> None:
     two = tmp_path / "a" / "b"
@@ -473,12 +454,8 @@ def test_a_gpu_that_is_not_here_is_planned_from_what_is_said_of_it(
 
 def test_sizes_are_read_and_shown() -> None:
     assert [parse_bytes(text) for text in ("80GiB", "1.5KiB", "64GB", "512")] == [80 * 2**30, 1536, 64 * 10**9, 512]
-    assert [show_bytes(n) for n in (512, 1536, 250 * 2**20, -(2**31))] == [
-        "512 bytes",
-        "1.5 KiB",
-        "250 MiB",
-        "-2.0 GiB",
-    ]
+    shown = [show_bytes(n) for n in (512, 1536, 250 * 2**20, -(2**31))]
+    assert shown == ["512 bytes", "1.5 KiB", "250 MiB", "-2.0 GiB"]
     for text in ("", "GiB", "-1GiB", "1e30", "nan"):
         with pytest.raises(ValueError):  # noqa: PT011
             parse_bytes(text)

@@ -56,7 +56,7 @@ def plan(
     machine = machine or Machine.here(device_of(config))
     _check_backend(config, machine)
     found = _outcome(config, streams, machine, dead)
-    return replace(found, changes=tuple(_changes(found)))
+    return replace(found, changes=tuple(filter(None, _changes(found))))
 
 
 def device_of(config: Config) -> str:
@@ -133,17 +133,16 @@ def _check_backend(config: Config, machine: Machine) -> None:
         raise ValueError(f"backend must be {' or '.join(known)} to plan for {machine.device}, got {chosen}")
 
 
-def _changes(now: Plan) -> Iterator[Change]:
+def _changes(now: Plan) -> Iterator[Change | None]:
     """What saves memory or time, cheapest first; fewer latents last."""
-    single = list(_single_changes(now))
+    single = list(filter(None, _single_changes(now)))
     yield from single
     if now.fits:
         return
     together: dict[str, Any] = {}
     for saving in (change for change in single if change.saves > 0):
-        try:
-            change = _change(now, "all of these", **{**together, **saving.settings})
-        except ValueError:  # settings that exclude each other
+        change = _change(now, "all of these", **{**together, **saving.settings})
+        if change is None:
             continue
         together.update(saving.settings)
         if change.fits:
@@ -156,13 +155,13 @@ def _changes(now: Plan) -> Iterator[Change]:
         yield _change(now, "a smaller dictionary", n_latents=64 * steps[fitting - 1])
 
 
-def _single_changes(now: Plan) -> Iterator[Change]:
+def _single_changes(now: Plan) -> Iterator[Change | None]:
     config = now.config
     if not config.lazy and now.time:
         yield _change(now, "nothing: the same bits; pays where a batch uses few of the latents", lazy=True)
     if now.machine.device == "cpu":
         costs = "smaller windows: data larger than them are shuffled less evenly"
-        yield from _search(now, costs, "memory", _halves(config.memory, 2**20))
+        yield _search(now, costs, "memory", _halves(config.memory, 2**20))
     if config.moments == "float32":
         yield _change(now, "moments rounded to 8 bits of mantissa", moments="bfloat16")
     if config.dtype == "float32":
@@ -174,27 +173,24 @@ def _single_changes(now: Plan) -> Iterator[Change]:
         yield _change(now, "dead latents stay dead", auxk=0)
     costs = "gradients of all weights, kept over the micro-batches of a step"
     doubles = (2**i * config.accumulate for i in range(1, (config.batch_size // config.accumulate).bit_length()))
-    yield from _search(now, costs, "accumulate", doubles)
+    yield _search(now, costs, "accumulate", doubles)
     costs = "other training: more steps an epoch, and the learning rate to suit"
-    yield from _search(now, costs, "batch_size", _halves(config.batch_size, 64))
+    yield _search(now, costs, "batch_size", _halves(config.batch_size, 64))
 
 
-def _search(now: Plan, costs: str, name: str, values: Iterable[int]) -> Iterator[Change]:
-    """The first value with which the run fits and takes less; else the one that takes least; none where none does."""
-    best, least = None, now.peak
+def _search(now: Plan, costs: str, name: str, values: Iterable[int]) -> Change | None:
+    """The first value with which the run fits and takes less, or else the one that takes least; None if none does."""
+    best, least = None, float(now.peak)
     for value in values:
-        try:
-            change = _change(now, costs, **{name: value})
-        except ValueError:  # too little memory for these files; or settings that exclude each other
+        change = _change(now, costs, **{name: value})
+        if change is None:
             break
         peak = now.peak - change.saves
         if change.fits and peak < least:
-            best = change
-            break
+            return change
         if peak < least - LITTLE * now.peak:
             best, least = change, peak
-    if best is not None:
-        yield best
+    return best
 
 
 def _halves(value: int, least: int) -> Iterator[int]:
@@ -202,8 +198,12 @@ def _halves(value: int, least: int) -> Iterator[int]:
         yield value
 
 
-def _change(now: Plan, costs: str, **settings: Any) -> Change:
-    other = _with(now, **settings)
+def _change(now: Plan, costs: str, **settings: Any) -> Change | None:
+    """None where settings exclude each other, or the loader's memory is too small for the files."""
+    try:
+        other = _with(now, **settings)
+    except ValueError:
+        return None
     return Change(settings, costs, now.peak - other.peak, other.fits, other.step_seconds)
 
 
