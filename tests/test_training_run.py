@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import D, config, files, rows, trained
+from training_runs import D, Recorder, config, files, rows, trained
 
 import sparc_fast as sf
 from sparc_fast import data
@@ -23,23 +23,6 @@ from sparc_fast.training.metrics import flat
 from sparc_fast.training.progress import Bar, Lines
 from sparc_fast.training.trainer import calibrate
 from sparc_fast.training.validation import hold_out, validate
-
-
-class Recorder:
-    """A sink that keeps records, and may do something at one of them."""
-
-    def __init__(self, at: int = 0, do: Any = None) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.closed = 0
-        self._at, self._do = at, do
-
-    def record(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-        if record["step"] == self._at and self._do is not None:
-            self._do()
-
-    def close(self) -> None:
-        self.closed += 1
 
 
 def test_a_run_is_the_loop_one_would_write_by_hand(tmp_path: Path) -> None:

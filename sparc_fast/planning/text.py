@@ -112,13 +112,9 @@ def show_bytes(number: float) -> str:
 def parse_bytes(text: str) -> int:
     """ "80GiB" -> 85899345920; ValueError where the text stands for no size."""
     decimal = {unit.replace("i", ""): 1000**power for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), 1)}
-    for unit, size in {**UNITS, **decimal}.items():
-        if text.endswith(unit):
-            return _at_least_1(float(text[: -len(unit)]) * size)
-    return _at_least_1(float(text))
-
-
-def _at_least_1(number: float) -> int:
+    sizes = {**UNITS, **decimal, "": 1}
+    unit = next(unit for unit in sizes if text.endswith(unit))
+    number = float(text.removesuffix(unit)) * sizes[unit]
     if not 1 <= number < 2**63:
         raise ValueError
     return int(number)
@@ -130,15 +126,11 @@ def _heading(plan: Plan) -> Iterator[str]:
     rows = "number of rows not given" if streams.n_rows is None else f"{streams.n_rows:,} rows"
     yield f"L = {config.n_latents:,}, k = {config.k}, D = {sum(streams.widths):,} ({widths}), {rows}"
     yield f"batches of {config.batch_size:,}, {config.dtype}, {config.selection} selection" + ", lazy" * config.lazy
-    yield f"on {machine.name}, {machine.threads} threads{_rates(machine)}"
-
-
-def _rates(machine: Machine) -> str:
-    roofs = machine.roofs
-    if roofs is None:
-        return ""
-    products = f"products {roofs.float32 / 1e9:,.0f} GFLOP/s float32, {roofs.bfloat16 / 1e9:,.0f} bfloat16"
-    return f": copies {roofs.copy / 1e9:,.1f} GB/s, {products}"
+    rates = ""
+    if (roofs := machine.roofs) is not None:
+        rates = f": copies {roofs.copy / 1e9:,.1f} GB/s, products {roofs.float32 / 1e9:,.0f} GFLOP/s float32, "
+        rates += f"{roofs.bfloat16 / 1e9:,.0f} bfloat16"
+    yield f"on {machine.name}, {machine.threads} threads{rates}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -149,23 +141,16 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield f"{part.name:{WIDTH}} {columns[0]:>12} {columns[1]:>12}".rstrip()
     yield _row(f"peak, {plan.peak_phase}", show_bytes(plan.peak))
     yield _row("the machine has", show_bytes(plan.machine.memory))
-    yield _verdict(plan)
+    difference = show_bytes(abs(plan.machine.memory - plan.peak))
+    close = f", which is less than the {ACCURACY:.0%} that this may be off by" if plan.is_close else ""
+    verdict = f"It fits, with {difference} to spare" if plan.fits else f"It does not fit: {difference} too much"
+    yield f"{verdict}{close}."
     if plan.parts and any(part.name.startswith("AuxK") for part in plan.parts):
         yield f"AuxK is counted with {plan.dead:.0%} of the latents dead (--dead)."
     if plan.host is not None:
         yield "Estimated from the kernels' code: nothing of it has been measured on a GPU."
         yield f"Of the host it takes {show_bytes(plan.host)}, mostly to write checkpoints."
     yield f"Reading a checkpoint maps its {show_bytes(plan.mapped)}: pages that the system takes back, not counted."
-
-
-def _verdict(plan: Plan) -> str:
-    difference = show_bytes(abs(plan.machine.memory - plan.peak))
-    close = f", which is less than the {ACCURACY:.0%} that this may be off by" if plan.is_close else ""
-    return (
-        f"It fits, with {difference} to spare{close}."
-        if plan.fits
-        else f"It does not fit: {difference} too much{close}."
-    )
 
 
 def _time(plan: Plan) -> Iterator[str]:

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -186,7 +186,8 @@ class Config:
         for name in settings:
             if name not in known:
                 raise ValueError(f"{name} is not a setting{_hint(str(name), list(known))}")
-        missing = [name for name, f in known.items() if _is_required(f) and name not in settings]
+        required = [name for name, f in known.items() if f.default is REQUIRED and f.default_factory is MISSING]
+        missing = [name for name in required if name not in settings]
         if missing:
             raise ValueError(f"{' and '.join(missing)} must be given")
         return cls(**settings)
@@ -223,10 +224,6 @@ class Config:
             raise ValueError(
                 f"validation_data must name the streams of data, {list(self.data)}, got {list(self.validation_data)}"
             )
-
-
-def _is_required(f: Field[Any]) -> bool:
-    return f.default is MISSING and f.default_factory is MISSING
 
 
 ELSEWHERE = {
