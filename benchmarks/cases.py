@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from sparc_fast import SPARC
 from sparc_fast.objective import nmse_scale, pair_weights, row_energy
+from sparc_fast.planning.roofline import Cost
 from sparc_fast.reference import invert_indices, stream_slices
-from sparc_fast.roofs import Cost
 
 FLOAT = 4  # bytes of a float32
 

@@ -18,8 +18,9 @@ import torch
 
 import sparc_fast
 from sparc_fast import available_backends
-from sparc_fast.process_memory import available_bytes
-from sparc_fast.roofs import Roofs, measure_roofs, processor
+from sparc_fast.planning.process_memory import available_bytes
+from sparc_fast.planning.roofline import Roofline as Roofs
+from sparc_fast.planning.roofline import measure_roofs, processor
 
 from . import memory
 from .cases import SMALL, WIDE, Case, Shape

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from sparc_fast.process_memory import forget_peak, give_back_freed, in_own_process, resident
+from sparc_fast.planning.process_memory import forget_peak, give_back_freed, in_own_process, resident
 
 from .cases import FLOAT, MANY, SMALL, STEP, WIDE, WIDTHS, Shape
 from .steps import trainer

@@ -22,7 +22,7 @@ from torch import Tensor
 from sparc_fast import SPARC, data
 from sparc_fast.demo import Settings
 from sparc_fast.files import atomic_path
-from sparc_fast.train import train
+from sparc_fast.training.in_memory import train
 
 Moments = Literal["float32", "bfloat16"]
 MOMENTS: tuple[Moments, ...] = ("float32", "bfloat16")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sparc_fast import backends, reference
 from sparc_fast.backends import Backend
-from sparc_fast.roofs import Cost
+from sparc_fast.planning.roofline import Cost
 
 from . import tuned
 from .cases import FLOAT, ROWS, SMALL, STEP, Case, Operands, Shape

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparc_fast import SparcAdam
-from sparc_fast.process_memory import available_bytes
-from sparc_fast.roofs import Cost
+from sparc_fast.planning.process_memory import available_bytes
+from sparc_fast.planning.roofline import Cost
 
 from . import memory
 from .cases import FLOAT, SMALL, WIDE, Case, Shape

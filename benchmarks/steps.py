@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast import SPARC, SparcAdam
-from sparc_fast.roofs import Cost
+from sparc_fast.planning.roofline import Cost
 
 from .cases import FLOAT, SINGLE, SMALL, SMALL_SINGLE, STEP, Case, Shape
 from .dense import Dense

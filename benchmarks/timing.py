@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from statistics import median, quantiles
 from typing import Any
 
-from sparc_fast.roofs import seconds_of
+from sparc_fast.planning.roofline import seconds_of
 
 
 def interleave(contenders: Mapping[str, Callable[[], Any]], seconds: float, rounds: int = 0) -> dict[str, list[float]]:

@@ -21,8 +21,9 @@ from time import perf_counter
 
 import torch
 
-from sparc_fast.process_memory import available_bytes
-from sparc_fast.roofs import Roofs, measure_roofs
+from sparc_fast.planning.process_memory import available_bytes
+from sparc_fast.planning.roofline import Roofline as Roofs
+from sparc_fast.planning.roofline import measure_roofs
 
 from . import memory
 from .cases import WIDTHS, Shape

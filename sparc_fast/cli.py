@@ -11,8 +11,8 @@ from pathlib import Path
 from sparc_fast import convert
 from sparc_fast.evaluate import command as evaluation
 from sparc_fast.files import atomic_path
+from sparc_fast.planning import command as plan_command
 from sparc_fast.training import command as training
-from sparc_fast.training import plan_command
 from sparc_fast.version import __version__
 
 

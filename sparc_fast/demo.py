@@ -16,7 +16,7 @@ from sparc_fast.evaluate import Evaluation, evaluate, latent_use, name_latents, 
 from sparc_fast.model import SPARC
 from sparc_fast.report import ModelReport, Report
 from sparc_fast.selection import Selection
-from sparc_fast.train import Curves, train
+from sparc_fast.training.in_memory import Curves, train
 from sparc_fast.version import __version__
 
 SPARC_NAME, INDEPENDENT, UNTRAINED = "SPARC", "independent SAEs", "untrained SPARC"

@@ -28,7 +28,7 @@ def global_topk(
 ) -> Tensor:
     W, bias = _stored(W_enc.detach(), x.dtype), latent_bias.detach().double().sum(0)
     indices = torch.empty(len(x), k, dtype=torch.int32, device="cpu")
-    rows = max(1, min(ROWS, 2**25 // (12 * _capacity(k, len(W)))))
+    rows = _samples(k, len(W))
     with torch.autocast("cpu", enabled=False):
         for n in range(0, len(x), rows):
             centred = (wide(x[n : n + rows].detach()) - wide(pre_bias.detach())).contiguous()
@@ -86,7 +86,7 @@ def _support(x: Tensor, W: Tensor, bias: Tensor, k: int, precisions: list[torch.
 def _screened(x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The support [N, k] from a GEMM in this dtype, and bool [N]: where it could not be proven."""
     (N, D), L, threads = x.shape, len(W), torch.get_num_threads()
-    chunk = min(LATENTS, max(64, 2**23 // D), L)
+    chunk = _chunk(D, L)
     operand, norm, residual = _measured(x, dtype, None)
     screen = _cpu.Screen(norm, residual, bias, D, k, _capacity(k, L), dtype == torch.bfloat16)
     scores, copies = torch.empty(N * chunk, dtype=dtype, device="cpu"), torch.empty(chunk, D, dtype=dtype, device="cpu")
@@ -132,6 +132,21 @@ def _exact(x: Tensor, W: Tensor, bias: Tensor, k: int) -> Tensor:
 
 def _capacity(k: int, n_latents: int) -> int:
     return min(ROOM * k + SPARE, n_latents) + 64
+
+
+def _samples(k: int, n_latents: int) -> int:
+    return max(1, min(ROWS, 2**25 // (12 * _capacity(k, n_latents))))
+
+
+def _chunk(D: int, n_latents: int) -> int:
+    return min(LATENTS, max(64, 2**23 // D), n_latents)
+
+
+def scratch_bytes(N: int, D: int, n_latents: int, k: int, widened: bool) -> int:
+    """Bytes that `global_topk` takes beside its operands, about; `widened` where x is of less than 32 bits."""
+    rows, chunk = min(N, _samples(k, n_latents)), _chunk(D, n_latents)
+    centred = rows * D * (4 + 2 + 4 * widened)
+    return 12 * rows * _capacity(k, n_latents) + 2 * (rows + D) * chunk + centred + 6 * 8 * n_latents
 
 
 def _stored(W: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from sparc_fast.benchmarks.main import CASES, main
 from sparc_fast.benchmarks.operators import OPERATORS, disagreement
 from sparc_fast.benchmarks.timing import interleave, ratio
 from sparc_fast.benchmarks.tuned import Tuned
-from sparc_fast.roofs import Cost, Roofs
+from sparc_fast.planning.roofline import Cost, Roofline
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +188,7 @@ def test_contenders_take_turns() -> None:
 
 
 def test_the_floor_is_the_slower_of_bytes_and_flops_of_each_phase() -> None:
-    roofs = Roofs(copy=10.0, float32=100.0, bfloat16=400.0)
+    roofs = Roofline(copy=10.0, float32=100.0, bfloat16=400.0)
     assert roofs.floor([Cost(flops=100, bytes=20), Cost(flops=300, bytes=10)]) == 2 + 3
 
 

@@ -7,7 +7,7 @@ import torch
 from operands import seeded
 
 import sparc_fast as sf
-from sparc_fast.train import train
+from sparc_fast.training.in_memory import train
 
 
 def planted(n: int = 400) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from training_runs import assert_same_results, config, files, trained
 
-from sparc_fast.training import Trainer, checkpoint_file, load_model, read_metrics
+from sparc_fast.training import Trainer, checkpoints, load_model, read_metrics
 
 STATE = {"step": 3, "best": None, "loader": {"d_streams": {"b": 1, "a": 2}}}
 
@@ -30,8 +30,8 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_with_its_state_in_order(tmp_path: Path) -> None:
-    checkpoint_file.write(tmp_path / "c", tensors(), STATE)
-    found, state = checkpoint_file.read(tmp_path / "c")
+    checkpoints.write(tmp_path / "c", tensors(), STATE)
+    found, state = checkpoints.read(tmp_path / "c")
     assert state == STATE
     assert list(state["loader"]["d_streams"]) == ["b", "a"]
     assert found.keys() == tensors().keys()
@@ -43,24 +43,24 @@ def test_a_checkpoint_comes_back_bit_for_bit_with_its_state_in_order(tmp_path: P
 
 def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:
     for name in ("first", "second"):
-        checkpoint_file.write(tmp_path / name, tensors(), STATE)
+        checkpoints.write(tmp_path / name, tensors(), STATE)
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
 def test_large_tensors_are_hashed_in_pieces_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_file, "HASHED_TOGETHER", 16)
-    checkpoint_file.write(tmp_path / "c", tensors(), STATE)
-    checkpoint_file.read(tmp_path / "c")
+    monkeypatch.setattr(checkpoints, "HASHED_TOGETHER", 16)
+    checkpoints.write(tmp_path / "c", tensors(), STATE)
+    checkpoints.read(tmp_path / "c")
     content = bytearray((tmp_path / "c").read_bytes())
     content[-1] ^= 1  # the last piece counts too
     (tmp_path / "c").write_bytes(content)
     with pytest.raises(ValueError, match="another hash"):
-        checkpoint_file.read(tmp_path / "c")
+        checkpoints.read(tmp_path / "c")
 
 
 def test_any_change_of_a_checkpoint_is_found(tmp_path: Path) -> None:
     path = tmp_path / "c"
-    checkpoint_file.write(path, tensors(), STATE)
+    checkpoints.write(path, tensors(), STATE)
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     in_state = whole.index(b'step\\": 3') + len(b'step\\": ')
@@ -70,22 +70,22 @@ def test_any_change_of_a_checkpoint_is_found(tmp_path: Path) -> None:
         changed[at] ^= 1
         path.write_bytes(changed)
         with pytest.raises(ValueError, match="damaged"):
-            checkpoint_file.read(path)
+            checkpoints.read(path)
     for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="truncated or damaged"):
-            checkpoint_file.read(path)
+            checkpoints.read(path)
 
 
 def test_foreign_files_are_refused_and_never_unpickled(tmp_path: Path) -> None:
     safetensors.torch.save_file(tensors(), tmp_path / "other")
     with pytest.raises(ValueError, match=r"must be a checkpoint of a training run \(sparc_fast.training/1\)"):
-        checkpoint_file.read(tmp_path / "other")
+        checkpoints.read(tmp_path / "other")
     (tmp_path / "pickle").write_bytes(pickle.dumps({"x": 1}))
     with pytest.raises(ValueError, match="truncated or damaged"):
-        checkpoint_file.read(tmp_path / "pickle")
+        checkpoints.read(tmp_path / "pickle")
     with pytest.raises(FileNotFoundError, match="there is no file"):
-        checkpoint_file.read(tmp_path / "nothing")
+        checkpoints.read(tmp_path / "nothing")
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_says_so(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(tmp_path / "whole")
-    written = checkpoint_file.write
+    written = checkpoints.write
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def refused(path: Path, *content: object) -> None:
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_says_so(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_file, "write", refused)
+    monkeypatch.setattr(checkpoints, "write", refused)
     message = (
         r"cannot write the checkpoint .*15.*(File too large|No space left).*; the last one, step-000000010\..* is whole"
     )
@@ -153,11 +153,19 @@ def test_a_checkpoint_holds_bfloat16_moments_and_is_a_third_smaller(tmp_path: Pa
         trained(tmp_path / moments, steps=5, moments=moments).folder.checkpoint(5)
         for moments in ("float32", "bfloat16")
     )
-    tensors, _ = checkpoint_file.read(narrow)
+    tensors, _ = checkpoints.read(narrow)
     for name, tensor in tensors.items():
         if "exp_avg" in name:
             assert tensor.dtype == (torch.bfloat16 if ".W_" in name else torch.float32), name
     assert narrow.stat().st_size / exact.stat().st_size == pytest.approx(2 / 3, abs=0.03)
+
+
+def test_the_best_model_is_written_from_file_to_file_as_the_model_itself_would_be(tmp_path: Path) -> None:
+    trainer = trained(tmp_path / "run")
+    checkpoint = trainer.folder.checkpoint(trainer.step)
+    checkpoints.save_model_of(checkpoint, tmp_path / "copied.safetensors")
+    load_model(checkpoint).save(tmp_path / "loaded.safetensors")
+    assert (tmp_path / "copied.safetensors").read_bytes() == (tmp_path / "loaded.safetensors").read_bytes()
 
 
 def test_half_written_files_of_a_killed_process_are_cleared_away(tmp_path: Path) -> None:

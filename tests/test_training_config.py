@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from sparc_fast import training
-from sparc_fast.training import Config, config_file, read_config, read_settings
-from sparc_fast.training.config import help_of
+from sparc_fast import planning, training
+from sparc_fast.training import Config, read_config, read_settings
 
 LEAST: dict[str, Any] = {"n_latents": 16, "k": 2, "steps": 10}
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "training.md"
@@ -23,7 +22,7 @@ DOCUMENTATION = Path(__file__).parents[1] / "docs" / "training.md"
 def test_every_setting_is_documented() -> None:
     page = DOCUMENTATION.read_text(encoding="utf-8")
     for f in fields(Config):
-        assert help_of(f.name)
+        assert f.metadata["help"]
         assert f"`{f.name}`" in page, f"docs/training.md does not name {f.name}"
 
 
@@ -133,7 +132,7 @@ def without(*names: str) -> Callable[..., Any]:
 def test_a_missing_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, library in (("c.yaml", "PyYAML"), ("c.toml", "tomli")):
         (tmp_path / name).write_text("k = 2")
-        monkeypatch.setattr(config_file, "import_module", without("yaml", "tomllib", "tomli"))
+        monkeypatch.setattr("sparc_fast.training.config.import_module", without("yaml", "tomllib", "tomli"))
         with pytest.raises(
             ImportError, match=rf"needs {library}: pip install 'sparc_fast\[train\]', or write it as JSON"
         ):
@@ -155,8 +154,9 @@ def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> Non
 
 
 def test_public_names() -> None:
-    assert training.__all__ == [
-        "Config", "Machine", "Outcome", "Plan", "Sink", "Trainer", "load_model", "plan", "read_config", "read_metrics",
-        "read_settings",
-    ]  # fmt: skip
-    assert all(hasattr(training, name) for name in training.__all__)
+    names = ["Config", "Outcome", "Sink", "Trainer", "load_model", "read_config", "read_metrics", "read_settings"]
+    assert training.__all__ == names
+    assert all(hasattr(training, name) for name in names)
+    assert (training.Machine, training.Plan, training.plan) == (planning.Machine, planning.Plan, planning.plan)
+    with pytest.raises(AttributeError, match=r"module 'sparc_fast\.training' has no attribute 'Planner'"):
+        training.Planner  # noqa: B018

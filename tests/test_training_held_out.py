@@ -9,7 +9,7 @@ from training_runs import D, files, rows
 from sparc_fast import data
 from sparc_fast.data import AlignedFiles, Loader
 from sparc_fast.data.readers import TensorReader
-from sparc_fast.training.held_out import hold_out
+from sparc_fast.training.validation import hold_out
 
 
 def numbered(n: int, granule: int = 1) -> AlignedFiles:

@@ -8,10 +8,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from training_runs import RUNS, assert_same_results, config, files, trained
+from training_runs import RUNS, Recorder, assert_same_results, config, files, trained
 
 from sparc_fast.training import Trainer, read_metrics
 
@@ -42,25 +41,15 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(
     assert last["from_step"] > 0, "the last session should have gone on from a checkpoint"
 
 
-class Signals:
+def signals(number: signal.Signals, step: int, times: int = 1) -> Recorder:
     """A sink that sends this process a signal, as somebody at a terminal would."""
-
-    def __init__(self, number: signal.Signals, step: int, times: int = 1) -> None:
-        self.number, self.step, self.times = number, step, times
-
-    def record(self, record: dict[str, Any]) -> None:
-        if record["step"] == self.step:
-            for _ in range(self.times):
-                os.kill(os.getpid(), self.number)
-
-    def close(self) -> None:
-        pass
+    return Recorder(step, lambda: [os.kill(os.getpid(), number) for _ in range(times)])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_ends_a_run_after_a_checkpoint_and_it_goes_on(number: signal.Signals, tmp_path: Path) -> None:
     before = signal.getsignal(number)
-    with Trainer(config(), tmp_path / "stopped", files=files(), sinks=[Signals(number, 7)]) as trainer:
+    with Trainer(config(), tmp_path / "stopped", files=files(), sinks=[signals(number, 7)]) as trainer:
         outcome = trainer.run()
         assert (outcome.step, outcome.stopped_by) == (7, number)
         assert signal.getsignal(number) is before
@@ -75,7 +64,7 @@ def test_a_signal_ends_a_run_after_a_checkpoint_and_it_goes_on(number: signal.Si
 
 
 def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
-    sinks = [Signals(signal.SIGINT, 7, times=2)]
+    sinks = [signals(signal.SIGINT, 7, times=2)]
     with Trainer(config(), tmp_path, files=files(), sinks=sinks) as trainer, pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert trainer.folder.steps() == [5]
@@ -83,7 +72,7 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(tmp_path: Path) -> None:
     trained(tmp_path / "whole")
-    with Trainer(config(), tmp_path / "hurt", files=files(), sinks=[Signals(signal.SIGTERM, 14)]) as trainer:
+    with Trainer(config(), tmp_path / "hurt", files=files(), sinks=[signals(signal.SIGTERM, 14)]) as trainer:
         trainer.run()
         newest, older = (trainer.folder.checkpoint(step) for step in reversed(trainer.folder.steps()))
     content = bytearray(newest.read_bytes())
@@ -100,7 +89,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(tmp_path:
 
 def test_settings_no_result_depends_on_may_change_on_the_way(tmp_path: Path) -> None:
     trained(tmp_path / "whole")
-    with Trainer(config(), tmp_path / "changed", files=files(), sinks=[Signals(signal.SIGTERM, 14)]) as trainer:
+    with Trainer(config(), tmp_path / "changed", files=files(), sinks=[signals(signal.SIGTERM, 14)]) as trainer:
         trainer.run()
     trained(tmp_path / "changed", lazy=True, checkpoint_every=9, keep=1, reading_threads=2, memory=2**28)
     metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("changed", "whole")]

@@ -13,34 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import D, config, files, rows, trained
+from training_runs import D, Recorder, config, files, rows, trained
 
 import sparc_fast as sf
 from sparc_fast import data
 from sparc_fast.data import Loader
 from sparc_fast.training import Trainer, load_model, read_metrics
-from sparc_fast.training.calibration import calibrate
-from sparc_fast.training.held_out import hold_out
-from sparc_fast.training.progress import Lines
-from sparc_fast.training.sinks import flat
-from sparc_fast.training.validation import validate
-
-
-class Recorder:
-    """A sink that keeps records, and may do something at one of them."""
-
-    def __init__(self, at: int = 0, do: Any = None) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.closed = 0
-        self._at, self._do = at, do
-
-    def record(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-        if record["step"] == self._at and self._do is not None:
-            self._do()
-
-    def close(self) -> None:
-        self.closed += 1
+from sparc_fast.training.metrics import flat
+from sparc_fast.training.progress import Bar, Lines
+from sparc_fast.training.trainer import calibrate
+from sparc_fast.training.validation import hold_out, validate
 
 
 def test_a_run_is_the_loop_one_would_write_by_hand(tmp_path: Path) -> None:
@@ -289,15 +271,12 @@ def test_lines_tell_how_far_it_is_and_how_fast(tmp_path: Path) -> None:
     assert re.fullmatch(pattern, lines[1])
 
 
-def test_the_bar_shows_steps_speed_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_shows_steps_speed_and_figures(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from sparc_fast.training import bar
-
     out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=160)
-    monkeypatch.setattr(bar, "Console", lambda **_: console)
-    with Trainer(config(), tmp_path, files=files(), progress=bar.Bar()) as trainer:
+    bar = Bar(Console(file=out, force_terminal=True, width=160))
+    with Trainer(config(), tmp_path, files=files(), progress=bar) as trainer:
         trainer.run()
     for words in ("40/40", "rows/s", "0:00:0", "loss 0.", "validation loss"):
         assert words in out.getvalue()

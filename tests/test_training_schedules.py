@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sparc_fast.train import _schedule
 from sparc_fast.training import Config
+from sparc_fast.training.in_memory import _schedule
 from sparc_fast.training.schedules import Schedule
 
 STREAMS = ("a", "b", "c")

@@ -15,7 +15,7 @@ from two_devices import DEVICE, HOST, two_devices
 
 import sparc_fast as sf
 from sparc_fast.benchmarks import gpu_checks
-from sparc_fast.train import train
+from sparc_fast.training.in_memory import train
 
 ROOT = Path(__file__).parents[1]
 # not those that take a second and more: runs of many steps, and what Triton's interpreter is slow at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,23 @@ def trained(folder: Path, **changes: Any) -> Trainer:
     with Trainer(config(**changes), folder, files=files()) as trainer:
         trainer.run()
     return trainer
+
+
+class Recorder:
+    """A sink that keeps records, and may do something at one of them."""
+
+    def __init__(self, at: int = 0, do: Callable[[], object] | None = None) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.closed = 0
+        self._at, self._do = at, do
+
+    def record(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        if record["step"] == self._at and self._do is not None:
+            self._do()
+
+    def close(self) -> None:
+        self.closed += 1
 
 
 def assert_same_results(folder: Path, expected: Path) -> None:

@@ -17,7 +17,7 @@ from sparc_fast import data
 from sparc_fast.data.readers import MODULES, Source
 from sparc_fast.model import SPARC
 from sparc_fast.training import load_model
-from sparc_fast.training.settings import parse_source
+from sparc_fast.training.config import parse_source
 
 from .summary import Evaluation, evaluate
 

@@ -1,37 +1,18 @@
 """Training runs that survive interruption: `Trainer`, its settings, and what reads what it leaves."""
 
-from pathlib import Path
+from typing import Any
 
-from .config import Config
-from .config_file import read_settings
-from .machine import Machine
-from .metrics import read_metrics
-from .planning import Plan, plan
-from .sinks import Sink
-from .state import load_model
+from .checkpoints import load_model
+from .config import Config, read_config, read_settings
+from .metrics import Sink, read_metrics
 from .trainer import Outcome, Trainer
 
-__all__ = [
-    "Config",
-    "Machine",
-    "Outcome",
-    "Plan",
-    "Sink",
-    "Trainer",
-    "load_model",
-    "plan",
-    "read_config",
-    "read_metrics",
-    "read_settings",
-]
+__all__ = ["Config", "Outcome", "Sink", "Trainer", "load_model", "read_config", "read_metrics", "read_settings"]
 
 
-def read_config(path: str | Path) -> Config:
-    """The settings in a TOML, JSON or YAML file, checked; paths in it are relative to its folder.
+def __getattr__(name: str) -> Any:
+    if name not in ("Machine", "Plan", "plan"):  # their home is sparc_fast.planning, which reads settings from here
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sparc_fast import planning
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a setting is unknown or out of range, or the file is not what its suffix says.
-        ImportError: the library that reads it is missing.
-    """
-    return Config.of(read_settings(path))
+    return getattr(planning, name)

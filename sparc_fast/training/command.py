@@ -8,10 +8,8 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from .config import Config
-from .config_file import absolute, read_settings
-from .progress import Lines, Progress, Silent, best_progress
-from .settings import flag, parse_source, sources
+from .config import Config, absolute, flag, parse_source, read_settings, sources
+from .progress import Display, Lines, best_display
 from .trainer import Trainer
 
 __all__ = ["add_arguments", "add_settings", "run", "settings_of"]
@@ -36,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; the exit status is 0 when the run is finished, 1 after an error, and 128 + the signal that stopped it."""
     there = arguments.out / "config.json"
     config = Config.of(settings_of(arguments, there if there.is_file() else None))
-    progress: Progress = {"auto": best_progress, "lines": Lines, "none": Silent}[arguments.progress]()
+    progress: Display = {"auto": best_display, "lines": Lines, "none": Display}[arguments.progress]()
     try:
         with Trainer(config, arguments.out, progress=progress) as trainer:
             outcome = trainer.run()

@@ -1,33 +1,102 @@
-"""All settings of a training run."""
+"""All settings of a training run: what each may be, in words and in code; files, flags and Python are held to it."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from .settings import (
-    Sources,
-    about,
-    below_one,
-    choice,
-    flag,
-    integer,
-    not_negative,
-    part,
-    positive,
-    setting,
-    sources,
-    text,
-)
-
 REQUIRED = MISSING
+SUFFIXES = (".toml", ".json", ".yaml", ".yml")
+Sources = Mapping[str, str | tuple[str, str]]
+"""stream -> a file, or (file, name of the data set in it)."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The values a setting takes."""
+
+    expected: str
+    """In words, for messages."""
+    convert: Callable[[Any], Any]
+    """The value as it is kept; TypeError or ValueError where it is none."""
+    parse: Callable[[str], Any] = str
+    """The value that a text stands for; ValueError where it stands for none."""
+
+
+def about(kind: Kind, help: str, *, free: bool = False) -> dict[str, Any]:
+    """What a field of settings carries. A `free` one may change when a run goes on, since no result depends on it."""
+    return {"kind": kind, "help": help, "free": free}
+
+
+def setting(default: Any, kind: Kind, help: str, *, free: bool = False) -> Any:
+    """A field of a dataclass of settings."""
+    return field(default=default, metadata=about(kind, help, free=free))
+
+
+def _checked(expected: str, accepted: Any, fits: Callable[[Any], bool], kept_as: Callable[[Any], Any]) -> Kind:
+    def convert(value: Any) -> Any:
+        if not isinstance(value, accepted) or (isinstance(value, bool) and accepted is not bool) or not fits(value):
+            raise ValueError
+        return kept_as(value)
+
+    return Kind(expected, convert, kept_as)
+
+
+def integer(least: int) -> Kind:
+    return _checked(f"an integer >= {least}", int, lambda n: n >= least, int)
+
+
+def number(expected: str, fits: Callable[[float], bool]) -> Kind:
+    return _checked(expected, int | float, lambda x: math.isfinite(x) and fits(x), float)
+
+
+def choice(*names: str) -> Kind:
+    return _checked(f"one of {', '.join(names)}", str, names.__contains__, str)
+
+
+def _sources(value: Any) -> dict[str, str | tuple[str, str]]:
+    if not isinstance(value, Mapping) or not all(isinstance(stream, str) and stream for stream in value):
+        raise ValueError
+    return {stream: _source(source) for stream, source in value.items()}
+
+
+def _source(source: Any) -> str | tuple[str, str]:
+    if isinstance(source, str | Path) and str(source):
+        return str(source)
+    path, name = source  # TypeError or ValueError where there are not two
+    if isinstance(path, str | Path) and isinstance(name, str):
+        return str(path), name
+    raise ValueError
+
+
+def parse_source(text: str) -> tuple[str, str | tuple[str, str]]:
+    """(stream, source) of a text ``stream=path`` or ``stream=path#name``."""
+    stream, equals, source = text.partition("=")
+    path, _, name = source.partition("#")
+    if not stream or not equals or not path:
+        raise ValueError(f"a source must be stream=path or stream=path#name, got {text!r}")
+    return stream, (path, name) if name else path
+
+
+flag = _checked("true or false", bool, lambda _: True, bool)
+text = _checked("text", str, lambda _: True, str)
+sources = Kind("a table of streams, each a path or [path, name]", _sources)
+part = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
+below_one = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
+positive = number("a number > 0", lambda x: x > 0)
+not_negative = number("a number >= 0", lambda x: x >= 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The settings of a run. Each is checked; `help_of` and docs/training.md say what each means.
+    """The settings of a run. Each is checked; `sparc-fast train --help` and docs/training.md say what each means.
 
     Raises:
         ValueError: names the setting, what was expected and what came.
@@ -117,7 +186,8 @@ class Config:
         for name in settings:
             if name not in known:
                 raise ValueError(f"{name} is not a setting{_hint(str(name), list(known))}")
-        missing = [name for name, f in known.items() if _is_required(f) and name not in settings]
+        required = [name for name, f in known.items() if f.default is REQUIRED and f.default_factory is MISSING]
+        missing = [name for name in required if name not in settings]
         if missing:
             raise ValueError(f"{' and '.join(missing)} must be given")
         return cls(**settings)
@@ -156,15 +226,6 @@ class Config:
             )
 
 
-def help_of(name: str) -> str:
-    """What a setting means."""
-    return {f.name: str(f.metadata["help"]) for f in fields(Config)}[name]
-
-
-def _is_required(f: Field[Any]) -> bool:
-    return f.default is MISSING and f.default_factory is MISSING
-
-
 ELSEWHERE = {
     "learning_rate": "lr",
     "num_epochs": "epochs",
@@ -182,3 +243,80 @@ def _hint(name: str, known: list[str]) -> str:
         return "; did you mean accumulate, into how many micro-batches the batch_size rows of a step are split?"
     meant = ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, known, 1, 0.5)), None)
     return f"; did you mean {meant}?" if meant else f"; the settings are {', '.join(known)}"
+
+
+def read_config(path: str | Path) -> Config:
+    """The settings in a TOML, JSON or YAML file, checked; paths in it are relative to its folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a setting is unknown or out of range, or the file is not what its suffix says.
+        ImportError: the library that reads it is missing.
+    """
+    return Config.of(read_settings(path))
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings a file holds, not yet checked; paths in it are relative to its folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not what its suffix says.
+        ImportError: the library that reads it is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config must be a file of settings, but there is no file {path}")
+    content = _parse(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"config must hold a table of settings, got {type(content).__name__} in {path}")
+    settings = dict(content)
+    for f in fields(Config):
+        value = settings.get(f.name)
+        if f.metadata["kind"] is sources and isinstance(value, Mapping):
+            settings[f.name] = {stream: absolute(source, path.parent) for stream, source in value.items()}
+        elif path.suffix in (".yaml", ".yml") and isinstance(value, str) and f.metadata["kind"].parse is float:
+            settings[f.name] = _as_number(value)  # YAML takes 1e-3 for text
+    return settings
+
+
+def absolute(source: Any, folder: Path) -> Any:
+    """A source whose path does not depend on the working folder."""
+    if isinstance(source, str | Path):
+        return str((folder / source).resolve())
+    if isinstance(source, list | tuple) and source and isinstance(source[0], str | Path):
+        return [absolute(source[0], folder), *source[1:]]
+    return source
+
+
+def _parse(path: Path) -> Any:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"config must end in one of {', '.join(SUFFIXES)}, got {path}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".toml":
+            library = "tomllib" if find_spec("tomllib") else "tomli"  # before Python 3.11
+            return _library(library, "tomli", path).loads(text)
+        if path.suffix == ".json":
+            return json.loads(text)
+        return _library("yaml", "PyYAML", path).safe_load(text)
+    except ImportError:
+        raise
+    except Exception as error:  # every library has its own
+        raise ValueError(f"config must be {path.suffix[1:].upper()}, but {path} is not: {error}") from error
+
+
+def _library(module: str, package: str, path: Path) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"reading {path.name} needs {package}: pip install 'sparc_fast[train]', or write it as JSON"
+        ) from error
+
+
+def _as_number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text

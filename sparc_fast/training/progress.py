@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from importlib.util import find_spec
-from typing import Protocol, TextIO
+from typing import Any, TextIO
 
 from .metrics import Record
 
 
-class Progress(Protocol):
-    """Told of every step and every record."""
+class Display:
+    """Told of every step and every record; this one shows nothing."""
 
     def start(self, step: int, steps: int, batch_size: int) -> None: ...
     def advance(self, step: int) -> None: ...
@@ -20,26 +20,7 @@ class Progress(Protocol):
     def close(self) -> None: ...
 
 
-class Silent:
-    """Nothing to see."""
-
-    def start(self, step: int, steps: int, batch_size: int) -> None:
-        pass
-
-    def advance(self, step: int) -> None:
-        pass
-
-    def say(self, words: str) -> None:
-        pass
-
-    def record(self, record: Record) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class Lines(Silent):
+class Lines(Display):
     """A line a record, with throughput and the time left, as a log file wants it."""
 
     def __init__(self, out: TextIO | None = None) -> None:
@@ -62,11 +43,50 @@ class Lines(Silent):
         self.say(f"{at}: {summary(record)}")
 
 
-def best_progress() -> Progress:
+class Bar(Display):
+    """By rich: steps done, rows a second, the time left, and the last figures."""
+
+    def __init__(self, console: Any = None) -> None:
+        from rich import console as consoles
+        from rich import progress
+        from rich.text import Text
+
+        class Rows(progress.ProgressColumn):
+            def render(self, task: progress.Task) -> Text:
+                speed = (task.speed or 0) * task.fields.get("batch_size", 0)
+                return Text(f"{speed:,.0f} rows/s" if speed else "")
+
+        self._console = console or consoles.Console(stderr=True)
+        self._bar = progress.Progress(
+            progress.BarColumn(), progress.MofNCompleteColumn(), Rows(), progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.description}"), console=self._console,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=None, start=False)
+
+    def start(self, step: int, steps: int, batch_size: int) -> None:
+        self._bar.update(self._task, completed=step, total=steps, batch_size=batch_size)
+        self._bar.start_task(self._task)
+        self._bar.start()
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def say(self, words: str) -> None:
+        self._console.print(words, highlight=False)
+
+    def record(self, record: Record) -> None:
+        if "validation" in record:
+            self.say(f"step {record['step']:,}: {summary(record)}")
+        else:
+            self._bar.update(self._task, description=summary(record))
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def best_display() -> Display:
     """A bar where there is a terminal and rich, else lines."""
     if sys.stderr.isatty() and find_spec("rich") is not None:
-        from .bar import Bar
-
         return Bar()
     return Lines()
 

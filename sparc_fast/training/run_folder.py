@@ -1,20 +1,25 @@
-"""The folder of a run: what lies where, and that only one process trains in it."""
+"""The folder of a run: what lies where, that only one process trains in it, and a line for every time one did."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparc_fast.files import atomic_path
+from sparc_fast.version import __version__
 
-from . import checkpoint_file
+from . import checkpoints
 from .config import Config
 
 PREFIX, SUFFIX = "step-", ".safetensors"
@@ -71,7 +76,7 @@ class RunFolder:
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int, best: int) -> None:
         """Write a checkpoint; then delete all but the newest `keep` and that of step `best`."""
         try:
-            checkpoint_file.write(self.checkpoint(step), tensors, state)
+            checkpoints.write(self.checkpoint(step), tensors, state)
         except OSError as error:
             steps = self.steps()
             left = f"the last one, {self.checkpoint(steps[-1]).name}, is whole" if steps else "there is none yet"
@@ -85,7 +90,7 @@ class RunFolder:
         for step in reversed(self.steps()):
             path = self.checkpoint(step)
             try:
-                return checkpoint_file.read(path)
+                return checkpoints.read(path)
             except ValueError as error:
                 aside = path.with_suffix(".damaged")
                 path.rename(aside)
@@ -102,3 +107,31 @@ def _lock(handle: int, folder: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise OSError(f"another process is training in {folder}") from error
+
+
+class Session:
+    """Begun now; `end` adds it to sessions.jsonl. Times are kept apart from metrics.jsonl, which is repeatable."""
+
+    def __init__(self, step: int, device: torch.device, backend: str) -> None:
+        self._clock = time.perf_counter()
+        self._step = step
+        self._about: dict[str, Any] = {
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "host": platform.node(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "backend": backend,
+            "threads": torch.get_num_threads(),
+            "process": os.getpid(),
+            "sparc_fast": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "from_step": step,
+        }
+
+    def end(self, path: Path, step: int, batch_size: int, how: str) -> None:
+        """How it ended: "finished", a signal's name, or an error's."""
+        seconds = time.perf_counter() - self._clock
+        rows = (step - self._step) * batch_size
+        line = {**self._about, "to_step": step, "seconds": round(seconds, 3), "rows_per_second": round(rows / seconds)}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, "ended": how}) + "\n")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -18,20 +19,16 @@ from sparc_fast import backends, data
 from sparc_fast.data import AlignedFiles, Loader
 from sparc_fast.model import SPARC
 from sparc_fast.optim import SparcAdam
+from sparc_fast.reference import stream_slices
 from sparc_fast.version import __version__
 
-from .calibration import calibrate
+from .checkpoints import find_not_finite, load_tensors, save_model_of, tensors_of
 from .config import Config
-from .held_out import hold_out
-from .metrics import Means, MetricsFile, Record
-from .progress import Progress, Silent
-from .run_folder import RunFolder
+from .metrics import Means, MetricsFile, Record, Sink, TensorBoard, WandB
+from .progress import Display
+from .run_folder import RunFolder, Session
 from .schedules import Schedule
-from .session import Session
-from .sinks import Sink, TensorBoard, WandB
-from .state import find_not_finite, load_tensors, save_model_of, tensors_of
-from .stopping import Stop, stop_on_signals
-from .validation import validate
+from .validation import hold_out, validate
 
 MEANS = "metrics.sums"
 
@@ -76,10 +73,10 @@ class Trainer:
         files: AlignedFiles | None = None,
         validation_files: AlignedFiles | None = None,
         sinks: Sequence[Sink] = (),
-        progress: Progress | None = None,
+        progress: Display | None = None,
     ) -> None:
         self.config, self.folder = config, RunFolder(folder)
-        self._sinks, self._progress = list(sinks), progress or Silent()
+        self._sinks, self._progress = list(sinks), progress or Display()
         device = _device(config.device)
         with ExitStack() as opened:
             files, self.validation_files = _open(config, files, validation_files, opened)
@@ -270,6 +267,64 @@ class Trainer:
             f"{what} was NaN or infinite by step {self.step}: {left}. "
             "A lower lr, a longer warmup or a look at the data (sparc_fast.data.open(..., scan=True)) may help"
         )
+
+
+@dataclass
+class Stop:
+    """Whether somebody asked to stop."""
+
+    signal: signal.Signals | None = None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Turn the first SIGINT or SIGTERM into a request; a second one raises KeyboardInterrupt.
+
+    Only the main thread can catch signals; in any other they keep their meaning.
+    """
+    stop = Stop()
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+        stop.signal = signal.Signals(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def calibrate(model: SPARC, loader: Loader, n_rows: int) -> None:
+    """`SPARC.calibrate` on the first `n_rows` rows that the loader gives, at most one epoch; the loader stands still.
+
+    Means and squares are combined batch by batch in float64 (Chan et al., 1979), so it equals the measurement in one
+    piece to rounding.
+    """
+    state = loader.state_dict()
+    D = sum(model.d_streams.values())
+    (mean, squares), n = torch.zeros(2, D, dtype=torch.float64, device="cpu"), 0
+    for batch in loader:
+        x = batch[: n_rows - n].double()
+        of_batch = x.mean(0)
+        squares += (x - of_batch).square_().sum(0)
+        delta, total = of_batch - mean, n + len(x)
+        squares += delta.square() * (n * len(x) / total)
+        mean += delta * (len(x) / total)
+        n = total
+        if n == n_rows:
+            break
+    loader.load_state_dict(state)
+    columns = stream_slices(tuple(model.d_streams.values()))
+    rms = torch.stack([(squares[cols].sum() / n).sqrt() for cols in columns])
+    size = torch.stack([mean[cols].norm() for cols in columns])
+    rms = torch.where(rms > 1e-6 * size, rms, 1.0)  # a constant stream has no scale of its own
+    model.load_state_dict({"input_mean": mean, "input_rms": rms}, strict=False)
 
 
 def _device(name: str) -> torch.device:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparc_fast import process_memory
 from sparc_fast.files import atomic_path
-from sparc_fast.roofs import Roofs, measure_roofs, processor
+
+from . import process_memory
+from .roofline import Roofline, measure_roofs, processor
 
 GPU_OVERHEAD = 2**30
 """Bytes of a CUDA context, cuBLAS and compiled kernels: estimated, not measured."""
@@ -33,11 +34,11 @@ class Machine:
     host_overhead: int
     """The same of the process beside a GPU; on a CPU the same number."""
     threads: int
-    roofs: Roofs | None = None
+    roofs: Roofline | None = None
     """None: no time is told."""
 
     @classmethod
-    def here(cls, device: str = "cpu", *, memory: int | None = None, roofs: Roofs | None = None) -> Machine:
+    def here(cls, device: str = "cpu", *, memory: int | None = None, roofs: Roofline | None = None) -> Machine:
         """This machine, with what it has now: takes a few seconds and 1 GiB, unless `roofs` are given.
 
         A "cuda" device that is not here must be described: `memory` and, for times, `roofs`.
@@ -68,8 +69,7 @@ class Machine:
         if not path.is_file():
             raise FileNotFoundError(f"roofs must be a file that describes a machine, but there is no file {path}")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return _machine(content)
+            return _machine(json.loads(path.read_text(encoding="utf-8")))
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(
                 f"roofs must describe a machine, as --save-roofs writes it, but {path}: {error}"
@@ -80,14 +80,10 @@ class Machine:
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
-    def with_memory(self, memory: int) -> Machine:
-        """The same machine with other memory."""
-        return replace(self, memory=memory)
-
 
 _PRINT_OVERHEAD = """
 import sys, torch
-from sparc_fast import process_memory
+from sparc_fast.planning import process_memory
 torch.set_num_threads(int(sys.argv[1]))
 print(process_memory.after_training_steps())
 """
@@ -96,7 +92,7 @@ print(process_memory.after_training_steps())
 def _machine(content: Any) -> Machine:
     if not isinstance(content, Mapping) or set(content) != {f.name for f in fields(Machine)}:
         raise ValueError(f"expected {', '.join(f.name for f in fields(Machine))}")
-    machine = Machine(**{**content, "roofs": Roofs(**content["roofs"]) if content["roofs"] is not None else None})
+    machine = Machine(**{**content, "roofs": Roofline(**content["roofs"]) if content["roofs"] is not None else None})
     numbers = [machine.memory, machine.overhead, machine.host_overhead, machine.threads]
     rates = list(asdict(machine.roofs).values()) if machine.roofs is not None else []
     if not all(isinstance(number, int) and number >= 0 for number in numbers) or machine.device not in ("cpu", "cuda"):

@@ -2,54 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from sparc_fast.training.config import Config
 
-from sparc_fast.roofs import Cost, Roofs
-
-from .config import Config
-from .memory_model import FLOAT, Sizes
+from .memory import FLOAT, Sizes
+from .roofline import Cost, Roofline
 
 # floor ÷ measured step, each from one run, at N 1024, L 8192 and at N 256, L 32768, D 2560, float32, two cores:
 # 0.77 and 0.72 on Zen 4, 0.52 and 0.76 on Zen 5 (benchmarks/NOTES.md, "Where it stands"); this is their mean
 CPU_EFFICIENCY = 0.7
-MANY = 16  # samples from which the support is found in bfloat16: sparc_fast/native_topk.py
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A phase of a step."""
-
-    name: str
-    cost: Cost
-
-
-def step_phases(config: Config, widths: tuple[int, ...], roofs: Roofs, dead: float = 0.0) -> list[Phase]:
+def step_costs(config: Config, widths: tuple[int, ...], roofs: Roofline) -> dict[str, Cost]:
     """The phases of a step, one after another, and what each cannot do without; latents are used evenly."""
-    sizes = Sizes.of(config, widths, dead)
+    sizes = Sizes(config, widths)
     S, N, L, D, w = sizes.S, sizes.rows, sizes.L, sizes.D, sizes.weight
     turns = config.accumulate  # in each, all weights are read and, if there are several, their gradients added up
-    product = "bfloat16" if sizes.N >= MANY and roofs.bfloat16 > roofs.float32 else "float32"
+    product = "bfloat16" if roofs.bfloat16 > roofs.float32 else "float32"
     matrix, batch = L * D * w, N * D * w
 
     def used(n: int) -> float:
         """The part of the latents that n samples use."""
         return 1 - (1 - sizes.k / L) ** (n * sizes.supports)
 
-    gathered = 2 * N * sizes.k * D * sizes.passes
-    phases = [
-        Phase("choosing the support: x W_encᵀ", Cost(2 * N * L * D, turns * matrix + batch, product)),
-        Phase(
-            "values, reconstructions, their gradient",
-            Cost(gathered * (1 + 2 * S), 2 * turns * used(sizes.N) * matrix + batch),
-        ),
-    ]
-    if sizes.n_dead:
-        phases.insert(1, Phase("AuxK: x W_encᵀ of the dead latents", Cost(2 * N * sizes.n_dead * D, batch, product)))
+    gathered = 2 * N * sizes.k * D
     kept = 2 * (2 * sizes.moment + FLOAT) + (w if w < FLOAT else 0)  # bytes of a weight read and written
     # rows left behind are gone through twice when they are used
     decoder = used(N) * (2 - used(N)) if config.lazy else 1.0
     moved = L * D * kept * (1 + decoder)
     if turns > 1:
         moved += turns * 4 * 2 * L * D * FLOAT  # written, and read to be added to what is read and written
-    update = Cost(gathered * (1 + S), moved + N * D * (1 + S) * sizes.gradient)
-    return [*phases, Phase("updating the weights", update)]
+    return {
+        "choosing the support: x W_encᵀ": Cost(2 * N * L * D, turns * matrix + batch, product),
+        "values, reconstructions, their gradient": Cost(
+            gathered * (1 + 2 * S), 2 * turns * used(sizes.N) * matrix + batch
+        ),
+        "updating the weights": Cost(gathered * (1 + S), moved + N * D * (1 + S) * sizes.gradient),
+    }

@@ -23,7 +23,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Roofs:
+class Roofline:
     """The best a machine did, in bytes and FLOP a second."""
 
     copy: float
@@ -36,7 +36,7 @@ class Roofs:
         return sum(max(phase.bytes / self.copy, phase.flops / rates[phase.dtype]) for phase in phases)
 
 
-def measure_roofs(small: bool = False) -> Roofs:
+def measure_roofs(small: bool = False) -> Roofline:
     """Copy rate of a tensor beyond the caches (1 GiB in all); rate of a square matrix product in each type."""
     source = torch.ones(2**20 if small else 2**27)
     target = torch.ones_like(source)
@@ -47,7 +47,7 @@ def measure_roofs(small: bool = False) -> Roofs:
         a, b = torch.randn(2, n, n).to(dtype)
         return 2 * n**3 / _best(lambda: a @ b.T)
 
-    return Roofs(copy, gemm(torch.float32), gemm(torch.bfloat16))
+    return Roofline(copy, gemm(torch.float32), gemm(torch.bfloat16))
 
 
 def _best(run: Callable[[], Any], times: int = 5) -> float:

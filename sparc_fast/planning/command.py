@@ -6,13 +6,15 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from sparc_fast.roofs import Roofs
+from sparc_fast.training.command import add_settings, settings_of
+from sparc_fast.training.config import Config
 
-from .command import add_settings, settings_of
-from .config import Config
 from .machine import Machine
-from .plan_text import as_text, parse_bytes
-from .planning import device_of, plan
+from .plan import device_of, plan
+from .roofline import Roofline
+from .text import as_text, parse_bytes
+
+__all__ = ["add_arguments", "run"]
 
 DOES_NOT_FIT = 3
 """The exit status."""
@@ -53,7 +55,9 @@ def _machine(arguments: argparse.Namespace, config: Config) -> Machine:
     rates = {rate: value for rate in RATES if (value := getattr(arguments, f"{rate}_rate")) is not None}
     if rates and len(rates) < len(RATES):
         raise ValueError(f"{', '.join(f'--{rate}-rate' for rate in RATES)} must be given together, got {list(rates)}")
-    roofs = Roofs(**{rate: _number(f"--{rate}-rate", value, float) for rate, value in rates.items()}) if rates else None
+    roofs = (
+        Roofline(**{rate: _number(f"--{rate}-rate", value, float) for rate, value in rates.items()}) if rates else None
+    )
     if arguments.roofs is None:
         return Machine.here(device_of(config), memory=memory, roofs=roofs)
     machine = Machine.load(arguments.roofs)

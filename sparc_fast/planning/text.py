@@ -1,15 +1,96 @@
-"""A plan as text: aligned columns, and words for what is estimated."""
+"""What a plan says, and how it reads: aligned columns, and words for what is estimated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparc_fast.training.config import Config
 
 from .machine import Machine
-from .planning import ACCURACY, Change, Plan
-from .step_time import CPU_EFFICIENCY
+from .memory import ACCURACY, Part, Streams, totals
+from .roofline import Cost
+from .time import CPU_EFFICIENCY
 
 UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 WIDTH = 52  # of the first column
+
+
+@dataclass(frozen=True)
+class Change:
+    """Other settings, and what they would give."""
+
+    settings: Mapping[str, Any]
+    costs: str
+    """What one gives up."""
+    saves: int
+    """Bytes of the peak; negative where it takes more."""
+    fits: bool
+    step_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found; as text it is the tables that `sparc-fast plan --changes` prints."""
+
+    config: Config
+    streams: Streams
+    machine: Machine
+    dead: float
+    """The part of the latents taken to be dead, if AuxK is on."""
+    steps: int | None
+    """Of the whole run; None where neither the settings nor the files say it."""
+    parts: tuple[Part, ...]
+    host: int | None
+    """Bytes of the host beside a GPU."""
+    mapped: int
+    """Bytes of a checkpoint's file that are in memory while it is read, if nobody else needs it; not in the peak."""
+    time: Mapping[str, Cost]
+    """The phases of a step; none where the machine's roofs are not known."""
+    changes: tuple[Change, ...]
+    """Cheapest first."""
+
+    def __str__(self) -> str:
+        return as_text(self, changes=True)
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes in each phase of the run."""
+        return totals(self.parts)
+
+    @property
+    def peak(self) -> int:
+        """Bytes in the phase that takes most."""
+        return max(self.phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.phases.__getitem__)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.machine.memory
+
+    @property
+    def is_close(self) -> bool:
+        """Whether it fits or not is within what the peak may be off by."""
+        return abs(self.peak - self.machine.memory) <= ACCURACY * self.peak
+
+    @property
+    def step_seconds(self) -> float | None:
+        """On a CPU the floor over the efficiency measured there; on a GPU, where none has been, the floor itself."""
+        if self.machine.roofs is None:
+            return None
+        floor = self.machine.roofs.floor(self.time.values())
+        return floor / CPU_EFFICIENCY if self.machine.device == "cpu" else floor
+
+    @property
+    def hours(self) -> float | None:
+        """Of all steps; not of reading, validation and checkpoints."""
+        if self.steps is None or self.step_seconds is None:
+            return None
+        return self.steps * self.step_seconds / 3600
 
 
 def as_text(plan: Plan, changes: bool = False) -> str:
@@ -31,13 +112,9 @@ def show_bytes(number: float) -> str:
 def parse_bytes(text: str) -> int:
     """ "80GiB" -> 85899345920; ValueError where the text stands for no size."""
     decimal = {unit.replace("i", ""): 1000**power for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), 1)}
-    for unit, size in {**UNITS, **decimal}.items():
-        if text.endswith(unit):
-            return _at_least_1(float(text[: -len(unit)]) * size)
-    return _at_least_1(float(text))
-
-
-def _at_least_1(number: float) -> int:
+    sizes = {**UNITS, **decimal, "": 1}
+    unit = next(unit for unit in sizes if text.endswith(unit))
+    number = float(text.removesuffix(unit)) * sizes[unit]
     if not 1 <= number < 2**63:
         raise ValueError
     return int(number)
@@ -49,15 +126,11 @@ def _heading(plan: Plan) -> Iterator[str]:
     rows = "number of rows not given" if streams.n_rows is None else f"{streams.n_rows:,} rows"
     yield f"L = {config.n_latents:,}, k = {config.k}, D = {sum(streams.widths):,} ({widths}), {rows}"
     yield f"batches of {config.batch_size:,}, {config.dtype}, {config.selection} selection" + ", lazy" * config.lazy
-    yield f"on {machine.name}, {machine.threads} threads{_rates(machine)}"
-
-
-def _rates(machine: Machine) -> str:
-    roofs = machine.roofs
-    if roofs is None:
-        return ""
-    products = f"products {roofs.float32 / 1e9:,.0f} GFLOP/s float32, {roofs.bfloat16 / 1e9:,.0f} bfloat16"
-    return f": copies {roofs.copy / 1e9:,.1f} GB/s, {products}"
+    rates = ""
+    if (roofs := machine.roofs) is not None:
+        rates = f": copies {roofs.copy / 1e9:,.1f} GB/s, products {roofs.float32 / 1e9:,.0f} GFLOP/s float32, "
+        rates += f"{roofs.bfloat16 / 1e9:,.0f} bfloat16"
+    yield f"on {machine.name}, {machine.threads} threads{rates}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -68,23 +141,16 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield f"{part.name:{WIDTH}} {columns[0]:>12} {columns[1]:>12}".rstrip()
     yield _row(f"peak, {plan.peak_phase}", show_bytes(plan.peak))
     yield _row("the machine has", show_bytes(plan.machine.memory))
-    yield _verdict(plan)
+    difference = show_bytes(abs(plan.machine.memory - plan.peak))
+    close = f", which is less than the {ACCURACY:.0%} that this may be off by" if plan.is_close else ""
+    verdict = f"It fits, with {difference} to spare" if plan.fits else f"It does not fit: {difference} too much"
+    yield f"{verdict}{close}."
     if plan.parts and any(part.name.startswith("AuxK") for part in plan.parts):
         yield f"AuxK is counted with {plan.dead:.0%} of the latents dead (--dead)."
     if plan.host is not None:
         yield "Estimated from the kernels' code: nothing of it has been measured on a GPU."
         yield f"Of the host it takes {show_bytes(plan.host)}, mostly to write checkpoints."
     yield f"Reading a checkpoint maps its {show_bytes(plan.mapped)}: pages that the system takes back, not counted."
-
-
-def _verdict(plan: Plan) -> str:
-    difference = show_bytes(abs(plan.machine.memory - plan.peak))
-    close = f", which is less than the {ACCURACY:.0%} that this may be off by" if plan.is_close else ""
-    return (
-        f"It fits, with {difference} to spare{close}."
-        if plan.fits
-        else f"It does not fit: {difference} too much{close}."
-    )
 
 
 def _time(plan: Plan) -> Iterator[str]:
@@ -94,20 +160,20 @@ def _time(plan: Plan) -> Iterator[str]:
         yield f"No times, since the machine's roofs are not known: --roofs, or {rates}, give them."
         return
     yield f"{'time of a step':{WIDTH}} {'at the roofs':>12}"
-    for phase in plan.time:
-        yield _row(phase.name, show_seconds(roofs.floor([phase.cost])))
+    for phase, cost in plan.time.items():
+        yield _row(phase, _seconds(roofs.floor([cost])))
     seconds = plan.step_seconds
     assert seconds is not None
     if plan.machine.device == "cpu":
-        yield _row(f"a step, at {CPU_EFFICIENCY:.0%} of the roofs", show_seconds(seconds))
+        yield _row(f"a step, at {CPU_EFFICIENCY:.0%} of the roofs", _seconds(seconds))
         yield "That share is what four whole steps on two machines reached: 52 to 77 %. Other machines differ."
     else:
-        yield _row("a step, at the roofs: the least it can take", show_seconds(seconds))
+        yield _row("a step, at the roofs: the least it can take", _seconds(seconds))
     if plan.hours is not None:
         yield f"{plan.steps:,} steps: {plan.hours:,.1f} hours, without reading, validation and checkpoints."
 
 
-def show_seconds(seconds: float) -> str:
+def _seconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.1f} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 
@@ -122,7 +188,7 @@ def _change(change: Change) -> str:
     settings = ", ".join(f"{name} = {_toml(value)}" for name, value in change.settings.items())
     if "memory" in change.settings:
         settings += f"  # {show_bytes(change.settings['memory'])}"
-    seconds = "" if change.step_seconds is None else show_seconds(change.step_seconds)
+    seconds = "" if change.step_seconds is None else _seconds(change.step_seconds)
     line = f"{settings:{WIDTH}} {show_bytes(change.saves):>12} {seconds:>12}  {'yes' if change.fits else 'no'}"
     return f"{line}\n    costs {change.costs}"
 
