@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .formats import open_reader
 from .ids import Ids, check_ids
-from .readers import FLOATS, Reader, Source, first_not_finite, open_reader
+from .readers import FLOATS, Reader, Source, first_not_finite
 
 SCANNED_TOGETHER = 2**22  # bytes
 

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from .flat import FlatReader
 from .readers import Reader, choose_name, numpy_dtype, require
+
+__all__ = ["Hdf5Reader", "open_file", "read_ids"]
 
 
 def open_file(path: Path, name: str | None) -> Reader:
@@ -21,6 +24,13 @@ def open_file(path: Path, name: str | None) -> Reader:
         return reader
     reader.close()
     return FlatReader(path, reader.title, (reader.n_rows, reader.width), reader.dtype, offset)
+
+
+def read_ids(path: Path, name: str | None) -> npt.NDArray[Any]:
+    """Everything in one data set."""
+    with open_h5(path) as file:
+        found: npt.NDArray[Any] = file[choose_name(dataset_names(file), name, path)][()]
+    return found
 
 
 def open_h5(path: Path) -> Any:

@@ -15,7 +15,7 @@ from sparc_fast.pages import empty_rows
 from . import budget
 from .aligned import AlignedFiles, check_dtype
 from .compiled import _cpu
-from .reading import Job, Reading
+from .prefetch import Job, Reading
 from .recycling import Recycled
 from .shuffle import Plan, Rows
 

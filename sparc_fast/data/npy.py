@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .flat import FlatReader
 from .readers import Reader, numpy_dtype
 
+__all__ = ["open_file", "read_ids"]
+
 
 def open_file(path: Path, name: str | None) -> Reader:
     """Rows of a C-ordered array; two-byte void, as which numpy saves ml_dtypes' bfloat16, is bfloat16."""
-    if name is not None:
-        raise ValueError(f"{path} holds a single array, so it takes no name, got {name!r}")
+    _refuse_name(path, name)
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # reads the header and checks the length; never unpickles
     except ValueError as error:
@@ -27,3 +30,15 @@ def open_file(path: Path, name: str | None) -> Reader:
             f"{path} must hold float16, bfloat16, float32 or float64 in this byte order, got {array.dtype}"
         )
     return FlatReader(path, str(path), array.shape, dtype, array.offset)
+
+
+def read_ids(path: Path, name: str | None) -> npt.NDArray[Any]:
+    """The array."""
+    _refuse_name(path, name)
+    found: npt.NDArray[Any] = np.load(path, allow_pickle=False)
+    return found
+
+
+def _refuse_name(path: Path, name: str | None) -> None:
+    if name is not None:
+        raise ValueError(f"{path} holds a single array, so it takes no name, got {name!r}")

@@ -25,17 +25,6 @@ Spans = Sequence[tuple[int, int]]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEFAULT_NAME = "features"  # what the research code's extraction scripts call it
-MODULES = {  # suffix -> the module of this package whose open_file(path, name) reads it
-    ".h5": "hdf5",
-    ".hdf5": "hdf5",
-    ".npy": "npy",
-    ".safetensors": "safetensors_file",
-    ".pt": "torch_file",
-    ".pth": "torch_file",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-}
 _NUMPY = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -118,29 +107,6 @@ class TensorReader(Reader):
 
     def close(self) -> None:
         self._tensor = None
-
-
-def open_reader(source: Source, stream: str) -> Reader:
-    """The reader of a source; ValueError says what is wrong with it, FileNotFoundError that there is none."""
-    if isinstance(source, np.ndarray):
-        if numpy_dtype(source.dtype) is None:
-            raise ValueError(f"source of {stream!r} must hold float16, float32 or float64, got {source.dtype}")
-        return TensorReader(torch.from_numpy(source), f"array of {stream!r}")
-    if isinstance(source, Tensor):
-        return TensorReader(source.cpu(), f"tensor of {stream!r}")
-    path, name = source if isinstance(source, tuple) and len(source) == 2 else (source, None)
-    if not isinstance(path, str | Path) or not (name is None or isinstance(name, str)):
-        raise ValueError(
-            f"source of {stream!r} must be a path, (path, name of the data set), a tensor or an array, got {source!r}"
-        )
-    path = Path(path)
-    if path.suffix.lower() not in MODULES:
-        raise ValueError(f"source of {stream!r} must end in one of {', '.join(MODULES)}, got {path}")
-    if not path.is_file():
-        raise FileNotFoundError(f"source of {stream!r} must be a file, but there is none at {path}")
-    module = import_module(f"sparc_fast.data.{MODULES[path.suffix.lower()]}")
-    reader: Reader = module.open_file(path, name)
-    return reader
 
 
 def choose_name(names: Collection[str], wanted: str | None, path: Path) -> str:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sparc_fast import data
-from sparc_fast.data.readers import MODULES, Source
+from sparc_fast.data.formats import FORMATS
+from sparc_fast.data.readers import Source
 from sparc_fast.sae import SPARC
 from sparc_fast.training import load_model
 from sparc_fast.training.settings import parse_source
@@ -135,7 +136,7 @@ def _inputs(texts: Sequence[str], model: SPARC) -> dict[str, Tensor]:
 
 
 def _file(folder: Path, stream: str) -> Path:
-    for suffix in MODULES:
+    for suffix in FORMATS:
         if (path := folder / f"{stream}{suffix}").is_file():
             return path
     raise FileNotFoundError(f"--data must hold a file for each stream, but there is no {stream}.npy in {folder}")
