@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+__all__ = ["atomic_path"]
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:

@@ -40,13 +40,13 @@ class ArrowReader(PiecewiseReader):
             parts: list[npt.NDArray[Any]] = []
             for batch in batches:
                 if pyarrow.total_allocated_bytes() > held + 2**16:
-                    raise ValueError(f"{path} is compressed; write it uncompressed, or as Parquet in small row groups")
+                    raise ValueError(f"{path} must not be compressed, got compressed columns; write Parquet for that")
                 if len(batch):
                     width = parts[0].shape[1] if parts else None
                     parts.append(as_matrix(batch.column(batch.schema.get_field_index(column)), title, width))
         except (pyarrow.ArrowInvalid, OSError) as error:
             self._map.close()
-            raise ValueError(f"{path} is truncated or no Arrow file: {error}") from error
+            raise ValueError(f"{path} must be an Arrow file, but is truncated or foreign: {error}") from error
         except BaseException:
             self._map.close()
             raise

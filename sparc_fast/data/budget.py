@@ -12,6 +12,8 @@ import torch
 from .readers import Reader
 from .shuffle import Plan
 
+__all__ = ["Needs", "check_fits", "default_threads", "make_plan"]
+
 READ_AT_ONCE = 2**20  # bytes: below, a disk loses time between reads
 JOB_BYTES = 2**21  # blocks are read so many bytes together, so that Python has little to do with each
 BLOCKS_TO_MIX = 1024  # blocks a window should hold; blocks shrink below READ_AT_ONCE for it ...

@@ -39,7 +39,7 @@ def open_h5(path: Path) -> Any:
     try:
         return h5py.File(path, "r", rdcc_nbytes=0)  # blocks are whole chunks: none is wanted twice
     except OSError as error:
-        raise ValueError(f"{path} is truncated, locked or no HDF5 file: {error}") from error
+        raise ValueError(f"{path} must be an HDF5 file, but is truncated, locked or foreign: {error}") from error
 
 
 def dataset_names(file: Any) -> list[str]:

@@ -14,6 +14,8 @@ from . import npy
 from .formats import FORMATS, Format
 from .readers import Source
 
+__all__ = ["Ids", "check_ids", "read_ids"]
+
 Ids = str | Mapping[str, "str | Path | tuple[str | Path, str] | Sequence[Any] | npt.NDArray[Any] | Tensor"]
 """The name of the identifiers' data set in every file, or a source of them for each stream to be compared."""
 
@@ -22,7 +24,9 @@ def check_ids(ids: Ids, sources: Mapping[str, Source], n_rows: int) -> None:
     """Raise ValueError unless the streams' identifiers are equal row by row; it names the first row that differs."""
     if isinstance(ids, str):
         if in_memory := [stream for stream, source in sources.items() if not isinstance(source, str | Path | tuple)]:
-            raise ValueError(f"ids must map streams to identifiers where sources are in memory ({in_memory[0]!r} is)")
+            raise ValueError(
+                f"ids must map streams to identifiers where a source is in memory, as {in_memory[0]!r}, got {ids!r}"
+            )
         of_stream: dict[str, Any] = {s: (f[0] if isinstance(f, tuple) else f, ids) for s, f in sources.items()}
     elif isinstance(ids, Mapping) and len(ids) >= 2 and not set(ids) - set(sources):
         of_stream = dict(ids)
@@ -42,8 +46,8 @@ def check_ids(ids: Ids, sources: Mapping[str, Source], n_rows: int) -> None:
         if (differs := mine != theirs).any():
             row = int(differs.argmax())
             raise ValueError(
-                f"ids of {stream!r} must match those of {first[0]!r} row by row; the first that differ are in row "
-                f"{row}: {str(mine[row])!r} and {str(theirs[row])!r}"
+                f"ids of {stream!r} must match those of {first[0]!r} row by row, got {str(mine[row])!r} and "
+                f"{str(theirs[row])!r} in row {row}, the first that differ"
             )
 
 

@@ -19,6 +19,8 @@ from .prefetch import Job, Reading
 from .recycling import Recycled
 from .shuffle import Plan, Rows
 
+__all__ = ["LastBatch", "Loader", "Window"]
+
 LastBatch = Literal["keep", "drop"]
 
 

@@ -21,9 +21,9 @@ def open_file(path: Path, name: str | None) -> Reader:
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # reads the header and checks the length; never unpickles
     except ValueError as error:
-        raise ValueError(f"{path} is truncated, empty or no array of numbers: {error}") from error
+        raise ValueError(f"{path} must hold an array of numbers, but is truncated or foreign: {error}") from error
     if array.ndim == 2 and not array.flags.c_contiguous:
-        raise ValueError(f"{path} must be C-ordered; save np.ascontiguousarray(array)")
+        raise ValueError(f"{path} must be C-ordered, got Fortran order; save np.ascontiguousarray(array)")
     dtype = torch.bfloat16 if array.dtype == np.dtype("V2") else numpy_dtype(array.dtype)
     if dtype is None:
         raise ValueError(
@@ -41,4 +41,4 @@ def read_ids(path: Path, name: str | None) -> npt.NDArray[Any]:
 
 def _refuse_name(path: Path, name: str | None) -> None:
     if name is not None:
-        raise ValueError(f"{path} holds a single array, so it takes no name, got {name!r}")
+        raise ValueError(f"{path} must be given without a name, as it holds a single array, got {name!r}")

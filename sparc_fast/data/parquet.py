@@ -34,7 +34,7 @@ class ParquetReader(PiecewiseReader):
             self._metadata = self._pq.read_metadata(path)
             schema = self._metadata.schema.to_arrow_schema()
         except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path} is truncated or no Parquet file: {error}") from error
+            raise ValueError(f"{path} must be a Parquet file, but is truncated or foreign: {error}") from error
         self._path = path
         self._name, dtype = vector_column(schema, name, path)
         title = f"{path}[{self._name}]"

@@ -17,6 +17,18 @@ from torch import Tensor
 
 from .compiled import _cpu
 
+__all__ = [
+    "FLOATS",
+    "Reader",
+    "Source",
+    "Spans",
+    "TensorReader",
+    "choose_name",
+    "first_not_finite",
+    "numpy_dtype",
+    "require",
+]
+
 Source = str | Path | tuple[str | Path, str] | Tensor | npt.NDArray[Any]
 """A file, (file, name of the data set in it), or rows already in memory, [N, D_s]."""
 
@@ -102,7 +114,7 @@ class TensorReader(Reader):
 
     def _fill(self, start: int, out: Tensor) -> None:
         if self._tensor is None:
-            raise ValueError(f"{self.title} is closed")
+            raise ValueError(f"{self.title} must be open to be read, got a closed file")
         out.copy_(self._tensor[start : start + len(out)])
 
     def close(self) -> None:
@@ -113,14 +125,14 @@ def choose_name(names: Collection[str], wanted: str | None, path: Path) -> str:
     """The data set meant: the one asked for, else "features", else the only one there is."""
     if wanted is not None:
         if wanted not in names:
-            raise ValueError(f"{path} has no data set {wanted!r}; it has {_listed(names)}")
+            raise ValueError(f"name must be a data set of {path}, which has {_listed(names)}, got {wanted!r}")
         return wanted
     if DEFAULT_NAME in names:
         return DEFAULT_NAME
     if len(names) != 1:
         raise ValueError(
-            f"{path} must hold a data set {DEFAULT_NAME!r} or a single one, or be given as (path, name); "
-            f"it has {_listed(names)}"
+            f"{path} must hold a data set {DEFAULT_NAME!r} or a single one, or be given as (path, name), "
+            f"got {_listed(names)}"
         )
     return next(iter(names))
 

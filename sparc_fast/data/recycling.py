@@ -13,6 +13,8 @@ from torch import Tensor
 
 from sparc_fast.pages import empty_rows
 
+__all__ = ["Recycled"]
+
 
 class Recycled:
     """Gives tensors of one shape and dtype. A tensor is its owner's for as long as anything refers to its memory."""

@@ -8,6 +8,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+__all__ = ["Plan", "Rows", "permutation"]
+
 Rows = npt.NDArray[np.int64]
 
 

@@ -21,7 +21,7 @@ def open_file(path: Path, name: str | None) -> Reader:
     loaded = _load_mapped(path)
     if isinstance(loaded, Tensor):
         if name is not None:
-            raise ValueError(f"{path} holds a single tensor, so it takes no name, got {name!r}")
+            raise ValueError(f"{path} must be given without a name, as it holds a single tensor, got {name!r}")
         return TensorReader(loaded, str(path))
     tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
     name = choose_name(tensors, name, path)

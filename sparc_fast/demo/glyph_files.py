@@ -23,6 +23,8 @@ from sparc_fast.files import atomic_path
 from .glyphs import EM, FACES, FEATURES, SIDE, Glyphs, Pictures, draw, glyphs
 from .jitter import CHANGES, jitter
 
+__all__ = ["Progress", "write_glyphs"]
+
 SIZES = 20, 22, EM  # font sizes in pixels: none is larger than the picture
 DRAWN_TOGETHER = 512  # rows
 RANDOM = 1_785_427_305  # keeps these numbers apart from the split's, which have the same seed
@@ -58,9 +60,9 @@ def write_glyphs(
         ImportError: matplotlib or scikit-learn is missing.
     """
     if rows < 1:
-        raise ValueError(f"rows: expected 1 or more, got {rows}")
+        raise ValueError(f"rows must be 1 or more, got {rows}")
     if threads is not None and threads < 1:
-        raise ValueError(f"threads: expected 1 or more, got {threads}")
+        raise ValueError(f"threads must be 1 or more, got {threads}")
     folder = Path(folder)
     with _one_thread_a_product():
         base = glyphs(faces=faces, seed=seed)
