@@ -1,11 +1,18 @@
 """Fast, exact SPARC: sparse autoencoders whose latents mean the same concept in every model and modality."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from sparc_fast import functional
 from sparc_fast.backends import available as available_backends
 from sparc_fast.losses import SparcLoss, fvu, nmse
 from sparc_fast.optim import SparcAdam
 from sparc_fast.sae import SPARC, SparcOutput, SparseLatents
+from sparc_fast.shadowing import warn_where_uncompiled
 from sparc_fast.version import __version__
+
+if TYPE_CHECKING:
+    from sparc_fast import compat, data, demo, evaluate, explain, interop, training
 
 __all__ = [
     "SPARC",
@@ -15,7 +22,28 @@ __all__ = [
     "SparseLatents",
     "__version__",
     "available_backends",
+    "compat",
+    "data",
+    "demo",
+    "evaluate",
+    "explain",
     "functional",
     "fvu",
+    "interop",
     "nmse",
+    "training",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The modules among the public names, which are loaded on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+warn_where_uncompiled()

@@ -15,6 +15,7 @@ pytest.importorskip("sklearn")
 
 import sparc_fast as sf
 from sparc_fast import cli, data
+from sparc_fast.cli import glyphs as command
 from sparc_fast.data import Glyphs, glyphs, write_glyphs
 from sparc_fast.demo.glyphs import draw
 from sparc_fast.demo.jitter import CHANGES, jitter
@@ -224,6 +225,6 @@ def test_errors_of_the_command_are_one_line(
     (tmp_path / "file").write_text("")
     assert cli.main(["glyphs", "--out", str(tmp_path / "file")]) == 1
     assert re.fullmatch(r"sparc-fast: --out must be a folder that can be written, got .*\n", capsys.readouterr().err)
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "sklearn" else object())
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "sklearn" else object())
     assert cli.main(["glyphs"]) == 1
     assert "the glyphs need sklearn: pip install 'sparc_fast[demo]'" in capsys.readouterr().err

@@ -7,4 +7,6 @@ from typing import Any
 
 from sparc_fast import backends
 
+__all__ = []
+
 _cpu: Any = import_module("sparc_fast._cpu") if "cpu" in backends.available("cpu") else None

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparc_fast.comparison import comparison
-from sparc_fast.evaluate import Evaluation, evaluate, latent_use, name_latents, top_samples
-from sparc_fast.report import ModelReport, Report
+from sparc_fast.evaluate import Evaluation, comparison, evaluate, latent_use, name_latents, top_samples
+from sparc_fast.explain import ModelReport, Report
 from sparc_fast.sae import SPARC, Selection
 from sparc_fast.train import Curves, train
 from sparc_fast.version import __version__

@@ -1,4 +1,4 @@
-"""All metrics of one model, and the table that compares models."""
+"""All metrics of one model."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from .retrieval import Retrieval, retrieval_ranks
 
 if TYPE_CHECKING:
     from ..sae import SPARC
+
+__all__ = ["METRICS", "Better", "Evaluation", "Metric", "evaluate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,13 +124,13 @@ def evaluate(
 
 def _check_inputs(model: SPARC, inputs: Mapping[str, Tensor], labels: Tensor | None, batch_size: int) -> int:
     if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if set(inputs) != set(model.streams):
-        raise ValueError(f"inputs: expected the streams {list(model.streams)}, got {list(inputs)}")
+        raise ValueError(f"inputs must hold the streams {list(model.streams)}, got {list(inputs)}")
     n_samples = len(inputs[model.streams[0]])
     for name, width in model.d_streams.items():
         if inputs[name].shape != (n_samples, width):
-            raise ValueError(f"inputs[{name!r}]: expected [N={n_samples}, D={width}], got {list(inputs[name].shape)}")
+            raise ValueError(f"inputs[{name!r}] must be [N={n_samples}, D={width}], got {list(inputs[name].shape)}")
     if labels is not None:
         check_labels(labels, n_samples)
     return n_samples
@@ -174,29 +176,6 @@ class Metric:
     better: Better
     format: str
     value: Callable[[Evaluation], float | None]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the comparison: values and cells (values as text) by column; None is written as a dash."""
-
-    key: str
-    name: str
-    meaning: str
-    better: Better
-    values: dict[str, float | None]
-    cells: dict[str, str]
-
-
-def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
-    """Compare models: one row per metric, one column per evaluation, for example "SPARC", "untrained"."""
-    scores = {column: evaluation.scores() for column, evaluation in evaluations.items()}
-    rows = []
-    for metric in METRICS:
-        values = {column: by_key[metric.key] for column, by_key in scores.items()}
-        cells = {c: "–" if value is None else format(value, metric.format) for c, value in values.items()}
-        rows.append(Row(metric.key, metric.name, metric.meaning, metric.better, values, cells))
-    return rows
 
 
 def _mean(values: Tensor | None) -> float | None:
@@ -286,22 +265,8 @@ METRICS: tuple[Metric, ...] = (
         ".3f",
         _retrieval("r1"),
     ),
-    Metric(
-        "r5",
-        "Retrieval R@5",
-        "How often it is among the 5 nearest.",
-        "higher",
-        ".3f",
-        _retrieval("r5"),
-    ),
-    Metric(
-        "r10",
-        "Retrieval R@10",
-        "How often it is among the 10 nearest.",
-        "higher",
-        ".3f",
-        _retrieval("r10"),
-    ),
+    Metric("r5", "Retrieval R@5", "How often it is among the 5 nearest.", "higher", ".3f", _retrieval("r5")),
+    Metric("r10", "Retrieval R@10", "How often it is among the 10 nearest.", "higher", ".3f", _retrieval("r10")),
     Metric(
         "median_rank",
         "Retrieval median rank",
@@ -310,14 +275,7 @@ METRICS: tuple[Metric, ...] = (
         ",.1f",
         _retrieval("median_rank"),
     ),
-    Metric(
-        "mrr",
-        "Retrieval MRR",
-        "Mean of 1 / rank.",
-        "higher",
-        ".3f",
-        _retrieval("mrr"),
-    ),
+    Metric("mrr", "Retrieval MRR", "Mean of 1 / rank.", "higher", ".3f", _retrieval("mrr")),
     Metric(
         "nmse_self",
         "Own error (NMSE)",
