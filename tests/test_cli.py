@@ -71,24 +71,8 @@ def test_bench_passes_its_options_to_the_benchmarks(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_help_and_plan_can_be_read_on_every_terminal(encoding: str) -> None:
     commands = [[], *([name] for name in cli.COMMANDS)]
-    plan = [
-        "plan",
-        "--n-latents",
-        "64",
-        "--k",
-        "3",
-        "--auxk",
-        "3",
-        "--steps",
-        "9",
-        "--d-streams",
-        "a=9",
-        "--rows",
-        "99",
-        "--machine-memory",
-        "80GB",
-    ]
-    rates = ["--copy-rate", "1e10", "--float32-rate", "1e11", "--bfloat16-rate", "1e11"]
+    run = "--n-latents 64 --k 3 --auxk 3 --steps 9 --d-streams a=9 --rows 9999 --device cpu"
+    machine = "--machine-memory 80GB --copy-rate 1e10 --float32-rate 1e11 --bfloat16-rate 1e11"
     code = f"""if True:
         from sparc_fast.cli import main
         for words in {[[*command, "--help"] for command in commands]}:
@@ -96,7 +80,7 @@ def test_help_and_plan_can_be_read_on_every_terminal(encoding: str) -> None:
                 main(words)
             except SystemExit as stop:
                 assert stop.code == 0, words
-        assert main({plan + rates}) == 0
+        assert main("plan {run} {machine}".split()) == 0
         assert main(["convert", "λ → 漢.pth", "x.pth"]) == 1
     """
     environment = {**os.environ, "PYTHONIOENCODING": encoding}

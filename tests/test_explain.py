@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image
 
-from sparc_fast import explain as sf_report
+from sparc_fast import explain
 from sparc_fast.explain import ModelReport, Report, Row, choose_latents, write_report
 from sparc_fast.explain.atlas import atlas, cells, columns
 from sparc_fast.explain.latents import SharedWord, top
@@ -240,9 +240,9 @@ def test_a_latent_whose_samples_lack_its_concept_is_not_preferred(report):
 
 def test_the_report_is_a_page_and_a_picture(report, tmp_path):
     page = write_report(report, tmp_path / "new" / "folder")
-    assert page == tmp_path / "new" / "folder" / sf_report.PAGE
-    assert sorted(p.name for p in page.parent.iterdir()) == [sf_report.HEADLINE, sf_report.PAGE]
-    picture = Image.open(page.with_name(sf_report.HEADLINE))
+    assert page == tmp_path / "new" / "folder" / explain.PAGE
+    assert sorted(p.name for p in page.parent.iterdir()) == [explain.HEADLINE, explain.PAGE]
+    picture = Image.open(page.with_name(explain.HEADLINE))
     assert picture.width == 1600
     assert len(np.unique(np.array(picture.convert("L")))) > 50
 
