@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sparc_fast import autograd, backends, losses, reference
 from sparc_fast.auxk import among_all, among_dead
-from sparc_fast.behind import Behind
+from sparc_fast.huge_pages import empty_rows
+from sparc_fast.lazy_rows import Behind
 from sparc_fast.losses import SparcLoss
 from sparc_fast.micro_batches import MicroBatches
-from sparc_fast.pages import empty_rows
 from sparc_fast.passes import AllStreams, Flow, Pass, Update, stack
 from sparc_fast.sae import SPARC, Inputs, Packed
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparc_fast import backends, checkpoint, functional, losses, reference
+from sparc_fast.huge_pages import empty_rows
 from sparc_fast.losses import SparcLoss
-from sparc_fast.pages import empty_rows
 
 Inputs = Mapping[str, Tensor] | Tensor
 Selection = Literal["global", "local"]
