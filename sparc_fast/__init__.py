@@ -8,7 +8,6 @@ from sparc_fast.backends import available as available_backends
 from sparc_fast.losses import SparcLoss, fvu, nmse
 from sparc_fast.optim import SparcAdam
 from sparc_fast.sae import SPARC, SparcOutput, SparseLatents
-from sparc_fast.shadowing import warn_where_uncompiled
 from sparc_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -46,4 +45,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-warn_where_uncompiled()
+if "cpu" not in available_backends("cpu"):
+    from sparc_fast.shadowing import warn_of_hidden_installation
+
+    warn_of_hidden_installation()

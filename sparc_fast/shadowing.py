@@ -6,16 +6,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
-from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["warn_where_uncompiled"]
+__all__ = ["warn_of_hidden_installation"]
 
 
-def warn_where_uncompiled() -> None:
-    """Warn where the sources of this package hide an installed and compiled one."""
-    if find_spec("sparc_fast._cpu") is not None:
-        return
+def warn_of_hidden_installation() -> None:
+    """Warn where this package, whose compiled half is missing, hides an installed one that has it."""
     here = Path(__file__).resolve().parent
     elsewhere = [path for path in sys.path if Path(path or ".").resolve() != here.parent]
     installed = PathFinder.find_spec("sparc_fast", elsewhere)
