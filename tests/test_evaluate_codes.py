@@ -66,10 +66,7 @@ BAD: dict[str, tuple[Codes, str]] = {
     ),
     "index too high": ({"a": (GOOD[0], GOOD[1] + 1)}, r"must have indices in \[0, n_latents=2\), got 1 to 2"),
     "negative index": ({"a": (GOOD[0], GOOD[1] - 1)}, r"must have indices in \[0, n_latents=2\), got -1 to 0"),
-    "samples": (
-        {"a": GOOD, "b": (GOOD[0][:1], GOOD[1][:1])},
-        r"same number of samples .* \{'a': 2, 'b': 1\}",
-    ),
+    "samples": ({"a": GOOD, "b": (GOOD[0][:1], GOOD[1][:1])}, r"same number of samples .* \{'a': 2, 'b': 1\}"),
 }
 
 

@@ -163,9 +163,7 @@ def test_a_word_that_no_sample_carries_names_nothing_however_many_samples_fire()
     assert found.score.tolist() == [0] * 300
 
 
-def test_equal_words_give_the_first_and_chunks_of_labels_change_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_equal_words_give_the_first_and_chunks_of_labels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     words = torch.rand(60, 6) < 0.2
     labels = words.repeat(1, 2)

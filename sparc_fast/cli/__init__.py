@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Protocol, cast
 
 from .terminal import write_anywhere
 
@@ -21,19 +20,7 @@ COMMANDS = {
     "convert": "turn a checkpoint of the research code into ours, or back",
     "bench": "time every operator and the whole step against plain PyTorch",
 }
-"""Name, also of the file -> what it does, in a line."""
-
-
-class Command(Protocol):
-    """What the file of a command has."""
-
-    DESCRIPTION: str
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """What can be said after the command."""
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Do it; gives the exit status."""
+"""Name, also of the file, whose first words are the description -> what it does, in a line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,16 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(asked: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sparc-fast",
-        description="Concept-aligned sparse autoencoders over several models and modalities.",
+        prog="sparc-fast", description="Concept-aligned sparse autoencoders over several models and modalities."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and the backends built in")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, words in COMMANDS.items():
         of_command = commands.add_parser(name, help=words)
         if name == asked:
-            command = cast(Command, import_module(f"{__name__}.{name}"))
-            of_command.description = command.DESCRIPTION
+            command = import_module(f"{__name__}.{name}")
+            of_command.description = command.__doc__
             command.add_arguments(of_command)
             of_command.set_defaults(run=command.run)
     return parser

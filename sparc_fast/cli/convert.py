@@ -1,4 +1,4 @@
-"""The command `sparc-fast convert`."""
+"""Turn a checkpoint of the research code into one of sparc_fast, or back, as the suffixes say."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from pathlib import Path
 from sparc_fast.interop.research_files import from_upstream, to_upstream
 from sparc_fast.sae import SPARC
 
-__all__ = ["DESCRIPTION", "add_arguments", "run"]
-
-DESCRIPTION = "Turn a checkpoint of the research code into one of sparc_fast, or back, as the suffixes say."
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

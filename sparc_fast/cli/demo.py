@@ -1,4 +1,7 @@
-"""The command `sparc-fast demo`."""
+"""Train SPARC and independent SAEs on the characters of two typefaces and their Unicode names.
+
+Prints how well their latents agree across the three, and writes a page to look through them.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,7 @@ from pathlib import Path
 
 from sparc_fast.files import check_folder
 
-__all__ = ["DESCRIPTION", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Train SPARC and independent SAEs on the characters of two typefaces and their Unicode names; "
-    "print how well their latents agree across the three, and write a page to look through them."
-)
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,7 @@
-"""The command `sparc-fast eval`."""
+"""Print the table of `sparc-fast demo` for models of your own, on samples they have not seen.
+
+Each stream is encoded alone, and jointly where the table says so.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,7 @@ from sparc_fast.sae import SPARC
 from sparc_fast.training import load_model
 from sparc_fast.training.settings import parse_source
 
-__all__ = ["DESCRIPTION", "add_arguments", "run", "untrained"]
-
-DESCRIPTION = (
-    "Print the table of `sparc-fast demo` for models of your own, on samples they have not seen: "
-    "each stream encoded alone, and jointly where it says so."
-)
+__all__ = ["add_arguments", "run", "untrained"]
 
 MODEL, LABELS = "model.safetensors", "labels.npy"
 

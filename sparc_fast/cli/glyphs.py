@@ -1,4 +1,7 @@
-"""The command `sparc-fast glyphs`."""
+"""Draw the glyphs in several faces and sizes, each time a little differently, into files for `sparc-fast train`.
+
+Held-out characters are in files of their own.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,7 @@ from pathlib import Path
 
 from sparc_fast.files import check_folder
 
-__all__ = ["DESCRIPTION", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Draw the glyphs in several faces and sizes, each time a little differently, into .npy files "
-    "that `sparc-fast train` reads; held-out characters in files of their own."
-)
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,5 @@
-"""The command `sparc-fast train`."""
+"""Train SPARC on features in files. The same command goes on where a stopped or killed run was, bit for bit."""
 
 from sparc_fast.training.command import add_arguments, run
 
-__all__ = ["DESCRIPTION", "add_arguments", "run"]
-
-DESCRIPTION = (
-    "Train SPARC on features in files. The same command goes on where a stopped or killed run was, bit for bit."
-)
+__all__ = ["add_arguments", "run"]

@@ -10,14 +10,14 @@ import numpy.typing as npt
 import torch
 
 from .flat import FlatReader
-from .readers import Reader, numpy_dtype
+from .readers import Reader, numpy_dtype, refuse_name
 
 __all__ = ["open_file", "read_ids"]
 
 
 def open_file(path: Path, name: str | None) -> Reader:
     """Rows of a C-ordered array; two-byte void, as which numpy saves ml_dtypes' bfloat16, is bfloat16."""
-    _refuse_name(path, name)
+    refuse_name(path, name, "array")
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # reads the header and checks the length; never unpickles
     except ValueError as error:
@@ -34,11 +34,6 @@ def open_file(path: Path, name: str | None) -> Reader:
 
 def read_ids(path: Path, name: str | None) -> npt.NDArray[Any]:
     """The array."""
-    _refuse_name(path, name)
+    refuse_name(path, name, "array")
     found: npt.NDArray[Any] = np.load(path, allow_pickle=False)
     return found
-
-
-def _refuse_name(path: Path, name: str | None) -> None:
-    if name is not None:
-        raise ValueError(f"{path} must be given without a name, as it holds a single array, got {name!r}")

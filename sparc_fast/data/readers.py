@@ -26,6 +26,7 @@ __all__ = [
     "choose_name",
     "first_not_finite",
     "numpy_dtype",
+    "refuse_name",
     "require",
 ]
 
@@ -135,6 +136,12 @@ def choose_name(names: Collection[str], wanted: str | None, path: Path) -> str:
             f"got {_listed(names)}"
         )
     return next(iter(names))
+
+
+def refuse_name(path: Path, name: str | None, what: str) -> None:
+    """Raise ValueError where a data set of a file that has just one is named."""
+    if name is not None:
+        raise ValueError(f"{path} must be given without a name, as it holds a single {what}, got {name!r}")
 
 
 def _listed(names: Collection[str], at_most: int = 12) -> str:

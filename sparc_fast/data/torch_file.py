@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .readers import Reader, TensorReader, choose_name
+from .readers import Reader, TensorReader, choose_name, refuse_name
 
 __all__ = ["open_file", "read_ids"]
 
@@ -20,8 +20,7 @@ def open_file(path: Path, name: str | None) -> Reader:
     """Rows of a tensor, or of a tensor in a dictionary of tensors; mapped, and never unpickled."""
     loaded = _load_mapped(path)
     if isinstance(loaded, Tensor):
-        if name is not None:
-            raise ValueError(f"{path} must be given without a name, as it holds a single tensor, got {name!r}")
+        refuse_name(path, name, "tensor")
         return TensorReader(loaded, str(path))
     tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
     name = choose_name(tensors, name, path)

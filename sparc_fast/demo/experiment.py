@@ -21,11 +21,7 @@ from .glyphs import Glyphs
 __all__ = ["ABLATIONS", "RECIPES", "STREAMS", "Progress", "Recipe", "Settings", "Trained", "report", "run"]
 
 SPARC_NAME, INDEPENDENT, UNTRAINED = "SPARC", "independent SAEs", "untrained SPARC"
-STREAMS = {
-    "sans": "its picture in DejaVu Sans",
-    "serif": "its picture in DejaVu Serif",
-    "name": "its Unicode name",
-}
+STREAMS = {"sans": "its picture in DejaVu Sans", "serif": "its picture in DejaVu Serif", "name": "its Unicode name"}
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,7 @@ class Retrieval:
 
 
 def retrieval_ranks(
-    queries: Tensor | StreamCode,
-    candidates: Tensor | StreamCode,
-    n_latents: int | None = None,
-    *,
-    chunk: int = 64,
+    queries: Tensor | StreamCode, candidates: Tensor | StreamCode, n_latents: int | None = None, *, chunk: int = 64
 ) -> Tensor:
     """Exact rank of candidate n for query n by cosine similarity among all N candidates, float64 [N].
 
