@@ -81,6 +81,12 @@ def test_every_module_people_import_from_says_what_is_public() -> None:
             assert all(hasattr(module, public) for public in module.__all__), name
 
 
+def test_every_folder_of_the_package_is_installed() -> None:
+    listed = (ROOT / "pyproject.toml").read_text()
+    folders = {path.parent.name for path in (ROOT / "sparc_fast").glob("*/__init__.py")}
+    assert not [folder for folder in sorted(folders) if f'"sparc_fast.{folder}",' not in listed]
+
+
 def test_sources_that_hide_a_compiled_installation_say_once_what_to_do(tmp_path: Path) -> None:
     compiled = importlib.util.find_spec("sparc_fast._cpu")
     if compiled is None or compiled.origin is None:

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .compiled import _cpu
-from .readers import Reader, Spans
+from .readers import Reader, Spans, _cpu
 
 __all__ = ["FlatReader"]
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .compiled import _cpu
+from sparc_fast import backends
 
 __all__ = [
     "FLOATS",
@@ -38,6 +38,8 @@ Spans = Sequence[tuple[int, int]]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEFAULT_NAME = "features"  # what the research code's extraction scripts call it
+_cpu: Any = import_module("sparc_fast._cpu") if "cpu" in backends.available("cpu") else None
+"""The compiled module's help for the loader, where it is there: all of it has a way round in Python."""
 _NUMPY = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
