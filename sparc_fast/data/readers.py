@@ -17,18 +17,7 @@ from torch import Tensor
 
 from sparc_fast import backends
 
-__all__ = [
-    "FLOATS",
-    "Reader",
-    "Source",
-    "Spans",
-    "TensorReader",
-    "choose_name",
-    "first_not_finite",
-    "numpy_dtype",
-    "refuse_name",
-    "require",
-]
+__all__ = ["FLOATS", "Reader", "Source", "Spans", "TensorReader", "first_not_finite"]
 
 Source = str | Path | tuple[str | Path, str] | Tensor | npt.NDArray[Any]
 """A file, (file, name of the data set in it), or rows already in memory, [N, D_s]."""

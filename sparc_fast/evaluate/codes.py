@@ -15,16 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-__all__ = [
-    "Codes",
-    "StreamCode",
-    "check_code",
-    "check_codes",
-    "check_labels",
-    "firing_counts",
-    "firings",
-    "label_counts",
-]
+__all__ = ["Codes", "StreamCode", "firing_counts", "firings", "label_counts"]
 
 StreamCode = tuple[Tensor, Tensor]
 Codes = Mapping[str, StreamCode]
