@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sparc_fast import data
 from sparc_fast.data.aligned import blocks
-from sparc_fast.data.shuffle import Plan, permutation
+from sparc_fast.data.shuffle import Shuffling, permutation
 
 D_STREAMS = {"dino": 1024, "clip_img": 768, "clip_txt": 768}
 LAYOUTS = {  # name: (suffix, dtype, h5py's arguments)
@@ -254,13 +254,13 @@ def report(layout: Layout, heading: str) -> None:
 def quality(n_rows: int, window_fraction: int, block_rows: int, epochs: int = 4) -> dict[str, tuple[float, float]]:
     """name -> (the loader's plan, a true permutation), for figures in which 1 permutation is as good as another."""
     n_blocks = -(-n_rows // block_rows)
-    plan = Plan(n_rows, block_rows, -(-n_blocks // window_fraction), seed=0)
-    truly = Plan(n_rows, block_rows, n_blocks, seed=0)
+    plan = Shuffling(n_rows, block_rows, -(-n_blocks // window_fraction), seed=0)
+    truly = Shuffling(n_rows, block_rows, n_blocks, seed=0)
     figures = [{name: float(np.mean(values)) for name, values in _figures(p, epochs).items()} for p in (plan, truly)]
     return {name: (figures[0][name], figures[1][name]) for name in figures[0]}
 
 
-def epoch_order(plan: Plan, epoch: int) -> np.ndarray:
+def epoch_order(plan: Shuffling, epoch: int) -> np.ndarray:
     """The rows of an epoch, in order."""
     windows = []
     for number, window in enumerate(plan.windows(epoch)):
@@ -269,7 +269,7 @@ def epoch_order(plan: Plan, epoch: int) -> np.ndarray:
     return np.concatenate(windows)
 
 
-def _figures(plan: Plan, epochs: int) -> dict[str, list[float]]:
+def _figures(plan: Shuffling, epochs: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     previous = None
     for epoch in range(epochs):

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sparc_fast.files import atomic_path
 
+__all__ = ["FORMAT", "load", "save"]
+
 FORMAT = "sparc_fast.SPARC/1"
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+__all__ = ["atomic_path", "check_folder"]
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -34,6 +36,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Make the folder now, or OSError naming the argument: minutes of work must not end in an error about it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / ".writable") as temporary:
+            temporary.touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{name} must be a folder that can be written, got {folder}: {reason}") from error
 
 
 def _flush(path: Path) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from sparc_fast import backends, batch, checkpoint, functional, reference
 from sparc_fast.batch import Batch, Inputs, columns_of, position
 from sparc_fast.codes import SparseLatents
+from sparc_fast.huge_pages import empty_rows
 from sparc_fast.objective import Objective, SparcLoss
-from sparc_fast.pages import empty_rows
 from sparc_fast.selection import RULES, Selection, select
 
 

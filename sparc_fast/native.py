@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sparc_fast import _cpu, reference
+from sparc_fast.huge_pages import empty_rows
 from sparc_fast.native_topk import dense_rows, global_topk, local_topk
-from sparc_fast.pages import empty_rows
 from sparc_fast.reference import gradient_dtype, wide
 
 __all__ = [

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from sparc_fast import autograd, backends, reference
 from sparc_fast.batch import AllStreams, Inputs, columns_of, stack, streams_of
-from sparc_fast.behind import Behind
+from sparc_fast.huge_pages import empty_rows
+from sparc_fast.lazy_rows import Behind
 from sparc_fast.micro_batches import MicroBatches, OneBatch, Rows, Update
 from sparc_fast.model import SPARC
 from sparc_fast.objective import Objective, SparcLoss
-from sparc_fast.pages import empty_rows
 
 MomentType = Literal["float32", "bfloat16"]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sparc_fast import cli
+from sparc_fast.cli import demo
 
 
 def test_the_version_names_the_backends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,7 +50,7 @@ def test_settings_out_of_range_are_one_line(tmp_path: Path, capsys: pytest.Captu
 def test_the_demo_without_its_extra_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "sklearn" else object())
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "sklearn" else object())
     assert cli.main(["demo"]) == 1
     assert "the demo needs sklearn: pip install 'sparc_fast[demo]'" in capsys.readouterr().err
 
@@ -62,3 +66,28 @@ def test_bench_passes_its_options_to_the_benchmarks(capsys: pytest.CaptureFixtur
         cli.main(["bench", "--help"])
     assert stop.value.code == 0
     assert "--quick" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_help_and_plan_can_be_read_on_every_terminal(encoding: str) -> None:
+    commands = [[], *([name] for name in cli.COMMANDS)]
+    run = "--n-latents 64 --k 3 --auxk 3 --steps 9 --d-streams a=9 --rows 9999 --device cpu"
+    machine = "--machine-memory 80GB --copy-rate 1e10 --float32-rate 1e11 --bfloat16-rate 1e11"
+    code = f"""if True:
+        from sparc_fast.cli import main
+        for words in {[[*command, "--help"] for command in commands]}:
+            try:
+                main(words)
+            except SystemExit as stop:
+                assert stop.code == 0, words
+        assert main("plan {run} {machine}".split()) == 0
+        assert main(["convert", "λ → 漢.pth", "x.pth"]) == 1
+    """
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    printed, error = done.stdout.decode(encoding), done.stderr.decode(encoding)
+    assert done.returncode == 0, error
+    assert "lambda, the weight of the cross-reconstruction loss" in " ".join(printed.split())
+    times = "×" if encoding == "cp1252" else "x"
+    assert f"samples {times} concepts" in " ".join(printed.split())
+    assert error.endswith("got lambda > \\u6f22.pth and x.pth\n")

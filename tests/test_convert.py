@@ -14,6 +14,7 @@ from torch import Tensor
 
 import sparc_fast as sf
 from sparc_fast import compat, convert
+from sparc_fast.cli import convert as conversion
 
 D = {"dino": 7, "clip_txt": 5}
 SETTINGS = {"n_latents": 48, "k": 4, "auxk": 6, "topk_type": "global", "dead_steps_threshold": 3, "batch_size": 9}
@@ -240,8 +241,8 @@ def test_a_stream_name_the_research_code_cannot_have_is_refused(tmp_path: Path) 
 def test_the_command_goes_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def command(*words: object) -> int:
         parser = argparse.ArgumentParser()
-        convert.add_arguments(parser)
-        return convert.run(parser.parse_args([str(word) for word in words]))
+        conversion.add_arguments(parser)
+        return conversion.run(parser.parse_args([str(word) for word in words]))
 
     path = write(upstream(), tmp_path)
     ours, back = tmp_path / "model.safetensors", tmp_path / "back" / "msae_checkpoint.pth"

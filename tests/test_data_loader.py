@@ -22,7 +22,7 @@ import sparc_fast as sf
 from sparc_fast import data
 from sparc_fast.data import flat, readers
 from sparc_fast.data import loader as loader_module
-from sparc_fast.data.shuffle import Plan
+from sparc_fast.data.shuffle import Shuffling
 
 N = 6000
 WINDOWED = 9_500_000  # bytes: below what all rows take
@@ -358,7 +358,7 @@ def test_files_without_rows_cannot_be_loaded() -> None:
         data.Loader(data.open({"a": torch.empty(0, 3)}), 10)
 
 
-def places(plan: Plan, epochs: int) -> np.ndarray:
+def places(plan: Shuffling, epochs: int) -> np.ndarray:
     """Where each row of the file comes in each of the epochs, [epochs, n_rows]."""
     found = np.empty((epochs, plan.n_rows))
     for epoch in range(epochs):
@@ -373,7 +373,7 @@ def places(plan: Plan, epochs: int) -> np.ndarray:
 
 @pytest.mark.parametrize("window_blocks", [6, 50], ids=["windows", "one window"])
 def test_every_row_can_come_at_any_time(window_blocks: int) -> None:
-    plan = Plan(n_rows=203, block_rows=5, window_blocks=window_blocks, seed=0)
+    plan = Shuffling(n_rows=203, block_rows=5, window_blocks=window_blocks, seed=0)
     where = places(plan, 2000)
     spread = 203 / np.sqrt(12)
     assert np.abs(where.mean(0) - 101).max() < 5 * spread / np.sqrt(2000)
@@ -382,7 +382,7 @@ def test_every_row_can_come_at_any_time(window_blocks: int) -> None:
 
 
 def test_data_that_fit_are_permuted_uniformly() -> None:
-    plan = Plan(n_rows=4, block_rows=2, window_blocks=2, seed=0)
+    plan = Shuffling(n_rows=4, block_rows=2, window_blocks=2, seed=0)
     orders, counts = np.unique(places(plan, 12_000), axis=0, return_counts=True)
     assert len(orders) == 24
     chi2 = ((counts - 500) ** 2 / 500).sum()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from training_runs import D, rows
 
 import sparc_fast as sf
 from sparc_fast import cli
-from sparc_fast.evaluate import command as evaluation
+from sparc_fast.cli import eval as evaluation
 from sparc_fast.evaluate import evaluate
 
 N = 60
@@ -64,6 +67,19 @@ def test_the_table_has_a_column_for_every_model_and_an_untrained_one(
     assert head.split() == ["60", "samples", "run", "early", "[b]", "untrained"]
     for words in ("Concept alignment", "Retrieval R@1", "a → b", "Own error (NMSE)"):
         assert words in printed
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_the_table_can_be_read_on_every_terminal(folder: Path, encoding: str) -> None:
+    words = ["eval", str(folder / "run"), "--data", str(folder / "held_out")]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "sparc_fast", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    lines = done.stdout.decode(encoding).splitlines()
+    assert any("a > b" in line for line in lines)
+    squared = "R²" if encoding == "cp1252" else "R2"
+    assert any(f"Own variance explained ({squared})" in line for line in lines)
+    assert len({len(line.rstrip()) for line in lines if line.strip()}) == 1, "columns are aligned"
 
 
 def test_json_has_the_figures_of_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,8 +150,11 @@ def test_errors_are_one_line_that_says_what_is_wrong(
         ),
         ([tmp_path / "no.safetensors", "--data", unseen], "there is no file"),
         ([tmp_path / "text.safetensors", "--data", unseen], "truncated or foreign"),
-        ([finished, finished, "--data", unseen], "two are called run: give NAME=MODEL"),
-        ([finished, tmp_path / "other.safetensors", "--data", unseen], "models must have the same streams: run has"),
+        ([finished, finished, "--data", unseen], "got two called run: give NAME=MODEL"),
+        (
+            [finished, tmp_path / "other.safetensors", "--data", unseen],
+            "models must have the same streams, got {'a': 300",
+        ),
         ([finished, "--data", tmp_path], f"there is no b.npy in {tmp_path}"),
         ([finished, "--data", "a.npy"], "a source must be stream=path or stream=path#name, got 'a.npy'"),
         ([finished, "--data", a], "--data must give the streams a, b, got a"),

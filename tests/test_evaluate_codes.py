@@ -56,18 +56,18 @@ METRICS = {
     "top_samples": lambda codes: top_samples(codes, 2, 1),
 }
 BAD: dict[str, tuple[Codes, str]] = {
-    "no stream": ({}, "codes: expected at least one stream"),
-    "shapes": ({"a": (GOOD[0], GOOD[1][:, :1])}, r"codes\['a'\]: expected .* got \(2, 2\) and \(2, 1\)"),
+    "no stream": ({}, "codes must hold at least one stream"),
+    "shapes": (
+        {"a": (GOOD[0], GOOD[1][:, :1])},
+        r"codes\['a'\] must have values and indices .* got \(2, 2\) and \(2, 1\)",
+    ),
     "index type": (
         {"a": (GOOD[0], GOOD[1].float())},
-        r"codes\['a'\]: expected int32 or int64 indices, got torch.float32",
+        r"codes\['a'\] must have int32 or int64 indices, got torch.float32",
     ),
-    "index too high": ({"a": (GOOD[0], GOOD[1] + 1)}, r"expected indices in \[0, n_latents=2\), got 1 to 2"),
-    "negative index": ({"a": (GOOD[0], GOOD[1] - 1)}, r"expected indices in \[0, n_latents=2\), got -1 to 0"),
-    "samples": (
-        {"a": GOOD, "b": (GOOD[0][:1], GOOD[1][:1])},
-        r"same number of samples .* \{'a': 2, 'b': 1\}",
-    ),
+    "index too high": ({"a": (GOOD[0], GOOD[1] + 1)}, r"must have indices in \[0, n_latents=2\), got 1 to 2"),
+    "negative index": ({"a": (GOOD[0], GOOD[1] - 1)}, r"must have indices in \[0, n_latents=2\), got -1 to 0"),
+    "samples": ({"a": GOOD, "b": (GOOD[0][:1], GOOD[1][:1])}, r"same number of samples .* \{'a': 2, 'b': 1\}"),
 }
 
 
@@ -81,7 +81,7 @@ def test_every_metric_names_what_is_wrong_with_its_codes(metric: str, case: str)
 
 @pytest.mark.parametrize("labels", [LABELS.float(), LABELS[:1], LABELS[:, 0]], ids=["type", "N", "dims"])
 def test_labels_of_the_wrong_type_or_shape_are_refused(labels: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"labels: expected bool \[N=2, C\], got torch"):
+    with pytest.raises(ValueError, match=r"labels must be bool \[N=2, C\], got torch"):
         concept_jaccard({"a": GOOD}, labels, 2)
-    with pytest.raises(ValueError, match=r"labels: expected bool \[N=2, C\], got torch"):
+    with pytest.raises(ValueError, match=r"labels must be bool \[N=2, C\], got torch"):
         name_latents({"a": GOOD}, labels, ["word"], 2)

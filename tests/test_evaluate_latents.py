@@ -163,9 +163,7 @@ def test_a_word_that_no_sample_carries_names_nothing_however_many_samples_fire()
     assert found.score.tolist() == [0] * 300
 
 
-def test_equal_words_give_the_first_and_chunks_of_labels_change_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_equal_words_give_the_first_and_chunks_of_labels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     words = torch.rand(60, 6) < 0.2
     labels = words.repeat(1, 2)
@@ -181,7 +179,7 @@ def test_equal_words_give_the_first_and_chunks_of_labels_change_nothing(
 
 
 def test_a_word_per_label_is_asked_for() -> None:
-    with pytest.raises(ValueError, match=r"concepts: expected one per column of labels \(1\), got 2"):
+    with pytest.raises(ValueError, match=r"concepts must be one per column of labels \(1\), got 2"):
         name_latents(LATENT_0_ALWAYS, torch.ones(2, 1, dtype=torch.bool), ["a", "b"], 1)
 
 
@@ -209,10 +207,10 @@ def test_top_samples_equal_sorting_each_column_of_the_dense_codes(case: Case, n:
 @pytest.mark.parametrize(
     ("n", "latents", "message"),
     [
-        (0, None, "n: expected at least 1, got 0"),
-        (1, [0, 0], r"latents: expected distinct latents \[M\], got \[0, 0\]"),
-        (1, [1], r"latents: expected latents in \[0, n_latents=1\), got \[1\]"),
-        (1, [-1], r"latents: expected latents in \[0, n_latents=1\), got \[-1\]"),
+        (0, None, "n must be at least 1, got 0"),
+        (1, [0, 0], r"latents must be distinct latents \[M\], got \[0, 0\]"),
+        (1, [1], r"latents must be in \[0, n_latents=1\), got \[1\]"),
+        (1, [-1], r"latents must be in \[0, n_latents=1\), got \[-1\]"),
     ],
 )
 def test_top_samples_names_what_is_wrong(n: int, latents: list[int] | None, message: str) -> None:

@@ -122,13 +122,13 @@ X, CODE = torch.ones(2, 3), code_of([[1.0], [1.0]])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((X, X[0]), r"candidates: expected \[N, D\], got \(3,\)"),
-        ((X, X[:1]), r"expected the same N .* queries dense \[2, 3\], candidates dense \[1, 3\]"),
-        ((X, X[:, :2]), r"expected the same D, got queries dense \[2, 3\], candidates dense \[2, 2\]"),
+        ((X, X[0]), r"candidates must be \[N, D\], got \(3,\)"),
+        ((X, X[:1]), r"must have the same N .* queries dense \[2, 3\], candidates dense \[1, 3\]"),
+        ((X, X[:, :2]), r"must have the same D, got queries dense \[2, 3\], candidates dense \[2, 2\]"),
         ((X, CODE, 1), "both dense or both sparse"),
-        ((CODE, CODE), "queries: expected n_latents with sparse codes, got None"),
-        ((CODE, CODE, 0), r"queries: expected indices in \[0, n_latents=0\)"),
-        ((X, X * math.nan), "candidates: expected finite values"),
+        ((CODE, CODE), "n_latents must be given where queries are sparse codes, got None"),
+        ((CODE, CODE, 0), r"queries must have indices in \[0, n_latents=0\)"),
+        ((X, X * math.nan), "candidates must have finite values"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: tuple[object, ...], message: str) -> None:
@@ -137,5 +137,5 @@ def test_wrong_arguments_are_named(arguments: tuple[object, ...], message: str) 
 
 
 def test_a_chunk_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="chunk: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
         retrieval_ranks(X, X, chunk=0)

@@ -15,9 +15,10 @@ pytest.importorskip("sklearn")
 
 import sparc_fast as sf
 from sparc_fast import cli, data
+from sparc_fast.cli import glyphs as command
 from sparc_fast.data import Glyphs, glyphs, write_glyphs
-from sparc_fast.data.glyphs import draw
-from sparc_fast.data.jitter import CHANGES, jitter
+from sparc_fast.demo.glyphs import draw
+from sparc_fast.demo.jitter import CHANGES, jitter
 from sparc_fast.training import read_config
 
 FACES = ["regular"]
@@ -196,10 +197,10 @@ def _middle(picture: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rows": 0}, "rows: expected 1 or more, got 0"),
-        ({"threads": 0}, "threads: expected 1 or more, got 0"),
-        ({"seed": -1}, "seed: expected 0 or more, got -1"),
-        ({"faces": ["gothic"]}, "faces: expected distinct names"),
+        ({"rows": 0}, "rows must be 1 or more, got 0"),
+        ({"threads": 0}, "threads must be 1 or more, got 0"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"faces": ["gothic"]}, "faces must be distinct names"),
     ],
 )
 def test_a_bad_argument_is_named(arguments: dict, message: str, tmp_path: Path) -> None:
@@ -220,10 +221,10 @@ def test_errors_of_the_command_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cli.main(["glyphs", "--out", str(tmp_path), "--rows", "0"]) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "sparc-fast: rows: expected 1 or more, got 0"
+    assert capsys.readouterr().err.splitlines()[-1] == "sparc-fast: rows must be 1 or more, got 0"
     (tmp_path / "file").write_text("")
     assert cli.main(["glyphs", "--out", str(tmp_path / "file")]) == 1
     assert re.fullmatch(r"sparc-fast: --out must be a folder that can be written, got .*\n", capsys.readouterr().err)
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "sklearn" else object())
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "sklearn" else object())
     assert cli.main(["glyphs"]) == 1
     assert "the glyphs need sklearn: pip install 'sparc_fast[demo]'" in capsys.readouterr().err

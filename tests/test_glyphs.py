@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
 from sparc_fast.data import Glyphs, glyphs
-from sparc_fast.data.glyphs import Principal, _blurred, _hog, _semantic
+from sparc_fast.demo.glyphs import Principal, _blurred, _hog, _semantic
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_held_out_pictures_do_not_change_what_is_fitted(regular: Glyphs, feature
 def test_a_row_s_own_picture_is_described_as_the_row(regular: Glyphs) -> None:
     for stream in ("sans", "serif"):
         torch.testing.assert_close(regular.describe(stream, regular.images[stream][:50]), regular.inputs[stream][:50])
-    with pytest.raises(ValueError, match=r"stream: expected one of \['sans', 'serif'\], got 'name'"):
+    with pytest.raises(ValueError, match=r"stream must be one of \['sans', 'serif'\], got 'name'"):
         regular.describe("name", regular.images["sans"])
 
 
@@ -131,14 +131,14 @@ def test_faces_differ_from_each_other(data: Glyphs) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"faces": ["regular", "gothic"]}, r"faces: expected distinct names out of .*'regular'.*, got .*gothic"),
-        ({"faces": "bold"}, r"faces: expected .*, got 'bold'"),
-        ({"faces": []}, r"faces: expected .*, got \[\]"),
-        ({"faces": ["bold", "bold"]}, r"faces: expected distinct"),
-        ({"held_out": 0.0}, r"held_out: expected a share .*, got 0.0"),
-        ({"held_out": 1}, r"held_out: expected a share .*, got 1"),
-        ({"width": 0}, r"width: expected 1 to 400, got 0"),
-        ({"seed": -1}, r"seed: expected 0 or more, got -1"),
+        ({"faces": ["regular", "gothic"]}, r"faces must be distinct names out of .*'regular'.*, got .*gothic"),
+        ({"faces": "bold"}, r"faces must be .*, got 'bold'"),
+        ({"faces": []}, r"faces must be .*, got \[\]"),
+        ({"faces": ["bold", "bold"]}, r"faces must be distinct"),
+        ({"held_out": 0.0}, r"held_out must be a share .*, got 0.0"),
+        ({"held_out": 1}, r"held_out must be a share .*, got 1"),
+        ({"width": 0}, r"width must be 1 to 400, got 0"),
+        ({"seed": -1}, r"seed must be 0 or more, got -1"),
     ],
 )
 def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(arguments, message) -> None:
@@ -147,7 +147,7 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(arguments,
 
 
 def test_rows_of_an_absent_face_say_which_are_there(regular: Glyphs) -> None:
-    with pytest.raises(ValueError, match=r"face: expected one of \['regular'\], got 'bold'"):
+    with pytest.raises(ValueError, match=r"face must be one of \['regular'\], got 'bold'"):
         regular.rows(held_out=True, face="bold")
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +27,90 @@ def test_public_names() -> None:
         "SparseLatents",
         "__version__",
         "available_backends",
+        "compat",
+        "data",
+        "demo",
+        "evaluate",
+        "explain",
         "functional",
         "fvu",
+        "interop",
         "nmse",
+        "training",
     ]
+    assert dir(sf) == sf.__all__
     assert all(hasattr(sf, name) for name in sf.__all__)
+    with pytest.raises(AttributeError, match="module 'sparc_fast' has no attribute 'utils'"):
+        sf.utils  # noqa: B018
+
+
+def test_modules_among_the_public_names_are_loaded_on_first_use() -> None:
+    code = (
+        "import sys, sparc_fast as sf; "
+        "before = [n for n in ('compat', 'data', 'demo', 'evaluate', 'explain', 'interop', 'training')"
+        " if f'sparc_fast.{n}' in sys.modules]; "
+        "print(before, sf.compat.get_sae_model_class.__name__, sf.data.open.__name__, sf.data.glyphs.__name__, "
+        "sf.evaluate.table.__name__, sf.explain.write_report.__name__, sf.training.Trainer.__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[] get_sae_model_class open glyphs table write_report Trainer"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from sparc_fast.compat import MultiStreamSparseAutoencoder, get_sae_model_class, unit_norm_decoder_",
+        "import sparc_fast.compat",
+        "from sparc_fast.convert import from_upstream, read_config, to_upstream",
+        "from sparc_fast.data import AlignedFiles, Loader, glyphs, open",
+        "from sparc_fast.evaluate import evaluate, table",
+        "from sparc_fast.functional import global_topk",
+        "from sparc_fast.training import Config, Trainer, read_metrics",
+    ],
+)
+def test_what_the_documentation_imports_can_be_imported(line: str) -> None:
+    exec(line, {})
+
+
+def test_every_module_people_import_from_says_what_is_public() -> None:
+    for folder in ("cli", "data", "demo", "evaluate", "explain", "interop"):
+        for path in (ROOT / "sparc_fast" / folder).glob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            module = importlib.import_module(name)
+            assert sorted(module.__all__) == sorted(set(module.__all__)), name
+            assert all(hasattr(module, public) for public in module.__all__), name
+
+
+def test_every_folder_of_the_package_is_installed() -> None:
+    listed = (ROOT / "pyproject.toml").read_text()
+    folders = {path.parent.name for path in (ROOT / "sparc_fast").glob("*/__init__.py")}
+    assert not [folder for folder in sorted(folders) if f'"sparc_fast.{folder}",' not in listed]
+
+
+def test_sources_that_hide_a_compiled_installation_say_once_what_to_do(tmp_path: Path) -> None:
+    compiled = importlib.util.find_spec("sparc_fast._cpu")
+    if compiled is None or compiled.origin is None:
+        pytest.skip("nothing is compiled here")
+    for place in ("checkout", "site"):
+        shutil.copytree(ROOT / "sparc_fast", tmp_path / place / "sparc_fast", ignore=shutil.ignore_patterns("*.so"))
+    shutil.copy(compiled.origin, tmp_path / "site" / "sparc_fast")
+    others = [path for path in sys.path if path and not (Path(path) / "sparc_fast").exists()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *others])}
+
+    def warnings_in(folder: Path) -> str:
+        code = "import sparc_fast, sparc_fast.data; print(sparc_fast.__file__)"
+        command = [sys.executable, "-S", "-c", code]  # -S: no editable installation joins in
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(str(tmp_path / ("checkout" if folder.name == "checkout" else "site")))
+        return done.stderr
+
+    said = warnings_in(tmp_path / "checkout")
+    assert said.count("UserWarning") == 1
+    assert (
+        f"instead of {tmp_path / 'site' / 'sparc_fast'}, where it is installed: start Python in another folder" in said
+    )
+    assert f"pip install -e {tmp_path / 'checkout'}" in said
+    assert warnings_in(tmp_path) == ""
 
 
 def test_the_reference_speaks_the_whole_vocabulary_of_backends() -> None:

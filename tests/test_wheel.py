@@ -56,7 +56,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"sparc_fast", f"{'-'.join(wheel.stem.split('-')[:2])}.dist-info"}
-    assert {"sparc_fast/kernels/decode_loss.py", "sparc_fast/report/page.css", "sparc_fast/py.typed"} <= set(names)
+    assert {"sparc_fast/kernels/decode_loss.py", "sparc_fast/explain/page.css", "sparc_fast/py.typed"} <= set(names)
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")

@@ -1,9 +1,24 @@
-"""Data sets and how they are read."""
+"""Data sets in files and how they are read. The built-in ones, of `sparc_fast.demo`, are loaded on first use."""
+
+from typing import TYPE_CHECKING, Any
 
 from .aligned import AlignedFiles, Scan, open
-from .glyph_files import write_glyphs
-from .glyphs import Glyphs, glyphs
 from .loader import Loader
 from .readers import Reader
 
+if TYPE_CHECKING:
+    from sparc_fast.demo import Glyphs, glyphs, write_glyphs
+
 __all__ = ["AlignedFiles", "Glyphs", "Loader", "Reader", "Scan", "glyphs", "open", "write_glyphs"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sparc_fast import demo
+
+    return getattr(demo, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,8 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .formats import open_reader
 from .ids import Ids, check_ids
-from .readers import FLOATS, Reader, Source, first_not_finite, open_reader
+from .readers import FLOATS, Reader, Source, first_not_finite
+
+__all__ = ["AlignedFiles", "Scan", "blocks", "check_dtype", "open"]
 
 SCANNED_TOGETHER = 2**22  # bytes
 
@@ -88,8 +91,8 @@ def open(sources: Mapping[str, Source], *, ids: Ids | None = None, scan: bool = 
             readers[stream] = open_reader(source, stream)
         counts = {stream: reader.n_rows for stream, reader in readers.items()}
         if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{stream!r} has {n}" for stream, n in counts.items())
-            raise ValueError(f"sources must have equally many rows, row n being the same sample in each, but {listed}")
+            listed = ", ".join(f"{n} in {stream!r}" for stream, n in counts.items())
+            raise ValueError(f"sources must have equally many rows, row n being the same sample in each, got {listed}")
         files = AlignedFiles(readers)
         if ids is not None:
             check_ids(ids, sources, files.n_rows)

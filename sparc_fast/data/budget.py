@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 
 from .readers import Reader
-from .shuffle import Plan
+from .shuffle import Shuffling
+
+__all__ = ["Needs", "check_fits", "default_threads", "make_plan"]
 
 READ_AT_ONCE = 2**20  # bytes: below, a disk loses time between reads
 JOB_BYTES = 2**21  # blocks are read so many bytes together, so that Python has little to do with each
@@ -44,7 +46,7 @@ def default_threads() -> int:
     return max(1, min(THREADS, len(os.sched_getaffinity(0)) // 2))
 
 
-def make_plan(readers: Collection[Reader], needs: Needs, memory: int, seed: int, shuffle: bool) -> Plan:
+def make_plan(readers: Collection[Reader], needs: Needs, memory: int, seed: int, shuffle: bool) -> Shuffling:
     """The plan with the largest windows that fit: one, kept from epoch to epoch, or else two at a time."""
     n_rows = next(iter(readers)).n_rows
     granule = _granule(readers, n_rows)
@@ -52,7 +54,7 @@ def make_plan(readers: Collection[Reader], needs: Needs, memory: int, seed: int,
     target = READ_AT_ONCE // narrowest
     if n_rows * (needs.row + ORDER_BYTES) + needs.fixed <= memory:
         block = min(_whole(target, granule), n_rows)
-        return Plan(n_rows, block, -(-n_rows // block), seed, shuffle)
+        return Shuffling(n_rows, block, -(-n_rows // block), seed, shuffle)
     capacity = (memory - needs.fixed - _order_of_blocks(n_rows, granule)) // (2 * needs.row + ORDER_BYTES)
     mixing = max(capacity // BLOCKS_TO_MIX, min(READ_AT_LEAST // narrowest, capacity // FEWEST_BLOCKS))
     block = _whole(min(target, mixing), granule)
@@ -63,10 +65,10 @@ def make_plan(readers: Collection[Reader], needs: Needs, memory: int, seed: int,
         coarse = max(readers, key=lambda reader: reader.granule)
         hint = f"; {coarse.title} is stored {coarse.granule} rows a piece" if coarse.granule > 1 else ""
         raise ValueError(f"memory must be at least {least} bytes here, got {memory}{hint}")
-    return Plan(n_rows, block, capacity // block, seed, shuffle)
+    return Shuffling(n_rows, block, capacity // block, seed, shuffle)
 
 
-def check_fits(plan: Plan, needs: Needs, memory: int) -> None:
+def check_fits(plan: Shuffling, needs: Needs, memory: int) -> None:
     """Raise ValueError unless a plan made elsewhere fits this memory."""
     held = 1 if plan.n_windows == 1 else 2
     least = needs.fixed + plan.window_rows * (held * needs.row + ORDER_BYTES) + 40 * plan.n_blocks * (held - 1)

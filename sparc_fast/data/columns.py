@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from .readers import choose_name, numpy_dtype, require
+from .readers import Reader, choose_name, numpy_dtype, require
+
+__all__ = ["PiecewiseReader", "as_matrix", "column_ids", "vector_column"]
 
 
 def vector_column(schema: Any, name: str | None, path: Path) -> tuple[str, torch.dtype]:
@@ -28,12 +33,42 @@ def vector_column(schema: Any, name: str | None, path: Path) -> tuple[str, torch
     return name, dtype
 
 
-def as_matrix(column: Any, title: str, width: int | None = None) -> np.ndarray[Any, Any]:
+def as_matrix(column: Any, title: str, width: int | None = None) -> npt.NDArray[Any]:
     """An arrow array of lists as [rows, width], without a copy; ValueError where a row is null or another length."""
     values = column.flatten()
     width = (len(values) // len(column) if len(column) else 0) if width is None else width
     lengths = set() if hasattr(column.type, "list_size") else set(np.unique(column.value_lengths().to_numpy(False)))
     if column.null_count or values.null_count or lengths - {width} or len(values) != len(column) * width:
         raise ValueError(f"{title} must hold lists of equal length {width} without nulls, got others")
-    matrix: np.ndarray[Any, Any] = values.to_numpy().reshape(len(column), width)
+    matrix: npt.NDArray[Any] = values.to_numpy().reshape(len(column), width)
     return matrix
+
+
+def column_ids(table: Any, name: str | None, path: Path) -> npt.NDArray[Any]:
+    """The values of a column of an Arrow table."""
+    return np.asarray(table.column(choose_name(table.schema.names, name, path)).to_pylist())
+
+
+class PiecewiseReader(Reader):
+    """Rows that lie in several matrices, one after the other."""
+
+    _ends: npt.NDArray[np.int64]
+
+    def _set_lengths(self, lengths: Sequence[int]) -> int:
+        """How many rows each piece has; gives their sum."""
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+        return int(self._ends[-1]) if len(lengths) else 0
+
+    @abstractmethod
+    def _piece(self, number: int) -> npt.NDArray[Any]:
+        """A whole piece, [rows, width]."""
+
+    def _fill(self, start: int, out: Tensor) -> None:
+        done = 0
+        while done < len(out):
+            number = int(np.searchsorted(self._ends, start + done, side="right"))
+            rows = self._piece(number)
+            first = start + done - (int(self._ends[number]) - len(rows))
+            part = rows[first : first + len(out) - done]
+            out.numpy()[done : done + len(part)] = part
+            done += len(part)

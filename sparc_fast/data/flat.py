@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .compiled import _cpu
-from .readers import Reader, Spans
+from .readers import Reader, Spans, _cpu
+
+__all__ = ["FlatReader"]
 
 AT_ONCE = 2**30  # bytes a single call may ask for; systems stop short of 2 GiB
 
@@ -22,14 +23,14 @@ class FlatReader(Reader):
     def __init__(self, path: Path, title: str, shape: tuple[int, ...], dtype: torch.dtype | None, offset: int) -> None:
         super().__init__(title, shape, dtype)
         if sys.byteorder != "little":
-            raise ValueError(f"{title} is little-endian, which this machine cannot read in place")
+            raise ValueError(f"{title} must be read on a little-endian machine, got a {sys.byteorder}-endian one")
         self._offset = offset
         self._file = os.open(path, os.O_RDONLY)
         self._closing = weakref.finalize(self, os.close, self._file)
 
     def _fill(self, start: int, out: Tensor) -> None:
         if not self._closing.alive:
-            raise ValueError(f"{self.title} is closed")
+            raise ValueError(f"{self.title} must be open to be read, got a closed file")
         target = out.view(torch.uint8).numpy().data.cast("B")
         at = self._offset + start * self.row_bytes
         done = 0
@@ -45,7 +46,7 @@ class FlatReader(Reader):
             super().read(spans, out, check_finite)
             return
         if not self._closing.alive:
-            raise ValueError(f"{self.title} is closed")
+            raise ValueError(f"{self.title} must be open to be read, got a closed file")
         begins, lengths = self._bytes(spans)
         done, error, found = _cpu.read_spans(
             self._file, begins, lengths, out, self.dtype == torch.bfloat16, check_finite

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from .flat import FlatReader
 from .readers import Reader, choose_name, numpy_dtype, require
+
+__all__ = ["Hdf5Reader", "open_file", "read_ids"]
 
 
 def open_file(path: Path, name: str | None) -> Reader:
@@ -23,13 +26,20 @@ def open_file(path: Path, name: str | None) -> Reader:
     return FlatReader(path, reader.title, (reader.n_rows, reader.width), reader.dtype, offset)
 
 
+def read_ids(path: Path, name: str | None) -> npt.NDArray[Any]:
+    """Everything in one data set."""
+    with open_h5(path) as file:
+        found: npt.NDArray[Any] = file[choose_name(dataset_names(file), name, path)][()]
+    return found
+
+
 def open_h5(path: Path) -> Any:
     """The open h5py.File."""
     h5py = require("h5py", path)
     try:
         return h5py.File(path, "r", rdcc_nbytes=0)  # blocks are whole chunks: none is wanted twice
     except OSError as error:
-        raise ValueError(f"{path} is truncated, locked or no HDF5 file: {error}") from error
+        raise ValueError(f"{path} must be an HDF5 file, but is truncated, locked or foreign: {error}") from error
 
 
 def dataset_names(file: Any) -> list[str]:

@@ -10,7 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .readers import Source, choose_name, require
+from . import npy
+from .formats import FORMATS, Format
+from .readers import Source
+
+__all__ = ["Ids", "check_ids", "read_ids"]
 
 Ids = str | Mapping[str, "str | Path | tuple[str | Path, str] | Sequence[Any] | npt.NDArray[Any] | Tensor"]
 """The name of the identifiers' data set in every file, or a source of them for each stream to be compared."""
@@ -20,7 +24,9 @@ def check_ids(ids: Ids, sources: Mapping[str, Source], n_rows: int) -> None:
     """Raise ValueError unless the streams' identifiers are equal row by row; it names the first row that differs."""
     if isinstance(ids, str):
         if in_memory := [stream for stream, source in sources.items() if not isinstance(source, str | Path | tuple)]:
-            raise ValueError(f"ids must map streams to identifiers where sources are in memory ({in_memory[0]!r} is)")
+            raise ValueError(
+                f"ids must map streams to identifiers where a source is in memory, as {in_memory[0]!r}, got {ids!r}"
+            )
         of_stream: dict[str, Any] = {s: (f[0] if isinstance(f, tuple) else f, ids) for s, f in sources.items()}
     elif isinstance(ids, Mapping) and len(ids) >= 2 and not set(ids) - set(sources):
         of_stream = dict(ids)
@@ -40,8 +46,8 @@ def check_ids(ids: Ids, sources: Mapping[str, Source], n_rows: int) -> None:
         if (differs := mine != theirs).any():
             row = int(differs.argmax())
             raise ValueError(
-                f"ids of {stream!r} must match those of {first[0]!r} row by row; the first that differ are in row "
-                f"{row}: {str(mine[row])!r} and {str(theirs[row])!r}"
+                f"ids of {stream!r} must match those of {first[0]!r} row by row, got {str(mine[row])!r} and "
+                f"{str(theirs[row])!r} in row {row}, the first that differ"
             )
 
 
@@ -52,90 +58,22 @@ def read_ids(source: Any) -> npt.NDArray[Any]:
     """
     if isinstance(source, Tensor):
         return _plain(source.cpu().numpy(), "tensor")
-    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], str | Path) and _is_data(source[0]):
-        return _plain(_read(Path(source[0]), source[1]), f"{source[0]}[{source[1]}]")
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"ids must be in a file, but there is none at {path}")
-        if path.suffix == ".npy":
-            return _plain(np.load(path, allow_pickle=False), str(path))
-        if _is_data(path):
-            raise ValueError(f"ids in {path} must be given as (path, name of the data set)")
-        return _plain(np.array(path.read_text(encoding="utf-8").splitlines()), str(path))
-    return _plain(np.asarray(source), "sequence")
-
-
-def _is_data(path: str | Path) -> bool:
-    return Path(path).suffix.lower() in _READ
-
-
-def _read(path: Path, name: str) -> npt.NDArray[Any]:
+    named = isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], str | Path)
+    path, name = source if named else (source, None)
+    if not isinstance(path, str | Path) or (named and _format(path) is None):
+        return _plain(np.asarray(source), "sequence")
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"ids must be in a file, but there is none at {path}")
-    return _READ[path.suffix.lower()](path, name)
+    if (form := _format(path)) is None:
+        return _plain(np.array(path.read_text(encoding="utf-8").splitlines()), str(path))
+    if name is None and form is not npy:
+        raise ValueError(f"ids in {path} must be given as (path, name of the data set), got the path alone")
+    return _plain(form.read_ids(path, name), str(path) if name is None else f"{path}[{name}]")
 
 
-def _from_hdf5(path: Path, name: str) -> npt.NDArray[Any]:
-    from .hdf5 import dataset_names, open_h5
-
-    with open_h5(path) as file:
-        found: npt.NDArray[Any] = file[choose_name(dataset_names(file), name, path)][()]
-    return found
-
-
-def _from_safetensors(path: Path, name: str) -> npt.NDArray[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            found: npt.NDArray[Any] = file.get_tensor(choose_name(file.keys(), name, path))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
-    return found
-
-
-def _from_torch(path: Path, name: str) -> npt.NDArray[Any]:
-    from .torch_file import load_mapped
-
-    loaded = load_mapped(path)
-    entries: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
-    found = entries[choose_name(entries, name, path)]
-    return found.numpy() if isinstance(found, Tensor) else np.asarray(found)
-
-
-def _from_parquet(path: Path, name: str) -> npt.NDArray[Any]:
-    pq = require("pyarrow.parquet", path)
-    choose_name(pq.read_schema(path).names, name, path)
-    return _column(pq.read_table(path, columns=[name]).column(name))
-
-
-def _from_arrow(path: Path, name: str) -> npt.NDArray[Any]:
-    pyarrow = require("pyarrow", path)
-    with pyarrow.memory_map(str(path)) as file:
-        try:
-            table = pyarrow.ipc.open_file(file).read_all()
-        except pyarrow.ArrowInvalid:
-            file.seek(0)
-            table = pyarrow.ipc.open_stream(file).read_all()
-        choose_name(table.schema.names, name, path)
-        return _column(table.column(name))
-
-
-def _column(column: Any) -> npt.NDArray[Any]:
-    return np.asarray(column.to_pylist())
-
-
-_READ = {
-    ".h5": _from_hdf5,
-    ".hdf5": _from_hdf5,
-    ".safetensors": _from_safetensors,
-    ".pt": _from_torch,
-    ".pth": _from_torch,
-    ".parquet": _from_parquet,
-    ".arrow": _from_arrow,
-    ".feather": _from_arrow,
-}
+def _format(path: str | Path) -> Format | None:
+    return FORMATS.get(Path(path).suffix.lower())
 
 
 def _plain(ids: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:

@@ -10,14 +10,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sparc_fast.pages import empty_rows
+from sparc_fast.huge_pages import empty_rows
 
 from . import budget
 from .aligned import AlignedFiles, check_dtype
-from .compiled import _cpu
-from .reading import Job, Reading
+from .prefetch import Job, Reading
+from .readers import _cpu
 from .recycling import Recycled
-from .shuffle import Plan, Rows
+from .shuffle import Rows, Shuffling
+
+__all__ = ["LastBatch", "Loader", "Window"]
 
 LastBatch = Literal["keep", "drop"]
 
@@ -111,7 +113,7 @@ class Loader:
         return self._epoch
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> Shuffling:
         """The blocks and windows chosen."""
         return self._plan
 
@@ -146,7 +148,7 @@ class Loader:
         epoch, row = state["epoch"], state["row"]
         if epoch < 0 or not 0 <= row < self._rows_of_epoch or row % self.batch_size:
             raise ValueError(f"state must stand before a batch, got epoch {epoch} and row {row}")
-        plan = Plan(**{name: state[name] for name in asdict(self._plan)})
+        plan = Shuffling(**{name: state[name] for name in asdict(self._plan)})
         budget.check_fits(plan, self._needs, self.memory)
         self.close()
         self._plan, self._epoch, self._row = plan, epoch, row

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
+import numpy.typing as npt
 
-from .columns import as_matrix, vector_column
-from .readers import Reader, require
+from .columns import PiecewiseReader, as_matrix, column_ids, vector_column
+from .readers import Reader, choose_name, require
+
+__all__ = ["ParquetReader", "open_file", "read_ids"]
 
 
 def open_file(path: Path, name: str | None) -> Reader:
@@ -17,7 +18,14 @@ def open_file(path: Path, name: str | None) -> Reader:
     return ParquetReader(path, name)
 
 
-class ParquetReader(Reader):
+def read_ids(path: Path, name: str | None) -> npt.NDArray[Any]:
+    """The values of one column."""
+    pq = require("pyarrow.parquet", path)
+    name = choose_name(pq.read_schema(path).names, name, path)
+    return column_ids(pq.read_table(path, columns=[name]), name, path)
+
+
+class ParquetReader(PiecewiseReader):
     """Parquet decodes whole row groups: write them small (some thousand rows)."""
 
     def __init__(self, path: Path, name: str | None) -> None:
@@ -26,29 +34,21 @@ class ParquetReader(Reader):
             self._metadata = self._pq.read_metadata(path)
             schema = self._metadata.schema.to_arrow_schema()
         except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path} is truncated or no Parquet file: {error}") from error
+            raise ValueError(f"{path} must be a Parquet file, but is truncated or foreign: {error}") from error
         self._path = path
         self._name, dtype = vector_column(schema, name, path)
         title = f"{path}[{self._name}]"
         groups = [self._metadata.row_group(g).num_rows for g in range(self._metadata.num_row_groups)]
-        self._ends = np.cumsum(groups, dtype=np.int64)
-        n_rows = int(self._ends[-1]) if groups else 0
+        n_rows = self._set_lengths(groups)
         width = self._group(0, title).shape[1] if n_rows else 1
         granule = max(groups, default=1)
         scratch = 3 * granule * width * dtype.itemsize + 2**22  # as stored, decoded, joined; pyarrow's own
         super().__init__(title, (n_rows, width), dtype, granule=granule, scratch=scratch)
 
-    def _group(self, group: int, title: str, width: int | None = None) -> np.ndarray[Any, Any]:
+    def _group(self, group: int, title: str, width: int | None = None) -> npt.NDArray[Any]:
         with self._pq.ParquetFile(self._path, metadata=self._metadata) as file:  # a reader is not for two threads
             table = file.read_row_group(group, columns=[self._name], use_threads=False)
         return as_matrix(table.column(self._name).combine_chunks(), title, width)
 
-    def _fill(self, start: int, out: Tensor) -> None:
-        done = 0
-        while done < len(out):
-            group = int(np.searchsorted(self._ends, start + done, side="right"))
-            rows = self._group(group, self.title, self.width)
-            first = start + done - (int(self._ends[group]) - len(rows))
-            part = rows[first : first + len(out) - done]
-            out.numpy()[done : done + len(part)] = part
-            done += len(part)
+    def _piece(self, number: int) -> npt.NDArray[Any]:
+        return self._group(number, self.title, self.width)

@@ -15,7 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .compiled import _cpu
+from sparc_fast import backends
+
+__all__ = ["FLOATS", "Reader", "Source", "Spans", "TensorReader", "first_not_finite"]
 
 Source = str | Path | tuple[str | Path, str] | Tensor | npt.NDArray[Any]
 """A file, (file, name of the data set in it), or rows already in memory, [N, D_s]."""
@@ -25,17 +27,8 @@ Spans = Sequence[tuple[int, int]]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEFAULT_NAME = "features"  # what the research code's extraction scripts call it
-MODULES = {  # suffix -> the module of this package whose open_file(path, name) reads it
-    ".h5": "hdf5",
-    ".hdf5": "hdf5",
-    ".npy": "npy",
-    ".safetensors": "safetensors_file",
-    ".pt": "torch_file",
-    ".pth": "torch_file",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-}
+_cpu: Any = import_module("sparc_fast._cpu") if "cpu" in backends.available("cpu") else None
+"""The compiled module's help for the loader, where it is there: all of it has a way round in Python."""
 _NUMPY = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -113,50 +106,33 @@ class TensorReader(Reader):
 
     def _fill(self, start: int, out: Tensor) -> None:
         if self._tensor is None:
-            raise ValueError(f"{self.title} is closed")
+            raise ValueError(f"{self.title} must be open to be read, got a closed file")
         out.copy_(self._tensor[start : start + len(out)])
 
     def close(self) -> None:
         self._tensor = None
 
 
-def open_reader(source: Source, stream: str) -> Reader:
-    """The reader of a source; ValueError says what is wrong with it, FileNotFoundError that there is none."""
-    if isinstance(source, np.ndarray):
-        if numpy_dtype(source.dtype) is None:
-            raise ValueError(f"source of {stream!r} must hold float16, float32 or float64, got {source.dtype}")
-        return TensorReader(torch.from_numpy(source), f"array of {stream!r}")
-    if isinstance(source, Tensor):
-        return TensorReader(source.cpu(), f"tensor of {stream!r}")
-    path, name = source if isinstance(source, tuple) and len(source) == 2 else (source, None)
-    if not isinstance(path, str | Path) or not (name is None or isinstance(name, str)):
-        raise ValueError(
-            f"source of {stream!r} must be a path, (path, name of the data set), a tensor or an array, got {source!r}"
-        )
-    path = Path(path)
-    if path.suffix.lower() not in MODULES:
-        raise ValueError(f"source of {stream!r} must end in one of {', '.join(MODULES)}, got {path}")
-    if not path.is_file():
-        raise FileNotFoundError(f"source of {stream!r} must be a file, but there is none at {path}")
-    module = import_module(f"sparc_fast.data.{MODULES[path.suffix.lower()]}")
-    reader: Reader = module.open_file(path, name)
-    return reader
-
-
 def choose_name(names: Collection[str], wanted: str | None, path: Path) -> str:
     """The data set meant: the one asked for, else "features", else the only one there is."""
     if wanted is not None:
         if wanted not in names:
-            raise ValueError(f"{path} has no data set {wanted!r}; it has {_listed(names)}")
+            raise ValueError(f"name must be a data set of {path}, which has {_listed(names)}, got {wanted!r}")
         return wanted
     if DEFAULT_NAME in names:
         return DEFAULT_NAME
     if len(names) != 1:
         raise ValueError(
-            f"{path} must hold a data set {DEFAULT_NAME!r} or a single one, or be given as (path, name); "
-            f"it has {_listed(names)}"
+            f"{path} must hold a data set {DEFAULT_NAME!r} or a single one, or be given as (path, name), "
+            f"got {_listed(names)}"
         )
     return next(iter(names))
+
+
+def refuse_name(path: Path, name: str | None, what: str) -> None:
+    """Raise ValueError where a data set of a file that has just one is named."""
+    if name is not None:
+        raise ValueError(f"{path} must be given without a name, as it holds a single {what}, got {name!r}")
 
 
 def _listed(names: Collection[str], at_most: int = 12) -> str:

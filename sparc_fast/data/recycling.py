@@ -11,7 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparc_fast.pages import empty_rows
+from sparc_fast.huge_pages import empty_rows
+
+__all__ = ["Recycled"]
 
 
 class Recycled:

@@ -8,11 +8,13 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+__all__ = ["Rows", "Shuffling", "permutation"]
+
 Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Shuffling:
     """N rows in blocks of neighbours; every epoch deals the blocks out to windows, and mixes the rows of a window.
 
     A row lands in every window with the same probability, whatever the order of the file, and within its window at

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .readers import Reader, TensorReader, choose_name
+from .readers import Reader, TensorReader, choose_name, refuse_name
+
+__all__ = ["open_file", "read_ids"]
 
 
 def open_file(path: Path, name: str | None) -> Reader:
     """Rows of a tensor, or of a tensor in a dictionary of tensors; mapped, and never unpickled."""
-    loaded = load_mapped(path)
+    loaded = _load_mapped(path)
     if isinstance(loaded, Tensor):
-        if name is not None:
-            raise ValueError(f"{path} holds a single tensor, so it takes no name, got {name!r}")
+        refuse_name(path, name, "tensor")
         return TensorReader(loaded, str(path))
     tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
     name = choose_name(tensors, name, path)
     return TensorReader(tensors[name], f"{path}[{name}]")
 
 
-def load_mapped(path: Path) -> Tensor | dict[str, Tensor]:
+def read_ids(path: Path, name: str | None) -> npt.NDArray[Any]:
+    """An entry of a dictionary."""
+    loaded = _load_mapped(path)
+    entries: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
+    found = entries[choose_name(entries, name, path)]
+    return found.numpy() if isinstance(found, Tensor) else np.asarray(found)
+
+
+def _load_mapped(path: Path) -> Tensor | dict[str, Tensor]:
     """What the file holds, with weights_only=True."""
     try:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -7,11 +7,12 @@ Every metric can be run on *single* codes (each stream encoded alone: the honest
 from .agreement import firing_agreement
 from .codes import Codes, StreamCode
 from .concepts import LatentNames, TopSamples, name_latents, top_samples
+from .evaluation import METRICS, Evaluation, Metric, evaluate
 from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .retrieval import Retrieval, retrieval_ranks
-from .summary import METRICS, Evaluation, Metric, Row, evaluate, table
+from .table import Row, as_text, comparison, table
 
 __all__ = [
     "METRICS",
@@ -24,6 +25,8 @@ __all__ = [
     "Row",
     "StreamCode",
     "TopSamples",
+    "as_text",
+    "comparison",
     "concept_jaccard",
     "concept_jaccard_by_chance",
     "evaluate",

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .codes import Codes, StreamCode, check_codes, firing_counts
 
+__all__ = ["firing_agreement"]
+
 
 def firing_agreement(codes: Codes, n_latents: int) -> Tensor:
     """Overlap of the sets of samples that fire each latent in two streams, float64 [L], in [0, 1].

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+__all__ = ["Codes", "StreamCode", "firing_counts", "firings", "label_counts"]
+
 StreamCode = tuple[Tensor, Tensor]
 Codes = Mapping[str, StreamCode]
 
@@ -25,32 +27,32 @@ def check_code(code: StreamCode, n_latents: int, name: str = "code") -> None:
     values, indices = code
     if values.dim() != 2 or indices.shape != values.shape:
         raise ValueError(
-            f"{name}: expected values and indices of one shape [N, k], "
+            f"{name} must have values and indices of one shape [N, k], "
             f"got {tuple(values.shape)} and {tuple(indices.shape)}"
         )
     if indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: expected int32 or int64 indices, got {indices.dtype}")
+        raise ValueError(f"{name} must have int32 or int64 indices, got {indices.dtype}")
     if indices.numel() and (indices.min() < 0 or indices.max() >= n_latents):
         raise ValueError(
-            f"{name}: expected indices in [0, n_latents={n_latents}), got {int(indices.min())} to {int(indices.max())}"
+            f"{name} must have indices in [0, n_latents={n_latents}), got {int(indices.min())} to {int(indices.max())}"
         )
 
 
 def check_codes(codes: Codes, n_latents: int) -> int:
     """Check every stream's code; return the number of samples they share."""
     if not codes:
-        raise ValueError("codes: expected at least one stream, got none")
+        raise ValueError("codes must hold at least one stream, got none")
     for name, code in codes.items():
         check_code(code, n_latents, f"codes[{name!r}]")
     sizes = {name: len(values) for name, (values, _) in codes.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"codes: expected the same number of samples in every stream, got {sizes}")
+        raise ValueError(f"codes must have the same number of samples in every stream, got {sizes}")
     return next(iter(sizes.values()))
 
 
 def check_labels(labels: Tensor, n_samples: int) -> None:
     if labels.dtype != torch.bool or labels.dim() != 2 or len(labels) != n_samples:
-        raise ValueError(f"labels: expected bool [N={n_samples}, C], got {labels.dtype} {tuple(labels.shape)}")
+        raise ValueError(f"labels must be bool [N={n_samples}, C], got {labels.dtype} {tuple(labels.shape)}")
 
 
 def firings(code: StreamCode) -> tuple[Tensor, Tensor, Tensor]:

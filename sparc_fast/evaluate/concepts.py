@@ -11,6 +11,8 @@ from torch import Tensor
 from .agreement import firing_agreement
 from .codes import Codes, check_codes, check_labels, firing_counts, firings, label_counts
 
+__all__ = ["LatentNames", "TopSamples", "name_latents", "top_samples"]
+
 Z = 1.96  # normal quantile of the 95 % interval
 
 
@@ -48,7 +50,7 @@ def name_latents(codes: Codes, labels: Tensor, concepts: Sequence[str], n_latent
     n_samples = check_codes(codes, n_latents)
     check_labels(labels, n_samples)
     if len(concepts) != labels.shape[1]:
-        raise ValueError(f"concepts: expected one per column of labels ({labels.shape[1]}), got {len(concepts)}")
+        raise ValueError(f"concepts must be one per column of labels ({labels.shape[1]}), got {len(concepts)}")
     fired = torch.stack([firing_counts(code, n_latents) for code in codes.values()]).float()
     per_concept = labels.sum(dim=0).float()
     best = fired.new_zeros(n_latents)
@@ -102,11 +104,11 @@ def top_samples(codes: Codes, n_latents: int, n: int, latents: Tensor | None = N
     device = next(iter(codes.values()))[0].device
     latents = torch.arange(n_latents, device=device) if latents is None else latents.to(device).long()
     if n < 1:
-        raise ValueError(f"n: expected at least 1, got {n}")
+        raise ValueError(f"n must be at least 1, got {n}")
     if latents.dim() != 1 or len(torch.unique(latents)) != len(latents):
-        raise ValueError(f"latents: expected distinct latents [M], got {latents.tolist()}")
+        raise ValueError(f"latents must be distinct latents [M], got {latents.tolist()}")
     if len(latents) and (latents.min() < 0 or latents.max() >= n_latents):
-        raise ValueError(f"latents: expected latents in [0, n_latents={n_latents}), got {latents.tolist()}")
+        raise ValueError(f"latents must be in [0, n_latents={n_latents}), got {latents.tolist()}")
     row = torch.full((n_latents,), -1, device=device)
     row[latents] = torch.arange(len(latents), device=device)
     samples = torch.full((len(codes), len(latents), n), -1, device=device)

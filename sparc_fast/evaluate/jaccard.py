@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .codes import Codes, check_codes, check_labels, label_counts
 
+__all__ = ["concept_jaccard", "concept_jaccard_by_chance"]
+
 
 def concept_jaccard(codes: Codes, labels: Tensor, n_latents: int) -> Tensor:
     """Generalised Jaccard index of each latent's label counts between streams, float64 [L], in [0, 1].

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .codes import Codes, check_codes, firing_counts
 
+__all__ = ["LatentUse", "latent_use"]
+
 
 @dataclass(frozen=True, eq=False)
 class LatentUse:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["nmse_from_errors", "r2_from_errors", "squared_error"]
+
 ROWS = 4096  # rows converted to float64 at a time
 
 
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
     """||x_n - x_hat_n||^2 of each sample, float64 [N]."""
     if x.dim() != 2 or x_hat.shape != x.shape:
-        raise ValueError(f"x and x_hat: expected one shape [N, D], got {tuple(x.shape)} and {tuple(x_hat.shape)}")
+        raise ValueError(f"x and x_hat must be of one shape [N, D], got {tuple(x.shape)} and {tuple(x_hat.shape)}")
     return (x.double() - x_hat.double()).square().sum(dim=1)
 
 
@@ -41,4 +43,4 @@ def r2_from_errors(error: Tensor, x: Tensor) -> Tensor:
 
 def _check(error: Tensor, x: Tensor) -> None:
     if x.dim() != 2 or error.shape[-1:] != x.shape[:1]:
-        raise ValueError(f"error and x: expected [..., N] and [N, D], got {tuple(error.shape)} and {tuple(x.shape)}")
+        raise ValueError(f"error and x must be [..., N] and [N, D], got {tuple(error.shape)} and {tuple(x.shape)}")

@@ -10,6 +10,8 @@ from torch.nn.functional import embedding_bag
 
 from .codes import StreamCode, check_code
 
+__all__ = ["Retrieval", "retrieval_ranks"]
+
 TIE = 1e-6  # cosines closer than this are equal: float32 products of equal rows differ by rounding
 
 
@@ -43,11 +45,7 @@ class Retrieval:
 
 
 def retrieval_ranks(
-    queries: Tensor | StreamCode,
-    candidates: Tensor | StreamCode,
-    n_latents: int | None = None,
-    *,
-    chunk: int = 64,
+    queries: Tensor | StreamCode, candidates: Tensor | StreamCode, n_latents: int | None = None, *, chunk: int = 64
 ) -> Tensor:
     """Exact rank of candidate n for query n by cosine similarity among all N candidates, float64 [N].
 
@@ -59,12 +57,12 @@ def retrieval_ranks(
     Use single codes. Joint codes share their support and give the pair away (R@1 near 1, untrained too).
     """
     if chunk < 1:
-        raise ValueError(f"chunk: expected at least 1, got {chunk}")
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
     a, b = (_Rows(rows, n_latents, name) for rows, name in ((queries, "queries"), (candidates, "candidates")))
     if (a.indices is None) != (b.indices is None) or a.values.shape[0] != b.values.shape[0]:
-        raise ValueError(f"queries and candidates: expected the same N and both dense or both sparse, got {a}, {b}")
+        raise ValueError(f"queries and candidates must have the same N and be both dense or both sparse, got {a}, {b}")
     if a.indices is None and a.values.shape[1] != b.values.shape[1]:
-        raise ValueError(f"queries and candidates: expected the same D, got {a}, {b}")
+        raise ValueError(f"queries and candidates must have the same D, got {a}, {b}")
     ranks = torch.full((len(a.values),), float("inf"), dtype=torch.float64, device=a.values.device)
     found = ~(a.zero | b.zero)
     for start in range(0, len(ranks), chunk):
@@ -86,15 +84,15 @@ class _Rows:
         self.indices: Tensor | None = None
         if isinstance(rows, Tensor):
             if rows.dim() != 2:
-                raise ValueError(f"{name}: expected [N, D], got {tuple(rows.shape)}")
+                raise ValueError(f"{name} must be [N, D], got {tuple(rows.shape)}")
             values = rows.float()
         else:
             if n_latents is None:
-                raise ValueError(f"{name}: expected n_latents with sparse codes, got None")
+                raise ValueError(f"n_latents must be given where {name} are sparse codes, got None")
             check_code(rows, n_latents, name)
             values, self.indices = rows[0].float().relu(), rows[1]
         if not values.isfinite().all():
-            raise ValueError(f"{name}: expected finite values, got NaN or inf")
+            raise ValueError(f"{name} must have finite values, got NaN or inf")
         self.width = values.shape[1] if n_latents is None else n_latents
         self.zero = (values == 0).all(dim=1)
         # By the largest entry first, so that squares of tiny or huge values stay in range.

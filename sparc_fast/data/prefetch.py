@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .readers import Reader, Spans
 
+__all__ = ["Job", "Reading"]
+
 AHEAD = 8  # jobs the disk is told of beforehand, so that it need not wait for the next
 
 

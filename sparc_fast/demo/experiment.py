@@ -10,21 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparc_fast.comparison import comparison
-from sparc_fast.data import Glyphs
-from sparc_fast.evaluate import Evaluation, evaluate, latent_use, name_latents, top_samples
+from sparc_fast.evaluate import Evaluation, comparison, evaluate, latent_use, name_latents, top_samples
+from sparc_fast.explain import ModelReport, Report
 from sparc_fast.model import SPARC
-from sparc_fast.report import ModelReport, Report
 from sparc_fast.selection import Selection
 from sparc_fast.training.in_memory import Curves, train
 from sparc_fast.version import __version__
 
+from .glyphs import Glyphs
+
+__all__ = ["ABLATIONS", "RECIPES", "STREAMS", "Progress", "Recipe", "Settings", "Trained", "report", "run"]
+
 SPARC_NAME, INDEPENDENT, UNTRAINED = "SPARC", "independent SAEs", "untrained SPARC"
-STREAMS = {
-    "sans": "its picture in DejaVu Sans",
-    "serif": "its picture in DejaVu Serif",
-    "name": "its Unicode name",
-}
+STREAMS = {"sans": "its picture in DejaVu Sans", "serif": "its picture in DejaVu Serif", "name": "its Unicode name"}
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,11 @@ from sparc_fast.files import atomic_path
 from .glyphs import EM, FACES, FEATURES, SIDE, Glyphs, Pictures, draw, glyphs
 from .jitter import CHANGES, jitter
 
+__all__ = ["write_glyphs"]
+
 SIZES = 20, 22, EM  # font sizes in pixels: none is larger than the picture
 DRAWN_TOGETHER = 512  # rows
 RANDOM = 1_785_427_305  # keeps these numbers apart from the split's, which have the same seed
-
-Progress = Callable[[int, int], object]
-"""Called with (training rows written, rows in all)."""
 
 
 def write_glyphs(
@@ -38,7 +37,7 @@ def write_glyphs(
     seed: int = 0,
     faces: Sequence[str] = tuple(FACES),
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> None:
     """Write `rows` training rows, all held-out characters, and settings for `sparc-fast train`, into `folder`.
 
@@ -50,7 +49,7 @@ def write_glyphs(
         seed: chooses the held-out characters, as in `glyphs`, and the jitter.
         faces: as in `glyphs`.
         threads: that draw; as many as there are cores by default.
-        progress: told how far it is.
+        progress: called with (training rows written, rows in all).
 
     Raises:
         ValueError: an argument is out of range.
@@ -58,9 +57,9 @@ def write_glyphs(
         ImportError: matplotlib or scikit-learn is missing.
     """
     if rows < 1:
-        raise ValueError(f"rows: expected 1 or more, got {rows}")
+        raise ValueError(f"rows must be 1 or more, got {rows}")
     if threads is not None and threads < 1:
-        raise ValueError(f"threads: expected 1 or more, got {threads}")
+        raise ValueError(f"threads must be 1 or more, got {threads}")
     folder = Path(folder)
     with _one_thread_a_product():
         base = glyphs(faces=faces, seed=seed)
@@ -108,7 +107,7 @@ def _write_held_out(folder: Path, base: Glyphs, rows: Tensor, inputs: dict[str, 
 
 
 def _write_training(
-    folder: Path, base: Glyphs, n_rows: int, seed: int, threads: int, progress: Progress | None
+    folder: Path, base: Glyphs, n_rows: int, seed: int, threads: int, progress: Callable[[int, int], object] | None
 ) -> None:
     """Round after round: each goes once through all characters and faces, in the same order, drawn anew."""
     rows = base.rows(held_out=False).numpy()

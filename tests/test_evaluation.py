@@ -94,10 +94,10 @@ def test_r2_of_many_rows_is_that_of_all_together() -> None:
 
 
 def test_shapes_that_do_not_match_are_named() -> None:
-    with pytest.raises(ValueError, match=r"x and x_hat: .* got \(2, 3\) and \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"x and x_hat must be of one shape .* got \(2, 3\) and \(2, 1\)"):
         squared_error(torch.ones(2, 3), torch.ones(2, 1))
     for score in (nmse_from_errors, r2_from_errors):
-        with pytest.raises(ValueError, match=r"error and x: .* got \(2,\) and \(3, 1\)"):
+        with pytest.raises(ValueError, match=r"error and x must be .* got \(2,\) and \(3, 1\)"):
             score(torch.ones(2), torch.ones(3, 1))
 
 
@@ -204,13 +204,13 @@ def test_streams_may_come_in_any_order() -> None:
 
 def test_wrong_inputs_are_named() -> None:
     model, (inputs, labels) = model_of(), data_of(4)
-    with pytest.raises(ValueError, match=r"inputs: expected the streams \['image', 'text', 'sound'\], got"):
+    with pytest.raises(ValueError, match=r"inputs must hold the streams \['image', 'text', 'sound'\], got"):
         evaluate(model, {"image": inputs["image"]}, labels)
-    with pytest.raises(ValueError, match=r"inputs\['text'\]: expected \[N=4, D=5\], got \[3, 5\]"):
+    with pytest.raises(ValueError, match=r"inputs\['text'\] must be \[N=4, D=5\], got \[3, 5\]"):
         evaluate(model, {**inputs, "text": inputs["text"][:3]}, labels)
-    with pytest.raises(ValueError, match=r"labels: expected bool \[N=4, C\]"):
+    with pytest.raises(ValueError, match=r"labels must be bool \[N=4, C\]"):
         evaluate(model, inputs, labels[:3])
-    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         evaluate(model, inputs, labels, batch_size=0)
 
 

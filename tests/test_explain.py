@@ -19,11 +19,11 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image
 
-from sparc_fast import report as sf_report
-from sparc_fast.report import ModelReport, Report, Row, choose_latents, write_report
-from sparc_fast.report.atlas import atlas, cells, columns
-from sparc_fast.report.latents import SharedWord, top
-from sparc_fast.report.page import page_data, render_page
+from sparc_fast import explain
+from sparc_fast.explain import ModelReport, Report, Row, choose_latents, write_report
+from sparc_fast.explain.atlas import atlas, cells, columns
+from sparc_fast.explain.latents import SharedWord, top
+from sparc_fast.explain.page import page_data, render_page
 
 HOSTILE = "</script><script>alert(1)</script><!-- \u2028 \" ' & \\ {{ 7 * 7 }} $x^2$"
 CONCEPTS = ["ARROW", "CYRILLIC", "BRAILLE", "GREEK", "ACUTE", "ROMAN"]
@@ -240,9 +240,9 @@ def test_a_latent_whose_samples_lack_its_concept_is_not_preferred(report):
 
 def test_the_report_is_a_page_and_a_picture(report, tmp_path):
     page = write_report(report, tmp_path / "new" / "folder")
-    assert page == tmp_path / "new" / "folder" / sf_report.PAGE
-    assert sorted(p.name for p in page.parent.iterdir()) == [sf_report.HEADLINE, sf_report.PAGE]
-    picture = Image.open(page.with_name(sf_report.HEADLINE))
+    assert page == tmp_path / "new" / "folder" / explain.PAGE
+    assert sorted(p.name for p in page.parent.iterdir()) == [explain.HEADLINE, explain.PAGE]
+    picture = Image.open(page.with_name(explain.HEADLINE))
     assert picture.width == 1600
     assert len(np.unique(np.array(picture.convert("L")))) > 50
 
@@ -260,7 +260,7 @@ def test_a_failed_write_leaves_the_previous_report(report, tmp_path, monkeypatch
     def fail(*_):
         raise interruption
 
-    monkeypatch.setattr("sparc_fast.report.write.os.replace", fail)
+    monkeypatch.setattr("sparc_fast.explain.write.os.replace", fail)
     with pytest.raises((KeyboardInterrupt, OSError)):
         write_report(replace(report, settings={"seed": "1"}), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == previous
@@ -273,19 +273,19 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(report, tmp_path):
 
 
 def test_a_missing_extra_is_named(report, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparc_fast.report.write.find_spec", lambda name: None if name == "jinja2" else name)
+    monkeypatch.setattr("sparc_fast.explain.write.find_spec", lambda name: None if name == "jinja2" else name)
     with pytest.raises(ImportError, match=r"jinja2: pip install 'sparc_fast\[demo\]'"):
         write_report(report, tmp_path)
 
 
 def test_columns_of_different_lengths_are_refused(report):
-    with pytest.raises(ValueError, match=r"names: expected one per character \(\d+\), got 1"):
+    with pytest.raises(ValueError, match=r"names must be one per character \(\d+\), got 1"):
         replace(report, names=["A"])
-    with pytest.raises(ValueError, match=r"images\['sans'\]: expected .*, got 3"):
+    with pytest.raises(ValueError, match=r"images\['sans'\] must be one per .*, got 3"):
         replace(report, images={"sans": np.zeros((3, 4, 4), np.uint8)})
-    with pytest.raises(ValueError, match="before: agreement: expected 13 latents, got 2"):
+    with pytest.raises(ValueError, match="agreement of before must be of 13 latents, got 2"):
         replace(report, before=replace(report.before, agreement=np.zeros(2)))
-    with pytest.raises(ValueError, match="before: expected the streams"):
+    with pytest.raises(ValueError, match="before must have the streams"):
         replace(report, streams={"sans": ""})
 
 

@@ -10,6 +10,8 @@ from .atlas import cells
 from .contents import ModelReport, Report
 from .latents import SharedWord, choose_latents, top, words
 
+__all__ = ["render_headline"]
+
 INK, SOFT, LINE, ACCENT = "#1d1e20", "#62656b", "#e0ddd6", "#00756a"
 WIDTH, DPI = 1600, 200  # pixels
 TOP, PICTURE, NAME_LINE, GAP = 176, 54, 30, 44  # pixels

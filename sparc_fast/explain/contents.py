@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sparc_fast.evaluate import Row
+
+__all__ = ["ModelReport", "Report"]
+
 
 @dataclass(frozen=True)
 class ModelReport:
@@ -25,18 +29,6 @@ class ModelReport:
         """[L]: whether any stream fires the latent."""
         alive: np.ndarray = np.any([(rows >= 0).any(axis=1) for rows in self.top_samples.values()], axis=0)
         return alive
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the evaluation table."""
-
-    name: str
-    meaning: str  # one sentence
-    better: str  # "higher", "lower" or "neither"
-    cells: dict[str, str]  # column (a model's name) -> formatted number
-    section: str = ""  # rows of one section stand together under its name
-    highlight: bool = False  # also shown as a large figure at the top of the page
 
 
 @dataclass(frozen=True)
@@ -59,12 +51,12 @@ class Report:
         sizes |= {f"images[{stream!r}]": len(images) for stream, images in self.images.items()}
         for what, size in sizes.items():
             if size != n:
-                raise ValueError(f"{what}: expected one per character ({n}), got {size}")
+                raise ValueError(f"{what} must be one per character ({n}), got {size}")
         latents = len(self.after.concept)
         for model in (self.before, self.after):
             if model.top_samples.keys() != self.streams.keys():
                 raise ValueError(
-                    f"{model.name}: expected the streams {list(self.streams)}, got {list(model.top_samples)}"
+                    f"{model.name} must have the streams {list(self.streams)}, got {list(model.top_samples)}"
                 )
             columns: dict[str, Sized] = {
                 "concept": model.concept,
@@ -76,4 +68,4 @@ class Report:
             columns |= {f"top_values[{stream!r}]": rows for stream, rows in model.top_values.items()}
             for what, column in columns.items():
                 if len(column) != latents:
-                    raise ValueError(f"{model.name}: {what}: expected {latents} latents, got {len(column)}")
+                    raise ValueError(f"{what} of {model.name} must be of {latents} latents, got {len(column)}")

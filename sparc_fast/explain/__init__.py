@@ -1,6 +1,8 @@
 """The HTML report: one latent, one concept, in every stream, before and after."""
 
-from .contents import ModelReport, Report, Row
+from sparc_fast.evaluate import Row
+
+from .contents import ModelReport, Report
 from .latents import choose_latents
 from .write import HEADLINE, PAGE, write_report
 

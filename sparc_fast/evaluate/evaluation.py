@@ -1,4 +1,4 @@
-"""All metrics of one model, and the table that compares models."""
+"""All metrics of one model."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from .retrieval import Retrieval, retrieval_ranks
 
 if TYPE_CHECKING:
     from ..model import SPARC
+
+__all__ = ["METRICS", "Better", "Evaluation", "Metric", "evaluate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,13 +124,13 @@ def evaluate(
 
 def _check_inputs(model: SPARC, inputs: Mapping[str, Tensor], labels: Tensor | None, batch_size: int) -> int:
     if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if set(inputs) != set(model.streams):
-        raise ValueError(f"inputs: expected the streams {list(model.streams)}, got {list(inputs)}")
+        raise ValueError(f"inputs must hold the streams {list(model.streams)}, got {list(inputs)}")
     n_samples = len(inputs[model.streams[0]])
     for name, width in model.d_streams.items():
         if inputs[name].shape != (n_samples, width):
-            raise ValueError(f"inputs[{name!r}]: expected [N={n_samples}, D={width}], got {list(inputs[name].shape)}")
+            raise ValueError(f"inputs[{name!r}] must be [N={n_samples}, D={width}], got {list(inputs[name].shape)}")
     if labels is not None:
         check_labels(labels, n_samples)
     return n_samples
@@ -176,29 +178,6 @@ class Metric:
     value: Callable[[Evaluation], float | None]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the comparison: values and cells (values as text) by column; None is written as a dash."""
-
-    key: str
-    name: str
-    meaning: str
-    better: Better
-    values: dict[str, float | None]
-    cells: dict[str, str]
-
-
-def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
-    """Compare models: one row per metric, one column per evaluation, for example "SPARC", "untrained"."""
-    scores = {column: evaluation.scores() for column, evaluation in evaluations.items()}
-    rows = []
-    for metric in METRICS:
-        values = {column: by_key[metric.key] for column, by_key in scores.items()}
-        cells = {c: "–" if value is None else format(value, metric.format) for c, value in values.items()}
-        rows.append(Row(metric.key, metric.name, metric.meaning, metric.better, values, cells))
-    return rows
-
-
 def _mean(values: Tensor | None) -> float | None:
     return None if values is None else float(values.mean())
 
@@ -227,159 +206,55 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+# fmt: off
 METRICS: tuple[Metric, ...] = (
-    Metric(
-        "jaccard_single",
-        "Concept alignment",
-        "How alike the labels are that a latent fires for in two streams, each encoded alone (Jaccard, 0 to"
-        " 1, over all latents, a dead one counting 0).",
-        "higher",
-        ".3f",
-        lambda e: _mean(e.jaccard_single),
-    ),
-    Metric(
-        "jaccard_single_alive",
-        "Concept alignment, alive latents",
-        "The same over the latents that fire in at least one stream.",
-        "higher",
-        ".3f",
-        lambda e: _mean_alive(e.jaccard_single, e.latents_single),
-    ),
-    Metric(
-        "jaccard_chance",
-        "Concept alignment by chance",
-        "The same after each stream's samples are shuffled: what firing often earns without any meaning.",
-        "neither",
-        ".3f",
-        lambda e: _mean(e.jaccard_chance),
-    ),
-    Metric(
-        "jaccard_joint",
-        "Concept alignment, encoded jointly",
-        "The same with all streams encoded together: a shared support makes it high by construction, even untrained.",
-        "neither",
-        ".3f",
-        lambda e: _mean(e.jaccard_joint),
-    ),
-    Metric(
-        "jaccard_joint_alive",
-        "Concept alignment, encoded jointly, alive latents",
-        "The same over the latents that fire in at least one stream.",
-        "neither",
-        ".3f",
-        lambda e: _mean_alive(e.jaccard_joint, e.latents_joint),
-    ),
-    Metric(
-        "agreement",
-        "Firing agreement",
-        "Of the samples that fire a latent in either of two streams, the fraction that fire it in both, each"
-        " encoded alone, over alive latents.",
-        "higher",
-        ".3f",
-        lambda e: _mean_alive(e.agreement, e.latents_single),
-    ),
-    Metric(
-        "r1",
-        "Retrieval R@1",
-        "How often a sample's code in one stream is nearest to its own code in another, over all pairs.",
-        "higher",
-        ".3f",
-        _retrieval("r1"),
-    ),
-    Metric(
-        "r5",
-        "Retrieval R@5",
-        "How often it is among the 5 nearest.",
-        "higher",
-        ".3f",
-        _retrieval("r5"),
-    ),
-    Metric(
-        "r10",
-        "Retrieval R@10",
-        "How often it is among the 10 nearest.",
-        "higher",
-        ".3f",
-        _retrieval("r10"),
-    ),
-    Metric(
-        "median_rank",
-        "Retrieval median rank",
-        "The rank at which half of the samples are found; 1 is best.",
-        "lower",
-        ",.1f",
-        _retrieval("median_rank"),
-    ),
-    Metric(
-        "mrr",
-        "Retrieval MRR",
-        "Mean of 1 / rank.",
-        "higher",
-        ".3f",
-        _retrieval("mrr"),
-    ),
-    Metric(
-        "nmse_self",
-        "Own error (NMSE)",
-        "Squared error of rebuilding a stream from its own code, as a fraction of its squared norm.",
-        "lower",
-        ".3f",
-        lambda e: _own(e.nmse),
-    ),
-    Metric(
-        "nmse_cross",
-        "Cross error (NMSE)",
-        "The same, from the code of another stream.",
-        "lower",
-        ".3f",
-        lambda e: _cross(e.nmse),
-    ),
-    Metric(
-        "r2_self",
-        "Own variance explained (R²)",
-        "Fraction of a stream's variance that its own code explains; 0 is what the mean scores.",
-        "higher",
-        ".3f",
-        lambda e: _own(e.r2),
-    ),
-    Metric(
-        "r2_cross",
-        "Cross variance explained (R²)",
-        "The same, from the code of another stream.",
-        "higher",
-        ".3f",
-        lambda e: _cross(e.r2),
-    ),
-    Metric(
-        "alive",
-        "Latents alive in all streams",
-        "Fraction of latents that some sample fires in every stream, each encoded alone.",
-        "higher",
-        ".1%",
-        lambda e: e.latents_single.n_alive / e.n_latents,
-    ),
-    Metric(
-        "mixed",
-        "Latents alive in some streams only",
-        "Fraction of latents that cannot mean the same in all streams, being silent in some.",
-        "lower",
-        ".1%",
-        lambda e: e.latents_single.n_mixed / e.n_latents,
-    ),
-    Metric(
-        "dead",
-        "Latents dead in all streams",
-        "Fraction of latents that no sample fires in any stream.",
-        "lower",
-        ".1%",
-        lambda e: e.latents_single.n_dead / e.n_latents,
-    ),
-    Metric(
-        "active",
-        "Active latents per sample",
-        "Mean number of latents with a value above 0 (L0), over the streams.",
-        "neither",
-        ".1f",
-        lambda e: _average(e.latents_single.active_per_sample.values()),
-    ),
+    Metric("jaccard_single", "Concept alignment",
+           "How alike the labels are that a latent fires for in two streams, each encoded alone (Jaccard, 0 to "
+           "1, over all latents, a dead one counting 0).", "higher", ".3f", lambda e: _mean(e.jaccard_single)),
+    Metric("jaccard_single_alive", "Concept alignment, alive latents",
+           "The same over the latents that fire in at least one stream.",
+           "higher", ".3f", lambda e: _mean_alive(e.jaccard_single, e.latents_single)),
+    Metric("jaccard_chance", "Concept alignment by chance",
+           "The same after each stream's samples are shuffled: what firing often earns without any meaning.",
+           "neither", ".3f", lambda e: _mean(e.jaccard_chance)),
+    Metric("jaccard_joint", "Concept alignment, encoded jointly",
+           "The same with all streams encoded together: a shared support makes it high by construction, even "
+           "untrained.", "neither", ".3f", lambda e: _mean(e.jaccard_joint)),
+    Metric("jaccard_joint_alive", "Concept alignment, encoded jointly, alive latents",
+           "The same over the latents that fire in at least one stream.",
+           "neither", ".3f", lambda e: _mean_alive(e.jaccard_joint, e.latents_joint)),
+    Metric("agreement", "Firing agreement",
+           "Of the samples that fire a latent in either of two streams, the fraction that fire it in both, each "
+           "encoded alone, over alive latents.", "higher", ".3f", lambda e: _mean_alive(e.agreement, e.latents_single)),
+    Metric("r1", "Retrieval R@1",
+           "How often a sample's code in one stream is nearest to its own code in another, over all pairs.",
+           "higher", ".3f", _retrieval("r1")),
+    Metric("r5", "Retrieval R@5", "How often it is among the 5 nearest.", "higher", ".3f", _retrieval("r5")),
+    Metric("r10", "Retrieval R@10", "How often it is among the 10 nearest.", "higher", ".3f", _retrieval("r10")),
+    Metric("median_rank", "Retrieval median rank",
+           "The rank at which half of the samples are found; 1 is best.", "lower", ",.1f", _retrieval("median_rank")),
+    Metric("mrr", "Retrieval MRR", "Mean of 1 / rank.", "higher", ".3f", _retrieval("mrr")),
+    Metric("nmse_self", "Own error (NMSE)",
+           "Squared error of rebuilding a stream from its own code, as a fraction of its squared norm.",
+           "lower", ".3f", lambda e: _own(e.nmse)),
+    Metric("nmse_cross", "Cross error (NMSE)",
+           "The same, from the code of another stream.", "lower", ".3f", lambda e: _cross(e.nmse)),
+    Metric("r2_self", "Own variance explained (R²)",
+           "Fraction of a stream's variance that its own code explains; 0 is what the mean scores.",
+           "higher", ".3f", lambda e: _own(e.r2)),
+    Metric("r2_cross", "Cross variance explained (R²)",
+           "The same, from the code of another stream.", "higher", ".3f", lambda e: _cross(e.r2)),
+    Metric("alive", "Latents alive in all streams",
+           "Fraction of latents that some sample fires in every stream, each encoded alone.",
+           "higher", ".1%", lambda e: e.latents_single.n_alive / e.n_latents),
+    Metric("mixed", "Latents alive in some streams only",
+           "Fraction of latents that cannot mean the same in all streams, being silent in some.",
+           "lower", ".1%", lambda e: e.latents_single.n_mixed / e.n_latents),
+    Metric("dead", "Latents dead in all streams",
+           "Fraction of latents that no sample fires in any stream.",
+           "lower", ".1%", lambda e: e.latents_single.n_dead / e.n_latents),
+    Metric("active", "Active latents per sample",
+           "Mean number of latents with a value above 0 (L0), over the streams.",
+           "neither", ".1f", lambda e: _average(e.latents_single.active_per_sample.values())),
 )
+# fmt: on

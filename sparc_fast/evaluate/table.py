@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
+from .evaluation import METRICS, Better, Evaluation
 
-from sparc_fast.evaluate import Evaluation, table
-from sparc_fast.report import Row
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Row", "as_text", "comparison", "table"]
 
 HIGHLIGHTS = ("jaccard_single", "r1")
 
 
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison. A column is a model's name."""
+
+    name: str
+    meaning: str  # one sentence
+    better: Better
+    cells: dict[str, str]  # column -> what is written there; a dash where the metric is undefined
+    section: str = ""  # rows of one section stand together under its name
+    highlight: bool = False  # also shown as a large figure at the top of a page
+    key: str = ""  # of the metric; "" where a cell holds several figures
+    values: dict[str, float | None] = field(default_factory=dict)  # column -> the metric, None where it is undefined
+
+
+def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
+    """Compare models: one row per metric, one column per evaluation, for example "SPARC", "untrained"."""
+    scores = {column: evaluation.scores() for column, evaluation in evaluations.items()}
+    rows = []
+    for m in METRICS:
+        values = {column: by_key[m.key] for column, by_key in scores.items()}
+        cells = {c: "–" if value is None else format(value, m.format) for c, value in values.items()}
+        rows.append(Row(m.name, m.meaning, m.better, cells, "Over all streams", m.key in HIGHLIGHTS, m.key, values))
+    return rows
+
+
 def comparison(evaluations: Mapping[str, Evaluation]) -> list[Row]:
     """The metrics, then every pair of streams by itself."""
-    rows = [
-        Row(row.name, row.meaning, row.better, row.cells, "Over all streams", row.key in HIGHLIGHTS)
-        for row in table(evaluations)
-    ]
+    rows = table(evaluations)
     first = next(iter(evaluations.values()))
     for query, candidate in first.retrieval:
         cells = {}
@@ -40,7 +64,11 @@ def comparison(evaluations: Mapping[str, Evaluation]) -> list[Row]:
 
 
 def as_text(rows: list[Row], samples: str) -> Table:
-    """The table for a terminal; the first model's column is bold."""
+    """The table for a terminal, by rich; the first model's column is bold."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
     columns = list(rows[0].cells)
     text = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     text.add_column(samples)

@@ -10,6 +10,8 @@ import numpy as np
 
 from .contents import ModelReport, Report
 
+__all__ = ["SharedWord", "choose_latents", "top", "words"]
+
 SHOWN = 12  # samples of a latent on its own page
 
 

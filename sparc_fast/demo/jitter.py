@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = ["CHANGES", "jitter"]
+
 CHANGES = 7  # numbers that say how one picture is changed
 TURN = 5 * math.pi / 180  # radians either way
 STRETCH = 0.05  # either way, of width and height by themselves

@@ -12,6 +12,8 @@ from .contents import Report
 from .headline import render_headline
 from .page import render_page
 
+__all__ = ["HEADLINE", "PAGE", "write_report"]
+
 PAGE, HEADLINE = "index.html", "alignment.png"
 
 

@@ -1,4 +1,7 @@
-"""The command `sparc-fast eval`."""
+"""Print the table of `sparc-fast demo` for models of your own, on samples they have not seen.
+
+Each stream is encoded alone, and jointly where the table says so.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ import torch
 from torch import Tensor
 
 from sparc_fast import data
-from sparc_fast.data.readers import MODULES, Source
+from sparc_fast.data.formats import FORMATS
+from sparc_fast.data.readers import Source
+from sparc_fast.evaluate import as_text, comparison, evaluate
 from sparc_fast.model import SPARC
 from sparc_fast.training import load_model
 from sparc_fast.training.config import parse_source
 
-from .summary import Evaluation, evaluate
-
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "run", "untrained"]
 
 MODEL, LABELS = "model.safetensors", "labels.npy"
 
@@ -57,16 +60,20 @@ def run(arguments: argparse.Namespace) -> int:
     for other, model in models.items():
         if model.d_streams != first.d_streams:
             raise ValueError(
-                f"models must have the same streams: {name} has {first.d_streams}, {other} {model.d_streams}"
+                f"models must have the same streams, got {first.d_streams} in {name}, {model.d_streams} in {other}"
             )
     inputs = _inputs(arguments.data, first)
     labels = _labels(arguments.labels, arguments.data, len(inputs[first.streams[0]]))
     columns = {**models, "untrained (2)" if "untrained" in models else "untrained": untrained(first, arguments.seed)}
     evaluations = {name: evaluate(model, inputs, labels) for name, model in columns.items()}
     if arguments.json:
-        print(json.dumps({name: found.to_dict() for name, found in evaluations.items()}, indent=2, ensure_ascii=False))
+        print(json.dumps({name: found.to_dict() for name, found in evaluations.items()}, indent=2))
     else:
-        _print(evaluations)
+        from rich.console import Console
+
+        n = next(iter(evaluations.values())).n_samples
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(as_text(comparison(evaluations), f"{n:,} samples"))
     return 0
 
 
@@ -78,7 +85,7 @@ def _load_all(texts: Sequence[str]) -> dict[str, SPARC]:
             path = text
             name = _name(Path(text))
         if name in models:
-            raise ValueError(f"models must have names of their own, but two are called {name}: give NAME=MODEL")
+            raise ValueError(f"models must have names of their own, got two called {name}: give NAME=MODEL")
         models[name] = _load(Path(path))
     return models
 
@@ -135,7 +142,7 @@ def _inputs(texts: Sequence[str], model: SPARC) -> dict[str, Tensor]:
 
 
 def _file(folder: Path, stream: str) -> Path:
-    for suffix in MODULES:
+    for suffix in FORMATS:
         if (path := folder / f"{stream}{suffix}").is_file():
             return path
     raise FileNotFoundError(f"--data must hold a file for each stream, but there is no {stream}.npy in {folder}")
@@ -153,13 +160,3 @@ def _labels(given: Path | None, texts: Sequence[str], n: int) -> Tensor | None:
     if labels.dtype != np.bool_ or labels.ndim != 2 or len(labels) != n:
         raise ValueError(f"labels must be bool [N={n}, C], got {labels.dtype} {list(labels.shape)} in {path}")
     return torch.from_numpy(labels)
-
-
-def _print(evaluations: dict[str, Evaluation]) -> None:
-    from rich.console import Console
-
-    from sparc_fast.comparison import as_text, comparison
-
-    n = next(iter(evaluations.values())).n_samples
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(as_text(comparison(evaluations), f"{n:,} samples"))

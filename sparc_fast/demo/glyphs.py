@@ -29,6 +29,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
+__all__ = ["FACES", "FEATURES", "Glyphs", "Principal", "draw", "glyphs"]
+
 Pictures = npt.NDArray[np.uint8]  # [..., SIDE, SIDE], 255 is full ink
 
 FACES = {  # face: (font of the sans picture, font of the serif picture)
@@ -84,13 +86,13 @@ class Glyphs:
     def describe(self, stream: str, images: Tensor) -> Tensor:
         """Other pictures, uint8 [M, SIDE, SIDE], as `inputs` of "sans" or "serif" [M, D_s]; nothing is fitted again."""
         if stream not in FEATURES:
-            raise ValueError(f"stream: expected one of {list(FEATURES)}, got {stream!r}")
+            raise ValueError(f"stream must be one of {list(FEATURES)}, got {stream!r}")
         return self.principal[stream](FEATURES[stream](images))
 
     def rows(self, *, held_out: bool, face: str | None = None) -> Tensor:
         """Row numbers, int64 ascending, of the held-out or the training characters, in one face or in all."""
         if face is not None and face not in self.faces:
-            raise ValueError(f"face: expected one of {sorted(set(self.faces))}, got {face!r}")
+            raise ValueError(f"face must be one of {sorted(set(self.faces))}, got {face!r}")
         wanted = self.held_out if held_out else ~self.held_out
         if face is not None:
             wanted = wanted & torch.tensor([f == face for f in self.faces], device=wanted.device)
@@ -104,13 +106,13 @@ def glyphs(*, faces: Sequence[str] = tuple(FACES), held_out: float = 0.2, width:
     `width` is D_s of all three streams. On one machine the same arguments give the same data, in seconds.
     """
     if isinstance(faces, str) or not faces or set(faces) - set(FACES) or len(set(faces)) < len(faces):
-        raise ValueError(f"faces: expected distinct names out of {list(FACES)}, got {faces!r}")
+        raise ValueError(f"faces must be distinct names out of {list(FACES)}, got {faces!r}")
     if not 0 < held_out <= 0.5:
-        raise ValueError(f"held_out: expected a share above 0, at most 0.5, got {held_out!r}")
+        raise ValueError(f"held_out must be a share above 0, at most 0.5, got {held_out!r}")
     if not 1 <= width <= 400:
-        raise ValueError(f"width: expected 1 to 400, got {width!r}")
+        raise ValueError(f"width must be 1 to 400, got {width!r}")
     if seed < 0:
-        raise ValueError(f"seed: expected 0 or more, got {seed!r}")
+        raise ValueError(f"seed must be 0 or more, got {seed!r}")
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401

@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 
+__all__ = ["atlas", "cells", "columns"]
+
 LARGEST = 40  # pixels of a picture's longer side
 LEVELS = 16  # 4 bits of alpha per pixel
 

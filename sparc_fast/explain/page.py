@@ -15,6 +15,8 @@ from .atlas import atlas, columns
 from .contents import ModelReport, Report
 from .latents import SharedWord, choose_latents, top
 
+__all__ = ["page_data", "render_page"]
+
 HERE = Path(__file__).parent
 
 

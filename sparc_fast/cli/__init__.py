@@ -1,0 +1,69 @@
+"""The command `sparc-fast`: each command has a file of its own, which is loaded when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .terminal import write_anywhere
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "demo": "train on the built-in glyphs, print the evaluation and write a report",
+    "train": "train on your own features, in a run that survives interruption",
+    "plan": "whether a training run fits this machine or another, and how long it takes",
+    "eval": "print the evaluation of trained models, beside an untrained one",
+    "glyphs": "write the built-in glyphs as a large data set in files",
+    "convert": "turn a checkpoint of the research code into ours, or back",
+    "bench": "time every operator and the whole step against plain PyTorch",
+}
+"""Name, also of the file, whose first words are the description -> what it does, in a line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 after a message on standard error, or what the command says."""
+    argv = sys.argv[1:] if argv is None else argv
+    write_anywhere()
+    try:
+        if argv[:1] == ["bench"]:  # its options are its own
+            from sparc_fast.benchmarks.main import main as bench
+
+            status: int = bench(argv[1:])
+            return status
+        arguments = _parser(argv[0] if argv else "").parse_args(argv)
+        status = arguments.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"sparc-fast: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser(asked: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sparc-fast", description="Concept-aligned sparse autoencoders over several models and modalities."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and the backends built in")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, words in COMMANDS.items():
+        of_command = commands.add_parser(name, help=words)
+        if name == asked:
+            command = import_module(f"{__name__}.{name}")
+            of_command.description = command.__doc__
+            command.add_arguments(of_command)
+            of_command.set_defaults(run=command.run)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import torch
+
+        from sparc_fast import __version__, available_backends
+
+        print(f"sparc_fast {__version__}, torch {torch.__version__}")
+        for device in ("cpu", "cuda"):
+            print(f"{device} backends: {', '.join(available_backends(device))}")
+        parser.exit()

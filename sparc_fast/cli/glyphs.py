@@ -1,0 +1,43 @@
+"""Draw the glyphs in several faces and sizes, each time a little differently, into files for `sparc-fast train`.
+
+Held-out characters are in files of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+from sparc_fast.files import check_folder
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the files go, and what is in them."""
+    parser.add_argument("--out", type=Path, default=Path("glyphs"), help="folder of the files (%(default)s)")
+    parser.add_argument("--rows", type=int, default=200_000, help="rows to train on (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and the jitter (%(default)s)")
+    parser.add_argument("--threads", type=int, help="that draw; as many as there are cores by default")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the files, and say how to train on them."""
+    if missing := [name for name in ("rich", "matplotlib", "sklearn") if find_spec(name) is None]:
+        raise ImportError(f"the glyphs need {', '.join(missing)}: pip install 'sparc_fast[demo]'")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from sparc_fast.demo import write_glyphs
+
+    check_folder(arguments.out, "--out")
+    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=arguments.rows)
+        write_glyphs(
+            arguments.out, arguments.rows, seed=arguments.seed, threads=arguments.threads,
+            progress=lambda done, rows: bar.update(task, completed=done),
+        )  # fmt: skip
+    print(f"{arguments.rows:,} rows; now: sparc-fast train {arguments.out / 'train.toml'} --out runs/wide")
+    return 0
