@@ -36,6 +36,7 @@ def test_public_names() -> None:
         "fvu",
         "interop",
         "nmse",
+        "planning",
         "training",
     ]
     assert dir(sf) == sf.__all__
