@@ -74,10 +74,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
-# what files hold and how runs go on them is the host's, whatever the default device
+# the host's, whatever the default device: what files hold, runs on them, the CPU backend's own
 ON_THE_HOST = {
     "test_benchmarks", "test_benchmarks_gpu", "test_cli", "test_convert", "test_data_files", "test_data_loader",
-    "test_eval_command", "test_glyph_files", "test_glyphs", "test_report",
+    "test_eval_command", "test_glyph_files", "test_glyphs", "test_report", "test_screening", "test_simd_levels",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import sparc_fast as sf
 from sparc_fast import backends
 
 # of backends that compile their operators, those that run on the tensors of these tests
-LIBRARIES = [name for name in sf.available_backends(torch.get_default_device()) if name != "reference"]
+LIBRARIES = [name for name in backends.available(torch.get_default_device()) if name != "reference"]
 EVERY_LIBRARY = pytest.mark.parametrize("library", LIBRARIES)
 
 D_STREAMS = [5, 3]
