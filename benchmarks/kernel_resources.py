@@ -67,6 +67,11 @@ class Launch:
             return Resources(*known, error=f"{type(error).__name__}: {str(error).strip()[-1500:]}")
 
     def _take(self, capability: int) -> tuple[int, int, int]:
+        compiled = self.compiled(capability)
+        registers, spilled = resource_usage(compiled.asm["cubin"])
+        return registers, int(compiled.metadata.shared), spilled
+
+    def compiled(self, capability: int) -> Any:
         import triton
         from triton.backends.compiler import GPUTarget
 
@@ -74,9 +79,7 @@ class Launch:
         source = triton.compiler.ASTSource(
             fn=self.kernel, signature=dict(self.signature), constexprs=dict(self.constants), attrs=attrs
         )
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
-        registers, spilled = resource_usage(compiled.asm["cubin"])
-        return registers, int(compiled.metadata.shared), spilled
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
 
 
 @dataclass(frozen=True)
@@ -102,15 +105,49 @@ class Resources:
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack and local memory) of the one kernel in a cubin."""
+    printed = _printed("cuobjdump", "--dump-resource-usage", cubin)
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed)}
+    spilled = used["STACK"] + used["LOCAL"]
+    # the compiler leaves a frame behind where it found a register after all
+    return used["REG"], spilled if spilled and re.search(r"\b(LDL|STL)\b", disassembled(cubin)) else 0
+
+
+def disassembled(cubin: bytes) -> str:
+    return _printed("nvdisasm", "-c", cubin)
+
+
+def _printed(tool: str, option: str, cubin: bytes) -> str:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed)}
-    return used["REG"], used["STACK"] + used["LOCAL"]
+        command = [getattr(knobs.nvidia, tool).path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def trips(assembly: str) -> list[tuple[int, int, int]]:
+    """(instructions a thread issues, loads of 16 bytes, narrower loads) once round every loop, in order.
+
+    Loops inside a loop are not counted with it, nor what a branch may jump past to avoid one: the rare case.
+    """
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in assembly.splitlines():
+        if found := re.match(r"\s*(\.L\w+):", line):
+            labels[found[1]] = len(code)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(found[1])
+    jumps = [(i, labels[to[1]]) for i, text in enumerate(code) if (to := re.search(r"BRA.*\((\.L\w+)\)", text))]
+    loops = sorted((to, i) for i, to in jumps if to < i)  # a jump to itself ends the code
+    counted = []
+    for begin, end in loops:
+        inner = [(a, b) for a, b in loops if begin <= a and b <= end and (a, b) != (begin, end)]
+        rare = [(i + 1, to - 1) for i, to in jumps if begin <= i < to <= end and any(i < a < to for a, _ in inner)]
+        skipped = {i for a, b in inner + rare for i in range(a, b + 1)}
+        loads = [".128" in code[i] for i in range(begin, end + 1) if i not in skipped and "LDG" in code[i]]
+        counted.append((end + 1 - begin - len(skipped), sum(loads), len(loads) - sum(loads)))
+    return counted
 
 
 # noting launches
@@ -212,18 +249,25 @@ def launches(shape: Shape, dtype: torch.dtype, only: Sequence[str] = ()) -> dict
 Job = tuple[Launch, int]
 
 
-def jobs(targets: Sequence[int], only: Sequence[str] = (), brief: bool = False) -> dict[Job, str]:
-    """What to compile, and whose it is: at shapes A and U in bfloat16 and at A in float32, each launch for each target.
+SHAPES = (
+    *(gpu_cases.SHAPES[name] for name in "AUBC"),
+    Shape("two streams", 4096, 32768, k=256, d_streams=(1024, 768)),
+    Shape("unaligned", 4096, 32768, d_streams=(1000, 500, 333)),  # no row can be read 16 bytes at once
+)
 
-    With `brief`, float32 and U for sm_90 alone: compilers differ in kernels more than in types.
+
+def jobs(targets: Sequence[int], only: Sequence[str] = (), brief: bool = False) -> dict[Job, str]:
+    """What to compile, and whose it is: at every shape in bfloat16 and float32, each distinct launch for each target.
+
+    With `brief`, float32 for sm_90 alone: compilers differ in kernels more than in types.
     """
     found: dict[Job, str] = {}
-    for shape, dtype in ((gpu_cases.A, torch.bfloat16), (gpu_cases.A, torch.float32), (gpu_cases.U, torch.bfloat16)):
-        first = not found
-        for launch, operator in launches(shape, dtype, only).items():
-            for target in targets:
-                if first or target == 90 or not brief:
-                    found.setdefault((launch, target), operator)
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in SHAPES:
+            for launch, operator in launches(shape, dtype, only).items():
+                for target in targets:
+                    if dtype == torch.bfloat16 or target == 90 or not brief:
+                        found.setdefault((launch, target), operator)
     return found
 
 
@@ -247,14 +291,20 @@ def _compile(at: int) -> Resources:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--brief", action="store_true", help="float32 and shape U for sm_90 alone")
+    parser.add_argument("--brief", action="store_true", help="float32 for sm_90 alone")
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="only this one (all)")
     parser.add_argument("--operator", action="append", default=[], choices=CALLS, help="only this one (all)")
+    parser.add_argument("--loops", action="store_true", help="print `trips` of the machine code instead")
     arguments = parser.parse_args(argv)
     status = joined("kernel_resources", argv)
     if status is not None:
         return status
     found = jobs(arguments.target or list(TARGETS), arguments.operator, arguments.brief)
+    if arguments.loops:
+        for (launch, target), operator in found.items():
+            of_loops = trips(disassembled(launch.compiled(target).asm["cubin"]))
+            print(f"{operator} {launch.name} sm_{target} {dict(launch.constants)}:", *of_loops)
+        return 0
     taken = resources(list(found))
     if arguments.json:
         lines = zip(found.values(), taken, strict=True)

@@ -141,24 +141,29 @@ def _nmse_kernel(nmse, parts, columns, N, S, CHUNKS: tl.constexpr, BLOCK_N: tl.c
     tl.store(nmse + s * S + t, tl.sum(sums, axis=0))
 
 
-def choice(S: int, k: int, L: int, width: int, values: torch.dtype, rows: torch.dtype) -> dict[str, int]:
-    # estimated, not measured: 16 KB of rows a block, so that the next block is fetched meanwhile; 512 columns a chunk
-    block_k = max(next_power_of_2(k), 16)
-    block_d = min(max(next_power_of_2(width), 16), max(16384 // (block_k * rows.itemsize), 256 // rows.itemsize), 512)
-    kept = block_k * block_d * rows.itemsize <= 65536
-    block_k = block_k if kept else 64
+def choice(
+    S: int, k: int, L: int, width: int, values: torch.dtype, rows: torch.dtype, aligned: bool
+) -> dict[str, int]:  # fmt: skip
+    """`aligned`: the columns of a stream can be read 16 bytes at once."""
+    # estimated, not measured: 16 KB of rows a block, so that the next block is fetched meanwhile; 512 columns a chunk.
+    # A thread holds 128 bytes, or 16 numbers where it also holds the address of each
+    kept = k <= 256
+    block_k = max(next_power_of_2(k), 16) if kept else 64
+    numbers, narrowest = (16384 // rows.itemsize, 128 // rows.itemsize) if aligned else (2048, 16)
     chosen = arithmetic(S, values, rows)
-    # left alone, the compiler spills a register or two of the multiply-adds to fit a fourth program
-    limit = {} if chosen["TENSOR_CORES"] or not kept else {"maxnreg": 168}
+    widest = 128 if chosen["TENSOR_CORES"] else 512  # sums of 16 slots
+    block_d = min(max(next_power_of_2(width), 16), max(numbers // block_k, narrowest), widest)
+    warps = min(max(block_k * block_d * 4 // numbers, 1), 8)
     return {
         "CHUNK": max(block_columns(L, width, rows.itemsize, 512), block_d) if kept else block_d,
         "KEPT": kept,
         "BLOCK_K": block_k,
         "BLOCK_D": block_d,
-        "num_warps": min(max(block_k * block_d * rows.itemsize // 4096, 1), 8),
-        "num_stages": 3 if block_k * block_d * rows.itemsize <= 32768 else 2,  # within 99 KB of shared memory
+        "num_warps": warps,
+        "num_stages": 3,
+        # left alone, the compiler spills a register or two to fit one more program
+        "maxnreg": 168 if warps <= 4 else 255,
         **chosen,
-        **limit,
     }
 
 
@@ -176,7 +181,8 @@ def decode_loss(
     sums, dtype = sum_type(values, W_dec, pre_bias, target), gradient_dtype(values)
     stored_sums = torch.float64 if sums == tl.float64 else torch.float32
     per_stream = indices.ndim == 3
-    chosen = choice(1 if per_stream else S, k, L, max(d_streams), values.dtype, W_dec.dtype)
+    aligned = all(d % 16 == 0 for d in d_streams)
+    chosen = choice(1 if per_stream else S, k, L, max(d_streams), values.dtype, W_dec.dtype, aligned)
     columns = column_blocks(widths(d_streams), chosen.pop("CHUNK"), device)
     chunks = len(columns)
 
@@ -205,5 +211,5 @@ def decode_loss(
 
 @cache
 def _weights(weights: tuple[float, ...], device: torch.device) -> Tensor:
-    """Kept for good: a captured CUDA graph goes on reading it."""
+    """Kept for good, as a captured CUDA graph goes on reading it: 512 bytes of the device for all ever used."""
     return torch.tensor(weights, dtype=torch.float64, device=device)

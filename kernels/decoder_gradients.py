@@ -41,16 +41,16 @@ def decoder_gradients(values: Tensor, grad_recons: Tensor, offsets: Tensor, entr
     launch(
         _decoder_gradients_kernel, (triton.cdiv(L, chosen["LATENTS"]), len(columns.table)), grad_W_dec, grad_recons,
         grad_recons.stride(0), batch.values, batch.offsets, batch.entries, pieces.rows, columns.table, L, D,
-        values.shape[2], ALIGN=columns.ALIGN, **batch.constants, **chosen,
+        ALIGN=columns.ALIGN, **batch.constants, **chosen,
     )  # fmt: skip
     return grad_W_dec
 
 
 @triton.jit
 def _decoder_gradients_kernel(
-    grad_W_dec, grad_recons, stride_recons, values, offsets, entries, piece_rows, table, L, D, k,
-    S: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
-    ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_W_dec, grad_recons, stride_recons, values, offsets, entries, piece_rows, table, L, D,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
+    SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, _ = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
@@ -58,8 +58,8 @@ def _decoder_gradients_kernel(
     l = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
     begin, end = segment(offsets, l, L)
     gradient = decoder_sums(
-        begin, tl.minimum(begin + PIECE, end), columns, inside, grad_recons, stride_recons, values, entries, k,
-        S, PER_STREAM, ROWS, POSITION, SUM,
+        begin, tl.minimum(begin + PIECE, end), columns, inside, grad_recons, stride_recons, values, entries,
+        S, K, PER_STREAM, ROWS, POSITION, SUM,
     )  # fmt: skip
     gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
     at = grad_W_dec + l.to(tl.int64)[:, None] * D + columns[None, :]

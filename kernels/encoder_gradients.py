@@ -56,7 +56,7 @@ def encoder_gradients(
     constants = {**batch.constants, "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32}
     launch(
         _encoder_gradients_kernel, grid, grad_W_enc, grad_latent_bias, x, x.stride(0), pre_bias, *batch, *pieces,
-        columns.table, L, D, values.shape[2], ALIGN=columns.ALIGN, **constants, **chosen,
+        columns.table, L, D, ALIGN=columns.ALIGN, **constants, **chosen,
     )  # fmt: skip
     return grad_W_enc, grad_latent_bias
 
@@ -64,9 +64,9 @@ def encoder_gradients(
 @triton.jit
 def _encoder_gradients_kernel(
     grad_W_enc, grad_latent_bias, x, stride_x, pre_bias, values, grad_values, offsets, entries, piece_rows, piece_bias,
-    table, L, D, k,
-    S: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
-    ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    table, L, D,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
+    SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, stream = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
@@ -76,7 +76,7 @@ def _encoder_gradients_kernel(
     centre = tl.load(pre_bias + columns, mask=inside, other=0).to(SUM)
     gradient, bias = encoder_sums(
         begin, tl.minimum(begin + PIECE, end), stream, columns, inside, centre, x, stride_x, values, grad_values,
-        entries, k, S, PER_STREAM, ROWS, POSITION, SUM,
+        entries, S, K, PER_STREAM, ROWS, POSITION, SUM,
     )  # fmt: skip
     gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
     bias = add_bias_pieces(bias, begin, end, piece_bias, stream, S, PIECE)

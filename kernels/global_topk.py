@@ -68,7 +68,7 @@ def measure_choice(D: int) -> dict[str, int]:
 def filter_choice(chunk: int) -> dict[str, int]:
     # estimated, not measured: 8 scores and 2 candidates a thread keep the registers few
     block = min(2048, max(16, next_power_of_2(chunk)))
-    return {"COLUMNS": block, "BLOCK": min(block, 512), "num_warps": 8 if block > 512 else 2}
+    return {"COLUMNS": block, "BLOCK": min(block, 512), "num_warps": 8 if block > 512 else 2, "maxnreg": REGISTERS}
 
 
 def settle_choice(D: int, capacity: int, item_size: int) -> dict[str, int]:
@@ -76,7 +76,7 @@ def settle_choice(D: int, capacity: int, item_size: int) -> dict[str, int]:
     block_d = min(256, max(16, next_power_of_2(D)))
     block = min(512, max(16, next_power_of_2(capacity)))
     return {
-        "R": min(64, 8192 // item_size // block_d),
+        "R": rows_at_once(D, block_d, item_size),
         "EXACT_R": 2,
         "BLOCK_D": block_d,
         "BLOCK": block,
@@ -88,8 +88,14 @@ def full_choice(D: int, item_size: int) -> dict[str, int]:
     # estimated, not measured: the reductions of a step are short beside its 8 KB of W. BLOCK_D is the order of a
     # score's sum: the same here and in settle_choice
     block_d = min(256, max(16, next_power_of_2(D)))
-    rows = min(64, 8192 // item_size // block_d)
-    return {"R": rows, "BLOCK_D": block_d, "BLOCK": 512, "num_warps": 8, "maxnreg": REGISTERS}
+    rows = rows_at_once(D, block_d, item_size)
+    registers = REGISTERS if D % 16 == 0 else 255  # addresses of single numbers do not fit beside a second program
+    return {"R": rows, "BLOCK_D": block_d, "BLOCK": 512, "num_warps": 8, "maxnreg": registers}
+
+
+def rows_at_once(D: int, block_d: int, item_size: int) -> int:
+    """8 KB of W; half of that where every number's address takes registers, as rows cannot be read 16 bytes at once."""
+    return max(min(64, 8192 // item_size // block_d) // (1 if D % 16 == 0 else 2), 1)
 
 
 @lru_cache(maxsize=256)
@@ -183,7 +189,7 @@ def _interval(a, b, bound, slack, zero):
     return sortable(tl.where(lower == lower, lower, float("-inf"))), sortable(a + b + error)
 
 
-@triton.jit(do_not_specialize=["first", "chunk", "k", "capacity", "gamma", "flushed", "slack"])
+@triton.jit(do_not_specialize=["k", "capacity", "gamma", "flushed", "slack"])
 def _filter(
     scores, first, chunk, bias, w_norm, w_residual, w_inverse, x_norm, x_residual, x_inverse, counts, thresholds,
     lows, highs, latents, k, capacity, gamma, flushed, slack,
@@ -336,7 +342,8 @@ def _settle(
                 a = _float32_dots(x, pre_bias, W, W_stride, latent, wanted, D, R, BLOCK_D)
                 b = tl.load(bias + latent, mask=wanted, other=0).to(tl.float32)
                 norm = tl.load(w_norm + latent, mask=wanted, other=0)
-                lower, upper = _interval(a, b, rounding * size * norm, slack, tl.minimum(norm, size) == 0)
+                zero = (norm < tl.where(size == 0, float("inf"), 0)) | (norm == 0)
+                lower, upper = _interval(a, b, rounding * size * norm, slack, zero)
                 lower = tl.maximum(lower, tl.load(lows + place, mask=wanted, other=0))
                 upper = tl.minimum(upper, tl.load(highs + place, mask=wanted, other=0))
                 tl.debug_barrier()  # the same number may be held by several threads

@@ -39,7 +39,13 @@ def tile(d_streams: Sequence[int], dtype: torch.dtype, widest: int, rows: int) -
         latents, rows = min(max(8192 // block, 1), 64), 16
     warps = min(max(block * latents // (32 * columns), 1), 16)
     per_thread = block * latents // (warps * 32)  # more columns a thread leave registers for fewer entries in flight
-    return {"LATENTS": latents, "ROWS": max(rows * 8 // max(per_thread, 8), 1), "BLOCK_D": block, "num_warps": warps}
+    return {
+        "LATENTS": latents,
+        "ROWS": max(rows * 8 // max(per_thread, 8), 1),
+        "BLOCK_D": block,
+        "num_warps": warps,
+        "maxnreg": 128,  # left alone, the compiler spills some to make room for one more program
+    }
 
 
 class Entries(NamedTuple):
@@ -65,9 +71,10 @@ class Entries(NamedTuple):
         per_stream = len(self.entries) != N * k
         return {
             "S": S,
+            "K": k,  # known to the compiler, so that dividing by it is a multiplication or a shift
             "PER_STREAM": per_stream,
             "PIECE": PIECE * S if per_stream else PIECE,
-            # positions of real batches fit 32 bits, where dividing by k is several times cheaper
+            # positions of real batches fit 32 bits
             "POSITION": tl.int32 if self.values.numel() < 2**31 else tl.int64,
             "SUM": tl.float64 if self.values.dtype == torch.float64 else tl.float32,
         }
@@ -107,7 +114,7 @@ def encoder_pieces(x: Tensor, pre_bias: Tensor, batch: Entries, columns: Columns
         grid = (triton.cdiv(slots, choice["LATENTS"]), len(columns.table))
         launch(
             _encoder_pieces_kernel, grid, *pieces, x, x.stride(0), pre_bias, *batch, columns.table, slots,
-            batch.n_latents, batch.n_latents.bit_length() + 1, D, batch.values.shape[2],
+            batch.n_latents, batch.n_latents.bit_length() + 1, D,
             ALIGN=columns.ALIGN, **constants, **choice,
         )  # fmt: skip
     return pieces
@@ -124,7 +131,7 @@ def decoder_pieces(grad_recons: Tensor, batch: Entries, columns: Columns, choice
         launch(
             _decoder_pieces_kernel, grid, rows, grad_recons, grad_recons.stride(0), batch.values, batch.offsets,
             batch.entries, columns.table, slots, batch.n_latents, batch.n_latents.bit_length() + 1, D,
-            batch.values.shape[2], ALIGN=columns.ALIGN, **constants, **choice,
+            ALIGN=columns.ALIGN, **constants, **choice,
         )  # fmt: skip
     return Pieces(rows, None)
 
@@ -152,8 +159,9 @@ def segment(offsets, l, L):
 
 @triton.jit
 def encoder_sums(
-    begin, end, stream, columns, inside, centre, x, stride_x, values, grad_values, entries, k,
-    S: tl.constexpr, PER_STREAM: tl.constexpr, ROWS: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
+    begin, end, stream, columns, inside, centre, x, stride_x, values, grad_values, entries,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, ROWS: tl.constexpr, POSITION: tl.constexpr,
+    SUM: tl.constexpr,
 ):  # fmt: skip
     """Gradient [LATENTS, BLOCK_D] and bias gradient [LATENTS] from entries begin : end of one stream."""
     gradient = tl.zeros([begin.shape[0], columns.shape[0]], SUM)
@@ -163,13 +171,13 @@ def encoder_sums(
     for i in range(0, tl.max(count, 0), ROWS):
         live = (i + rows)[None, :] < count[:, None]
         p = tl.load(entries + begin[:, None] + (i + rows)[None, :], mask=live, other=0).to(POSITION)
-        n = p // k
+        n = p // K
         if PER_STREAM:
             live &= n % S == stream
             at = p
             n = n // S
         else:
-            at = (n * S + stream) * k + p % k
+            at = p + (n * (S - 1) + stream) * K
         value = tl.load(values + at, mask=live, other=0).to(SUM)
         coefficient = tl.load(grad_values + at, mask=live, other=0).to(SUM)
         coefficient = tl.where(value > 0, coefficient, 0.0)
@@ -183,8 +191,9 @@ def encoder_sums(
 
 @triton.jit
 def decoder_sums(
-    begin, end, columns, inside, grad_recons, stride_recons, values, entries, k,
-    S: tl.constexpr, PER_STREAM: tl.constexpr, ROWS: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
+    begin, end, columns, inside, grad_recons, stride_recons, values, entries,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, ROWS: tl.constexpr, POSITION: tl.constexpr,
+    SUM: tl.constexpr,
 ):  # fmt: skip
     """Gradient [LATENTS, BLOCK_D] from entries begin : end: one row of grad_recons [N * S, D] an entry and source."""
     SOURCES: tl.constexpr = 1 if PER_STREAM else S  # of one entry
@@ -195,10 +204,10 @@ def decoder_sums(
         pair = i + rows
         live = pair[None, :] < count[:, None]
         p = tl.load(entries + begin[:, None] + (pair // SOURCES)[None, :], mask=live, other=0).to(POSITION)
-        source = (p // k) * SOURCES + (pair % SOURCES)[None, :]
-        coefficient = tl.load(values + source * k + p % k, mask=live, other=0).to(SUM)
+        n, s = p // K, (pair % SOURCES)[None, :]
+        coefficient = tl.load(values + p + (n * (SOURCES - 1) + s) * K, mask=live, other=0).to(SUM)
         used = (coefficient != 0)[:, :, None] & inside[None, None, :]
-        at_recons = grad_recons + source.to(tl.int64)[:, :, None] * stride_recons + columns[None, None, :]
+        at_recons = grad_recons + (n * SOURCES + s).to(tl.int64)[:, :, None] * stride_recons + columns[None, None, :]
         row = tl.load(at_recons, mask=used, other=0, eviction_policy="evict_last").to(SUM)
         gradient += tl.sum(coefficient[:, :, None] * row, 1)
     return gradient
@@ -247,9 +256,9 @@ def piece_of_slot(slot, slots, offsets, L, bits, PIECE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["slots"])
 def _encoder_pieces_kernel(
-    piece_rows, piece_bias, x, stride_x, pre_bias, values, grad_values, offsets, entries, table, slots, L, bits, D, k,
-    S: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
-    ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    piece_rows, piece_bias, x, stride_x, pre_bias, values, grad_values, offsets, entries, table, slots, L, bits, D,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
+    SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, stream = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
@@ -258,8 +267,8 @@ def _encoder_pieces_kernel(
     begin, end = piece_of_slot(slot, slots, offsets, L, bits, PIECE)
     centre = tl.load(pre_bias + columns, mask=inside, other=0).to(SUM)
     gradient, bias = encoder_sums(
-        begin, end, stream, columns, inside, centre, x, stride_x, values, grad_values, entries, k,
-        S, PER_STREAM, ROWS, POSITION, SUM,
+        begin, end, stream, columns, inside, centre, x, stride_x, values, grad_values, entries,
+        S, K, PER_STREAM, ROWS, POSITION, SUM,
     )  # fmt: skip
     taken = begin < end
     at = piece_rows + slot.to(tl.int64)[:, None] * D + columns[None, :]
@@ -269,9 +278,9 @@ def _encoder_pieces_kernel(
 
 @triton.jit(do_not_specialize=["slots"])
 def _decoder_pieces_kernel(
-    piece_rows, grad_recons, stride_recons, values, offsets, entries, table, slots, L, bits, D, k,
-    S: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
-    ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    piece_rows, grad_recons, stride_recons, values, offsets, entries, table, slots, L, bits, D,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
+    SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, _ = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
@@ -279,8 +288,8 @@ def _decoder_pieces_kernel(
     slot = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
     begin, end = piece_of_slot(slot, slots, offsets, L, bits, PIECE)
     gradient = decoder_sums(
-        begin, end, columns, inside, grad_recons, stride_recons, values, entries, k,
-        S, PER_STREAM, ROWS, POSITION, SUM,
+        begin, end, columns, inside, grad_recons, stride_recons, values, entries,
+        S, K, PER_STREAM, ROWS, POSITION, SUM,
     )  # fmt: skip
     at = piece_rows + slot.to(tl.int64)[:, None] * D + columns[None, :]
     tl.store(at, gradient, mask=(begin < end)[:, None] & inside[None, :])

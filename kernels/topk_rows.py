@@ -24,9 +24,9 @@ TOP = {torch.float32: 2**31 - 1, torch.float64: 2**63 - 1}  # above every key; -
 
 
 def choice(columns: int) -> dict[str, int]:
-    # estimated, not measured: 8 scores and 4 candidates a thread; 4 programs fit a multiprocessor, as `programs` starts
-    block = min(1024, max(16, next_power_of_2(columns)))
-    return {"COLUMNS": block, "BLOCK": min(block, 512), "num_warps": 4 if block > 256 else 2, "maxnreg": REGISTERS}
+    # estimated, not measured: 4 scores and 4 candidates a thread; 4 programs fit a multiprocessor, as `programs` starts
+    block = min(512, max(16, next_power_of_2(columns)))
+    return {"COLUMNS": block, "BLOCK": block, "num_warps": 4 if block > 256 else 2, "maxnreg": REGISTERS}
 
 
 def merge_choice(block: int) -> dict[str, int]:
@@ -183,7 +183,7 @@ def choose(keys, latents, count, k, chosen, chosen_keys, KEYS: tl.constexpr, TOP
     return written
 
 
-@triton.jit(do_not_specialize=["N", "L", "k", "capacity", "parts"])
+@triton.jit(do_not_specialize=["N", "k", "capacity", "parts"])
 def _parts(
     scores, stride, N, L, k, capacity, parts, keys, latents, chosen, chosen_keys, counts,
     TOP: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -191,7 +191,7 @@ def _parts(
     program = tl.program_id(0)
     keys += program.to(tl.int64) * capacity
     latents += program.to(tl.int64) * capacity
-    span = tl.cdiv(L, parts)
+    span = tl.cdiv(L, parts * 16) * 16  # so that scores are loaded 16 bytes at once where 16 divides L
     for task in range(program, N * parts, tl.num_programs(0)):
         row, begin = task // parts, task % parts * span
         end = tl.minimum(begin + span, L)

@@ -16,7 +16,7 @@ roots are rounded exactly, and ||w||^2 is a float64 sum of squares cut to a comm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ from sparc_fast.reference import rounding_seed, wide
 
 WHOLE_ROW = 4096  # columns of a stream up to which the decoder's row stays in registers
 MOST_BLOCKS = 4096  # of latents
+CUTS = tl.constexpr(triton.knobs.runtime.interpret)  # Triton's interpreter cuts off to bfloat16 where a GPU rounds
 
 
 def encoder_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
@@ -138,7 +139,7 @@ def _update_encoder(
     grad_latent_bias, pre_bias_parts = like.new_empty(S, L), like.new_empty(blocks, D)
     launch(
         _update_encoder_kernel, (blocks, len(columns.table)), *rows, constants, noise, grad_latent_bias, pre_bias_parts,
-        tiles_per_block, x, x.stride(0), pre_bias, *batch, *pieces, columns.table, L, D, batch.values.shape[2],
+        tiles_per_block, x, x.stride(0), pre_bias, *batch, *pieces, columns.table, L, D,
         ALIGN=columns.ALIGN, **{**batch.constants, "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32},
         **chosen,
     )  # fmt: skip
@@ -167,7 +168,7 @@ def _update_decoder(
         _update_decoder_kernel if whole else _update_wide_decoder_kernel,
         (triton.cdiv(L, chosen["LATENTS"]), len(d_streams)), *rows, constants, noise, step, last_step, grad_recons,
         grad_recons.stride(0), batch.values, batch.offsets, batch.entries, pieces.rows, streams.table, L,
-        grad_recons.shape[1], batch.values.shape[2], GRAIN=grain(width), ALIGN=streams.ALIGN, **batch.constants,
+        grad_recons.shape[1], GRAIN=grain(width), ALIGN=streams.ALIGN, **batch.constants,
         **chosen,
     )  # fmt: skip
     if last_step is not None:
@@ -213,8 +214,9 @@ def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> 
     return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=64)
+@cache
 def _settings(beta_1: float, beta_2: float, eps: float, device: torch.device) -> Tensor:
+    """Kept for good, as a captured CUDA graph goes on reading it: 512 bytes of the device for all betas ever used."""
     return torch.tensor([beta_1, beta_2, eps], dtype=torch.float64, device=device)
 
 
@@ -296,8 +298,14 @@ def smallest(TYPE: tl.constexpr):
 
 
 @triton.jit
+def not_zero(a, TYPE: tl.constexpr):
+    """a >= 0, at least `smallest`; NaN stays, which tl.maximum drops on a GPU."""
+    return tl.where(a < smallest(TYPE), smallest(TYPE), a)
+
+
+@triton.jit
 def inverse_norm(total, TYPE: tl.constexpr):
-    return (1 / tl.maximum(tl.sqrt(total), smallest(TYPE))).to(TYPE)
+    return (1 / not_zero(tl.sqrt(total), TYPE)).to(TYPE)
 
 
 @triton.jit
@@ -310,7 +318,9 @@ def unit_norm(w, GRAIN: tl.constexpr):
 
 @triton.jit
 def to_bfloat16(w):
-    """Rounded to nearest even on the bits: Triton's interpreter cuts them off."""
+    """Rounded to nearest even."""
+    if not CUTS:
+        return w.to(tl.float32).to(tl.bfloat16)
     bits = w.to(tl.float32).to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(w == w, rounded, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -362,9 +372,9 @@ def rounded_moments(m, v, noise, t, MATRIX: tl.constexpr, l, columns):
 def _update_encoder_kernel(
     W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, grad_latent_bias,
     pre_bias_parts, tiles_per_block, x, stride_x, pre_bias, values, grad_values, offsets, entries, piece_rows,
-    piece_bias, table, L, D, k,
-    S: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
-    ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    piece_bias, table, L, D,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
+    SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, stream = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
@@ -384,7 +394,7 @@ def _update_encoder_kernel(
         begin, end = segment(offsets, l, L)
         gradient, bias = encoder_sums(
             begin, tl.minimum(begin + PIECE, end), stream, columns, inside, centre, x, stride_x, values, grad_values,
-            entries, k, S, PER_STREAM, ROWS, POSITION, SUM,
+            entries, S, K, PER_STREAM, ROWS, POSITION, SUM,
         )  # fmt: skip
         gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
         bias = add_bias_pieces(bias, begin, end, piece_bias, stream, S, PIECE)
@@ -414,9 +424,10 @@ def latents_to_update(l, begin, end, L, first, step, last_step):
 @triton.jit
 def _update_decoder_kernel(
     W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, step, last_step, grad_recons,
-    stride_recons, values, offsets, entries, piece_rows, table, L, D, k,
-    S: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
-    GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_recons, values, offsets, entries, piece_rows, table, L, D,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
+    SUM: tl.constexpr, GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, _ = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
@@ -429,11 +440,11 @@ def _update_decoder_kernel(
     m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
     v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
     gradient = decoder_sums(
-        begin, tl.minimum(begin + PIECE, end), columns, inside, grad_recons, stride_recons, values, entries, k,
-        S, PER_STREAM, ROWS, POSITION, SUM,
+        begin, tl.minimum(begin + PIECE, end), columns, inside, grad_recons, stride_recons, values, entries,
+        S, K, PER_STREAM, ROWS, POSITION, SUM,
     )  # fmt: skip
     gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE).to(w.dtype)
-    along = tl.sum(gradient * w, 1) / tl.maximum(tl.sum(w * w, 1), smallest(w.dtype))
+    along = tl.sum(gradient * w, 1) / not_zero(tl.sum(w * w, 1), w.dtype)
     gradient -= along[:, None] * w
     w, m, v = adam(w, gradient, m, v, constants)
     m, v = rounded_moments(m, v, noise, 0, 1, l, columns)
@@ -469,9 +480,10 @@ def scale_wide_rows(W, at, stride_W, copy, stride_copy, factor, updated, first, 
 @triton.jit
 def _update_wide_decoder_kernel(
     W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, step, last_step, grad_recons,
-    stride_recons, values, offsets, entries, piece_rows, table, L, D, k,
-    S: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr, SUM: tl.constexpr,
-    GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_recons, values, offsets, entries, piece_rows, table, L, D,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
+    SUM: tl.constexpr, GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, _ = column_block(table, tl.program_id(1), ALIGN)
     l = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
@@ -487,13 +499,13 @@ def _update_wide_decoder_kernel(
         mask = updated[:, None] & inside[None, :]
         w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0)
         gradient = decoder_sums(
-            begin, own_end, columns, inside, grad_recons, stride_recons, values, entries, k,
-            S, PER_STREAM, ROWS, POSITION, SUM,
+            begin, own_end, columns, inside, grad_recons, stride_recons, values, entries,
+            S, K, PER_STREAM, ROWS, POSITION, SUM,
         )  # fmt: skip
         gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE).to(w.dtype)
         gw += tl.sum(gradient * w, 1)
         ww += tl.sum(w * w, 1)
-    along = gw / tl.maximum(ww, smallest(W.dtype.element_ty))
+    along = gw / not_zero(ww, W.dtype.element_ty)
     largest = tl.zeros([LATENTS], tl.float64)
     for column in range(first, last, BLOCK_D):
         columns = column + tl.arange(0, BLOCK_D)
@@ -503,8 +515,8 @@ def _update_wide_decoder_kernel(
         m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0)
         v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0)
         gradient = decoder_sums(
-            begin, own_end, columns, inside, grad_recons, stride_recons, values, entries, k,
-            S, PER_STREAM, ROWS, POSITION, SUM,
+            begin, own_end, columns, inside, grad_recons, stride_recons, values, entries,
+            S, K, PER_STREAM, ROWS, POSITION, SUM,
         )  # fmt: skip
         gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE).to(w.dtype)
         gradient -= along[:, None] * w

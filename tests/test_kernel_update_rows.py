@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
@@ -16,11 +17,14 @@ from sparc_fast import reference
 
 pytest.importorskip("triton")
 # modules, not the functions of the same names that the package offers
-count_silence, decoder_gradients, encoder_gradients, inverse, replay_rows, segment_sums, update, gradients = (
+(
+    count_silence, decode_loss, decoder_gradients, encoder_gradients, inverse, launching, replay_rows, segment_sums,
+    update, gradients,
+) = (
     import_module(f"sparc_fast.kernels.{name}")
     for name in (
-        "count_silence", "decoder_gradients", "encoder_gradients", "invert_indices", "replay_rows", "segment_sums",
-        "update_rows", "weight_gradients",
+        "count_silence", "decode_loss", "decoder_gradients", "encoder_gradients", "invert_indices", "launching",
+        "replay_rows", "segment_sums", "update_rows", "weight_gradients",
     )
 )  # fmt: skip
 
@@ -262,3 +266,43 @@ def test_copies_are_rounded_to_nearest_even() -> None:
         copies = [torch.empty_like(W, dtype=dtype) for _ in range(2)]
         step(rows, replace(o, grad_values=torch.zeros_like(o.grad_values)), lr=0.0, copies=copies)
         assert_equal(copies, [rows[0].to(dtype), rows[1].to(dtype)])
+
+
+@pytest.mark.parametrize("whole_row", [4096, 16], ids=["rows in registers", "rows in memory"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_nan_makes_its_row_of_a_stream_nan_and_no_other(
+    dtype: torch.dtype, whole_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update, "WHOLE_ROW", whole_row)
+    o = on_device(operands(((33, 20), 3, 14, 2), dtype))
+    ours, expected = ([t.to(DEVICE) for t in rows_to_update(o)] for _ in range(2))
+    for rows in (ours, expected):
+        rows[1][5, 7] = torch.nan
+    step(ours, o)
+    reference.update_rows(
+        *expected[:2], expected[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons,
+        *inverse.invert_indices(o.indices, 14), o.d_streams, 0.01, BETAS, EPS, STEP,
+    )  # fmt: skip
+    nan = torch.zeros(14, 53, dtype=torch.bool, device=DEVICE)
+    nan[5, :33] = True
+    assert torch.equal(expected[1].isnan(), nan)
+    assert torch.equal(ours[1].isnan(), nan)
+
+    last_step = torch.zeros(14, dtype=torch.int64, device=DEVICE)
+    history = torch.tensor([(0.1, *BETAS, EPS)] * 2, dtype=torch.float64, device=DEVICE)
+    rows = [t.to(DEVICE) for t in rows_to_update(o)]
+    rows[1][5, 7] = torch.nan
+    replay_rows.replay_rows(rows[1], rows[4:], torch.arange(14, device=DEVICE), last_step, history, o.d_streams)
+    assert torch.equal(rows[1].isnan(), nan)
+
+
+def test_what_a_captured_graph_reads_is_kept_for_good() -> None:
+    device = torch.device(DEVICE)
+    made: dict[str, Callable[[int], Tensor]] = {
+        "columns": lambda i: launching.column_blocks((16, 16 + i), 16, device),
+        "betas": lambda i: update._settings(0.5 + i / 10000, 0.999, 1e-8, device),
+        "weights": lambda i: decode_loss._weights((1.0, float(i)), device),
+    }
+    for name, make in made.items():
+        first = [make(i) for i in range(1000)]
+        assert all(make(i) is tensor for i, tensor in enumerate(first)), name

@@ -46,6 +46,39 @@ assert not spills.fits and spills.spilled > 0, spills
 print("as expected")
 """
 
+MACHINE_CODE = """
+import re
+from dataclasses import replace
+import torch
+from sparc_fast.benchmarks import gpu_cases, kernel_resources
+
+wide = replace(gpu_cases.A, d_streams=(8192,))  # rows that go through memory
+seen = set()
+for shape in (gpu_cases.A, wide):
+    for launch in kernel_resources.launches(shape, torch.float32, ["update_rows", "replay_rows", "topk_rows"]):
+        if not launch.name.startswith(("_update", "_replay", "_parts")):
+            continue
+        compiled = launch.compiled(90)
+        seen.add(launch.name)
+        if launch.name == "_parts":
+            trips = kernel_resources.trips(kernel_resources.disassembled(compiled.asm["cubin"]))
+            assert any(of_16_bytes for _, of_16_bytes, _ in trips)
+            continue
+        ptx = compiled.asm["ptx"]
+        # max drops NaN: of roots of sums, and of float32, where every number is a weight's or a gradient's, it may not
+        roots = re.findall(r"sqrt\\S*\\.f64\\s+(%\\w+)", ptx)
+        assert roots or "encoder" in launch.name, launch.name
+        taken = re.findall(r"(?:max|min)\\.f64\\s+%\\w+, (\\S+), (\\S+);", ptx)
+        assert not {register for pair in taken for register in pair} & set(roots), launch.name
+        assert not re.search(r"(?:max|min)\\.f32", ptx), launch.name
+assert len(seen) == 6, seen
+for launch in kernel_resources.launches(gpu_cases.A, torch.bfloat16, ["global_topk"]):
+    if launch.name == "_filter":
+        trips = kernel_resources.trips(kernel_resources.disassembled(launch.compiled(90).asm["cubin"]))
+        assert trips[0][1] == 6 and trips[0][2] == 0, trips  # 8 scores, norms and biases a thread, 4 at once
+print("as expected")
+"""
+
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     """In a process in which kernels are compiled, not interpreted."""
@@ -66,5 +99,12 @@ def test_every_kernel_compiles_and_fits_sm_80_sm_90_and_sm_100() -> None:
 def test_spills_are_seen_and_launches_are_specialised_as_triton_does_it(tmp_path: Path) -> None:
     script = tmp_path / "toy.py"
     script.write_text(TOY)
+    done = run(str(script))
+    assert done.stdout.strip() == "as expected", done.stdout + done.stderr[-3000:]
+
+
+def test_machine_code_keeps_nan_and_loads_scores_16_bytes_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "machine_code.py"
+    script.write_text(MACHINE_CODE)
     done = run(str(script))
     assert done.stdout.strip() == "as expected", done.stdout + done.stderr[-3000:]
