@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.kernel_resources [--brief] [--target 90]`` prints them. The host functions of the kernels
 run on tensors without storage (PyTorch's fake tensors) of the real shapes and types; a launch is noted, not made; what
-was noted is compiled for each target, and the compiler's own tools say what it takes.
+was noted is compiled for each target, and the compiler's own tools say what it takes. With ``--cuda`` the same, and how
+shared memory is reached, of the kernels in CUDA C++.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from . import gpu_cases
+from . import cuda_resources, gpu_cases
 from .cases import Shape
 from .gpu_cases import CALLS, NARROW_MOMENTS, DeviceOperands, namespace
 from .gpu_link import joined
@@ -295,10 +296,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="only this one (all)")
     parser.add_argument("--operator", action="append", default=[], choices=CALLS, help="only this one (all)")
     parser.add_argument("--loops", action="store_true", help="print `trips` of the machine code instead")
+    parser.add_argument("--cuda", action="store_true", help="the kernels in CUDA C++; needs nvcc")
     arguments = parser.parse_args(argv)
     status = joined("kernel_resources", argv)
     if status is not None:
         return status
+    if arguments.cuda:
+        if cuda_resources.nvcc() is None or not cuda_resources.SOURCES.exists():
+            parser.error("--cuda needs nvcc on the PATH, and a checkout")
+        compiled = cuda_resources.resources(arguments.target or list(TARGETS))
+        print(json.dumps([asdict(r) for r in compiled]) if arguments.json else cuda_resources.table(compiled))
+        return int(not all(r.fits for r in compiled))
     found = jobs(arguments.target or list(TARGETS), arguments.operator, arguments.brief)
     if arguments.loops:
         for (launch, target), operator in found.items():

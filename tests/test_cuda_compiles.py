@@ -1,49 +1,61 @@
-"""nvcc compiles every CUDA kernel for the GPUs it is meant for, without a warning or a spill. Needs no GPU."""
+"""nvcc compiles every CUDA kernel for the GPUs it is meant for, without a warning, a spill or an access to shared memory
+that does not say so. Needs no GPU."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from sparc_fast.benchmarks import cuda_resources
+from sparc_fast.benchmarks.cuda_resources import CudaResources
+from sparc_fast.benchmarks.gpu_build import ARCHS
+
 ROOT = Path(__file__).parents[1]
-NVCC = shutil.which("nvcc")
-SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
-ARCHS = ["80", "90a", "100"]
-FLAGS = ["-O3", "-std=c++17", "--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
-ENTRY = re.compile(
-    r"Compiling entry function '_Z\d+(?P<kernel>\w+?_kernel)(?:I\d+(?P<type>\w+?)Ev)?\w*' for '(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
-    r"(?P<stored>\d+) bytes spill stores, (?P<loaded>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
-    re.DOTALL,
-)
+BODIES = {
+    name: body
+    for path in ROOT.glob("csrc/cuda/*.cuh")
+    for name, body in re.findall(r"__global__ void.*?(\w+_kernel)(\(.*?\n\})", path.read_text(), re.DOTALL)
+}
+"""Every kernel's source."""
+SHARED = {name for name, body in BODIES.items() if "shared_memory()" in body or "__shared__" in body}
+COUNTED = {"topk_rows_kernel", "filter_scores_kernel", "settle_supports_kernel", "sort_segments_kernel"}
+"""Kernels whose threads draw places from a counter in shared memory."""
+
+pytestmark = pytest.mark.skipif(cuda_resources.nvcc() is None, reason="no nvcc")
 
 
-def resources(source: Path, arch: str, folder: Path) -> Iterator[dict[str, str]]:
-    target = folder / f"{source.stem}-{arch}.o"
-    gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    command = [str(NVCC), *FLAGS, gencode, "-c", str(source), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return (match.groupdict() for match in ENTRY.finditer(done.stderr + done.stdout))
+@pytest.fixture(scope="module")
+def compiled() -> list[CudaResources]:
+    return cuda_resources.resources()
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc")
-def test_every_kernel_compiles_without_a_spill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    jobs = [(source, arch, tmp_path) for source in SOURCES for arch in ARCHS]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [entry for entries in pool.map(lambda job: list(resources(*job)), jobs) for entry in entries]
-    kernels = sum(len(re.findall("__global__", path.read_text())) for path in ROOT.glob("csrc/cuda/*.cuh"))
-    assert len({entry["kernel"] for entry in found}) == kernels > 0
+def test_every_kernel_compiles_without_a_spill(
+    compiled: list[CudaResources], capsys: pytest.CaptureFixture[str]
+) -> None:
     with capsys.disabled():  # shown in every run of the suite
-        print("\nkernel                      type             arch  registers  bytes spilt")
-        for entry in sorted(found, key=lambda entry: (entry["kernel"], entry["type"] or "", entry["arch"])):
-            entry["type"] = entry["type"] or ""
-            print("{kernel:27} {type:16} {arch:7} {registers:>7} {stored:>12}".format(**entry))
-    spills = [entry for entry in found if any(int(entry[name]) for name in ("stack", "stored", "loaded"))]
-    assert not spills
+        print("\n" + cuda_resources.table(compiled))
+    assert BODIES
+    kernels = sum(len(re.findall("__global__", path.read_text())) for path in ROOT.glob("csrc/cuda/*.cuh"))
+    assert len(BODIES) == kernels
+    assert {(r.kernel, r.arch) for r in compiled} == {(name, arch) for name in BODIES for arch in ARCHS.values()}
+    assert not [(r.kernel, r.types, r.arch) for r in compiled if r.spilled]
+
+
+def test_the_compiler_knows_every_access_to_shared_memory(compiled: list[CudaResources]) -> None:
+    """Else each is a generic one, which first finds out which memory is meant."""
+    assert not [(r.kernel, r.types, r.arch, r.generic) for r in compiled if r.generic]
+    assert {r.kernel for r in compiled if r.count("LDS") and r.count("STS")} == SHARED >= COUNTED
+    for r in compiled:
+        assert (r.count("LDS") > 0) == (r.count("STS") > 0) == (r.kernel in SHARED), r
+        assert (r.count("ATOMS") > 0) == (r.kernel in COUNTED), r
+
+
+def test_an_update_divides_no_integers(compiled: list[CudaResources]) -> None:
+    """A division takes tens of instructions, which every entry of every latent would pay for."""
+    updates = [r for r in compiled if r.kernel in ("update_rows_kernel", "sum_pieces_kernel")]
+    assert updates
+    assert not [(r.kernel, r.types, r.arch, r.divisions) for r in updates if r.divisions]
+    # the count itself: this kernel divides its block's number by that of rows
+    assert all(r.divisions for r in compiled if r.kernel == "replay_rows_kernel")

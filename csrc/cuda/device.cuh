@@ -75,31 +75,6 @@ __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L
 
 constexpr unsigned all_lanes = ~0u;
 
-// Deals out the shared memory of a block, array by array. Made from 0 it only counts, which the host does to know how
-// many bytes to ask for.
-class SharedMemory {
-   public:
-    __host__ __device__ explicit SharedMemory(uintptr_t begin) : counts(begin == 0), next(begin) {}
-
-    template <class T>
-    __host__ __device__ T* take(int count) {
-        next = (next + alignof(T) - 1) / alignof(T) * alignof(T);
-        T* const array = reinterpret_cast<T*>(next);
-        next += count * sizeof(T);
-#ifdef SPARC_FAST_EMULATE_CUDA
-        if (!counts) emulation::forbid(reinterpret_cast<void*>(next), emulation::red_zone);
-        next += emulation::red_zone;
-#endif
-        return array;
-    }
-
-    __host__ __device__ size_t bytes() const { return next; }
-
-   private:
-    bool counts;
-    uintptr_t next;
-};
-
 template <class T>
 __host__ __device__ constexpr T smaller(T a, T b) {
     return a < b ? a : b;
@@ -121,3 +96,30 @@ __host__ __device__ constexpr int power_of_two(int n) {
     while (size < n) size *= 2;
     return size;
 }
+
+// Deals out the shared memory of a block, array by array. Made from nothing it only counts, which the host does to know
+// how many bytes to ask for.
+class SharedMemory {
+   public:
+    __host__ __device__ SharedMemory() : counts(true), begin(nullptr) {}
+    // From shared_memory(). An address made from a number would be one of any memory to the compiler.
+    __device__ explicit SharedMemory(char* memory) : counts(false), begin(memory) {}
+
+    template <class T>
+    __host__ __device__ T* take(int count) {
+        const size_t first = ceil_div(next, alignof(T)) * alignof(T);
+        next = first + count * sizeof(T);
+#ifdef SPARC_FAST_EMULATE_CUDA
+        if (!counts) emulation::forbid(begin + next, emulation::red_zone);
+        next += emulation::red_zone;
+#endif
+        return counts ? nullptr : reinterpret_cast<T*>(begin + first);
+    }
+
+    __host__ __device__ size_t bytes() const { return next; }
+
+   private:
+    bool counts;
+    char* begin;
+    size_t next = 0;
+};

@@ -17,7 +17,7 @@ void filter_scores(
     const bool samples_enough = plan.sample == 0 || (plan.sample % 32 == 0 && k <= plan.sample && plan.sample <= chunk);
     if (plan.threads < 32 || plan.threads > 512 || plan.threads % 32 || !samples_enough)
         throw std::invalid_argument("the plan does not fit the chunk");
-    SharedMemory memory(0);
+    SharedMemory memory;
     const SelectionShared shared(memory);
     launch(
         filter_scores_kernel, N, plan.threads, memory.bytes(), stream, plan, candidates, scores, int(first), int(chunk),
@@ -32,6 +32,6 @@ void settle_supports(
                         : operands.W.type == Floats::bfloat16 ? settle_supports_kernel<BFloat16>
                                                               : settle_supports_kernel<Float16>;
     launch(
-        kernel, N, 128, SettleShared(SharedMemory(0), k, operands.D).bytes, stream, candidates, operands, first_row,
+        kernel, N, 128, SettleShared(SharedMemory(), k, operands.D).bytes, stream, candidates, operands, first_row,
         x_norm, w_norm, k, rounding, slack, indices, given_up, total);
 }

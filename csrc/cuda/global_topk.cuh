@@ -187,7 +187,7 @@ __device__ inline int drop(
 __global__ void __launch_bounds__(512, 2) filter_scores_kernel(
     FilterPlan plan, Candidates all, const float* scores, int first, int chunk, LatentNorms latents,
     SampleNorms samples, int k, Bounds bounds) {
-    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    SharedMemory memory(shared_memory());
     const SelectionShared shared(memory);
     const int64_t n = blockIdx.x;
     const RowScores row(scores + n * chunk, first, latents, samples, n, bounds);
@@ -346,7 +346,7 @@ template <class Format>
 __global__ void __launch_bounds__(128, 4) settle_supports_kernel(
     Candidates all, Operands operands, int64_t first_row, const float* x_norm, const float* w_norm, int k,
     float rounding, float slack, int32_t* indices, int32_t* given_up, int32_t* total) {
-    const SettleShared shared(SharedMemory(reinterpret_cast<uintptr_t>(shared_memory())), k, operands.D);
+    const SettleShared shared(SharedMemory(shared_memory()), k, operands.D);
     const int64_t n = blockIdx.x, row = first_row + n;
     const int count = all.counts[n];
     indices += row * k;

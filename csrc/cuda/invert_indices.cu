@@ -18,9 +18,9 @@ void invert_indices(
     const auto sums = static_cast<int64_t*>(workspace);
     const auto counts = reinterpret_cast<int*>(sums + summing(L)), numbers = counts + buckets;
     const int64_t positions = ceil_div<int64_t>(n, threads);
-    SharedMemory memory(0);
+    SharedMemory memory;
     memory.take<int64_t>(32);
-    const size_t for_sums = memory.bytes(), for_segments = SegmentsShared(0).bytes;
+    const size_t for_sums = memory.bytes(), for_segments = SegmentsShared(SharedMemory()).bytes;
     launch(clear_counts_kernel, ceil_div<int64_t>(buckets, threads), threads, 0, stream, counts, buckets);
     launch(draw_numbers_kernel, positions, threads, 0, stream, counts, numbers, indices, n, L);
     launch(sum_counts_kernel, summing(L), threads, for_sums, stream, sums, counts, buckets);

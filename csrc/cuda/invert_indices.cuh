@@ -42,7 +42,7 @@ struct Counts {
 };
 
 __global__ void __launch_bounds__(256, 4) sum_counts_kernel(int64_t* sums, const int* counts, int buckets) {
-    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    SharedMemory memory(shared_memory());
     int64_t all;
     sum_before(Counts(counts, buckets).sum, memory.take<int64_t>(32), all);
     if (threadIdx.x == 0) sums[blockIdx.x] = all;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(256, 4) sum_counts_kernel(int64_t* sums, const
 // offsets[l] for all l up to L, from the counts and the sums of each block's counts.
 __global__ void __launch_bounds__(256, 4) offsets_kernel(
     int64_t* offsets, const int64_t* sums, const int* counts, int buckets) {
-    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    SharedMemory memory(shared_memory());
     int64_t* const of_warps = memory.take<int64_t>(32);
     const Counts mine(counts, buckets);
     int64_t earlier = 0, before, all;
@@ -130,8 +130,7 @@ struct SegmentsShared {
     int* of_warps;  // [32]
     size_t bytes;
 
-    __host__ __device__ explicit SegmentsShared(uintptr_t begin) : bytes(0) {
-        SharedMemory memory(begin);
+    __host__ __device__ explicit SegmentsShared(SharedMemory memory) {
         room = memory.take<int>(segment_room);
         longer = memory.take<int>(256);
         many = memory.take<int>(1);
@@ -144,7 +143,7 @@ struct SegmentsShared {
 // stand together.
 __global__ void __launch_bounds__(256) sort_segments_kernel(
     int64_t* entries, const int64_t* offsets, const int32_t* __restrict__ indices, int n, int L) {
-    const SegmentsShared shared(reinterpret_cast<uintptr_t>(shared_memory()));
+    const SegmentsShared shared{SharedMemory(shared_memory())};
     if (threadIdx.x == 0) *shared.many = 0;
     __syncthreads();
     const auto end_of = [=](int64_t l) { return l == L ? int64_t(n) : offsets[l + 1]; };

@@ -8,7 +8,7 @@ void replay_rows(
     const Rows& decoder, const int64_t* latents, int64_t R, int64_t L, int64_t* last_step, const double* history,
     int64_t T, const Streams& streams, void* workspace, uintptr_t stream) {
     const auto constants = static_cast<AdamConstants*>(workspace);
-    SharedMemory memory(0);
+    SharedMemory memory;
     memory.take<float>(BlockSums::places);
     adam_constants(constants, history, T, stream);
     launch(

@@ -8,7 +8,7 @@ __device__ inline bool exists(int64_t latent, int64_t L) { return latent >= 0 &&
 __global__ void __launch_bounds__(most_threads, 1) replay_rows_kernel(
     Rows rows, const AdamConstants* constants, const int64_t* latents, int64_t R, int64_t L, const int64_t* last_step,
     int64_t T, Streams streams, bool aligned) {
-    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    SharedMemory memory(shared_memory());
     BlockSums sums(memory.take<float>(BlockSums::places));
     const int64_t l = latents[blockIdx.x % R];
     if (!exists(l, L) || last_step[l] >= T) return;

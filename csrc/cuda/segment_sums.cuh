@@ -13,11 +13,33 @@
 #include "columns.cuh"
 #include "update_rows.h"
 
+// A divisor that the host knows; dividing by it is a multiplication. Exact where (number + 1) divisor <= 2^64. By 0,
+// which only empty batches have, nothing is divided.
+class Divisor {
+   public:
+    explicit Divisor(int divisor) : value(divisor), magic(~uint64_t(0) / larger(divisor, 1)) {}
+
+    __device__ operator int() const { return value; }
+    __device__ int64_t quotient(int64_t number) const { return int64_t(__umul64hi(uint64_t(number) + 1, magic)); }
+
+   private:
+    int value;
+    uint64_t magic;
+};
+
+// A batch whose entries are looked up without a division.
+struct IndexedBatch : Batch {
+    Divisor by_k, by_streams, by_sources;  // sources: terms that an entry is to a decoder row
+
+    explicit IndexedBatch(const Batch& batch)
+        : Batch(batch), by_k(k), by_streams(streams.count), by_sources(per_stream ? 1 : streams.count) {}
+};
+
 // Sums of the pieces beyond the first of every latent.
 struct PieceSums {
     Matrix encoder, decoder;  // [slots, D]
     float* bias;              // [slots, S]
-    int piece;                // entries
+    Divisor piece;            // entries
 };
 
 struct Term {
@@ -26,20 +48,20 @@ struct Term {
 };
 
 // Of one entry in stream s: a row of x.
-__device__ inline Term encoder_term(const Batch& batch, int s, int64_t entry) {
+__device__ inline Term encoder_term(const IndexedBatch& batch, int s, int64_t entry) {
     const int S = batch.streams.count;
-    const int64_t position = batch.entries[entry], row = position / batch.k;
-    const int64_t n = batch.per_stream ? row / S : row;
-    if (batch.per_stream && row % S != s) return {0, 0};
-    const int64_t at = batch.per_stream ? position : (n * S + s) * batch.k + position % batch.k;
+    const int64_t position = batch.entries[entry], row = batch.by_k.quotient(position);
+    const int64_t n = batch.per_stream ? batch.by_streams.quotient(row) : row;
+    if (batch.per_stream && row - n * S != s) return {0, 0};
+    const int64_t at = batch.per_stream ? position : position + (n * (S - 1) + s) * batch.k;
     return {unsigned(n), value_at(batch.values, at) > 0 ? value_at(batch.grad_values, at) : 0};
 }
 
 // Of one entry and one of its sources: a row of grad_recons.
-__device__ inline Term decoder_term(const Batch& batch, int64_t entry, int source) {
-    const int64_t position = batch.entries[entry], row = position / batch.k;
+__device__ inline Term decoder_term(const IndexedBatch& batch, int64_t entry, int source) {
+    const int64_t position = batch.entries[entry], row = batch.by_k.quotient(position);
     const int64_t from = batch.per_stream ? row : row * batch.streams.count + source;
-    return {unsigned(from), value_at(batch.values, from * batch.k + position % batch.k)};
+    return {unsigned(from), value_at(batch.values, position + (from - row) * batch.k)};
 }
 
 // sum += coefficient * centred(row's column) of terms 0 ... count - 1 in order; returns the sum of coefficients. Called
@@ -84,7 +106,7 @@ __device__ float add_terms(
 // The encoder's gradient in stream s over entries begin ... end; returns that of the latent's bias.
 template <class X>
 __device__ float encoder_sum(
-    float (&sum)[held], const Batch& batch, int s, const Columns& columns, const float (&centre)[held], int64_t begin,
+    float (&sum)[held], const IndexedBatch& batch, int s, const Columns& columns, const float (&centre)[held], int64_t begin,
     int64_t end) {
     return add_terms<X>(
         sum, batch.x, columns, int(end - begin), [&](int i) { return encoder_term(batch, s, begin + i); },
@@ -93,26 +115,28 @@ __device__ float encoder_sum(
 
 template <class G>
 __device__ void decoder_sum(
-    float (&sum)[held], const Batch& batch, const Columns& columns, int64_t begin, int64_t end) {
-    const int sources = batch.per_stream ? 1 : batch.streams.count;
+    float (&sum)[held], const IndexedBatch& batch, const Columns& columns, int64_t begin, int64_t end) {
+    const int sources = batch.by_sources;
+    const auto term_at = [&](int i) {
+        const int entry = int(batch.by_sources.quotient(i));
+        return decoder_term(batch, begin + entry, i - entry * sources);
+    };
     add_terms<G>(
-        sum, batch.grad_recons, columns, int(end - begin) * sources,
-        [&](int i) { return decoder_term(batch, begin + i / sources, i % sources); },
-        [](float value, int) { return value; });
+        sum, batch.grad_recons, columns, int(end - begin) * sources, term_at, [](float value, int) { return value; });
 }
 
 // Adds what the further pieces of entries begin ... end sum up to.
 __device__ inline void add_pieces(
-    float (&sum)[held], const Matrix& rows, int piece, const Columns& columns, int64_t begin, int64_t end) {
+    float (&sum)[held], const Matrix& rows, const Divisor& piece, const Columns& columns, int64_t begin, int64_t end) {
     for (int64_t first = begin + piece; first < end; first += piece) {
         float more[held];
-        load(more, rows, first / piece, columns);
+        load(more, rows, piece.quotient(first), columns);
 #pragma unroll
         for (int i = 0; i < held; ++i) sum[i] = __fadd_rn(sum[i], more[i]);
     }
 }
 
-__device__ inline void load_centre(float (&centre)[held], const Batch& batch, const Columns& columns) {
+__device__ inline void load_centre(float (&centre)[held], const IndexedBatch& batch, const Columns& columns) {
 #pragma unroll
     for (int i = 0; i < held; ++i) centre[i] = i < columns.count ? value_at(batch.pre_bias, columns.begin + i) : 0;
 }
@@ -120,7 +144,7 @@ __device__ inline void load_centre(float (&centre)[held], const Batch& batch, co
 // The whole gradient of latent l's row.
 template <class X>
 __device__ float encoder_gradient(
-    float (&sum)[held], const Batch& batch, const PieceSums& pieces, int s, const Columns& columns,
+    float (&sum)[held], const IndexedBatch& batch, const PieceSums& pieces, int s, const Columns& columns,
     const float (&centre)[held], int64_t l) {
     const int64_t begin = batch.offsets[l], end = batch.offsets[l + 1];
 #pragma unroll
@@ -129,13 +153,13 @@ __device__ float encoder_gradient(
     float bias = encoder_sum<X>(sum, batch, s, columns, centre, begin, smaller(begin + pieces.piece, end));
     add_pieces(sum, pieces.encoder, pieces.piece, columns, begin, end);
     for (int64_t first = begin + pieces.piece; first < end; first += pieces.piece)
-        bias = __fadd_rn(bias, pieces.bias[first / pieces.piece * batch.streams.count + s]);
+        bias = __fadd_rn(bias, pieces.bias[pieces.piece.quotient(first) * batch.streams.count + s]);
     return bias;
 }
 
 template <class G>
 __device__ void decoder_gradient(
-    float (&sum)[held], const Batch& batch, const PieceSums& pieces, const Columns& columns, int64_t l) {
+    float (&sum)[held], const IndexedBatch& batch, const PieceSums& pieces, const Columns& columns, int64_t l) {
     const int64_t begin = batch.offsets[l], end = batch.offsets[l + 1];
 #pragma unroll
     for (int i = 0; i < held; ++i) sum[i] = 0;

@@ -38,7 +38,7 @@ template <class Format>
 static void select_rows(
     TopkPlan plan, int32_t* indices, float* values, const void* scores, int64_t stride, int64_t N, int64_t L, int k,
     const int32_t* names, uintptr_t stream) {
-    const size_t shared_bytes = TopkShared(SharedMemory(0), plan.capacity, k).bytes;
+    const size_t shared_bytes = TopkShared(SharedMemory(), plan.capacity, k).bytes;
     launch(
         topk_rows_kernel<Format>, N * plan.parts, plan.threads, shared_bytes, stream, plan, indices, values,
         static_cast<const typename Format::Word*>(scores), stride, L, plan.span(L), k, names);

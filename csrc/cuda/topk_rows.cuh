@@ -158,7 +158,7 @@ template <class Format>
 __global__ void __launch_bounds__(512, 2) topk_rows_kernel(
     TopkPlan plan, int32_t* indices, float* values, const typename Format::Word* scores, int64_t stride, int64_t L,
     int64_t span, int k, const int32_t* names) {
-    const TopkShared shared(SharedMemory(reinterpret_cast<uintptr_t>(shared_memory())), plan.capacity, k);
+    const TopkShared shared(SharedMemory(shared_memory()), plan.capacity, k);
     const int64_t n = blockIdx.x / plan.parts, begin = blockIdx.x % plan.parts * span;
     const RowPart<Format> row(scores + n * stride + begin, int(larger<int64_t>(smaller(span, L - begin), 0)));
     const int count = select(row, plan, k, shared);

@@ -59,9 +59,9 @@ static void update_all(const UpdatePlan& plan, const UpdateArguments& arguments,
         launch(sum_pieces_kernel<X, G>, plan.blocks, threads, 0, stream, arguments);
     }
     const int64_t tiles = int64_t(arguments.parts) * batch.streams.count;
+    const size_t shared_bytes = UpdateShared(SharedMemory()).bytes;
     launch(
-        update_rows_kernel<X, G>, smaller<int64_t>(tiles, plan.blocks), threads, UpdateShared(0).bytes, stream,
-        arguments);
+        update_rows_kernel<X, G>, smaller<int64_t>(tiles, plan.blocks), threads, shared_bytes, stream, arguments);
 }
 
 void update_rows(
@@ -78,15 +78,15 @@ void update_rows(
     const UpdateArguments arguments{
         encoder,
         decoder,
-        batch,
-        {matrix(room.encoder_pieces), matrix(room.decoder_pieces), room.bias_pieces, plan.piece},
+        IndexedBatch(batch),
+        {matrix(room.encoder_pieces), matrix(room.decoder_pieces), room.bias_pieces, Divisor(plan.piece)},
         room.pieces,
         room.counters,
         room.constants,
         matrix(room.pre_bias_parts),
         grad_latent_bias,
         last_step,
-        parts,
+        Divisor(parts),
         latents,
         aligned,
     };
@@ -102,7 +102,7 @@ void update_rows(
         update_all<BFloat16, BFloat16>(plan, arguments, slots, stream);
     else
         update_all<Float16, Float16>(plan, arguments, slots, stream);
-    SharedMemory memory(0);
+    SharedMemory memory;
     memory.take<float>(32 * 32);
     launch(
         sum_parts_kernel, ceil_div(D, 32), 1024, memory.bytes(), stream, grad_pre_bias, arguments.pre_bias_parts, parts,

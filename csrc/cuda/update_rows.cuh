@@ -21,7 +21,7 @@ struct Counters {
 
 struct UpdateArguments {
     Rows encoder, decoder;
-    Batch batch;
+    IndexedBatch batch;
     PieceSums sums;
     Piece* pieces;
     Counters* counters;
@@ -29,9 +29,9 @@ struct UpdateArguments {
     Matrix pre_bias_parts;  // [parts, D]: -grad_pre_bias of the latents of a tile
     float* grad_latent_bias;
     int64_t* last_step;
-    int parts;     // tiles of a stream
-    int latents;   // of a tile
-    bool aligned;  // rows of all matrices
+    Divisor parts;  // tiles of a stream
+    int latents;    // of a tile
+    bool aligned;   // rows of all matrices
 };
 
 // The shared memory of a block.
@@ -40,8 +40,7 @@ struct UpdateShared {
     int* tile;
     size_t bytes;
 
-    __host__ __device__ explicit UpdateShared(uintptr_t begin) : bytes(0) {
-        SharedMemory memory(begin);
+    __host__ __device__ explicit UpdateShared(SharedMemory memory) {
         of_warps = memory.take<float>(BlockSums::places);
         tile = memory.take<int>(1);
         bytes = memory.bytes();
@@ -61,21 +60,23 @@ __global__ void __launch_bounds__(256) list_pieces_kernel(
 template <class X, class G>
 __global__ void __launch_bounds__(most_threads, 1) sum_pieces_kernel(UpdateArguments a) {
     const int many = a.counters->pieces, S = a.batch.streams.count;
-    for (int64_t i = blockIdx.x; i < int64_t(many) * S; i += gridDim.x) {
-        const int s = int(i / many);
-        const Piece piece = a.pieces[i % many];
-        const int64_t slot = piece.begin / a.sums.piece;
+    int64_t i = blockIdx.x;  // of the pieces of all streams; from the first of this one
+    for (int s = 0; s < S; ++s, i -= many) {
         const Stream stream(a.batch.streams, s, a.aligned);
-        for (int first = stream.begin; first < stream.end; first += stream.step()) {
-            const Columns columns(stream, first);
-            if (!columns.of_warp) continue;
-            float centre[held], encoder[held] = {}, decoder[held] = {};
-            load_centre(centre, a.batch, columns);
-            const float bias = encoder_sum<X>(encoder, a.batch, s, columns, centre, piece.begin, piece.end);
-            store(encoder, a.sums.encoder, slot, columns);
-            if (columns.begin == stream.begin) a.sums.bias[slot * S + s] = bias;
-            decoder_sum<G>(decoder, a.batch, columns, piece.begin, piece.end);
-            store(decoder, a.sums.decoder, slot, columns);
+        for (; i < many; i += gridDim.x) {
+            const Piece piece = a.pieces[i];
+            const int64_t slot = a.sums.piece.quotient(piece.begin);
+            for (int first = stream.begin; first < stream.end; first += stream.step()) {
+                const Columns columns(stream, first);
+                if (!columns.of_warp) continue;
+                float centre[held], encoder[held] = {}, decoder[held] = {};
+                load_centre(centre, a.batch, columns);
+                const float bias = encoder_sum<X>(encoder, a.batch, s, columns, centre, piece.begin, piece.end);
+                store(encoder, a.sums.encoder, slot, columns);
+                if (columns.begin == stream.begin) a.sums.bias[slot * S + s] = bias;
+                decoder_sum<G>(decoder, a.batch, columns, piece.begin, piece.end);
+                store(decoder, a.sums.decoder, slot, columns);
+            }
         }
     }
 }
@@ -150,10 +151,10 @@ __device__ void update_decoder(
 
 template <class X, class G>
 __global__ void __launch_bounds__(most_threads, 1) update_rows_kernel(UpdateArguments a) {
-    const UpdateShared shared(reinterpret_cast<uintptr_t>(shared_memory()));
+    const UpdateShared shared{SharedMemory(shared_memory())};
     BlockSums sums(shared.of_warps);
     for (int tile = blockIdx.x; tile < a.parts * a.batch.streams.count; tile = *shared.tile) {
-        const int s = tile / a.parts, part = tile % a.parts;
+        const int s = int(a.parts.quotient(tile)), part = tile - s * a.parts;
         const int first = part * a.latents, last = smaller(first + a.latents, a.batch.L);
         const Stream stream(a.batch.streams, s, a.aligned);
         update_encoder<X>(a, s, stream, part, first, last);
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(most_threads, 1) update_rows_kernel(UpdateArgu
 // Minus the sum of all parts of 32 columns, in an order that depends on their number alone. Blocks are 32 x 32 threads.
 __global__ void __launch_bounds__(1024) sum_parts_kernel(
     float* grad_pre_bias, Matrix pre_bias_parts, int parts, int D) {
-    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    SharedMemory memory(shared_memory());
     float* const of_groups = memory.take<float>(32 * 32);
     const int column = blockIdx.x * 32 + threadIdx.x % 32, group = threadIdx.x / 32;
     const int each = ceil_div(parts, 32), first = group * each, last = smaller(first + each, parts);

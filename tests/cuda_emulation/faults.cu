@@ -13,7 +13,7 @@ constexpr int threads = 64, capacity = 16;
 
 // Every thread reads what its neighbour wrote.
 __global__ void turn_kernel(int* out, bool fault) {
-    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    SharedMemory memory(shared_memory());
     int* const values = memory.take<int>(threads);
     values[threadIdx.x] = threadIdx.x;
     if (!fault) __syncthreads();
@@ -21,7 +21,7 @@ __global__ void turn_kernel(int* out, bool fault) {
 }
 
 __global__ void turn_in_warp_kernel(int* out, bool fault) {
-    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    SharedMemory memory(shared_memory());
     int* const values = memory.take<int>(threads);
     const unsigned neighbour = threadIdx.x / 32 * 32 + (threadIdx.x + 1) % 32;
     values[threadIdx.x] = threadIdx.x;
@@ -31,7 +31,7 @@ __global__ void turn_in_warp_kernel(int* out, bool fault) {
 
 // The sum of 0 ... threads - 1; the fault is in shared memory that nobody cleared.
 __global__ void sum_kernel(int* out, bool fault) {
-    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    SharedMemory memory(shared_memory());
     int* const sum = memory.take<int>(1);
     if (threadIdx.x == 0 && !fault) *sum = 0;
     __syncthreads();
@@ -52,7 +52,7 @@ __global__ void static_sum_kernel(int* out, bool) {
 
 // One place too far, in shared memory and in a tensor.
 __global__ void fill_shared_kernel(int* out, bool fault) {
-    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    SharedMemory memory(shared_memory());
     int *const values = memory.take<int>(threads - 1), *const last = memory.take<int>(1);
     if (int(threadIdx.x) < threads - !fault) values[threadIdx.x] = 1;
     if (threadIdx.x == 0) *last = 2;
@@ -66,7 +66,7 @@ __global__ void fill_kernel(int* out, bool fault) {
 
 // The number of all even threads, gathered where only `capacity` have room.
 __global__ void gather_kernel(int* out, bool fault) {
-    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    SharedMemory memory(shared_memory());
     int *const found = memory.take<int>(capacity), *const count = memory.take<int>(1), *const sum = memory.take<int>(1);
     if (threadIdx.x == 0) *count = *sum = 0;
     __syncthreads();
@@ -84,7 +84,7 @@ __global__ void gather_kernel(int* out, bool fault) {
 
 // The odd numbers of a tensor are moved to its front, over others that must have been read before.
 __global__ void compact_kernel(int* out, bool fault) {
-    SharedMemory memory(reinterpret_cast<uintptr_t>(shared_memory()));
+    SharedMemory memory(shared_memory());
     int* const kept = memory.take<int>(1);
     if (threadIdx.x == 0) *kept = 0;
     out[threadIdx.x] = threadIdx.x % 2;
@@ -169,7 +169,7 @@ static std::vector<int> compacted() {
 
 // What went wrong, or nothing.
 static std::string failure(const Case& chosen, bool fault) {
-    SharedMemory memory(0);
+    SharedMemory memory;
     memory.take<int>(threads), memory.take<int>(1), memory.take<int>(1);
     std::vector<int> out(chosen.expected.size());
     try {

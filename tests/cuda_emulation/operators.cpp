@@ -12,6 +12,7 @@
 #include "global_topk.h"
 #include "invert_indices.h"
 #include "replay_rows.h"
+#include "segment_sums.cuh"
 #include "topk_rows.h"
 #include "update_rows.h"
 
@@ -166,6 +167,16 @@ static std::vector<float> normal(size_t count) {
     std::vector<float> values(count);
     for (float& value : values) value = distribution(generator);
     return values;
+}
+
+// Quotients of the numbers around multiples of a divisor, up to the largest that a Divisor takes.
+static void check_divisor(int divisor) {
+    const uint64_t most = std::min(~uint64_t(0) / divisor, uint64_t(1) << 62) - 1;
+    for (const uint64_t about : {uint64_t(0), uint64_t(1) << 31, uint64_t(1) << 43, most})
+        for (const uint64_t multiple : {about / divisor * divisor, (about / divisor + 1) * divisor})
+            for (const uint64_t number : {multiple - 1, multiple, multiple + 1, multiple + divisor - 1})
+                if (number <= most)
+                    expect(Divisor(divisor).quotient(int64_t(number)) == int64_t(number / divisor), "Divisor", divisor);
 }
 
 struct UpdateShape {
@@ -354,6 +365,8 @@ int main(int count, char**) {
     }
     // one latent takes a block more than one round; of this many fibres ThreadSanitizer takes long to tell the order
     if (count == 1) check_invert_indices(4200, 3, 80, ++number);
+    for (int divisor = 1; divisor <= 2048; ++divisor) check_divisor(divisor);
+    check_divisor(std::numeric_limits<int>::max());
     const UpdateShape updates[] = {
         {{8, 16}, 5, 9, 3, 3, 4, false, false},  // in vectors, one latent in pieces
         {{7, 1, 12}, 4, 10, 3, 2, 3, true, true},
