@@ -204,7 +204,7 @@ def _gradient_args(o: DeviceOperands) -> tuple[Any, ...]:
 CALLS: dict[str, Callable[[Any, DeviceOperands], Callable[[], Any]]] = {
     "topk_rows": lambda b, o: lambda: b.topk_rows(o.scores, o.k),
     "global_topk": lambda b, o: lambda: b.global_topk(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.k),
-    "local_topk": lambda b, o: lambda: b.local_topk(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.k, o.d_streams),
+    "support_scores": lambda b, o: lambda: b.support_scores(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices),
     "support_values": lambda b, o: (
         lambda: b.support_values(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices, o.d_streams)
     ),

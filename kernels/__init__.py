@@ -6,10 +6,10 @@ from sparc_fast.kernels.decoder_gradients import decoder_gradients
 from sparc_fast.kernels.encoder_gradients import encoder_gradients
 from sparc_fast.kernels.global_topk import global_topk
 from sparc_fast.kernels.invert_indices import invert_indices
-from sparc_fast.kernels.local_topk import local_topk
 from sparc_fast.kernels.replay_rows import replay_rows
 from sparc_fast.kernels.sparse_decode import sparse_decode
 from sparc_fast.kernels.sparse_decode_grad_values import sparse_decode_grad_values
+from sparc_fast.kernels.support_scores import support_scores
 from sparc_fast.kernels.support_values import support_values
 from sparc_fast.kernels.support_values_grad_x import support_values_grad_x
 from sparc_fast.kernels.topk_rows import topk_rows
@@ -23,10 +23,10 @@ __all__ = [
     "encoder_gradients",
     "global_topk",
     "invert_indices",
-    "local_topk",
     "replay_rows",
     "sparse_decode",
     "sparse_decode_grad_values",
+    "support_scores",
     "support_values",
     "support_values_grad_x",
     "topk_rows",

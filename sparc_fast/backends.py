@@ -23,15 +23,10 @@ class Backend(Protocol):
         self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
     ) -> Tensor: ...
 
-    def local_topk(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        pre_bias: Tensor,
-        latent_bias: Tensor,
-        k: int,
-        d_streams: Sequence[int],
-        screening: str = "auto",
+    def topk_rows(self, scores: Tensor, k: int) -> Tensor: ...
+
+    def support_scores(
+        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, indices: Tensor
     ) -> Tensor: ...
 
     def support_values(

@@ -16,7 +16,8 @@ from sparc_fast.backends import Backend
 
 IN_GRAPHS = (
     "global_topk",
-    "local_topk",
+    "topk_rows",
+    "support_scores",
     "support_values",
     "support_values_grad_x",
     "sparse_decode",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast import _cpu, reference
-from sparc_fast.native_topk import dense_rows, global_topk, local_topk
+from sparc_fast.native_topk import dense_rows, global_topk, support_scores, topk_rows
 from sparc_fast.pages import empty_rows
 from sparc_fast.reference import gradient_dtype, wide
 
@@ -23,11 +23,13 @@ __all__ = [
     "encoder_gradients",
     "global_topk",
     "invert_indices",
-    "local_topk",
+    "replay_rows",
     "sparse_decode",
     "sparse_decode_grad_values",
+    "support_scores",
     "support_values",
     "support_values_grad_x",
+    "topk_rows",
     "update_rows",
     "weight_gradients",
 ]

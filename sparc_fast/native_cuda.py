@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["global_topk", "invert_indices", "local_topk", "replay_rows", "topk_rows", "update_rows"]
+__all__ = ["global_topk", "invert_indices", "replay_rows", "topk_rows", "update_rows"]
 
 _cuda: Any = import_module("sparc_fast._cuda")
 _FLOATS = {
@@ -52,23 +52,6 @@ def global_topk(
     triton = import_module("sparc_fast.kernels.global_topk")
     support: Tensor = triton.select(x, W_enc, pre_bias, latent_bias, k, screening, _selection(triton, k))
     return support
-
-
-def local_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    pre_bias: Tensor,
-    latent_bias: Tensor,
-    k: int,
-    d_streams: Sequence[int],
-    screening: str = "auto",
-) -> Tensor:
-    """int32 [N, S, k]: a support for each stream."""
-    selection = _selection(import_module("sparc_fast.kernels.global_topk"), k)
-    supports: Tensor = import_module("sparc_fast.kernels.local_topk").select_in_streams(
-        x, W_enc, pre_bias, latent_bias, k, d_streams, screening, selection
-    )
-    return supports
 
 
 def _selection(triton: Any, k: int) -> Any:

@@ -3,7 +3,8 @@
 Letters: S streams of widths D_s, D their sum, N samples, L latents, k active latents a sample.
 Stream s owns columns ``[:, offset_s : offset_s + D_s]`` of x, pre_bias, W_enc and W_dec; below, d runs over
 all D columns and s(d) is the stream that owns column d. ``indices`` is [N, k] where the streams of a sample
-share one support, [N, S, k] where each has its own; I[n, s, j] reads either.
+share one support, [N, S, k] where each has its own; I[n, s, j] reads either. An index of -1 is an empty slot: its
+value is 0, its rows of weights read as zeros, and it is in no sum over entries and fires no latent.
 
 Inputs narrower than float32 are widened first and sums are float32; float64 stays float64.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,36 +42,78 @@ def global_topk(
 
     h[n, l] = sum_d (x - pre_bias)[n, d] W_enc[l, d] + sum_s latent_bias[s, l]
 
-    h is summed in float64 and rounded once to the type of the sums, so that the support does not depend on
-    the order of summation: not on the batch, the thread count, the matrix library or the backend.
+    h is summed in float64 and rounded once to the type of the sums. The order of the sum depends on D alone: not on the
+    batch, the thread count, the matrix library or the backend. x is centred in the type of the sums; products are
+    rounded to float64, which those of float32 already are; with p_d = 0 for d >= D,
+
+    t[0, i]     = 0 + p_i + p_{i + 256} + p_{i + 512} + ...,  from the left, i = 0 ... 255
+    t[r + 1, i] = t[r, 2 i] + t[r, 2 i + 1],  and so on to  t[8, 0]
+    h           = t[8, 0] + ((0 + latent_bias[0, l]) + latent_bias[1, l] + ...)
+
     Equal h goes to the lower latent; NaN ranks with +inf. Ascending in each row, int32. ``screening`` is how a fast
     backend may look for candidates first; it changes no result, and means nothing here.
     """
-    centred = wide(x) - wide(pre_bias)
-    h = centred.double() @ W_enc.double().T + latent_bias.double().sum(0)
-    return _largest(h.to(centred.dtype), k)
+    return topk_rows(_scores(wide(x) - wide(pre_bias), W_enc, summed_bias(latent_bias)), k)
 
 
-def local_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    pre_bias: Tensor,
-    latent_bias: Tensor,
-    k: int,
-    d_streams: Sequence[int],
-    screening: str = "auto",
-) -> Tensor:
-    """indices[n, s] = global_topk of stream s alone, [N, S, k]."""
-    supports = [
-        global_topk(x[:, cols], W_enc[:, cols], pre_bias[cols], latent_bias[s : s + 1], k)
-        for s, cols in enumerate(stream_slices(d_streams))
-    ]
-    return torch.stack(supports, dim=1)
+def support_scores(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, indices: Tensor) -> Tensor:
+    """scores[n, j] = h[n, indices[n, j]] of `global_topk`, as it is ranked: NaN is +inf, and a zero is +0.
+
+    In the type of the sums, bitwise the same on every backend. ``indices`` are [N, k], none of them -1.
+    """
+    centred, latents = wide(x) - wide(pre_bias), indices.long()
+    of_x, of_w = (_in_lanes(rows.double()) for rows in (centred, W_enc[latents]))
+    sums = _sum_of_products(of_x[..., None], of_w) + summed_bias(latent_bias)[latents]
+    return _ranked(sums.to(centred.dtype))
 
 
-def _largest(h: Tensor, k: int) -> Tensor:
-    """Columns of the k largest of each row, ascending; ties to the lower column."""
-    h = torch.nan_to_num(h, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+def summed_bias(latent_bias: Tensor) -> Tensor:
+    """sum_s latent_bias[s] in float64, from the left."""
+    total = latent_bias.new_zeros(latent_bias.shape[1], dtype=torch.float64)
+    for of_stream in latent_bias:
+        total = total + of_stream
+    return total
+
+
+LANES = 256  # partial sums of a score
+
+
+def _scores(centred: Tensor, W: Tensor, bias: Tensor) -> Tensor:
+    """h of `global_topk`, [N, L]."""
+    h = bias.new_empty(len(centred), len(W))
+    of_x, of_w = _in_lanes(centred.double()), _in_lanes(W.double())
+    rows, latents = max(1, 4096 // min(len(W), 512)), 512  # at a time: 8 MB of partial sums
+    for n in range(0, len(centred), rows):
+        for l in range(0, len(W), latents):
+            products = of_x[..., n : n + rows, None], of_w[..., None, l : l + latents]
+            h[n : n + rows, l : l + latents] = _sum_of_products(*products)
+    return (h + bias).to(centred.dtype)
+
+
+def _in_lanes(rows: Tensor) -> Tensor:
+    """[..., D] as [ceil(D / 256), 256, ...], filled up with zeros."""
+    filled = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % LANES))
+    return filled.unflatten(-1, (-1, LANES)).movedim((-2, -1), (0, 1)).contiguous()
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of a b over their first two dimensions, in the order of `global_topk`."""
+    sums: Any = 0.0
+    for left, right in zip(a, b, strict=True):
+        sums = sums + left * right
+    while len(sums) > 1:
+        sums = sums[::2] + sums[1::2]
+    return cast(Tensor, sums[0])
+
+
+def _ranked(h: Tensor) -> Tensor:
+    """Scores as they rank: NaN is +inf, and both zeros are +0."""
+    return torch.nan_to_num(h, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
+
+
+def topk_rows(scores: Tensor, k: int) -> Tensor:
+    """Columns of the k largest of each row, int32 [N, k], ascending; ties to the lower column, NaN ranks with +inf."""
+    h = _ranked(scores)
     threshold = h.topk(k, dim=1, sorted=True).values[:, -1:]
     above, equal = h > threshold, h == threshold
     room = k - above.sum(1, keepdim=True)
@@ -88,13 +132,17 @@ def support_values(
     indices: Tensor,
     d_streams: Sequence[int],
 ) -> Tensor:
-    """values[n, s, j] = relu(sum_{d in s} (x - pre_bias)[n, d] W_enc[l, d] + latent_bias[s, l]),  l = I[n, s, j]."""
+    """values[n, s, j] = relu(sum_{d in s} (x - pre_bias)[n, d] W_enc[l, d] + latent_bias[s, l]),  l = I[n, s, j].
+
+    0 in an empty slot.
+    """
     centred = wide(x) - wide(pre_bias)
     values = []
     for s, cols in enumerate(stream_slices(d_streams)):
         support = _support(indices, s)
-        dots = (wide(W_enc[support, cols]) * centred[:, None, cols]).sum(-1)
-        values.append(torch.relu(dots + wide(latent_bias[s])[support]))
+        dots = (_rows(W_enc[:, cols], support) * centred[:, None, cols]).sum(-1)
+        biased = dots + wide(latent_bias[s])[support.clamp_min(0)]
+        values.append(torch.relu(torch.where(support < 0, 0, biased)))
     return torch.stack(values, dim=1).to(x.dtype)
 
 
@@ -104,7 +152,7 @@ def support_values_grad_x(
     """grad_x[n, d] = sum_j grad_z[n, s(d), j] W_enc[I[n, s(d), j], d],  grad_z = grad_values where values > 0."""
     grad_z = relu_grad(grad_values, values)
     grads = [
-        (grad_z[:, s, :, None] * wide(W_enc[_support(indices, s), cols])).sum(1)
+        (grad_z[:, s, :, None] * _rows(W_enc[:, cols], _support(indices, s))).sum(1)
         for s, cols in enumerate(stream_slices(d_streams))
     ]
     return torch.cat(grads, dim=1).to(W_enc.dtype)
@@ -118,7 +166,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tens
 def sparse_decode_grad_values(grad_recons: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """grad_values[n, s, j] = sum_d grad_recons[n, s, d] W_dec[I[n, s, j], d]"""
     grad, S = wide(grad_recons), grad_recons.shape[1]
-    dots = [(grad[:, s, None] * wide(W_dec[_support(indices, s)])).sum(-1) for s in range(S)]
+    dots = [(grad[:, s, None] * _rows(W_dec, _support(indices, s))).sum(-1) for s in range(S)]
     return torch.stack(dots, dim=1).to(grad_recons.dtype)
 
 
@@ -165,11 +213,13 @@ def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     """entries[offsets[l] : offsets[l + 1]] = the flat positions p, ascending, with indices.view(-1)[p] == l.
 
     offsets is int64 [L + 1], entries int64 [indices.numel()]. Position p of [N, k] is sample p // k; ascending
-    positions are ascending samples.
+    positions are ascending samples. The positions of empty slots are in no segment: offsets[L] is the number of the
+    others, and entries[offsets[L] :] are these, ascending.
     """
     flat = indices.reshape(-1).long()
-    counts = flat.new_zeros(n_latents).index_add_(0, flat, torch.ones_like(flat))
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    flat = torch.where(flat < 0, n_latents, flat)
+    counts = flat.new_zeros(n_latents + 1).index_add_(0, flat, torch.ones_like(flat))
+    offsets = torch.cat([counts.new_zeros(1), counts[:n_latents].cumsum(0)])
     return offsets, torch.sort(flat, stable=True).indices
 
 
@@ -189,24 +239,25 @@ def encoder_gradients(
     """
     centred, grad_z = wide(x) - wide(pre_bias), relu_grad(grad_values, values)
     L, S = len(offsets) - 1, len(d_streams)
-    grad_W_enc = centred.new_zeros(L, sum(d_streams))
-    grad_latent_bias = centred.new_zeros(S, L)
+    # a row more, for what belongs to no latent
+    grad_W_enc = centred.new_zeros(L + 1, sum(d_streams))
+    grad_latent_bias = centred.new_zeros(S, L + 1)
     for s, cols in enumerate(stream_slices(d_streams)):
         latents, n, j = _entries_of_stream(offsets, entries, values.shape, s)
         coefficient = grad_z[n, s, j]
         grad_W_enc[:, cols].index_add_(0, latents, coefficient[:, None] * centred[n, cols])
         grad_latent_bias[s].index_add_(0, latents, coefficient)
-    return grad_W_enc, grad_latent_bias
+    return grad_W_enc[:L], grad_latent_bias[:, :L].contiguous()
 
 
 def decoder_gradients(values: Tensor, grad_recons: Tensor, offsets: Tensor, entries: Tensor) -> Tensor:
     """grad_W_dec[l, d] = sum_s sum_{(n, j): I[n, s, j] = l} values[n, s, j] grad_recons[n, s, d]"""
     L, S, D = len(offsets) - 1, values.shape[1], grad_recons.shape[2]
-    grad_W_dec = wide(values).new_zeros(L, D)
+    grad_W_dec = wide(values).new_zeros(L + 1, D)  # a row more, for what belongs to no latent
     for s in range(S):
         latents, n, j = _entries_of_stream(offsets, entries, values.shape, s)
         grad_W_dec.index_add_(0, latents, wide(values[n, s, j])[:, None] * wide(grad_recons[n, s]))
-    return grad_W_dec
+    return grad_W_dec[:L]
 
 
 def weight_gradients(
@@ -453,32 +504,40 @@ def count_silence(silence: Tensor, values: Tensor, indices: Tensor) -> None:
     active = values > 0
     if indices.ndim == 2:
         active = active.any(1)
-    fired = torch.zeros_like(silence)
+    fired = silence.new_zeros(len(silence) + 1)  # the last is of empty slots
     fired.index_put_((indices.reshape(-1).long(),), active.reshape(-1).to(silence.dtype), accumulate=True)
-    silence.add_(len(values)).mul_(fired == 0)
+    silence.add_(len(values)).mul_(fired[:-1] == 0)
 
 
 def relu_grad(grad_values: Tensor, values: Tensor) -> Tensor:
     """grad_values where values > 0, else 0, in the type of the sums."""
-    return wide(grad_values) * (values > 0)
+    return torch.where(values > 0, wide(grad_values), 0)
 
 
 def _support(indices: Tensor, s: int) -> Tensor:
     return indices if indices.ndim == 2 else indices[:, s]
 
 
+def _rows(W: Tensor, latents: Tensor) -> Tensor:
+    """W[latents] in the type of the sums; zeros for an empty slot."""
+    return wide(W[latents.clamp_min(0)]).masked_fill(latents[..., None] < 0, 0)
+
+
 def _decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     # a product and a sum, not a matrix product: those sum in an order that depends on the batch
     S = values.shape[1]
-    recons = [(values[:, s, :, None] * wide(W_dec[_support(indices, s)])).sum(1) for s in range(S)]
+    recons = [(values[:, s, :, None] * _rows(W_dec, _support(indices, s))).sum(1) for s in range(S)]
     return torch.stack(recons, dim=1)
 
 
 def _entries_of_stream(offsets: Tensor, entries: Tensor, shape: torch.Size, s: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(latent, sample, position in the support) of every entry of stream s, by latent, then by sample."""
+    """(latent, sample, position in the support) of every entry of stream s, by latent, then by sample.
+
+    Those of empty slots are of latent L: no shape depends on data.
+    """
     N, S, k = shape
-    every_latent = torch.arange(len(offsets) - 1, device=offsets.device)
-    latents = torch.repeat_interleave(every_latent, offsets.diff(), output_size=len(entries))
+    places = torch.arange(len(entries), device=offsets.device)
+    latents = torch.searchsorted(offsets, places, right=True) - 1
     if len(entries) == N * k:
         return latents, entries // k, entries % k
     mine = torch.argsort((entries // k % S != s).int(), stable=True)[: N * k]

@@ -139,7 +139,7 @@ def test_decode_operands_that_do_not_fit_each_other() -> None:
         F.sparse_decode(values, torch.zeros(4, 3, dtype=torch.int32), W_dec, pre_bias)
     with pytest.raises(ValueError, match="pre_bias must have the dtype and device of values"):
         F.sparse_decode(values, indices, W_dec, pre_bias.double())
-    with pytest.raises(ValueError, match="indices must lie in 0 … n_latents - 1 = 2, got 3 … 3"):
+    with pytest.raises(ValueError, match="indices must lie in -1 … n_latents - 1 = 2, got 3 … 3"):
         F.sparse_decode(values, indices + 3, W_dec, pre_bias)
 
 
@@ -169,8 +169,8 @@ def test_calibration_without_every_stream() -> None:
         ({"pre_bias": torch.randn(7).double()}, "pre_bias must have the dtype and device of x, torch.float32 on cpu, got torch.float64"),
         ({"latent_bias": torch.randn(2, 9, device="meta")}, "latent_bias must have the dtype and device of x, .* got torch.float32 on meta"),
         ({"indices": torch.zeros(5, 2, dtype=torch.int32, device="meta")}, "indices must be on cpu, got meta"),
-        ({"indices": torch.full((5, 2), -1)}, "indices must lie in 0 … n_latents - 1 = 8, got -1 … -1"),
-        ({"indices": torch.full((5, 2), 2**32 + 1)}, "indices must lie in 0 … n_latents - 1 = 8, got 4294967297"),
+        ({"indices": torch.full((5, 2), -2)}, "indices must lie in -1 … n_latents - 1 = 8, got -2 … -2"),
+        ({"indices": torch.full((5, 2), 2**32 + 1)}, "indices must lie in -1 … n_latents - 1 = 8, got 4294967297"),
         ({"x": [[1.0] * 7] * 5}, "x must be a tensor, got list"),
         ({"W_enc": torch.randn(9, 7).double()}, "W_enc must have the dtype and device of x, torch.float32 on cpu, got torch.float64"),
         ({"pre_bias": torch.randn(6)}, r"pre_bias must be \[7\], got \[6\]"),
@@ -193,7 +193,7 @@ def test_a_screening_that_does_not_exist() -> None:
 
 
 def test_indices_outside_the_latents() -> None:
-    with pytest.raises(ValueError, match=r"indices must lie in 0 … n_latents - 1 = 8, got 3 … 9"):
+    with pytest.raises(ValueError, match=r"indices must lie in -1 … n_latents - 1 = 8, got 3 … 9"):
         F.invert_indices(torch.tensor([[3, 9]]), 9)
 
 
