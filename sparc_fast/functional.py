@@ -76,8 +76,8 @@ def global_topk(
         indices, int32 [N, k], ascending in each row. The support is exact: pre-activations are ranked by
         their float64 sums, rounded once; equal ones go to the lower latent; NaN ranks with +inf. It depends on
         neither the batch, the thread count nor the backend. No gradient.
-        With ``return_scores``, (indices, scores): [N, k], float32, or float64 for float64 inputs; the same bits on every
-        backend and in every batch. A NaN that was chosen is +inf, as it ranks.
+        With ``return_scores``, (indices, scores): [N, k], float32, or float64 for float64 inputs; the same bits on
+        every backend and in every batch. A NaN that was chosen is +inf, as it ranks.
     """
     _check_encoder(x, W_enc, pre_bias, latent_bias)
     _check_k(k, len(W_enc))
@@ -126,8 +126,8 @@ def support_values(
 
     Args:
         x, W_enc, pre_bias, latent_bias: as in `global_topk`.
-        indices: the support, int32 or int64, [N, k] shared by the streams or [N, S, k]; -1 is an empty slot, whose value
-            is 0.
+        indices: the support, int32 or int64, [N, k] shared by the streams or [N, S, k]; -1 is an empty slot, its
+            value is 0.
         d_streams: widths of the S streams; their sum is D.
 
     Returns:

@@ -93,7 +93,7 @@ def _scores(centred: Tensor, W: Tensor, bias: Tensor) -> Tensor:
 def _in_lanes(rows: Tensor) -> Tensor:
     """[..., D] as [ceil(D / 256), 256, ...], filled up with zeros."""
     filled = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % LANES))
-    return filled.unflatten(-1, (-1, LANES)).movedim((-2, -1), (0, 1)).contiguous()
+    return filled.view(*filled.shape[:-1], -1, LANES).movedim((-2, -1), (0, 1)).contiguous()
 
 
 def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:

@@ -243,7 +243,7 @@ def test_operands_may_be_columns_of_wider_matrices() -> None:
     x, W_enc, pre_bias, bias = torch.randn(4, 61), torch.randn(90, 61), torch.randn(61), torch.randn(3, 90)
     for s, cols in enumerate(reference.stream_slices((7, 1, 53))):
         of_stream = x[:, cols], W_enc[:, cols], pre_bias[cols], bias[s : s + 1]
-        found = global_topk(*(o.to(DEVICE) for o in of_stream), 6)
+        found = kernel.global_topk(*(o.to(DEVICE) for o in of_stream), 6)
         assert torch.equal(found.cpu(), reference.global_topk(*of_stream, 6))
 
 
