@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparc_fast import SPARC, reference
-from sparc_fast.losses import nmse_scale, pair_weights, row_energy
+from sparc_fast.objective import nmse_scale, pair_weights, row_energy
 from sparc_fast.reference import stream_slices
 
 from .cases import Shape

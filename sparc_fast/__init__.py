@@ -2,9 +2,10 @@
 
 from sparc_fast import functional
 from sparc_fast.backends import available as available_backends
-from sparc_fast.losses import SparcLoss, fvu, nmse
+from sparc_fast.codes import SparseLatents
+from sparc_fast.model import SPARC, SparcOutput
+from sparc_fast.objective import SparcLoss, fvu, nmse
 from sparc_fast.optim import SparcAdam
-from sparc_fast.sae import SPARC, SparcOutput, SparseLatents
 from sparc_fast.version import __version__
 
 __all__ = [

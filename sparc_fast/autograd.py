@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,6 +86,23 @@ class SparseDecode(torch.autograd.Function):
         return grad_values, None, grad_W_dec, grad_pre_bias, None
 
 
+class Reconstruction(NamedTuple):
+    """What a batch was reconstructed to on a support: the loss, and what it and its gradient are made of."""
+
+    loss: Tensor
+    """sum_{s, t} weights[s, t] nmse[s, t]: the one that carries a gradient."""
+    nmse: Tensor
+    """[S, S], source by target."""
+    values: Tensor
+    """[N, S, k]"""
+    grad_recons: Tensor
+    """[N, S, D]"""
+    grad_values: Tensor
+    """[N, S, k]"""
+    grad_pre_bias: Tensor
+    """[D], the decoder's part; of no use where a residual was reconstructed."""
+
+
 class ReconstructionLoss(torch.autograd.Function):
     """Encode on a given support, decode to every stream, compare: the loss, and what it was made of.
 
@@ -107,15 +124,18 @@ class ReconstructionLoss(torch.autograd.Function):
         weights: Sequence[float],
         d_streams: Sequence[int],
         backend: Backend,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        values, nmse, grad_recons, grad_values, grad_pre_bias = encode_decode_compare(
-            x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale, weights, d_streams, backend
+    ) -> tuple[Tensor, ...]:
+        values = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
+        target, decoder_bias = (x, pre_bias) if residual is None else (residual, torch.zeros_like(pre_bias))
+        nmse, grad_recons, grad_values, grad_pre_bias = backend.decode_loss(
+            values, indices, W_dec, decoder_bias, target, scale, weights, d_streams
         )
         ctx.save_for_backward(x, W_enc, pre_bias, indices, values, grad_recons, grad_values, grad_pre_bias)
         ctx.d_streams, ctx.backend, ctx.decodes_pre_bias = d_streams, backend, residual is None
-        ctx.mark_non_differentiable(nmse, values, grad_recons)
         ctx.set_materialize_grads(False)
-        return weighted_sum(nmse, weights), nmse, values, grad_recons
+        parts = nmse, values, grad_recons, grad_values, grad_pre_bias
+        ctx.mark_non_differentiable(*parts)
+        return weighted_sum(nmse, weights), *parts
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -140,7 +160,7 @@ class ReconstructionLoss(torch.autograd.Function):
         return None, *scaled, *(None,) * 6
 
 
-def encode_decode_compare(
+def reconstruct(
     x: Tensor,
     W_enc: Tensor,
     W_dec: Tensor,
@@ -152,14 +172,17 @@ def encode_decode_compare(
     weights: Sequence[float],
     d_streams: Sequence[int],
     backend: Backend,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(values, nmse, grad_recons, grad_values, the decoder's part of grad_pre_bias) of one batch.
-
-    A residual is reconstructed without the pre-bias.
-    """
-    values = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
-    target, decoder_bias = (x, pre_bias) if residual is None else (residual, torch.zeros_like(pre_bias))
-    return values, *backend.decode_loss(values, indices, W_dec, decoder_bias, target, scale, weights, d_streams)
+) -> Reconstruction:
+    """`ReconstructionLoss` by the names of its results; a residual is reconstructed without the pre-bias."""
+    for name, data in (("x", x), ("scale", scale), ("residual", residual)):
+        if data is not None and data.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must not require a gradient here: it is data; decode and compare to differentiate by it"
+            )
+    operands = x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale
+    with without_autocast(x):
+        parts = ReconstructionLoss.apply(*operands, tuple(weights), tuple(d_streams), backend)  # type: ignore[no-untyped-call]
+    return Reconstruction(*parts)
 
 
 def weighted_sum(nmse: Tensor, weights: Sequence[float]) -> Tensor:

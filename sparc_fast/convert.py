@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from sparc_fast.files import atomic_path
+from sparc_fast.model import SPARC
 from sparc_fast.reference import stream_slices
-from sparc_fast.sae import SPARC
 
 __all__ = ["UpstreamConfig", "add_arguments", "from_upstream", "read_config", "run", "to_upstream"]
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from sparc_fast.comparison import comparison
 from sparc_fast.data import Glyphs
 from sparc_fast.evaluate import Evaluation, evaluate, latent_use, name_latents, top_samples
+from sparc_fast.model import SPARC
 from sparc_fast.report import ModelReport, Report
-from sparc_fast.sae import SPARC, Selection
+from sparc_fast.selection import Selection
 from sparc_fast.train import Curves, train
 from sparc_fast.version import __version__
 

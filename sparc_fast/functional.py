@@ -204,18 +204,8 @@ def reconstruction_loss(
         raise ValueError(f"scale must be {wide(x).dtype} on {x.device}, got {scale.dtype} on {scale.device}")
     if len(weights) != len(d_streams) ** 2:
         raise ValueError(f"weights must hold {len(d_streams) ** 2} factors, source by target, got {len(weights)}")
-    for name, data in (("x", x), ("scale", scale), ("residual", residual)):
-        if data is not None and data.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} must not require a gradient here: it is data; decode and compare to differentiate by it"
-            )
-    chosen = backends.resolve(backend, x.device)
-    with autograd.without_autocast(x):
-        result = _apply(
-            autograd.ReconstructionLoss, x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale,
-            tuple(weights), tuple(d_streams), chosen,
-        )  # fmt: skip
-    return cast(tuple[Tensor, Tensor, Tensor, Tensor], result)
+    arguments = (x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale)
+    return autograd.reconstruct(*arguments, weights, d_streams, backends.resolve(backend, x.device))[:4]
 
 
 def invert_indices(indices: Tensor, n_latents: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

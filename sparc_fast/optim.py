@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sparc_fast import autograd, backends, losses, reference
-from sparc_fast.auxk import among_all, among_dead
+from sparc_fast import autograd, backends, reference
+from sparc_fast.batch import AllStreams, Inputs, columns_of, stack, streams_of
 from sparc_fast.behind import Behind
-from sparc_fast.losses import SparcLoss
-from sparc_fast.micro_batches import MicroBatches
+from sparc_fast.micro_batches import MicroBatches, OneBatch, Rows, Update
+from sparc_fast.model import SPARC
+from sparc_fast.objective import Objective, SparcLoss
 from sparc_fast.pages import empty_rows
-from sparc_fast.passes import AllStreams, Flow, Pass, Update, stack
-from sparc_fast.sae import SPARC, Inputs, Packed
 
 MomentType = Literal["float32", "bfloat16"]
 
@@ -82,7 +82,7 @@ class SparcAdam(torch.optim.Optimizer):
         super().__init__(list(model.parameters()), options)
         self._behind = Behind(model.n_latents, model.W_dec.device) if lazy else None
         if lazy:
-            model.before_reading_decoder(self.catch_up)
+            model._before_reading_decoder(self.catch_up)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -103,81 +103,51 @@ class SparcAdam(torch.optim.Optimizer):
         if len(parts) > 1 and self._behind is not None and self.moments == "bfloat16":
             raise ValueError('inputs must be one batch with lazy="replay" and bfloat16 moments, got parts of one')
         n_samples = self._count_samples(parts)
+        objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, not self.capturable)
         with autograd.without_autocast(self.model.W_enc):
-            return self._step(parts, n_samples, cross_loss_coef, auxk_coef, support_from)
+            return self._step(parts, n_samples, objective)
 
-    def _step(
-        self,
-        parts: Sequence[Inputs],
-        n_samples: int,
-        cross_loss_coef: float,
-        auxk_coef: float,
-        support_from: Sequence[str] | None,
-    ) -> SparcLoss:
+    def _step(self, parts: Sequence[Inputs], n_samples: int, objective: Objective) -> SparcLoss:
         model = self.model
         backend = backends.resolve(model.backend, model.W_enc.device)
         states = [self._state(p) for p in (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)]
-
-        def flow(part: Inputs) -> Flow:
-            return self._flow(model.pack(part, current=False), n_samples, cross_loss_coef, auxk_coef, support_from)
-
-        batch: Flow | MicroBatches
+        batch: OneBatch | MicroBatches
         if len(parts) == 1:
-            batch = flow(parts[0])
+            batch = self._flow(parts[0], n_samples, objective, backend)
         else:
-            batch = MicroBatches(model, backend, n_samples)
+            batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples)
             for part in parts:
-                batch.add(flow(part))
+                batch.add(self._flow(part, n_samples, objective, backend))
         self._update(batch, states, backend)
-        batch.count_silence(model)
-        total = autograd.weighted_sum(batch.nmse, losses.pair_weights(len(batch.nmse), cross_loss_coef))
-        auxk = None
-        if batch.auxk is not None:
-            total, auxk = total + batch.auxk, batch.auxk / auxk_coef
-        return losses.summarize(total, batch.nmse, auxk, batch.energy, cross_loss_coef)
+        batch.count_silence(model.silence, backend)
+        return objective.summarize(*batch.terms())
 
-    def _flow(
-        self,
-        packed: Packed,
-        n_samples: int,
-        cross_loss_coef: float,
-        auxk_coef: float,
-        support_from: Sequence[str] | None,
-    ) -> Flow:
-        """What flows through a batch, or through a part of one of `n_samples`."""
+    def _flow(self, inputs: Inputs, n_samples: int, objective: Objective, backend: backends.Backend) -> OneBatch:
+        """A batch, or a part of one of `n_samples`, through the objective."""
         model = self.model
-        backend = backends.resolve(model.backend, packed.x.device)
-        energy = losses.row_energy(packed.x, packed.d_streams)
-        scale = losses.nmse_scale(energy, n_samples)
-        weights = losses.pair_weights(len(packed.streams), cross_loss_coef)
-        supports = [model.select(packed, support_from=support_from)]
-        dead = (among_all if self.capturable else among_dead)(model, packed, auxk_coef)
-        if dead is not None:
-            supports.append(dead.indices)
-        of_model = AllStreams(model, packed)
-        inverse = backend.invert_indices(stack([of_model.support(i) for i in supports]), model.n_latents)
+        given = model._batch(inputs, current=False)
+        supports = objective.choose(given)
+        of_model = AllStreams(model.d_streams, given)
+        used = [supports.indices] if supports.dead is None else [supports.indices, supports.dead.indices]
+        inverse = backend.invert_indices(stack([of_model.streams(i) for i in used]), model.n_latents)
         if self._behind is not None:
-            touched = inverse[0].diff().nonzero()[:, 0]
-            self._replay(touched, backend)
-            packed = packed._replace(W_dec=model.columns_of(model.W_dec, packed.streams))
-
-        values, nmse, grad_recons, grad_values, grad_pre_bias = autograd.encode_decode_compare(
-            *packed.operands(), supports[0], None, scale, weights, packed.d_streams, backend
-        )
-        auxk = None
-        passes = [Pass(values, grad_values, grad_recons)]
-        if dead is not None:
-            residual = losses.self_residual(grad_recons, scale, packed.d_streams)
-            auxk, of_dead = dead.reconstruct(packed, residual, auxk_coef, backend, n_samples)
-            passes.append(of_dead)
+            self._replay(inverse[0].diff().nonzero()[:, 0], backend)
+            given = given._replace(W_dec=columns_of(model.W_dec, given.streams, model.d_streams))
+        flow = objective.measure(given, supports, n_samples)
         # what AuxK reconstructed counts as further samples of the same inputs
-        x = stack([of_model.columns(packed.x)] * len(passes))
-        stacked = Pass(*map(stack, zip(*(of_model.all_streams(one) for one in passes), strict=True)))
-        grad_pre_bias = of_model.columns(grad_pre_bias)
-        return Flow(x, stacked, inverse, grad_pre_bias, values, supports[0], nmse, auxk, energy)
+        passes = [flow.reconstruction] if flow.auxk is None else [flow.reconstruction, flow.auxk]
+        rows = Rows(
+            stack([of_model.columns(given.x)] * len(passes)),
+            model.pre_bias,
+            stack([of_model.streams(one.values) for one in passes]),
+            stack([of_model.streams(one.grad_values) for one in passes]),
+            stack([of_model.columns(of_model.streams(one.grad_recons)) for one in passes]),
+            *inverse,
+        )
+        return OneBatch(flow, supports.indices, rows, of_model.columns(flow.reconstruction.grad_pre_bias))
 
     def _update(
-        self, batch: Flow | MicroBatches, states: Sequence[dict[str, Tensor]], backend: backends.Backend
+        self, batch: OneBatch | MicroBatches, states: Sequence[dict[str, Tensor]], backend: backends.Backend
     ) -> None:
         model, group = self.model, self.param_groups[0]
         lr, eps = group["lr"], group["eps"]
@@ -192,10 +162,9 @@ class SparcAdam(torch.optim.Optimizer):
         moments = [state[name] for state in states[:2] for name in ("exp_avg", "exp_avg_sq")]
         last_step = self._behind.last_step if self._behind is not None else None
         update = Update(
-            W_enc, W_dec, moments, model.pre_bias, tuple(model.d_streams.values()), lr, betas, eps, step, copies,
-            last_step, self.seed,
+            W_enc, W_dec, moments, tuple(model.d_streams.values()), lr, betas, eps, step, copies, last_step, self.seed
         )  # fmt: skip
-        grad_latent_bias, through_encoder = batch.update_rows(backend, update)
+        grad_latent_bias, through_encoder = batch.update(update, backend)
         through_encoder += batch.grad_pre_bias
         for bias, grad, state in (
             (model.latent_bias, grad_latent_bias, states[2]),
@@ -238,13 +207,13 @@ class SparcAdam(torch.optim.Optimizer):
     def _count_samples(self, parts: Sequence[Inputs]) -> int:
         if not parts:
             raise ValueError("inputs must be a batch, or parts of one, got no part")
-        shapes = [self.model.shape_of(part) for part in parts]
-        for streams, _ in shapes:
-            if streams != shapes[0][0]:
-                raise ValueError(
-                    f"inputs must hold the same streams in every part of a batch, got {shapes[0][0]} and {streams}"
-                )
-        return sum(n_samples for _, n_samples in shapes)
+        given = [streams_of(part, self.model.d_streams) for part in parts]
+        first = tuple(given[0])
+        for streams in map(tuple, given):
+            if streams != first:
+                got = f"{first} and {streams}"
+                raise ValueError(f"inputs must hold the same streams in every part of a batch, got {got}")
+        return sum(math.prod(streams[first[0]].shape[:-1]) for streams in given)
 
     def _check_trainable(self) -> None:
         if not self.model.training:
@@ -267,7 +236,7 @@ class SparcAdam(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if state.get("_behind") is not None:  # a copy, not a state that is being loaded
-            self.model.before_reading_decoder(self.catch_up)
+            self.model._before_reading_decoder(self.catch_up)
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from sparc_fast.model import SPARC
 from sparc_fast.optim import MomentType, SparcAdam
-from sparc_fast.sae import SPARC
 
 Curves = dict[str, list[float]]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import sparc_fast as sf
 from sparc_fast import micro_batches
+from sparc_fast.batch import Inputs
 from sparc_fast.benchmarks import memory
 from sparc_fast.benchmarks.cases import MANY
-from sparc_fast.sae import Inputs
 
 WIDTHS = {"a": 12, "b": 7, "c": 5}
 EVERY_SELECTION = pytest.mark.parametrize("selection", ["global", "local"])

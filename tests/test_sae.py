@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from operands import fast_backends, seeded
 
 import sparc_fast as sf
+from sparc_fast import selection
+from sparc_fast.objective import Objective
 
 WIDTHS = {"dino": 10, "image": 7, "text": 5}
 
@@ -182,7 +184,7 @@ def test_a_row_next_to_nothing_counts_as_zero_and_ruins_nothing(size: float, bac
 
 def test_cross_loss_is_not_lost_beside_a_large_self_loss() -> None:
     nmse = torch.tensor([[1e6, 1e-3], [1e-3, 1e6]])
-    torch.testing.assert_close(sf.losses.summarize(nmse.sum(), nmse, None, torch.ones(1, 2), 1.0).cross, nmse[0, 1])
+    torch.testing.assert_close(Objective("global", 1, "auto").summarize(nmse, None, torch.ones(1, 2)).cross, nmse[0, 1])
 
 
 def test_no_samples_have_no_loss(backend: str) -> None:
@@ -268,7 +270,7 @@ def test_calibration_centres_each_stream_at_mean_squared_norm_one_and_is_undone_
     inputs = {name: 100**i * (x + 5) for i, (name, x) in enumerate(batch(200).items())}
     model = make()
     model.calibrate(inputs)
-    x = model.pack(inputs).x
+    x = model._batch(inputs).x
     for columns in model._columns():
         torch.testing.assert_close(x[:, columns].mean(0), torch.zeros(columns.stop - columns.start), atol=1e-4, rtol=0)
         torch.testing.assert_close(x[:, columns].square().sum(1).mean(), torch.tensor(1.0))
@@ -285,7 +287,7 @@ def test_a_constant_stream_calibrates_to_zero_rather_than_nan(dtype: torch.dtype
     inputs["image"][:] = 0.1
     model = make(dtype=dtype)
     model.calibrate(inputs)
-    torch.testing.assert_close(model.pack(inputs).x[:, 10:17], torch.zeros(20, 7, dtype=dtype), atol=1e-7, rtol=0)
+    torch.testing.assert_close(model._batch(inputs).x[:, 10:17], torch.zeros(20, 7, dtype=dtype), atol=1e-7, rtol=0)
 
 
 def test_a_failed_calibration_leaves_the_previous_one() -> None:
@@ -309,7 +311,7 @@ def test_calibration_is_measured_and_kept_in_the_inputs_own_precision(dtype: tor
     cast.calibrate(inputs)
     cast = cast.to(dtype)
     assert torch.equal(narrow.input_mean, cast.input_mean)
-    x = cast.pack(inputs).x
+    x = cast._batch(inputs).x
     torch.testing.assert_close(x[:, :10].float().square().sum(1).mean(), torch.tensor(1.0), atol=0.02, rtol=0)
 
 
@@ -365,9 +367,9 @@ def test_auxk_reaches_dead_latents_alone_and_never_the_pre_bias_directly(backend
 
 def test_auxk_chooses_from_the_rows_of_dead_latents_alone(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    select = sf.SPARC.select
+    select = selection.select
     monkeypatch.setattr(
-        sf.SPARC, "select", lambda m, packed, *a, **kw: rows.append(len(packed.W_enc)) or select(m, packed, *a, **kw)
+        selection, "select", lambda rule, x, *a, **kw: rows.append(len(x.W_enc)) or select(rule, x, *a, **kw)
     )
     model = make(backend, dead_after=0, auxk=4)
     for n_dead in (1, 3, 17):
@@ -375,6 +377,17 @@ def test_auxk_chooses_from_the_rows_of_dead_latents_alone(backend: str, monkeypa
         model.silence[:n_dead] = 1
         model.loss(batch(8), auxk_coef=0.5)
     assert rows == [model.n_latents, 1, model.n_latents, 3, model.n_latents, 17]
+
+
+def test_auxk_joins_the_loss_of_float16_weights_whose_residual_is_float32(backend: str) -> None:
+    model, inputs = make(backend, dead_after=0, auxk=4, dtype=torch.float16), batch(8, dtype=torch.float16)
+    model.silence[:9] = 1
+    loss = model.loss(inputs, auxk_coef=0.5)
+    loss.total.backward()
+    model.silence.zero_()
+    model.silence[:9] = 1
+    assert torch.equal(loss.auxk, sf.SparcAdam(model).step(inputs, auxk_coef=0.5).auxk)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_auxk_without_dead_latents_changes_nothing(backend: str) -> None:
@@ -415,8 +428,7 @@ def test_the_layer_compiles_as_one_graph(backend: str) -> None:
 
 def test_a_support_chosen_by_some_streams_serves_them_all(backend: str) -> None:
     model, inputs = make(backend), batch(8)
-    packed = model.pack(inputs)
-    chosen = model.select(packed, support_from=("text", "dino"))
+    chosen = selection.select("global", model._batch(inputs), 6, support_from=("text", "dino"), backend=backend)
     assert torch.equal(chosen, model.encode({name: inputs[name] for name in ("dino", "text")}).indices)
     loss = model.loss(inputs, support_from=("text", "dino"))
     loss.total.backward()

@@ -52,9 +52,10 @@ def test_every_sample_is_seen_once_an_epoch() -> None:
     seen: list[torch.Tensor] = []
 
     class Watched(sf.SPARC):
-        def select(self, packed, *args, **kwargs):  # type: ignore[no-untyped-def]
-            seen.append(packed.x)
-            return super().select(packed, *args, **kwargs)
+        def _batch(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            batch = super()._batch(*args, **kwargs)
+            seen.append(batch.x)
+            return batch
 
     train(Watched({"a": 20, "b": 15}, 16, 2, auxk=0), inputs, steps=5, batch_size=20)
     rows = torch.cat(seen)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparc_fast import data
 from sparc_fast.data.readers import MODULES, Source
-from sparc_fast.sae import SPARC
+from sparc_fast.model import SPARC
 from sparc_fast.training import load_model
 from sparc_fast.training.settings import parse_source
 

@@ -19,7 +19,7 @@ from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .retrieval import Retrieval, retrieval_ranks
 
 if TYPE_CHECKING:
-    from ..sae import SPARC
+    from ..model import SPARC
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from sparc_fast.data import Loader
+from sparc_fast.model import SPARC
 from sparc_fast.reference import stream_slices
-from sparc_fast.sae import SPARC
 
 
 def calibrate(model: SPARC, loader: Loader, n_rows: int) -> None:

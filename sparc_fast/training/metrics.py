@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparc_fast.files import atomic_path
-from sparc_fast.losses import SparcLoss
+from sparc_fast.objective import SparcLoss
 
 Record = dict[str, Any]
 """{"step": 50, "train": {...}} or {"step": 1000, "validation": {...}}."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sparc_fast import checkpoint
+from sparc_fast.model import SPARC
 from sparc_fast.optim import SparcAdam
-from sparc_fast.sae import SPARC
 
 from . import checkpoint_file
 

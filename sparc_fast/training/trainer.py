@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sparc_fast import backends, data
 from sparc_fast.data import AlignedFiles, Loader
+from sparc_fast.model import SPARC
 from sparc_fast.optim import SparcAdam
-from sparc_fast.sae import SPARC
 from sparc_fast.version import __version__
 
 from .calibration import calibrate

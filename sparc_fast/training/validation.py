@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.data import AlignedFiles
-from sparc_fast.sae import SPARC
+from sparc_fast.model import SPARC
 
 
 @torch.no_grad()

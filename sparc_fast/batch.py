@@ -1,0 +1,195 @@
+"""A batch: some streams of N samples, checked, calibrated and side by side, with the weights of just those streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparc_fast.reference import stream_slices
+
+Inputs = Mapping[str, Tensor] | Tensor
+
+
+class Batch(NamedTuple):
+    """Some streams of N samples side by side, and the weights for just those streams."""
+
+    x: Tensor
+    streams: tuple[str, ...]
+    d_streams: tuple[int, ...]
+    leading: tuple[int, ...]
+    """The dimensions that were flattened to N."""
+    W_enc: Tensor
+    W_dec: Tensor
+    pre_bias: Tensor
+    latent_bias: Tensor
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.x, self.W_enc, self.W_dec, self.pre_bias, self.latent_bias
+
+    def of_streams(self, streams: Sequence[str]) -> Batch:
+        """The same batch seen through some of its streams."""
+        if tuple(streams) == self.streams:
+            return self
+        positions = sorted({position(name, self.streams, "support_from") for name in streams})
+        if not positions:
+            raise ValueError(f"support_from must name at least one of the streams {self.streams}, got none")
+        columns = [stream_slices(self.d_streams)[s] for s in positions]
+        return self._replace(
+            x=_take(self.x, columns),
+            streams=tuple(self.streams[s] for s in positions),
+            d_streams=tuple(self.d_streams[s] for s in positions),
+            W_enc=_take(self.W_enc, columns),
+            W_dec=_take(self.W_dec, columns),
+            pre_bias=_take(self.pre_bias, columns),
+            latent_bias=self.latent_bias[positions],
+        )
+
+    def of_latents(self, latents: Tensor) -> Batch:
+        """The same batch before a dictionary of these latents alone."""
+        return self.encoder_of_latents(latents)._replace(W_dec=self.W_dec[latents])
+
+    def encoder_of_latents(self, latents: Tensor) -> Batch:
+        """As `of_latents`, for what does not read the decoder."""
+        return self._replace(W_enc=self.W_enc[latents], latent_bias=self.latent_bias[:, latents])
+
+
+class AllStreams:
+    """Puts what was computed for some streams among zeros for all: an absent stream is one without gradient."""
+
+    def __init__(self, d_streams: Mapping[str, int], batch: Batch) -> None:
+        columns = stream_slices(tuple(d_streams.values()))
+        self.S, self.D = len(columns), columns[-1].stop
+        self.complete = batch.streams == tuple(d_streams)
+        self.present = [list(d_streams).index(name) for name in batch.streams]
+        every = torch.arange(self.D, device=batch.x.device)
+        self.present_columns = torch.cat([every[columns[s]] for s in self.present])
+
+    def columns(self, of_present: Tensor) -> Tensor:
+        """[..., D'] -> [..., D]"""
+        if self.complete:
+            return of_present
+        out = of_present.new_zeros(*of_present.shape[:-1], self.D)
+        out[..., self.present_columns] = of_present
+        return out
+
+    def streams(self, of_present: Tensor) -> Tensor:
+        """[N, S', j] -> [N, S, j]; a support all share, [N, j], stays."""
+        if self.complete or of_present.ndim == 2:
+            return of_present
+        out = of_present.new_zeros(len(of_present), self.S, of_present.shape[2])
+        out[:, self.present] = of_present
+        return out
+
+
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """Samples below samples. Narrower supports are filled up: with values of 0, at latents they have already."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.shape[-1] for part in parts)
+    return torch.cat([_filled(part, width) for part in parts])
+
+
+def _filled(part: Tensor, width: int) -> Tensor:
+    missing = width - part.shape[-1]
+    if not missing:
+        return part
+    if part.is_floating_point():
+        return pad(part, (0, missing))
+    return torch.cat([part, part[..., :1].expand(*part.shape[:-1], missing)], dim=-1)
+
+
+def columns_of(weights: Tensor, streams: Sequence[str], d_streams: Mapping[str, int]) -> Tensor:
+    """These streams' columns of [..., D]: a view where they are adjacent, a copy where they are not."""
+    named = dict(zip(d_streams, stream_slices(tuple(d_streams.values())), strict=True))
+    return _take(weights, [named[name] for name in streams])
+
+
+def _take(weights: Tensor, columns: Sequence[slice]) -> Tensor:
+    if all(a.stop == b.start for a, b in pairwise(columns)):
+        return weights[..., columns[0].start : columns[-1].stop]
+    return torch.cat([weights[..., cols] for cols in columns], dim=-1)
+
+
+def side_by_side(inputs: Inputs, d_streams: Mapping[str, int]) -> tuple[tuple[str, ...], Tensor, tuple[int, ...]]:
+    """(streams given, their samples [N, D'] as they came, leading dimensions)."""
+    parts = streams_of(inputs, d_streams)
+    leading = tuple(next(iter(parts.values())).shape[:-1])
+    if isinstance(inputs, Tensor):
+        return tuple(parts), inputs.reshape(-1, inputs.shape[-1]), leading
+    flat = [part.reshape(-1, d_streams[name]) for name, part in parts.items()]
+    return tuple(parts), torch.cat(flat, dim=1), leading
+
+
+def streams_of(inputs: Inputs, d_streams: Mapping[str, int]) -> dict[str, Tensor]:
+    """The streams given, [..., D_s] each, in the order of `d_streams`; checks their names and shapes."""
+    streams = tuple(d_streams)
+    if isinstance(inputs, Tensor):
+        D = sum(d_streams.values())
+        if inputs.ndim < 2 or inputs.shape[-1] != D:
+            raise ValueError(f"inputs must be [..., D={D}], all streams side by side, got {list(inputs.shape)}")
+        columns = stream_slices(tuple(d_streams.values()))
+        return {name: inputs[..., cols] for name, cols in zip(streams, columns, strict=True)}
+    if not isinstance(inputs, Mapping):
+        raise ValueError(
+            f"inputs must map streams to tensors, or be one tensor of all of them, got {type(inputs).__name__}"
+        )
+    if not inputs:
+        raise ValueError(f"inputs must hold at least one of the streams {streams}, got none")
+    for name in inputs:
+        position(name, streams, "inputs")
+    present = {name: inputs[name] for name in streams if name in inputs}
+    first = next(iter(present))
+    for name, x in present.items():
+        if not isinstance(x, Tensor) or x.is_complex():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"inputs[{name!r}] must be a real tensor, got {kind}")
+        if x.ndim < 2 or x.shape[-1] != d_streams[name]:
+            raise ValueError(f"inputs[{name!r}] must be [..., {d_streams[name]}], got {list(x.shape)}")
+        if x.shape[:-1] != present[first].shape[:-1]:
+            raise ValueError(
+                "inputs must hold the same samples in every stream: "
+                f"{first!r} has {list(present[first].shape[:-1])}, {name!r} has {list(x.shape[:-1])}"
+            )
+    return present
+
+
+def check_finite(x: Tensor, streams: Sequence[str], d_streams: Sequence[int]) -> None:
+    """ValueError names the stream and the first row that holds NaN or infinity; waits for the device."""
+    # one sum sees any NaN or inf; where it overflows without them, the slow look below finds no row
+    if x.numel() == 0 or torch.isfinite(x.detach().sum()):
+        return
+    for name, cols in zip(streams, stream_slices(d_streams), strict=True):
+        bad = (~torch.isfinite(x[:, cols]).all(1)).nonzero()[:, 0]
+        if len(bad):
+            raise ValueError(
+                f"inputs[{name!r}] must be finite in {x.dtype}, "
+                f"got NaN or infinity in {len(bad)} of {len(x)} rows, "
+                f"first in row {int(bad[0])}"
+            )
+
+
+def measure(x: Tensor, d_streams: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(mean [D], rms [S]) of samples [N, D], in float64: rms_s^2 = mean_n ||x_s[n] - mean_s||^2."""
+    x, columns = x.double(), stream_slices(d_streams)
+    mean = x.mean(0)
+    rms = torch.stack([(x - mean)[:, cols].square().sum(1).mean().sqrt() for cols in columns])
+    size = torch.stack([mean[cols].norm() for cols in columns])
+    return mean, torch.where(rms > 1e-6 * size, rms, 1.0)  # a constant stream has no scale of its own
+
+
+def calibrate(x: Tensor, mean: Tensor, rms: Sequence[Tensor], d_streams: Sequence[int]) -> Tensor:
+    """(x_s - mean_s) / rms_s of every stream, in float32 or wider."""
+    parts = [(x[:, cols] - mean[cols]) / rms[s] for s, cols in enumerate(stream_slices(d_streams))]
+    return torch.cat(parts, dim=1)
+
+
+def position(name: str, streams: Sequence[str], argument: str) -> int:
+    """Where a stream stands; ValueError says that `argument` must be one of them."""
+    if name not in streams:
+        raise ValueError(f"{argument} must be one of the streams {tuple(streams)}, got {name!r}")
+    return list(streams).index(name)

@@ -1,0 +1,374 @@
+"""SPARC: one sparse latent space for several streams."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparc_fast import backends, batch, checkpoint, functional, reference
+from sparc_fast.batch import Batch, Inputs, columns_of, position
+from sparc_fast.codes import SparseLatents
+from sparc_fast.objective import Objective, SparcLoss
+from sparc_fast.pages import empty_rows
+from sparc_fast.selection import RULES, Selection, select
+
+
+@dataclass(frozen=True)
+class SparcOutput:
+    """What `SPARC.forward` returns."""
+
+    codes: SparseLatents
+    recons: dict[tuple[str, str], Tensor]
+    """(source, target) -> [..., D_target]; sources are the streams given, targets all streams of the model."""
+    loss: SparcLoss | None
+    """The objective's reconstruction part, differentiable, when every stream was given; else None."""
+
+
+class SPARC(nn.Module):
+    """A TopK sparse autoencoder over several streams that share one latent space (arXiv 2507.06265).
+
+    A latent is a row: ``W_enc[l]`` and ``W_dec[l]`` hold the weights of latent l for all streams, side by side in
+    the order of `d_streams`. Decoder rows have unit norm in each stream; call `project_gradients_` before and
+    `normalize_decoder_` after every optimizer step to keep them so (`SparcAdam` and `Trainer` do it).
+
+    Args:
+        d_streams: name -> width of each stream, in order.
+        n_latents: L, latents in the shared dictionary.
+        k: latents kept per sample, 1 <= k <= L.
+        selection: "global", one support for all streams of a sample; "local", one per stream.
+        auxk: dead latents that reconstruct the residual during training; 0 turns AuxK off.
+        dead_after: a latent is dead once no stream fired it for more than this many training samples.
+        backend: "auto", the fastest available for the inputs' device, or a name.
+        check_finite: raise on NaN or infinite inputs. On a GPU this waits for the device; under torch.compile
+            and in a CUDA graph it is skipped.
+        dtype, device: of the weights; inputs are converted to this dtype.
+    """
+
+    input_mean: Tensor
+    input_rms: Tensor
+    silence: Tensor
+
+    def __init__(
+        self,
+        d_streams: Mapping[str, int],
+        n_latents: int,
+        k: int,
+        *,
+        selection: Selection = "global",
+        auxk: int = 64,
+        dead_after: int = 256_000,
+        backend: str = "auto",
+        check_finite: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(d_streams, Mapping) or not d_streams or not all(map(_is_stream, d_streams.items())):
+            raise ValueError(f"d_streams must name at least one stream, each an integer width >= 1, got {d_streams}")
+        if not all(isinstance(size, int) for size in (n_latents, k, auxk, dead_after)):
+            raise ValueError(
+                f"n_latents, k, auxk and dead_after must be integers, got {n_latents}, {k}, {auxk} and {dead_after}"
+            )
+        if dtype not in functional.FLOATS:
+            raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        if not 1 <= k <= n_latents:
+            raise ValueError(f"k must be between 1 and n_latents={n_latents}, got {k}")
+        if selection not in RULES:
+            raise ValueError(f'selection must be "global" or "local", got {selection!r}')
+        if auxk < 0 or dead_after < 0:
+            raise ValueError(f"auxk and dead_after must be >= 0, got {auxk} and {dead_after}")
+        self.d_streams = dict(d_streams)
+        self.n_latents, self.k, self.selection = n_latents, k, selection
+        self.auxk, self.dead_after = auxk, dead_after
+        self.backend, self.check_finite = backend, check_finite
+
+        S, L, D = len(self.d_streams), n_latents, sum(self.d_streams.values())
+        like: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.W_enc = nn.Parameter(empty_rows(L, D, **like))
+        self.W_dec = nn.Parameter(empty_rows(L, D, **like))
+        self.pre_bias = nn.Parameter(torch.empty(D, **like))
+        self.latent_bias = nn.Parameter(torch.empty(S, L, **like))
+        self.register_buffer("input_mean", torch.zeros(D, device=device))
+        self.register_buffer("input_rms", torch.ones(S, device=device))
+        self.register_buffer("silence", torch.zeros(L, dtype=torch.int64, device=device))
+        self.is_calibrated = False
+        self._catch_up: Callable[[], None] | None = None
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
+        self.register_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
+        backends.resolve(backend, self.W_enc.device)
+        self.reset_parameters()
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the streams, in the order of their columns."""
+        return tuple(self.d_streams)
+
+    @property
+    def dead(self) -> Tensor:
+        """bool [L]: no stream fired this latent in more than `dead_after` training samples."""
+        return self.silence > self.dead_after
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Encoder rows uniform in +-1/sqrt(D_s) per stream, decoder rows the same directions at unit norm, biases 0."""
+        for cols in reference.stream_slices(tuple(self.d_streams.values())):
+            bound = 1 / math.sqrt(cols.stop - cols.start)
+            self.W_enc[:, cols].uniform_(-bound, bound)
+        self.W_dec.copy_(self.W_enc)
+        self.normalize_decoder_()
+        self.pre_bias.zero_()
+        self.latent_bias.zero_()
+        self.silence.zero_()
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Give every decoder row unit norm in each stream. Call after each optimizer step."""
+        self._make_current()
+        reference.normalize_rows(self.W_dec, tuple(self.d_streams.values()))
+
+    @torch.no_grad()
+    def project_gradients_(self) -> None:
+        """Take out of the decoder's gradient what would only change row norms. Call before each optimizer step."""
+        if self.W_dec.grad is not None:
+            self._make_current()
+            reference.project_gradients(self.W_dec.grad, self.W_dec, tuple(self.d_streams.values()))
+
+    @torch.no_grad()
+    def calibrate(self, inputs: Inputs) -> None:
+        """Measure each stream so that none outweighs the others in the shared support; stored with the model.
+
+        Afterwards the model sees ``(x_s - mean_s) / rms_s`` with rms_s^2 = mean_n ||x_s[n] - mean_s||^2: centred
+        streams of mean squared norm 1. Reconstructions come back in the streams' own units; losses are measured
+        on the calibrated inputs. All streams must be given.
+        """
+        streams, x, _ = batch.side_by_side(inputs, self.d_streams)
+        if streams != self.streams or not len(x):
+            raise ValueError(
+                f"inputs must hold samples of every stream {self.streams} to calibrate, got {len(x)} of {streams}"
+            )
+        widths = tuple(self.d_streams.values())
+        batch.check_finite(x, streams, widths)
+        mean, rms = batch.measure(x, widths)
+        self.input_mean.copy_(mean)
+        self.input_rms.copy_(rms)
+        self._notice_calibration()
+
+    def encode(self, inputs: Inputs) -> SparseLatents:
+        """Sparse codes of any non-empty subset of streams; the support is chosen from the streams given.
+
+        Args:
+            inputs: name -> [..., D_s] with equal leading dimensions, or all streams side by side, [..., D].
+        """
+        given = self._batch(inputs)
+        return self._codes(given, *self._encode(given))
+
+    def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
+        """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""
+        self._make_current()
+        if codes.n_latents != self.n_latents:
+            raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
+        values, indices = codes.stream(source)
+        t = position(target, self.streams, "target")
+        cols = self._columns()[t]
+        k = values.shape[-1]
+        recons = functional.sparse_decode(
+            values.reshape(-1, 1, k), indices.reshape(-1, k), self.W_dec[:, cols], self.pre_bias[cols],
+            backend=self.backend,
+        )  # fmt: skip
+        recons = recons.reshape(*values.shape[:-1], cols.stop - cols.start)
+        return self._uncalibrate(recons, t)
+
+    def translate(self, inputs: Inputs, source: str, target: str) -> Tensor:
+        """Stream `target` predicted from stream `source` alone, [..., D_target]; `target` may be absent."""
+        position(source, self.streams, "source")
+        parts = batch.streams_of(inputs, self.d_streams)
+        if source not in parts:
+            raise ValueError(f"inputs must hold the source stream {source!r}, got {tuple(parts)}")
+        return self.decode(self.encode({source: parts[source]}), source, target)
+
+    def forward(self, inputs: Inputs, cross_loss_coef: float = 1.0) -> SparcOutput:
+        """Codes, every reconstruction, and (when all streams are given) the differentiable reconstruction loss.
+
+        `loss` computes the same objective, and AuxK, without keeping the reconstructions: train with that.
+        """
+        given = self._batch(inputs)
+        values, indices = self._encode(given)
+        recons = functional.sparse_decode(values, indices, self.W_dec, self.pre_bias, backend=self.backend)
+        self._count_silence(values, indices)
+        loss = None
+        if given.streams == self.streams:
+            loss = self._objective(cross_loss_coef).compare(recons, given)
+        named = {
+            (source, target): self._uncalibrate(recons[:, s, cols], t).reshape(*given.leading, self.d_streams[target])
+            for s, source in enumerate(given.streams)
+            for t, (target, cols) in enumerate(zip(self.streams, self._columns(), strict=True))
+        }
+        return SparcOutput(self._codes(given, values, indices), named, loss)
+
+    def loss(
+        self,
+        inputs: Inputs,
+        cross_loss_coef: float = 1.0,
+        auxk_coef: float = 1 / 32,
+        support_from: Sequence[str] | None = None,
+    ) -> SparcLoss:
+        """The training objective:  mean_s NMSE(s, s) + cross_loss_coef mean_{s != t} NMSE(s, t) + auxk_coef AuxK.
+
+        Over the streams given: self terms of each, cross terms between every ordered pair of them. AuxK joins in
+        training mode while latents are dead: the `auxk` largest of the dead latents reconstruct what each stream's
+        own reconstruction left over (Gao et al., arXiv 2406.04093). In training mode the dead counters move.
+        How many latents are dead is read on the host: with AuxK, torch.compile splits the graph there.
+
+        Args:
+            support_from: under global selection, the streams whose pre-activations choose the support; by default
+                all that are given. A random subset in every batch teaches single streams to choose it alone.
+        """
+        given = self._batch(inputs)
+        objective = self._objective(cross_loss_coef, auxk_coef, support_from)
+        supports = objective.choose(given)
+        flow = objective.measure(given, supports)
+        self._count_silence(flow.reconstruction.values, supports.indices)
+        return objective.summarize(*flow.terms())
+
+    def _objective(
+        self,
+        cross_loss_coef: float,
+        auxk_coef: float = 0.0,
+        support_from: Sequence[str] | None = None,
+        reads_host: bool = True,
+    ) -> Objective:
+        dead = self.dead if self.training and self.auxk and auxk_coef else None
+        if dead is not None and reads_host:
+            dead = dead.nonzero()[:, 0]  # before this batch's work is under way, so that the host need not wait for it
+            dead = dead if len(dead) else None
+        return Objective(
+            self.selection, self.k, self.backend, cross_loss_coef, support_from, self.auxk, auxk_coef, dead
+        )
+
+    def _batch(self, inputs: Inputs, *, current: bool = True) -> Batch:
+        """Check inputs and put them side by side, calibrated, with the weights they need.
+
+        Without `current`, decoder rows stay as an optimizer left them.
+        """
+        if current:
+            self._make_current()
+        streams, x, leading = batch.side_by_side(inputs, self.d_streams)
+        positions = [self.streams.index(name) for name in streams]
+        widths = tuple(self.d_streams[name] for name in streams)
+        if self.is_calibrated:
+            mean = columns_of(self.input_mean, streams, self.d_streams)
+            x = batch.calibrate(x, mean, [self.input_rms[s] for s in positions], widths)
+        x = x.to(self.W_enc.dtype)
+        if self.check_finite and not torch.compiler.is_compiling() and not _is_capturing(x):
+            batch.check_finite(x, streams, widths)
+        W_enc, W_dec, pre_bias = (
+            columns_of(w, streams, self.d_streams) for w in (self.W_enc, self.W_dec, self.pre_bias)
+        )
+        latent_bias = self.latent_bias if streams == self.streams else self.latent_bias[positions]
+        return Batch(x, streams, widths, leading, W_enc, W_dec, pre_bias, latent_bias)
+
+    def _encode(self, given: Batch) -> tuple[Tensor, Tensor]:
+        """(values [N, S', k], the support)"""
+        indices = select(self.selection, given, self.k, backend=self.backend)
+        values = functional.support_values(
+            given.x, given.W_enc, given.pre_bias, given.latent_bias, indices,
+            d_streams=given.d_streams, backend=self.backend,
+        )  # fmt: skip
+        return values, indices
+
+    def _codes(self, given: Batch, values: Tensor, indices: Tensor) -> SparseLatents:
+        values, indices = (part.reshape(*given.leading, *part.shape[1:]) for part in (values, indices))
+        return SparseLatents(values, indices, given.streams, self.n_latents)
+
+    @torch.no_grad()
+    def _count_silence(self, values: Tensor, indices: Tensor) -> None:
+        """Move the dead counters by a batch of codes; in training mode only."""
+        if self.training:
+            backends.resolve(self.backend, values.device).count_silence(self.silence, values, indices)
+
+    def _before_reading_decoder(self, catch_up: Callable[[], None]) -> None:
+        """Have `catch_up` called before this model reads its decoder: for an optimizer that leaves rows behind."""
+        self._make_current()
+        self._catch_up = catch_up
+
+    def _make_current(self) -> None:
+        if self._catch_up is not None:
+            self._catch_up()
+
+    def save(self, path: str | Path) -> None:
+        """Write weights, counters, calibration and configuration to one safetensors file, atomically."""
+        checkpoint.save(path, self.state_dict(), self.config())
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str | None = None, backend: str = "auto") -> SPARC:
+        """The model that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, or is not a sparc_fast model.
+        """
+        tensors, config = checkpoint.load(path)
+        dtype = tensors["W_enc"].dtype if "W_enc" in tensors else torch.float32
+        try:
+            with torch.random.fork_rng(devices=[]):  # the first weights are thrown away: draw nothing for them
+                model = cls(**config, dtype=dtype, device=device, backend=backend)
+            model.load_state_dict(tensors)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"path must be a model saved by sparc_fast, but {path} does not fit: {error}") from error
+        return model
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments that are part of the model, as plain data."""
+        names = ("d_streams", "n_latents", "k", "selection", "auxk", "dead_after", "check_finite")
+        return {name: getattr(self, name) for name in names}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SPARC:
+        """A change of the weights' dtype leaves the calibration in its own: it belongs to the inputs."""
+        self._make_current()
+        measured = self.input_mean, self.input_rms
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.input_mean.dtype != measured[0].dtype:
+            self.input_mean, self.input_rms = (buffer.to(self.input_mean.device) for buffer in measured)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._make_current()
+        return {**self.__dict__, "_catch_up": None}
+
+    def _notice_calibration(self) -> None:
+        self.is_calibrated = bool((self.input_mean != 0).any() or (self.input_rms != 1).any())
+
+    def _columns(self) -> list[slice]:
+        return reference.stream_slices(tuple(self.d_streams.values()))
+
+    def _uncalibrate(self, recons: Tensor, t: int) -> Tensor:
+        if not self.is_calibrated:
+            return recons
+        return (recons * self.input_rms[t] + self.input_mean[self._columns()[t]]).to(recons.dtype)
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _before_state(model: SPARC, *_: object) -> None:
+    model._make_current()
+
+
+def _after_loading(model: SPARC, _: object) -> None:
+    model._notice_calibration()
+
+
+def _is_stream(item: tuple[object, object]) -> bool:
+    name, width = item
+    return isinstance(name, str) and isinstance(width, int) and width >= 1

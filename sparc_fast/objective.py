@@ -1,0 +1,233 @@
+"""The objective: how far reconstructions are from the inputs, and what dead latents make of what is left over (AuxK).
+
+A batch flows through it once, whoever trains: `Objective.choose` finds its supports, `Objective.measure` what they
+reconstruct, with the gradient, `Objective.summarize` the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparc_fast import backends, selection
+from sparc_fast.autograd import Reconstruction, reconstruct, weighted_sum
+from sparc_fast.batch import Batch
+from sparc_fast.reference import stream_slices, wide
+
+ZERO_ROW = 1e-20
+"""A row of smaller squared norm counts as a zero row: relative to nothing, no error can be told."""
+OUT_OF_REACH = -1e30
+"""A latent bias no pre-activation makes up for; finite, so that bounds around it are."""
+
+
+def nmse(recons: Tensor, x: Tensor) -> Tensor:
+    """mean_n ||recons[n] - x[n]||^2 / ||x[n]||^2 over the last dimension; a zero row counts as a sample of error 0.
+
+    The uncentred normalised error that TopK autoencoders are trained on (Gao et al., arXiv 2406.04093).
+    """
+    _check_same_shape(recons, x)
+    error = (wide(recons) - wide(x)).square().sum(-1)
+    energy = wide(x).square().sum(-1)
+    counted = energy >= ZERO_ROW
+    ratio = torch.where(counted, error / energy.where(counted, 1.0), 0.0)
+    return ratio.sum() / max(ratio.numel(), 1)
+
+
+def fvu(recons: Tensor, x: Tensor) -> Tensor:
+    """sum ||recons - x||^2 / sum ||x - mean(x)||^2 over all samples [..., D]: the fraction of variance unexplained.
+
+    1 - R^2, variance-weighted: a near-constant coordinate cannot dominate it.
+    """
+    _check_same_shape(recons, x)
+    x, recons = wide(x).reshape(-1, x.shape[-1]), wide(recons).reshape(-1, x.shape[-1])
+    return (recons - x).square().sum() / (x - x.mean(0)).square().sum()
+
+
+def _check_same_shape(recons: Tensor, x: Tensor) -> None:
+    if recons.shape != x.shape or x.ndim == 0:
+        raise ValueError(f"recons must have the shape of x, {list(x.shape)}, got {list(recons.shape)}")
+
+
+def row_energy(x: Tensor, d_streams: Sequence[int]) -> Tensor:
+    """energy[n, t] = ||x[n, t]||^2 of each stream, [N, S]."""
+    return torch.stack([wide(x[:, cols]).square().sum(1) for cols in stream_slices(d_streams)], dim=1)
+
+
+def nmse_scale(energy: Tensor, n_samples: int | None = None) -> Tensor:
+    """scale[n, t] = 1 / (N energy[n, t]), and 0 for zero rows: what makes squared errors NMSE.
+
+    N is `n_samples`, where these rows are only a part of those that the mean is taken over.
+    """
+    counted = energy >= ZERO_ROW
+    N = len(energy) if n_samples is None else n_samples
+    return torch.where(counted, 1 / energy.where(counted, 1.0) / max(N, 1), 0.0)
+
+
+def pair_weights(n_streams: int, cross_loss_coef: float) -> tuple[float, ...]:
+    """weights[s, s] = 1 / S and weights[s, t] = cross_loss_coef / (S (S - 1)), row-major source by target."""
+    S = n_streams
+    cross = cross_loss_coef / (S * (S - 1)) if S > 1 else 0.0
+    return tuple(1 / S if s == t else cross for s in range(S) for t in range(S))
+
+
+def self_weights(n_streams: int, coef: float) -> tuple[float, ...]:
+    """weights[s, s] = coef / S, and 0 elsewhere."""
+    return tuple(coef / n_streams if s == t else 0.0 for s in range(n_streams) for t in range(n_streams))
+
+
+def self_residual(grad_recons: Tensor, scale: Tensor, d_streams: Sequence[int]) -> Tensor:
+    """residual[n, d] = x[n, d] - recons[n, s(d), d], what a stream's own reconstruction left over, [N, D].
+
+    Read off grad_recons of a loss with `pair_weights`: it is -2 / S scale residual there. 0 where scale is 0.
+    """
+    S = len(d_streams)
+    parts = []
+    for s, cols in enumerate(stream_slices(d_streams)):
+        factor = -2 / S * scale[:, s, None]
+        parts.append(torch.where(factor != 0, wide(grad_recons[:, s, cols]) / factor, 0.0))
+    return torch.cat(parts, dim=1).to(grad_recons.dtype)
+
+
+class SparcLoss(NamedTuple):
+    """The objective and its parts; only `total` carries a gradient."""
+
+    total: Tensor
+    """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar."""
+    self: Tensor
+    """Mean NMSE of each stream reconstructed from itself."""
+    cross: Tensor | None
+    """Mean NMSE over ordered pairs of streams; None when its coefficient is 0 or one stream is present."""
+    auxk: Tensor | None
+    """Mean NMSE of the residuals reconstructed by dead latents; None when none is dead."""
+    nmse: Tensor
+    """[S, S], source by target; 0 where a pair was not computed."""
+    zero_rows: Tensor
+    """[S], samples whose input was all zero: they count as error 0."""
+
+
+class AmongDead(NamedTuple):
+    """AuxK's support of dead latents (Gao et al., arXiv 2406.04093)."""
+
+    positions: Tensor
+    """[N, k'] or [N, S, k'], in `latents`."""
+    latents: Tensor | None
+    """int64 [n_dead]; None where positions are among all latents."""
+    latent_bias: Tensor
+    any_dead: Tensor | None
+    """bool scalar, or None where the answer is known to be yes."""
+
+    @property
+    def indices(self) -> Tensor:
+        return self.positions if self.latents is None else self.latents.int()[self.positions.long()]
+
+    def before(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch before the dictionary that AuxK decodes with, and the support there."""
+        if self.latents is not None and torch.is_grad_enabled():
+            return batch.of_latents(self.latents), self.positions  # sums of gradients are over the dead alone
+        return batch._replace(latent_bias=self.latent_bias), self.indices
+
+
+class Supports(NamedTuple):
+    """The latents each sample uses: [N, k] or [N, S, k], and AuxK's."""
+
+    indices: Tensor
+    dead: AmongDead | None
+
+
+class Flow(NamedTuple):
+    """What flowed through a batch, or a part of one: the terms of the objective, and what moves the weights."""
+
+    reconstruction: Reconstruction
+    auxk: Reconstruction | None
+    energy: Tensor
+    """[N, S], the squared norms of the inputs."""
+
+    def terms(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """What `Objective.summarize` takes."""
+        auxk = None if self.auxk is None else self.auxk.loss
+        return self.reconstruction.nmse, auxk, self.energy, self.reconstruction.loss
+
+
+@dataclass(frozen=True)
+class Objective:
+    """mean_s NMSE(s, s) + cross_loss_coef mean_{s != t} NMSE(s, t) + auxk_coef AuxK, on supports of a rule's choice."""
+
+    selection: selection.Selection
+    k: int
+    backend: str
+    cross_loss_coef: float = 1.0
+    support_from: Sequence[str] | None = None
+    auxk: int = 0
+    """Latents a sample may use for AuxK, at most."""
+    auxk_coef: float = 0.0
+    dead: Tensor | None = None
+    """For AuxK, which None turns off: int64 [n_dead], one at least, and it chooses by a GEMM over their rows alone; or
+    bool [L], where the host must not wait to hear how many are dead."""
+
+    def choose(self, batch: Batch) -> Supports:
+        """The supports of a batch; reads no row of the decoder."""
+        indices = self._select(batch, self.k, self.support_from)
+        return Supports(indices, None if self.dead is None else self._among(self.dead, batch))
+
+    def measure(self, batch: Batch, supports: Supports, n_samples: int | None = None) -> Flow:
+        """Encode, decode and compare: the loss of each part, differentiable, and what its gradient is made of.
+
+        `n_samples` as in `nmse_scale`, where the batch is a part of one.
+        """
+        S, widths = len(batch.streams), batch.d_streams
+        energy = row_energy(batch.x, widths)
+        scale = nmse_scale(energy, n_samples)
+        weights = pair_weights(S, self.cross_loss_coef)
+        backend = backends.resolve(self.backend, batch.x.device)
+        first = reconstruct(*batch.operands(), supports.indices, None, scale, weights, widths, backend)
+        if supports.dead is None:
+            return Flow(first, None, energy)
+        residual = self_residual(first.grad_recons, scale, widths)
+        scale = nmse_scale(row_energy(residual, widths), n_samples)
+        if supports.dead.any_dead is not None:
+            scale = scale * supports.dead.any_dead
+        weights = self_weights(S, self.auxk_coef)
+        batch, indices = supports.dead.before(batch)
+        auxk = reconstruct(*batch.operands(), indices, residual, scale, weights, widths, backend)
+        return Flow(first, auxk, energy)
+
+    def compare(self, recons: Tensor, batch: Batch) -> SparcLoss:
+        """The loss of given reconstructions [N, S, D], differentiable by them, without AuxK."""
+        S, columns = len(batch.streams), stream_slices(batch.d_streams)
+        pairs = [nmse(recons[:, s, cols], batch.x[:, cols]) for s in range(S) for cols in columns]
+        errors = torch.stack(pairs).view(S, S)
+        return self.summarize(errors, None, row_energy(batch.x, batch.d_streams))
+
+    def summarize(
+        self, nmse: Tensor, auxk: Tensor | None, energy: Tensor, reconstruction: Tensor | None = None
+    ) -> SparcLoss:
+        """The parts as a `SparcLoss`, from nmse [S, S], AuxK's weighed part and the rows' energy [N, S].
+
+        `reconstruction` is what nmse adds up to, where that is known or carries the gradient.
+        """
+        S = len(nmse)
+        total = weighted_sum(nmse, pair_weights(S, self.cross_loss_coef)) if reconstruction is None else reconstruction
+        nmse = nmse.detach()
+        itself = torch.eye(S, dtype=torch.bool, device=nmse.device)
+        has_cross = S > 1 and self.cross_loss_coef != 0
+        cross = nmse.masked_fill(itself, 0).sum() / (S * (S - 1)) if has_cross else None
+        if auxk is not None:
+            total, auxk = total + auxk, auxk.detach() / self.auxk_coef
+        return SparcLoss(total, nmse.diagonal().mean(), cross, auxk, nmse, (energy < ZERO_ROW).sum(0))
+
+    def _select(self, batch: Batch, k: int, support_from: Sequence[str] | None = None) -> Tensor:
+        return selection.select(self.selection, batch, k, support_from=support_from, backend=self.backend)
+
+    def _among(self, dead: Tensor, batch: Batch) -> AmongDead:
+        bias = batch.latent_bias
+        if dead.dtype == torch.int64:
+            positions = self._select(batch.encoder_of_latents(dead), min(self.auxk, len(dead)))
+            return AmongDead(positions, dead, bias, None)
+        # all latents, in which only the dead can win; where fewer than auxk are, others fill up with values of 0
+        bias = bias.masked_fill(~dead, max(OUT_OF_REACH, torch.finfo(bias.dtype).min))
+        positions = self._select(batch._replace(latent_bias=bias), min(self.auxk, len(dead)))
+        return AmongDead(positions, None, bias, dead.any())
