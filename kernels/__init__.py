@@ -13,7 +13,7 @@ from sparc_fast.kernels.support_scores import support_scores
 from sparc_fast.kernels.support_values import support_values
 from sparc_fast.kernels.support_values_grad_x import support_values_grad_x
 from sparc_fast.kernels.topk_rows import topk_rows
-from sparc_fast.kernels.update_rows import update_rows
+from sparc_fast.kernels.update_rows import step_rows, update_rows
 from sparc_fast.kernels.weight_gradients import weight_gradients
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "replay_rows",
     "sparse_decode",
     "sparse_decode_grad_values",
+    "step_rows",
     "support_scores",
     "support_values",
     "support_values_grad_x",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast import reference
+from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
 
 
 class Backend(Protocol):
@@ -86,27 +87,9 @@ class Backend(Protocol):
         d_streams: Sequence[int],
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def update_rows(
-        self,
-        W_enc: Tensor,
-        W_dec: Tensor,
-        moments: Sequence[Tensor],
-        x: Tensor,
-        pre_bias: Tensor,
-        values: Tensor,
-        grad_values: Tensor,
-        grad_recons: Tensor,
-        offsets: Tensor,
-        entries: Tensor,
-        d_streams: Sequence[int],
-        lr: float | Tensor,
-        betas: tuple[float, float],
-        eps: float,
-        step: int | Tensor,
-        copies: Sequence[Tensor] | None = None,
-        last_step: Tensor | None = None,
-        seed: int | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
+    def update_rows(self, rows: Rows, batch: Samples, settings: AdamStep) -> tuple[Tensor, Tensor]: ...
+
+    def step_rows(self, rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor: ...
 
     def replay_rows(
         self,
@@ -130,7 +113,7 @@ FASTER_IN_CUDA: dict[str, str] = {}
 # The first that is here is "auto", but for FASTER_IN_CUDA. Triton runs on CPU tensors in its interpreter alone, to be
 # tested.
 _PREFERRED = {"cpu": ("cpu", "reference", "triton"), "cuda": ("triton", "cuda", "reference")}
-_BACKENDS: dict[str, Backend] = {"reference": cast(Backend, reference)}
+_BACKENDS: dict[str, Backend] = {"reference": reference}
 
 
 def available(device: torch.device | str = "cpu") -> tuple[str, ...]:

@@ -30,7 +30,7 @@ IN_GRAPHS = (
     "count_silence",
 )
 # these move weights and moments in place, outside of any graph
-PLAIN = ("update_rows", "replay_rows")
+PLAIN = ("update_rows", "step_rows", "replay_rows")
 
 
 def backend(implementation: Any, library: str, device_types: str | tuple[str, ...]) -> Backend:

@@ -18,6 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
+
 
 def stream_slices(d_streams: Sequence[int]) -> list[slice]:
     """The columns of each stream: ``[slice(0, D_0), slice(D_0, D_0 + D_1), …]``."""
@@ -82,7 +84,8 @@ def _scores(centred: Tensor, W: Tensor, bias: Tensor) -> Tensor:
     """h of `global_topk`, [N, L]."""
     h = bias.new_empty(len(centred), len(W))
     of_x, of_w = _in_lanes(centred.double()), _in_lanes(W.double())
-    rows, latents = max(1, 4096 // min(len(W), 512)), 512  # at a time: 8 MB of partial sums
+    latents = 512  # at a time, and so many rows that partial sums are 2 MB
+    rows = max(1, 2**18 // (of_x.shape[1] * min(len(W), latents)))
     for n in range(0, len(centred), rows):
         for l in range(0, len(W), latents):
             products = of_x[..., n : n + rows, None], of_w[..., None, l : l + latents]
@@ -91,9 +94,10 @@ def _scores(centred: Tensor, W: Tensor, bias: Tensor) -> Tensor:
 
 
 def _in_lanes(rows: Tensor) -> Tensor:
-    """[..., D] as [ceil(D / 256), 256, ...], filled up with zeros."""
-    filled = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % LANES))
-    return filled.view(*filled.shape[:-1], -1, LANES).movedim((-2, -1), (0, 1)).contiguous()
+    """[..., D] as [ceil(D / 256), 256, ...], filled up with zeros; fewer lanes where the others would be zero."""
+    lanes = min(LANES, 1 << (rows.shape[-1] - 1).bit_length())
+    filled = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % lanes))
+    return filled.view(*filled.shape[:-1], filled.shape[-1] // lanes, lanes).movedim((-2, -1), (0, 1)).contiguous()
 
 
 def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
@@ -275,56 +279,45 @@ def weight_gradients(
     return grad_W_enc, decoder_gradients(values, grad_recons, offsets, entries), grad_latent_bias
 
 
-def update_rows(
-    W_enc: Tensor,
-    W_dec: Tensor,
-    moments: Sequence[Tensor],
-    x: Tensor,
-    pre_bias: Tensor,
-    values: Tensor,
-    grad_values: Tensor,
-    grad_recons: Tensor,
-    offsets: Tensor,
-    entries: Tensor,
-    d_streams: Sequence[int],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    step: int | Tensor,
-    copies: Sequence[Tensor] | None = None,
-    last_step: Tensor | None = None,
-    seed: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One training step of every latent's rows, in place.
+def update_rows(rows: Rows, batch: Samples, settings: AdamStep) -> tuple[Tensor, Tensor]:
+    """One training step of every latent's rows, in place: `step_rows` with the gradients of a batch.
 
-    weight_gradients, then per latent and stream  g -= <g, w> w / <w, w>  on the decoder (so that the norm of w does
-    not change to first order), Adam on both rows, and w /= ||w|| on the decoder. ``moments`` are Adam's first and
-    second of W_enc, then of W_dec, each [L, D]. Those that are bfloat16 need a ``seed``: rows move by the moments as
-    they are in float32, which are then kept as  round_to_bfloat16(moment, `rounding_noise`(seed, step, matrix, l)).
-
-    ``copies``, of W_enc and W_dec in a narrower type, are kept equal to their rows. With ``last_step``, int64 [L],
-    decoder rows without an entry are left behind, to `replay_rows` later, and those with one are marked: their
-    last_step becomes ``step``.
-
-    Returns grad_latent_bias [S, L] and  grad_pre_bias[d] = -sum_l grad_latent_bias[s(d), l] W_enc[l, d],  the part
-    that comes through the encoder as it was before the step.
+    Returns grad_latent_bias [S, L], and grad_pre_bias as `step_rows` does.
     """
-    seed = rounding_seed(W_enc, moments, seed)
-    grad_W_enc, grad_W_dec, grad_latent_bias = weight_gradients(
-        x, pre_bias, values, grad_values, grad_recons, offsets, entries, d_streams
-    )
-    grad_pre_bias = pre_bias_gradient(grad_latent_bias, W_enc, d_streams)
+    grad_W_enc, grad_W_dec, grad_latent_bias = weight_gradients(*batch, rows.d_streams)
+    gradients = Gradients(grad_W_enc, grad_W_dec, grad_latent_bias, batch.offsets.diff() > 0)
+    return grad_latent_bias, step_rows(rows, gradients, settings)
+
+
+def step_rows(rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor:
+    """One training step of every latent's rows, in place, with the gradients given.
+
+    Per latent and stream  g -= <g, w> w / <w, w>  on the decoder (so that the norm of w does not change to first
+    order), Adam on both rows, and w /= ||w|| on the decoder. Moments that are bfloat16 need a ``seed``: rows move by
+    the moments as they are in float32, which are then kept as  round_to_bfloat16(moment, `rounding_noise`(seed, step,
+    matrix, l)).
+
+    ``rows.copies`` are kept equal to their rows. With ``rows.last_step``, decoder rows of latents that are not used are
+    left behind, to `replay_rows` later, and those that are used are marked: their last_step becomes ``step``.
+
+    Returns  grad_pre_bias[d] = -sum_l grad_latent_bias[s(d), l] W_enc[l, d],  the part that comes through the encoder
+    as it was before the step.
+    """
+    W_enc, W_dec, moments, d_streams, copies, last_step = rows
+    lr, betas, eps, step, _ = settings
+    seed = rounding_seed(W_enc, moments, settings.seed)
+    grad_pre_bias = pre_bias_gradient(gradients.latent_bias, W_enc, d_streams)
     noise = _noise_of_rows(seed, step, 0, W_enc, slice(None))
-    adam(W_enc, grad_W_enc, moments[0], moments[1], lr, betas, eps, step, noise)
-    rows: slice | Tensor = slice(None)
+    adam(W_enc, gradients.W_enc, moments[0], moments[1], lr, betas, eps, step, noise)
+    moved: slice | Tensor = slice(None)
     if last_step is not None:
-        rows = offsets.diff().nonzero()[:, 0]
-        last_step[rows] = int(step)
-    _step_decoder(W_dec, grad_W_dec, moments[2:], rows, d_streams, lr, betas, eps, step, seed)
+        moved = gradients.used.nonzero()[:, 0]
+        last_step[moved] = int(step)
+    _step_decoder(W_dec, gradients.W_dec, moments[2:], moved, d_streams, lr, betas, eps, step, seed)
     if copies is not None:
         copies[0].copy_(W_enc)
-        copies[1][rows] = W_dec[rows].to(copies[1].dtype)
-    return grad_latent_bias, grad_pre_bias
+        copies[1][moved] = W_dec[moved].to(copies[1].dtype)
+    return grad_pre_bias
 
 
 def replay_rows(
