@@ -77,20 +77,25 @@ def summed_bias(latent_bias: Tensor) -> Tensor:
     return total
 
 
-LANES = 256  # partial sums of a score
+LANES, PAIRS = 256, 4096  # partial sums of a score; scores that are summed at a time
 
 
 def _scores(centred: Tensor, W: Tensor, bias: Tensor) -> Tensor:
-    """h of `global_topk`, [N, L]."""
-    h = bias.new_empty(len(centred), len(W))
-    of_x, of_w = _in_lanes(centred.double()), _in_lanes(W.double())
-    latents = 512  # at a time, and so many rows that partial sums are 2 MB
-    rows = max(1, 2**18 // (of_x.shape[1] * min(len(W), latents)))
-    for n in range(0, len(centred), rows):
-        for l in range(0, len(W), latents):
-            products = of_x[..., n : n + rows, None], of_w[..., None, l : l + latents]
-            h[n : n + rows, l : l + latents] = _sum_of_products(*products)
-    return (h + bias).to(centred.dtype)
+    """h of `global_topk`, [N, L].
+
+    A matrix product tells most float32 scores: those on which its sum and any other, at most ``error`` apart, agree.
+    """
+    x, weights = centred.double(), W.double()
+    if torch.compiler.is_compiling():  # no shape may depend on data
+        return (_sum_of_products(_in_lanes(x)[..., None], _in_lanes(weights)[:, :, None]) + bias).to(centred.dtype)
+    h = x @ weights.T + bias
+    norms = torch.linalg.vector_norm(x, dim=1)[:, None] * torch.linalg.vector_norm(weights, dim=1)
+    error = (x.shape[1] + 8) * 2.0**-51 * (norms + bias.abs())
+    told = (h - error).to(centred.dtype) == (h + error).to(centred.dtype)
+    h = h.to(centred.dtype)
+    for n, l in zip(*(places.split(PAIRS) for places in (~told).nonzero(as_tuple=True)), strict=True):
+        h[n, l] = (_sum_of_products(_in_lanes(x[n]), _in_lanes(weights[l])) + bias[l]).to(h.dtype)
+    return h
 
 
 def _in_lanes(rows: Tensor) -> Tensor:
