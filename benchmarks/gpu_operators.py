@@ -42,7 +42,7 @@ def own_kernels(backend: str) -> frozenset[str]:
     """The operators a backend has an implementation of its own for."""
     if backend != "cuda":
         return frozenset(OPERATORS)
-    return frozenset(import_module("sparc_fast.native_cuda").__all__) & frozenset(OPERATORS)
+    return frozenset(import_module("sparc_fast.native_cuda").OWN) & frozenset(OPERATORS)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -105,6 +105,15 @@ class Backend(Protocol):
 
     def count_silence(self, silence: Tensor, values: Tensor, indices: Tensor) -> None: ...
 
+
+if TYPE_CHECKING:  # every backend speaks all of it; at run time, modules are loaded by name where they can run
+    import kernels
+    from sparc_fast import native, native_cuda
+
+    _reference: Backend = reference
+    _cpu: Backend = native
+    _triton: Backend = kernels
+    _cuda: Backend = native_cuda
 
 # Operators that "auto" takes from the CUDA kernels on a GPU, each with the measurement that says so: where, both times.
 # Nothing has been measured yet; `python -m benchmarks.gpu` names those that belong here.

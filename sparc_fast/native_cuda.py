@@ -16,9 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# operators without a CUDA kernel are Triton's
+from sparc_fast.kernels import (
+    count_silence,
+    decode_loss,
+    decoder_gradients,
+    encoder_gradients,
+    sparse_decode,
+    sparse_decode_grad_values,
+    support_scores,
+    support_values,
+    support_values_grad_x,
+    weight_gradients,
+)
 from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples, step_as_samples
 
-__all__ = ["global_topk", "invert_indices", "replay_rows", "step_rows", "topk_rows", "update_rows"]
+OWN = ("global_topk", "invert_indices", "replay_rows", "step_rows", "topk_rows", "update_rows")
+__all__ = [
+    "count_silence",
+    "decode_loss",
+    "decoder_gradients",
+    "encoder_gradients",
+    "global_topk",
+    "invert_indices",
+    "replay_rows",
+    "sparse_decode",
+    "sparse_decode_grad_values",
+    "step_rows",
+    "support_scores",
+    "support_values",
+    "support_values_grad_x",
+    "topk_rows",
+    "update_rows",
+    "weight_gradients",
+]
 
 _cuda: Any = import_module("sparc_fast._cuda")
 _FLOATS = {
@@ -216,13 +247,6 @@ def _number(value: float | Tensor, device: torch.device) -> tuple[float, Tensor 
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def __getattr__(name: str) -> Any:
-    """An operator that has no CUDA kernel is Triton's."""
-    if name.startswith("_"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("sparc_fast.kernels"), name)
 
 
 def _in_triton(operator: str, *operands: Any) -> Any:
