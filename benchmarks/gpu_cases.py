@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sparc_fast import SPARC, reference
 from sparc_fast.objective import nmse_scale, pair_weights, row_energy
 from sparc_fast.reference import stream_slices
+from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
 
 from .cases import Shape
 
@@ -162,10 +163,24 @@ class Trained:
 
 def _update_rows(b: Any, o: DeviceOperands, moments: torch.dtype | None = None) -> Callable[[], Trained]:
     own = Trained(o, moments)
-    args = (o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams)
+    rows = Rows(own.W_enc, own.W_dec, own.moments, o.d_streams, **own.narrow)
+    samples = Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse)
 
     def run() -> Trained:
-        b.update_rows(own.W_enc, own.W_dec, own.moments, *args, **ADAM, step=1000, **own.narrow, seed=0)
+        b.update_rows(rows, samples, AdamStep(**ADAM, step=1000, seed=0))
+        return own
+
+    return run
+
+
+def _step_rows(b: Any, o: DeviceOperands) -> Callable[[], Trained]:
+    own = Trained(o, None)
+    rows = Rows(own.W_enc, own.W_dec, own.moments, o.d_streams, **own.narrow)
+    args = (o.x.float(), o.pre_bias.float(), o.values.float(), o.grad_values.float(), o.grad_recons.float())
+    gradients = Gradients(*reference.weight_gradients(*args, *o.inverse, o.d_streams), o.inverse[0].diff() > 0)
+
+    def run() -> Trained:
+        b.step_rows(rows, gradients, AdamStep(**ADAM, step=1000, seed=0))
         return own
 
     return run
@@ -204,7 +219,7 @@ def _gradient_args(o: DeviceOperands) -> tuple[Any, ...]:
 CALLS: dict[str, Callable[[Any, DeviceOperands], Callable[[], Any]]] = {
     "topk_rows": lambda b, o: lambda: b.topk_rows(o.scores, o.k),
     "global_topk": lambda b, o: lambda: b.global_topk(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.k),
-    "local_topk": lambda b, o: lambda: b.local_topk(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.k, o.d_streams),
+    "support_scores": lambda b, o: lambda: b.support_scores(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices),
     "support_values": lambda b, o: (
         lambda: b.support_values(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices, o.d_streams)
     ),
@@ -223,6 +238,7 @@ CALLS: dict[str, Callable[[Any, DeviceOperands], Callable[[], Any]]] = {
         lambda: b.weight_gradients(*_gradient_args(o), o.grad_recons, *o.inverse, o.d_streams)
     ),
     "update_rows": _update_rows,
+    "step_rows": _step_rows,
     "replay_rows": _replay_rows,
     "count_silence": _count_silence,
 }

@@ -30,7 +30,7 @@ class Ours:
     def __init__(self, name: str, device: torch.device) -> None:
         self._backend = backends.resolve(name, device)
         if name == "reference":
-            self.topk_rows = reference._largest
+            self.topk_rows = reference.topk_rows
         elif name in TOPK_ROWS:
             self.topk_rows = import_module(TOPK_ROWS[name]).topk_rows
 
@@ -42,7 +42,7 @@ def own_kernels(backend: str) -> frozenset[str]:
     """The operators a backend has an implementation of its own for."""
     if backend != "cuda":
         return frozenset(OPERATORS)
-    return frozenset(import_module("sparc_fast.native_cuda").__all__) & frozenset(OPERATORS)
+    return frozenset(import_module("sparc_fast.native_cuda").OWN) & frozenset(OPERATORS)
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,11 @@ def noted(kernel: Any, args: Sequence[Any], named: dict[str, Any]) -> Launch:
         aligned = isinstance(value, Tensor) or (_is_int(value) and value % 16 == 0)
         if aligned and _specialised(parameter):
             divisible.append(at)
-    options = {name: value for name, value in options.items() if name in ("num_warps", "num_stages", "maxnreg")}
+    options = {
+        name: value
+        for name, value in options.items()
+        if name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+    }
     as_pairs: Callable[[dict[str, Any]], tuple[tuple[str, Any], ...]] = lambda d: tuple(d.items())  # noqa: E731
     return Launch(kernel, as_pairs(signature), as_pairs(constants), tuple(divisible), as_pairs(options))
 

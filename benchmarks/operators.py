@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from sparc_fast import backends, reference
 from sparc_fast.backends import Backend
 from sparc_fast.planning.roofline import Cost
+from sparc_fast.row_step import AdamStep, Rows, Samples
 
 from . import tuned
 from .cases import FLOAT, ROWS, SMALL, STEP, Case, Operands, Shape
 
 Run = Callable[[], Any]
-ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}  # moves far beyond a weight's own rounding
+ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}  # moves far beyond a weight's own rounding
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def disagreement(got: Any, want: Any) -> str | None:
 def _select_rows(backend: Backend) -> Callable[[Tensor, int], Tensor]:
     """Not part of the backends' vocabulary, but the heart of their TopK."""
     if backend is reference:
-        return reference._largest
+        return reference.topk_rows
     from sparc_fast import native_topk
 
     return native_topk.topk_rows
@@ -287,10 +288,11 @@ class _Trained:
 
 def _update_ours(o: Operands, backend: Backend) -> Run:
     own = _Trained(o)
-    args = (o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams)
+    rows = Rows(own.W_enc, own.W_dec, own.moments, o.d_streams)
+    samples = Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse)
 
     def run() -> _Trained:
-        backend.update_rows(own.W_enc, own.W_dec, own.moments, *args, **ADAM, step=1000)
+        backend.update_rows(rows, samples, AdamStep(**ADAM, step=1000))
         return own
 
     return run

@@ -50,7 +50,7 @@ from sparc_fast.kernels.topk_rows import (
     sortable,
     take,
 )
-from sparc_fast.reference import wide
+from sparc_fast.reference import summed_bias, wide
 
 ROWS = 4096  # samples of one GEMM
 SCORES = 0.64  # of the L2 cache may be scores of one GEMM: they are still there when the filter reads them
@@ -235,10 +235,10 @@ def _filter(
 
 
 @triton.jit
-def _exact_scores(
+def exact_scores(
     x, pre_bias, W, W_stride, bias, latent, wanted, D, SUM: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """The scores of the specification of a sample and R latents, as keys. Halving fixes the order of the sum."""
+    """The scores of the specification of a sample and R latents. Halving fixes the order of the sum."""
     sums = tl.zeros((R, BLOCK_D), tl.float64)
     for d in range(0, D, BLOCK_D):
         column = d + tl.arange(0, BLOCK_D)
@@ -272,7 +272,7 @@ def _exact_scores(
         a, b = tl.split(tl.reshape(total, (R, total.shape[1] // 2, 2)))
         total = tl.reshape(a + b, (R, 1))
     score = tl.reshape(total, (R,)) + tl.load(bias + latent, mask=wanted, other=0)
-    return sortable(score.to(SUM))
+    return score.to(SUM)
 
 
 @triton.jit
@@ -358,7 +358,9 @@ def _settle(
                 wanted = lane < marked
                 place = tl.load(places + lane, mask=wanted, other=0)
                 latent = tl.load(latents + place, mask=wanted, other=0)
-                key = _exact_scores(x, pre_bias, W, W_stride, bias, latent, wanted, D, tl.float32, EXACT_R, BLOCK_D)
+                key = sortable(
+                    exact_scores(x, pre_bias, W, W_stride, bias, latent, wanted, D, tl.float32, EXACT_R, BLOCK_D)
+                )
                 tl.store(lows + place, key, mask=wanted)
                 tl.store(highs + place, key, mask=wanted)
             tl.debug_barrier()
@@ -395,7 +397,9 @@ def _score_in_full(
         for start in range(begin, end, R):
             latent = start + tl.arange(0, R)
             wanted = latent < end
-            key = _exact_scores(x + row * x_stride, pre_bias, W, W_stride, bias, latent, wanted, D, SUM, R, BLOCK_D)
+            key = sortable(
+                exact_scores(x + row * x_stride, pre_bias, W, W_stride, bias, latent, wanted, D, SUM, R, BLOCK_D)
+            )
             count, threshold = take(
                 key, key, latent, wanted, count, threshold, keys, keys, latents, k, capacity, True, TOP, BLOCK
             )
@@ -484,7 +488,7 @@ def _settle_rows(
 TRITON = Selection(_take_in, _settle_rows)
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def dense_rows(tensor: Tensor) -> Tensor:
     """The numbers of a row side by side."""
     return tensor if tensor.stride(-1) == 1 and tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
 
@@ -504,9 +508,9 @@ def select(
     Scratch at N = 4096, k = 64: 32 MB of scores, 50 MB of candidates (16 bytes for each of 8 k + 256), the copy of x,
     and the copy of a chunk of W unless W is stored in what the GEMM multiplies.
     """
-    x, W = _rows(x.detach()), _rows(W_enc.detach())
+    x, W = dense_rows(x.detach()), dense_rows(W_enc.detach())
     pre_bias, N = pre_bias.detach().contiguous(), len(x)
-    bias = latent_bias.detach().sum(0, dtype=torch.float64)
+    bias = summed_bias(latent_bias.detach())
     indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
     if N == 0:
         return indices
@@ -597,7 +601,9 @@ def _in_full(
     launch(
         _score_in_full, (most,), x, x.stride(0), pre_bias, W, W.stride(0), bias, L, D, k, capacity, total, rows, keys,
         latents, part_keys, part_latents, part_counts, indices,
-        SUM=tl.float64 if sums == torch.float64 else tl.float32, TOP=TOP[sums], **launched,
+        SUM=tl.float64 if sums == torch.float64 else tl.float32, TOP=TOP[sums],
+        # products of float64 are rounded before they are added, those of float32 are exact
+        enable_fp_fusion=sums != torch.float64, **launched,
     )  # fmt: skip
     launch(
         merge_parts, (min(N, most // 2),), part_keys, part_latents, part_counts, total, rows, k, capacity, most, keys,

@@ -1,7 +1,7 @@
 """entries[offsets[l] : offsets[l + 1]] = the flat positions p, ascending, with indices.view(-1)[p] == l.
 
 A stable radix sort of the positions by latent; then every latent looks up its first position by binary search.
-Latents outside 0 ... L - 1 sort to the ends and are in no segment.
+Latents outside 0 ... L - 1, as those of empty slots, are sorted behind all others as if they were L.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def choice(n_latents: int) -> dict[str, int]:
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     keys = indices.detach().reshape(-1)
-    if keys.dtype != torch.int32:  # half as many passes of the sort; clamped first, so that none wraps into range
-        keys = keys.clamp(-1, n_latents).to(torch.int32)
+    keys = torch.where((keys < 0) | (keys > n_latents), n_latents, keys)
+    keys = keys.to(torch.int32)  # half as many passes of the sort
     keys, entries = torch.sort(keys, stable=True)
     offsets = torch.empty(n_latents + 1, dtype=torch.int64, device=indices.device)
     chosen = choice(n_latents)

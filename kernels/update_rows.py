@@ -41,6 +41,7 @@ from sparc_fast.kernels.segment_sums import (
     writers,
 )
 from sparc_fast.reference import rounding_seed, wide
+from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples, step_as_samples
 
 WHOLE_ROW = 4096  # columns of a stream up to which the decoder's row stays in registers
 MOST_BLOCKS = 4096  # of latents
@@ -63,39 +64,34 @@ def pieces_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int
     return tile(d_streams, dtype, widest=1024, rows=8)
 
 
-def update_rows(
-    W_enc: Tensor,
-    W_dec: Tensor,
-    moments: Sequence[Tensor],
-    x: Tensor,
-    pre_bias: Tensor,
-    values: Tensor,
-    grad_values: Tensor,
-    grad_recons: Tensor,
-    offsets: Tensor,
-    entries: Tensor,
-    d_streams: Sequence[int],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    step: int | Tensor,
-    copies: Sequence[Tensor] | None = None,
-    last_step: Tensor | None = None,
-    seed: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    batch = Entries.of(values, grad_values, offsets, entries)
-    step = _scalar(step, torch.float64, x.device)
+def update_rows(rows: Rows, batch: Samples, settings: AdamStep) -> tuple[Tensor, Tensor]:
+    return update_rows_from(rows, batch, settings, 0)
+
+
+def update_rows_from(rows: Rows, batch: Samples, settings: AdamStep, first: int) -> tuple[Tensor, Tensor]:
+    """update_rows of latents `first`, first + 1, ...: roundings count from there."""
+    W_enc, W_dec, moments, d_streams, copies, last_step = rows
+    device = batch.x.device
+    entries = Entries.of(batch.values, batch.grad_values, batch.offsets, batch.entries)
+    step = _scalar(settings.step, torch.float64, device)
     constants, noise = adam_constants(
-        _scalar(lr, torch.float64, x.device), _settings(*betas, eps, x.device), step, 1, W_enc.dtype,
-        rounding_seed(W_enc, moments, seed),
+        _scalar(settings.lr, torch.float64, device), _settings(*settings.betas, settings.eps, device), step, 1,
+        W_enc.dtype, rounding_seed(W_enc, moments, settings.seed),
     )  # fmt: skip
+    if noise is not None and first:
+        noise[:, 0] += 2 * first  # the word of latent l is 2 l + matrix, and is added to it
     W_enc_copy, W_dec_copy = copies if copies is not None else (None, None)
-    with InPlace(W_enc, *moments[:2], W_enc_copy) as rows:
-        grads = _update_encoder(rows, constants, noise, dense_rows(x), pre_bias.detach().contiguous(), batch, d_streams)
-    with InPlace(W_dec, *moments[2:], W_dec_copy) as rows:
-        recons = dense_rows(grad_recons.detach().flatten(0, 1))
-        _update_decoder(rows, constants, noise, recons, batch, d_streams, step, last_step)
+    with InPlace(W_enc, *moments[:2], W_enc_copy) as of_encoder:
+        x, pre_bias = dense_rows(batch.x), batch.pre_bias.detach().contiguous()
+        grads = _update_encoder(of_encoder, constants, noise, x, pre_bias, entries, d_streams)
+    with InPlace(W_dec, *moments[2:], W_dec_copy) as of_decoder:
+        recons = dense_rows(batch.grad_recons.detach().flatten(0, 1))
+        _update_decoder(of_decoder, constants, noise, recons, entries, d_streams, step, last_step)
     return grads
+
+
+def step_rows(rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor:
+    return step_as_samples(update_rows_from, rows, gradients, settings)
 
 
 class InPlace:

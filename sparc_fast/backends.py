@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from sparc_fast import reference
+from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
 
 
 class Backend(Protocol):
@@ -23,15 +24,10 @@ class Backend(Protocol):
         self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
     ) -> Tensor: ...
 
-    def local_topk(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        pre_bias: Tensor,
-        latent_bias: Tensor,
-        k: int,
-        d_streams: Sequence[int],
-        screening: str = "auto",
+    def topk_rows(self, scores: Tensor, k: int) -> Tensor: ...
+
+    def support_scores(
+        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, indices: Tensor
     ) -> Tensor: ...
 
     def support_values(
@@ -91,27 +87,9 @@ class Backend(Protocol):
         d_streams: Sequence[int],
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def update_rows(
-        self,
-        W_enc: Tensor,
-        W_dec: Tensor,
-        moments: Sequence[Tensor],
-        x: Tensor,
-        pre_bias: Tensor,
-        values: Tensor,
-        grad_values: Tensor,
-        grad_recons: Tensor,
-        offsets: Tensor,
-        entries: Tensor,
-        d_streams: Sequence[int],
-        lr: float | Tensor,
-        betas: tuple[float, float],
-        eps: float,
-        step: int | Tensor,
-        copies: Sequence[Tensor] | None = None,
-        last_step: Tensor | None = None,
-        seed: int | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
+    def update_rows(self, rows: Rows, batch: Samples, settings: AdamStep) -> tuple[Tensor, Tensor]: ...
+
+    def step_rows(self, rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor: ...
 
     def replay_rows(
         self,
@@ -128,6 +106,15 @@ class Backend(Protocol):
     def count_silence(self, silence: Tensor, values: Tensor, indices: Tensor) -> None: ...
 
 
+if TYPE_CHECKING:  # every backend speaks all of it; at run time, modules are loaded by name where they can run
+    import kernels
+    from sparc_fast import native, native_cuda
+
+    _reference: Backend = reference
+    _cpu: Backend = native
+    _triton: Backend = kernels
+    _cuda: Backend = native_cuda
+
 # Operators that "auto" takes from the CUDA kernels on a GPU, each with the measurement that says so: where, both times.
 # Nothing has been measured yet; `python -m benchmarks.gpu` names those that belong here.
 FASTER_IN_CUDA: dict[str, str] = {}
@@ -135,7 +122,7 @@ FASTER_IN_CUDA: dict[str, str] = {}
 # The first that is here is "auto", but for FASTER_IN_CUDA. Triton runs on CPU tensors in its interpreter alone, to be
 # tested.
 _PREFERRED = {"cpu": ("cpu", "reference", "triton"), "cuda": ("triton", "cuda", "reference")}
-_BACKENDS: dict[str, Backend] = {"reference": cast(Backend, reference)}
+_BACKENDS: dict[str, Backend] = {"reference": reference}
 
 
 def available(device: torch.device | str = "cpu") -> tuple[str, ...]:

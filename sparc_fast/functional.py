@@ -7,15 +7,43 @@ latent a row. `sparc_fast.reference` says in index notation what each operator c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
 from sparc_fast import autograd, backends
-from sparc_fast.reference import wide
+from sparc_fast.reference import stream_slices, wide
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@overload
+def global_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    *,
+    screening: str = "auto",
+    return_scores: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def global_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    *,
+    screening: str = "auto",
+    return_scores: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def global_topk(
@@ -26,8 +54,9 @@ def global_topk(
     k: int,
     *,
     screening: str = "auto",
+    return_scores: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """The k latents whose pre-activations, summed over streams, are largest (SPARC, arXiv 2507.06265).
 
     Args:
@@ -39,18 +68,24 @@ def global_topk(
         screening: "bf16" looks for candidates with a bfloat16 matrix product whose error is bounded sample by sample,
             and goes on in float32, then float64, where that proves nothing; "off" begins with float32; "auto" takes
             the faster. The support is the same.
+        return_scores: also return what the latents were chosen by, for shards or chunks of latents to be merged by
+            (score descending, latent ascending).
         backend: "auto" or one of `sparc_fast.available_backends(x.device)`.
 
     Returns:
         indices, int32 [N, k], ascending in each row. The support is exact: pre-activations are ranked by
         their float64 sums, rounded once; equal ones go to the lower latent; NaN ranks with +inf. It depends on
         neither the batch, the thread count nor the backend. No gradient.
+        With ``return_scores``, (indices, scores): [N, k], float32, or float64 for float64 inputs; the same bits on
+        every backend and in every batch. A NaN that was chosen is +inf, as it ranks.
     """
     _check_encoder(x, W_enc, pre_bias, latent_bias)
     _check_k(k, len(W_enc))
     _check_screening(screening)
     with torch.no_grad():
-        return backends.resolve(backend, x.device).global_topk(x, W_enc, pre_bias, latent_bias, k, screening)
+        chosen = backends.resolve(backend, x.device)
+        indices = chosen.global_topk(x, W_enc, pre_bias, latent_bias, k, screening)
+        return (indices, chosen.support_scores(x, W_enc, pre_bias, latent_bias, indices)) if return_scores else indices
 
 
 def local_topk(
@@ -69,8 +104,12 @@ def local_topk(
     _check_k(k, len(W_enc))
     _check_screening(screening)
     with torch.no_grad():
-        chosen = backends.resolve(backend, x.device)
-        return chosen.local_topk(x, W_enc, pre_bias, latent_bias, k, d_streams, screening)
+        operator = backends.resolve(backend, x.device).global_topk
+        supports = [
+            operator(x[:, cols], W_enc[:, cols], pre_bias[cols], latent_bias[s : s + 1], k, screening)
+            for s, cols in enumerate(stream_slices(d_streams))
+        ]
+        return torch.stack(supports, dim=1)
 
 
 def support_values(
@@ -87,7 +126,8 @@ def support_values(
 
     Args:
         x, W_enc, pre_bias, latent_bias: as in `global_topk`.
-        indices: the support, int32 or int64, [N, k] shared by the streams or [N, S, k].
+        indices: the support, int32 or int64, [N, k] shared by the streams or [N, S, k]; -1 is an empty slot, its
+            value is 0.
         d_streams: widths of the S streams; their sum is D.
 
     Returns:
@@ -107,7 +147,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tens
 
     Args:
         values: activations on the support, [N, S, k].
-        indices: the support, [N, k] or [N, S, k].
+        indices: the support, [N, k] or [N, S, k]; nothing comes from an empty slot, -1, whose value is 0.
         W_dec: decoder, [L, D]; any column slice of it decodes to those columns alone.
         pre_bias: added to each reconstruction, [D].
 
@@ -172,12 +212,12 @@ def invert_indices(indices: Tensor, n_latents: int, *, backend: str = "auto") ->
     """Where each latent occurs: a stable counting sort of the support.
 
     Args:
-        indices: the support, [N, k] or [N, S, k], each in 0 … n_latents - 1.
+        indices: the support, [N, k] or [N, S, k], each in 0 … n_latents - 1, or -1 for an empty slot.
         n_latents: L.
 
     Returns:
         offsets int64 [L + 1] and entries int64 [indices.numel()]: latent l occurs at the flat positions
-        ``entries[offsets[l] : offsets[l + 1]]``, ascending.
+        ``entries[offsets[l] : offsets[l + 1]]``, ascending. Empty slots are at ``entries[offsets[L] :]``.
     """
     if indices.ndim not in (2, 3) or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
@@ -240,8 +280,8 @@ def _check_range(indices: Tensor, n_latents: int) -> None:
     if indices.device.type != "cpu" or indices.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = (int(bound) for bound in indices.aminmax())
-    if low < 0 or high >= n_latents:
-        raise ValueError(f"indices must lie in 0 … n_latents - 1 = {n_latents - 1}, got {low} … {high}")
+    if low < -1 or high >= n_latents:
+        raise ValueError(f"indices must lie in -1 … n_latents - 1 = {n_latents - 1}, got {low} … {high}")
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:

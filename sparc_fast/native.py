@@ -6,15 +6,18 @@ and gradients of weights are float32, or float64 for float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparc_fast import _cpu, reference
 from sparc_fast.huge_pages import empty_rows
-from sparc_fast.native_topk import dense_rows, global_topk, local_topk
+from sparc_fast.native_topk import dense_rows, global_topk, support_scores, topk_rows
 from sparc_fast.reference import gradient_dtype, wide
+from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
 
 __all__ = [
     "count_silence",
@@ -23,11 +26,14 @@ __all__ = [
     "encoder_gradients",
     "global_topk",
     "invert_indices",
-    "local_topk",
+    "replay_rows",
     "sparse_decode",
     "sparse_decode_grad_values",
+    "step_rows",
+    "support_scores",
     "support_values",
     "support_values_grad_x",
+    "topk_rows",
     "update_rows",
     "weight_gradients",
 ]
@@ -141,46 +147,59 @@ def weight_gradients(
     return grad_W_enc, grad_W_dec, grad_latent_bias
 
 
-def update_rows(
-    W_enc: Tensor,
-    W_dec: Tensor,
-    moments: Sequence[Tensor],
-    x: Tensor,
-    pre_bias: Tensor,
-    values: Tensor,
-    grad_values: Tensor,
-    grad_recons: Tensor,
-    offsets: Tensor,
-    entries: Tensor,
-    d_streams: Sequence[int],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    step: int | Tensor,
-    copies: Sequence[Tensor] | None = None,
-    last_step: Tensor | None = None,
-    seed: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    operands = _batch(x, pre_bias, values, grad_values, grad_recons, offsets, entries)
-    updated, rounding = [W_enc, W_dec, *moments], reference.rounding_seed(W_enc, moments, seed)
-    exact = updated if rounding is None else updated[:2]
-    if any(rows.dtype != operands[1].dtype for rows in exact) or any(rows.stride(1) != 1 for rows in updated):
-        return reference.update_rows(
-            W_enc, W_dec, moments, x, pre_bias, values, grad_values, grad_recons, offsets, entries, d_streams,
-            lr, betas, eps, step, copies, last_step, seed,
+def update_rows(rows: Rows, batch: Samples, settings: AdamStep) -> tuple[Tensor, Tensor]:
+    operands = _batch(*batch)
+    if not _moves(rows, operands[1].dtype, settings):
+        return reference.update_rows(rows, batch, settings)
+    grad_latent_bias = _sums(batch.x, len(rows.d_streams), len(rows.W_enc))
+    grad_pre_bias = _sums(batch.x, batch.x.shape[1])
+    with _in_place(rows) as (updated, copies):
+        _cpu.update_rows(
+            grad_latent_bias, grad_pre_bias, *updated, copies, rows.last_step, _cpu.Batch(*operands, rows.d_streams),
+            _adam(rows, settings), torch.get_num_threads(),
         )  # fmt: skip
-    grad_latent_bias = _sums(x, len(d_streams), len(offsets) - 1)
-    grad_pre_bias = _sums(x, x.shape[1])
-    narrow = [_bfloat16(copy) for copy in copies] if copies is not None else [None, None]
-    _cpu.update_rows(
-        grad_latent_bias, grad_pre_bias, W_enc, W_dec, moments, narrow, last_step, _cpu.Batch(*operands, d_streams),
-        _cpu.AdamStep(float(lr), *betas, eps, int(step), _unsigned(rounding)), torch.get_num_threads(),
-    )  # fmt: skip
-    for copy, written, rows in zip(copies or (), narrow, (W_enc, W_dec), strict=False):
-        if written is None:
-            copy.copy_(rows)
-    torch.autograd.graph.increment_version([*updated, *(copies or ())])
     return grad_latent_bias, grad_pre_bias
+
+
+def step_rows(rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor:
+    if not _moves(rows, gradients.W_enc.dtype, settings):
+        return reference.step_rows(rows, gradients, settings)
+    grad_W_enc, grad_W_dec = (dense_rows(gradient) for gradient in gradients[:2])
+    # it is written back as it is
+    operands = grad_W_enc, grad_W_dec, gradients.latent_bias.contiguous(), gradients.used.contiguous()
+    grad_pre_bias = torch.empty_like(grad_W_enc[0], memory_format=torch.contiguous_format)
+    with _in_place(rows) as (updated, copies):
+        _cpu.step_rows(
+            grad_pre_bias, *updated, copies, rows.last_step, _cpu.Gradients(*operands, rows.d_streams),
+            _adam(rows, settings), torch.get_num_threads(),
+        )  # fmt: skip
+    return grad_pre_bias
+
+
+def _moves(rows: Rows, sums: torch.dtype, settings: AdamStep) -> bool:
+    """Whether the compiled operators move such rows, by gradients of this type."""
+    updated = [rows.W_enc, rows.W_dec, *rows.moments]
+    rounded = reference.rounding_seed(rows.W_enc, rows.moments, settings.seed) is not None
+    exact = updated[:2] if rounded else updated
+    return all(tensor.dtype == sums for tensor in exact) and all(tensor.stride(1) == 1 for tensor in updated)
+
+
+def _adam(rows: Rows, settings: AdamStep) -> Any:
+    lr, betas, eps, step, seed = settings
+    rounding = reference.rounding_seed(rows.W_enc, rows.moments, seed)
+    return _cpu.AdamStep(float(lr), *betas, eps, int(step), _unsigned(rounding))
+
+
+@contextmanager
+def _in_place(rows: Rows) -> Iterator[tuple[tuple[Any, ...], list[Tensor | None]]]:
+    """(W_enc, W_dec, moments), to be changed in place, and the copies that are written with them."""
+    copies = rows.copies or ()
+    narrow = [_bfloat16(copy) for copy in copies] or [None, None]
+    yield (rows.W_enc, rows.W_dec, list(rows.moments)), narrow
+    for copy, written, exact in zip(copies, narrow, (rows.W_enc, rows.W_dec), strict=False):
+        if written is None:
+            copy.copy_(exact)
+    torch.autograd.graph.increment_version([rows.W_enc, rows.W_dec, *rows.moments, *copies])
 
 
 def replay_rows(

@@ -16,7 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["global_topk", "invert_indices", "local_topk", "replay_rows", "topk_rows", "update_rows"]
+# operators without a CUDA kernel are Triton's
+from sparc_fast.kernels import (
+    count_silence,
+    decode_loss,
+    decoder_gradients,
+    encoder_gradients,
+    sparse_decode,
+    sparse_decode_grad_values,
+    support_scores,
+    support_values,
+    support_values_grad_x,
+    weight_gradients,
+)
+from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples, step_as_samples
+
+OWN = ("global_topk", "invert_indices", "replay_rows", "step_rows", "topk_rows", "update_rows")
+__all__ = [
+    "count_silence",
+    "decode_loss",
+    "decoder_gradients",
+    "encoder_gradients",
+    "global_topk",
+    "invert_indices",
+    "replay_rows",
+    "sparse_decode",
+    "sparse_decode_grad_values",
+    "step_rows",
+    "support_scores",
+    "support_values",
+    "support_values_grad_x",
+    "topk_rows",
+    "update_rows",
+    "weight_gradients",
+]
 
 _cuda: Any = import_module("sparc_fast._cuda")
 _FLOATS = {
@@ -52,23 +85,6 @@ def global_topk(
     triton = import_module("sparc_fast.kernels.global_topk")
     support: Tensor = triton.select(x, W_enc, pre_bias, latent_bias, k, screening, _selection(triton, k))
     return support
-
-
-def local_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    pre_bias: Tensor,
-    latent_bias: Tensor,
-    k: int,
-    d_streams: Sequence[int],
-    screening: str = "auto",
-) -> Tensor:
-    """int32 [N, S, k]: a support for each stream."""
-    selection = _selection(import_module("sparc_fast.kernels.global_topk"), k)
-    supports: Tensor = import_module("sparc_fast.kernels.local_topk").select_in_streams(
-        x, W_enc, pre_bias, latent_bias, k, d_streams, screening, selection
-    )
-    return supports
 
 
 def _selection(triton: Any, k: int) -> Any:
@@ -125,32 +141,12 @@ def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     return offsets, entries
 
 
-def update_rows(
-    W_enc: Tensor,
-    W_dec: Tensor,
-    moments: Sequence[Tensor],
-    x: Tensor,
-    pre_bias: Tensor,
-    values: Tensor,
-    grad_values: Tensor,
-    grad_recons: Tensor,
-    offsets: Tensor,
-    entries: Tensor,
-    d_streams: Sequence[int],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    step: int | Tensor,
-    copies: Sequence[Tensor] | None = None,
-    last_step: Tensor | None = None,
-    seed: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def update_rows(rows: Rows, batch: Samples, settings: AdamStep) -> tuple[Tensor, Tensor]:
+    W_enc, W_dec, moments, d_streams, copies, last_step = rows
+    x, pre_bias, values, grad_values, grad_recons, offsets, entries = batch
     (N, S, k), L, device = values.shape, len(W_enc), x.device
     if not _moves(W_dec, moments, d_streams) or x.dtype not in _FLOATS or N * S >= 2**32:
-        grads: tuple[Tensor, Tensor] = _in_triton(
-            "update_rows", W_enc, W_dec, moments, x, pre_bias, values, grad_values, grad_recons, offsets, entries,
-            d_streams, lr, betas, eps, step, copies, last_step, seed,
-        )  # fmt: skip
+        grads: tuple[Tensor, Tensor] = _in_triton("update_rows", rows, batch, settings)
         return grads
     if x.dtype != grad_recons.dtype and (x.dtype, grad_recons.dtype) != (torch.float16, torch.float32):
         x, grad_recons = x.float(), grad_recons.float()
@@ -158,11 +154,11 @@ def update_rows(
     operands += [tensor.detach().contiguous() for tensor in (pre_bias, values, grad_values)]
     offsets, entries = offsets.contiguous(), entries.contiguous()
     streams, per_stream = _cuda.Streams([int(d) for d in d_streams]), len(entries) != N * k
-    batch = _cuda.Batch(
+    samples = _cuda.Batch(
         *map(_matrix, operands), offsets.data_ptr(), entries.data_ptr(), len(entries), L, k, per_stream, streams
     )
-    (rate, rate_there), (count, count_there) = _number(lr, device), _number(step, device)
-    adam = _cuda.AdamStep(rate, *betas, eps, count, _address(rate_there), _address(count_there))
+    (rate, rate_there), (count, count_there) = _number(settings.lr, device), _number(settings.step, device)
+    adam = _cuda.AdamStep(rate, *settings.betas, settings.eps, count, _address(rate_there), _address(count_there))
     plan = _cuda.UpdatePlan(streams, per_stream, _multiprocessors(device))
     workspace = _bytes(_cuda.update_rows_workspace(plan, len(entries), L, streams), device)
     grad_latent_bias = torch.empty(S, L, dtype=torch.float32, device=device)
@@ -174,12 +170,21 @@ def update_rows(
         _on(device),
     ):
         _cuda.update_rows(
-            plan, grad_latent_bias.data_ptr(), grad_pre_bias.data_ptr(), encoder, decoder, batch, adam,
+            plan, grad_latent_bias.data_ptr(), grad_pre_bias.data_ptr(), encoder, decoder, samples, adam,
             _address(last_step), workspace.data_ptr(), _stream(device),
         )  # fmt: skip
     if last_step is not None:
         torch.autograd.graph.increment_version([last_step])
     return grad_latent_bias, grad_pre_bias
+
+
+def step_rows(rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor:
+    if not _moves(rows.W_dec, rows.moments, rows.d_streams):
+        grad_pre_bias: Tensor = _in_triton("step_rows", rows, gradients, settings)
+        return grad_pre_bias
+    return step_as_samples(
+        lambda some, batch, settings, _: update_rows(some, batch, settings), rows, gradients, settings
+    )
 
 
 def replay_rows(
@@ -242,13 +247,6 @@ def _number(value: float | Tensor, device: torch.device) -> tuple[float, Tensor 
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def __getattr__(name: str) -> Any:
-    """An operator that has no CUDA kernel is Triton's."""
-    if name.startswith("_"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("sparc_fast.kernels"), name)
 
 
 def _in_triton(operator: str, *operands: Any) -> Any:

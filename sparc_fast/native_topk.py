@@ -6,14 +6,13 @@ without a proof go on to float32, and from there to float64, the specification i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparc_fast import _cpu
-from sparc_fast.reference import stream_slices, wide
+from sparc_fast.reference import summed_bias, wide
 
 ROWS, LATENTS = 2048, 2048  # samples and latents of one GEMM
 ROOM, SPARE = 8, 256  # a sample may hold ROOM k + SPARE candidates
@@ -26,7 +25,7 @@ FEW, MANY = 2, 16
 def global_topk(
     x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
 ) -> Tensor:
-    W, bias = _stored(W_enc.detach(), x.dtype), latent_bias.detach().double().sum(0)
+    W, bias = _stored(W_enc.detach(), x.dtype), summed_bias(latent_bias.detach())
     indices = torch.empty(len(x), k, dtype=torch.int32, device="cpu")
     rows = _samples(k, len(W))
     with torch.autocast("cpu", enabled=False):
@@ -36,20 +35,12 @@ def global_topk(
     return indices
 
 
-def local_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    pre_bias: Tensor,
-    latent_bias: Tensor,
-    k: int,
-    d_streams: Sequence[int],
-    screening: str = "auto",
-) -> Tensor:
-    supports = [
-        global_topk(x[:, cols], W_enc[:, cols], pre_bias[cols], latent_bias[s : s + 1], k, screening)
-        for s, cols in enumerate(stream_slices(d_streams))
-    ]
-    return torch.stack(supports, dim=1)
+def support_scores(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, indices: Tensor) -> Tensor:
+    centred = (wide(x.detach()) - wide(pre_bias.detach())).contiguous()
+    scores = torch.empty(indices.shape, dtype=centred.dtype, device="cpu")
+    W, latents = _stored(W_enc.detach(), x.dtype), indices.to(torch.int32).contiguous()
+    _cpu.support_scores(scores, centred, W, summed_bias(latent_bias.detach()), latents, torch.get_num_threads())
+    return scores
 
 
 def topk_rows(scores: Tensor, k: int) -> Tensor:

@@ -13,9 +13,10 @@ from sparc_fast import autograd, backends, reference
 from sparc_fast.batch import AllStreams, Inputs, columns_of, stack, streams_of
 from sparc_fast.huge_pages import empty_rows
 from sparc_fast.lazy_rows import Behind
-from sparc_fast.micro_batches import MicroBatches, OneBatch, Rows, Update
+from sparc_fast.micro_batches import MicroBatches, OneBatch
 from sparc_fast.model import SPARC
 from sparc_fast.objective import Objective, SparcLoss
+from sparc_fast.row_step import AdamStep, Rows, Samples
 
 MomentType = Literal["float32", "bfloat16"]
 
@@ -100,8 +101,6 @@ class SparcAdam(torch.optim.Optimizer):
         """
         self._check_trainable()
         parts = list(inputs) if isinstance(inputs, Sequence) else [inputs]
-        if len(parts) > 1 and self._behind is not None and self.moments == "bfloat16":
-            raise ValueError('inputs must be one batch with lazy="replay" and bfloat16 moments, got parts of one')
         n_samples = self._count_samples(parts)
         objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, not self.capturable)
         with autograd.without_autocast(self.model.W_enc):
@@ -136,7 +135,7 @@ class SparcAdam(torch.optim.Optimizer):
         flow = objective.measure(given, supports, n_samples)
         # what AuxK reconstructed counts as further samples of the same inputs
         passes = [flow.reconstruction] if flow.auxk is None else [flow.reconstruction, flow.auxk]
-        rows = Rows(
+        samples = Samples(
             stack([of_model.columns(given.x)] * len(passes)),
             model.pre_bias,
             stack([of_model.streams(one.values) for one in passes]),
@@ -144,7 +143,7 @@ class SparcAdam(torch.optim.Optimizer):
             stack([of_model.columns(of_model.streams(one.grad_recons)) for one in passes]),
             *inverse,
         )
-        return OneBatch(flow, supports.indices, rows, of_model.columns(flow.reconstruction.grad_pre_bias))
+        return OneBatch(flow, supports.indices, samples, of_model.columns(flow.reconstruction.grad_pre_bias))
 
     def _update(
         self, batch: OneBatch | MicroBatches, states: Sequence[dict[str, Tensor]], backend: backends.Backend
@@ -161,10 +160,8 @@ class SparcAdam(torch.optim.Optimizer):
         copies: list[Tensor] | None = [model.W_enc, model.W_dec] if W_enc is not model.W_enc else None
         moments = [state[name] for state in states[:2] for name in ("exp_avg", "exp_avg_sq")]
         last_step = self._behind.last_step if self._behind is not None else None
-        update = Update(
-            W_enc, W_dec, moments, tuple(model.d_streams.values()), lr, betas, eps, step, copies, last_step, self.seed
-        )  # fmt: skip
-        grad_latent_bias, through_encoder = batch.update(update, backend)
+        rows = Rows(W_enc, W_dec, moments, tuple(model.d_streams.values()), copies, last_step)
+        grad_latent_bias, through_encoder = batch.update(rows, AdamStep(lr, betas, eps, step, self.seed), backend)
         through_encoder += batch.grad_pre_bias
         for bias, grad, state in (
             (model.latent_bias, grad_latent_bias, states[2]),

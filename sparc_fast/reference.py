@@ -3,7 +3,8 @@
 Letters: S streams of widths D_s, D their sum, N samples, L latents, k active latents a sample.
 Stream s owns columns ``[:, offset_s : offset_s + D_s]`` of x, pre_bias, W_enc and W_dec; below, d runs over
 all D columns and s(d) is the stream that owns column d. ``indices`` is [N, k] where the streams of a sample
-share one support, [N, S, k] where each has its own; I[n, s, j] reads either.
+share one support, [N, S, k] where each has its own; I[n, s, j] reads either. An index of -1 is an empty slot: its
+value is 0, its rows of weights read as zeros, and it is in no sum over entries and fires no latent.
 
 Inputs narrower than float32 are widened first and sums are float32; float64 stays float64.
 """
@@ -12,9 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
 
 
 def stream_slices(d_streams: Sequence[int]) -> list[slice]:
@@ -40,36 +44,85 @@ def global_topk(
 
     h[n, l] = sum_d (x - pre_bias)[n, d] W_enc[l, d] + sum_s latent_bias[s, l]
 
-    h is summed in float64 and rounded once to the type of the sums, so that the support does not depend on
-    the order of summation: not on the batch, the thread count, the matrix library or the backend.
+    h is summed in float64 and rounded once to the type of the sums. The order of the sum depends on D alone: not on the
+    batch, the thread count, the matrix library or the backend. x is centred in the type of the sums; products are
+    rounded to float64, which those of float32 already are; with p_d = 0 for d >= D,
+
+    t[0, i]     = 0 + p_i + p_{i + 256} + p_{i + 512} + ...,  from the left, i = 0 ... 255
+    t[r + 1, i] = t[r, 2 i] + t[r, 2 i + 1],  and so on to  t[8, 0]
+    h           = t[8, 0] + ((0 + latent_bias[0, l]) + latent_bias[1, l] + ...)
+
     Equal h goes to the lower latent; NaN ranks with +inf. Ascending in each row, int32. ``screening`` is how a fast
     backend may look for candidates first; it changes no result, and means nothing here.
     """
-    centred = wide(x) - wide(pre_bias)
-    h = centred.double() @ W_enc.double().T + latent_bias.double().sum(0)
-    return _largest(h.to(centred.dtype), k)
+    return topk_rows(_scores(wide(x) - wide(pre_bias), W_enc, summed_bias(latent_bias)), k)
 
 
-def local_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    pre_bias: Tensor,
-    latent_bias: Tensor,
-    k: int,
-    d_streams: Sequence[int],
-    screening: str = "auto",
-) -> Tensor:
-    """indices[n, s] = global_topk of stream s alone, [N, S, k]."""
-    supports = [
-        global_topk(x[:, cols], W_enc[:, cols], pre_bias[cols], latent_bias[s : s + 1], k)
-        for s, cols in enumerate(stream_slices(d_streams))
-    ]
-    return torch.stack(supports, dim=1)
+def support_scores(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, indices: Tensor) -> Tensor:
+    """scores[n, j] = h[n, indices[n, j]] of `global_topk`, as it is ranked: NaN is +inf, and a zero is +0.
+
+    In the type of the sums, bitwise the same on every backend. ``indices`` are [N, k], none of them -1.
+    """
+    centred, latents = wide(x) - wide(pre_bias), indices.long()
+    of_x, of_w = (_in_lanes(rows.double()) for rows in (centred, W_enc[latents]))
+    sums = _sum_of_products(of_x[..., None], of_w) + summed_bias(latent_bias)[latents]
+    return _ranked(sums.to(centred.dtype))
 
 
-def _largest(h: Tensor, k: int) -> Tensor:
-    """Columns of the k largest of each row, ascending; ties to the lower column."""
-    h = torch.nan_to_num(h, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+def summed_bias(latent_bias: Tensor) -> Tensor:
+    """sum_s latent_bias[s] in float64, from the left."""
+    total = latent_bias.new_zeros(latent_bias.shape[1], dtype=torch.float64)
+    for of_stream in latent_bias:
+        total = total + of_stream
+    return total
+
+
+LANES, PAIRS = 256, 4096  # partial sums of a score; scores that are summed at a time
+
+
+def _scores(centred: Tensor, W: Tensor, bias: Tensor) -> Tensor:
+    """h of `global_topk`, [N, L].
+
+    A matrix product tells most float32 scores: those on which its sum and any other, at most ``error`` apart, agree.
+    """
+    x, weights = centred.double(), W.double()
+    if torch.compiler.is_compiling():  # no shape may depend on data
+        return (_sum_of_products(_in_lanes(x)[..., None], _in_lanes(weights)[:, :, None]) + bias).to(centred.dtype)
+    h = x @ weights.T + bias
+    norms = torch.linalg.vector_norm(x, dim=1)[:, None] * torch.linalg.vector_norm(weights, dim=1)
+    error = (x.shape[1] + 8) * 2.0**-51 * (norms + bias.abs())
+    told = (h - error).to(centred.dtype) == (h + error).to(centred.dtype)
+    h = h.to(centred.dtype)
+    for n, l in zip(*(places.split(PAIRS) for places in (~told).nonzero(as_tuple=True)), strict=True):
+        h[n, l] = (_sum_of_products(_in_lanes(x[n]), _in_lanes(weights[l])) + bias[l]).to(h.dtype)
+    return h
+
+
+def _in_lanes(rows: Tensor) -> Tensor:
+    """[..., D] as [ceil(D / 256), 256, ...], filled up with zeros; fewer lanes where the others would be zero."""
+    lanes = min(LANES, 1 << (rows.shape[-1] - 1).bit_length())
+    filled = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % lanes))
+    return filled.view(*filled.shape[:-1], filled.shape[-1] // lanes, lanes).movedim((-2, -1), (0, 1)).contiguous()
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of a b over their first two dimensions, in the order of `global_topk`."""
+    sums: Any = 0.0
+    for left, right in zip(a, b, strict=True):
+        sums = sums + left * right
+    while len(sums) > 1:
+        sums = sums[::2] + sums[1::2]
+    return cast(Tensor, sums[0])
+
+
+def _ranked(h: Tensor) -> Tensor:
+    """Scores as they rank: NaN is +inf, and both zeros are +0."""
+    return torch.nan_to_num(h, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
+
+
+def topk_rows(scores: Tensor, k: int) -> Tensor:
+    """Columns of the k largest of each row, int32 [N, k], ascending; ties to the lower column, NaN ranks with +inf."""
+    h = _ranked(scores)
     threshold = h.topk(k, dim=1, sorted=True).values[:, -1:]
     above, equal = h > threshold, h == threshold
     room = k - above.sum(1, keepdim=True)
@@ -88,13 +141,17 @@ def support_values(
     indices: Tensor,
     d_streams: Sequence[int],
 ) -> Tensor:
-    """values[n, s, j] = relu(sum_{d in s} (x - pre_bias)[n, d] W_enc[l, d] + latent_bias[s, l]),  l = I[n, s, j]."""
+    """values[n, s, j] = relu(sum_{d in s} (x - pre_bias)[n, d] W_enc[l, d] + latent_bias[s, l]),  l = I[n, s, j].
+
+    0 in an empty slot.
+    """
     centred = wide(x) - wide(pre_bias)
     values = []
     for s, cols in enumerate(stream_slices(d_streams)):
         support = _support(indices, s)
-        dots = (wide(W_enc[support, cols]) * centred[:, None, cols]).sum(-1)
-        values.append(torch.relu(dots + wide(latent_bias[s])[support]))
+        dots = (_rows(W_enc[:, cols], support) * centred[:, None, cols]).sum(-1)
+        biased = dots + wide(latent_bias[s])[support.clamp_min(0)]
+        values.append(torch.relu(torch.where(support < 0, 0, biased)))
     return torch.stack(values, dim=1).to(x.dtype)
 
 
@@ -104,7 +161,7 @@ def support_values_grad_x(
     """grad_x[n, d] = sum_j grad_z[n, s(d), j] W_enc[I[n, s(d), j], d],  grad_z = grad_values where values > 0."""
     grad_z = relu_grad(grad_values, values)
     grads = [
-        (grad_z[:, s, :, None] * wide(W_enc[_support(indices, s), cols])).sum(1)
+        (grad_z[:, s, :, None] * _rows(W_enc[:, cols], _support(indices, s))).sum(1)
         for s, cols in enumerate(stream_slices(d_streams))
     ]
     return torch.cat(grads, dim=1).to(W_enc.dtype)
@@ -118,7 +175,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tens
 def sparse_decode_grad_values(grad_recons: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """grad_values[n, s, j] = sum_d grad_recons[n, s, d] W_dec[I[n, s, j], d]"""
     grad, S = wide(grad_recons), grad_recons.shape[1]
-    dots = [(grad[:, s, None] * wide(W_dec[_support(indices, s)])).sum(-1) for s in range(S)]
+    dots = [(grad[:, s, None] * _rows(W_dec, _support(indices, s))).sum(-1) for s in range(S)]
     return torch.stack(dots, dim=1).to(grad_recons.dtype)
 
 
@@ -165,11 +222,13 @@ def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     """entries[offsets[l] : offsets[l + 1]] = the flat positions p, ascending, with indices.view(-1)[p] == l.
 
     offsets is int64 [L + 1], entries int64 [indices.numel()]. Position p of [N, k] is sample p // k; ascending
-    positions are ascending samples.
+    positions are ascending samples. The positions of empty slots are in no segment: offsets[L] is the number of the
+    others, and entries[offsets[L] :] are these, ascending.
     """
     flat = indices.reshape(-1).long()
-    counts = flat.new_zeros(n_latents).index_add_(0, flat, torch.ones_like(flat))
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    flat = torch.where(flat < 0, n_latents, flat)
+    counts = flat.new_zeros(n_latents + 1).index_add_(0, flat, torch.ones_like(flat))
+    offsets = torch.cat([counts.new_zeros(1), counts[:n_latents].cumsum(0)])
     return offsets, torch.sort(flat, stable=True).indices
 
 
@@ -189,24 +248,25 @@ def encoder_gradients(
     """
     centred, grad_z = wide(x) - wide(pre_bias), relu_grad(grad_values, values)
     L, S = len(offsets) - 1, len(d_streams)
-    grad_W_enc = centred.new_zeros(L, sum(d_streams))
-    grad_latent_bias = centred.new_zeros(S, L)
+    # a row more, for what belongs to no latent
+    grad_W_enc = centred.new_zeros(L + 1, sum(d_streams))
+    grad_latent_bias = centred.new_zeros(S, L + 1)
     for s, cols in enumerate(stream_slices(d_streams)):
         latents, n, j = _entries_of_stream(offsets, entries, values.shape, s)
         coefficient = grad_z[n, s, j]
         grad_W_enc[:, cols].index_add_(0, latents, coefficient[:, None] * centred[n, cols])
         grad_latent_bias[s].index_add_(0, latents, coefficient)
-    return grad_W_enc, grad_latent_bias
+    return grad_W_enc[:L], grad_latent_bias[:, :L].contiguous()
 
 
 def decoder_gradients(values: Tensor, grad_recons: Tensor, offsets: Tensor, entries: Tensor) -> Tensor:
     """grad_W_dec[l, d] = sum_s sum_{(n, j): I[n, s, j] = l} values[n, s, j] grad_recons[n, s, d]"""
     L, S, D = len(offsets) - 1, values.shape[1], grad_recons.shape[2]
-    grad_W_dec = wide(values).new_zeros(L, D)
+    grad_W_dec = wide(values).new_zeros(L + 1, D)  # a row more, for what belongs to no latent
     for s in range(S):
         latents, n, j = _entries_of_stream(offsets, entries, values.shape, s)
         grad_W_dec.index_add_(0, latents, wide(values[n, s, j])[:, None] * wide(grad_recons[n, s]))
-    return grad_W_dec
+    return grad_W_dec[:L]
 
 
 def weight_gradients(
@@ -224,56 +284,45 @@ def weight_gradients(
     return grad_W_enc, decoder_gradients(values, grad_recons, offsets, entries), grad_latent_bias
 
 
-def update_rows(
-    W_enc: Tensor,
-    W_dec: Tensor,
-    moments: Sequence[Tensor],
-    x: Tensor,
-    pre_bias: Tensor,
-    values: Tensor,
-    grad_values: Tensor,
-    grad_recons: Tensor,
-    offsets: Tensor,
-    entries: Tensor,
-    d_streams: Sequence[int],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    step: int | Tensor,
-    copies: Sequence[Tensor] | None = None,
-    last_step: Tensor | None = None,
-    seed: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One training step of every latent's rows, in place.
+def update_rows(rows: Rows, batch: Samples, settings: AdamStep) -> tuple[Tensor, Tensor]:
+    """One training step of every latent's rows, in place: `step_rows` with the gradients of a batch.
 
-    weight_gradients, then per latent and stream  g -= <g, w> w / <w, w>  on the decoder (so that the norm of w does
-    not change to first order), Adam on both rows, and w /= ||w|| on the decoder. ``moments`` are Adam's first and
-    second of W_enc, then of W_dec, each [L, D]. Those that are bfloat16 need a ``seed``: rows move by the moments as
-    they are in float32, which are then kept as  round_to_bfloat16(moment, `rounding_noise`(seed, step, matrix, l)).
-
-    ``copies``, of W_enc and W_dec in a narrower type, are kept equal to their rows. With ``last_step``, int64 [L],
-    decoder rows without an entry are left behind, to `replay_rows` later, and those with one are marked: their
-    last_step becomes ``step``.
-
-    Returns grad_latent_bias [S, L] and  grad_pre_bias[d] = -sum_l grad_latent_bias[s(d), l] W_enc[l, d],  the part
-    that comes through the encoder as it was before the step.
+    Returns grad_latent_bias [S, L], and grad_pre_bias as `step_rows` does.
     """
-    seed = rounding_seed(W_enc, moments, seed)
-    grad_W_enc, grad_W_dec, grad_latent_bias = weight_gradients(
-        x, pre_bias, values, grad_values, grad_recons, offsets, entries, d_streams
-    )
-    grad_pre_bias = pre_bias_gradient(grad_latent_bias, W_enc, d_streams)
+    grad_W_enc, grad_W_dec, grad_latent_bias = weight_gradients(*batch, rows.d_streams)
+    gradients = Gradients(grad_W_enc, grad_W_dec, grad_latent_bias, batch.offsets.diff() > 0)
+    return grad_latent_bias, step_rows(rows, gradients, settings)
+
+
+def step_rows(rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor:
+    """One training step of every latent's rows, in place, with the gradients given.
+
+    Per latent and stream  g -= <g, w> w / <w, w>  on the decoder (so that the norm of w does not change to first
+    order), Adam on both rows, and w /= ||w|| on the decoder. Moments that are bfloat16 need a ``seed``: rows move by
+    the moments as they are in float32, which are then kept as  round_to_bfloat16(moment, `rounding_noise`(seed, step,
+    matrix, l)).
+
+    ``rows.copies`` are kept equal to their rows. With ``rows.last_step``, decoder rows of latents that are not used are
+    left behind, to `replay_rows` later, and those that are used are marked: their last_step becomes ``step``.
+
+    Returns  grad_pre_bias[d] = -sum_l grad_latent_bias[s(d), l] W_enc[l, d],  the part that comes through the encoder
+    as it was before the step.
+    """
+    W_enc, W_dec, moments, d_streams, copies, last_step = rows
+    lr, betas, eps, step, _ = settings
+    seed = rounding_seed(W_enc, moments, settings.seed)
+    grad_pre_bias = pre_bias_gradient(gradients.latent_bias, W_enc, d_streams)
     noise = _noise_of_rows(seed, step, 0, W_enc, slice(None))
-    adam(W_enc, grad_W_enc, moments[0], moments[1], lr, betas, eps, step, noise)
-    rows: slice | Tensor = slice(None)
+    adam(W_enc, gradients.W_enc, moments[0], moments[1], lr, betas, eps, step, noise)
+    moved: slice | Tensor = slice(None)
     if last_step is not None:
-        rows = offsets.diff().nonzero()[:, 0]
-        last_step[rows] = int(step)
-    _step_decoder(W_dec, grad_W_dec, moments[2:], rows, d_streams, lr, betas, eps, step, seed)
+        moved = gradients.used.nonzero()[:, 0]
+        last_step[moved] = int(step)
+    _step_decoder(W_dec, gradients.W_dec, moments[2:], moved, d_streams, lr, betas, eps, step, seed)
     if copies is not None:
         copies[0].copy_(W_enc)
-        copies[1][rows] = W_dec[rows].to(copies[1].dtype)
-    return grad_latent_bias, grad_pre_bias
+        copies[1][moved] = W_dec[moved].to(copies[1].dtype)
+    return grad_pre_bias
 
 
 def replay_rows(
@@ -453,32 +502,40 @@ def count_silence(silence: Tensor, values: Tensor, indices: Tensor) -> None:
     active = values > 0
     if indices.ndim == 2:
         active = active.any(1)
-    fired = torch.zeros_like(silence)
+    fired = silence.new_zeros(len(silence) + 1)  # the last is of empty slots
     fired.index_put_((indices.reshape(-1).long(),), active.reshape(-1).to(silence.dtype), accumulate=True)
-    silence.add_(len(values)).mul_(fired == 0)
+    silence.add_(len(values)).mul_(fired[:-1] == 0)
 
 
 def relu_grad(grad_values: Tensor, values: Tensor) -> Tensor:
     """grad_values where values > 0, else 0, in the type of the sums."""
-    return wide(grad_values) * (values > 0)
+    return torch.where(values > 0, wide(grad_values), 0)
 
 
 def _support(indices: Tensor, s: int) -> Tensor:
     return indices if indices.ndim == 2 else indices[:, s]
 
 
+def _rows(W: Tensor, latents: Tensor) -> Tensor:
+    """W[latents] in the type of the sums; zeros for an empty slot."""
+    return wide(W[latents.clamp_min(0)]).masked_fill(latents[..., None] < 0, 0)
+
+
 def _decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     # a product and a sum, not a matrix product: those sum in an order that depends on the batch
     S = values.shape[1]
-    recons = [(values[:, s, :, None] * wide(W_dec[_support(indices, s)])).sum(1) for s in range(S)]
+    recons = [(values[:, s, :, None] * _rows(W_dec, _support(indices, s))).sum(1) for s in range(S)]
     return torch.stack(recons, dim=1)
 
 
 def _entries_of_stream(offsets: Tensor, entries: Tensor, shape: torch.Size, s: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(latent, sample, position in the support) of every entry of stream s, by latent, then by sample."""
+    """(latent, sample, position in the support) of every entry of stream s, by latent, then by sample.
+
+    Those of empty slots are of latent L: no shape depends on data.
+    """
     N, S, k = shape
-    every_latent = torch.arange(len(offsets) - 1, device=offsets.device)
-    latents = torch.repeat_interleave(every_latent, offsets.diff(), output_size=len(entries))
+    places = torch.arange(len(entries), device=offsets.device)
+    latents = torch.searchsorted(offsets, places, right=True) - 1
     if len(entries) == N * k:
         return latents, entries // k, entries % k
     mine = torch.argsort((entries // k % S != s).int(), stable=True)[: N * k]

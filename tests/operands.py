@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparc_fast import backends, reference
 from sparc_fast.backends import Backend
+from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
 
 # d_streams, N, L, k
 CASES = {
@@ -114,6 +115,31 @@ def operands(
 STEP, SEED = 3, 2**40 + 7
 
 
+def step_of(
+    W_enc: Tensor,
+    W_dec: Tensor,
+    moments: Sequence[Tensor],
+    x: Tensor,
+    pre_bias: Tensor,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_recons: Tensor,
+    offsets: Tensor,
+    entries: Tensor,
+    d_streams: Sequence[int],
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    step: int | Tensor,
+    copies: Sequence[Tensor] | None = None,
+    last_step: Tensor | None = None,
+    seed: int | None = None,
+) -> tuple[Rows, Samples, AdamStep]:
+    """What `update_rows` takes, from the tensors and numbers in it."""
+    samples = Samples(x, pre_bias, values, grad_values, grad_recons, offsets, entries)
+    return Rows(W_enc, W_dec, moments, d_streams, copies, last_step), samples, AdamStep(lr, betas, eps, step, seed)
+
+
 def rows_to_update(o: Operands, narrow: bool = False) -> list[Tensor]:
     """W_enc, W_dec with unit norm, and their moments, in the type of the sums.
 
@@ -133,13 +159,25 @@ def update_rows(o: Operands, backend: Backend, lazy: bool = False, narrow: bool 
     W_enc, W_dec, *moments = rows = rows_to_update(o, narrow)
     copies = [W.to(o.W_enc.dtype) for W in (W_enc, W_dec)] if o.W_enc.dtype != W_enc.dtype else None
     last_step = torch.full((len(W_enc),), STEP - 1) if lazy else None
-    grads = backend.update_rows(
+    grads = backend.update_rows(*step_of(
         W_enc, W_dec, moments, o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
         0.01, (0.9, 0.999), 1e-8, STEP, copies, last_step, SEED if narrow else None,
-    )  # fmt: skip
+    ))  # fmt: skip
     for copy, exact in zip(copies or (), rows, strict=False):
         assert torch.equal(copy, exact.to(copy.dtype))
     return (*rows, *grads, *([] if last_step is None else [last_step]))
+
+
+def step_rows(o: Operands, backend: Backend, lazy: bool = False, narrow: bool = False) -> tuple[Tensor, ...]:
+    """As `update_rows`, with the reference's gradients of every row that is used given."""
+    W_enc, W_dec, *moments = rows = rows_to_update(o, narrow)
+    samples = o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse
+    wide = [reference.wide(tensor) if tensor.is_floating_point() else tensor for tensor in samples]
+    gradients = Gradients(*reference.weight_gradients(*wide, o.d_streams), o.inverse[0].diff() > 0)
+    last_step = torch.full((len(W_enc),), STEP - 1) if lazy else None
+    settings = AdamStep(0.01, (0.9, 0.999), 1e-8, STEP, SEED if narrow else None)
+    grad_pre_bias = backend.step_rows(Rows(W_enc, W_dec, moments, o.d_streams, None, last_step), gradients, settings)
+    return (*rows, grad_pre_bias, *([] if last_step is None else [last_step]))
 
 
 def replay_rows(o: Operands, backend: Backend, narrow: bool = False) -> tuple[Tensor, ...]:
@@ -183,6 +221,9 @@ OPERATORS: dict[str, Callable[[Operands, Backend], tuple[Tensor, ...]]] = {
     "update_rows": update_rows,
     "update_rows lazily": lambda o, b: update_rows(o, b, lazy=True),
     "update_rows, bfloat16 moments": lambda o, b: update_rows(o, b, narrow=True),
+    "step_rows": step_rows,
+    "step_rows lazily": lambda o, b: step_rows(o, b, lazy=True),
+    "step_rows, bfloat16 moments": lambda o, b: step_rows(o, b, narrow=True),
     "replay_rows": replay_rows,
     "replay_rows, bfloat16 moments": lambda o, b: replay_rows(o, b, narrow=True),
     "count_silence": count_silence,

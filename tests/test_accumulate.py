@@ -11,7 +11,7 @@ from operands import seeded
 from torch import Tensor
 
 import sparc_fast as sf
-from sparc_fast import micro_batches
+from sparc_fast import row_step
 from sparc_fast.batch import Inputs
 from sparc_fast.benchmarks import memory
 from sparc_fast.benchmarks.cases import MANY
@@ -24,7 +24,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, t
 @pytest.fixture(autouse=True)
 def several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models here are small: their rows are updated in more than one call, the last of them shorter."""
-    monkeypatch.setattr(micro_batches, "LATENTS_AT_ONCE", 20)
+    monkeypatch.setattr(row_step, "LATENTS_AT_ONCE", 20)
 
 
 def make(
@@ -163,7 +163,7 @@ def test_rows_that_no_part_uses_can_be_left_behind_bit_for_bit(
 def test_steps_on_parts_are_the_same_bit_for_bit_whatever_the_number_of_threads(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(micro_batches, "LATENTS_AT_ONCE", 512)  # enough for threads to share
+    monkeypatch.setattr(row_step, "LATENTS_AT_ONCE", 512)  # enough for threads to share
     generator = seeded(3)
     draws = [torch.randn(20, 600, generator=generator) for _ in range(3)]
     runs = []
@@ -195,11 +195,14 @@ def test_bfloat16_moments_are_rounded_by_seed_and_train_as_on_whole_batches(back
     assert not torch.equal(states[0], states[2])
 
 
-def test_parts_with_lazy_bfloat16_moments_are_refused(backend: str) -> None:
-    optimizer = make(backend, lazy="replay", moments="bfloat16")
-    with pytest.raises(ValueError, match=r"inputs must be one batch with lazy=.replay. and bfloat16 moments"):
-        optimizer.step(batches(1)[0].split(4))
-    optimizer.step(batches(1))
+def test_lazy_steps_on_parts_equal_dense_ones_bit_for_bit_with_bfloat16_moments(backend: str) -> None:
+    lazy, dense = (make(backend, lazy=mode, moments="bfloat16") for mode in ("replay", None))
+    for x in batches(12):
+        for optimizer in (lazy, dense):
+            optimizer.step(x.split(5))
+    lazy.catch_up()
+    for left, right in zip(lazy.model.parameters(), dense.model.parameters(), strict=True):
+        assert torch.equal(left, right)
 
 
 def test_one_part_is_the_batch_itself(backend: str) -> None:

@@ -140,7 +140,7 @@ def test_decode_operands_that_do_not_fit_each_other() -> None:
         F.sparse_decode(values, torch.zeros(4, 3, dtype=torch.int32), W_dec, pre_bias)
     with pytest.raises(ValueError, match="pre_bias must have the dtype and device of values"):
         F.sparse_decode(values, indices, W_dec, pre_bias.double())
-    with pytest.raises(ValueError, match="indices must lie in 0 … n_latents - 1 = 2, got 3 … 3"):
+    with pytest.raises(ValueError, match="indices must lie in -1 … n_latents - 1 = 2, got 3 … 3"):
         F.sparse_decode(values, indices + 3, W_dec, pre_bias)
 
 
@@ -194,10 +194,10 @@ def test_a_screening_that_does_not_exist() -> None:
 def test_indices_outside_the_latents() -> None:
     with torch.device("cpu"):  # elsewhere to look would be to wait
         arguments, far = operands(), torch.full((5, 2), 2**32 + 1)
-        with pytest.raises(ValueError, match=r"indices must lie in 0 … n_latents - 1 = 8, got 3 … 9"):
+        with pytest.raises(ValueError, match=r"indices must lie in -1 … n_latents - 1 = 8, got 3 … 9"):
             F.invert_indices(torch.tensor([[3, 9]]), 9)
-        for indices, found in ((torch.full((5, 2), -1), "-1 … -1"), (far, "4294967297")):
-            with pytest.raises(ValueError, match=f"indices must lie in 0 … n_latents - 1 = 8, got {found}"):
+        for indices, found in ((torch.full((5, 2), -2), "-2 … -2"), (far, "4294967297")):
+            with pytest.raises(ValueError, match=f"indices must lie in -1 … n_latents - 1 = 8, got {found}"):
                 F.support_values(**arguments, indices=indices, d_streams=(4, 3))
 
 

@@ -90,7 +90,7 @@ def test_headers_that_torch_brings_along_are_enough(monkeypatch: pytest.MonkeyPa
 
 def test_every_operator_of_the_backends_can_be_called() -> None:
     vocabulary = {name for name in vars(sf.backends.Backend) if not name.startswith("_")}
-    assert set(CALLS) == vocabulary | {"topk_rows"}
+    assert set(CALLS) == vocabulary
     gpu_small.main("cpu", "reference")
 
 

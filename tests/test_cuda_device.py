@@ -37,7 +37,7 @@ def normal(*shape: int) -> Tensor:
 def check(scores: Tensor, k: int) -> None:
     found = native_cuda.topk_rows(scores, k)
     for rows, indices in zip(scores.split(64), found.split(64), strict=True):
-        assert torch.equal(indices, reference._largest(reference.wide(rows), k))
+        assert torch.equal(indices, reference.topk_rows(reference.wide(rows), k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -88,10 +88,11 @@ def test_supports_are_exact_on_hard_samples() -> None:
     assert torch.equal(found, native_cuda.global_topk(x[:1], W_enc * 0, pre_bias, bias * 0, 64).expand(64, -1))
 
 
-def test_streams_are_supported_alone() -> None:
+def test_operands_may_be_columns_of_wider_matrices() -> None:
     x, W_enc, pre_bias, bias = to_select_from(100, 5000, 200)
-    expected = reference.local_topk(x, W_enc, pre_bias, bias, 20, (130, 70))
-    assert torch.equal(native_cuda.local_topk(x, W_enc, pre_bias, bias, 20, (130, 70)), expected)
+    for s, cols in enumerate(reference.stream_slices((130, 70))):
+        of_stream = x[:, cols], W_enc[:, cols], pre_bias[cols], bias[s : s + 1]
+        assert torch.equal(native_cuda.global_topk(*of_stream, 20), reference.global_topk(*of_stream, 20))
 
 
 @pytest.mark.parametrize(("N", "k", "L"), [(4096, 64, 32768), (8192, 128, 2**20), (256, 64, 8192), (3, 2, 5)])
@@ -231,7 +232,7 @@ def test_a_graph_replays_with_new_numbers() -> None:
     for numbers in (normal(128, 40000), normal(128, 40000).round(), torch.zeros_like(scores)):
         scores.copy_(numbers)
         graph.replay()
-        assert torch.equal(indices, reference._largest(numbers, 64))
+        assert torch.equal(indices, reference.topk_rows(numbers, 64))
         for got, expected in zip((offsets, entries), reference.invert_indices(indices, 40000), strict=True):
             assert torch.equal(got, expected)
 
@@ -257,4 +258,4 @@ def test_kernels_run_on_the_stream_in_use() -> None:
         scores.copy_(numbers)
         indices = native_cuda.topk_rows(scores, 64)
     stream.synchronize()
-    assert torch.equal(indices, reference._largest(numbers, 64))
+    assert torch.equal(indices, reference.topk_rows(numbers, 64))

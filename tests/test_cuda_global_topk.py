@@ -195,13 +195,14 @@ def test_chunks_of_any_length_give_the_same_supports(cuda: ModuleType, monkeypat
     assert torch.equal(cuda.global_topk(*operands, 40), expected)  # by its own choices
 
 
-def test_streams_are_supported_alone_in_columns_off_any_vector(cuda: ModuleType) -> None:
+def test_operands_may_be_columns_off_any_vector(cuda: ModuleType) -> None:
     operands = normal(4, 61), normal(90, 61), normal(61), normal(3, 90)
     for dtype in DTYPES:
         narrow = tuple(operand.to(dtype) for operand in operands)
-        widths = (7, 1, 53)
-        expected = reference.local_topk(*narrow, 6, widths)
-        assert torch.equal(cuda.local_topk(*narrow, 6, widths), expected)
+        x, W_enc, pre_bias, bias = narrow
+        for s, cols in enumerate(reference.stream_slices((7, 1, 53))):
+            of_stream = x[:, cols], W_enc[:, cols], pre_bias[cols], bias[s : s + 1]
+            assert torch.equal(cuda.global_topk(*of_stream, 6), reference.global_topk(*of_stream, 6))
 
 
 def test_a_sample_wider_than_shared_memory_is_read_where_it_is(cuda: ModuleType) -> None:

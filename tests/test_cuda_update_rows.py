@@ -12,7 +12,7 @@ from accuracy import assert_as_accurate
 from cuda_emulation import build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from operands import CASES, OPERATORS, STEP, Operands, operands, rows_to_update, seeded
+from operands import CASES, OPERATORS, STEP, Operands, operands, rows_to_update, seeded, step_of
 from torch import Tensor
 
 import sparc_fast as sf
@@ -54,10 +54,10 @@ def step(
     eps: float = EPS, **more: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One update of rows = [W_enc, W_dec, 4 moments] in place."""
-    grads: tuple[Tensor, Tensor] = cuda.update_rows(
+    grads: tuple[Tensor, Tensor] = cuda.update_rows(*step_of(
         *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
         lr, BETAS, eps, t, **more,
-    )  # fmt: skip
+    ))  # fmt: skip
     return grads
 
 
@@ -340,12 +340,14 @@ def test_latents_outside_the_dictionary_are_in_no_segment(cuda: ModuleType) -> N
     rows, expected = rows_to_update(o), rows_to_update(o)
     arguments = o.d_streams, 0.01, BETAS, EPS, STEP
     cuda.update_rows(
-        *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, offsets, entries, *arguments
+        *step_of(
+            *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, offsets, entries, *arguments
+        )
     )
-    cuda.update_rows(
+    cuda.update_rows(*step_of(
         *expected[:2], expected[2:], o.x, o.pre_bias, values, grad_values, o.grad_recons,
         *reference.invert_indices(kept, 33), *arguments,
-    )  # fmt: skip
+    ))  # fmt: skip
     assert_equal(rows, expected)
 
 

@@ -30,7 +30,8 @@ def arguments(dtype: torch.dtype, local: bool, N: int = 6, L: int = 12, k: int =
     inverse = sf.reference.invert_indices(indices, L)
     return {
         "global_topk": (x, W_enc, pre_bias, latent_bias, k),
-        "local_topk": (x, W_enc, pre_bias, latent_bias, k, D_STREAMS),
+        "topk_rows": (x, k),
+        "support_scores": (x, W_enc, pre_bias, latent_bias, indices[:, 0] if local else indices),
         "support_values": (x, W_enc, pre_bias, latent_bias, indices, D_STREAMS),
         "support_values_grad_x": (grad_values, values, indices, W_enc, D_STREAMS),
         "sparse_decode": (values, indices, W_dec, pre_bias),

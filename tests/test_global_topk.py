@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import IN_INTERPRETER, fast_backends, largest, seeded
+from operands import DTYPES, IN_INTERPRETER, fast_backends, largest, seeded
 from torch import Tensor
 
-from sparc_fast import functional
+from sparc_fast import functional, reference
 
 inf, nan = torch.inf, torch.nan
 
@@ -21,6 +21,7 @@ def fitting(N: int, backend: str, most: int = IN_INTERPRETER) -> int:
 
 
 def scores(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor) -> Tensor:
+    """To a rounding of float64: sums of small integers exactly."""
     centred = x.float() - pre_bias.float()
     return (centred.double() @ W_enc.double().T + latent_bias.double().sum(0)).float()
 
@@ -190,3 +191,72 @@ def test_reduced_matmul_precision_and_autocast_do_not_change_the_support(precisi
         torch.set_float32_matmul_precision(before)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(functional.global_topk(x, W_enc, *no_bias(W_enc), 30, backend=backend), expected)
+
+
+SHAPES = [(3, 40, 1, 5), (4, 90, 17, 9), (5, 300, 257, 20), (3, 60, 700, 7)]  # N, L, D, k
+
+
+@pytest.mark.parametrize(("N", "L", "D", "k"), SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_have_the_same_bits_on_every_backend_and_for_a_part_of_the_latents_or_samples(
+    N: int, L: int, D: int, k: int, dtype: torch.dtype, backend: str
+) -> None:
+    generator = seeded(D)
+    x, W_enc, pre_bias, latent_bias = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((N, D), (L, D), (D,), (3, L))
+    )
+    of_all = x, W_enc, pre_bias, latent_bias
+    indices, found = functional.global_topk(*of_all, k, return_scores=True, backend=backend)
+    assert found.dtype == reference.wide(x).dtype
+    assert torch.equal(indices, functional.global_topk(*of_all, k, backend="reference"))
+    assert torch.equal(found, functional.global_topk(*of_all, k, return_scores=True, backend="reference")[1])
+    one = functional.global_topk(x[1:2], W_enc, pre_bias, latent_bias, k, return_scores=True, backend=backend)
+    assert torch.equal(one[1], found[1:2])
+    # shards of the latents merge by (score descending, latent ascending)
+    half = L // 2
+    shards = [
+        functional.global_topk(x, W_enc[p], pre_bias, latent_bias[:, p], k, return_scores=True, backend=backend)
+        for p in (slice(0, half), slice(half, L))
+    ]
+    latents = torch.cat([shards[0][0], shards[1][0] + half], dim=1)
+    best = largest(torch.cat([shards[0][1], shards[1][1]], dim=1), k).long()
+    assert torch.equal(latents.gather(1, best), indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scores_are_summed_in_the_order_of_the_specification(dtype: torch.dtype, backend: str) -> None:
+    D = 300
+    generator = seeded(3)
+    x = torch.randn(2, D, generator=generator).to(dtype) * 10.0 ** torch.randint(-6, 7, (2, D), generator=generator)
+    W_enc, latent_bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((4, D), (3, 4)))
+    W_enc[1] = W_enc[0]
+    x, W_enc = x.to(dtype), W_enc.to(dtype)
+    indices, found = functional.global_topk(
+        x, W_enc, torch.zeros(D, dtype=dtype), latent_bias, 4, return_scores=True, backend=backend
+    )
+    for n in range(2):
+        for j, l in enumerate(indices[n].tolist()):
+            lanes = [0.0] * 256
+            for d in range(D):
+                lanes[d % 256] += float(x[n, d]) * float(W_enc[l, d])
+            while len(lanes) > 1:
+                lanes = [left + right for left, right in zip(lanes[::2], lanes[1::2], strict=True)]
+            bias = sum(float(of_stream) for of_stream in latent_bias[:, l])
+            assert found[n, j] == torch.tensor(lanes[0] + bias, dtype=torch.float64).to(dtype)
+
+
+def test_equal_rows_of_float64_weights_have_equal_scores_whatever_stands_between(backend: str) -> None:
+    generator = seeded(0)
+    x, W_enc = (torch.randn(shape, 37, generator=generator, dtype=torch.float64) for shape in (fitting(20, backend), 7))
+    W_enc = W_enc.repeat(30, 1)
+    indices, found = functional.global_topk(x, W_enc, *no_bias(W_enc), 30, return_scores=True, backend=backend)
+    assert torch.equal(indices, indices[:, :1] + 7 * torch.arange(30, dtype=torch.int32))
+    assert torch.equal(found, found[:, :1].expand_as(found))
+
+
+def test_scores_that_are_nan_come_back_as_infinity_and_zeros_as_plus_zero(backend: str) -> None:
+    bias = torch.tensor([[nan, -inf, -0.0, 1.0]])
+    operands = torch.zeros(1, 2), torch.zeros(4, 2), torch.zeros(2), bias
+    found = functional.global_topk(*operands, 4, return_scores=True, backend=backend)[1]
+    assert found.tolist() == [[inf, -inf, 0.0, 1.0]]
+    assert not found.signbit()[0, 2]

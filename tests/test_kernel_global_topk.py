@@ -15,7 +15,6 @@ from torch import Tensor
 from sparc_fast import reference
 
 pytest.importorskip("triton")
-from sparc_fast.kernels.local_topk import local_topk
 from sparc_fast.kernels.topk_rows import topk_rows
 
 # the package may give its functions the names of their modules
@@ -239,12 +238,13 @@ def test_a_sample_alone_equals_the_same_sample_in_a_batch_of_any_size(monkeypatc
     assert torch.equal(torch.cat([support(row[None], W_enc, 30) for row in x[:3]]), together[:3])
 
 
-def test_operands_may_be_columns_of_wider_matrices_and_streams_are_supported_alone() -> None:
+def test_operands_may_be_columns_of_wider_matrices() -> None:
     torch.manual_seed(0)
     x, W_enc, pre_bias, bias = torch.randn(4, 61), torch.randn(90, 61), torch.randn(61), torch.randn(3, 90)
-    widths = (7, 1, 53)
-    found = local_topk(*(o.to(DEVICE) for o in (x, W_enc, pre_bias, bias)), 6, widths)
-    assert torch.equal(found.to(x.device), reference.local_topk(x, W_enc, pre_bias, bias, 6, widths))
+    for s, cols in enumerate(reference.stream_slices((7, 1, 53))):
+        of_stream = x[:, cols], W_enc[:, cols], pre_bias[cols], bias[s : s + 1]
+        found = kernel.global_topk(*(o.to(DEVICE) for o in of_stream), 6)
+        assert torch.equal(found.to(x.device), reference.global_topk(*of_stream, 6))
 
 
 ROWS = {

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operands import OPERATORS, STEP, Operands, fitting, operands, operators_of, rows_to_update
+from operands import OPERATORS, STEP, Operands, fitting, operands, operators_of, rows_to_update, step_of
 from torch import Tensor
 
 STRIDE = 2**26
@@ -59,8 +59,8 @@ def test_latents_at_any_offset_are_selected(backend: str, dtype: torch.dtype) ->
     want = reference.global_topk(o.x, o.W_enc, o.pre_bias, o.latent_bias, 3)
     assert (want[:, -1] == len(o.W_enc) - 1).all()
     assert torch.equal(here.global_topk(o.x, spread, o.pre_bias, o.latent_bias, 3), want)
-    want = reference.local_topk(o.x, o.W_enc, o.pre_bias, o.latent_bias, 3, o.d_streams)
-    assert torch.equal(here.local_topk(o.x, spread, o.pre_bias, o.latent_bias, 3, o.d_streams), want)
+    scores = reference.support_scores(o.x, o.W_enc, o.pre_bias, o.latent_bias, want)
+    assert torch.equal(here.support_scores(o.x, spread, o.pre_bias, o.latent_bias, want), scores)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -70,10 +70,10 @@ def test_rows_are_updated_at_any_offset(backend: str, lazy: bool) -> None:
     def updated(rows: list[Tensor]) -> list[Tensor]:
         W_enc, W_dec, *moments = rows
         last_step = torch.full((len(W_enc),), STEP - 1) if lazy else None
-        grads = operators_of(backend).update_rows(
+        grads = operators_of(backend).update_rows(*step_of(
             W_enc, W_dec, moments, o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
             0.01, (0.9, 0.999), 1e-8, STEP, None, last_step,
-        )  # fmt: skip
+        ))  # fmt: skip
         return [*rows, *grads]
 
     want = updated(rows_to_update(o))

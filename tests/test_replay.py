@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from operands import CASES, operators_of, seeded
+from operands import CASES, operators_of, seeded, step_of
 
 import sparc_fast as sf
 
@@ -203,10 +203,10 @@ def test_replaying_equals_steps_without_entries(case: str, eps: float, moments: 
     empty = torch.zeros(0, D), torch.zeros(D), nobody, nobody, torch.zeros(0, S, D)
     inverse = torch.zeros(L + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     for t in range(1, steps + 1):
-        operators.update_rows(
+        operators.update_rows(*step_of(
             unused[0], dense[0], [*unused[1:], *dense[1:]], *empty, *inverse, d_streams, 0.01 / t, (0.9, 0.999), eps, t,
             seed=7,
-        )  # fmt: skip
+        ))  # fmt: skip
     last_step = torch.zeros(L, dtype=torch.int64)
     half = history[: steps // 2]
     operators.replay_rows(lazy[0], lazy[1:], torch.arange(0, L, 2), last_step, half, d_streams, seed=7)

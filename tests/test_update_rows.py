@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import SEED, STEP, Operands, fitting, operands, operators_of, rows_to_update, run
+from operands import SEED, STEP, Operands, fitting, operands, operators_of, rows_to_update, run, step_of
 from torch import Tensor
 
 from sparc_fast import reference
@@ -60,10 +60,10 @@ def test_a_zero_decoder_row_without_gradient_stays_zero(backend: str) -> None:
     unused = int(torch.isin(torch.arange(33), o.indices).logical_not().nonzero()[0])
     W_dec[unused] = 0
     moments = [torch.zeros_like(W_enc) for _ in range(4)]
-    operators_of(backend).update_rows(
+    operators_of(backend).update_rows(*step_of(
         W_enc, W_dec, moments, o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
         0.01, (0.9, 0.999), 1e-8, 1,
-    )  # fmt: skip
+    ))  # fmt: skip
     assert not W_dec[unused].any()
     assert W_dec.isfinite().all()
 
@@ -75,10 +75,10 @@ def test_columns_of_a_wider_matrix_are_updated_in_place_and_nothing_beside_them(
     inner = [tensor[:, 5:113] for tensor in wider]
     for window, tensor in zip(inner, rows_to_update(o), strict=True):
         window.copy_(tensor)
-    operators_of(backend).update_rows(
+    operators_of(backend).update_rows(*step_of(
         *inner[:2], inner[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
         0.01, (0.9, 0.999), 1e-8, STEP,
-    )  # fmt: skip
+    ))  # fmt: skip
     for window, outer, result in zip(inner, wider, expected, strict=False):
         assert torch.equal(window, result)
         assert (outer[:, :5] == 7).all()
@@ -89,10 +89,10 @@ def test_autograd_notices_that_weights_changed(backend: str) -> None:
     o = operands("ragged", torch.float32)
     W_enc, W_dec = o.W_enc.clone(), o.W_dec.clone()
     versions = W_enc._version, W_dec._version
-    operators_of(backend).update_rows(
+    operators_of(backend).update_rows(*step_of(
         W_enc, W_dec, [torch.zeros_like(W_enc) for _ in range(4)], o.x, o.pre_bias, o.values, o.grad_values,
         o.grad_recons, *o.inverse, o.d_streams, 0.01, (0.9, 0.999), 1e-8, 1,
-    )  # fmt: skip
+    ))  # fmt: skip
     assert W_enc._version > versions[0]
     assert W_dec._version > versions[1]
 
@@ -100,10 +100,10 @@ def test_autograd_notices_that_weights_changed(backend: str) -> None:
 def stepped(o: Operands, backend: str, rows: list[Tensor], seed: int | None, step: int | Tensor = STEP) -> list[Tensor]:
     """Copies of W_enc, W_dec and their moments after a step."""
     rows = [tensor.clone() for tensor in rows]
-    operators_of(backend).update_rows(
+    operators_of(backend).update_rows(*step_of(
         *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
         0.01, (0.9, 0.999), 1e-8, step, seed=seed,
-    )  # fmt: skip
+    ))  # fmt: skip
     return rows
 
 

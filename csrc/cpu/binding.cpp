@@ -36,6 +36,7 @@ PYBIND11_MODULE(_cpu, m) {
         m.def(name, function, py::call_guard<py::gil_scoped_release>());
     };
     py::class_<Batch>(m, "Batch").def(py::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Widths>());
+    py::class_<Gradients>(m, "Gradients").def(py::init<Tensor, Tensor, Tensor, Tensor, Widths>());
     py::class_<AdamStep>(m, "AdamStep").def(py::init<double, double, double, double, int64_t, uint64_t>());
     define("support_values", support_values);
     define("support_values_grad_x", support_values_grad_x);
@@ -45,6 +46,7 @@ PYBIND11_MODULE(_cpu, m) {
     define("invert_indices", py::overload_cast<Tensor, Tensor, Tensor, int64_t>(invert_indices));
     define("weight_gradients", weight_gradients);
     define("update_rows", update_rows);
+    define("step_rows", step_rows);
     define("replay_rows", replay_rows);
     define("count_silence", count_silence);
     py::class_<Screen>(m, "Screen")
@@ -52,6 +54,7 @@ PYBIND11_MODULE(_cpu, m) {
         .def("filter", &Screen::filter, py::call_guard<py::gil_scoped_release>())
         .def("settle", &Screen::settle, py::call_guard<py::gil_scoped_release>());
     define("exact_scores", exact_scores);
+    define("support_scores", support_scores);
     define("measure_rows", measure_rows);
     define("topk_rows", topk_rows);
     define("first_not_finite", py::overload_cast<Tensor, bool>(first_not_finite));

@@ -17,6 +17,10 @@ constexpr int64_t few_samples = 4;
 // How many rows ahead a pass over gathered rows prefetches.
 constexpr int64_t soon = 8;
 
+// What an empty slot of a support gathers.
+template <class T>
+alignas(64) constexpr T zeros[run_width] = {};
+
 // Rows picked by place, `stride` apart: `count` of them; `left` in memory until others come.
 template <class T>
 struct RowList {
@@ -28,11 +32,12 @@ struct RowList {
     const int32_t* next_places;
     int64_t next_left;
 
-    const T* row(int64_t i) const { return begin + places[i] * stride; }
+    const T* row(int64_t i) const { return at(begin, places[i]); }
     const T* ahead(int64_t i) const {
         i += soon;
-        return i < left ? row(i) : next_begin + next_places[std::min(i - left, next_left - 1)] * stride;
+        return i < left ? row(i) : at(next_begin, next_places[std::min(i - left, next_left - 1)]);
     }
+    const T* at(const T* first, int32_t place) const { return place < 0 ? zeros<T> : first + place * stride; }
 };
 
 // add(d, n) for all columns, n of them at a time, while R rows further on come into cache. Two neighbouring lines of a

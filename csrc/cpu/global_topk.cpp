@@ -127,6 +127,30 @@ void exact_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, int threads) {
     W.item_size == 2 ? score(float{}, bf16{}) : score(float{}, float{});
 }
 
+void support_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, Tensor indices, int threads) {
+    const int64_t N = x.size[0], D = x.size[1], k = indices.size[1];
+    const Support support(indices, 1, W.size[0]);
+    const auto score = [&](auto sum, auto type) {
+        using T = decltype(sum);
+        using E = decltype(type);
+        parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
+            std::vector<const E*> rows(k);
+            std::vector<double> dots(k);
+            for (int64_t n = begin; n < end; ++n) {
+                const int32_t* const latents = support.of(n, 0);
+                for (int64_t j = 0; j < k; ++j) rows[j] = W.at<const E>(latents[j]);
+                exact_dots(rows.data(), k, x.at<const T>(n), D, x.at<const T>(std::min(n + 1, N - 1)), dots.data());
+                for (int64_t j = 0; j < k; ++j) {
+                    const T rounded = T(dots[j] + bias.at<const double>(0)[latents[j]]);
+                    scores.at<T>(n)[j] = std::isnan(rounded) ? std::numeric_limits<T>::infinity() : rounded + T(0);
+                }
+            }
+        });
+    };
+    if (x.item_size == 8) return score(double{}, double{});
+    W.item_size == 2 ? score(float{}, bf16{}) : score(float{}, float{});
+}
+
 bool has_bf16_products() {
 #if defined(__x86_64__)
     return __builtin_cpu_supports("avx512bf16");

@@ -32,6 +32,9 @@ void measure_rows(Tensor norm, Tensor residual, Tensor copy, Tensor w, int threa
 // scores[n, l] = the score of the specification. x and scores are in the type of the sums.
 void exact_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, int threads);
 
+// scores[n, j] = the same of latent indices[n, j] alone, as ranked: NaN is +inf, and a zero is +0.
+void support_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, Tensor indices, int threads);
+
 // Whether the machine multiplies bfloat16 faster than float32.
 bool has_bf16_products();
 

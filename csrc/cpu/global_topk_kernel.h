@@ -122,27 +122,53 @@ INLINE Vec<double> load_wide(const float* p) {
 #endif
 }
 
-// The dot products of J rows x with w, while `ahead`, the next weights, come into cache.
-// A product of two float32 is exact in float64, and every sum runs over the same 16 lanes in the same order: the same
-// bits at every instruction set.
+INLINE Vec<double> load_wide(const bf16* p) {
+    float wide[lanes<double>];
+    for (int i = 0; i < lanes<double>; ++i) {
+        const uint32_t bits = uint32_t(p[i].bits) << 16;
+        std::memcpy(&wide[i], &bits, sizeof bits);
+    }
+    return load_wide(wide);
+}
+
+// The dot products of J rows x with w, while `ahead`, the next weights, come into cache: 256 sums of every 256th product,
+// then neighbours two by two. A product of two float32 is exact in float64, one of two float64 is rounded before it is
+// added: the same bits at every instruction set, and on every backend.
 template <int J, class T, class E>
 INLINE void dots_of(const T* const* x, const E* w, int64_t D, const void* ahead, double* dots) {
-    constexpr int width = 16, W = lanes<double>, V = width / W;
-    double sums[J][width];
-    Vec<double> sum[J][V] = {};
-    int64_t d = 0;
-    for (; d + width <= D; d += width) {
-        __builtin_prefetch(static_cast<const char*>(ahead) + d * sizeof(E), 0, 2);
-        UNROLL for (int v = 0; v < V; ++v) {
-            const Vec<double> factor = load_wide(w + d + v * W);
-            UNROLL for (int j = 0; j < J; ++j) sum[j][v] += load_wide(x[j] + d + v * W) * factor;
+    constexpr int sums_each = 256, width = 16, W = lanes<double>, V = width / W;
+    alignas(64) double sums[J][sums_each];
+    const int64_t used = std::min<int64_t>(sums_each, (D + width - 1) / width * width);
+    for (int64_t first = 0; first < used; first += width) {
+        Vec<double> sum[J][V] = {};
+        const auto add = [&](auto row, const E* weights) INLINE_LAMBDA {
+            UNROLL for (int v = 0; v < V; ++v) {
+                const Vec<double> factor = load_wide(weights + v * W);
+                UNROLL for (int j = 0; j < J; ++j) {
+                    Vec<double> product = load_wide(row(j) + v * W) * factor;
+                    if constexpr (sizeof(T) == sizeof(double)) KEEP_IN_REGISTER(product);
+                    sum[j][v] += product;
+                }
+            }
+        };
+        int64_t d = first;
+        for (; d + width <= D; d += sums_each) {
+            __builtin_prefetch(static_cast<const char*>(ahead) + d * sizeof(E), 0, 2);
+            add([&](int j) INLINE_LAMBDA { return x[j] + d; }, w + d);
         }
+        if (d < D) {
+            T rest[J][width] = {};
+            E weights[width] = {};
+            std::copy(w + d, w + D, weights);
+            for (int j = 0; j < J; ++j) std::copy(x[j] + d, x[j] + D, rest[j]);
+            add([&](int j) INLINE_LAMBDA { return rest[j]; }, weights);
+        }
+        for (int j = 0; j < J; ++j) std::memcpy(sums[j] + first, sum[j], sizeof sum[j]);
     }
     for (int j = 0; j < J; ++j) {
-        std::memcpy(sums[j], sum[j], sizeof sums[j]);
-        for (int64_t i = d; i < D; ++i) sums[j][i - d] += double(x[j][i]) * double(w[i]);
-        for (int half = width / 2; half; half /= 2)
-            for (int i = 0; i < half; ++i) sums[j][i] += sums[j][i + half];
+        std::fill(sums[j] + used, sums[j] + sums_each, 0.0);
+        for (int half = sums_each / 2; half; half /= 2)
+            for (int i = 0; i < half; ++i) sums[j][i] = sums[j][2 * i] + sums[j][2 * i + 1];
         dots[j] = sums[j][0];
     }
 }

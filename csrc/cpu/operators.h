@@ -47,6 +47,16 @@ void update_rows(
     Tensor grad_latent_bias, Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments,
     std::vector<Tensor> copies, Tensor last_step, Batch batch, AdamStep adam, int threads);
 
+// Gradients that are given instead, in the type of the sums; used [L], one byte each: the latents that have an entry.
+struct Gradients {
+    Tensor W_enc, W_dec, latent_bias, used;
+    Widths d_streams;
+};
+
+void step_rows(
+    Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments, std::vector<Tensor> copies,
+    Tensor last_step, Gradients gradients, AdamStep adam, int threads);
+
 void replay_rows(
     Tensor W_dec, std::vector<Tensor> moments, Tensor copy, Tensor latents, Tensor last_step, Tensor history,
     Widths d_streams, uint64_t seed, int threads);

@@ -147,6 +147,8 @@ class SegmentSums {
         });
     }
 
+    bool used(int64_t l) const { return offsets[l] < offsets[l + 1]; }
+
     // The gradient of latent_bias[stream, l].
     A bias(int64_t l) const {
         const Terms<A>& terms = encoder_terms[stream];

@@ -16,6 +16,8 @@
 // The compiler would read a row from memory again for each stream that uses it.
 #if defined(__x86_64__)
 #define KEEP_IN_REGISTER(vector) asm("" : "+v"(vector))
+#elif defined(__aarch64__)
+#define KEEP_IN_REGISTER(vector) asm("" : "+w"(vector))
 #else
 #define KEEP_IN_REGISTER(vector)
 #endif

@@ -52,7 +52,8 @@ void support_values(
             if (!run.last) continue;
             for (int64_t j = 0; j < support.k; ++j) {
                 A& value = products[0][j];
-                value += bias[support.of(n, s)[j]];
+                const int32_t latent = support.of(n, s)[j];
+                value = latent < 0 ? 0 : value + bias[latent];
                 if (value <= 0) value = 0;  // NaN stays
             }
         }

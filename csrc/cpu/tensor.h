@@ -83,7 +83,7 @@ inline std::vector<Columns> column_runs(const std::vector<int64_t>& d_streams, i
     return runs;
 }
 
-// The active latents of each sample: [N, k] shared by its streams, or [N, S, k].
+// The active latents of each sample: [N, k] shared by its streams, or [N, S, k]. -1 is an empty slot.
 struct Support {
     const int32_t* indices;
     int64_t N, S, k;
@@ -96,8 +96,9 @@ struct Support {
           k(tensor.size[tensor.ndim - 1]),
           shared(tensor.ndim == 2) {
         bool inside = true;
-        for (int64_t i = 0; i < entries(); ++i) inside &= uint32_t(indices[i]) < uint64_t(L);
-        if (!inside) throw std::out_of_range("indices must lie in 0 ... n_latents - 1 = " + std::to_string(L - 1));
+        for (int64_t i = 0; i < entries(); ++i) inside &= uint32_t(indices[i]) + 1u <= uint64_t(L);
+        if (!inside)
+            throw std::out_of_range("indices must lie in -1 ... n_latents - 1 = " + std::to_string(L - 1));
     }
 
     int64_t entries() const { return N * k * (shared ? 1 : S); }

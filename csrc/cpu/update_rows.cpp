@@ -1,6 +1,6 @@
 // A whole training step of every latent's rows in one pass: gradient, projection, Adam, unit norm.
 //
-// A task is a run of latents in one stream: it sums their gradients into a buffer that stays in cache, then moves the
+// A task is a run of latents in one stream: it sums their gradients, or takes those given, into a buffer that stays in cache, then moves the
 // rows, encoder first, while the next row is fetched. Lazily, only decoder rows that have an entry are moved. The
 // encoder's part of the pre-bias gradient is summed over fixed blocks of latents, then over blocks in order.
 #ifndef SIMD_LEVEL
@@ -19,6 +19,19 @@ void update_rows(
                 update_rows<decltype(type), decltype(moment)>(
                     grad_latent_bias, grad_pre_bias, W_enc, W_dec, moments, copies, last_step, batch, adam, threads))
         });
+    });
+}
+
+void step_rows(
+    Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments, std::vector<Tensor> copies,
+    Tensor last_step, Gradients gradients, AdamStep adam, int threads) {
+    with_type(gradients.W_enc.item_size, [&](auto type) {
+        if constexpr (sizeof(type) >= sizeof(float))
+            with_moments<decltype(type)>(moments, [&](auto moment) {
+                AT_SIMD_LEVEL(
+                    step_rows<decltype(type), decltype(moment)>(
+                        grad_pre_bias, W_enc, W_dec, moments, copies, last_step, gradients, adam, threads))
+            });
     });
 }
 #else
@@ -45,31 +58,62 @@ void update_encoder(
     }
 }
 
+// Gradients that are given, by the names of SegmentSums.
+template <class A>
+class GivenSums {
+   public:
+    explicit GivenSums(const Gradients& gradients, int threads)
+        : L(gradients.W_enc.size[0]), gradients(gradients), threads(threads) {}
+
+    void enter(int64_t s, int64_t offset_, int64_t width_) { stream = s, offset = offset_, width = width_; }
+    bool used(int64_t l) const { return gradients.used.at<const uint8_t>(0)[l]; }
+    A bias(int64_t l) const { return gradients.latent_bias.at<const A>(stream)[l]; }
+    void encoder(int64_t first, int64_t last, A* grad, int64_t stride) const {
+        copy(gradients.W_enc, first, last, grad, stride);
+    }
+    void decoder(int64_t first, int64_t last, A* grad, int64_t stride) const {
+        copy(gradients.W_dec, first, last, grad, stride);
+    }
+    int64_t run_latents() const {
+        return std::max<int64_t>(1, std::min((256 << 10) / (int64_t(sizeof(A)) * width), L / (3 * threads)));
+    }
+
+    const int64_t L;
+
+   private:
+    void copy(const Tensor& rows, int64_t first, int64_t last, A* grad, int64_t stride) const {
+        for (int64_t l = first; l < last; ++l)
+            std::copy_n(rows.at<const A>(l) + offset, width, grad + (l - first) * stride);
+    }
+
+    const Gradients& gradients;
+    int threads;
+    int64_t stream = 0, offset = 0, width = 0;
+};
+
 // The latents of a run whose decoder rows make this step, and once more the last of them.
-inline std::vector<int64_t> stepping(const int64_t* offsets, int64_t first, int64_t last, bool lazy) {
+template <class Sums>
+std::vector<int64_t> stepping(const Sums& sums, int64_t first, int64_t last, bool lazy) {
     std::vector<int64_t> latents;
     for (int64_t l = first; l < last; ++l)
-        if (!lazy || offsets[l] < offsets[l + 1]) latents.push_back(l);
+        if (!lazy || sums.used(l)) latents.push_back(l);
     if (!latents.empty()) latents.push_back(latents.back());
     return latents;
 }
 
-template <class T, class M>
-void update_rows(
-    const Tensor& grad_latent_bias, const Tensor& grad_pre_bias, const Tensor& W_enc, const Tensor& W_dec,
-    const std::vector<Tensor>& moments, const std::vector<Tensor>& copies, const Tensor& last_step, const Batch& batch,
-    const AdamStep& step, int threads) {
-    using A = sum_t<T>;
-    SegmentSums<T> sums(batch, true, true, threads);
+template <class A, class M, class Sums>
+void move_rows(
+    Sums& sums, const Tensor& grad_latent_bias, const Tensor& grad_pre_bias, const Tensor& W_enc, const Tensor& W_dec,
+    const std::vector<Tensor>& moments, const std::vector<Tensor>& copies, const Tensor& last_step,
+    const Widths& d_streams, const AdamStep& step, int threads) {
     const Adam<A> adam(step);
     const int64_t L = sums.L, D = grad_pre_bias.size[0];
-    const int64_t* const offsets = batch.offsets.at<const int64_t>(0);
     const bool lazy = last_step.data;
 
     // the pre-bias gradient is summed in blocks of latents that no thread count changes; a task is some whole blocks
     const int64_t block = std::max<int64_t>(16, (L + 255) / 256), blocks = (L + block - 1) / block;
     std::vector<A> pre_bias_parts(blocks * D);
-    for (const Columns& run : column_runs(batch.d_streams, whole_streams)) {
+    for (const Columns& run : column_runs(d_streams, whole_streams)) {
         const int64_t s = run.stream, column = run.begin, width = run.end - column;
         sums.enter(s, column, width);
         const int64_t size = std::max(sums.run_latents() / block, int64_t(1)) * block;
@@ -88,7 +132,7 @@ void update_rows(
                     &grads[(l - first) * width], bias, &pre_bias_parts[l / block * D + column], width, adam);
             }
             sums.decoder(first, last, &grads[0], width);
-            const std::vector<int64_t> latents = stepping(offsets, first, last, lazy);
+            const std::vector<int64_t> latents = stepping(sums, first, last, lazy);
             for (size_t i = 0; i + 1 < latents.size(); ++i) {
                 const int64_t l = latents[i], after = latents[i + 1];
                 const Row<A> w(W_dec, l, after, column);
@@ -103,7 +147,29 @@ void update_rows(
         grad_pre_bias.at<A>(0)[d] = A(sum);
     }
     for (int64_t l = 0; lazy && l < L; ++l)
-        if (offsets[l] < offsets[l + 1]) last_step.at<int64_t>(0)[l] = step.step;
+        if (sums.used(l)) last_step.at<int64_t>(0)[l] = step.step;
+}
+
+template <class T, class M>
+void update_rows(
+    const Tensor& grad_latent_bias, const Tensor& grad_pre_bias, const Tensor& W_enc, const Tensor& W_dec,
+    const std::vector<Tensor>& moments, const std::vector<Tensor>& copies, const Tensor& last_step, const Batch& batch,
+    const AdamStep& step, int threads) {
+    SegmentSums<T> sums(batch, true, true, threads);
+    move_rows<sum_t<T>, M>(
+        sums, grad_latent_bias, grad_pre_bias, W_enc, W_dec, moments, copies, last_step, batch.d_streams, step,
+        threads);
+}
+
+template <class A, class M>
+void step_rows(
+    const Tensor& grad_pre_bias, const Tensor& W_enc, const Tensor& W_dec, const std::vector<Tensor>& moments,
+    const std::vector<Tensor>& copies, const Tensor& last_step, const Gradients& gradients, const AdamStep& step,
+    int threads) {
+    GivenSums<A> sums(gradients, threads);
+    move_rows<A, M>(
+        sums, gradients.latent_bias, grad_pre_bias, W_enc, W_dec, moments, copies, last_step, gradients.d_streams, step,
+        threads);
 }
 
 }  // namespace SIMD_LEVEL
