@@ -22,8 +22,7 @@ import torch
 from sparc_fast import backends
 
 from . import gpu, gpu_build, gpu_checks, gpu_operators, gpu_steps
-from .cases import Shape
-from .gpu_cases import SHAPES, TINY, Place
+from .cases import SHAPES, TINY, Place, Shape
 from .gpu_figures import faster_in_cuda, figures_table, floor_of, launch_choices, reached, rows_table, to_paste
 from .gpu_record import Record, Row, read_rows, write_atomically
 from .gpu_timing import Clock, Roofs, measure_roofs

@@ -13,12 +13,11 @@ from torch import Tensor
 from sparc_fast import backends, reference
 
 from . import gpu_rivals as rivals
-from .cases import Shape
-from .gpu_cases import CALLS, DeviceOperands, Trained
+from .cases import CALLS, Operands, Shape, Trained
 from .gpu_record import Record
 from .gpu_timing import Clock, Run, Work
 
-Prepare = Callable[[DeviceOperands], Run]
+Prepare = Callable[[Operands], Run]
 
 
 TOPK_ROWS = {"triton": "sparc_fast.kernels", "cuda": "sparc_fast.native_cuda", "cpu": "sparc_fast.native_topk"}
@@ -47,9 +46,9 @@ def own_kernels(backend: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Operator:
-    work: Callable[[DeviceOperands], Work]
+    work: Callable[[Operands], Work]
     baselines: Mapping[str, Prepare]
-    comparable: Callable[[DeviceOperands, Any], Any] = lambda o, result: result
+    comparable: Callable[[Operands, Any], Any] = lambda o, result: result
     """What two right results have in common."""
     yardsticks: Mapping[str, Prepare] | None = None
     """They do less than the operator."""
@@ -59,35 +58,35 @@ def _selected(scores: Tensor, indices: Tensor) -> Tensor:
     return scores.gather(1, indices.long()).sort(dim=1).values
 
 
-def _aggregated(o: DeviceOperands) -> Tensor:
+def _aggregated(o: Operands) -> Tensor:
     return (o.x.double() - o.pre_bias.double()) @ o.W_enc.double().T + o.latent_bias.double().sum(0)
 
 
-def _gather(o: DeviceOperands, sources: int = 1) -> float:
+def _gather(o: Operands, sources: int = 1) -> float:
     """Bytes of k rows of every sample."""
     return o.shape.N * o.k * o.shape.D * o.x.element_size() * sources
 
 
-def _flops(o: DeviceOperands) -> float:
+def _flops(o: Operands) -> float:
     return 2.0 * o.shape.N * o.k * o.shape.D
 
 
-def _rows(o: DeviceOperands) -> float:
+def _rows(o: Operands) -> float:
     """Bytes of the touched rows of a weight matrix."""
     return o.touched * o.shape.D * o.x.element_size()
 
 
-def _gradient_work(o: DeviceOperands, weight_bytes: float) -> Work:
+def _gradient_work(o: Operands, weight_bytes: float) -> Work:
     S = o.shape.S
     moved = weight_bytes * 2 * o.shape.L * o.shape.D + o.x.nbytes + o.grad_recons.nbytes
     return Work(_flops(o) * (1 + S), moved, _gather(o, 1 + S))
 
 
-def _encoder_work(o: DeviceOperands) -> Work:
+def _encoder_work(o: Operands) -> Work:
     return Work(2.0 * o.shape.N * o.shape.L * o.shape.D, o.x.nbytes + o.W_enc.nbytes)
 
 
-def _update_bytes(o: DeviceOperands) -> float:
+def _update_bytes(o: Operands) -> float:
     """A weight's float32 row and moments read and written, and its narrow copy written."""
     return 24 + (o.x.element_size() if o.dtype != torch.float32 else 0)
 
@@ -149,7 +148,7 @@ def measure(
     rivals: bool = True,
 ) -> None:
     """Check and time operators at a shape, with PyTorch's or alone; whatever fails becomes a row."""
-    o, type_, role = DeviceOperands(shape, dtype, record.place.device), _name(dtype), record.place.role
+    o, type_, role = Operands(shape, dtype, record.place.device), _name(dtype), record.place.role
     ours = Ours(record.place.backend, record.place.device)
     for name in names:
         if not record.has_time(2 * seconds, name, shape.name, role, type_):
@@ -166,7 +165,7 @@ def measure(
 
 
 def _checked(
-    record: Record, name: str, operator: Operator, prepared: Mapping[str, Prepare], o: DeviceOperands
+    record: Record, name: str, operator: Operator, prepared: Mapping[str, Prepare], o: Operands
 ) -> Iterator[tuple[str, Run]]:
     """The contenders whose result is the reference's on few samples, ready to run on all."""
     few, where = o.first(32), (name, o.shape.name)
@@ -184,7 +183,7 @@ def _checked(
                 yield label, prepare(o)
 
 
-def _fitting(record: Record, name: str, o: DeviceOperands, runs: Mapping[str, Run]) -> dict[str, Run]:
+def _fitting(record: Record, name: str, o: Operands, runs: Mapping[str, Run]) -> dict[str, Run]:
     """Those that run once without running out of memory."""
     fitting = {}
     for label, run in runs.items():

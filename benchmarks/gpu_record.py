@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .gpu_cases import Place
+from .cases import Place
 from .gpu_timing import Work
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sparc_fast import SPARC
 from sparc_fast.reference import stream_slices, wide
 
-from .gpu_cases import ADAM, DeviceOperands, Trained
+from .cases import ADAM, Operands, Trained
 from .gpu_timing import Run
 from .tuned import normalize_rows, project_gradients
 
@@ -29,16 +29,16 @@ def dense_codes(values: Tensor, indices: Tensor, n_latents: int) -> Tensor:
     return codes.scatter_(1, indices.long().repeat_interleave(S, 0), values.reshape(N * S, k))
 
 
-def torch_topk(o: DeviceOperands) -> Run:
+def torch_topk(o: Operands) -> Run:
     return lambda: o.scores.topk(o.k, dim=1).indices
 
 
-def product_and_topk(o: DeviceOperands) -> Run:
+def product_and_topk(o: Operands) -> Run:
     bias = o.latent_bias.sum(0)
     return lambda: torch.addmm(bias, o.x - o.pre_bias, o.W_enc.T).topk(o.k, dim=1, sorted=False).indices
 
 
-def logits_and_gather(o: DeviceOperands) -> Run:
+def logits_and_gather(o: Operands) -> Run:
     indices = o.indices.long()
 
     def run() -> Tensor:
@@ -52,7 +52,7 @@ def logits_and_gather(o: DeviceOperands) -> Run:
     return run
 
 
-def gather_and_dot(o: DeviceOperands) -> Run:
+def gather_and_dot(o: Operands) -> Run:
     indices = o.indices.long()
 
     def run() -> Tensor:
@@ -67,18 +67,18 @@ def gather_and_dot(o: DeviceOperands) -> Run:
     return run
 
 
-def bags(o: DeviceOperands) -> Run:
+def bags(o: Operands) -> Run:
     indices, values = o.indices.long().repeat_interleave(o.shape.S, 0), o.values.flatten(0, 1)
     shape = (o.shape.N, o.shape.S, o.shape.D)
     return lambda: F.embedding_bag(indices, o.W_dec, per_sample_weights=values, mode="sum").add_(o.pre_bias).view(shape)
 
 
-def dense_decode(o: DeviceOperands) -> Run:
+def dense_decode(o: Operands) -> Run:
     shape = (o.shape.N, o.shape.S, o.shape.D)
     return lambda: torch.addmm(o.pre_bias, dense_codes(o.values, o.indices, o.shape.L), o.W_dec).view(shape)
 
 
-def _compare(o: DeviceOperands, recons: Tensor) -> tuple[Tensor, Tensor]:
+def _compare(o: Operands, recons: Tensor) -> tuple[Tensor, Tensor]:
     """nmse [S, S] and the gradient for the reconstructions, in the type of the operands."""
     S = o.shape.S
     weights = torch.tensor(o.weights, device=recons.device).view(S, S)
@@ -90,7 +90,7 @@ def _compare(o: DeviceOperands, recons: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(nmse, dim=1), torch.cat(grads, dim=2)
 
 
-def decode_by_bags(o: DeviceOperands) -> Run:
+def decode_by_bags(o: Operands) -> Run:
     indices, recons_of = o.indices.long(), bags(o)
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +103,7 @@ def decode_by_bags(o: DeviceOperands) -> Run:
     return run
 
 
-def decode_by_products(o: DeviceOperands) -> Run:
+def decode_by_products(o: Operands) -> Run:
     indices, recons_of = o.indices.long().repeat_interleave(o.shape.S, 0), dense_decode(o)
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +113,7 @@ def decode_by_products(o: DeviceOperands) -> Run:
     return run
 
 
-def sort_and_search(o: DeviceOperands) -> Run:
+def sort_and_search(o: Operands) -> Run:
     every = torch.arange(o.shape.L + 1, device=o.device, dtype=o.indices.dtype)
 
     def run() -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def sort_and_search(o: DeviceOperands) -> Run:
     return run
 
 
-def gradients_by_products(o: DeviceOperands) -> Callable[[], tuple[Tensor, Tensor]]:
+def gradients_by_products(o: Operands) -> Callable[[], tuple[Tensor, Tensor]]:
     """Both weight gradients as dense products, in the type of the operands."""
 
     def run() -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def gradients_by_products(o: DeviceOperands) -> Callable[[], tuple[Tensor, Tenso
     return run
 
 
-def gradients_by_index_add(o: DeviceOperands) -> Callable[[], tuple[Tensor, Tensor]]:
+def gradients_by_index_add(o: Operands) -> Callable[[], tuple[Tensor, Tensor]]:
     """Both weight gradients in float32, added up sample by sample (in no fixed order)."""
 
     def run() -> tuple[Tensor, Tensor]:
@@ -155,10 +155,10 @@ def gradients_by_index_add(o: DeviceOperands) -> Callable[[], tuple[Tensor, Tens
     return run
 
 
-def update_by(gradients: Callable[[DeviceOperands], Any]) -> Callable[[DeviceOperands], Run]:
+def update_by(gradients: Callable[[Operands], Any]) -> Callable[[Operands], Run]:
     """Weight gradients, projection, torch's fused Adam, unit norm, and narrow copies where there are."""
 
-    def prepare(o: DeviceOperands) -> Run:
+    def prepare(o: Operands) -> Run:
         own, gradients_of = Trained(o), gradients(o)
         parameters = [own.W_enc, own.W_dec]
         adam = torch.optim.Adam(parameters, **ADAM, fused=True)

@@ -6,8 +6,7 @@ import sys
 
 import torch
 
-from .cases import Shape
-from .gpu_cases import CALLS, NARROW_MOMENTS, TINY, DeviceOperands, Place
+from .cases import CALLS, NARROW_MOMENTS, TINY, Operands, Place, Shape
 from .gpu_operators import Ours
 
 RAGGED = Shape("ragged", N=37, L=500, k=9, d_streams=(130, 7, 65))
@@ -17,7 +16,7 @@ def main(device: str, backend: str) -> None:
     place = Place(torch.device(device), backend)
     ours = Ours(backend, place.device)
     for shape, dtype in ((RAGGED, torch.float32), (RAGGED, torch.bfloat16), (TINY, torch.float32)):
-        o = DeviceOperands(shape, dtype, place.device)
+        o = Operands(shape, dtype, place.device)
         for name, call in (*CALLS.items(), *NARROW_MOMENTS.items()):
             if hasattr(ours, name):
                 call(ours, o)()

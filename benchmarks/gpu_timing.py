@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gpu_cases import Place
+from .cases import Place
 
 Run = Callable[[], Any]
 

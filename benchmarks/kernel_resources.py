@@ -28,9 +28,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from . import gpu_cases
-from .cases import Shape
-from .gpu_cases import CALLS, NARROW_MOMENTS, DeviceOperands, namespace
+from . import cases as gpu_cases
+from .cases import CALLS, NARROW_MOMENTS, Shape, namespace
+from .cases import Operands as DeviceOperands
 from .gpu_link import joined
 
 TARGETS = {80: 163, 90: 227, 100: 227}

@@ -16,10 +16,9 @@ from sparc_fast.backends import Backend
 from sparc_fast.roofs import Cost
 
 from . import tuned
-from .cases import FLOAT, ROWS, SMALL, STEP, Case, Operands, Shape
+from .cases import ADAM, FLOAT, ROWS, SMALL, STEP, Case, Operands, Shape, Trained
 
 Run = Callable[[], Any]
-ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}  # moves far beyond a weight's own rounding
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Operator:
 
     def case(self, shape: Shape, names: Sequence[str]) -> Case:
         """Checked on the first 32 samples against the reference, ready to be timed on all."""
-        o = Operands(shape)
+        o = Operands(shape, torch.float32, torch.device("cpu"), spread=False)
         few = o.first(32)
         want = self.comparable(few, self.ours(few, backends.resolve("reference", few.x.device))())
         prepared = dict(self._contenders(names))
@@ -274,22 +273,11 @@ weight_gradients = Operator(
 )
 
 
-class _Trained:
-    """Weights of our own to move, with Adam's moments as after some steps (at rest, Adam only keeps signs)."""
-
-    def __init__(self, o: Operands) -> None:
-        self.W_enc, self.W_dec = o.W_enc.clone(), o.W_dec.clone()
-        self.moments = [torch.full_like(o.W_enc, value) for value in (0.0, 1e-6, 0.0, 1e-6)]
-
-    def moved(self, o: Operands) -> tuple[Tensor, Tensor]:
-        return self.W_enc - o.W_enc, self.W_dec - o.W_dec
-
-
 def _update_ours(o: Operands, backend: Backend) -> Run:
-    own = _Trained(o)
+    own = Trained(o)
     args = (o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams)
 
-    def run() -> _Trained:
+    def run() -> Trained:
         backend.update_rows(own.W_enc, own.W_dec, own.moments, *args, **ADAM, step=1000)
         return own
 
@@ -297,7 +285,7 @@ def _update_ours(o: Operands, backend: Backend) -> Run:
 
 
 def _update_torch(o: Operands) -> Run:
-    own = _Trained(o)
+    own = Trained(o)
     parameters = own.W_enc, own.W_dec
     for p in parameters:
         p.grad = torch.zeros_like(p)
@@ -306,7 +294,7 @@ def _update_torch(o: Operands) -> Run:
         adam.state[p] = {"step": torch.tensor(999.0), "exp_avg": m, "exp_avg_sq": v}
     indices = o.indices.long()
 
-    def run() -> _Trained:
+    def run() -> Trained:
         grad_z = o.grad_values * (o.values > 0)
         grads = own.W_enc.grad, own.W_dec.grad
         tuned.weight_gradients(o.x - o.pre_bias, indices, o.values, grad_z, o.grad_recons, o.columns, *grads)
@@ -324,7 +312,7 @@ update_rows = Operator(
     _update_ours,
     {"CSR products + fused Adam": _update_torch},
     lambda o: _gradients_cost(o, weight_passes=12),  # 2 matrices and 4 moments, read and written
-    comparable=lambda o, own: own.moved(o),
+    comparable=lambda o, own: own.moved(),
 )
 
 OPERATORS = {

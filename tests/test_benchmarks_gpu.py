@@ -24,7 +24,7 @@ from sparc_fast.benchmarks import (
     gpu_steps,
     processes,
 )
-from sparc_fast.benchmarks.gpu_cases import CALLS, TINY, DeviceOperands, Place
+from sparc_fast.benchmarks.cases import CALLS, TINY, Operands, Place
 from sparc_fast.benchmarks.gpu_record import Record, Row, read_rows, write_atomically
 from sparc_fast.benchmarks.gpu_timing import Clock, Roofs, Work, equal
 
@@ -97,7 +97,7 @@ def test_every_operator_of_the_backends_can_be_called() -> None:
 def test_a_wrong_or_failing_contender_becomes_a_row_and_the_others_are_timed(
     record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(o: DeviceOperands) -> Callable[[], None]:
+    def fails(o: Operands) -> Callable[[], None]:
         raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
     rivals = {"a tenth more": lambda o: lambda: o.x[:, None] * 1.1, "too large": fails}

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("triton")
 
 from sparc_fast.benchmarks import gpu, gpu_build, gpu_checks, gpu_figures, gpu_main, gpu_timing, processes
-from sparc_fast.benchmarks.gpu_cases import Place
+from sparc_fast.benchmarks.cases import Place
 from sparc_fast.benchmarks.gpu_record import Record, Row
 from sparc_fast.benchmarks.gpu_timing import Clock
 
