@@ -21,15 +21,16 @@ import torch
 
 from sparc_fast import backends
 
-from . import gpu, gpu_build, gpu_checks, gpu_operators, gpu_steps
+from . import gpu, gpu_build, gpu_checks, gpu_steps
 from .cases import SHAPES, TINY, Place, Shape
 from .gpu_figures import faster_in_cuda, figures_table, floor_of, launch_choices, reached, rows_table, to_paste
 from .gpu_record import Record, Row, read_rows, write_atomically
 from .gpu_timing import Clock, Roofs, measure_roofs
+from .operators import OPERATORS, measure, own_kernels
 from .processes import ROOT, Process, left, run_until
 
 BFLOAT16 = torch.bfloat16
-ALL = [name for name in gpu_operators.OPERATORS if name != "topk_rows"]
+ALL = [name for name in OPERATORS if name != "topk_rows"]
 
 
 def shape_of(record: Record, name: str) -> Shape:
@@ -51,8 +52,8 @@ def profile(name: str, record: Record) -> None:
 
 
 def operators(name: str, record: Record) -> None:
-    own = [operator for operator in ALL if operator in gpu_operators.own_kernels(record.place.backend)]
-    gpu_operators.measure(record, Clock(record.place), shape_of(record, name), BFLOAT16, own, 0.5, rivals=False)
+    own = [operator for operator in ALL if operator in own_kernels(record.place.backend)]
+    measure(record, Clock(record.place), shape_of(record, name), BFLOAT16, own, 0.5, rivals=False)
 
 
 def step(name: str, record: Record) -> None:
@@ -68,7 +69,7 @@ def graph(name: str, record: Record) -> None:
 def rows(record: Record) -> None:
     for name in ("A", "B"):
         shape = shape_of(record, name)
-        gpu_operators.measure(record, Clock(record.place), shape, torch.float32, ["topk_rows"], seconds(record, 2))
+        measure(record, Clock(record.place), shape, torch.float32, ["topk_rows"], seconds(record, 2))
 
 
 def upstream(record: Record) -> None:
@@ -90,7 +91,7 @@ def step_rivals(name: str, record: Record) -> None:
 
 
 def operator_rivals(record: Record) -> None:
-    gpu_operators.measure(record, Clock(record.place), shape_of(record, "A"), BFLOAT16, ALL, 1.0)
+    measure(record, Clock(record.place), shape_of(record, "A"), BFLOAT16, ALL, 1.0)
 
 
 def tests(record: Record) -> None:

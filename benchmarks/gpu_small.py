@@ -7,7 +7,7 @@ import sys
 import torch
 
 from .cases import CALLS, NARROW_MOMENTS, TINY, Operands, Place, Shape
-from .gpu_operators import Ours
+from .operators import Ours
 
 RAGGED = Shape("ragged", N=37, L=500, k=9, d_streams=(130, 7, 65))
 

@@ -14,11 +14,9 @@ from torch import Tensor
 from sparc_fast import SPARC, SparcAdam
 
 from .cases import Place, Shape
-from .dense import Dense
 from .gpu_record import Record
-from .gpu_rivals import LeanDense
 from .gpu_timing import Clock, Run, Work, equal
-from .lean import Lean
+from .rivals import Dense, Lean, LeanDense
 
 LR = 1e-4
 MEMORY = "memory beyond weights, copies, moments, inputs"

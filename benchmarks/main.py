@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,12 +26,17 @@ from . import memory
 from .cases import SMALL, WIDE, Case, Shape
 from .figures import Line, reached
 from .moments import MOMENTS
-from .operators import OPERATORS, Operator
+from .operators import OPERATORS, cpu_case
 from .replay import REPLAY
 from .steps import RIVALS, WHOLE, Whole
 from .timing import interleave, ratio, spread
 
-CASES: dict[str, Whole | Operator] = {**WHOLE, **OPERATORS, **REPLAY, **MOMENTS}
+CASES = {
+    **WHOLE,
+    **{op: Whole(op, own.shapes, tuple(own.cpu), partial(cpu_case, op)) for op, own in OPERATORS.items()},
+    **REPLAY,
+    **MOMENTS,
+}
 MEMORY_SHAPES = (WIDE, SMALL)
 
 

@@ -14,13 +14,10 @@ from torch import Tensor
 import sparc_fast as sf
 from sparc_fast.benchmarks import memory, moments_curve, width
 from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE
-from sparc_fast.benchmarks.dense import Dense
-from sparc_fast.benchmarks.eager_sae import EagerSAE
-from sparc_fast.benchmarks.lean import Lean
-from sparc_fast.benchmarks.main import CASES, main
-from sparc_fast.benchmarks.operators import OPERATORS, disagreement
+from sparc_fast.benchmarks.main import main
+from sparc_fast.benchmarks.operators import OPERATORS, cpu_case, disagreement
+from sparc_fast.benchmarks.rivals import Dense, EagerSAE, Lean, Tuned
 from sparc_fast.benchmarks.timing import interleave, ratio
-from sparc_fast.benchmarks.tuned import Tuned
 from sparc_fast.roofs import Cost, Roofs
 
 
@@ -88,12 +85,12 @@ def test_eager_sae_has_the_gradients_of_a_single_stream() -> None:
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_baseline_computes_the_operator(op: str) -> None:
-    assert OPERATORS[op].case(SMALL, ["reference"]).wrong == {}
+    assert cpu_case(op, SMALL, ["reference"]).wrong == {}
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = replace(OPERATORS["sparse_decode"], baselines={"off by a bit": lambda o: lambda: o.x[:, None] * 1.01})
-    monkeypatch.setitem(CASES, "sparse_decode", broken)
+    broken = replace(OPERATORS["sparse_decode"], cpu={"off by a bit": lambda o: lambda: o.x[:, None] * 1.01})
+    monkeypatch.setitem(OPERATORS, "sparse_decode", broken)
     assert main(["--quick", "--threads", "1", "--op", "sparse_decode", "--backend", "reference"]) == 1
     assert "WRONG, not timed" in capsys.readouterr().out
 
@@ -103,7 +100,7 @@ def test_disagreement_says_what_is_wrong() -> None:
     assert disagreement(x, x.clone()) is None
     assert disagreement((x, x[:3]), (x, x)) == "shape [3], expected [4]"
     assert disagreement(x.int(), x.int() + 1) == "4 entries differ"
-    assert "largest error" in str(disagreement(x, x + 1))
+    assert "of the largest entry" in str(disagreement(x, x + 1))
 
 
 def test_quick_run_writes_json_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,9 +19,9 @@ from sparc_fast.benchmarks import (
     gpu_checks,
     gpu_figures,
     gpu_link,
-    gpu_operators,
     gpu_small,
     gpu_steps,
+    operators,
     processes,
 )
 from sparc_fast.benchmarks.cases import CALLS, TINY, Operands, Place
@@ -43,9 +43,9 @@ def named(rows: list[Row], *name: str) -> Row:
 
 def test_every_operator_and_its_rivals_agree_and_are_timed(record: Record) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        gpu_operators.measure(record, Clock(REFERENCE), TINY, dtype, list(gpu_operators.OPERATORS), 0.0)
+        operators.measure(record, Clock(REFERENCE), TINY, dtype, list(operators.OPERATORS), 0.0)
     assert not [row for row in record.rows if row.error]
-    contenders = sum(1 + len(op.baselines) + len(op.yardsticks or {}) for op in gpu_operators.OPERATORS.values())
+    contenders = sum(1 + len(op.gpu) + len(op.gpu_yardsticks) for op in operators.OPERATORS.values())
     assert len(record.rows) == 2 * contenders
     assert all(row.value and len(row.seconds) >= 3 and row.work for row in record.rows)
 
@@ -101,9 +101,9 @@ def test_a_wrong_or_failing_contender_becomes_a_row_and_the_others_are_timed(
         raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
     rivals = {"a tenth more": lambda o: lambda: o.x[:, None] * 1.1, "too large": fails}
-    broken = gpu_operators.Operator(lambda o: Work(1.0), rivals)
-    monkeypatch.setitem(gpu_operators.OPERATORS, "sparse_decode", broken)
-    gpu_operators.measure(record, Clock(REFERENCE), TINY, torch.float32, ["sparse_decode", "no such"], 0.0)
+    broken = operators.Operator(lambda o: Work(1.0), cpu={}, gpu=rivals)
+    monkeypatch.setitem(operators.OPERATORS, "sparse_decode", broken)
+    operators.measure(record, Clock(REFERENCE), TINY, torch.float32, ["sparse_decode", "no such"], 0.0)
     errors = {row.contender: row.error for row in record.rows if row.error}
     assert errors["a tenth more"].startswith("wrong, not timed: shape")
     assert errors["too large"] == "does not fit: CUDA out of memory."
@@ -152,7 +152,7 @@ def test_equal_means_bits() -> None:
 def test_no_time_left_is_a_row(record: Record) -> None:
     record.until = monotonic() - 1
     gpu_steps.compare(record, Clock(REFERENCE), TINY, [("triton", "float32")], 1.0)
-    gpu_operators.measure(record, Clock(REFERENCE), TINY, torch.float32, ["topk_rows"], 1.0)
+    operators.measure(record, Clock(REFERENCE), TINY, torch.float32, ["topk_rows"], 1.0)
     assert [row.error for row in record.rows] == ["no time left"] * 2
 
 
