@@ -25,9 +25,9 @@ from . import gpu, gpu_build, gpu_checks, gpu_steps
 from .cases import SHAPES, TINY, Place, Shape
 from .gpu_figures import faster_in_cuda, figures_table, floor_of, launch_choices, reached, rows_table, to_paste
 from .gpu_record import Record, Row, read_rows, write_atomically
-from .gpu_timing import Clock, Roofs, measure_roofs
 from .operators import OPERATORS, measure, own_kernels
 from .processes import ROOT, Process, left, run_until
+from .timing import Clock, DeviceRoofs, measure_roofs
 
 BFLOAT16 = torch.bfloat16
 ALL = [name for name in OPERATORS if name != "topk_rows"]
@@ -271,9 +271,9 @@ class Child:
         return found
 
 
-def roofs_of(found: Sequence[Row]) -> Roofs | None:
+def roofs_of(found: Sequence[Row]) -> DeviceRoofs | None:
     measured = {row.contender: row.value for row in found if row.what == "roof" and row.value}
-    return Roofs(**measured) if len(measured) == 5 else None
+    return DeviceRoofs(**measured) if len(measured) == 5 else None
 
 
 def whole_report(where: Mapping[str, Any], found: Sequence[Row]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .cases import Place
-from .gpu_timing import Work
+from .timing import Work
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from sparc_fast import SPARC, SparcAdam
 
 from .cases import Place, Shape
 from .gpu_record import Record
-from .gpu_timing import Clock, Run, Work, equal
 from .rivals import Dense, Lean, LeanDense
+from .timing import Clock, Run, Work, equal
 
 LR = 1e-4
 MEMORY = "memory beyond weights, copies, moments, inputs"

@@ -26,8 +26,8 @@ from torch import Tensor
 from .cases import CALLS, SHAPES, A, B, Operands, Place, Shape, Trained, U
 from .gpu_link import joined
 from .gpu_record import Record, first_line
-from .gpu_timing import Clock, Run
 from .operators import Ours, disagreement
+from .timing import Clock, Run
 
 Choice = dict[str, Any]
 ORDER = (

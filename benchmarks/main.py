@@ -23,13 +23,13 @@ from sparc_fast.process_memory import available_bytes
 from sparc_fast.roofs import Roofs, measure_roofs, processor
 
 from . import memory
-from .cases import SMALL, WIDE, Case, Shape
+from .cases import SMALL, WIDE, Case, Place, Shape
 from .figures import Line, reached
 from .moments import MOMENTS
 from .operators import OPERATORS, cpu_case
 from .replay import REPLAY
 from .steps import RIVALS, WHOLE, Whole
-from .timing import interleave, ratio, spread
+from .timing import Clock, ratio, spread
 
 CASES = {
     **WHOLE,
@@ -37,6 +37,7 @@ CASES = {
     **REPLAY,
     **MOMENTS,
 }
+CPU = Place(torch.device("cpu"), "auto")
 MEMORY_SHAPES = (WIDE, SMALL)
 
 
@@ -139,7 +140,7 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Shape]]:
 def _lines(case: Case, roofs: Roofs, seconds: float, rounds: int) -> Iterator[Line]:
     if not case.contenders:
         return
-    times = interleave(case.contenders, seconds, rounds)
+    times = Clock(CPU).operators(case.contenders, seconds, rounds)
     ours = next((times[name] for name in case.ours if name in times), None)
     flops, moved = sum(phase.flops for phase in case.phases), sum(phase.bytes for phase in case.phases)
     floor = roofs.floor(case.phases)

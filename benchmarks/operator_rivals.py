@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from sparc_fast.reference import wide
 
 from .cases import ADAM, Operands, Trained
-from .gpu_timing import Run
 from .rivals import decode_and_compare, normalize_rows, project_gradients, weight_gradients
+from .timing import Run
 
 CHUNK = 256  # samples whose rows are gathered at a time: [CHUNK, k, D] is 84 MB in bfloat16
 

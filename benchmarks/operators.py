@@ -18,8 +18,8 @@ from sparc_fast.roofs import Cost
 from . import operator_rivals as rivals
 from .cases import CALLS, FLOAT, ROWS, SMALL, STEP, Case, Operands, Shape, namespace
 from .gpu_record import Record
-from .gpu_timing import Clock, Run, Work
 from .rivals import invert
+from .timing import Clock, Run, Work
 
 CPU = torch.device("cpu")
 Prepare = Callable[[Operands], Run]

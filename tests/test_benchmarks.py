@@ -13,11 +13,11 @@ from torch import Tensor
 
 import sparc_fast as sf
 from sparc_fast.benchmarks import memory, moments_curve, width
-from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE
+from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE, Place
 from sparc_fast.benchmarks.main import main
 from sparc_fast.benchmarks.operators import OPERATORS, cpu_case, disagreement
 from sparc_fast.benchmarks.rivals import Dense, EagerSAE, Lean, Tuned
-from sparc_fast.benchmarks.timing import interleave, ratio
+from sparc_fast.benchmarks.timing import Clock, ratio
 from sparc_fast.roofs import Cost, Roofs
 
 
@@ -178,7 +178,8 @@ def test_contenders_take_turns() -> None:
 
         return run
 
-    times = interleave({"a": contender("a"), "b": contender("b")}, seconds=0, rounds=2)
+    clock = Clock(Place(torch.device("cpu"), "auto"))
+    times = clock.operators({"a": contender("a"), "b": contender("b")}, seconds=0, rounds=2)
     assert [len(taken) for taken in times.values()] == [2, 2]
     assert "".join(order).replace("aa", "a").replace("bb", "b").startswith("ab")
     assert ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == 2.0

@@ -26,7 +26,7 @@ from sparc_fast.benchmarks import (
 )
 from sparc_fast.benchmarks.cases import CALLS, TINY, Operands, Place
 from sparc_fast.benchmarks.gpu_record import Record, Row, read_rows, write_atomically
-from sparc_fast.benchmarks.gpu_timing import Clock, Roofs, Work, equal
+from sparc_fast.benchmarks.timing import Clock, DeviceRoofs, Work, equal
 
 CPU = torch.device("cpu")
 REFERENCE = Place(CPU, "reference", "triton")
@@ -176,7 +176,7 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_the_floor_is_the_slowest_resource_of_each_phase() -> None:
-    roofs = Roofs(copy=10.0, gather=20.0, bfloat16=100.0, tf32=50.0, float32=10.0)
+    roofs = DeviceRoofs(copy=10.0, gather=20.0, bfloat16=100.0, tf32=50.0, float32=10.0)
     assert roofs.floor(Work(flops=200, bytes=10, gathered=10), "bfloat16") == 2
     assert roofs.floor(Work(flops=20, bytes=100, gathered=10), "bfloat16") == 10
     assert roofs.floor(Work(flops=0, bytes=0, gathered=100), "bfloat16") == 5
