@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
 import sys
@@ -26,7 +25,7 @@ from .cases import SHAPES, TINY, Place, Shape
 from .gpu_figures import faster_in_cuda, figures_table, floor_of, launch_choices, reached, rows_table, to_paste
 from .gpu_record import Record, Row, read_rows, write_atomically
 from .operators import OPERATORS, measure, own_kernels
-from .processes import ROOT, Process, left, run_until
+from .processes import ROOT, Process, commit, left, run_until
 from .timing import Clock, DeviceRoofs, measure_roofs
 
 BFLOAT16 = torch.bfloat16
@@ -305,17 +304,6 @@ def environment(place: Place) -> dict[str, Any]:
         "python": platform.python_version(), "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ"),
     }  # fmt: skip
-
-
-def commit() -> str | None:
-    """Of the checkout, a + marking uncommitted changes; or SPARC_FAST_COMMIT, for a copy without its history."""
-    named = os.environ.get("SPARC_FAST_COMMIT")
-    if named or not (ROOT / ".git").exists():
-        return named
-    try:
-        return run_until(10, ["git", "describe", "--always", "--dirty=+", "--exclude=*"]).strip() or None
-    except OSError:
-        return None
 
 
 def heading(where: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from torch import Tensor
 from . import cases as gpu_cases
 from .cases import CALLS, NARROW_MOMENTS, Shape, namespace
 from .cases import Operands as DeviceOperands
-from .gpu_link import joined
+from .processes import joined
 
 TARGETS = {80: 163, 90: 227, 100: 227}
 """Compute capability, and the shared memory in KB that one block may have there."""

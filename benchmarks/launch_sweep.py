@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from .cases import CALLS, SHAPES, A, B, Operands, Place, Shape, Trained, U
-from .gpu_link import joined
 from .gpu_record import Record, first_line
 from .operators import Ours, disagreement
+from .processes import joined
 from .timing import Clock, Run
 
 Choice = dict[str, Any]

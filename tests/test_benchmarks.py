@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import sparc_fast as sf
-from sparc_fast.benchmarks import memory, moments_curve, width
-from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE, Place
-from sparc_fast.benchmarks.main import main
+from sparc_fast.benchmarks import memory
+from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE, STEP, Place
+from sparc_fast.benchmarks.experiments import moments_curve, width
+from sparc_fast.benchmarks.figures import Line
+from sparc_fast.benchmarks.main import _print_figures, main
 from sparc_fast.benchmarks.operators import OPERATORS, cpu_case, disagreement
 from sparc_fast.benchmarks.rivals import Dense, EagerSAE, Lean, Tuned
 from sparc_fast.benchmarks.timing import Clock, ratio
@@ -165,6 +167,19 @@ def test_an_unknown_name_says_what_there_is(
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("goals", [True, False])
+def test_what_the_project_asks_of_itself_is_printed_where_asked_for(
+    goals: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = STEP[0].name
+    line = Line("step", shape, "Dense", "baseline", [1.0], 1.0, 0.0, 20.0, 0, 0, 0)
+    _print_figures([line], goals)
+    printed = capsys.readouterr().out
+    assert "Dense ÷ ours" in printed
+    assert "20.00×" in printed
+    assert ("must" in printed) is ("≥ 14" in printed) is goals
 
 
 def test_contenders_take_turns() -> None:

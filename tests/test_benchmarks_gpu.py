@@ -18,8 +18,6 @@ from sparc_fast.benchmarks import (
     gpu_build,
     gpu_checks,
     gpu_figures,
-    gpu_link,
-    gpu_small,
     gpu_steps,
     operators,
     processes,
@@ -91,7 +89,7 @@ def test_headers_that_torch_brings_along_are_enough(monkeypatch: pytest.MonkeyPa
 def test_every_operator_of_the_backends_can_be_called() -> None:
     vocabulary = {name for name in vars(sf.backends.Backend) if not name.startswith("_")}
     assert set(CALLS) == vocabulary | {"topk_rows"}
-    gpu_small.main("cpu", "reference")
+    gpu_checks.run_every_operator("cpu", "reference")
 
 
 def test_a_wrong_or_failing_contender_becomes_a_row_and_the_others_are_timed(
@@ -234,11 +232,11 @@ def test_without_a_gpu_one_line_and_status_2(
 
 
 def test_a_checkout_that_is_not_installed_is_joined(tmp_path: Path) -> None:
-    gpu_link.join(tmp_path / "sparc_fast", gpu_link.ROOT)
-    code = "import sparc_fast.kernels, sparc_fast.benchmarks.gpu_link as link; print(sparc_fast.kernels.__file__, link.ROOT)"
+    processes.join(tmp_path / "sparc_fast", processes.ROOT)
+    code = "import sparc_fast.kernels, sparc_fast.benchmarks.processes as link; print(sparc_fast.kernels.__file__, link.ROOT)"
     environment = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
     printed = processes.run_until(60, [sys.executable, "-c", code], environment)
-    assert printed.split() == [str(tmp_path / "sparc_fast/kernels/__init__.py"), str(gpu_link.ROOT)]
+    assert printed.split() == [str(tmp_path / "sparc_fast/kernels/__init__.py"), str(processes.ROOT)]
 
 
 def test_outcomes_of_tests_are_counted(record: Record) -> None:

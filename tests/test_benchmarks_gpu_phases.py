@@ -200,7 +200,7 @@ def test_a_sanitizer_watches_our_kernels_and_no_others(monkeypatch: pytest.Monke
         assert [value for option, value in pairwise(command) if option == "--kernel-name"] == [
             f"kns={name}" for name in names
         ]
-        assert command[-3:] == ["sparc_fast.benchmarks.gpu_small", "cuda", "triton"]
+        assert command[-3:] == ["sparc_fast.benchmarks.gpu_checks", "cuda", "triton"]
 
 
 def test_what_a_run_justifies_is_printed_as_it_belongs_into_the_sources() -> None:
