@@ -1,22 +1,29 @@
-"""Shapes by name, and the tensors of an operator at a shape."""
+"""Shapes by name, every operator's arguments at a shape on any device, and calls of every operator.
+
+Random tensors are drawn on the device itself: at a million latents the host would take minutes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparc_fast import SPARC
+from sparc_fast import SPARC, reference
+from sparc_fast.huge_pages import empty_rows
 from sparc_fast.objective import nmse_scale, pair_weights, row_energy
 from sparc_fast.planning.roofline import Cost
-from sparc_fast.reference import invert_indices, stream_slices
+from sparc_fast.reference import stream_slices
+from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
 
 FLOAT = 4  # bytes of a float32
+ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}  # moves far beyond a weight's own rounding
 
 
 @dataclass(frozen=True)
@@ -35,16 +42,17 @@ class Shape:
     def D(self) -> int:
         return sum(self.d_streams)
 
-    def model(self, backend: str = "auto") -> SPARC:
-        """The same weights every time."""
+    def model(self, backend: str = "auto", **options: Any) -> SPARC:
+        """The same weights every time on a device, drawn there; `options` are SPARC's."""
         torch.manual_seed(0)
         streams = {f"stream{s}": width for s, width in enumerate(self.d_streams)}
-        return SPARC(streams, self.L, self.k, backend=backend)
+        return SPARC(streams, self.L, self.k, backend=backend, **options)
 
-    def inputs(self, seed: int = 1) -> Tensor:
+    def inputs(self, seed: int = 1, device: torch.device | str = "cpu") -> Tensor:
         """Gaussian rows of unit norm in each stream: latents are used evenly, the hardest case for caches."""
         torch.manual_seed(seed)
-        return torch.cat([F.normalize(torch.randn(self.N, width), dim=1) for width in self.d_streams], dim=1)
+        parts = [torch.randn(self.N, width, device=device) for width in self.d_streams]
+        return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)
 
 
 SMALL = Shape("small", N=64, L=1024, k=16, d_streams=(64, 48, 48))
@@ -59,6 +67,13 @@ SMALL_SINGLE = Shape("small", N=64, L=1024, k=16, d_streams=(64,))
 # rows of scores: N L = 16 M of them, more than any cache holds
 ROWS = tuple(Shape(f"rows-{name}", 2**24 // L, L) for name, L in
              {"8k": 8192, "32k": 32768, "131k": 131072, "1M": 1048576}.items())  # fmt: skip
+# what the GPU's figures are named after
+U = Shape("U", 256, 8192)
+A = Shape("A", 4096, 32768)
+B = Shape("B", 4096, 131072)
+C = Shape("C", 8192, 1048576, k=128)
+TINY = Shape("tiny", N=5, L=48, k=3, d_streams=(8, 5, 3))
+SHAPES = {shape.name: shape for shape in (U, A, B, C, TINY)}
 
 
 @dataclass
@@ -77,64 +92,109 @@ class Case:
     """Contenders whose result was not the reference's, and in what; they are not timed."""
 
 
-class Operands:
-    """Every operator's arguments at a shape, made when first asked for."""
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens: a device and the backend of ours that is measured there."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape, self.d_streams, self.k = shape, shape.d_streams, shape.k
+    device: torch.device
+    backend: str
+    role: str = "ours"
+    """What our rows are called: the backend, "hybrid" or "graph"."""
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def free_bytes(self) -> int:
+        """Memory the device could still give; without one, nothing is refused."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.is_gpu else 2**62
+
+
+class Operands:
+    """Every operator's arguments at a shape, made when first asked for; the same numbers every time.
+
+    The support is that of the scores, or `spread` evenly over the latents where the scores are too many to form.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device,
+        spread: bool = True,
+    ) -> None:
+        self.shape, self.dtype, self.device, self.spread = shape, dtype, device, spread
+        self.d_streams, self.k = shape.d_streams, shape.k
         self.columns = stream_slices(shape.d_streams)
-        self.x = shape.inputs()
 
     def first(self, N: int) -> Operands:
         """The same weights before fewer samples: cheap enough for the reference."""
-        return Operands(replace(self.shape, N=min(N, self.shape.N)))
+        few = Operands(replace(self.shape, N=min(N, self.shape.N)), self.dtype, self.device, self.spread)
+        few.__dict__.update(W_enc=self.W_enc, W_dec=self.W_dec)
+        return few
+
+    def normal(self, seed: int, *size: int) -> Tensor:
+        torch.manual_seed(seed)
+        return torch.randn(size, device=self.device)
 
     @cached_property
-    def model(self) -> SPARC:
-        return self.shape.model().requires_grad_(False)
+    def x(self) -> Tensor:
+        return self.shape.inputs(device=self.device).to(self.dtype)
+
+    def weights_drawn(self, seed: int) -> Tensor:
+        """float32 [L, D], as `SPARC` draws them."""
+        torch.manual_seed(seed)
+        W = empty_rows(self.shape.L, self.shape.D, device=self.device)
+        for cols in self.columns:
+            W[:, cols].uniform_(-1, 1).mul_((cols.stop - cols.start) ** -0.5)
+        return W
 
     @cached_property
     def W_enc(self) -> Tensor:
-        return self.model.W_enc.data
+        return self.weights_drawn(10).to(self.dtype)
 
     @cached_property
     def W_dec(self) -> Tensor:
-        return self.model.W_dec.data
+        W = self.weights_drawn(11)
+        reference.normalize_rows(W, self.d_streams)
+        return W.to(self.dtype)
 
     @cached_property
     def pre_bias(self) -> Tensor:
-        torch.manual_seed(2)
-        return torch.randn(self.shape.D) / 100
+        return (self.normal(12, self.shape.D) / 100).to(self.dtype)
 
     @cached_property
     def latent_bias(self) -> Tensor:
-        torch.manual_seed(3)
-        return torch.randn(self.shape.S, self.shape.L) / 100
+        return (self.normal(13, self.shape.S, self.shape.L) / 100).to(self.dtype)
 
     @cached_property
     def scores(self) -> Tensor:
-        torch.manual_seed(4)
-        return torch.randn(self.shape.N, self.shape.L)
+        return self.normal(14, self.shape.N, self.shape.L)
 
     @cached_property
     def indices(self) -> Tensor:
-        logits = torch.addmm(self.latent_bias.sum(0), self.x - self.pre_bias, self.W_enc.T)
-        return logits.topk(self.k, dim=1).indices.sort(dim=1).values.int()
+        """Distinct and ascending: the support, or with `spread` one latent of each of k equal ranges."""
+        if not self.spread:
+            scores = torch.addmm(self.latent_bias.sum(0), self.x - self.pre_bias, self.W_enc.T)
+            return scores.topk(self.k, dim=1).indices.sort(dim=1).values.int()
+        torch.manual_seed(15)
+        low = torch.arange(self.k, device=self.device) * self.shape.L // self.k
+        high = torch.arange(1, self.k + 1, device=self.device) * self.shape.L // self.k
+        drawn = torch.rand(self.shape.N, self.k, device=self.device)
+        return torch.minimum(low + (drawn * (high - low)).long(), high - 1).int()
 
     @cached_property
     def values(self) -> Tensor:
-        torch.manual_seed(5)
-        return torch.randn(self.shape.N, self.shape.S, self.k).relu() / 10
+        return (self.normal(16, self.shape.N, self.shape.S, self.k).relu() / 10).to(self.dtype)
 
     @cached_property
     def grad_values(self) -> Tensor:
-        torch.manual_seed(6)
-        return torch.randn(self.shape.N, self.shape.S, self.k) / self.shape.N
+        return (self.normal(17, self.shape.N, self.shape.S, self.k) / max(self.shape.N, 1)).to(self.dtype)
 
     @cached_property
     def grad_recons(self) -> Tensor:
-        torch.manual_seed(7)
-        return torch.randn(self.shape.N, self.shape.S, self.shape.D) / self.shape.N
+        grad = self.normal(18, self.shape.N, self.shape.S, self.shape.D) / max(self.shape.N, 1)
+        return grad.to(reference.gradient_dtype(self.values))
 
     @cached_property
     def scale(self) -> Tensor:
@@ -146,9 +206,120 @@ class Operands:
 
     @cached_property
     def inverse(self) -> tuple[Tensor, Tensor]:
-        return invert_indices(self.indices, self.shape.L)
+        return reference.invert_indices(self.indices, self.shape.L)
 
     @cached_property
     def touched(self) -> int:
         """Latents that are in some sample's support: the rows a gather cannot avoid."""
         return len(self.indices.unique())
+
+
+class Trained:
+    """Weights of our own to move, with Adam's moments as after some steps (at rest, Adam only keeps signs).
+
+    Narrow weights are copies of float32 rows, as `SparcAdam` keeps them.
+    """
+
+    def __init__(self, o: Operands, moments: torch.dtype | None = None) -> None:
+        self.start = o.W_enc, o.W_dec
+        self.W_enc, self.W_dec = (reference.wide(W).clone() for W in self.start)
+        self.moments = [torch.full_like(self.W_enc, value, dtype=moments) for value in (0.0, 1e-6, 0.0, 1e-6)]
+        self.narrow: dict[str, Any] = {}
+        if self.W_enc.dtype != o.dtype:
+            self.narrow = {"copies": (o.W_enc.clone(), o.W_dec.clone())}
+
+    def moved(self) -> tuple[Tensor, Tensor]:
+        return self.W_enc - self.start[0], self.W_dec - self.start[1]
+
+
+def _update_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Callable[[], Trained]:
+    own = Trained(o, moments)
+    rows = Rows(own.W_enc, own.W_dec, own.moments, o.d_streams, **own.narrow)
+    samples = Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse)
+
+    def run() -> Trained:
+        b.update_rows(rows, samples, AdamStep(**ADAM, step=1000, seed=0))
+        return own
+
+    return run
+
+
+def _step_rows(b: Any, o: Operands) -> Callable[[], Trained]:
+    own = Trained(o, None)
+    rows = Rows(own.W_enc, own.W_dec, own.moments, o.d_streams, **own.narrow)
+    args = (o.x.float(), o.pre_bias.float(), o.values.float(), o.grad_values.float(), o.grad_recons.float())
+    gradients = Gradients(*reference.weight_gradients(*args, *o.inverse, o.d_streams), o.inverse[0].diff() > 0)
+
+    def run() -> Trained:
+        b.step_rows(rows, gradients, AdamStep(**ADAM, step=1000, seed=0))
+        return own
+
+    return run
+
+
+def _replay_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Callable[[], Tensor]:
+    """Ten skipped steps of every second latent."""
+    own = Trained(o, moments)
+    latents = torch.arange(0, o.shape.L, 2, device=o.device)
+    history = torch.tensor([[1e-4, 0.9, 0.999, 1e-8]] * 10, dtype=torch.float64, device=o.device)
+    copy = own.narrow["copies"][1] if own.narrow else None
+
+    def run() -> Tensor:
+        last_step = torch.zeros(o.shape.L, dtype=torch.int64, device=o.device)
+        b.replay_rows(own.W_dec, own.moments[2:], latents, last_step, history, o.d_streams, copy, seed=0)
+        return own.W_dec
+
+    return run
+
+
+def _count_silence(b: Any, o: Operands) -> Callable[[], Tensor]:
+    silence = torch.zeros(o.shape.L, dtype=torch.int64, device=o.device)
+
+    def run() -> Tensor:
+        b.count_silence(silence, o.values, o.indices)
+        return silence
+
+    return run
+
+
+def _gradient_args(o: Operands) -> tuple[Any, ...]:
+    return o.x, o.pre_bias, o.values, o.grad_values
+
+
+# every operator as a function to call again and again; `b` is a backend, or any namespace of its functions
+CALLS: dict[str, Callable[[Any, Operands], Callable[[], Any]]] = {
+    "topk_rows": lambda b, o: lambda: b.topk_rows(o.scores, o.k),
+    "global_topk": lambda b, o: lambda: b.global_topk(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.k),
+    "support_scores": lambda b, o: lambda: b.support_scores(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices),
+    "support_values": lambda b, o: (
+        lambda: b.support_values(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices, o.d_streams)
+    ),
+    "support_values_grad_x": lambda b, o: (
+        lambda: b.support_values_grad_x(o.grad_values, o.values, o.indices, o.W_enc, o.d_streams)
+    ),
+    "sparse_decode": lambda b, o: lambda: b.sparse_decode(o.values, o.indices, o.W_dec, o.pre_bias),
+    "sparse_decode_grad_values": lambda b, o: lambda: b.sparse_decode_grad_values(o.grad_recons, o.indices, o.W_dec),
+    "decode_loss": lambda b, o: (
+        lambda: b.decode_loss(o.values, o.indices, o.W_dec, o.pre_bias, o.x, o.scale, o.weights, o.d_streams)
+    ),
+    "invert_indices": lambda b, o: lambda: b.invert_indices(o.indices, o.shape.L),
+    "encoder_gradients": lambda b, o: lambda: b.encoder_gradients(*_gradient_args(o), *o.inverse, o.d_streams),
+    "decoder_gradients": lambda b, o: lambda: b.decoder_gradients(o.values, o.grad_recons, *o.inverse),
+    "weight_gradients": lambda b, o: (
+        lambda: b.weight_gradients(*_gradient_args(o), o.grad_recons, *o.inverse, o.d_streams)
+    ),
+    "update_rows": _update_rows,
+    "step_rows": _step_rows,
+    "replay_rows": _replay_rows,
+    "count_silence": _count_silence,
+}
+# the same operators with Adam's moments in bfloat16, which other machine code does
+NARROW_MOMENTS = {
+    "update_rows": partial(_update_rows, moments=torch.bfloat16),
+    "replay_rows": partial(_replay_rows, moments=torch.bfloat16),
+}
+
+
+def namespace(**functions: Any) -> Any:
+    """A backend of some functions."""
+    return SimpleNamespace(**functions)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from .gpu_link import joined
+from .processes import joined
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,10 +10,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
+from sparc_fast import backends
+
+from .cases import CALLS, NARROW_MOMENTS, TINY, Operands, Place, Shape
 from .gpu_record import Record
 from .processes import ROOT, run_until
 
 TESTS = "operator tests on the device"
+RAGGED = Shape("ragged", N=37, L=500, k=9, d_streams=(130, 7, 65))
 SMALL = "every operator at small shapes"
 OUTCOME = re.compile(r"^(tests/\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", re.MULTILINE)
 
@@ -77,8 +83,8 @@ def sanitizer() -> str | None:
 
 
 def small_program(device: str, backend: str) -> list[str]:
-    """Every operator at ragged shapes."""
-    return [sys.executable, "-m", f"{__package__}.gpu_small", device, backend]
+    """`run_every_operator` in a process of its own: what compute-sanitizer watches."""
+    return [sys.executable, "-m", f"{__package__}.gpu_checks", device, backend]
 
 
 def run_small(record: Record, backends: Mapping[str, str]) -> None:
@@ -133,3 +139,21 @@ def report_sanitizer(record: Record, check: str, printed: str) -> None:
     record.add(
         what, value=float(found == 0), unit="held", note=f"{found} found", error=" | ".join(lines[:6]) * (found > 0)
     )
+
+
+def run_every_operator(device: str, backend: str) -> None:
+    """Once, at small ragged shapes."""
+    place = Place(torch.device(device), backend)
+    ours = backends.resolve(backend, place.device)
+    for shape, dtype in ((RAGGED, torch.float32), (RAGGED, torch.bfloat16), (TINY, torch.float32)):
+        o = Operands(shape, dtype, place.device)
+        for name, call in (*CALLS.items(), *NARROW_MOMENTS.items()):
+            if hasattr(ours, name):
+                call(ours, o)()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print("every operator ran")
+
+
+if __name__ == "__main__":
+    run_every_operator(*sys.argv[1:3])

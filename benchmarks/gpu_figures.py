@@ -10,7 +10,7 @@ from sparc_fast.backends import Backend
 from .gpu_checks import SMALL
 from .gpu_record import Row
 from .gpu_steps import MEMORY
-from .gpu_timing import Roofs, Work
+from .timing import DeviceRoofs, Work
 
 Read = Callable[[Sequence[Row]], float | None]
 OURS = ("triton", "cuda", "hybrid", "graph")
@@ -237,7 +237,7 @@ def to_paste(rows: Sequence[Row], gpu: str, commit: str | None) -> str:
     return "\n".join(lines)
 
 
-def rows_table(rows: Iterable[Row], roofs: Roofs | None) -> str:
+def rows_table(rows: Iterable[Row], roofs: DeviceRoofs | None) -> str:
     """A line a row: times with the ratio to ours and the share of the floor; other values; what went wrong."""
     rows = list(rows)
     ours = {
@@ -246,7 +246,7 @@ def rows_table(rows: Iterable[Row], roofs: Roofs | None) -> str:
     return "\n".join(_line(row, ours.get((row.phase, row.what, row.shape, row.dtype)), roofs) for row in rows)
 
 
-def _line(row: Row, ours: float | None, roofs: Roofs | None) -> str:
+def _line(row: Row, ours: float | None, roofs: DeviceRoofs | None) -> str:
     start = f"{row.what:32} {row.shape:5} {row.contender:34} {row.dtype:9}"
     if row.value is None:
         return f"{start} {row.error}"
@@ -259,7 +259,7 @@ def _line(row: Row, ours: float | None, roofs: Roofs | None) -> str:
     return f"{start} {times}{share} {row.note}".rstrip()
 
 
-def floor_of(row: Row, roofs: Roofs | None) -> float | None:
+def floor_of(row: Row, roofs: DeviceRoofs | None) -> float | None:
     """Seconds below which a row's phases, one after another, cannot come on this device."""
     if roofs is None or not row.work:
         return None

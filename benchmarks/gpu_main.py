@@ -21,16 +21,16 @@ import torch
 
 from sparc_fast import backends
 
-from . import gpu, gpu_build, gpu_checks, gpu_operators, gpu_steps
-from .cases import Shape
-from .gpu_cases import SHAPES, TINY, Place
+from . import gpu, gpu_build, gpu_checks, gpu_steps
+from .cases import SHAPES, TINY, Place, Shape
 from .gpu_figures import faster_in_cuda, figures_table, floor_of, launch_choices, reached, rows_table, to_paste
 from .gpu_record import Record, Row, read_rows, write_atomically
-from .gpu_timing import Clock, Roofs, measure_roofs
-from .processes import ROOT, Process, left, run_until
+from .operators import OPERATORS, measure, own_kernels
+from .processes import ROOT, Process, commit, left, run_until
+from .timing import Clock, DeviceRoofs, measure_roofs
 
 BFLOAT16 = torch.bfloat16
-ALL = [name for name in gpu_operators.OPERATORS if name != "topk_rows"]
+ALL = [name for name in OPERATORS if name != "topk_rows"]
 
 
 def shape_of(record: Record, name: str) -> Shape:
@@ -52,10 +52,8 @@ def profile(name: str, record: Record) -> None:
 
 
 def operators(name: str, record: Record) -> None:
-    own = [operator for operator in ALL if operator in gpu_operators.own_kernels(record.place.backend)]
-    gpu_operators.measure(
-        record, Clock(record.place), shape_of(record, name), BFLOAT16, own, seconds(record, 0.5), rivals=False
-    )
+    own = [operator for operator in ALL if operator in own_kernels(record.place.backend)]
+    measure(record, Clock(record.place), shape_of(record, name), BFLOAT16, own, seconds(record, 0.5), rivals=False)
 
 
 def step(name: str, record: Record) -> None:
@@ -71,7 +69,7 @@ def graph(name: str, record: Record) -> None:
 def rows(record: Record) -> None:
     for name in ("A", "B"):
         shape = shape_of(record, name)
-        gpu_operators.measure(record, Clock(record.place), shape, torch.float32, ["topk_rows"], seconds(record, 2))
+        measure(record, Clock(record.place), shape, torch.float32, ["topk_rows"], seconds(record, 2))
 
 
 def upstream(record: Record) -> None:
@@ -93,7 +91,7 @@ def step_rivals(name: str, record: Record) -> None:
 
 
 def operator_rivals(record: Record) -> None:
-    gpu_operators.measure(record, Clock(record.place), shape_of(record, "A"), BFLOAT16, ALL, seconds(record, 1))
+    measure(record, Clock(record.place), shape_of(record, "A"), BFLOAT16, ALL, seconds(record, 1))
 
 
 def tests(record: Record) -> None:
@@ -282,9 +280,9 @@ class Child:
         return found
 
 
-def roofs_of(found: Sequence[Row]) -> Roofs | None:
+def roofs_of(found: Sequence[Row]) -> DeviceRoofs | None:
     measured = {row.contender: row.value for row in found if row.what == "roof" and row.value}
-    return Roofs(**measured) if len(measured) == 5 else None
+    return DeviceRoofs(**measured) if len(measured) == 5 else None
 
 
 def whole_report(where: Mapping[str, Any], found: Sequence[Row]) -> dict[str, Any]:
@@ -316,17 +314,6 @@ def environment(place: Place) -> dict[str, Any]:
         "python": platform.python_version(), "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ"),
     }  # fmt: skip
-
-
-def commit() -> str | None:
-    """Of the checkout, a + marking uncommitted changes; or SPARC_FAST_COMMIT, for a copy without its history."""
-    named = os.environ.get("SPARC_FAST_COMMIT")
-    if named or not (ROOT / ".git").exists():
-        return named
-    try:
-        return run_until(10, ["git", "describe", "--always", "--dirty=+", "--exclude=*"]).strip() or None
-    except OSError:
-        return None
 
 
 def heading(where: Mapping[str, Any]) -> str:

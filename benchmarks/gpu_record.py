@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from .gpu_cases import Place
-from .gpu_timing import Work
+from .cases import Place
+from .timing import Work
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,10 @@ from torch import Tensor
 
 from sparc_fast import SPARC, SparcAdam
 
-from .cases import Shape
-from .dense import Dense
-from .gpu_cases import DeviceOperands, Place, model
+from .cases import Place, Shape
 from .gpu_record import Record
-from .gpu_rivals import LeanDense
-from .gpu_timing import Clock, Run, Work, equal
-from .lean import Lean
+from .rivals import Dense, Lean, LeanDense
+from .timing import Clock, Run, Work, equal
 
 LR = 1e-4
 MEMORY = "memory beyond weights, copies, moments, inputs"
@@ -42,6 +39,11 @@ class Ours:
 
     def result(self) -> list[Tensor]:
         return [t.detach() for t in (*self.held(), self.model.silence)]
+
+
+def model(shape: Shape, place: Place, dtype: torch.dtype, **options: Any) -> SPARC:
+    """Inputs are not checked, which would wait for the GPU."""
+    return shape.model(place.backend, device=place.device, dtype=dtype, check_finite=False, **options)
 
 
 class Autocast:
@@ -79,10 +81,6 @@ def expected_bytes(name: str, dtype: str, shape: Shape) -> float:
     return weights * 24 + logits * held[name] + 2e9
 
 
-def inputs(shape: Shape, place: Place) -> Tensor:
-    return DeviceOperands(shape, torch.float32, place.device).x
-
-
 def step_work(shape: Shape, dtype: str) -> tuple[Work, ...]:
     """Encoder; values; decode, loss and its gradient; weight gradients and Adam at once: one after another."""
     item, N, k, S = (2 if dtype == "bfloat16" else 4), shape.N, shape.k, shape.S
@@ -98,7 +96,7 @@ def step_work(shape: Shape, dtype: str) -> tuple[Work, ...]:
 
 def compare(record: Record, clock: Clock, shape: Shape, wanted: Sequence[tuple[str, str]], seconds: float) -> None:
     """Time the trainers in turns; each is made, checked by its first losses, and left out if it does not fit."""
-    place, x = record.place, inputs(shape, record.place)
+    place, x = record.place, shape.inputs(device=record.place.device)
     made: dict[tuple[str, str], Run] = {}
     losses: dict[tuple[str, str], list[float]] = {}
     for key in wanted:
@@ -161,7 +159,7 @@ def memory(record: Record, shape: Shape, wanted: Sequence[tuple[str, str]]) -> N
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated(place.device)
             trainer = trainers(shape, place)[name, dtype]()
-            x = inputs(shape, place)
+            x = shape.inputs(device=place.device)
             x = x.to(TYPES[dtype]) if name == place.role else x
             for _ in range(2):
                 trainer.step(x)
@@ -193,7 +191,7 @@ def repeat(record: Record, shape: Shape, dtype: str, steps: int = 20) -> None:
 
 def _trained(place: Place, shape: Shape, dtype: str, steps: int) -> list[Tensor]:
     trainer = Ours(model(shape, place, TYPES[dtype]))
-    x = inputs(shape, place).to(TYPES[dtype])
+    x = shape.inputs(device=place.device).to(TYPES[dtype])
     for step in range(steps):
         trainer.step(x.roll(step, 1).roll(step, 0))
     return trainer.result()
@@ -210,7 +208,7 @@ def graph(record: Record, clock: Clock, shape: Shape, dtype: str, seconds: float
         record.add("step", *where, error="needs a GPU")
         return
     with record.guard("step", *where):
-        x = inputs(shape, place).to(TYPES[dtype])
+        x = shape.inputs(device=place.device).to(TYPES[dtype])
 
         def fresh() -> Ours:
             return Ours(model(shape, place, TYPES[dtype], auxk=0), capturable=True)
@@ -248,7 +246,7 @@ def profile(record: Record, shape: Shape, dtype: str, steps: int = 5) -> None:
             )
             return
         trainer = Ours(model(shape, place, TYPES[dtype]))
-        x = inputs(shape, place).to(TYPES[dtype])
+        x = shape.inputs(device=place.device).to(TYPES[dtype])
         for _ in range(3):
             trainer.step(x)
         activity = torch.profiler.ProfilerActivity

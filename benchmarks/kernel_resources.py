@@ -29,10 +29,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from . import cuda_resources, gpu_cases
-from .cases import Shape
-from .gpu_cases import CALLS, NARROW_MOMENTS, DeviceOperands, namespace
-from .gpu_link import joined
+from . import cases, cuda_resources
+from .cases import CALLS, NARROW_MOMENTS, Operands, Shape, namespace
+from .processes import joined
 
 TARGETS = {80: 163, 90: 227, 100: 227}
 """Compute capability, and the shared memory in KB that one block may have there."""
@@ -240,7 +239,7 @@ def launches(shape: Shape, dtype: torch.dtype, only: Sequence[str] = ()) -> dict
     found: dict[Launch, str] = {}
     backend = operators()
     with noting() as seen:
-        o = DeviceOperands(shape, dtype, torch.device("cpu"))
+        o = Operands(shape, dtype, torch.device("cpu"))
         for name in only or backend:
             seen.clear()
             for calls in (CALLS, NARROW_MOMENTS):
@@ -255,7 +254,7 @@ Job = tuple[Launch, int]
 
 
 SHAPES = (
-    *(gpu_cases.SHAPES[name] for name in "AUBC"),
+    *(cases.SHAPES[name] for name in "AUBC"),
     Shape("two streams", 4096, 32768, k=256, d_streams=(1024, 768)),
     Shape("unaligned", 4096, 32768, d_streams=(1000, 500, 333)),  # no row can be read 16 bytes at once
 )
@@ -271,7 +270,7 @@ def jobs(targets: Sequence[int], only: Sequence[str] = (), brief: bool = False) 
         for shape in SHAPES:
             for launch, operator in launches(shape, dtype, only).items():
                 for target in targets:
-                    if not brief or target == 90 or (dtype == torch.bfloat16 and shape in (gpu_cases.A, gpu_cases.U)):
+                    if not brief or target == 90 or (dtype == torch.bfloat16 and shape in (cases.A, cases.U)):
                         found.setdefault((launch, target), operator)
     return found
 

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Shape
-from .gpu_cases import CALLS, SHAPES, A, B, DeviceOperands, Place, Trained, U
-from .gpu_link import joined
-from .gpu_operators import Ours, disagreement
+from sparc_fast import backends
+
+from .cases import CALLS, SHAPES, A, B, Operands, Place, Shape, Trained, U
 from .gpu_record import Record, first_line
-from .gpu_timing import Clock, Run
+from .operators import disagreement
+from .processes import joined
+from .timing import Clock, Run
 
 Choice = dict[str, Any]
 ORDER = (
@@ -108,14 +109,14 @@ def results(result: Any) -> tuple[Tensor, ...]:
 class Search:
     """Of one choice function, through one operator at one shape."""
 
-    def __init__(self, record: Record, clock: Clock, o: DeviceOperands, operator: str) -> None:
+    def __init__(self, record: Record, clock: Clock, o: Operands, operator: str) -> None:
         self.record, self.clock, self.o, self.operator = record, clock, o, operator
-        self.ours = Ours(record.place.backend, record.place.device)
+        self.ours = backends.resolve(record.place.backend, record.place.device)
         self.few = o.first(64)
         self.want = results(self.fresh(self.few)())
         self.run = self.fresh(o)
 
-    def fresh(self, o: DeviceOperands) -> Run:
+    def fresh(self, o: Operands) -> Run:
         return CALLS[self.operator](self.ours, o)
 
     def used(self) -> dict[str, Choice]:
@@ -176,7 +177,7 @@ def sweep(record: Record, clock: Clock, shapes: Sequence[Shape] = (A, U, B), ope
                 continue
             dtype = torch.float32 if operator == "topk_rows" else torch.bfloat16
             with record.guard("launch choice", shape.name, operator):
-                search = Search(record, clock, DeviceOperands(shape, dtype, record.place.device), operator)
+                search = Search(record, clock, Operands(shape, dtype, record.place.device), operator)
                 for name, data in search.used().items():
                     search.climb(name, data)
 

@@ -6,10 +6,10 @@ import argparse
 import gc
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,19 +19,23 @@ import torch
 import sparc_fast
 from sparc_fast import available_backends
 from sparc_fast.planning.process_memory import available_bytes
-from sparc_fast.planning.roofline import Roofline as Roofs
-from sparc_fast.planning.roofline import measure_roofs, processor
+from sparc_fast.planning.roofline import Roofline, measure_roofs, processor
 
 from . import memory
-from .cases import SMALL, WIDE, Case, Shape
+from .cases import SMALL, WIDE, Case, Place, Shape
 from .figures import Line, reached
-from .moments import MOMENTS
-from .operators import OPERATORS, Operator
-from .replay import REPLAY
+from .operators import OPERATORS, cpu_case
+from .optimizer_options import OPTIONS
+from .processes import commit
 from .steps import RIVALS, WHOLE, Whole
-from .timing import interleave, ratio, spread
+from .timing import Clock, ratio, spread
 
-CASES: dict[str, Whole | Operator] = {**WHOLE, **OPERATORS, **REPLAY, **MOMENTS}
+CASES = {
+    **WHOLE,
+    **{op: Whole(op, own.shapes, tuple(own.cpu), partial(cpu_case, op)) for op, own in OPERATORS.items()},
+    **OPTIONS,
+}
+CPU = Place(torch.device("cpu"), "auto")
 MEMORY_SHAPES = (WIDE, SMALL)
 
 
@@ -63,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
             found, wrong = _case_lines(op, shape, roofs, arguments)
             failed |= wrong
         lines += found
-    _print_figures(lines)
+    _print_figures(lines, arguments.goals)
     if arguments.json:
         record = {"environment": environment, "roofs": asdict(roofs), "lines": [asdict(line) for line in lines]}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -74,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return int(failed)
 
 
-def _case_lines(op: str, shape: Shape, roofs: Roofs, arguments: argparse.Namespace) -> tuple[list[Line], bool]:
+def _case_lines(op: str, shape: Shape, roofs: Roofline, arguments: argparse.Namespace) -> tuple[list[Line], bool]:
     """What a case measured, and whether a contender was wrong."""
     try:
         case = CASES[op].case(shape, arguments.backend)
@@ -106,6 +110,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of PyTorch and of ours (PyTorch's default)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing for each case (%(default)g)")
     parser.add_argument("--quick", action="store_true", help="small shapes, 3 rounds: does it run at all?")
+    parser.add_argument("--goals", action="store_true", help="print what this project asks of each figure beside it")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the ratios (needs matplotlib)")
     arguments = parser.parse_args(argv)
@@ -131,10 +136,10 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Shape]]:
                 yield op, shape
 
 
-def _lines(case: Case, roofs: Roofs, seconds: float, rounds: int) -> Iterator[Line]:
+def _lines(case: Case, roofs: Roofline, seconds: float, rounds: int) -> Iterator[Line]:
     if not case.contenders:
         return
-    times = interleave(case.contenders, seconds, rounds)
+    times = Clock(CPU).operators(case.contenders, seconds, rounds)
     ours = next((times[name] for name in case.ours if name in times), None)
     flops, moved = sum(phase.flops for phase in case.phases), sum(phase.bytes for phase in case.phases)
     floor = roofs.floor(case.phases)
@@ -176,11 +181,13 @@ def _row(line: Line) -> str:
     return row + f"{rates} {line.of_roof:5.0%} of roof"
 
 
-def _print_figures(lines: Sequence[Line]) -> None:
+def _print_figures(lines: Sequence[Line], goals: bool) -> None:
     if figures := reached(lines):
-        print(f"\n{'figure':64} {'must':>8} {'aim':>8} {'reached':>12}")
+        wanted = f"{'must':>8} {'aim':>8} " if goals else ""
+        print(f"\n{'figure':64} {wanted}{'reached':>12}")
     for figure, whose, value in figures:
-        print(f"{figure.what:64} {figure.must:>8} {figure.aim:>8} {value:>9.2f}{figure.unit:3} {whose}")
+        wanted = f"{figure.must:>8} {figure.aim:>8} " if goals else ""
+        print(f"{figure.what:64} {wanted}{value:>9.2f}{figure.unit:3} {whose}")
 
 
 def environment_of_run() -> dict[str, Any]:
@@ -193,7 +200,7 @@ def environment_of_run() -> dict[str, Any]:
         compiled = ("baseline", "AVX2", "AVX-512")[_cpu.simd_level()]
     return {
         "sparc_fast": sparc_fast.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "compiled": compiled,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -211,17 +218,6 @@ def heading(environment: dict[str, Any]) -> str:
         f"compiled module: {compiled or 'NO, the reference runs'}\n"
         f"torch {environment['torch']}, {environment['processor']}, {environment['threads']} thread(s), float32"
     )
-
-
-def _commit() -> str | None:
-    """Of the checkout these files are in; None for an installed wheel. A + marks uncommitted changes."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None if (here.parent / ".git").exists() else None
 
 
 if __name__ == "__main__":

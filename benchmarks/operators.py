@@ -1,344 +1,252 @@
-"""The operators: what each computes here, the best plain PyTorch for the same, and what it cannot do without."""
+"""Every operator against the best plain PyTorch for it, on any device, each checked before it is timed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sparc_fast import backends, reference
-from sparc_fast.backends import Backend
+from sparc_fast import backends
 from sparc_fast.planning.roofline import Cost
-from sparc_fast.row_step import AdamStep, Rows, Samples
 
-from . import tuned
-from .cases import FLOAT, ROWS, SMALL, STEP, Case, Operands, Shape
+from . import operator_rivals as rivals
+from .cases import CALLS, FLOAT, ROWS, SMALL, STEP, Case, Operands, Shape, namespace
+from .gpu_record import Record
+from .rivals import invert
+from .timing import Clock, Run, Work
 
-Run = Callable[[], Any]
-ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}  # moves far beyond a weight's own rounding
+CPU = torch.device("cpu")
+Prepare = Callable[[Operands], Run]
+
+
+def own_kernels(backend: str) -> frozenset[str]:
+    """The operators a backend has an implementation of its own for."""
+    if backend != "cuda":
+        return frozenset(OPERATORS)
+    return frozenset(import_module("sparc_fast.native_cuda").OWN) & frozenset(OPERATORS)
+
+
+PRODUCT: Mapping[str, Prepare] = {"x @ W_enc.T": lambda o: lambda: o.x @ o.W_enc.T}
 
 
 @dataclass(frozen=True)
 class Operator:
-    """`ours` and every baseline take operands and return a function to time, whose result is checked."""
+    """The best plain PyTorch for an operator on each kind of machine, and what the operator cannot do without."""
 
-    name: str
-    shapes: tuple[Shape, ...]
-    ours: Callable[[Operands, Backend], Run]
-    baselines: Mapping[str, Callable[[Operands], Run]]
-    cost: Callable[[Operands], Cost]
-    yardsticks: Mapping[str, Callable[[Operands], Run]] = field(default_factory=dict)
+    work: Callable[[Operands], Work]
+    cpu: Mapping[str, Prepare]
+    gpu: Mapping[str, Prepare]
     comparable: Callable[[Operands, Any], Any] = lambda o, result: result
     """What two right results have in common."""
+    cpu_yardsticks: Mapping[str, Prepare] = field(default_factory=dict)
+    """They do less than the operator."""
+    gpu_yardsticks: Mapping[str, Prepare] = field(default_factory=dict)
+    shapes: tuple[Shape, ...] = (*STEP, SMALL)
+    """On a CPU."""
 
-    @property
-    def rivals(self) -> tuple[str, ...]:
-        return tuple(self.baselines)
 
-    def case(self, shape: Shape, names: Sequence[str]) -> Case:
-        """Checked on the first 32 samples against the reference, ready to be timed on all."""
-        o = Operands(shape)
-        few = o.first(32)
-        want = self.comparable(few, self.ours(few, backends.resolve("reference", few.x.device))())
-        prepared = dict(self._contenders(names))
-        wrong = {}
-        for name, prepare in prepared.items():
-            if complaint := disagreement(self.comparable(few, prepare(few)()), want):
-                wrong[name] = complaint
-        contenders = {name: prepare(o) for name, prepare in (prepared | self.yardsticks).items() if name not in wrong}
-        ours = tuple(name for name in prepared if name not in self.baselines)
-        return Case(self.name, shape, contenders, ours, (self.cost(o),), frozenset(self.yardsticks), wrong)
-
-    def _contenders(self, names: Sequence[str]) -> Iterator[tuple[str, Callable[[Operands], Run]]]:
+def cpu_case(op: str, shape: Shape, names: Sequence[str]) -> Case:
+    """Ours on some backends and PyTorch's, checked on the first 32 samples, ready to be timed on all."""
+    operator, o = OPERATORS[op], Operands(shape, torch.float32, CPU, spread=False)
+    own = {name: _calling(op, backends.resolve(name, CPU)) for name in names}
+    if op == "global_topk":
         for name in names:
-            backend = backends.resolve(name, torch.device("cpu"))
-            yield name, partial(self.ours, backend=backend)
-            if self.name == "global_topk" and backend is not reference:
-                yield f"{name}, float32 screen", partial(self.ours, backend=_Float32(backend))
-        yield from self.baselines.items()
+            if name != "reference":
+                unscreened = partial(backends.resolve(name, CPU).global_topk, screening="off")
+                own[f"{name}, float32 screen"] = _calling(op, namespace(global_topk=unscreened))
+    few = o.first(32)
+    want = operator.comparable(few, CALLS[op](backends.resolve("reference", CPU), few)())
+    wrong = {}
+    for name, prepare in (own | operator.cpu).items():
+        if complaint := disagreement(operator.comparable(few, prepare(few)()), want):
+            wrong[name] = complaint
+    prepared = own | operator.cpu | operator.cpu_yardsticks
+    contenders = {name: prepare(o) for name, prepare in prepared.items() if name not in wrong}
+    work = operator.work(o)
+    phases = (Cost(work.flops, work.bytes),)
+    return Case(op, shape, contenders, tuple(own), phases, frozenset(operator.cpu_yardsticks), wrong)
 
 
-class _Float32:
-    """The support without a narrower product in front."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.global_topk = partial(backend.global_topk, screening="off")
+def _calling(op: str, functions: Any) -> Prepare:
+    return lambda o: CALLS[op](functions, o)
 
 
-def disagreement(got: Any, want: Any) -> str | None:
-    """How a result differs from the reference's beyond rounding, in words; None where it does not."""
+def _selected(scores: Tensor, indices: Tensor) -> Tensor:
+    return scores.gather(1, indices.long()).sort(dim=1).values
+
+
+def _aggregated(o: Operands) -> Tensor:
+    return (o.x.double() - o.pre_bias.double()) @ o.W_enc.double().T + o.latent_bias.double().sum(0)
+
+
+def _gather(o: Operands, sources: int = 1) -> float:
+    """Bytes of k rows of every sample."""
+    return o.shape.N * o.k * o.shape.D * o.x.element_size() * sources
+
+
+def _flops(o: Operands) -> float:
+    return 2.0 * o.shape.N * o.k * o.shape.D
+
+
+def _rows(o: Operands) -> float:
+    """Bytes of the touched rows of a weight matrix."""
+    return o.touched * o.shape.D * o.x.element_size()
+
+
+def _gradient_work(o: Operands, weight_bytes: float) -> Work:
+    S = o.shape.S
+    moved = weight_bytes * 2 * o.shape.L * o.shape.D + o.x.nbytes + o.grad_recons.nbytes
+    return Work(_flops(o) * (1 + S), moved, _gather(o, 1 + S))
+
+
+def _update_bytes(o: Operands) -> float:
+    """A weight's float32 row and moments read and written, and its narrow copy written."""
+    return 24 + (o.x.element_size() if o.dtype != torch.float32 else 0)
+
+
+OPERATORS: dict[str, Operator] = {
+    "topk_rows": Operator(
+        lambda o: Work(0, o.scores.nbytes + FLOAT * o.shape.N * o.k),
+        cpu={"torch.topk": rivals.torch_topk},
+        gpu={
+            "torch.topk": rivals.torch_topk,
+            "torch.topk, unsorted": lambda o: lambda: o.scores.topk(o.k, dim=1, sorted=False).indices,
+        },
+        comparable=lambda o, indices: _selected(o.scores, indices),
+        cpu_yardsticks={"torch.amax": lambda o: lambda: o.scores.amax(1)},
+        shapes=(*ROWS, SMALL),
+    ),
+    "global_topk": Operator(
+        lambda o: Work(2.0 * o.shape.N * o.shape.L * o.shape.D, o.x.nbytes + o.W_enc.nbytes + FLOAT * o.shape.N * o.k),
+        cpu={"addmm + torch.topk": rivals.product_and_topk},
+        gpu={"addmm + torch.topk": rivals.product_and_topk},
+        comparable=lambda o, indices: _selected(_aggregated(o), indices),
+        cpu_yardsticks=PRODUCT,
+        gpu_yardsticks=PRODUCT,
+    ),
+    "support_values": Operator(
+        lambda o: Work(_flops(o), _rows(o) + o.x.nbytes + o.values.nbytes, _gather(o)),
+        cpu={"index_select + bmm": partial(rivals.gather_and_dot, chunk=8, rows_of=rivals.rows_on_cpu)},
+        gpu={"products, gather": rivals.logits_and_gather, "gather, bmm": rivals.gather_and_dot},
+    ),
+    "sparse_decode": Operator(
+        lambda o: Work(_flops(o) * o.shape.S, o.values.nbytes + _rows(o) + o.grad_recons.nbytes, _gather(o)),
+        cpu={"S embedding_bags": rivals.three_bags, "S bags, adjacent": rivals.bags},
+        gpu={"embedding_bag": rivals.bags, "dense codes @ W_dec": rivals.dense_decode},
+        cpu_yardsticks={"S bags, no bias": rivals.bags_alone},
+    ),
+    "decode_loss": Operator(
+        lambda o: Work(
+            2 * _flops(o) * o.shape.S,
+            2 * o.values.nbytes + _rows(o) + o.x.nbytes + o.grad_recons.nbytes,
+            _gather(o),
+        ),
+        cpu={"embedding_bag + autograd": rivals.decode_by_autograd},
+        gpu={"embedding_bag, bmm": rivals.decode_by_bags, "dense products": rivals.decode_by_products},
+        comparable=lambda o, result: result[:3],
+    ),
+    "invert_indices": Operator(
+        lambda o: Work(0, 12.0 * o.indices.numel() + 8 * o.shape.L),
+        cpu={"argsort + bincount": lambda o: lambda: invert(o.indices, o.shape.L)},
+        gpu={"sort, searchsorted": rivals.sort_and_search},
+    ),
+    "weight_gradients": Operator(
+        lambda o: _gradient_work(o, 4),
+        cpu={"CSR products": rivals.gradients_by_csr},
+        gpu={"dense products": rivals.gradients_by_products, "index_add_": rivals.gradients_by_index_add},
+        comparable=lambda o, result: result[:2],
+    ),
+    "update_rows": Operator(
+        lambda o: _gradient_work(o, _update_bytes(o)),
+        cpu={"CSR products + fused Adam": rivals.update_by(rivals.gradients_by_csr)},
+        gpu={
+            "dense products + fused Adam": rivals.update_by(rivals.gradients_by_products),
+            "index_add_ + fused Adam": rivals.update_by(rivals.gradients_by_index_add),
+        },
+        comparable=lambda o, own: own.moved(),
+    ),
+}
+
+
+def measure(
+    record: Record,
+    clock: Clock,
+    shape: Shape,
+    dtype: torch.dtype,
+    names: Sequence[str],
+    seconds: float,
+    rivals: bool = True,
+) -> None:
+    """Check and time operators at a shape, with PyTorch's or alone; whatever fails becomes a row."""
+    o, type_, role = Operands(shape, dtype, record.place.device), _name(dtype), record.place.role
+    ours = backends.resolve(record.place.backend, record.place.device)
+    for name in names:
+        if not record.has_time(2 * seconds, name, shape.name, role, type_):
+            continue
+        with record.guard(name, shape.name, role, type_):
+            operator = OPERATORS[name]
+            prepared = {role: _calling(name, ours), **(operator.gpu if rivals else {})}
+            runs = dict(_checked(record, name, operator, prepared, o))
+            for label, prepare in operator.gpu_yardsticks.items():
+                runs[label] = prepare(o)
+            fitting = _fitting(record, name, o, runs)
+            for label, taken in clock.operators(fitting, seconds).items():
+                record.times(name, shape.name, label, type_, taken, operator.work(o))
+
+
+def _checked(
+    record: Record, name: str, operator: Operator, prepared: Mapping[str, Prepare], o: Operands
+) -> Iterator[tuple[str, Run]]:
+    """The contenders whose result is the reference's on few samples, ready to run on all."""
+    few, where = o.first(32), (name, o.shape.name)
+    reference_run = CALLS[name](backends.resolve("reference", o.device), few)
+    want = operator.comparable(few, reference_run())
+    for label, prepare in prepared.items():
+        with record.guard(*where, label, _name(o.dtype)):
+            # plain PyTorch rounds codes, logits and gradients to the operands' type on the way
+            narrow = 6e-2 if label in operator.gpu else 2e-2
+            tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}.get(o.dtype, narrow)
+            complaint = disagreement(operator.comparable(few, prepare(few)()), want, tolerance, order=2)
+            if complaint:
+                record.add(*where, label, _name(o.dtype), error=f"wrong, not timed: {complaint}")
+            else:
+                yield label, prepare(o)
+
+
+def _fitting(record: Record, name: str, o: Operands, runs: Mapping[str, Run]) -> dict[str, Run]:
+    """Those that run once without running out of memory."""
+    fitting = {}
+    for label, run in runs.items():
+        with record.guard(name, o.shape.name, label, _name(o.dtype)):
+            run()
+            fitting[label] = run
+    return fitting
+
+
+def disagreement(got: Any, want: Any, tolerance: float = 1e-4, order: float = math.inf) -> str | None:
+    """How a result differs from the reference's beyond rounding, in words; None where it does not.
+
+    The error's norm of this order over the result's: the largest entry's, or 2 for the whole where types are narrow
+    (Adam moves an entry whose gradient rounds to 0 by its sign).
+    """
     if not isinstance(got, Tensor):
-        complaints = (disagreement(a, b) for a, b in zip(got, want, strict=True))
+        complaints = (disagreement(a, b, tolerance, order) for a, b in zip(got, want, strict=True))
         return next((complaint for complaint in complaints if complaint), None)
     if got.shape != want.shape:
         return f"shape {list(got.shape)}, expected {list(want.shape)}"
     if not got.is_floating_point():
-        return None if torch.equal(got.long(), want.long()) else f"{(got != want).sum()} entries differ"
-    error = (got.double() - want.double()).abs().max() / want.double().abs().max()
-    return None if error < 1e-4 else f"largest error is {float(error):.2g} of the largest entry"
-
-
-# rows of scores, already in memory
-
-
-def _select_rows(backend: Backend) -> Callable[[Tensor, int], Tensor]:
-    """Not part of the backends' vocabulary, but the heart of their TopK."""
-    if backend is reference:
-        return reference.topk_rows
-    from sparc_fast import native_topk
-
-    return native_topk.topk_rows
-
-
-def _rows_ours(o: Operands, backend: Backend) -> Run:
-    select = _select_rows(backend)
-    return lambda: select(o.scores, o.k)
-
-
-def _selected_scores(scores: Tensor, indices: Tensor) -> Tensor:
-    """The same for any right choice among near-equal scores."""
-    return scores.gather(1, indices.long()).sort(dim=1).values
-
-
-topk_rows = Operator(
-    "topk_rows",
-    (*ROWS, SMALL),
-    _rows_ours,
-    {"torch.topk": lambda o: lambda: o.scores.topk(o.k, dim=1).indices},
-    lambda o: Cost(0, FLOAT * (o.scores.numel() + o.shape.N * o.k)),
-    comparable=lambda o, indices: _selected_scores(o.scores, indices),
-    yardsticks={"torch.amax": lambda o: lambda: o.scores.amax(1)},
-)
-
-
-# the support and the values
-
-
-def _mm_topk(o: Operands) -> Run:
-    bias = o.latent_bias.sum(0)
-    return lambda: torch.addmm(bias, o.x - o.pre_bias, o.W_enc.T).topk(o.k, dim=1, sorted=False).indices
-
-
-def _aggregated(o: Operands) -> Tensor:
-    return torch.addmm(o.latent_bias.sum(0), o.x - o.pre_bias, o.W_enc.T)
-
-
-global_topk = Operator(
-    "global_topk",
-    (*STEP, SMALL),
-    lambda o, backend: lambda: backend.global_topk(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.k),
-    {"addmm + torch.topk": _mm_topk},
-    lambda o: Cost(2 * o.shape.N * o.shape.L * o.shape.D, FLOAT * (o.x.numel() + o.W_enc.numel() + o.shape.N * o.k)),
-    yardsticks={"x @ W_enc.T": lambda o: lambda: o.x @ o.W_enc.T},
-    comparable=lambda o, indices: _selected_scores(_aggregated(o), indices),
-)
-
-
-def _gather_dot(o: Operands) -> Run:
-    indices = o.indices.long()
-
-    def run() -> Tensor:
-        centred = o.x - o.pre_bias
-        values = o.x.new_empty(o.shape.N, o.shape.S, o.k)
-        for n in range(0, o.shape.N, 8):  # the rows gathered for 8 samples stay in cache
-            rows = o.W_enc.index_select(0, indices[n : n + 8].flatten()).view(-1, o.k, o.shape.D)
-            for s, cols in enumerate(o.columns):
-                values[n : n + 8, s] = (rows[:, :, cols] @ centred[n : n + 8, cols, None]).squeeze(2)
-        bias = o.latent_bias[:, indices].transpose(0, 1)
-        return values.add_(bias).relu_()
-
-    return run
-
-
-support_values = Operator(
-    "support_values",
-    (*STEP, SMALL),
-    lambda o, backend: lambda: backend.support_values(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices, o.d_streams),
-    {"index_select + bmm": _gather_dot},
-    lambda o: Cost(2 * o.shape.N * o.k * o.shape.D, FLOAT * (o.x.numel() + o.touched * o.shape.D + o.values.numel())),
-)
-
-
-# the decode
-
-
-def _three_bags(o: Operands) -> Run:
-    indices, values = o.indices.long(), o.values.transpose(0, 1).contiguous()
-
-    def run() -> Tensor:
-        bags = [F.embedding_bag(indices, o.W_dec, per_sample_weights=z, mode="sum") for z in values]
-        return torch.stack([bag.add_(o.pre_bias) for bag in bags], dim=1)
-
-    return run
-
-
-def _adjacent_bags(o: Operands) -> Run:
-    indices, values = o.indices.long().repeat_interleave(o.shape.S, 0), o.values.flatten(0, 1)
-    shape = (o.shape.N, o.shape.S, o.shape.D)
-
-    def run() -> Tensor:
-        return F.embedding_bag(indices, o.W_dec, per_sample_weights=values, mode="sum").add_(o.pre_bias).view(shape)
-
-    return run
-
-
-def _bags_alone(o: Operands) -> Run:
-    indices, values = o.indices.long(), o.values.transpose(0, 1).contiguous()
-    return lambda: [F.embedding_bag(indices, o.W_dec, per_sample_weights=z, mode="sum") for z in values]
-
-
-sparse_decode = Operator(
-    "sparse_decode",
-    (*STEP, SMALL),
-    lambda o, backend: lambda: backend.sparse_decode(o.values, o.indices, o.W_dec, o.pre_bias),
-    {"S embedding_bags": _three_bags, "S bags, adjacent": _adjacent_bags},
-    lambda o: Cost(
-        2 * o.values.numel() * o.shape.D,
-        FLOAT * (o.values.numel() + o.touched * o.shape.D + o.shape.N * o.shape.S * o.shape.D),
-    ),
-    yardsticks={"S bags, no bias": _bags_alone},
-)
-
-
-def _decode_loss_ours(o: Operands, backend: Backend) -> Run:
-    def run() -> tuple[Tensor, Tensor, Tensor]:
-        nmse, grad_recons, grad_values, _ = backend.decode_loss(
-            o.values, o.indices, o.W_dec, o.pre_bias, o.x, o.scale, o.weights, o.d_streams
-        )
-        return (nmse.flatten() * nmse.new_tensor(o.weights)).sum(), grad_values, grad_recons
-
-    return run
-
-
-def _decode_loss_autograd(o: Operands) -> Run:
-    indices = o.indices.long()
-    return lambda: tuned.decode_and_compare(o.values, indices, o.W_dec, o.pre_bias, o.x, o.d_streams)
-
-
-decode_loss = Operator(
-    "decode_loss",
-    (*STEP, SMALL),
-    _decode_loss_ours,
-    {"embedding_bag + autograd": _decode_loss_autograd},
-    lambda o: Cost(
-        4 * o.values.numel() * o.shape.D,
-        FLOAT * (2 * o.values.numel() + o.touched * o.shape.D + o.x.numel() + o.shape.N * o.shape.S * o.shape.D),
-    ),
-)
-
-
-# from samples to latents, and the update
-
-
-invert_indices = Operator(
-    "invert_indices",
-    (*STEP, SMALL),
-    lambda o, backend: lambda: backend.invert_indices(o.indices, o.shape.L),
-    {"argsort + bincount": lambda o: lambda: tuned.invert(o.indices, o.shape.L)},
-    lambda o: Cost(0, 12 * o.indices.numel() + 8 * o.shape.L),
-)
-
-
-def _gradients_ours(o: Operands, backend: Backend) -> Run:
-    args = (o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams)
-    return lambda: backend.weight_gradients(*args)[:2]
-
-
-def _gradients_torch(o: Operands) -> Run:
-    indices = o.indices.long()
-    grads = torch.zeros_like(o.W_enc), torch.zeros_like(o.W_dec)
-
-    def run() -> tuple[Tensor, Tensor]:
-        grad_z = o.grad_values * (o.values > 0)
-        tuned.weight_gradients(o.x - o.pre_bias, indices, o.values, grad_z, o.grad_recons, o.columns, *grads)
-        return grads
-
-    return run
-
-
-def _gradients_cost(o: Operands, weight_passes: int) -> Cost:
-    flops = 2 * o.indices.numel() * o.shape.D * (1 + o.shape.S)
-    return Cost(flops, FLOAT * (weight_passes * o.W_enc.numel() + o.x.numel() + o.grad_recons.numel()))
-
-
-weight_gradients = Operator(
-    "weight_gradients",
-    (*STEP, SMALL),
-    _gradients_ours,
-    {"CSR products": _gradients_torch},
-    lambda o: _gradients_cost(o, weight_passes=2),
-)
-
-
-class _Trained:
-    """Weights of our own to move, with Adam's moments as after some steps (at rest, Adam only keeps signs)."""
-
-    def __init__(self, o: Operands) -> None:
-        self.W_enc, self.W_dec = o.W_enc.clone(), o.W_dec.clone()
-        self.moments = [torch.full_like(o.W_enc, value) for value in (0.0, 1e-6, 0.0, 1e-6)]
-
-    def moved(self, o: Operands) -> tuple[Tensor, Tensor]:
-        return self.W_enc - o.W_enc, self.W_dec - o.W_dec
-
-
-def _update_ours(o: Operands, backend: Backend) -> Run:
-    own = _Trained(o)
-    rows = Rows(own.W_enc, own.W_dec, own.moments, o.d_streams)
-    samples = Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse)
-
-    def run() -> _Trained:
-        backend.update_rows(rows, samples, AdamStep(**ADAM, step=1000))
-        return own
-
-    return run
-
-
-def _update_torch(o: Operands) -> Run:
-    own = _Trained(o)
-    parameters = own.W_enc, own.W_dec
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    adam = torch.optim.Adam(parameters, **ADAM, fused=True)
-    for p, m, v in zip(parameters, own.moments[::2], own.moments[1::2], strict=True):
-        adam.state[p] = {"step": torch.tensor(999.0), "exp_avg": m, "exp_avg_sq": v}
-    indices = o.indices.long()
-
-    def run() -> _Trained:
-        grad_z = o.grad_values * (o.values > 0)
-        grads = own.W_enc.grad, own.W_dec.grad
-        tuned.weight_gradients(o.x - o.pre_bias, indices, o.values, grad_z, o.grad_recons, o.columns, *grads)
-        tuned.project_gradients(own.W_dec.grad, own.W_dec, o.columns)
-        adam.step()
-        tuned.normalize_rows(own.W_dec, o.columns)
-        return own
-
-    return run
-
-
-update_rows = Operator(
-    "update_rows",
-    (*STEP, SMALL),
-    _update_ours,
-    {"CSR products + fused Adam": _update_torch},
-    lambda o: _gradients_cost(o, weight_passes=12),  # 2 matrices and 4 moments, read and written
-    comparable=lambda o, own: own.moved(o),
-)
-
-OPERATORS = {
-    operator.name: operator
-    for operator in (
-        topk_rows,
-        global_topk,
-        support_values,
-        sparse_decode,
-        decode_loss,
-        invert_indices,
-        weight_gradients,
-        update_rows,
-    )
-}
+        return None if torch.equal(got.long(), want.long()) else f"{int((got != want).sum())} entries differ"
+    norms = [torch.linalg.vector_norm(t, order) for t in (got.double() - want.double(), want.double())]
+    error = float(norms[0] / norms[1].clamp_min(1e-300))
+    of = "largest entry" if order == math.inf else "norm"
+    return None if error <= tolerance else f"differs by {error:.2g} of the {of}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

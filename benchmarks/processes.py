@@ -1,10 +1,12 @@
-"""Commands that end together with everything they start, at an absolute deadline."""
+"""Commands that end together with everything they start, at an absolute deadline; and a checkout run uninstalled."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from uuid import uuid4
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "SPARC_FAST_PROCESSES"
 """The variable by which a process that outlived its parent, in whatever session, is found again."""
+JOINED = "SPARC_FAST_JOINED"
 
 
 class Process:
@@ -88,3 +91,36 @@ def _marked(mark: str) -> list[int]:
 def left(until: float) -> float:
     """Seconds until a time of `time.monotonic`, which all processes of a machine share."""
     return until - time.monotonic()
+
+
+def joined(module: str, argv: Sequence[str] | None, root: Path = ROOT) -> int | None:
+    """None where the package is whole; else the exit status of ``sparc_fast.benchmarks.<module>`` run where it is.
+
+    The package is then a folder of links into the checkout, first on the path of the process and of its children.
+    """
+    if os.environ.get(JOINED) or importlib.util.find_spec("sparc_fast.kernels") is not None:
+        return None
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        join(Path(folder) / "sparc_fast", root)
+        # without the second, the current folder would come first, and with it the package in pieces
+        environment = os.environ | {"PYTHONPATH": folder, "PYTHONSAFEPATH": "1", JOINED: "1"}
+        command = [sys.executable, "-m", f"sparc_fast.benchmarks.{module}", *arguments]
+        return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+
+
+def join(package: Path, root: Path) -> None:
+    package.mkdir()
+    for path in (*(root / "sparc_fast").iterdir(), root / "kernels", root / "benchmarks"):
+        (package / path.name).symlink_to(path)
+
+
+def commit() -> str | None:
+    """Of the checkout, a + marking uncommitted changes; or SPARC_FAST_COMMIT, for a copy without its history."""
+    named = os.environ.get("SPARC_FAST_COMMIT")
+    if named or not (ROOT / ".git").exists():
+        return named
+    try:
+        return run_until(10, ["git", "describe", "--always", "--dirty=+", "--exclude=*"]).strip() or None
+    except OSError:
+        return None

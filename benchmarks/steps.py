@@ -14,11 +14,8 @@ from sparc_fast import SPARC, SparcAdam
 from sparc_fast.planning.roofline import Cost
 
 from .cases import FLOAT, SINGLE, SMALL, SMALL_SINGLE, STEP, Case, Shape
-from .dense import Dense
-from .eager_sae import EagerSAE
-from .lean import Lean
 from .operators import disagreement
-from .tuned import Tuned
+from .rivals import Dense, EagerSAE, Lean, Tuned
 
 RIVALS = ("Dense", "Lean", "Tuned")
 

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 import sparc_fast as sf
-from sparc_fast.benchmarks import memory, moments_curve, width
-from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE
-from sparc_fast.benchmarks.dense import Dense
-from sparc_fast.benchmarks.eager_sae import EagerSAE
-from sparc_fast.benchmarks.lean import Lean
-from sparc_fast.benchmarks.main import CASES, main
-from sparc_fast.benchmarks.operators import OPERATORS, disagreement
-from sparc_fast.benchmarks.timing import interleave, ratio
-from sparc_fast.benchmarks.tuned import Tuned
+from sparc_fast.benchmarks import memory
+from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE, STEP, Place
+from sparc_fast.benchmarks.experiments import moments_curve, width
+from sparc_fast.benchmarks.figures import Line
+from sparc_fast.benchmarks.main import _print_figures, main
+from sparc_fast.benchmarks.operators import OPERATORS, cpu_case, disagreement
+from sparc_fast.benchmarks.rivals import Dense, EagerSAE, Lean, Tuned
+from sparc_fast.benchmarks.timing import Clock, ratio
 from sparc_fast.planning.roofline import Cost, Roofline
 
 
@@ -88,12 +87,12 @@ def test_eager_sae_has_the_gradients_of_a_single_stream() -> None:
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_baseline_computes_the_operator(op: str) -> None:
-    assert OPERATORS[op].case(SMALL, ["reference"]).wrong == {}
+    assert cpu_case(op, SMALL, ["reference"]).wrong == {}
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = replace(OPERATORS["sparse_decode"], baselines={"off by a bit": lambda o: lambda: o.x[:, None] * 1.01})
-    monkeypatch.setitem(CASES, "sparse_decode", broken)
+    broken = replace(OPERATORS["sparse_decode"], cpu={"off by a bit": lambda o: lambda: o.x[:, None] * 1.01})
+    monkeypatch.setitem(OPERATORS, "sparse_decode", broken)
     assert main(["--quick", "--threads", "1", "--op", "sparse_decode", "--backend", "reference"]) == 1
     assert "WRONG, not timed" in capsys.readouterr().out
 
@@ -103,7 +102,7 @@ def test_disagreement_says_what_is_wrong() -> None:
     assert disagreement(x, x.clone()) is None
     assert disagreement((x, x[:3]), (x, x)) == "shape [3], expected [4]"
     assert disagreement(x.int(), x.int() + 1) == "4 entries differ"
-    assert "largest error" in str(disagreement(x, x + 1))
+    assert "of the largest entry" in str(disagreement(x, x + 1))
 
 
 def test_quick_run_writes_json_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +169,19 @@ def test_an_unknown_name_says_what_there_is(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("goals", [True, False])
+def test_what_the_project_asks_of_itself_is_printed_where_asked_for(
+    goals: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = STEP[0].name
+    line = Line("step", shape, "Dense", "baseline", [1.0], 1.0, 0.0, 20.0, 0, 0, 0)
+    _print_figures([line], goals)
+    printed = capsys.readouterr().out
+    assert "Dense ÷ ours" in printed
+    assert "20.00×" in printed
+    assert ("must" in printed) is ("≥ 14" in printed) is goals
+
+
 def test_contenders_take_turns() -> None:
     order: list[str] = []
     wait = torch.randn(600, 600)
@@ -181,7 +193,8 @@ def test_contenders_take_turns() -> None:
 
         return run
 
-    times = interleave({"a": contender("a"), "b": contender("b")}, seconds=0, rounds=2)
+    clock = Clock(Place(torch.device("cpu"), "auto"))
+    times = clock.operators({"a": contender("a"), "b": contender("b")}, seconds=0, rounds=2)
     assert [len(taken) for taken in times.values()] == [2, 2]
     assert "".join(order).replace("aa", "a").replace("bb", "b").startswith("ab")
     assert ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == 2.0

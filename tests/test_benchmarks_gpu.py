@@ -18,15 +18,13 @@ from sparc_fast.benchmarks import (
     gpu_build,
     gpu_checks,
     gpu_figures,
-    gpu_link,
-    gpu_operators,
-    gpu_small,
     gpu_steps,
+    operators,
     processes,
 )
-from sparc_fast.benchmarks.gpu_cases import CALLS, TINY, DeviceOperands, Place
+from sparc_fast.benchmarks.cases import CALLS, TINY, Operands, Place
 from sparc_fast.benchmarks.gpu_record import Record, Row, read_rows, write_atomically
-from sparc_fast.benchmarks.gpu_timing import Clock, Roofs, Work, equal
+from sparc_fast.benchmarks.timing import Clock, DeviceRoofs, Work, equal
 
 CPU = torch.device("cpu")
 REFERENCE = Place(CPU, "reference", "triton")
@@ -43,9 +41,9 @@ def named(rows: list[Row], *name: str) -> Row:
 
 def test_every_operator_and_its_rivals_agree_and_are_timed(record: Record) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        gpu_operators.measure(record, Clock(REFERENCE), TINY, dtype, list(gpu_operators.OPERATORS), 0.0)
+        operators.measure(record, Clock(REFERENCE), TINY, dtype, list(operators.OPERATORS), 0.0)
     assert not [row for row in record.rows if row.error]
-    contenders = sum(1 + len(op.baselines) + len(op.yardsticks or {}) for op in gpu_operators.OPERATORS.values())
+    contenders = sum(1 + len(op.gpu) + len(op.gpu_yardsticks) for op in operators.OPERATORS.values())
     assert len(record.rows) == 2 * contenders
     assert all(row.value and len(row.seconds) >= 3 and row.work for row in record.rows)
 
@@ -91,19 +89,19 @@ def test_headers_that_torch_brings_along_are_enough(monkeypatch: pytest.MonkeyPa
 def test_every_operator_of_the_backends_can_be_called() -> None:
     vocabulary = {name for name in vars(sf.backends.Backend) if not name.startswith("_")}
     assert set(CALLS) == vocabulary
-    gpu_small.main("cpu", "reference")
+    gpu_checks.run_every_operator("cpu", "reference")
 
 
 def test_a_wrong_or_failing_contender_becomes_a_row_and_the_others_are_timed(
     record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(o: DeviceOperands) -> Callable[[], None]:
+    def fails(o: Operands) -> Callable[[], None]:
         raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
     rivals = {"a tenth more": lambda o: lambda: o.x[:, None] * 1.1, "too large": fails}
-    broken = gpu_operators.Operator(lambda o: Work(1.0), rivals)
-    monkeypatch.setitem(gpu_operators.OPERATORS, "sparse_decode", broken)
-    gpu_operators.measure(record, Clock(REFERENCE), TINY, torch.float32, ["sparse_decode", "no such"], 0.0)
+    broken = operators.Operator(lambda o: Work(1.0), cpu={}, gpu=rivals)
+    monkeypatch.setitem(operators.OPERATORS, "sparse_decode", broken)
+    operators.measure(record, Clock(REFERENCE), TINY, torch.float32, ["sparse_decode", "no such"], 0.0)
     errors = {row.contender: row.error for row in record.rows if row.error}
     assert errors["a tenth more"].startswith("wrong, not timed: shape")
     assert errors["too large"] == "does not fit: CUDA out of memory."
@@ -152,7 +150,7 @@ def test_equal_means_bits() -> None:
 def test_no_time_left_is_a_row(record: Record) -> None:
     record.until = monotonic() - 1
     gpu_steps.compare(record, Clock(REFERENCE), TINY, [("triton", "float32")], 1.0)
-    gpu_operators.measure(record, Clock(REFERENCE), TINY, torch.float32, ["topk_rows"], 1.0)
+    operators.measure(record, Clock(REFERENCE), TINY, torch.float32, ["topk_rows"], 1.0)
     assert [row.error for row in record.rows] == ["no time left"] * 2
 
 
@@ -176,7 +174,7 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_the_floor_is_the_slowest_resource_of_each_phase() -> None:
-    roofs = Roofs(copy=10.0, gather=20.0, bfloat16=100.0, tf32=50.0, float32=10.0)
+    roofs = DeviceRoofs(copy=10.0, gather=20.0, bfloat16=100.0, tf32=50.0, float32=10.0)
     assert roofs.floor(Work(flops=200, bytes=10, gathered=10), "bfloat16") == 2
     assert roofs.floor(Work(flops=20, bytes=100, gathered=10), "bfloat16") == 10
     assert roofs.floor(Work(flops=0, bytes=0, gathered=100), "bfloat16") == 5
@@ -234,11 +232,11 @@ def test_without_a_gpu_one_line_and_status_2(
 
 
 def test_a_checkout_that_is_not_installed_is_joined(tmp_path: Path) -> None:
-    gpu_link.join(tmp_path / "sparc_fast", gpu_link.ROOT)
-    code = "import sparc_fast.kernels, sparc_fast.benchmarks.gpu_link as link; print(sparc_fast.kernels.__file__, link.ROOT)"
+    processes.join(tmp_path / "sparc_fast", processes.ROOT)
+    code = "import sparc_fast.kernels, sparc_fast.benchmarks.processes as link; print(sparc_fast.kernels.__file__, link.ROOT)"
     environment = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
     printed = processes.run_until(60, [sys.executable, "-c", code], environment)
-    assert printed.split() == [str(tmp_path / "sparc_fast/kernels/__init__.py"), str(gpu_link.ROOT)]
+    assert printed.split() == [str(tmp_path / "sparc_fast/kernels/__init__.py"), str(processes.ROOT)]
 
 
 def test_outcomes_of_tests_are_counted(record: Record) -> None:

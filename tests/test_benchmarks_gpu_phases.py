@@ -16,10 +16,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from sparc_fast.benchmarks import gpu, gpu_build, gpu_checks, gpu_figures, gpu_main, gpu_timing, processes
-from sparc_fast.benchmarks.gpu_cases import Place
+from sparc_fast.benchmarks import gpu, gpu_build, gpu_checks, gpu_figures, gpu_main, processes, timing
+from sparc_fast.benchmarks.cases import Place
 from sparc_fast.benchmarks.gpu_record import Record, Row
-from sparc_fast.benchmarks.gpu_timing import Clock
+from sparc_fast.benchmarks.timing import Clock
 
 CPU = torch.device("cpu")
 PHASE = """# as `gpu --phase NAME --record PATH`, without the time that importing torch takes
@@ -148,7 +148,7 @@ def test_time_of_the_host_is_no_part_of_a_kernels(monkeypatch: pytest.MonkeyPatc
 
     def sleep(cycles: int) -> None:
         nonlocal queue
-        queue = max(queue, host) + cycles / gpu_timing.CYCLES
+        queue = max(queue, host) + cycles / timing.CYCLES
 
     def synchronize() -> None:
         nonlocal host
@@ -171,7 +171,7 @@ def test_time_of_the_host_is_no_part_of_a_kernels(monkeypatch: pytest.MonkeyPatc
 
     for name, stand_in in {"_sleep": sleep, "synchronize": synchronize, "Event": Event}.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(gpu_timing, "perf_counter", lambda: host)
+    monkeypatch.setattr(timing, "perf_counter", lambda: host)
     clock = Clock(Place(CPU, "triton"))
     clock.place = Place(torch.device("cuda"), "triton")
     assert clock.host_seconds(run) == pytest.approx(100e-6)
@@ -199,7 +199,7 @@ def test_a_sanitizer_watches_our_kernels_and_no_others(monkeypatch: pytest.Monke
         assert [value for option, value in pairwise(command) if option == "--kernel-name"] == [
             f"kns={name}" for name in names
         ]
-        assert command[-3:] == ["sparc_fast.benchmarks.gpu_small", "cuda", "triton"]
+        assert command[-3:] == ["sparc_fast.benchmarks.gpu_checks", "cuda", "triton"]
 
 
 def test_what_a_run_justifies_is_printed_as_it_belongs_into_the_sources() -> None:

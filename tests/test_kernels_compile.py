@@ -50,11 +50,11 @@ MACHINE_CODE = """
 import re
 from dataclasses import replace
 import torch
-from sparc_fast.benchmarks import gpu_cases, kernel_resources
+from sparc_fast.benchmarks import cases, kernel_resources
 
-wide = replace(gpu_cases.A, d_streams=(8192,))  # rows that go through memory
+wide = replace(cases.A, d_streams=(8192,))  # rows that go through memory
 seen = set()
-for shape in (gpu_cases.A, wide):
+for shape in (cases.A, wide):
     for launch in kernel_resources.launches(shape, torch.float32, ["update_rows", "replay_rows", "topk_rows"]):
         if not launch.name.startswith(("_update", "_replay", "_parts")):
             continue
@@ -72,7 +72,7 @@ for shape in (gpu_cases.A, wide):
         assert not {register for pair in taken for register in pair} & set(roots), launch.name
         assert not re.search(r"(?:max|min)\\.f32", ptx), launch.name
 assert len(seen) == 6, seen
-for launch in kernel_resources.launches(gpu_cases.A, torch.bfloat16, ["global_topk"]):
+for launch in kernel_resources.launches(cases.A, torch.bfloat16, ["global_topk"]):
     if launch.name == "_filter":
         trips = kernel_resources.trips(kernel_resources.disassembled(launch.compiled(90).asm["cubin"]))
         assert trips[0][1] == 6 and trips[0][2] == 0, trips  # 8 scores, norms and biases a thread, 4 at once

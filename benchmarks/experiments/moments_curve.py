@@ -1,8 +1,8 @@
 """Training curves with Adam's moments in float32 and in bfloat16 beside each other, on the built-in glyphs.
 
-``python -m benchmarks.moments_curve --json moments.json --plot moments.png`` trains the demo's model (global TopK, both
-losses, no dropout) with each for some seeds, a minute or two on one core. Both see the same batches from the same
-weights, and the held-out characters give a loss at the end.
+``python -m benchmarks.experiments.moments_curve --json moments.json --plot moments.png`` trains the demo's model
+(global TopK, both losses, no dropout) with each for some seeds, a minute or two on one core. Both see the same batches
+from the same weights, and the held-out characters give a loss at the end.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def summary(curves: Sequence[Curve]) -> dict[str, dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.moments_curve", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments.moments_curve", description=__doc__)
     parser.add_argument("--steps", type=int, default=Settings.steps, help="(%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each type (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the curves")
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with atomic_path(arguments.json) as temporary:
             temporary.write_text(json.dumps(record) + "\n")
     if arguments.plot:
-        from .plot import plot_curves
+        from ..plot import plot_curves
 
         with atomic_path(arguments.plot) as temporary:
             plot_curves([(f"{c.moments} moments", c.seed, c.step, c.loss) for c in curves], temporary)

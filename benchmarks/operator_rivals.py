@@ -1,4 +1,4 @@
-"""The best plain PyTorch we could write on a GPU for each operator and for the whole step.
+"""The best plain PyTorch we could write for each operator, on a CPU and on a GPU.
 
 On a GPU a dense product is often faster than a gather: every operator has both, and the faster one counts.
 """
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparc_fast import SPARC
-from sparc_fast.reference import stream_slices, wide
+from sparc_fast.reference import wide
 
-from .gpu_cases import ADAM, DeviceOperands, Trained
-from .gpu_timing import Run
-from .tuned import normalize_rows, project_gradients
+from .cases import ADAM, Operands, Trained
+from .rivals import decode_and_compare, normalize_rows, project_gradients, weight_gradients
+from .timing import Run
 
 CHUNK = 256  # samples whose rows are gathered at a time: [CHUNK, k, D] is 84 MB in bfloat16
 
@@ -29,16 +28,16 @@ def dense_codes(values: Tensor, indices: Tensor, n_latents: int) -> Tensor:
     return codes.scatter_(1, indices.long().repeat_interleave(S, 0), values.reshape(N * S, k))
 
 
-def torch_topk(o: DeviceOperands) -> Run:
+def torch_topk(o: Operands) -> Run:
     return lambda: o.scores.topk(o.k, dim=1).indices
 
 
-def product_and_topk(o: DeviceOperands) -> Run:
+def product_and_topk(o: Operands) -> Run:
     bias = o.latent_bias.sum(0)
     return lambda: torch.addmm(bias, o.x - o.pre_bias, o.W_enc.T).topk(o.k, dim=1, sorted=False).indices
 
 
-def logits_and_gather(o: DeviceOperands) -> Run:
+def logits_and_gather(o: Operands) -> Run:
     indices = o.indices.long()
 
     def run() -> Tensor:
@@ -52,33 +51,53 @@ def logits_and_gather(o: DeviceOperands) -> Run:
     return run
 
 
-def gather_and_dot(o: DeviceOperands) -> Run:
+def rows_on_cpu(W: Tensor, indices: Tensor) -> Tensor:
+    return W.index_select(0, indices.flatten()).view(*indices.shape, -1)
+
+
+def gather_and_dot(o: Operands, chunk: int = CHUNK, rows_of: Callable[..., Tensor] = Tensor.__getitem__) -> Run:
+    """`chunk` samples at a time: on a CPU few, whose rows stay in cache."""
     indices = o.indices.long()
 
     def run() -> Tensor:
         centred = o.x - o.pre_bias
         values = o.x.new_empty(o.shape.N, o.shape.S, o.k)
-        for n in range(0, o.shape.N, CHUNK):
-            rows = o.W_enc[indices[n : n + CHUNK]]
+        for n in range(0, o.shape.N, chunk):
+            rows = rows_of(o.W_enc, indices[n : n + chunk])
             for s, cols in enumerate(o.columns):
-                values[n : n + CHUNK, s] = (rows[:, :, cols] @ centred[n : n + CHUNK, cols, None]).squeeze(2)
+                values[n : n + chunk, s] = (rows[:, :, cols] @ centred[n : n + chunk, cols, None]).squeeze(2)
         return values.add_(o.latent_bias[:, indices].transpose(0, 1)).relu_()
 
     return run
 
 
-def bags(o: DeviceOperands) -> Run:
+def bags(o: Operands) -> Run:
     indices, values = o.indices.long().repeat_interleave(o.shape.S, 0), o.values.flatten(0, 1)
     shape = (o.shape.N, o.shape.S, o.shape.D)
     return lambda: F.embedding_bag(indices, o.W_dec, per_sample_weights=values, mode="sum").add_(o.pre_bias).view(shape)
 
 
-def dense_decode(o: DeviceOperands) -> Run:
+def three_bags(o: Operands) -> Run:
+    indices, values = o.indices.long(), o.values.transpose(0, 1).contiguous()
+
+    def run() -> Tensor:
+        bags = [F.embedding_bag(indices, o.W_dec, per_sample_weights=z, mode="sum") for z in values]
+        return torch.stack([bag.add_(o.pre_bias) for bag in bags], dim=1)
+
+    return run
+
+
+def bags_alone(o: Operands) -> Run:
+    indices, values = o.indices.long(), o.values.transpose(0, 1).contiguous()
+    return lambda: [F.embedding_bag(indices, o.W_dec, per_sample_weights=z, mode="sum") for z in values]
+
+
+def dense_decode(o: Operands) -> Run:
     shape = (o.shape.N, o.shape.S, o.shape.D)
     return lambda: torch.addmm(o.pre_bias, dense_codes(o.values, o.indices, o.shape.L), o.W_dec).view(shape)
 
 
-def _compare(o: DeviceOperands, recons: Tensor) -> tuple[Tensor, Tensor]:
+def _compare(o: Operands, recons: Tensor) -> tuple[Tensor, Tensor]:
     """nmse [S, S] and the gradient for the reconstructions, in the type of the operands."""
     S = o.shape.S
     weights = torch.tensor(o.weights, device=recons.device).view(S, S)
@@ -90,7 +109,7 @@ def _compare(o: DeviceOperands, recons: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(nmse, dim=1), torch.cat(grads, dim=2)
 
 
-def decode_by_bags(o: DeviceOperands) -> Run:
+def decode_by_bags(o: Operands) -> Run:
     indices, recons_of = o.indices.long(), bags(o)
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +122,7 @@ def decode_by_bags(o: DeviceOperands) -> Run:
     return run
 
 
-def decode_by_products(o: DeviceOperands) -> Run:
+def decode_by_products(o: Operands) -> Run:
     indices, recons_of = o.indices.long().repeat_interleave(o.shape.S, 0), dense_decode(o)
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +132,12 @@ def decode_by_products(o: DeviceOperands) -> Run:
     return run
 
 
-def sort_and_search(o: DeviceOperands) -> Run:
+def decode_by_autograd(o: Operands) -> Run:
+    indices = o.indices.long()
+    return lambda: decode_and_compare(o.values, indices, o.W_dec, o.pre_bias, o.x, o.d_streams)
+
+
+def sort_and_search(o: Operands) -> Run:
     every = torch.arange(o.shape.L + 1, device=o.device, dtype=o.indices.dtype)
 
     def run() -> tuple[Tensor, Tensor]:
@@ -123,7 +147,7 @@ def sort_and_search(o: DeviceOperands) -> Run:
     return run
 
 
-def gradients_by_products(o: DeviceOperands) -> Callable[[], tuple[Tensor, Tensor]]:
+def gradients_by_products(o: Operands) -> Callable[[], tuple[Tensor, Tensor]]:
     """Both weight gradients as dense products, in the type of the operands."""
 
     def run() -> tuple[Tensor, Tensor]:
@@ -137,7 +161,7 @@ def gradients_by_products(o: DeviceOperands) -> Callable[[], tuple[Tensor, Tenso
     return run
 
 
-def gradients_by_index_add(o: DeviceOperands) -> Callable[[], tuple[Tensor, Tensor]]:
+def gradients_by_index_add(o: Operands) -> Callable[[], tuple[Tensor, Tensor]]:
     """Both weight gradients in float32, added up sample by sample (in no fixed order)."""
 
     def run() -> tuple[Tensor, Tensor]:
@@ -155,10 +179,23 @@ def gradients_by_index_add(o: DeviceOperands) -> Callable[[], tuple[Tensor, Tens
     return run
 
 
-def update_by(gradients: Callable[[DeviceOperands], Any]) -> Callable[[DeviceOperands], Run]:
+def gradients_by_csr(o: Operands) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Both weight gradients as sparse products, into tensors that are kept."""
+    indices = o.indices.long()
+    grads = torch.zeros_like(o.W_enc), torch.zeros_like(o.W_dec)
+
+    def run() -> tuple[Tensor, Tensor]:
+        grad_z = o.grad_values * (o.values > 0)
+        weight_gradients(o.x - o.pre_bias, indices, o.values, grad_z, o.grad_recons, o.columns, *grads)
+        return grads
+
+    return run
+
+
+def update_by(gradients: Callable[[Operands], Any]) -> Callable[[Operands], Run]:
     """Weight gradients, projection, torch's fused Adam, unit norm, and narrow copies where there are."""
 
-    def prepare(o: DeviceOperands) -> Run:
+    def prepare(o: Operands) -> Run:
         own, gradients_of = Trained(o), gradients(o)
         parameters = [own.W_enc, own.W_dec]
         adam = torch.optim.Adam(parameters, **ADAM, fused=True)
@@ -180,52 +217,3 @@ def update_by(gradients: Callable[[DeviceOperands], Any]) -> Callable[[DeviceOpe
         return run
 
     return prepare
-
-
-class LeanDense(torch.nn.Module):
-    """A careful step by dense products: one product a stream, TopK, scattered codes, autograd, fused Adam. No AuxK.
-
-    With `compute=torch.bfloat16` products run in it, over float32 weights and moments, as under autocast.
-    """
-
-    def __init__(self, model: SPARC, lr: float = 1e-4, compute: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.k, self.columns, self.compute = model.k, stream_slices(tuple(model.d_streams.values())), compute
-        self.W_enc, self.W_dec, self.pre_bias, self.latent_bias = (
-            torch.nn.Parameter(p.detach().float().clone())
-            for p in (model.W_enc, model.W_dec, model.pre_bias, model.latent_bias)
-        )
-        self.adam = torch.optim.Adam(self.parameters(), lr, fused=True)
-
-    def step(self, x: Tensor) -> Tensor:
-        self.adam.zero_grad()
-        loss = self.loss(x)
-        loss.backward()
-        with torch.no_grad():
-            project_gradients(self.W_dec.grad, self.W_dec, self.columns)
-            self.adam.step()
-            normalize_rows(self.W_dec, self.columns)
-        return loss.detach()
-
-    def loss(self, x: Tensor) -> Tensor:
-        S, compute = len(self.columns), self.compute
-        x = x.float()
-        centred, W_enc, W_dec = (t.to(compute) for t in (x - self.pre_bias, self.W_enc, self.W_dec))
-        logits = [
-            torch.addmm(bias, centred[:, cols], W_enc[:, cols].T)
-            for bias, cols in zip(self.latent_bias.to(compute), self.columns, strict=True)
-        ]
-        with torch.no_grad():
-            support = sum(logits[1:], logits[0]).topk(self.k, sorted=False).indices
-        codes = [torch.zeros_like(h).scatter(1, support, h.gather(1, support).relu()) for h in logits]
-        recons = torch.stack([z @ W_dec for z in codes], dim=1).float() + self.pre_bias
-        loss = x.new_zeros(())
-        for t, cols in enumerate(self.columns):
-            target = x[:, cols]
-            nmse = (recons[:, :, cols] - target[:, None]).square().sum(2) / target.square().sum(1)[:, None]
-            for s, mean in enumerate(nmse.mean(0)):
-                loss = loss + mean * (1 / S if s == t else 1 / (S * (S - 1)))
-        return loss
-
-    def weights(self) -> tuple[Tensor, Tensor]:
-        return self.W_enc.detach(), self.W_dec.detach()

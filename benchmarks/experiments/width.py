@@ -1,4 +1,4 @@
-"""Wide dictionaries on one machine: ``python -m benchmarks.width``.
+"""Wide dictionaries on one machine: ``python -m benchmarks.experiments.width``.
 
 Whole training steps at S = 2, D = 256, k = 32, N = 512 and ever more latents: seconds a step, what it needs beyond
 weights, moments and inputs (in a process of its own, as `memory.py` says), and how both grow with L. The exponent of
@@ -22,14 +22,13 @@ from time import perf_counter
 import torch
 
 from sparc_fast.planning.process_memory import available_bytes
-from sparc_fast.planning.roofline import Roofline as Roofs
-from sparc_fast.planning.roofline import measure_roofs
+from sparc_fast.planning.roofline import Roofline, measure_roofs
 
-from . import memory
-from .cases import WIDTHS, Shape
-from .main import environment_of_run, heading
-from .steps import step_phases, trainer
-from .timing import spread
+from .. import memory
+from ..cases import WIDTHS, Shape
+from ..main import environment_of_run, heading
+from ..steps import step_phases, trainer
+from ..timing import spread
 
 BATCHES = 8
 WARM_UP = 2
@@ -77,7 +76,7 @@ def exponent(narrow: Width, wide: Width) -> float:
     return log(wide.seconds / narrow.seconds) / log(wide.L / narrow.L)
 
 
-def _measured(latents: Sequence[int], roofs: Roofs, seconds: float) -> Iterator[Width]:
+def _measured(latents: Sequence[int], roofs: Roofline, seconds: float) -> Iterator[Width]:
     for shape in WIDTHS:
         if shape.L not in latents:
             continue
@@ -97,7 +96,7 @@ def _measured(latents: Sequence[int], roofs: Roofs, seconds: float) -> Iterator[
         yield width
 
 
-def _at(shape: Shape, roofs: Roofs, seconds: float) -> Width:
+def _at(shape: Shape, roofs: Roofline, seconds: float) -> Width:
     beyond = memory.extra_bytes("auto", shape)
     contender = trainer("auto", shape)
     batches = cycle([shape.inputs(seed) for seed in range(1, BATCHES + 1)])
@@ -142,7 +141,9 @@ def plot(widths: Sequence[Width], path: Path) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     known = [shape.L for shape in WIDTHS]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.width", description=(__doc__ or "").split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.experiments.width", description=(__doc__ or "").split("\n\n")[1]
+    )
     parser.add_argument("--latents", type=int, nargs="+", choices=known, default=known[1:], help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing for each width (%(default)g)")
     parser.add_argument("--threads", type=int, help="of PyTorch and of ours (PyTorch's default)")

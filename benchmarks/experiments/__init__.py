@@ -1,0 +1,1 @@
+"""Studies made once: each writes the figure that the documentation shows."""
