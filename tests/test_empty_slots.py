@@ -52,7 +52,7 @@ def without(o: Operands, slots: list[int]) -> Operands:
 def test_results_are_those_of_the_support_without_its_empty_slots(
     name: str, slots: list[int], per_stream: bool, backend: str
 ) -> None:
-    if name == "update_rows lazily" and len(slots) == 6:
+    if name.endswith("lazily") and len(slots) == 6:
         pytest.skip("the support it is compared with has entries")
     if name == "count_silence":
         slots = slots[:5]

@@ -167,9 +167,14 @@ INLINE void dots_of(const T* const* x, const E* w, int64_t D, const void* ahead,
     }
     for (int j = 0; j < J; ++j) {
         std::fill(sums[j] + used, sums[j] + sums_each, 0.0);
-        for (int half = sums_each / 2; half; half /= 2)
-            for (int i = 0; i < half; ++i) sums[j][i] = sums[j][2 * i] + sums[j][2 * i + 1];
-        dots[j] = sums[j][0];
+        // two buffers in turn, so that a level is summed in vectors
+        alignas(64) double half[sums_each / 2], quarter[sums_each / 4];
+        const auto pairs = [](const double* __restrict from, double* __restrict to, int many) INLINE_LAMBDA {
+            for (int i = 0; i < many; ++i) to[i] = from[2 * i] + from[2 * i + 1];
+        };
+        pairs(sums[j], half, 128), pairs(half, quarter, 64), pairs(quarter, half, 32), pairs(half, quarter, 16);
+        pairs(quarter, half, 8), pairs(half, quarter, 4), pairs(quarter, half, 2), pairs(half, quarter, 1);
+        dots[j] = quarter[0];
     }
 }
 
