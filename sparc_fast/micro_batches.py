@@ -8,28 +8,32 @@ import torch
 from torch import Tensor
 
 from sparc_fast.backends import Backend
-from sparc_fast.objective import Flow
 from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
+
+Terms = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+"""What `Objective.summarize` takes."""
 
 
 class OneBatch(NamedTuple):
-    """A batch given in one piece."""
+    """A batch given in one piece; not its `Flow`, whose gradients are in the samples already."""
 
-    flow: Flow
+    terms_of_flow: Terms
+    values: Tensor
+    """Of the first pass, [N, S', k], and its support."""
     support: Tensor
     samples: Samples
     grad_pre_bias: Tensor
     """The decoder's part, of all streams, [D]."""
 
-    def terms(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        return self.flow.terms()
+    def terms(self) -> Terms:
+        return self.terms_of_flow
 
     def update(self, rows: Rows, settings: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """A step of the rows by this batch; returns what a backend's `update_rows` does."""
         return backend.update_rows(rows, self.samples, settings)
 
     def count_silence(self, silence: Tensor, backend: Backend) -> None:
-        backend.count_silence(silence, self.flow.reconstruction.values, self.support)
+        backend.count_silence(silence, self.values, self.support)
 
 
 class MicroBatches:
@@ -59,7 +63,7 @@ class MicroBatches:
         part.count_silence(self._silence, self.backend)
         self._used |= part.samples.offsets.diff() > 0
 
-    def terms(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    def terms(self) -> Terms:
         return self._nmse, self._auxk, torch.cat(self._energies), None
 
     def update(self, rows: Rows, settings: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:

@@ -143,7 +143,8 @@ class SparcAdam(torch.optim.Optimizer):
             stack([of_model.columns(of_model.streams(one.grad_recons)) for one in passes]),
             *inverse,
         )
-        return OneBatch(flow, supports.indices, samples, of_model.columns(flow.reconstruction.grad_pre_bias))
+        first = flow.reconstruction
+        return OneBatch(flow.terms(), first.values, supports.indices, samples, of_model.columns(first.grad_pre_bias))
 
     def _update(
         self, batch: OneBatch | MicroBatches, states: Sequence[dict[str, Tensor]], backend: backends.Backend
