@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparc_fast import SPARC, reference
-from sparc_fast.huge_pages import empty_rows
+from sparc_fast import SPARC
 from sparc_fast.objective import nmse_scale, pair_weights, row_energy
+from sparc_fast.ops import reference
+from sparc_fast.ops.huge_pages import empty_rows
+from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
+from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
 from sparc_fast.planning.roofline import Cost
-from sparc_fast.reference import stream_slices
-from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
 
 FLOAT = 4  # bytes of a float32
 ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}  # moves far beyond a weight's own rounding
@@ -194,7 +195,7 @@ class Operands:
     @cached_property
     def grad_recons(self) -> Tensor:
         grad = self.normal(18, self.shape.N, self.shape.S, self.shape.D) / max(self.shape.N, 1)
-        return grad.to(reference.gradient_dtype(self.values))
+        return grad.to(gradient_dtype(self.values))
 
     @cached_property
     def scale(self) -> Tensor:
@@ -222,7 +223,7 @@ class Trained:
 
     def __init__(self, o: Operands, moments: torch.dtype | None = None) -> None:
         self.start = o.W_enc, o.W_dec
-        self.W_enc, self.W_dec = (reference.wide(W).clone() for W in self.start)
+        self.W_enc, self.W_dec = (wide(W).clone() for W in self.start)
         self.moments = [torch.full_like(self.W_enc, value, dtype=moments) for value in (0.0, 1e-6, 0.0, 1e-6)]
         self.narrow: dict[str, Any] = {}
         if self.W_enc.dtype != o.dtype:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from sparc_fast import backends
+from sparc_fast.ops import backends
 
 from .cases import CALLS, NARROW_MOMENTS, TINY, Operands, Place, Shape
 from .gpu_record import Record

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from sparc_fast.backends import Backend
+from sparc_fast.ops.backends import Backend
 
 from .gpu_checks import SMALL
 from .gpu_record import Row
@@ -228,7 +228,7 @@ def launch_choices(rows: Sequence[Row]) -> dict[str, str]:
 
 def to_paste(rows: Sequence[Row], gpu: str, commit: str | None) -> str:
     """What the run justifies, as it belongs into the sources: entries of a table, and each launch choice's comment."""
-    lines = ["# sparc_fast/backends.py", "FASTER_IN_CUDA: dict[str, str] = {"]
+    lines = ["# sparc_fast/ops/backends.py", "FASTER_IN_CUDA: dict[str, str] = {"]
     lines += [f'    "{operator}": "{gpu}, {where}",' for operator, where in faster_in_cuda(rows).items()]
     lines.append("}")
     for name, note in launch_choices(rows).items():

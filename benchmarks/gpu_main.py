@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sparc_fast import backends
+from sparc_fast.ops import backends
 
 from . import gpu, gpu_build, gpu_checks, gpu_steps
 from .cases import SHAPES, TINY, Place, Shape

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast import backends
+from sparc_fast.ops import backends
 
 from .cases import CALLS, SHAPES, A, B, Operands, Place, Shape, Trained, U
 from .gpu_record import Record, first_line

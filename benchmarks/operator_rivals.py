@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparc_fast.reference import wide
+from sparc_fast.ops.layout import wide
 
 from .cases import ADAM, Operands, Trained
 from .rivals import decode_and_compare, normalize_rows, project_gradients, weight_gradients

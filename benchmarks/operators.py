@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast import backends
+from sparc_fast.ops import backends
 from sparc_fast.planning.roofline import Cost
 
 from . import operator_rivals as rivals
@@ -29,7 +29,7 @@ def own_kernels(backend: str) -> frozenset[str]:
     """The operators a backend has an implementation of its own for."""
     if backend != "cuda":
         return frozenset(OPERATORS)
-    return frozenset(import_module("sparc_fast.native_cuda").OWN) & frozenset(OPERATORS)
+    return frozenset(import_module("sparc_fast.ops.cuda").OWN) & frozenset(OPERATORS)
 
 
 PRODUCT: Mapping[str, Prepare] = {"x @ W_enc.T": lambda o: lambda: o.x @ o.W_enc.T}

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sparc_fast import SPARC, nmse
 from sparc_fast.objective import nmse_scale, pair_weights, row_energy
-from sparc_fast.reference import stream_slices
+from sparc_fast.ops.layout import stream_slices
 
 
 class Dense(nn.Module):

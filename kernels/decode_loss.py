@@ -40,7 +40,7 @@ from sparc_fast.kernels.sparse_decode import (
     sum_type,
 )
 from sparc_fast.kernels.sparse_decode_grad_values import dots
-from sparc_fast.reference import gradient_dtype, wide
+from sparc_fast.ops.layout import gradient_dtype, wide
 
 
 @triton.jit(do_not_specialize=["N"])

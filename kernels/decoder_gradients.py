@@ -22,7 +22,7 @@ from sparc_fast.kernels.segment_sums import (
     segment,
     tile,
 )
-from sparc_fast.reference import wide
+from sparc_fast.ops.layout import wide
 
 
 def choice(D: int, dtype: torch.dtype) -> dict[str, int]:

@@ -27,7 +27,7 @@ from sparc_fast.kernels.segment_sums import (
     tile,
     writers,
 )
-from sparc_fast.reference import wide
+from sparc_fast.ops.layout import wide
 
 
 def choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:

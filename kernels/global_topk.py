@@ -50,7 +50,8 @@ from sparc_fast.kernels.topk_rows import (
     sortable,
     take,
 )
-from sparc_fast.reference import summed_bias, wide
+from sparc_fast.ops.layout import wide
+from sparc_fast.ops.reference import summed_bias
 
 ROWS = 4096  # samples of one GEMM
 SCORES = 0.64  # of the L2 cache may be scores of one GEMM: they are still there when the filter reads them

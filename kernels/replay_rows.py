@@ -29,7 +29,7 @@ from sparc_fast.kernels.update_rows import (
     unit_norm,
     wide_norm,
 )
-from sparc_fast.reference import rounding_seed
+from sparc_fast.ops.reference import rounding_seed
 
 
 def choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:

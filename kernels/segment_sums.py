@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparc_fast.kernels.launching import column_blocks, launch, next_power_of_2, widths
-from sparc_fast.reference import wide
+from sparc_fast.ops.layout import wide
 
 PIECE = 128  # at N 4096, k 64: 2048 rows of scratch a matrix; of a support per stream, PIECE entries of each stream
 

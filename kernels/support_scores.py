@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sparc_fast.kernels.global_topk import dense_rows, exact_scores, full_choice
 from sparc_fast.kernels.launching import launch
-from sparc_fast.reference import summed_bias, wide
+from sparc_fast.ops.layout import wide
+from sparc_fast.ops.reference import summed_bias
 
 
 @triton.jit(do_not_specialize=["k"])

@@ -40,8 +40,9 @@ from sparc_fast.kernels.segment_sums import (
     tile,
     writers,
 )
-from sparc_fast.reference import rounding_seed, wide
-from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples, step_as_samples
+from sparc_fast.ops.layout import wide
+from sparc_fast.ops.reference import rounding_seed
+from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples, step_as_samples
 
 WHOLE_ROW = 4096  # columns of a stream up to which the decoder's row stays in registers
 MOST_BLOCKS = 4096  # of latents

@@ -3,11 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparc_fast import functional
-from sparc_fast.backends import available as available_backends
 from sparc_fast.codes import SparseLatents
 from sparc_fast.model import SPARC, SparcOutput
 from sparc_fast.objective import SparcLoss, fvu, nmse
+from sparc_fast.ops import functional
+from sparc_fast.ops.backends import available as available_backends
 from sparc_fast.optim import SparcAdam
 from sparc_fast.version import __version__
 

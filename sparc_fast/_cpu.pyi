@@ -1,4 +1,4 @@
-"""The compiled operators; sparc_fast/native.py is their only caller."""
+"""The compiled operators; sparc_fast/ops/cpu.py is their only caller."""
 
 from typing import Any
 

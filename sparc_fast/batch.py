@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparc_fast.reference import stream_slices
+from sparc_fast.ops.layout import stream_slices
 
 Inputs = Mapping[str, Tensor] | Tensor
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparc_fast import backends, batch, checkpoint, functional, reference
+from sparc_fast import batch, checkpoint
 from sparc_fast.batch import Batch, Inputs, columns_of, position
 from sparc_fast.codes import SparseLatents
-from sparc_fast.huge_pages import empty_rows
 from sparc_fast.objective import Objective, SparcLoss
+from sparc_fast.ops import backends, functional, reference
+from sparc_fast.ops.huge_pages import empty_rows
+from sparc_fast.ops.layout import stream_slices
 from sparc_fast.selection import RULES, Selection, select
 
 
@@ -118,7 +120,7 @@ class SPARC(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Encoder rows uniform in +-1/sqrt(D_s) per stream, decoder rows the same directions at unit norm, biases 0."""
-        for cols in reference.stream_slices(tuple(self.d_streams.values())):
+        for cols in stream_slices(tuple(self.d_streams.values())):
             bound = 1 / math.sqrt(cols.stop - cols.start)
             self.W_enc[:, cols].uniform_(-bound, bound)
         self.W_dec.copy_(self.W_enc)
@@ -349,7 +351,7 @@ class SPARC(nn.Module):
         self.is_calibrated = bool((self.input_mean != 0).any() or (self.input_rms != 1).any())
 
     def _columns(self) -> list[slice]:
-        return reference.stream_slices(tuple(self.d_streams.values()))
+        return stream_slices(tuple(self.d_streams.values()))
 
     def _uncalibrate(self, recons: Tensor, t: int) -> Tensor:
         if not self.is_calibrated:

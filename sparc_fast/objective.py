@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparc_fast import backends, selection
-from sparc_fast.autograd import Reconstruction, reconstruct, weighted_sum
+from sparc_fast import selection
 from sparc_fast.batch import Batch
-from sparc_fast.reference import stream_slices, wide
+from sparc_fast.ops import backends
+from sparc_fast.ops.autograd import Reconstruction, reconstruct, weighted_sum
+from sparc_fast.ops.layout import stream_slices, wide
 
 ZERO_ROW = 1e-20
 """A row of smaller squared norm counts as a zero row: relative to nothing, no error can be told."""

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from sparc_fast import functional
 from sparc_fast.batch import Batch
+from sparc_fast.ops import functional
 
 Selection = Literal["global", "local"]
 RULES: tuple[Selection, ...] = get_args(Selection)

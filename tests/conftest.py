@@ -21,7 +21,7 @@ import two_devices
 from cuda_emulation import build
 from operands import fast_backends
 
-from sparc_fast import backends
+from sparc_fast.ops import backends
 
 torch.set_num_threads(1)  # shapes are tiny; tests of threads set their own number
 # SPARC_FAST_TEST_DEVICE=cuda runs the operators' tests on a GPU, =two on memory that keeps to the rules of one

@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from sparc_fast import backends, reference
-from sparc_fast.backends import Backend
-from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
+from sparc_fast.ops import backends, reference
+from sparc_fast.ops.backends import Backend
+from sparc_fast.ops.layout import wide
+from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
 
 # d_streams, N, L, k
 CASES = {
@@ -145,7 +146,7 @@ def rows_to_update(o: Operands, narrow: bool = False) -> list[Tensor]:
 
     Narrow moments are bfloat16; beside float64 weights, the same numbers in float64.
     """
-    weights = [reference.wide(W).clone() for W in (o.W_enc, o.W_dec)]
+    weights = [wide(W).clone() for W in (o.W_enc, o.W_dec)]
     reference.normalize_rows(weights[1], o.d_streams)
     generator = seeded(1)
     moments = [torch.rand(W.shape, generator=generator).to(W.dtype) for W in (*weights, *weights)]
@@ -172,8 +173,8 @@ def step_rows(o: Operands, backend: Backend, lazy: bool = False, narrow: bool = 
     """As `update_rows`, with the reference's gradients of every row that is used given."""
     W_enc, W_dec, *moments = rows = rows_to_update(o, narrow)
     samples = o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse
-    wide = [reference.wide(tensor) if tensor.is_floating_point() else tensor for tensor in samples]
-    gradients = Gradients(*reference.weight_gradients(*wide, o.d_streams), o.inverse[0].diff() > 0)
+    widened = [wide(tensor) if tensor.is_floating_point() else tensor for tensor in samples]
+    gradients = Gradients(*reference.weight_gradients(*widened, o.d_streams), o.inverse[0].diff() > 0)
     last_step = torch.full((len(W_enc),), STEP - 1) if lazy else None
     settings = AdamStep(0.01, (0.9, 0.999), 1e-8, STEP, SEED if narrow else None)
     grad_pre_bias = backend.step_rows(Rows(W_enc, W_dec, moments, o.d_streams, None, last_step), gradients, settings)

@@ -11,10 +11,10 @@ from operands import seeded
 from torch import Tensor
 
 import sparc_fast as sf
-from sparc_fast import row_step
 from sparc_fast.batch import Inputs
 from sparc_fast.benchmarks import memory
 from sparc_fast.benchmarks.cases import MANY
+from sparc_fast.ops import row_step
 
 WIDTHS = {"a": 12, "b": 7, "c": 5}
 EVERY_SELECTION = pytest.mark.parametrize("selection", ["global", "local"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparc_fast import backends
+from sparc_fast.ops import backends
 
 GPU = torch.device("cuda")
 OPERATORS = [name for name in vars(backends.Backend) if not name.startswith("_")]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sparc_fast as sf
-from sparc_fast import functional as F
+from sparc_fast.ops import functional as F
 
 WIDTHS = {"dino": 4, "text": 3}
 

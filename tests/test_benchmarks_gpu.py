@@ -12,7 +12,6 @@ from time import monotonic
 import pytest
 import torch
 
-import sparc_fast as sf
 from sparc_fast.benchmarks import (
     gpu,
     gpu_build,
@@ -25,6 +24,7 @@ from sparc_fast.benchmarks import (
 from sparc_fast.benchmarks.cases import CALLS, TINY, Operands, Place
 from sparc_fast.benchmarks.gpu_record import Record, Row, read_rows, write_atomically
 from sparc_fast.benchmarks.timing import Clock, DeviceRoofs, Work, equal
+from sparc_fast.ops import backends
 
 CPU = torch.device("cpu")
 REFERENCE = Place(CPU, "reference", "triton")
@@ -87,7 +87,7 @@ def test_headers_that_torch_brings_along_are_enough(monkeypatch: pytest.MonkeyPa
 
 
 def test_every_operator_of_the_backends_can_be_called() -> None:
-    vocabulary = {name for name in vars(sf.backends.Backend) if not name.startswith("_")}
+    vocabulary = {name for name in vars(backends.Backend) if not name.startswith("_")}
     assert set(CALLS) == vocabulary
     gpu_checks.run_every_operator("cpu", "reference")
 

@@ -12,14 +12,15 @@ from accuracy import assert_as_accurate
 from operands import OPERATORS, Operands, operands, rows_to_update
 from torch import Tensor
 
-from sparc_fast import reference
+from sparc_fast.ops import reference
+from sparc_fast.ops.layout import stream_slices, wide
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 if find_spec("sparc_fast._cuda") is None:
     pytest.skip("sparc_fast._cuda is not compiled", allow_module_level=True)
 
-from sparc_fast import native_cuda
+from sparc_fast.ops import cuda
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(4096, 32768, 64), (300, 131072, 64), (5, 2**20, 128), (1, 2**21, 2048), (4096, 8192, 32), (7, 1003, 1003)]
@@ -35,9 +36,9 @@ def normal(*shape: int) -> Tensor:
 
 
 def check(scores: Tensor, k: int) -> None:
-    found = native_cuda.topk_rows(scores, k)
+    found = cuda.topk_rows(scores, k)
     for rows, indices in zip(scores.split(64), found.split(64), strict=True):
-        assert torch.equal(indices, reference.topk_rows(reference.wide(rows), k))
+        assert torch.equal(indices, reference.topk_rows(wide(rows), k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -66,7 +67,7 @@ def to_select_from(N: int, L: int, D: int, dtype: torch.dtype = torch.float32) -
 )
 def test_supports_are_exact(N: int, L: int, D: int, k: int, dtype: torch.dtype) -> None:
     x, W_enc, pre_bias, bias = to_select_from(N, L, D, dtype)
-    found = native_cuda.global_topk(x, W_enc, pre_bias, bias, k)
+    found = cuda.global_topk(x, W_enc, pre_bias, bias, k)
     for rows, indices in zip(x.split(64), found.split(64), strict=True):
         assert torch.equal(indices, reference.global_topk(rows, W_enc, pre_bias, bias, k))
 
@@ -83,16 +84,16 @@ def test_supports_are_exact_on_hard_samples() -> None:
         (W_enc[order.flip(0)], bias),
         (W_enc * 0, bias * 0),
     ):
-        found = native_cuda.global_topk(x, weights, pre_bias, biases, 64)
+        found = cuda.global_topk(x, weights, pre_bias, biases, 64)
         assert torch.equal(found, reference.global_topk(x, weights, pre_bias, biases, 64))
-    assert torch.equal(found, native_cuda.global_topk(x[:1], W_enc * 0, pre_bias, bias * 0, 64).expand(64, -1))
+    assert torch.equal(found, cuda.global_topk(x[:1], W_enc * 0, pre_bias, bias * 0, 64).expand(64, -1))
 
 
 def test_operands_may_be_columns_of_wider_matrices() -> None:
     x, W_enc, pre_bias, bias = to_select_from(100, 5000, 200)
-    for s, cols in enumerate(reference.stream_slices((130, 70))):
+    for s, cols in enumerate(stream_slices((130, 70))):
         of_stream = x[:, cols], W_enc[:, cols], pre_bias[cols], bias[s : s + 1]
-        assert torch.equal(native_cuda.global_topk(*of_stream, 20), reference.global_topk(*of_stream, 20))
+        assert torch.equal(cuda.global_topk(*of_stream, 20), reference.global_topk(*of_stream, 20))
 
 
 @pytest.mark.parametrize(("N", "k", "L"), [(4096, 64, 32768), (8192, 128, 2**20), (256, 64, 8192), (3, 2, 5)])
@@ -100,9 +101,7 @@ def test_inverse_indices_equal_the_reference(N: int, k: int, L: int) -> None:
     indices = torch.randint(0, L, (N, k), device="cuda", dtype=torch.int32)
     for often in (0, k // 2):
         indices[:, :often] = 1
-        for got, expected in zip(
-            native_cuda.invert_indices(indices, L), reference.invert_indices(indices, L), strict=True
-        ):
+        for got, expected in zip(cuda.invert_indices(indices, L), reference.invert_indices(indices, L), strict=True):
             assert torch.equal(got, expected)
 
 
@@ -126,7 +125,7 @@ def skewed(shape: tuple[tuple[int, ...], int, int, int], dtype: torch.dtype, per
 
 
 def update_directly(rows: list[Tensor], o: Operands, **more: Any) -> tuple[Tensor, ...]:
-    grads = native_cuda.update_rows(
+    grads = cuda.update_rows(
         *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
         **{"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "step": 3, **more},
     )  # fmt: skip
@@ -142,7 +141,7 @@ def test_rows_are_moved_as_accurately_as_by_plain_pytorch(
     o = skewed(shape, dtype, per_stream)
     for name in ("update_rows", "replay_rows"):
         run = OPERATORS[name]
-        results = run(o, native_cuda), run(o, reference), run(o.to(torch.float64), reference)
+        results = run(o, cuda), run(o, reference), run(o.to(torch.float64), reference)
         for got, same_dtype, truth in zip(*results, strict=True):
             if got.is_floating_point():
                 # the largest error is that of the one weight whose second moment is next to 0: luck with both
@@ -156,7 +155,7 @@ def test_neither_a_second_run_nor_another_grid_changes_a_bit(
     shape: tuple[tuple[int, ...], int, int, int], operands_on_the_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     o = skewed(shape, torch.bfloat16)
-    expected, original = update_directly(rows_to_update(o), o), native_cuda._cuda.UpdatePlan
+    expected, original = update_directly(rows_to_update(o), o), cuda._cuda.UpdatePlan
     for blocks in (None, 1, 37, 5000):
 
         def plan(*arguments: Any, blocks: int | None = blocks) -> Any:
@@ -164,7 +163,7 @@ def test_neither_a_second_run_nor_another_grid_changes_a_bit(
             chosen.blocks = blocks or chosen.blocks
             return chosen
 
-        monkeypatch.setattr(native_cuda._cuda, "UpdatePlan", plan)
+        monkeypatch.setattr(cuda._cuda, "UpdatePlan", plan)
         for got, first in zip(update_directly(rows_to_update(o), o), expected, strict=True):
             assert torch.equal(got, first)
 
@@ -182,10 +181,10 @@ def test_replayed_rows_equal_rows_that_were_never_left_behind(
         o = operands((d_streams, 1, L, k), torch.float32, seed=t)
         used = o.indices[0].long()
         update_directly(dense, o, lr=0.1 / t, step=t)
-        native_cuda.replay_rows(lazy[1], lazy[4:], used, last_step, history[: t - 1], d_streams)
+        cuda.replay_rows(lazy[1], lazy[4:], used, last_step, history[: t - 1], d_streams)
         update_directly(lazy, o, lr=0.1 / t, step=t, last_step=last_step)
     assert (last_step < 30).any()
-    native_cuda.replay_rows(lazy[1], lazy[4:], torch.arange(L), last_step, history, d_streams)
+    cuda.replay_rows(lazy[1], lazy[4:], torch.arange(L), last_step, history, d_streams)
     for got, expected in zip(lazy, dense, strict=True):
         assert torch.equal(got, expected)
 
@@ -197,7 +196,7 @@ def test_a_graph_moves_rows_as_eager_steps_do(operands_on_the_gpu: None) -> None
     eager, captured = rows_to_update(o), rows_to_update(o)
 
     def step(rows: list[Tensor]) -> None:
-        native_cuda.update_rows(
+        cuda.update_rows(
             *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *inverse, o.d_streams,
             lr, (0.9, 0.999), 1e-8, count,
         )  # fmt: skip
@@ -224,11 +223,11 @@ def test_a_graph_moves_rows_as_eager_steps_do(operands_on_the_gpu: None) -> None
 
 def test_a_graph_replays_with_new_numbers() -> None:
     scores, graph = normal(128, 40000), torch.cuda.CUDAGraph()
-    native_cuda.invert_indices(native_cuda.topk_rows(scores, 64), 40000)
+    cuda.invert_indices(cuda.topk_rows(scores, 64), 40000)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        indices = native_cuda.topk_rows(scores, 64)
-        offsets, entries = native_cuda.invert_indices(indices, 40000)
+        indices = cuda.topk_rows(scores, 64)
+        offsets, entries = cuda.invert_indices(indices, 40000)
     for numbers in (normal(128, 40000), normal(128, 40000).round(), torch.zeros_like(scores)):
         scores.copy_(numbers)
         graph.replay()
@@ -239,10 +238,10 @@ def test_a_graph_replays_with_new_numbers() -> None:
 
 def test_a_graph_of_supports_replays_with_new_samples() -> None:
     (x, *rest), graph = to_select_from(128, 40000, 64), torch.cuda.CUDAGraph()
-    native_cuda.global_topk(x, *rest, 64)
+    cuda.global_topk(x, *rest, 64)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        indices = native_cuda.global_topk(x, *rest, 64)
+        indices = cuda.global_topk(x, *rest, 64)
     for numbers in (normal(128, 64), normal(128, 64).round(), torch.full_like(x, torch.inf), torch.zeros_like(x)):
         x.copy_(numbers)
         graph.replay()
@@ -256,6 +255,6 @@ def test_kernels_run_on_the_stream_in_use() -> None:
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**8)
         scores.copy_(numbers)
-        indices = native_cuda.topk_rows(scores, 64)
+        indices = cuda.topk_rows(scores, 64)
     stream.synchronize()
     assert torch.equal(indices, reference.topk_rows(numbers, 64))

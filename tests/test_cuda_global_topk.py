@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from operands import seeded
 from torch import Tensor
 
-from sparc_fast import reference
+from sparc_fast.ops import reference
+from sparc_fast.ops.layout import stream_slices
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -200,7 +201,7 @@ def test_operands_may_be_columns_off_any_vector(cuda: ModuleType) -> None:
     for dtype in DTYPES:
         narrow = tuple(operand.to(dtype) for operand in operands)
         x, W_enc, pre_bias, bias = narrow
-        for s, cols in enumerate(reference.stream_slices((7, 1, 53))):
+        for s, cols in enumerate(stream_slices((7, 1, 53))):
             of_stream = x[:, cols], W_enc[:, cols], pre_bias[cols], bias[s : s + 1]
             assert torch.equal(cuda.global_topk(*of_stream, 6), reference.global_topk(*of_stream, 6))
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from operands import seeded
 from torch import Tensor
 
-from sparc_fast import reference
+from sparc_fast.ops import reference
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="no g++")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -16,7 +16,7 @@ from operands import CASES, OPERATORS, STEP, Operands, operands, rows_to_update,
 from torch import Tensor
 
 import sparc_fast as sf
-from sparc_fast import backends, reference
+from sparc_fast.ops import backends, reference
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="no g++")
 NAMES = ["update_rows", "update_rows lazily", "replay_rows"]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-import sparc_fast as sf
-from sparc_fast import backends
+from sparc_fast.ops import backends, reference
+from sparc_fast.ops.layout import wide
 
 # of backends that compile their operators, those that run on the tensors of these tests
 LIBRARIES = [name for name in backends.available(torch.get_default_device()) if name != "reference"]
@@ -26,8 +26,8 @@ def arguments(dtype: torch.dtype, local: bool, N: int = 6, L: int = 12, k: int =
     values, grad_values, grad_recons = (
         t.to(dtype) for t in (torch.rand(N, 2, k), torch.randn(N, 2, k), torch.randn(N, 2, 8))
     )
-    scale = torch.rand(N, 2, dtype=sf.reference.wide(x).dtype)
-    inverse = sf.reference.invert_indices(indices, L)
+    scale = torch.rand(N, 2, dtype=wide(x).dtype)
+    inverse = reference.invert_indices(indices, L)
     return {
         "global_topk": (x, W_enc, pre_bias, latent_bias, k),
         "topk_rows": (x, k),

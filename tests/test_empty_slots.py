@@ -10,7 +10,7 @@ from accuracy import assert_as_accurate
 from operands import DTYPES, OPERATORS, Operands, fitting, operands, operators_of, run
 from torch import Tensor
 
-from sparc_fast import functional
+from sparc_fast.ops import functional
 
 # which slots of a support of 6 are empty
 EMPTY = {

@@ -12,7 +12,7 @@ from accuracy import assert_as_accurate
 from operands import OPERATORS, Operands, kernel_device, operands
 from torch import Tensor
 
-from sparc_fast import reference
+from sparc_fast.ops import reference
 
 pytest.importorskip("triton")
 

@@ -13,7 +13,7 @@ from accuracy import assert_as_accurate
 from operands import OPERATORS, SEED, STEP, Operands, kernel_device, operands, rows_to_update, seeded, step_of
 from torch import Tensor
 
-from sparc_fast import reference
+from sparc_fast.ops import reference
 
 pytest.importorskip("triton")
 # modules, not the functions of the same names that the package offers

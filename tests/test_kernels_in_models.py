@@ -11,7 +11,7 @@ from operands import seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparc_fast as sf
-from sparc_fast import backends
+from sparc_fast.ops import backends
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where the interpreter meets infinities

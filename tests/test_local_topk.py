@@ -4,8 +4,8 @@ import pytest
 import torch
 from operands import IN_INTERPRETER
 
-from sparc_fast import functional
-from sparc_fast.reference import stream_slices
+from sparc_fast.ops import functional
+from sparc_fast.ops.layout import stream_slices
 
 
 def fitting(N: int, backend: str) -> int:

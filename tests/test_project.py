@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import sparc_fast as sf
-from sparc_fast import backends, reference
+from sparc_fast.ops import backends, reference
 
 ROOT = Path(__file__).parents[1]
 

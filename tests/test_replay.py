@@ -10,6 +10,7 @@ import torch
 from operands import CASES, operators_of, seeded, step_of
 
 import sparc_fast as sf
+from sparc_fast.ops import reference
 
 WIDTHS = {"a": 12, "b": 7, "c": 5}
 EVERY_SELECTION = pytest.mark.parametrize("selection", ["global", "local"])
@@ -193,7 +194,7 @@ def test_replaying_equals_steps_without_entries(case: str, eps: float, moments: 
     operators = operators_of(backend)
     generator = seeded(0)
     W_dec = torch.randn(L, D, generator=generator)
-    sf.reference.normalize_rows(W_dec, d_streams)
+    reference.normalize_rows(W_dec, d_streams)
     m = torch.randn(L, D, generator=generator) * 10.0 ** -torch.arange(L)[:, None].remainder(12)
     rows = [W_dec, m.to(moments), (m.square() + 1e-30).to(moments)]
     dense, lazy = ([tensor.clone() for tensor in rows] for _ in range(2))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparc_fast import reference
+from sparc_fast.ops import reference
 
 EVERY_RANDOM = torch.arange(65536)
 LARGEST = 0x7F7F0000  # the largest finite bfloat16, as the bits of a float32

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from operands import largest, seeded
 from torch import Tensor
 
-from sparc_fast import reference
+from sparc_fast.ops import reference
 
 _cpu = pytest.importorskip("sparc_fast._cpu")
-from sparc_fast import native_topk  # noqa: E402
+from sparc_fast.ops import cpu_topk  # noqa: E402
 
 SCREENINGS = ["bf16", "off"]
 
@@ -29,7 +29,7 @@ def simd_level(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def support(x: Tensor, W_enc: Tensor, k: int, screening: str, bias: Tensor | None = None) -> Tensor:
     bias = W_enc.new_zeros(1, len(W_enc)) if bias is None else bias
-    return native_topk.global_topk(x, W_enc, x.new_zeros(x.shape[1]), bias, k, screening)
+    return cpu_topk.global_topk(x, W_enc, x.new_zeros(x.shape[1]), bias, k, screening)
 
 
 def expected(x: Tensor, W_enc: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
@@ -88,7 +88,7 @@ def test_no_rows_break_the_bound(
     generator = seeded(seed)
     x, W_enc = rows(x_kind, 5, D, generator).to(dtype), rows(W_kind, L, D, generator).to(dtype)
     bias = (scale * torch.randn(2, L, generator=generator)).to(dtype)
-    in_full = native_topk._exact(x.float(), W_enc, bias.double().sum(0), k)
+    in_full = cpu_topk._exact(x.float(), W_enc, bias.double().sum(0), k)
     assert torch.equal(support(x, W_enc, k, screening, bias), in_full)
 
 
@@ -137,8 +137,8 @@ def test_every_instruction_set_gives_the_same_support(screening: str, simd_level
     scores = torch.randint(-40, 40, (5, 4099)).float()
     scores[0, ::7], scores[1, ::5], scores[2] = torch.nan, -torch.inf, 0
     for k in (1, 50, 4099):
-        assert torch.equal(native_topk.topk_rows(scores, k), reference.topk_rows(scores, k))
-        assert torch.equal(native_topk.topk_rows(scores.double(), k), reference.topk_rows(scores.double(), k))
+        assert torch.equal(cpu_topk.topk_rows(scores, k), reference.topk_rows(scores, k))
+        assert torch.equal(cpu_topk.topk_rows(scores.double(), k), reference.topk_rows(scores.double(), k))
 
 
 @pytest.mark.parametrize("screening", SCREENINGS)
@@ -146,10 +146,10 @@ def test_every_instruction_set_gives_the_same_support(screening: str, simd_level
 def test_candidates_that_do_not_fit_are_never_dropped(
     order: str, screening: str, simd_level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native_topk, "ROOM", 1)
-    monkeypatch.setattr(native_topk, "SPARE", 0)
-    monkeypatch.setattr(native_topk, "LATENTS", 200)
-    monkeypatch.setattr(native_topk, "ROWS", 7)
+    monkeypatch.setattr(cpu_topk, "ROOM", 1)
+    monkeypatch.setattr(cpu_topk, "SPARE", 0)
+    monkeypatch.setattr(cpu_topk, "LATENTS", 200)
+    monkeypatch.setattr(cpu_topk, "ROWS", 7)
     torch.manual_seed(0)
     x, W_enc = torch.rand(20, 30), torch.rand(1500, 30)
     if order != "random":
@@ -165,8 +165,8 @@ def test_only_rows_without_a_proof_are_scored_in_full(screening: str, monkeypatc
     x, W_enc = torch.randn(150, 40), torch.randn(3000, 40)
     x[17] = 0
     in_full = []
-    exact = native_topk._exact
-    monkeypatch.setattr(native_topk, "_exact", lambda x, *rest: in_full.append(len(x)) or exact(x, *rest))
+    exact = cpu_topk._exact
+    monkeypatch.setattr(cpu_topk, "_exact", lambda x, *rest: in_full.append(len(x)) or exact(x, *rest))
     assert torch.equal(support(x, W_enc, 32, screening), expected(x, W_enc, 32))
     assert in_full == [1]
 
@@ -185,7 +185,7 @@ def test_topk_rows_selects_largest(L: int, distinct: int, dtype: torch.dtype, da
     scores = torch.randint(0, distinct, (3, L), generator=generator).to(dtype)
     scores[torch.rand(3, L, generator=generator) < 0.01] = torch.nan
     scores[torch.rand(3, L, generator=generator) < 0.05] = -torch.inf
-    assert torch.equal(native_topk.topk_rows(scores, k), largest(scores, k))
+    assert torch.equal(cpu_topk.topk_rows(scores, k), largest(scores, k))
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -208,4 +208,4 @@ def test_topk_rows_finds_the_largest_of_long_rows_wherever_they_lie(
         torch.randint(0, 9, (raised,), generator=generator) * distinct
     )
     scores[1, torch.randint(0, L, (raised,), generator=generator)] = torch.nan
-    assert torch.equal(native_topk.topk_rows(scores, k), largest(scores, k))
+    assert torch.equal(cpu_topk.topk_rows(scores, k), largest(scores, k))

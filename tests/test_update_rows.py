@@ -5,7 +5,7 @@ import torch
 from operands import SEED, STEP, Operands, fitting, operands, operators_of, rows_to_update, run, step_of
 from torch import Tensor
 
-from sparc_fast import reference
+from sparc_fast.ops import reference
 
 
 def test_it_equals_gradients_then_projection_then_adam_then_unit_norm(backend: str) -> None:

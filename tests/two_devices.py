@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparc_fast import backends
+from sparc_fast.ops import backends
 
 DEVICE, HOST = torch.device("cpu", 0), torch.device("cpu")
 

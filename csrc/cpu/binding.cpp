@@ -1,4 +1,4 @@
-// sparc_fast._cpu: the operators of the CPU backend. sparc_fast/native.py prepares what it passes; nothing of torch.
+// sparc_fast._cpu: the operators of the CPU backend. sparc_fast/ops/cpu.py prepares what it passes; nothing of torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

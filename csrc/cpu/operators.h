@@ -1,4 +1,4 @@
-// Every operator of the CPU backend, with the arguments and the meaning it has in sparc_fast/reference.py. Results
+// Every operator of the CPU backend, with the arguments and the meaning it has in sparc_fast/ops/reference.py. Results
 // come first and are written in place; `threads` comes last. Values, biases, scales and their gradients are in the
 // type of the sums; x, the weights, the reconstructions and their gradients may be narrower.
 #pragma once

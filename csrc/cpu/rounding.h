@@ -1,4 +1,4 @@
-// Stochastic rounding to bfloat16, as sparc_fast/reference.py has it: rounding_noise and round_to_bfloat16.
+// Stochastic rounding to bfloat16, as sparc_fast/ops/reference.py has it: rounding_noise and round_to_bfloat16.
 namespace SIMD_LEVEL {
 
 // Of one uint32_t or of a register of them.

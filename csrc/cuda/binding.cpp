@@ -1,4 +1,4 @@
-// sparc_fast._cuda: the operators that have a CUDA kernel. Addresses, sizes and a stream; sparc_fast/native_cuda.py
+// sparc_fast._cuda: the operators that have a CUDA kernel. Addresses, sizes and a stream; sparc_fast/ops/cuda.py
 // prepares them. Everything is started on the current device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

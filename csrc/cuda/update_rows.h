@@ -33,7 +33,7 @@ struct UpdatePlan {
 int64_t update_rows_workspace(UpdatePlan plan, int64_t count, int L, const Streams& streams);
 
 // A step of every latent's rows in place, and grad_latent_bias [S, L] and grad_pre_bias [D], as
-// sparc_fast/reference.py says. With last_step, decoder rows without an entry are left behind, and those with one are
+// sparc_fast/ops/reference.py says. With last_step, decoder rows without an entry are left behind, and those with one are
 // marked. x and grad_recons are both of one type, or x is float16 and grad_recons float32; N S < 2^32. Nothing waits,
 // nothing is allocated.
 void update_rows(

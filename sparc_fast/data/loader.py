@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sparc_fast.huge_pages import empty_rows
+from sparc_fast.ops.huge_pages import empty_rows
 
 from . import budget
 from .aligned import AlignedFiles, check_dtype

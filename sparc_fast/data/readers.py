@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparc_fast import backends
+from sparc_fast.ops import backends
 
 __all__ = ["FLOATS", "Reader", "Source", "Spans", "TensorReader", "first_not_finite"]
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparc_fast.huge_pages import empty_rows
+from sparc_fast.ops.huge_pages import empty_rows
 
 __all__ = ["Recycled"]
 

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparc_fast import backends, functional
+from sparc_fast.ops import backends, functional
 
 __all__ = [
     "LocalMultiStreamSparseAutoencoder",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparc_fast.files import atomic_path
 from sparc_fast.model import SPARC
-from sparc_fast.reference import stream_slices
+from sparc_fast.ops.layout import stream_slices
 
 __all__ = ["UpstreamConfig", "from_upstream", "read_config", "to_upstream"]
 

@@ -188,11 +188,11 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
 
 
 def _cpu_scratch(config: Config, sizes: Sizes, widths: tuple[int, ...], threads: int) -> Iterator[Part]:
-    from sparc_fast import native_topk  # which is not there without its module
+    from sparc_fast.ops import cpu_topk  # which is not there without its module
 
     S, N, L, D = sizes.S, sizes.N, sizes.L, sizes.D
     columns = D if sizes.supports == 1 else sizes.W
-    topk = native_topk.scratch_bytes(N, columns, L, sizes.widest_support, sizes.weight < FLOAT)
+    topk = cpu_topk.scratch_bytes(N, columns, L, sizes.widest_support, sizes.weight < FLOAT)
     yield Part("support: scores, candidates", topk, (*STEP, VALIDATING))
     if config.dtype == "float16":
         yield Part("float16 weights widened to be read", FLOAT * L * D, (CHOOSING, RECONSTRUCTING, VALIDATING))

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast import backends, data
+from sparc_fast import data
 from sparc_fast.data import AlignedFiles, Reader
+from sparc_fast.ops import backends
 from sparc_fast.training.config import Config
 from sparc_fast.training.validation import hold_out
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.model import SPARC
-from sparc_fast.optim import MomentType, SparcAdam
+from sparc_fast.optim.sparc_adam import MomentType, SparcAdam
 
 Curves = dict[str, list[float]]
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast import backends, data
+from sparc_fast import data
 from sparc_fast.data import AlignedFiles, Loader
 from sparc_fast.model import SPARC
+from sparc_fast.ops import backends
+from sparc_fast.ops.layout import stream_slices
 from sparc_fast.optim import SparcAdam
-from sparc_fast.reference import stream_slices
 from sparc_fast.version import __version__
 
 from .checkpoints import find_not_finite, load_tensors, save_model_of, tensors_of

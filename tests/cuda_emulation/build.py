@@ -51,12 +51,12 @@ def emulated_module(folder: Path) -> ModuleType:
 
 
 def emulated_backend(module: ModuleType) -> ModuleType:
-    """sparc_fast.native_cuda on top of that module; its operators take tensors of the CPU."""
+    """sparc_fast.ops.cuda on top of that module; its operators take tensors of the CPU."""
     name = "sparc_fast._cuda"
     compiled = sys.modules.get(name)
     sys.modules[name] = module
     try:
-        return _loaded("emulated_native_cuda", ROOT / "sparc_fast/native_cuda.py")
+        return _loaded("emulated_native_cuda", ROOT / "sparc_fast/ops/cuda.py")
     finally:
         del sys.modules[name]
         if compiled is not None:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparc_fast.backends import Backend
-from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
+from sparc_fast.ops.backends import Backend
+from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
 
 Terms = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 """What `Objective.summarize` takes."""

@@ -9,14 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparc_fast import autograd, backends, reference
 from sparc_fast.batch import AllStreams, Inputs, columns_of, stack, streams_of
-from sparc_fast.huge_pages import empty_rows
-from sparc_fast.lazy_rows import Behind
-from sparc_fast.micro_batches import MicroBatches, OneBatch
 from sparc_fast.model import SPARC
 from sparc_fast.objective import Objective, SparcLoss
-from sparc_fast.row_step import AdamStep, Rows, Samples
+from sparc_fast.ops import autograd, backends, reference
+from sparc_fast.ops.huge_pages import empty_rows
+from sparc_fast.ops.layout import wide
+from sparc_fast.ops.row_step import AdamStep, Rows, Samples
+from sparc_fast.optim.lazy_rows import Behind
+from sparc_fast.optim.micro_batches import MicroBatches, OneBatch
 
 MomentType = Literal["float32", "bfloat16"]
 
@@ -239,7 +240,7 @@ class SparcAdam(torch.optim.Optimizer):
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
-            rows = reference.wide(parameter.detach())
+            rows = wide(parameter.detach())
             device = parameter.device if self.capturable else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             dtype = self._moment_dtype(parameter)

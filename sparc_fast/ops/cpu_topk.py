@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sparc_fast import _cpu
-from sparc_fast.reference import summed_bias, wide
+from sparc_fast.ops.layout import wide
+from sparc_fast.ops.reference import summed_bias
 
 ROWS, LATENTS = 2048, 2048  # samples and latents of one GEMM
 ROOM, SPARE = 8, 256  # a sample may hold ROOM k + SPARE candidates

@@ -29,7 +29,7 @@ from sparc_fast.kernels import (
     support_values_grad_x,
     weight_gradients,
 )
-from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples, step_as_samples
+from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples, step_as_samples
 
 OWN = ("global_topk", "invert_indices", "replay_rows", "step_rows", "topk_rows", "update_rows")
 __all__ = [

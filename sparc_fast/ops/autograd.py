@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparc_fast.backends import Backend
-from sparc_fast.reference import pre_bias_gradient, wide
+from sparc_fast.ops.backends import Backend
+from sparc_fast.ops.layout import wide
+from sparc_fast.ops.reference import pre_bias_gradient
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

@@ -1,20 +1,20 @@
-"""Which implementations of the operators exist here, and which one a tensor gets."""
+"""The vocabulary of backends, which of them exist here, and which one a tensor gets."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sparc_fast import reference
-from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
+from sparc_fast.ops import reference
+from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
 
 
 class Backend(Protocol):
@@ -106,14 +106,31 @@ class Backend(Protocol):
     def count_silence(self, silence: Tensor, values: Tensor, indices: Tensor) -> None: ...
 
 
-if TYPE_CHECKING:  # every backend speaks all of it; at run time, modules are loaded by name where they can run
-    import kernels
-    from sparc_fast import native, native_cuda
+IN_GRAPHS = (
+    "global_topk",
+    "topk_rows",
+    "support_scores",
+    "support_values",
+    "support_values_grad_x",
+    "sparse_decode",
+    "sparse_decode_grad_values",
+    "decode_loss",
+    "invert_indices",
+    "encoder_gradients",
+    "decoder_gradients",
+    "weight_gradients",
+    "count_silence",
+)
+# these move weights and moments in place, outside of any graph
+PLAIN = ("update_rows", "step_rows", "replay_rows")
 
-    _reference: Backend = reference
-    _cpu: Backend = native
-    _triton: Backend = kernels
-    _cuda: Backend = native_cuda
+# results that the reference does not find without looking at data, or at all
+_FAKES: dict[str, Callable[..., Any]] = {
+    "count_silence": lambda silence, values, indices: None,
+    "global_topk": lambda x, W_enc, pre_bias, latent_bias, k, screening="auto": x.new_empty(
+        (len(x), k), dtype=torch.int32
+    ),
+}
 
 # Operators that "auto" takes from the CUDA kernels on a GPU, each with the measurement that says so: where, both times.
 # Nothing has been measured yet; `python -m benchmarks.gpu` names those that belong here.
@@ -152,18 +169,55 @@ def resolve(name: str, device: torch.device) -> Backend:
 def _fastest(device: torch.device) -> Backend:
     """Triton's operators, and those that have been measured to be faster in CUDA."""
     cuda = resolve("cuda", device)
-    faster = {operator: getattr(cuda, operator) for operator in FASTER_IN_CUDA}
-    return cast(Backend, SimpleNamespace(**{**vars(resolve("triton", device)), **faster}))
+    return _with(resolve("triton", device), {operator: getattr(cuda, operator) for operator in FASTER_IN_CUDA})
 
 
 def _load(name: str) -> Backend:
-    module, devices = {
-        "cpu": ("sparc_fast.native", ("cpu",)),
-        "cuda": ("sparc_fast.native_cuda", ("cuda",)),
-        "triton": ("sparc_fast.kernels", ("cuda", "cpu") if _INTERPRETS else ("cuda",)),
-    }[name]
-    operators = import_module("sparc_fast.custom_ops").backend(import_module(module), f"sparc_fast_{name}", devices)
-    return cast(Backend, operators)
+    # imported here, each where it can run; mypy sees here that they speak the whole vocabulary
+    if name == "cpu":
+        from sparc_fast.ops import cpu
+
+        return _in_graphs(cpu, "sparc_fast_cpu", ("cpu",))
+    if name == "cuda":
+        from sparc_fast.ops import cuda
+
+        return _in_graphs(cuda, "sparc_fast_cuda", ("cuda",))
+    if TYPE_CHECKING:
+        import kernels
+    else:
+        from sparc_fast import kernels
+    return _in_graphs(kernels, "sparc_fast_triton", ("cuda", "cpu") if _INTERPRETS else ("cuda",))
+
+
+def _in_graphs(implementation: Backend, library: str, device_types: tuple[str, ...]) -> Backend:
+    """The same backend, its operators behind ``torch.ops.<library>``, so that torch.compile takes a model as one graph.
+
+    What a result looks like there, shape and dtype, is what the reference's result looks like.
+    """
+    operators = {
+        name: _operator(f"{library}::{name}", getattr(implementation, name), device_types) for name in IN_GRAPHS
+    }
+    return _with(implementation, operators)
+
+
+def _with(backend: Backend, operators: dict[str, Callable[..., Any]]) -> Backend:
+    """A backend with some of its operators replaced."""
+    functions = {name: getattr(backend, name) for name in (*IN_GRAPHS, *PLAIN)}
+    whole: Any = SimpleNamespace(**{**functions, **operators})
+    replaced: Backend = whole
+    return replaced
+
+
+def _operator(name: str, function: Callable[..., Any], device_types: tuple[str, ...]) -> Any:
+    library, short = name.split("::")
+    in_place = short == "count_silence"
+    schema = torch.library.infer_schema(function, mutates_args=("silence",) if in_place else ())
+    # not torch.library.custom_op: a call takes twice as long through its layers of Python, 60 µs longer out of cache
+    torch.library.define(name, schema)
+    torch.library.impl(name, device_types, function)
+    fake = _FAKES.get(short, getattr(reference, short))
+    torch.library.register_fake(name, fake)
+    return getattr(getattr(torch.ops, library), short).default
 
 
 def _is_here(name: str, device: str) -> bool:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast import _cpu, reference
-from sparc_fast.huge_pages import empty_rows
-from sparc_fast.native_topk import dense_rows, global_topk, support_scores, topk_rows
-from sparc_fast.reference import gradient_dtype, wide
-from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
+from sparc_fast import _cpu
+from sparc_fast.ops import reference
+from sparc_fast.ops.cpu_topk import dense_rows, global_topk, support_scores, topk_rows
+from sparc_fast.ops.huge_pages import empty_rows
+from sparc_fast.ops.layout import gradient_dtype, wide
+from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
 
 __all__ = [
     "count_silence",

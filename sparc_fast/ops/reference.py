@@ -12,29 +12,13 @@ Inputs narrower than float32 are widened first and sums are float32; float64 sta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from sparc_fast.row_step import AdamStep, Gradients, Rows, Samples
-
-
-def stream_slices(d_streams: Sequence[int]) -> list[slice]:
-    """The columns of each stream: ``[slice(0, D_0), slice(D_0, D_0 + D_1), …]``."""
-    ends = list(accumulate(d_streams))
-    return [slice(end - width, end) for end, width in zip(ends, d_streams, strict=True)]
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in the type its sums are taken in."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def gradient_dtype(values: Tensor) -> torch.dtype:
-    """What gradients of one sample are stored in: float16 cannot hold them, 1 / N underflows before any loss scale."""
-    return torch.float32 if values.dtype == torch.float16 else values.dtype
+from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
+from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
 
 
 def global_topk(

@@ -1,0 +1,1 @@
+"""The operators: their contract, their specification, and the backends that compute them."""
