@@ -96,8 +96,8 @@ class SPARC(nn.Module):
         self.W_dec = nn.Parameter(empty_rows(L, D, **like))
         self.pre_bias = nn.Parameter(torch.empty(D, **like))
         self.latent_bias = nn.Parameter(torch.empty(S, L, **like))
-        self.register_buffer("input_mean", torch.zeros(D, device=device))
-        self.register_buffer("input_rms", torch.ones(S, device=device))
+        self.register_buffer("input_mean", torch.zeros(D, dtype=torch.float32, device=device))
+        self.register_buffer("input_rms", torch.ones(S, dtype=torch.float32, device=device))
         self.register_buffer("silence", torch.zeros(L, dtype=torch.int64, device=device))
         self.is_calibrated = False
         self._catch_up: Callable[[], None] | None = None

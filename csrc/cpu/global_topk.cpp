@@ -129,7 +129,7 @@ void exact_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, int threads) {
 
 void support_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, Tensor indices, int threads) {
     const int64_t N = x.size[0], D = x.size[1], k = indices.size[1];
-    const Support support(indices, 1, W.size[0]);
+    const Support support(indices, 1, W.size[0], 0);
     const auto score = [&](auto sum, auto type) {
         using T = decltype(sum);
         using E = decltype(type);
