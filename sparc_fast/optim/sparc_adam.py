@@ -279,19 +279,42 @@ class SparcAdam(torch.optim.Optimizer):
         for group in state_dict["param_groups"]:
             if group.get("weight_decay") or group.get("amsgrad"):
                 raise ValueError("state_dict must be of an Adam without weight decay and amsgrad")
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        names = [i for group in state_dict["param_groups"] for i in group["params"]]
+        if len(names) != len(parameters):
+            raise ValueError(f"state_dict must be of {len(parameters)} parameters, got {len(names)}")
+        states = [self._checked(p, state_dict["state"].get(i, {})) for i, p in zip(names, parameters, strict=True)]
         self.catch_up()
         # without the state: torch.optim.Optimizer would copy it in its parameters' type first
         super().load_state_dict({**state_dict, "state": {}})
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        names = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for name, parameter in zip(names, parameters, strict=True):
-            for key, value in state_dict["state"].get(name, {}).items():
+        for parameter, state in zip(parameters, states, strict=True):
+            for key, value in state.items():
                 device = torch.device("cpu") if key == "step" and not self.capturable else parameter.device
                 dtype = self._moment_dtype(parameter) if key in ("exp_avg", "exp_avg_sq") else value.dtype
                 self.state[parameter][key] = value.to(device, dtype, copy=True)
         if self._behind is not None:
             state = self.state[self.model.W_dec]
             self._behind.all_current(int(state["step"]) if state else 0)
+
+    def _checked(self, parameter: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
+        """The state of a parameter, if it is one; ValueError says what is not."""
+        if not state:
+            return {}
+        of_parameter = next(name for name, p in self.model.named_parameters() if p is parameter)
+        matrices = ("exp_avg", "exp_avg_sq", *(("master",) if parameter.dtype in (torch.bfloat16, torch.float16) else ()))
+        for key in ("step", *matrices):
+            value, shape = state.get(key), [] if key == "step" else list(parameter.shape)
+            if key == "step" and isinstance(value, int | float):
+                value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
+            if key == "master" and value is None:
+                continue  # of torch.optim.Adam, which has none
+            if not isinstance(value, Tensor) or not value.is_floating_point() or list(value.shape) != shape:
+                got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"state_dict must hold a float {key} {shape} of {of_parameter}, got {got}")
+        unknown = set(state) - {"step", *matrices}
+        if unknown - {"master"}:
+            raise ValueError(f"state_dict must be of an Adam, got {', '.join(sorted(unknown))} of {of_parameter}")
+        return {key: value for key, value in state.items() if key not in unknown}
 
 
 def _zeros_like(rows: Tensor, dtype: torch.dtype) -> Tensor:
