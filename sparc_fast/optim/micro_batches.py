@@ -28,9 +28,9 @@ class OneBatch(NamedTuple):
     def terms(self) -> Terms:
         return self.terms_of_flow
 
-    def update(self, rows: Rows, settings: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
+    def update(self, rows: Rows, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """A step of the rows by this batch; returns what a backend's `update_rows` does."""
-        return backend.update_rows(rows, self.samples, settings)
+        return backend.update_rows(rows, self.samples, adam)
 
     def count_silence(self, silence: Tensor, backend: Backend) -> None:
         backend.count_silence(silence, self.values, self.support)
@@ -66,10 +66,10 @@ class MicroBatches:
     def terms(self) -> Terms:
         return self._nmse, self._auxk, torch.cat(self._energies), None
 
-    def update(self, rows: Rows, settings: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
+    def update(self, rows: Rows, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """As `OneBatch.update`."""
         assert self._gradients is not None
-        return self._gradients[2], backend.step_rows(rows, Gradients(*self._gradients, self._used), settings)
+        return self._gradients[2], backend.step_rows(rows, Gradients(*self._gradients, self._used), adam)
 
     def count_silence(self, silence: Tensor, backend: Backend) -> None:
         """As over one batch: a latent that fired in any part becomes 0, every other grows by all samples."""
