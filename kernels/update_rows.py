@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.launching import launch, next_power_of_2
+from sparc_fast.kernels.launching import dense_rows, launch, next_power_of_2
 from sparc_fast.kernels.segment_sums import (
     Columns,
     Entries,
@@ -35,7 +35,6 @@ from sparc_fast.kernels.segment_sums import (
     column_block,
     decoder_pieces,
     decoder_sums,
-    dense_rows,
     encoder_pieces,
     encoder_sums,
     segment,
