@@ -15,7 +15,7 @@ from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import wide
-from sparc_fast.ops.row_step import AdamStep, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, DecoderRows, Rows, Samples
 from sparc_fast.optim.lazy_rows import Behind
 from sparc_fast.optim.micro_batches import MicroBatches, OneBatch
 
@@ -181,7 +181,7 @@ class SparcAdam(torch.optim.Optimizer):
             (model.latent_bias, grad_latent_bias, states[2]),
             (model.pre_bias, through_encoder, states[3]),
         ):
-            reference.adam(self._rows(bias), grad, state["exp_avg"], state["exp_avg_sq"], lr, betas, eps, step)
+            reference.apply_adam(self._rows(bias), grad, state["exp_avg"], state["exp_avg_sq"], lr, betas, eps, step)
             if "master" in state:
                 bias.copy_(state["master"])
         self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
@@ -197,12 +197,11 @@ class SparcAdam(torch.optim.Optimizer):
     def _replay(self, latents: Tensor, backend: backends.Backend) -> None:
         assert self._behind is not None
         W_dec, behind = self.model.W_dec, self._behind
-        state, rows = self.state[W_dec], self._rows(W_dec)
-        backend.replay_rows(
-            rows, [state["exp_avg"], state["exp_avg_sq"]], latents, behind.last_step, behind.history,
-            tuple(self.model.d_streams.values()), W_dec if rows is not W_dec else None, self.seed,
-        )  # fmt: skip
-        if rows is not W_dec:
+        exact, moments = self._rows(W_dec), [self.state[W_dec][name] for name in ("exp_avg", "exp_avg_sq")]
+        copy = W_dec if exact is not W_dec else None
+        rows = DecoderRows(exact, moments, tuple(self.model.d_streams.values()), behind.last_step, copy)
+        backend.replay_rows(rows, latents, behind.history, self.seed)
+        if copy is not None:
             self._seen[W_dec] = W_dec._version
 
     def _rows(self, parameter: Tensor) -> Tensor:
@@ -301,7 +300,11 @@ class SparcAdam(torch.optim.Optimizer):
         if not state:
             return {}
         of_parameter = next(name for name, p in self.model.named_parameters() if p is parameter)
-        matrices = ("exp_avg", "exp_avg_sq", *(("master",) if parameter.dtype in (torch.bfloat16, torch.float16) else ()))
+        matrices = (
+            "exp_avg",
+            "exp_avg_sq",
+            *(("master",) if parameter.dtype in (torch.bfloat16, torch.float16) else ()),
+        )
         for key in ("step", *matrices):
             value, shape = state.get(key), [] if key == "step" else list(parameter.shape)
             if key == "step" and isinstance(value, int | float):
