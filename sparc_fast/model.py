@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ class SPARC(nn.Module):
         dtype, device: of the weights; inputs are converted to this dtype.
     """
 
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    pre_bias: nn.Parameter
+    latent_bias: nn.Parameter
     input_mean: Tensor
     input_rms: Tensor
     silence: Tensor
@@ -132,14 +137,12 @@ class SPARC(nn.Module):
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
         """Give every decoder row unit norm in each stream. Call after each optimizer step."""
-        self._make_current()
         reference.normalize_rows(self.W_dec, tuple(self.d_streams.values()))
 
     @torch.no_grad()
     def project_gradients_(self) -> None:
         """Take out of the decoder's gradient what would only change row norms. Call before each optimizer step."""
         if self.W_dec.grad is not None:
-            self._make_current()
             reference.project_gradients(self.W_dec.grad, self.W_dec, tuple(self.d_streams.values()))
 
     @torch.no_grad()
@@ -182,7 +185,6 @@ class SPARC(nn.Module):
 
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
         """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""
-        self._make_current()
         if codes.n_latents != self.n_latents:
             raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
         values, indices = codes.stream(source)
@@ -267,13 +269,8 @@ class SPARC(nn.Module):
             self.selection, self.k, self.backend, cross_loss_coef, support_from, self.auxk, auxk_coef, dead
         )
 
-    def _batch(self, inputs: Inputs, present: Tensor | None = None, *, current: bool = True) -> Batch:
-        """Check inputs and put them side by side, calibrated, with the weights they need.
-
-        Without `current`, decoder rows stay as an optimizer left them.
-        """
-        if current:
-            self._make_current()
+    def _batch(self, inputs: Inputs, present: Tensor | None = None) -> Batch:
+        """Check inputs and put them side by side, calibrated, with the weights they need."""
         streams, x, leading = batch.side_by_side(inputs, self.d_streams)
         positions = [self.streams.index(name) for name in streams]
         widths = tuple(self.d_streams[name] for name in streams)
@@ -318,8 +315,28 @@ class SPARC(nn.Module):
         self._catch_up = catch_up
 
     def _make_current(self) -> None:
-        if self._catch_up is not None:
-            self._catch_up()
+        catch_up = self.__dict__.get("_catch_up")
+        if catch_up is not None:
+            catch_up()
+
+    @contextmanager
+    def _rows_left_behind(self) -> Iterator[None]:
+        """Here decoder rows are read as the optimizer left them."""
+        catch_up, self._catch_up = self._catch_up, None
+        try:
+            yield
+        finally:
+            self._catch_up = catch_up
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "W_dec":
+            self._make_current()
+        return super().__getattr__(name)
+
+    def named_parameters(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As on any module; with ``lazy="replay"``, decoder rows are brought up to date first."""
+        self._make_current()
+        return super().named_parameters(*arguments, **options)
 
     def save(self, path: str | Path) -> None:
         """Write weights, counters, calibration and configuration to one safetensors file, atomically."""

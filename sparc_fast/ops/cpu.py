@@ -150,7 +150,7 @@ def weight_gradients(
 
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
     operands = _batch(*samples)
-    if not _moves(rows, operands[1].dtype, adam):
+    if not _are_compiled(rows[:2], rows.moments, operands[1].dtype, adam.seed):
         return reference.update_rows(rows, samples, adam)
     grad_latent_bias = _sums(samples.x, len(rows.d_streams), len(rows.W_enc))
     grad_pre_bias = _sums(samples.x, samples.x.shape[1])
@@ -163,7 +163,7 @@ def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, T
 
 
 def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> Tensor:
-    if not _moves(rows, gradients.W_enc.dtype, adam):
+    if not _are_compiled(rows[:2], rows.moments, gradients.W_enc.dtype, adam.seed):
         return reference.step_rows(rows, gradients, adam)
     grad_W_enc, grad_W_dec = (dense_rows(gradient) for gradient in gradients[:2])
     # it is written back as it is
@@ -177,12 +177,16 @@ def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> Tensor:
     return grad_pre_bias
 
 
-def _moves(rows: Rows, sums: torch.dtype, adam: AdamStep) -> bool:
-    """Whether the compiled operators move such rows, by gradients of this type."""
-    updated = [rows.W_enc, rows.W_dec, *rows.moments]
-    rounded = reference.rounding_seed(rows.W_enc, rows.moments, adam.seed) is not None
-    exact = updated[:2] if rounded else updated
-    return all(tensor.dtype == sums for tensor in exact) and all(tensor.stride(1) == 1 for tensor in updated)
+def _are_compiled(weights: Sequence[Tensor], moments: Sequence[Tensor], sums: torch.dtype, seed: int | None) -> bool:
+    """Whether the compiled operators move such rows, by sums of this type."""
+    rounded = reference.rounding_seed(weights[0], moments, seed) is not None
+    exact = weights if rounded else [*weights, *moments]
+    updated = [*weights, *moments]
+    return (
+        sums in (torch.float32, torch.float64)
+        and all(tensor.dtype == sums for tensor in exact)
+        and all(tensor.stride(1) == 1 for tensor in updated)
+    )
 
 
 def _adam(rows: Rows, adam: AdamStep) -> Any:
@@ -205,10 +209,12 @@ def _in_place(rows: Rows) -> Iterator[tuple[tuple[Any, ...], list[Tensor | None]
 
 def replay_rows(rows: DecoderRows, latents: Tensor, history: Tensor, seed: int | None = None) -> None:
     W_dec, moments, d_streams, last_step, copy = rows
-    latents = latents.contiguous()
+    if not _are_compiled((W_dec,), moments, W_dec.dtype, seed):
+        reference.replay_rows(rows, latents, history, seed)
+        return
+    latents, steps = latents.contiguous(), history.contiguous()
     rounding = _unsigned(reference.rounding_seed(W_dec, moments, seed))
     narrow = _bfloat16(copy) if copy is not None else None
-    steps = history.contiguous()
     _cpu.replay_rows(W_dec, moments, narrow, latents, last_step, steps, d_streams, rounding, torch.get_num_threads())
     if copy is not None and narrow is None:
         copy[latents] = W_dec[latents].to(copy.dtype)

@@ -41,7 +41,7 @@ class SparcAdam(torch.optim.Optimizer):
         lr, betas, eps: as in torch.optim.Adam (Kingma & Ba, arXiv 1412.6980).
         lazy: "replay" leaves decoder rows that no sample of a batch uses as they are, and runs the steps they missed
             when they are next read: bit for bit the same training, with less memory traffic where latents are many.
-            `model`'s own methods and `state_dict` call `catch_up` first; to read ``model.W_dec`` itself, call it.
+            Whoever reads ``model.W_dec`` gets rows that are up to date, which costs the steps that all others missed.
         capturable: as in torch.optim.Adam: the step count stays on the device, ``lr`` may be a tensor there, and a step
             reads nothing on the host, so that a CUDA graph can capture it. AuxK then passes over all latents.
         moments: "bfloat16" keeps Adam's moments of W_enc and W_dec in half the memory, rounded up or down at random so
@@ -101,7 +101,6 @@ class SparcAdam(torch.optim.Optimizer):
         step and the loss are those of all samples together. What grows with samples is held for one part at a time,
         beside the gradients of both weight matrices, and for moments these twice. `present` is then as many.
         """
-        self._check_trainable()
         given = list(inputs) if isinstance(inputs, Sequence) else [inputs]
         n_samples = self._count_samples(given)
         has = [None] * len(given) if present is None else [present] if isinstance(present, Tensor) else list(present)
@@ -111,7 +110,8 @@ class SparcAdam(torch.optim.Optimizer):
             raise ValueError("present must be None with capturable=True: who has which streams is read on the host")
         parts = list(zip(given, has, strict=True))
         objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, not self.capturable)
-        with autograd.without_autocast(self.model.W_enc):
+        with self.model._rows_left_behind(), autograd.without_autocast(self.model.W_enc):
+            self._check_trainable()
             return self._step(parts, n_samples, objective)
 
     def _step(self, parts: Sequence[tuple[Inputs, Tensor | None]], n_samples: int, objective: Objective) -> SparcLoss:
@@ -134,7 +134,7 @@ class SparcAdam(torch.optim.Optimizer):
     ) -> OneBatch:
         """A batch, or a part of one of `n_samples`, through the objective."""
         model = self.model
-        given = model._batch(inputs, present, current=False)
+        given = model._batch(inputs, present)
         parts = objective.choose(given)
         among = [AllStreams(model.d_streams, part.batch) for part in parts]
         used = [a.streams(indices) for a, part in zip(among, parts, strict=True) for indices in part.supports.used()]
@@ -189,10 +189,14 @@ class SparcAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def catch_up(self) -> None:
         """With ``lazy="replay"``: bring every decoder row up to date. Otherwise they always are."""
-        if self._behind is not None and self.state[self.model.W_dec]:
-            self._state(self.model.W_dec)
-            backend = backends.resolve(self.model.backend, self.model.W_dec.device)
-            self._replay(torch.arange(self.model.n_latents, device=self.model.W_dec.device), backend)
+        if self._behind is None:
+            return
+        with self.model._rows_left_behind():
+            W_dec = self.model.W_dec
+            if self.state[W_dec]:
+                self._state(W_dec)
+                every = torch.arange(self.model.n_latents, device=W_dec.device)
+                self._replay(every, backends.resolve(self.model.backend, W_dec.device))
 
     def _replay(self, latents: Tensor, backend: backends.Backend) -> None:
         assert self._behind is not None
@@ -295,29 +299,21 @@ class SparcAdam(torch.optim.Optimizer):
             state = self.state[self.model.W_dec]
             self._behind.all_current(int(state["step"]) if state else 0)
 
-    def _checked(self, parameter: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
+    def _checked(self, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """The state of a parameter, if it is one; ValueError says what is not."""
         if not state:
             return {}
-        of_parameter = next(name for name, p in self.model.named_parameters() if p is parameter)
-        matrices = (
-            "exp_avg",
-            "exp_avg_sq",
-            *(("master",) if parameter.dtype in (torch.bfloat16, torch.float16) else ()),
-        )
-        for key in ("step", *matrices):
-            value, shape = state.get(key), [] if key == "step" else list(parameter.shape)
-            if key == "step" and isinstance(value, int | float):
-                value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
-            if key == "master" and value is None:
-                continue  # of torch.optim.Adam, which has none
-            if not isinstance(value, Tensor) or not value.is_floating_point() or list(value.shape) != shape:
+        name = next(name for name, p in self.model.named_parameters() if p is parameter)
+        shapes = {"step": [], "exp_avg": list(parameter.shape), "exp_avg_sq": list(parameter.shape)}
+        if "master" in state and parameter.dtype in (torch.bfloat16, torch.float16):
+            shapes["master"] = shapes["exp_avg"]
+        for key, shape in shapes.items():
+            value = state.get(key)
+            value = torch.as_tensor(value, device="cpu") if isinstance(value, int | float) else value
+            if not isinstance(value, Tensor) or value.is_complex() or list(value.shape) != shape:
                 got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"state_dict must hold a float {key} {shape} of {of_parameter}, got {got}")
-        unknown = set(state) - {"step", *matrices}
-        if unknown - {"master"}:
-            raise ValueError(f"state_dict must be of an Adam, got {', '.join(sorted(unknown))} of {of_parameter}")
-        return {key: value for key, value in state.items() if key not in unknown}
+                raise ValueError(f"state_dict must hold a float {key} {shape} of {name}, got {got}")
+        return {key: torch.as_tensor(state[key]) for key in shapes}
 
 
 def _zeros_like(rows: Tensor, dtype: torch.dtype) -> Tensor:
