@@ -106,30 +106,30 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<Gradients>(m, "Gradients").def(py::init<Tensor, Tensor, Tensor, Tensor, Widths>());
     py::class_<AdamStep>(m, "AdamStep").def(py::init<double, double, double, double, int64_t, uint64_t>());
     define(m, "support_values", support_values,
-           ">values:A[N,S,k] x:T[N,D] W_enc:T[L,D] pre_bias:A[D] latent_bias:A[S,L] " SUPPORT);
+           ">values:A[N,S,k] x:T[N,D] W_enc:T[L,D] pre_bias:A[D] latent_bias:A[S,L] " SUPPORT "streams");
     define(m, "support_values_grad_x", support_values_grad_x,
-           ">grad_x:T[N,D] grad_values:A[N,S,k] values:A[N,S,k] " SUPPORT "W_enc:T[L,D]");
+           ">grad_x:T[N,D] grad_values:A[N,S,k] values:A[N,S,k] " SUPPORT "W_enc:T[L,D] streams");
     define(m, "sparse_decode", sparse_decode,
            ">recons:T[N,S,D] values:A[N,S,k] " SUPPORT "W_dec:T[L,D] pre_bias:A[D]");
     define(m, "sparse_decode_grad_values", sparse_decode_grad_values,
            ">grad_values:A[N,S,k] grad_recons:T[N,S,D] " SUPPORT "W_dec:T[L,D]");
     define(m, "decode_loss", decode_loss,
            ">nmse:A[S,S] >grad_recons:T[N,S,D] >grad_values:A[N,S,k] >grad_pre_bias:A[D] values:A[N,S,k] " SUPPORT
-           "W_dec:T[L,D] pre_bias:A[D] target:T[N,D] scale:A[N,S]");
+           "W_dec:T[L,D] pre_bias:A[D] target:T[N,D] scale:A[N,S] streams");
     define(m, "invert_indices", py::overload_cast<Tensor, Tensor, Tensor, int64_t>(invert_indices),
            ">offsets:i64[L+1] >entries:i64[E] " SUPPORT "#L");
     // R streams of values: where only the decoder is asked for, its columns need not be theirs
     define(m, "weight_gradients", weight_gradients,
            ">grad_W_enc:A[L,D]? >grad_W_dec:A[L,D]? >grad_latent_bias:A[S,L]? x:T[N,D]? pre_bias:A[D]? "
-           "values:A[N,R,k] grad_values:A[N,R,k]? grad_recons:T[N,R,D]? " INVERSE);
+           "values:A[N,R,k] grad_values:A[N,R,k]? grad_recons:T[N,R,D]? " INVERSE "streams");
     define(m, "update_rows", update_rows,
            ">grad_latent_bias:A[S,L] >grad_pre_bias:A[D] " ROWS
-           "x:T[N,D] pre_bias:A[D] values:A[N,S,k] grad_values:A[N,S,k] grad_recons:T[N,S,D] " INVERSE);
+           "x:T[N,D] pre_bias:A[D] values:A[N,S,k] grad_values:A[N,S,k] grad_recons:T[N,S,D] " INVERSE "streams");
     define(m, "step_rows", step_rows,
-           ">grad_pre_bias:A[D] " ROWS "grad_W_enc:A[L,D] grad_W_dec:A[L,D] grad_latent_bias:A[S,L] used:bool[L]");
+           ">grad_pre_bias:A[D] " ROWS "grad_W_enc:A[L,D] grad_W_dec:A[L,D] grad_latent_bias:A[S,L] used:bool[L] streams");
     define(m, "replay_rows", replay_rows,
            ">W_dec:A[L,D] >exp_avg:M[L,D] >exp_avg_sq:M[L,D] >copy:bf16[L,D]? latents:i64[R] >last_step:i64[L] "
-           "history:f64[H,4]");
+           "history:f64[H,4] streams");
     define(m, "count_silence", count_silence, ">silence:i64[L] values:A[N,S,k] " SUPPORT);
     py::class_<Screen>(m, "Screen")
         .def(py::init(&make_screen))

@@ -143,6 +143,10 @@ private:
 Signature::Signature(const char* name, const char* words) : operator_name(name) {
     std::istringstream stream(words);
     for (std::string word; stream >> word;) {
+        if (word == "streams") {
+            has_streams = true;
+            continue;
+        }
         if (word[0] == '#') {
             integers.push_back(word.substr(1));
             continue;
@@ -171,7 +175,8 @@ void Signature::check(const Arguments& arguments, Sizes sizes) const {
         if (arguments.integers.at(i) < 0) refuse(integers[i], "0 or more", std::to_string(arguments.integers[i]));
         sizes.emplace_back(integers[i], arguments.integers[i]);
     }
-    if (!arguments.widths.empty()) {
+    if (has_streams) {
+        if (arguments.widths.empty()) refuse("d_streams", "widths of at least one stream", "none");
         sizes.emplace_back("S", arguments.widths.size());
         sizes.emplace_back("D", std::accumulate(arguments.widths.begin(), arguments.widths.end(), int64_t(0)));
         for (const int64_t width : arguments.widths)

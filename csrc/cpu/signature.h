@@ -42,8 +42,8 @@ private:
 //   type  f32, f64, bf16, i32, i64, bool, or any; A the type of the sums, T that of what is stored, which is float64
 //         where A is and nowhere else; M that of moments, A or bfloat16; every A, T and M is one type;
 //   !     contiguous; of other tensors, the last dimension;
-//   [..]  sizes, with alternatives; a letter is one size throughout, S the number of d_streams and D their sum;
-//   ?     None will do;  #k  an integer argument, which is that size.
+//   [..]  sizes, with alternatives; a letter is one size throughout; S is the number of d_streams, D their sum;
+//   ?     None will do;  #k  an integer argument, which is that size;  streams  the integers are d_streams.
 class Signature {
 public:
     using Sizes = std::vector<std::pair<std::string, int64_t>>;
@@ -64,4 +64,5 @@ private:
     std::string operator_name;
     std::vector<Operand> operands;
     std::vector<std::string> integers;
+    bool has_streams = false;
 };
