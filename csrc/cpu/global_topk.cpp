@@ -220,7 +220,7 @@ void Screen::mark_near_kth(int64_t n, std::vector<float>& centres) {
     for (int64_t i = 0; i < count[n]; ++i) centres[i] = high[i] < infinity ? low[i] / 2 + high[i] / 2 : low[i];
     const float kth = kth_largest(centres.data(), count[n], k);
     for (int64_t i = 0; i < count[n]; ++i)
-        low[i] = (low[i] < kth) & (high[i] > kth) ? NAN : low[i];
+        low[i] = ((low[i] < kth) & (high[i] > kth)) ? NAN : low[i];
 }
 
 // Marks the ambiguous, and raises those certainly in the support above all others.
@@ -230,7 +230,8 @@ void Screen::mark_ambiguous(int64_t n) {
     float *low = &lower[n * capacity], *high = &upper[n * capacity];
     const bool all = count[n] == k;
     const float rival = all ? -infinity : kth_largest(high, count[n], k + 1);
-    for (int64_t i = 0; i < count[n]; ++i) low[i] = all | (low[i] > rival) ? infinity : low[i] < high[i] ? NAN : low[i];
+    for (int64_t i = 0; i < count[n]; ++i)
+        low[i] = (all | (low[i] > rival)) ? infinity : low[i] < high[i] ? NAN : low[i];
 }
 
 // Narrows the marked intervals to the score. By latent, so that a row of W is read once for all rows of x.
