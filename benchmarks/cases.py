@@ -5,8 +5,9 @@ Random tensors are drawn on the device itself: at a million latents the host wou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,10 @@ from sparc_fast.ops import reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
 from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
-from sparc_fast.planning.roofline import Cost
+from sparc_fast.planning.process_memory import available_bytes
 
 FLOAT = 4  # bytes of a float32
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}  # moves far beyond a weight's own rounding
 
 
@@ -42,6 +44,12 @@ class Shape:
     @property
     def D(self) -> int:
         return sum(self.d_streams)
+
+    @property
+    def held_bytes(self) -> int:
+        """Weights, two moments of each, and inputs: what no float32 Adam does without."""
+        weights = 2 * self.L * self.D + self.D + self.S * self.L
+        return FLOAT * (3 * weights + self.N * self.D)
 
     def model(self, backend: str = "auto", **options: Any) -> SPARC:
         """The same weights every time on a device, drawn there; `options` are SPARC's."""
@@ -73,42 +81,45 @@ U = Shape("U", 256, 8192)
 A = Shape("A", 4096, 32768)
 B = Shape("B", 4096, 131072)
 C = Shape("C", 8192, 1048576, k=128)
+ON_GPU = (A, B, U, SMALL)
 TINY = Shape("tiny", N=5, L=48, k=3, d_streams=(8, 5, 3))
 SHAPES = {shape.name: shape for shape in (U, A, B, C, TINY)}
 
 
-@dataclass
-class Case:
-    """Contenders that do the same work; `ours` names the one that ratios are taken against."""
-
-    op: str
-    shape: Shape
-    contenders: dict[str, Callable[[], Any]]
-    ours: tuple[str, ...]
-    phases: tuple[Cost, ...]
-    """One after another; the floor of a case is the sum of theirs."""
-    yardsticks: frozenset[str] = frozenset()
-    """Contenders that do less: a bound to compare with, not a rival."""
-    wrong: Mapping[str, str] = field(default_factory=dict)
-    """Contenders whose result was not the reference's, and in what; they are not timed."""
-
-
 @dataclass(frozen=True)
 class Place:
-    """Where a run happens: a device and the backend of ours that is measured there."""
+    """Where a run happens: a device, and what is measured there of ours."""
 
     device: torch.device
-    backend: str
-    role: str = "ours"
-    """What our rows are called: the backend, "hybrid" or "graph"."""
+    ours: Mapping[str, str]
+    """Label of a contender -> its backend."""
+    stands_in: bool = False
+    """Whether a CPU runs what a GPU would."""
 
     @property
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def free_bytes(self) -> int:
-        """Memory the device could still give; without one, nothing is refused."""
-        return torch.cuda.mem_get_info(self.device)[0] if self.is_gpu else 2**62
+    @property
+    def as_gpu(self) -> bool:
+        """Whether a GPU's rivals and shapes run here."""
+        return self.is_gpu or self.stands_in
+
+    @property
+    def role(self) -> str:
+        """The first of ours."""
+        return next(iter(self.ours))
+
+    @property
+    def backend(self) -> str:
+        return self.ours[self.role]
+
+    def free_bytes(self) -> float:
+        """Memory the device could still give."""
+        if self.is_gpu:
+            return torch.cuda.mem_get_info(self.device)[0]
+        free = available_bytes()
+        return math.inf if free is None else free
 
 
 class Operands:

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with atomic_path(arguments.json) as temporary:
             temporary.write_text(json.dumps(record) + "\n")
     if arguments.plot:
-        from ..plot import plot_curves
+        from ..tools.plot import plot_curves
 
         with atomic_path(arguments.plot) as temporary:
             plot_curves([(f"{c.moments} moments", c.seed, c.step, c.loss) for c in curves], temporary)

@@ -26,8 +26,8 @@ from sparc_fast.planning.roofline import Roofline, measure_roofs
 
 from .. import memory
 from ..cases import WIDTHS, Shape
-from ..main import environment_of_run, heading
-from ..steps import step_phases, trainer
+from ..main import environment, heading
+from ..steps import CPU, phases, trainer
 from ..timing import spread
 
 BATCHES = 8
@@ -56,15 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure every width that fits in memory; the exit status is 1 if none did."""
     arguments = _parse(argv)
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
-    environment = environment_of_run()
-    print(heading(environment))
+    where = environment(CPU) | {"dtype": "float32"}
+    print(heading(where))
     roofs = measure_roofs()
     widths = list(_measured(arguments.latents, roofs, arguments.seconds))
     exponents = [exponent(a, b) for a, b in pairwise(widths)]
     for (narrow, wide), found in zip(pairwise(widths), exponents, strict=True):
         print(f"time ~ L^{found:.2f} from L = {narrow.L:,} to {wide.L:,}")
     if arguments.json:
-        record = {"environment": environment, "roofs": asdict(roofs), "widths": [asdict(width) for width in widths]}
+        record = {"environment": where, "roofs": asdict(roofs), "widths": [asdict(width) for width in widths]}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.plot:
         plot(widths, arguments.plot)
@@ -81,7 +81,7 @@ def _measured(latents: Sequence[int], roofs: Roofline, seconds: float) -> Iterat
         if shape.L not in latents:
             continue
         gc.collect()  # the model of the width before
-        needed, free = memory.held_bytes(shape) + 2**29, available_bytes()
+        needed, free = shape.held_bytes + 2**29, available_bytes()
         if free is not None and needed > free:
             print(f"L = {shape.L:,}: not run, needs {needed / 1e9:.1f} GB of {free / 1e9:.1f} free")
             continue
@@ -106,8 +106,8 @@ def _at(shape: Shape, roofs: Roofline, seconds: float) -> Width:
         x, start = next(batches), perf_counter()
         losses.append(float(contender.step(x)))
         times.append(perf_counter() - start)
-    floor = roofs.floor(step_phases(shape))
-    held = memory.held_bytes(shape)
+    floor = roofs.floor(phases(shape))
+    held = shape.held_bytes
     return Width(shape.L, median(times), spread(times), floor, held, beyond, (losses[0], losses[-1]))
 
 

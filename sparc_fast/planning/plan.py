@@ -70,7 +70,8 @@ def _outcome(config: Config, streams: Streams, machine: Machine, dead: float) ->
     parts = parts_of(
         config, streams, threads=machine.threads, overhead=machine.overhead, steps=steps or 0, on_gpu=on_gpu, dead=dead
     )
-    time = {} if machine.roofs is None else step_costs(config, streams.widths, machine.roofs)
+    roofs = machine.roofs
+    time = {} if roofs is None else step_costs(config, streams.widths, roofs.faster_type)
     return Plan(
         config, streams, machine, dead, steps, tuple(parts),
         host_bytes(config, streams, machine.host_overhead) if on_gpu else None,

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
 
@@ -13,15 +12,16 @@ import torch
 from torch import Tensor
 
 from sparc_fast import SparcAdam
-from sparc_fast.planning.process_memory import available_bytes
 from sparc_fast.planning.roofline import Cost
 
-from . import memory
-from .cases import FLOAT, SMALL, STEP, WIDE, Case, Shape
-from .steps import Ours, Whole, step_phases
+from .cases import FLOAT, SMALL, STEP, WIDE, Shape
+from .record import Case, Record
+from .steps import Ours, phases
+from .timing import Run
 
 BATCHES = 12
 SKEW = 1.0  # of the latents' biases, in standard deviations of a score
+STEPS = 24
 
 
 class Training:
@@ -51,24 +51,21 @@ def same_training(backend: str, skewed: bool) -> str | None:
     return f"{', '.join(differ)} differ from the dense run's" if differ else None
 
 
-def _replay_case(shape: Shape, names: Sequence[str], skewed: bool) -> Case:
-    needed, free = 2 * memory.held_bytes(shape), available_bytes()
-    if free is not None and needed > 0.9 * free:
-        raise MemoryError(f"two models need {needed / 1e9:.0f} GB of {free / 1e9:.0f} free")
-    wrong, contenders = {}, {}
-    for name in names:
-        if complaint := same_training(name, skewed):
-            wrong[name] = complaint
-        else:
-            contenders[name] = Training(shape, name, True, skewed).step
-            contenders[f"{name}, every row"] = Training(shape, name, False, skewed).step
+def _replay(op: str, record: Record, shape: Shape, dtype: str, seconds: float) -> None:
+    runs: dict[str, Run] = {}
+    skewed = op == "replay-skewed"
+    for name, backend in record.place.ours.items():
+        if not record.fits(2 * shape.held_bytes, op, shape.name, name, share=0.9):
+            continue
+        if complaint := same_training(backend, skewed):
+            record.add(op, shape.name, name, error=f"WRONG, not timed: {complaint}")
+            continue
+        runs[name] = Training(shape, backend, True, skewed).step
+        runs[f"{name}, every row"] = Training(shape, backend, False, skewed).step
     weights = FLOAT * shape.L * shape.D
-    phases = (Cost(2 * shape.N * shape.L * shape.D, weights), Cost(0, 6 * weights))
-    op = "replay-skewed" if skewed else "replay"
-    return Case(op, shape, contenders, tuple(names), phases, wrong=wrong)
-
-
-STEPS = 24
+    record.race(
+        op, shape.name, dtype, runs, seconds, (Cost(2 * shape.N * shape.L * shape.D, weights), Cost(0, 6 * weights))
+    )
 
 
 def same_losses(backend: str) -> str | None:
@@ -81,27 +78,21 @@ def same_losses(backend: str) -> str | None:
     return f"loss of step {STEPS} differs by {difference:.1%} from float32's" if difference > 0.01 else None
 
 
-def _moments_case(shape: Shape, names: Sequence[str]) -> Case:
+def _moments(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
     x = shape.inputs()
-    wrong, contenders, ours = {}, {}, []
-    for name in names:
-        narrow = f"{name}, bfloat16 moments"
-        if complaint := same_losses(name):
-            wrong[narrow] = complaint
+    runs: dict[str, Run] = {}
+    for name, backend in record.place.ours.items():
+        if complaint := same_losses(backend):
+            record.add("moments", shape.name, f"{name}, bfloat16 moments", error=f"WRONG, not timed: {complaint}")
             continue
-        for label, moments in ((narrow, "bfloat16"), (f"{name}, float32 moments", "float32")):
-            contenders[label] = partial(Ours(shape.model(name), moments=moments).step, x)
-        ours.append(narrow)
-    *phases, update = step_phases(shape)
-    # of 2 matrices 2 moments each, read and written, half
-    update = Cost(update.flops, update.bytes - 2 * 2 * 2 * shape.L * shape.D * FLOAT / 2)
-    return Case("moments", shape, contenders, tuple(ours), (*phases, update), wrong=wrong)
+        for moments in ("bfloat16", "float32"):
+            runs[f"{name}, {moments} moments"] = partial(Ours(shape.model(backend), moments=moments).step, x)
+    ours = tuple(name for name in runs if "bfloat16" in name)
+    record.race("moments", shape.name, dtype, runs, seconds, phases(shape, moments="bfloat16"), ours)
 
 
-OPTIONS = {
-    **{
-        op: Whole(op, (WIDE, SMALL), (), partial(_replay_case, skewed=skewed))
-        for op, skewed in (("replay", False), ("replay-skewed", True))
-    },
-    "moments": Whole("moments", (*STEP, SMALL), (), _moments_case),
+CASES = {
+    "replay": Case(partial(_replay, "replay"), (WIDE, SMALL)),
+    "replay-skewed": Case(partial(_replay, "replay-skewed"), (WIDE, SMALL)),
+    "moments": Case(_moments, (*STEP, SMALL)),
 }
