@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import cycle
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from sparc_fast import SparcAdam
 from sparc_fast.planning.roofline import Cost
 
 from .cases import FLOAT, SMALL, STEP, WIDE, Shape
@@ -22,32 +21,35 @@ from .timing import Run
 BATCHES = 12
 SKEW = 1.0  # of the latents' biases, in standard deviations of a score
 STEPS = 24
+Lazy = Literal["replay"] | None
+LAZY: tuple[Lazy, Lazy] = ("replay", None)
 
 
-class Training:
-    """Steps on batches that come round; `skewed` gives some latents far more samples than others."""
+def training(shape: Shape, backend: str, skewed: bool, lazy: Lazy) -> Ours:
+    """`skewed` gives some latents far more samples than others."""
+    model = shape.model(backend)
+    if skewed:
+        torch.manual_seed(1)
+        # a row of W_enc has uniform entries: a stream of unit norm scores with a variance of 1 / (3 D_s)
+        variance = sum(1 / (3 * width) for width in shape.d_streams)
+        torch.nn.init.normal_(model.latent_bias, std=SKEW * (variance / shape.S) ** 0.5)
+    return Ours(model, lazy=lazy)
 
-    def __init__(self, shape: Shape, backend: str, lazy: bool, skewed: bool) -> None:
-        self.model = shape.model(backend)
-        if skewed:
-            torch.manual_seed(1)
-            # a row of W_enc has uniform entries: a stream of unit norm scores with a variance of 1 / (3 D_s)
-            variance = sum(1 / (3 * width) for width in shape.d_streams)
-            torch.nn.init.normal_(self.model.latent_bias, std=SKEW * (variance / shape.S) ** 0.5)
-        self.optimizer = SparcAdam(self.model, lazy="replay" if lazy else None)
-        self.batches = cycle(torch.stack([shape.inputs(seed) for seed in range(1, BATCHES + 1)]))
 
-    def step(self) -> Tensor:
-        return self.optimizer.step(next(self.batches)).total
+def stepping(ours: Ours, shape: Shape) -> Run:
+    """Steps on batches that come round."""
+    batches = cycle(torch.stack([shape.inputs(seed) for seed in range(1, BATCHES + 1)]))
+    return lambda: ours.step(next(batches))
 
 
 def same_training(backend: str, skewed: bool) -> str | None:
     """How replay differs from the dense run after some steps, if it does."""
-    dense, lazy = (Training(SMALL, backend, lazy, skewed) for lazy in (False, True))
-    for _ in range(2 * BATCHES):
-        dense.step(), lazy.step()
-    states = dense.model.state_dict(), lazy.model.state_dict()
-    differ = [name for name, weights in states[0].items() if not torch.equal(states[1][name], weights)]
+    both = [training(SMALL, backend, skewed, lazy) for lazy in LAZY]
+    for run in [stepping(ours, SMALL) for ours in both]:
+        for _ in range(2 * BATCHES):
+            run()
+    lazy, dense = (ours.model.state_dict() for ours in both)
+    differ = [name for name, weights in dense.items() if not torch.equal(lazy[name], weights)]
     return f"{', '.join(differ)} differ from the dense run's" if differ else None
 
 
@@ -60,8 +62,8 @@ def _replay(op: str, record: Record, shape: Shape, dtype: str, seconds: float) -
         if complaint := same_training(backend, skewed):
             record.add(op, shape.name, name, error=f"WRONG, not timed: {complaint}")
             continue
-        runs[name] = Training(shape, backend, True, skewed).step
-        runs[f"{name}, every row"] = Training(shape, backend, False, skewed).step
+        for label, lazy in zip((name, f"{name}, every row"), LAZY, strict=True):
+            runs[label] = stepping(training(shape, backend, skewed, lazy), shape)
     weights = FLOAT * shape.L * shape.D
     record.race(
         op, shape.name, dtype, runs, seconds, (Cost(2 * shape.N * shape.L * shape.D, weights), Cost(0, 6 * weights))

@@ -217,15 +217,17 @@ def test_the_width_command_measures_time_memory_and_loss(tmp_path: Path, capsys:
     record, picture = tmp_path / "width.json", tmp_path / "width.png"
     threads = ["--threads", "1", "--seconds", "0"]
     assert width.main(["--latents", "2048", *threads, "--json", str(record), "--plot", str(picture)]) == 0
-    assert "MB beyond" in capsys.readouterr().out
-    (measured,) = json.loads(record.read_text())["widths"]
-    assert measured["L"] == 2048
-    assert measured["seconds"] > measured["floor"] / 100 > 0
-    assert measured["bytes_held"] == 4 * (3 * (2 * 2048 * 256 + 256 + 2 * 2048) + 512 * 256)
-    assert measured["loss"][1] < measured["loss"][0]
+    printed = capsys.readouterr().out
+    assert "MB beyond" in printed
+    assert f"{4 * (3 * (2 * 2048 * 256 + 256 + 2 * 2048) + 512 * 256) / 1e9:.2f} GB held" in printed
+    beyond, step = json.loads(record.read_text())["rows"]
+    assert (beyond["what"], step["what"]) == ("memory", "step")
+    assert step["value"] > step["floor"] / 100 > 0
+    first, last = map(float, step["note"].rpartition("loss ")[2].split(" → "))
+    assert last < first
     assert picture.stat().st_size > 0
 
 
 def test_time_that_grows_as_the_square_has_exponent_2() -> None:
-    narrow = width.Width(1000, 0.5, 0, 0, 0, 0, (0, 0))
-    assert width.exponent(narrow, replace(narrow, L=4000, seconds=8.0)) == pytest.approx(2)
+    narrow, wide = (Row("", "step", f"N512-L{L}", value=seconds) for L, seconds in ((65536, 0.5), (262144, 8.0)))
+    assert width.exponent(narrow, wide) == pytest.approx(2)

@@ -16,7 +16,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     ours = ours_of(rows)
     others = [row for row in rows if row.seconds and row.role != "ours" and case_of(row) in ours][::-1]
     ratios = [over(row, ours[case_of(row)]) for row in others]
-    figure = _figure(9, 1.2 + 0.28 * len(others))
+    figure = new_figure(9, 1.2 + 0.28 * len(others))
     axes = figure.subplots()
     colours = {"baseline": "#3b6ea5", "yardstick": "#b8b8b8"}
     widths = [ratio - 1 for ratio in ratios]
@@ -34,7 +34,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def plot_curves(curves: Sequence[tuple[str, int, Sequence[float], Sequence[float]]], path: Path) -> None:
     """(label, seed, steps, losses) of runs: above, the first label's losses and the others' drawn over them; below, how
     far a run is from the first label's of the same seed."""
-    figure = _figure(7, 4.2)
+    figure = new_figure(7, 4.2)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     first = {seed: losses for label, seed, _, losses in curves if label == curves[0][0]}
     colours = dict(zip(dict.fromkeys(label for label, *_ in curves), ("#3b6ea5", "#c8553d"), strict=False))
@@ -57,7 +57,7 @@ def plot_curves(curves: Sequence[tuple[str, int, Sequence[float], Sequence[float
     figure.savefig(path, dpi=110, format="png")
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
