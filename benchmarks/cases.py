@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from sparc_fast import SPARC
 from sparc_fast.objective import nmse_scale, pair_weights, row_energy
 from sparc_fast.ops import reference
+from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
 from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
@@ -128,15 +130,9 @@ class Operands:
     The support is that of the scores, or `spread` evenly over the latents where the scores are too many to form.
     """
 
-    def __init__(
-        self,
-        shape: Shape,
-        dtype: torch.dtype,
-        device: torch.device,
-        spread: bool = True,
-    ) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, spread: bool = True) -> None:
         self.shape, self.dtype, self.device, self.spread = shape, dtype, device, spread
-        self.d_streams, self.k = shape.d_streams, shape.k
+        self.d_streams, self.k, self.n_latents = shape.d_streams, shape.k, shape.L
         self.columns = stream_slices(shape.d_streams)
 
     def first(self, N: int) -> Operands:
@@ -220,6 +216,22 @@ class Operands:
     def inverse(self) -> tuple[Tensor, Tensor]:
         return reference.invert_indices(self.indices, self.shape.L)
 
+    @property
+    def target(self) -> Tensor:
+        return self.x
+
+    @property
+    def offsets(self) -> Tensor:
+        return self.inverse[0]
+
+    @property
+    def entries(self) -> Tensor:
+        return self.inverse[1]
+
+    @cached_property
+    def silence(self) -> Tensor:
+        return torch.zeros(self.shape.L, dtype=torch.int64, device=self.device)
+
     @cached_property
     def touched(self) -> int:
         """Latents that are in some sample's support: the rows a gather cannot avoid."""
@@ -284,46 +296,18 @@ def _replay_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Cal
     return run
 
 
-def _count_silence(b: Any, o: Operands) -> Callable[[], Tensor]:
-    silence = torch.zeros(o.shape.L, dtype=torch.int64, device=o.device)
-
-    def run() -> Tensor:
-        b.count_silence(silence, o.values, o.indices)
-        return silence
-
-    return run
-
-
-def _gradient_args(o: Operands) -> tuple[Any, ...]:
-    return o.x, o.pre_bias, o.values, o.grad_values
+def _of_operands(name: str, b: Any, o: Operands) -> Callable[[], Any]:
+    """The operator on the operands that its parameters are named after."""
+    parameters = list(signature(getattr(Backend, name)).parameters.values())[1:]
+    return partial(getattr(b, name), *[getattr(o, p.name) for p in parameters if p.default is p.empty])
 
 
 # every operator as a function to call again and again; `b` is a backend, or any namespace of its functions
 CALLS: dict[str, Callable[[Any, Operands], Callable[[], Any]]] = {
-    "topk_rows": lambda b, o: lambda: b.topk_rows(o.scores, o.k),
-    "global_topk": lambda b, o: lambda: b.global_topk(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.k),
-    "support_scores": lambda b, o: lambda: b.support_scores(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices),
-    "support_values": lambda b, o: (
-        lambda: b.support_values(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices, o.d_streams)
-    ),
-    "support_values_grad_x": lambda b, o: (
-        lambda: b.support_values_grad_x(o.grad_values, o.values, o.indices, o.W_enc, o.d_streams)
-    ),
-    "sparse_decode": lambda b, o: lambda: b.sparse_decode(o.values, o.indices, o.W_dec, o.pre_bias),
-    "sparse_decode_grad_values": lambda b, o: lambda: b.sparse_decode_grad_values(o.grad_recons, o.indices, o.W_dec),
-    "decode_loss": lambda b, o: (
-        lambda: b.decode_loss(o.values, o.indices, o.W_dec, o.pre_bias, o.x, o.scale, o.weights, o.d_streams)
-    ),
-    "invert_indices": lambda b, o: lambda: b.invert_indices(o.indices, o.shape.L),
-    "encoder_gradients": lambda b, o: lambda: b.encoder_gradients(*_gradient_args(o), *o.inverse, o.d_streams),
-    "decoder_gradients": lambda b, o: lambda: b.decoder_gradients(o.values, o.grad_recons, *o.inverse),
-    "weight_gradients": lambda b, o: (
-        lambda: b.weight_gradients(*_gradient_args(o), o.grad_recons, *o.inverse, o.d_streams)
-    ),
+    **{name: partial(_of_operands, name) for name in vars(Backend) if not name.startswith("_")},
     "update_rows": _update_rows,
     "step_rows": _step_rows,
     "replay_rows": _replay_rows,
-    "count_silence": _count_silence,
 }
 # the same operators with Adam's moments in bfloat16, which other machine code does
 NARROW_MOMENTS = {
