@@ -12,13 +12,11 @@ from time import monotonic
 import pytest
 import torch
 
-from sparc_fast.benchmarks import checks, figures, gpu, memory, operators, processes, steps
-from sparc_fast.benchmarks.cases import CALLS, TINY, Operands, Place
-from sparc_fast.benchmarks.main import environment, heading
+from sparc_fast.benchmarks import checks, figures, gpu, main, memory, operators, processes, steps
+from sparc_fast.benchmarks.cases import TINY, Operands, Place
 from sparc_fast.benchmarks.record import Record, Row, read_rows
 from sparc_fast.benchmarks.table import figures_table, rows_table
 from sparc_fast.benchmarks.timing import equal
-from sparc_fast.ops import backends
 from sparc_fast.planning.roofline import Cost, Roofline
 
 CPU = torch.device("cpu")
@@ -82,8 +80,6 @@ def test_headers_that_torch_brings_along_are_enough(monkeypatch: pytest.MonkeyPa
 
 
 def test_every_operator_of_the_backends_can_be_called() -> None:
-    vocabulary = {name for name in vars(backends.Backend) if not name.startswith("_")}
-    assert set(CALLS) == vocabulary
     checks.run_every_operator("cpu", "reference")
 
 
@@ -102,6 +98,14 @@ def test_a_wrong_or_failing_contender_becomes_a_row_and_the_others_are_timed(
     assert errors["too large"] == "does not fit: CUDA out of memory."
     assert errors["triton"] == "KeyError: 'no such'"
     assert named(record.rows, "sparse_decode", "tiny", "triton", "float32").value
+
+
+def test_every_case_of_a_gpu_runs_on_a_stand_in(record: Record) -> None:
+    on_gpu = {name: case for name, case in main.CASES.items() if case.gpu_shapes}
+    for case in on_gpu.values():
+        case.run(record, TINY, "bfloat16", 0.0)
+    assert {row.what for row in record.rows} == set(on_gpu)
+    assert {row.error for row in record.rows} <= {"", "only a GPU counts its memory"}
 
 
 def test_all_trainers_take_the_same_step_and_are_timed(record: Record) -> None:
@@ -200,13 +204,13 @@ def test_a_whole_report_is_json_with_floors_and_figures() -> None:
     rows = [Row("roofs", "roof", contender=name, value=rate, unit="/s") for name, rate in roofs.items()]
     rows.append(Row("A", "step", "A", "triton", "bfloat16", 1.0, work=(Cost(5e8),)))
     pytest.importorskip("triton")
-    where = environment(REFERENCE)
+    where = main.environment(REFERENCE)
     report = json.loads(json.dumps(gpu.whole_report(where, rows)))
     assert roofs.items() > report["roofs"].items()
     assert report["rows"][-1]["floor"] == 0.5
     assert len(report["figures"]) == len(figures.ON_GPU)
     assert gpu.result_name({**where, "gpu": "NVIDIA H200", "commit": "1a2b+"}).startswith("NVIDIA-H200-1a2b+-20")
-    assert torch.__version__ in heading(where)
+    assert torch.__version__ in main.heading(where)
 
 
 def test_without_a_gpu_one_line_and_status_2(
