@@ -62,6 +62,7 @@ class Record:
         return self.until - monotonic()
 
     def add(self, what: str, shape: str = "", contender: str = "", dtype: str = "", **rest: Any) -> None:
+        """What, shape, contender and type name a row here and below, as far as they apply."""
         role = "ours" if contender in self.place.ours else ""
         row = Row(self.phase, what, shape, contender, dtype, **{"role": role, **rest})
         self.rows.append(row)
@@ -76,44 +77,38 @@ class Record:
         """Times runs in turns. Ours are the place's, or those of these names."""
         for name, taken in self.clock.operators(runs, seconds).items():
             role = "ours" if name in (ours or self.place.ours) else "yardstick" if name in yardsticks else "baseline"
-            self.times(what, shape, name, dtype, taken, work, role=role)
+            self.times(what, shape, name, dtype, taken=taken, work=work, role=role)
 
-    def times(
-        self, what: str, shape: str, contender: str, dtype: str, taken: Sequence[float], work: Sequence[Cost],
-        **rest: Any,
-    ) -> None:  # fmt: skip
-        self.add(what, shape, contender, dtype, value=median(taken), seconds=tuple(taken), work=tuple(work), **rest)
+    def times(self, *name: str, taken: Sequence[float], work: Sequence[Cost], **rest: Any) -> None:
+        self.add(*name, value=median(taken), seconds=tuple(taken), work=tuple(work), **rest)
 
     @contextlib.contextmanager
-    def guard(self, what: str, shape: str = "", contender: str = "", dtype: str = "") -> Iterator[None]:
+    def guard(self, *name: str) -> Iterator[None]:
         """A failure inside becomes a row; the phase goes on."""
         try:
             yield
         except torch.OutOfMemoryError as error:
-            self.add(what, shape, contender, dtype, error=f"does not fit: {first_line(error)}")
+            self.add(*name, error=f"does not fit: {first_line(error)}")
         except Exception as error:
-            self.add(what, shape, contender, dtype, error=f"{type(error).__name__}: {first_line(error)}")
+            self.add(*name, error=f"{type(error).__name__}: {first_line(error)}")
         finally:
             if self.place.is_gpu:
                 with contextlib.suppress(Exception):
                     torch.cuda.empty_cache()
 
-    def has_time(self, seconds: float, what: str, shape: str = "", contender: str = "", dtype: str = "") -> bool:
+    def has_time(self, seconds: float, *name: str) -> bool:
         """Whether so many seconds are left; if not, a row says so."""
         if self.left() >= seconds:
             return True
-        self.add(what, shape, contender, dtype, error="no time left")
+        self.add(*name, error="no time left")
         return False
 
-    def fits(
-        self, needed: float, what: str, shape: str = "", contender: str = "", dtype: str = "", share: float = 0.75
-    ) -> bool:
+    def fits(self, needed: float, *name: str, share: float = 0.75) -> bool:
         """Whether so many bytes are free, on a CPU within this share of all that are; if not, a row says so."""
         free = self.place.free_bytes() * (1.0 if self.place.is_gpu else share)
         if needed <= free:
             return True
-        error = f"not run: needs about {needed / 1e9:.0f} GB of {free / 1e9:.0f} free"
-        self.add(what, shape, contender, dtype, error=error)
+        self.add(*name, error=f"not run: needs about {needed / 1e9:.0f} GB of {free / 1e9:.0f} free")
         return False
 
 

@@ -185,7 +185,8 @@ def compare(record: Record, shape: Shape, wanted: Sequence[tuple[str, str]], sec
             if place.as_gpu:
                 host = record.clock.host_seconds(run)
                 note = f"host {host * 1e3:.2f} ms, loss after two steps {losses[key][-1]:.6g}"
-            record.times("step", shape.name, name, dtype, taken, phases(shape, dtype), note=note, role=role)
+            work = phases(shape, dtype)
+            record.times("step", shape.name, name, dtype, taken=taken, work=work, note=note, role=role)
 
 
 def disagreements(losses: Mapping[tuple[str, str], list[float]]) -> dict[tuple[str, str], str]:
@@ -252,7 +253,7 @@ def graph(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
         record.add(GRAPH, *where, value=float(_same(captured, eager)), unit="held")
         runs: dict[str, Run] = {"step, capturable": partial(eager.step, x), "step": steps.replay}
         for what, taken in record.clock.steps(runs, seconds).items():
-            record.times(what, *where, taken, phases(shape, dtype))
+            record.times(what, *where, taken=taken, work=phases(shape, dtype))
 
 
 def profile(record: Record, shape: Shape, dtype: str, steps: int = 5) -> None:

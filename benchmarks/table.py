@@ -56,6 +56,6 @@ def figures_table(found: Iterable[Reached], goals: bool = True) -> str:
     heading = Reached("figure", "must", "aim", "reached", "held")
     lines = []
     for line in (heading, *found):
-        asked, held = (f"{line.must:>8} {line.aim:>8} ", f" {line.held:>12}") if goals else ("", "")
+        asked, held = (f"{line.must:>9} {line.aim:>9} ", f" {line.held:>12}") if goals else ("", "")
         lines.append(f"{line.what:64} {asked}{line.reached:>12}{held} {line.whose}".rstrip())
     return "\n".join(lines)

@@ -156,7 +156,7 @@ def test_no_time_left_is_a_row(record: Record) -> None:
 def test_rows_survive_a_killed_process(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     record = Record("phase", REFERENCE, path=path)
-    record.times("step", "A", "triton", "float32", [1.0, 3.0, 2.0], [Cost(1.0), Cost(2.0)])
+    record.times("step", "A", "triton", "float32", taken=[1.0, 3.0, 2.0], work=[Cost(1.0), Cost(2.0)])
     record.add("extra", value=1.0, unit="B")
     with path.open("a") as file:
         file.write('{"phase": "cut sh')

@@ -79,7 +79,7 @@ def _time(record: Record, shape: Shape, seconds: float) -> None:
         losses.append(float(contender.step(x)))
         times.append(perf_counter() - start)
     note = f"{shape.held_bytes / 1e9:.2f} GB held, loss {losses[0]:.4f} → {losses[-1]:.4f}"
-    record.times("step", shape.name, "auto", "float32", times, phases(shape), note=note)
+    record.times("step", shape.name, "auto", "float32", taken=times, work=phases(shape), note=note)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
