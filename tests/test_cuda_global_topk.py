@@ -40,6 +40,7 @@ from test_kernel_global_topk import (
 kernel = importlib.import_module("sparc_fast.kernels.global_topk")
 
 pytestmark = [
+    pytest.mark.interpreter,
     pytest.mark.skipif(build.COMPILER is None, reason="no g++"),
     # infinite and NaN intervals are part of the method; the interpreter computes them with numpy
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),

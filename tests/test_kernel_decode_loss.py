@@ -21,7 +21,7 @@ MODULES = {name: import_module(f"sparc_fast.kernels.{name}") for name in NAMES}
 DEVICE = kernel_device()
 CASE = (7, 40, 5), 3, 20, 6
 # NumPy, which Triton's interpreter computes with, warns of inf * 0
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 PER_STREAM = pytest.mark.parametrize("per_stream", [False, True], ids=["shared support", "support per stream"])
 EVERY_OPERATOR = pytest.mark.parametrize("name", NAMES)
 

@@ -22,7 +22,7 @@ from sparc_fast.kernels.topk_rows import topk_rows
 kernel = importlib.import_module("sparc_fast.kernels.global_topk")
 
 # infinite and NaN intervals are part of the method; the interpreter computes them with numpy
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 DEVICE = kernel_device()
 SCREENINGS = ["auto", "bf16", "off"]

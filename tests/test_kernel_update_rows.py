@@ -16,6 +16,7 @@ from torch import Tensor
 from sparc_fast.ops import reference
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.interpreter
 # modules, not the functions of the same names that the package offers
 (
     count_silence, decode_loss, decoder_gradients, encoder_gradients, inverse, launching, replay_rows, segment_sums,
