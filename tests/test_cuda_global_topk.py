@@ -14,7 +14,7 @@ import torch
 from cuda_emulation import build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from operands import seeded
+from operands import normal, seeded
 from torch import Tensor
 
 from sparc_fast.ops import reference
@@ -73,10 +73,6 @@ def small(
         return chosen
 
     patch.setattr(cuda._cuda, "FilterPlan", plan)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=seeded(seed))
 
 
 def problem(scores: Tensor, of_weights: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

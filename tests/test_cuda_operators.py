@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from cuda_emulation import build
+from cuda_emulation.build import planned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from operands import seeded
+from operands import normal, seeded
 from torch import Tensor
 
 from sparc_fast.ops import reference
@@ -20,29 +20,8 @@ pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="no g++")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def planned(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch, **choices: int) -> None:
-    """topk_rows with these choices instead of its own."""
-    original = cuda._cuda.TopkPlan
-
-    def plan(*arguments: int) -> Any:
-        chosen = original(*arguments)
-        for name, value in choices.items():
-            setattr(chosen, name, value)
-        return chosen
-
-    monkeypatch.setattr(cuda._cuda, "TopkPlan", plan)
-
-
-def largest(scores: Tensor, k: int) -> Tensor:
-    return reference.topk_rows(scores, k)
-
-
 def check(cuda: ModuleType, scores: Tensor, k: int) -> None:
-    assert torch.equal(cuda.topk_rows(scores, k), largest(scores, k))
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=seeded(seed))
+    assert torch.equal(cuda.topk_rows(scores, k), reference.topk_rows(scores, k))
 
 
 ROWS: dict[str, Callable[[int], Tensor]] = {
@@ -75,7 +54,7 @@ def test_topk_rows_are_exact_on_hard_rows(
     rows = torch.stack([ROWS[kind](9000), ROWS[kind](9000).flip(0)]).to(dtype)
     if in_steps:
         rows = rows[:, :2500]
-        planned(cuda, monkeypatch, threads=64, capacity=200, sample=0)
+        planned(cuda, monkeypatch, "TopkPlan", threads=64, capacity=200, sample=0)
     for k in (1, 50):
         check(cuda, rows, k)
 
@@ -100,7 +79,7 @@ def test_topk_rows_equal_the_reference_at_any_shape(
     scores = (normal(N, L, seed=seed) * distinct).round().to(dtype)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CUDA_EMULATION_SCHEDULE", str(order))
-        planned(cuda, patched, **choices)
+        planned(cuda, patched, "TopkPlan", **choices)
         check(cuda, scores, k)
 
 
@@ -117,7 +96,7 @@ def test_topk_rows_equal_the_reference_at_any_shape(
 def test_topk_rows_do_not_depend_on_the_order_of_threads(
     choices: dict[str, int], schedule: None, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned(cuda, monkeypatch, **choices)
+    planned(cuda, monkeypatch, "TopkPlan", **choices)
     scores = normal(2, 4000)
     scores[1] = scores[1].round(decimals=1)
     check(cuda, scores, 30)
@@ -148,7 +127,7 @@ def test_topk_rows_may_be_slices_of_wider_tensors(cuda: ModuleType) -> None:
 
 
 def test_a_plan_that_does_not_fit_is_refused(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    planned(cuda, monkeypatch, capacity=10)
+    planned(cuda, monkeypatch, "TopkPlan", capacity=10)
     with pytest.raises(ValueError, match="the plan does not fit the rows"):
         cuda.topk_rows(normal(2, 100), 5)
 

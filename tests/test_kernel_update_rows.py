@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from operands import OPERATORS, SEED, STEP, Operands, kernel_device, operands, rows_to_update, seeded, step_of
+from accuracy import assert_equal, check_accuracy
+from operands import SEED, STEP, SUPPORTS, Operands, kernel_device, move_rows, operands, rows_to_update, seeded
 from torch import Tensor
 
 from sparc_fast.ops import reference
@@ -39,7 +39,6 @@ KERNELS = SimpleNamespace(
     count_silence=count_silence.count_silence,
 )
 DEVICE = kernel_device()
-SUPPORTS = pytest.mark.parametrize("per_stream", [False, True], ids=["shared support", "support per stream"])
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 
@@ -48,25 +47,12 @@ def on_device(o: Operands) -> Operands:
 
 
 def check(name: str, o: Operands) -> None:
-    o = on_device(o)
-    run = OPERATORS[name]
-    results = run(o, KERNELS), run(o, reference), run(o.to(torch.float64), reference)
-    for got, same_dtype, truth in zip(*results, strict=True):
-        assert_as_accurate(got, same_dtype, truth)
+    check_accuracy(name, on_device(o), KERNELS)
 
 
 def step(rows: list[Tensor], o: Operands, t: int | Tensor = STEP, lr: float | Tensor = 0.01, **more: object) -> tuple:
-    """One update of rows = [W_enc, W_dec, 4 moments] in place, by the kernels."""
-    index = inverse.invert_indices(o.indices, len(rows[0]))
-    return update.update_rows(*step_of(
-        *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *index, o.d_streams,
-        lr, BETAS, EPS, t, **more,
-    ))  # fmt: skip
-
-
-def assert_equal(got: list[Tensor] | tuple[Tensor, ...], expected: list[Tensor] | tuple[Tensor, ...]) -> None:
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    """`move_rows` by the kernels."""
+    return move_rows(KERNELS, rows, o, inverse=inverse.invert_indices(o.indices, len(rows[0])), lr=lr, step=t, **more)
 
 
 @SUPPORTS
@@ -249,10 +235,7 @@ def test_operands_may_be_of_different_types() -> None:
     rows, expected = ([t.to(DEVICE) for t in rows_to_update(o)] for _ in range(2))
     mixed = replace(o, x=o.x.bfloat16(), grad_values=o.grad_values.half(), grad_recons=o.grad_recons.bfloat16())
     grads = step(rows, mixed)
-    exact = reference.update_rows(*step_of(
-        *expected[:2], expected[2:], mixed.x, mixed.pre_bias, mixed.values, mixed.grad_values,
-        mixed.grad_recons.float(), *o.inverse, o.d_streams, 0.01, BETAS, EPS, STEP,
-    ))  # fmt: skip
+    exact = move_rows(reference, expected, replace(mixed, grad_recons=mixed.grad_recons.float()))
     torch.testing.assert_close([*rows, *grads], [*expected, *exact], rtol=1e-5, atol=1e-4)
 
 
@@ -280,10 +263,7 @@ def test_one_nan_makes_its_row_of_a_stream_nan_and_no_other(
     for rows in (ours, expected):
         rows[1][5, 7] = torch.nan
     step(ours, o)
-    reference.update_rows(*step_of(
-        *expected[:2], expected[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons,
-        *inverse.invert_indices(o.indices, 14), o.d_streams, 0.01, BETAS, EPS, STEP,
-    ))  # fmt: skip
+    move_rows(reference, expected, o)
     nan = torch.zeros(14, 53, dtype=torch.bool, device=DEVICE)
     nan[5, :33] = True
     assert torch.equal(expected[1].isnan(), nan)

@@ -13,6 +13,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests/cuda_emulation"
 COMPILER = shutil.which("g++")
@@ -60,6 +62,19 @@ def emulated_backend(folder: Path) -> ModuleType:
         del sys.modules[name]
         if compiled is not None:
             sys.modules[name] = compiled
+
+
+def planned(cuda: ModuleType, patch: pytest.MonkeyPatch, plan: str, **choices: int) -> None:
+    """Plans of this name make these choices instead of their own."""
+    original = getattr(cuda._cuda, plan)
+
+    def chosen(*arguments: object) -> object:
+        made = original(*arguments)
+        for name, value in choices.items():
+            setattr(made, name, value)
+        return made
+
+    patch.setattr(cuda._cuda, plan, chosen)
 
 
 def _loaded(name: str, path: Path) -> ModuleType:
