@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
 from cuda_emulation import build
 from cuda_emulation.build import planned
+from hard_rows import SCORES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operands import normal, seeded
@@ -24,25 +24,7 @@ def check(cuda: ModuleType, scores: Tensor, k: int) -> None:
     assert torch.equal(cuda.topk_rows(scores, k), reference.topk_rows(scores, k))
 
 
-ROWS: dict[str, Callable[[int], Tensor]] = {
-    "all equal": lambda L: torch.ones(L),
-    "two values": lambda L: (normal(L) > 0).float(),
-    "zeros of either sign": lambda L: torch.zeros(L).copysign(normal(L)),
-    "few above zero": lambda L: torch.relu(normal(L) - 2.5),
-    "nothing but -inf": lambda L: torch.full((L,), -torch.inf),
-    "few above -inf": lambda L: torch.where(normal(L) > 2.5, normal(L), -torch.inf),
-    "infinities": lambda L: torch.where(normal(L) > 1, torch.inf, normal(L)),
-    "NaN of either sign": lambda L: torch.where(normal(L) > 2, torch.tensor(torch.nan).copysign(normal(L)), normal(L)),
-    "NaN beside inf": lambda L: torch.where(normal(L) > 0, torch.nan, torch.inf),
-    "denormal": lambda L: normal(L) * 1e-40,
-    "ascending": lambda L: torch.arange(L).float(),
-    "descending": lambda L: -torch.arange(L).float(),
-    "one giant": lambda L: torch.cat([normal(L - 1), torch.tensor([3e38])]),
-    "narrow range": lambda L: 1e4 + 1e-3 * normal(L),
-    "neighbouring floats": lambda L: 1 + 2.0**-23 * torch.randint(50, (L,), generator=seeded(0)),
-    "negative": lambda L: -normal(L).abs() - 1,
-    "the largest at the sampled places": lambda L: normal(L) + 9.0 * (torch.arange(L) % (L // 16) < 32),
-}
+ROWS = {**SCORES, "the largest at the sampled places": lambda L: normal(L) + 9.0 * (torch.arange(L) % (L // 16) < 32)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

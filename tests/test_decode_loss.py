@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from operands import SUPPORTS, operands, run
+from operands import SUPPORTS, fitting, operands, run
 
 
 def test_pairs_of_weight_0_are_not_computed(backend: str) -> None:
@@ -26,7 +26,7 @@ def test_pairs_of_weight_0_are_not_computed(backend: str) -> None:
 
 @SUPPORTS
 def test_it_equals_decoding_and_comparing(per_stream: bool, backend: str) -> None:
-    o = operands("several column runs", torch.float64, per_stream)
+    o = fitting(operands("several column runs", torch.float64, per_stream), backend)
     nmse, grad_recons, grad_values, grad_pre_bias = run("decode_loss", o, backend)
     torch.testing.assert_close(grad_pre_bias, grad_recons.sum((0, 1)))
     error = run("sparse_decode", o, backend)[0] - o.x[:, None]

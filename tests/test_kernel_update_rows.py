@@ -107,7 +107,7 @@ def test_replayed_rows_equal_rows_that_were_never_left_behind(
     narrow: bool, dtype: torch.dtype, whole_row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(update, "WHOLE_ROW", whole_row)
-    L, d_streams, lrs = 14, (33, 20), [0.1, 0.03, 0.01, 0.02, 0.3, 0.01]
+    L, d_streams, lrs = 9, (33, 20), [0.1, 0.03, 0.01, 0.3]
     dense = [tensor.to(DEVICE) for tensor in rows_to_update(operands((d_streams, 1, L, 2), dtype), narrow)]
     lazy = [tensor.clone() for tensor in dense]
     dense_copies, lazy_copies = ([W.to(torch.bfloat16) for W in rows[:2]] for rows in (dense, lazy))
