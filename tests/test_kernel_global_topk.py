@@ -14,7 +14,6 @@ from operands import kernel_device, largest, seeded
 from torch import Tensor
 
 from sparc_fast.ops import reference
-from sparc_fast.ops.layout import stream_slices
 
 pytest.importorskip("triton")
 from sparc_fast.kernels.topk_rows import topk_rows
@@ -204,15 +203,6 @@ def test_a_sample_alone_equals_the_same_sample_in_a_batch_of_any_size(monkeypatc
     small(monkeypatch)
     assert torch.equal(support(x, W_enc, 30), together)
     assert torch.equal(torch.cat([support(row[None], W_enc, 30) for row in x[:3]]), together[:3])
-
-
-def test_operands_may_be_columns_of_wider_matrices() -> None:
-    torch.manual_seed(0)
-    x, W_enc, pre_bias, bias = torch.randn(4, 61), torch.randn(90, 61), torch.randn(61), torch.randn(3, 90)
-    for s, cols in enumerate(stream_slices((7, 1, 53))):
-        of_stream = x[:, cols], W_enc[:, cols], pre_bias[cols], bias[s : s + 1]
-        found = kernel.global_topk(*(o.to(DEVICE) for o in of_stream), 6)
-        assert torch.equal(found.to(x.device), reference.global_topk(*of_stream, 6))
 
 
 @pytest.mark.parametrize("k", [1, 20, 500])

@@ -176,20 +176,6 @@ def test_a_step_gives_the_same_bits_every_time() -> None:
     assert_equal((*step(once, o), *once), (*step(again, o), *again))
 
 
-def test_rows_without_an_entry_are_left_behind() -> None:
-    o = on_device(operands("few samples of many latents", torch.float32))
-    rows = [t.to(DEVICE) for t in rows_to_update(o)]
-    before = [t.clone() for t in rows]
-    last_step = torch.full((500,), 2, device=DEVICE)
-    step(rows, o, last_step=last_step)
-    used = torch.zeros(500, dtype=torch.bool, device=DEVICE)
-    used[o.indices.flatten().long()] = True
-    assert torch.equal(last_step, torch.where(used, STEP, 2))
-    for i in (1, 4, 5):
-        assert torch.equal((rows[i] != before[i]).any(1), used)
-    assert (rows[0] != before[0]).any(1).all()
-
-
 def test_weights_may_be_columns_of_wider_tensors() -> None:
     o = on_device(operands("ragged", torch.float32))
     plain, every_other = ([t.to(DEVICE) for t in rows_to_update(o)] for _ in range(2))
