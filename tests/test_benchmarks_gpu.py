@@ -241,6 +241,7 @@ def test_outcomes_of_tests_are_counted(record: Record) -> None:
     assert record.rows[1].contender == "tests/test_a.py::test_y"
 
 
+@pytest.mark.interpreter
 def test_the_tests_run_in_processes_of_their_own(record: Record) -> None:
     record.until = monotonic() + 100
     checks.run_tests(record, ["tests/test_support_values.py"], workers=1)

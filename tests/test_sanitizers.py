@@ -15,10 +15,9 @@ COMPILER = shutil.which("g++")
 SOURCES = [path for path in sorted(ROOT.glob("csrc/cpu/*.cpp")) if path.name != "binding.cpp"]
 # one instruction set, unoptimised, to compile in seconds; std::thread, since no sanitizer sees into libgomp
 FLAGS = ["-std=c++17", "-O0", "-g1", "-Wno-psabi", "-DSPARC_FAST_BASELINE_ONLY", "-DSPARC_FAST_STD_THREADS", "-pthread"]
+pytestmark = [pytest.mark.compilers, pytest.mark.skipif(COMPILER is None or not SOURCES, reason="no g++ or sources")]
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no g++")
-@pytest.mark.skipif(not SOURCES, reason="no sources here")
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_a_sanitizer_finds_nothing(sanitizer: str, tmp_path: Path) -> None:
     flags = [*FLAGS, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc/cpu'}"]

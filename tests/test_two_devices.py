@@ -143,6 +143,7 @@ def test_what_is_saved_on_the_device_is_loaded_there(x: Tensor, tmp_path: Path) 
     assert torch.load(tmp_path / "both.pt", map_location="cpu")["x"].device == HOST
 
 
+@pytest.mark.interpreter
 @pytest.mark.skipif("SPARC_FAST_TEST_DEVICE" in os.environ, reason="this is such a run")
 def test_one_of_each_test_that_runs_on_a_gpu_passes_on_two_devices() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--one-of-each", "-k", QUICK]
