@@ -288,16 +288,17 @@ class SparcAdam(torch.optim.Optimizer):
             raise ValueError(f"state_dict must be of {len(parameters)} parameters, got {len(names)}")
         states = [self._checked(p, state_dict["state"].get(i, {})) for i, p in zip(names, parameters, strict=True)]
         self.catch_up()
-        # without the state: torch.optim.Optimizer would copy it in its parameters' type first
-        super().load_state_dict({**state_dict, "state": {}})
-        for parameter, state in zip(parameters, states, strict=True):
-            for key, value in state.items():
-                device = torch.device("cpu") if key == "step" and not self.capturable else parameter.device
-                dtype = self._moment_dtype(parameter) if key in ("exp_avg", "exp_avg_sq") else value.dtype
-                self.state[parameter][key] = value.to(device, dtype, copy=True)
-        if self._behind is not None:
-            state = self.state[self.model.W_dec]
-            self._behind.all_current(int(state["step"]) if state else 0)
+        with self.model._rows_left_behind():
+            # without the state: torch.optim.Optimizer would copy it in its parameters' type first
+            super().load_state_dict({**state_dict, "state": {}})
+            for parameter, state in zip(parameters, states, strict=True):
+                for key, value in state.items():
+                    device = torch.device("cpu") if key == "step" and not self.capturable else parameter.device
+                    dtype = self._moment_dtype(parameter) if key in ("exp_avg", "exp_avg_sq") else value.dtype
+                    self.state[parameter][key] = value.to(device, dtype, copy=True)
+            if self._behind is not None:
+                state = self.state[self.model.W_dec]
+                self._behind.all_current(int(state["step"]) if state else 0)
 
     def _checked(self, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """The state of a parameter, if it is one; ValueError says what is not."""
