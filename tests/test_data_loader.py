@@ -324,7 +324,7 @@ def test_too_little_memory_says_how_much_is_needed_and_that_suffices(files: data
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
-        ({"memory": -5}, "memory must be an integer >= 1, got -5"),
+        ({"memory": -5}, 'memory must be an integer >= 1, in bytes, or a size such as "4GiB", got -5'),
         ({"seed": -1}, "seed must be an integer >= 0, got -1"),
         ({"n_threads": 0}, "n_threads must be an integer >= 1, got 0"),
         ({"last": "fold"}, 'last must be "keep" or "drop", got \'fold\''),

@@ -6,13 +6,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from sparc_fast.sizes import parse_bytes
 from sparc_fast.training.command import add_settings, settings_of
 from sparc_fast.training.config import Config
 
 from .machine import Machine
 from .plan import device_of, plan
 from .roofline import Roofline
-from .text import as_text, parse_bytes
+from .text import as_text
 
 __all__ = ["add_arguments", "run"]
 
