@@ -27,6 +27,8 @@ class Batch(NamedTuple):
     W_dec: Tensor
     pre_bias: Tensor
     latent_bias: Tensor
+    present: Tensor | None = None
+    """bool [N, S'], which of the streams a sample has; None where each has them all."""
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.x, self.W_enc, self.W_dec, self.pre_bias, self.latent_bias
@@ -49,6 +51,22 @@ class Batch(NamedTuple):
             latent_bias=self.latent_bias[positions],
         )
 
+    def by_presence(self) -> list[tuple[Tensor | None, Batch]]:
+        """The batches of samples that have the same streams, with their rows here: None where it is one batch.
+
+        A sample is thus what it would be if just its streams were given. Which sets of streams there are is read on the
+        host.
+        """
+        if self.present is None:
+            return [(None, self)]
+        sets, which = torch.unique(self.present, dim=0, return_inverse=True)
+        parts: list[tuple[Tensor | None, Batch]] = []
+        for i, has in enumerate(sets.tolist()):
+            rows = (which == i).nonzero()[:, 0]
+            part = self._replace(x=self.x[rows], leading=(len(rows),), present=None)
+            parts.append((rows, part.of_streams([name for name, here in zip(self.streams, has, strict=True) if here])))
+        return parts
+
     def of_latents(self, latents: Tensor) -> Batch:
         """The same batch before a dictionary of these latents alone."""
         return self.encoder_of_latents(latents)._replace(W_dec=self.W_dec[latents])
@@ -59,7 +77,7 @@ class Batch(NamedTuple):
 
 
 class AllStreams:
-    """Puts what was computed for some streams among zeros for all: an absent stream is one without gradient."""
+    """Puts what was computed for some streams among nothing for the others: zeros, and empty slots."""
 
     def __init__(self, d_streams: Mapping[str, int], batch: Batch) -> None:
         columns = stream_slices(tuple(d_streams.values()))
@@ -81,26 +99,19 @@ class AllStreams:
         """[N, S', j] -> [N, S, j]; a support all share, [N, j], stays."""
         if self.complete or of_present.ndim == 2:
             return of_present
-        out = of_present.new_zeros(len(of_present), self.S, of_present.shape[2])
+        nothing = 0 if of_present.is_floating_point() else -1
+        out = of_present.new_full((len(of_present), self.S, of_present.shape[2]), nothing)
         out[:, self.present] = of_present
         return out
 
 
 def stack(parts: Sequence[Tensor]) -> Tensor:
-    """Samples below samples. Narrower supports are filled up: with values of 0, at latents they have already."""
+    """Samples below samples. Narrower supports are filled up with empty slots, their values with 0."""
     if len(parts) == 1:
         return parts[0]
     width = max(part.shape[-1] for part in parts)
-    return torch.cat([_filled(part, width) for part in parts])
-
-
-def _filled(part: Tensor, width: int) -> Tensor:
-    missing = width - part.shape[-1]
-    if not missing:
-        return part
-    if part.is_floating_point():
-        return pad(part, (0, missing))
-    return torch.cat([part, part[..., :1].expand(*part.shape[:-1], missing)], dim=-1)
+    nothing = 0 if parts[0].is_floating_point() else -1
+    return torch.cat([pad(part, (0, width - part.shape[-1]), value=nothing) for part in parts])
 
 
 def columns_of(weights: Tensor, streams: Sequence[str], d_streams: Mapping[str, int]) -> Tensor:
@@ -156,6 +167,30 @@ def streams_of(inputs: Inputs, d_streams: Mapping[str, int]) -> dict[str, Tensor
                 f"{first!r} has {list(present[first].shape[:-1])}, {name!r} has {list(x.shape[:-1])}"
             )
     return present
+
+
+def check_present(
+    present: Tensor, streams: Sequence[str], leading: tuple[int, ...], device: torch.device
+) -> Tensor | None:
+    """Which of the streams each sample has, [N, S'] on `device`; None where each has them all."""
+    if not isinstance(present, Tensor) or present.dtype != torch.bool:
+        got = present.dtype if isinstance(present, Tensor) else type(present).__name__
+        raise ValueError(f"present must be a bool tensor, a column for each of the streams {tuple(streams)}, got {got}")
+    if tuple(present.shape) != (*leading, len(streams)):
+        expected = f"{list(leading)} samples by {len(streams)} streams {tuple(streams)}"
+        raise ValueError(f"present must be of {expected}, got {list(present.shape)}")
+    present = present.reshape(-1, len(streams))
+    if present.all():
+        return None
+    if len(nothing := (~present.any(1)).nonzero()):
+        raise ValueError(f"present must leave each sample at least one stream, got none for row {int(nothing[0])}")
+    return present.to(device)
+
+
+def without_absent(x: Tensor, present: Tensor, d_streams: Sequence[int]) -> Tensor:
+    """x [N, D'] with 0 for the streams that a sample does not have, whatever was there."""
+    columns = [present[:, s, None].expand(-1, width) for s, width in enumerate(d_streams)]
+    return x.masked_fill(~torch.cat(columns, dim=1), 0)
 
 
 def check_finite(x: Tensor, streams: Sequence[str], d_streams: Sequence[int]) -> None:

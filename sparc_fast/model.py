@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sparc_fast import batch, checkpoint
-from sparc_fast.batch import Batch, Inputs, columns_of, position
+from sparc_fast.batch import AllStreams, Batch, Inputs, columns_of, position
 from sparc_fast.codes import SparseLatents
-from sparc_fast.objective import Objective, SparcLoss
+from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import backends, functional, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import stream_slices
@@ -162,14 +162,23 @@ class SPARC(nn.Module):
         self.input_rms.copy_(rms)
         self._notice_calibration()
 
-    def encode(self, inputs: Inputs) -> SparseLatents:
+    def encode(self, inputs: Inputs, present: Tensor | None = None) -> SparseLatents:
         """Sparse codes of any non-empty subset of streams; the support is chosen from the streams given.
 
         Args:
             inputs: name -> [..., D_s] with equal leading dimensions, or all streams side by side, [..., D].
+            present: bool [..., S'], which of the S' streams given a sample has, in the model's order; all by default.
+                A sample's code is then that of the streams it has; values of the others are 0, and their own supports,
+                under local selection, empty slots: -1.
         """
-        given = self._batch(inputs)
-        return self._codes(given, *self._encode(given))
+        given = self._batch(inputs, present)
+        parts = [(rows, part, self._encode(part)) for rows, part in given.by_presence()]
+        if given.present is None:
+            return self._codes(given, *parts[0][2])
+        widths = dict(zip(given.streams, given.d_streams, strict=True))
+        order = torch.cat([rows for rows, _, _ in parts if rows is not None]).argsort()
+        whole = [[AllStreams(widths, part).streams(one) for one in code] for _, part, code in parts]
+        return self._codes(given, *(torch.cat(ones)[order] for ones in zip(*whole, strict=True)))
 
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
         """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""
@@ -220,6 +229,7 @@ class SPARC(nn.Module):
         cross_loss_coef: float = 1.0,
         auxk_coef: float = 1 / 32,
         support_from: Sequence[str] | None = None,
+        present: Tensor | None = None,
     ) -> SparcLoss:
         """The training objective:  mean_s NMSE(s, s) + cross_loss_coef mean_{s != t} NMSE(s, t) + auxk_coef AuxK.
 
@@ -231,13 +241,16 @@ class SPARC(nn.Module):
         Args:
             support_from: under global selection, the streams whose pre-activations choose the support; by default
                 all that are given. A random subset in every batch teaches single streams to choose it alone.
+            present: as in `encode`. A sample's loss is that of the streams it has, and the batch's the mean over
+                samples; what a sample does not have is in no error and no gradient, whatever the inputs hold there.
         """
-        given = self._batch(inputs)
+        given = self._batch(inputs, present)
         objective = self._objective(cross_loss_coef, auxk_coef, support_from)
-        supports = objective.choose(given)
-        flow = objective.measure(given, supports)
-        self._count_silence(flow.reconstruction.values, supports.indices)
-        return objective.summarize(*flow.terms())
+        parts = objective.choose(given)
+        flows = [part.measure(len(given.x)) for part in parts]
+        self._count_silence(*fired(parts, flows))
+        terms = {part.batch.streams: flow.terms() for part, flow in zip(parts, flows, strict=True)}
+        return objective.summarize(terms, given.streams)
 
     def _objective(
         self,
@@ -254,7 +267,7 @@ class SPARC(nn.Module):
             self.selection, self.k, self.backend, cross_loss_coef, support_from, self.auxk, auxk_coef, dead
         )
 
-    def _batch(self, inputs: Inputs, *, current: bool = True) -> Batch:
+    def _batch(self, inputs: Inputs, present: Tensor | None = None, *, current: bool = True) -> Batch:
         """Check inputs and put them side by side, calibrated, with the weights they need.
 
         Without `current`, decoder rows stay as an optimizer left them.
@@ -264,6 +277,10 @@ class SPARC(nn.Module):
         streams, x, leading = batch.side_by_side(inputs, self.d_streams)
         positions = [self.streams.index(name) for name in streams]
         widths = tuple(self.d_streams[name] for name in streams)
+        if present is not None:
+            present = batch.check_present(present, streams, leading, x.device)
+        if present is not None:
+            x = batch.without_absent(x, present, widths)
         if self.is_calibrated:
             mean = columns_of(self.input_mean, streams, self.d_streams)
             x = batch.calibrate(x, mean, [self.input_rms[s] for s in positions], widths)
@@ -274,7 +291,7 @@ class SPARC(nn.Module):
             columns_of(w, streams, self.d_streams) for w in (self.W_enc, self.W_dec, self.pre_bias)
         )
         latent_bias = self.latent_bias if streams == self.streams else self.latent_bias[positions]
-        return Batch(x, streams, widths, leading, W_enc, W_dec, pre_bias, latent_bias)
+        return Batch(x, streams, widths, leading, W_enc, W_dec, pre_bias, latent_bias, present)
 
     def _encode(self, given: Batch) -> tuple[Tensor, Tensor]:
         """(values [N, S', k], the support)"""

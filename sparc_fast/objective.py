@@ -1,20 +1,21 @@
 """The objective: how far reconstructions are from the inputs, and what dead latents make of what is left over (AuxK).
 
-A batch flows through it once, whoever trains: `Objective.choose` finds its supports, `Objective.measure` what they
-reconstruct, with the gradient, `Objective.summarize` the loss.
+A batch flows through it once, whoever trains: `Objective.choose` finds the supports of its parts, `Part.measure` what
+they reconstruct, with the gradient, `Objective.summarize` the loss. A batch whose samples all have the same streams is
+one part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparc_fast import selection
-from sparc_fast.batch import Batch
+from sparc_fast.batch import AllStreams, Batch, position, stack
 from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, reconstruct, weighted_sum
 from sparc_fast.ops.layout import stream_slices, wide
@@ -105,7 +106,7 @@ class SparcLoss(NamedTuple):
     auxk: Tensor | None
     """Mean NMSE of the residuals reconstructed by dead latents; None when none is dead."""
     nmse: Tensor
-    """[S, S], source by target; 0 where a pair was not computed."""
+    """[S, S], source by target, over the samples that have both; 0 where a pair was not computed."""
     zero_rows: Tensor
     """[S], samples whose input was all zero: they count as error 0."""
 
@@ -138,19 +139,70 @@ class Supports(NamedTuple):
     indices: Tensor
     dead: AmongDead | None
 
+    def used(self) -> list[Tensor]:
+        return [self.indices] if self.dead is None else [self.indices, self.dead.indices]
+
+
+class Terms(NamedTuple):
+    """What some samples, which all have the same S' streams, add to the objective."""
+
+    nmse: Tensor
+    """[S', S'], in sums over the samples divided by the number of samples in the batch."""
+    auxk: Tensor | None
+    energy: Tensor
+    """[N, S'], the squared norms of the inputs."""
+    loss: Tensor | None = None
+    """What nmse adds up to, where that is known or carries the gradient."""
+
+    def plus(self, other: Terms) -> Terms:
+        """Those of both."""
+        auxk = [term for term in (self.auxk, other.auxk) if term is not None]
+        energy = torch.cat([self.energy, other.energy])
+        return Terms(self.nmse + other.nmse, sum(auxk[1:], auxk[0]) if auxk else None, energy)
+
 
 class Flow(NamedTuple):
-    """What flowed through a batch, or a part of one: the terms of the objective, and what moves the weights."""
+    """What flowed through a part of a batch: the terms of the objective, and what moves the weights."""
 
     reconstruction: Reconstruction
     auxk: Reconstruction | None
     energy: Tensor
-    """[N, S], the squared norms of the inputs."""
 
-    def terms(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """What `Objective.summarize` takes."""
+    def passes(self) -> list[Reconstruction]:
+        return [self.reconstruction] if self.auxk is None else [self.reconstruction, self.auxk]
+
+    def terms(self) -> Terms:
         auxk = None if self.auxk is None else self.auxk.loss
-        return self.reconstruction.nmse, auxk, self.energy, self.reconstruction.loss
+        return Terms(self.reconstruction.nmse, auxk, self.energy, self.reconstruction.loss)
+
+
+class Part(NamedTuple):
+    """The samples of a batch that have the same streams, the latents they use, and what they are measured by."""
+
+    batch: Batch
+    supports: Supports
+    objective: Objective
+
+    def measure(self, n_samples: int) -> Flow:
+        """Encode, decode and compare: the loss of each part, differentiable, and what its gradient is made of.
+
+        `n_samples` are those of the whole batch.
+        """
+        return self.objective._measure(self.batch, self.supports, n_samples)
+
+    def with_decoder(self, W_dec: Tensor) -> Part:
+        return self._replace(batch=self.batch._replace(W_dec=W_dec))
+
+
+def fired(parts: Sequence[Part], flows: Sequence[Flow]) -> tuple[Tensor, Tensor]:
+    """(values [N, S', k], supports) of a whole batch, for its dead latents to be counted."""
+    values = [flow.reconstruction.values for flow in flows]
+    indices = [part.supports.indices for part in parts]
+    if len(parts) > 1:
+        widths = {n: d for part in parts for n, d in zip(part.batch.streams, part.batch.d_streams, strict=True)}
+        among = [AllStreams(widths, part.batch) for part in parts]
+        values, indices = ([a.streams(one) for a, one in zip(among, of, strict=True)] for of in (values, indices))
+    return stack(values), stack(indices)
 
 
 @dataclass(frozen=True)
@@ -169,16 +221,25 @@ class Objective:
     """For AuxK, which None turns off: int64 [n_dead], one at least, and it chooses by a GEMM over their rows alone; or
     bool [L], where the host must not wait to hear how many are dead."""
 
-    def choose(self, batch: Batch) -> Supports:
-        """The supports of a batch; reads no row of the decoder."""
-        indices = self._select(batch, self.k, self.support_from)
-        return Supports(indices, None if self.dead is None else self._among(self.dead, batch))
+    def choose(self, batch: Batch) -> list[Part]:
+        """The parts of a batch, with their supports; reads no row of the decoder.
 
-    def measure(self, batch: Batch, supports: Supports, n_samples: int | None = None) -> Flow:
-        """Encode, decode and compare: the loss of each part, differentiable, and what its gradient is made of.
-
-        `n_samples` as in `nmse_scale`, where the batch is a part of one.
+        A sample that has none of the streams of `support_from` chooses by all it has.
         """
+        for name in self.support_from or ():
+            position(name, batch.streams, "support_from")
+        return [self._of(part.streams)._part(part) for _, part in batch.by_presence()]
+
+    def _of(self, streams: Sequence[str]) -> Objective:
+        if self.support_from is None or set(self.support_from) <= set(streams):
+            return self
+        return replace(self, support_from=[name for name in self.support_from if name in streams] or None)
+
+    def _part(self, batch: Batch) -> Part:
+        indices = self._select(batch, self.k, self.support_from)
+        return Part(batch, Supports(indices, None if self.dead is None else self._among(self.dead, batch)), self)
+
+    def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
         S, widths = len(batch.streams), batch.d_streams
         energy = row_energy(batch.x, widths)
         scale = nmse_scale(energy, n_samples)
@@ -201,17 +262,43 @@ class Objective:
         S, columns = len(batch.streams), stream_slices(batch.d_streams)
         pairs = [nmse(recons[:, s, cols], batch.x[:, cols]) for s in range(S) for cols in columns]
         errors = torch.stack(pairs).view(S, S)
-        return self.summarize(errors, None, row_energy(batch.x, batch.d_streams))
+        return self._summary(Terms(errors, None, row_energy(batch.x, batch.d_streams)))
 
-    def summarize(
-        self, nmse: Tensor, auxk: Tensor | None, energy: Tensor, reconstruction: Tensor | None = None
-    ) -> SparcLoss:
-        """The parts as a `SparcLoss`, from nmse [S, S], AuxK's weighed part and the rows' energy [N, S].
+    def summarize(self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...]) -> SparcLoss:
+        """The loss of a batch of these streams, from the terms of its samples that have the same ones.
 
-        `reconstruction` is what nmse adds up to, where that is known or carries the gradient.
+        A sample's loss is that of the streams it has; the batch's is the mean over samples.
         """
+        if tuple(terms) == (streams,):
+            return self._summary(terms[streams])
+        whole = {name: s for s, name in enumerate(streams)}
+        first = next(iter(terms.values())).nmse.detach()
+        nmse, counts = first.new_zeros(2, len(streams), len(streams))
+        zero_rows = torch.zeros(len(streams), dtype=torch.int64, device=first.device)
+        losses = []
+        for names, some in terms.items():
+            losses.append(loss := self._summary(some))
+            at = torch.tensor([whole[name] for name in names], device=first.device)
+            nmse[at[:, None], at] += loss.nmse
+            counts[at[:, None], at] += len(some.energy)
+            zero_rows[at] += loss.zero_rows
+        n_samples = sum(len(some.energy) for some in terms.values())
+        cross, auxk = ([part for part in parts if part is not None] for parts in
+                       ([loss.cross for loss in losses], [loss.auxk for loss in losses]))  # fmt: skip
+        return SparcLoss(
+            total=sum(loss.total for loss in losses[1:]) + losses[0].total,
+            self=torch.stack([loss.self for loss in losses]).sum(),
+            cross=torch.stack(cross).sum() if cross else None,
+            auxk=torch.stack(auxk).sum() if auxk else None,
+            nmse=nmse * (n_samples / counts.clamp(min=1)),
+            zero_rows=zero_rows,
+        )
+
+    def _summary(self, terms: Terms) -> SparcLoss:
+        nmse, auxk, energy, total = terms
         S = len(nmse)
-        total = weighted_sum(nmse, pair_weights(S, self.cross_loss_coef)) if reconstruction is None else reconstruction
+        if total is None:
+            total = weighted_sum(nmse, pair_weights(S, self.cross_loss_coef))
         nmse = nmse.detach()
         itself = torch.eye(S, dtype=torch.bool, device=nmse.device)
         has_cross = S > 1 and self.cross_loss_coef != 0

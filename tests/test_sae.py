@@ -11,7 +11,7 @@ from operands import fast_backends, seeded
 
 import sparc_fast as sf
 from sparc_fast import selection
-from sparc_fast.objective import Objective
+from sparc_fast.objective import Objective, Terms
 
 WIDTHS = {"dino": 10, "image": 7, "text": 5}
 
@@ -184,7 +184,8 @@ def test_a_row_next_to_nothing_counts_as_zero_and_ruins_nothing(size: float, bac
 
 def test_cross_loss_is_not_lost_beside_a_large_self_loss() -> None:
     nmse = torch.tensor([[1e6, 1e-3], [1e-3, 1e6]])
-    torch.testing.assert_close(Objective("global", 1, "auto").summarize(nmse, None, torch.ones(1, 2)).cross, nmse[0, 1])
+    loss = Objective("global", 1, "auto").summarize({("a", "b"): Terms(nmse, None, torch.ones(1, 2))}, ("a", "b"))
+    torch.testing.assert_close(loss.cross, nmse[0, 1])
 
 
 def test_no_samples_have_no_loss(backend: str) -> None:

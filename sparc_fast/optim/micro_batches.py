@@ -7,26 +7,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparc_fast.objective import Terms
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
-
-Terms = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-"""What `Objective.summarize` takes."""
 
 
 class OneBatch(NamedTuple):
     """A batch given in one piece; not its `Flow`, whose gradients are in the samples already."""
 
-    terms_of_flow: Terms
+    streams: tuple[str, ...]
+    """Those given."""
+    terms: dict[tuple[str, ...], Terms]
+    """Streams -> the terms of the samples that have just these."""
     values: Tensor
-    """Of the first pass, [N, S', k], and its support."""
+    """Of the reconstruction, [N, S', k], and its support."""
     support: Tensor
     samples: Samples
     grad_pre_bias: Tensor
     """The decoder's part, of all streams, [D]."""
-
-    def terms(self) -> Terms:
-        return self.terms_of_flow
 
     def update(self, rows: Rows, settings: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """A step of the rows by this batch; returns what a backend's `update_rows` does."""
@@ -42,29 +40,24 @@ class MicroBatches:
     def __init__(self, d_streams: tuple[int, ...], silence: Tensor, backend: Backend, n_samples: int) -> None:
         self.d_streams, self.backend, self.n_samples = d_streams, backend, n_samples
         self._gradients: tuple[Tensor, Tensor, Tensor] | None = None
-        self._energies: list[Tensor] = []
+        self.terms: dict[tuple[str, ...], Terms] = {}
         self._silence = torch.zeros_like(silence)
         self._used = torch.zeros(len(silence), dtype=torch.bool, device=silence.device)
 
     def add(self, part: OneBatch) -> None:
-        nmse, auxk, energy, _ = part.terms()
+        for streams, terms in part.terms.items():
+            before = self.terms.get(streams)
+            self.terms[streams] = terms._replace(loss=None) if before is None else before.plus(terms)
+        self.streams = part.streams
         gradients = self.backend.weight_gradients(*part.samples, self.d_streams)
         if self._gradients is None:
-            self._gradients = gradients
-            self._nmse, self._auxk, self.grad_pre_bias = nmse, auxk, part.grad_pre_bias
+            self._gradients, self.grad_pre_bias = gradients, part.grad_pre_bias
         else:
             for total, gradient in zip(self._gradients, gradients, strict=True):
                 total += gradient
-            self._nmse = self._nmse + nmse
             self.grad_pre_bias = self.grad_pre_bias + part.grad_pre_bias
-            if auxk is not None:
-                self._auxk = auxk if self._auxk is None else self._auxk + auxk
-        self._energies.append(energy)
         part.count_silence(self._silence, self.backend)
         self._used |= part.samples.offsets.diff() > 0
-
-    def terms(self) -> Terms:
-        return self._nmse, self._auxk, torch.cat(self._energies), None
 
     def update(self, rows: Rows, settings: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """As `OneBatch.update`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparc_fast.batch import AllStreams, Inputs, columns_of, stack, streams_of
 from sparc_fast.model import SPARC
-from sparc_fast.objective import Objective, SparcLoss
+from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import wide
@@ -93,59 +93,71 @@ class SparcAdam(torch.optim.Optimizer):
         cross_loss_coef: float = 1.0,
         auxk_coef: float = 1 / 32,
         support_from: Sequence[str] | None = None,
+        present: Tensor | Sequence[Tensor | None] | None = None,
     ) -> SparcLoss:
         """One training step on a batch; returns its loss, before the step. Arguments as in `SPARC.loss`.
 
         Several batches of the same streams, a list or tuple like ``x.split(4096)``, are parts of one: to rounding, the
         step and the loss are those of all samples together. What grows with samples is held for one part at a time,
-        beside the gradients of both weight matrices, and for moments these twice.
+        beside the gradients of both weight matrices, and for moments these twice. `present` is then as many.
         """
         self._check_trainable()
-        parts = list(inputs) if isinstance(inputs, Sequence) else [inputs]
-        n_samples = self._count_samples(parts)
+        given = list(inputs) if isinstance(inputs, Sequence) else [inputs]
+        n_samples = self._count_samples(given)
+        has = [None] * len(given) if present is None else [present] if isinstance(present, Tensor) else list(present)
+        if len(has) != len(given):
+            raise ValueError(f"present must be one tensor for each of {len(given)} parts of a batch, got {len(has)}")
+        if self.capturable and any(one is not None for one in has):
+            raise ValueError("present must be None with capturable=True: who has which streams is read on the host")
+        parts = list(zip(given, has, strict=True))
         objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, not self.capturable)
         with autograd.without_autocast(self.model.W_enc):
             return self._step(parts, n_samples, objective)
 
-    def _step(self, parts: Sequence[Inputs], n_samples: int, objective: Objective) -> SparcLoss:
+    def _step(self, parts: Sequence[tuple[Inputs, Tensor | None]], n_samples: int, objective: Objective) -> SparcLoss:
         model = self.model
         backend = backends.resolve(model.backend, model.W_enc.device)
         states = [self._state(p) for p in (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)]
         batch: OneBatch | MicroBatches
         if len(parts) == 1:
-            batch = self._flow(parts[0], n_samples, objective, backend)
+            batch = self._flow(*parts[0], n_samples, objective, backend)
         else:
             batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples)
             for part in parts:
-                batch.add(self._flow(part, n_samples, objective, backend))
+                batch.add(self._flow(*part, n_samples, objective, backend))
         self._update(batch, states, backend)
         batch.count_silence(model.silence, backend)
-        return objective.summarize(*batch.terms())
+        return objective.summarize(batch.terms, batch.streams)
 
-    def _flow(self, inputs: Inputs, n_samples: int, objective: Objective, backend: backends.Backend) -> OneBatch:
+    def _flow(
+        self, inputs: Inputs, present: Tensor | None, n_samples: int, objective: Objective, backend: backends.Backend
+    ) -> OneBatch:
         """A batch, or a part of one of `n_samples`, through the objective."""
         model = self.model
-        given = model._batch(inputs, current=False)
-        supports = objective.choose(given)
-        of_model = AllStreams(model.d_streams, given)
-        used = [supports.indices] if supports.dead is None else [supports.indices, supports.dead.indices]
-        inverse = backend.invert_indices(stack([of_model.streams(i) for i in used]), model.n_latents)
+        given = model._batch(inputs, present, current=False)
+        parts = objective.choose(given)
+        among = [AllStreams(model.d_streams, part.batch) for part in parts]
+        used = [a.streams(indices) for a, part in zip(among, parts, strict=True) for indices in part.supports.used()]
+        inverse = backend.invert_indices(stack(used), model.n_latents)
         if self._behind is not None:
             self._replay(inverse[0].diff().nonzero()[:, 0], backend)
-            given = given._replace(W_dec=columns_of(model.W_dec, given.streams, model.d_streams))
-        flow = objective.measure(given, supports, n_samples)
+            parts = [part.with_decoder(columns_of(model.W_dec, part.batch.streams, model.d_streams)) for part in parts]
+        flows = [part.measure(n_samples) for part in parts]
         # what AuxK reconstructed counts as further samples of the same inputs
-        passes = [flow.reconstruction] if flow.auxk is None else [flow.reconstruction, flow.auxk]
+        passes = [
+            (a, part.batch.x, one) for a, part, flow in zip(among, parts, flows, strict=True) for one in flow.passes()
+        ]
         samples = Samples(
-            stack([of_model.columns(given.x)] * len(passes)),
+            stack([a.columns(x) for a, x, _ in passes]),
             model.pre_bias,
-            stack([of_model.streams(one.values) for one in passes]),
-            stack([of_model.streams(one.grad_values) for one in passes]),
-            stack([of_model.columns(of_model.streams(one.grad_recons)) for one in passes]),
+            stack([a.streams(one.values) for a, _, one in passes]),
+            stack([a.streams(one.grad_values) for a, _, one in passes]),
+            stack([a.columns(a.streams(one.grad_recons)) for a, _, one in passes]),
             *inverse,
         )
-        first = flow.reconstruction
-        return OneBatch(flow.terms(), first.values, supports.indices, samples, of_model.columns(first.grad_pre_bias))
+        grad_pre_bias = [a.columns(flow.reconstruction.grad_pre_bias) for a, flow in zip(among, flows, strict=True)]
+        terms = {part.batch.streams: flow.terms() for part, flow in zip(parts, flows, strict=True)}
+        return OneBatch(given.streams, terms, *fired(parts, flows), samples, sum(grad_pre_bias[1:], grad_pre_bias[0]))
 
     def _update(
         self, batch: OneBatch | MicroBatches, states: Sequence[dict[str, Tensor]], backend: backends.Backend

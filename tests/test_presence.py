@@ -1,0 +1,202 @@
+"""Samples that lack some streams: each is what it would be if just its own streams were given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operands import seeded
+from torch import Tensor
+
+import sparc_fast as sf
+
+WIDTHS = {"a": 12, "b": 7, "c": 5}
+SELECTIONS = ["global", "local"]
+
+
+def make(backend: str = "auto", selection: str = "global", dtype: torch.dtype = torch.float64, **more: int) -> sf.SPARC:
+    torch.manual_seed(0)
+    arguments = {"auxk": 4, "dead_after": 40, **more}
+    model = sf.SPARC(WIDTHS, 48, 5, selection=selection, backend=backend, dtype=dtype, **arguments)
+    with torch.no_grad():
+        model.latent_bias.normal_(0, 0.3)
+        model.pre_bias.normal_(0, 0.3)
+    return model
+
+
+def batch(n: int = 17, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], Tensor]:
+    """Streams, and who has them; what a sample lacks is NaN."""
+    generator = seeded(seed)
+    mixing = torch.randn(6, 24, generator=seeded(9), dtype=torch.float64)
+    x = (torch.randn(n, 6, generator=generator, dtype=torch.float64) @ mixing).to(dtype)
+    present = torch.rand(n, 3, generator=generator) < 0.6
+    present[torch.arange(n), torch.randint(3, (n,), generator=generator)] = True
+    streams = dict(zip(WIDTHS, x.split(list(WIDTHS.values()), 1), strict=True))
+    return {name: part.where(present[:, s, None], torch.nan) for s, (name, part) in enumerate(streams.items())}, present
+
+
+def alone(inputs: dict[str, Tensor], present: Tensor, n: int) -> dict[str, Tensor]:
+    return {name: inputs[name][n : n + 1] for s, name in enumerate(WIDTHS) if present[n, s]}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_sample_has_the_code_of_the_streams_it_has(selection: str, backend: str) -> None:
+    model = make(backend, selection, torch.float32)
+    inputs, present = batch(dtype=torch.float32)
+    codes = model.encode(inputs, present)
+    assert codes.streams == tuple(WIDTHS)
+    for n in range(len(present)):
+        own = model.encode(alone(inputs, present, n))
+        for s, name in enumerate(WIDTHS):
+            values, indices = (part[n] for part in codes.stream(name))
+            if present[n, s]:
+                assert torch.equal(values, own.stream(name)[0][0])
+                assert torch.equal(indices, own.stream(name)[1][0])
+            else:
+                assert torch.equal(values, torch.zeros(5))
+                assert selection == "global" or torch.equal(indices, torch.full((5,), -1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("support_from", [None, ["b"], ["a", "c"]])
+def test_the_loss_is_the_mean_over_samples_of_the_loss_of_their_own_streams(
+    selection: str, support_from: list[str] | None, backend: str
+) -> None:
+    if selection == "local" and support_from:
+        pytest.skip("local supports are each stream's own")
+    inputs, present = batch()
+    model, each = make(backend, selection), make(backend, selection)
+    for one in (model, each):
+        one.silence[3:20] = 1000
+    loss = model.loss(inputs, 0.7, present=present, support_from=support_from)
+    loss.total.backward()
+    losses = []
+    for n in range(len(present)):
+        each.silence.zero_()[3:20] = 1000
+        own = alone(inputs, present, n)
+        among = [name for name in support_from or () if name in own] or None
+        losses.append(each.loss(own, 0.7, support_from=among))
+    expected = torch.stack([one.total for one in losses]).mean()
+    expected.backward()
+    torch.testing.assert_close(loss.total, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(loss.total, loss.self + 0.7 * loss.cross + loss.auxk / 32, rtol=1e-10, atol=1e-12)
+    assert loss.auxk > 0
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, each.get_parameter(name).grad, rtol=1e-8, atol=1e-11)
+    for s, source in enumerate(WIDTHS):
+        for t, target in enumerate(WIDTHS):
+            pairs = [one.nmse for n, one in enumerate(losses) if present[n, s] and present[n, t]]
+            places = [
+                [name for i, name in enumerate(WIDTHS) if row[i]] for row in present.tolist() if row[s] and row[t]
+            ]
+            errors = [e[names.index(source), names.index(target)] for e, names in zip(pairs, places, strict=True)]
+            torch.testing.assert_close(loss.nmse[s, t], torch.stack(errors).mean(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("lazy", [None, "replay"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_steps_on_samples_that_lack_streams_equal_torch_adam(selection: str, lazy: str | None, backend: str) -> None:
+    ours, theirs = make(backend, selection), make(backend, selection)
+    fused, adam = sf.SparcAdam(ours, lr=1e-2, lazy=lazy), torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    used_auxk = 0
+    for step in range(30):
+        inputs, present = batch(seed=step)
+        loss = fused.step(inputs, present=present)
+        adam.zero_grad()
+        theirs.loss(inputs, present=present).total.backward()
+        theirs.project_gradients_()
+        adam.step()
+        theirs.normalize_decoder_()
+        used_auxk += loss.auxk is not None
+    assert used_auxk > 5
+    assert torch.equal(ours.silence, theirs.silence)
+    fused.catch_up()
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p, theirs.get_parameter(name), rtol=1e-7, atol=1e-9)
+
+
+def test_parts_of_a_batch_may_each_lack_streams(backend: str) -> None:
+    whole, parts = make(backend), make(backend)
+    inputs, present = batch(24)
+    optimizers = [sf.SparcAdam(model, lr=1e-2) for model in (whole, parts)]
+    for _ in range(5):
+        expected = optimizers[0].step(inputs, present=present)
+        pieces = [{name: x[i : i + 8] for name, x in inputs.items()} for i in (0, 8, 16)]
+        loss = optimizers[1].step(pieces, present=present.split(8))
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(whole.silence, parts.silence)
+    for name, p in whole.named_parameters():
+        torch.testing.assert_close(p, parts.get_parameter(name), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_batch_with_everything_present_is_bit_for_bit_what_it_was(selection: str, backend: str) -> None:
+    models = [make(backend, selection, torch.float32) for _ in range(2)]
+    optimizers = [sf.SparcAdam(model, lr=1e-2) for model in models]
+    for step in range(10):
+        inputs = {name: x.nan_to_num(0.5) for name, x in batch(seed=step, dtype=torch.float32)[0].items()}
+        losses = [
+            optimizer.step(inputs, present=present)
+            for optimizer, present in zip(optimizers, (None, torch.ones(17, 3, dtype=torch.bool)), strict=True)
+        ]
+        assert torch.equal(losses[0].total, losses[1].total)
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name])
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_stream_nobody_has_is_one_that_is_not_given(selection: str, backend: str) -> None:
+    models = [make(backend, selection, torch.float32) for _ in range(2)]
+    optimizers = [sf.SparcAdam(model, lr=1e-2) for model in models]
+    present = torch.tensor([True, False, True]).expand(17, 3)
+    for step in range(10):
+        inputs = {name: x.nan_to_num(0.5) for name, x in batch(seed=step, dtype=torch.float32)[0].items()}
+        loss = optimizers[0].step(inputs, present=present)
+        expected = optimizers[1].step({name: inputs[name] for name in "ac"})
+        torch.testing.assert_close(loss.total, expected.total, rtol=0, atol=0)
+        assert torch.equal(loss.nmse[[0, 0, 2, 2], [0, 2, 0, 2]], expected.nmse.flatten())
+        assert not loss.nmse[1].any()
+        assert loss.zero_rows.tolist() == [0, 0, 0]
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name])
+
+
+def test_zero_rows_are_counted_among_those_that_are_there() -> None:
+    inputs, present = batch()
+    inputs["a"][:5] = 0
+    inputs["b"][:] = 0
+    present[:, 0], present[:, 1] = True, False
+    inputs["a"].nan_to_num_(0.5)
+    present[:3] = torch.tensor([True, False, False])
+    assert make().loss(inputs, present=present).zero_rows.tolist() == [5, 0, 0]
+
+
+def test_leading_dimensions_and_no_samples_at_all_keep_their_shape() -> None:
+    model = make()
+    inputs, present = batch(24)
+    shaped = {name: x.reshape(2, 3, 4, -1) for name, x in inputs.items()}
+    codes, flat = model.encode(shaped, present.reshape(2, 3, 4, 3)), model.encode(inputs, present)
+    assert torch.equal(codes.values.reshape(24, 3, 5), flat.values)
+    assert torch.equal(codes.indices.reshape(24, 5), flat.indices)
+    nobody = {name: x[:0] for name, x in inputs.items()}
+    assert model.encode(nobody, present[:0]).values.shape == (0, 3, 5)
+    assert model.loss(nobody, present=present[:0]).total == 0
+
+
+def test_a_mask_that_does_not_fit_is_refused_in_words() -> None:
+    model = make()
+    inputs, present = batch()
+    with pytest.raises(ValueError, match=r"present must be a bool tensor, .* got torch.float32"):
+        model.loss(inputs, present=present.float())
+    with pytest.raises(ValueError, match=r"present must be a bool tensor, .* got list"):
+        model.encode(inputs, present=present.tolist())
+    with pytest.raises(ValueError, match=r"present must be of \[17\] samples by 3 streams .*, got \[17, 2\]"):
+        model.loss(inputs, present=present[:, :2])
+    present[4] = False
+    with pytest.raises(ValueError, match=r"present must leave each sample at least one stream, got none for row 4"):
+        model.loss(inputs, present=present)
+    with pytest.raises(ValueError, match=r"support_from must be one of the streams .*, got 'd'"):
+        model.loss({name: x.nan_to_num(0.5) for name, x in inputs.items()}, support_from=["d"])
+    with pytest.raises(ValueError, match=r"present must be one tensor for each of 2 parts of a batch, got 1"):
+        sf.SparcAdam(model).step([inputs, inputs], present=present)
+    with pytest.raises(ValueError, match=r"present must be None with capturable=True"):
+        sf.SparcAdam(model, capturable=True).step(inputs, present=present)
