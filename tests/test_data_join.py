@@ -146,7 +146,7 @@ def test_neighbours_are_read_together_and_chunks_once(granule: int) -> None:
     every_other = torch.randperm(10_000, generator=torch.Generator().manual_seed(0)).numpy() * 2
     picked = views.PickedReader(counted, every_other)
     assert torch.equal(picked.rows(0, 10_000), rows[every_other])
-    assert len(counted.reads) < 50, "a megabyte at a time"
+    assert len(counted.reads) < 100, "half a megabyte at a time"
     if granule > 1:
         starts = [start // granule for start, _ in counted.reads]
         assert len(set(starts)) == len(starts), "no chunk is read twice"
@@ -154,3 +154,87 @@ def test_neighbours_are_read_together_and_chunks_once(granule: int) -> None:
     far = np.arange(0, 20_000, 1000)[::-1].copy()
     assert torch.equal(views.PickedReader(counted, far).rows(0, 20), rows[far])
     assert counted.reads == [(row, row + 1) for row in far[::-1].tolist()], "what lies between is not read"
+
+
+M = 6000
+WINDOWED = 17_000_000  # bytes: below what all rows, their places and reading them take
+
+
+def numbered(n: int, width: int, first: int = 0) -> Tensor:
+    """Rows whose first two numbers are their own."""
+    rows = torch.randn(n, width, generator=torch.Generator().manual_seed(width), device="cpu")
+    number = torch.arange(first, first + n)
+    rows[:, 0], rows[:, 1] = number % 1000, number // 1000
+    return rows
+
+
+@pytest.fixture
+def disordered(tmp_path: Path) -> dict[str, Any]:
+    """Arguments of open: stream b lacks a sixth of the samples, has some of its own, and is in another order."""
+    order = torch.randperm(M, generator=torch.Generator().manual_seed(0))[: M - 1000]
+    np.save(tmp_path / "a.npy", numbered(M, 300).numpy())
+    b = torch.cat([numbered(M, 200)[order], numbered(500, 200, M)])
+    path = WRITERS["hdf5, gzip"](tmp_path / "b", b)
+    ids = {"a": np.arange(M), "b": np.append(order.numpy(), np.arange(M, M + 500))}
+    return {"sources": {"a": tmp_path / "a.npy", "b": path}, "ids": ids}
+
+
+@pytest.mark.parametrize("memory", [WINDOWED, 2**28])
+@pytest.mark.parametrize("join", ["inner", "outer"])
+def test_joined_batches_hold_every_sample_once_with_its_own_rows(
+    disordered: dict[str, Any], join: Any, memory: int
+) -> None:
+    files = data.open(**disordered, join=join)
+    whole = files.rows(0, files.n_rows)
+    loader = data.Loader(files, 70, memory=memory, n_threads=2)
+    assert (loader.plan.n_windows == 1) == (memory > WINDOWED)
+    for _ in range(2):
+        seen, present = [], []
+        for x, which in loader.batches():
+            seen.append(x)
+            present.append(torch.ones(len(x), 2, dtype=torch.bool) if which is None else which)
+        x, which = torch.cat(seen), torch.cat(present)
+        assert bool(which.all()) == (join == "inner")
+        columns = torch.where(which[:, :1], x[:, :2], x[:, 300:302])  # of a stream that is there
+        assert torch.equal(x[:, :2][which.all(1)], x[:, 300:302][which.all(1)])
+        sample_ = (columns[:, 0] + 1000 * columns[:, 1]).long()
+        assert len(sample_.unique()) == files.n_rows
+        assert (x[~which[:, 0], :300] == 0).all()
+        assert (x[~which[:, 1], 300:] == 0).all()
+        key = (whole[:, 2] if join == "inner" else whole.sum(1)).double()
+        mine = (x[:, 2] if join == "inner" else x.sum(1)).double()
+        assert torch.allclose(key.sort().values, mine.sort().values, atol=1e-3)
+
+
+def test_absence_must_be_asked_for(disordered: dict[str, Any]) -> None:
+    loader = data.Loader(data.open(**disordered, join="outer"), 70)
+    with pytest.raises(ValueError, match=r"some are absent: iterate over loader\.batches\(\), which says which"):
+        next(iter(loader))
+    complete = data.Loader(data.open(**disordered, join="inner"), 70)
+    for x, (same, present) in zip(complete, data.Loader(complete.files, 70).batches(), strict=True):
+        assert torch.equal(x, same)
+        assert present is None
+
+
+@pytest.mark.parametrize("memory", [WINDOWED, 2**28])
+def test_an_interrupted_joined_run_goes_on_with_the_same_batches(disordered: dict[str, Any], memory: int) -> None:
+    files = data.open(**disordered, join="outer")
+    first = data.Loader(files, 70, memory=memory, seed=3, n_threads=2)
+    for _ in range(5):
+        next(first.batches())
+    second = data.Loader(files, 70, memory=memory, n_threads=1)
+    second.load_state_dict(first.state_dict())
+    for (x, present), (same, too) in zip(first.batches(), second.batches(), strict=True):
+        assert torch.equal(x, same)
+        assert present is not None
+        assert too is not None
+        assert torch.equal(present, too)
+
+
+def test_a_joined_row_that_is_not_finite_is_named_as_in_its_file(disordered: dict[str, Any]) -> None:
+    rows = numbered(M, 200)
+    rows[1234, 7] = torch.nan
+    sources = {"a": disordered["sources"]["a"], "b": rows}
+    files = data.open(sources, ids={"a": np.arange(M), "b": np.arange(M)[::-1]}, join="inner")
+    with pytest.raises(ValueError, match="tensor of 'b' must be finite, but row 1234 is not"):
+        list(data.Loader(files, 70, memory=WINDOWED))

@@ -33,7 +33,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEFAULT_NAME = "features"  # what the research code's extraction scripts call it
 _cpu: Any = import_module("sparc_fast._cpu") if "cpu" in backends.available("cpu") else None
 """The compiled module's help for the loader, where it is there: all of it has a way round in Python."""
-PICKED_TOGETHER = 2**20  # bytes that picking single rows reads before it puts them where they belong
+PICKED_TOGETHER = 2**19  # bytes that picking single rows reads before it puts them where they belong
 READ_OVER = 2**14  # bytes between two rows that are read along: another read would take longer
 _NUMPY = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
@@ -112,7 +112,7 @@ class Reader(ABC):
     def pick(self, rows: Rows, places: Rows, out: Tensor) -> None:
         """Row rows[i] to out[places[i]] for every i; `rows` ascend, and may repeat.
 
-        Neighbours are read together, and as many as go into a megabyte before they are put in their places.
+        Neighbours are read together, and as many as go into half a megabyte before they are put in their places.
         """
         if not len(rows):
             return
