@@ -117,7 +117,9 @@ def _plain(ids: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
         ids = ids[:, 0]
     if ids.ndim != 1:
         raise ValueError(f"ids must be one a row, [N], got shape {list(ids.shape)} in {where}")
-    if ids.dtype.kind in "iu" or not len(ids):
+    if not len(ids):
+        return np.empty(0, np.int64)
+    if ids.dtype.kind in "iu":
         return ids.astype(np.str_ if ids.max(initial=0) > np.iinfo(np.int64).max else np.int64)
     if ids.dtype.kind not in "SUO":
         raise ValueError(f"ids must be integers or text, got {ids.dtype} in {where}")
