@@ -29,6 +29,8 @@ def test_ids_end_in_a_newline_and_in_nothing_else(tmp_path: Path, separator: str
     texts = {"plain": "\n".join(ids), "closed": "\n".join(ids) + "\n", "windows": "\r\n".join(ids) + "\r\n"}
     for name, text in texts.items():
         (tmp_path / f"{name}.txt").write_bytes(text.encode())
+    (tmp_path / "other.ids").write_bytes(texts["closed"].encode())
+    data.open(rows, ids={"a": ids, "b": tmp_path / "other.ids"}).close()
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + texts["closed"].encode())
     for name in ("closed", "windows", "marked"):
         if name != "windows" or separator != "\r":

@@ -79,7 +79,7 @@ def read_ids(source: Any) -> npt.NDArray[Any]:
         where, name = source, None
     else:
         return _plain(np.asarray(source), "sequence")
-    parts = [_read(path, name) for path in files_of(where, "ids", SUFFIXES)]
+    parts = [_read(path, name) for path in files_of(where, "ids", SUFFIXES, others=True)]
     return parts[0] if len(parts) == 1 else np.concatenate(as_comparable(parts))
 
 

@@ -30,7 +30,7 @@ def read_ids(path: Path, name: str | None) -> npt.NDArray[Any]:
 
 LARGE = 2**24  # bytes of a row group: a larger one is decoded piece by piece, and never held whole
 DECODED_TOGETHER = 2**20  # bytes of such a piece
-PAGES = 2**23  # bytes that decoding piece by piece takes beside the piece: pages as stored and as decoded
+PAGES = 3 * 2**22  # bytes that decoding piece by piece takes beside the piece: pages as stored and as decoded
 
 
 class ParquetReader(PiecewiseReader):

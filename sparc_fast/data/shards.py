@@ -25,19 +25,22 @@ def is_list_of_files(value: Any, suffixes: Collection[str]) -> bool:
     )
 
 
-def files_of(where: str | Path | Sequence[str | Path], what: str, suffixes: Collection[str]) -> list[Path]:
+def files_of(
+    where: str | Path | Sequence[str | Path], what: str, suffixes: Collection[str], others: bool = False
+) -> list[Path]:
     """The files meant, in natural order where they were not listed.
 
     Args:
         what: whose they are, for messages.
-        suffixes: what files in a folder may end in.
+        suffixes: what files may end in.
+        others: whether those that are named may also end in anything else.
 
     Raises:
         FileNotFoundError: there are none.
         ValueError: a folder holds files of several kinds, or the splits of a data set.
     """
     if not isinstance(where, str | Path):
-        return [path for one in where for path in files_of(one, what, suffixes)]
+        return [path for one in where for path in files_of(one, what, suffixes, others)]
     if "://" in str(where):
         raise ValueError(f"{what} must be a file of this machine, got the address {where}: download it first")
     path = Path(where)
@@ -50,7 +53,7 @@ def files_of(where: str | Path | Sequence[str | Path], what: str, suffixes: Coll
     else:
         found = [path]
     for file in found:
-        if file.suffix.lower() not in suffixes:
+        if not others and file.suffix.lower() not in suffixes:
             raise ValueError(f"{what} must end in one of {', '.join(suffixes)}, got {file}")
         if not file.is_file():
             raise FileNotFoundError(f"{what} must be a file, but there is none at {file}")

@@ -377,7 +377,8 @@ def _device(name: str) -> torch.device:
     try:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # each device says it in its own way
-        raise ValueError(f"device must be one that is here and can compute, got {name!r}: {error}") from error
+        reason = str(error).partition(". ")[0]
+        raise ValueError(f"device must be one that is here and can compute, got {name!r}: {reason}") from error
     return device
 
 
