@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from operands import OPERATORS, Operands, operands, rows_to_update
+from operands import OPERATORS, Operands, operands, rows_to_update, step_of
 from torch import Tensor
 
 from sparc_fast.ops import reference
 from sparc_fast.ops.layout import stream_slices, wide
+from sparc_fast.ops.row_step import DecoderRows
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -125,10 +126,10 @@ def skewed(shape: tuple[tuple[int, ...], int, int, int], dtype: torch.dtype, per
 
 
 def update_directly(rows: list[Tensor], o: Operands, **more: Any) -> tuple[Tensor, ...]:
-    grads = cuda.update_rows(
+    grads = cuda.update_rows(*step_of(
         *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
         **{"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "step": 3, **more},
-    )  # fmt: skip
+    ))  # fmt: skip
     return (*rows, *grads)
 
 
@@ -139,7 +140,7 @@ def test_rows_are_moved_as_accurately_as_by_plain_pytorch(
     shape: tuple[tuple[int, ...], int, int, int], dtype: torch.dtype, per_stream: bool, operands_on_the_gpu: None
 ) -> None:
     o = skewed(shape, dtype, per_stream)
-    for name in ("update_rows", "replay_rows"):
+    for name in ("update_rows", "step_rows", "replay_rows"):
         run = OPERATORS[name]
         results = run(o, cuda), run(o, reference), run(o.to(torch.float64), reference)
         for got, same_dtype, truth in zip(*results, strict=True):
@@ -176,15 +177,16 @@ def test_replayed_rows_equal_rows_that_were_never_left_behind(
     start = operands((d_streams, 1, L, k), torch.float32)
     dense, lazy = rows_to_update(start), rows_to_update(start)
     last_step = torch.zeros(L, dtype=torch.int64)
+    left_behind = DecoderRows(lazy[1], lazy[4:], d_streams, last_step)
     history = torch.tensor([(0.1 / t, 0.9, 0.999, 1e-8) for t in range(1, 31)], dtype=torch.float64)
     for t in range(1, 31):
         o = operands((d_streams, 1, L, k), torch.float32, seed=t)
         used = o.indices[0].long()
         update_directly(dense, o, lr=0.1 / t, step=t)
-        cuda.replay_rows(lazy[1], lazy[4:], used, last_step, history[: t - 1], d_streams)
+        cuda.replay_rows(left_behind, used, history[: t - 1])
         update_directly(lazy, o, lr=0.1 / t, step=t, last_step=last_step)
     assert (last_step < 30).any()
-    cuda.replay_rows(lazy[1], lazy[4:], torch.arange(L), last_step, history, d_streams)
+    cuda.replay_rows(left_behind, torch.arange(L), history)
     for got, expected in zip(lazy, dense, strict=True):
         assert torch.equal(got, expected)
 
@@ -196,10 +198,10 @@ def test_a_graph_moves_rows_as_eager_steps_do(operands_on_the_gpu: None) -> None
     eager, captured = rows_to_update(o), rows_to_update(o)
 
     def step(rows: list[Tensor]) -> None:
-        cuda.update_rows(
+        cuda.update_rows(*step_of(
             *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *inverse, o.d_streams,
             lr, (0.9, 0.999), 1e-8, count,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     graph = torch.cuda.CUDAGraph()
     step([row.clone() for row in eager])
