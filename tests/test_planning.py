@@ -16,7 +16,8 @@ import torch
 import sparc_fast as sf
 from sparc_fast import cli
 from sparc_fast.planning import Machine, Plan, Roofline, memory, plan, process_memory
-from sparc_fast.planning.text import as_text, parse_bytes, show_bytes
+from sparc_fast.planning.text import as_text, show_bytes
+from sparc_fast.sizes import parse_bytes
 from sparc_fast.training import Config
 
 ROOFS = Roofline(copy=2e10, float32=1e11, bfloat16=4e11)

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast import data
 from sparc_fast.data import AlignedFiles, Reader
 from sparc_fast.ops import backends
-from sparc_fast.training.config import Config
+from sparc_fast.training.config import Config, open_files
 from sparc_fast.training.validation import hold_out
 
 from .machine import Machine
@@ -97,7 +96,7 @@ def _streams(
     with ExitStack() as opened:
         if files is None:
             try:
-                files = opened.enter_context(data.open(config.data))
+                files = opened.enter_context(open_files(config))
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{error}; widths of data to come are given by d_streams") from error
         if config.validation_rows:
