@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -32,6 +33,8 @@ if TEST_DEVICE == "two":
     torch.compile = lambda *_, **__: pytest.skip("torch.compile compiles nothing while operators are watched")
 torch.set_default_device(two_devices.DEVICE if TEST_DEVICE == "two" else TEST_DEVICE)
 
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of the processes that share a run
+MOST_WORKERS = 4
 MOST_EXAMPLES = 5  # of a test on a device
 SETTINGS = "_hypothesis_internal_use_settings"  # where a decorated test keeps its own, which no profile overrules
 
@@ -45,9 +48,31 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder by its name, filled by the first process of the run that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if IN_WORKER else base
+
+    def made(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, unfinished = shared / name, shared / f"unfinished {name}"
+        with (shared / f"{name}.lock").open("w") as lock:
+            if IN_WORKER:
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                unfinished.mkdir(exist_ok=True)
+                fill(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def cuda(made_once: Callable[..., Path]) -> ModuleType:
     """The CUDA backend with its kernels emulated on the host."""
-    return build.emulated_backend(build.emulated_module(tmp_path_factory.mktemp("cuda")))
+    return build.emulated_backend(made_once("cuda", build.emulated_module))
 
 
 @pytest.fixture(params=["0", "1", "2", "3"], ids=["first to last", "last to first", "shuffled", "shuffled otherwise"])
@@ -68,6 +93,16 @@ IN_INTERPRETER = {
     "test_update_rows",
     "test_weight_gradients",
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in a process a core, and what is asked for by name in one."""
+    whole = config.args == config.getini("testpaths") and TEST_DEVICE == "cpu" and not config.option.usepdb
+    if whole and not IN_WORKER and getattr(config.option, "numprocesses", 0) is None:  # 0: no pytest-xdist here
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        config.option.numprocesses, config.option.maxprocesses = "logical", MOST_WORKERS
+        config.option.dist = "worksteal"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -93,7 +128,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-of-each", action="store_true", help="of each test its first parameters, on every backend")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "triton" in (parameters.get("backend"), parameters.get("library")):
+            item.add_marker("interpreter")
+        if "cuda" in getattr(item, "fixturenames", ()):
+            item.add_marker("compilers")
+    items.sort(key=lambda item: item.get_closest_marker("compilers") is None)  # what takes longest begins first
     if TEST_DEVICE != "cpu":
         for item in items:
             _cap_examples(item)
@@ -120,3 +163,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         all_here = metafunc.module.__name__ in IN_INTERPRETER
         names = backends.available(torch.get_default_device()) if all_here else fast_backends()
         metafunc.parametrize("backend", sorted(names))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What a test has to show in every run, recorded as its property `shown`."""
+    for report in terminalreporter.getreports("passed"):
+        for text in (text for name, text in report.user_properties if name == "shown"):
+            terminalreporter.write_line(f"\n{text}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ CASES = {
 # programs of Triton's interpreter run one by one: it gets the first of the samples
 IN_INTERPRETER = 3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SUPPORTS = pytest.mark.parametrize("per_stream", [False, True], ids=["shared support", "support per stream"])
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,17 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def sliced(tensor: Tensor) -> Tensor:
+    """Equal numbers, in a window of a wider tensor of NaN."""
+    wider = torch.full([size + 3 for size in tensor.shape], torch.nan, dtype=tensor.dtype, device=tensor.device)
+    window = wider[tuple(slice(1, size + 1) for size in tensor.shape)]
+    return window.copy_(tensor)
+
+
 def largest(scores: Tensor, k: int) -> Tensor:
     """The rule of selection, by a stable sort: the k largest, ties to the lower column, NaN ranks with infinity."""
     order = torch.where(scores.isnan(), torch.inf, scores).sort(dim=1, descending=True, stable=True).indices
@@ -92,21 +105,21 @@ def operands(
     S, D = len(d_streams), sum(d_streams)
     generator = seeded(seed)
 
-    def normal(*shape: int) -> Tensor:
+    def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     shape = (N, S, L) if per_stream else (N, L)
     weights = tuple(float(s + 2 * t + 1) * (s != t or s % 2 == 0) for s in range(S) for t in range(S))
     return Operands(
-        x=normal(N, D) + 3,
-        W_enc=normal(L, D),
-        W_dec=normal(L, D),
-        pre_bias=normal(D) + 3,
-        latent_bias=normal(S, L),
+        x=random(N, D) + 3,
+        W_enc=random(L, D),
+        W_dec=random(L, D),
+        pre_bias=random(D) + 3,
+        latent_bias=random(S, L),
         indices=torch.rand(shape, generator=generator).topk(k).indices.sort().values.int(),
-        values=torch.relu(normal(N, S, k)),
-        grad_values=normal(N, S, k),
-        grad_recons=normal(N, S, D),
+        values=torch.relu(random(N, S, k)),
+        grad_values=random(N, S, k),
+        grad_recons=random(N, S, D),
         scale=torch.rand(N, S, generator=generator),
         d_streams=d_streams,
         weights=weights,
@@ -116,29 +129,24 @@ def operands(
 STEP, SEED = 3, 2**40 + 7
 
 
-def step_of(
-    W_enc: Tensor,
-    W_dec: Tensor,
-    moments: Sequence[Tensor],
-    x: Tensor,
-    pre_bias: Tensor,
-    values: Tensor,
-    grad_values: Tensor,
-    grad_recons: Tensor,
-    offsets: Tensor,
-    entries: Tensor,
-    d_streams: Sequence[int],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    step: int | Tensor,
-    copies: Sequence[Tensor] | None = None,
+def move_rows(
+    backend: Backend,
+    rows: list[Tensor],
+    o: Operands,
+    *,
+    inverse: tuple[Tensor, Tensor] | None = None,
+    lr: float | Tensor = 0.01,
+    eps: float = 1e-8,
+    step: int | Tensor = STEP,
+    copies: list[Tensor] | None = None,
     last_step: Tensor | None = None,
     seed: int | None = None,
-) -> tuple[Rows, Samples, AdamStep]:
-    """What `update_rows` takes, from the tensors and numbers in it."""
-    samples = Samples(x, pre_bias, values, grad_values, grad_recons, offsets, entries)
-    return Rows(W_enc, W_dec, moments, d_streams, copies, last_step), samples, AdamStep(lr, betas, eps, step, seed)
+) -> tuple[Tensor, ...]:
+    """An update of rows = [W_enc, W_dec, 4 moments] in place; what it returns."""
+    W_enc, W_dec, *moments = rows
+    samples = Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *(inverse or o.inverse))
+    settings = AdamStep(lr, (0.9, 0.999), eps, step, seed)
+    return backend.update_rows(Rows(W_enc, W_dec, moments, o.d_streams, copies, last_step), samples, settings)
 
 
 def rows_to_update(o: Operands, narrow: bool = False) -> list[Tensor]:
@@ -157,13 +165,10 @@ def rows_to_update(o: Operands, narrow: bool = False) -> list[Tensor]:
 
 def update_rows(o: Operands, backend: Backend, lazy: bool = False, narrow: bool = False) -> tuple[Tensor, ...]:
     """The updated rows and, where narrower, their copies, what the operator returns, and the steps made."""
-    W_enc, W_dec, *moments = rows = rows_to_update(o, narrow)
-    copies = [W.to(o.W_enc.dtype) for W in (W_enc, W_dec)] if o.W_enc.dtype != W_enc.dtype else None
-    last_step = torch.full((len(W_enc),), STEP - 1) if lazy else None
-    grads = backend.update_rows(*step_of(
-        W_enc, W_dec, moments, o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
-        0.01, (0.9, 0.999), 1e-8, STEP, copies, last_step, SEED if narrow else None,
-    ))  # fmt: skip
+    rows = rows_to_update(o, narrow)
+    copies = [W.to(o.W_enc.dtype) for W in rows[:2]] if o.W_enc.dtype != rows[0].dtype else None
+    last_step = torch.full((len(rows[0]),), STEP - 1) if lazy else None
+    grads = move_rows(backend, rows, o, copies=copies, last_step=last_step, seed=SEED if narrow else None)
     for copy, exact in zip(copies or (), rows, strict=False):
         assert torch.equal(copy, exact.to(copy.dtype))
     return (*rows, *grads, *([] if last_step is None else [last_step]))

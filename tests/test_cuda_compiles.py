@@ -3,14 +3,16 @@ that does not say so. Needs no GPU."""
 
 from __future__ import annotations
 
+import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sparc_fast.benchmarks import cuda_resources
-from sparc_fast.benchmarks.cuda_resources import CudaResources
-from sparc_fast.benchmarks.gpu_build import ARCHS
+from sparc_fast.benchmarks.checks import ARCHS
+from sparc_fast.benchmarks.tools import cuda_resources
+from sparc_fast.benchmarks.tools.cuda_resources import CudaResources
 
 ROOT = Path(__file__).parents[1]
 BODIES = {
@@ -23,19 +25,21 @@ SHARED = {name for name, body in BODIES.items() if "shared_memory()" in body or 
 COUNTED = {"topk_rows_kernel", "filter_scores_kernel", "settle_supports_kernel", "sort_segments_kernel"}
 """Kernels whose threads draw places from a counter in shared memory."""
 
-pytestmark = pytest.mark.skipif(cuda_resources.nvcc() is None, reason="no nvcc")
+pytestmark = [pytest.mark.compilers, pytest.mark.skipif(cuda_resources.nvcc() is None, reason="no nvcc")]
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[CudaResources]:
-    return cuda_resources.resources()
+def compiled(made_once: Callable[..., Path]) -> list[CudaResources]:
+    def compile_all(folder: Path) -> None:
+        (folder / "resources").write_bytes(pickle.dumps(cuda_resources.resources()))
+
+    return pickle.loads((made_once("compiled", compile_all) / "resources").read_bytes())
 
 
 def test_every_kernel_compiles_without_a_spill(
-    compiled: list[CudaResources], capsys: pytest.CaptureFixture[str]
+    compiled: list[CudaResources], record_property: Callable[[str, object], None]
 ) -> None:
-    with capsys.disabled():  # shown in every run of the suite
-        print("\n" + cuda_resources.table(compiled))
+    record_property("shown", cuda_resources.table(compiled))
     assert BODIES
     kernels = sum(len(re.findall("__global__", path.read_text())) for path in ROOT.glob("csrc/cuda/*.cu*"))
     assert len(BODIES) == kernels

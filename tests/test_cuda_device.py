@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from operands import OPERATORS, Operands, operands, rows_to_update, step_of
+from accuracy import assert_equal, check_accuracy
+from operands import SUPPORTS, Operands, move_rows, operands, rows_to_update
 from torch import Tensor
 
 from sparc_fast.ops import reference
@@ -125,15 +125,11 @@ def skewed(shape: tuple[tuple[int, ...], int, int, int], dtype: torch.dtype, per
     return o
 
 
-def update_directly(rows: list[Tensor], o: Operands, **more: Any) -> tuple[Tensor, ...]:
-    grads = cuda.update_rows(*step_of(
-        *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
-        **{"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "step": 3, **more},
-    ))  # fmt: skip
-    return (*rows, *grads)
+def update_directly(rows: list[Tensor], o: Operands) -> tuple[Tensor, ...]:
+    return (*rows, *move_rows(cuda, rows, o))
 
 
-@pytest.mark.parametrize("per_stream", [False, True], ids=["shared support", "support per stream"])
+@SUPPORTS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", UPDATES, ids=str)
 def test_rows_are_moved_as_accurately_as_by_plain_pytorch(
@@ -141,14 +137,8 @@ def test_rows_are_moved_as_accurately_as_by_plain_pytorch(
 ) -> None:
     o = skewed(shape, dtype, per_stream)
     for name in ("update_rows", "step_rows", "replay_rows"):
-        run = OPERATORS[name]
-        results = run(o, cuda), run(o, reference), run(o.to(torch.float64), reference)
-        for got, same_dtype, truth in zip(*results, strict=True):
-            if got.is_floating_point():
-                # the largest error is that of the one weight whose second moment is next to 0: luck with both
-                assert_as_accurate(got, same_dtype, truth, factor=4)
-            else:
-                assert torch.equal(got, truth)
+        # the largest error is that of the one weight whose second moment is next to 0: luck with both
+        check_accuracy(name, o, cuda, factor=4)
 
 
 @pytest.mark.parametrize("shape", UPDATES, ids=str)
@@ -165,8 +155,7 @@ def test_neither_a_second_run_nor_another_grid_changes_a_bit(
             return chosen
 
         monkeypatch.setattr(cuda._cuda, "UpdatePlan", plan)
-        for got, first in zip(update_directly(rows_to_update(o), o), expected, strict=True):
-            assert torch.equal(got, first)
+        assert_equal(update_directly(rows_to_update(o), o), expected)
 
 
 @pytest.mark.parametrize("shape", UPDATES, ids=str)
@@ -182,13 +171,12 @@ def test_replayed_rows_equal_rows_that_were_never_left_behind(
     for t in range(1, 31):
         o = operands((d_streams, 1, L, k), torch.float32, seed=t)
         used = o.indices[0].long()
-        update_directly(dense, o, lr=0.1 / t, step=t)
+        move_rows(cuda, dense, o, lr=0.1 / t, step=t)
         cuda.replay_rows(left_behind, used, history[: t - 1])
-        update_directly(lazy, o, lr=0.1 / t, step=t, last_step=last_step)
+        move_rows(cuda, lazy, o, lr=0.1 / t, step=t, last_step=last_step)
     assert (last_step < 30).any()
     cuda.replay_rows(left_behind, torch.arange(L), history)
-    for got, expected in zip(lazy, dense, strict=True):
-        assert torch.equal(got, expected)
+    assert_equal(lazy, dense)
 
 
 def test_a_graph_moves_rows_as_eager_steps_do(operands_on_the_gpu: None) -> None:
@@ -198,10 +186,7 @@ def test_a_graph_moves_rows_as_eager_steps_do(operands_on_the_gpu: None) -> None
     eager, captured = rows_to_update(o), rows_to_update(o)
 
     def step(rows: list[Tensor]) -> None:
-        cuda.update_rows(*step_of(
-            *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *inverse, o.d_streams,
-            lr, (0.9, 0.999), 1e-8, count,
-        ))  # fmt: skip
+        move_rows(cuda, rows, o, inverse=inverse, lr=lr, step=count)
 
     graph = torch.cuda.CUDAGraph()
     step([row.clone() for row in eager])
@@ -219,8 +204,7 @@ def test_a_graph_moves_rows_as_eager_steps_do(operands_on_the_gpu: None) -> None
         graph.replay()
         assert count == t
         step(eager)
-        for got, expected in zip(captured, eager, strict=True):
-            assert torch.equal(got, expected)
+        assert_equal(captured, eager)
 
 
 def test_a_graph_replays_with_new_numbers() -> None:

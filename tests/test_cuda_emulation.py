@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cuda_emulation import build
 
-pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="no g++")
+pytestmark = [pytest.mark.compilers, pytest.mark.skipif(build.COMPILER is None, reason="no g++")]
 SANITIZERS = {
     "plain": ["-O1"],
     "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -36,15 +37,19 @@ FAULTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulation")
+Program = Callable[[str, str], Path]
 
 
-def program(folder: Path, name: str, sanitizer: str) -> Path:
-    path = folder / f"{name}-{sanitizer}"
-    sources = [build.HERE / "faults.cu"] if name == "faults" else [*build.KERNELS, build.HERE / "operators.cpp"]
-    return path if path.exists() else build.build(path, sources, SANITIZERS[sanitizer])
+@pytest.fixture(scope="session")
+def program(made_once: Callable[..., Path]) -> Program:
+    """By its name and its sanitizer."""
+
+    def built(name: str, sanitizer: str) -> Path:
+        sources = [build.HERE / "faults.cu"] if name == "faults" else [*build.KERNELS, build.HERE / "operators.cpp"]
+        flags = SANITIZERS[sanitizer]
+        return made_once(f"{name} {sanitizer}", lambda folder: build.build(folder / name, sources, flags)) / name
+
+    return built
 
 
 def run(path: Path, *arguments: str, schedule: int = 0) -> subprocess.CompletedProcess[str]:
@@ -54,22 +59,22 @@ def run(path: Path, *arguments: str, schedule: int = 0) -> subprocess.CompletedP
 
 
 @pytest.mark.parametrize(("fault", "sanitizer", "message"), FAULTS)
-def test_a_planted_fault_is_found(fault: str, sanitizer: str, message: str, folder: Path) -> None:
-    done = run(program(folder, "faults", sanitizer), fault)
+def test_a_planted_fault_is_found(fault: str, sanitizer: str, message: str, program: Program) -> None:
+    done = run(program("faults", sanitizer), fault)
     assert done.returncode not in (0, 2), "not found"
     assert message in done.stderr
 
 
 @pytest.mark.parametrize("sanitizer", list(SANITIZERS))
-def test_sound_kernels_pass_in_any_order_of_threads(sanitizer: str, folder: Path) -> None:
+def test_sound_kernels_pass_in_any_order_of_threads(sanitizer: str, program: Program) -> None:
     for schedule in range(4):
-        done = run(program(folder, "faults", sanitizer), schedule=schedule)
+        done = run(program("faults", sanitizer), schedule=schedule)
         assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_a_sanitizer_finds_nothing_in_the_kernels(sanitizer: str, folder: Path) -> None:
+def test_a_sanitizer_finds_nothing_in_the_kernels(sanitizer: str, program: Program) -> None:
     # first to last, all that is counted comes sorted already, so that sorting moves nothing
     for schedule, arguments in [(0, []), (2, ["few"])]:
-        done = run(program(folder, "operators", sanitizer), *arguments, schedule=schedule)
+        done = run(program("operators", sanitizer), *arguments, schedule=schedule)
         assert done.returncode == 0, done.stdout + done.stderr[-4000:]

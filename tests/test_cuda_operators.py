@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from cuda_emulation import build
+from cuda_emulation.build import planned
+from hard_rows import SCORES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from operands import seeded
+from operands import normal, seeded
 from torch import Tensor
 
 from sparc_fast.ops import reference
@@ -20,50 +20,11 @@ pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="no g++")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def planned(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch, **choices: int) -> None:
-    """topk_rows with these choices instead of its own."""
-    original = cuda._cuda.TopkPlan
-
-    def plan(*arguments: int) -> Any:
-        chosen = original(*arguments)
-        for name, value in choices.items():
-            setattr(chosen, name, value)
-        return chosen
-
-    monkeypatch.setattr(cuda._cuda, "TopkPlan", plan)
-
-
-def largest(scores: Tensor, k: int) -> Tensor:
-    return reference.topk_rows(scores, k)
-
-
 def check(cuda: ModuleType, scores: Tensor, k: int) -> None:
-    assert torch.equal(cuda.topk_rows(scores, k), largest(scores, k))
+    assert torch.equal(cuda.topk_rows(scores, k), reference.topk_rows(scores, k))
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=seeded(seed))
-
-
-ROWS: dict[str, Callable[[int], Tensor]] = {
-    "all equal": lambda L: torch.ones(L),
-    "two values": lambda L: (normal(L) > 0).float(),
-    "zeros of either sign": lambda L: torch.zeros(L).copysign(normal(L)),
-    "few above zero": lambda L: torch.relu(normal(L) - 2.5),
-    "nothing but -inf": lambda L: torch.full((L,), -torch.inf),
-    "few above -inf": lambda L: torch.where(normal(L) > 2.5, normal(L), -torch.inf),
-    "infinities": lambda L: torch.where(normal(L) > 1, torch.inf, normal(L)),
-    "NaN of either sign": lambda L: torch.where(normal(L) > 2, torch.tensor(torch.nan).copysign(normal(L)), normal(L)),
-    "NaN beside inf": lambda L: torch.where(normal(L) > 0, torch.nan, torch.inf),
-    "denormal": lambda L: normal(L) * 1e-40,
-    "ascending": lambda L: torch.arange(L).float(),
-    "descending": lambda L: -torch.arange(L).float(),
-    "one giant": lambda L: torch.cat([normal(L - 1), torch.tensor([3e38])]),
-    "narrow range": lambda L: 1e4 + 1e-3 * normal(L),
-    "neighbouring floats": lambda L: 1 + 2.0**-23 * torch.randint(50, (L,), generator=seeded(0)),
-    "negative": lambda L: -normal(L).abs() - 1,
-    "the largest at the sampled places": lambda L: normal(L) + 9.0 * (torch.arange(L) % (L // 16) < 32),
-}
+ROWS = {**SCORES, "the largest at the sampled places": lambda L: normal(L) + 9.0 * (torch.arange(L) % (L // 16) < 32)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,7 +36,7 @@ def test_topk_rows_are_exact_on_hard_rows(
     rows = torch.stack([ROWS[kind](9000), ROWS[kind](9000).flip(0)]).to(dtype)
     if in_steps:
         rows = rows[:, :2500]
-        planned(cuda, monkeypatch, threads=64, capacity=200, sample=0)
+        planned(cuda, monkeypatch, "TopkPlan", threads=64, capacity=200, sample=0)
     for k in (1, 50):
         check(cuda, rows, k)
 
@@ -100,7 +61,7 @@ def test_topk_rows_equal_the_reference_at_any_shape(
     scores = (normal(N, L, seed=seed) * distinct).round().to(dtype)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CUDA_EMULATION_SCHEDULE", str(order))
-        planned(cuda, patched, **choices)
+        planned(cuda, patched, "TopkPlan", **choices)
         check(cuda, scores, k)
 
 
@@ -117,7 +78,7 @@ def test_topk_rows_equal_the_reference_at_any_shape(
 def test_topk_rows_do_not_depend_on_the_order_of_threads(
     choices: dict[str, int], schedule: None, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned(cuda, monkeypatch, **choices)
+    planned(cuda, monkeypatch, "TopkPlan", **choices)
     scores = normal(2, 4000)
     scores[1] = scores[1].round(decimals=1)
     check(cuda, scores, 30)
@@ -148,7 +109,7 @@ def test_topk_rows_may_be_slices_of_wider_tensors(cuda: ModuleType) -> None:
 
 
 def test_a_plan_that_does_not_fit_is_refused(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    planned(cuda, monkeypatch, capacity=10)
+    planned(cuda, monkeypatch, "TopkPlan", capacity=10)
     with pytest.raises(ValueError, match="the plan does not fit the rows"):
         cuda.topk_rows(normal(2, 100), 5)
 

@@ -3,68 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
+from accuracy import assert_equal, check_accuracy
 from cuda_emulation import build
+from cuda_emulation.build import planned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from operands import CASES, OPERATORS, STEP, Operands, operands, rows_to_update, seeded, step_of
+from operands import CASES, OPERATORS, STEP, SUPPORTS, Operands, move_rows, operands, rows_to_update, seeded, sliced
 from torch import Tensor
 
 import sparc_fast as sf
 from sparc_fast.ops import backends, reference
-from sparc_fast.ops.row_step import DecoderRows, Gradients
+from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="no g++")
 NAMES = ["update_rows", "update_rows lazily", "step_rows", "step_rows lazily", "replay_rows"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SUPPORTS = pytest.mark.parametrize("per_stream", [False, True], ids=["shared support", "support per stream"])
 BETAS, EPS = (0.9, 0.999), 1e-8
 WIDE = (4100, 9)  # a block holds 4096 columns
-
-
-def planned(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch, **choices: int) -> None:
-    """update_rows with these choices instead of its own."""
-    original = cuda._cuda.UpdatePlan
-
-    def plan(*arguments: Any) -> Any:
-        chosen = original(*arguments)
-        for name, value in choices.items():
-            setattr(chosen, name, value)
-        return chosen
-
-    monkeypatch.setattr(cuda._cuda, "UpdatePlan", plan)
-
-
-def check(cuda: ModuleType, name: str, o: Operands) -> None:
-    run = OPERATORS[name]
-    results = run(o, cuda), run(o, reference), run(o.to(torch.float64), reference)
-    for got, same_dtype, truth in zip(*results, strict=True):
-        if got.is_floating_point():
-            assert_as_accurate(got, same_dtype, truth)
-        else:
-            assert torch.equal(got, truth)
-
-
-def step(
-    cuda: ModuleType, rows: list[Tensor], o: Operands, t: int | Tensor = STEP, lr: float | Tensor = 0.01,
-    eps: float = EPS, **more: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One update of rows = [W_enc, W_dec, 4 moments] in place."""
-    grads: tuple[Tensor, Tensor] = cuda.update_rows(*step_of(
-        *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
-        lr, BETAS, eps, t, **more,
-    ))  # fmt: skip
-    return grads
-
-
-def assert_equal(got: Any, expected: Any) -> None:
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture
@@ -84,7 +45,7 @@ def without_triton(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_are_moved_as_accurately_as_by_plain_pytorch(
     case: str, name: str, dtype: torch.dtype, per_stream: bool, cuda: ModuleType, without_triton: None
 ) -> None:
-    check(cuda, name, operands((WIDE, 4, 3, 2) if case == "wide" else case, dtype, per_stream))
+    check_accuracy(name, operands((WIDE, 4, 3, 2) if case == "wide" else case, dtype, per_stream), cuda)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -109,7 +70,7 @@ def test_moved_rows_equal_the_reference_at_any_shape(
     o = operands((tuple(widths), N, L, k), dtype, per_stream, seed)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CUDA_EMULATION_SCHEDULE", str(order))
-        planned(cuda, patched, blocks=blocks, piece=piece)
+        planned(cuda, patched, "UpdatePlan", blocks=blocks, piece=piece)
         got = OPERATORS["update_rows"](o, cuda)
     for ours, exact in zip(got, OPERATORS["update_rows"](o.to(torch.float64), reference), strict=True):
         scale = float(exact.abs().max()) + 1 if exact.numel() else 1
@@ -121,10 +82,10 @@ def test_moved_rows_equal_the_reference_at_any_shape(
 def test_a_latent_in_many_samples_is_summed_in_pieces(
     piece: int, per_stream: bool, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned(cuda, monkeypatch, piece=piece)
+    planned(cuda, monkeypatch, "UpdatePlan", piece=piece)
     o = operands(((20, 16), 30, 9, 4), torch.float32, per_stream)
     o.indices[..., 0] = 3
-    check(cuda, "update_rows", o)
+    check_accuracy("update_rows", o, cuda)
 
 
 @pytest.mark.parametrize("often", [127, 128, 129, 300])
@@ -132,7 +93,7 @@ def test_a_latent_in_frequent_use_beside_rare_ones(often: int, cuda: ModuleType)
     o = operands(((20, 16), 300, 40, 3), torch.bfloat16)
     o.indices[o.indices == 11] = 12
     o.indices[:often, 0] = 11
-    check(cuda, "update_rows", o)
+    check_accuracy("update_rows", o, cuda)
 
 
 @SUPPORTS
@@ -145,9 +106,9 @@ def test_neither_the_grid_nor_the_order_of_threads_shows_in_a_bit(
     o.indices[..., 0] = 3
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CUDA_EMULATION_SCHEDULE", "0")
-        planned(cuda, patched, blocks=3, piece=6)
+        planned(cuda, patched, "UpdatePlan", blocks=3, piece=6)
         expected = OPERATORS[name](o, cuda)
-    planned(cuda, monkeypatch, blocks=blocks, piece=6)
+    planned(cuda, monkeypatch, "UpdatePlan", blocks=blocks, piece=6)
     assert_equal(OPERATORS[name](o, cuda), expected)
 
 
@@ -162,7 +123,7 @@ def test_the_grid_grows_with_the_device_and_pieces_do_not_change(cuda: ModuleTyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_samples_every_row_takes_its_step(dtype: torch.dtype, per_stream: bool, cuda: ModuleType) -> None:
     o = operands("ragged", dtype, per_stream).samples(slice(0, 0))
-    check(cuda, "update_rows", o)
+    check_accuracy("update_rows", o, cuda)
     moved, start = OPERATORS["update_rows"](o, cuda), rows_to_update(o)
     assert all((a != b).any(1).all() for a, b in zip(moved[2:6], start[2:], strict=True))
     assert not moved[6].any()
@@ -174,7 +135,7 @@ def test_a_zero_decoder_row_without_gradient_stays_zero(cuda: ModuleType) -> Non
     unused = int(torch.isin(torch.arange(33), o.indices).logical_not().nonzero()[0])
     rows = [o.W_enc.clone(), o.W_dec.clone(), *(torch.zeros_like(o.W_enc) for _ in range(4))]
     rows[1][unused] = 0
-    step(cuda, rows, o, 1)
+    move_rows(cuda, rows, o, step=1)
     assert not rows[1][unused].any()
     assert rows[1].isfinite().all()
 
@@ -207,9 +168,9 @@ def test_replayed_rows_equal_rows_that_were_never_left_behind(
     for t, lr in enumerate(lrs, 1):
         o = operands((d_streams, 1, L, 2), torch.bfloat16, seed=t)
         used = o.indices[0].long()
-        step(cuda, dense, o, t, lr, eps, copies=dense_copies)
+        move_rows(cuda, dense, o, step=t, lr=lr, eps=eps, copies=dense_copies)
         cuda.replay_rows(left_behind, used, history[: t - 1])
-        step(cuda, lazy, o, t, lr, eps, copies=lazy_copies, last_step=last_step)
+        move_rows(cuda, lazy, o, step=t, lr=lr, eps=eps, copies=lazy_copies, last_step=last_step)
         assert (last_step[used] == t).all()
         assert torch.equal(lazy[1][used], dense[1][used])
     assert (last_step < len(lrs)).any()
@@ -228,7 +189,7 @@ def test_replaying_many_steps_equals_steps_without_entries(cuda: ModuleType) -> 
     o = operands((d_streams, 1, L, 1), torch.float32).samples(slice(0, 0))
     history = torch.tensor([(0.01 / t, *BETAS, EPS) for t in range(1, steps + 1)], dtype=torch.float64)
     for t in range(1, steps + 1):
-        step(cuda, [of_encoder[0], dense[0], *of_encoder[1:], *dense[1:]], o, t, 0.01 / t)
+        move_rows(cuda, [of_encoder[0], dense[0], *of_encoder[1:], *dense[1:]], o, step=t, lr=0.01 / t)
     last_step = torch.zeros(L, dtype=torch.int64)
     left_behind = DecoderRows(lazy[0], lazy[1:], d_streams, last_step)
     cuda.replay_rows(left_behind, torch.arange(0, L, 2), history[: steps // 2])
@@ -267,19 +228,19 @@ def test_copies_are_rounded_as_torch_rounds(dtype: torch.dtype, cuda: ModuleType
     W_enc = bits.view(torch.float32).clone()
     rows = [W_enc, o.W_dec.float(), *(torch.zeros(600, 64) for _ in range(4))]
     copies = [torch.zeros(600, 64, dtype=dtype) for _ in range(2)]
-    step(cuda, rows, o, lr=0.0, copies=copies)
-    assert_equal([rows[0]], [W_enc])
+    move_rows(cuda, rows, o, lr=0.0, copies=copies)
+    assert_equal([rows[0]], [W_enc], equal_nan=True)
     for copy, exact in zip(copies, rows, strict=False):
-        assert_equal([copy], [exact.to(dtype)])
+        assert_equal([copy], [exact.to(dtype)], equal_nan=True)
 
 
 def test_rates_and_steps_on_the_device_give_the_same_bits(cuda: ModuleType) -> None:
     o = operands("ragged", torch.float32)
     numbers, tensors = rows_to_update(o), rows_to_update(o)
     last_steps = [torch.zeros(33, dtype=torch.int64) for _ in range(2)]
-    step(cuda, numbers, o, 1234, 0.0123, last_step=last_steps[0])
+    move_rows(cuda, numbers, o, step=1234, lr=0.0123, last_step=last_steps[0])
     lr = torch.tensor(0.0123, dtype=torch.float64)
-    step(cuda, tensors, o, torch.tensor(1234.0), lr, last_step=last_steps[1])
+    move_rows(cuda, tensors, o, step=torch.tensor(1234.0), lr=lr, last_step=last_steps[1])
     assert_equal([*numbers, last_steps[0]], [*tensors, last_steps[1]])
     assert last_steps[0].max() == 1234
 
@@ -293,24 +254,18 @@ def test_weights_may_be_columns_of_wider_tensors(window: Callable[[Tensor], Tens
     for columns, tensor in zip(inner, plain, strict=True):
         columns.copy_(tensor)
     versions = [columns._version for columns in inner]
-    step(cuda, plain, o)
-    step(cuda, inner, o)
+    move_rows(cuda, plain, o)
+    move_rows(cuda, inner, o)
     assert_equal(inner, plain)
     assert all(columns._version > version for columns, version in zip(inner, versions, strict=True))
     assert all(tensor.isfinite().sum() == 33 * 108 for tensor in wider)
 
 
 def test_inputs_may_be_slices_of_wider_tensors(cuda: ModuleType) -> None:
-    def sliced(tensor: Tensor) -> Tensor:
-        wider = torch.full([size + 3 for size in tensor.shape], torch.nan, dtype=tensor.dtype)
-        window = wider[tuple(slice(1, size + 1) for size in tensor.shape)]
-        window.copy_(tensor)
-        return window
-
     for dtype in DTYPES:
         o = operands(((64, 16), 9, 20, 3), dtype)
         plain, apart = rows_to_update(o), rows_to_update(o)
-        assert_equal((*step(cuda, apart, o.map(sliced)), *apart), (*step(cuda, plain, o), *plain))
+        assert_equal((*move_rows(cuda, apart, o.map(sliced)), *apart), (*move_rows(cuda, plain, o), *plain))
 
 
 def test_gradients_of_another_type_than_the_inputs_lose_nothing(cuda: ModuleType, without_triton: None) -> None:
@@ -319,7 +274,7 @@ def test_gradients_of_another_type_than_the_inputs_lose_nothing(cuda: ModuleType
         o = Operands(**{**vars(narrow), "grad_recons": grad_recons})
         expected = Operands(**{**vars(narrow.to(torch.float32)), "grad_recons": grad_recons.float()})
         got, wide = rows_to_update(o), rows_to_update(o)
-        assert_equal((*step(cuda, got, o), *got), (*step(cuda, wide, expected), *wide))
+        assert_equal((*move_rows(cuda, got, o), *got), (*move_rows(cuda, wide, expected), *wide))
 
 
 def test_what_a_sample_does_not_use_cannot_harm_a_gradient(cuda: ModuleType) -> None:
@@ -342,16 +297,8 @@ def test_latents_outside_the_dictionary_are_in_no_segment(cuda: ModuleType) -> N
     values, grad_values = (t * inside[:, None] for t in (o.values, o.grad_values))
     kept = o.indices.clamp(0, 32)
     rows, expected = rows_to_update(o), rows_to_update(o)
-    arguments = o.d_streams, 0.01, BETAS, EPS, STEP
-    cuda.update_rows(
-        *step_of(
-            *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, offsets, entries, *arguments
-        )
-    )
-    cuda.update_rows(*step_of(
-        *expected[:2], expected[2:], o.x, o.pre_bias, values, grad_values, o.grad_recons,
-        *reference.invert_indices(kept, 33), *arguments,
-    ))  # fmt: skip
+    move_rows(cuda, rows, o, inverse=(offsets, entries))
+    move_rows(cuda, expected, replace(o, values=values, grad_values=grad_values, indices=kept))
     assert_equal(rows, expected)
 
 
@@ -382,21 +329,18 @@ def test_what_the_kernels_do_not_do_triton_does_in_every_operator(
     rows = rows_to_update(o)
     if what == "narrow moments":
         rows[2:] = [moment.bfloat16() for moment in rows[2:]]
-    moved, samples, adam = step_of(
-        *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
-        0.01, BETAS, EPS, STEP,
-    )  # fmt: skip
-    cuda.update_rows(moved, samples, adam)
+    move_rows(cuda, rows, o)
     history = torch.tensor([(0.1, *BETAS, EPS)], dtype=torch.float64)
     last_step = torch.zeros(5, dtype=torch.int64)
     cuda.replay_rows(DecoderRows(rows[1], rows[4:], o.d_streams, last_step), torch.arange(5), history)
+    samples = o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse
     gradients = Gradients(*reference.weight_gradients(*samples, o.d_streams), last_step > 0)
-    cuda.step_rows(moved, gradients, adam)
+    cuda.step_rows(Rows(*rows[:2], rows[2:], o.d_streams), gradients, AdamStep(0.01, BETAS, EPS, STEP))
     assert asked == ["update_rows", "replay_rows", "step_rows"]
 
 
 def test_a_plan_without_blocks_or_entries_is_refused(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     o = operands("ragged", torch.float32)
-    planned(cuda, monkeypatch, blocks=0)
+    planned(cuda, monkeypatch, "UpdatePlan", blocks=0)
     with pytest.raises(ValueError, match="the plan needs at least one block and entry"):
-        step(cuda, rows_to_update(o), o)
+        move_rows(cuda, rows_to_update(o), o)

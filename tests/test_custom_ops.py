@@ -17,7 +17,7 @@ EVERY_LIBRARY = pytest.mark.parametrize("library", LIBRARIES)
 D_STREAMS = [5, 3]
 
 
-def arguments(dtype: torch.dtype, local: bool, N: int = 6, L: int = 12, k: int = 4) -> dict[str, tuple[object, ...]]:
+def arguments(dtype: torch.dtype, local: bool, N: int = 3, L: int = 12, k: int = 4) -> dict[str, tuple[object, ...]]:
     torch.manual_seed(0)
     x, W_enc, W_dec = torch.randn(N, 8), torch.randn(L, 8), torch.randn(L, 8)
     x, W_enc, W_dec, pre_bias, latent_bias = (t.to(dtype) for t in (x, W_enc, W_dec, torch.randn(8), torch.randn(2, L)))

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from operands import DTYPES, OPERATORS, Operands, fitting, operands, operators_of, run
+from accuracy import check_accuracy, compare
+from operands import DTYPES, OPERATORS, SUPPORTS, Operands, fitting, operands, operators_of, run
 from torch import Tensor
 
 from sparc_fast.ops import functional
@@ -25,7 +25,6 @@ EMPTY = {
 SHAPE = (7, 1, 100), 5, 33, 6
 # operators in which a sample's support is read, and what they give for each slot of it
 PER_SLOT = {"support_values": 0, "sparse_decode_grad_values": 0, "decode_loss": 2}
-SUPPORTS = pytest.mark.parametrize("per_stream", [False, True], ids=["shared support", "support per stream"])
 
 
 def emptied(o: Operands, slots: list[int], every: int = 1) -> Operands:
@@ -64,23 +63,14 @@ def test_results_are_those_of_the_support_without_its_empty_slots(
             filled = [j for j in range(6) if j not in slots]
             assert torch.equal(result[..., slots], torch.zeros_like(result[..., slots]))
             result, same_dtype, exact = result[..., filled], same_dtype[..., : len(filled)], exact[..., : len(filled)]
-        if result.is_floating_point():
-            assert_as_accurate(result, same_dtype, exact)
-        else:
-            assert torch.equal(result, exact)
+        compare([result], [same_dtype], [exact])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(n for n in OPERATORS if "replay" not in n))
 def test_some_samples_may_have_empty_slots_and_others_none(name: str, dtype: torch.dtype, backend: str) -> None:
     o = emptied(fitting(operands(SHAPE, dtype), backend), [1, 4], every=2)
-    o = replace(o, grad_values=o.grad_values.nan_to_num())
-    plain, truth = run(name, o, "reference"), run(name, o.to(torch.float64), "reference")
-    for got, same_dtype, exact in zip(run(name, o, backend), plain, truth, strict=True):
-        if got.is_floating_point():
-            assert_as_accurate(got, same_dtype, exact)
-        else:
-            assert torch.equal(got, exact)
+    check_accuracy(name, replace(o, grad_values=o.grad_values.nan_to_num()), operators_of(backend))
 
 
 @SUPPORTS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hard_rows import SCORES, inf, nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import DTYPES, IN_INTERPRETER, fast_backends, largest, seeded
@@ -11,8 +12,6 @@ from torch import Tensor
 
 from sparc_fast.ops import functional
 from sparc_fast.ops.layout import wide
-
-inf, nan = torch.inf, torch.nan
 
 
 def fitting(N: int, backend: str, most: int = IN_INTERPRETER) -> int:
@@ -31,36 +30,18 @@ def no_bias(W_enc: Tensor, streams: int = 1) -> tuple[Tensor, Tensor]:
     return W_enc.new_zeros(W_enc.shape[1]), W_enc.new_zeros(streams, len(W_enc))
 
 
-ROWS = {
-    "all equal": torch.full((500,), 3.0),
-    "all zero": torch.zeros(500),
-    "two values": torch.arange(500) % 2 * 1.0,
-    "plateau at the k-th": torch.cat([torch.arange(490.0, 500.0), torch.full((300,), 7.0), torch.zeros(190)]),
-    "zeros of both signs": torch.where(torch.arange(500) % 3 == 0, -0.0, 0.0),
-    "minus infinity": torch.full((500,), -inf),
-    "few finite": torch.where(torch.arange(500) % 100 == 7, 1.0, -inf),
-    "plus infinity": torch.where(torch.arange(500) % 50 == 7, inf, torch.arange(500.0)),
-    "NaN among infinity": torch.where(torch.arange(500) % 50 == 7, nan, torch.arange(500) % 11 * inf),
-    "denormal": torch.arange(500) * 1e-42,
-    "ascending": torch.arange(500.0),
-    "descending": -torch.arange(500.0),
-    "one outlier": torch.arange(500) * 1e-3 + 1e30 * (torch.arange(500) == 321),
-    "narrow at an offset": 1e4 + 1e-3 * (torch.arange(500) * 77 % 500),
-    "one unit apart": 1 + 2.0**-23 * (torch.arange(500) * 77 % 50),
-}
-
-
 @pytest.mark.parametrize("k", [1, 20, 499, 500])
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-def test_the_largest_of_an_adversarial_row_are_found(row: Tensor, k: int, backend: str) -> None:
-    W_enc, N = torch.ones(500, 1), fitting(2, backend, most=1)
+@pytest.mark.parametrize("kind", SCORES)
+def test_the_largest_of_an_adversarial_row_are_found(kind: str, k: int, backend: str) -> None:
+    row, W_enc, N = SCORES[kind](500), torch.ones(500, 1), fitting(2, backend, most=1)
     support = functional.global_topk(torch.zeros(N, 1), W_enc, torch.zeros(1), row[None], k, backend=backend)
     assert support.dtype == torch.int32
     assert torch.equal(support, largest(row[None], k).expand(N, k))
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-def test_the_same_holds_when_the_row_comes_from_the_weights(row: Tensor, backend: str) -> None:
+@pytest.mark.parametrize("kind", SCORES)
+def test_the_same_holds_when_the_row_comes_from_the_weights(kind: str, backend: str) -> None:
+    row = SCORES[kind](500)
     W_enc = row[:, None].clone()
     N = fitting(3, backend, most=1)
     support = functional.global_topk(torch.ones(N, 1), W_enc, *no_bias(W_enc), 20, backend=backend)
@@ -202,7 +183,7 @@ SHAPES = [(3, 40, 1, 5), (4, 90, 17, 9), (5, 300, 257, 20), (3, 60, 700, 7)]  # 
 def test_scores_have_the_same_bits_on_every_backend_and_for_a_part_of_the_latents_or_samples(
     N: int, L: int, D: int, k: int, dtype: torch.dtype, backend: str
 ) -> None:
-    generator = seeded(D)
+    N, generator = fitting(N, backend, most=2), seeded(D)
     x, W_enc, pre_bias, latent_bias = (
         torch.randn(shape, generator=generator).to(dtype) for shape in ((N, D), (L, D), (D,), (3, L))
     )

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from operands import OPERATORS, Operands, kernel_device, operands
+from accuracy import assert_equal, compare
+from operands import OPERATORS, SUPPORTS, Operands, kernel_device, operands
 from torch import Tensor
 
 from sparc_fast.ops import reference
@@ -21,8 +21,7 @@ MODULES = {name: import_module(f"sparc_fast.kernels.{name}") for name in NAMES}
 DEVICE = kernel_device()
 CASE = (7, 40, 5), 3, 20, 6
 # NumPy, which Triton's interpreter computes with, warns of inf * 0
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-PER_STREAM = pytest.mark.parametrize("per_stream", [False, True], ids=["shared support", "support per stream"])
+pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 EVERY_OPERATOR = pytest.mark.parametrize("name", NAMES)
 
 
@@ -45,12 +44,10 @@ def choose(monkeypatch: pytest.MonkeyPatch, name: str, **chosen: Any) -> None:
 
 
 def check_accuracy(name: str, o: Operands) -> None:
-    plain, truth = OPERATORS[name](o, reference), OPERATORS[name](o.to(torch.float64), reference)
-    for got, same_dtype, exact in zip(run(name, o), plain, truth, strict=True):
-        assert_as_accurate(got, same_dtype, exact)
+    compare(run(name, o), OPERATORS[name](o, reference), OPERATORS[name](o.to(torch.float64), reference))
 
 
-@PER_STREAM
+@SUPPORTS
 @pytest.mark.parametrize("name", ["sparse_decode", "sparse_decode_grad_values", "decode_loss"])
 @pytest.mark.parametrize("slots", [4, 16], ids=["multiply-adds", "tensor cores"])
 def test_either_way_to_multiply_is_accurate(
@@ -60,7 +57,7 @@ def test_either_way_to_multiply_is_accurate(
     check_accuracy(name, operands(CASE, torch.bfloat16, per_stream))
 
 
-@PER_STREAM
+@SUPPORTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_supports_too_long_to_be_kept_are_gathered_again(
     per_stream: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -69,7 +66,7 @@ def test_supports_too_long_to_be_kept_are_gathered_again(
     check_accuracy("decode_loss", operands(((7, 40), 2, 50, 37), dtype, per_stream))
 
 
-@PER_STREAM
+@SUPPORTS
 def test_streams_may_be_cut_into_chunks(per_stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("decode_loss", "support_values"):
         choose(monkeypatch, name, BLOCK_D=16, CHUNK=32)
@@ -94,12 +91,11 @@ def test_a_latent_that_does_not_exist_contributes_nothing(name: str, latent: int
     of_values = {"support_values": 0, "sparse_decode_grad_values": 0, "decode_loss": 2}
     if name in of_values:
         expected[of_values[name]] = expected[of_values[name]] * zero
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert_equal(got, expected)
 
 
 @EVERY_OPERATOR
-@PER_STREAM
+@SUPPORTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_not_a_number_stays_in_its_sample(name: str, per_stream: bool, dtype: torch.dtype) -> None:
     o = operands(CASE, dtype, per_stream)
@@ -114,7 +110,7 @@ def test_what_is_not_a_number_stays_in_its_sample(name: str, per_stream: bool, d
     assert not all(torch.isfinite(a).all() for a in got) or name == "support_values_grad_x"
 
 
-@PER_STREAM
+@SUPPORTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_pair_of_weight_zero_is_not_computed_whatever_it_holds(per_stream: bool, dtype: torch.dtype) -> None:
     o = operands(CASE, dtype, per_stream)

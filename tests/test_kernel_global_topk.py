@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
+from hard_rows import SCORES, VECTORS, inf, nan, vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import kernel_device, largest, seeded
 from torch import Tensor
 
 from sparc_fast.ops import reference
-from sparc_fast.ops.layout import stream_slices
 
 pytest.importorskip("triton")
 from sparc_fast.kernels.topk_rows import topk_rows
@@ -22,11 +22,10 @@ from sparc_fast.kernels.topk_rows import topk_rows
 kernel = importlib.import_module("sparc_fast.kernels.global_topk")
 
 # infinite and NaN intervals are part of the method; the interpreter computes them with numpy
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 DEVICE = kernel_device()
 SCREENINGS = ["auto", "bf16", "off"]
-inf, nan = torch.inf, torch.nan
 
 
 def support(x: Tensor, W_enc: Tensor, k: int, screening: str = "auto", bias: Tensor | None = None) -> Tensor:
@@ -54,43 +53,10 @@ def given_up(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return totals
 
 
-def rows(kind: str, N: int, D: int, generator: torch.Generator) -> Tensor:
-    """N rows of D numbers of a kind that is hard on rounding."""
-    w = torch.randn(N, D, generator=generator)
-    signs = torch.randint(0, 2, (N, D), generator=generator) * 2 - 1
-    if kind == "outlier dimensions":
-        w[:, 0] *= 1e4
-    elif kind == "wide range of norms":
-        w *= 10 ** torch.randint(-30, 30, (N, 1), generator=generator)
-    elif kind == "wide range of numbers":
-        w *= 10 ** torch.randint(-9, 1, (N, D), generator=generator)
-    elif kind == "cancelling":
-        w[:, D // 2 :] = (signs * 1e4)[:, D // 2 :] + w[:, D // 2 :]
-    elif kind == "denormal":
-        w *= 1e-41
-    elif kind == "near the limits":
-        w = signs * torch.tensor([3e38, 1e19, 1e-19, 1e-38])[torch.randint(0, 4, (N, D), generator=generator)]
-    elif kind == "a few rows over and over":
-        w = w[torch.randint(0, min(N, 3), (N,), generator=generator)]
-    elif kind == "one unit apart":
-        w = w[:1].expand(N, D) * (1 + 2.0**-23 * torch.randint(-3, 4, (N, D), generator=generator))
-    elif kind == "halfway between bfloat16":
-        w = signs * (1 + 2.0**-8 + 2.0**-7 * torch.randint(0, 100, (N, D), generator=generator))
-    elif kind == "some zero":
-        w[::2] = 0
-    return w
-
-
-KINDS = [
-    "normal", "outlier dimensions", "wide range of norms", "wide range of numbers", "cancelling", "denormal",
-    "near the limits", "a few rows over and over", "one unit apart", "halfway between bfloat16", "some zero",
-]  # fmt: skip
-
-
 @settings(max_examples=8, deadline=None)
 @given(
-    x_kind=st.sampled_from(KINDS),
-    W_kind=st.sampled_from(KINDS),
+    x_kind=st.sampled_from(VECTORS),
+    W_kind=st.sampled_from(VECTORS),
     D=st.integers(1, 70),
     L=st.integers(1, 150),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -105,7 +71,7 @@ def test_no_rows_break_the_bound(
 ) -> None:  # fmt: skip
     k = data.draw(st.integers(1, min(L, 40)), label="k")
     generator = seeded(seed)
-    x, W_enc = rows(x_kind, 2, D, generator).to(dtype), rows(W_kind, L, D, generator).to(dtype)
+    x, W_enc = vectors(x_kind, 2, D, generator).to(dtype), vectors(W_kind, L, D, generator).to(dtype)
     bias = (scale * torch.randn(2, L, generator=generator)).to(dtype)
     operands = [o.to(DEVICE) for o in (x, W_enc, x.new_zeros(D), bias)]
     found = kernel.global_topk(*operands, k, screening)
@@ -239,35 +205,10 @@ def test_a_sample_alone_equals_the_same_sample_in_a_batch_of_any_size(monkeypatc
     assert torch.equal(torch.cat([support(row[None], W_enc, 30) for row in x[:3]]), together[:3])
 
 
-def test_operands_may_be_columns_of_wider_matrices() -> None:
-    torch.manual_seed(0)
-    x, W_enc, pre_bias, bias = torch.randn(4, 61), torch.randn(90, 61), torch.randn(61), torch.randn(3, 90)
-    for s, cols in enumerate(stream_slices((7, 1, 53))):
-        of_stream = x[:, cols], W_enc[:, cols], pre_bias[cols], bias[s : s + 1]
-        found = kernel.global_topk(*(o.to(DEVICE) for o in of_stream), 6)
-        assert torch.equal(found.to(x.device), reference.global_topk(*of_stream, 6))
-
-
-ROWS = {
-    "all equal": torch.full((500,), 3.0),
-    "two values": torch.arange(500) % 2 * 1.0,
-    "plateau at the k-th": torch.cat([torch.arange(490.0, 500.0), torch.full((300,), 7.0), torch.zeros(190)]),
-    "zeros of both signs": torch.where(torch.arange(500) % 3 == 0, -0.0, 0.0),
-    "minus infinity": torch.full((500,), -inf),
-    "few finite": torch.where(torch.arange(500) % 100 == 7, 1.0, -inf),
-    "plus infinity": torch.where(torch.arange(500) % 50 == 7, inf, torch.arange(500.0)),
-    "NaN of both signs": torch.where(torch.arange(500) % 50 == 7, -nan, torch.arange(500) % 11 * inf),
-    "denormal": torch.arange(500) * 1e-42,
-    "ascending": torch.arange(500.0),
-    "descending": -torch.arange(500.0),
-    "one outlier": torch.arange(500) * 1e-3 + 1e30 * (torch.arange(500) == 321),
-    "narrow at an offset": 1e4 + 1e-3 * (torch.arange(500) * 77 % 500),
-}
-
-
 @pytest.mark.parametrize("k", [1, 20, 500])
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-def test_rows_of_scores_are_selected_by_value_then_column(row: Tensor, k: int) -> None:
+@pytest.mark.parametrize("kind", SCORES)
+def test_rows_of_scores_are_selected_by_value_then_column(kind: str, k: int) -> None:
+    row = SCORES[kind](500)
     for dtype in (torch.float32, torch.bfloat16, torch.float64) if k == 20 else (torch.float32,):
         scores = torch.stack([row, row.flip(0)]).to(dtype)
         assert torch.equal(topk_rows(scores.to(DEVICE), k).to(scores.device), largest(scores, k))

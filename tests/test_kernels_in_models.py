@@ -14,7 +14,8 @@ import sparc_fast as sf
 from sparc_fast.ops import backends
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where the interpreter meets infinities
+# NumPy's warnings, where the interpreter meets infinities
+pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 WIDTHS = {"a": 6, "b": 3}
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operands import OPERATORS, STEP, Operands, fitting, operands, operators_of, rows_to_update, step_of
+from accuracy import assert_equal
+from operands import OPERATORS, STEP, Operands, fitting, move_rows, operands, operators_of, rows_to_update
 from torch import Tensor
 
 from sparc_fast.ops.row_step import DecoderRows
@@ -49,8 +50,7 @@ def test_rows_are_gathered_from_any_offset(backend: str, operator: str, dtype: t
     o = make(dtype, backend)
     run = OPERATORS[operator]
     found = run(replace(o, W_enc=far(o.W_enc), W_dec=far(o.W_dec)), operators_of(backend))
-    for got, want in zip(found, run(o, operators_of(backend)), strict=True):
-        assert torch.equal(got, want)
+    assert_equal(found, run(o, operators_of(backend)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -70,17 +70,10 @@ def test_rows_are_updated_at_any_offset(backend: str, lazy: bool) -> None:
     o = make(torch.float32, backend)
 
     def updated(rows: list[Tensor]) -> list[Tensor]:
-        W_enc, W_dec, *moments = rows
-        last_step = torch.full((len(W_enc),), STEP - 1) if lazy else None
-        grads = operators_of(backend).update_rows(*step_of(
-            W_enc, W_dec, moments, o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
-            0.01, (0.9, 0.999), 1e-8, STEP, None, last_step,
-        ))  # fmt: skip
-        return [*rows, *grads]
+        last_step = torch.full((len(o.W_enc),), STEP - 1) if lazy else None
+        return [*rows, *move_rows(operators_of(backend), rows, o, last_step=last_step)]
 
-    want = updated(rows_to_update(o))
-    for got, expected in zip(updated([far(rows) for rows in rows_to_update(o)]), want, strict=True):
-        assert torch.equal(got, expected)
+    assert_equal(updated([far(rows) for rows in rows_to_update(o)]), updated(rows_to_update(o)))
 
 
 def test_rows_are_replayed_at_any_offset(backend: str) -> None:
@@ -95,5 +88,4 @@ def test_rows_are_replayed_at_any_offset(backend: str) -> None:
         return [*rows, last_step]
 
     spread = replayed([far(rows) for rows in (W_dec, *moments)])
-    for got, want in zip(spread, replayed([W_dec.clone(), *(m.clone() for m in moments)]), strict=True):
-        assert torch.equal(got, want)
+    assert_equal(spread, replayed([W_dec.clone(), *(m.clone() for m in moments)]))

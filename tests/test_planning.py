@@ -209,18 +209,6 @@ def test_latents_are_reduced_to_the_most_that_fit() -> None:
     assert not planned(machine_memory=2**32, n_latents=most + 64).fits
 
 
-def test_changes_that_fit_only_together_are_said_together() -> None:
-    hopeless = planned(machine_memory=2**29)
-    least = next(change.settings["memory"] for change in hopeless.changes if "memory" in change.settings)
-    both = plan(config(memory=least, moments="bfloat16"), WIDTHS, 10**6, MACHINE).peak
-    found = planned(machine_memory=both + 2**20)
-    together = [change for change in found.changes if len(change.settings) > 1]
-    assert len(together) == 1
-    assert together[0].fits
-    assert together[0].settings == {"memory": least, "moments": "bfloat16"}
-    assert not any(change.fits for change in found.changes if set(change.settings) < {"memory", "moments"})
-
-
 def test_a_large_batch_beside_few_latents_is_taken_in_micro_batches() -> None:
     found = planned(n_latents=1024, k=16, batch_size=65536)
     change = next(change for change in found.changes if "accumulate" in change.settings)

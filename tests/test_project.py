@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,12 +46,13 @@ def test_public_names() -> None:
         sf.utils  # noqa: B018
 
 
-def test_modules_among_the_public_names_are_loaded_on_first_use() -> None:
+def test_importing_the_package_needs_only_torch_and_numpy_and_its_modules_are_loaded_on_first_use() -> None:
+    optional = ["matplotlib", "sklearn", "skimage", "rich", "safetensors", "jinja2", "triton", "h5py", "pandas"]
+    later = [f"sparc_fast.{n}" for n in ("compat", "data", "demo", "evaluate", "explain", "interop", "training")]
     code = (
-        "import sys, sparc_fast as sf; "
-        "before = [n for n in ('compat', 'data', 'demo', 'evaluate', 'explain', 'interop', 'training')"
-        " if f'sparc_fast.{n}' in sys.modules]; "
-        "print(before, sf.compat.get_sae_model_class.__name__, sf.data.open.__name__, sf.data.glyphs.__name__, "
+        "import sys, torch; loaded = set(sys.modules); import sparc_fast as sf; "
+        f"early = [name for name in {optional + later} if name in set(sys.modules) - loaded]; "
+        "print(early, sf.compat.get_sae_model_class.__name__, sf.data.open.__name__, sf.data.glyphs.__name__, "
         "sf.evaluate.table.__name__, sf.explain.write_report.__name__, sf.training.Trainer.__name__)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -120,16 +122,6 @@ def test_the_reference_speaks_the_whole_vocabulary_of_backends() -> None:
     assert all(callable(getattr(reference, name)) for name in vocabulary)
 
 
-def test_importing_the_package_needs_only_torch_numpy_and_the_standard_library() -> None:
-    optional = ["matplotlib", "sklearn", "skimage", "rich", "safetensors", "jinja2", "triton", "h5py", "pandas"]
-    code = (
-        "import sys, torch; loaded = set(sys.modules); import sparc_fast; "
-        f"print([name for name in {optional} if name in set(sys.modules) - loaded])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
 def test_style_and_types_are_clean(command: list[str]) -> None:
     result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -140,3 +132,13 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
     assert command.endswith(".venv/bin/pytest")
     assert command in (ROOT / "README.md").read_text().splitlines()
+
+
+def test_the_map_of_the_code_names_every_place_and_only_places_there_are() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    names = re.findall(r"`([\w./]+)`", text[text.index("| place |") : text.index("One operator has one name")])
+    places = [path for path in (ROOT / "sparc_fast").glob("*.py") if path.name != "__init__.py"]
+    places += [path.parent for path in (ROOT / "sparc_fast").glob("*/__init__.py") if path.parent.name != "ops"]
+    places += [path for path in (ROOT / "sparc_fast" / "ops").glob("*.py") if path.name != "__init__.py"]
+    assert {path.name for path in places} <= {name.rstrip("/").split("/")[-1] for name in names}
+    assert not [name for name in names if "/" in name and not (ROOT / name).exists()]

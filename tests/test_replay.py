@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from operands import CASES, operators_of, seeded, step_of
+from accuracy import assert_equal
+from operands import CASES, move_rows, operands, operators_of, seeded
 
 import sparc_fast as sf
 from sparc_fast.ops import reference
@@ -191,7 +192,7 @@ def test_changed_betas_and_eps_are_replayed_as_they_were(moments: str, backend: 
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=str)
 def test_replaying_equals_steps_without_entries(case: str, eps: float, moments: torch.dtype, backend: str) -> None:
     d_streams, _, L, _ = CASES[case]
-    D, S, steps = sum(d_streams), len(d_streams), 300 if moments == torch.float32 else 120
+    D, steps = sum(d_streams), 300 if moments == torch.float32 else 120
     operators = operators_of(backend)
     generator = seeded(0)
     W_dec = torch.randn(L, D, generator=generator)
@@ -201,21 +202,16 @@ def test_replaying_equals_steps_without_entries(case: str, eps: float, moments: 
     dense, lazy = ([tensor.clone() for tensor in rows] for _ in range(2))
     unused = [torch.zeros(L, D), torch.zeros(L, D).to(moments), torch.zeros(L, D).to(moments)]
     history = torch.tensor([(0.01 / t, 0.9, 0.999, eps) for t in range(1, steps + 1)], dtype=torch.float64)
-    nobody = torch.zeros(0, S, 1)
-    empty = torch.zeros(0, D), torch.zeros(D), nobody, nobody, torch.zeros(0, S, D)
-    inverse = torch.zeros(L + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    nobody = operands((d_streams, 0, L, 1), torch.float32)
     for t in range(1, steps + 1):
-        operators.update_rows(*step_of(
-            unused[0], dense[0], [*unused[1:], *dense[1:]], *empty, *inverse, d_streams, 0.01 / t, (0.9, 0.999), eps, t,
-            seed=7,
-        ))  # fmt: skip
+        rows = [unused[0], dense[0], *unused[1:], *dense[1:]]
+        move_rows(operators, rows, nobody, lr=0.01 / t, eps=eps, step=t, seed=7)
     last_step = torch.zeros(L, dtype=torch.int64)
     half = history[: steps // 2]
     left_behind = DecoderRows(lazy[0], lazy[1:], d_streams, last_step)
     operators.replay_rows(left_behind, torch.arange(0, L, 2), half, seed=7)
     operators.replay_rows(left_behind, torch.arange(L), history, seed=7)
-    for got, expected in zip(lazy, dense, strict=True):
-        assert torch.equal(got, expected)
+    assert_equal(lazy, dense)
 
 
 def test_lazy_must_be_replay_or_nothing() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hard_rows import VECTORS, vectors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operands import largest, seeded
@@ -37,41 +38,10 @@ def expected(x: Tensor, W_enc: Tensor, k: int, bias: Tensor | None = None) -> Te
     return reference.global_topk(x, W_enc, x.new_zeros(x.shape[1]), bias, k)
 
 
-def rows(kind: str, N: int, D: int, generator: torch.Generator) -> Tensor:
-    """N rows of D numbers of a kind that is hard on rounding."""
-    w = torch.randn(N, D, generator=generator)
-    signs = torch.randint(0, 2, (N, D), generator=generator) * 2 - 1
-    if kind == "outlier dimensions":
-        w[:, 0] *= 1e4
-    elif kind == "wide range of norms":
-        w *= 10 ** torch.randint(-30, 30, (N, 1), generator=generator)
-    elif kind == "cancelling":
-        w[:, D // 2 :] = (signs * 1e4)[:, D // 2 :] + w[:, D // 2 :]
-    elif kind == "denormal":
-        w *= 1e-41
-    elif kind == "near the limits":
-        w = signs * torch.tensor([3e38, 1e19, 1e-19, 1e-38])[torch.randint(0, 4, (N, D), generator=generator)]
-    elif kind == "a few rows over and over":
-        w = w[torch.randint(0, min(N, 3), (N,), generator=generator)]
-    elif kind == "one unit apart":
-        w = w[:1].expand(N, D) * (1 + 2.0**-23 * torch.randint(-3, 4, (N, D), generator=generator))
-    elif kind == "halfway between bfloat16":
-        w = signs * (1 + 2.0**-8 + 2.0**-7 * torch.randint(0, 100, (N, D), generator=generator))
-    elif kind == "all rounded up":
-        w = signs.sign() * (1 + 2.0**-8 + 2.0**-16 * torch.rand(N, D, generator=generator))
-    return w
-
-
-KINDS = [
-    "normal", "outlier dimensions", "wide range of norms", "cancelling", "denormal", "near the limits",
-    "a few rows over and over", "one unit apart", "halfway between bfloat16", "all rounded up",
-]  # fmt: skip
-
-
 @settings(max_examples=150, deadline=None)
 @given(
-    x_kind=st.sampled_from(KINDS),
-    W_kind=st.sampled_from(KINDS),
+    x_kind=st.sampled_from(VECTORS),
+    W_kind=st.sampled_from(VECTORS),
     D=st.integers(1, 70),
     L=st.integers(1, 400),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -86,7 +56,7 @@ def test_no_rows_break_the_bound(
 ) -> None:  # fmt: skip
     k = data.draw(st.integers(1, min(L, 40)), label="k")
     generator = seeded(seed)
-    x, W_enc = rows(x_kind, 5, D, generator).to(dtype), rows(W_kind, L, D, generator).to(dtype)
+    x, W_enc = vectors(x_kind, 5, D, generator).to(dtype), vectors(W_kind, L, D, generator).to(dtype)
     bias = (scale * torch.randn(2, L, generator=generator)).to(dtype)
     in_full = cpu_topk._exact(x.float(), W_enc, bias.double().sum(0), k)
     assert torch.equal(support(x, W_enc, k, screening, bias), in_full)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
-from operands import CASES, DTYPES, OPERATORS, operands, run
+from accuracy import check_accuracy
+from operands import CASES, DTYPES, OPERATORS, operands, operators_of
 
 import sparc_fast as sf
 
@@ -33,13 +33,7 @@ def test_operators_are_as_accurate_as_plain_pytorch_on_every_instruction_set(
     name: str, dtype: torch.dtype, level: str
 ) -> None:
     for case in CASES:
-        o = operands(case, dtype)
-        plain, truth = run(name, o, "reference"), run(name, o.to(torch.float64), "reference")
-        for got, same_dtype, exact in zip(run(name, o, "cpu"), plain, truth, strict=True):
-            if got.is_floating_point():
-                assert_as_accurate(got, same_dtype, exact)
-            else:
-                assert torch.equal(got, exact)
+        check_accuracy(name, operands(case, dtype), operators_of("cpu"))
 
 
 @pytest.mark.parametrize(("dtype", "widening"), [(torch.bfloat16, 1), (torch.float16, 2)], ids=str)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,17 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
+def killed(made_once: Callable[..., Path]) -> tuple[Path, list[list[str]]]:
     """(folder of `RUNS`, how every session of each ended)"""
-    folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, str(HERE / "training_killer.py"), str(folder), "0"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return folder, [line.split() for line in result.stdout.splitlines()]
+
+    def train(folder: Path) -> None:
+        command = [sys.executable, str(HERE / "training_killer.py"), str(folder), "0"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE, timeout=300)
+        assert result.returncode == 0, result.stderr
+        (folder / "sessions").write_text(result.stdout)
+
+    folder = made_once("killed", train)
+    return folder, [line.split() for line in (folder / "sessions").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import SEED, STEP, Operands, fitting, operands, operators_of, rows_to_update, run, seeded, step_of
+from accuracy import assert_equal
+from operands import SEED, STEP, Operands, fitting, move_rows, operands, operators_of, rows_to_update, run, seeded
 from torch import Tensor
 
 from sparc_fast.ops import reference
@@ -44,8 +45,7 @@ def test_a_lazy_step_moves_decoder_rows_with_entries_bit_for_bit_and_no_others(
         of_decoder = i in (1, 4, 5)
         expected = torch.where(used[:, None], all_rows, before) if of_decoder else all_rows
         assert torch.equal(some_rows, expected)
-    for returned, expected in zip(lazy[6:], dense[6:], strict=True):
-        assert torch.equal(returned, expected)
+    assert_equal(lazy[6:], dense[6:])
 
 
 def test_decoder_rows_have_unit_norm_in_every_stream(backend: str) -> None:
@@ -60,11 +60,7 @@ def test_a_zero_decoder_row_without_gradient_stays_zero(backend: str) -> None:
     W_enc, W_dec = o.W_enc.clone(), o.W_dec.clone()
     unused = int(torch.isin(torch.arange(33), o.indices).logical_not().nonzero()[0])
     W_dec[unused] = 0
-    moments = [torch.zeros_like(W_enc) for _ in range(4)]
-    operators_of(backend).update_rows(*step_of(
-        W_enc, W_dec, moments, o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
-        0.01, (0.9, 0.999), 1e-8, 1,
-    ))  # fmt: skip
+    move_rows(operators_of(backend), [W_enc, W_dec, *(torch.zeros_like(W_enc) for _ in range(4))], o, step=1)
     assert not W_dec[unused].any()
     assert W_dec.isfinite().all()
 
@@ -76,10 +72,7 @@ def test_columns_of_a_wider_matrix_are_updated_in_place_and_nothing_beside_them(
     inner = [tensor[:, 5:113] for tensor in wider]
     for window, tensor in zip(inner, rows_to_update(o), strict=True):
         window.copy_(tensor)
-    operators_of(backend).update_rows(*step_of(
-        *inner[:2], inner[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
-        0.01, (0.9, 0.999), 1e-8, STEP,
-    ))  # fmt: skip
+    move_rows(operators_of(backend), inner, o)
     for window, outer, result in zip(inner, wider, expected, strict=False):
         assert torch.equal(window, result)
         assert (outer[:, :5] == 7).all()
@@ -90,10 +83,7 @@ def test_autograd_notices_that_weights_changed(backend: str) -> None:
     o = operands("ragged", torch.float32)
     W_enc, W_dec = o.W_enc.clone(), o.W_dec.clone()
     versions = W_enc._version, W_dec._version
-    operators_of(backend).update_rows(*step_of(
-        W_enc, W_dec, [torch.zeros_like(W_enc) for _ in range(4)], o.x, o.pre_bias, o.values, o.grad_values,
-        o.grad_recons, *o.inverse, o.d_streams, 0.01, (0.9, 0.999), 1e-8, 1,
-    ))  # fmt: skip
+    move_rows(operators_of(backend), [W_enc, W_dec, *(torch.zeros_like(W_enc) for _ in range(4))], o, step=1)
     assert W_enc._version > versions[0]
     assert W_dec._version > versions[1]
 
@@ -122,10 +112,7 @@ def test_given_gradients_move_rows_that_are_not_used_in_a_dense_step_alone(lazy:
 def stepped(o: Operands, backend: str, rows: list[Tensor], seed: int | None, step: int | Tensor = STEP) -> list[Tensor]:
     """Copies of W_enc, W_dec and their moments after a step."""
     rows = [tensor.clone() for tensor in rows]
-    operators_of(backend).update_rows(*step_of(
-        *rows[:2], rows[2:], o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams,
-        0.01, (0.9, 0.999), 1e-8, step, seed=seed,
-    ))  # fmt: skip
+    move_rows(operators_of(backend), rows, o, step=step, seed=seed)
     return rows
 
 
@@ -150,8 +137,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_or_step_others(backe
     rows = rows_to_update(o, narrow=True)
     first, again, other = (stepped(o, backend, rows, seed) for seed in (SEED, SEED, SEED + 1))
     later = stepped(o, backend, rows, SEED, STEP + 1)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(first[:2], other[:2], strict=True))
+    assert_equal(first, again)
+    assert_equal(first[:2], other[:2])
     for moments in (other[2:], later[2:]):
         for a, b in zip(first[2:], moments, strict=True):
             assert 0.2 < (a != b).float().mean() < 0.8
@@ -161,7 +148,7 @@ def test_a_step_on_the_device_rounds_as_a_number_does(backend: str) -> None:
     o = fitting(operands("ragged", torch.float32), backend)
     rows = rows_to_update(o, narrow=True)
     number, tensor = (stepped(o, backend, rows, SEED, step) for step in (1234, torch.tensor(1234.0)))
-    assert all(torch.equal(a, b) for a, b in zip(number[2:], tensor[2:], strict=True))
+    assert_equal(number[2:], tensor[2:])
 
 
 def test_moments_that_are_not_finite_stay_so_and_second_moments_never_fall_below_0(backend: str) -> None:

@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("sparc_fast", "kernels", "csrc", "benchmarks", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
+pytestmark = [pytest.mark.compilers, pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")]
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -22,10 +23,8 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
     )
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the sources alone, in an environment of its own that holds what pyproject.toml asks for."""
-    folder = tmp_path_factory.mktemp("wheel")
+def build(folder: Path) -> None:
+    """The wheel, from the sources alone, in an environment of its own that holds what pyproject.toml asks for."""
     compiled = shutil.ignore_patterns("*.so", "__pycache__")
     for name in SOURCES:
         source = ROOT / name
@@ -41,16 +40,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if done.returncode and "No matching distribution found for setuptools" in done.stderr + done.stdout:
         pytest.skip("no package index to build from")
     assert done.returncode == 0, done.stderr + done.stdout
-    (built,) = folder.glob("*.whl")
+
+
+@pytest.fixture(scope="module")
+def wheel(made_once: Callable[..., Path]) -> Path:
+    (built,) = made_once("wheel", build).glob("*.whl")
     return built
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("installed")
-    done = run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, wheel, cwd=folder)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return folder
+def installed(wheel: Path, made_once: Callable[..., Path]) -> Path:
+    def install(folder: Path) -> None:
+        done = run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, wheel, cwd=folder)
+        assert done.returncode == 0, done.stderr + done.stdout
+
+    return made_once("installed", install)
 
 
 def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:

@@ -13,6 +13,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests/cuda_emulation"
 COMPILER = shutil.which("g++")
@@ -40,27 +42,39 @@ def build(target: Path, sources: Sequence[Path], flags: Sequence[str] = (), link
     return target
 
 
-def emulated_module(folder: Path) -> ModuleType:
-    """What sparc_fast._cuda is, with kernels that run on the host."""
+def emulated_module(folder: Path) -> None:
+    """`_cuda.so` in the folder: what sparc_fast._cuda is, with kernels that run on the host."""
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     sources = [*KERNELS, ROOT / "csrc/cuda/binding.cpp"]
-    path = build(folder / "_cuda.so", sources, ["-O1", "-fvisibility=hidden", *includes], ["-shared"])
-    return _loaded("_cuda", path)
+    build(folder / "_cuda.so", sources, ["-O1", "-fvisibility=hidden", *includes], ["-shared"])
 
 
-def emulated_backend(module: ModuleType) -> ModuleType:
-    """sparc_fast.ops.cuda on top of that module; its operators take tensors of the CPU."""
+def emulated_backend(folder: Path) -> ModuleType:
+    """sparc_fast.ops.cuda on top of the folder's module; its operators take tensors of the CPU."""
     name = "sparc_fast._cuda"
     compiled = sys.modules.get(name)
-    sys.modules[name] = module
+    sys.modules[name] = _loaded("_cuda", folder / "_cuda.so")
     try:
         return _loaded("emulated_native_cuda", ROOT / "sparc_fast/ops/cuda.py")
     finally:
         del sys.modules[name]
         if compiled is not None:
             sys.modules[name] = compiled
+
+
+def planned(cuda: ModuleType, patch: pytest.MonkeyPatch, plan: str, **choices: int) -> None:
+    """Plans of this name make these choices instead of their own."""
+    original = getattr(cuda._cuda, plan)
+
+    def chosen(*arguments: object) -> object:
+        made = original(*arguments)
+        for name, value in choices.items():
+            setattr(made, name, value)
+        return made
+
+    patch.setattr(cuda._cuda, plan, chosen)
 
 
 def _loaded(name: str, path: Path) -> ModuleType:
