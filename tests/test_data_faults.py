@@ -238,12 +238,9 @@ def test_batches_are_on_the_cpu_whatever_the_default_device_is(tmp_path: Path) -
     rows = sample(300)
     files = data.open({"a": write_npy(tmp_path / "a", rows), "b": rows}, ids={"a": range(300), "b": range(50, 350)},
                       join="outer")  # fmt: skip
-    torch.set_default_device("meta")
-    try:
-        (x, present) = next(data.Loader(files, 350, shuffle=False).batches())
+    with torch.device("meta"):
+        x, present = next(data.Loader(files, 350, shuffle=False).batches())
         assert files.rows(0, 3).device.type == "cpu"
-    finally:
-        torch.set_default_device(None)
     assert torch.equal(x[50:300, 7:], rows[:250])
     assert present is not None
     assert present.device == x.device == torch.device("cpu")
