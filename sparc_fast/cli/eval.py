@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from sparc_fast import data
 from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.readers import Source
 from sparc_fast.evaluate import as_text, comparison, evaluate
+from sparc_fast.evaluate.labels import as_groups, as_labels
 from sparc_fast.model import SPARC
 from sparc_fast.training import load_model
 from sparc_fast.training.config import parse_sources
@@ -44,9 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--labels",
-        type=Path,
-        metavar="FILE",
-        help=f"a .npy file of truth values, samples × concepts; {LABELS} of the folder where there is one",
+        metavar="FILE[:COLUMN]",
+        help=f"class ids or names, a row a sample, or truth values, samples × concepts; {LABELS} of the folder where "
+        "there is one",
+    )
+    parser.add_argument(
+        "--groups",
+        metavar="FILE[:COLUMN]",
+        help="an id a sample, such as the image of a caption: retrieval counts any sample of the group as right",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the untrained model's weights (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON instead of a table")
@@ -64,9 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
                 f"models must have the same streams, got {first.d_streams} in {name}, {model.d_streams} in {other}"
             )
     inputs = _inputs(arguments.data, first)
-    labels = _labels(arguments.labels, arguments.data, len(inputs[first.streams[0]]))
+    n_samples = len(inputs[first.streams[0]])
+    labels = _labels(arguments.labels, arguments.data, n_samples)
+    groups = None if arguments.groups is None else as_groups(arguments.groups, (n_samples,))
     columns = {**models, "untrained (2)" if "untrained" in models else "untrained": untrained(first, arguments.seed)}
-    evaluations = {name: evaluate(model, inputs, labels) for name, model in columns.items()}
+    evaluations = {name: evaluate(model, inputs, labels, groups=groups) for name, model in columns.items()}
     if arguments.json:
         print(json.dumps({name: found.to_dict() for name, found in evaluations.items()}, indent=2))
     else:
@@ -149,15 +156,9 @@ def _file(folder: Path, stream: str) -> Path:
     raise FileNotFoundError(f"--data must hold a file for each stream, but there is no {stream}.npy in {folder}")
 
 
-def _labels(given: Path | None, texts: Sequence[str], n: int) -> Tensor | None:
+def _labels(given: str | None, texts: Sequence[str], n: int) -> Tensor | None:
     """Which concepts each sample carries, bool [N, C]."""
-    path = given or Path(texts[0]) / LABELS
+    path = Path(texts[0]) / LABELS
     if given is None and not path.is_file():
         return None
-    try:
-        labels = np.load(path)  # never unpickles
-    except ValueError as error:
-        raise ValueError(f"labels must be a .npy file of truth values, but {path} is none: {error}") from error
-    if labels.dtype != np.bool_ or labels.ndim != 2 or len(labels) != n:
-        raise ValueError(f"labels must be bool [N={n}, C], got {labels.dtype} {list(labels.shape)} in {path}")
-    return torch.from_numpy(labels)
+    return as_labels(path if given is None else given, (n,))
