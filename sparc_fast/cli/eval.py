@@ -24,7 +24,7 @@ from sparc_fast.model import SPARC
 from sparc_fast.training import load_model
 from sparc_fast.training.config import parse_sources
 
-__all__ = ["add_arguments", "run", "untrained"]
+__all__ = ["add_arguments", "load", "model_file", "run", "sources_of", "untrained"]
 
 MODEL, LABELS = "model.safetensors", "labels.npy"
 
@@ -94,7 +94,7 @@ def _load_all(texts: Sequence[str]) -> dict[str, SPARC]:
             name = _name(Path(text))
         if name in models:
             raise ValueError(f"models must have names of their own, got two called {name}: give NAME=MODEL")
-        models[name] = _load(Path(path))
+        models[name] = load(Path(path))
     return models
 
 
@@ -104,14 +104,20 @@ def _name(path: Path) -> str:
     return path.parent.name if path.name == MODEL else path.stem
 
 
-def _load(path: Path) -> SPARC:
-    if path.is_dir():
-        path = path / MODEL
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path.parent} has no {MODEL}, which a run gets when it is finished; "
-                "a checkpoint in it can be evaluated before"
-            )
+def model_file(path: Path) -> Path:
+    """The model of a run's folder, or the file itself."""
+    if not path.is_dir():
+        return path
+    if not (path / MODEL).is_file():
+        raise FileNotFoundError(
+            f"{path} has no {MODEL}, which a run gets when it is finished; a checkpoint in it can be evaluated before"
+        )
+    return path / MODEL
+
+
+def load(path: Path) -> SPARC:
+    """The model in a run's folder, a model file or a checkpoint."""
+    path = model_file(path)
     try:
         return SPARC.load(path)
     except ValueError as no_model:
@@ -131,17 +137,25 @@ def untrained(trained: SPARC, seed: int) -> SPARC:
     return model
 
 
-def _inputs(texts: Sequence[str], model: SPARC) -> dict[str, Tensor]:
-    """Every stream's samples, [N, D_s]."""
+def sources_of(texts: Sequence[str], model: SPARC, some: bool = False) -> dict[str, Source]:
+    """Where each stream's samples are, in the model's order; of all its streams, or of some."""
     folder = Path(texts[0])
     sources: dict[str, Source]
     if len(texts) == 1 and folder.is_dir():
-        sources = {stream: _file(folder, stream) for stream in model.streams}
+        sources = {stream: file for stream in model.streams if (file := _file(folder, stream, some)) is not None}
     else:
         sources = dict(parse_sources(texts, "--data"))
-        if set(sources) != set(model.streams):
-            raise ValueError(f"--data must give the streams {', '.join(model.streams)}, got {', '.join(sources)}")
-    sources = {stream: sources[stream] for stream in model.streams}
+    if set(sources) != set(model.streams) and not (some and set(sources) < set(model.streams) and sources):
+        streams = ", ".join(model.streams)
+        raise ValueError(
+            f"--data must give {'some of ' if some else ''}the streams {streams}, got {', '.join(sources) or 'none'}"
+        )
+    return {stream: sources[stream] for stream in model.streams if stream in sources}
+
+
+def _inputs(texts: Sequence[str], model: SPARC) -> dict[str, Tensor]:
+    """Every stream's samples, [N, D_s]."""
+    sources = sources_of(texts, model)
     with data.open(sources) as files:
         if files.d_streams != model.d_streams:
             raise ValueError(f"--data must have the widths {model.d_streams}, got {files.d_streams}")
@@ -149,10 +163,12 @@ def _inputs(texts: Sequence[str], model: SPARC) -> dict[str, Tensor]:
     return dict(zip(sources, parts, strict=True))
 
 
-def _file(folder: Path, stream: str) -> Path:
+def _file(folder: Path, stream: str, may_lack: bool) -> Path | None:
     for suffix in FORMATS:
         if (path := folder / f"{stream}{suffix}").is_file():
             return path
+    if may_lack:
+        return None
     raise FileNotFoundError(f"--data must hold a file for each stream, but there is no {stream}.npy in {folder}")
 
 
