@@ -61,6 +61,8 @@ def test_the_file_holds_what_encode_gives_and_decodes_back(selection: str, dtype
     recons, _ = checkpoint.load(decoded, encode.DECODED)
     for source in D:
         assert torch.equal(recons[source], model.decode(expected, source, "b"))
+        with data.open({"b": (decoded, source)}) as files:
+            assert torch.equal(files.rows(0, N, dtype), recons[source])
     with safe_open(out / "codes.safetensors", framework="pt") as file:
         config = json.loads(file.metadata()["sparc_fast.SparseLatents/1"])
     assert config["model_sha256"] == hashlib.sha256((tmp_path / "m.safetensors").read_bytes()).hexdigest()

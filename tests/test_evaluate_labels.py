@@ -96,6 +96,8 @@ WANTED = r"must be bool \[N=2, C\] or \[N\], or class ids or names \[N\]"
         (np.zeros((2, 3), np.uint8), rf"labels {WANTED}, got uint8 \[2, 3\]"),
         ([1, 2, 3], rf"labels {WANTED}, got int64 \[3\]"),
         (torch.zeros((), dtype=torch.bool), rf"labels {WANTED}, got bool \[\]"),
+        (torch.zeros(2, dtype=torch.bfloat16, requires_grad=True), rf"labels {WANTED}, got bfloat16 \[2\]"),
+        (torch.eye(2).bool().to_sparse(), rf"labels {WANTED}, got sparse_coo \[2, 2\]"),
         ([1.5, 2.5], rf"labels {WANTED}, got float64 \[2\]"),
         ([{}, {}], rf"labels {WANTED}, got objects"),
         ([[1], [2, 3]], rf"labels {WANTED}, got objects"),

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a finished run's folder, a model file or a checkpoint")
     parser.add_argument(
         "--data", nargs="+", action="extend", required=True, metavar=f"FOLDER or {source}",
-        help="the samples, in all of the model's streams or some: a folder with a file named after each, or the files",
+        help="a folder with a file named after each of the model's streams, or the files, of all streams or some",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.safetensors or FOLDER",

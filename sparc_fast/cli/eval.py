@@ -138,17 +138,17 @@ def untrained(trained: SPARC, seed: int) -> SPARC:
 
 
 def sources_of(texts: Sequence[str], model: SPARC, some: bool = False) -> dict[str, Source]:
-    """Where each stream's samples are, in the model's order; of all its streams, or of some."""
+    """Where each stream's samples are, in the model's order: in a folder of all, or in files, of `some` maybe."""
     folder = Path(texts[0])
     sources: dict[str, Source]
     if len(texts) == 1 and folder.is_dir():
-        sources = {stream: file for stream in model.streams if (file := _file(folder, stream, some)) is not None}
+        sources = {stream: _file(folder, stream) for stream in model.streams}
     else:
         sources = dict(parse_sources(texts, "--data"))
     if set(sources) != set(model.streams) and not (some and set(sources) < set(model.streams) and sources):
         streams = ", ".join(model.streams)
         raise ValueError(
-            f"--data must give {'some of ' if some else ''}the streams {streams}, got {', '.join(sources) or 'none'}"
+            f"--data must give {'some of ' if some else ''}the streams {streams}, got {', '.join(sources)}"
         )
     return {stream: sources[stream] for stream in model.streams if stream in sources}
 
@@ -163,12 +163,10 @@ def _inputs(texts: Sequence[str], model: SPARC) -> dict[str, Tensor]:
     return dict(zip(sources, parts, strict=True))
 
 
-def _file(folder: Path, stream: str, may_lack: bool) -> Path | None:
+def _file(folder: Path, stream: str) -> Path:
     for suffix in FORMATS:
         if (path := folder / f"{stream}{suffix}").is_file():
             return path
-    if may_lack:
-        return None
     raise FileNotFoundError(f"--data must hold a file for each stream, but there is no {stream}.npy in {folder}")
 
 

@@ -68,8 +68,13 @@ class _Given:
             path, column = file
             self.where = f" in {path}" + (f":{column}" if column else "")
             values = self._read(path, column)
+        elif isinstance(source, Tensor):  # NumPy lacks some dtypes, and all that is sparse
+            if source.layout != torch.strided or source.is_floating_point():
+                kind = source.dtype if source.layout == torch.strided else source.layout
+                raise self.error(str(kind).removeprefix("torch."), source.shape)
+            values = source.cpu().numpy()
         else:
-            values = source.cpu().numpy() if isinstance(source, Tensor) else _array(source)
+            values = _array(source)
         self.values = values = _as_text(values) if values.dtype.kind in "SUO" else values
         if values.dtype.kind not in "biuU" or (values.dtype.kind == "u" and values.max(initial=0) >= 2**63):
             raise self.error()
@@ -85,11 +90,13 @@ class _Given:
             raise self.error()
         return values.repeat(self.n // max(len(values), 1), axis=0)
 
-    def error(self) -> ValueError:
-        values = self.values
+    def error(self, kind: str = "", shape: Sequence[int] = ()) -> ValueError:
+        """What was expected and what came: the values, or something of this kind and shape."""
+        if not kind:
+            kind = {"U": "text", "V": "objects"}.get(self.values.dtype.kind, str(self.values.dtype))
+            shape = self.values.shape
         tokens = f", or one for each of {list(self.leading)} tokens" if len(self.leading) > 1 else ""
-        kind = {"U": "text", "V": "objects"}.get(values.dtype.kind, values.dtype)
-        return ValueError(f"{self.what} must be {self.expected}{tokens}, got {kind} {list(values.shape)}{self.where}")
+        return ValueError(f"{self.what} must be {self.expected}{tokens}, got {kind} {list(shape)}{self.where}")
 
     def _read(self, path: Path, column: str | None) -> npt.NDArray[Any]:
         suffix = path.suffix.lower()
@@ -133,7 +140,10 @@ def _as_text(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     flat = values.ravel().tolist()
     if not all(value is None or isinstance(value, str | bytes | int) or value != value for value in flat):
         return np.empty(values.shape, dtype=np.void)
-    texts = ["" if v is None or v != v else v.decode() if isinstance(v, bytes) else str(v) for v in flat]
+    texts = [
+        "" if v is None or v != v else v.decode(errors="backslashreplace") if isinstance(v, bytes) else str(v)
+        for v in flat
+    ]
     if texts and all(map(INTEGER.fullmatch, texts)):
         return np.array([int(text) for text in texts], np.int64).reshape(values.shape)
     return np.array(texts, dtype=np.str_).reshape(values.shape)
