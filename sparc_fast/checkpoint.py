@@ -6,17 +6,28 @@ One file, so that weights and configuration cannot disagree and replacing a chec
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparc_fast.files import atomic_path
 
-__all__ = ["FORMAT", "load", "save"]
+__all__ = ["FORMAT", "load", "save", "save_in_parts"]
 
 FORMAT = "sparc_fast.SPARC/1"
+NAMES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int32: "I32",
+}
+"""What safetensors calls them."""
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], form: str = FORMAT) -> None:
@@ -27,6 +38,46 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, A
     with atomic_path(path) as temporary:
         # one entry: safetensors writes several in an order of its own, and equal models should be equal files
         save_file(contiguous, temporary, metadata={form: json.dumps(dict(config))})
+
+
+@contextmanager
+def save_in_parts(
+    path: str | Path,
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    config: Mapping[str, Any],
+    form: str = FORMAT,
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """As `save`, for tensors of these dtypes and shapes that come row by row: ``write(name, rows)`` goes on with one.
+
+    Raises:
+        ValueError: when the block ends, rows are missing; no file is written.
+    """
+    header: dict[str, Any] = {"__metadata__": {form: json.dumps(dict(config))}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, temporary.open("r+b") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        done = dict.fromkeys(tensors, 0)
+
+        def write(name: str, rows: Tensor) -> None:
+            dtype, shape = tensors[name]
+            first, last = done[name], done[name] + len(rows)
+            if rows.dtype != dtype or tuple(rows.shape[1:]) != tuple(shape[1:]) or last > shape[0]:
+                expected = f"{dtype} {[shape[0] - first, *shape[1:]]} at most"
+                raise ValueError(f"rows of {name} must be {expected}, got {rows.dtype} {list(rows.shape)}")
+            row_bytes = math.prod(shape[1:]) * dtype.itemsize
+            file.seek(8 + len(text) + header[name]["data_offsets"][0] + first * row_bytes)
+            file.write(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            done[name] = last
+
+        yield write
+        if missing := {name: shape[0] - done[name] for name, (_, shape) in tensors.items() if done[name] < shape[0]}:
+            raise ValueError(f"tensors must be written whole, but rows are missing: {missing}")
 
 
 def load(path: str | Path, form: str = FORMAT) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -125,6 +125,23 @@ def test_files_of_any_format_serve_and_labels_may_be_missing(
     assert without["nmse"] == with_labels["nmse"]
 
 
+def test_labels_are_class_names_in_a_table_and_groups_a_column_of_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["image,kind", *(f"{n // 5},kind {n % 5}" for n in range(N))]
+    (tmp_path / "samples.csv").write_text("\n".join(lines))
+    assert run(folder / "run", "--data", folder / "held_out", "--json") == 0
+    expected = json.loads(capsys.readouterr().out)["run"]
+    table = ["--labels", f"{tmp_path / 'samples.csv'}:kind", "--groups", f"{tmp_path / 'samples.csv'}:image"]
+    assert run(folder / "run", "--data", folder / "held_out", "--json", *table) == 0
+    found = json.loads(capsys.readouterr().out)["run"]
+    labelled = [key for key in expected["scores"] if key.startswith("jaccard")]
+    assert all(found["scores"][key] == pytest.approx(expected["scores"][key]) for key in labelled)
+    model = sf.SPARC.load(folder / "run" / "model.safetensors")
+    grouped = evaluate(model, held_out(), groups=[n // 5 for n in range(N)]).to_dict()
+    assert found["retrieval"] == grouped["retrieval"] != expected["retrieval"]
+
+
 def test_a_model_called_untrained_keeps_its_column(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"untrained={folder / 'run'}", "--data", folder / "held_out", "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -162,12 +179,19 @@ def test_errors_are_one_line_that_says_what_is_wrong(
             [finished, "--data", a, f"b={tmp_path / 'wide.npy'}"],
             "--data must have the widths {'a': 300, 'b': 200}, got",
         ),
-        ([finished, "--data", a, b, "--labels", unseen / "a.npy"], "labels must be bool [N=60, C], got float32"),
+        (
+            [finished, "--data", a, b, "--labels", unseen / "a.npy"],
+            "labels must be bool [N=60, C] or [N], or class ids or names [N], got float32 [60, 300] in",
+        ),
         (
             [finished, "--data", a, b, "--labels", tmp_path / "objects.npy"],
-            "labels must be a .npy file of truth values",
+            "objects.npy is truncated or foreign, or holds objects: save array.astype(str)",
         ),
-        ([finished, "--data", a, b, "--labels", tmp_path / "none.npy"], "none.npy"),
+        ([finished, "--data", a, b, "--labels", tmp_path / "none.npy"], "labels must be a file, but there is none at"),
+        (
+            [finished, "--data", a, b, "--groups", tmp_path / "none.csv:image"],
+            "groups must be a file, but there is none",
+        ),
     ):
         assert run(*arguments) == 1
         error = capsys.readouterr().err

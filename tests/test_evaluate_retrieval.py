@@ -55,6 +55,35 @@ def test_ranks_of_signed_dense_rows_equal_the_definition(N: int, D: int, seed: i
     assert retrieval_ranks(a, b, chunk=chunk).tolist() == ranks_by_definition(a, b)
 
 
+def ranks_in_groups(queries: Tensor, candidates: Tensor, groups: list[int]) -> list[float]:
+    """The definition, one pair after another: the best right candidate among it and all wrong ones."""
+    ranks = []
+    for n, group in enumerate(groups):
+        wrong = [m for m, other in enumerate(groups) if other != group]
+        right = [m for m, other in enumerate(groups) if other == group]
+        chosen = [[m, *wrong] for m in right]
+        ranks.append(min(ranks_by_definition(queries[[n] * len(c)], candidates[c])[0] for c in chosen))
+    return ranks
+
+
+@settings(max_examples=100, deadline=None)
+@given(N=st.integers(1, 9), D=st.integers(1, 5), seed=st.integers(0, 2**31), chunk=st.integers(1, 10))
+def test_in_groups_the_best_candidate_of_the_query_s_group_counts(N: int, D: int, seed: int, chunk: int) -> None:
+    generator = seeded(seed)
+    a, b = (torch.randint(-2, 3, (N, D), generator=generator).float() for _ in range(2))
+    groups = torch.randint(0, 4, (N,), generator=generator)
+    assert retrieval_ranks(a, b, groups=groups, chunk=chunk).tolist() == ranks_in_groups(a, b, groups.tolist())
+    alone = torch.randperm(N, generator=generator)
+    assert torch.equal(retrieval_ranks(a, b, groups=alone, chunk=chunk), retrieval_ranks(a, b, chunk=chunk))
+
+
+def test_five_equal_captions_of_an_image_are_found_first_in_their_group_alone() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20, 8).repeat_interleave(5, 0)
+    assert Retrieval.from_ranks(retrieval_ranks(x, x)).r1 == 0
+    assert Retrieval.from_ranks(retrieval_ranks(x, x, groups=torch.arange(100) // 5)).r1 == 1
+
+
 def test_equal_codes_are_found_first() -> None:
     torch.manual_seed(0)
     x = torch.randn(50, 8)
@@ -129,6 +158,8 @@ X, CODE = torch.ones(2, 3), code_of([[1.0], [1.0]])
         ((CODE, CODE), "n_latents must be given where queries are sparse codes, got None"),
         ((CODE, CODE, 0), r"queries must have indices in \[0, n_latents=0\)"),
         ((X, X * math.nan), "candidates must have finite values"),
+        ((X, X, None, torch.ones(2)), r"groups must be integers \[N=2\], got torch.float32 \[2\]"),
+        ((X, X, None, torch.arange(3)), r"groups must be integers \[N=2\], got torch.int64 \[3\]"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: tuple[object, ...], message: str) -> None:

@@ -202,6 +202,36 @@ def test_streams_may_come_in_any_order() -> None:
     assert evaluate(model, backwards, labels).to_dict() == evaluate(model, inputs, labels).to_dict()
 
 
+def test_classes_are_evaluated_as_their_truth_values() -> None:
+    model, (inputs, _) = model_of(), data_of(9)
+    classes = torch.arange(9) % 3
+    expected = evaluate(model, inputs, classes[:, None] == torch.arange(3)).to_dict()
+    assert evaluate(model, inputs, classes).to_dict() == expected
+    assert evaluate(model, inputs, [f"class {c}" for c in classes]).to_dict() == expected
+
+
+def test_tokens_are_samples_with_the_labels_and_groups_of_theirs() -> None:
+    model, (inputs, labels) = model_of(), data_of(12)
+    tokens = {name: x.reshape(4, 3, -1) for name, x in inputs.items()}
+    of_tokens = labels[:4].repeat_interleave(3, 0)
+    expected = evaluate(model, inputs, of_tokens, groups=torch.arange(12) // 3)
+    assert evaluate(model, tokens, labels[:4], groups=[3, 1, 2, 0]).to_dict() == expected.to_dict()
+    assert evaluate(model, tokens, of_tokens.reshape(4, 3, -1), groups=torch.arange(12) // 3).n_samples == 12
+    assert evaluate(model, tokens, of_tokens).retrieval == evaluate(model, inputs).retrieval
+
+
+def test_groups_change_retrieval_and_nothing_else() -> None:
+    model, (inputs, labels) = model_of(), data_of(20)
+    alone, grouped = evaluate(model, inputs, labels), evaluate(model, inputs, labels, groups=torch.arange(20) // 4)
+    single = alone.single_codes
+    for (a, b), scores in grouped.retrieval.items():
+        ranks = retrieval_ranks(single[a], single[b], model.n_latents, torch.arange(20) // 4)
+        assert scores == Retrieval.from_ranks(ranks) != alone.retrieval[a, b]
+    without = [{**found.to_dict(), "retrieval": None, "scores": None} for found in (alone, grouped)]
+    assert without[0] == without[1]
+    assert evaluate(model, inputs, labels, groups=range(20)).to_dict() == alone.to_dict()
+
+
 def test_wrong_inputs_are_named() -> None:
     model, (inputs, labels) = model_of(), data_of(4)
     with pytest.raises(ValueError, match=r"inputs must hold the streams \['image', 'text', 'sound'\], got"):
@@ -210,6 +240,16 @@ def test_wrong_inputs_are_named() -> None:
         evaluate(model, {**inputs, "text": inputs["text"][:3]}, labels)
     with pytest.raises(ValueError, match=r"labels must be bool \[N=4, C\]"):
         evaluate(model, inputs, labels[:3])
+    tokens = {name: x.reshape(2, 2, -1) for name, x in inputs.items()}
+    with pytest.raises(ValueError, match=r"inputs\['sound'\] must be \[N=2, 2, D=3\], got \[4, 3\]"):
+        evaluate(model, {**tokens, "sound": inputs["sound"]})
+    for scalar in ({name: torch.tensor(1.0) for name in inputs}, {name: x[0] for name, x in inputs.items()}):
+        with pytest.raises(ValueError, match=r"inputs\['image'\] must be \[N, D=7\], got \[7?\]"):
+            evaluate(model, scalar)
+    with pytest.raises(ValueError, match=r"inputs\['text'\] must be a tensor \[N, D=5\], got ndarray"):
+        evaluate(model, {**inputs, "text": inputs["text"].numpy()})
+    with pytest.raises(ValueError, match=r"groups must be ids \[N=4\], integers or text, got float32 \[4\]"):
+        evaluate(model, inputs, groups=torch.ones(4))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         evaluate(model, inputs, labels, batch_size=0)
 

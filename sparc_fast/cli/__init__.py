@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train on your own features, in a run that survives interruption",
     "plan": "whether a training run fits this machine or another, and how long it takes",
     "eval": "print the evaluation of trained models, beside an untrained one",
+    "encode": "turn a data set of any size into sparse codes in a file",
     "glyphs": "write the built-in glyphs as a large data set in files",
     "convert": "turn a checkpoint of the research code into ours, or back",
     "bench": "time every operator and the whole step against plain PyTorch",

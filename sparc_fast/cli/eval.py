@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,11 +19,12 @@ from sparc_fast import data
 from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.readers import Source
 from sparc_fast.evaluate import as_text, comparison, evaluate
+from sparc_fast.evaluate.labels import as_groups, as_labels
 from sparc_fast.model import SPARC
 from sparc_fast.training import load_model
 from sparc_fast.training.config import parse_sources
 
-__all__ = ["add_arguments", "run", "untrained"]
+__all__ = ["add_arguments", "load", "model_file", "run", "sources_of", "untrained"]
 
 MODEL, LABELS = "model.safetensors", "labels.npy"
 
@@ -44,9 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--labels",
-        type=Path,
-        metavar="FILE",
-        help=f"a .npy file of truth values, samples × concepts; {LABELS} of the folder where there is one",
+        metavar="FILE[:COLUMN]",
+        help=f"class ids or names, a row a sample, or truth values, samples × concepts; {LABELS} of the folder where "
+        "there is one",
+    )
+    parser.add_argument(
+        "--groups",
+        metavar="FILE[:COLUMN]",
+        help="an id a sample, such as the image of a caption: retrieval counts any sample of the group as right",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the untrained model's weights (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON instead of a table")
@@ -64,9 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
                 f"models must have the same streams, got {first.d_streams} in {name}, {model.d_streams} in {other}"
             )
     inputs = _inputs(arguments.data, first)
-    labels = _labels(arguments.labels, arguments.data, len(inputs[first.streams[0]]))
+    n_samples = len(inputs[first.streams[0]])
+    labels = _labels(arguments.labels, arguments.data, n_samples)
+    groups = None if arguments.groups is None else as_groups(arguments.groups, (n_samples,))
     columns = {**models, "untrained (2)" if "untrained" in models else "untrained": untrained(first, arguments.seed)}
-    evaluations = {name: evaluate(model, inputs, labels) for name, model in columns.items()}
+    evaluations = {name: evaluate(model, inputs, labels, groups=groups) for name, model in columns.items()}
     if arguments.json:
         print(json.dumps({name: found.to_dict() for name, found in evaluations.items()}, indent=2))
     else:
@@ -87,7 +94,7 @@ def _load_all(texts: Sequence[str]) -> dict[str, SPARC]:
             name = _name(Path(text))
         if name in models:
             raise ValueError(f"models must have names of their own, got two called {name}: give NAME=MODEL")
-        models[name] = _load(Path(path))
+        models[name] = load(Path(path))
     return models
 
 
@@ -97,14 +104,20 @@ def _name(path: Path) -> str:
     return path.parent.name if path.name == MODEL else path.stem
 
 
-def _load(path: Path) -> SPARC:
-    if path.is_dir():
-        path = path / MODEL
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path.parent} has no {MODEL}, which a run gets when it is finished; "
-                "a checkpoint in it can be evaluated before"
-            )
+def model_file(path: Path) -> Path:
+    """The model of a run's folder, or the file itself."""
+    if not path.is_dir():
+        return path
+    if not (path / MODEL).is_file():
+        raise FileNotFoundError(
+            f"{path} has no {MODEL}, which a run gets when it is finished; a checkpoint in it can be evaluated before"
+        )
+    return path / MODEL
+
+
+def load(path: Path) -> SPARC:
+    """The model in a run's folder, a model file or a checkpoint."""
+    path = model_file(path)
     try:
         return SPARC.load(path)
     except ValueError as no_model:
@@ -124,17 +137,25 @@ def untrained(trained: SPARC, seed: int) -> SPARC:
     return model
 
 
-def _inputs(texts: Sequence[str], model: SPARC) -> dict[str, Tensor]:
-    """Every stream's samples, [N, D_s]."""
+def sources_of(texts: Sequence[str], model: SPARC, some: bool = False) -> dict[str, Source]:
+    """Where each stream's samples are, in the model's order: in a folder of all, or in files, of `some` maybe."""
     folder = Path(texts[0])
     sources: dict[str, Source]
     if len(texts) == 1 and folder.is_dir():
         sources = {stream: _file(folder, stream) for stream in model.streams}
     else:
         sources = dict(parse_sources(texts, "--data"))
-        if set(sources) != set(model.streams):
-            raise ValueError(f"--data must give the streams {', '.join(model.streams)}, got {', '.join(sources)}")
-    sources = {stream: sources[stream] for stream in model.streams}
+    if set(sources) != set(model.streams) and not (some and set(sources) < set(model.streams) and sources):
+        streams = ", ".join(model.streams)
+        raise ValueError(
+            f"--data must give {'some of ' if some else ''}the streams {streams}, got {', '.join(sources)}"
+        )
+    return {stream: sources[stream] for stream in model.streams if stream in sources}
+
+
+def _inputs(texts: Sequence[str], model: SPARC) -> dict[str, Tensor]:
+    """Every stream's samples, [N, D_s]."""
+    sources = sources_of(texts, model)
     with data.open(sources) as files:
         if files.d_streams != model.d_streams:
             raise ValueError(f"--data must have the widths {model.d_streams}, got {files.d_streams}")
@@ -149,15 +170,9 @@ def _file(folder: Path, stream: str) -> Path:
     raise FileNotFoundError(f"--data must hold a file for each stream, but there is no {stream}.npy in {folder}")
 
 
-def _labels(given: Path | None, texts: Sequence[str], n: int) -> Tensor | None:
+def _labels(given: str | None, texts: Sequence[str], n: int) -> Tensor | None:
     """Which concepts each sample carries, bool [N, C]."""
-    path = given or Path(texts[0]) / LABELS
+    path = Path(texts[0]) / LABELS
     if given is None and not path.is_file():
         return None
-    try:
-        labels = np.load(path)  # never unpickles
-    except ValueError as error:
-        raise ValueError(f"labels must be a .npy file of truth values, but {path} is none: {error}") from error
-    if labels.dtype != np.bool_ or labels.ndim != 2 or len(labels) != n:
-        raise ValueError(f"labels must be bool [N={n}, C], got {labels.dtype} {list(labels.shape)} in {path}")
-    return torch.from_numpy(labels)
+    return as_labels(path if given is None else given, (n,))

@@ -8,7 +8,8 @@ from .loader import Loader
 from .readers import Reader
 
 if TYPE_CHECKING:
-    from sparc_fast.demo import Glyphs, glyphs, write_glyphs
+    from sparc_fast.demo.glyph_files import write_glyphs
+    from sparc_fast.demo.glyphs import Glyphs, glyphs
 
 __all__ = ["AlignedFiles", "Glyphs", "Loader", "Match", "Matched", "Reader", "Scan", "glyphs", "open", "write_glyphs"]
 

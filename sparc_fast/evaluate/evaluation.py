@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .agreement import firing_agreement
-from .codes import Codes, StreamCode, check_labels
+from .codes import Codes, StreamCode
 from .jaccard import concept_jaccard, concept_jaccard_by_chance
+from .labels import PerSample, as_groups, as_labels
 from .latents import LatentUse, latent_use
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .retrieval import Retrieval, retrieval_ranks
@@ -83,14 +84,35 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: SPARC, inputs: Mapping[str, Tensor], labels: Tensor | None = None, *, batch_size: int = 1024
+    model: SPARC,
+    inputs: Mapping[str, Tensor],
+    labels: PerSample | None = None,
+    *,
+    groups: PerSample | None = None,
+    batch_size: int = 1024,
 ) -> Evaluation:
     """Run every metric on paired inputs {stream: [N, D_s]}, row n being the same sample in each.
 
-    labels: bool [N, C], the concepts each sample carries. The model runs in eval mode and without gradients,
-    and is left as it was; batches are moved to its device. No tensor of size N x L or N x N is made.
+    The model runs in eval mode and without gradients, and is left as it was; batches are moved to its device. No
+    tensor of size N x L or N x N is made.
+
+    Args:
+        inputs: of patch tokens, [N, T, D_s], each token is a sample.
+        labels: the concepts each sample carries, bool [N, C] or [N], or its class, ids (-1: none) or names [N]: a
+            tensor, array or list, a .npy file, or a column of a CSV, Parquet, Arrow or HDF5 file, "labels.csv:column"
+            or (path, column), by default its only column or the one called "label". For [N, T, D_s] one a sample or
+            one a token.
+        groups: ids [N], given like labels, such as the image of a caption: in retrieval any sample of the query's
+            group is right, the best of them counting. By default a sample's own pair alone is.
+
+    Raises:
+        ValueError: names the argument, what was expected and what came.
     """
-    n_samples = _check_inputs(model, inputs, labels, batch_size)
+    leading = _check_inputs(model, inputs, batch_size)
+    inputs = {name: inputs[name].reshape(-1, width) for name, width in model.d_streams.items()}
+    n_samples = len(inputs[model.streams[0]])
+    truth = None if labels is None else as_labels(labels, leading)
+    group_of = None if groups is None else as_groups(groups, leading)
     was_training = model.training
     model.eval()
     try:
@@ -98,8 +120,8 @@ def evaluate(
     finally:
         model.train(was_training)
     L = model.n_latents
-    if labels is not None:
-        labels = labels.to(errors.device)
+    if truth is not None:
+        truth = truth.to(errors.device)
     targets = [inputs[name] for name in model.streams]
     errors = errors.cpu()
     return Evaluation(
@@ -107,14 +129,14 @@ def evaluate(
         n_samples=n_samples,
         n_latents=L,
         single_codes={name: (values.cpu(), indices.cpu()) for name, (values, indices) in single.items()},
-        jaccard_single=None if labels is None else concept_jaccard(single, labels, L).cpu(),
-        jaccard_chance=None if labels is None else concept_jaccard_by_chance(single, labels, L).cpu(),
-        jaccard_joint=None if labels is None else concept_jaccard(joint, labels, L).cpu(),
+        jaccard_single=None if truth is None else concept_jaccard(single, truth, L).cpu(),
+        jaccard_chance=None if truth is None else concept_jaccard_by_chance(single, truth, L).cpu(),
+        jaccard_joint=None if truth is None else concept_jaccard(joint, truth, L).cpu(),
         agreement=firing_agreement(single, L).cpu(),
         latents_single=latent_use(single, L),
         latents_joint=latent_use(joint, L),
         retrieval={
-            (query, candidate): Retrieval.from_ranks(retrieval_ranks(single[query], single[candidate], L))
+            (query, candidate): Retrieval.from_ranks(retrieval_ranks(single[query], single[candidate], L, group_of))
             for query, candidate in permutations(model.streams, 2)
         },
         nmse=torch.stack([nmse_from_errors(errors[:, t], x.cpu()) for t, x in enumerate(targets)], dim=1),
@@ -122,18 +144,27 @@ def evaluate(
     )
 
 
-def _check_inputs(model: SPARC, inputs: Mapping[str, Tensor], labels: Tensor | None, batch_size: int) -> int:
+def _check_inputs(model: SPARC, inputs: Mapping[str, Tensor], batch_size: int) -> tuple[int, ...]:
+    """The leading dimensions, which all streams share."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if set(inputs) != set(model.streams):
-        raise ValueError(f"inputs must hold the streams {list(model.streams)}, got {list(inputs)}")
-    n_samples = len(inputs[model.streams[0]])
+    if not isinstance(inputs, Mapping) or set(inputs) != set(model.streams):
+        got = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise ValueError(f"inputs must hold the streams {list(model.streams)}, got {got}")
+    leading: tuple[int, ...] | None = None
     for name, width in model.d_streams.items():
-        if inputs[name].shape != (n_samples, width):
-            raise ValueError(f"inputs[{name!r}] must be [N={n_samples}, D={width}], got {list(inputs[name].shape)}")
-    if labels is not None:
-        check_labels(labels, n_samples)
-    return n_samples
+        x = inputs[name]
+        if not isinstance(x, Tensor):
+            raise ValueError(f"inputs[{name!r}] must be a tensor [N, D={width}], got {type(x).__name__}")
+        shape = tuple(x.shape)
+        if leading is None:
+            leading = shape[:-1]
+        if not leading or shape != (*leading, width):
+            others = ", ".join(map(str, leading[1:]))
+            expected = f"[N={leading[0]}, {others + ', ' if others else ''}D={width}]" if leading else f"[N, D={width}]"
+            raise ValueError(f"inputs[{name!r}] must be {expected}, got {list(shape)}")
+    assert leading is not None  # a model has streams
+    return leading
 
 
 def _run(model: SPARC, inputs: Mapping[str, Tensor], n_samples: int, batch_size: int) -> tuple[Codes, Codes, Tensor]:

@@ -45,7 +45,12 @@ class Retrieval:
 
 
 def retrieval_ranks(
-    queries: Tensor | StreamCode, candidates: Tensor | StreamCode, n_latents: int | None = None, *, chunk: int = 64
+    queries: Tensor | StreamCode,
+    candidates: Tensor | StreamCode,
+    n_latents: int | None = None,
+    groups: Tensor | None = None,
+    *,
+    chunk: int = 64,
 ) -> Tensor:
     """Exact rank of candidate n for query n by cosine similarity among all N candidates, float64 [N].
 
@@ -53,6 +58,9 @@ def retrieval_ranks(
     than the pair itself + half of those equally similar: the mean of the best and the worst rank that
     breaking ties could give. So constant codes rank (N+1)/2 and earn no R@1. A zero row matches nothing: its
     pair ranks inf, and it stands behind every other candidate. Memory is O(chunk * (N + L)).
+
+    groups: integers [N]; any candidate of query n's group is then right. The rank is that of the most similar of them
+    among the candidates of other groups: five captions of an image are not in each other's way.
 
     Use single codes. Joint codes share their support and give the pair away (R@1 near 1, untrained too).
     """
@@ -63,16 +71,27 @@ def retrieval_ranks(
         raise ValueError(f"queries and candidates must have the same N and be both dense or both sparse, got {a}, {b}")
     if a.indices is None and a.values.shape[1] != b.values.shape[1]:
         raise ValueError(f"queries and candidates must have the same D, got {a}, {b}")
+    if groups is not None:
+        if groups.is_floating_point() or groups.is_complex() or groups.shape != a.values.shape[:1]:
+            expected = f"integers [N={len(a.values)}]"
+            raise ValueError(f"groups must be {expected}, got {groups.dtype} {list(groups.shape)}")
+        groups = groups.to(a.values.device)
     ranks = torch.full((len(a.values),), float("inf"), dtype=torch.float64, device=a.values.device)
     found = ~(a.zero | b.zero)
     for start in range(0, len(ranks), chunk):
         part = torch.arange(start, min(start + chunk, len(ranks)), device=ranks.device)
         cosines = b.dot(a.columns(part))
         cosines[b.zero] = -float("inf")
-        own = cosines[part, part - start]
+        if groups is None:
+            own, n_own, right = cosines[part, part - start], 1, found[part]
+        else:
+            same = groups[:, None] == groups[part]
+            own, n_own = cosines.masked_fill(~same, -float("inf")).amax(dim=0), 0
+            right = ~a.zero[part] & own.isfinite()
+            cosines.masked_fill_(same, -float("inf"))
         higher = (cosines > own + TIE).sum(dim=0)
-        equal = (cosines >= own - TIE).sum(dim=0) - higher - 1
-        ranks[part] = torch.where(found[part], 1 + higher + equal.double() / 2, ranks[part])
+        equal = (cosines >= own - TIE).sum(dim=0) - higher - n_own
+        ranks[part] = torch.where(right, 1 + higher + equal.double() / 2, ranks[part])
     return ranks
 
 
