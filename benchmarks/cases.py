@@ -20,7 +20,7 @@ from sparc_fast.objective import nmse_scale, pair_weights, row_energy
 from sparc_fast.ops import reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
-from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 from sparc_fast.planning.roofline import Cost
 
 FLOAT = 4  # bytes of a float32
@@ -245,8 +245,8 @@ def _update_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Cal
     return run
 
 
-def _step_rows(b: Any, o: Operands) -> Callable[[], Trained]:
-    own = Trained(o, None)
+def _step_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Callable[[], Trained]:
+    own = Trained(o, moments)
     rows = Rows(own.W_enc, own.W_dec, own.moments, o.d_streams, **own.narrow)
     args = (o.x.float(), o.pre_bias.float(), o.values.float(), o.grad_values.float(), o.grad_recons.float())
     gradients = Gradients(*reference.weight_gradients(*args, *o.inverse, o.d_streams), o.inverse[0].diff() > 0)
@@ -267,7 +267,7 @@ def _replay_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Cal
 
     def run() -> Tensor:
         last_step = torch.zeros(o.shape.L, dtype=torch.int64, device=o.device)
-        b.replay_rows(own.W_dec, own.moments[2:], latents, last_step, history, o.d_streams, copy, seed=0)
+        b.replay_rows(DecoderRows(own.W_dec, own.moments[2:], o.d_streams, last_step, copy), latents, history, seed=0)
         return own.W_dec
 
     return run
@@ -317,6 +317,7 @@ CALLS: dict[str, Callable[[Any, Operands], Callable[[], Any]]] = {
 # the same operators with Adam's moments in bfloat16, which other machine code does
 NARROW_MOMENTS = {
     "update_rows": partial(_update_rows, moments=torch.bfloat16),
+    "step_rows": partial(_step_rows, moments=torch.bfloat16),
     "replay_rows": partial(_replay_rows, moments=torch.bfloat16),
 }
 

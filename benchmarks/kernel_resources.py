@@ -14,7 +14,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -224,14 +223,9 @@ def noting() -> Iterator[dict[Launch, str]]:
 
 
 def operators() -> dict[str, Callable[..., Any]]:
-    """The operators that `sparc_fast.kernels` has: a file, and in it the function it is named after."""
+    """The operators that `sparc_fast.kernels` has."""
     package = importlib.import_module("sparc_fast.kernels")
-    found = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        function = getattr(importlib.import_module(f"sparc_fast.kernels.{module.name}"), module.name, None)
-        if callable(function) and not hasattr(function, "params"):
-            found[module.name] = function
-    return found
+    return {name: getattr(package, name) for name in package.__all__}
 
 
 def launches(shape: Shape, dtype: torch.dtype, only: Sequence[str] = ()) -> dict[Launch, str]:

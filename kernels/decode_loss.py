@@ -26,20 +26,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.launching import column_blocks, launch, next_power_of_2, widths
-from sparc_fast.kernels.sparse_decode import (
+from sparc_fast.kernels.gather import (
     arithmetic,
     block_columns,
     coefficients,
     combine,
-    dense_rows,
+    dots,
     gather,
     locate,
     operand_type,
     stored,
     sum_type,
 )
-from sparc_fast.kernels.sparse_decode_grad_values import dots
+from sparc_fast.kernels.launching import column_blocks, dense_rows, launch, next_power_of_2, widths
 from sparc_fast.ops.layout import gradient_dtype, wide
 
 

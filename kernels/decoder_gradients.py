@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.launching import launch
+from sparc_fast.kernels.launching import dense_rows, launch
 from sparc_fast.kernels.segment_sums import (
     Columns,
     Entries,
@@ -18,7 +18,6 @@ from sparc_fast.kernels.segment_sums import (
     column_block,
     decoder_pieces,
     decoder_sums,
-    dense_rows,
     segment,
     tile,
 )

@@ -13,14 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.launching import launch
+from sparc_fast.kernels.launching import dense_rows, launch
 from sparc_fast.kernels.segment_sums import (
     Columns,
     Entries,
     add_bias_pieces,
     add_pieces,
     column_block,
-    dense_rows,
     encoder_pieces,
     encoder_sums,
     segment,

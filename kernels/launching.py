@@ -1,4 +1,4 @@
-"""How every kernel of this package is started, and what they share in cutting columns."""
+"""How every kernel of this package is started, and what they share in laying out rows and cutting columns."""
 
 from __future__ import annotations
 
@@ -43,3 +43,9 @@ def next_power_of_2(n: int) -> int:
 
 def widths(d_streams: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(d) for d in d_streams)
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x with its columns side by side in memory; rows may lie apart."""
+    x = x.detach()
+    return x if x.stride(-1) == 1 else x.contiguous()

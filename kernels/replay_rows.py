@@ -30,6 +30,7 @@ from sparc_fast.kernels.update_rows import (
     wide_norm,
 )
 from sparc_fast.ops.reference import rounding_seed
+from sparc_fast.ops.row_step import DecoderRows
 
 
 def choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
@@ -37,16 +38,8 @@ def choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
     return {name: value for name, value in decoder_choice(d_streams, dtype).items() if name != "ROWS"}
 
 
-def replay_rows(
-    W_dec: Tensor,
-    moments: Sequence[Tensor],
-    latents: Tensor,
-    last_step: Tensor,
-    history: Tensor,
-    d_streams: Sequence[int],
-    copy: Tensor | None = None,
-    seed: int | None = None,
-) -> None:
+def replay_rows(rows: DecoderRows, latents: Tensor, history: Tensor, seed: int | None = None) -> None:
+    W_dec, moments, d_streams, last_step, copy = rows
     width, R, L, T = max(d_streams), len(latents), len(W_dec), len(history)
     first_step = torch.ones((), dtype=torch.float64, device=W_dec.device)
     rounding = rounding_seed(W_dec, moments, seed)
@@ -56,9 +49,9 @@ def replay_rows(
     grid = (triton.cdiv(R, chosen["LATENTS"]), len(d_streams))
     kernel = _replay_rows_kernel if chosen["BLOCK_D"] >= width else _replay_wide_rows_kernel
     latents = latents.contiguous()
-    with InPlace(W_dec, *moments, copy) as rows:
+    with InPlace(W_dec, *moments, copy) as moved:
         launch(
-            kernel, grid, *rows, constants, noise, latents, last_step, streams.table, R, L, T,
+            kernel, grid, *moved, constants, noise, latents, last_step, streams.table, R, L, T,
             GRAIN=grain(width), ALIGN=streams.ALIGN, **chosen,
         )  # fmt: skip
     # not by the kernel above: its programs for other streams may yet read it

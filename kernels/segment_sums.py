@@ -99,12 +99,6 @@ class Pieces(NamedTuple):
     bias: Tensor | None
 
 
-def dense_rows(x: Tensor) -> Tensor:
-    """x with its columns side by side in memory; rows may lie apart."""
-    x = x.detach()
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def encoder_pieces(x: Tensor, pre_bias: Tensor, batch: Entries, columns: Columns, choice: dict[str, int]) -> Pieces:
     constants = {**batch.constants, "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32}
     slots = triton.cdiv(len(batch.entries), constants["PIECE"])

@@ -11,22 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.launching import launch, next_power_of_2
-from sparc_fast.kernels.sparse_decode import arithmetic, dense_rows, gather, locate, operand_type, stored, sum_type
-
-
-@triton.jit
-def dots(products, grad, rows, SOURCES: tl.constexpr, TENSOR_CORES: tl.constexpr, OPERAND: tl.constexpr):
-    """products[i, j] += sum_d grad[i, d] rows[j, d], [SLOTS, BLOCK_K]."""
-    if TENSOR_CORES:
-        products = tl.dot(grad.to(OPERAND), tl.trans(rows).to(OPERAND), products, input_precision="ieee")
-    else:
-        slots = tl.arange(0, grad.shape[0])[:, None]
-        wide = rows.to(products.dtype)
-        for i in tl.static_range(SOURCES):
-            of_source = tl.sum(tl.where(slots == i, grad.to(products.dtype), 0.0), axis=0)
-            products += tl.where(slots == i, tl.sum(of_source[None, :] * wide, axis=1)[None, :], 0.0)
-    return products
+from sparc_fast.kernels.gather import arithmetic, dots, gather, locate, operand_type, stored, sum_type
+from sparc_fast.kernels.launching import dense_rows, launch, next_power_of_2
 
 
 @triton.jit

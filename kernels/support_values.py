@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.launching import column_blocks, launch, next_power_of_2, widths
-from sparc_fast.kernels.sparse_decode import L2_BYTES, dense_rows, gather, locate, stored, sum_type
+from sparc_fast.kernels.gather import L2_BYTES, gather, locate, stored, sum_type
+from sparc_fast.kernels.launching import column_blocks, dense_rows, launch, next_power_of_2, widths
 
 
 @triton.jit

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.launching import column_blocks, launch, next_power_of_2, widths
-from sparc_fast.kernels.sparse_decode import block_columns, dense_rows, gather, locate, stored, sum_type
+from sparc_fast.kernels.gather import block_columns, gather, locate, stored, sum_type
+from sparc_fast.kernels.launching import column_blocks, dense_rows, launch, next_power_of_2, widths
 
 
 @triton.jit

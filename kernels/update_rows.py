@@ -8,6 +8,8 @@ for the blocks to be added in order: blocks depend on L alone, and there are at 
 w /= ||w||. Streams wider than WHOLE_ROW go through memory instead, a block of columns at a time, and sum their
 gradient twice.
 
+`step_rows` is the same kernels, which read a gradient where there are no values to sum it from.
+
 Adam and the norm are written so that a row's bits depend on the row alone, not on the kernel that computes it
 (`replay_rows` takes the same step in another one): every product that meets a sum is an explicit fma, quotients and
 roots are rounded exactly, and ||w||^2 is a float64 sum of squares cut to a common grain, which no order can change.
@@ -24,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.launching import launch, next_power_of_2
+from sparc_fast.kernels.launching import dense_rows, launch, next_power_of_2
 from sparc_fast.kernels.segment_sums import (
     Columns,
     Entries,
@@ -33,7 +35,6 @@ from sparc_fast.kernels.segment_sums import (
     column_block,
     decoder_pieces,
     decoder_sums,
-    dense_rows,
     encoder_pieces,
     encoder_sums,
     segment,
@@ -42,7 +43,7 @@ from sparc_fast.kernels.segment_sums import (
 )
 from sparc_fast.ops.layout import wide
 from sparc_fast.ops.reference import rounding_seed
-from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples, step_as_samples
+from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
 
 WHOLE_ROW = 4096  # columns of a stream up to which the decoder's row stays in registers
 MOST_BLOCKS = 4096  # of latents
@@ -65,34 +66,22 @@ def pieces_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int
     return tile(d_streams, dtype, widest=1024, rows=8)
 
 
-def update_rows(rows: Rows, batch: Samples, settings: AdamStep) -> tuple[Tensor, Tensor]:
-    return update_rows_from(rows, batch, settings, 0)
+def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
+    x, grad_recons = dense_rows(samples.x), dense_rows(samples.grad_recons.detach().flatten(0, 1))
+    batch = Entries.of(samples.values, samples.grad_values, samples.offsets, samples.entries)
+    grad_latent_bias = wide(x.new_empty(0)).new_empty(len(rows.d_streams), len(rows.W_enc))
+    numbers, pre_bias = _numbers(rows, adam), samples.pre_bias.detach().contiguous()
+    grad_pre_bias = _update_encoder(rows, numbers, grad_latent_bias, x, pre_bias, batch)
+    _update_decoder(rows, numbers, grad_recons, batch)
+    return grad_latent_bias, grad_pre_bias
 
 
-def update_rows_from(rows: Rows, batch: Samples, settings: AdamStep, first: int) -> tuple[Tensor, Tensor]:
-    """update_rows of latents `first`, first + 1, ...: roundings count from there."""
-    W_enc, W_dec, moments, d_streams, copies, last_step = rows
-    device = batch.x.device
-    entries = Entries.of(batch.values, batch.grad_values, batch.offsets, batch.entries)
-    step = _scalar(settings.step, torch.float64, device)
-    constants, noise = adam_constants(
-        _scalar(settings.lr, torch.float64, device), _settings(*settings.betas, settings.eps, device), step, 1,
-        W_enc.dtype, rounding_seed(W_enc, moments, settings.seed),
-    )  # fmt: skip
-    if noise is not None and first:
-        noise[:, 0] += 2 * first  # the word of latent l is 2 l + matrix, and is added to it
-    W_enc_copy, W_dec_copy = copies if copies is not None else (None, None)
-    with InPlace(W_enc, *moments[:2], W_enc_copy) as of_encoder:
-        x, pre_bias = dense_rows(batch.x), batch.pre_bias.detach().contiguous()
-        grads = _update_encoder(of_encoder, constants, noise, x, pre_bias, entries, d_streams)
-    with InPlace(W_dec, *moments[2:], W_dec_copy) as of_decoder:
-        recons = dense_rows(batch.grad_recons.detach().flatten(0, 1))
-        _update_decoder(of_decoder, constants, noise, recons, entries, d_streams, step, last_step)
-    return grads
-
-
-def step_rows(rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor:
-    return step_as_samples(update_rows_from, rows, gradients, settings)
+def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> Tensor:
+    numbers, used = _numbers(rows, adam), gradients.used.contiguous().view(torch.uint8)
+    grad_latent_bias = gradients.latent_bias.contiguous()
+    grad_pre_bias = _update_encoder(rows, numbers, grad_latent_bias, dense_rows(gradients.W_enc), None, used)
+    _update_decoder(rows, numbers, dense_rows(gradients.W_dec), used)
+    return grad_pre_bias
 
 
 class InPlace:
@@ -116,60 +105,77 @@ class InPlace:
         torch.autograd.graph.increment_version(changed)
 
 
+Numbers = tuple[Tensor, Tensor | None, Tensor]
+"""`adam_constants` of one step, and the number of the step."""
+
+
+def _numbers(rows: Rows, adam: AdamStep) -> Numbers:
+    device = rows.W_enc.device
+    step = _scalar(adam.step, torch.float64, device)
+    constants, noise = adam_constants(
+        _scalar(adam.lr, torch.float64, device), _settings(*adam.betas, adam.eps, device), step, 1,
+        rows.W_enc.dtype, rounding_seed(rows.W_enc, rows.moments, adam.seed),
+    )  # fmt: skip
+    return constants, noise, step
+
+
+# what is a constant of `Entries` where gradients are given, and a Tensor of the latents that are used has its place
+GIVEN = {"S": 1, "K": 1, "PER_STREAM": False, "PIECE": 1, "POSITION": tl.int32}
+
+
 def _update_encoder(
-    rows: list[Any],
-    constants: Tensor,
-    noise: Tensor | None,
-    x: Tensor,
-    pre_bias: Tensor,
-    batch: Entries,
-    d_streams: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    D, L, S = x.shape[1], batch.n_latents, len(d_streams)
-    chosen = encoder_choice(d_streams, x.dtype)
-    columns = Columns.of(d_streams, chosen["BLOCK_D"], x.device)
-    pieces = encoder_pieces(x, pre_bias, batch, columns, chosen)
+    rows: Rows, numbers: Numbers, grad_latent_bias: Tensor, source: Tensor, pre_bias: Tensor | None,
+    batch: Entries | Tensor,
+) -> Tensor:  # fmt: skip
+    """Returns grad_pre_bias. The source is x, or the gradient."""
+    L, D = rows.W_enc.shape
+    chosen = encoder_choice(rows.d_streams, source.dtype)
+    columns = Columns.of(rows.d_streams, chosen["BLOCK_D"], source.device)
+    sums: tuple[Tensor | None, ...] = None, None, None, None, None, None
+    constants = GIVEN
+    if isinstance(batch, Entries):
+        sums = *batch, *encoder_pieces(source, pre_bias, batch, columns, chosen)
+        constants = batch.constants
     tiles = triton.cdiv(L, chosen["LATENTS"])  # of latents
     tiles_per_block = max(triton.cdiv(tiles, MOST_BLOCKS), min(8, triton.cdiv(tiles, 256)))
     blocks = triton.cdiv(tiles, tiles_per_block)
-    like = wide(x.new_empty(0))
-    grad_latent_bias, pre_bias_parts = like.new_empty(S, L), like.new_empty(blocks, D)
-    launch(
-        _update_encoder_kernel, (blocks, len(columns.table)), *rows, constants, noise, grad_latent_bias, pre_bias_parts,
-        tiles_per_block, x, x.stride(0), pre_bias, *batch, *pieces, columns.table, L, D,
-        ALIGN=columns.ALIGN, **{**batch.constants, "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32},
-        **chosen,
-    )  # fmt: skip
-    return grad_latent_bias, -pre_bias_parts.sum(0)
+    pre_bias_parts = grad_latent_bias.new_empty(blocks, D)
+    copy, _ = rows.copies or (None, None)
+    with InPlace(rows.W_enc, *rows.moments[:2], copy) as moved:
+        launch(
+            _update_encoder_kernel, (blocks, len(columns.table)), *moved, *numbers[:2], grad_latent_bias,
+            pre_bias_parts, tiles_per_block, source, source.stride(0), pre_bias, *sums, columns.table, L, D,
+            ALIGN=columns.ALIGN, **{**constants, "SUM": _sum_type(source)}, **chosen,
+        )  # fmt: skip
+    return -pre_bias_parts.sum(0)
 
 
-def _update_decoder(
-    rows: list[Any],
-    constants: Tensor,
-    noise: Tensor | None,
-    grad_recons: Tensor,
-    batch: Entries,
-    d_streams: Sequence[int],
-    step: Tensor,
-    last_step: Tensor | None,
-) -> None:
-    width, L = max(d_streams), batch.n_latents
-    chosen = decoder_choice(d_streams, grad_recons.dtype)
-    streams = Columns.of(d_streams, width, grad_recons.device)
-    of_pieces = pieces_choice(d_streams, grad_recons.dtype)
-    pieces = decoder_pieces(
-        grad_recons, batch, Columns.of(d_streams, of_pieces["BLOCK_D"], grad_recons.device), of_pieces
-    )
+def _update_decoder(rows: Rows, numbers: Numbers, source: Tensor, batch: Entries | Tensor) -> None:
+    """The source is grad_recons as rows [N * S, D], or the gradient."""
+    width, (L, D) = max(rows.d_streams), rows.W_dec.shape
+    chosen, of_pieces = (choice(rows.d_streams, source.dtype) for choice in (decoder_choice, pieces_choice))
+    streams = Columns.of(rows.d_streams, width, source.device)
+    sums: tuple[Tensor | None, ...] = None, batch, None, None
+    constants = {**GIVEN, "SUM": _sum_type(source)}
+    if isinstance(batch, Entries):
+        columns = Columns.of(rows.d_streams, of_pieces["BLOCK_D"], source.device)
+        sums = batch.values, batch.offsets, batch.entries, decoder_pieces(source, batch, columns, of_pieces).rows
+        constants = batch.constants
     whole = chosen["BLOCK_D"] >= width
-    launch(
-        _update_decoder_kernel if whole else _update_wide_decoder_kernel,
-        (triton.cdiv(L, chosen["LATENTS"]), len(d_streams)), *rows, constants, noise, step, last_step, grad_recons,
-        grad_recons.stride(0), batch.values, batch.offsets, batch.entries, pieces.rows, streams.table, L,
-        grad_recons.shape[1], GRAIN=grain(width), ALIGN=streams.ALIGN, **batch.constants,
-        **chosen,
-    )  # fmt: skip
-    if last_step is not None:
-        torch.autograd.graph.increment_version([last_step])
+    _, copy = rows.copies or (None, None)
+    with InPlace(rows.W_dec, *rows.moments[2:], copy) as moved:
+        launch(
+            _update_decoder_kernel if whole else _update_wide_decoder_kernel,
+            (triton.cdiv(L, chosen["LATENTS"]), len(rows.d_streams)), *moved, *numbers, rows.last_step, source,
+            source.stride(0), *sums, streams.table, L, D, GRAIN=grain(width), ALIGN=streams.ALIGN, **constants,
+            **chosen,
+        )  # fmt: skip
+    if rows.last_step is not None:
+        torch.autograd.graph.increment_version([rows.last_step])
+
+
+def _sum_type(source: Tensor) -> tl.dtype:
+    return tl.float64 if source.dtype == torch.float64 else tl.float32
 
 
 def adam_constants(
@@ -368,7 +374,7 @@ def rounded_moments(m, v, noise, t, MATRIX: tl.constexpr, l, columns):
 @triton.jit
 def _update_encoder_kernel(
     W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, grad_latent_bias,
-    pre_bias_parts, tiles_per_block, x, stride_x, pre_bias, values, grad_values, offsets, entries, piece_rows,
+    pre_bias_parts, tiles_per_block, source, stride_source, pre_bias, values, grad_values, offsets, entries, piece_rows,
     piece_bias, table, L, D,
     S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
     SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -376,8 +382,9 @@ def _update_encoder_kernel(
     first, last, stream = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
     inside = columns < last
-    centre = tl.load(pre_bias + columns, mask=inside, other=0).to(SUM)
-    writes = writers(table, stream, L)
+    if values is not None:
+        centre = tl.load(pre_bias + columns, mask=inside, other=0).to(SUM)
+        writes = writers(table, stream, L)
     block = tl.program_id(0)
     part = tl.zeros([LATENTS, BLOCK_D], SUM)
     for i in range(0, tiles_per_block):
@@ -388,14 +395,19 @@ def _update_encoder_kernel(
         w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
         m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
         v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
-        begin, end = segment(offsets, l, L)
-        gradient, bias = encoder_sums(
-            begin, tl.minimum(begin + PIECE, end), stream, columns, inside, centre, x, stride_x, values, grad_values,
-            entries, S, K, PER_STREAM, ROWS, POSITION, SUM,
-        )  # fmt: skip
-        gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
-        bias = add_bias_pieces(bias, begin, end, piece_bias, stream, S, PIECE)
-        tl.store(grad_latent_bias + stream.to(tl.int64) * L + l, bias, mask=l < writes)
+        at_bias = grad_latent_bias + stream.to(tl.int64) * L + l
+        if values is None:
+            gradient = tl.load(source + at * stride_source + columns[None, :], mask=mask, other=0)
+            bias = tl.load(at_bias, mask=l < L, other=0)
+        else:
+            begin, end = segment(offsets, l, L)
+            gradient, bias = encoder_sums(
+                begin, tl.minimum(begin + PIECE, end), stream, columns, inside, centre, source, stride_source, values,
+                grad_values, entries, S, K, PER_STREAM, ROWS, POSITION, SUM,
+            )  # fmt: skip
+            gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
+            bias = add_bias_pieces(bias, begin, end, piece_bias, stream, S, PIECE)
+            tl.store(at_bias, bias, mask=l < writes)
         part += bias[:, None] * w.to(SUM)
         w, m, v = adam(w, gradient.to(w.dtype), m, v, constants)
         m, v = rounded_moments(m, v, noise, 0, 0, l, columns)
@@ -407,6 +419,35 @@ def _update_encoder_kernel(
 
 
 @triton.jit
+def entries_of(offsets, l, L, values):
+    """`segment`. Without values, offsets are 1 for latents that are used: one entry, which nobody reads."""
+    if values is None:
+        begin, end = tl.zeros_like(l).to(tl.int64), tl.load(offsets + l, mask=l < L, other=0).to(tl.int64)
+    else:
+        begin, end = segment(offsets, l, L)
+    return begin, end
+
+
+@triton.jit
+def decoder_gradient(
+    l, begin, end, columns, inside, source, stride_source, values, entries, piece_rows, L, D,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr,
+    POSITION: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """[LATENTS, BLOCK_D], summed over entries begin : end, or read."""
+    if values is None:
+        at = source + l.to(tl.int64)[:, None] * stride_source + columns[None, :]
+        gradient = tl.load(at, mask=(l < L)[:, None] & inside[None, :], other=0)
+    else:
+        gradient = decoder_sums(
+            begin, tl.minimum(begin + PIECE, end), columns, inside, source, stride_source, values, entries,
+            S, K, PER_STREAM, ROWS, POSITION, SUM,
+        )  # fmt: skip
+        gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
+    return gradient
+
+
+@triton.jit
 def latents_to_update(l, begin, end, L, first, step, last_step):
     """Which latents' decoder rows take this step; notes it in last_step, if there is one."""
     updated = l < L
@@ -414,14 +455,14 @@ def latents_to_update(l, begin, end, L, first, step, last_step):
         updated &= begin < end
         # the program of the first stream writes for all
         noted = updated & (first + tl.zeros_like(l) == 0)
-        tl.store(last_step + l, tl.zeros_like(begin) + tl.load(step).to(tl.int64), mask=noted)
+        tl.store(last_step + l, tl.load(step).to(tl.int64), mask=noted)
     return updated
 
 
 @triton.jit
 def _update_decoder_kernel(
-    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, step, last_step, grad_recons,
-    stride_recons, values, offsets, entries, piece_rows, table, L, D,
+    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, step, last_step, source,
+    stride_source, values, offsets, entries, piece_rows, table, L, D,
     S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
     SUM: tl.constexpr, GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -430,17 +471,16 @@ def _update_decoder_kernel(
     columns = first + tl.arange(0, BLOCK_D)
     inside = columns < last
     l = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
-    begin, end = segment(offsets, l, L)
+    begin, end = entries_of(offsets, l, L, values)
     mask = latents_to_update(l, begin, end, L, first, step, last_step)[:, None] & inside[None, :]
     at = l.to(tl.int64)[:, None]
     w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
     m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
     v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
-    gradient = decoder_sums(
-        begin, tl.minimum(begin + PIECE, end), columns, inside, grad_recons, stride_recons, values, entries,
-        S, K, PER_STREAM, ROWS, POSITION, SUM,
-    )  # fmt: skip
-    gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE).to(w.dtype)
+    gradient = decoder_gradient(
+        l, begin, end, columns, inside, source, stride_source, values, entries, piece_rows, L, D,
+        S, K, PER_STREAM, PIECE, ROWS, POSITION, SUM,
+    ).to(w.dtype)  # fmt: skip
     along = tl.sum(gradient * w, 1) / not_zero(tl.sum(w * w, 1), w.dtype)
     gradient -= along[:, None] * w
     w, m, v = adam(w, gradient, m, v, constants)
@@ -476,18 +516,17 @@ def scale_wide_rows(W, at, stride_W, copy, stride_copy, factor, updated, first, 
 
 @triton.jit
 def _update_wide_decoder_kernel(
-    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, step, last_step, grad_recons,
-    stride_recons, values, offsets, entries, piece_rows, table, L, D,
+    W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, step, last_step, source,
+    stride_source, values, offsets, entries, piece_rows, table, L, D,
     S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
     SUM: tl.constexpr, GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, _ = column_block(table, tl.program_id(1), ALIGN)
     l = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
-    begin, end = segment(offsets, l, L)
+    begin, end = entries_of(offsets, l, L, values)
     updated = latents_to_update(l, begin, end, L, first, step, last_step)
     at = l.to(tl.int64)[:, None]
-    own_end = tl.minimum(begin + PIECE, end)
     gw = tl.zeros([LATENTS], W.dtype.element_ty)
     ww = tl.zeros([LATENTS], W.dtype.element_ty)
     for column in range(first, last, BLOCK_D):
@@ -495,11 +534,10 @@ def _update_wide_decoder_kernel(
         inside = columns < last
         mask = updated[:, None] & inside[None, :]
         w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0)
-        gradient = decoder_sums(
-            begin, own_end, columns, inside, grad_recons, stride_recons, values, entries,
-            S, K, PER_STREAM, ROWS, POSITION, SUM,
-        )  # fmt: skip
-        gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE).to(w.dtype)
+        gradient = decoder_gradient(
+            l, begin, end, columns, inside, source, stride_source, values, entries, piece_rows, L, D,
+            S, K, PER_STREAM, PIECE, ROWS, POSITION, SUM,
+        ).to(w.dtype)  # fmt: skip
         gw += tl.sum(gradient * w, 1)
         ww += tl.sum(w * w, 1)
     along = gw / not_zero(ww, W.dtype.element_ty)
@@ -511,11 +549,10 @@ def _update_wide_decoder_kernel(
         w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0)
         m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0)
         v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0)
-        gradient = decoder_sums(
-            begin, own_end, columns, inside, grad_recons, stride_recons, values, entries,
-            S, K, PER_STREAM, ROWS, POSITION, SUM,
-        )  # fmt: skip
-        gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE).to(w.dtype)
+        gradient = decoder_gradient(
+            l, begin, end, columns, inside, source, stride_source, values, entries, piece_rows, L, D,
+            S, K, PER_STREAM, PIECE, ROWS, POSITION, SUM,
+        ).to(w.dtype)  # fmt: skip
         gradient -= along[:, None] * w
         w, m, v = adam(w, gradient, m, v, constants)
         m, v = rounded_moments(m, v, noise, 0, 1, l, columns)

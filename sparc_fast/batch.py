@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,6 +13,8 @@ from torch.nn.functional import pad
 from sparc_fast.ops.layout import stream_slices
 
 Inputs = Mapping[str, Tensor] | Tensor
+
+PIECE = 4096  # samples of many that are calibrated or encoded together: what is taken beside them stays small
 
 
 class Batch(NamedTuple):
@@ -193,8 +195,8 @@ def without_absent(x: Tensor, present: Tensor, d_streams: Sequence[int]) -> Tens
     return x.masked_fill(~torch.cat(columns, dim=1), 0)
 
 
-def check_finite(x: Tensor, streams: Sequence[str], d_streams: Sequence[int]) -> None:
-    """ValueError names the stream and the first row that holds NaN or infinity; waits for the device."""
+def check_finite(x: Tensor, streams: Sequence[str], d_streams: Sequence[int], first: int = 0) -> None:
+    """ValueError names the stream and the first row, counted from `first`, that is not finite; waits for the device."""
     # one sum sees any NaN or inf; where it overflows without them, the slow look below finds no row
     if x.numel() == 0 or torch.isfinite(x.detach().sum()):
         return
@@ -204,16 +206,42 @@ def check_finite(x: Tensor, streams: Sequence[str], d_streams: Sequence[int]) ->
             raise ValueError(
                 f"inputs[{name!r}] must be finite in {x.dtype}, "
                 f"got NaN or infinity in {len(bad)} of {len(x)} rows, "
-                f"first in row {int(bad[0])}"
+                f"first in row {first + int(bad[0])}"
             )
 
 
-def measure(x: Tensor, d_streams: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(mean [D], rms [S]) of samples [N, D], in float64: rms_s^2 = mean_n ||x_s[n] - mean_s||^2."""
-    x, columns = x.double(), stream_slices(d_streams)
-    mean = x.mean(0)
-    rms = torch.stack([(x - mean)[:, cols].square().sum(1).mean().sqrt() for cols in columns])
+def in_pieces(inputs: Inputs, d_streams: Mapping[str, int]) -> Iterator[dict[str, Tensor]]:
+    """The streams given, [n, D_s] each, a few thousand samples at a time; one piece at least."""
+    flat = {name: part.reshape(-1, part.shape[-1]) for name, part in streams_of(inputs, d_streams).items()}
+    N = len(next(iter(flat.values())))
+    for start in range(0, max(N, 1), PIECE):
+        yield {name: part[start : start + PIECE] for name, part in flat.items()}
+
+
+def measure(pieces: Iterable[Tensor], d_streams: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(mean [D], rms [S]) of samples [n, D] that come in pieces, in float64: rms_s^2 = mean_n ||x_s[n] - mean_s||^2.
+
+    Pieces are combined as in Chan et al., 1979.
+    """
+    columns, n = stream_slices(d_streams), 0
+    mean, spread = (
+        torch.zeros((), dtype=torch.float64, device="cpu"),
+        torch.zeros((), dtype=torch.float64, device="cpu"),
+    )
+    for piece in pieces:
+        x, m = piece.double(), len(piece)
+        of_piece = x.mean(0)
+        spread_of_piece = torch.stack([(x - of_piece)[:, cols].square().sum(1).mean() for cols in columns])
+        if n == 0:
+            mean, spread = of_piece, spread_of_piece
+        else:
+            apart, share = of_piece - mean, m / (n + m)
+            between = torch.stack([apart[cols].square().sum() for cols in columns])
+            spread = spread + (spread_of_piece - spread) * share + between * share * (1 - share)
+            mean = mean + apart * share
+        n += m
     size = torch.stack([mean[cols].norm() for cols in columns])
+    rms = spread.sqrt()
     return mean, torch.where(rms > 1e-6 * size, rms, 1.0)  # a constant stream has no scale of its own
 
 

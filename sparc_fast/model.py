@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,10 @@ class SPARC(nn.Module):
         dtype, device: of the weights; inputs are converted to this dtype.
     """
 
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    pre_bias: nn.Parameter
+    latent_bias: nn.Parameter
     input_mean: Tensor
     input_rms: Tensor
     silence: Tensor
@@ -73,10 +79,11 @@ class SPARC(nn.Module):
         super().__init__()
         if not isinstance(d_streams, Mapping) or not d_streams or not all(map(_is_stream, d_streams.items())):
             raise ValueError(f"d_streams must name at least one stream, each an integer width >= 1, got {d_streams}")
-        if not all(isinstance(size, int) for size in (n_latents, k, auxk, dead_after)):
+        if not all(isinstance(size, Integral) for size in (n_latents, k, auxk, dead_after)):
             raise ValueError(
                 f"n_latents, k, auxk and dead_after must be integers, got {n_latents}, {k}, {auxk} and {dead_after}"
             )
+        n_latents, k, auxk, dead_after = int(n_latents), int(k), int(auxk), int(dead_after)
         if dtype not in functional.FLOATS:
             raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         if not 1 <= k <= n_latents:
@@ -85,7 +92,7 @@ class SPARC(nn.Module):
             raise ValueError(f'selection must be "global" or "local", got {selection!r}')
         if auxk < 0 or dead_after < 0:
             raise ValueError(f"auxk and dead_after must be >= 0, got {auxk} and {dead_after}")
-        self.d_streams = dict(d_streams)
+        self.d_streams = {name: int(width) for name, width in d_streams.items()}
         self.n_latents, self.k, self.selection = n_latents, k, selection
         self.auxk, self.dead_after = auxk, dead_after
         self.backend, self.check_finite = backend, check_finite
@@ -96,12 +103,11 @@ class SPARC(nn.Module):
         self.W_dec = nn.Parameter(empty_rows(L, D, **like))
         self.pre_bias = nn.Parameter(torch.empty(D, **like))
         self.latent_bias = nn.Parameter(torch.empty(S, L, **like))
-        self.register_buffer("input_mean", torch.zeros(D, device=device))
-        self.register_buffer("input_rms", torch.ones(S, device=device))
+        self.register_buffer("input_mean", torch.zeros(D, dtype=torch.float32, device=device))
+        self.register_buffer("input_rms", torch.ones(S, dtype=torch.float32, device=device))
         self.register_buffer("silence", torch.zeros(L, dtype=torch.int64, device=device))
-        self.is_calibrated = False
+        self._calibration: tuple[tuple[int, ...], bool] | None = None
         self._catch_up: Callable[[], None] | None = None
-        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
         backends.resolve(backend, self.W_enc.device)
@@ -117,9 +123,25 @@ class SPARC(nn.Module):
         """bool [L]: no stream fired this latent in more than `dead_after` training samples."""
         return self.silence > self.dead_after
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether inputs are scaled and centred before anything else: what the buffers say, whoever wrote them."""
+        buffers = self.input_mean, self.input_rms
+        if torch.compiler.is_compiling() and self._calibration is not None:
+            return self._calibration[1]
+        # on a device the answer waits; it is asked again only when a buffer was written or replaced
+        now = tuple(number for b in buffers for number in (id(b), 0 if b.is_inference() else b._version))
+        if self._calibration is None or self._calibration[0] != now:
+            changed = not self.input_mean.is_meta and bool((self.input_mean != 0).any() or (self.input_rms != 1).any())
+            self._calibration = now, changed
+        return self._calibration[1]
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Encoder rows uniform in +-1/sqrt(D_s) per stream, decoder rows the same directions at unit norm, biases 0."""
+        """Encoder rows uniform in +-1/sqrt(D_s) per stream, decoder rows the same directions at unit norm, biases 0.
+
+        Nothing is calibrated, and no latent is dead.
+        """
         for cols in stream_slices(tuple(self.d_streams.values())):
             bound = 1 / math.sqrt(cols.stop - cols.start)
             self.W_enc[:, cols].uniform_(-bound, bound)
@@ -128,18 +150,18 @@ class SPARC(nn.Module):
         self.pre_bias.zero_()
         self.latent_bias.zero_()
         self.silence.zero_()
+        self.input_mean.zero_()
+        self.input_rms.fill_(1)
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
         """Give every decoder row unit norm in each stream. Call after each optimizer step."""
-        self._make_current()
         reference.normalize_rows(self.W_dec, tuple(self.d_streams.values()))
 
     @torch.no_grad()
     def project_gradients_(self) -> None:
         """Take out of the decoder's gradient what would only change row norms. Call before each optimizer step."""
         if self.W_dec.grad is not None:
-            self._make_current()
             reference.project_gradients(self.W_dec.grad, self.W_dec, tuple(self.d_streams.values()))
 
     @torch.no_grad()
@@ -150,17 +172,24 @@ class SPARC(nn.Module):
         streams of mean squared norm 1. Reconstructions come back in the streams' own units; losses are measured
         on the calibrated inputs. All streams must be given.
         """
-        streams, x, _ = batch.side_by_side(inputs, self.d_streams)
-        if streams != self.streams or not len(x):
+        streams = tuple(batch.streams_of(inputs, self.d_streams))
+        n = len(next(batch.in_pieces(inputs, self.d_streams))[streams[0]])
+        if streams != self.streams or not n:
             raise ValueError(
-                f"inputs must hold samples of every stream {self.streams} to calibrate, got {len(x)} of {streams}"
+                f"inputs must hold samples of every stream {self.streams} to calibrate, got {n} of {streams}"
             )
         widths = tuple(self.d_streams.values())
-        batch.check_finite(x, streams, widths)
-        mean, rms = batch.measure(x, widths)
+        mean, rms = batch.measure(self._finite_pieces(inputs), widths)
         self.input_mean.copy_(mean)
         self.input_rms.copy_(rms)
-        self._notice_calibration()
+
+    def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
+        first = 0
+        for piece in batch.in_pieces(inputs, self.d_streams):
+            streams, x, _ = batch.side_by_side(piece, self.d_streams)
+            batch.check_finite(x, streams, tuple(self.d_streams.values()), first)
+            first += len(x)
+            yield x
 
     def encode(self, inputs: Inputs, present: Tensor | None = None) -> SparseLatents:
         """Sparse codes of any non-empty subset of streams; the support is chosen from the streams given.
@@ -171,6 +200,10 @@ class SPARC(nn.Module):
                 A sample's code is then that of the streams it has; values of the others are 0, and their own supports,
                 under local selection, empty slots: -1.
         """
+        if present is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            leading = next(iter(batch.streams_of(inputs, self.d_streams).values())).shape[:-1]
+            if math.prod(leading) > batch.PIECE:
+                return self._encode_in_pieces(inputs, leading)
         given = self._batch(inputs, present)
         parts = [(rows, part, self._encode(part)) for rows, part in given.by_presence()]
         if given.present is None:
@@ -180,9 +213,12 @@ class SPARC(nn.Module):
         whole = [[AllStreams(widths, part).streams(one) for one in code] for _, part, code in parts]
         return self._codes(given, *(torch.cat(ones)[order] for ones in zip(*whole, strict=True)))
 
+    def _encode_in_pieces(self, inputs: Inputs, leading: Sequence[int]) -> SparseLatents:
+        codes = SparseLatents.cat([self.encode(piece) for piece in batch.in_pieces(inputs, self.d_streams)])
+        return codes.reshape(*leading)
+
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
         """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""
-        self._make_current()
         if codes.n_latents != self.n_latents:
             raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
         values, indices = codes.stream(source)
@@ -267,13 +303,8 @@ class SPARC(nn.Module):
             self.selection, self.k, self.backend, cross_loss_coef, support_from, self.auxk, auxk_coef, dead
         )
 
-    def _batch(self, inputs: Inputs, present: Tensor | None = None, *, current: bool = True) -> Batch:
-        """Check inputs and put them side by side, calibrated, with the weights they need.
-
-        Without `current`, decoder rows stay as an optimizer left them.
-        """
-        if current:
-            self._make_current()
+    def _batch(self, inputs: Inputs, present: Tensor | None = None) -> Batch:
+        """Check inputs and put them side by side, calibrated, with the weights they need."""
         streams, x, leading = batch.side_by_side(inputs, self.d_streams)
         positions = [self.streams.index(name) for name in streams]
         widths = tuple(self.d_streams[name] for name in streams)
@@ -318,8 +349,28 @@ class SPARC(nn.Module):
         self._catch_up = catch_up
 
     def _make_current(self) -> None:
-        if self._catch_up is not None:
-            self._catch_up()
+        catch_up = self.__dict__.get("_catch_up")
+        if catch_up is not None:
+            catch_up()
+
+    @contextmanager
+    def _rows_left_behind(self) -> Iterator[None]:
+        """Here decoder rows are read as the optimizer left them."""
+        catch_up, self._catch_up = self._catch_up, None
+        try:
+            yield
+        finally:
+            self._catch_up = catch_up
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "W_dec":
+            self._make_current()
+        return super().__getattr__(name)
+
+    def named_parameters(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As on any module; with ``lazy="replay"``, decoder rows are brought up to date first."""
+        self._make_current()
+        return super().named_parameters(*arguments, **options)
 
     def save(self, path: str | Path) -> None:
         """Write weights, counters, calibration and configuration to one safetensors file, atomically."""
@@ -362,10 +413,7 @@ class SPARC(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._make_current()
-        return {**self.__dict__, "_catch_up": None}
-
-    def _notice_calibration(self) -> None:
-        self.is_calibrated = bool((self.input_mean != 0).any() or (self.input_rms != 1).any())
+        return {**self.__dict__, "_catch_up": None, "_calibration": None}
 
     def _columns(self) -> list[slice]:
         return stream_slices(tuple(self.d_streams.values()))
@@ -384,10 +432,6 @@ def _before_state(model: SPARC, *_: object) -> None:
     model._make_current()
 
 
-def _after_loading(model: SPARC, _: object) -> None:
-    model._notice_calibration()
-
-
 def _is_stream(item: tuple[object, object]) -> bool:
     name, width = item
-    return isinstance(name, str) and isinstance(width, int) and width >= 1
+    return isinstance(name, str) and isinstance(width, Integral) and int(width) >= 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparc_fast.ops import backends, reference
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import wide
-from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
 # d_streams, N, L, k
 CASES = {
@@ -181,8 +181,11 @@ def step_rows(o: Operands, backend: Backend, lazy: bool = False, narrow: bool = 
     widened = [wide(tensor) if tensor.is_floating_point() else tensor for tensor in samples]
     gradients = Gradients(*reference.weight_gradients(*widened, o.d_streams), o.inverse[0].diff() > 0)
     last_step = torch.full((len(W_enc),), STEP - 1) if lazy else None
-    settings = AdamStep(0.01, (0.9, 0.999), 1e-8, STEP, SEED if narrow else None)
-    grad_pre_bias = backend.step_rows(Rows(W_enc, W_dec, moments, o.d_streams, None, last_step), gradients, settings)
+    copies = [W.to(o.W_enc.dtype) for W in (W_enc, W_dec)] if o.W_enc.dtype != W_enc.dtype else None
+    adam = AdamStep(0.01, (0.9, 0.999), 1e-8, STEP, SEED if narrow else None)
+    grad_pre_bias = backend.step_rows(Rows(W_enc, W_dec, moments, o.d_streams, copies, last_step), gradients, adam)
+    for copy, exact in zip(copies or (), rows, strict=False):
+        assert torch.equal(copy, exact.to(copy.dtype))
     return (*rows, grad_pre_bias, *([] if last_step is None else [last_step]))
 
 
@@ -193,8 +196,8 @@ def replay_rows(o: Operands, backend: Backend, narrow: bool = False) -> tuple[Te
     latents = torch.arange(len(W_dec)).roll(1)
     history = torch.tensor([(0.01 / t, 0.9, 0.999, 1e-8) for t in range(1, 12)], dtype=torch.float64)
     copy = W_dec.to(o.W_dec.dtype) if o.W_dec.dtype != W_dec.dtype else None
-    seed = SEED if narrow else None
-    backend.replay_rows(W_dec, [m, v], latents[latents % 3 > 0], last_step, history, o.d_streams, copy, seed)
+    rows = DecoderRows(W_dec, [m, v], o.d_streams, last_step, copy)
+    backend.replay_rows(rows, latents[latents % 3 > 0], history, SEED if narrow else None)
     if copy is not None:
         assert torch.equal(copy, W_dec.to(copy.dtype))
     return W_dec, m, v, last_step

@@ -17,7 +17,7 @@ from sparc_fast.benchmarks.gpu_build import ARCHS
 ROOT = Path(__file__).parents[1]
 BODIES = {
     name: body
-    for path in ROOT.glob("csrc/cuda/*.cuh")
+    for path in ROOT.glob("csrc/cuda/*.cu*")
     for name, body in re.findall(r"__global__ void.*?(\w+_kernel)(\(.*?\n\})", path.read_text(), re.DOTALL)
 }
 """Every kernel's source."""
@@ -41,7 +41,7 @@ def test_every_kernel_compiles_without_a_spill(
 ) -> None:
     record_property("shown", cuda_resources.table(compiled))
     assert BODIES
-    kernels = sum(len(re.findall("__global__", path.read_text())) for path in ROOT.glob("csrc/cuda/*.cuh"))
+    kernels = sum(len(re.findall("__global__", path.read_text())) for path in ROOT.glob("csrc/cuda/*.cu*"))
     assert len(BODIES) == kernels
     assert {(r.kernel, r.arch) for r in compiled} == {(name, arch) for name in BODIES for arch in ARCHS.values()}
     assert not [(r.kernel, r.types, r.arch) for r in compiled if r.spilled]

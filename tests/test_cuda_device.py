@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparc_fast.ops import reference
 from sparc_fast.ops.layout import stream_slices, wide
+from sparc_fast.ops.row_step import DecoderRows
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -135,7 +136,7 @@ def test_rows_are_moved_as_accurately_as_by_plain_pytorch(
     shape: tuple[tuple[int, ...], int, int, int], dtype: torch.dtype, per_stream: bool, operands_on_the_gpu: None
 ) -> None:
     o = skewed(shape, dtype, per_stream)
-    for name in ("update_rows", "replay_rows"):
+    for name in ("update_rows", "step_rows", "replay_rows"):
         # the largest error is that of the one weight whose second moment is next to 0: luck with both
         check_accuracy(name, o, cuda, factor=4)
 
@@ -165,15 +166,16 @@ def test_replayed_rows_equal_rows_that_were_never_left_behind(
     start = operands((d_streams, 1, L, k), torch.float32)
     dense, lazy = rows_to_update(start), rows_to_update(start)
     last_step = torch.zeros(L, dtype=torch.int64)
+    left_behind = DecoderRows(lazy[1], lazy[4:], d_streams, last_step)
     history = torch.tensor([(0.1 / t, 0.9, 0.999, 1e-8) for t in range(1, 31)], dtype=torch.float64)
     for t in range(1, 31):
         o = operands((d_streams, 1, L, k), torch.float32, seed=t)
         used = o.indices[0].long()
         move_rows(cuda, dense, o, lr=0.1 / t, step=t)
-        cuda.replay_rows(lazy[1], lazy[4:], used, last_step, history[: t - 1], d_streams)
+        cuda.replay_rows(left_behind, used, history[: t - 1])
         move_rows(cuda, lazy, o, lr=0.1 / t, step=t, last_step=last_step)
     assert (last_step < 30).any()
-    cuda.replay_rows(lazy[1], lazy[4:], torch.arange(L), last_step, history, d_streams)
+    cuda.replay_rows(left_behind, torch.arange(L), history)
     assert_equal(lazy, dense)
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 import sparc_fast as sf
 from sparc_fast.ops import backends, reference
+from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="no g++")
-NAMES = ["update_rows", "update_rows lazily", "replay_rows"]
+NAMES = ["update_rows", "update_rows lazily", "step_rows", "step_rows lazily", "replay_rows"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BETAS, EPS = (0.9, 0.999), 1e-8
 WIDE = (4100, 9)  # a block holds 4096 columns
@@ -97,17 +98,18 @@ def test_a_latent_in_frequent_use_beside_rare_ones(often: int, cuda: ModuleType)
 
 @SUPPORTS
 @pytest.mark.parametrize("blocks", [1, 2, 7, 1000])
+@pytest.mark.parametrize("name", ["update_rows", "step_rows"])
 def test_neither_the_grid_nor_the_order_of_threads_shows_in_a_bit(
-    blocks: int, per_stream: bool, schedule: None, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+    name: str, blocks: int, per_stream: bool, schedule: None, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     o = operands(((20, 300), 40, 60, 5), torch.bfloat16, per_stream)
     o.indices[..., 0] = 3
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CUDA_EMULATION_SCHEDULE", "0")
         planned(cuda, patched, "UpdatePlan", blocks=3, piece=6)
-        expected = OPERATORS["update_rows"](o, cuda)
+        expected = OPERATORS[name](o, cuda)
     planned(cuda, monkeypatch, "UpdatePlan", blocks=blocks, piece=6)
-    assert_equal(OPERATORS["update_rows"](o, cuda), expected)
+    assert_equal(OPERATORS[name](o, cuda), expected)
 
 
 def test_the_grid_grows_with_the_device_and_pieces_do_not_change(cuda: ModuleType) -> None:
@@ -162,17 +164,17 @@ def test_replayed_rows_equal_rows_that_were_never_left_behind(
     dense_copies, lazy_copies = ([W.bfloat16() for W in rows[:2]] for rows in (dense, lazy))
     last_step = torch.zeros(L, dtype=torch.int64)
     history = torch.tensor([(lr, *BETAS, eps) for lr in lrs], dtype=torch.float64)
-    everyone = torch.arange(L)
+    left_behind = DecoderRows(lazy[1], lazy[4:], d_streams, last_step, lazy_copies[1])
     for t, lr in enumerate(lrs, 1):
         o = operands((d_streams, 1, L, 2), torch.bfloat16, seed=t)
         used = o.indices[0].long()
         move_rows(cuda, dense, o, step=t, lr=lr, eps=eps, copies=dense_copies)
-        cuda.replay_rows(lazy[1], lazy[4:], used, last_step, history[: t - 1], d_streams, lazy_copies[1])
+        cuda.replay_rows(left_behind, used, history[: t - 1])
         move_rows(cuda, lazy, o, step=t, lr=lr, eps=eps, copies=lazy_copies, last_step=last_step)
         assert (last_step[used] == t).all()
         assert torch.equal(lazy[1][used], dense[1][used])
     assert (last_step < len(lrs)).any()
-    cuda.replay_rows(lazy[1], lazy[4:], everyone, last_step, history, d_streams, lazy_copies[1])
+    cuda.replay_rows(left_behind, torch.arange(L), history)
     assert_equal([*lazy, *lazy_copies], [*dense, *dense_copies])
     assert (last_step == len(lrs)).all()
 
@@ -189,14 +191,16 @@ def test_replaying_many_steps_equals_steps_without_entries(cuda: ModuleType) -> 
     for t in range(1, steps + 1):
         move_rows(cuda, [of_encoder[0], dense[0], *of_encoder[1:], *dense[1:]], o, step=t, lr=0.01 / t)
     last_step = torch.zeros(L, dtype=torch.int64)
-    cuda.replay_rows(lazy[0], lazy[1:], torch.arange(0, L, 2), last_step, history[: steps // 2], d_streams)
+    left_behind = DecoderRows(lazy[0], lazy[1:], d_streams, last_step)
+    cuda.replay_rows(left_behind, torch.arange(0, L, 2), history[: steps // 2])
     assert last_step.unique().tolist() == [0, steps // 2]
-    cuda.replay_rows(lazy[0], lazy[1:], torch.arange(L), last_step, history, d_streams)
+    cuda.replay_rows(left_behind, torch.arange(L), history)
     assert_equal(lazy, dense)
 
 
 def test_a_lazy_training_run_is_the_dense_one_bit_for_bit(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    operators = {**vars(reference), "update_rows": cuda.update_rows, "replay_rows": cuda.replay_rows}
+    own = {name: getattr(cuda, name) for name in ("update_rows", "step_rows", "replay_rows")}
+    operators = {**vars(reference), **own}
     monkeypatch.setitem(backends._BACKENDS, "reference", SimpleNamespace(**operators))
     runs = []
     for lazy in (None, "replay"):
@@ -206,7 +210,7 @@ def test_a_lazy_training_run_is_the_dense_one_bit_for_bit(cuda: ModuleType, monk
     mixing = torch.randn(6, 24, generator=seeded(1))
     for t in range(20):
         x = torch.randn(6, 6, generator=seeded(t)) @ mixing
-        dense, late = (run.step(x) for run in runs)
+        dense, late = (run.step(x.split(4) if t % 2 else x) for run in runs)
         assert torch.equal(dense.total, late.total)
     behind = runs[1]._behind
     assert behind is not None
@@ -303,14 +307,14 @@ def test_latents_outside_the_dictionary_are_not_replayed(cuda: ModuleType) -> No
     rows, expected = ([t.clone() for t in (W_dec, m, v)] for _ in range(2))
     history = torch.tensor([(0.1, *BETAS, EPS)] * 3, dtype=torch.float64)
     made, made_expected = torch.zeros(33, dtype=torch.int64), torch.zeros(33, dtype=torch.int64)
-    cuda.replay_rows(rows[0], rows[1:], torch.tensor([-1, 5, 33]), made, history, (7, 1, 100))
-    cuda.replay_rows(expected[0], expected[1:], torch.tensor([5]), made_expected, history, (7, 1, 100))
+    cuda.replay_rows(DecoderRows(rows[0], rows[1:], (7, 1, 100), made), torch.tensor([-1, 5, 33]), history)
+    cuda.replay_rows(DecoderRows(expected[0], expected[1:], (7, 1, 100), made_expected), torch.tensor([5]), history)
     assert_equal([*rows, made], [*expected, made_expected])
     assert made.sum() == 3
 
 
 @pytest.mark.parametrize("what", ["float64", "narrow moments", "65 streams"])
-def test_what_the_kernels_do_not_do_triton_does_in_both_operators(
+def test_what_the_kernels_do_not_do_triton_does_in_every_operator(
     what: str, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -327,8 +331,12 @@ def test_what_the_kernels_do_not_do_triton_does_in_both_operators(
         rows[2:] = [moment.bfloat16() for moment in rows[2:]]
     move_rows(cuda, rows, o)
     history = torch.tensor([(0.1, *BETAS, EPS)], dtype=torch.float64)
-    cuda.replay_rows(rows[1], rows[4:], torch.arange(5), torch.zeros(5, dtype=torch.int64), history, o.d_streams)
-    assert asked == ["update_rows", "replay_rows"]
+    last_step = torch.zeros(5, dtype=torch.int64)
+    cuda.replay_rows(DecoderRows(rows[1], rows[4:], o.d_streams, last_step), torch.arange(5), history)
+    samples = o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse
+    gradients = Gradients(*reference.weight_gradients(*samples, o.d_streams), last_step > 0)
+    cuda.step_rows(Rows(*rows[:2], rows[2:], o.d_streams), gradients, AdamStep(0.01, BETAS, EPS, STEP))
+    assert asked == ["update_rows", "replay_rows", "step_rows"]
 
 
 def test_a_plan_without_blocks_or_entries_is_refused(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

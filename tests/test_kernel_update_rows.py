@@ -14,6 +14,7 @@ from operands import SEED, STEP, SUPPORTS, Operands, kernel_device, move_rows, o
 from torch import Tensor
 
 from sparc_fast.ops import reference
+from sparc_fast.ops.row_step import DecoderRows
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
@@ -35,6 +36,7 @@ KERNELS = SimpleNamespace(
     decoder_gradients=decoder_gradients.decoder_gradients,
     weight_gradients=gradients.weight_gradients,
     update_rows=update.update_rows,
+    step_rows=update.step_rows,
     replay_rows=replay_rows.replay_rows,
     count_silence=count_silence.count_silence,
 )
@@ -77,7 +79,7 @@ def test_streams_too_wide_for_registers_go_through_memory(
     dtype: torch.dtype, per_stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(update, "WHOLE_ROW", 32)
-    for name in ("update_rows", "update_rows, bfloat16 moments"):
+    for name in ("update_rows", "update_rows, bfloat16 moments", "step_rows", "step_rows, bfloat16 moments"):
         check(name, operands(((100, 7), 5, 20, 3), dtype, per_stream))
 
 
@@ -112,17 +114,16 @@ def test_replayed_rows_equal_rows_that_were_never_left_behind(
     lazy = [tensor.clone() for tensor in dense]
     dense_copies, lazy_copies = ([W.to(torch.bfloat16) for W in rows[:2]] for rows in (dense, lazy))
     last_step = torch.zeros(L, dtype=torch.int64, device=DEVICE)
+    left_behind = DecoderRows(lazy[1], lazy[4:], d_streams, last_step, lazy_copies[1])
     history = torch.tensor([(lr, *BETAS, EPS) for lr in lrs], dtype=torch.float64, device=DEVICE)
     for t, lr in enumerate(lrs, 1):
         o = on_device(operands((d_streams, 1, L, 2), dtype, seed=t))
         step(dense, o, t, lr, copies=dense_copies, seed=SEED)
-        catch_up = lazy[1], lazy[4:], o.indices[0].long(), last_step, history[: t - 1], d_streams, lazy_copies[1]
-        replay_rows.replay_rows(*catch_up, SEED)
+        replay_rows.replay_rows(left_behind, o.indices[0].long(), history[: t - 1], SEED)
         step(lazy, o, t, lr, copies=lazy_copies, last_step=last_step, seed=SEED)
         assert (last_step[o.indices[0].long()] == t).all()
         assert_equal([lazy[1][o.indices[0].long()]], [dense[1][o.indices[0].long()]])
-    everyone = torch.arange(L, device=DEVICE)
-    replay_rows.replay_rows(lazy[1], lazy[4:], everyone, last_step, history, d_streams, lazy_copies[1], SEED)
+    replay_rows.replay_rows(left_behind, torch.arange(L, device=DEVICE), history, SEED)
     assert_equal([*lazy, *lazy_copies], [*dense, *dense_copies])
     assert (last_step == len(lrs)).all()
 
@@ -134,8 +135,9 @@ def test_replay_agrees_with_the_reference() -> None:
     latents, last_step = torch.tensor([9, 2, 5]), torch.arange(14) // 2
     ours = [tensor.to(DEVICE).clone() for tensor in (W_dec, m, v)]
     made = last_step.to(DEVICE).clone()
-    replay_rows.replay_rows(ours[0], ours[1:], latents.to(DEVICE), made, history.to(DEVICE), o.d_streams)
-    reference.replay_rows(W_dec, [m, v], latents, last_step, history, o.d_streams)
+    moved = DecoderRows(ours[0], ours[1:], o.d_streams, made)
+    replay_rows.replay_rows(moved, latents.to(DEVICE), history.to(DEVICE))
+    reference.replay_rows(DecoderRows(W_dec, [m, v], o.d_streams, last_step), latents, history)
     torch.testing.assert_close([tensor.to(W_dec.device) for tensor in ours], [W_dec, m, v], rtol=1e-5, atol=1e-6)
     assert torch.equal(made.to(last_step.device), last_step)
 
@@ -147,8 +149,8 @@ def test_the_norm_of_a_row_does_not_depend_on_the_order_of_its_columns(
     def replayed(rows: list[Tensor]) -> list[Tensor]:
         rows = [tensor.clone() for tensor in rows]
         last_step = torch.zeros(50, dtype=torch.int64, device=DEVICE)
-        latents = torch.arange(50, device=DEVICE)
-        replay_rows.replay_rows(rows[0], rows[1:], latents, last_step, history, (90,))
+        moved = DecoderRows(rows[0], rows[1:], (90,), last_step)
+        replay_rows.replay_rows(moved, torch.arange(50, device=DEVICE), history)
         return rows
 
     _, W_dec, _, _, m, v = (t.to(DEVICE) for t in rows_to_update(operands(((90,), 1, 50, 2), torch.float32)))
@@ -259,7 +261,8 @@ def test_one_nan_makes_its_row_of_a_stream_nan_and_no_other(
     history = torch.tensor([(0.1, *BETAS, EPS)] * 2, dtype=torch.float64, device=DEVICE)
     rows = [t.to(DEVICE) for t in rows_to_update(o)]
     rows[1][5, 7] = torch.nan
-    replay_rows.replay_rows(rows[1], rows[4:], torch.arange(14, device=DEVICE), last_step, history, o.d_streams)
+    left_behind = DecoderRows(rows[1], rows[4:], o.d_streams, last_step)
+    replay_rows.replay_rows(left_behind, torch.arange(14, device=DEVICE), history)
     assert torch.equal(rows[1].isnan(), nan)
 
 

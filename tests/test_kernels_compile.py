@@ -56,7 +56,8 @@ from sparc_fast.benchmarks import cases, kernel_resources
 wide = replace(cases.A, d_streams=(8192,))  # rows that go through memory
 seen = set()
 for shape in (cases.A, wide):
-    for launch in kernel_resources.launches(shape, torch.float32, ["update_rows", "replay_rows", "topk_rows"]):
+    names = ["update_rows", "step_rows", "replay_rows", "topk_rows"]
+    for launch in kernel_resources.launches(shape, torch.float32, names):
         if not launch.name.startswith(("_update", "_replay", "_parts")):
             continue
         compiled = launch.compiled(90)

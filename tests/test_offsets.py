@@ -15,6 +15,8 @@ from accuracy import assert_equal
 from operands import OPERATORS, STEP, Operands, fitting, move_rows, operands, operators_of, rows_to_update
 from torch import Tensor
 
+from sparc_fast.ops.row_step import DecoderRows
+
 STRIDE = 2**26
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="memory is granted when it is written on Linux"),
@@ -81,7 +83,8 @@ def test_rows_are_replayed_at_any_offset(backend: str) -> None:
 
     def replayed(rows: list[Tensor]) -> list[Tensor]:
         last_step = torch.arange(len(W_dec)) % 4
-        operators_of(backend).replay_rows(rows[0], rows[1:], torch.arange(len(W_dec)), last_step, history, d_streams)
+        moved = DecoderRows(rows[0], rows[1:], d_streams, last_step)
+        operators_of(backend).replay_rows(moved, torch.arange(len(W_dec)), history)
         return [*rows, last_step]
 
     spread = replayed([far(rows) for rows in (W_dec, *moments)])

@@ -280,3 +280,56 @@ def test_a_capturable_step_rounds_moments_as_a_plain_one_does(backend: str) -> N
         torch.testing.assert_close(p, capturable.model.get_parameter(name), rtol=1e-4, atol=1e-5)
     v = [optimizer.state[optimizer.model.W_enc]["exp_avg_sq"] for optimizer in (plain, capturable)]
     assert (v[0] != v[1]).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("lazy", [None, "replay"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_model_whose_weights_change_their_type_on_the_way_trains_on(
+    dtype: torch.dtype, lazy: str | None, backend: str
+) -> None:
+    model, expected = make(backend), make(backend)
+    optimizers = sf.SparcAdam(model, lr=1e-3, lazy=lazy), sf.SparcAdam(expected, lr=1e-3)
+    for step, x in enumerate(batches(10)):
+        if step == 5:
+            model.to(dtype)
+        for optimizer in optimizers:
+            optimizer.step(x)
+    tolerance = {torch.float64: 1e-5, torch.float16: 1e-2, torch.bfloat16: 0.1}[dtype]
+    torch.testing.assert_close(model.W_dec.float(), expected.W_dec, rtol=tolerance, atol=tolerance)
+
+
+def test_a_state_of_other_shapes_is_refused_and_changes_nothing() -> None:
+    model = make("auto")
+    optimizer = sf.SparcAdam(model)
+    optimizer.step(batches(1)[0])
+    before = copy.deepcopy(optimizer.state_dict())
+    of_others = copy.deepcopy(before)
+    of_others["state"][0]["exp_avg"] = of_others["state"][0]["exp_avg"].T.contiguous()
+    with pytest.raises(ValueError, match=r"float exp_avg \[48, 24\] of W_enc, got torch.float32 \[24, 48\]"):
+        optimizer.load_state_dict(of_others)
+    smaller = sf.SparcAdam(sf.SPARC(WIDTHS, 32, 5))
+    with pytest.raises(ValueError, match=r"float exp_avg \[32, 24\] of W_enc, got torch.float32 \[48, 24\]"):
+        smaller.load_state_dict(before)
+    of_others = copy.deepcopy(before)
+    of_others["state"][1]["step"] = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"float step \[\] of W_dec, got torch.float32 \[2\]"):
+        optimizer.load_state_dict(of_others)
+    for index, state in before["state"].items():
+        for name, value in state.items():
+            assert torch.equal(optimizer.state_dict()["state"][index][name], value)
+
+
+def test_whoever_reads_the_decoder_of_a_lazy_run_gets_rows_that_are_up_to_date() -> None:
+    lazy, eager = make("auto"), make("auto")
+    optimizers = sf.SparcAdam(lazy, lr=1e-2, lazy="replay"), sf.SparcAdam(eager, lr=1e-2)
+    averages = [torch.optim.swa_utils.AveragedModel(m, avg_fn=lambda a, b, _: (a + b) / 2) for m in (lazy, eager)]
+    for x in batches(6):
+        for optimizer, model, average in zip(optimizers, (lazy, eager), averages, strict=True):
+            optimizer.step(x[:2])
+            average.update_parameters(model)
+    assert torch.equal(averages[0].module.W_dec, averages[1].module.W_dec)
+    for read in (lambda m: m.W_dec, lambda m: dict(m.named_parameters())["W_dec"], lambda m: list(m.parameters())[1],
+                 lambda m: copy.deepcopy(m).W_dec, lambda m: m.state_dict()["W_dec"]):  # fmt: skip
+        for optimizer in optimizers:
+            optimizer.step(batches(7)[6][:2])
+        assert torch.equal(read(lazy), read(eager))

@@ -12,6 +12,7 @@ from operands import CASES, move_rows, operands, operators_of, seeded
 
 import sparc_fast as sf
 from sparc_fast.ops import reference
+from sparc_fast.ops.row_step import DecoderRows
 
 WIDTHS = {"a": 12, "b": 7, "c": 5}
 EVERY_SELECTION = pytest.mark.parametrize("selection", ["global", "local"])
@@ -207,8 +208,9 @@ def test_replaying_equals_steps_without_entries(case: str, eps: float, moments: 
         move_rows(operators, rows, nobody, lr=0.01 / t, eps=eps, step=t, seed=7)
     last_step = torch.zeros(L, dtype=torch.int64)
     half = history[: steps // 2]
-    operators.replay_rows(lazy[0], lazy[1:], torch.arange(0, L, 2), last_step, half, d_streams, seed=7)
-    operators.replay_rows(lazy[0], lazy[1:], torch.arange(L), last_step, history, d_streams, seed=7)
+    left_behind = DecoderRows(lazy[0], lazy[1:], d_streams, last_step)
+    operators.replay_rows(left_behind, torch.arange(0, L, 2), half, seed=7)
+    operators.replay_rows(left_behind, torch.arange(L), history, seed=7)
     assert_equal(lazy, dense)
 
 

@@ -60,7 +60,7 @@ def test_a_second_moment_that_changes_by_less_than_a_rounding_moves_on_average_a
         truth = 0.999 * truth + 0.001 * 0.25
         nearest = (0.999 * nearest.float() + 0.001 * 0.25).bfloat16()
         noise = reference.rounding_noise(0, step, 0, torch.zeros(1, dtype=torch.int64), n)
-        reference.adam(w, gradient, m, stochastic, 1e-3, (0.9, 0.999), 1e-8, step, noise)
+        reference.apply_adam(w, gradient, m, stochastic, 1e-3, (0.9, 0.999), 1e-8, step, noise)
     assert (nearest == 1).all()
     assert truth < 0.81
     mean, error = stochastic.double().mean(), stochastic.double().std() / n**0.5

@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_equal
-from operands import SEED, STEP, Operands, fitting, move_rows, operands, operators_of, rows_to_update, run
+from operands import SEED, STEP, Operands, fitting, move_rows, operands, operators_of, rows_to_update, run, seeded
 from torch import Tensor
 
 from sparc_fast.ops import reference
+from sparc_fast.ops.row_step import AdamStep, Gradients, Rows
 
 
 def test_it_equals_gradients_then_projection_then_adam_then_unit_norm(backend: str) -> None:
@@ -85,6 +86,27 @@ def test_autograd_notices_that_weights_changed(backend: str) -> None:
     move_rows(operators_of(backend), [W_enc, W_dec, *(torch.zeros_like(W_enc) for _ in range(4))], o, step=1)
     assert W_enc._version > versions[0]
     assert W_dec._version > versions[1]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_given_gradients_move_rows_that_are_not_used_in_a_dense_step_alone(lazy: bool, backend: str) -> None:
+    o = fitting(operands("ragged", torch.float32), backend)
+    L, D = o.W_enc.shape
+    gradients = torch.randn(2, L, D, generator=seeded(2))
+    used = torch.arange(L) % 3 > 0
+    results = []
+    for said in (used, torch.ones_like(used)):
+        W_enc, W_dec, *moments = rows = rows_to_update(o)
+        last_step = torch.zeros(L, dtype=torch.int64) if lazy else None
+        given = Gradients(*gradients, torch.randn(3, L, generator=seeded(3)), said)
+        adam = AdamStep(0.01, (0.9, 0.999), 1e-8, STEP)
+        moved = Rows(W_enc, W_dec, moments, o.d_streams, None, last_step)
+        grad_pre_bias = operators_of(backend).step_rows(moved, given, adam)
+        assert lazy == (last_step is not None and torch.equal(last_step, STEP * said))
+        results.append([*rows, grad_pre_bias])
+    for i, (before, some, every) in enumerate(zip([*rows_to_update(o), None], *results, strict=True)):
+        left = lazy and i in (1, 4, 5)
+        assert torch.equal(some, torch.where(used[:, None], every, before) if left else every)
 
 
 def stepped(o: Operands, backend: str, rows: list[Tensor], seed: int | None, step: int | Tensor = STEP) -> list[Tensor]:

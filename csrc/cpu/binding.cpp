@@ -2,67 +2,149 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+
 #include "global_topk.h"
 #include "huge_pages.h"
 #include "level.h"
 #include "loader.h"
 #include "operators.h"
+#include "signature.h"
 #include "topk_rows.h"
 
 namespace py = pybind11;
 
-// Anything with data_ptr(), element_size(), shape and stride(), as torch.Tensor has; None has no data.
+// The dtypes of torch, which is loaded where there are tensors; its objects live as long as the process.
+static Type type_of(py::handle dtype) {
+    static const auto known = [] {
+        const py::module_ torch = py::module_::import("torch");
+        std::vector<std::pair<PyObject*, Type>> types;
+        for (const auto& [name, type] : {std::pair{"float32", Type::float32}, {"float64", Type::float64},
+                                         {"bfloat16", Type::bfloat16}, {"float16", Type::float16},
+                                         {"int32", Type::int32}, {"int64", Type::int64}, {"bool", Type::boolean}})
+            types.emplace_back(torch.attr(name).ptr(), type);
+        return types;
+    }();
+    for (const auto& [object, type] : known)
+        if (object == dtype.ptr()) return type;
+    return Type::other;
+}
+
+static bool is_strided(py::handle tensor) {
+    static PyObject* const strided = py::module_::import("torch").attr("strided").ptr();
+    return tensor.attr("layout").ptr() == strided;
+}
+
+// A torch.Tensor; None has no data.
 template <>
 struct pybind11::detail::type_caster<Tensor> {
     PYBIND11_TYPE_CASTER(Tensor, const_name("torch.Tensor"));
 
     bool load(handle source, bool) {
         if (source.is_none()) return true;
-        const py::tuple size = source.attr("shape"), stride = source.attr("stride")();
-        if (size.size() > 3) return false;
+        if (!py::hasattr(source, "data_ptr")) return false;
+        value.type = type_of(source.attr("dtype"));
+        value.is_here = source.attr("is_cpu").cast<bool>() && is_strided(source);
+        const py::tuple size = source.attr("shape");
+        value.ndim = size.size();
+        for (int64_t i = 0; i < std::min<int64_t>(value.ndim, 3); ++i) value.size[i] = size[i].cast<int64_t>();
+        if (!value.is_here || value.ndim > 3) return true;
+        const py::tuple stride = source.attr("stride")();
+        for (int64_t i = 0; i < value.ndim; ++i) value.stride[i] = stride[i].cast<int64_t>();
         value.data = reinterpret_cast<void*>(source.attr("data_ptr")().cast<uintptr_t>());
         value.item_size = source.attr("element_size")().cast<int64_t>();
-        value.ndim = size.size();
-        for (int64_t i = 0; i < value.ndim; ++i) {
-            value.size[i] = size[i].cast<int64_t>();
-            value.stride[i] = stride[i].cast<int64_t>();
-        }
         return true;
     }
 };
 
+// Every function comes with what it takes of its tensors: none gets an address that was not checked.
+template <class R, class... Args>
+static void define(py::module_& m, const char* name, R (*function)(Args...), const char* words) {
+    m.def(
+        name,
+        [function, signature = Signature(name, words)](Args... args) {
+            signature.check(Arguments(args...));
+            return function(std::move(args)...);
+        },
+        py::call_guard<py::gil_scoped_release>());
+}
+
+static std::unique_ptr<Screen> make_screen(
+    Tensor norm, Tensor residual, Tensor bias, int64_t D, int64_t k, int64_t capacity, bool narrow_scores) {
+    static const Signature signature("Screen", "norm:f32[N] residual:f32[N] bias:f64[L] #D #k #capacity");
+    signature.check(Arguments(norm, residual, bias, D, k, capacity));
+    if (k < 1 || k > bias.size[0] || capacity < k + 64)
+        throw std::out_of_range("Screen: k must lie in 1 ... n_latents, and capacity leave room for k");
+    return std::make_unique<Screen>(norm, residual, bias, D, k, capacity, narrow_scores);
+}
+
+static void filter(Screen& screen, Tensor scores, int64_t first, Tensor norm, Tensor residual, int threads) {
+    static const Signature signature("filter", "scores:T[N,m] norm:f32[m] residual:f32[m]");
+    signature.check(Arguments(scores, norm, residual), {{"N", screen.N}});
+    if (first < 0 || scores.size[1] > screen.L - first)
+        throw std::invalid_argument("filter: scores must be of latents there are");
+    screen.filter(scores, first, norm, residual, threads);
+}
+
+static void settle(Screen& screen, Tensor indices, Tensor given_up, Tensor x, Tensor W, int threads) {
+    static const Signature signature("settle", ">indices:i32[N,k] >given_up:bool[N] x:f32[N,D] W:T[L,D]");
+    const int64_t D = x.size[1];
+    signature.check(
+        Arguments(indices, given_up, x, W), {{"N", screen.N}, {"k", screen.k}, {"L", screen.L}, {"D", D}});
+    screen.settle(indices, given_up, x, W, threads);
+}
+
+#define SUPPORT "indices:i32![N,k|N,S,k] "
+#define ROWS ">W_enc:A[L,D] >W_dec:A[L,D] >exp_avg_enc:M[L,D] >exp_avg_sq_enc:M[L,D] >exp_avg_dec:M[L,D] " \
+    ">exp_avg_sq_dec:M[L,D] >copy_enc:bf16[L,D]? >copy_dec:bf16[L,D]? >last_step:i64[L]? "
+#define INVERSE "offsets:i64[L+1] entries:i64[E] "
+
 PYBIND11_MODULE(_cpu, m) {
-    const auto define = [&m](const char* name, auto function) {
-        m.def(name, function, py::call_guard<py::gil_scoped_release>());
-    };
     py::class_<Batch>(m, "Batch").def(py::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Widths>());
     py::class_<Gradients>(m, "Gradients").def(py::init<Tensor, Tensor, Tensor, Tensor, Widths>());
     py::class_<AdamStep>(m, "AdamStep").def(py::init<double, double, double, double, int64_t, uint64_t>());
-    define("support_values", support_values);
-    define("support_values_grad_x", support_values_grad_x);
-    define("sparse_decode", sparse_decode);
-    define("sparse_decode_grad_values", sparse_decode_grad_values);
-    define("decode_loss", decode_loss);
-    define("invert_indices", py::overload_cast<Tensor, Tensor, Tensor, int64_t>(invert_indices));
-    define("weight_gradients", weight_gradients);
-    define("update_rows", update_rows);
-    define("step_rows", step_rows);
-    define("replay_rows", replay_rows);
-    define("count_silence", count_silence);
+    define(m, "support_values", support_values,
+           ">values:A[N,S,k] x:T[N,D] W_enc:T[L,D] pre_bias:A[D] latent_bias:A[S,L] " SUPPORT "streams");
+    define(m, "support_values_grad_x", support_values_grad_x,
+           ">grad_x:T[N,D] grad_values:A[N,S,k] values:A[N,S,k] " SUPPORT "W_enc:T[L,D] streams");
+    define(m, "sparse_decode", sparse_decode,
+           ">recons:T[N,S,D] values:A[N,S,k] " SUPPORT "W_dec:T[L,D] pre_bias:A[D]");
+    define(m, "sparse_decode_grad_values", sparse_decode_grad_values,
+           ">grad_values:A[N,S,k] grad_recons:T[N,S,D] " SUPPORT "W_dec:T[L,D]");
+    define(m, "decode_loss", decode_loss,
+           ">nmse:A[S,S] >grad_recons:T[N,S,D] >grad_values:A[N,S,k] >grad_pre_bias:A[D] values:A[N,S,k] " SUPPORT
+           "W_dec:T[L,D] pre_bias:A[D] target:T[N,D] scale:A[N,S] streams");
+    define(m, "invert_indices", py::overload_cast<Tensor, Tensor, Tensor, int64_t>(invert_indices),
+           ">offsets:i64[L+1] >entries:i64[E] " SUPPORT "#L");
+    // R streams of values: where only the decoder is asked for, its columns need not be theirs
+    define(m, "weight_gradients", weight_gradients,
+           ">grad_W_enc:A[L,D]? >grad_W_dec:A[L,D]? >grad_latent_bias:A[S,L]? x:T[N,D]? pre_bias:A[D]? "
+           "values:A[N,R,k] grad_values:A[N,R,k]? grad_recons:T[N,R,D]? " INVERSE "streams");
+    define(m, "update_rows", update_rows,
+           ">grad_latent_bias:A[S,L] >grad_pre_bias:A[D] " ROWS
+           "x:T[N,D] pre_bias:A[D] values:A[N,S,k] grad_values:A[N,S,k] grad_recons:T[N,S,D] " INVERSE "streams");
+    define(m, "step_rows", step_rows,
+           ">grad_pre_bias:A[D] " ROWS "grad_W_enc:A[L,D] grad_W_dec:A[L,D] grad_latent_bias:A[S,L] used:bool[L] streams");
+    define(m, "replay_rows", replay_rows,
+           ">W_dec:A[L,D] >exp_avg:M[L,D] >exp_avg_sq:M[L,D] >copy:bf16[L,D]? latents:i64[R] >last_step:i64[L] "
+           "history:f64[H,4] streams");
+    define(m, "count_silence", count_silence, ">silence:i64[L] values:A[N,S,k] " SUPPORT);
     py::class_<Screen>(m, "Screen")
-        .def(py::init<Tensor, Tensor, Tensor, int64_t, int64_t, int64_t, bool>())
-        .def("filter", &Screen::filter, py::call_guard<py::gil_scoped_release>())
-        .def("settle", &Screen::settle, py::call_guard<py::gil_scoped_release>());
-    define("exact_scores", exact_scores);
-    define("support_scores", support_scores);
-    define("measure_rows", measure_rows);
-    define("topk_rows", topk_rows);
-    define("first_not_finite", py::overload_cast<Tensor, bool>(first_not_finite));
-    define("will_need", will_need);
-    define("read_spans", read_spans);
-    define("gather_rows", gather_rows);
-    define("prefer_huge_pages", prefer_huge_pages);
-    define("has_bf16_products", has_bf16_products);
-    define("simd_level", simd_level);
-    define("set_simd_level", set_simd_level);
+        .def(py::init(&make_screen))
+        .def("filter", &filter, py::call_guard<py::gil_scoped_release>())
+        .def("settle", &settle, py::call_guard<py::gil_scoped_release>());
+    define(m, "exact_scores", exact_scores, ">scores:A[N,L] x:A[N,D] W:T[L,D] bias:f64[L]");
+    define(m, "support_scores", support_scores, ">scores:A[N,k] x:A[N,D] W:T[L,D] bias:f64[L] indices:i32![N,k]");
+    define(m, "measure_rows", measure_rows, ">norm:f32[n] >residual:f32[n] >copy:bf16[n,D]? w:T[n,D]");
+    define(m, "topk_rows", topk_rows, ">indices:i32[N,k] scores:A[N,L] #k");
+    define(m, "first_not_finite", py::overload_cast<Tensor, bool>(first_not_finite), "rows:any![n,D]");
+    define(m, "will_need", will_need, "");
+    define(m, "read_spans", read_spans, ">out:any![n,D]");
+    define(m, "gather_rows", gather_rows, ">out:any[n,D] buffer:any[m,D] rows:i64[n]");
+    define(m, "prefer_huge_pages", prefer_huge_pages, "tensor:any![a|a,b|a,b,c]");
+    m.def("has_bf16_products", has_bf16_products);
+    m.def("simd_level", simd_level);
+    m.def("set_simd_level", set_simd_level);
 }

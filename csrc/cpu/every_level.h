@@ -9,10 +9,10 @@
 #undef VECTOR_REGISTERS
 
 #ifdef SPARC_FAST_EVERY_LEVEL
-#pragma GCC push_options
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
+#pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
 #define SIMD_LEVEL avx2
@@ -40,6 +40,7 @@
 #undef VECTOR_REGISTERS
 #ifdef __clang__
 #pragma clang attribute pop
-#endif
+#else
 #pragma GCC pop_options
+#endif
 #endif

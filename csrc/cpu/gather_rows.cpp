@@ -2,6 +2,8 @@
 // hardware learns where a row goes on only after it has begun.
 #ifndef SIMD_LEVEL
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "level.h"
 #include "loader.h"
@@ -26,6 +28,12 @@ static void gather(const Tensor& buffer, const Tensor& rows_, int threads, Move 
 
 void gather_rows(Tensor out, Tensor buffer, Tensor rows, int widening, int threads) {
     const int64_t width = buffer.size[1];
+    const Type narrow = widening == from_bfloat16 ? Type::bfloat16 : Type::float16;
+    if (widening == as_it_is ? out.type != buffer.type : out.type != Type::float32 || buffer.type != narrow)
+        throw std::invalid_argument("gather_rows: out must be of the type that rows of buffer become");
+    for (int64_t i = 0; i < rows.size[0]; ++i)
+        if (const int64_t row = *rows.at<const int64_t>(i); row < 0 || row >= buffer.size[0])
+            throw std::out_of_range("gather_rows: rows must be of buffer, got " + std::to_string(row));
     const auto row = [&](int64_t i) { return out.at<char>(0) + i * out.stride[0] * out.item_size; };
     if (widening == as_it_is)
         gather(buffer, rows, threads, [&](int64_t i, const char* from, const char* later) {

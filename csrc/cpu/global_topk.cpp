@@ -23,6 +23,11 @@ struct Chunk {
     const float *norm, *residual;
 };
 
+// A cache line of a row of weights in float64.
+struct alignas(64) Line {
+    double lane[8];
+};
+
 #define OPERATOR "global_topk_kernel.h"
 #include "every_level.h"
 
@@ -42,8 +47,8 @@ static void screen(Screen& screen, int64_t n, const T* scores, const Chunk& chun
 
 template <class T, class E>
 static void exact_dots(
-    const T* const* x, int64_t count, const E* w, int64_t D, const void* ahead, double* dots) {
-    AT_SIMD_LEVEL(exact_dots(x, count, w, D, ahead, dots))
+    const T* const* x, int64_t count, const E* w, int64_t D, const E* ahead, std::vector<Line>& wide, double* dots) {
+    AT_SIMD_LEVEL(exact_dots(x, count, w, D, ahead, wide, dots))
 }
 
 static float kth_largest(const float* values, int64_t n, int64_t k) { AT_SIMD_LEVEL(kth_largest(values, n, k, k)) }
@@ -77,32 +82,13 @@ void measure_rows(Tensor norm, Tensor residual, Tensor copy, Tensor w, int threa
     w.item_size == 2 ? measure(bf16{}) : measure(float{});
 }
 
-// A row of weights as the dot products read it.
-template <class E>
-struct ReadableRow {
-    const E* operator()(const E* w, int64_t) { return w; }
-};
-template <>
-struct ReadableRow<bf16> {
-    std::vector<float> wide;
-
-    const float* operator()(const bf16* w, int64_t D) {
-        wide.resize(D);
-        for (int64_t d = 0; d < D; ++d) {
-            const uint32_t bits = uint32_t(w[d].bits) << 16;
-            std::memcpy(&wide[d], &bits, sizeof bits);
-        }
-        return wide.data();
-    }
-};
-
 // scores[i] = h of the specification, of the row x[i] and the latent of the weights w.
 template <class T, class E>
 static void score_rows(
-    const T* const* x, int64_t count, const E* w, const E* ahead, double bias, int64_t D, ReadableRow<E>& readable,
+    const T* const* x, int64_t count, const E* w, const E* ahead, double bias, int64_t D, std::vector<Line>& wide,
     std::vector<double>& scores) {
     scores.resize(count);
-    exact_dots(x, count, readable(w, D), D, ahead, scores.data());
+    exact_dots(x, count, w, D, ahead, wide, scores.data());
     for (double& score : scores) score = T(score + bias);
 }
 
@@ -114,11 +100,11 @@ void exact_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, int threads) {
         std::vector<const T*> rows;
         for (int64_t n = 0; n < N; ++n) rows.push_back(x.at<const T>(n));
         parallel_runs(W.size[0], 32, threads, [&](int64_t begin, int64_t end) {
-            ReadableRow<E> readable;
+            std::vector<Line> wide;
             std::vector<double> column;
             for (int64_t l = begin; l < end; ++l) {
                 const E *w = W.at<const E>(l), *ahead = W.at<const E>(std::min(l + 1, end - 1));
-                score_rows(rows.data(), N, w, ahead, bias.at<const double>(0)[l], D, readable, column);
+                score_rows(rows.data(), N, w, ahead, bias.at<const double>(0)[l], D, wide, column);
                 for (int64_t n = 0; n < N; ++n) scores.at<T>(n)[l] = column[n];
             }
         });
@@ -129,17 +115,19 @@ void exact_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, int threads) {
 
 void support_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, Tensor indices, int threads) {
     const int64_t N = x.size[0], D = x.size[1], k = indices.size[1];
-    const Support support(indices, 1, W.size[0]);
+    const Support support(indices, 1, W.size[0], 0);
     const auto score = [&](auto sum, auto type) {
         using T = decltype(sum);
         using E = decltype(type);
         parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
             std::vector<const E*> rows(k);
             std::vector<double> dots(k);
+            std::vector<Line> wide;
             for (int64_t n = begin; n < end; ++n) {
                 const int32_t* const latents = support.of(n, 0);
                 for (int64_t j = 0; j < k; ++j) rows[j] = W.at<const E>(latents[j]);
-                exact_dots(rows.data(), k, x.at<const T>(n), D, x.at<const T>(std::min(n + 1, N - 1)), dots.data());
+                const T* const ahead = x.at<const T>(std::min(n + 1, N - 1));
+                exact_dots(rows.data(), k, x.at<const T>(n), D, ahead, wide, dots.data());
                 for (int64_t j = 0; j < k; ++j) {
                     const T rounded = T(dots[j] + bias.at<const double>(0)[latents[j]]);
                     scores.at<T>(n)[j] = std::isnan(rounded) ? std::numeric_limits<T>::infinity() : rounded + T(0);
@@ -232,7 +220,7 @@ void Screen::mark_near_kth(int64_t n, std::vector<float>& centres) {
     for (int64_t i = 0; i < count[n]; ++i) centres[i] = high[i] < infinity ? low[i] / 2 + high[i] / 2 : low[i];
     const float kth = kth_largest(centres.data(), count[n], k);
     for (int64_t i = 0; i < count[n]; ++i)
-        low[i] = (low[i] < kth) & (high[i] > kth) ? NAN : low[i];
+        low[i] = ((low[i] < kth) & (high[i] > kth)) ? NAN : low[i];
 }
 
 // Marks the ambiguous, and raises those certainly in the support above all others.
@@ -242,7 +230,8 @@ void Screen::mark_ambiguous(int64_t n) {
     float *low = &lower[n * capacity], *high = &upper[n * capacity];
     const bool all = count[n] == k;
     const float rival = all ? -infinity : kth_largest(high, count[n], k + 1);
-    for (int64_t i = 0; i < count[n]; ++i) low[i] = all | (low[i] > rival) ? infinity : low[i] < high[i] ? NAN : low[i];
+    for (int64_t i = 0; i < count[n]; ++i)
+        low[i] = (all | (low[i] > rival)) ? infinity : low[i] < high[i] ? NAN : low[i];
 }
 
 // Narrows the marked intervals to the score. By latent, so that a row of W is read once for all rows of x.
@@ -260,7 +249,7 @@ void Screen::score_marked(Tensor x, Tensor W, int threads) {
     const auto score = [&](auto type) {
         using E = decltype(type);
         parallel_runs(L, 32, threads, [&](int64_t begin, int64_t end) {
-            ReadableRow<E> readable;
+            std::vector<Line> wide;
             std::vector<double> scores;
             std::vector<const float*> rows;
             std::vector<int64_t> used;
@@ -271,7 +260,7 @@ void Screen::score_marked(Tensor x, Tensor W, int threads) {
             for (size_t u = 0; u < used.size(); ++u) {
                 const int64_t l = used[u], first = offsets[l], many = offsets[l + 1] - first;
                 const E *w = W.at<const E>(l), *ahead = W.at<const E>(used[std::min(u + 1, used.size() - 1)]);
-                score_rows(rows.data() + (first - offsets[begin]), many, w, ahead, exact_bias[l], D, readable, scores);
+                score_rows(rows.data() + (first - offsets[begin]), many, w, ahead, exact_bias[l], D, wide, scores);
                 for (int64_t i = 0; i < many; ++i) {
                     const int64_t place = places[entries[first + i]];
                     lower[place] = upper[place] = std::isnan(scores[i]) ? infinity : float(scores[i]);

@@ -131,62 +131,105 @@ INLINE Vec<double> load_wide(const bf16* p) {
     return load_wide(wide);
 }
 
-// The dot products of J rows x with w, while `ahead`, the next weights, come into cache: 256 sums of every 256th product,
-// then neighbours two by two. A product of two float32 is exact in float64, one of two float64 is rounded before it is
-// added: the same bits at every instruction set, and on every backend.
-template <int J, class T, class E>
-INLINE void dots_of(const T* const* x, const E* w, int64_t D, const void* ahead, double* dots) {
-    constexpr int sums_each = 256, width = 16, W = lanes<double>, V = width / W;
-    alignas(64) double sums[J][sums_each];
-    const int64_t used = std::min<int64_t>(sums_each, (D + width - 1) / width * width);
-    for (int64_t first = 0; first < used; first += width) {
-        Vec<double> sum[J][V] = {};
-        const auto add = [&](auto row, const E* weights) INLINE_LAMBDA {
-            UNROLL for (int v = 0; v < V; ++v) {
-                const Vec<double> factor = load_wide(weights + v * W);
-                UNROLL for (int j = 0; j < J; ++j) {
-                    Vec<double> product = load_wide(row(j) + v * W) * factor;
-                    if constexpr (sizeof(T) == sizeof(double)) KEEP_IN_REGISTER(product);
-                    sum[j][v] += product;
-                }
-            }
-        };
-        int64_t d = first;
-        for (; d + width <= D; d += sums_each) {
-            __builtin_prefetch(static_cast<const char*>(ahead) + d * sizeof(E), 0, 2);
-            add([&](int j) INLINE_LAMBDA { return x[j] + d; }, w + d);
-        }
-        if (d < D) {
-            T rest[J][width] = {};
-            E weights[width] = {};
-            std::copy(w + d, w + D, weights);
-            for (int j = 0; j < J; ++j) std::copy(x[j] + d, x[j] + D, rest[j]);
-            add([&](int j) INLINE_LAMBDA { return rest[j]; }, weights);
-        }
-        for (int j = 0; j < J; ++j) std::memcpy(sums[j] + first, sum[j], sizeof sum[j]);
-    }
-    for (int j = 0; j < J; ++j) {
-        std::fill(sums[j] + used, sums[j] + sums_each, 0.0);
-        // two buffers in turn, so that a level is summed in vectors
-        alignas(64) double half[sums_each / 2], quarter[sums_each / 4];
-        const auto pairs = [](const double* __restrict from, double* __restrict to, int many) INLINE_LAMBDA {
-            for (int i = 0; i < many; ++i) to[i] = from[2 * i] + from[2 * i + 1];
-        };
-        pairs(sums[j], half, 128), pairs(half, quarter, 64), pairs(quarter, half, 32), pairs(half, quarter, 16);
-        pairs(quarter, half, 8), pairs(half, quarter, 4), pairs(quarter, half, 2), pairs(half, quarter, 1);
-        dots[j] = quarter[0];
-    }
+// [a0 + a1, b0 + b1, a2 + a3, b2 + b3, ...]
+INLINE Vec<double> add_neighbours(Vec<double> a, Vec<double> b) {
+#if VECTOR_BYTES == 64
+    return (Vec<double>)_mm512_maskz_unpacklo_pd(0xff, a, b) + (Vec<double>)_mm512_maskz_unpackhi_pd(0xff, a, b);
+#elif VECTOR_BYTES == 32
+    return (Vec<double>)_mm256_unpacklo_pd(a, b) + (Vec<double>)_mm256_unpackhi_pd(a, b);
+#else
+    return Vec<double>{a[0], b[0]} + Vec<double>{a[1], b[1]};
+#endif
 }
 
+// The same of pairs of lanes: [a01 + a23, a45 + a67, b01 + b23, b45 + b67].
+INLINE Vec<double> add_neighbouring_pairs(Vec<double> a, Vec<double> b) {
+#if VECTOR_BYTES == 64
+    return (Vec<double>)_mm512_maskz_shuffle_f64x2(0xff, a, b, 0x88) +
+           (Vec<double>)_mm512_maskz_shuffle_f64x2(0xff, a, b, 0xdd);
+#elif VECTOR_BYTES == 32
+    return (Vec<double>)_mm256_permute2f128_pd(a, b, 0x20) + (Vec<double>)_mm256_permute2f128_pd(a, b, 0x31);
+#else
+    return a + b;  // not called: one pair is a vector
+#endif
+}
+
+// Each of `many` vectors, `stride` apart, summed neighbours two by two.
+template <int many>
+INLINE Vec<double> totals(const Vec<double>* v, int stride) {
+    if constexpr (many == 2)
+        return add_neighbours(v[0], v[stride]);
+    else
+        return add_neighbouring_pairs(totals<many / 2>(v, stride), totals<many / 2>(v + many / 2 * stride, stride));
+}
+
+// Lane i: the sum of `many` neighbouring vectors from the (i stride)-th on, neighbours two by two.
+template <int many>
+INLINE Vec<double> sums_of_groups(const Vec<double>* v, int stride) {
+    if constexpr (many == 1)
+        return totals<lanes<double>>(v, stride);
+    else
+        return sums_of_groups<many / 2>(v, stride) + sums_of_groups<many / 2>(v + many / 2, stride);
+}
+
+// The dot product of two rows: 256 sums of every 256th product, then neighbours two by two. A product of two float32 is
+// exact in float64, one of two float64 is rounded before it is added: the same bits at every instruction set, and on
+// every backend. A narrow w is also written to `wide`, if any. Meanwhile what lies between `ahead` and `end` comes into
+// cache.
 template <class T, class E>
-void exact_dots(const T* const* x, int64_t count, const E* w, int64_t D, const void* ahead, double* dots) {
-    constexpr int J = VECTOR_REGISTERS / 8;
-    static_assert(J == 2 || J == 4);
-    int64_t i = 0;
-    for (; i + J <= count; i += J) dots_of<J, T, E>(x + i, w, D, ahead, dots + i);
-    if (count - i == 3) dots_of<3, T, E>(x + i, w, D, ahead, dots + i);
-    if (count - i == 2) dots_of<2, T, E>(x + i, w, D, ahead, dots + i);
-    if (count - i == 1) dots_of<1, T, E>(x + i, w, D, ahead, dots + i);
+INLINE double dot_of(const T* x, const E* w, int64_t D, double* wide, const char* ahead, const char* end) {
+    constexpr int W = lanes<double>, vectors = 256 / W, piece = 64, groups = vectors / W;
+    constexpr bool widens = sizeof(E) < sizeof(double);
+    Vec<double> sum[vectors] = {};  // in registers where there are 32 of 64 bytes
+    const auto add = [&](const T* row, const T* next, const E* weights, int64_t at, int64_t columns) INLINE_LAMBDA {
+        UNROLL for (int first = 0; first < 256; first += piece) {
+            if (first >= columns) break;
+            UNROLL for (int c = first; c < first + piece; c += W) {
+                // each load is one of 32: the hardware, which fetches ahead by instruction, does not see one stream
+                if (!widens && c % (64 / int(sizeof(T))) == 0) __builtin_prefetch(next + c);
+                const Vec<double> factor = load_wide(weights + c);
+                if (widens && wide) store(wide + at + c, factor);
+                Vec<double> product = load_wide(row + c) * factor;
+                if constexpr (sizeof(T) == sizeof(double)) KEEP_IN_REGISTER(product);
+                sum[c / W] += product;
+            }
+        }
+    };
+    int64_t d = 0;
+    for (; d + 256 <= D; d += 256) {
+        for (const char* stop = end - (end - ahead) * (D - d - 256) / D; ahead < stop; ahead += 64)
+            __builtin_prefetch(ahead);
+        add(x + d, x + d + 1024 / sizeof(T), w + d, d, 256);
+    }
+    for (; ahead < end; ahead += 64) __builtin_prefetch(ahead);
+    if (d < D) {
+        T rest[256] = {};
+        E weights[256] = {};
+        std::copy(x + d, x + D, rest);
+        std::copy(w + d, w + D, weights);
+        add(rest, rest, weights, d, D - d);
+    }
+    Vec<double> total = sums_of_groups<groups>(sum, groups);
+    total = add_neighbours(total, total);
+    for (int i = 2; i < W; i *= 2) total = add_neighbouring_pairs(total, total);
+    return total[0];
+}
+
+// The dot products of rows x with w, while `ahead`, the next w, comes into cache, a part with each row.
+template <class T, class E>
+void exact_dots(
+    const T* const* x, int64_t count, const E* w, int64_t D, const E* ahead, std::vector<Line>& wide, double* dots) {
+    const int64_t lines = (D * sizeof(E) + 63) / 64;
+    const auto part = [&](int64_t i) { return reinterpret_cast<const char*>(ahead) + lines * i / count * 64; };
+    const bool widens = sizeof(E) < sizeof(double) && count > 1;
+    if (widens) wide.resize((D + 255) / 256 * 32);
+    double* const copy = widens ? wide[0].lane : nullptr;
+    for (int64_t i = 0; i < count; ++i) {
+        if (widens && i > 0)
+            dots[i] = dot_of<T, double>(x[i], copy, D, nullptr, part(i), part(i + 1));
+        else
+            dots[i] = dot_of<T, E>(x[i], w, D, copy, part(i), part(i + 1));
+    }
 }
 
 }  // namespace SIMD_LEVEL

@@ -15,5 +15,6 @@ void invert_indices(const int32_t* indices, int64_t n, int64_t L, int64_t* offse
 
 void invert_indices(Tensor offsets, Tensor entries, Tensor indices, int64_t L) {
     const Support support(indices, indices.size[1], L);
+    if (entries.size[0] != support.entries()) throw std::invalid_argument("entries must be as many as indices");
     invert_indices(support.indices, entries.size[0], L, offsets.at<int64_t>(0), entries.at<int64_t>(0));
 }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <stdexcept>
 
 #include "level.h"
 #include "loader.h"
@@ -47,7 +48,10 @@ void will_need(int file, std::vector<int64_t> begins, std::vector<int64_t> lengt
 std::tuple<int64_t, int, int64_t> read_spans(
     int file, std::vector<int64_t> begins, std::vector<int64_t> lengths, Tensor out, bool bfloat16, bool look) {
     char* const target = out.at<char>(0);
-    int64_t done = 0, looked = 0;
+    int64_t done = 0, looked = 0, room = out.bytes();
+    if (begins.size() != lengths.size()) throw std::invalid_argument("read_spans: each span has a begin and a length");
+    for (const int64_t length : lengths)
+        if (length < 0 || (room -= length) < 0) throw std::out_of_range("read_spans: spans must fit in out");
     for (size_t i = 0; i < begins.size(); ++i)
         for (int64_t read = 0; read < lengths[i];) {
             const int64_t got =

@@ -92,7 +92,13 @@ void replay_rows(
     const auto latent = [&](int64_t r) { return latents.at<const int64_t>(0)[std::min(r, R - 1)]; };
     int64_t* const last = last_step.at<int64_t>(0);
     int64_t first = T;
-    for (int64_t r = 0; r < R; ++r) first = std::min(first, last[latent(r)]);
+    for (int64_t r = 0; r < R; ++r) {
+        if (latent(r) < 0 || latent(r) >= last_step.size[0])
+            throw std::out_of_range("replay_rows: latents must be of W_dec, got " + std::to_string(latent(r)));
+        if (last[latent(r)] < 0 || last[latent(r)] > T)
+            throw std::out_of_range("replay_rows: last_step must lie in 0 ... " + std::to_string(T));
+        first = std::min(first, last[latent(r)]);
+    }
     std::vector<Missed<A>> missed;
     for (int64_t t = first; t < T; ++t) {
         const double* const h = history.at<const double>(t);

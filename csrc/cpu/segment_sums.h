@@ -4,6 +4,8 @@
 // columns that lie together, and a run of latents is summed strip by strip: a strip stays in the second-level cache.
 // A latent of many entries is summed beforehand, its strips shared among all threads. Every sum runs over its terms
 // in order, so neither the threads nor the runs show in the result.
+#include <stdexcept>
+
 #include "gather.h"
 #include "scratch.h"
 
@@ -109,6 +111,7 @@ class SegmentSums {
           grad_recons(decoder ? N * S : 0, widest(batch.d_streams)) {
         const int64_t k = batch.values.size[2], count = batch.entries.size[0];
         const bool shared = count == N * k;
+        check(count);
         for (int64_t s = 0; encoder && s < S; ++s) encoder_terms.emplace_back(offsets, L, 1);
         if (decoder) decoder_terms.emplace_back(offsets, L, shared ? S : 1);
         parallel_for((L + 63) / 64, threads, [&](int64_t task) {
@@ -122,6 +125,15 @@ class SegmentSums {
         });
         for (int64_t l = 0; l < L; ++l)
             if (is_long(l)) long_latents.push_back(l);
+    }
+
+    // Throws unless every latent's entries are places in the supports.
+    void check(int64_t count) const {
+        bool right = (count == N * batch.values.size[2] || count == N * S * batch.values.size[2]) && offsets[0] == 0;
+        for (int64_t l = 0; l < L; ++l) right &= offsets[l] <= offsets[l + 1];
+        if (!right || offsets[L] > count) throw std::out_of_range("offsets must ascend from 0 to at most all entries");
+        for (int64_t e = 0; e < offsets[L]; ++e) right &= uint64_t(*batch.entries.at<const int64_t>(e)) < uint64_t(count);
+        if (!right) throw std::out_of_range("entries must be places in the supports");
     }
 
     // Turns to columns offset ... offset + width_ of stream s.

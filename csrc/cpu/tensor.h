@@ -30,13 +30,17 @@ using sum_t = typename sum_type<T>::type;
 template <class T>
 using integer_t = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
-// A tensor of up to three dimensions. The last is contiguous; native.py sees to it.
+enum class Type { none, float32, float64, bfloat16, float16, int32, int64, boolean, other };
+
+// A tensor of up to three dimensions. The last is contiguous: signature.h sees to it.
 struct Tensor {
     void* data = nullptr;
     int64_t size[3] = {0, 0, 0};
     int64_t stride[3] = {0, 0, 0};
     int64_t ndim = 0;
     int64_t item_size = 0;  // 8: float64 or int64, 4: float32 or int32, 2: bfloat16
+    Type type = Type::none;
+    bool is_here = false;  // dense, and in the memory of the CPU
 
     template <class T>
     T* at(int64_t i, int64_t j = 0) const {
@@ -89,16 +93,18 @@ struct Support {
     int64_t N, S, k;
     bool shared;
 
-    Support(const Tensor& tensor, int64_t S_, int64_t L)
+    // `lowest` is 0 where a slot must not be empty.
+    Support(const Tensor& tensor, int64_t S_, int64_t L, int32_t lowest = -1)
         : indices(tensor.at<const int32_t>(0)),
           N(tensor.size[0]),
           S(S_),
           k(tensor.size[tensor.ndim - 1]),
           shared(tensor.ndim == 2) {
         bool inside = true;
-        for (int64_t i = 0; i < entries(); ++i) inside &= uint32_t(indices[i]) + 1u <= uint64_t(L);
+        for (int64_t i = 0; i < entries(); ++i) inside &= indices[i] >= lowest && indices[i] < L;
         if (!inside)
-            throw std::out_of_range("indices must lie in -1 ... n_latents - 1 = " + std::to_string(L - 1));
+            throw std::out_of_range(
+                "indices must lie in " + std::to_string(lowest) + " ... n_latents - 1 = " + std::to_string(L - 1));
     }
 
     int64_t entries() const { return N * k * (shared ? 1 : S); }

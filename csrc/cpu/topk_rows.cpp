@@ -4,6 +4,8 @@
 #include <immintrin.h>
 #endif
 
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "level.h"
@@ -19,6 +21,7 @@ static void select_row(const T* row, const T* next, int64_t L, int64_t k, Above<
 
 void topk_rows(Tensor indices, Tensor scores, int64_t k, int threads) {
     const int64_t N = scores.size[0], L = scores.size[1];
+    if (k < 1 || k > L) throw std::out_of_range("topk_rows: k must lie in 1 ... " + std::to_string(L));
     const int64_t rows = std::clamp<int64_t>(N / (4 * threads), 1, 16);  // of a task, which share their buffers
     with_type(scores.item_size, [&](auto type) {
         using T = sum_t<decltype(type)>;

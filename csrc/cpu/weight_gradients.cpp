@@ -1,5 +1,7 @@
 // The gradients of both weight matrices and of the latent bias, materialised: each row written once, by one task.
 #ifndef SIMD_LEVEL
+#include <stdexcept>
+
 #include "level.h"
 #include "operators.h"
 #include "parallel.h"
@@ -7,6 +9,10 @@
 #include "every_level.h"
 
 void weight_gradients(Tensor grad_W_enc, Tensor grad_W_dec, Tensor grad_latent_bias, Batch batch, int threads) {
+    const bool has_encoder = batch.x.ndim && batch.pre_bias.ndim && batch.grad_values.ndim && grad_latent_bias.ndim &&
+                             int64_t(batch.d_streams.size()) == batch.values.size[1];
+    if ((grad_W_enc.data && !has_encoder) || (grad_W_dec.data && !batch.grad_recons.ndim))
+        throw std::invalid_argument("weight_gradients: batch must hold what the gradients are made of");
     with_type((grad_W_enc.data ? batch.x : batch.grad_recons).item_size, [&](auto type) {
         AT_SIMD_LEVEL(weight_gradients<decltype(type)>(grad_W_enc, grad_W_dec, grad_latent_bias, batch, threads))
     });

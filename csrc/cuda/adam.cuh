@@ -1,15 +1,20 @@
 // Adam (Kingma & Ba, arXiv 1412.6980). Every rounding is written out, so that no kernel's compiler chooses another: a
 // step that is replayed has the bits of the step that was missed.
 #pragma once
-#include "adam_constants.h"
 #include "device.cuh"
+#include "operators.h"
 
-// Worked out in float64 and rounded once.
-__device__ inline AdamConstants constants_of(const AdamStep& step) {
-    const double rate = step.lr / (1 - pow(step.beta_1, step.step)), scale = 1 / sqrt(1 - pow(step.beta_2, step.step));
-    return {float(step.beta_1), float(step.beta_2), float(1 - step.beta_1), float(1 - step.beta_2),
-            float(step.eps),    float(rate),        float(scale),           int64_t(step.step)};
-}
+struct AdamConstants {
+    float beta_1, beta_2, rest_1, rest_2, eps;  // rest = 1 - beta
+    float rate, scale;                          // lr / (1 - beta_1^step), 1 / sqrt(1 - beta_2^step)
+    int64_t step;
+};
+
+// The constants of one step, and counters[0 ... count) = 0 for kernels that follow.
+void adam_constants(AdamConstants* constants, AdamStep step, int* counters, int count, uintptr_t stream);
+
+// Those of steps 1 ... T, each with its own (lr, beta_1, beta_2, eps) in history [T, 4].
+void adam_constants(AdamConstants* constants, const double* history, int64_t T, uintptr_t stream);
 
 // The weight after a step; moves its moments.
 __device__ inline float adam(float w, float gradient, float& m, float& v, const AdamConstants& a) {

@@ -6,7 +6,7 @@
 #include "adam.cuh"
 #include "block.cuh"
 #include "columns.cuh"
-#include "update_rows.h"
+#include "operators.h"
 
 // A thread's columns of a row and its moments.
 struct Held {

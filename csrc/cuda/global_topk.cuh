@@ -16,7 +16,7 @@
 #include <cmath>
 
 #include "formats.cuh"
-#include "global_topk.h"
+#include "operators.h"
 #include "row_part.cuh"
 #include "selection.cuh"
 

@@ -1,7 +1,5 @@
 #include "invert_indices.cuh"
 
-#include "invert_indices.h"
-
 constexpr int threads = 256;
 
 // Blocks that sum counts; there are L + 1 counts, one for latents outside.

@@ -7,6 +7,7 @@
 // block that reads all indices in order: there are few such latents, since their entries add up to n.
 #pragma once
 #include "block.cuh"
+#include "operators.h"
 
 constexpr int segment_room = 2048;
 constexpr int counts_each = 8;  // of a thread that sums them

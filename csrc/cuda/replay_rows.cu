@@ -1,5 +1,3 @@
-#include "replay_rows.h"
-
 #include "replay_rows.cuh"
 
 int64_t replay_rows_workspace(int64_t T) { return T * int64_t(sizeof(AdamConstants)); }

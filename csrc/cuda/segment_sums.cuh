@@ -11,7 +11,7 @@
 // its first entry / piece: first entries of pieces lie at least `piece` apart, so no two have one row.
 #pragma once
 #include "columns.cuh"
-#include "update_rows.h"
+#include "operators.h"
 
 // A divisor that the host knows; dividing by it is a multiplication. Exact where (number + 1) divisor <= 2^64. By 0,
 // which only empty batches have, nothing is divided.
@@ -141,29 +141,38 @@ __device__ inline void load_centre(float (&centre)[held], const IndexedBatch& ba
     for (int i = 0; i < held; ++i) centre[i] = i < columns.count ? value_at(batch.pre_bias, columns.begin + i) : 0;
 }
 
-// The whole gradient of latent l's row.
-template <class X>
-__device__ float encoder_gradient(
-    float (&sum)[held], const IndexedBatch& batch, const PieceSums& pieces, int s, const Columns& columns,
-    const float (&centre)[held], int64_t l) {
-    const int64_t begin = batch.offsets[l], end = batch.offsets[l + 1];
-#pragma unroll
-    for (int i = 0; i < held; ++i) sum[i] = 0;
-    if (!columns.of_warp) return 0;
-    float bias = encoder_sum<X>(sum, batch, s, columns, centre, begin, smaller(begin + pieces.piece, end));
-    add_pieces(sum, pieces.encoder, pieces.piece, columns, begin, end);
-    for (int64_t first = begin + pieces.piece; first < end; first += pieces.piece)
-        bias = __fadd_rn(bias, pieces.bias[pieces.piece.quotient(first) * batch.streams.count + s]);
-    return bias;
-}
+// The gradients of latents' rows, in a thread's columns.
+template <class X, class G>
+struct SummedGradients : IndexedBatch {
+    PieceSums pieces;
+    float* latent_bias;  // [S, L]: written by the way
 
-template <class G>
-__device__ void decoder_gradient(
-    float (&sum)[held], const IndexedBatch& batch, const PieceSums& pieces, const Columns& columns, int64_t l) {
-    const int64_t begin = batch.offsets[l], end = batch.offsets[l + 1];
+    __device__ bool has_entries(int64_t l) const { return offsets[l] < offsets[l + 1]; }
+
+    // What all encoder rows have in common.
+    __device__ void centre(float (&centre)[held], const Columns& columns) const { load_centre(centre, *this, columns); }
+
+    // Returns the gradient of the latent's bias.
+    __device__ float encoder(
+        float (&sum)[held], int s, const Columns& columns, const float (&centre)[held], int64_t l) const {
+        const int64_t begin = offsets[l], end = offsets[l + 1];
 #pragma unroll
-    for (int i = 0; i < held; ++i) sum[i] = 0;
-    if (!columns.of_warp) return;
-    decoder_sum<G>(sum, batch, columns, begin, smaller(begin + pieces.piece, end));
-    add_pieces(sum, pieces.decoder, pieces.piece, columns, begin, end);
-}
+        for (int i = 0; i < held; ++i) sum[i] = 0;
+        if (!columns.of_warp) return 0;
+        float bias = encoder_sum<X>(sum, *this, s, columns, centre, begin, smaller(begin + pieces.piece, end));
+        add_pieces(sum, pieces.encoder, pieces.piece, columns, begin, end);
+        for (int64_t first = begin + pieces.piece; first < end; first += pieces.piece)
+            bias = __fadd_rn(bias, pieces.bias[pieces.piece.quotient(first) * streams.count + s]);
+        if (columns.begin == streams.begin[s]) latent_bias[int64_t(s) * L + l] = bias;
+        return bias;
+    }
+
+    __device__ void decoder(float (&sum)[held], const Columns& columns, int64_t l) const {
+        const int64_t begin = offsets[l], end = offsets[l + 1];
+#pragma unroll
+        for (int i = 0; i < held; ++i) sum[i] = 0;
+        if (!columns.of_warp) return;
+        decoder_sum<G>(sum, *this, columns, begin, smaller(begin + pieces.piece, end));
+        add_pieces(sum, pieces.decoder, pieces.piece, columns, begin, end);
+    }
+};

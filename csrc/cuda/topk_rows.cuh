@@ -13,9 +13,9 @@
 // two are equal, so the order in which they were gathered does not show in the result.
 #pragma once
 #include "formats.cuh"
+#include "operators.h"
 #include "row_part.cuh"
 #include "selection.cuh"
-#include "topk_rows.h"
 
 // The shared memory of a block.
 struct TopkShared : SelectionShared {

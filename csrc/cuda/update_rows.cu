@@ -17,13 +17,19 @@ static int latents_of_tile(int L) { return larger(8, ceil_div(L, 2048)); }
 
 // How the workspace is dealt out; made from 0 it only counts.
 struct UpdateWorkspace {
+    int64_t slots;  // for sums of pieces; no latent can have more entries than a piece where there are no more in all
+    int parts;
     AdamConstants* constants;
     Counters* counters;
     Piece* pieces;
     float *encoder_pieces, *decoder_pieces, *bias_pieces, *pre_bias_parts;
     int64_t bytes;
 
-    UpdateWorkspace(void* begin, int64_t slots, int64_t parts, const Streams& streams) {
+    UpdateWorkspace(void* begin, const UpdatePlan& plan, int64_t count, int L, const Streams& streams)
+        : parts(ceil_div(L, latents_of_tile(L))) {
+        if (plan.blocks < 1 || plan.piece < 1)
+            throw std::invalid_argument("the plan needs at least one block and entry");
+        slots = count > plan.piece ? ceil_div<int64_t>(count, plan.piece) : 0;
         uintptr_t next = reinterpret_cast<uintptr_t>(begin);
         const auto take = [&](auto*& array, int64_t count) {
             array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(next);
@@ -40,71 +46,86 @@ struct UpdateWorkspace {
     }
 };
 
-// No latent can have more entries than a piece where there are no more in all.
-static int64_t slots_of(int64_t count, int piece) { return count > piece ? ceil_div<int64_t>(count, piece) : 0; }
-
 int64_t update_rows_workspace(UpdatePlan plan, int64_t count, int L, const Streams& streams) {
-    const int parts = ceil_div(L, latents_of_tile(L));
-    return UpdateWorkspace(nullptr, slots_of(count, plan.piece), parts, streams).bytes;
+    return UpdateWorkspace(nullptr, plan, count, L, streams).bytes;
 }
 
-template <class X, class G>
-static void update_all(const UpdatePlan& plan, const UpdateArguments& arguments, int64_t slots, uintptr_t stream) {
-    const Batch& batch = arguments.batch;
-    const int threads = threads_for(batch.streams);
-    if (slots) {
-        launch(
-            list_pieces_kernel, ceil_div(batch.L, 256), 256, 0, stream, arguments.pieces, arguments.counters,
-            batch.offsets, batch.L, plan.piece);
-        launch(sum_pieces_kernel<X, G>, plan.blocks, threads, 0, stream, arguments);
-    }
-    const int64_t tiles = int64_t(arguments.parts) * batch.streams.count;
-    const size_t shared_bytes = UpdateShared(SharedMemory()).bytes;
+static void work_out(const UpdateWorkspace& room, const AdamStep& step, uintptr_t stream) {
+    adam_constants(room.constants, step, &room.counters->pieces, sizeof(Counters) / sizeof(int), stream);
+}
+
+template <class Source>
+static void move_rows(
+    const UpdatePlan& plan, const UpdateWorkspace& room, const Source& gradients, bool aligned, const Rows& encoder,
+    const Rows& decoder, float* grad_pre_bias, int64_t* last_step, uintptr_t stream) {
+    const Streams& streams = gradients.streams;
+    const int D = streams.begin[streams.count];
+    const Matrix pre_bias_parts{room.pre_bias_parts, stride_of(streams), Floats::float32};
+    const UpdateArguments<Source> arguments{
+        gradients,
+        encoder,
+        decoder,
+        room.constants,
+        room.counters,
+        pre_bias_parts,
+        last_step,
+        Divisor(room.parts),
+        latents_of_tile(gradients.L),
+        aligned && encoder.aligned() && decoder.aligned(),
+    };
+    const int64_t tiles = int64_t(room.parts) * streams.count;
     launch(
-        update_rows_kernel<X, G>, smaller<int64_t>(tiles, plan.blocks), threads, shared_bytes, stream, arguments);
+        update_rows_kernel<Source>, smaller<int64_t>(tiles, plan.blocks), threads_for(streams),
+        UpdateShared(SharedMemory()).bytes, stream, arguments);
+    SharedMemory memory;
+    memory.take<float>(32 * 32);
+    launch(
+        sum_parts_kernel, ceil_div(D, 32), 1024, memory.bytes(), stream, grad_pre_bias, pre_bias_parts, room.parts, D);
 }
 
 void update_rows(
     UpdatePlan plan, float* grad_latent_bias, float* grad_pre_bias, const Rows& encoder, const Rows& decoder,
     const Batch& batch, const AdamStep& step, int64_t* last_step, void* workspace, uintptr_t stream) {
-    if (plan.blocks < 1 || plan.piece < 1)
-        throw std::invalid_argument("the plan needs at least one block and entry");
-    const int64_t slots = slots_of(batch.count, plan.piece);
-    const int latents = latents_of_tile(batch.L), parts = ceil_div(batch.L, latents);
-    const int D = batch.streams.begin[batch.streams.count];
-    const UpdateWorkspace room(workspace, slots, parts, batch.streams);
+    const UpdateWorkspace room(workspace, plan, batch.count, batch.L, batch.streams);
+    work_out(room, step, stream);
     const auto matrix = [&](float* data) { return Matrix{data, stride_of(batch.streams), Floats::float32}; };
-    const bool aligned = encoder.aligned() && decoder.aligned() && batch.x.aligned() && batch.grad_recons.aligned();
-    const UpdateArguments arguments{
-        encoder,
-        decoder,
-        IndexedBatch(batch),
-        {matrix(room.encoder_pieces), matrix(room.decoder_pieces), room.bias_pieces, Divisor(plan.piece)},
-        room.pieces,
-        room.counters,
-        room.constants,
-        matrix(room.pre_bias_parts),
-        grad_latent_bias,
-        last_step,
-        Divisor(parts),
-        latents,
-        aligned,
+    const PieceSums pieces{
+        matrix(room.encoder_pieces), matrix(room.decoder_pieces), room.bias_pieces, Divisor(plan.piece)};
+    const bool aligned = batch.x.aligned() && batch.grad_recons.aligned();
+    const auto update = [&](auto x, auto g) {
+        using X = decltype(x);
+        using G = decltype(g);
+        const SummedGradients<X, G> gradients{IndexedBatch(batch), pieces, grad_latent_bias};
+        if (room.slots) {
+            launch(
+                list_pieces_kernel, ceil_div(batch.L, 256), 256, 0, stream, room.pieces, room.counters, batch.offsets,
+                batch.L, plan.piece);
+            launch(
+                sum_pieces_kernel<X, G>, plan.blocks, threads_for(batch.streams), 0, stream, gradients, room.pieces,
+                room.counters, aligned);
+        }
+        move_rows(plan, room, gradients, aligned, encoder, decoder, grad_pre_bias, last_step, stream);
     };
-    adam_constants(room.constants, step, &room.counters->pieces, sizeof(Counters) / sizeof(int), stream);
     const Floats x = batch.x.type, grad_recons = batch.grad_recons.type;
     if (x == Floats::float16 && grad_recons == Floats::float32)
-        update_all<Float16, Float32>(plan, arguments, slots, stream);
+        update(Float16(), Float32());
     else if (x != grad_recons)
         throw std::invalid_argument("no kernel for x and grad_recons of these types");
     else if (x == Floats::float32)
-        update_all<Float32, Float32>(plan, arguments, slots, stream);
+        update(Float32(), Float32());
     else if (x == Floats::bfloat16)
-        update_all<BFloat16, BFloat16>(plan, arguments, slots, stream);
+        update(BFloat16(), BFloat16());
     else
-        update_all<Float16, Float16>(plan, arguments, slots, stream);
-    SharedMemory memory;
-    memory.take<float>(32 * 32);
-    launch(
-        sum_parts_kernel, ceil_div(D, 32), 1024, memory.bytes(), stream, grad_pre_bias, arguments.pre_bias_parts, parts,
-        D);
+        update(Float16(), Float16());
+}
+
+void step_rows(
+    UpdatePlan plan, float* grad_pre_bias, const Rows& encoder, const Rows& decoder, const Gradients& gradients,
+    const AdamStep& step, int64_t* last_step, void* workspace, uintptr_t stream) {
+    const UpdateWorkspace room(workspace, plan, 0, gradients.L, gradients.streams);
+    work_out(room, step, stream);
+    GivenGradients given{gradients};
+    if (!last_step) given.used = nullptr;  // every row is moved, by whatever its gradient is
+    const bool aligned = gradients.W_enc.aligned() && gradients.W_dec.aligned();
+    move_rows(plan, room, given, aligned, encoder, decoder, grad_pre_bias, last_step, stream);
 }

@@ -1,4 +1,5 @@
-// Gradient, projection, Adam and unit norm of every latent's rows in one pass; no gradient reaches memory.
+// Gradient, projection, Adam and unit norm of every latent's rows in one pass; no gradient reaches memory, unless it
+// comes from there: step_rows reads what update_rows sums.
 //
 // A tile is a run of latents in one stream: all tiles of a stream, then all of the next, so that the columns of x and
 // grad_recons that are gathered stay in the L2 cache, while weights and moments stream by. A block takes a tile, then
@@ -19,15 +20,32 @@ struct Counters {
     int pieces, next_tile;
 };
 
+// What `SummedGradients` is, where gradients are given. The next row is on its way while this one is moved.
+struct GivenGradients : Gradients {
+    __device__ bool has_entries(int64_t l) const { return !used || used[l]; }
+
+    __device__ void centre(float (&)[held], const Columns&) const {}
+
+    __device__ float encoder(
+        float (&gradient)[held], int s, const Columns& columns, const float (&)[held], int64_t l) const {
+        if (l + 1 < L) prefetch(W_enc, l + 1, columns);
+        load(gradient, W_enc, l, columns);
+        return latent_bias[int64_t(s) * L + l];
+    }
+
+    __device__ void decoder(float (&gradient)[held], const Columns& columns, int64_t l) const {
+        if (l + 1 < L) prefetch(W_dec, l + 1, columns);
+        load(gradient, W_dec, l, columns);
+    }
+};
+
+template <class Source>
 struct UpdateArguments {
+    Source gradients;
     Rows encoder, decoder;
-    IndexedBatch batch;
-    PieceSums sums;
-    Piece* pieces;
-    Counters* counters;
     const AdamConstants* constants;
+    Counters* counters;
     Matrix pre_bias_parts;  // [parts, D]: -grad_pre_bias of the latents of a tile
-    float* grad_latent_bias;
     int64_t* last_step;
     Divisor parts;  // tiles of a stream
     int latents;    // of a tile
@@ -58,44 +76,45 @@ __global__ void __launch_bounds__(256) list_pieces_kernel(
 
 // A block does a piece of one stream, then another.
 template <class X, class G>
-__global__ void __launch_bounds__(most_threads, 1) sum_pieces_kernel(UpdateArguments a) {
-    const int many = a.counters->pieces, S = a.batch.streams.count;
+__global__ void __launch_bounds__(most_threads, 1) sum_pieces_kernel(
+    SummedGradients<X, G> gradients, const Piece* pieces, const Counters* counters, bool aligned) {
+    const PieceSums& sums = gradients.pieces;
+    const int many = counters->pieces, S = gradients.streams.count;
     int64_t i = blockIdx.x;  // of the pieces of all streams; from the first of this one
     for (int s = 0; s < S; ++s, i -= many) {
-        const Stream stream(a.batch.streams, s, a.aligned);
+        const Stream stream(gradients.streams, s, aligned);
         for (; i < many; i += gridDim.x) {
-            const Piece piece = a.pieces[i];
-            const int64_t slot = a.sums.piece.quotient(piece.begin);
+            const Piece piece = pieces[i];
+            const int64_t slot = sums.piece.quotient(piece.begin);
             for (int first = stream.begin; first < stream.end; first += stream.step()) {
                 const Columns columns(stream, first);
                 if (!columns.of_warp) continue;
                 float centre[held], encoder[held] = {}, decoder[held] = {};
-                load_centre(centre, a.batch, columns);
-                const float bias = encoder_sum<X>(encoder, a.batch, s, columns, centre, piece.begin, piece.end);
-                store(encoder, a.sums.encoder, slot, columns);
-                if (columns.begin == stream.begin) a.sums.bias[slot * S + s] = bias;
-                decoder_sum<G>(decoder, a.batch, columns, piece.begin, piece.end);
-                store(decoder, a.sums.decoder, slot, columns);
+                gradients.centre(centre, columns);
+                const float bias = encoder_sum<X>(encoder, gradients, s, columns, centre, piece.begin, piece.end);
+                store(encoder, sums.encoder, slot, columns);
+                if (columns.begin == stream.begin) sums.bias[slot * S + s] = bias;
+                decoder_sum<G>(decoder, gradients, columns, piece.begin, piece.end);
+                store(decoder, sums.decoder, slot, columns);
             }
         }
     }
 }
 
 // The encoder rows of latents first_latent ... last_latent - 1, of which this is part `part`.
-template <class X>
+template <class Source>
 __device__ void update_encoder(
-    const UpdateArguments& a, int s, const Stream& stream, int part, int first_latent, int last_latent) {
+    const UpdateArguments<Source>& a, int s, const Stream& stream, int part, int first_latent, int last_latent) {
     for (int first = stream.begin; first < stream.end; first += stream.step()) {
         const Columns columns(stream, first);
         float centre[held], of_pre_bias[held] = {};
-        load_centre(centre, a.batch, columns);
+        a.gradients.centre(centre, columns);
         for (int l = first_latent; l < last_latent; ++l) {
             Held row;
             float gradient[held];
-            // the next row is on its way while this one's gradient is summed
+            // the next row is on its way meanwhile
             if (l + 1 < last_latent) prefetch(a.encoder, l + 1, columns);
-            const float bias = encoder_gradient<X>(gradient, a.batch, a.sums, s, columns, centre, l);
-            if (columns.begin == stream.begin) a.grad_latent_bias[int64_t(s) * a.batch.L + l] = bias;
+            const float bias = a.gradients.encoder(gradient, s, columns, centre, l);
             load(row, a.encoder, l, columns);
 #pragma unroll
             for (int i = 0; i < held; ++i) {
@@ -110,10 +129,10 @@ __device__ void update_encoder(
 }
 
 // Latent l's decoder row. A row without an entry has no gradient, and takes the step that replay_rows takes.
-template <class G>
+template <class Source>
 __device__ void update_decoder(
-    const UpdateArguments& a, const Stream& stream, int l, bool is_last, BlockSums& sums) {
-    const bool has_entries = a.batch.offsets[l] < a.batch.offsets[l + 1];
+    const UpdateArguments<Source>& a, const Stream& stream, int l, bool is_last, BlockSums& sums) {
+    const bool has_entries = a.gradients.has_entries(l);
     if (a.last_step) {
         if (!has_entries) return;
         if (stream.begin == 0 && threadIdx.x == 0) a.last_step[l] = a.constants->step;
@@ -123,7 +142,7 @@ __device__ void update_decoder(
         const Columns columns(stream, stream.begin);
         Held row;
         if (!is_last) prefetch(a.decoder, l + 1, columns);
-        decoder_gradient<G>(gradient, a.batch, a.sums, columns, l);
+        a.gradients.decoder(gradient, columns, l);
         load(row, a.decoder, l, columns);
         if (has_entries) {
             multiply(products, gradient, row.w);
@@ -134,31 +153,31 @@ __device__ void update_decoder(
         store_copy(row.w, a.decoder.copy, l, columns);
         return;
     }
-    // too wide: the gradient is summed twice
+    // too wide: the gradient is summed or read twice
     for (int first = stream.begin; first < stream.end && has_entries; first += stream.step()) {
         const Columns columns(stream, first);
         float w[held];
-        decoder_gradient<G>(gradient, a.batch, a.sums, columns, l);
+        a.gradients.decoder(gradient, columns, l);
         load(w, a.decoder.weights, l, columns);
         multiply(products, gradient, w);
     }
     const float along = has_entries ? along_of(products, sums) : 0;
     const auto gradient_at = [&](float (&gradient)[held], const Columns& columns) {
-        decoder_gradient<G>(gradient, a.batch, a.sums, columns, l);
+        a.gradients.decoder(gradient, columns, l);
     };
     step_in_memory(a.decoder, l, stream, *a.constants, along, sums, gradient_at);
 }
 
-template <class X, class G>
-__global__ void __launch_bounds__(most_threads, 1) update_rows_kernel(UpdateArguments a) {
+template <class Source>
+__global__ void __launch_bounds__(most_threads, 1) update_rows_kernel(UpdateArguments<Source> a) {
     const UpdateShared shared{SharedMemory(shared_memory())};
     BlockSums sums(shared.of_warps);
-    for (int tile = blockIdx.x; tile < a.parts * a.batch.streams.count; tile = *shared.tile) {
+    for (int tile = blockIdx.x; tile < a.parts * a.gradients.streams.count; tile = *shared.tile) {
         const int s = int(a.parts.quotient(tile)), part = tile - s * a.parts;
-        const int first = part * a.latents, last = smaller(first + a.latents, a.batch.L);
-        const Stream stream(a.batch.streams, s, a.aligned);
-        update_encoder<X>(a, s, stream, part, first, last);
-        for (int l = first; l < last; ++l) update_decoder<G>(a, stream, l, l + 1 == last, sums);
+        const int first = part * a.latents, last = smaller(first + a.latents, a.gradients.L);
+        const Stream stream(a.gradients.streams, s, a.aligned);
+        update_encoder(a, s, stream, part, first, last);
+        for (int l = first; l < last; ++l) update_decoder(a, stream, l, l + 1 == last, sums);
         __syncthreads();  // all have read the number of this tile
         if (threadIdx.x == 0) *shared.tile = int(gridDim.x) + atomicAdd(&a.counters->next_tile, 1);
         __syncthreads();

@@ -54,7 +54,7 @@ def name_latents(codes: Codes, labels: Tensor, concepts: Sequence[str], n_latent
     fired = torch.stack([firing_counts(code, n_latents) for code in codes.values()]).float()
     per_concept = labels.sum(dim=0).float()
     best = fired.new_zeros(n_latents)
-    concept = torch.full((n_latents,), -1, device=labels.device)
+    concept = torch.full((n_latents,), -1, dtype=torch.int64, device=labels.device)
     hits = torch.zeros_like(fired)
     pooled = fired.sum(dim=0)
     for start, counts in label_counts(codes, labels, n_latents):
@@ -109,10 +109,10 @@ def top_samples(codes: Codes, n_latents: int, n: int, latents: Tensor | None = N
         raise ValueError(f"latents must be distinct latents [M], got {latents.tolist()}")
     if len(latents) and (latents.min() < 0 or latents.max() >= n_latents):
         raise ValueError(f"latents must be in [0, n_latents={n_latents}), got {latents.tolist()}")
-    row = torch.full((n_latents,), -1, device=device)
+    row = torch.full((n_latents,), -1, dtype=torch.int64, device=device)
     row[latents] = torch.arange(len(latents), device=device)
-    samples = torch.full((len(codes), len(latents), n), -1, device=device)
-    values = torch.zeros(samples.shape, device=device)
+    samples = torch.full((len(codes), len(latents), n), -1, dtype=torch.int64, device=device)
+    values = torch.zeros(samples.shape, dtype=torch.float32, device=device)
     for s, code in enumerate(codes.values()):
         fired, latent, value = firings(code)
         wanted = row[latent] >= 0

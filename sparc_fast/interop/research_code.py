@@ -209,7 +209,7 @@ class MultiStreamSparseAutoencoder(nn.Module):
             self._add_codes(outputs, stream, inputs[stream], masks[stream])
         self._add_support(outputs, inputs, supports)
         self._add_recons(outputs)
-        active = torch.tensor(float(self.k), device=supports[stream].device)
+        active = torch.tensor(float(self.k), dtype=torch.float32, device=supports[stream].device)
         outputs.update(dict.fromkeys(self._active_keys, active))
         return outputs
 
@@ -266,7 +266,7 @@ class MultiStreamSparseAutoencoder(nn.Module):
 
     @staticmethod
     def _add_part(losses: dict[str, Tensor], name: str, parts: list[Tensor], coef: float, like: Tensor) -> Tensor:
-        losses[name] = _mean(parts) if parts else torch.zeros((), device=like.device)
+        losses[name] = _mean(parts) if parts else torch.zeros((), dtype=like.dtype, device=like.device)
         losses[f"{name}_scaled"] = losses[name] * coef
         return losses[f"{name}_scaled"]
 
@@ -396,7 +396,7 @@ class MultiStreamSparseAutoencoder(nn.Module):
     @torch.no_grad()
     def _ranked(self, inputs: Mapping[str, Tensor], streams: Sequence[str], support: Tensor) -> Tensor:
         """The support, int64, by descending pre-activation summed over streams."""
-        score = torch.zeros((), device=support.device)
+        score = torch.zeros((), dtype=torch.float32, device=support.device)
         for stream in streams:
             x, (W_enc, pre_bias, latent_bias) = inputs[stream], self._encoder(stream)
             for sign in (1, -1):  # h = relu(h) - relu(-h)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.ops import reference
-from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
 
 class Backend(Protocol):
@@ -87,21 +87,11 @@ class Backend(Protocol):
         d_streams: Sequence[int],
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def update_rows(self, rows: Rows, batch: Samples, settings: AdamStep) -> tuple[Tensor, Tensor]: ...
+    def update_rows(self, rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]: ...
 
-    def step_rows(self, rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor: ...
+    def step_rows(self, rows: Rows, gradients: Gradients, adam: AdamStep) -> Tensor: ...
 
-    def replay_rows(
-        self,
-        W_dec: Tensor,
-        moments: Sequence[Tensor],
-        latents: Tensor,
-        last_step: Tensor,
-        history: Tensor,
-        d_streams: Sequence[int],
-        copy: Tensor | None = None,
-        seed: int | None = None,
-    ) -> None: ...
+    def replay_rows(self, rows: DecoderRows, latents: Tensor, history: Tensor, seed: int | None = None) -> None: ...
 
     def count_silence(self, silence: Tensor, values: Tensor, indices: Tensor) -> None: ...
 

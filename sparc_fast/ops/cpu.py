@@ -18,7 +18,7 @@ from sparc_fast.ops import reference
 from sparc_fast.ops.cpu_topk import dense_rows, global_topk, support_scores, topk_rows
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import gradient_dtype, wide
-from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
 __all__ = [
     "count_silence",
@@ -148,23 +148,23 @@ def weight_gradients(
     return grad_W_enc, grad_W_dec, grad_latent_bias
 
 
-def update_rows(rows: Rows, batch: Samples, settings: AdamStep) -> tuple[Tensor, Tensor]:
-    operands = _batch(*batch)
-    if not _moves(rows, operands[1].dtype, settings):
-        return reference.update_rows(rows, batch, settings)
-    grad_latent_bias = _sums(batch.x, len(rows.d_streams), len(rows.W_enc))
-    grad_pre_bias = _sums(batch.x, batch.x.shape[1])
+def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
+    operands = _batch(*samples)
+    if not _are_compiled(rows[:2], rows.moments, operands[1].dtype, adam.seed):
+        return reference.update_rows(rows, samples, adam)
+    grad_latent_bias = _sums(samples.x, len(rows.d_streams), len(rows.W_enc))
+    grad_pre_bias = _sums(samples.x, samples.x.shape[1])
     with _in_place(rows) as (updated, copies):
         _cpu.update_rows(
             grad_latent_bias, grad_pre_bias, *updated, copies, rows.last_step, _cpu.Batch(*operands, rows.d_streams),
-            _adam(rows, settings), torch.get_num_threads(),
+            _adam(rows, adam), torch.get_num_threads(),
         )  # fmt: skip
     return grad_latent_bias, grad_pre_bias
 
 
-def step_rows(rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor:
-    if not _moves(rows, gradients.W_enc.dtype, settings):
-        return reference.step_rows(rows, gradients, settings)
+def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> Tensor:
+    if not _are_compiled(rows[:2], rows.moments, gradients.W_enc.dtype, adam.seed):
+        return reference.step_rows(rows, gradients, adam)
     grad_W_enc, grad_W_dec = (dense_rows(gradient) for gradient in gradients[:2])
     # it is written back as it is
     operands = grad_W_enc, grad_W_dec, gradients.latent_bias.contiguous(), gradients.used.contiguous()
@@ -172,21 +172,25 @@ def step_rows(rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor:
     with _in_place(rows) as (updated, copies):
         _cpu.step_rows(
             grad_pre_bias, *updated, copies, rows.last_step, _cpu.Gradients(*operands, rows.d_streams),
-            _adam(rows, settings), torch.get_num_threads(),
+            _adam(rows, adam), torch.get_num_threads(),
         )  # fmt: skip
     return grad_pre_bias
 
 
-def _moves(rows: Rows, sums: torch.dtype, settings: AdamStep) -> bool:
-    """Whether the compiled operators move such rows, by gradients of this type."""
-    updated = [rows.W_enc, rows.W_dec, *rows.moments]
-    rounded = reference.rounding_seed(rows.W_enc, rows.moments, settings.seed) is not None
-    exact = updated[:2] if rounded else updated
-    return all(tensor.dtype == sums for tensor in exact) and all(tensor.stride(1) == 1 for tensor in updated)
+def _are_compiled(weights: Sequence[Tensor], moments: Sequence[Tensor], sums: torch.dtype, seed: int | None) -> bool:
+    """Whether the compiled operators move such rows, by sums of this type."""
+    rounded = reference.rounding_seed(weights[0], moments, seed) is not None
+    exact = weights if rounded else [*weights, *moments]
+    updated = [*weights, *moments]
+    return (
+        sums in (torch.float32, torch.float64)
+        and all(tensor.dtype == sums for tensor in exact)
+        and all(tensor.stride(1) == 1 for tensor in updated)
+    )
 
 
-def _adam(rows: Rows, settings: AdamStep) -> Any:
-    lr, betas, eps, step, seed = settings
+def _adam(rows: Rows, adam: AdamStep) -> Any:
+    lr, betas, eps, step, seed = adam
     rounding = reference.rounding_seed(rows.W_enc, rows.moments, seed)
     return _cpu.AdamStep(float(lr), *betas, eps, int(step), _unsigned(rounding))
 
@@ -203,20 +207,14 @@ def _in_place(rows: Rows) -> Iterator[tuple[tuple[Any, ...], list[Tensor | None]
     torch.autograd.graph.increment_version([rows.W_enc, rows.W_dec, *rows.moments, *copies])
 
 
-def replay_rows(
-    W_dec: Tensor,
-    moments: Sequence[Tensor],
-    latents: Tensor,
-    last_step: Tensor,
-    history: Tensor,
-    d_streams: Sequence[int],
-    copy: Tensor | None = None,
-    seed: int | None = None,
-) -> None:
-    latents = latents.contiguous()
+def replay_rows(rows: DecoderRows, latents: Tensor, history: Tensor, seed: int | None = None) -> None:
+    W_dec, moments, d_streams, last_step, copy = rows
+    if not _are_compiled((W_dec,), moments, W_dec.dtype, seed):
+        reference.replay_rows(rows, latents, history, seed)
+        return
+    latents, steps = latents.contiguous(), history.contiguous()
     rounding = _unsigned(reference.rounding_seed(W_dec, moments, seed))
     narrow = _bfloat16(copy) if copy is not None else None
-    steps = history.contiguous()
     _cpu.replay_rows(W_dec, moments, narrow, latents, last_step, steps, d_streams, rounding, torch.get_num_threads())
     if copy is not None and narrow is None:
         copy[latents] = W_dec[latents].to(copy.dtype)

@@ -97,7 +97,7 @@ def _screened(x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype) ->
 
 def _measured(w: Tensor, dtype: torch.dtype, room: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """w in this dtype, and upper bounds of its rows' norms and of what the conversion took from them."""
-    norm, residual = torch.empty(2, len(w), device="cpu").unbind()
+    norm, residual = torch.empty(2, len(w), dtype=torch.float32, device="cpu").unbind()
     copy = None
     if dtype != w.dtype:
         copy = torch.empty(w.shape, dtype=dtype, device="cpu") if room is None else room[: len(w)]

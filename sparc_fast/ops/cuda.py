@@ -29,7 +29,7 @@ from sparc_fast.kernels import (
     support_values_grad_x,
     weight_gradients,
 )
-from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples, step_as_samples
+from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
 OWN = ("global_topk", "invert_indices", "replay_rows", "step_rows", "topk_rows", "update_rows")
 __all__ = [
@@ -141,80 +141,86 @@ def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     return offsets, entries
 
 
-def update_rows(rows: Rows, batch: Samples, settings: AdamStep) -> tuple[Tensor, Tensor]:
-    W_enc, W_dec, moments, d_streams, copies, last_step = rows
-    x, pre_bias, values, grad_values, grad_recons, offsets, entries = batch
-    (N, S, k), L, device = values.shape, len(W_enc), x.device
-    if not _moves(W_dec, moments, d_streams) or x.dtype not in _FLOATS or N * S >= 2**32:
-        grads: tuple[Tensor, Tensor] = _in_triton("update_rows", rows, batch, settings)
+def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
+    x, pre_bias, values, grad_values, grad_recons, offsets, entries = samples
+    (N, S, k), L, device = values.shape, len(rows.W_enc), x.device
+    if not _moves(rows.W_dec, rows.moments, rows.d_streams) or x.dtype not in _FLOATS or N * S >= 2**32:
+        grads: tuple[Tensor, Tensor] = _in_triton("update_rows", rows, samples, adam)
         return grads
     if x.dtype != grad_recons.dtype and (x.dtype, grad_recons.dtype) != (torch.float16, torch.float32):
         x, grad_recons = x.float(), grad_recons.float()
     operands = [_dense(x), _dense(grad_recons.flatten(0, 1))]
     operands += [tensor.detach().contiguous() for tensor in (pre_bias, values, grad_values)]
     offsets, entries = offsets.contiguous(), entries.contiguous()
-    streams, per_stream = _cuda.Streams([int(d) for d in d_streams]), len(entries) != N * k
-    samples = _cuda.Batch(
-        *map(_matrix, operands), offsets.data_ptr(), entries.data_ptr(), len(entries), L, k, per_stream, streams
+    streams, count = _streams(rows), len(entries)
+    batch = _cuda.Batch(
+        *map(_matrix, operands), offsets.data_ptr(), entries.data_ptr(), count, L, k, count != N * k, streams
     )
-    (rate, rate_there), (count, count_there) = _number(settings.lr, device), _number(settings.step, device)
-    adam = _cuda.AdamStep(rate, *settings.betas, settings.eps, count, _address(rate_there), _address(count_there))
-    plan = _cuda.UpdatePlan(streams, per_stream, _multiprocessors(device))
-    workspace = _bytes(_cuda.update_rows_workspace(plan, len(entries), L, streams), device)
+    plan = _cuda.UpdatePlan(streams, count != N * k, _multiprocessors(device))
     grad_latent_bias = torch.empty(S, L, dtype=torch.float32, device=device)
     grad_pre_bias = torch.empty(x.shape[1], dtype=torch.float32, device=device)
-    W_enc_copy, W_dec_copy = copies if copies is not None else (None, None)
-    with (
-        _in_place(W_enc, *moments[:2], W_enc_copy) as encoder,
-        _in_place(W_dec, *moments[2:], W_dec_copy) as decoder,
-        _on(device),
-    ):
-        _cuda.update_rows(
-            plan, grad_latent_bias.data_ptr(), grad_pre_bias.data_ptr(), encoder, decoder, samples, adam,
-            _address(last_step), workspace.data_ptr(), _stream(device),
-        )  # fmt: skip
-    if last_step is not None:
-        torch.autograd.graph.increment_version([last_step])
+    with _moving(rows, adam, plan, count) as moved:
+        _cuda.update_rows(plan, grad_latent_bias.data_ptr(), grad_pre_bias.data_ptr(), *moved[:2], batch, *moved[2:])
     return grad_latent_bias, grad_pre_bias
 
 
-def step_rows(rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor:
+def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> Tensor:
     if not _moves(rows.W_dec, rows.moments, rows.d_streams):
-        grad_pre_bias: Tensor = _in_triton("step_rows", rows, gradients, settings)
+        grad_pre_bias: Tensor = _in_triton("step_rows", rows, gradients, adam)
         return grad_pre_bias
-    return step_as_samples(
-        lambda some, batch, settings, _: update_rows(some, batch, settings), rows, gradients, settings
-    )
+    dense = [_dense(gradient.float()) for gradient in gradients[:2]]
+    bias, used = gradients.latent_bias.float().contiguous(), gradients.used.contiguous()
+    streams, L = _streams(rows), len(rows.W_enc)
+    given = _cuda.Gradients(*map(_matrix, dense), bias.data_ptr(), used.data_ptr(), L, streams)
+    plan = _cuda.UpdatePlan(streams, False, _multiprocessors(used.device))
+    grad_pre_bias = torch.empty(dense[0].shape[1], dtype=torch.float32, device=used.device)
+    with _moving(rows, adam, plan, 0) as moved:
+        _cuda.step_rows(plan, grad_pre_bias.data_ptr(), *moved[:2], given, *moved[2:])
+    return grad_pre_bias
 
 
-def replay_rows(
-    W_dec: Tensor,
-    moments: Sequence[Tensor],
-    latents: Tensor,
-    last_step: Tensor,
-    history: Tensor,
-    d_streams: Sequence[int],
-    copy: Tensor | None = None,
-    seed: int | None = None,
-) -> None:
+@contextmanager
+def _moving(rows: Rows, adam: AdamStep, plan: Any, count: int) -> Iterator[tuple[Any, ...]]:
+    """(encoder, decoder, step, last_step, workspace, stream) of a step by `count` entries."""
+    device = rows.W_enc.device
+    (rate, rate_there), (number, number_there) = _number(adam.lr, device), _number(adam.step, device)
+    step = _cuda.AdamStep(rate, *adam.betas, adam.eps, number, _address(rate_there), _address(number_there))
+    workspace = _bytes(_cuda.update_rows_workspace(plan, count, len(rows.W_enc), _streams(rows)), device)
+    of_encoder, of_decoder = rows.copies or (None, None)
+    with (
+        _in_place(rows.W_enc, *rows.moments[:2], of_encoder) as encoder,
+        _in_place(rows.W_dec, *rows.moments[2:], of_decoder) as decoder,
+        _on(device),
+    ):
+        yield encoder, decoder, step, _address(rows.last_step), workspace.data_ptr(), _stream(device)
+    if rows.last_step is not None:
+        torch.autograd.graph.increment_version([rows.last_step])
+
+
+def replay_rows(rows: DecoderRows, latents: Tensor, history: Tensor, seed: int | None = None) -> None:
+    W_dec, moments, d_streams, last_step, copy = rows
     T, device = len(history), W_dec.device
     if not _moves(W_dec, moments, d_streams):
-        _in_triton("replay_rows", W_dec, moments, latents, last_step, history, d_streams, copy, seed)
+        _in_triton("replay_rows", rows, latents, history, seed)
         return
     latents, history = latents.contiguous(), history.contiguous()
     workspace = _bytes(_cuda.replay_rows_workspace(T), device)
     with _in_place(W_dec, *moments, copy) as decoder, _on(device):
         _cuda.replay_rows(
             decoder, latents.data_ptr(), len(latents), len(W_dec), last_step.data_ptr(), history.data_ptr(), T,
-            _cuda.Streams([int(d) for d in d_streams]), workspace.data_ptr(), _stream(device),
+            _streams(rows), workspace.data_ptr(), _stream(device),
         )  # fmt: skip
     torch.autograd.graph.increment_version([last_step])
 
 
 def _moves(W_dec: Tensor, moments: Sequence[Tensor], d_streams: Sequence[int]) -> bool:
-    """Whether the kernels move such rows. One answer for both operators: a missed step must be replayed bit for bit."""
+    """Whether the kernels move such rows. One answer for every operator: a missed step must be replayed bit for bit."""
     fits = len(d_streams) <= _cuda.most_streams and len(W_dec) * len(d_streams) < 2**31
     return fits and {W_dec.dtype, *(m.dtype for m in moments)} == {torch.float32}
+
+
+def _streams(rows: Rows | DecoderRows) -> Any:
+    return _cuda.Streams([int(d) for d in rows.d_streams])
 
 
 def _dense(x: Tensor) -> Tensor:

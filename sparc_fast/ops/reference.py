@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
-from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
 
 def global_topk(
@@ -268,17 +268,17 @@ def weight_gradients(
     return grad_W_enc, decoder_gradients(values, grad_recons, offsets, entries), grad_latent_bias
 
 
-def update_rows(rows: Rows, batch: Samples, settings: AdamStep) -> tuple[Tensor, Tensor]:
+def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
     """One training step of every latent's rows, in place: `step_rows` with the gradients of a batch.
 
     Returns grad_latent_bias [S, L], and grad_pre_bias as `step_rows` does.
     """
-    grad_W_enc, grad_W_dec, grad_latent_bias = weight_gradients(*batch, rows.d_streams)
-    gradients = Gradients(grad_W_enc, grad_W_dec, grad_latent_bias, batch.offsets.diff() > 0)
-    return grad_latent_bias, step_rows(rows, gradients, settings)
+    grad_W_enc, grad_W_dec, grad_latent_bias = weight_gradients(*samples, rows.d_streams)
+    gradients = Gradients(grad_W_enc, grad_W_dec, grad_latent_bias, samples.offsets.diff() > 0)
+    return grad_latent_bias, step_rows(rows, gradients, adam)
 
 
-def step_rows(rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor:
+def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> Tensor:
     """One training step of every latent's rows, in place, with the gradients given.
 
     Per latent and stream  g -= <g, w> w / <w, w>  on the decoder (so that the norm of w does not change to first
@@ -293,11 +293,11 @@ def step_rows(rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor:
     as it was before the step.
     """
     W_enc, W_dec, moments, d_streams, copies, last_step = rows
-    lr, betas, eps, step, _ = settings
-    seed = rounding_seed(W_enc, moments, settings.seed)
+    lr, betas, eps, step, _ = adam
+    seed = rounding_seed(W_enc, moments, adam.seed)
     grad_pre_bias = pre_bias_gradient(gradients.latent_bias, W_enc, d_streams)
     noise = _noise_of_rows(seed, step, 0, W_enc, slice(None))
-    adam(W_enc, gradients.W_enc, moments[0], moments[1], lr, betas, eps, step, noise)
+    apply_adam(W_enc, gradients.W_enc, moments[0], moments[1], lr, betas, eps, step, noise)
     moved: slice | Tensor = slice(None)
     if last_step is not None:
         moved = gradients.used.nonzero()[:, 0]
@@ -309,16 +309,7 @@ def step_rows(rows: Rows, gradients: Gradients, settings: AdamStep) -> Tensor:
     return grad_pre_bias
 
 
-def replay_rows(
-    W_dec: Tensor,
-    moments: Sequence[Tensor],
-    latents: Tensor,
-    last_step: Tensor,
-    history: Tensor,
-    d_streams: Sequence[int],
-    copy: Tensor | None = None,
-    seed: int | None = None,
-) -> None:
+def replay_rows(rows: DecoderRows, latents: Tensor, history: Tensor, seed: int | None = None) -> None:
     """Take decoder rows that `update_rows` left behind through the steps they missed, in place.
 
     ``latents`` are int64 [R], each once; ``history`` is float64 [T, 4], (lr, beta_1, beta_2, eps) of steps 1 ... T.
@@ -326,12 +317,13 @@ def replay_rows(
     moments still decay and move it. Bit for bit what `update_rows` without ``last_step`` would have done, with the
     same ``seed`` where moments are bfloat16.
     """
+    W_dec, moments, d_streams, last_step, copy = rows
     seed = rounding_seed(W_dec, moments, seed)
     since = last_step[latents]
     for step in range(int(since.min()) + 1 if len(latents) else len(history), len(history) + 1):
         lr, beta_1, beta_2, eps = history[step - 1].tolist()
-        rows = latents[since < step]
-        _step_decoder(W_dec, torch.zeros_like(W_dec), moments, rows, d_streams, lr, (beta_1, beta_2), eps, step, seed)
+        late, none = latents[since < step], torch.zeros_like(W_dec)
+        _step_decoder(W_dec, none, moments, late, d_streams, lr, (beta_1, beta_2), eps, step, seed)
     last_step[latents] = len(history)
     if copy is not None:
         copy[latents] = W_dec[latents].to(copy.dtype)
@@ -349,9 +341,10 @@ def _step_decoder(
     step: int | Tensor,
     seed: int | None,
 ) -> None:
-    w, g, m, v = (tensor[rows] for tensor in (W_dec, grad, *moments))
+    w, m, v = (tensor[rows] for tensor in (W_dec, *moments))
+    g = grad[rows].clone()  # somebody else's
     project_gradients(g, w, d_streams)
-    adam(w, g, m, v, lr, betas, eps, step, _noise_of_rows(seed, step, 1, W_dec, rows))
+    apply_adam(w, g, m, v, lr, betas, eps, step, _noise_of_rows(seed, step, 1, W_dec, rows))
     normalize_rows(w, d_streams)
     for tensor, moved in zip((W_dec, *moments), (w, m, v), strict=True):
         tensor[rows] = moved
@@ -363,7 +356,7 @@ def pre_bias_gradient(grad_latent_bias: Tensor, W_enc: Tensor, d_streams: Sequen
     return -torch.cat(parts)
 
 
-def adam(
+def apply_adam(
     w: Tensor,
     grad: Tensor,
     m: Tensor,

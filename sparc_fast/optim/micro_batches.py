@@ -26,9 +26,9 @@ class OneBatch(NamedTuple):
     grad_pre_bias: Tensor
     """The decoder's part, of all streams, [D]."""
 
-    def update(self, rows: Rows, settings: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
+    def update(self, rows: Rows, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """A step of the rows by this batch; returns what a backend's `update_rows` does."""
-        return backend.update_rows(rows, self.samples, settings)
+        return backend.update_rows(rows, self.samples, adam)
 
     def count_silence(self, silence: Tensor, backend: Backend) -> None:
         backend.count_silence(silence, self.values, self.support)
@@ -59,10 +59,10 @@ class MicroBatches:
         part.count_silence(self._silence, self.backend)
         self._used |= part.samples.offsets.diff() > 0
 
-    def update(self, rows: Rows, settings: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
+    def update(self, rows: Rows, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """As `OneBatch.update`."""
         assert self._gradients is not None
-        return self._gradients[2], backend.step_rows(rows, Gradients(*self._gradients, self._used), settings)
+        return self._gradients[2], backend.step_rows(rows, Gradients(*self._gradients, self._used), adam)
 
     def count_silence(self, silence: Tensor, backend: Backend) -> None:
         """As over one batch: a latent that fired in any part becomes 0, every other grows by all samples."""

@@ -15,7 +15,7 @@ from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import wide
-from sparc_fast.ops.row_step import AdamStep, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, DecoderRows, Rows, Samples
 from sparc_fast.optim.lazy_rows import Behind
 from sparc_fast.optim.micro_batches import MicroBatches, OneBatch
 
@@ -41,7 +41,7 @@ class SparcAdam(torch.optim.Optimizer):
         lr, betas, eps: as in torch.optim.Adam (Kingma & Ba, arXiv 1412.6980).
         lazy: "replay" leaves decoder rows that no sample of a batch uses as they are, and runs the steps they missed
             when they are next read: bit for bit the same training, with less memory traffic where latents are many.
-            `model`'s own methods and `state_dict` call `catch_up` first; to read ``model.W_dec`` itself, call it.
+            Whoever reads ``model.W_dec`` gets rows that are up to date, which costs the steps that all others missed.
         capturable: as in torch.optim.Adam: the step count stays on the device, ``lr`` may be a tensor there, and a step
             reads nothing on the host, so that a CUDA graph can capture it. AuxK then passes over all latents.
         moments: "bfloat16" keeps Adam's moments of W_enc and W_dec in half the memory, rounded up or down at random so
@@ -101,7 +101,6 @@ class SparcAdam(torch.optim.Optimizer):
         step and the loss are those of all samples together. What grows with samples is held for one part at a time,
         beside the gradients of both weight matrices, and for moments these twice. `present` is then as many.
         """
-        self._check_trainable()
         given = list(inputs) if isinstance(inputs, Sequence) else [inputs]
         n_samples = self._count_samples(given)
         has = [None] * len(given) if present is None else [present] if isinstance(present, Tensor) else list(present)
@@ -111,7 +110,8 @@ class SparcAdam(torch.optim.Optimizer):
             raise ValueError("present must be None with capturable=True: who has which streams is read on the host")
         parts = list(zip(given, has, strict=True))
         objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, not self.capturable)
-        with autograd.without_autocast(self.model.W_enc):
+        with self.model._rows_left_behind(), autograd.without_autocast(self.model.W_enc):
+            self._check_trainable()
             return self._step(parts, n_samples, objective)
 
     def _step(self, parts: Sequence[tuple[Inputs, Tensor | None]], n_samples: int, objective: Objective) -> SparcLoss:
@@ -134,7 +134,7 @@ class SparcAdam(torch.optim.Optimizer):
     ) -> OneBatch:
         """A batch, or a part of one of `n_samples`, through the objective."""
         model = self.model
-        given = model._batch(inputs, present, current=False)
+        given = model._batch(inputs, present)
         parts = objective.choose(given)
         among = [AllStreams(model.d_streams, part.batch) for part in parts]
         used = [a.streams(indices) for a, part in zip(among, parts, strict=True) for indices in part.supports.used()]
@@ -181,7 +181,7 @@ class SparcAdam(torch.optim.Optimizer):
             (model.latent_bias, grad_latent_bias, states[2]),
             (model.pre_bias, through_encoder, states[3]),
         ):
-            reference.adam(self._rows(bias), grad, state["exp_avg"], state["exp_avg_sq"], lr, betas, eps, step)
+            reference.apply_adam(self._rows(bias), grad, state["exp_avg"], state["exp_avg_sq"], lr, betas, eps, step)
             if "master" in state:
                 bias.copy_(state["master"])
         self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
@@ -189,20 +189,23 @@ class SparcAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def catch_up(self) -> None:
         """With ``lazy="replay"``: bring every decoder row up to date. Otherwise they always are."""
-        if self._behind is not None and self.state[self.model.W_dec]:
-            self._state(self.model.W_dec)
-            backend = backends.resolve(self.model.backend, self.model.W_dec.device)
-            self._replay(torch.arange(self.model.n_latents, device=self.model.W_dec.device), backend)
+        if self._behind is None:
+            return
+        with self.model._rows_left_behind():
+            W_dec = self.model.W_dec
+            if self.state[W_dec]:
+                self._state(W_dec)
+                every = torch.arange(self.model.n_latents, device=W_dec.device)
+                self._replay(every, backends.resolve(self.model.backend, W_dec.device))
 
     def _replay(self, latents: Tensor, backend: backends.Backend) -> None:
         assert self._behind is not None
         W_dec, behind = self.model.W_dec, self._behind
-        state, rows = self.state[W_dec], self._rows(W_dec)
-        backend.replay_rows(
-            rows, [state["exp_avg"], state["exp_avg_sq"]], latents, behind.last_step, behind.history,
-            tuple(self.model.d_streams.values()), W_dec if rows is not W_dec else None, self.seed,
-        )  # fmt: skip
-        if rows is not W_dec:
+        exact, moments = self._rows(W_dec), [self.state[W_dec][name] for name in ("exp_avg", "exp_avg_sq")]
+        copy = W_dec if exact is not W_dec else None
+        rows = DecoderRows(exact, moments, tuple(self.model.d_streams.values()), behind.last_step, copy)
+        backend.replay_rows(rows, latents, behind.history, self.seed)
+        if copy is not None:
             self._seen[W_dec] = W_dec._version
 
     def _rows(self, parameter: Tensor) -> Tensor:
@@ -279,19 +282,38 @@ class SparcAdam(torch.optim.Optimizer):
         for group in state_dict["param_groups"]:
             if group.get("weight_decay") or group.get("amsgrad"):
                 raise ValueError("state_dict must be of an Adam without weight decay and amsgrad")
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        names = [i for group in state_dict["param_groups"] for i in group["params"]]
+        if len(names) != len(parameters):
+            raise ValueError(f"state_dict must be of {len(parameters)} parameters, got {len(names)}")
+        states = [self._checked(p, state_dict["state"].get(i, {})) for i, p in zip(names, parameters, strict=True)]
         self.catch_up()
         # without the state: torch.optim.Optimizer would copy it in its parameters' type first
         super().load_state_dict({**state_dict, "state": {}})
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        names = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for name, parameter in zip(names, parameters, strict=True):
-            for key, value in state_dict["state"].get(name, {}).items():
+        for parameter, state in zip(parameters, states, strict=True):
+            for key, value in state.items():
                 device = torch.device("cpu") if key == "step" and not self.capturable else parameter.device
                 dtype = self._moment_dtype(parameter) if key in ("exp_avg", "exp_avg_sq") else value.dtype
                 self.state[parameter][key] = value.to(device, dtype, copy=True)
         if self._behind is not None:
             state = self.state[self.model.W_dec]
             self._behind.all_current(int(state["step"]) if state else 0)
+
+    def _checked(self, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of a parameter, if it is one; ValueError says what is not."""
+        if not state:
+            return {}
+        name = next(name for name, p in self.model.named_parameters() if p is parameter)
+        shapes = {"step": [], "exp_avg": list(parameter.shape), "exp_avg_sq": list(parameter.shape)}
+        if "master" in state and parameter.dtype in (torch.bfloat16, torch.float16):
+            shapes["master"] = shapes["exp_avg"]
+        for key, shape in shapes.items():
+            value = state.get(key)
+            value = torch.as_tensor(value, device="cpu") if isinstance(value, int | float) else value
+            if not isinstance(value, Tensor) or value.is_complex() or list(value.shape) != shape:
+                got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"state_dict must hold a float {key} {shape} of {name}, got {got}")
+        return {key: torch.as_tensor(state[key]) for key in shapes}
 
 
 def _zeros_like(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -99,7 +99,7 @@ def _batches(n_samples: int, batch_size: int, generator: torch.Generator) -> Ite
 def _choosing_streams(streams: tuple[str, ...], dropout: float, generator: torch.Generator) -> tuple[str, ...]:
     """Each stream with probability 1 - dropout, drawn again until there is one."""
     while True:
-        keep = torch.rand(len(streams), generator=generator, device="cpu") >= dropout
+        keep = torch.rand(len(streams), generator=generator, dtype=torch.float32, device="cpu") >= dropout
         if keep.any():
             return tuple(name for name, kept in zip(streams, keep, strict=True) if kept)
 

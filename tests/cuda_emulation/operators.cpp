@@ -9,12 +9,8 @@
 #include <random>
 #include <vector>
 
-#include "global_topk.h"
-#include "invert_indices.h"
-#include "replay_rows.h"
+#include "operators.h"
 #include "segment_sums.cuh"
-#include "topk_rows.h"
-#include "update_rows.h"
 
 static int failures = 0;
 static std::mt19937 generator(0);
@@ -251,7 +247,10 @@ static void check_update_rows(const UpdateShape& shape, int number) {
     std::vector<float> values = normal(N * S * k), grad_values = normal(N * S * k);
     for (float& value : values) value = std::max(value, 0.f);
     DeviceRows encoder(L, D), decoder(L, D);
+    DeviceRows stepped_encoder = encoder, stepped_decoder = decoder;
     ExactRows exact_encoder = encoder.exact(), exact_decoder = decoder.exact();
+    std::vector<float> grad_W_enc(L * D), grad_W_dec(L * D);  // what step_rows is given
+    std::vector<char> has_entries(L);
     std::vector<float> grad_latent_bias(S * L, NAN), grad_pre_bias(D, NAN);
     std::vector<int64_t> last_step(L, -1);
     const auto matrix = [](std::vector<float>& data, int64_t stride) { return Matrix{data.data(), stride, {}}; };
@@ -268,6 +267,7 @@ static void check_update_rows(const UpdateShape& shape, int number) {
     bool marked = true, biased = true;
     for (int l = 0; l < L; ++l) {
         const bool used = offsets[l] < offsets[l + 1];
+        has_entries[l] = used;
         marked &= last_step[l] == (shape.lazy && used ? 3 : -1);
         for (int t = 0; t < S; ++t) {
             const int begin = streams.begin[t], width = streams.begin[t + 1] - begin;
@@ -290,6 +290,7 @@ static void check_update_rows(const UpdateShape& shape, int number) {
                 const size_t i = size_t(l) * D + begin + d;
                 exact_pre_bias[begin + d] -= bias * exact_encoder.w[i];
                 exact_encoder.step(i, of_encoder[d], 0.01, 3);
+                grad_W_enc[i] = float(of_encoder[d]), grad_W_dec[i] = float(of_decoder[d]);
                 gw += of_decoder[d] * exact_decoder.w[i], ww += exact_decoder.w[i] * exact_decoder.w[i];
             }
             if (shape.lazy && !used) continue;
@@ -301,9 +302,25 @@ static void check_update_rows(const UpdateShape& shape, int number) {
         }
     }
     expect(marked && biased, "update_rows, steps and biases", number);
-    for (int d = 0; d < D; ++d)
-        expect(std::abs(exact_pre_bias[d] - grad_pre_bias[d]) < 1e-2, "update_rows, grad_pre_bias", number);
-    expect(encoder.equals(exact_encoder) && decoder.equals(exact_decoder), "update_rows", number);
+    const auto check = [&](const DeviceRows& encoder, const DeviceRows& decoder, const char* claim) {
+        for (int d = 0; d < D; ++d) expect(std::abs(exact_pre_bias[d] - grad_pre_bias[d]) < 1e-2, claim, number);
+        expect(encoder.equals(exact_encoder) && decoder.equals(exact_decoder), claim, number);
+    };
+    check(encoder, decoder, "update_rows");
+
+    const Gradients gradients{
+        matrix(grad_W_enc, D), matrix(grad_W_dec, D), grad_latent_bias.data(),
+        reinterpret_cast<const bool*>(has_entries.data()), L, streams};
+    const std::vector<int64_t> noted = last_step;
+    std::fill(last_step.begin(), last_step.end(), -1);
+    std::fill(grad_pre_bias.begin(), grad_pre_bias.end(), NAN);
+    workspace.assign(update_rows_workspace(plan, 0, L, streams), char(0xa5));
+    workspace.shrink_to_fit();
+    step_rows(
+        plan, grad_pre_bias.data(), stepped_encoder.rows(), stepped_decoder.rows(), gradients,
+        {0.01, 0.9, 0.999, 1e-3, 3, nullptr, nullptr}, shape.lazy ? last_step.data() : nullptr, workspace.data(), 0);
+    check(stepped_encoder, stepped_decoder, "step_rows");
+    expect(last_step == noted, "step_rows, steps", number);
 }
 
 static void check_replay_rows(const std::vector<int>& widths, int number) {

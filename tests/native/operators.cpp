@@ -76,17 +76,20 @@ static void expect(const char* what, double got, double expected, double toleran
 // The step: that rows move where they should is the business of the Python tests; here, that memory is safe. M is what
 // moments are kept in.
 template <class T, class M>
-void check_step(const Batch& batch, int threads) {
+void check_step(const Batch& batch, const Gradients& gradients, int threads) {
     using A = sum_t<T>;
     const int64_t L = batch.offsets.size[0] - 1, D = batch.x.size[1], S = batch.d_streams.size();
     const int64_t* const offsets = batch.offsets.at<int64_t>(0);
     auto W_enc = Array<A>::random(L, D), W_dec = Array<A>::random(L, D);
-    std::vector<Array<M>> moments(4, Array<M>(L, D));
+    auto given_W_enc = W_enc, given_W_dec = W_dec;
+    std::vector<Array<M>> moments(4, Array<M>(L, D)), given_moments = moments;
     std::vector<Tensor> moment_tensors;
     for (Array<M>& moment : moments) moment_tensors.push_back(moment.tensor(2));
-    Array<A> grad_bias(S, L), grad_pre_bias(D);
+    std::vector<Tensor> given_moment_tensors;
+    for (Array<M>& moment : given_moments) given_moment_tensors.push_back(moment.tensor(2));
+    Array<A> grad_bias(S, L), grad_pre_bias(D), given_grad_pre_bias(D);
     Array<bf16> copy_enc(L, D), copy_dec(L, D);
-    Array<int64_t> last_step(L), every_latent(L);
+    Array<int64_t> last_step(L), given_last_step(L), every_latent(L);
     for (int64_t l = 0; l < L; ++l) every_latent.data[l] = l;
     std::vector<Tensor> copies(2);
     if (sizeof(A) == sizeof(float)) copies = {copy_enc.tensor(2), copy_dec.tensor(2)};
@@ -94,11 +97,24 @@ void check_step(const Batch& batch, int threads) {
     for (int64_t t = 0; t < 40; ++t)
         for (int64_t i = 0; i < 4; ++i) history.data[t * 4 + i] = std::vector<double>{0.01, 0.5, 0.9, 1e-3}[i];
     const uint64_t seed = UINT64_MAX;
-    for (const bool lazy : {false, true})
+    for (const bool lazy : {false, true}) {
+        const AdamStep adam{0.01, 0.5, 0.9, 1e-3, 1, seed};
+        step_rows(
+            given_grad_pre_bias.tensor(1), given_W_enc.tensor(2), given_W_dec.tensor(2), given_moment_tensors, copies,
+            lazy ? given_last_step.tensor(1) : Tensor{}, gradients, adam, threads);
         update_rows(
             grad_bias.tensor(2), grad_pre_bias.tensor(1), W_enc.tensor(2), W_dec.tensor(2), moment_tensors, copies,
-            lazy ? last_step.tensor(1) : Tensor{}, batch, {0.01, 0.5, 0.9, 1e-3, 1, seed}, threads);
-    for (int64_t l = 0; l < L; ++l) expect("update_rows, last_step", last_step.data[l], offsets[l] < offsets[l + 1], 0);
+            lazy ? last_step.tensor(1) : Tensor{}, batch, adam, threads);
+    }
+    for (int64_t l = 0; l < L; ++l) {
+        expect("update_rows, last_step", last_step.data[l], offsets[l] < offsets[l + 1], 0);
+        expect("step_rows, last_step", given_last_step.data[l], last_step.data[l], 0);
+    }
+    for (int64_t i = 0; i < L * D; ++i) {
+        expect("step_rows, W_enc", given_W_enc.data[i], W_enc.data[i], 1e-4);
+        expect("step_rows, W_dec", given_W_dec.data[i], W_dec.data[i], 1e-4);
+    }
+    for (int64_t d = 0; d < D; ++d) expect("step_rows, grad_pre_bias", given_grad_pre_bias(d), grad_pre_bias(d), 1e-4);
     replay_rows(
         W_dec.tensor(2), {moment_tensors[2], moment_tensors[3]}, copies[1], every_latent.tensor(1),
         last_step.tensor(1), history.tensor(2), batch.d_streams, seed, threads);
@@ -111,8 +127,10 @@ void check_step(const Batch& batch, int threads) {
         }
 }
 
+// empty: the share of the slots that are.
 template <class T>
-void check(Widths d_streams, int64_t N, int64_t L, int64_t k, bool shared, int threads, double tolerance) {
+void check(
+    Widths d_streams, int64_t N, int64_t L, int64_t k, bool shared, int threads, double tolerance, double empty = 0) {
     using A = sum_t<T>;
     const int64_t S = d_streams.size();
     std::vector<int64_t> stream_of;  // column
@@ -131,8 +149,11 @@ void check(Widths d_streams, int64_t N, int64_t L, int64_t k, bool shared, int t
         std::sort(latents.begin() + 1, latents.begin() + k);
         std::copy_n(latents.begin(), k, indices.data.begin() + row * k);
     }
+    for (int32_t& latent : indices.data)
+        if (std::bernoulli_distribution(empty)(generator)) latent = -1;
     const Tensor index = indices.tensor(shared ? 2 : 3);
     const auto I = [&](int64_t n, int64_t s, int64_t j) { return indices.data[(shared ? n : n * S + s) * k + j]; };
+    const auto weight_of = [&](const Array<T>& W, int64_t l, int64_t d) { return l < 0 ? 0 : W(l, d); };
 
     Array<A> values(N, S, k);
     support_values(
@@ -159,7 +180,7 @@ void check(Widths d_streams, int64_t N, int64_t L, int64_t k, bool shared, int t
     for (int64_t n = 0; n < N; ++n) {
         for (int64_t d = 0; d < D; ++d) {
             double sum = 0;
-            for (int64_t j = 0; j < k; ++j) sum += grad_z(n, stream_of[d], j) * W_enc(I(n, stream_of[d], j), d);
+            for (int64_t j = 0, s = stream_of[d]; j < k; ++j) sum += grad_z(n, s, j) * weight_of(W_enc, I(n, s, j), d);
             expect("support_values_grad_x", widen(grad_x.data[n * D + d]), sum, tolerance);
         }
         for (int64_t s = 0; s < S; ++s) {
@@ -167,20 +188,21 @@ void check(Widths d_streams, int64_t N, int64_t L, int64_t k, bool shared, int t
             for (int64_t d = 0; d < D; ++d) {
                 const int64_t t = stream_of[d];
                 double sum = pre_bias(d);
-                for (int64_t j = 0; j < k; ++j) sum += values(n, s, j) * W_dec(I(n, s, j), d);
+                for (int64_t j = 0; j < k; ++j) sum += values(n, s, j) * weight_of(W_dec, I(n, s, j), d);
                 expect("sparse_decode", recons(n, s, d), sum, tolerance);
                 const double weight = weights[s * S + t], error = weight ? sum - x(n, d) : 0;
                 expected_grad_pre_bias[d] += 2 * weight * scale(n, t) * error;
                 expected_nmse[s * S + t] += scale(n, t) * error * error;
                 expect("decode_loss, grad_recons", grad_recons(n, s, d), 2 * weight * scale(n, t) * error, tolerance);
                 for (int64_t j = 0; j < k; ++j)
-                    loss_back[j] += 2 * weight * scale(n, t) * error * W_dec(I(n, s, j), d);
+                    loss_back[j] += 2 * weight * scale(n, t) * error * weight_of(W_dec, I(n, s, j), d);
             }
             for (int64_t j = 0; j < k; ++j) {
-                double h = latent_bias(s, I(n, s, j)), dot = 0;
+                const int64_t l = I(n, s, j);
+                double h = l < 0 ? 0 : latent_bias(s, l), dot = 0;
                 for (int64_t d = 0; d < D; ++d) {
-                    if (stream_of[d] == s) h += (x(n, d) - pre_bias(d)) * W_enc(I(n, s, j), d);
-                    dot += G(n, s, d) * W_dec(I(n, s, j), d);
+                    if (stream_of[d] == s) h += (x(n, d) - pre_bias(d)) * weight_of(W_enc, l, d);
+                    dot += G(n, s, d) * weight_of(W_dec, l, d);
                 }
                 expect("support_values", values(n, s, j), std::max(h, 0.0), tolerance);
                 expect("sparse_decode_grad_values", back(n, s, j), dot, tolerance);
@@ -200,6 +222,8 @@ void check(Widths d_streams, int64_t N, int64_t L, int64_t k, bool shared, int t
     for (int64_t l = 0; l < L; ++l)
         for (int64_t e = offsets.data[l]; e < offsets.data[l + 1]; ++e)
             expect("invert_indices", indices.data[entries.data[e]], double(l), 0);
+    for (size_t e = offsets.data[L]; e < entries.data.size(); ++e)
+        expect("invert_indices, empty slots", indices.data[entries.data[e]], -1, 0);
 
     const Batch batch{
         x.tensor(2), pre_bias.tensor(1), values.tensor(3), grad_values.tensor(3), G.tensor(3), offsets.tensor(1),
@@ -211,6 +235,7 @@ void check(Widths d_streams, int64_t N, int64_t L, int64_t k, bool shared, int t
         for (int64_t s = 0; s < S; ++s)
             for (int64_t j = 0; j < k; ++j) {
                 const int64_t l = I(n, s, j);
+                if (l < 0) continue;
                 bias[s * L + l] += grad_z(n, s, j);
                 for (int64_t d = 0; d < D; ++d) {
                     if (stream_of[d] == s) enc[l * D + d] += grad_z(n, s, j) * (x(n, d) - pre_bias(d));
@@ -223,11 +248,23 @@ void check(Widths d_streams, int64_t N, int64_t L, int64_t k, bool shared, int t
     }
     for (int64_t i = 0; i < S * L; ++i) expect("weight_gradients, latent_bias", grad_bias.data[i], bias[i], 10 * tolerance);
 
-    check_step<T, A>(batch, threads);
-    if constexpr (sizeof(A) == sizeof(float)) check_step<T, bf16>(batch, threads);
+    std::vector<uint8_t> used(L);
+    for (int64_t l = 0; l < L; ++l) used[l] = offsets.data[l] < offsets.data[l + 1];
+    Tensor used_tensor = offsets.tensor(1);
+    used_tensor.data = used.data(), used_tensor.size[0] = L, used_tensor.item_size = 1;
+    const Gradients gradients{
+        grad_W_enc.tensor(2), grad_W_dec.tensor(2), grad_bias.tensor(2), used_tensor, d_streams};
+    check_step<T, A>(batch, gradients, threads);
+    if constexpr (sizeof(A) == sizeof(float)) check_step<T, bf16>(batch, gradients, threads);
 
-    Array<int64_t> silence(L);
+    Array<int64_t> silence(L), expected_silence(L);
+    for (int64_t& samples : expected_silence.data) samples = N;
+    for (int64_t n = 0; n < N; ++n)
+        for (int64_t s = 0; s < S; ++s)
+            for (int64_t j = 0; j < k; ++j)
+                if (values(n, s, j) > 0) expected_silence.data[I(n, s, j)] = 0;
     count_silence(silence.tensor(1), values.tensor(3), index);
+    for (int64_t l = 0; l < L; ++l) expect("count_silence", silence.data[l], expected_silence.data[l], 0);
 }
 
 template <class T>
@@ -240,6 +277,11 @@ void check_shapes(double tolerance) {
             check<T>({2, 1, 3, 1, 2}, 18, 40, 2, shared, threads, tolerance);      // more streams than one gather takes
             check<T>({5, 66}, 1100, 3, 2, shared, threads, tolerance);             // a latent with many entries
             check<T>({3, 2}, 0, 4, 2, shared, threads, tolerance);                 // no samples
+            for (double empty : {0.5, 1.0}) {
+                check<T>({7, 1, 19}, 21, 11, 3, shared, threads, tolerance, empty);
+                check<T>({259, 3}, 9, 6, 5, shared, threads, tolerance, empty);
+                check<T>({2, 1, 3, 1, 2}, 18, 40, 2, shared, threads, tolerance, empty);
+            }
         }
 }
 
@@ -329,6 +371,31 @@ void check_global_topk(int64_t N, int64_t L, int64_t D, int64_t k, int64_t capac
     }
 }
 
+// The scores of all latents, and those of a support. The first sample is infinite.
+template <class A, class E>
+void check_scores(int64_t N, int64_t L, int64_t D, int64_t k, int threads) {
+    auto x = Array<A>::random(N, D);
+    auto W = Array<E>::random(L, D);
+    auto bias = Array<double>::random(L);
+    x.data[0] = INFINITY;
+    Array<int32_t> indices(N, k);
+    for (int32_t& latent : indices.data) latent = int32_t(generator() % L);
+    Array<A> all(N, L), of_support(N, k);
+    exact_scores(all.tensor(2), x.tensor(2), W.tensor(2), bias.tensor(1), threads);
+    support_scores(of_support.tensor(2), x.tensor(2), W.tensor(2), bias.tensor(1), indices.tensor(2), threads);
+    for (int64_t n = 1; n < N; ++n)
+        for (int64_t l = 0; l < L; ++l) {
+            double sum = bias(l);
+            for (int64_t d = 0; d < D; ++d) sum += x(n, d) * W(l, d);
+            expect("exact_scores", all(n, l), sum, sizeof(A) == sizeof(double) ? 1e-12 : 1e-6);
+        }
+    for (int64_t n = 0; n < N; ++n)
+        for (int64_t j = 0; j < k; ++j) {
+            const double score = all(n, indices.data[n * k + j]), ranked = std::isnan(score) ? INFINITY : score;
+            expect("support_scores", of_support(n, j) == ranked, 1, 0);
+        }
+}
+
 // A row as short as its threshold allows, one with group maxima, and one so long that these know their places.
 static void check_selection() {
     for (int distinct : {1, 9, 1 << 24}) {
@@ -337,6 +404,12 @@ static void check_selection() {
         check_topk_rows<float>(20011, 7, distinct);
         check_topk_rows<double>(20011, 7, distinct);
     }
+    for (int threads : {1, 3})
+        for (int64_t D : {1, 37, 256, 700}) {  // whole and cut 256 columns
+            check_scores<double, double>(9, 5, D, 3, threads);
+            check_scores<float, float>(9, 40, D, 3, threads);
+            check_scores<float, bf16>(9, 40, D, 1, threads);
+        }
     for (int threads : {1, 3})
         for (int64_t capacity : {80, 400}) {  // 80: too few for 300 of 301
             check_global_topk<float, float>(11, 301, 37, 10, capacity, 100, threads);

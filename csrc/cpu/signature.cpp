@@ -1,0 +1,221 @@
+#include "signature.h"
+
+#include <cctype>
+#include <numeric>
+#include <sstream>
+#include <stdexcept>
+
+namespace {
+
+std::vector<std::string> split(const std::string& text, char separator) {
+    std::vector<std::string> parts;
+    std::istringstream stream(text);
+    for (std::string part; std::getline(stream, part, separator);) parts.push_back(part);
+    return parts;
+}
+
+const char* name_of(Type type) {
+    switch (type) {
+        case Type::float32: return "float32";
+        case Type::float64: return "float64";
+        case Type::bfloat16: return "bfloat16";
+        case Type::float16: return "float16";
+        case Type::int32: return "int32";
+        case Type::int64: return "int64";
+        case Type::boolean: return "bool";
+        default: return "another dtype";
+    }
+}
+
+// One past the last byte of a tensor, from its first.
+int64_t extent(const Tensor& tensor) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < tensor.ndim; ++i) {
+        if (tensor.size[i] == 0) return 0;
+        last += (tensor.size[i] - 1) * tensor.stride[i];
+    }
+    return (last + 1) * tensor.item_size;
+}
+
+bool is_packed(const Tensor& tensor, bool wholly) {
+    int64_t expected = 1;
+    for (int64_t i = tensor.ndim - 1; i >= (wholly ? 0 : tensor.ndim - 1); --i) {
+        if (tensor.size[i] > 1 && tensor.stride[i] != expected) return false;
+        expected *= tensor.size[i];
+    }
+    return true;
+}
+
+// Whether two indices may name one number.
+bool overlaps_itself(const Tensor& tensor) {
+    int64_t below = 1;  // what the dimensions further right span
+    for (int64_t i = tensor.ndim - 1; i >= 0; --i) {
+        if (tensor.size[i] <= 1) continue;
+        if (tensor.stride[i] < below) return true;
+        below = tensor.stride[i] * tensor.size[i];
+    }
+    return false;
+}
+
+bool overlap(const Tensor& a, const Tensor& b) {
+    const char *first = static_cast<char*>(a.data), *second = static_cast<char*>(b.data);
+    return first < second + extent(b) && second < first + extent(a);
+}
+
+std::string shape_of(const Tensor& tensor) {
+    std::string text = "[";
+    for (int64_t i = 0; i < tensor.ndim; ++i) text += (i ? ", " : "") + std::to_string(tensor.size[i]);
+    return text + "]";
+}
+
+int64_t* find(Signature::Sizes& sizes, const std::string& name) {
+    for (auto& [known, size] : sizes)
+        if (known == name) return &size;
+    return nullptr;
+}
+
+// Whether a size is that of a word like "N", "L+1" or "2"; a letter that is not known yet becomes it.
+bool agrees(const std::string& word, int64_t size, Signature::Sizes& sizes) {
+    if (std::isdigit(word[0])) return size == std::stoll(word);
+    const std::string letter = word.substr(0, word.find('+'));
+    const int64_t more = word.size() > letter.size() ? std::stoll(word.substr(letter.size() + 1)) : 0;
+    if (const int64_t* known = find(sizes, letter)) return size == *known + more;
+    if (size < more) return false;
+    sizes.emplace_back(letter, size - more);
+    return true;
+}
+
+bool agree(const std::vector<std::string>& shape, const Tensor& tensor, Signature::Sizes& sizes) {
+    if (int64_t(shape.size()) != tensor.ndim) return false;
+    Signature::Sizes found = sizes;
+    for (int64_t i = 0; i < tensor.ndim; ++i)
+        if (!agrees(shape[i], tensor.size[i], found)) return false;
+    sizes = std::move(found);
+    return true;
+}
+
+// The types that A, T and M stand for in a call.
+struct Types {
+    Type A = Type::none, T = Type::none, M = Type::none;
+
+    bool agrees(const std::string& word, Type type) {
+        if (word == "any") return true;
+        if (word == "A") return (type == Type::float32 || type == Type::float64) && is(A, type) && fits();
+        if (word == "T")
+            return (type == Type::float32 || type == Type::float64 || type == Type::bfloat16) && is(T, type) && fits();
+        if (word == "M") return (type == Type::bfloat16 || is_sum(type)) && is(M, type);
+        const std::pair<const char*, Type> exact[] = {
+            {"f32", Type::float32}, {"f64", Type::float64}, {"bf16", Type::bfloat16},
+            {"i32", Type::int32},   {"i64", Type::int64},   {"bool", Type::boolean}};
+        for (const auto& [name, meant] : exact)
+            if (word == name) return type == meant;
+        throw std::logic_error("no type is called " + word);
+    }
+
+    std::string words(const std::string& word) const {
+        const auto known = [](Type type, const char* otherwise) {
+            return std::string(type == Type::none ? otherwise : name_of(type));
+        };
+        if (word == "A") return known(A, "float32 or float64");
+        if (word == "T") return known(T, A == Type::float64 ? "float64" : "float32 or bfloat16");
+        if (word == "M") return known(M, A == Type::float64 ? "float64" : "float32 or bfloat16");
+        const std::pair<const char*, const char*> exact[] = {{"f32", "float32"}, {"f64", "float64"},
+                                                             {"bf16", "bfloat16"}, {"i32", "int32"},
+                                                             {"i64", "int64"}};
+        for (const auto& [name, meant] : exact)
+            if (word == name) return meant;
+        return word;
+    }
+
+private:
+    static bool is(Type& bound, Type type) {
+        if (bound == Type::none) bound = type;
+        return bound == type;
+    }
+    bool is_sum(Type type) { return type == Type::float32 || type == Type::float64 ? is(A, type) && fits() : false; }
+    bool fits() const {
+        return A == Type::none || T == Type::none || (A == Type::float64) == (T == Type::float64);
+    }
+};
+
+}  // namespace
+
+Signature::Signature(const char* name, const char* words) : operator_name(name) {
+    std::istringstream stream(words);
+    for (std::string word; stream >> word;) {
+        if (word == "streams") {
+            has_streams = true;
+            continue;
+        }
+        if (word[0] == '#') {
+            integers.push_back(word.substr(1));
+            continue;
+        }
+        Operand operand{};
+        operand.is_result = word[0] == '>';
+        operand.may_be_none = word.back() == '?';
+        const size_t colon = word.find(':'), open = word.find('['), close = word.find(']');
+        operand.name = word.substr(operand.is_result, colon - operand.is_result);
+        operand.is_packed = word[open - 1] == '!';
+        operand.type = word.substr(colon + 1, open - operand.is_packed - colon - 1);
+        for (const std::string& shape : split(word.substr(open + 1, close - open - 1), '|'))
+            operand.shapes.push_back(split(shape, ','));
+        operands.push_back(operand);
+    }
+}
+
+void Signature::check(const Arguments& arguments, Sizes sizes) const {
+    const auto refuse = [&](const std::string& argument, const std::string& expected, const std::string& got) {
+        throw std::invalid_argument(operator_name + ": " + argument + " must be " + expected + ", got " + got);
+    };
+    const auto& tensors = arguments.tensors;
+    if (tensors.size() != operands.size())
+        refuse("its tensors", std::to_string(operands.size()) + " in all", std::to_string(tensors.size()));
+    for (size_t i = 0; i < integers.size(); ++i) {
+        if (arguments.integers.at(i) < 0) refuse(integers[i], "0 or more", std::to_string(arguments.integers[i]));
+        sizes.emplace_back(integers[i], arguments.integers[i]);
+    }
+    if (has_streams) {
+        if (arguments.widths.empty()) refuse("d_streams", "widths of at least one stream", "none");
+        sizes.emplace_back("S", arguments.widths.size());
+        sizes.emplace_back("D", std::accumulate(arguments.widths.begin(), arguments.widths.end(), int64_t(0)));
+        for (const int64_t width : arguments.widths)
+            if (width < 1) refuse("d_streams", "widths of at least 1", std::to_string(width));
+    }
+    Types types;
+    for (size_t i = 0; i < operands.size(); ++i) {
+        const Operand& operand = operands[i];
+        const Tensor& tensor = tensors[i];
+        if (tensor.type == Type::none) {
+            if (!operand.may_be_none) refuse(operand.name, "a tensor", "None");
+            continue;
+        }
+        const std::string got = std::string(name_of(tensor.type)) + " " + shape_of(tensor);
+        if (tensor.ndim > 3 || !tensor.is_here) refuse(operand.name, "a dense tensor on the CPU", "another");
+        if (!types.agrees(operand.type, tensor.type)) refuse(operand.name, types.words(operand.type), got);
+        bool fits = false;
+        std::string expected;
+        for (const Shape& shape : operand.shapes) {
+            expected += expected.empty() ? "[" : " or [";
+            for (size_t d = 0; d < shape.size(); ++d) {
+                const int64_t* known = find(sizes, shape[d].substr(0, shape[d].find('+')));
+                expected += (d ? ", " : "") + shape[d] + (known ? "=" + std::to_string(*known) : "");
+            }
+            expected += "]";
+            if ((fits = agree(shape, tensor, sizes))) break;
+        }
+        if (!fits) refuse(operand.name, expected, got);
+        if (!is_packed(tensor, operand.is_packed))
+            refuse(operand.name, operand.is_packed ? "contiguous" : "contiguous in its last dimension", "strides");
+        if (operand.is_result && overlaps_itself(tensor)) refuse(operand.name, "memory of its own", "overlapping rows");
+    }
+    for (size_t i = 0; i < operands.size(); ++i) {
+        for (size_t j = 0; operands[i].is_result && j < operands.size(); ++j) {
+            if (i != j && tensors[i].data && tensors[j].data && overlap(tensors[i], tensors[j]))
+                refuse(operands[i].name, "memory of its own", "that of " + operands[j].name);
+        }
+    }
+    const int64_t S = arguments.widths.size();
+    if (arguments.weights >= 0 && arguments.weights != S * S)
+        refuse("weights", std::to_string(S * S) + " factors", std::to_string(arguments.weights));
+}

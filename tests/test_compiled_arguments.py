@@ -1,0 +1,214 @@
+"""Compiled functions get no address they could corrupt: a wrong tensor is refused, by name, before it is used."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparc_fast as sf
+from sparc_fast.ops import reference
+
+pytest.importorskip("sparc_fast._cpu")
+from sparc_fast import _cpu
+
+ROOT = Path(__file__).parents[1]
+N, L, K, WIDTHS = 5, 11, 3, [4, 3]
+S, D = len(WIDTHS), sum(WIDTHS)
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(shape, dtype=torch.float32, device="cpu").to(dtype)
+
+
+def support() -> Tensor:
+    chosen = [torch.randperm(L, device="cpu")[:K] for _ in range(N)]
+    return torch.stack(chosen).sort(1).values.to(torch.int32)
+
+
+def calls() -> dict[str, list[Any]]:
+    """Right arguments of every compiled function that takes tensors."""
+    indices = support()
+    offsets, entries = reference.invert_indices(indices, L)
+    x, values, grads = floats(N, D), floats(N, S, K), floats(N, S, D)
+    matrix, moments = (lambda: floats(L, D)), [floats(L, D) for _ in range(4)]
+    batch = (x, floats(D), values, floats(N, S, K), grads, offsets, entries, WIDTHS)
+    gradients = (matrix(), matrix(), floats(S, L), torch.ones(L, dtype=torch.bool, device="cpu"), WIDTHS)
+    integers = lambda *shape: torch.zeros(shape, dtype=torch.int64, device="cpu")  # noqa: E731
+    adam = _cpu.AdamStep(0.1, 0.9, 0.99, 1e-8, 1, 0)
+    wide = {"dtype": torch.float64}
+    return {
+        "support_values": [floats(N, S, K), x, matrix(), floats(D), floats(S, L), indices, WIDTHS, 1],
+        "support_values_grad_x": [floats(N, D), floats(N, S, K), values, indices, matrix(), WIDTHS, 1],
+        "sparse_decode": [floats(N, S, D), values, indices, matrix(), floats(D), 1],
+        "sparse_decode_grad_values": [floats(N, S, K), grads, indices, matrix(), 1],
+        "decode_loss": [floats(S, S), floats(N, S, D), floats(N, S, K), floats(D), values, indices, matrix(), floats(D),
+                        x, floats(N, S), [1.0] * S * S, WIDTHS, 1],
+        "invert_indices": [integers(L + 1), integers(N * K), indices, L],
+        "weight_gradients": [matrix(), matrix(), floats(S, L), batch, 1],
+        "update_rows": [floats(S, L), floats(D), matrix(), matrix(), moments, [None, None], integers(L), batch, adam, 1],
+        "step_rows": [floats(D), matrix(), matrix(), moments, [None, None], integers(L), gradients, adam, 1],
+        "replay_rows": [matrix(), [matrix(), matrix()], None, torch.arange(4, device="cpu"), integers(L),
+                        floats(2, 4, **wide), WIDTHS, 0, 1],
+        "count_silence": [integers(L), values, indices],
+        "exact_scores": [floats(N, L), x, matrix(), floats(L, **wide), 1],
+        "support_scores": [floats(N, K), x, matrix(), floats(L, **wide), indices, 1],
+        "measure_rows": [floats(L), floats(L), None, matrix(), 1],
+        "topk_rows": [torch.zeros(N, K, dtype=torch.int32, device="cpu"), floats(N, L), K, 1],
+        "first_not_finite": [x, False],
+        "gather_rows": [floats(4, D), floats(L, D), torch.arange(4, device="cpu"), 0, 1],
+        "prefer_huge_pages": [matrix()],
+    }  # fmt: skip
+
+
+def call(name: str, arguments: list[Any]) -> Any:
+    packed = {8: _cpu.Batch, 5: _cpu.Gradients}
+    return getattr(_cpu, name)(*(packed[len(a)](*a) if isinstance(a, tuple) else a for a in arguments))
+
+
+def places(arguments: list[Any]) -> Iterator[tuple[Any, ...]]:
+    """Where tensors are among arguments, and in lists and batches among them."""
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, Tensor):
+            yield (i,)
+        elif isinstance(argument, tuple | list):
+            yield from ((i, j) for j, part in enumerate(argument) if isinstance(part, Tensor))
+
+
+def replaced(arguments: list[Any], place: tuple[Any, ...], tensor: Any) -> list[Any]:
+    arguments = list(arguments)
+    if len(place) == 1:
+        arguments[place[0]] = tensor
+    else:
+        inner = list(arguments[place[0]])
+        inner[place[1]] = tensor
+        arguments[place[0]] = type(arguments[place[0]])(inner)
+    return arguments
+
+
+def wrong(tensor: Tensor) -> Iterator[tuple[str, Any]]:
+    """Tensors that are not as this one is; memory of each is as small as it looks."""
+    other = {torch.float32: torch.float64, torch.float64: torch.float32, torch.int32: torch.int64,
+             torch.int64: torch.int32, torch.bool: torch.float32}[tensor.dtype]  # fmt: skip
+    yield "dtype", tensor.to(other)
+    yield "float16", tensor.to(torch.float16)
+    yield "complex", tensor.to(torch.complex64)
+    yield "meta", tensor.to("meta")
+    yield "sparse", tensor.to_sparse()
+    yield "one dimension more", tensor[None]
+    yield "four dimensions", tensor.reshape(*[1] * (4 - tensor.ndim), *tensor.shape)
+    yield "a scalar", tensor.flatten()[0]
+    for d in range(tensor.ndim):
+        for size in (0, 1, tensor.shape[d] - 1, 2 * tensor.shape[d] + 1):
+            if size not in (tensor.shape[d], 0 if tensor.ndim == 1 else None):
+                shape = list(tensor.shape)
+                shape[d] = size
+                yield f"size {size} in dimension {d}", torch.zeros(shape, dtype=tensor.dtype, device="cpu")
+    if tensor.shape[-1] > 1:
+        yield "apart in the last dimension", torch.stack([tensor, tensor], -1)[..., 0]
+    yield "None", None
+    yield "a list", tensor.tolist()
+
+
+ANY_DTYPE = {"first_not_finite", "gather_rows", "prefer_huge_pages"}
+
+
+@pytest.mark.parametrize("name", list(calls()))
+def test_a_tensor_of_another_dtype_shape_layout_or_device_is_refused(name: str) -> None:
+    """A size that nothing else tells may be another; what is optional may be None, and what is alone of another type."""
+    torch.manual_seed(0)
+    call(name, calls()[name])
+    refused = 0
+    for place in places(calls()[name]):
+        arguments = calls()[name]
+        tensor = arguments[place[0]] if len(place) == 1 else arguments[place[0]][place[1]]
+        for what, changed in wrong(tensor):
+            may_pass = what.startswith("size") or what in ("None", "dtype") or name in ANY_DTYPE
+            may_pass |= (name, what) == ("invert_indices", "one dimension more")
+            try:
+                call(name, replaced(calls()[name], place, changed))
+                assert may_pass, f"{name}{place}: {what}"
+            except (ValueError, TypeError, IndexError):
+                refused += 1
+    assert refused > 5
+
+
+def test_a_refusal_names_function_argument_what_it_must_be_and_what_it_is() -> None:
+    right = calls()["sparse_decode"]
+    with pytest.raises(ValueError, match=r"^sparse_decode: W_dec must be float32, got float16 \[11, 7\]$"):
+        call("sparse_decode", replaced(right, (3,), right[3].half()))
+    with pytest.raises(ValueError, match=r"^sparse_decode: values must be \[N=5, S=2, k\], got float32 \[4, 2, 3\]$"):
+        call("sparse_decode", replaced(right, (1,), right[1][1:].contiguous()))
+
+
+def test_results_must_have_memory_of_their_own() -> None:
+    right = calls()["sparse_decode"]
+    room = floats(N * S * D + N * S * K)
+    overlapping = [room[: N * S * D].view(N, S, D), room[N * S * D - 1 : -1].view(N, S, K), *right[2:]]
+    with pytest.raises(ValueError, match="recons must be memory of its own, got that of values"):
+        call("sparse_decode", overlapping)
+    with pytest.raises(ValueError, match="recons must be memory of its own, got overlapping rows"):
+        call("sparse_decode", [floats(1, S, D).expand(N, S, D), *right[1:]])
+
+
+def test_numbers_that_are_places_must_be_places_there_are() -> None:
+    for name, place, bad in (
+        ("support_values", (5,), L), ("sparse_decode", (2,), -2), ("count_silence", (2,), 2**30),
+        ("support_scores", (4,), -1), ("gather_rows", (2,), L), ("replay_rows", (3,), -1), ("replay_rows", (4,), 3),
+    ):  # fmt: skip
+        arguments = calls()[name]
+        arguments[place[0]].flatten()[1] = bad
+        with pytest.raises(IndexError, match=r"must (lie in|be of)"):
+            call(name, arguments)
+    for position, bad in ((5, -1), (5, 10**9), (6, -1), (6, N * K)):
+        arguments = calls()["update_rows"]
+        arguments[7][position][2] = bad
+        with pytest.raises(IndexError, match=r"offsets must ascend|entries must be places"):
+            call("update_rows", arguments)
+    with pytest.raises(IndexError, match="k must lie in 1"):
+        _cpu.topk_rows(torch.zeros(N, L + 1, dtype=torch.int32, device="cpu"), floats(N, L), L + 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        x = {name: torch.randn(256, width, dtype=torch.float32) for name, width in (("a", 24), ("b", 16))}
+        model = sf.SPARC({"a": 24, "b": 16}, 640, 4, dtype=torch.float32)
+        model.calibrate(x)
+        codes, optimizer = model.encode(x), sf.SparcAdam(model)
+        losses = [optimizer.step(x).total for _ in range(3)]
+        return [codes.values, codes.indices, *losses, *model.state_dict().values()]
+
+    expected = run()
+    torch.set_default_dtype(dtype)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+
+
+CONSTRUCTORS = {"empty", "zeros", "ones", "full", "rand", "randn", "linspace", "eye", "randint", "randperm", "arange"}
+DTYPES = CONSTRUCTORS - {"arange", "randint", "randperm"}  # integers, unless they are given others
+
+
+def test_every_allocation_names_its_device_and_its_dtype() -> None:
+    """But for the research code's parameters, which follow torch's defaults as they do there."""
+    missing = []
+    for path in [*(ROOT / "sparc_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            name, module = node.func.attr, node.func.value
+            if isinstance(module, ast.Name) and module.id == "torch" and name in CONSTRUCTORS:
+                given = {keyword.arg for keyword in node.keywords}
+                wanted = {"device"} | ({"dtype"} if name in DTYPES else set())
+                if None not in given and not wanted <= given and path.name != "research_code.py":
+                    missing.append(f"{path.relative_to(ROOT)}:{node.lineno} torch.{name}")
+    assert not missing, "\n".join(missing)
