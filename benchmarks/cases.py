@@ -5,9 +5,11 @@ Random tensors are drawn on the device itself: at a million latents the host wou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,12 +20,14 @@ from torch.nn import functional as F
 from sparc_fast import SPARC
 from sparc_fast.objective import nmse_scale, pair_weights, row_energy
 from sparc_fast.ops import reference
+from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
 from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
-from sparc_fast.planning.roofline import Cost
+from sparc_fast.planning.process_memory import available_bytes
 
 FLOAT = 4  # bytes of a float32
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}  # moves far beyond a weight's own rounding
 
 
@@ -42,6 +46,12 @@ class Shape:
     @property
     def D(self) -> int:
         return sum(self.d_streams)
+
+    @property
+    def held_bytes(self) -> int:
+        """Weights, two moments of each, and inputs: what no float32 Adam does without."""
+        weights = 2 * self.L * self.D + self.D + self.S * self.L
+        return FLOAT * (3 * weights + self.N * self.D)
 
     def model(self, backend: str = "auto", **options: Any) -> SPARC:
         """The same weights every time on a device, drawn there; `options` are SPARC's."""
@@ -73,42 +83,45 @@ U = Shape("U", 256, 8192)
 A = Shape("A", 4096, 32768)
 B = Shape("B", 4096, 131072)
 C = Shape("C", 8192, 1048576, k=128)
+ON_GPU = (A, B, U, SMALL)
 TINY = Shape("tiny", N=5, L=48, k=3, d_streams=(8, 5, 3))
 SHAPES = {shape.name: shape for shape in (U, A, B, C, TINY)}
 
 
-@dataclass
-class Case:
-    """Contenders that do the same work; `ours` names the one that ratios are taken against."""
-
-    op: str
-    shape: Shape
-    contenders: dict[str, Callable[[], Any]]
-    ours: tuple[str, ...]
-    phases: tuple[Cost, ...]
-    """One after another; the floor of a case is the sum of theirs."""
-    yardsticks: frozenset[str] = frozenset()
-    """Contenders that do less: a bound to compare with, not a rival."""
-    wrong: Mapping[str, str] = field(default_factory=dict)
-    """Contenders whose result was not the reference's, and in what; they are not timed."""
-
-
 @dataclass(frozen=True)
 class Place:
-    """Where a run happens: a device and the backend of ours that is measured there."""
+    """Where a run happens: a device, and what is measured there of ours."""
 
     device: torch.device
-    backend: str
-    role: str = "ours"
-    """What our rows are called: the backend, "hybrid" or "graph"."""
+    ours: Mapping[str, str]
+    """Label of a contender -> its backend."""
+    stands_in: bool = False
+    """Whether a CPU runs what a GPU would."""
 
     @property
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def free_bytes(self) -> int:
-        """Memory the device could still give; without one, nothing is refused."""
-        return torch.cuda.mem_get_info(self.device)[0] if self.is_gpu else 2**62
+    @property
+    def as_gpu(self) -> bool:
+        """Whether a GPU's rivals and shapes run here."""
+        return self.is_gpu or self.stands_in
+
+    @property
+    def role(self) -> str:
+        """The first of ours."""
+        return next(iter(self.ours))
+
+    @property
+    def backend(self) -> str:
+        return self.ours[self.role]
+
+    def free_bytes(self) -> float:
+        """Memory the device could still give."""
+        if self.is_gpu:
+            return torch.cuda.mem_get_info(self.device)[0]
+        free = available_bytes()
+        return math.inf if free is None else free
 
 
 class Operands:
@@ -117,15 +130,9 @@ class Operands:
     The support is that of the scores, or `spread` evenly over the latents where the scores are too many to form.
     """
 
-    def __init__(
-        self,
-        shape: Shape,
-        dtype: torch.dtype,
-        device: torch.device,
-        spread: bool = True,
-    ) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, spread: bool = True) -> None:
         self.shape, self.dtype, self.device, self.spread = shape, dtype, device, spread
-        self.d_streams, self.k = shape.d_streams, shape.k
+        self.d_streams, self.k, self.n_latents = shape.d_streams, shape.k, shape.L
         self.columns = stream_slices(shape.d_streams)
 
     def first(self, N: int) -> Operands:
@@ -209,6 +216,22 @@ class Operands:
     def inverse(self) -> tuple[Tensor, Tensor]:
         return reference.invert_indices(self.indices, self.shape.L)
 
+    @property
+    def target(self) -> Tensor:
+        return self.x
+
+    @property
+    def offsets(self) -> Tensor:
+        return self.inverse[0]
+
+    @property
+    def entries(self) -> Tensor:
+        return self.inverse[1]
+
+    @cached_property
+    def silence(self) -> Tensor:
+        return torch.zeros(self.shape.L, dtype=torch.int64, device=self.device)
+
     @cached_property
     def touched(self) -> int:
         """Latents that are in some sample's support: the rows a gather cannot avoid."""
@@ -273,46 +296,18 @@ def _replay_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Cal
     return run
 
 
-def _count_silence(b: Any, o: Operands) -> Callable[[], Tensor]:
-    silence = torch.zeros(o.shape.L, dtype=torch.int64, device=o.device)
-
-    def run() -> Tensor:
-        b.count_silence(silence, o.values, o.indices)
-        return silence
-
-    return run
-
-
-def _gradient_args(o: Operands) -> tuple[Any, ...]:
-    return o.x, o.pre_bias, o.values, o.grad_values
+def _of_operands(name: str, b: Any, o: Operands) -> Callable[[], Any]:
+    """The operator on the operands that its parameters are named after."""
+    parameters = list(signature(getattr(Backend, name)).parameters.values())[1:]
+    return partial(getattr(b, name), *[getattr(o, p.name) for p in parameters if p.default is p.empty])
 
 
 # every operator as a function to call again and again; `b` is a backend, or any namespace of its functions
 CALLS: dict[str, Callable[[Any, Operands], Callable[[], Any]]] = {
-    "topk_rows": lambda b, o: lambda: b.topk_rows(o.scores, o.k),
-    "global_topk": lambda b, o: lambda: b.global_topk(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.k),
-    "support_scores": lambda b, o: lambda: b.support_scores(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices),
-    "support_values": lambda b, o: (
-        lambda: b.support_values(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices, o.d_streams)
-    ),
-    "support_values_grad_x": lambda b, o: (
-        lambda: b.support_values_grad_x(o.grad_values, o.values, o.indices, o.W_enc, o.d_streams)
-    ),
-    "sparse_decode": lambda b, o: lambda: b.sparse_decode(o.values, o.indices, o.W_dec, o.pre_bias),
-    "sparse_decode_grad_values": lambda b, o: lambda: b.sparse_decode_grad_values(o.grad_recons, o.indices, o.W_dec),
-    "decode_loss": lambda b, o: (
-        lambda: b.decode_loss(o.values, o.indices, o.W_dec, o.pre_bias, o.x, o.scale, o.weights, o.d_streams)
-    ),
-    "invert_indices": lambda b, o: lambda: b.invert_indices(o.indices, o.shape.L),
-    "encoder_gradients": lambda b, o: lambda: b.encoder_gradients(*_gradient_args(o), *o.inverse, o.d_streams),
-    "decoder_gradients": lambda b, o: lambda: b.decoder_gradients(o.values, o.grad_recons, *o.inverse),
-    "weight_gradients": lambda b, o: (
-        lambda: b.weight_gradients(*_gradient_args(o), o.grad_recons, *o.inverse, o.d_streams)
-    ),
+    **{name: partial(_of_operands, name) for name in vars(Backend) if not name.startswith("_")},
     "update_rows": _update_rows,
     "step_rows": _step_rows,
     "replay_rows": _replay_rows,
-    "count_silence": _count_silence,
 }
 # the same operators with Adam's moments in bfloat16, which other machine code does
 NARROW_MOMENTS = {

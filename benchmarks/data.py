@@ -52,11 +52,6 @@ class Layout:
     cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
 
     @property
-    def stored(self) -> int:
-        """Bytes on disk."""
-        return sum(path.stat().st_size for path in self.sources.values())
-
-    @property
     def delivered(self) -> int:
         """Bytes of the rows as they are stored, uncompressed."""
         item = np.dtype(LAYOUTS[self.name][1]).itemsize

@@ -1,4 +1,4 @@
-"""The benchmark command: choose cases, check, time in turns, print a line a contender and the figures."""
+"""The benchmark command: choose cases and a device, check, time in turns, print a line a contender and the figures."""
 
 from __future__ import annotations
 
@@ -7,40 +7,31 @@ import gc
 import json
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 import sparc_fast
 from sparc_fast import available_backends
-from sparc_fast.planning.process_memory import available_bytes
-from sparc_fast.planning.roofline import Roofline, measure_roofs, processor
+from sparc_fast.files import atomic_path
+from sparc_fast.planning.roofline import Roofline, processor
 
-from . import memory
-from .cases import SMALL, WIDE, Case, Place, Shape
-from .figures import Line, reached
-from .operators import OPERATORS, cpu_case
-from .optimizer_options import OPTIONS
-from .processes import commit
-from .steps import RIVALS, WHOLE, Whole
-from .timing import Clock, ratio, spread
+from . import figures, memory, operators, options, steps
+from .cases import SMALL, TYPES, Place, Shape
+from .processes import commit, run_until
+from .record import Record
+from .table import figures_table, rows_table
+from .timing import measure_roofs
 
-CASES = {
-    **WHOLE,
-    **{op: Whole(op, own.shapes, tuple(own.cpu), partial(cpu_case, op)) for op, own in OPERATORS.items()},
-    **OPTIONS,
-}
-CPU = Place(torch.device("cpu"), "auto")
-MEMORY_SHAPES = (WIDE, SMALL)
+CASES = {**steps.CASES, **operators.CASES, **options.CASES, "memory": memory.CASE}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmarks; the exit status is 1 if a contender was wrong."""
+    """Run the benchmarks; the exit status is 1 if a contender was wrong or failed."""
     arguments = _parse(argv)
     threads = torch.get_num_threads()
     torch.set_num_threads(arguments.threads or threads)
@@ -51,62 +42,49 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    environment = environment_of_run()
-    print(heading(environment))
-    roofs = measure_roofs(small=arguments.quick)
+    place = Place(torch.device(arguments.device), {name: name for name in arguments.backend})
+    where = environment(place) | {"dtype": arguments.dtype}
+    print(heading(where))
+    record = Record("", place)
+    rates = measure_roofs(record.clock, small=arguments.quick)
+    roofs = Roofline(**{name: rate for name, rate in rates.items() if name != "tf32"})
     print(
         f"roofs: copy {roofs.copy / 1e9:.1f} GB/s, GEMM float32 {roofs.float32 / 1e9:.0f} GFLOP/s, "
         f"bfloat16 {roofs.bfloat16 / 1e9:.0f} GFLOP/s\n"
     )
-    lines, failed = [], False
     for op, shape in _chosen(arguments):
         gc.collect()  # the models of the case before
-        if op == "memory":
-            found = list(_memory_lines(shape, arguments.backend))
-        else:
-            found, wrong = _case_lines(op, shape, roofs, arguments)
-            failed |= wrong
-        lines += found
-    _print_figures(lines, arguments.goals)
+        before = len(record.rows)
+        CASES[op].run(record, shape, arguments.dtype, 0.0 if arguments.quick else arguments.seconds)
+        print(rows_table(record.rows[before:], roofs), flush=True)
+    wanted = figures.ON_GPU if place.is_gpu else figures.ON_CPU
+    if found := [figure for figure in figures.reached(record.rows, wanted) if figure.held != "not measured"]:
+        print("\n" + figures_table(found, arguments.goals))
     if arguments.json:
-        record = {"environment": environment, "roofs": asdict(roofs), "lines": [asdict(line) for line in lines]}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        rows = [asdict(row) | {"floor": roofs.floor(row.work) if row.work else None} for row in record.rows]
+        report = {"environment": where, "roofs": rates, "figures": [asdict(figure) for figure in found], "rows": rows}
+        with atomic_path(arguments.json) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.plot:
-        from .plot import plot
+        from .tools.plot import plot
 
-        plot(lines, arguments.plot)
-    return int(failed)
-
-
-def _case_lines(op: str, shape: Shape, roofs: Roofline, arguments: argparse.Namespace) -> tuple[list[Line], bool]:
-    """What a case measured, and whether a contender was wrong."""
-    try:
-        case = CASES[op].case(shape, arguments.backend)
-    except MemoryError as error:
-        print(_start(op, shape.name, ", ".join(arguments.backend)) + f"not run: {error}")
-        return [], False
-    for name, complaint in case.wrong.items():
-        print(_start(op, shape.name, name) + f"WRONG, not timed: {complaint}")
-    if not case.ours:
-        print(_start(op, shape.name, ", ".join(arguments.backend)) + "has no such operator")
-    found = []
-    for line in _lines(case, roofs, arguments.seconds, 3 if arguments.quick else 0):
-        print(_row(line), flush=True)
-        found.append(line)
-    return found, bool(case.wrong)
+        plot(record.rows, arguments.plot)
+    return int(any(row.error and not row.error.startswith("not run") for row in record.rows))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    ops = (*CASES, "memory")
-    shapes = dict.fromkeys(shape.name for op in ops for shape in _shapes(op))
+    shapes = dict.fromkeys(shape.name for case in CASES.values() for shape in (*case.shapes, *case.gpu_shapes))
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Time every operator and the whole training step against plain PyTorch, in turns. A contender "
         "whose result is not the reference's is not timed. Names may be given several times.",
     )
-    parser.add_argument("--op", action="append", choices=ops, help="only this one (all)")
+    parser.add_argument("--op", action="append", choices=CASES, help="only this one (all)")
     parser.add_argument("--shape", action="append", choices=shapes, help="only this one (all but small)")
-    parser.add_argument("--backend", action="append", choices=available_backends("cpu"), help="ours (the fastest)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    backends = dict.fromkeys((*available_backends("cpu"), *available_backends("cuda")))
+    parser.add_argument("--backend", action="append", choices=backends, help="ours (the fastest)")
+    parser.add_argument("--dtype", choices=TYPES, help="of weights and inputs (float32; bfloat16 on a GPU)")
     parser.add_argument("--threads", type=int, help="of PyTorch and of ours (PyTorch's default)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing for each case (%(default)g)")
     parser.add_argument("--quick", action="store_true", help="small shapes, 3 rounds: does it run at all?")
@@ -114,83 +92,33 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the ratios (needs matplotlib)")
     arguments = parser.parse_args(argv)
-    arguments.backend = arguments.backend or list(available_backends("cpu")[:1])
-    arguments.op = arguments.op or list(ops)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device, and PyTorch finds none here")
+    arguments.backend = arguments.backend or list(available_backends(arguments.device)[:1])
+    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
+    arguments.op = arguments.op or list(CASES)
     if arguments.threads is not None and arguments.threads < 1:
         parser.error(f"--threads must be at least 1, got {arguments.threads}")
     if not list(_chosen(arguments)):
-        has = [f"{op} has {', '.join(shape.name for shape in _shapes(op))}" for op in arguments.op]
-        parser.error(f"--shape must be one that --op has, got {', '.join(arguments.shape)}: {'; '.join(has)}")
+        has = (f"{op} has {', '.join(shape.name for shape in _shapes(op, arguments))}" for op in arguments.op)
+        shapes_given = ", ".join(arguments.shape or ["those of a run without --shape"])
+        parser.error(f"--shape must be one that --op has, got {shapes_given}: {'; '.join(has)}")
     return arguments
 
 
-def _shapes(op: str) -> tuple[Shape, ...]:
-    return MEMORY_SHAPES if op == "memory" else CASES[op].shapes
+def _shapes(op: str, arguments: argparse.Namespace) -> tuple[Shape, ...]:
+    return CASES[op].gpu_shapes if arguments.device == "cuda" else CASES[op].shapes
 
 
 def _chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Shape]]:
     for op in arguments.op:
-        for shape in _shapes(op):
+        for shape in _shapes(op, arguments):
             default = (shape.name == SMALL.name) == arguments.quick
             if shape.name in arguments.shape if arguments.shape else default:
                 yield op, shape
 
 
-def _lines(case: Case, roofs: Roofline, seconds: float, rounds: int) -> Iterator[Line]:
-    if not case.contenders:
-        return
-    times = Clock(CPU).operators(case.contenders, seconds, rounds)
-    ours = next((times[name] for name in case.ours if name in times), None)
-    flops, moved = sum(phase.flops for phase in case.phases), sum(phase.bytes for phase in case.phases)
-    floor = roofs.floor(case.phases)
-    for name, taken in times.items():
-        role = "ours" if name in case.ours else "yardstick" if name in case.yardsticks else "baseline"
-        over_ours = ratio(taken, ours) if ours else None
-        middle = median(taken)
-        yield Line(
-            case.op, case.shape.name, name, role, taken, middle, spread(taken), over_ours, flops, moved, floor / middle
-        )
-
-
-def _memory_lines(shape: Shape, backends: Sequence[str]) -> Iterator[Line]:
-    lazy = f"{backends[0]}, replay"
-    for name in (*backends, lazy, *RIVALS):
-        needed, free = memory.expected_bytes(name, shape), available_bytes()
-        if free is not None and needed > 0.75 * free:
-            print(_start("memory", shape.name, name) + f"not run: needs {needed / 1e9:.0f} GB of {free / 1e9:.0f} free")
-            continue
-        role = "ours" if name in (*backends, lazy) else "baseline"
-        line = Line("memory", shape.name, name, role, [], 0, 0, None, 0, 0, 0, memory.extra_bytes(name, shape))
-        print(_row(line), flush=True)
-        yield line
-
-
-def _start(op: str, shape: str, contender: str) -> str:
-    return f"{op:16} {shape:15} {contender:26} "
-
-
-def _row(line: Line) -> str:
-    row = _start(line.op, line.shape, line.contender)
-    if line.bytes_beyond is not None:
-        return row + f"{line.bytes_beyond / 1e6:10.1f} MB beyond weights, moments and inputs"
-    row += f"{line.median * 1e3:10.3f} ms ±{line.spread:4.0%} "
-    row += f"{line.ratio:7.2f}× " if line.ratio is not None else " " * 9
-    if line.role == "yardstick":  # it does not do this case's work
-        return row
-    rates = f"{line.bytes / line.median / 1e9:7.1f} GB/s {line.flops / line.median / 1e9:7.1f} GFLOP/s"
-    return row + f"{rates} {line.of_roof:5.0%} of roof"
-
-
-def _print_figures(lines: Sequence[Line], goals: bool) -> None:
-    if figures := reached(lines):
-        wanted = f"{'must':>8} {'aim':>8} " if goals else ""
-        print(f"\n{'figure':64} {wanted}{'reached':>12}")
-    for figure, whose, value in figures:
-        wanted = f"{figure.must:>8} {figure.aim:>8} " if goals else ""
-        print(f"{figure.what:64} {wanted}{value:>9.2f}{figure.unit:3} {whose}")
-
-
-def environment_of_run() -> dict[str, Any]:
+def environment(place: Place) -> dict[str, Any]:
     """What the figures of a run hang on."""
     try:
         from sparc_fast import _cpu
@@ -198,26 +126,43 @@ def environment_of_run() -> dict[str, Any]:
         compiled = None
     else:
         compiled = ("baseline", "AVX2", "AVX-512")[_cpu.simd_level()]
-    return {
+    found = {
         "sparc_fast": sparc_fast.__version__,
         "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ"),
         "compiled": compiled,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "dtype": "float32",
     }
+    if place.as_gpu:
+        import triton
+
+        found |= {
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+            "gpu": f"no GPU: {platform.machine()} stands in",
+        }
+    if place.is_gpu:
+        query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+        asked = run_until(10, ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
+        clocks = dict(zip(query.split(","), asked.strip().splitlines()[0].split(", "), strict=False))
+        found |= {"gpu": torch.cuda.get_device_name(place.device), **clocks}
+    return found
 
 
-def heading(environment: dict[str, Any]) -> str:
-    """The environment in two lines."""
-    compiled = environment["compiled"]
-    return (
+def heading(environment: Mapping[str, Any]) -> str:
+    """The environment in two lines, and a GPU's in a third."""
+    of_gpu = list(environment)[list(environment).index("triton") :] if "triton" in environment else []
+    lines = [
         f"sparc_fast {environment['sparc_fast']} ({environment['commit']}) at {Path(sparc_fast.__file__).parent}, "
-        f"compiled module: {compiled or 'NO, the reference runs'}\n"
-        f"torch {environment['torch']}, {environment['processor']}, {environment['threads']} thread(s), float32"
-    )
+        f"compiled module: {environment['compiled'] or 'NO, the reference runs'}",
+        f"torch {environment['torch']}, {environment['processor']}, {environment['threads']} thread(s)"
+        + (f", {environment['dtype']}" if "dtype" in environment else ""),
+        ", ".join(f"{name} {environment[name]}" for name in of_gpu if name != "dtype" and environment[name]),
+    ]
+    return "\n".join(filter(None, lines))
 
 
 if __name__ == "__main__":

@@ -12,39 +12,67 @@ logits, codes and every scratch that outlives a step count.
 from __future__ import annotations
 
 import argparse
+import gc
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from sparc_fast.planning.process_memory import forget_peak, give_back_freed, in_own_process, resident
 
-from .cases import FLOAT, MANY, SMALL, STEP, WIDE, WIDTHS, Shape
-from .steps import trainer
+from .cases import MANY, ON_GPU, SMALL, STEP, WIDE, WIDTHS, Place, Shape
+from .record import Case, Record
+from .steps import CPU_RIVALS, contenders, expected_bytes, held, inputs_of, is_ours, trainer
 
 SHAPES = {shape.name: shape for shape in (WIDE, *STEP, *MANY, SMALL, *WIDTHS)}
-
-
-def held_bytes(shape: Shape) -> int:
-    """Weights, two moments of each, and inputs: what no float32 Adam does without."""
-    weights = 2 * shape.L * shape.D + shape.D + shape.S * shape.L
-    return FLOAT * (3 * weights + shape.N * shape.D)
-
-
-def expected_bytes(name: str, shape: Shape) -> int:
-    """About what a contender takes, to know beforehand whether it fits."""
-    logits, gradients = FLOAT * shape.N * shape.L, FLOAT * 2 * shape.L * shape.D
-    beyond = {
-        "Dense": gradients + 12 * shape.S * logits,
-        "Lean": 2 * gradients + (shape.S + 1) * logits + 2 * FLOAT * shape.N * shape.k * shape.D,
-        "Tuned": gradients + (shape.S + 1) * logits,
-        "reference": 6 * gradients + 8 * logits,
-    }
-    return held_bytes(shape) + beyond.get(name, 2**28)
 
 
 def extra_bytes(name: str, shape: Shape) -> int:
     """Peak bytes beyond weights, moments and inputs of a contender's step, measured in a fresh process."""
     return int(in_own_process("-m", __name__, name, shape.name, str(torch.get_num_threads())))
+
+
+def peak_on_gpu(name: str, dtype: str, shape: Shape, place: Place) -> int:
+    """The same by the GPU's own count, in this process."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(place.device)
+    contender, x = trainer(name, shape, place, dtype), inputs_of(name, shape, place, dtype)
+    for _ in range(2):
+        contender.step(x)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(place.device)
+    for _ in range(2):
+        contender.step(x)
+    peak = torch.cuda.max_memory_allocated(place.device) - before
+    return peak - sum(t.nbytes for t in (*held(contender), x))
+
+
+def measure(record: Record, shape: Shape, wanted: Sequence[tuple[str, str]]) -> None:
+    """A row for each contender in each type."""
+    place = record.place
+    for name, dtype in wanted:
+        where = ("memory", shape.name, name, dtype)
+        if place.stands_in:
+            record.add(*where, error="only a GPU counts its memory")
+        elif record.has_time(3, *where) and record.fits(expected_bytes(name, shape, dtype, place.as_gpu), *where):
+            with record.guard(*where):
+                extra = peak_on_gpu(name, dtype, shape, place) if place.is_gpu else extra_bytes(name, shape)
+                role = "ours" if is_ours(name, place) else "baseline"
+                record.add(*where, value=extra, unit="B", note="beyond weights, moments and inputs", role=role)
+
+
+def _run(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
+    place = record.place
+    own = list(place.ours)
+    if place.as_gpu:
+        measure(record, shape, contenders(place, [dtype]))
+    else:
+        measure(record, shape, [(name, dtype) for name in (*own, f"{own[0]}, replay", *CPU_RIVALS)])
+
+
+CASE = Case(_run, (WIDE, SMALL), ON_GPU)
 
 
 def _measure(name: str, shape: Shape) -> int:
@@ -59,7 +87,7 @@ def _measure(name: str, shape: Shape) -> int:
     forget_peak()
     for _ in range(2):
         contender.step(x)
-    return resident("VmHWM") - base - held_bytes(shape)
+    return resident("VmHWM") - base - shape.held_bytes
 
 
 if __name__ == "__main__":

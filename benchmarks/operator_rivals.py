@@ -77,19 +77,14 @@ def bags(o: Operands) -> Run:
     return lambda: F.embedding_bag(indices, o.W_dec, per_sample_weights=values, mode="sum").add_(o.pre_bias).view(shape)
 
 
-def three_bags(o: Operands) -> Run:
-    indices, values = o.indices.long(), o.values.transpose(0, 1).contiguous()
-
-    def run() -> Tensor:
-        bags = [F.embedding_bag(indices, o.W_dec, per_sample_weights=z, mode="sum") for z in values]
-        return torch.stack([bag.add_(o.pre_bias) for bag in bags], dim=1)
-
-    return run
-
-
-def bags_alone(o: Operands) -> Run:
+def bags_alone(o: Operands) -> Callable[[], list[Tensor]]:
     indices, values = o.indices.long(), o.values.transpose(0, 1).contiguous()
     return lambda: [F.embedding_bag(indices, o.W_dec, per_sample_weights=z, mode="sum") for z in values]
+
+
+def three_bags(o: Operands) -> Run:
+    bags_of = bags_alone(o)
+    return lambda: torch.stack([bag.add_(o.pre_bias) for bag in bags_of()], dim=1)
 
 
 def dense_decode(o: Operands) -> Run:

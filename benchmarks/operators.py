@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -16,12 +16,11 @@ from sparc_fast.ops import backends
 from sparc_fast.planning.roofline import Cost
 
 from . import operator_rivals as rivals
-from .cases import CALLS, FLOAT, ROWS, SMALL, STEP, Case, Operands, Shape, namespace
-from .gpu_record import Record
+from .cases import CALLS, FLOAT, ON_GPU, ROWS, SMALL, STEP, TYPES, Operands, Place, Shape, namespace
+from .record import Case, Record
 from .rivals import invert
-from .timing import Clock, Run, Work
+from .timing import Run
 
-CPU = torch.device("cpu")
 Prepare = Callable[[Operands], Run]
 
 
@@ -39,7 +38,7 @@ PRODUCT: Mapping[str, Prepare] = {"x @ W_enc.T": lambda o: lambda: o.x @ o.W_enc
 class Operator:
     """The best plain PyTorch for an operator on each kind of machine, and what the operator cannot do without."""
 
-    work: Callable[[Operands], Work]
+    work: Callable[[Operands], Cost]
     cpu: Mapping[str, Prepare]
     gpu: Mapping[str, Prepare]
     comparable: Callable[[Operands, Any], Any] = lambda o, result: result
@@ -49,32 +48,6 @@ class Operator:
     gpu_yardsticks: Mapping[str, Prepare] = field(default_factory=dict)
     shapes: tuple[Shape, ...] = (*STEP, SMALL)
     """On a CPU."""
-
-
-def cpu_case(op: str, shape: Shape, names: Sequence[str]) -> Case:
-    """Ours on some backends and PyTorch's, checked on the first 32 samples, ready to be timed on all."""
-    operator, o = OPERATORS[op], Operands(shape, torch.float32, CPU, spread=False)
-    own = {name: _calling(op, backends.resolve(name, CPU)) for name in names}
-    if op == "global_topk":
-        for name in names:
-            if name != "reference":
-                unscreened = partial(backends.resolve(name, CPU).global_topk, screening="off")
-                own[f"{name}, float32 screen"] = _calling(op, namespace(global_topk=unscreened))
-    few = o.first(32)
-    want = operator.comparable(few, CALLS[op](backends.resolve("reference", CPU), few)())
-    wrong = {}
-    for name, prepare in (own | operator.cpu).items():
-        if complaint := disagreement(operator.comparable(few, prepare(few)()), want):
-            wrong[name] = complaint
-    prepared = own | operator.cpu | operator.cpu_yardsticks
-    contenders = {name: prepare(o) for name, prepare in prepared.items() if name not in wrong}
-    work = operator.work(o)
-    phases = (Cost(work.flops, work.bytes),)
-    return Case(op, shape, contenders, tuple(own), phases, frozenset(operator.cpu_yardsticks), wrong)
-
-
-def _calling(op: str, functions: Any) -> Prepare:
-    return lambda o: CALLS[op](functions, o)
 
 
 def _selected(scores: Tensor, indices: Tensor) -> Tensor:
@@ -99,10 +72,10 @@ def _rows(o: Operands) -> float:
     return o.touched * o.shape.D * o.x.element_size()
 
 
-def _gradient_work(o: Operands, weight_bytes: float) -> Work:
+def _gradient_work(o: Operands, weight_bytes: float) -> Cost:
     S = o.shape.S
     moved = weight_bytes * 2 * o.shape.L * o.shape.D + o.x.nbytes + o.grad_recons.nbytes
-    return Work(_flops(o) * (1 + S), moved, _gather(o, 1 + S))
+    return Cost(_flops(o) * (1 + S), moved, gathered=_gather(o, 1 + S))
 
 
 def _update_bytes(o: Operands) -> float:
@@ -112,7 +85,7 @@ def _update_bytes(o: Operands) -> float:
 
 OPERATORS: dict[str, Operator] = {
     "topk_rows": Operator(
-        lambda o: Work(0, o.scores.nbytes + FLOAT * o.shape.N * o.k),
+        lambda o: Cost(0, o.scores.nbytes + FLOAT * o.shape.N * o.k),
         cpu={"torch.topk": rivals.torch_topk},
         gpu={
             "torch.topk": rivals.torch_topk,
@@ -123,7 +96,7 @@ OPERATORS: dict[str, Operator] = {
         shapes=(*ROWS, SMALL),
     ),
     "global_topk": Operator(
-        lambda o: Work(2.0 * o.shape.N * o.shape.L * o.shape.D, o.x.nbytes + o.W_enc.nbytes + FLOAT * o.shape.N * o.k),
+        lambda o: Cost(2.0 * o.shape.N * o.shape.L * o.shape.D, o.x.nbytes + o.W_enc.nbytes + FLOAT * o.shape.N * o.k),
         cpu={"addmm + torch.topk": rivals.product_and_topk},
         gpu={"addmm + torch.topk": rivals.product_and_topk},
         comparable=lambda o, indices: _selected(_aggregated(o), indices),
@@ -131,28 +104,28 @@ OPERATORS: dict[str, Operator] = {
         gpu_yardsticks=PRODUCT,
     ),
     "support_values": Operator(
-        lambda o: Work(_flops(o), _rows(o) + o.x.nbytes + o.values.nbytes, _gather(o)),
+        lambda o: Cost(_flops(o), _rows(o) + o.x.nbytes + o.values.nbytes, gathered=_gather(o)),
         cpu={"index_select + bmm": partial(rivals.gather_and_dot, chunk=8, rows_of=rivals.rows_on_cpu)},
         gpu={"products, gather": rivals.logits_and_gather, "gather, bmm": rivals.gather_and_dot},
     ),
     "sparse_decode": Operator(
-        lambda o: Work(_flops(o) * o.shape.S, o.values.nbytes + _rows(o) + o.grad_recons.nbytes, _gather(o)),
+        lambda o: Cost(_flops(o) * o.shape.S, o.values.nbytes + _rows(o) + o.grad_recons.nbytes, gathered=_gather(o)),
         cpu={"S embedding_bags": rivals.three_bags, "S bags, adjacent": rivals.bags},
         gpu={"embedding_bag": rivals.bags, "dense codes @ W_dec": rivals.dense_decode},
         cpu_yardsticks={"S bags, no bias": rivals.bags_alone},
     ),
     "decode_loss": Operator(
-        lambda o: Work(
+        lambda o: Cost(
             2 * _flops(o) * o.shape.S,
             2 * o.values.nbytes + _rows(o) + o.x.nbytes + o.grad_recons.nbytes,
-            _gather(o),
+            gathered=_gather(o),
         ),
         cpu={"embedding_bag + autograd": rivals.decode_by_autograd},
         gpu={"embedding_bag, bmm": rivals.decode_by_bags, "dense products": rivals.decode_by_products},
         comparable=lambda o, result: result[:3],
     ),
     "invert_indices": Operator(
-        lambda o: Work(0, 12.0 * o.indices.numel() + 8 * o.shape.L),
+        lambda o: Cost(0, 12.0 * o.indices.numel() + 8 * o.shape.L),
         cpu={"argsort + bincount": lambda o: lambda: invert(o.indices, o.shape.L)},
         gpu={"sort, searchsorted": rivals.sort_and_search},
     ),
@@ -175,58 +148,57 @@ OPERATORS: dict[str, Operator] = {
 
 
 def measure(
-    record: Record,
-    clock: Clock,
-    shape: Shape,
-    dtype: torch.dtype,
-    names: Sequence[str],
-    seconds: float,
-    rivals: bool = True,
+    record: Record, shape: Shape, dtype: str, names: Sequence[str], seconds: float, rivals: bool = True
 ) -> None:
     """Check and time operators at a shape, with PyTorch's or alone; whatever fails becomes a row."""
-    o, type_, role = Operands(shape, dtype, record.place.device), _name(dtype), record.place.role
-    ours = backends.resolve(record.place.backend, record.place.device)
+    place = record.place
+    o = Operands(shape, TYPES[dtype], place.device, spread=place.as_gpu)
     for name in names:
-        if not record.has_time(2 * seconds, name, shape.name, role, type_):
+        where = (name, shape.name, place.role, dtype)
+        if not record.has_time(2 * seconds, *where):
             continue
-        with record.guard(name, shape.name, role, type_):
+        with record.guard(*where):
             operator = OPERATORS[name]
-            prepared = {role: _calling(name, ours), **(operator.gpu if rivals else {})}
-            runs = dict(_checked(record, name, operator, prepared, o))
-            for label, prepare in operator.gpu_yardsticks.items():
-                runs[label] = prepare(o)
-            fitting = _fitting(record, name, o, runs)
-            for label, taken in clock.operators(fitting, seconds).items():
-                record.times(name, shape.name, label, type_, taken, operator.work(o))
+            own = _ours(name, place)
+            others = (operator.gpu if place.as_gpu else operator.cpu) if rivals else {}
+            yardsticks = operator.gpu_yardsticks if place.as_gpu else operator.cpu_yardsticks
+            runs = dict(_ready(record, name, own | others, yardsticks, o))
+            work = [replace(operator.work(o), dtype=dtype)]
+            record.race(name, shape.name, dtype, runs, seconds, work, tuple(own), tuple(yardsticks))
 
 
-def _checked(
-    record: Record, name: str, operator: Operator, prepared: Mapping[str, Prepare], o: Operands
+def _ours(name: str, place: Place) -> dict[str, Prepare]:
+    found = {}
+    for label, backend in place.ours.items():
+        functions = backends.resolve(backend, place.device)
+        found[label] = partial(CALLS[name], functions)
+        if name == "global_topk" and not place.as_gpu and backend != "reference":
+            unscreened = namespace(global_topk=partial(functions.global_topk, screening="off"))
+            found[f"{label}, float32 screen"] = partial(CALLS[name], unscreened)
+    return found
+
+
+def _ready(
+    record: Record, name: str, checked: Mapping[str, Prepare], yardsticks: Mapping[str, Prepare], o: Operands
 ) -> Iterator[tuple[str, Run]]:
-    """The contenders whose result is the reference's on few samples, ready to run on all."""
-    few, where = o.first(32), (name, o.shape.name)
+    """Those whose result is the reference's on few samples and that have run on all; yardsticks have no result."""
+    few, operator, as_gpu = o.first(32), OPERATORS[name], record.place.as_gpu
     reference_run = CALLS[name](backends.resolve("reference", o.device), few)
     want = operator.comparable(few, reference_run())
-    for label, prepare in prepared.items():
-        with record.guard(*where, label, _name(o.dtype)):
-            # plain PyTorch rounds codes, logits and gradients to the operands' type on the way
-            narrow = 6e-2 if label in operator.gpu else 2e-2
-            tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}.get(o.dtype, narrow)
-            complaint = disagreement(operator.comparable(few, prepare(few)()), want, tolerance, order=2)
-            if complaint:
-                record.add(*where, label, _name(o.dtype), error=f"wrong, not timed: {complaint}")
-            else:
-                yield label, prepare(o)
-
-
-def _fitting(record: Record, name: str, o: Operands, runs: Mapping[str, Run]) -> dict[str, Run]:
-    """Those that run once without running out of memory."""
-    fitting = {}
-    for label, run in runs.items():
-        with record.guard(name, o.shape.name, label, _name(o.dtype)):
+    for label, prepare in {**checked, **yardsticks}.items():
+        where = (name, o.shape.name, label, _name(o.dtype))
+        with record.guard(*where):
+            if label in checked:
+                # plain PyTorch rounds codes, logits and gradients to the operands' type on the way
+                narrow = 6e-2 if label in operator.gpu else 2e-2
+                tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}.get(o.dtype, narrow)
+                got = operator.comparable(few, prepare(few)())
+                if complaint := disagreement(got, want, tolerance, order=2 if as_gpu else math.inf):
+                    record.add(*where, error=f"WRONG, not timed: {complaint}")
+                    continue
+            run = prepare(o)
             run()
-            fitting[label] = run
-    return fitting
+            yield label, run
 
 
 def disagreement(got: Any, want: Any, tolerance: float = 1e-4, order: float = math.inf) -> str | None:
@@ -250,3 +222,10 @@ def disagreement(got: Any, want: Any, tolerance: float = 1e-4, order: float = ma
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _run(name: str, record: Record, shape: Shape, dtype: str, seconds: float) -> None:
+    measure(record, shape, dtype, [name], seconds)
+
+
+CASES = {name: Case(partial(_run, name), operator.shapes, ON_GPU) for name, operator in OPERATORS.items()}

@@ -22,11 +22,15 @@ class Dense(nn.Module):
     step, per stream, over logits that are set to 0 where a latent is alive. Weights are stored as nn.Linear stores
     them, and the decoder is renormalised before the optimizer step, not after it. Logging is left out.
 
-    Starts from a model's weights. ``auxk_coef=0`` leaves AuxK out.
+    Starts from a model's weights. ``auxk_coef=0`` leaves AuxK out; `autocast` has bfloat16 as a PyTorch user has it.
     """
 
-    def __init__(self, model: SPARC, lr: float = 1e-4, auxk_coef: float = 1 / 32, dead_after_steps: int = 1000) -> None:
+    def __init__(
+        self, model: SPARC, lr: float = 1e-4, auxk_coef: float = 1 / 32, dead_after_steps: int = 1000,
+        autocast: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.autocast = autocast
         self.d_streams = list(model.d_streams.values())
         self.k, self.auxk = model.k, min(64, model.n_latents)
         self.auxk_coef, self.dead_after_steps = auxk_coef, dead_after_steps
@@ -39,13 +43,14 @@ class Dense(nn.Module):
 
     def step(self, x: Tensor) -> Tensor:
         """One training step on x [N, D], all streams side by side; the loss before it."""
-        self.adam.zero_grad()
-        loss = self.loss(list(x.split(self.d_streams, dim=1)))
-        loss.backward()
-        self.normalize_decoder()
-        self.project_gradients()
-        self.adam.step()
-        return loss.detach()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            self.adam.zero_grad()
+            loss = self.loss(list(x.split(self.d_streams, dim=1)))
+            loss.backward()
+            self.normalize_decoder()
+            self.project_gradients()
+            self.adam.step()
+            return loss.detach()
 
     def loss(self, inputs: list[Tensor]) -> Tensor:
         S = len(inputs)
@@ -124,9 +129,10 @@ class Lean(torch.nn.Module):
         self.adam.zero_grad()
         loss = self.loss(x)
         loss.backward()
-        self.project_gradients()
-        self.adam.step()
-        self.normalize_decoder()
+        with torch.no_grad():
+            project_gradients(self.W_dec.grad, self.W_dec, self.columns)
+            self.adam.step()
+            normalize_rows(self.W_dec, self.columns)
         return loss.detach()
 
     def loss(self, x: Tensor) -> Tensor:
@@ -139,17 +145,6 @@ class Lean(torch.nn.Module):
                 weight = 1 / S if s == t else 1 / (S * (S - 1))
                 loss = loss + weight * nmse(recons[:, cols], x[:, cols])
         return loss
-
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        for cols in self.columns:
-            g, w = self.W_dec.grad[:, cols], self.W_dec[:, cols]
-            g -= (g * w).sum(1, keepdim=True) * w
-
-    @torch.no_grad()
-    def normalize_decoder(self) -> None:
-        for cols in self.columns:
-            self.W_dec[:, cols] /= self.W_dec[:, cols].norm(dim=1, keepdim=True)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         return self.W_enc.detach(), self.W_dec.detach()
@@ -188,30 +183,15 @@ class EncodeStreams(torch.autograd.Function):
         return None, grad_W_enc, grad_pre_bias, grad_bias, None, None
 
 
-class LeanDense(torch.nn.Module):
+class LeanDense(Lean):
     """A careful step by dense products: one product a stream, TopK, scattered codes, autograd, fused Adam. No AuxK.
 
     With `compute=torch.bfloat16` products run in it, over float32 weights and moments, as under autocast.
     """
 
     def __init__(self, model: SPARC, lr: float = 1e-4, compute: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.k, self.columns, self.compute = model.k, stream_slices(tuple(model.d_streams.values())), compute
-        self.W_enc, self.W_dec, self.pre_bias, self.latent_bias = (
-            torch.nn.Parameter(p.detach().float().clone())
-            for p in (model.W_enc, model.W_dec, model.pre_bias, model.latent_bias)
-        )
-        self.adam = torch.optim.Adam(self.parameters(), lr, fused=True)
-
-    def step(self, x: Tensor) -> Tensor:
-        self.adam.zero_grad()
-        loss = self.loss(x)
-        loss.backward()
-        with torch.no_grad():
-            project_gradients(self.W_dec.grad, self.W_dec, self.columns)
-            self.adam.step()
-            normalize_rows(self.W_dec, self.columns)
-        return loss.detach()
+        super().__init__(model, lr)
+        self.compute = compute
 
     def loss(self, x: Tensor) -> Tensor:
         S, compute = len(self.columns), self.compute
@@ -232,9 +212,6 @@ class LeanDense(torch.nn.Module):
             for s, mean in enumerate(nmse.mean(0)):
                 loss = loss + mean * (1 / S if s == t else 1 / (S * (S - 1)))
         return loss
-
-    def weights(self) -> tuple[Tensor, Tensor]:
-        return self.W_enc.detach(), self.W_dec.detach()
 
 
 class Tuned:

@@ -1,4 +1,4 @@
-"""``pytest benchmarks/``: every operator and the whole step at a small shape, results checked first.
+"""``pytest benchmarks/``: every operator at a small shape, each result checked first; its own history and comparison.
 
 For the named shapes, interleaved with their rivals, run ``python -m benchmarks``.
 """
@@ -9,27 +9,29 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from sparc_fast import available_backends
+from sparc_fast.ops import backends, reference
 
-from .cases import SMALL, Case
-from .main import CASES
+from .cases import CALLS, SMALL, Operands
+from .operators import OPERATORS, disagreement
 
 
 @cache
-def small_case(op: str) -> Case:
-    shape = next(shape for shape in CASES[op].shapes if shape.name == SMALL.name)
-    return CASES[op].case(shape, available_backends("cpu"))
+def small_operands() -> Operands:
+    return Operands(SMALL, torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    ("op", "contender"),
-    [(op, name) for op, case in CASES.items() for name in (*available_backends("cpu"), *case.rivals)],
+    ("name", "contender"),
+    [(name, who) for name, operator in OPERATORS.items() for who in (*available_backends("cpu"), *operator.cpu)],
 )
-def test_operator(benchmark: Any, op: str, contender: str) -> None:
-    case = small_case(op)
-    assert contender not in case.wrong, case.wrong[contender]
-    if contender not in case.contenders:
-        pytest.skip(f"{contender} has no {op}")
-    benchmark.group = op
-    benchmark(case.contenders[contender])
+def test_operator(benchmark: Any, name: str, contender: str) -> None:
+    o, operator = small_operands(), OPERATORS[name]
+    is_ours = contender in available_backends("cpu")
+    prepare = (lambda o: CALLS[name](backends.resolve(contender, o.device), o)) if is_ours else operator.cpu[contender]
+    results = [operator.comparable(o, run()) for run in (prepare(o), CALLS[name](reference, o))]
+    assert disagreement(*results) is None
+    benchmark.group = name
+    benchmark(prepare(o))

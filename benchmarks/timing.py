@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from statistics import median, quantiles
 from time import perf_counter
@@ -13,38 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast.planning.roofline import seconds_of
+from sparc_fast.planning import roofline
 
-from .cases import Place
+from .cases import TYPES, Place
 
 Run = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What an operator cannot do without."""
-
-    flops: float = 0.0
-    bytes: float = 0.0
-    """Moved between memory and chip: every operand once, every touched row once, every result once."""
-    gathered: float = 0.0
-    """Read from the L2 cache by gathers."""
-
-
-@dataclass(frozen=True)
-class DeviceRoofs:
-    """The best this device did in this run, a second."""
-
-    copy: float
-    gather: float
-    bfloat16: float
-    tf32: float
-    float32: float
-
-    def floor(self, work: Work, dtype: str) -> float:
-        """Seconds below which this work cannot come; float32 products may run as no narrower ones."""
-        rate = self.bfloat16 if dtype == "bfloat16" else self.float32
-        return max(work.flops / rate, work.bytes / self.copy, work.gathered / self.gather)
 
 
 CYCLES = 2e9
@@ -75,7 +48,7 @@ class Clock:
         A GPU first sleeps for `hidden` seconds, in which the host goes ahead: its time then is no part of the figure.
         """
         if not self.place.is_gpu:
-            return seconds_of(run, repeats)
+            return roofline.seconds_of(run, repeats)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         if cold:
@@ -89,8 +62,8 @@ class Clock:
         torch.cuda.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / repeats
 
-    def operators(self, runs: Mapping[str, Run], seconds: float, rounds: int = 0) -> dict[str, list[float]]:
-        """Each run's times, in seconds, A B C A B C … for about `seconds` (at least 3 rounds), or `rounds`.
+    def operators(self, runs: Mapping[str, Run], seconds: float) -> dict[str, list[float]]:
+        """Each run's times, in seconds, A B C A B C … for about `seconds` (at least 3 rounds).
 
         Each runs twice before: once to warm up, once to see how long the host takes. On a GPU what is timed is the
         device alone, from a cold L2 cache; on a CPU as many runs back to back as can be timed at all (2 ms).
@@ -107,27 +80,29 @@ class Clock:
                 repeats = max(1, math.ceil(2e-3 / max(host, 1e-9)))
                 timed[name] = partial(self.seconds, run, repeats)
                 once += host * repeats
-        return self._rounds(timed, rounds or max(3, min(50, round(seconds / max(once, 1e-6)))))
+        return self._rounds(timed, once, seconds)
 
     def steps(self, runs: Mapping[str, Run], seconds: float, together: int = 10) -> dict[str, list[float]]:
-        """Each run's times as a training loop has them, host and all: `together` steps back to back, in turns."""
+        """Each run's times as a training loop has them, host and all: on a GPU `together` back to back, in turns."""
+        if not self.place.is_gpu:
+            return self.operators(runs, seconds)
         once = 0.0
         for run in runs.values():
             run()
             once += self.seconds(run, 2) * together
         timed = {name: partial(self.seconds, run, together) for name, run in runs.items()}
-        return self._rounds(timed, max(3, min(50, round(seconds / max(once, 1e-6)))))
+        return self._rounds(timed, once, seconds)
 
     @staticmethod
-    def _rounds(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    def _rounds(timed: Mapping[str, Callable[[], float]], once: float, seconds: float) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {name: [] for name in timed}
-        for _ in range(rounds):
+        for _ in range(max(3, min(50, round(seconds / max(once, 1e-6))))):
             for name, seconds in timed.items():
                 times[name].append(seconds())
         return times
 
 
-def spread(times: list[float]) -> float:
+def spread(times: Sequence[float]) -> float:
     """Distance of the quartiles over the median."""
     if len(times) < 2:
         return 0.0
@@ -135,47 +110,37 @@ def spread(times: list[float]) -> float:
     return (high - low) / median(times)
 
 
-def ratio(times: list[float], ours: list[float]) -> float:
+def ratio(times: Sequence[float], ours: Sequence[float]) -> float:
     """How many times ours fits into theirs: the median over rounds, so that a slow spell hits both alike."""
     return median(a / b for a, b in zip(times, ours, strict=True))
 
 
 def measure_roofs(clock: Clock, small: bool = False) -> dict[str, float]:
-    """The fields of `DeviceRoofs`, best of 5: copies, gathers of rows from a table in the L2 cache, products."""
-    device = clock.place.device
+    """The fields of `Roofline`, best of 5; of a GPU also the rate of products in TensorFloat-32."""
+    place, device = clock.place, clock.place.device
+    if not place.as_gpu:
+        return {name: rate for name, rate in asdict(roofline.measure_roofs(small)).items() if rate is not None}
     best = lambda run: min(clock.seconds(run, hidden=1e-4) for _ in range(6))  # noqa: E731  (the first warms up)
-    run, copied = copy_run(device, 2**16 if small else 2**28)
-    roofs = {"copy": copied / best(run)}
+    source = torch.ones(2**16 if small else 2**28, device=device)
+    target = torch.empty_like(source)
+    roofs = {"copy": 2 * source.nbytes / best(lambda: target.copy_(source))}
     run, gathered = gather_run(device, programs=4 if small else 16384, rows=64 if small else 12288)
     roofs["gather"] = gathered / best(run)
-    n = 64 if small else 8192
-    for name, dtype, tf32 in (
-        ("bfloat16", torch.bfloat16, False),
-        ("tf32", torch.float32, True),
-        ("float32", torch.float32, False),
-    ):
-        size = min(n, 4096) if dtype == torch.float32 else n
+    for name, size in (("bfloat16", 8192), ("tf32", 8192), ("float32", 4096)):
         torch.manual_seed(0)
-        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        a, b = torch.randn(2, *[64 if small else size] * 2, device=device).to(TYPES.get(name, torch.float32))
         before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         try:
-            roofs[name] = 2 * size**3 / best(lambda a=a, b=b: a @ b.T)
+            roofs[name] = 2 * len(a) ** 3 / best(lambda a=a, b=b: a @ b.T)
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
     return roofs
 
 
-def copy_run(device: torch.device, numbers: int) -> tuple[Run, int]:
-    """A copy of a tensor beyond the caches, and the bytes it reads and writes."""
-    source = torch.ones(numbers, device=device)
-    target = torch.empty_like(source)
-    return (lambda: target.copy_(source)), 2 * source.nbytes
-
-
 def gather_run(device: torch.device, programs: int, rows: int, columns: int = 1024) -> tuple[Run, int]:
     """Programs that each add up 64 random rows of a bfloat16 table of 24 MB, and the bytes they read."""
-    from .gather import sum_rows
+    from .tools.gather import sum_rows
 
     torch.manual_seed(0)
     table = torch.randn(rows, columns, device=device).to(torch.bfloat16)

@@ -339,9 +339,23 @@ class SPARC(nn.Module):
 
     @torch.no_grad()
     def _count_silence(self, values: Tensor, indices: Tensor) -> None:
-        """Move the dead counters by a batch of codes; in training mode only."""
-        if self.training:
-            backends.resolve(self.backend, values.device).count_silence(self.silence, values, indices)
+        """Move the dead counters by a batch of codes; in training mode only.
+
+        Inside DistributedDataParallel, by the samples of all processes, so that a latent is dead on all or none.
+        """
+        if not self.training:
+            return
+        count = backends.resolve(self.backend, values.device).count_silence
+        if not _is_replicated():
+            count(self.silence, values, indices)
+            return
+        of_batch = torch.full_like(self.silence, 1)
+        count(of_batch, values, indices)  # 0 where a latent fired
+        fired = (of_batch == 0).to(torch.int64)
+        samples = torch.tensor(len(values), dtype=torch.int64, device=values.device)
+        for part in (fired, samples):
+            torch.distributed.all_reduce(part)
+        self.silence.copy_(torch.where(fired > 0, 0, self.silence + samples))
 
     def _before_reading_decoder(self, catch_up: Callable[[], None]) -> None:
         """Have `catch_up` called before this model reads its decoder: for an optimizer that leaves rows behind."""
@@ -422,6 +436,13 @@ class SPARC(nn.Module):
         if not self.is_calibrated:
             return recons
         return (recons * self.input_rms[t] + self.input_mean[self._columns()[t]]).to(recons.dtype)
+
+
+def _is_replicated() -> bool:
+    """Whether this is the forward pass of a DistributedDataParallel."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    return getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
 
 
 def _is_capturing(x: Tensor) -> bool:

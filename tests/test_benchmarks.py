@@ -15,12 +15,16 @@ import sparc_fast as sf
 from sparc_fast.benchmarks import memory
 from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE, STEP, Place
 from sparc_fast.benchmarks.experiments import moments_curve, width
-from sparc_fast.benchmarks.figures import Line
-from sparc_fast.benchmarks.main import _print_figures, main
-from sparc_fast.benchmarks.operators import OPERATORS, cpu_case, disagreement
+from sparc_fast.benchmarks.figures import ON_CPU, reached
+from sparc_fast.benchmarks.main import main
+from sparc_fast.benchmarks.operators import OPERATORS, disagreement, measure
+from sparc_fast.benchmarks.record import Record, Row
 from sparc_fast.benchmarks.rivals import Dense, EagerSAE, Lean, Tuned
+from sparc_fast.benchmarks.table import figures_table
 from sparc_fast.benchmarks.timing import Clock, ratio
 from sparc_fast.planning.roofline import Cost, Roofline
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +91,11 @@ def test_eager_sae_has_the_gradients_of_a_single_stream() -> None:
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_baseline_computes_the_operator(op: str) -> None:
-    assert cpu_case(op, SMALL, ["reference"]).wrong == {}
+    record = Record("", Place(CPU, {"ours": "reference"}))
+    measure(record, SMALL, "float32", [op], 0.0)
+    operator = OPERATORS[op]
+    assert {row.contender for row in record.rows} == {"ours", *operator.cpu, *operator.cpu_yardsticks}
+    assert all(len(row.seconds) >= 3 and row.value and row.work and not row.error for row in record.rows)
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,11 +124,11 @@ def test_quick_run_writes_json_and_a_plot(tmp_path: Path, capsys: pytest.Capture
     record = json.loads(paths[0].read_text())
     assert record["environment"]["sparc_fast"] == sf.__version__
     assert set(record["roofs"]) == {"copy", "float32", "bfloat16"}
-    lines = record["lines"]
-    assert {line["contender"] for line in lines if line["op"] == "step"} >= {"Dense", "Lean", "Tuned"}
-    moments = {line["contender"].split(", ")[1]: line["role"] for line in lines if line["op"] == "moments"}
+    rows = record["rows"]
+    assert {row["contender"] for row in rows if row["what"] == "step"} >= {"Dense", "Lean", "Tuned"}
+    moments = {row["contender"].split(", ")[1]: row["role"] for row in rows if row["what"] == "moments"}
     assert moments == {"bfloat16 moments": "ours", "float32 moments": "baseline"}
-    assert all(len(line["seconds"]) == 3 and line["median"] > 0 and line["flops"] + line["bytes"] > 0 for line in lines)
+    assert all(len(row["seconds"]) == 3 and row["value"] > 0 and row["floor"] > 0 for row in rows)
     assert paths[1].stat().st_size > 1000
     assert "roofs: copy" in capsys.readouterr().out
 
@@ -140,7 +148,7 @@ def test_curves_of_both_moments_are_written_beside_each_other(
     assert narrow["loss"][0] == exact["loss"][0]
     assert narrow["loss"][1:] == pytest.approx(exact["loss"][1:], rel=0.02)
     assert narrow["loss"] != exact["loss"]
-    assert record["summary"]["bfloat16"]["final"] == [narrow["loss"][-1]]
+    assert narrow["final"] == narrow["loss"][-1]
     assert paths[1].read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("held out") == 2
 
@@ -170,16 +178,16 @@ def test_an_unknown_name_says_what_there_is(
 
 
 @pytest.mark.parametrize("goals", [True, False])
-def test_what_the_project_asks_of_itself_is_printed_where_asked_for(
-    goals: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shape = STEP[0].name
-    line = Line("step", shape, "Dense", "baseline", [1.0], 1.0, 0.0, 20.0, 0, 0, 0)
-    _print_figures([line], goals)
-    printed = capsys.readouterr().out
+def test_what_the_project_asks_of_itself_is_printed_where_asked_for(goals: bool) -> None:
+    rows = [
+        Row("", "step", STEP[0].name, name, "float32", seconds[0], seconds=seconds, role=role)
+        for name, role, seconds in (("cpu", "ours", (1.0, 2.0, 9.0)), ("Dense", "baseline", (20.0, 40.0, 9.0)))
+    ]
+    figure = next(figure for figure in ON_CPU if "Dense" in figure.what)
+    printed = figures_table(reached(rows, [figure]), goals)
     assert "Dense ÷ ours" in printed
     assert "20.00×" in printed
-    assert ("must" in printed) is ("≥ 14" in printed) is goals
+    assert ("must" in printed) is ("≥ 9" in printed) is goals
 
 
 def test_contenders_take_turns() -> None:
@@ -193,31 +201,33 @@ def test_contenders_take_turns() -> None:
 
         return run
 
-    clock = Clock(Place(torch.device("cpu"), "auto"))
-    times = clock.operators({"a": contender("a"), "b": contender("b")}, seconds=0, rounds=2)
-    assert [len(taken) for taken in times.values()] == [2, 2]
+    times = Clock(Place(CPU, {})).operators({"a": contender("a"), "b": contender("b")}, seconds=0)
+    assert [len(taken) for taken in times.values()] == [3, 3]
     assert "".join(order).replace("aa", "a").replace("bb", "b").startswith("ab")
     assert ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == 2.0
 
 
-def test_the_floor_is_the_slower_of_bytes_and_flops_of_each_phase() -> None:
-    roofs = Roofline(copy=10.0, float32=100.0, bfloat16=400.0)
-    assert roofs.floor([Cost(flops=100, bytes=20), Cost(flops=300, bytes=10)]) == 2 + 3
+def test_the_floor_is_the_slowest_resource_of_each_phase() -> None:
+    roofs = Roofline(copy=10.0, float32=100.0, bfloat16=400.0, gather=20.0)
+    assert roofs.floor([Cost(100, 20), Cost(300, 10), Cost(400, 10, "bfloat16"), Cost(gathered=100)]) == 2 + 3 + 1 + 5
+    assert Roofline(10.0, 100.0, 400.0).floor([Cost(gathered=100)]) == 0
 
 
 def test_the_width_command_measures_time_memory_and_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record, picture = tmp_path / "width.json", tmp_path / "width.png"
     threads = ["--threads", "1", "--seconds", "0"]
     assert width.main(["--latents", "2048", *threads, "--json", str(record), "--plot", str(picture)]) == 0
-    assert "MB beyond" in capsys.readouterr().out
-    (measured,) = json.loads(record.read_text())["widths"]
-    assert measured["L"] == 2048
-    assert measured["seconds"] > measured["floor"] / 100 > 0
-    assert measured["bytes_held"] == 4 * (3 * (2 * 2048 * 256 + 256 + 2 * 2048) + 512 * 256)
-    assert measured["loss"][1] < measured["loss"][0]
+    printed = capsys.readouterr().out
+    assert "MB beyond" in printed
+    assert f"{4 * (3 * (2 * 2048 * 256 + 256 + 2 * 2048) + 512 * 256) / 1e9:.2f} GB held" in printed
+    beyond, step = json.loads(record.read_text())["rows"]
+    assert (beyond["what"], step["what"]) == ("memory", "step")
+    assert step["value"] > step["floor"] / 100 > 0
+    first, last = map(float, step["note"].rpartition("loss ")[2].split(" → "))
+    assert last < first
     assert picture.stat().st_size > 0
 
 
 def test_time_that_grows_as_the_square_has_exponent_2() -> None:
-    narrow = width.Width(1000, 0.5, 0, 0, 0, 0, (0, 0))
-    assert width.exponent(narrow, replace(narrow, L=4000, seconds=8.0)) == pytest.approx(2)
+    narrow, wide = (Row("", "step", f"N512-L{L}", value=seconds) for L, seconds in ((65536, 0.5), (262144, 8.0)))
+    assert width.exponent(narrow, wide) == pytest.approx(2)

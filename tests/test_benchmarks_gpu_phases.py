@@ -16,12 +16,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from sparc_fast.benchmarks import gpu, gpu_build, gpu_checks, gpu_figures, gpu_main, processes, timing
+from sparc_fast.benchmarks import checks, gpu, processes, timing
 from sparc_fast.benchmarks.cases import Place
-from sparc_fast.benchmarks.gpu_record import Record, Row
+from sparc_fast.benchmarks.figures import to_paste
+from sparc_fast.benchmarks.record import Record, Row
+from sparc_fast.benchmarks.table import rows_table
 from sparc_fast.benchmarks.timing import Clock
 
-CPU = torch.device("cpu")
+STAND_IN = Place(torch.device("cpu"), {}, stands_in=True)
 PHASE = """# as `gpu --phase NAME --record PATH`, without the time that importing torch takes
 import json, subprocess, sys, time
 name, path = sys.argv[2], sys.argv[4]
@@ -57,11 +59,11 @@ def running(*command: str) -> bool:
 def test_phases_run_apart_and_a_failing_one_costs_itself_only(
     phases: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = {name: replace(phase, seconds=8.0) for name, phase in gpu_main.PHASES.items()}
-    monkeypatch.setattr(gpu_main, "PHASES", short)
+    short = {name: replace(phase, seconds=8.0) for name, phase in gpu.PHASES.items()}
+    monkeypatch.setattr(gpu, "PHASES", short)
     kept: list[int] = []
     names = ["roofs", "profile-A", "small", "step-A-triton"]
-    found = gpu_main.run_phases(names, True, phases, keep=lambda found: kept.append(len(found)))
+    found = gpu.run_phases(names, True, phases, keep=lambda found: kept.append(len(found)))
     assert [row.contender for row in found] == ["copy", "", "copy", "copy"]
     assert "segmentation fault" in found[1].error
     assert kept == [1, 2, 3, 4]
@@ -73,8 +75,8 @@ def test_phases_run_apart_and_a_failing_one_costs_itself_only(
 def test_a_deadline_is_absolute_and_counts_from_when_the_phase_may_begin(
     phases: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_main, "PHASES", {"roofs": gpu_main.Phase(print, 8.0), "small": gpu_main.Phase(print, 8.0)})
-    fast, slow = (gpu_main.run_phases([name], True, phases)[0].value for name in ("roofs", "small"))
+    monkeypatch.setattr(gpu, "PHASES", {"roofs": gpu.Phase(print, 8.0), "small": gpu.Phase(print, 8.0)})
+    fast, slow = (gpu.run_phases([name], True, phases)[0].value for name in ("roofs", "small"))
     assert fast is not None
     assert slow is not None
     assert 2 < fast <= 4  # four seconds less than it may take, to end by itself
@@ -84,9 +86,9 @@ def test_a_deadline_is_absolute_and_counts_from_when_the_phase_may_begin(
 def test_a_phase_that_hangs_is_stopped_with_all_it_started_in_any_session(
     phases: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_main, "PHASES", {"step-A-cuda": gpu_main.Phase(print, 6.0, "cuda")})
+    monkeypatch.setattr(gpu, "PHASES", {"step-A-cuda": gpu.Phase(print, 6.0, "cuda")})
     began = monotonic()
-    row, stopped = gpu_main.run_phases(["step-A-cuda"], True, phases)
+    row, stopped = gpu.run_phases(["step-A-cuda"], True, phases)
     assert monotonic() - began < 12
     assert row.contender == "copy"
     assert stopped.error == "stopped after 6 s"
@@ -94,17 +96,17 @@ def test_a_phase_that_hangs_is_stopped_with_all_it_started_in_any_session(
 
 
 def test_no_phase_starts_when_the_budget_is_spent(phases: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_main, "BUDGET", {False: 1.0, True: 1.0})
-    built: Any = SimpleNamespace(row=lambda: Row("build", gpu_build.WHAT))
-    late = gpu_main.run_phases(["roofs", "small", "step-B-cuda"], False, phases, built)
+    monkeypatch.setattr(gpu, "BUDGET", {False: 1.0, True: 1.0})
+    built: Any = SimpleNamespace(row=lambda: Row("build", checks.MODULE))
+    late = gpu.run_phases(["roofs", "small", "step-B-cuda"], False, phases, built)
     assert [(row.phase, row.error) for row in late] == [
         ("roofs", "no time left"), ("build", ""), ("small", "no time left"), ("step-B-cuda", "no time left"),
     ]  # fmt: skip
 
 
 def test_a_hybrid_is_made_of_what_this_run_has_measured(phases: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_main, "faster_in_cuda", lambda found: {"update_rows": "A"})
-    (row,) = gpu_main.run_phases(["roofs"], True, phases)
+    monkeypatch.setattr(gpu, "faster_in_cuda", lambda found: {"update_rows": "A"})
+    (row,) = gpu.run_phases(["roofs"], True, phases)
     assert json.loads(row.note) == ["update_rows"]
 
 
@@ -116,16 +118,16 @@ def test_a_command_that_outlasts_its_time_is_stopped_with_its_children() -> None
     assert not any(running("sleep", seconds) for seconds in ("63", "64", "65"))
 
 
-@pytest.mark.parametrize("name", [name for name in gpu_main.PHASES if name != "tests"])
+@pytest.mark.parametrize("name", [name for name in gpu.PHASES if name != "tests"])
 def test_every_phase_runs_on_stand_ins_at_a_tiny_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_main.backends, "FASTER_IN_CUDA", {})
+    monkeypatch.setattr(gpu.backends, "FASTER_IN_CUDA", {})
     told = {"until": monotonic() + 60, "faster": ["update_rows"]}
-    record = gpu_main.run_phase(name, Place(CPU, "auto"), False, None, told)
+    record = gpu.run_phase(name, STAND_IN, False, None, told)
     assert record.rows
     needs_gpu = ("needs a GPU", "only a GPU counts its memory", "the backend 'reference' has none")
     assert not [row for row in record.rows if row.error and row.error not in needs_gpu]
-    assert gpu_main.backends.FASTER_IN_CUDA == {"update_rows": "measured in this run"}
-    assert len(gpu_figures.rows_table(record.rows, None).splitlines()) == len(record.rows)
+    assert gpu.backends.FASTER_IN_CUDA == {"update_rows": "measured in this run"}
+    assert len(rows_table(record.rows, None).splitlines()) == len(record.rows)
 
 
 def test_the_command_runs_whole_on_stand_ins(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -172,8 +174,8 @@ def test_time_of_the_host_is_no_part_of_a_kernels(monkeypatch: pytest.MonkeyPatc
     for name, stand_in in {"_sleep": sleep, "synchronize": synchronize, "Event": Event}.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(timing, "perf_counter", lambda: host)
-    clock = Clock(Place(CPU, "triton"))
-    clock.place = Place(torch.device("cuda"), "triton")
+    clock = Clock(STAND_IN)
+    clock.place = Place(torch.device("cuda"), {"triton": "triton"})
     assert clock.host_seconds(run) == pytest.approx(100e-6)
     assert clock.seconds(run) == pytest.approx(350e-6)
     assert clock.operators({"ours": run}, 0.0)["ours"] == pytest.approx([250e-6] * 3)
@@ -182,24 +184,24 @@ def test_time_of_the_host_is_no_part_of_a_kernels(monkeypatch: pytest.MonkeyPatc
 
 
 def test_tests_are_dealt_in_turn_so_that_no_file_waits_for_one_worker() -> None:
-    assert gpu_checks.dealt(["a1", "a2", "a3", "b1", "b2"], 2) == [["a1", "a3", "b2"], ["a2", "b1"]]
-    assert gpu_checks.dealt(["a1"], 14) == [["a1"]]
+    assert checks.dealt(["a1", "a2", "a3", "b1", "b2"], 2) == [["a1", "a3", "b2"], ["a2", "b1"]]
+    assert checks.dealt(["a1"], 14) == [["a1"]]
 
 
 def test_a_sanitizer_watches_our_kernels_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = gpu_checks.kernel_names()
+    names = checks.kernel_names()
     assert {"_update_encoder_kernel", "_filter", "settle_supports_kernel", "update_rows_kernel"} <= set(names)
     commands: list[list[str]] = []
-    monkeypatch.setattr(gpu_checks, "sanitizer", lambda: "compute-sanitizer")
-    monkeypatch.setattr(gpu_checks, "run_until", lambda seconds, command, environment: commands.append(command) or "")
-    on_gpu = Record("phase", Place(torch.device("cuda"), "triton"))
-    gpu_checks.run_sanitizer(on_gpu)
+    monkeypatch.setattr(checks, "sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(checks, "run_until", lambda seconds, command, environment: commands.append(command) or "")
+    on_gpu = Record("phase", Place(torch.device("cuda"), {"triton": "triton"}))
+    checks.run_sanitizer(on_gpu)
     assert len(commands) == len(on_gpu.rows) == 2
     for command in commands:
         assert [value for option, value in pairwise(command) if option == "--kernel-name"] == [
             f"kns={name}" for name in names
         ]
-        assert command[-3:] == ["sparc_fast.benchmarks.gpu_checks", "cuda", "triton"]
+        assert command[-3:] == ["sparc_fast.benchmarks.checks", "cuda", "triton"]
 
 
 def test_what_a_run_justifies_is_printed_as_it_belongs_into_the_sources() -> None:
@@ -216,7 +218,7 @@ def test_what_a_run_justifies_is_printed_as_it_belongs_into_the_sources() -> Non
         row("launch choice", "A", "update_rows.encoder_choice", 2e-3, "9 tried; ROWS 4 -> 8; 3.000 -> 2.000 ms"),
         row("launch choice", "U", "update_rows.encoder_choice", 2e-3, "7 tried; stays; 2.000 -> 2.000 ms"),
     ]  # fmt: skip
-    table, _, choices = gpu_figures.to_paste(rows, "NVIDIA H100", "1a2b").partition("}\n")
+    table, _, choices = to_paste(rows, "NVIDIA H100", "1a2b").partition("}\n")
     named: dict[str, Any] = {}
     exec(table + "}", named)  # it is Python
     assert named["FASTER_IN_CUDA"] == {
@@ -230,13 +232,13 @@ def test_what_a_run_justifies_is_printed_as_it_belongs_into_the_sources() -> Non
 
 
 def test_all_phases_fit_into_eight_minutes_and_the_first_result_into_four() -> None:
-    names, phases = list(gpu_main.PHASES), gpu_main.PHASES
-    assert gpu_main.BUDGET[False] < 480
-    assert gpu_main.BUDGET[True] < 120
-    assert sum(phases[name].seconds for name in names[: names.index(gpu_main.FIRST) + 1]) <= 225
+    names, phases = list(gpu.PHASES), gpu.PHASES
+    assert gpu.BUDGET[False] < 480
+    assert gpu.BUDGET[True] < 120
+    assert sum(phases[name].seconds for name in names[: names.index(gpu.FIRST) + 1]) <= 225
     measured = sum(phases[name].seconds for name in names[: names.index("tests")])
-    assert measured + 60 <= gpu_main.BUDGET[False]  # the tests' time, where everything before takes all it may
-    assert sum(phase.seconds for phase in phases.values() if phase.quick) <= gpu_main.BUDGET[True] + 20
+    assert measured + 60 <= gpu.BUDGET[False]  # the tests' time, where everything before takes all it may
+    assert sum(phase.seconds for phase in phases.values() if phase.quick) <= gpu.BUDGET[True] + 20
     assert list(dict.fromkeys(name.split("-")[0] for name in names)) == [
         "roofs", "small", "profile", "operators", "step", "rows", "rivals", "tests", "sanitizer", "sweep"
     ]  # fmt: skip
@@ -246,6 +248,6 @@ def test_a_broken_phase_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(record: Record) -> None:
         raise RuntimeError("an illegal memory access was encountered\nand so on")
 
-    monkeypatch.setattr(gpu_main, "PHASES", {"roofs": gpu_main.Phase(run, 1)})
-    record = gpu_main.run_phase("roofs", Place(CPU, "auto"), False, None, {"until": 0.0, "faster": []})
+    monkeypatch.setattr(gpu, "PHASES", {"roofs": gpu.Phase(run, 1)})
+    record = gpu.run_phase("roofs", STAND_IN, False, None, {"until": 0.0, "faster": []})
     assert record.rows[0].error == "RuntimeError: an illegal memory access was encountered"

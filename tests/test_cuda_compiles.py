@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sparc_fast.benchmarks import cuda_resources
-from sparc_fast.benchmarks.cuda_resources import CudaResources
-from sparc_fast.benchmarks.gpu_build import ARCHS
+from sparc_fast.benchmarks.checks import ARCHS
+from sparc_fast.benchmarks.tools import cuda_resources
+from sparc_fast.benchmarks.tools.cuda_resources import CudaResources
 
 ROOT = Path(__file__).parents[1]
 BODIES = {

@@ -278,10 +278,14 @@ torch.set_num_threads(1)
 def resident(key):
     return next(int(l.split()[1]) * 1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
 
-paths, memory = sys.argv[2:], int(sys.argv[1])
+memory, joined, paths = int(sys.argv[1]), sys.argv[2] == "joined", sys.argv[3:]
 warm = data.Loader(data.open({"w": torch.zeros(100, 8)}), 10, n_threads=2)
 list(warm); warm.close()
-files = data.open({str(i): path for i, path in enumerate(paths)})
+sources = {str(i): path for i, path in enumerate(paths)}
+files = data.open(sources)
+if joined:
+    order = torch.randperm(len(files))
+    files = data.open({**sources, "again": paths[0]}, ids={**{s: order.sort().values for s in sources}, "again": order}, join="inner")
 files.rows(0, 1)
 gc.collect()
 Path("/proc/self/clear_refs").write_text("5")
@@ -295,18 +299,36 @@ print(resident("VmHWM") - base, rows, loader.plan.n_windows)
 """
 
 
-@pytest.mark.parametrize("kind", ["npy", "hdf5, gzip", "parquet"])
-def test_the_loader_stays_within_its_memory(tmp_path: Path, kind: str) -> None:
+def write_one_group(path: Path, rows: Tensor) -> Path:
+    import pyarrow.parquet as pq
+    from test_data_files import table
+
+    pq.write_table(table(rows), path.with_suffix(".parquet"))
+    return path.with_suffix(".parquet")
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "memory"),
+    [
+        ("npy", "plain", 28_000_000),
+        ("hdf5, gzip", "plain", 28_000_000),
+        ("parquet", "plain", 28_000_000),
+        ("parquet, one group", "plain", 90_000_000),
+        ("npy", "joined", 60_000_000),
+    ],
+)
+def test_the_loader_stays_within_its_memory(tmp_path: Path, kind: str, how: str, memory: int) -> None:
     from test_data_files import WRITERS
 
-    n, memory = 30_000, 28_000_000
-    path = WRITERS[kind](tmp_path / "file", torch.rand(n, 512).mul(8).round())
-    assert n * 512 * 4 > 2 * memory
-    command = [sys.executable, "-c", MEASURE, str(memory), str(path)]
+    n = 60_000 if kind == "parquet, one group" else 30_000
+    rows = torch.randn(n, 512) if kind == "parquet, one group" else torch.rand(n, 512).mul(8).round()
+    path = WRITERS.get(kind, write_one_group)(tmp_path / "file", rows)
+    assert rows.nbytes * (2 if how == "joined" else 1) > memory
+    command = [sys.executable, "-c", MEASURE, str(memory), how, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     taken, rows, n_windows = map(int, done.stdout.split())
     assert rows == 2 * n
-    assert n_windows > 4
+    assert n_windows > 2
     assert taken <= memory, f"{taken} bytes of {memory}"
     assert taken > memory / 4, "the windows cannot have been in memory"
 
@@ -324,7 +346,7 @@ def test_too_little_memory_says_how_much_is_needed_and_that_suffices(files: data
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
-        ({"memory": -5}, "memory must be an integer >= 1, got -5"),
+        ({"memory": -5}, 'memory must be an integer >= 1, in bytes, or a size such as "4GiB", got -5'),
         ({"seed": -1}, "seed must be an integer >= 0, got -1"),
         ({"n_threads": 0}, "n_threads must be an integer >= 1, got 0"),
         ({"last": "fold"}, 'last must be "keep" or "drop", got \'fold\''),

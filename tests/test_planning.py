@@ -16,7 +16,8 @@ import torch
 import sparc_fast as sf
 from sparc_fast import cli
 from sparc_fast.planning import Machine, Plan, Roofline, memory, plan, process_memory
-from sparc_fast.planning.text import as_text, parse_bytes, show_bytes
+from sparc_fast.planning.text import as_text, show_bytes
+from sparc_fast.sizes import parse_bytes
 from sparc_fast.training import Config
 
 ROOFS = Roofline(copy=2e10, float32=1e11, bfloat16=4e11)
@@ -206,18 +207,6 @@ def test_latents_are_reduced_to_the_most_that_fit() -> None:
     most = change.settings["n_latents"]
     assert change.fits
     assert not planned(machine_memory=2**32, n_latents=most + 64).fits
-
-
-def test_changes_that_fit_only_together_are_said_together() -> None:
-    hopeless = planned(machine_memory=2**29)
-    least = next(change.settings["memory"] for change in hopeless.changes if "memory" in change.settings)
-    both = plan(config(memory=least, moments="bfloat16"), WIDTHS, 10**6, MACHINE).peak
-    found = planned(machine_memory=both + 2**20)
-    together = [change for change in found.changes if len(change.settings) > 1]
-    assert len(together) == 1
-    assert together[0].fits
-    assert together[0].settings == {"memory": least, "moments": "bfloat16"}
-    assert not any(change.fits for change in found.changes if set(change.settings) < {"memory", "moments"})
 
 
 def test_a_large_batch_beside_few_latents_is_taken_in_micro_batches() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pybind11
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -18,18 +21,53 @@ FLAGS = ["-std=c++17", "-O0", "-g1", "-Wno-psabi", "-DSPARC_FAST_BASELINE_ONLY",
 pytestmark = [pytest.mark.compilers, pytest.mark.skipif(COMPILER is None or not SOURCES, reason="no g++ or sources")]
 
 
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_a_sanitizer_finds_nothing(sanitizer: str, tmp_path: Path) -> None:
-    flags = [*FLAGS, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc/cpu'}"]
-    sources = [*SOURCES, ROOT / "tests/native/operators.cpp"]
-    objects = [str(tmp_path / f"{source.stem}-{i}.o") for i, source in enumerate(sources)]
+def build(sanitizer: str, sources: list[Path], program: Path, *more: str) -> None:
+    flags = [*FLAGS, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc/cpu'}", *more]
+    objects = [str(program.with_name(f"{source.stem}-{i}.o")) for i, source in enumerate(sources)]
 
     def compiler(*arguments: str) -> None:
         subprocess.run([str(COMPILER), *flags, *arguments], check=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda pair: compiler("-c", str(pair[0]), "-o", pair[1]), zip(sources, objects, strict=True)))
-    program = str(tmp_path / "operators")
-    compiler(*objects, "-o", program)
+    compiler(*objects, "-o", str(program))
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_a_sanitizer_finds_nothing(sanitizer: str, tmp_path: Path) -> None:
+    program = tmp_path / "operators"
+    build(sanitizer, [*SOURCES, ROOT / "tests/native/operators.cpp"], program)
     result = subprocess.run([program], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+WRONG_CALLS = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("sparc_fast._cpu", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+sys.modules["sparc_fast._cpu"] = module
+spec.loader.exec_module(module)
+import test_compiled_arguments as tests
+assert tests._cpu is module
+for name in tests.calls():
+    tests.test_a_tensor_of_another_dtype_shape_layout_or_device_is_refused(name)
+tests.test_numbers_that_are_places_must_be_places_there_are()
+"""
+
+
+def test_no_wrong_call_from_python_touches_what_is_not_its_own(tmp_path: Path) -> None:
+    module = tmp_path / "_cpu.so"
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    build("address", [*SOURCES, ROOT / "csrc/cpu/binding.cpp"], module, "-shared", "-fPIC", *includes)
+    # the C++ library with it, or the sanitizer does not find what exceptions are thrown with
+    found = [
+        subprocess.run([str(COMPILER), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment = {
+        **os.environ, "LD_PRELOAD": " ".join(one.stdout.strip() for one in found), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc",
+        "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-c", WRONG_CALLS, str(module)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]

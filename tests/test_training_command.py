@@ -13,6 +13,7 @@ import pytest
 from training_runs import assert_same_results, rows
 
 import sparc_fast as sf
+from sparc_fast import cli
 from sparc_fast.training import command, read_config, read_metrics
 from sparc_fast.training.progress import Lines
 
@@ -101,6 +102,26 @@ def test_errors_name_the_flag_or_the_setting(config: Path, tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match="there is no file"):
         main(tmp_path / "no.toml", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_is_given_once_and_a_list_may_be_given_in_parts(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = f"a={tmp_path / 'a.npy'}", f"b={tmp_path / 'b.npz.h5'}#rows"
+    assert main(config, "--out", tmp_path / "run", "--progress", "none", "--data", a, "--data", b) == 0
+    assert list(read_config(tmp_path / "run" / "config.json").data) == ["a", "b"]
+    for parts in (["--data", a, a], ["--data", a, "--data", b, "--data", a]):
+        with pytest.raises(ValueError, match="--data must give each stream once, got 'a' twice"):
+            main(config, "--out", tmp_path / "other", *parts)
+    machine = ["--machine-memory", "4GiB", "--copy-rate", "1e10", "--float32-rate", "1e11", "--bfloat16-rate", "1e11"]
+    settings = ["--n-latents", "32", "--k", "4", "--steps", "2", "--rows", "9000", "--memory", "64MiB"]
+    assert cli.main(["plan", *settings, *machine, "--d-streams", "a=12", "--d-streams", "b=10"]) == 0
+    assert "D = 22 (a 12, b 10)" in capsys.readouterr().out
+    assert cli.main(["plan", *settings, *machine, "--d-streams", "a=12", "a=10"]) == 1
+    assert cli.main(["eval", str(tmp_path / "run"), "--json", "--data", a, "--data", a]) == 1
+    errors = capsys.readouterr().err
+    assert "--d-streams must give each stream once, got 'a' twice" in errors
+    assert "--data must give each stream once, got 'a' twice" in errors
 
 
 def test_a_diverging_run_is_an_error_in_one_line(

@@ -10,10 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sparc_fast import planning, training
 from sparc_fast.training import Config, read_config, read_settings
+from sparc_fast.training.config import parse_source
 
 LEAST: dict[str, Any] = {"n_latents": 16, "k": 2, "steps": 10}
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "training.md"
@@ -46,8 +48,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"decay": "exponential"}, "decay must be one of cosine, linear, constant, got 'exponential'"),
     ({"moments": "float16"}, "moments must be one of float32, bfloat16, got 'float16'"),
     ({"lazy": "yes"}, "lazy must be true or false, got 'yes'"),
-    ({"data": ["a.npy"]}, r"data must be a table of streams, each a path or \[path, name\], got \['a.npy'\]"),
+    ({"data": ["a.npy"]}, r"data must be a table of streams, each a path, a list of files or \[path, name\], got \['a.npy'\]"),
     ({"data": {"a": 3}}, "data must be a table of streams"),
+    ({"data": {"a": {"path": "a.h5", "nam": "x"}}}, "data must be a table of streams"),
+    ({"ids": 3}, "ids must be the name of a data set in every file, or a table of streams as for data, got 3"),
+    ({"join": "inner"}, "ids must be given with join='inner', got none"),
+    ({"repeated": "all"}, "join must be inner or outer with repeated='all', got none"),
+    ({"join": "left"}, "join must be one of none, inner, outer, got 'left'"),
+    ({"memory": "4 apples"}, 'memory must be an integer >= 1, in bytes, or a size such as "4GiB", got \'4 apples\''),
     ({"wandb": 3}, "wandb must be text, got 3"),
     ({"accumulate": 0}, "accumulate must be an integer >= 1, got 0"),
     ({"accumulate": 9, "batch_size": 8}, "accumulate must be at most batch_size=8, got 9"),
@@ -94,6 +102,57 @@ FILES = {
     "c.toml": 'n_latents = 16\nk = 2\nsteps = 10\nlr = 1e-3\n[data]\na = "sub/a.npy"\nb = ["b.h5", "rows"]\n',
     "c.json": '{"n_latents": 16, "k": 2, "steps": 10, "lr": 1e-3, "data": {"a": "sub/a.npy", "b": ["b.h5", "rows"]}}',
 }
+
+
+def test_sources_of_every_shape_survive_json_and_are_made_absolute(tmp_path: Path) -> None:
+    data = {
+        "file": "a.npy", "named": ("a.h5", "rows"), "shards": ["a_1.npy", "a_2.npy"], "named shards": (["1.h5", "2.h5"], "rows"),
+        "folder": "shards", "pattern": "shards/*.npy", "named folder": ("shards", "rows"),
+    }  # fmt: skip
+    config = Config(**LEAST, data=data, ids={"file": "ids.txt", "shards": ["1.txt", "2.txt"]}, join="inner")
+    assert dict(config.data) == data
+    assert Config.of(json.loads(json.dumps(config.as_dict()))) == config
+    moved = config.with_paths_from(tmp_path)
+    assert moved.data["named shards"] == ([str(tmp_path / "1.h5"), str(tmp_path / "2.h5")], "rows")
+    assert moved.data["pattern"] == str(tmp_path / "shards" / "*.npy")
+    assert isinstance(moved.ids, dict)
+    assert moved.ids["shards"] == [str(tmp_path / "1.txt"), str(tmp_path / "2.txt")]
+    assert moved.with_paths_from(Path("/elsewhere")) == moved
+    assert Config(**LEAST, ids="id", join="outer").with_paths_from(tmp_path).ids == "id"
+    tables = {"a": {"path": "a.h5", "name": "rows"}, "b": {"path": ["1.npy", "2.npy"]}}
+    assert Config(**LEAST, data=tables).data == {"a": ("a.h5", "rows"), "b": ["1.npy", "2.npy"]}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("a=b.npy", "b.npy"),
+        ("a=b.h5#rows", ("b.h5", "rows")),
+        ("a=b=c.npy", "b=c.npy"),
+        ("a=b#1.npy", "b#1.npy"),
+        ("a=b#1.h5#group/rows", ("b#1.h5", "group/rows")),
+        ("a=shards", "shards"),
+        ("a=shards#rows", ("shards", "rows")),
+        ("a=shards/*.h5#rows", ("shards/*.h5", "rows")),
+        ("a=1.h5,2.h5#rows", (["1.h5", "2.h5"], "rows")),
+        ("a=one, two.npy", "one, two.npy"),
+        ("a=here#1", "here#1"),
+        ("a=here.h5#1", "here.h5#1"),
+    ],
+)
+def test_a_hash_or_comma_in_a_path_does_not_cut_it(
+    text: str, source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here#1").mkdir()
+    (tmp_path / "here.h5#1").touch()
+    assert parse_source(text) == ("a", source)
+
+
+def test_sizes_have_units_and_integers_may_be_of_numpy() -> None:
+    assert Config(**LEAST, memory="4GiB").memory == 2**32
+    config = Config(n_latents=np.int64(64), k=np.uint8(4), steps=1, lr=np.float32(0.5))  # type: ignore[arg-type]
+    assert [type(value) for value in (config.n_latents, config.k, config.lr)] == [int, int, float]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -110,6 +111,18 @@ def test_other_settings_may_not_change_on_the_way(tmp_path: Path) -> None:
         trained(tmp_path, steps=4, lr=1e-3)
     with pytest.raises(ValueError, match=r"has moments 'float32', not 'bfloat16'"):
         trained(tmp_path, steps=3, moments="bfloat16")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_file_system_without_locks_is_no_other_process(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", without)
+    with pytest.warns(UserWarning, match=r"the file system of .* has no locks \(.*\): see to it that one process"):
+        trained(tmp_path, steps=2)
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:

@@ -176,6 +176,19 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     assert trainer.folder.steps() == [5, 10]
 
 
+def test_a_run_is_the_same_whatever_the_default_device_is(tmp_path: Path) -> None:
+    expected = trained(tmp_path / "plain", steps=5, device="cpu").model.state_dict()
+    opened = files()
+    torch.set_default_device("meta")
+    try:
+        with Trainer(config(steps=5, device="cpu"), tmp_path / "meta", files=opened) as trainer:
+            trainer.run()
+    finally:
+        torch.set_default_device(None)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_a_run_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
     with Trainer(config(steps=8), tmp_path, files=files()) as trainer:
         thread = threading.Thread(target=trainer.run)
@@ -201,6 +214,8 @@ def test_data_must_be_given_once_and_fit(tmp_path: Path) -> None:
         Trainer(config(validation_rows=0), tmp_path, files=files(), validation_files=other)
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:1, got 'abacus'"):
         Trainer(config(device="abacus"), tmp_path, files=files())
+    with pytest.raises(ValueError, match="device must be one that is here and can compute, got 'meta'"):
+        Trainer(config(device="meta"), tmp_path, files=files())
     with pytest.raises(ValueError, match="backend must be one of"):
         Trainer(config(backend="abacus"), tmp_path, files=files())
     assert not list(tmp_path.iterdir()), "nothing should be written before all is known to fit"

@@ -14,7 +14,7 @@ from torch import Tensor
 from two_devices import DEVICE, HOST, two_devices
 
 import sparc_fast as sf
-from sparc_fast.benchmarks import gpu_checks
+from sparc_fast.benchmarks import checks
 from sparc_fast.training.in_memory import train
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +149,6 @@ def test_one_of_each_test_that_runs_on_a_gpu_passes_on_two_devices() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--one-of-each", "-k", QUICK]
     environment = os.environ | {"SPARC_FAST_TEST_DEVICE": "two"}
     done = subprocess.run(
-        [*command, __file__, *gpu_checks.test_files()], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*command, __file__, *checks.test_files()], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]

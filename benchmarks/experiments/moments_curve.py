@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from sparc_fast import SPARC, data
 from sparc_fast.demo import Settings
@@ -35,18 +34,18 @@ class Curve:
     seed: int
     step: list[float]
     loss: list[float]
+    final: float
+    """The mean loss of the last steps."""
     held_out: float
     """The loss of the held-out characters at the end."""
-
-    @property
-    def final(self) -> float:
-        return mean(loss for step, loss in zip(self.step, self.loss, strict=True) if step > (1 - LAST) * self.step[-1])
 
 
 def curve(glyphs: data.Glyphs, moments: Moments, settings: Settings) -> Curve:
     """Train once, and keep every step's self + cross loss: AuxK comes and goes with the first dead latent."""
     torch.manual_seed(settings.seed)
-    seen, held_out = (_rows(glyphs, glyphs.rows(held_out=held)) for held in (False, True))
+    seen, held_out = (
+        {name: x[glyphs.rows(held_out=held)] for name, x in glyphs.inputs.items()} for held in (False, True)
+    )
     widths = {name: x.shape[1] for name, x in glyphs.inputs.items()}
     model = SPARC(widths, settings.n_latents, settings.k, dead_after=settings.dead_after)
     model.calibrate(seen)
@@ -57,22 +56,8 @@ def curve(glyphs: data.Glyphs, moments: Moments, settings: Settings) -> Curve:
     with torch.no_grad():
         loss = float(model.loss(held_out, auxk_coef=0.0).total)
     losses = [self + cross for self, cross in zip(curves["self"], curves["cross"], strict=True)]
-    return Curve(moments, settings.seed, curves["step"], losses, loss)
-
-
-def _rows(glyphs: data.Glyphs, rows: Tensor) -> dict[str, Tensor]:
-    return {name: x[rows] for name, x in glyphs.inputs.items()}
-
-
-def summary(curves: Sequence[Curve]) -> dict[str, dict[str, Any]]:
-    """Final losses of each type, seed by seed."""
-    return {
-        moments: {
-            "final": [c.final for c in curves if c.moments == moments],
-            "held_out": [c.held_out for c in curves if c.moments == moments],
-        }
-        for moments in MOMENTS
-    }
+    final = mean(losses[-max(1, round(LAST * len(losses))) :])
+    return Curve(moments, settings.seed, curves["step"], losses, final, loss)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{moments:9} seed {seed}: loss {curves[-1].final:.5f}, held out {curves[-1].held_out:.5f}", flush=True
             )
     if arguments.json:
-        record = {"settings": asdict(settings), "summary": summary(curves), "curves": [asdict(c) for c in curves]}
+        record = {"settings": asdict(settings), "curves": [asdict(c) for c in curves]}
         with atomic_path(arguments.json) as temporary:
             temporary.write_text(json.dumps(record) + "\n")
     if arguments.plot:
-        from ..plot import plot_curves
+        from ..tools.plot import plot_curves
 
         with atomic_path(arguments.plot) as temporary:
             plot_curves([(f"{c.moments} moments", c.seed, c.step, c.loss) for c in curves], temporary)

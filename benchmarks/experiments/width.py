@@ -11,125 +11,89 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import cycle, pairwise
 from math import log
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 
 import torch
 
-from sparc_fast.planning.process_memory import available_bytes
-from sparc_fast.planning.roofline import Roofline, measure_roofs
+from sparc_fast.planning.roofline import measure_roofs
 
-from .. import memory
 from ..cases import WIDTHS, Shape
-from ..main import environment_of_run, heading
-from ..steps import step_phases, trainer
-from ..timing import spread
+from ..main import environment, heading
+from ..memory import measure
+from ..record import Record, Row
+from ..steps import CPU, phases, trainer
+from ..table import rows_table
+from ..tools.plot import new_figure
 
 BATCHES = 8
-WARM_UP = 2
-
-
-@dataclass(frozen=True)
-class Width:
-    """What was measured at one number of latents."""
-
-    L: int
-    seconds: float
-    """Median of the steps."""
-    spread: float
-    """Distance of the quartiles over the median."""
-    floor: float
-    """Seconds below which float32 work cannot come at the roofs of this run."""
-    bytes_held: int
-    """Weights, moments and inputs."""
-    bytes_beyond: int
-    loss: tuple[float, float]
-    """Of the first step and the last."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every width that fits in memory; the exit status is 1 if none did."""
     arguments = _parse(argv)
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
-    environment = environment_of_run()
-    print(heading(environment))
-    roofs = measure_roofs()
-    widths = list(_measured(arguments.latents, roofs, arguments.seconds))
-    exponents = [exponent(a, b) for a, b in pairwise(widths)]
-    for (narrow, wide), found in zip(pairwise(widths), exponents, strict=True):
-        print(f"time ~ L^{found:.2f} from L = {narrow.L:,} to {wide.L:,}")
-    if arguments.json:
-        record = {"environment": environment, "roofs": asdict(roofs), "widths": [asdict(width) for width in widths]}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    if arguments.plot:
-        plot(widths, arguments.plot)
-    return int(not widths)
-
-
-def exponent(narrow: Width, wide: Width) -> float:
-    """a, where time grows as L^a from one width to the other."""
-    return log(wide.seconds / narrow.seconds) / log(wide.L / narrow.L)
-
-
-def _measured(latents: Sequence[int], roofs: Roofline, seconds: float) -> Iterator[Width]:
+    where, roofs, record = environment(CPU), measure_roofs(), Record("", CPU)
+    print(heading(where))
     for shape in WIDTHS:
-        if shape.L not in latents:
+        if shape.L not in arguments.latents:
             continue
         gc.collect()  # the model of the width before
-        needed, free = memory.held_bytes(shape) + 2**29, available_bytes()
-        if free is not None and needed > free:
-            print(f"L = {shape.L:,}: not run, needs {needed / 1e9:.1f} GB of {free / 1e9:.1f} free")
-            continue
-        width = _at(shape, roofs, seconds)
-        print(
-            f"L = {width.L:9,}  {width.seconds * 1e3:9.1f} ms ±{width.spread:4.0%}  "
-            f"{width.seconds / width.L * 1e9:6.0f} ns a latent  {width.floor / width.seconds:4.0%} of roof  "
-            f"{width.bytes_held / 1e9:6.2f} GB held  {width.bytes_beyond / 1e6:6.0f} MB beyond  "
-            f"loss {width.loss[0]:.4f} → {width.loss[1]:.4f}",
-            flush=True,
-        )
-        yield width
+        before = len(record.rows)
+        if record.fits(shape.held_bytes + 2**29, "step", shape.name, share=1.0):
+            measure(record, shape, [("auto", "float32")])
+            _time(record, shape, arguments.seconds)
+        print(rows_table(record.rows[before:], roofs), flush=True)
+    steps = [row for row in record.rows if row.seconds]
+    for narrow, wide in pairwise(steps):
+        print(f"time ~ L^{exponent(narrow, wide):.2f} from L = {latents(narrow):,} to {latents(wide):,}")
+    if arguments.json:
+        rows = [asdict(row) | {"floor": roofs.floor(row.work)} for row in record.rows]
+        arguments.json.write_text(json.dumps({"environment": where, "roofs": asdict(roofs), "rows": rows}) + "\n")
+    if arguments.plot:
+        plot(record.rows, arguments.plot)
+    return int(not steps)
 
 
-def _at(shape: Shape, roofs: Roofline, seconds: float) -> Width:
-    beyond = memory.extra_bytes("auto", shape)
+def latents(row: Row) -> int:
+    return next(shape.L for shape in WIDTHS if shape.name == row.shape)
+
+
+def exponent(narrow: Row, wide: Row) -> float:
+    """a, where time grows as L^a from one width to the other."""
+    return log((wide.value or 0.0) / (narrow.value or 1.0)) / log(latents(wide) / latents(narrow))
+
+
+def _time(record: Record, shape: Shape, seconds: float) -> None:
+    """Steps one after another on batches that come round, after two to warm up."""
     contender = trainer("auto", shape)
     batches = cycle([shape.inputs(seed) for seed in range(1, BATCHES + 1)])
-    losses = [float(contender.step(next(batches))) for _ in range(WARM_UP)]
+    losses = [float(contender.step(next(batches))) for _ in range(2)]
     times: list[float] = []
     while sum(times) < seconds or len(times) < 5:
         x, start = next(batches), perf_counter()
         losses.append(float(contender.step(x)))
         times.append(perf_counter() - start)
-    floor = roofs.floor(step_phases(shape))
-    held = memory.held_bytes(shape)
-    return Width(shape.L, median(times), spread(times), floor, held, beyond, (losses[0], losses[-1]))
+    note = f"{shape.held_bytes / 1e9:.2f} GB held, loss {losses[0]:.4f} → {losses[-1]:.4f}"
+    record.times("step", shape.name, "auto", "float32", taken=times, work=phases(shape), note=note)
 
 
-def plot(widths: Sequence[Width], path: Path) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Time a step and memory beyond what Adam cannot do without, over L, beside lines proportional to L."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'sparc_fast[demo]'") from error
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = (
-        ("seconds a step", [width.seconds for width in widths], "o-"),
-        ("MB beyond weights, moments, inputs", [width.bytes_beyond / 1e6 for width in widths], "s-"),
-    )
-    latents = [width.L for width in widths]
-    for axes, (what, measured, style) in zip(figure.subplots(1, 2), panels, strict=True):
-        proportional = [measured[-1] * L / latents[-1] for L in latents]
-        axes.loglog(latents, proportional, "--", color="#b8b8b8", label="proportional to L")
-        axes.loglog(latents, measured, style, color="#3b6ea5", label="measured")
-        for L, value in zip(latents, measured, strict=True):
-            axes.annotate(f"{value:.3g}", (L, value), textcoords="offset points", xytext=(0, 7), ha="center")
-        axes.set_xticks(latents, [f"{L:,}" for L in latents])
+    figure = new_figure(9, 3.6)
+    panels = (("s", 1.0, "seconds a step", "o-"), ("B", 1e6, "MB beyond weights, moments, inputs", "s-"))
+    for axes, (unit, scale, what, style) in zip(figure.subplots(1, 2), panels, strict=True):
+        own = [row for row in rows if row.unit == unit and row.value is not None]
+        L, measured = [latents(row) for row in own], [(row.value or 0.0) / scale for row in own]
+        axes.loglog(L, [measured[-1] * n / L[-1] for n in L], "--", color="#b8b8b8", label="proportional to L")
+        axes.loglog(L, measured, style, color="#3b6ea5", label="measured")
+        for at in zip(L, measured, strict=True):
+            axes.annotate(f"{at[1]:.3g}", at, textcoords="offset points", xytext=(0, 7), ha="center")
+        axes.set_xticks(L, [f"{n:,}" for n in L])
         axes.minorticks_off()
         axes.margins(y=0.25)
         axes.set_xlabel("latents L")

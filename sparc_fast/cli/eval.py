@@ -22,7 +22,7 @@ from sparc_fast.data.readers import Source
 from sparc_fast.evaluate import as_text, comparison, evaluate
 from sparc_fast.model import SPARC
 from sparc_fast.training import load_model
-from sparc_fast.training.config import parse_source
+from sparc_fast.training.config import parse_sources
 
 __all__ = ["add_arguments", "run", "untrained"]
 
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         nargs="+",
+        action="extend",
         required=True,
         metavar="FOLDER or STREAM=FILE[#NAME]",
         help="samples the models have not seen: a folder with a file named after each stream, or the files themselves",
@@ -130,7 +131,7 @@ def _inputs(texts: Sequence[str], model: SPARC) -> dict[str, Tensor]:
     if len(texts) == 1 and folder.is_dir():
         sources = {stream: _file(folder, stream) for stream in model.streams}
     else:
-        sources = dict(parse_source(text) for text in texts)
+        sources = dict(parse_sources(texts, "--data"))
         if set(sources) != set(model.streams):
             raise ValueError(f"--data must give the streams {', '.join(model.streams)}, got {', '.join(sources)}")
     sources = {stream: sources[stream] for stream in model.streams}

@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from .aligned import AlignedFiles, Scan, open
+from .join import Match, Matched
 from .loader import Loader
 from .readers import Reader
 
 if TYPE_CHECKING:
     from sparc_fast.demo import Glyphs, glyphs, write_glyphs
 
-__all__ = ["AlignedFiles", "Glyphs", "Loader", "Reader", "Scan", "glyphs", "open", "write_glyphs"]
+__all__ = ["AlignedFiles", "Glyphs", "Loader", "Match", "Matched", "Reader", "Scan", "glyphs", "open", "write_glyphs"]
 
 
 def __getattr__(name: str) -> Any:

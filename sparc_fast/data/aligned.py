@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .formats import open_reader
-from .ids import Ids, check_ids
+from .ids import Ids, check_equal, check_lengths, ids_of_streams
+from .join import Join, Matched, Repeated, check_words, join_by
 from .readers import FLOATS, Reader, Source, first_not_finite
+from .shuffle import Rows
 
 __all__ = ["AlignedFiles", "Scan", "blocks", "check_dtype", "open"]
 
@@ -32,12 +34,24 @@ class Scan(NamedTuple):
 class AlignedFiles:
     """Streams in their files: row n of every stream is the same sample. `open` makes it."""
 
-    def __init__(self, readers: Mapping[str, Reader]) -> None:
+    def __init__(
+        self,
+        readers: Mapping[str, Reader],
+        present: Tensor | None = None,
+        matched: Matched | None = None,
+        groups: Rows | None = None,
+    ) -> None:
         self.readers = dict(readers)
         self.n_rows = next(iter(self.readers.values())).n_rows
         """N."""
         self.d_streams = {stream: reader.width for stream, reader in self.readers.items()}
         """name -> width D_s, in order: what `SPARC` takes."""
+        self.present = present
+        """bool [N, S], True where a sample has a stream; None where every sample has all. Absent rows are zeros."""
+        self.matched = matched
+        """How many rows of each stream were joined by their identifiers; None where none were."""
+        self.groups = groups
+        """Where the rows of each sample begin, with `repeated="all"`, [samples + 1]: they are kept together."""
 
     def __len__(self) -> int:
         return self.n_rows
@@ -49,7 +63,11 @@ class AlignedFiles:
 
     def scan(self) -> dict[str, Scan]:
         """Read everything once, a few MB at a time, and count rows that are not finite or all 0."""
-        return {stream: _scan(reader) for stream, reader in self.readers.items()}
+        columns = [None] * len(self.readers) if self.present is None else self.present.unbind(1)
+        return {
+            stream: _scan(reader, present)
+            for (stream, reader), present in zip(self.readers.items(), columns, strict=True)
+        }
 
     def close(self) -> None:
         """Close the files."""
@@ -65,16 +83,29 @@ class AlignedFiles:
         self.close()
 
 
-def open(sources: Mapping[str, Source], *, ids: Ids | None = None, scan: bool = False) -> AlignedFiles:
-    """Open the files of several streams whose rows are the same samples in the same order.
+def open(
+    sources: Mapping[str, Source],
+    *,
+    ids: Ids | None = None,
+    join: Join | None = None,
+    repeated: Repeated | None = None,
+    scan: bool = False,
+) -> AlignedFiles:
+    """Open the files of several streams whose rows are the same samples, in the same order or by their identifiers.
 
     Args:
         sources: name -> where a stream's rows [N, D_s] are, in the order of the model's streams: a path, (path, name
-            of the data set in it), or a tensor or array. HDF5 (.h5, .hdf5), NumPy (.npy), safetensors, torch.save
-            (.pt, .pth), Parquet and Arrow (.parquet, .arrow, .feather: one column of lists), holding float16,
-            bfloat16, float32 or float64. Without a name: "features", else the only data set there is.
+            of the data set in it), or a tensor or array. Several files are one stream: a list of them, a folder or a
+            pattern such as ``"shards/*.npy"``, in natural order. HDF5 (.h5, .hdf5), NumPy (.npy), safetensors,
+            torch.save (.pt, .pth), Parquet and Arrow (.parquet, .arrow, .feather: one column of lists), holding
+            float16, bfloat16, float32 or float64. Without a name: "features", else the only data set there is.
         ids: identifiers that must be equal row by row: the name of their data set or column in every file, or
             stream -> identifiers (a sequence, a text file with one a line, a .npy file, or (path, name)).
+        join: "inner" takes the samples whose identifier every stream has, "outer" all that any has: absent rows are
+            zeros, and `AlignedFiles.present` says which. In the order of the first stream, then of what only the second
+            has, and so on; `AlignedFiles.matched` counts.
+        repeated: what several rows of a stream with one identifier are, such as the captions of an image: "sample", one
+            of them is drawn in every epoch; "all", each is a sample, with the rows of the other streams repeated.
         scan: read everything once and refuse NaN and infinity. The loader checks what it reads in any case.
 
     Raises:
@@ -89,24 +120,47 @@ def open(sources: Mapping[str, Source], *, ids: Ids | None = None, scan: bool = 
     try:
         for stream, source in sources.items():
             readers[stream] = open_reader(source, stream)
-        counts = {stream: reader.n_rows for stream, reader in readers.items()}
-        if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{n} in {stream!r}" for stream, n in counts.items())
-            raise ValueError(f"sources must have equally many rows, row n being the same sample in each, got {listed}")
-        files = AlignedFiles(readers)
-        if ids is not None:
-            check_ids(ids, sources, files.n_rows)
+        files = _aligned(sources, readers, ids, join, repeated)
         for stream, found in (files.scan() if scan else {}).items():
-            if found.not_finite:
+            if found.first_not_finite is not None:
+                title, row = files.readers[stream].origin(found.first_not_finite)
                 raise ValueError(
-                    f"{readers[stream].title} must be finite, but {found.not_finite} of {files.n_rows} rows are not; "
-                    f"the first is row {found.first_not_finite}"
+                    f"{title} must be finite, but {found.not_finite} of {files.n_rows} rows are not; "
+                    f"the first is row {row}"
                 )
     except BaseException:
         for reader in readers.values():
             reader.close()
         raise
     return files
+
+
+def _aligned(
+    sources: Mapping[str, Source],
+    readers: Mapping[str, Reader],
+    ids: Ids | None,
+    join: Join | None,
+    repeated: Repeated | None,
+) -> AlignedFiles:
+    check_words(join, repeated)
+    counts = {stream: reader.n_rows for stream, reader in readers.items()}
+    if join is not None:
+        if ids is None:
+            raise ValueError(f"ids must be given to join by, got None with join={join!r}")
+        found = ids_of_streams(ids, sources, of_all=True)
+        check_lengths(found, counts)
+        return AlignedFiles(*join_by(found, readers, join, repeated))
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{n} in {stream!r}" for stream, n in counts.items())
+        raise ValueError(
+            f"sources must have equally many rows, row n being the same sample in each, got {listed}; "
+            "rows in another order, or missing, are joined by ids= and join="
+        )
+    if ids is not None:
+        found = ids_of_streams(ids, sources, of_all=False)
+        check_lengths(found, counts)
+        check_equal(found)
+    return AlignedFiles(readers)
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -121,11 +175,12 @@ def blocks(reader: Reader, bytes_at_once: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, reader.n_rows)) for start in range(0, reader.n_rows, step))
 
 
-def _scan(reader: Reader) -> Scan:
+def _scan(reader: Reader, present: Tensor | None) -> Scan:
     not_finite, first, zero = 0, None, 0
     for start, stop in blocks(reader, SCANNED_TOGETHER):
         rows = reader.rows(start, stop)
-        zero += int((rows == 0).all(1).sum())
+        is_zero = (rows == 0).all(1)
+        zero += int((is_zero if present is None else is_zero & present[start:stop]).sum())
         if (found := first_not_finite(rows)) is not None:
             first = start + found if first is None else first
             not_finite += int((~rows.isfinite()).any(1).sum())

@@ -26,10 +26,11 @@ THREAD_BYTES = 2**20  # a thread's own stack and small buffers
 
 
 class Needs(NamedTuple):
-    """Bytes a loader takes: these, and `row` for each row it holds."""
+    """Bytes a loader takes: these, `row` for each row it holds, and `order` for each of a window."""
 
     fixed: int
     row: int
+    order: int
 
     @classmethod
     def of(cls, readers: Collection[Reader], batch_size: int, dtype: torch.dtype, n_threads: int) -> Needs:
@@ -38,12 +39,14 @@ class Needs(NamedTuple):
         thread = max(reader.scratch for reader in readers) + THREAD_BYTES
         conversion = max(CONVERTED_TOGETHER, max(reader.row_bytes for reader in readers))
         # three batches: one in use, one to come, a short one
-        return cls(3 * batch + max(n_threads, THREADS) * thread + conversion, row)
+        order = ORDER_BYTES + sum(reader.order_bytes for reader in readers)
+        return cls(3 * batch + max(n_threads, THREADS) * thread + conversion, row, order)
 
 
 def default_threads() -> int:
     """Reading threads: what a fast disk can use, and no more than half of the processors."""
-    return max(1, min(THREADS, len(os.sched_getaffinity(0)) // 2))
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(THREADS, mine // 2))
 
 
 def make_plan(readers: Collection[Reader], needs: Needs, memory: int, seed: int, shuffle: bool) -> Shuffling:
@@ -52,16 +55,18 @@ def make_plan(readers: Collection[Reader], needs: Needs, memory: int, seed: int,
     granule = _granule(readers, n_rows)
     narrowest = min(reader.row_bytes for reader in readers)
     target = READ_AT_ONCE // narrowest
-    if n_rows * (needs.row + ORDER_BYTES) + needs.fixed <= memory:
+    everything = n_rows * (needs.row + needs.order) + needs.fixed
+    if everything <= memory:
         block = min(_whole(target, granule), n_rows)
         return Shuffling(n_rows, block, -(-n_rows // block), seed, shuffle)
-    capacity = (memory - needs.fixed - _order_of_blocks(n_rows, granule)) // (2 * needs.row + ORDER_BYTES)
+    capacity = (memory - needs.fixed - _order_of_blocks(n_rows, granule)) // (2 * needs.row + needs.order)
     mixing = max(capacity // BLOCKS_TO_MIX, min(READ_AT_LEAST // narrowest, capacity // FEWEST_BLOCKS))
     block = _whole(min(target, mixing), granule)
     if capacity < FEWEST_BLOCKS * block:
         least = (
-            needs.fixed + _order_of_blocks(n_rows, granule) + FEWEST_BLOCKS * granule * (2 * needs.row + ORDER_BYTES)
+            needs.fixed + _order_of_blocks(n_rows, granule) + FEWEST_BLOCKS * granule * (2 * needs.row + needs.order)
         )
+        least = min(least, everything)
         coarse = max(readers, key=lambda reader: reader.granule)
         hint = f"; {coarse.title} is stored {coarse.granule} rows a piece" if coarse.granule > 1 else ""
         raise ValueError(f"memory must be at least {least} bytes here, got {memory}{hint}")
@@ -71,7 +76,7 @@ def make_plan(readers: Collection[Reader], needs: Needs, memory: int, seed: int,
 def check_fits(plan: Shuffling, needs: Needs, memory: int) -> None:
     """Raise ValueError unless a plan made elsewhere fits this memory."""
     held = 1 if plan.n_windows == 1 else 2
-    least = needs.fixed + plan.window_rows * (held * needs.row + ORDER_BYTES) + 40 * plan.n_blocks * (held - 1)
+    least = needs.fixed + plan.window_rows * (held * needs.row + needs.order) + 40 * plan.n_blocks * (held - 1)
     if least > memory:
         raise ValueError(f"memory must be at least {least} bytes to go on with this state's windows, got {memory}")
 

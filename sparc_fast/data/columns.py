@@ -20,11 +20,15 @@ __all__ = ["PiecewiseReader", "as_matrix", "column_ids", "vector_column"]
 def vector_column(schema: Any, name: str | None, path: Path) -> tuple[str, torch.dtype]:
     """(name, dtype) of the column of vectors meant: list, large_list or fixed_size_list of floats."""
     types = require("pyarrow", path).types
+    kinds = {field.name: _stored(field.type) for field in schema}
     lists: Mapping[str, Any] = {
-        field.name: field.type
-        for field in schema
-        if types.is_list(field.type) or types.is_large_list(field.type) or types.is_fixed_size_list(field.type)
+        column: kind
+        for column, kind in kinds.items()
+        if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     }
+    if not lists or (name in kinds and name not in lists):
+        there = ", ".join(f"{column!r} ({kind})" for column, kind in list(kinds.items())[:6]) + ", …" * (len(kinds) > 6)
+        raise ValueError(f"{path} must hold a column of lists of floats, a row in each, got {there}")
     name = choose_name(lists, name, path)
     item = lists[name].value_type
     dtype = numpy_dtype(np.dtype(item.to_pandas_dtype())) if types.is_floating(item) else None
@@ -33,8 +37,14 @@ def vector_column(schema: Any, name: str | None, path: Path) -> tuple[str, torch
     return name, dtype
 
 
+def _stored(kind: Any) -> Any:
+    """What an extension type such as fixed_shape_tensor stores; one of matrices is left as it is, no list."""
+    return kind.storage_type if hasattr(kind, "storage_type") and len(getattr(kind, "shape", ())) < 2 else kind
+
+
 def as_matrix(column: Any, title: str, width: int | None = None) -> npt.NDArray[Any]:
     """An arrow array of lists as [rows, width], without a copy; ValueError where a row is null or another length."""
+    column = getattr(column, "storage", column)
     values = column.flatten()
     width = (len(values) // len(column) if len(column) else 0) if width is None else width
     lengths = set() if hasattr(column.type, "list_size") else set(np.unique(column.value_lengths().to_numpy(False)))

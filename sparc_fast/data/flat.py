@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .readers import Reader, Spans, _cpu
 __all__ = ["FlatReader"]
 
 AT_ONCE = 2**30  # bytes a single call may ask for; systems stop short of 2 GiB
+_one_at_a_time = threading.Lock()
 
 
 class FlatReader(Reader):
@@ -25,7 +27,7 @@ class FlatReader(Reader):
         if sys.byteorder != "little":
             raise ValueError(f"{title} must be read on a little-endian machine, got a {sys.byteorder}-endian one")
         self._offset = offset
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # Windows would translate line ends
         self._closing = weakref.finalize(self, os.close, self._file)
 
     def _fill(self, start: int, out: Tensor) -> None:
@@ -35,7 +37,7 @@ class FlatReader(Reader):
         at = self._offset + start * self.row_bytes
         done = 0
         while done < len(target):
-            got = os.preadv(self._file, [target[done : done + AT_ONCE]], at + done)
+            got = _read_at(self._file, target[done : done + AT_ONCE], at + done)
             if not got:
                 raise OSError(f"{self.title} ends before row {start + len(out)}: the file was cut short")
             done += got
@@ -75,3 +77,14 @@ class FlatReader(Reader):
 
     def close(self) -> None:
         self._closing()
+
+
+def _read_at(file: int, target: memoryview, at: int) -> int:
+    """Bytes read from there."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [target], at)
+    with _one_at_a_time:  # Windows has one position in a file
+        os.lseek(file, at, os.SEEK_SET)
+        some = os.read(file, len(target))
+        target[: len(some)] = some
+        return len(some)

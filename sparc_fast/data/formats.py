@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from . import arrow, hdf5, npy, parquet, safetensors_file, torch_file
-from .readers import Reader, Source, TensorReader, numpy_dtype
+from .readers import Reader, Source, TensorReader, Where, numpy_dtype
+from .shards import files_of, is_list_of_files
+from .views import PiecesReader
 
-__all__ = ["FORMATS", "Format", "open_reader"]
+__all__ = ["FORMATS", "Format", "open_reader", "where_and_name"]
 
 
 class Format(Protocol):
@@ -49,14 +51,35 @@ def open_reader(source: Source, stream: str) -> Reader:
         return TensorReader(torch.from_numpy(source), f"array of {stream!r}")
     if isinstance(source, Tensor):
         return TensorReader(source.cpu(), f"tensor of {stream!r}")
-    path, name = source if isinstance(source, tuple) and len(source) == 2 else (source, None)
-    if not isinstance(path, str | Path) or not (name is None or isinstance(name, str)):
+    where, name = where_and_name(source, stream)
+    files = files_of(where, f"source of {stream!r}", FORMATS)
+    readers: list[Reader] = []
+    try:
+        for path in files:
+            readers.append(FORMATS[path.suffix.lower()].open_file(path, name))
+        return readers[0] if len(readers) == 1 else _shards(readers)
+    except BaseException:
+        for reader in readers:
+            reader.close()
+        raise
+
+
+def where_and_name(source: Any, stream: str) -> tuple[Where, str | None]:
+    """Where the files of a source are, and the name of the data set in them."""
+    if is_list_of_files(source, FORMATS):
+        return source, None
+    where, name = source if isinstance(source, tuple) and len(source) == 2 else (source, None)
+    is_place = isinstance(where, str | Path) or is_list_of_files(where, FORMATS)
+    if not is_place or not (name is None or isinstance(name, str)):
         raise ValueError(
-            f"source of {stream!r} must be a path, (path, name of the data set), a tensor or an array, got {source!r}"
+            f"source of {stream!r} must be a path, a list of files, (either, name of the data set), "
+            f"a tensor or an array, got {source!r}"
         )
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"source of {stream!r} must end in one of {', '.join(FORMATS)}, got {path}")
-    if not path.is_file():
-        raise FileNotFoundError(f"source of {stream!r} must be a file, but there is none at {path}")
-    return FORMATS[path.suffix.lower()].open_file(path, name)
+    return where, name
+
+
+def _shards(readers: list[Reader]) -> Reader:
+    """One after the other; those without rows, whose width nobody may know, are left out."""
+    filled = [reader for reader in readers if reader.n_rows] or readers[:1]
+    title = f"{filled[0].title} and {len(filled) - 1} more" if len(filled) > 1 else filled[0].title
+    return PiecesReader([(reader, 0, reader.n_rows) for reader in filled], title)

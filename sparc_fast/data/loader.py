@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.ops.huge_pages import empty_rows
+from sparc_fast.sizes import as_bytes, is_integer
 
 from . import budget
 from .aligned import AlignedFiles, check_dtype
@@ -32,6 +33,8 @@ class Window(NamedTuple):
     start: int
     order: Tensor
     buffers: list[Tensor]
+    blocks: Rows
+    """Which the buffers hold, one after the other."""
 
     @property
     def stop(self) -> int:
@@ -41,9 +44,10 @@ class Window(NamedTuple):
 class Loader:
     """Batches of all streams side by side, [batch_size, D], from files of any size, shuffled anew in every epoch.
 
-    ``for batch in loader`` is one epoch, or what is left of it; the next ``for`` is the next epoch. Batches are the
-    caller's own. What comes when depends on the seed, the epoch and the windows alone (not on threads or time): after
-    `load_state_dict` the batches are those that would have followed, bit for bit.
+    ``for batch in loader`` is one epoch, or what is left of it; the next ``for`` is the next epoch. Where samples lack
+    streams, ``for x, present in loader.batches()`` says which. Batches are the caller's own. What comes when depends on
+    the seed, the epoch and the windows alone (not on threads or time): after `load_state_dict` the batches are those
+    that would have followed, bit for bit.
 
     How well it shuffles: data that fit in `memory` are read once and permuted uniformly. Larger data are read in
     blocks of neighbouring rows (about 1 MB of each stream); each epoch deals the blocks at random to windows of about
@@ -53,7 +57,8 @@ class Loader:
     Args:
         files: what `open` gave.
         batch_size: rows of a batch.
-        memory: bytes this may take: windows, orders, what reading needs, the batch in the caller's hands and the next.
+        memory: bytes this may take, or a size such as "4GiB": windows, orders, what reading needs, the batch in the
+            caller's hands and the next.
         seed: of the shuffling, >= 0.
         shuffle: False gives rows in order.
         last: an epoch's last batch, when it is short: "keep" gives it as it is, "drop" leaves it out (each epoch other
@@ -73,7 +78,7 @@ class Loader:
         files: AlignedFiles,
         batch_size: int,
         *,
-        memory: int = 2**31,
+        memory: int | str = 2**31,
         seed: int = 0,
         shuffle: bool = True,
         last: LastBatch = "keep",
@@ -83,10 +88,12 @@ class Loader:
         pin_memory: bool | None = None,
     ) -> None:
         n_threads = budget.default_threads() if n_threads is None else n_threads
+        memory = as_bytes(memory, "memory")
         for name, value, least in (("batch_size", batch_size, 1), ("memory", memory, 1), ("n_threads", n_threads, 1),
                                    ("seed", seed, 0)):  # fmt: skip
-            if not isinstance(value, int) or value < least:
+            if not is_integer(value) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        batch_size, seed, n_threads = int(batch_size), int(seed), int(n_threads)
         if last not in ("keep", "drop"):
             raise ValueError(f'last must be "keep" or "drop", got {last!r}')
         if files.n_rows < (batch_size if last == "drop" else 1):
@@ -122,9 +129,29 @@ class Loader:
         return -(-self._rows_of_epoch // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
+        if self.files.present is not None:
+            raise ValueError(
+                "files must hold every stream of every sample to be iterated over, but some are absent: "
+                "iterate over loader.batches(), which says which streams each sample has"
+            )
         epoch = self._epoch
         while self._epoch == epoch:
-            yield self._batch()
+            yield self._batch()[0]
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(x [n, D], present) of what is left of this epoch, in the same order: `present`, bool [n, S], says which
+        streams each sample has, or is None where all have all. Absent rows are zeros."""
+        epoch = self._epoch
+        while self._epoch == epoch:
+            yield self._marked(*self._batch(numbered=self.files.present is not None))
+
+    def numbered_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x [n, D], numbers [n] of its rows in `files`) of what is left of this epoch, in the same order."""
+        epoch = self._epoch
+        while self._epoch == epoch:
+            x, rows = self._batch(numbered=True)
+            assert rows is not None
+            yield x, rows
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, as plain numbers and text that JSON can hold."""
@@ -174,20 +201,28 @@ class Loader:
         n = self.files.n_rows
         return n if self.last == "keep" else n - n % self.batch_size
 
-    def _batch(self) -> Tensor:
+    def _marked(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        present = self.files.present
+        return x, None if present is None or rows is None else present[rows]
+
+    def _batch(self, numbered: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The next one, and where it is asked for, the numbers of its rows in the files."""
         n = min(self.batch_size, self._rows_of_epoch - self._row)
         batch = self._new_batch(n)
-        done = 0
+        done, numbers = 0, []
         while done < n:
             window = self._window_at(self._epoch, self._row + done)
             first = self._row + done - window.start
             rows = window.order[first : first + n - done]
             _gather(window.buffers, rows, batch[done : done + len(rows)])
+            if numbered:
+                size, blocks = self._plan.block_rows, torch.from_numpy(window.blocks)
+                numbers.append(blocks[rows // size] * size + rows % size)
             done += len(rows)
         self._row += n
         if self._row == self._rows_of_epoch:
             self._epoch, self._row = self._epoch + 1, 0
-        return batch
+        return batch, torch.cat(numbers) if numbered else None
 
     def _new_batch(self, n: int) -> Tensor:
         if n == self.batch_size and not self.pin_memory:
@@ -218,6 +253,9 @@ class Loader:
         return window
 
     def _same_rows(self, window: Window, epoch: int) -> Window:
+        """The same buffers, but for streams that are drawn anew, in another order."""
+        if window.epoch != epoch:
+            self._read(window.buffers, window.blocks, epoch, drawn_only=True).wait()
         order = torch.from_numpy(self._plan.order(epoch, 0, self._plan.n_rows))
         return window._replace(epoch=epoch, order=order)
 
@@ -250,22 +288,30 @@ class Loader:
         """The window, filled by threads."""
         blocks = self._deal(epoch)[number]
         buffers = self._spare.pop() if self._spare else self._new_buffers()
+        reading = self._read(buffers, blocks, epoch)
+        order = torch.from_numpy(self._plan.order(epoch, number, self._plan.n_rows_of(blocks)))
+        return Window(epoch, number, start, order, buffers, blocks), reading
+
+    def _read(self, buffers: list[Tensor], blocks: Rows, epoch: int, drawn_only: bool = False) -> Reading:
+        """These blocks to the buffers; only those of streams that every epoch draws anew, where that is asked for."""
         spans = [self._plan.rows(block) for block in blocks.tolist()]
         jobs = []
-        for reader, buffer in zip(self._readers, buffers, strict=True):
+        for of_all, buffer in zip(self._readers, buffers, strict=True):
+            if drawn_only and not of_all.draws:
+                continue
+            reader = of_all.at(self._plan.seed, epoch)
             together = max(1, budget.JOB_BYTES // (self._plan.block_rows * reader.row_bytes))
+            together = len(spans) if reader.scattered else together
             at = 0
             for first in range(0, len(spans), together):
                 some = spans[first : first + together]
                 n = sum(stop - start for start, stop in some)
                 jobs.append(Job(reader, some, buffer[at : at + n]))
                 at += n
-        reading = Reading(jobs, self.n_threads, self.check_finite)
-        order = torch.from_numpy(self._plan.order(epoch, number, self._plan.n_rows_of(blocks)))
-        return Window(epoch, number, start, order, buffers), reading
+        return Reading(jobs, self.n_threads, self.check_finite)
 
     def _new_buffers(self) -> list[Tensor]:
-        return [empty_rows(self._plan.window_rows, r.width, dtype=r.dtype) for r in self._readers]
+        return [empty_rows(self._plan.window_rows, r.width, dtype=r.dtype, device="cpu") for r in self._readers]
 
 
 def _gather(buffers: list[Tensor], rows: Tensor, out: Tensor) -> None:

@@ -35,5 +35,8 @@ def open_file(path: Path, name: str | None) -> Reader:
 def read_ids(path: Path, name: str | None) -> npt.NDArray[Any]:
     """The array."""
     refuse_name(path, name, "array")
-    found: npt.NDArray[Any] = np.load(path, allow_pickle=False)
+    try:
+        found: npt.NDArray[Any] = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"ids in {path} must be integers or text, saved as array.astype(str): {error}") from error
     return found

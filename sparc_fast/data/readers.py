@@ -17,10 +17,14 @@ from torch import Tensor
 
 from sparc_fast.ops import backends
 
+from .shuffle import Rows
+
 __all__ = ["FLOATS", "Reader", "Source", "Spans", "TensorReader", "first_not_finite"]
 
-Source = str | Path | tuple[str | Path, str] | Tensor | npt.NDArray[Any]
-"""A file, (file, name of the data set in it), or rows already in memory, [N, D_s]."""
+Where = str | Path | Sequence[str | Path]
+"""A file, or several one after the other: a list of them, a folder, or a pattern such as ``"shards/*.npy"``."""
+Source = Where | tuple[Where, str] | Tensor | npt.NDArray[Any]
+"""Files, (files, name of the data set in each), or rows already in memory, [N, D_s]."""
 
 Spans = Sequence[tuple[int, int]]
 """Runs of neighbouring rows, (start, stop) each."""
@@ -29,6 +33,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEFAULT_NAME = "features"  # what the research code's extraction scripts call it
 _cpu: Any = import_module("sparc_fast._cpu") if "cpu" in backends.available("cpu") else None
 """The compiled module's help for the loader, where it is there: all of it has a way round in Python."""
+PICKED_TOGETHER = 2**19  # bytes that picking single rows reads before it puts them where they belong
+READ_OVER = 2**14  # bytes between two rows that are read along: another read would take longer
 _NUMPY = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -38,13 +44,25 @@ class Reader(ABC):
     `rows` may be called from several threads at once.
     """
 
+    scattered = False
+    """Whether rows are best asked for many at a time, however they lie: a loader then reads a window in one piece."""
+    draws = False
+    """Whether its rows are others in every epoch."""
+    order_bytes = 0
+    """Bytes for each row that is read, to put it in its place."""
+
     def __init__(
         self, title: str, shape: tuple[int, ...], dtype: torch.dtype | None, *, granule: int = 1, scratch: int = 0
     ) -> None:
+        if len(shape) == 3:
+            raise ValueError(
+                f"{title} must hold rows of one stream, [N, D_s], got shape {list(shape)}: "
+                "save the tokens of all samples as rows, array.reshape(-1, D_s)"
+            )
         if len(shape) != 2 or shape[1] < 1:
             raise ValueError(f"{title} must hold rows of one stream, [N, D_s], got shape {list(shape)}")
         if dtype not in FLOATS:
-            raise ValueError(f"{title} must hold float16, bfloat16, float32 or float64, got another dtype")
+            raise ValueError(f"{title} must hold float16, bfloat16, float32 or float64, got {dtype or 'another dtype'}")
         self.title = title
         """The file and the data set in it, for messages."""
         self.n_rows, self.width = int(shape[0]), int(shape[1])
@@ -88,7 +106,57 @@ class Reader(ABC):
     def _refuse(self, spans: Spans, position: int) -> NoReturn:
         """That the row at this position of what was read is not finite."""
         numbers = chain.from_iterable(range(*span) for span in spans)
-        raise ValueError(f"{self.title} must be finite, but row {next(islice(numbers, position, None))} is not")
+        title, row = self.origin(next(islice(numbers, position, None)))
+        raise ValueError(f"{title} must be finite, but row {row} is not")
+
+    def pick(self, rows: Rows, places: Rows, out: Tensor) -> None:
+        """Row rows[i] to out[places[i]] for every i; `rows` ascend, and may repeat.
+
+        Neighbours are read together, and as many as go into half a megabyte before they are put in their places.
+        """
+        if not len(rows):
+            return
+        unit = self._picked_together()
+        far = (np.diff(rows) > READ_OVER // self.row_bytes + 1) & (np.diff(rows // self.granule) > 0)
+        first = np.flatnonzero(np.append(True, far | (np.diff(rows // unit) > 0)))  # which of `rows` begin a span
+        begins, ends = rows[first], rows[np.append(first[1:], len(rows)) - 1] + 1
+        after = np.cumsum(ends - begins)
+        within = after - ends  # to be added to a row of each span: where it is when all are read one after the other
+        edges = np.flatnonzero(np.append(True, np.diff((after - 1) // unit) > 0))  # which spans begin a batch of them
+        batches = list(zip(edges.tolist(), [*edges[1:].tolist(), len(first)], strict=True))
+        scratch = torch.empty(2 * unit, self.width, dtype=self.dtype, device="cpu")
+        for i, j in batches:
+            spans = list(zip(begins[i:j].tolist(), ends[i:j].tolist(), strict=True))
+            self.will_need(list(zip(begins[j : 2 * j - i].tolist(), ends[j : 2 * j - i].tolist(), strict=True)))
+            low, high = int(first[i]), int(first[j]) if j < len(first) else len(rows)
+            counts = np.diff(np.append(first[i:j], high))
+            base = int(within[i] + begins[i])
+            position = rows[low:high] + np.repeat(within[i:j], counts) - base
+            n, to = int(after[j - 1]) - base, places[low:high]
+            if n == high - low and (np.diff(to) == 1).all() and (np.diff(position) == 1).all():
+                self.read(spans, out[to[0] : to[0] + n], False)
+                continue
+            self.read(spans, scratch[:n], False)
+            for at in range(0, high - low, unit):
+                some = scratch.index_select(0, torch.from_numpy(position[at : at + unit]))
+                out.index_copy_(0, torch.from_numpy(to[at : at + unit]), some)
+
+    def _picked_together(self) -> int:
+        """Rows, in whole granules."""
+        return max(1, PICKED_TOGETHER // (self.row_bytes * self.granule)) * self.granule
+
+    @property
+    def pick_scratch(self) -> int:
+        """Bytes that `pick` takes."""
+        return self.scratch + 3 * self._picked_together() * self.row_bytes
+
+    def origin(self, row: int) -> tuple[str, int]:
+        """(title of the file, number in it) of a row."""
+        return self.title, row
+
+    def at(self, seed: int, epoch: int) -> Reader:
+        """The rows of an epoch: these, where they are the same in all."""
+        return self
 
     def will_need(self, spans: Spans) -> None:  # noqa: B027
         """A hint that these rows are wanted soon; does nothing where the format has no use for it."""
@@ -101,6 +169,8 @@ class TensorReader(Reader):
     """Rows of a tensor, which may be a map of a file."""
 
     def __init__(self, tensor: Tensor, title: str) -> None:
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{title} must be dense, got {tensor.layout}: save tensor.to_dense()")
         super().__init__(title, tuple(tensor.shape), tensor.dtype)
         self._tensor: Tensor | None = tensor.detach()
 

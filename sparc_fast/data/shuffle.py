@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Rows", "Shuffling", "permutation"]
+__all__ = ["Rows", "Shuffling", "permutation", "uniform"]
 
 Rows = npt.NDArray[np.int64]
 
@@ -63,3 +63,12 @@ class Shuffling:
 def permutation(n: int, *seeds: int) -> Rows:
     """A uniform permutation of n, the same with every version of NumPy: only PCG64's raw numbers are promised."""
     return np.argsort(np.random.PCG64(seeds).random_raw(n), kind="stable")
+
+
+def uniform(start: int, stop: int, *seeds: int) -> npt.NDArray[np.float64]:
+    """Numbers start <= n < stop of a sequence of uniform ones in [0, 1), each computed by itself (SplitMix64)."""
+    key = np.random.PCG64(seeds).random_raw(1)
+    bits = np.arange(start, stop, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray((bits ^ (bits >> np.uint64(31))) >> np.uint64(11), np.float64) * 2.0**-53

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,21 @@ def _load_mapped(path: Path) -> Tensor | dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(
-            f"{path} must hold tensors only, as today's torch.save writes them, but it is truncated, foreign, "
-            f"from before torch 1.6, or holds other objects: {error}"
+            f"{path} must hold tensors only, as today's torch.save writes them, but it {_why(error)}"
         ) from error
     if not isinstance(loaded, Tensor | dict):
         raise ValueError(f"{path} must hold a tensor or a dictionary of tensors, got {type(loaded).__name__}")
     return loaded
+
+
+def _why(error: Exception) -> str:
+    """What is in the file instead; torch's own words advise to unpickle, which runs whatever code a file holds."""
+    text = str(error)
+    if "mmap can only be used" in text:
+        return "is in the format from before torch 1.6: load it with torch.load and save it again"
+    if (named := re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", text)) is None:
+        return f"is truncated or foreign: {text.splitlines()[0] if text else type(error).__name__}"
+    found = named.group(1) or named.group(2)
+    if found.startswith("numpy"):
+        return f"holds NumPy arrays ({found}): save torch.from_numpy(array), or the array itself by np.save"
+    return f"holds other objects ({found}): save a dictionary of the tensors alone"

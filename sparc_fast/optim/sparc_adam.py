@@ -63,6 +63,9 @@ class SparcAdam(torch.optim.Optimizer):
         moments: MomentType = "float32",
         seed: int = 0,
     ) -> None:
+        if not isinstance(model, SPARC):
+            hint = ": it trains one process's model, and exchanges nothing" if hasattr(model, "module") else ""
+            raise ValueError(f"model must be a SPARC, got {type(model).__name__}{hint}")
         if not lr >= 0 or not eps >= 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"lr and eps must be >= 0 and betas in [0, 1), got lr={lr}, eps={eps}, betas={betas}")
         if lazy not in (None, "replay"):
@@ -101,6 +104,11 @@ class SparcAdam(torch.optim.Optimizer):
         step and the loss are those of all samples together. What grows with samples is held for one part at a time,
         beside the gradients of both weight matrices, and for moments these twice. `present` is then as many.
         """
+        if (ranks := _processes()) > 1:
+            raise ValueError(
+                f"SparcAdam must run in one process, got {ranks}, each of which would train a model of its own: wrap "
+                "the model in DistributedDataParallel and give its parameters to torch.optim.Adam instead"
+            )
         given = list(inputs) if isinstance(inputs, Sequence) else [inputs]
         n_samples = self._count_samples(given)
         has = [None] * len(given) if present is None else [present] if isinstance(present, Tensor) else list(present)
@@ -288,16 +296,17 @@ class SparcAdam(torch.optim.Optimizer):
             raise ValueError(f"state_dict must be of {len(parameters)} parameters, got {len(names)}")
         states = [self._checked(p, state_dict["state"].get(i, {})) for i, p in zip(names, parameters, strict=True)]
         self.catch_up()
-        # without the state: torch.optim.Optimizer would copy it in its parameters' type first
-        super().load_state_dict({**state_dict, "state": {}})
-        for parameter, state in zip(parameters, states, strict=True):
-            for key, value in state.items():
-                device = torch.device("cpu") if key == "step" and not self.capturable else parameter.device
-                dtype = self._moment_dtype(parameter) if key in ("exp_avg", "exp_avg_sq") else value.dtype
-                self.state[parameter][key] = value.to(device, dtype, copy=True)
-        if self._behind is not None:
-            state = self.state[self.model.W_dec]
-            self._behind.all_current(int(state["step"]) if state else 0)
+        with self.model._rows_left_behind():
+            # without the state: torch.optim.Optimizer would copy it in its parameters' type first
+            super().load_state_dict({**state_dict, "state": {}})
+            for parameter, state in zip(parameters, states, strict=True):
+                for key, value in state.items():
+                    device = torch.device("cpu") if key == "step" and not self.capturable else parameter.device
+                    dtype = self._moment_dtype(parameter) if key in ("exp_avg", "exp_avg_sq") else value.dtype
+                    self.state[parameter][key] = value.to(device, dtype, copy=True)
+            if self._behind is not None:
+                state = self.state[self.model.W_dec]
+                self._behind.all_current(int(state["step"]) if state else 0)
 
     def _checked(self, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """The state of a parameter, if it is one; ValueError says what is not."""
@@ -314,6 +323,12 @@ class SparcAdam(torch.optim.Optimizer):
                 got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"state_dict must hold a float {key} {shape} of {name}, got {got}")
         return {key: torch.as_tensor(state[key]) for key in shapes}
+
+
+def _processes() -> int:
+    """Of torch.distributed, if it is at work."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
 
 
 def _zeros_like(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from sparc_fast.sizes import parse_bytes
 from sparc_fast.training.command import add_settings, settings_of
 from sparc_fast.training.config import Config
 
 from .machine import Machine
 from .plan import device_of, plan
 from .roofline import Roofline
-from .text import as_text, parse_bytes
+from .text import as_text
 
 __all__ = ["add_arguments", "run"]
 
@@ -24,7 +26,9 @@ RATES = {"copy": "bytes", "float32": "FLOP", "bfloat16": "FLOP"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of a run, the data that are not there yet, and the machine."""
     group = parser.add_argument_group("data that are not there yet")
-    group.add_argument("--d-streams", nargs="+", metavar="STREAM=WIDTH", help="widths of the streams, in order")
+    group.add_argument(
+        "--d-streams", nargs="+", action="extend", metavar="STREAM=WIDTH", help="widths of the streams, in order"
+    )
     group.add_argument("--rows", metavar="N", help="how many rows there will be")
     group = parser.add_argument_group("the machine, by default this one, measured")
     group.add_argument("--machine-memory", metavar="SIZE", help="what a run can have, such as 80GiB")
@@ -40,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; the exit status is 0 if it fits, else 3."""
     config = Config.of(settings_of(arguments))
-    d_streams = None if arguments.d_streams is None else dict(map(_width, arguments.d_streams))
+    d_streams = None if arguments.d_streams is None else _widths(arguments.d_streams)
     n_rows = None if arguments.rows is None else int(_number("--rows", arguments.rows, int))
     dead = _number("--dead", arguments.dead, float)
     found = plan(config, d_streams, n_rows, _machine(arguments, config), dead=dead)
@@ -62,6 +66,15 @@ def _machine(arguments: argparse.Namespace, config: Config) -> Machine:
         return Machine.here(device_of(config), memory=memory, roofs=roofs)
     machine = Machine.load(arguments.roofs)
     return replace(machine, memory=memory or machine.memory, roofs=roofs or machine.roofs)
+
+
+def _widths(texts: Sequence[str]) -> dict[str, int]:
+    widths: dict[str, int] = {}
+    for stream, width in map(_width, texts):
+        if stream in widths:
+            raise ValueError(f"--d-streams must give each stream once, got {stream!r} twice")
+        widths[stream] = width
+    return widths
 
 
 def _width(text: str) -> tuple[str, int]:

@@ -94,7 +94,8 @@ def _machine(content: Any) -> Machine:
         raise ValueError(f"expected {', '.join(f.name for f in fields(Machine))}")
     machine = Machine(**{**content, "roofs": Roofline(**content["roofs"]) if content["roofs"] is not None else None})
     numbers = [machine.memory, machine.overhead, machine.host_overhead, machine.threads]
-    rates = list(asdict(machine.roofs).values()) if machine.roofs is not None else []
+    roofs = {} if machine.roofs is None else asdict(machine.roofs)
+    rates = [rate for name, rate in roofs.items() if (name, rate) != ("gather", None)]
     if not all(isinstance(number, int) and number >= 0 for number in numbers) or machine.device not in ("cpu", "cuda"):
         raise ValueError("memory, overhead and threads must be integers >= 0, and device cpu or cuda")
     if not all(isinstance(rate, int | float) and rate > 0 for rate in rates):

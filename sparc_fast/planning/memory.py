@@ -132,7 +132,7 @@ def loader_bytes(config: Config, streams: Streams) -> int:
     plan = budget.make_plan(readers, needs, config.memory, config.seed, shuffle=True)
     held = 1 if plan.n_windows == 1 else 2
     scratch = n_threads * max(reader.scratch for reader in readers)
-    return plan.window_rows * (held * needs.row + budget.ORDER_BYTES) + scratch
+    return plan.window_rows * (held * needs.row + needs.order) + scratch
 
 
 def host_bytes(config: Config, streams: Streams, overhead: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast import data
 from sparc_fast.data import AlignedFiles, Reader
 from sparc_fast.ops import backends
-from sparc_fast.training.config import Config
+from sparc_fast.training.config import Config, open_files
 from sparc_fast.training.validation import hold_out
 
 from .machine import Machine
@@ -57,7 +56,7 @@ def plan(
     machine = machine or Machine.here(device_of(config))
     _check_backend(config, machine)
     found = _outcome(config, streams, machine, dead)
-    return replace(found, changes=tuple(filter(None, _changes(found))))
+    return replace(found, changes=tuple(_changes(found)))
 
 
 def device_of(config: Config) -> str:
@@ -70,7 +69,8 @@ def _outcome(config: Config, streams: Streams, machine: Machine, dead: float) ->
     parts = parts_of(
         config, streams, threads=machine.threads, overhead=machine.overhead, steps=steps or 0, on_gpu=on_gpu, dead=dead
     )
-    time = {} if machine.roofs is None else step_costs(config, streams.widths, machine.roofs)
+    roofs = machine.roofs
+    time = {} if roofs is None else step_costs(config, streams.widths, roofs.faster_type)
     return Plan(
         config, streams, machine, dead, steps, tuple(parts),
         host_bytes(config, streams, machine.host_overhead) if on_gpu else None,
@@ -96,7 +96,7 @@ def _streams(
     with ExitStack() as opened:
         if files is None:
             try:
-                files = opened.enter_context(data.open(config.data))
+                files = opened.enter_context(open_files(config))
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{error}; widths of data to come are given by d_streams") from error
         if config.validation_rows:
@@ -134,64 +134,40 @@ def _check_backend(config: Config, machine: Machine) -> None:
         raise ValueError(f"backend must be {' or '.join(known)} to plan for {machine.device}, got {chosen}")
 
 
-def _changes(now: Plan) -> Iterator[Change | None]:
-    """What saves memory or time, cheapest first; fewer latents last."""
-    single = list(filter(None, _single_changes(now)))
-    yield from single
-    if now.fits:
-        return
-    together: dict[str, Any] = {}
-    for saving in (change for change in single if change.saves > 0):
-        change = _change(now, "all of these", **{**together, **saving.settings})
-        if change is None:
-            continue
-        together.update(saving.settings)
-        if change.fits:
-            if len(together) > 1:
-                yield change
-            break
-    # the most latents that fit, in steps of 64
-    steps = range(math.ceil(max(now.config.k, now.config.k_start) / 64), math.ceil(now.config.n_latents / 64))
-    if fitting := bisect_left(steps, True, key=lambda n: not _with(now, n_latents=64 * n).fits):
-        yield _change(now, "a smaller dictionary", n_latents=64 * steps[fitting - 1])
+def _changes(now: Plan) -> Iterator[Change]:
+    """What saves memory or time, cheapest first; where the run does not fit, at last the most latents that do."""
+    config, on_cpu = now.config, now.machine.device == "cpu"
+    # what a list holds is told in any case, of other values the best alone
+    tried: tuple[tuple[str, Iterable[Any], str], ...] = (
+        ("lazy", [True] * (not config.lazy and bool(now.time)),
+         "nothing: the same bits; pays where a batch uses few of the latents"),
+        ("memory", _halves(config.memory, 2**20) if on_cpu else (),
+         "smaller windows: data larger than them are shuffled less evenly"),
+        ("moments", ["bfloat16"] * (config.moments == "float32"), "moments rounded to 8 bits of mantissa"),
+        ("dtype", ["bfloat16"] * (config.dtype == "float32"),
+         "weights are read rounded to 8 bits of mantissa; float32 masters are kept beside them"),
+        ("auxk", [0] * bool(config.auxk and config.auxk_coef), "dead latents stay dead"),
+        ("accumulate", (config.batch_size // rows for rows in _halves(config.micro_batch, 1)),
+         "gradients of all weights, kept over the micro-batches of a step"),
+        ("batch_size", _halves(config.batch_size, 64),
+         "other training: more steps an epoch, and the learning rate to suit"),
+    )  # fmt: skip
+    for name, values, costs in tried:
+        found = [change for value in values if (change := _change(now, costs, **{name: value}))]
+        yield from found if isinstance(values, list) else _best(now, found)
+    if not now.fits:
+        steps = range(math.ceil(max(config.k, config.k_start) / 64), math.ceil(config.n_latents / 64))
+        if fitting := bisect_left(steps, True, key=lambda n: not _with(now, n_latents=64 * n).fits):
+            yield from filter(None, [_change(now, "a smaller dictionary", n_latents=64 * steps[fitting - 1])])
 
 
-def _single_changes(now: Plan) -> Iterator[Change | None]:
-    config = now.config
-    if not config.lazy and now.time:
-        yield _change(now, "nothing: the same bits; pays where a batch uses few of the latents", lazy=True)
-    if now.machine.device == "cpu":
-        costs = "smaller windows: data larger than them are shuffled less evenly"
-        yield _search(now, costs, "memory", _halves(config.memory, 2**20))
-    if config.moments == "float32":
-        yield _change(now, "moments rounded to 8 bits of mantissa", moments="bfloat16")
-    if config.dtype == "float32":
-        costs = "weights are read rounded to 8 bits of mantissa; float32 masters are kept beside them"
-        yield _change(now, costs, dtype="bfloat16")
-    if config.dtype == "bfloat16":
-        yield _change(now, "activations twice as wide; no masters beside the weights", dtype="float32")
-    if config.auxk and config.auxk_coef:
-        yield _change(now, "dead latents stay dead", auxk=0)
-    costs = "gradients of all weights, kept over the micro-batches of a step"
-    doubles = (2**i * config.accumulate for i in range(1, (config.batch_size // config.accumulate).bit_length()))
-    yield _search(now, costs, "accumulate", doubles)
-    costs = "other training: more steps an epoch, and the learning rate to suit"
-    yield _search(now, costs, "batch_size", _halves(config.batch_size, 64))
-
-
-def _search(now: Plan, costs: str, name: str, values: Iterable[int]) -> Change | None:
-    """The first value with which the run fits and takes less, or else the one that takes least; None if none does."""
-    best, least = None, float(now.peak)
-    for value in values:
-        change = _change(now, costs, **{name: value})
-        if change is None:
-            break
-        peak = now.peak - change.saves
-        if change.fits and peak < least:
-            return change
-        if peak < least - LITTLE * now.peak:
-            best, least = change, peak
-    return best
+def _best(now: Plan, found: Sequence[Change]) -> Sequence[Change]:
+    """The first with which the run fits and takes less, or else the first that saves about the most, if one does."""
+    if fitting := [change for change in found if change.fits and change.saves > 0]:
+        return fitting[:1]
+    little = LITTLE * now.peak
+    most = max((change.saves for change in found), default=0)
+    return [change for change in found if change.saves > max(little, most - little)][:1]
 
 
 def _halves(value: int, least: int) -> Iterator[int]:

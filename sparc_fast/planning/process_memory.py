@@ -90,7 +90,7 @@ def after_training_steps() -> int:
     model = sparc_fast.SPARC({"a": 64, "b": 48}, n_latents=1024, k=16)
     optimizer = sparc_fast.SparcAdam(model)
     for _ in range(2):
-        optimizer.step(torch.ones(64, 112))
+        optimizer.step(torch.ones(64, 112, dtype=torch.float32, device="cpu"))
     del model, optimizer
     give_back_freed()
     return resident("VmRSS")

@@ -14,12 +14,16 @@ import torch
 
 @dataclass(frozen=True)
 class Cost:
-    """What a phase cannot do without: its multiplications and additions, and every tensor moved once."""
+    """What a phase cannot do without."""
 
-    flops: float
-    bytes: float
+    flops: float = 0.0
+    """Multiplications and additions."""
+    bytes: float = 0.0
+    """Moved between memory and chip: every operand once, every touched row once, every result once."""
     dtype: str = "float32"
     """In which it may multiply: "float32" or "bfloat16"."""
+    gathered: float = 0.0
+    """Bytes read by gathers, on a GPU from its L2 cache."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +33,33 @@ class Roofline:
     copy: float
     float32: float
     bfloat16: float
+    gather: float | None = None
+    """Of bytes from the L2 cache; None: gathers are not counted."""
+
+    @property
+    def faster_type(self) -> str:
+        """Of the encoder's product, which may be screened in bfloat16."""
+        return "bfloat16" if self.bfloat16 > self.float32 else "float32"
 
     def floor(self, phases: Iterable[Cost]) -> float:
         """Seconds below which the work of these phases, one after another, cannot come."""
-        rates = {"float32": self.float32, "bfloat16": self.bfloat16}
-        return sum(max(phase.bytes / self.copy, phase.flops / rates[phase.dtype]) for phase in phases)
+        return sum(map(self._seconds, phases))
+
+    def _seconds(self, phase: Cost) -> float:
+        products = phase.flops / {"float32": self.float32, "bfloat16": self.bfloat16}[phase.dtype]
+        gathers = phase.gathered / self.gather if self.gather else 0.0
+        return max(phase.bytes / self.copy, products, gathers)
 
 
 def measure_roofs(small: bool = False) -> Roofline:
     """Copy rate of a tensor beyond the caches (1 GiB in all); rate of a square matrix product in each type."""
-    source = torch.ones(2**20 if small else 2**27)
+    source = torch.ones(2**20 if small else 2**27, dtype=torch.float32, device="cpu")
     target = torch.ones_like(source)
     copy = 2 * source.nbytes / _best(lambda: target.copy_(source))
     n = 256 if small else 2048
 
     def gemm(dtype: torch.dtype) -> float:
-        a, b = torch.randn(2, n, n).to(dtype)
+        a, b = torch.randn(2, n, n, dtype=torch.float32, device="cpu").to(dtype)
         return 2 * n**3 / _best(lambda: a @ b.T)
 
     return Roofline(copy, gemm(torch.float32), gemm(torch.bfloat16))

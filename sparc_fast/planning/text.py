@@ -109,17 +109,6 @@ def show_bytes(number: float) -> str:
     return f"{number:.0f} bytes"
 
 
-def parse_bytes(text: str) -> int:
-    """ "80GiB" -> 85899345920; ValueError where the text stands for no size."""
-    decimal = {unit.replace("i", ""): 1000**power for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), 1)}
-    sizes = {**UNITS, **decimal, "": 1}
-    unit = next(unit for unit in sizes if text.endswith(unit))
-    number = float(text.removesuffix(unit)) * sizes[unit]
-    if not 1 <= number < 2**63:
-        raise ValueError
-    return int(number)
-
-
 def _heading(plan: Plan) -> Iterator[str]:
     config, machine, streams = plan.config, plan.machine, plan.streams
     widths = ", ".join(f"{name} {reader.width:,}" for name, reader in streams.readers.items())

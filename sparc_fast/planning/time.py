@@ -5,26 +5,29 @@ from __future__ import annotations
 from sparc_fast.training.config import Config
 
 from .memory import FLOAT, Sizes
-from .roofline import Cost, Roofline
+from .roofline import Cost
 
 # floor ÷ measured step, each from one run, at N 1024, L 8192 and at N 256, L 32768, D 2560, float32, two cores:
 # 0.77 and 0.72 on Zen 4, 0.52 and 0.76 on Zen 5 (benchmarks/NOTES.md, "Where it stands"); this is their mean
 CPU_EFFICIENCY = 0.7
 
 
-def step_costs(config: Config, widths: tuple[int, ...], roofs: Roofline) -> dict[str, Cost]:
-    """The phases of a step, one after another, and what each cannot do without; latents are used evenly."""
+def step_costs(config: Config, widths: tuple[int, ...], product: str = "float32") -> dict[str, Cost]:
+    """The phases of a step, one after another, and what each cannot do without; latents are used evenly.
+
+    Args:
+        product: the type in which the encoder may multiply.
+    """
     sizes = Sizes(config, widths)
     S, N, L, D, w = sizes.S, sizes.rows, sizes.L, sizes.D, sizes.weight
     turns = config.accumulate  # in each, all weights are read and, if there are several, their gradients added up
-    product = "bfloat16" if roofs.bfloat16 > roofs.float32 else "float32"
-    matrix, batch = L * D * w, N * D * w
+    matrix, batch, gradient = L * D * w, N * D * w, N * D * S * sizes.gradient
 
     def used(n: int) -> float:
         """The part of the latents that n samples use."""
         return 1 - (1 - sizes.k / L) ** (n * sizes.supports)
 
-    gathered = 2 * N * sizes.k * D
+    rows = N * sizes.k * D  # numbers of the rows that a batch's supports name
     kept = 2 * (2 * sizes.moment + FLOAT) + (w if w < FLOAT else 0)  # bytes of a weight read and written
     # rows left behind are gone through twice when they are used
     decoder = used(N) * (2 - used(N)) if config.lazy else 1.0
@@ -34,7 +37,7 @@ def step_costs(config: Config, widths: tuple[int, ...], roofs: Roofline) -> dict
     return {
         "choosing the support: x W_encᵀ": Cost(2 * N * L * D, turns * matrix + batch, product),
         "values, reconstructions, their gradient": Cost(
-            gathered * (1 + 2 * S), 2 * turns * used(sizes.N) * matrix + batch
+            2 * rows * (1 + 2 * S), 2 * turns * used(sizes.N) * matrix + batch + gradient, gathered=2 * rows * w
         ),
-        "updating the weights": Cost(gathered * (1 + S), moved + N * D * (1 + S) * sizes.gradient),
+        "updating the weights": Cost(2 * rows * (1 + S), moved + batch + gradient, gathered=(1 + S) * rows * w),
     }

@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from .config import Config, absolute, flag, parse_source, read_settings, sources
+from .config import Config, flag, identifiers, parse_sources, read_settings, sources, with_absolute_paths
 from .progress import Display, Lines, best_display
 from .trainer import Trainer
 
@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     progress: Display = {"auto": best_display, "lines": Lines, "none": Display}[arguments.progress]()
     try:
         with Trainer(config, arguments.out, progress=progress) as trainer:
+            if trainer.loader.files.matched is not None:
+                print(trainer.loader.files.matched, flush=True)
             outcome = trainer.run()
     except FloatingPointError as error:
         print(f"sparc-fast: {error}", file=sys.stderr)
@@ -69,9 +71,10 @@ def _parsed(f: Field[Any], given: Any) -> Any:
     kind = f.metadata["kind"]
     if kind is flag:
         return given
-    if kind is sources:
-        named = dict(parse_source(text) for text in given)
-        return {stream: absolute(source, Path.cwd()) for stream, source in named.items()}
+    if kind is identifiers and len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    if kind in (sources, identifiers):
+        return with_absolute_paths(parse_sources(given, _flag(f)), Path.cwd())
     try:
         return kind.parse(given)
     except ValueError:
@@ -85,8 +88,14 @@ def _flag(f: Field[Any]) -> str:
 def _arguments(f: Field[Any]) -> dict[str, Any]:
     kind, default = f.metadata["kind"], f.default
     words = f.metadata["help"].replace("%", "%%")
-    if kind is sources:
-        return {"nargs": "+", "metavar": "STREAM=FILE[#NAME]", "help": words}
+    if kind in (sources, identifiers):
+        shape = "STREAM=FILE[#NAME]"
+        return {
+            "nargs": "+",
+            "action": "extend",
+            "metavar": shape if kind is sources else f"{shape} or NAME",
+            "help": words,
+        }
     if kind is flag:
         return {"action": argparse.BooleanOptionalAction, "help": words}
     shown = "" if default is MISSING or default == "" else f" ({default})"

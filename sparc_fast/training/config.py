@@ -5,17 +5,28 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib import import_module
 from importlib.util import find_spec
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from sparc_fast import data
+from sparc_fast.data import AlignedFiles
+from sparc_fast.data.formats import FORMATS
+from sparc_fast.data.ids import SUFFIXES as IDS_SUFFIXES
+from sparc_fast.data.shards import is_list_of_files
+from sparc_fast.sizes import as_bytes, parse_bytes
 
 REQUIRED = MISSING
 SUFFIXES = (".toml", ".json", ".yaml", ".yml")
-Sources = Mapping[str, str | tuple[str, str]]
-"""stream -> a file, or (file, name of the data set in it)."""
+Place = str | list[str]
+"""A file, a folder or a pattern of files, or a list of files."""
+Sources = Mapping[str, Place | tuple[Place, str]]
+"""stream -> where its rows are, or (where, name of the data set in each file)."""
 
 
 @dataclass(frozen=True)
@@ -50,44 +61,78 @@ def _checked(expected: str, accepted: Any, fits: Callable[[Any], bool], kept_as:
 
 
 def integer(least: int) -> Kind:
-    return _checked(f"an integer >= {least}", int, lambda n: n >= least, int)
+    return _checked(f"an integer >= {least}", Integral, lambda n: n >= least, int)
 
 
 def number(expected: str, fits: Callable[[float], bool]) -> Kind:
-    return _checked(expected, int | float, lambda x: math.isfinite(x) and fits(x), float)
+    return _checked(expected, Real, lambda x: math.isfinite(x) and fits(x), float)
 
 
 def choice(*names: str) -> Kind:
     return _checked(f"one of {', '.join(names)}", str, names.__contains__, str)
 
 
-def _sources(value: Any) -> dict[str, str | tuple[str, str]]:
+def _sources(value: Any, suffixes: Collection[str] = tuple(FORMATS)) -> dict[str, Place | tuple[Place, str]]:
     if not isinstance(value, Mapping) or not all(isinstance(stream, str) and stream for stream in value):
         raise ValueError
-    return {stream: _source(source) for stream, source in value.items()}
+    return {stream: _source(source, suffixes) for stream, source in value.items()}
 
 
-def _source(source: Any) -> str | tuple[str, str]:
+def _source(source: Any, suffixes: Collection[str]) -> Place | tuple[Place, str]:
+    if isinstance(source, Mapping):
+        if set(source) - {"path", "name"} or "path" not in source:
+            raise ValueError
+        source = (source["path"], source["name"]) if "name" in source else source["path"]
     if isinstance(source, str | Path) and str(source):
         return str(source)
-    path, name = source  # TypeError or ValueError where there are not two
-    if isinstance(path, str | Path) and isinstance(name, str):
-        return str(path), name
-    raise ValueError
+    if is_list_of_files(source, suffixes):
+        return [str(path) for path in source]
+    where, name = source  # TypeError or ValueError where there are not two
+    where = _source(where, suffixes)
+    if isinstance(where, tuple) or not isinstance(name, str):
+        raise ValueError
+    return where, name
 
 
-def parse_source(text: str) -> tuple[str, str | tuple[str, str]]:
-    """(stream, source) of a text ``stream=path`` or ``stream=path#name``."""
+def _identifiers(value: Any) -> str | dict[str, Place | tuple[Place, str]]:
+    return value if isinstance(value, str) else _sources(value, IDS_SUFFIXES)
+
+
+def parse_source(text: str) -> tuple[str, Place | tuple[Place, str]]:
+    """(stream, source) of a text ``stream=path`` or ``stream=path#name``; several files are separated by commas.
+
+    A path that is there is taken whole. In others a name begins after a file's suffix.
+    """
     stream, equals, source = text.partition("=")
-    path, _, name = source.partition("#")
-    if not stream or not equals or not path:
+    if not stream or not equals or not source.partition("#")[0]:
         raise ValueError(f"a source must be stream=path or stream=path#name, got {text!r}")
-    return stream, (path, name) if name else path
+    suffixes = "|".join(map(re.escape, IDS_SUFFIXES))
+    path, name = source, ""
+    if "#" in source and not Path(source).exists():
+        if (named := re.match(rf"(.*?(?:{suffixes}))#(.*)", source, re.IGNORECASE)) is not None:
+            path, name = named.groups()
+        elif Path(source).suffix.lower() not in IDS_SUFFIXES:  # a folder
+            path, _, name = source.rpartition("#")
+    files = path.split(",")
+    several = len(files) > 1 and is_list_of_files(files, IDS_SUFFIXES) and not Path(path).exists()
+    where: Place = files if several else path
+    return stream, (where, name) if name else where
+
+
+def parse_sources(texts: Sequence[str], flag: str) -> dict[str, Place | tuple[Place, str]]:
+    """Those of several texts; ValueError where a stream is given twice."""
+    named = [parse_source(text) for text in texts]
+    streams = [stream for stream, _ in named]
+    if twice := [stream for i, stream in enumerate(streams) if stream in streams[:i]]:
+        raise ValueError(f"{flag} must give each stream once, got {twice[0]!r} twice")
+    return dict(named)
 
 
 flag = _checked("true or false", bool, lambda _: True, bool)
 text = _checked("text", str, lambda _: True, str)
-sources = Kind("a table of streams, each a path or [path, name]", _sources)
+sources = Kind("a table of streams, each a path, a list of files or [path, name]", _sources)
+identifiers = Kind("the name of a data set in every file, or a table of streams as for data", _identifiers)
+size = Kind('an integer >= 1, in bytes, or a size such as "4GiB"', lambda value: as_bytes(value, "size"), parse_bytes)
 part = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 below_one = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
 positive = number("a number > 0", lambda x: x > 0)
@@ -107,6 +152,24 @@ class Config:
     )
     validation_data: Sources = field(
         default_factory=dict, metadata=about(sources, "the same streams' held-out files", free=True)
+    )
+    ids: str | Sources = field(
+        default="",
+        metadata=about(
+            identifiers, "identifiers of the rows: a data set of this name in every file, or files", free=True
+        ),
+    )
+    validation_ids: str | Sources = field(
+        default="",
+        metadata=about(
+            identifiers, "those of `validation_data`; where `ids` is a name, the same by default", free=True
+        ),
+    )
+    join: str = setting(
+        "none", choice("none", "inner", "outer"), "match rows by `ids`: samples that all streams have, or any has"
+    )
+    repeated: str = setting(
+        "none", choice("none", "sample", "all"), "several rows of one id: one drawn each epoch, or all samples"
     )
     validation_rows: int = setting(
         0, integer(0), "rows of `data` held out instead, in up to 64 blocks spread evenly over the files"
@@ -148,6 +211,9 @@ class Config:
     auxk_coef: float = setting(1 / 32, not_negative, "the weight of AuxK")
     support_dropout: float = setting(0.0, below_one, "probability that a stream has no say in a batch's support")
 
+    zero_rows: str = setting(
+        "absent", choice("absent", "keep"), "a stream's rows of zeros are absent (an image that failed), or as they are"
+    )
     calibrate: bool = setting(True, flag, "measure the streams first, so that none outweighs the others")
     calibration_rows: int = setting(100_000, integer(1), "rows measured, at most one epoch")
 
@@ -157,7 +223,7 @@ class Config:
     keep: int = setting(2, integer(1), "checkpoints kept, beside the best", free=True)
     best_by: str = setting("loss", choice("loss", "single_loss"), "the validation figure whose lowest is the best")
 
-    memory: int = setting(2**31, integer(1), "bytes the loader may take", free=True)
+    memory: int = setting(2**31, size, 'bytes the loader may take, or a size such as "4GiB"', free=True)
     reading_threads: int = setting(0, integer(0), "threads that read files; 0: the loader chooses", free=True)
     device: str = setting("auto", text, "auto (a GPU where there is one), cpu, cuda or cuda:1", free=True)
     backend: str = setting("auto", text, "auto, or one of sparc_fast.available_backends()", free=True)
@@ -196,6 +262,11 @@ class Config:
         """Plain data that JSON can hold."""
         return asdict(self)
 
+    def with_paths_from(self, folder: Path) -> Config:
+        """The same, its relative paths those of `folder`."""
+        paths = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["kind"] in (sources, identifiers)}
+        return replace(self, **{name: with_absolute_paths(value, folder) for name, value in paths.items()})
+
     def differences(self, other: Config) -> list[str]:
         """Settings in which the two would give different results."""
         bound = [f.name for f in fields(self) if not f.metadata["free"]]
@@ -204,6 +275,10 @@ class Config:
     def _check_together(self) -> None:
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(f"steps or epochs must be given, and only one, got {self.steps} and {self.epochs}")
+        if self.join != "none" and not self.ids:
+            raise ValueError(f"ids must be given with join={self.join!r}, got none")
+        if self.join == "none" and self.repeated != "none":
+            raise ValueError(f"join must be inner or outer with repeated={self.repeated!r}, got none")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate must be at most batch_size={self.batch_size}, got {self.accumulate}")
         if self.accumulate > 1 and self.lazy and self.moments == "bfloat16":
@@ -273,19 +348,44 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     settings = dict(content)
     for f in fields(Config):
         value = settings.get(f.name)
-        if f.metadata["kind"] is sources and isinstance(value, Mapping):
-            settings[f.name] = {stream: absolute(source, path.parent) for stream, source in value.items()}
+        if f.metadata["kind"] in (sources, identifiers):
+            if value is not None:
+                settings[f.name] = with_absolute_paths(value, path.parent)
         elif path.suffix in (".yaml", ".yml") and isinstance(value, str) and f.metadata["kind"].parse is float:
             settings[f.name] = _as_number(value)  # YAML takes 1e-3 for text
     return settings
 
 
+def open_files(config: Config, validation: bool = False) -> AlignedFiles:
+    """The files of ``config.data``, or those to validate on."""
+    sources_ = config.validation_data if validation else config.data
+    ids = config.validation_ids or (config.ids if isinstance(config.ids, str) else "") if validation else config.ids
+    if validation and config.join != "none" and not ids:
+        raise ValueError("validation_ids must be given with validation_data, where ids is a table")
+    return data.open(
+        sources_, ids=ids or None,
+        join=None if config.join == "none" else cast(Any, config.join),
+        repeated=None if config.repeated == "none" else cast(Any, config.repeated),
+    )  # fmt: skip
+
+
+def with_absolute_paths(sources: Any, folder: Path) -> Any:
+    """Sources whose paths do not depend on the working folder; a name of identifiers stays one."""
+    if not isinstance(sources, Mapping):
+        return sources
+    return {stream: absolute(source, folder) for stream, source in sources.items()}
+
+
 def absolute(source: Any, folder: Path) -> Any:
-    """A source whose path does not depend on the working folder."""
+    """A source whose paths do not depend on the working folder."""
     if isinstance(source, str | Path):
-        return str((folder / source).resolve())
-    if isinstance(source, list | tuple) and source and isinstance(source[0], str | Path):
-        return [absolute(source[0], folder), *source[1:]]
+        return str(source) if "://" in str(source) else str((folder / source).resolve())
+    if isinstance(source, Mapping) and "path" in source:
+        return {**source, "path": absolute(source["path"], folder)}
+    if is_list_of_files(source, IDS_SUFFIXES):
+        return [absolute(path, folder) for path in source]
+    if isinstance(source, list | tuple) and source:
+        return (absolute(source[0], folder), *source[1:])
     return source
 
 

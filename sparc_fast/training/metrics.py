@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from sparc_fast.files import atomic_path
 from sparc_fast.objective import SparcLoss
@@ -28,40 +29,59 @@ class Means:
     def __init__(self, streams: tuple[str, ...], device: torch.device) -> None:
         self.streams = streams
         S = len(streams)
-        self.sums = torch.zeros(HEAD + S + S * S, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(HEAD + S + 2 * S * S, dtype=torch.float64, device=device)
 
-    def add(self, loss: SparcLoss) -> None:
-        """One more step."""
+    def add(self, loss: SparcLoss, present: Tensor | None = None, zero_rows: Tensor | None = None) -> None:
+        """One more step, of samples that have these streams, bool [N, S], by default all of them; and how many rows of
+        each stream were left out of it as zero."""
         one, none = loss.total.new_ones(()), loss.total.new_zeros(())
         has_auxk, has_cross = (one if part is not None else none for part in (loss.auxk, loss.cross))
         head = torch.stack([one, loss.total, has_auxk, none if loss.auxk is None else loss.auxk, has_cross])
-        for at, numbers in ((0, head), (HEAD, loss.zero_rows), (HEAD + len(self.streams), loss.nmse.reshape(-1))):
-            self.sums[at : at + len(numbers)] += numbers
+        if present is None:
+            measured = torch.ones_like(loss.nmse)
+        else:
+            measured = (present.T.float() @ present.float() > 0).to(loss.nmse)  # pairs that a sample has
+        if loss.cross is None:
+            measured = measured.diagonal().diag()
+        zero = loss.zero_rows if zero_rows is None else loss.zero_rows + zero_rows.to(loss.zero_rows.device)
+        self.sums += torch.cat([head, zero, loss.nmse.reshape(-1), measured.reshape(-1)])
 
     def take(self) -> Record | None:
         """The means as plain numbers, and begin anew; None where no step was made."""
-        n, total, n_auxk, auxk, n_cross, *rest = self.sums.tolist()
+        n, total, n_auxk, auxk, _, *rest = self.sums.tolist()
         self.sums.zero_()
         if n == 0:
             return None
         S = len(self.streams)
         pairs = [(s, t) for s in range(S) for t in range(S)]
-        counted = {pair: n if pair[0] == pair[1] else n_cross for pair in pairs}
-        sums = dict(zip(pairs, rest[S:], strict=True))
-        nmse = {pair: sums[pair] / counted[pair] if counted[pair] else None for pair in pairs}
-        cross = [sums[s, t] for s, t in pairs if s != t]
+        zero_rows, sums, counts = rest[:S], rest[S : S + S * S], rest[S + S * S :]
+        nmse = {pair: total / steps if steps else None for pair, total, steps in zip(pairs, sums, counts, strict=True)}
         return {
             "loss": total / n,
-            "self": sum(sums[s, s] for s in range(S)) / S / n,
-            "cross": sum(cross) / len(cross) / n_cross if n_cross else None,
+            "self": _mean([nmse[s, t] for s, t in pairs if s == t]),
+            "cross": _mean([nmse[s, t] for s, t in pairs if s != t]),
             "auxk": auxk / n_auxk if n_auxk else None,
             "nmse": {f"{self.streams[s]} -> {self.streams[t]}": nmse[s, t] for s, t in pairs},
-            "zero_rows": int(sum(rest[:S])),
+            "zero_rows": int(sum(zero_rows)),
         }
+
+    def load(self, sums: Tensor) -> None:
+        """Go on from those of a checkpoint."""
+        self.sums[: len(sums)] = sums
+        if len(sums) < len(self.sums):  # of a version that counted no pairs: every step had all
+            S = len(self.streams)
+            of_pairs = torch.where(torch.eye(S, dtype=torch.bool, device=sums.device), sums[0], sums[4])
+            self.sums[len(sums) :] = of_pairs.reshape(-1)
 
     def is_finite(self) -> bool:
         """Whether every loss since the last record was finite; waits for the device."""
         return math.isfinite(float(self.sums[1]))
+
+
+def _mean(parts: list[float | None]) -> float | None:
+    """Of those there are."""
+    there = [part for part in parts if part is not None]
+    return sum(there) / len(there) if there else None
 
 
 class MetricsFile:

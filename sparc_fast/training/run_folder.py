@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -106,7 +107,12 @@ def _lock(handle: int, folder: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise OSError(f"another process is training in {folder}") from error
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise OSError(f"another process is training in {folder}") from error
+        warnings.warn(
+            f"the file system of {folder} has no locks ({error.strerror}): see to it that one process trains in it",
+            stacklevel=2,
+        )
 
 
 class Session:

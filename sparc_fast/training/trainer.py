@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast import data
 from sparc_fast.data import AlignedFiles, Loader
+from sparc_fast.data.absence import mark_zero_rows, without_empty_samples
 from sparc_fast.model import SPARC
 from sparc_fast.ops import backends
 from sparc_fast.ops.layout import stream_slices
@@ -24,7 +25,7 @@ from sparc_fast.optim import SparcAdam
 from sparc_fast.version import __version__
 
 from .checkpoints import find_not_finite, load_tensors, save_model_of, tensors_of
-from .config import Config
+from .config import Config, open_files
 from .metrics import Means, MetricsFile, Record, Sink, TensorBoard, WandB
 from .progress import Display
 from .run_folder import RunFolder, Session
@@ -76,6 +77,7 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         progress: Display | None = None,
     ) -> None:
+        config = config.with_paths_from(Path.cwd())
         self.config, self.folder = config, RunFolder(folder)
         self._sinks, self._progress = list(sinks), progress or Display()
         device = _device(config.device)
@@ -142,14 +144,16 @@ class Trainer:
         self._receivers: list[Any] = [*sinks, progress]
         if self.step == 0 and config.calibrate:
             progress.say(f"calibrating on up to {config.calibration_rows:,} rows")
-            calibrate(self.model, self.loader, config.calibration_rows)
+            found = calibrate(self.model, self.loader, config.calibration_rows, config.zero_rows)
+            for stream, rows in found.items():
+                _report_zero_rows(self.loader.files, stream, rows, config.zero_rows)
         closing.callback(progress.close)
         progress.start(self.step, self.steps, config.batch_size)
         self.model.train()
         self.model.check_finite = device.type == "cpu"  # the loader has looked; a GPU would wait
         batches = self._batches()
         while self.step < self.steps and stop.signal is None:
-            self._train_on(next(batches))
+            self._train_on(*next(batches))
             progress.advance(self.step)
             self._after_step(stop)
         if stop.signal is not None and self.step < self.steps:
@@ -161,23 +165,29 @@ class Trainer:
         if self.best is not None:
             save_model_of(self.folder.checkpoint(self.best[0]), self.folder.best)
 
-    def _batches(self) -> Iterator[Tensor]:
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         while True:
-            yield from self.loader
+            yield from self.loader.batches()
 
-    def _train_on(self, batch: Tensor) -> None:
+    def _train_on(self, batch: Tensor, present: Tensor | None) -> None:
         step, model = self.step, self.model
         model.k = self.schedule.k(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(step)
-        batch = batch.to(model.W_enc.device, non_blocking=True)
+        zero = None
+        if self.config.zero_rows == "absent":
+            present, zero = mark_zero_rows(batch, present, model.d_streams)
+        batch, present = without_empty_samples(batch, present)
+        parts = self.config.accumulate
+        inputs = batch.to(model.W_enc.device, non_blocking=True)
         loss = self.optimizer.step(
-            batch if self.config.accumulate == 1 else batch.tensor_split(self.config.accumulate),
+            inputs if parts == 1 else inputs.tensor_split(parts),
             self.schedule.cross_loss_coef(step),
             self.config.auxk_coef,
             self.schedule.support_from(step, model.streams),
+            present if parts == 1 or present is None else present.tensor_split(parts),
         )
-        self._means.add(loss)
+        self._means.add(loss, present, None if zero is None else zero.sum(0))
         self.step += 1
         if loss.total.device.type == "cpu" and not math.isfinite(loss.total.item()):
             self._diverged("the loss")  # on a GPU this waits until the means are read
@@ -212,7 +222,9 @@ class Trainer:
         config = self.config
         assert self.validation_files is not None
         self.model.k = config.k
-        found = validate(self.model, self.validation_files, config.micro_batch, config.cross_loss_coef)
+        found = validate(
+            self.model, self.validation_files, config.micro_batch, config.cross_loss_coef, config.zero_rows
+        )
         self._record("validation", found)
         figure = found[config.best_by]
         if not math.isfinite(figure):
@@ -251,7 +263,7 @@ class Trainer:
         tensors, state = found
         if state["model"]["d_streams"] != self.model.d_streams:
             raise ValueError(f"data must have the streams {state['model']['d_streams']}, got {self.model.d_streams}")
-        self._means.sums.copy_(tensors.pop(MEANS))
+        self._means.load(tensors.pop(MEANS))
         load_tensors(self.model, self.optimizer, tensors)
         self.loader.load_state_dict(state["loader"])
         self.step, self.best = state["step"], tuple(state["best"]) if state["best"] else None
@@ -301,40 +313,73 @@ def stop_on_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def calibrate(model: SPARC, loader: Loader, n_rows: int) -> None:
+def calibrate(model: SPARC, loader: Loader, n_rows: int, zero_rows: str = "absent") -> dict[str, Tensor]:
     """`SPARC.calibrate` on the first `n_rows` rows that the loader gives, at most one epoch; the loader stands still.
 
-    Means and squares are combined batch by batch in float64 (Chan et al., 1979), so it equals the measurement in one
-    piece to rounding.
+    Of each stream over the samples that have it; with `zero_rows` "absent", zero rows are none. Means and squares are
+    combined batch by batch in float64 (Chan et al., 1979), so it equals the measurement in one piece to rounding.
+
+    Returns:
+        stream -> numbers in the files of the zero rows that were met, ascending, where there were any.
     """
-    state = loader.state_dict()
-    D = sum(model.d_streams.values())
-    (mean, squares), n = torch.zeros(2, D, dtype=torch.float64, device="cpu"), 0
-    for batch in loader:
-        x = batch[: n_rows - n].double()
-        of_batch = x.mean(0)
-        squares += (x - of_batch).square_().sum(0)
-        delta, total = of_batch - mean, n + len(x)
-        squares += delta.square() * (n * len(x) / total)
-        mean += delta * (len(x) / total)
+    state, d_streams = loader.state_dict(), loader.files.d_streams
+    widths, columns = torch.tensor(list(d_streams.values()), device="cpu"), stream_slices(tuple(d_streams.values()))
+    mean, squares, n = torch.zeros(3, sum(d_streams.values()), dtype=torch.float64, device="cpu")
+    zero: list[Tensor] = []
+    left = n_rows
+    for batch, numbers in loader.numbered_batches():
+        batch, numbers = batch[:left], numbers[:left]
+        left -= len(batch)
+        has = None if loader.files.present is None else loader.files.present[numbers]
+        filled, is_zero = mark_zero_rows(batch, has, d_streams)
+        if is_zero is not None:
+            zero.append(torch.where(is_zero, numbers[:, None], -1))
+        present = filled if zero_rows == "absent" else has
+        x = batch.double()
+        counts = torch.full((len(widths),), len(x), device="cpu") if present is None else present.sum(0)
+        n_batch = counts.double().repeat_interleave(widths)
+        of_batch = x.sum(0) / n_batch.clamp(min=1)  # absent rows are zeros
+        x = (x - of_batch).square_()
+        squares += (x if present is None else x.mul_(present.repeat_interleave(widths, dim=1))).sum(0)
+        delta, total = of_batch - mean, n + n_batch
+        squares += delta.square() * (n * n_batch / total.clamp(min=1))
+        mean += delta * (n_batch / total.clamp(min=1))
         n = total
-        if n == n_rows:
+        if not left:
             break
     loader.load_state_dict(state)
-    columns = stream_slices(tuple(model.d_streams.values()))
-    rms = torch.stack([(squares[cols].sum() / n).sqrt() for cols in columns])
+    for stream, cols in zip(d_streams, columns, strict=True):
+        if not n[cols.start]:
+            raise ValueError(f"data must have rows of {stream!r} that are not zero to be calibrated, got none")
+    rms = torch.stack([(squares[cols].sum() / n[cols.start]).sqrt() for cols in columns])
     size = torch.stack([mean[cols].norm() for cols in columns])
     rms = torch.where(rms > 1e-6 * size, rms, 1.0)  # a constant stream has no scale of its own
     model.load_state_dict({"input_mean": mean, "input_rms": rms}, strict=False)
+    found = zip(d_streams, torch.cat(zero).T if zero else [], strict=False)
+    return {stream: rows[rows >= 0].sort().values for stream, rows in found if (rows >= 0).any()}
+
+
+def _report_zero_rows(files: AlignedFiles, stream: str, rows: Tensor, zero_rows: str) -> None:
+    """Warn of rows that no image or text has."""
+    places = [files.readers[stream].origin(row) for row in rows[:3].tolist()]
+    named = ", ".join(f"row {row} of {title}" for title, row in places) + ", …" * (len(rows) > len(places))
+    then = "they count as absent" if zero_rows == "absent" else "they are trained on"
+    warnings.warn(f"{len(rows):,} of the rows measured of {stream!r} are zero ({named}): {then}", stacklevel=2)
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:1, got {name!r}") from error
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each device says it in its own way
+        reason = str(error).partition(". ")[0]
+        raise ValueError(f"device must be one that is here and can compute, got {name!r}: {reason}") from error
+    return device
 
 
 def _open(
@@ -344,9 +389,9 @@ def _open(
     if (files is not None and config.data) or (files is None and not config.data):
         raise ValueError("data must name the streams' files, or files be given to Trainer instead, and not both")
     if files is None:
-        files = opened.enter_context(data.open(config.data))
+        files = opened.enter_context(open_files(config))
     if validation_files is None and config.validation_data:
-        validation_files = opened.enter_context(data.open(config.validation_data))
+        validation_files = opened.enter_context(open_files(config, validation=True))
     if config.validation_rows:
         return hold_out(files, config.validation_rows)
     if validation_files is not None and validation_files.d_streams != files.d_streams:

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .gpu_build import ARCHS
+from ..checks import ARCHS
 
-SOURCES = Path(__file__).resolve().parents[1] / "csrc/cuda"
+SOURCES = Path(__file__).resolve().parents[2] / "csrc/cuda"
 FLAGS = ["-O3", "-std=c++17", "--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
 ENTRY = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"

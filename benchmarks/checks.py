@@ -1,4 +1,4 @@
-"""What is checked on a device beside the benchmarks: the operators' tests, and compute-sanitizer."""
+"""What a device needs beside the benchmarks: kernels compiled, the operators' tests, and compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -6,22 +6,68 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from time import monotonic
 
 import torch
 
+import sparc_fast
 from sparc_fast.ops import backends
 
-from .cases import CALLS, NARROW_MOMENTS, TINY, Operands, Place, Shape
-from .gpu_record import Record
-from .processes import ROOT, run_until
+from .cases import CALLS, NARROW_MOMENTS, TINY, Operands, Shape
+from .figures import SANITIZER, SMALL, TESTS
+from .processes import ROOT, Process, run_until
+from .record import Record, Row
 
-TESTS = "operator tests on the device"
 RAGGED = Shape("ragged", N=37, L=500, k=9, d_streams=(130, 7, 65))
-SMALL = "every operator at small shapes"
+MODULE = "sparc_fast._cuda"
+ARCHS = {80: "80", 90: "90a", 100: "100"}
+"""Compute capabilities that are compiled for exactly; others get what every build has."""
 OUTCOME = re.compile(r"^(tests/\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", re.MULTILINE)
+
+
+class Build:
+    """A build under way beside whatever else this process does; `row` waits for it and says how it went."""
+
+    def __init__(self, capability: tuple[int, int], most_seconds: float = 150) -> None:
+        self._began, self._most = monotonic(), most_seconds
+        self._process: Process | None = None
+        script = ROOT / "csrc/cuda/build.py"
+        if find_spec(MODULE) is not None:
+            self._note = "was compiled before"
+        elif not script.exists():
+            self._note = "no sources here"
+        else:
+            self._note = ""
+            environment = os.environ | {"SPARC_FAST_CUDA_ARCHS": archs(capability)}
+            self._process = Process([sys.executable, str(script), str(target())], environment)
+
+    def row(self) -> Row:
+        if self._process is None:
+            return Row("build", MODULE, value=float(find_spec(MODULE) is not None), unit="held", note=self._note)
+        self._process.wait(self._most - (monotonic() - self._began))
+        failed = self._process.status != 0
+        printed, seconds = self._process.end(), monotonic() - self._began
+        if failed:
+            lines = printed.strip().splitlines() or [""]
+            said = next((line for line in lines if "error" in line.lower()), lines[-1])
+            return Row("build", MODULE, error=f"not compiled after {seconds:.0f} s: {said[:300]}")
+        return Row("build", MODULE, value=1.0, unit="held", note=f"compiled within {seconds:.0f} s")
+
+
+def archs(capability: tuple[int, int]) -> str:
+    major, minor = capability
+    return ARCHS.get(10 * major + minor, ";".join(ARCHS.values()))
+
+
+def target() -> Path:
+    """In the package that runs, which may be a folder of links into a checkout."""
+    return Path(sparc_fast.__file__).parent / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def test_files() -> list[str]:
@@ -84,7 +130,7 @@ def sanitizer() -> str | None:
 
 def small_program(device: str, backend: str) -> list[str]:
     """`run_every_operator` in a process of its own: what compute-sanitizer watches."""
-    return [sys.executable, "-m", f"{__package__}.gpu_checks", device, backend]
+    return [sys.executable, "-m", f"{__package__}.checks", device, backend]
 
 
 def run_small(record: Record, backends: Mapping[str, str]) -> None:
@@ -109,7 +155,7 @@ def run_sanitizer(record: Record) -> None:
     """memcheck and racecheck over every kernel of ours, at once; Triton's cache holds them if they ran before."""
     tool = sanitizer()
     if not record.place.is_gpu or tool is None:
-        record.add("compute-sanitizer", error="not found" if record.place.is_gpu else "needs a GPU")
+        record.add(SANITIZER, error="not found" if record.place.is_gpu else "needs a GPU")
         return
     # every tensor an allocation of its own, so that reading past its end is seen
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -129,7 +175,7 @@ def run_sanitizer(record: Record) -> None:
 
 
 def report_sanitizer(record: Record, check: str, printed: str) -> None:
-    what = f"compute-sanitizer {check}"
+    what = f"{SANITIZER} {check}"
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", printed)
     if summary is None or "every operator ran" not in printed:
         record.add(what, error=f"did not finish: {printed.strip()[-300:]}")
@@ -143,10 +189,9 @@ def report_sanitizer(record: Record, check: str, printed: str) -> None:
 
 def run_every_operator(device: str, backend: str) -> None:
     """Once, at small ragged shapes."""
-    place = Place(torch.device(device), backend)
-    ours = backends.resolve(backend, place.device)
+    ours = backends.resolve(backend, torch.device(device))
     for shape, dtype in ((RAGGED, torch.float32), (RAGGED, torch.bfloat16), (TINY, torch.float32)):
-        o = Operands(shape, dtype, place.device)
+        o = Operands(shape, dtype, torch.device(device))
         for name, call in (*CALLS.items(), *NARROW_MOMENTS.items()):
             if hasattr(ours, name):
                 call(ours, o)()

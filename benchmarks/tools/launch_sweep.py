@@ -1,4 +1,6 @@
-"""Finds each kernel's launch choice on the device: ``python -m benchmarks.launch_sweep [--operator NAME] [--shape A]``.
+"""Finds each kernel's launch choice on the device.
+
+``python -m benchmarks.tools.launch_sweep [--operator NAME] [--shape A]``.
 
 A launch choice is plain data from a plain function of the kernel's file. From what it returns now, one number is
 changed at a time to a neighbour (twice, half; one stage more or less); what is right, and at least 2 % faster, is where
@@ -25,11 +27,11 @@ from torch import Tensor
 
 from sparc_fast.ops import backends
 
-from .cases import CALLS, SHAPES, A, B, Operands, Place, Shape, Trained, U
-from .gpu_record import Record, first_line
-from .operators import disagreement
-from .processes import joined
-from .timing import Clock, Run
+from ..cases import CALLS, SHAPES, A, B, Operands, Place, Shape, Trained, U
+from ..operators import disagreement
+from ..processes import joined
+from ..record import Record, first_line
+from ..timing import Run
 
 Choice = dict[str, Any]
 ORDER = (
@@ -109,8 +111,8 @@ def results(result: Any) -> tuple[Tensor, ...]:
 class Search:
     """Of one choice function, through one operator at one shape."""
 
-    def __init__(self, record: Record, clock: Clock, o: Operands, operator: str) -> None:
-        self.record, self.clock, self.o, self.operator = record, clock, o, operator
+    def __init__(self, record: Record, o: Operands, operator: str) -> None:
+        self.record, self.clock, self.o, self.operator = record, record.clock, o, operator
         self.ours = backends.resolve(record.place.backend, record.place.device)
         self.few = o.first(64)
         self.want = results(self.fresh(self.few)())
@@ -166,7 +168,7 @@ class Search:
         self.record.add("launch choice", self.o.shape.name, name, str(self.o.dtype)[6:], value=fastest, note=note)
 
 
-def sweep(record: Record, clock: Clock, shapes: Sequence[Shape] = (A, U, B), operators: Sequence[str] = ORDER) -> None:
+def sweep(record: Record, shapes: Sequence[Shape] = (A, U, B), operators: Sequence[str] = ORDER) -> None:
     """A row for each choice function at each shape, for as long as there is time."""
     if record.place.backend != "triton":
         record.add("launch choice", error=f"the backend {record.place.backend!r} has none")
@@ -177,27 +179,27 @@ def sweep(record: Record, clock: Clock, shapes: Sequence[Shape] = (A, U, B), ope
                 continue
             dtype = torch.float32 if operator == "topk_rows" else torch.bfloat16
             with record.guard("launch choice", shape.name, operator):
-                search = Search(record, clock, Operands(shape, dtype, record.place.device), operator)
+                search = Search(record, Operands(shape, dtype, record.place.device), operator)
                 for name, data in search.used().items():
                     search.climb(name, data)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.launch_sweep", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.launch_sweep", description=__doc__)
     parser.add_argument("--operator", action="append", choices=CALLS, help="only this one (those of a step)")
     parser.add_argument("--shape", action="append", choices=SHAPES, help="only this one (A, U, B)")
     parser.add_argument("--seconds", type=float, default=540.0, help="to search (%(default)g)")
     arguments = parser.parse_args(argv)
-    status = joined("launch_sweep", argv)
+    status = joined("tools.launch_sweep", argv)
     if status is not None:
         return status
     if not torch.cuda.is_available():
-        print("benchmarks.launch_sweep needs a CUDA device, and PyTorch finds none here")
+        print("benchmarks.tools.launch_sweep needs a CUDA device, and PyTorch finds none here")
         return 2
-    place = Place(torch.device("cuda"), "triton")
+    place = Place(torch.device("cuda"), {"triton": "triton"})
     record = Record("sweep", place, until=monotonic() + arguments.seconds)
     shapes = [SHAPES[name] for name in arguments.shape or ("A", "U", "B")]
-    sweep(record, Clock(place), shapes, arguments.operator or ORDER)
+    sweep(record, shapes, arguments.operator or ORDER)
     for row in record.rows:
         print(f"{row.shape:4} {row.contender:32} {row.note or row.error}")
     return 0

@@ -1,0 +1,1 @@
+"""What looks at kernels and at results: resources, launch choices, pictures."""

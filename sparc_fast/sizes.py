@@ -1,0 +1,37 @@
+"""Numbers as people give them: sizes with units, NumPy's integers."""
+
+from __future__ import annotations
+
+import re
+from numbers import Integral
+from typing import Any
+
+__all__ = ["as_bytes", "is_integer", "parse_bytes"]
+
+
+def is_integer(value: Any) -> bool:
+    """Python's integers and NumPy's; True is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def parse_bytes(text: str) -> int:
+    """ "80GiB" -> 85899345920; ValueError where the text stands for no size."""
+    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*(?:([KMGT])(i?))?B?\s*", text)
+    if found is None:
+        raise ValueError
+    number, prefix, binary = found.groups()
+    size = float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix or " "))
+    if not 1 <= size < 2**63:
+        raise ValueError
+    return int(size)
+
+
+def as_bytes(value: Any, name: str) -> int:
+    """A number of bytes, or a text such as "4GiB"; ValueError names the argument."""
+    try:
+        size = parse_bytes(value) if isinstance(value, str) else int(value)
+        if isinstance(value, str) or (is_integer(value) and size >= 1):
+            return size
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f'{name} must be an integer >= 1, in bytes, or a size such as "4GiB", got {value!r}')
