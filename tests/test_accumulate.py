@@ -14,17 +14,10 @@ import sparc_fast as sf
 from sparc_fast.batch import Inputs
 from sparc_fast.benchmarks import memory
 from sparc_fast.benchmarks.cases import MANY
-from sparc_fast.ops import row_step
 
 WIDTHS = {"a": 12, "b": 7, "c": 5}
 EVERY_SELECTION = pytest.mark.parametrize("selection", ["global", "local"])
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models here are small: their rows are updated in more than one call, the last of them shorter."""
-    monkeypatch.setattr(row_step, "LATENTS_AT_ONCE", 20)
 
 
 def make(
@@ -160,10 +153,7 @@ def test_rows_that_no_part_uses_can_be_left_behind_bit_for_bit(
     assert_same_training(lazy, dense, rtol=0, atol=0)
 
 
-def test_steps_on_parts_are_the_same_bit_for_bit_whatever_the_number_of_threads(
-    backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(row_step, "LATENTS_AT_ONCE", 512)  # enough for threads to share
+def test_steps_on_parts_are_the_same_bit_for_bit_whatever_the_number_of_threads(backend: str) -> None:
     generator = seeded(3)
     draws = [torch.randn(20, 600, generator=generator) for _ in range(3)]
     runs = []
