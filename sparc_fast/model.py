@@ -106,8 +106,9 @@ class SPARC(nn.Module):
         self.register_buffer("input_mean", torch.zeros(D, dtype=torch.float32, device=device))
         self.register_buffer("input_rms", torch.ones(S, dtype=torch.float32, device=device))
         self.register_buffer("silence", torch.zeros(L, dtype=torch.int64, device=device))
-        self._calibration: tuple[tuple[int, ...], bool] | None = None
+        self._calibration: tuple[tuple[int, ...], bool] = (), False
         self._catch_up: Callable[[], None] | None = None
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
         backends.resolve(backend, self.W_enc.device)
@@ -127,11 +128,11 @@ class SPARC(nn.Module):
     def is_calibrated(self) -> bool:
         """Whether inputs are scaled and centred before anything else: what the buffers say, whoever wrote them."""
         buffers = self.input_mean, self.input_rms
-        if torch.compiler.is_compiling() and self._calibration is not None:
+        if torch.compiler.is_compiling():
             return self._calibration[1]
         # on a device the answer waits; it is asked again only when a buffer was written or replaced
         now = tuple(number for b in buffers for number in (id(b), 0 if b.is_inference() else b._version))
-        if self._calibration is None or self._calibration[0] != now:
+        if self._calibration[0] != now:
             changed = not self.input_mean.is_meta and bool((self.input_mean != 0).any() or (self.input_rms != 1).any())
             self._calibration = now, changed
         return self._calibration[1]
@@ -182,6 +183,7 @@ class SPARC(nn.Module):
         mean, rms = batch.measure(self._finite_pieces(inputs), widths)
         self.input_mean.copy_(mean)
         self.input_rms.copy_(rms)
+        _after_loading(self, None)
 
     def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
         first = 0
@@ -427,7 +429,7 @@ class SPARC(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._make_current()
-        return {**self.__dict__, "_catch_up": None, "_calibration": None}
+        return {**self.__dict__, "_catch_up": None, "_calibration": ((), self.is_calibrated)}
 
     def _columns(self) -> list[slice]:
         return stream_slices(tuple(self.d_streams.values()))
@@ -451,6 +453,10 @@ def _is_capturing(x: Tensor) -> bool:
 
 def _before_state(model: SPARC, *_: object) -> None:
     model._make_current()
+
+
+def _after_loading(model: SPARC, _: object) -> None:
+    model.is_calibrated  # noqa: B018  (a compiled model does not look at its buffers)
 
 
 def _is_stream(item: tuple[object, object]) -> bool:

@@ -179,12 +179,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 def test_a_run_is_the_same_whatever_the_default_device_is(tmp_path: Path) -> None:
     expected = trained(tmp_path / "plain", steps=5, device="cpu").model.state_dict()
     opened = files()
-    torch.set_default_device("meta")
-    try:
-        with Trainer(config(steps=5, device="cpu"), tmp_path / "meta", files=opened) as trainer:
-            trainer.run()
-    finally:
-        torch.set_default_device(None)
+    with torch.device("meta"), Trainer(config(steps=5, device="cpu"), tmp_path / "meta", files=opened) as trainer:
+        trainer.run()
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
 

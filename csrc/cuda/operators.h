@@ -1,5 +1,5 @@
-// Every operator that has a CUDA kernel, with the meaning it has in sparc_fast/ops/reference.py. Results come first. The
-// workspace is of as many bytes as <operator>_workspace says; nothing waits, and nothing is allocated.
+// Every operator that has a CUDA kernel, with the meaning it has in sparc_fast/ops/reference.py. The workspace is of as
+// many bytes as <operator>_workspace says; nothing waits, and nothing is allocated.
 #pragma once
 #include "matrix.h"
 
@@ -132,9 +132,9 @@ struct UpdatePlan {
 // Of `count` entries; step_rows has none.
 int64_t update_rows_workspace(UpdatePlan plan, int64_t count, int L, const Streams& streams);
 
-// A step of every latent's rows in place, and grad_latent_bias [S, L] and grad_pre_bias [D], as
-// sparc_fast/ops/reference.py says. With last_step, decoder rows without an entry are left behind, and those with one are
-// marked. x and grad_recons are both of one type, or x is float16 and grad_recons float32; N S < 2^32.
+// A step of every latent's rows in place, and grad_latent_bias [S, L] and grad_pre_bias [D]. With last_step, decoder rows
+// without an entry are left behind, and those with one are marked. x and grad_recons are both of one type, or x is
+// float16 and grad_recons float32; N S < 2^32.
 void update_rows(
     UpdatePlan plan, float* grad_latent_bias, float* grad_pre_bias, const Rows& encoder, const Rows& decoder,
     const Batch& batch, const AdamStep& step, int64_t* last_step, void* workspace, uintptr_t stream);

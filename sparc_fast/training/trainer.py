@@ -336,7 +336,9 @@ def calibrate(model: SPARC, loader: Loader, n_rows: int, zero_rows: str = "absen
             zero.append(torch.where(is_zero, numbers[:, None], -1))
         present = filled if zero_rows == "absent" else has
         x = batch.double()
-        counts = torch.full((len(widths),), len(x), device="cpu") if present is None else present.sum(0)
+        counts = (
+            torch.full((len(widths),), len(x), dtype=torch.int64, device="cpu") if present is None else present.sum(0)
+        )
         n_batch = counts.double().repeat_interleave(widths)
         of_batch = x.sum(0) / n_batch.clamp(min=1)  # absent rows are zeros
         x = (x - of_batch).square_()
@@ -375,7 +377,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:1, got {name!r}") from error
     try:
-        torch.empty(1, device=device).cpu()
+        torch.empty(1, dtype=torch.float32, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # each device says it in its own way
         reason = str(error).partition(". ")[0]
         raise ValueError(f"device must be one that is here and can compute, got {name!r}: {reason}") from error

@@ -58,7 +58,7 @@ def validate(
 def pairs_of(present: Tensor | None, n_rows: int, n_streams: int) -> Tensor:
     """How many samples have both streams, [S, S]."""
     if present is None:
-        return torch.full((n_streams, n_streams), n_rows, device="cpu")
+        return torch.full((n_streams, n_streams), n_rows, dtype=torch.int64, device="cpu")
     return present.T.float() @ present.float()
 
 

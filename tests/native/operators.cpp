@@ -53,11 +53,20 @@ struct Array {
     double operator()(int64_t i, int64_t j = 0, int64_t l = 0) const {
         return widen(data[(i * size[1] + j) * size[2] + l]);
     }
+    static constexpr Type type = std::is_same_v<T, double>    ? Type::float64
+                                 : std::is_same_v<T, float>   ? Type::float32
+                                 : std::is_same_v<T, bf16>    ? Type::bfloat16
+                                 : std::is_same_v<T, f16>     ? Type::float16
+                                 : std::is_same_v<T, int32_t> ? Type::int32
+                                 : std::is_same_v<T, int64_t> ? Type::int64
+                                                              : Type::boolean;
     Tensor tensor(int64_t ndim) {
         Tensor view;
         view.data = data.data();
         view.ndim = ndim;
         view.item_size = sizeof(T);
+        view.type = type;
+        view.is_here = true;
         int64_t stride = 1;
         for (int64_t i = 2; i >= 0; --i) {
             if (i < ndim) view.size[i] = size[i], view.stride[i] = stride;
