@@ -130,16 +130,18 @@ class Operands:
     The support is that of the scores, or `spread` evenly over the latents where the scores are too many to form.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, spread: bool = True) -> None:
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, spread: bool = True, of: Operands | None = None
+    ) -> None:
         self.shape, self.dtype, self.device, self.spread = shape, dtype, device, spread
+        self.of = of
+        """Whose weights these are."""
         self.d_streams, self.k, self.n_latents = shape.d_streams, shape.k, shape.L
         self.columns = stream_slices(shape.d_streams)
 
     def first(self, N: int) -> Operands:
         """The same weights before fewer samples: cheap enough for the reference."""
-        few = Operands(replace(self.shape, N=min(N, self.shape.N)), self.dtype, self.device, self.spread)
-        few.__dict__.update(W_enc=self.W_enc, W_dec=self.W_dec)
-        return few
+        return Operands(replace(self.shape, N=min(N, self.shape.N)), self.dtype, self.device, self.spread, self)
 
     def normal(self, seed: int, *size: int) -> Tensor:
         torch.manual_seed(seed)
@@ -159,10 +161,12 @@ class Operands:
 
     @cached_property
     def W_enc(self) -> Tensor:
-        return self.weights_drawn(10).to(self.dtype)
+        return self.weights_drawn(10).to(self.dtype) if self.of is None else self.of.W_enc
 
     @cached_property
     def W_dec(self) -> Tensor:
+        if self.of is not None:
+            return self.of.W_dec
         W = self.weights_drawn(11)
         reference.normalize_rows(W, self.d_streams)
         return W.to(self.dtype)

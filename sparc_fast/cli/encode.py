@@ -23,7 +23,7 @@ from sparc_fast.data.absence import mark_zero_rows
 from sparc_fast.model import SPARC
 from sparc_fast.sizes import as_bytes
 from sparc_fast.training.config import parse_sources
-from sparc_fast.training.trainer import _device
+from sparc_fast.training.trainer import device_of
 
 from .eval import load, model_file, sources_of
 
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         out /= CODES
     if decode is not None and decode[1].resolve() == out.resolve():
         raise ValueError(f"--decode must name another file than --out, got {out} for both")
-    memory, device = as_bytes(arguments.memory, "--memory"), _device(arguments.device)
+    memory, device = as_bytes(arguments.memory, "--memory"), device_of(arguments.device)
     path = model_file(arguments.model)
     model = load(path).to(device)
     ids = arguments.ids

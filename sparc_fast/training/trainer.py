@@ -80,7 +80,7 @@ class Trainer:
         config = config.with_paths_from(Path.cwd())
         self.config, self.folder = config, RunFolder(folder)
         self._sinks, self._progress = list(sinks), progress or Display()
-        device = _device(config.device)
+        device = device_of(config.device)
         with ExitStack() as opened:
             files, self.validation_files = _open(config, files, validation_files, opened)
             self.model = _new_model(config, files, device)
@@ -369,7 +369,7 @@ def _report_zero_rows(files: AlignedFiles, stream: str, rows: Tensor, zero_rows:
     warnings.warn(f"{len(rows):,} of the rows measured of {stream!r} are zero ({named}): {then}", stacklevel=2)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
