@@ -158,9 +158,9 @@ def streams_of(inputs: Inputs, d_streams: Mapping[str, int]) -> dict[str, Tensor
     present = {name: inputs[name] for name in streams if name in inputs}
     first = next(iter(present))
     for name, x in present.items():
-        if not isinstance(x, Tensor) or x.is_complex():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"inputs[{name!r}] must be a real tensor, got {kind}")
+        if not isinstance(x, Tensor) or x.layout != torch.strided or not _is_real(x.dtype):
+            kind = f"{x.dtype}, {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"inputs[{name!r}] must be a dense tensor of real numbers, got {kind}")
         if x.ndim < 2 or x.shape[-1] != d_streams[name]:
             raise ValueError(f"inputs[{name!r}] must be [..., {d_streams[name]}], got {list(x.shape)}")
         if x.shape[:-1] != present[first].shape[:-1]:
@@ -169,6 +169,11 @@ def streams_of(inputs: Inputs, d_streams: Mapping[str, int]) -> dict[str, Tensor
                 f"{first!r} has {list(present[first].shape[:-1])}, {name!r} has {list(x.shape[:-1])}"
             )
     return present
+
+
+def _is_real(dtype: torch.dtype) -> bool:
+    """Whether numbers of this type can be computed with: not truth values, nor eight-bit floats."""
+    return not dtype.is_complex and dtype != torch.bool and not (dtype.is_floating_point and dtype.itemsize == 1)
 
 
 def check_present(

@@ -92,7 +92,8 @@ class SparseLatents:
         rows = torch.zeros(len(values) + 1, dtype=torch.int64, device=values.device)
         rows[1:] = on.sum(1).cumsum(0)
         size = (len(values), self.n_latents)
-        return torch.sparse_csr_tensor(rows, indices[on], values[on], size, dtype=values.dtype, device=values.device)
+        like: dict[str, Any] = {"dtype": values.dtype, "device": values.device}
+        return torch.sparse_csr_tensor(rows, indices[on], values[on], size, check_invariants=True, **like)
 
     def save(self, path: str | Path) -> None:
         """Write the codes to one safetensors file, atomically."""

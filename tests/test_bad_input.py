@@ -61,8 +61,11 @@ def test_a_model_that_cannot_be(arguments: dict[str, object], message: str) -> N
             {"dino": torch.zeros(2, 4), "text": torch.zeros(3, 3)},
             r"same samples in every stream: 'dino' has \[2\], 'text' has \[3\]",
         ),
-        ({"dino": np.zeros((2, 4))}, r"inputs\['dino'\] must be a real tensor, got ndarray"),
-        ({"dino": torch.zeros(2, 4) * 1j}, r"inputs\['dino'\] must be a real tensor, got torch.complex64"),
+        ({"dino": np.zeros((2, 4))}, r"inputs\['dino'\] must be a dense tensor of real numbers, got ndarray"),
+        (
+            {"dino": torch.zeros(2, 4) * 1j},
+            r"inputs\['dino'\] must be a dense tensor of real numbers, got torch.complex64",
+        ),
         ([1.0, 2.0], "inputs must map streams to tensors, or be one tensor of all of them, got list"),
         (torch.zeros(2, 8), r"inputs must be \[..., D=7\], all streams side by side, got \[2, 8\]"),
     ],
