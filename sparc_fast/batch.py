@@ -14,7 +14,8 @@ from sparc_fast.ops.layout import stream_slices
 
 Inputs = Mapping[str, Tensor] | Tensor
 
-PIECE = 4096  # samples of many that are calibrated or encoded together: what is taken beside them stays small
+PIECE = 4096  # samples of many that are encoded together: what is taken beside them stays small
+MEASURED = 1024  # of those that are calibrated, in float64
 
 
 class Batch(NamedTuple):
@@ -215,12 +216,12 @@ def check_finite(x: Tensor, streams: Sequence[str], d_streams: Sequence[int], fi
             )
 
 
-def in_pieces(inputs: Inputs, d_streams: Mapping[str, int]) -> Iterator[dict[str, Tensor]]:
-    """The streams given, [n, D_s] each, a few thousand samples at a time; one piece at least."""
+def in_pieces(inputs: Inputs, d_streams: Mapping[str, int], most: int) -> Iterator[dict[str, Tensor]]:
+    """The streams given, [n, D_s] each, so many samples at a time at most; one piece at least."""
     flat = {name: part.reshape(-1, part.shape[-1]) for name, part in streams_of(inputs, d_streams).items()}
     N = len(next(iter(flat.values())))
-    for start in range(0, max(N, 1), PIECE):
-        yield {name: part[start : start + PIECE] for name, part in flat.items()}
+    for start in range(0, max(N, 1), most):
+        yield {name: part[start : start + most] for name, part in flat.items()}
 
 
 def measure(pieces: Iterable[Tensor], d_streams: Sequence[int]) -> tuple[Tensor, Tensor]:

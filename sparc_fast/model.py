@@ -174,7 +174,7 @@ class SPARC(nn.Module):
         on the calibrated inputs. All streams must be given.
         """
         streams = tuple(batch.streams_of(inputs, self.d_streams))
-        n = len(next(batch.in_pieces(inputs, self.d_streams))[streams[0]])
+        n = len(next(batch.in_pieces(inputs, self.d_streams, batch.MEASURED))[streams[0]])
         if streams != self.streams or not n:
             raise ValueError(
                 f"inputs must hold samples of every stream {self.streams} to calibrate, got {n} of {streams}"
@@ -187,7 +187,7 @@ class SPARC(nn.Module):
 
     def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
         first = 0
-        for piece in batch.in_pieces(inputs, self.d_streams):
+        for piece in batch.in_pieces(inputs, self.d_streams, batch.MEASURED):
             streams, x, _ = batch.side_by_side(piece, self.d_streams)
             batch.check_finite(x, streams, tuple(self.d_streams.values()), first)
             first += len(x)
@@ -216,7 +216,9 @@ class SPARC(nn.Module):
         return self._codes(given, *(torch.cat(ones)[order] for ones in zip(*whole, strict=True)))
 
     def _encode_in_pieces(self, inputs: Inputs, leading: Sequence[int]) -> SparseLatents:
-        codes = SparseLatents.cat([self.encode(piece) for piece in batch.in_pieces(inputs, self.d_streams)])
+        codes = SparseLatents.cat(
+            [self.encode(piece) for piece in batch.in_pieces(inputs, self.d_streams, batch.PIECE)]
+        )
         return codes.reshape(*leading)
 
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:

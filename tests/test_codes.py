@@ -114,7 +114,7 @@ def test_pieces_are_measured_as_the_whole_and_a_row_that_is_not_finite_is_counte
 ) -> None:
     whole, pieces, x = make(), make(), samples(100)
     whole.calibrate(x)
-    monkeypatch.setattr(batch, "PIECE", 7)
+    monkeypatch.setattr(batch, "MEASURED", 7)
     pieces.calibrate(x)
     torch.testing.assert_close(pieces.input_mean, whole.input_mean, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(pieces.input_rms, whole.input_rms, rtol=1e-6, atol=1e-7)
