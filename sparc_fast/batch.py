@@ -230,10 +230,7 @@ def measure(pieces: Iterable[Tensor], d_streams: Sequence[int]) -> tuple[Tensor,
     Pieces are combined as in Chan et al., 1979.
     """
     columns, n = stream_slices(d_streams), 0
-    mean, spread = (
-        torch.zeros((), dtype=torch.float64, device="cpu"),
-        torch.zeros((), dtype=torch.float64, device="cpu"),
-    )
+    mean = spread = torch.zeros((), dtype=torch.float64, device="cpu")
     for piece in pieces:
         x, m = piece.double(), len(piece)
         of_piece = x.mean(0)

@@ -106,9 +106,9 @@ class SPARC(nn.Module):
         self.register_buffer("input_mean", torch.zeros(D, dtype=torch.float32, device=device))
         self.register_buffer("input_rms", torch.ones(S, dtype=torch.float32, device=device))
         self.register_buffer("silence", torch.zeros(L, dtype=torch.int64, device=device))
-        self._calibration: tuple[tuple[int, ...], bool] = (), False
+        self._calibration: tuple[tuple[tuple[Tensor, int], ...], bool] = (), False
         self._catch_up: Callable[[], None] | None = None
-        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_look_at_calibration)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
         backends.resolve(backend, self.W_enc.device)
@@ -131,10 +131,11 @@ class SPARC(nn.Module):
         if torch.compiler.is_compiling():
             return self._calibration[1]
         # on a device the answer waits; it is asked again only when a buffer was written or replaced
-        now = tuple(number for b in buffers for number in (id(b), 0 if b.is_inference() else b._version))
-        if self._calibration[0] != now:
+        versions = [0 if b.is_inference() else b._version for b in buffers]
+        seen, _ = self._calibration
+        if len(seen) != 2 or any(a is not b or v != w for (a, v), b, w in zip(seen, buffers, versions, strict=True)):
             changed = not self.input_mean.is_meta and bool((self.input_mean != 0).any() or (self.input_rms != 1).any())
-            self._calibration = now, changed
+            self._calibration = tuple(zip(buffers, versions, strict=True)), changed
         return self._calibration[1]
 
     @torch.no_grad()
@@ -183,7 +184,7 @@ class SPARC(nn.Module):
         mean, rms = batch.measure(self._finite_pieces(inputs), widths)
         self.input_mean.copy_(mean)
         self.input_rms.copy_(rms)
-        _after_loading(self, None)
+        _look_at_calibration(self)
 
     def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
         first = 0
@@ -457,7 +458,7 @@ def _before_state(model: SPARC, *_: object) -> None:
     model._make_current()
 
 
-def _after_loading(model: SPARC, _: object) -> None:
+def _look_at_calibration(model: SPARC, *_: object) -> None:
     model.is_calibrated  # noqa: B018  (a compiled model does not look at its buffers)
 
 

@@ -142,6 +142,12 @@ def test_a_model_is_calibrated_when_its_buffers_say_so() -> None:
     empty.reset_parameters()
     assert not empty.is_calibrated
     assert not empty.dead.any()
+    for _ in range(50):  # a buffer may come to lie where one was that said something else
+        model.input_rms = torch.full((2,), 3.0)
+        assert model.is_calibrated
+        model.input_rms = torch.ones(2)
+        assert not model.is_calibrated
+    model.input_rms.fill_(2)
     model.reset_parameters()
     assert not model.is_calibrated
 
