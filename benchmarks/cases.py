@@ -276,7 +276,7 @@ def _step_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Calla
     own = Trained(o, moments)
     rows = Rows(own.W_enc, own.W_dec, own.moments, o.d_streams, **own.narrow)
     args = (o.x.float(), o.pre_bias.float(), o.values.float(), o.grad_values.float(), o.grad_recons.float())
-    gradients = Gradients(*reference.weight_gradients(*args, *o.inverse, o.d_streams), o.inverse[0].diff() > 0)
+    gradients = Gradients(*reference.weight_gradients(*args, *o.inverse, o.d_streams)[:2], o.inverse[0].diff() > 0)
 
     def run() -> Trained:
         b.step_rows(rows, gradients, AdamStep(**ADAM, step=1000, seed=0))

@@ -71,17 +71,15 @@ def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, T
     batch = Entries.of(samples.values, samples.grad_values, samples.offsets, samples.entries)
     grad_latent_bias = wide(x.new_empty(0)).new_empty(len(rows.d_streams), len(rows.W_enc))
     numbers, pre_bias = _numbers(rows, adam), samples.pre_bias.detach().contiguous()
-    grad_pre_bias = _update_encoder(rows, numbers, grad_latent_bias, x, pre_bias, batch)
+    pre_bias_parts = _update_encoder(rows, numbers, grad_latent_bias, x, pre_bias, batch)
     _update_decoder(rows, numbers, grad_recons, batch)
-    return grad_latent_bias, grad_pre_bias
+    return grad_latent_bias, -pre_bias_parts.sum(0)
 
 
-def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> Tensor:
+def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> None:
     numbers, used = _numbers(rows, adam), gradients.used.contiguous().view(torch.uint8)
-    grad_latent_bias = gradients.latent_bias.contiguous()
-    grad_pre_bias = _update_encoder(rows, numbers, grad_latent_bias, dense_rows(gradients.W_enc), None, used)
+    _update_encoder(rows, numbers, None, dense_rows(gradients.W_enc), None, used)
     _update_decoder(rows, numbers, dense_rows(gradients.W_dec), used)
-    return grad_pre_bias
 
 
 class InPlace:
@@ -124,30 +122,30 @@ GIVEN = {"S": 1, "K": 1, "PER_STREAM": False, "PIECE": 1, "POSITION": tl.int32}
 
 
 def _update_encoder(
-    rows: Rows, numbers: Numbers, grad_latent_bias: Tensor, source: Tensor, pre_bias: Tensor | None,
+    rows: Rows, numbers: Numbers, grad_latent_bias: Tensor | None, source: Tensor, pre_bias: Tensor | None,
     batch: Entries | Tensor,
 ) -> Tensor:  # fmt: skip
-    """Returns grad_pre_bias. The source is x, or the gradient."""
+    """Returns rows of D that add up to -grad_pre_bias, none where gradients are given, which are then the source."""
     L, D = rows.W_enc.shape
     chosen = encoder_choice(rows.d_streams, source.dtype)
     columns = Columns.of(rows.d_streams, chosen["BLOCK_D"], source.device)
     sums: tuple[Tensor | None, ...] = None, None, None, None, None, None
-    constants = GIVEN
+    constants, summed = GIVEN, isinstance(batch, Entries)
     if isinstance(batch, Entries):
         sums = *batch, *encoder_pieces(source, pre_bias, batch, columns, chosen)
         constants = batch.constants
     tiles = triton.cdiv(L, chosen["LATENTS"])  # of latents
     tiles_per_block = max(triton.cdiv(tiles, MOST_BLOCKS), min(8, triton.cdiv(tiles, 256)))
     blocks = triton.cdiv(tiles, tiles_per_block)
-    pre_bias_parts = grad_latent_bias.new_empty(blocks, D)
+    pre_bias_parts = wide(source.new_empty(0)).new_empty(blocks if summed else 0, D)
     copy, _ = rows.copies or (None, None)
     with InPlace(rows.W_enc, *rows.moments[:2], copy) as moved:
         launch(
             _update_encoder_kernel, (blocks, len(columns.table)), *moved, *numbers[:2], grad_latent_bias,
-            pre_bias_parts, tiles_per_block, source, source.stride(0), pre_bias, *sums, columns.table, L, D,
-            ALIGN=columns.ALIGN, **{**constants, "SUM": _sum_type(source)}, **chosen,
+            pre_bias_parts if summed else None, tiles_per_block, source, source.stride(0), pre_bias, *sums,
+            columns.table, L, D, ALIGN=columns.ALIGN, **{**constants, "SUM": _sum_type(source)}, **chosen,
         )  # fmt: skip
-    return -pre_bias_parts.sum(0)
+    return pre_bias_parts
 
 
 def _update_decoder(rows: Rows, numbers: Numbers, source: Tensor, batch: Entries | Tensor) -> None:
@@ -385,8 +383,8 @@ def _update_encoder_kernel(
     if values is not None:
         centre = tl.load(pre_bias + columns, mask=inside, other=0).to(SUM)
         writes = writers(table, stream, L)
+        part = tl.zeros([LATENTS, BLOCK_D], SUM)
     block = tl.program_id(0)
-    part = tl.zeros([LATENTS, BLOCK_D], SUM)
     for i in range(0, tiles_per_block):
         l = (block * tiles_per_block + i) * LATENTS + tl.arange(0, LATENTS)
         mask = (l < L)[:, None] & inside[None, :]
@@ -395,10 +393,8 @@ def _update_encoder_kernel(
         w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
         m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
         v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
-        at_bias = grad_latent_bias + stream.to(tl.int64) * L + l
         if values is None:
             gradient = tl.load(source + at * stride_source + columns[None, :], mask=mask, other=0)
-            bias = tl.load(at_bias, mask=l < L, other=0)
         else:
             begin, end = segment(offsets, l, L)
             gradient, bias = encoder_sums(
@@ -407,15 +403,16 @@ def _update_encoder_kernel(
             )  # fmt: skip
             gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
             bias = add_bias_pieces(bias, begin, end, piece_bias, stream, S, PIECE)
-            tl.store(at_bias, bias, mask=l < writes)
-        part += bias[:, None] * w.to(SUM)
+            tl.store(grad_latent_bias + stream.to(tl.int64) * L + l, bias, mask=l < writes)
+            part += bias[:, None] * w.to(SUM)
         w, m, v = adam(w, gradient.to(w.dtype), m, v, constants)
         m, v = rounded_moments(m, v, noise, 0, 0, l, columns)
         tl.store(W + at * stride_W + columns[None, :], w, mask=mask, eviction_policy="evict_first")
         tl.store(M + at * stride_M + columns[None, :], m, mask=mask, eviction_policy="evict_first")
         tl.store(V + at * stride_V + columns[None, :], v, mask=mask, eviction_policy="evict_first")
         store_copy(copy, at * stride_copy + columns[None, :], w, mask)
-    tl.store(pre_bias_parts + block.to(tl.int64) * D + columns, tl.sum(part, 0), mask=inside)
+    if values is not None:
+        tl.store(pre_bias_parts + block.to(tl.int64) * D + columns, tl.sum(part, 0), mask=inside)
 
 
 @triton.jit

@@ -175,18 +175,18 @@ def update_rows(o: Operands, backend: Backend, lazy: bool = False, narrow: bool 
 
 
 def step_rows(o: Operands, backend: Backend, lazy: bool = False, narrow: bool = False) -> tuple[Tensor, ...]:
-    """As `update_rows`, with the reference's gradients of every row that is used given."""
+    """The updated rows, with the reference's gradients of every row that is used given, and the steps made."""
     W_enc, W_dec, *moments = rows = rows_to_update(o, narrow)
     samples = o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse
     widened = [wide(tensor) if tensor.is_floating_point() else tensor for tensor in samples]
-    gradients = Gradients(*reference.weight_gradients(*widened, o.d_streams), o.inverse[0].diff() > 0)
+    gradients = Gradients(*reference.weight_gradients(*widened, o.d_streams)[:2], o.inverse[0].diff() > 0)
     last_step = torch.full((len(W_enc),), STEP - 1) if lazy else None
     copies = [W.to(o.W_enc.dtype) for W in (W_enc, W_dec)] if o.W_enc.dtype != W_enc.dtype else None
     adam = AdamStep(0.01, (0.9, 0.999), 1e-8, STEP, SEED if narrow else None)
-    grad_pre_bias = backend.step_rows(Rows(W_enc, W_dec, moments, o.d_streams, copies, last_step), gradients, adam)
+    backend.step_rows(Rows(W_enc, W_dec, moments, o.d_streams, copies, last_step), gradients, adam)
     for copy, exact in zip(copies or (), rows, strict=False):
         assert torch.equal(copy, exact.to(copy.dtype))
-    return (*rows, grad_pre_bias, *([] if last_step is None else [last_step]))
+    return (*rows, *([] if last_step is None else [last_step]))
 
 
 def replay_rows(o: Operands, backend: Backend, narrow: bool = False) -> tuple[Tensor, ...]:

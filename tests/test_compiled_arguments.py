@@ -38,7 +38,7 @@ def calls() -> dict[str, list[Any]]:
     x, values, grads = floats(N, D), floats(N, S, K), floats(N, S, D)
     matrix, moments = (lambda: floats(L, D)), [floats(L, D) for _ in range(4)]
     batch = (x, floats(D), values, floats(N, S, K), grads, offsets, entries, WIDTHS)
-    gradients = (matrix(), matrix(), floats(S, L), torch.ones(L, dtype=torch.bool, device="cpu"), WIDTHS)
+    gradients = (matrix(), matrix(), torch.ones(L, dtype=torch.bool, device="cpu"), WIDTHS)
     integers = lambda *shape: torch.zeros(shape, dtype=torch.int64, device="cpu")  # noqa: E731
     adam = _cpu.AdamStep(0.1, 0.9, 0.99, 1e-8, 1, 0)
     wide = {"dtype": torch.float64}
@@ -52,7 +52,7 @@ def calls() -> dict[str, list[Any]]:
         "invert_indices": [integers(L + 1), integers(N * K), indices, L],
         "weight_gradients": [matrix(), matrix(), floats(S, L), batch, 1],
         "update_rows": [floats(S, L), floats(D), matrix(), matrix(), moments, [None, None], integers(L), batch, adam, 1],
-        "step_rows": [floats(D), matrix(), matrix(), moments, [None, None], integers(L), gradients, adam, 1],
+        "step_rows": [matrix(), matrix(), moments, [None, None], integers(L), gradients, adam, 1],
         "replay_rows": [matrix(), [matrix(), matrix()], None, torch.arange(4, device="cpu"), integers(L),
                         floats(2, 4, **wide), WIDTHS, 0, 1],
         "count_silence": [integers(L), values, indices],
@@ -67,7 +67,7 @@ def calls() -> dict[str, list[Any]]:
 
 
 def call(name: str, arguments: list[Any]) -> Any:
-    packed = {8: _cpu.Batch, 5: _cpu.Gradients}
+    packed = {8: _cpu.Batch, 4: _cpu.Gradients}
     return getattr(_cpu, name)(*(packed[len(a)](*a) if isinstance(a, tuple) else a for a in arguments))
 
 

@@ -98,13 +98,13 @@ def test_given_gradients_move_rows_that_are_not_used_in_a_dense_step_alone(lazy:
     for said in (used, torch.ones_like(used)):
         W_enc, W_dec, *moments = rows = rows_to_update(o)
         last_step = torch.zeros(L, dtype=torch.int64) if lazy else None
-        given = Gradients(*gradients, torch.randn(3, L, generator=seeded(3)), said)
+        given = Gradients(*gradients, said)
         adam = AdamStep(0.01, (0.9, 0.999), 1e-8, STEP)
         moved = Rows(W_enc, W_dec, moments, o.d_streams, None, last_step)
-        grad_pre_bias = operators_of(backend).step_rows(moved, given, adam)
+        operators_of(backend).step_rows(moved, given, adam)
         assert lazy == (last_step is not None and torch.equal(last_step, STEP * said))
-        results.append([*rows, grad_pre_bias])
-    for i, (before, some, every) in enumerate(zip([*rows_to_update(o), None], *results, strict=True)):
+        results.append(rows)
+    for i, (before, some, every) in enumerate(zip(rows_to_update(o), *results, strict=True)):
         left = lazy and i in (1, 4, 5)
         assert torch.equal(some, torch.where(used[:, None], every, before) if left else every)
 

@@ -103,7 +103,7 @@ static void settle(Screen& screen, Tensor indices, Tensor given_up, Tensor x, Te
 
 PYBIND11_MODULE(_cpu, m) {
     py::class_<Batch>(m, "Batch").def(py::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Widths>());
-    py::class_<Gradients>(m, "Gradients").def(py::init<Tensor, Tensor, Tensor, Tensor, Widths>());
+    py::class_<Gradients>(m, "Gradients").def(py::init<Tensor, Tensor, Tensor, Widths>());
     py::class_<AdamStep>(m, "AdamStep").def(py::init<double, double, double, double, int64_t, uint64_t>());
     define(m, "support_values", support_values,
            ">values:A[N,S,k] x:T[N,D] W_enc:T[L,D] pre_bias:A[D] latent_bias:A[S,L] " SUPPORT "streams");
@@ -125,8 +125,7 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "update_rows", update_rows,
            ">grad_latent_bias:A[S,L] >grad_pre_bias:A[D] " ROWS
            "x:T[N,D] pre_bias:A[D] values:A[N,S,k] grad_values:A[N,S,k] grad_recons:T[N,S,D] " INVERSE "streams");
-    define(m, "step_rows", step_rows,
-           ">grad_pre_bias:A[D] " ROWS "grad_W_enc:A[L,D] grad_W_dec:A[L,D] grad_latent_bias:A[S,L] used:bool[L] streams");
+    define(m, "step_rows", step_rows, ROWS "grad_W_enc:A[L,D] grad_W_dec:A[L,D] used:bool[L] streams");
     define(m, "replay_rows", replay_rows,
            ">W_dec:A[L,D] >exp_avg:M[L,D] >exp_avg_sq:M[L,D] >copy:bf16[L,D]? latents:i64[R] >last_step:i64[L] "
            "history:f64[H,4] streams");

@@ -49,13 +49,13 @@ void update_rows(
 
 // Gradients that are given instead, in the type of the sums; used [L], one byte each: the latents that have an entry.
 struct Gradients {
-    Tensor W_enc, W_dec, latent_bias, used;
+    Tensor W_enc, W_dec, used;
     Widths d_streams;
 };
 
 void step_rows(
-    Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments, std::vector<Tensor> copies,
-    Tensor last_step, Gradients gradients, AdamStep adam, int threads);
+    Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments, std::vector<Tensor> copies, Tensor last_step,
+    Gradients gradients, AdamStep adam, int threads);
 
 void replay_rows(
     Tensor W_dec, std::vector<Tensor> moments, Tensor copy, Tensor latents, Tensor last_step, Tensor history,

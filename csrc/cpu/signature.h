@@ -27,7 +27,7 @@ private:
         add(b.d_streams);
     }
     void add(const Gradients& g) {
-        for (const Tensor& tensor : {g.W_enc, g.W_dec, g.latent_bias, g.used}) add(tensor);
+        for (const Tensor& tensor : {g.W_enc, g.W_dec, g.used}) add(tensor);
         add(g.d_streams);
     }
     void add(const Widths& some) { widths = some; }

@@ -1,8 +1,9 @@
 // A whole training step of every latent's rows in one pass: gradient, projection, Adam, unit norm.
 //
-// A task is a run of latents in one stream: it sums their gradients, or takes those given, into a buffer that stays in cache, then moves the
-// rows, encoder first, while the next row is fetched. Lazily, only decoder rows that have an entry are moved. The
-// encoder's part of the pre-bias gradient is summed over fixed blocks of latents, then over blocks in order.
+// A task is a run of latents in one stream: it sums their gradients, or takes those given, into a buffer that stays in
+// cache, then moves the rows, encoder first, while the next row is fetched. Lazily, only decoder rows that have an entry
+// are moved. Where gradients are summed, the encoder's part of the pre-bias gradient is too: over fixed blocks of
+// latents, then over blocks in order.
 #ifndef SIMD_LEVEL
 #include "level.h"
 #include "operators.h"
@@ -23,14 +24,14 @@ void update_rows(
 }
 
 void step_rows(
-    Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments, std::vector<Tensor> copies,
-    Tensor last_step, Gradients gradients, AdamStep adam, int threads) {
+    Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments, std::vector<Tensor> copies, Tensor last_step,
+    Gradients gradients, AdamStep adam, int threads) {
     with_type(gradients.W_enc.item_size, [&](auto type) {
         if constexpr (sizeof(type) >= sizeof(float))
             with_moments<decltype(type)>(moments, [&](auto moment) {
                 AT_SIMD_LEVEL(
                     step_rows<decltype(type), decltype(moment)>(
-                        grad_pre_bias, W_enc, W_dec, moments, copies, last_step, gradients, adam, threads))
+                        W_enc, W_dec, moments, copies, last_step, gradients, adam, threads))
             });
     });
 }
@@ -40,7 +41,7 @@ void step_rows(
 
 namespace SIMD_LEVEL {
 
-// pre_bias -= grad_bias w, then Adam on w.
+// pre_bias -= grad_bias w, where there is one, then Adam on w.
 template <class A, class M>
 void update_encoder(
     Row<A> w, const Moments<M>& moments, CopyRow copy, const A* grad, A grad_bias, A* pre_bias, int64_t width,
@@ -51,7 +52,7 @@ void update_encoder(
         w.prefetch(d);
         moments.prefetch(d);
         const Vec<A> old = load(w + d, n);
-        store(pre_bias + d, load(pre_bias + d, n) - grad_bias * old, n);
+        if (pre_bias) store(pre_bias + d, load(pre_bias + d, n) - grad_bias * old, n);
         const Vec<A> moved = adam(old, load(grad + d, n), moments, noise, d, n);
         store(w + d, moved, n);
         if (copy.data) copy_to(copy.data + d, moved, n);
@@ -65,9 +66,9 @@ class GivenSums {
     explicit GivenSums(const Gradients& gradients, int threads)
         : L(gradients.W_enc.size[0]), gradients(gradients), threads(threads) {}
 
-    void enter(int64_t s, int64_t offset_, int64_t width_) { stream = s, offset = offset_, width = width_; }
+    void enter(int64_t, int64_t offset_, int64_t width_) { offset = offset_, width = width_; }
     bool used(int64_t l) const { return gradients.used.at<const uint8_t>(0)[l]; }
-    A bias(int64_t l) const { return gradients.latent_bias.at<const A>(stream)[l]; }
+    A bias(int64_t) const { return 0; }
     void encoder(int64_t first, int64_t last, A* grad, int64_t stride) const {
         copy(gradients.W_enc, first, last, grad, stride);
     }
@@ -88,7 +89,7 @@ class GivenSums {
 
     const Gradients& gradients;
     int threads;
-    int64_t stream = 0, offset = 0, width = 0;
+    int64_t offset = 0, width = 0;
 };
 
 // The latents of a run whose decoder rows make this step, and once more the last of them.
@@ -107,12 +108,12 @@ void move_rows(
     const std::vector<Tensor>& moments, const std::vector<Tensor>& copies, const Tensor& last_step,
     const Widths& d_streams, const AdamStep& step, int threads) {
     const Adam<A> adam(step);
-    const int64_t L = sums.L, D = grad_pre_bias.size[0];
-    const bool lazy = last_step.data;
+    const int64_t L = sums.L, D = W_enc.size[1];
+    const bool lazy = last_step.data, biases = grad_latent_bias.data;
 
     // the pre-bias gradient is summed in blocks of latents that no thread count changes; a task is some whole blocks
     const int64_t block = std::max<int64_t>(16, (L + 255) / 256), blocks = (L + block - 1) / block;
-    std::vector<A> pre_bias_parts(blocks * D);
+    std::vector<A> pre_bias_parts(biases ? blocks * D : 0);
     for (const Columns& run : column_runs(d_streams, whole_streams)) {
         const int64_t s = run.stream, column = run.begin, width = run.end - column;
         sums.enter(s, column, width);
@@ -126,10 +127,12 @@ void move_rows(
             };
             for (int64_t l = first; l < last; ++l) {
                 const int64_t after = std::min(l + 1, L - 1);
-                const A bias = grad_latent_bias.at<A>(s)[l] = sums.bias(l);
+                const A bias = sums.bias(l);
+                if (biases) grad_latent_bias.at<A>(s)[l] = bias;
                 update_encoder(
                     Row<A>(W_enc, l, after, column), moments_of(0, l, after), CopyRow(copies[0], l, column),
-                    &grads[(l - first) * width], bias, &pre_bias_parts[l / block * D + column], width, adam);
+                    &grads[(l - first) * width], bias, biases ? &pre_bias_parts[l / block * D + column] : nullptr,
+                    width, adam);
             }
             sums.decoder(first, last, &grads[0], width);
             const std::vector<int64_t> latents = stepping(sums, first, last, lazy);
@@ -141,7 +144,7 @@ void move_rows(
             }
         });
     }
-    for (int64_t d = 0; d < D; ++d) {
+    for (int64_t d = 0; biases && d < D; ++d) {
         double sum = 0;
         for (int64_t b = 0; b < blocks; ++b) sum += pre_bias_parts[b * D + d];
         grad_pre_bias.at<A>(0)[d] = A(sum);
@@ -163,13 +166,11 @@ void update_rows(
 
 template <class A, class M>
 void step_rows(
-    const Tensor& grad_pre_bias, const Tensor& W_enc, const Tensor& W_dec, const std::vector<Tensor>& moments,
-    const std::vector<Tensor>& copies, const Tensor& last_step, const Gradients& gradients, const AdamStep& step,
-    int threads) {
+    const Tensor& W_enc, const Tensor& W_dec, const std::vector<Tensor>& moments, const std::vector<Tensor>& copies,
+    const Tensor& last_step, const Gradients& gradients, const AdamStep& step, int threads) {
     GivenSums<A> sums(gradients, threads);
     move_rows<A, M>(
-        sums, gradients.latent_bias, grad_pre_bias, W_enc, W_dec, moments, copies, last_step, gradients.d_streams, step,
-        threads);
+        sums, Tensor{}, Tensor{}, W_enc, W_dec, moments, copies, last_step, gradients.d_streams, step, threads);
 }
 
 }  // namespace SIMD_LEVEL

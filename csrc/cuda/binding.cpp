@@ -112,9 +112,9 @@ PYBIND11_MODULE(_cuda, m) {
         }), "x"_a, "grad_recons"_a, "pre_bias"_a, "values"_a, "grad_values"_a, "offsets"_a, "entries"_a, "count"_a,
             "L"_a, "k"_a, "per_stream"_a, "streams"_a);
     py::class_<Gradients>(m, "Gradients", py::module_local())
-        .def(py::init([](Matrix W_enc, Matrix W_dec, uintptr_t latent_bias, uintptr_t used, int L, Streams streams) {
-            return Gradients{W_enc, W_dec, at<const float>(latent_bias), at<const bool>(used), L, streams};
-        }), "W_enc"_a, "W_dec"_a, "latent_bias"_a, "used"_a, "L"_a, "streams"_a);
+        .def(py::init([](Matrix W_enc, Matrix W_dec, uintptr_t used, int L, Streams streams) {
+            return Gradients{W_enc, W_dec, at<const bool>(used), L, streams};
+        }), "W_enc"_a, "W_dec"_a, "used"_a, "L"_a, "streams"_a);
     py::class_<AdamStep>(m, "AdamStep", py::module_local())
         .def(py::init([](double lr, double beta_1, double beta_2, double eps, double step, uintptr_t lr_at,
                          uintptr_t step_at) {
@@ -137,14 +137,13 @@ PYBIND11_MODULE(_cuda, m) {
         "last_step"_a, "workspace"_a, "stream"_a, released);
     m.def(
         "step_rows",
-        [](UpdatePlan plan, uintptr_t grad_pre_bias, Rows encoder, Rows decoder, Gradients gradients, AdamStep step,
-           uintptr_t last_step, uintptr_t workspace, uintptr_t stream) {
+        [](UpdatePlan plan, Rows encoder, Rows decoder, Gradients gradients, AdamStep step, uintptr_t last_step,
+           uintptr_t workspace, uintptr_t stream) {
             step_rows(
-                plan, at<float>(grad_pre_bias), encoder, decoder, gradients, step, at<int64_t>(last_step),
-                at<void>(workspace), stream);
+                plan, encoder, decoder, gradients, step, at<int64_t>(last_step), at<void>(workspace), stream);
         },
-        "plan"_a, "grad_pre_bias"_a, "encoder"_a, "decoder"_a, "gradients"_a, "step"_a, "last_step"_a, "workspace"_a,
-        "stream"_a, released);
+        "plan"_a, "encoder"_a, "decoder"_a, "gradients"_a, "step"_a, "last_step"_a, "workspace"_a, "stream"_a,
+        released);
 
     m.def("replay_rows_workspace", replay_rows_workspace, "T"_a);
     m.def(

@@ -115,8 +115,7 @@ struct Batch {
 
 // Gradients that are given instead, float32; used [L]: the latents that have an entry.
 struct Gradients {
-    Matrix W_enc, W_dec;       // [L, D]
-    const float* latent_bias;  // [S, L]
+    Matrix W_enc, W_dec;  // [L, D]
     const bool* used;
     int L;
     Streams streams;
@@ -140,8 +139,8 @@ void update_rows(
     const Batch& batch, const AdamStep& step, int64_t* last_step, void* workspace, uintptr_t stream);
 
 void step_rows(
-    UpdatePlan plan, float* grad_pre_bias, const Rows& encoder, const Rows& decoder, const Gradients& gradients,
-    const AdamStep& step, int64_t* last_step, void* workspace, uintptr_t stream);
+    UpdatePlan plan, const Rows& encoder, const Rows& decoder, const Gradients& gradients, const AdamStep& step,
+    int64_t* last_step, void* workspace, uintptr_t stream);
 
 int64_t replay_rows_workspace(int64_t T);
 

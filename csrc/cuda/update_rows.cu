@@ -60,7 +60,8 @@ static void move_rows(
     const Rows& decoder, float* grad_pre_bias, int64_t* last_step, uintptr_t stream) {
     const Streams& streams = gradients.streams;
     const int D = streams.begin[streams.count];
-    const Matrix pre_bias_parts{room.pre_bias_parts, stride_of(streams), Floats::float32};
+    const Matrix pre_bias_parts{
+        grad_pre_bias ? room.pre_bias_parts : nullptr, stride_of(streams), Floats::float32};
     const UpdateArguments<Source> arguments{
         gradients,
         encoder,
@@ -77,6 +78,7 @@ static void move_rows(
     launch(
         update_rows_kernel<Source>, smaller<int64_t>(tiles, plan.blocks), threads_for(streams),
         UpdateShared(SharedMemory()).bytes, stream, arguments);
+    if (!grad_pre_bias) return;
     SharedMemory memory;
     memory.take<float>(32 * 32);
     launch(
@@ -120,12 +122,12 @@ void update_rows(
 }
 
 void step_rows(
-    UpdatePlan plan, float* grad_pre_bias, const Rows& encoder, const Rows& decoder, const Gradients& gradients,
-    const AdamStep& step, int64_t* last_step, void* workspace, uintptr_t stream) {
+    UpdatePlan plan, const Rows& encoder, const Rows& decoder, const Gradients& gradients, const AdamStep& step,
+    int64_t* last_step, void* workspace, uintptr_t stream) {
     const UpdateWorkspace room(workspace, plan, 0, gradients.L, gradients.streams);
     work_out(room, step, stream);
     GivenGradients given{gradients};
     if (!last_step) given.used = nullptr;  // every row is moved, by whatever its gradient is
     const bool aligned = gradients.W_enc.aligned() && gradients.W_dec.aligned();
-    move_rows(plan, room, given, aligned, encoder, decoder, grad_pre_bias, last_step, stream);
+    move_rows(plan, room, given, aligned, encoder, decoder, nullptr, last_step, stream);
 }

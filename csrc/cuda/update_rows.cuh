@@ -27,10 +27,10 @@ struct GivenGradients : Gradients {
     __device__ void centre(float (&)[held], const Columns&) const {}
 
     __device__ float encoder(
-        float (&gradient)[held], int s, const Columns& columns, const float (&)[held], int64_t l) const {
+        float (&gradient)[held], int, const Columns& columns, const float (&)[held], int64_t l) const {
         if (l + 1 < L) prefetch(W_enc, l + 1, columns);
         load(gradient, W_enc, l, columns);
-        return latent_bias[int64_t(s) * L + l];
+        return 0;
     }
 
     __device__ void decoder(float (&gradient)[held], const Columns& columns, int64_t l) const {
@@ -45,7 +45,7 @@ struct UpdateArguments {
     Rows encoder, decoder;
     const AdamConstants* constants;
     Counters* counters;
-    Matrix pre_bias_parts;  // [parts, D]: -grad_pre_bias of the latents of a tile
+    Matrix pre_bias_parts;  // [parts, D]: -grad_pre_bias of the latents of a tile, if there is one
     int64_t* last_step;
     Divisor parts;  // tiles of a stream
     int latents;    // of a tile
@@ -124,7 +124,7 @@ __device__ void update_encoder(
             store(row, a.encoder, l, columns);
             store_copy(row.w, a.encoder.copy, l, columns);
         }
-        store(of_pre_bias, a.pre_bias_parts, part, columns);
+        if (a.pre_bias_parts.data) store(of_pre_bias, a.pre_bias_parts, part, columns);
     }
 }
 

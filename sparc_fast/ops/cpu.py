@@ -162,19 +162,16 @@ def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, T
     return grad_latent_bias, grad_pre_bias
 
 
-def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> Tensor:
+def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> None:
     if not _are_compiled(rows[:2], rows.moments, gradients.W_enc.dtype, adam.seed):
-        return reference.step_rows(rows, gradients, adam)
-    grad_W_enc, grad_W_dec = (dense_rows(gradient) for gradient in gradients[:2])
-    # it is written back as it is
-    operands = grad_W_enc, grad_W_dec, gradients.latent_bias.contiguous(), gradients.used.contiguous()
-    grad_pre_bias = torch.empty_like(grad_W_enc[0], memory_format=torch.contiguous_format)
+        reference.step_rows(rows, gradients, adam)
+        return
+    operands = *(dense_rows(gradient) for gradient in gradients[:2]), gradients.used.contiguous()
     with _in_place(rows) as (updated, copies):
         _cpu.step_rows(
-            grad_pre_bias, *updated, copies, rows.last_step, _cpu.Gradients(*operands, rows.d_streams),
-            _adam(rows, adam), torch.get_num_threads(),
+            *updated, copies, rows.last_step, _cpu.Gradients(*operands, rows.d_streams), _adam(rows, adam),
+            torch.get_num_threads(),
         )  # fmt: skip
-    return grad_pre_bias
 
 
 def _are_compiled(weights: Sequence[Tensor], moments: Sequence[Tensor], sums: torch.dtype, seed: int | None) -> bool:

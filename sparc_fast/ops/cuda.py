@@ -164,19 +164,16 @@ def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, T
     return grad_latent_bias, grad_pre_bias
 
 
-def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> Tensor:
+def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> None:
     if not _moves(rows.W_dec, rows.moments, rows.d_streams):
-        grad_pre_bias: Tensor = _in_triton("step_rows", rows, gradients, adam)
-        return grad_pre_bias
-    dense = [_dense(gradient.float()) for gradient in gradients[:2]]
-    bias, used = gradients.latent_bias.float().contiguous(), gradients.used.contiguous()
-    streams, L = _streams(rows), len(rows.W_enc)
-    given = _cuda.Gradients(*map(_matrix, dense), bias.data_ptr(), used.data_ptr(), L, streams)
+        _in_triton("step_rows", rows, gradients, adam)
+        return
+    dense, used = [_dense(gradient.float()) for gradient in gradients[:2]], gradients.used.contiguous()
+    streams = _streams(rows)
+    given = _cuda.Gradients(*map(_matrix, dense), used.data_ptr(), len(rows.W_enc), streams)
     plan = _cuda.UpdatePlan(streams, False, _multiprocessors(used.device))
-    grad_pre_bias = torch.empty(dense[0].shape[1], dtype=torch.float32, device=used.device)
     with _moving(rows, adam, plan, 0) as moved:
-        _cuda.step_rows(plan, grad_pre_bias.data_ptr(), *moved[:2], given, *moved[2:])
-    return grad_pre_bias
+        _cuda.step_rows(plan, *moved[:2], given, *moved[2:])
 
 
 @contextmanager

@@ -271,14 +271,15 @@ def weight_gradients(
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
     """One training step of every latent's rows, in place: `step_rows` with the gradients of a batch.
 
-    Returns grad_latent_bias [S, L], and grad_pre_bias as `step_rows` does.
+    Returns grad_latent_bias [S, L], and the part of grad_pre_bias [D] that comes through the encoder as it was before.
     """
     grad_W_enc, grad_W_dec, grad_latent_bias = weight_gradients(*samples, rows.d_streams)
-    gradients = Gradients(grad_W_enc, grad_W_dec, grad_latent_bias, samples.offsets.diff() > 0)
-    return grad_latent_bias, step_rows(rows, gradients, adam)
+    grad_pre_bias = pre_bias_gradient(grad_latent_bias, rows.W_enc, rows.d_streams)
+    step_rows(rows, Gradients(grad_W_enc, grad_W_dec, samples.offsets.diff() > 0), adam)
+    return grad_latent_bias, grad_pre_bias
 
 
-def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> Tensor:
+def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> None:
     """One training step of every latent's rows, in place, with the gradients given.
 
     Per latent and stream  g -= <g, w> w / <w, w>  on the decoder (so that the norm of w does not change to first
@@ -288,14 +289,10 @@ def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> Tensor:
 
     ``rows.copies`` are kept equal to their rows. With ``rows.last_step``, decoder rows of latents that are not used are
     left behind, to `replay_rows` later, and those that are used are marked: their last_step becomes ``step``.
-
-    Returns  grad_pre_bias[d] = -sum_l grad_latent_bias[s(d), l] W_enc[l, d],  the part that comes through the encoder
-    as it was before the step.
     """
     W_enc, W_dec, moments, d_streams, copies, last_step = rows
     lr, betas, eps, step, _ = adam
     seed = rounding_seed(W_enc, moments, adam.seed)
-    grad_pre_bias = pre_bias_gradient(gradients.latent_bias, W_enc, d_streams)
     noise = _noise_of_rows(seed, step, 0, W_enc, slice(None))
     apply_adam(W_enc, gradients.W_enc, moments[0], moments[1], lr, betas, eps, step, noise)
     moved: slice | Tensor = slice(None)
@@ -306,7 +303,6 @@ def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> Tensor:
     if copies is not None:
         copies[0].copy_(W_enc)
         copies[1][moved] = W_dec[moved].to(copies[1].dtype)
-    return grad_pre_bias
 
 
 def replay_rows(rows: DecoderRows, latents: Tensor, history: Tensor, seed: int | None = None) -> None:

@@ -50,7 +50,6 @@ class Gradients(NamedTuple):
 
     W_enc: Tensor
     W_dec: Tensor
-    latent_bias: Tensor
     used: Tensor
     """bool [L]: the latents that have an entry; a lazy step moves no other decoder row."""
 

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from sparc_fast.objective import Terms
 from sparc_fast.ops.backends import Backend
+from sparc_fast.ops.layout import stream_slices
 from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
+
+LATENTS_AT_ONCE = 1024
+"""Rows of W_enc whose products are in memory at a time."""
 
 
 class OneBatch(NamedTuple):
@@ -62,7 +66,15 @@ class MicroBatches:
     def update(self, rows: Rows, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """As `OneBatch.update`."""
         assert self._gradients is not None
-        return self._gradients[2], backend.step_rows(rows, Gradients(*self._gradients, self._used), adam)
+        grad_W_enc, grad_W_dec, grad_latent_bias = self._gradients
+        through_encoder = torch.zeros_like(self.grad_pre_bias)
+        for first in range(0, len(rows.W_enc), LATENTS_AT_ONCE):
+            some = slice(first, first + LATENTS_AT_ONCE)
+            for s, columns in enumerate(stream_slices(self.d_streams)):
+                # not a matrix product: its order of summation depends on the number of threads
+                through_encoder[columns] -= (grad_latent_bias[s, some, None] * rows.W_enc[some, columns]).sum(0)
+        backend.step_rows(rows, Gradients(grad_W_enc, grad_W_dec, self._used), adam)
+        return grad_latent_bias, through_encoder
 
     def count_silence(self, silence: Tensor, backend: Backend) -> None:
         """As over one batch: a latent that fired in any part becomes 0, every other grows by all samples."""
