@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,19 @@ from torch import Tensor
 
 from sparc_fast import checkpoint
 from sparc_fast.batch import position
+from sparc_fast.sizes import is_integer
 
 FORMAT = "sparc_fast.SparseLatents/1"
+SHOWN = 5  # samples, and latents of each, in a notebook
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseLatents:
     """A batch of codes: the few latents that are on, and how strongly each stream drives them.
 
     ``codes[i]``, ``codes[2:5]`` and ``codes[mask]`` index the leading dimensions; ``len(codes)`` is the first of them.
+    To steer, change a latent and decode: ``model.decode(codes.set(7, 0), "image", "text")`` is what the text stream
+    would be without what latent 7 stands for.
     """
 
     values: Tensor
@@ -48,6 +53,58 @@ class SparseLatents:
     def __getitem__(self, at: Any) -> SparseLatents:
         places = torch.arange(self.shape.numel(), device=self.values.device).reshape(self.shape)[at]
         return self._map(lambda part: part.flatten(0, len(self.shape) - 1)[places] if self.shape else part)
+
+    def __repr__(self) -> str:
+        samples, k = list(self.shape), self.indices.shape[-1]
+        support = "shared by all streams" if self.is_shared else "of each stream"
+        return (
+            f"SparseLatents({samples} samples, streams {', '.join(self.streams)}: supports {support}, "
+            f"{k} of {self.n_latents} latents, {self.values.dtype}, {self.values.device})"
+        )
+
+    def _repr_html_(self) -> str:
+        """The strongest latents of the first samples, for a notebook."""
+        flat = self.reshape(self.shape.numel())[:SHOWN]
+        head = "".join(f"<th>{escape(name)}</th>" for name in self.streams)
+        rows = "".join(
+            f"<tr><th>{i}</th>{''.join(f'<td>{_strongest(*one.stream(name))}</td>' for name in self.streams)}</tr>"
+            for i, one in enumerate(flat[i] for i in range(len(flat)))
+        )
+        return f"<p>{escape(repr(self))}</p><table><tr><th>sample</th>{head}</tr>{rows}</table>"
+
+    def set(self, latent: int, value: float, stream: str | None = None) -> SparseLatents:
+        """The same codes with a latent at this value in every sample, of one stream or of all; at 0 it is out.
+
+        Where it is in no slot of a sample, the sample gets one slot more.
+        """
+        here = self._at(latent)
+        indices, values = self.indices, self.values
+        if value != 0 and not bool(here.any(-1).all()):
+            lacking = torch.where(here.any(-1, keepdim=True), -1, latent).to(indices.dtype)
+            indices = torch.cat([indices, lacking], dim=-1)
+            values = torch.cat([values, values.new_zeros(*values.shape[:-1], 1)], dim=-1)
+        grown = SparseLatents(values, indices, self.streams, self.n_latents)
+        return grown._change(latent, stream, lambda old: torch.full_like(old, value))
+
+    def scale(self, latent: int, factor: float, stream: str | None = None) -> SparseLatents:
+        """The same codes with a latent's values times a factor, of one stream or of all."""
+        return self._change(latent, stream, lambda old: old * factor)
+
+    def _at(self, latent: int) -> Tensor:
+        """bool, as indices: the slots of a latent."""
+        if not is_integer(latent) or not 0 <= latent < self.n_latents:
+            raise ValueError(f"latent must be in 0 ... {self.n_latents - 1}, got {latent!r}")
+        return self.indices == latent
+
+    def _change(self, latent: int, stream: str | None, change: Callable[[Tensor], Tensor]) -> SparseLatents:
+        here = self._at(latent)
+        here = here.unsqueeze(-2).expand(self.values.shape) if self.is_shared else here
+        if stream is not None:
+            chosen = torch.zeros(len(self.streams), 1, dtype=torch.bool, device=here.device)
+            chosen[position(stream, self.streams, "stream")] = True
+            here = here & chosen
+        values = torch.where(here, change(self.values), self.values)
+        return SparseLatents(values, self.indices, self.streams, self.n_latents)
 
     def to(self, *arguments: Any, **options: Any) -> SparseLatents:
         """As Tensor.to: another device, and another dtype of the values."""
@@ -116,3 +173,11 @@ class SparseLatents:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> SparseLatents:
         return SparseLatents(change(self.values), change(self.indices), self.streams, self.n_latents)
+
+
+def _strongest(values: Tensor, indices: Tensor) -> str:
+    """The latents of one sample and stream that are on, strongest first."""
+    values = values.detach().float().masked_fill(indices < 0, 0)
+    top = values.topk(min(SHOWN, len(values)))
+    latents = indices[top.indices].tolist()
+    return ", ".join(f"{l}: {value:.3g}" for l, value in zip(latents, top.values.tolist(), strict=True) if value != 0)

@@ -26,10 +26,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
     except OSError as error:
         raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
     try:
         yield temporary
+        temporary.chmod(mode)  # the umask's: some writers put a private file in its place
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)

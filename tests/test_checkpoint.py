@@ -171,3 +171,13 @@ def test_an_unwritable_folder_is_named(model: sf.SPARC, tmp_path: Path) -> None:
         model.save(tmp_path / "file" / "model.safetensors")
     with pytest.raises(IsADirectoryError, match=r"cannot write .*: Is a directory"):
         model.save(tmp_path)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_a_file_may_be_read_by_whom_the_umask_says(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        make(torch.float32).save(tmp_path / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask

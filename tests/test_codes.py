@@ -165,3 +165,42 @@ def test_inputs_that_are_no_dense_numbers_are_refused_in_words(x: Tensor) -> Non
     for use in (make().encode, make().loss, make().calibrate):
         with pytest.raises(ValueError, match=r"inputs\['a'\] must be a dense tensor of real numbers, got"):
             use({"a": x})
+
+
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_a_latent_that_is_set_or_scaled_in_a_stream_changes_there_alone(selection: str) -> None:
+    model = make(selection)
+    codes = model.encode(samples(3, 4))
+    latent = int(codes.indices.flatten()[0])
+    for steered, expected in (
+        (codes.set(latent, 2.5, "b"), lambda old: torch.full_like(old, 2.5)),
+        (codes.set(latent, 0, "b"), torch.zeros_like),
+        (codes.scale(np.int64(latent), 3, "b"), lambda old: old * 3),
+    ):
+        assert steered.shape == codes.shape
+        changed = codes.dense("b")
+        changed[..., latent] = expected(changed[..., latent])
+        assert torch.equal(steered.dense("b"), changed)
+        assert torch.equal(steered.dense("a"), codes.dense("a"))
+    both = codes.set(latent, 1.0)
+    assert all((both.dense(name)[..., latent] == 1).all() for name in WIDTHS)
+    moved = model.decode(both, "b", "a") - model.decode(codes, "b", "a")
+    direction = (1 - codes.dense("b")[..., latent, None]) * model.W_dec[latent, :12]
+    assert torch.allclose(moved, direction, atol=1e-5)
+    with pytest.raises(ValueError, match=r"latent must be in 0 \.\.\. 47, got 48"):
+        codes.set(48, 1.0)
+
+
+def test_codes_print_in_one_line_and_show_their_strongest_latents_in_a_notebook() -> None:
+    codes = make().encode(samples(1000))
+    assert repr(codes) == (
+        "SparseLatents([1000] samples, streams a, b: supports shared by all streams, 5 of 48 latents, "
+        "torch.float32, cpu)"
+    )
+    values, indices = codes[0].stream("b")
+    strongest = f"{int(indices[values.argmax()])}: {values.max().item():.3g}"
+    shown = codes._repr_html_()
+    assert f"<td>{strongest}" in shown
+    assert shown.count("<tr>") == 6
+    hostile = sf.SparseLatents(codes.values, codes.indices, ("<b>", "&"), 48)
+    assert "<th>&lt;b&gt;</th><th>&amp;</th>" in hostile._repr_html_()

@@ -244,6 +244,15 @@ def test_the_time_of_a_run_follows_the_roofs_and_its_steps() -> None:
     assert plan(config(steps=0, epochs=3.0), WIDTHS, machine=MACHINE).hours is None
 
 
+def test_the_time_of_a_run_is_said_in_the_largest_unit_it_fills() -> None:
+    for steps, roofs, unit in ((1, 10**6, "second"), (1, 1, "seconds"), (100, 1, "minutes"), (10**4, 1, "hours")):
+        roofs = Roofline(roofs * ROOFS.copy, roofs * ROOFS.float32, roofs * ROOFS.bfloat16)
+        text = as_text(plan(config(steps=steps), WIDTHS, 42960, replace(MACHINE, roofs=roofs)))
+        said = next(line for line in text.splitlines() if "without reading" in line).split(", without")[0]
+        assert said.endswith(f" {unit}")
+        assert " 0." not in said
+
+
 def test_the_product_is_counted_in_the_faster_type_and_lazy_steps_move_less() -> None:
     def seconds(roofs: Roofline = ROOFS, **changes: Any) -> float:
         found = plan(config(**changes), WIDTHS, 10**6, replace(MACHINE, roofs=roofs))

@@ -159,7 +159,15 @@ def _time(plan: Plan) -> Iterator[str]:
     else:
         yield _row("a step, at the roofs: the least it can take", _seconds(seconds))
     if plan.hours is not None:
-        yield f"{plan.steps:,} steps: {plan.hours:,.1f} hours, without reading, validation and checkpoints."
+        yield f"{plan.steps:,} steps: {_duration(plan.hours)}, without reading, validation and checkpoints."
+
+
+def _duration(hours: float) -> str:
+    """In the largest unit of which there is at least one."""
+    for unit, size in (("hours", 1), ("minutes", 60), ("seconds", 3600)):
+        if hours * size >= 1:
+            return f"{hours * size:,.1f} {unit}"
+    return "less than a second"
 
 
 def _seconds(seconds: float) -> str:
