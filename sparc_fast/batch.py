@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparc_fast.ops.layout import stream_slices
+from sparc_fast.ops.layout import stream_slices, wide
 
 Inputs = Mapping[str, Tensor] | Tensor
+Normalize = Literal["l2", "none"]
+Whiten = Literal["none", "diag"]
 
 PIECE = 4096  # samples of many that are encoded together: what is taken beside them stays small
 MEASURED = 1024  # of those that are calibrated, in float64
@@ -201,6 +203,30 @@ def without_absent(x: Tensor, present: Tensor, d_streams: Sequence[int]) -> Tens
     return x.masked_fill(~torch.cat(columns, dim=1), 0)
 
 
+def normalized_streams(normalize: Normalize | Mapping[str, Normalize], streams: Sequence[str]) -> dict[str, Normalize]:
+    """stream -> "l2" of those whose rows are normalized, from one word for all or from some streams' own."""
+    given = normalize if isinstance(normalize, Mapping) else dict.fromkeys(streams, normalize)
+    for name, how in given.items():
+        position(name, streams, "normalize")
+        if how not in ("l2", "none"):
+            raise ValueError(f'normalize must be "l2" or "none", or a table of streams, got {how!r} for {name!r}')
+    return {name: "l2" for name in streams if given.get(name) == "l2"}
+
+
+def unit_rows(x: Tensor, which: Sequence[bool], d_streams: Sequence[int]) -> Tensor:
+    """x [N, D'] with rows of norm 1 in the streams that `which` says, in float32 or wider; a zero row stays."""
+    x = wide(x)
+    parts = [x[:, cols] for cols in stream_slices(d_streams)]
+    return torch.cat([_unit(part) if here else part for part, here in zip(parts, which, strict=True)], dim=1)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    largest = rows.abs().amax(1, keepdim=True)  # squares neither overflow nor vanish beside it
+    rows = rows / torch.where(largest > 0, largest, 1.0)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / norm.clamp_min(1)  # only that of a zero row is below 1
+
+
 def check_finite(x: Tensor, streams: Sequence[str], d_streams: Sequence[int], first: int = 0) -> None:
     """ValueError names the stream and the first row, counted from `first`, that is not finite; waits for the device."""
     # one sum sees any NaN or inf; where it overflows without them, the slow look below finds no row
@@ -224,12 +250,14 @@ def in_pieces(inputs: Inputs, d_streams: Mapping[str, int], most: int) -> Iterat
         yield {name: part[start : start + most] for name, part in flat.items()}
 
 
-def measure(pieces: Iterable[Tensor], d_streams: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(mean [D], rms [S]) of samples [n, D] that come in pieces, in float64: rms_s^2 = mean_n ||x_s[n] - mean_s||^2.
+def measure(pieces: Iterable[Tensor], d_streams: Sequence[int], whiten: Whiten = "none") -> tuple[Tensor, Tensor]:
+    """(mean [D], what `scales` says) of samples [n, D] that come in pieces, in float64.
 
     Pieces are combined as in Chan et al., 1979.
     """
     columns, n = stream_slices(d_streams), 0
+    if whiten == "diag":
+        columns = stream_slices([1] * sum(d_streams))
     mean = spread = torch.zeros((), dtype=torch.float64, device="cpu")
     for piece in pieces:
         x, m = piece.double(), len(piece)
@@ -243,13 +271,30 @@ def measure(pieces: Iterable[Tensor], d_streams: Sequence[int]) -> tuple[Tensor,
             spread = spread + (spread_of_piece - spread) * share + between * share * (1 - share)
             mean = mean + apart * share
         n += m
-    size = torch.stack([mean[cols].norm() for cols in columns])
-    rms = spread.sqrt()
-    return mean, torch.where(rms > 1e-6 * size, rms, 1.0)  # a constant stream has no scale of its own
+    return mean, scales(mean, spread, d_streams)
+
+
+def scales(mean: Tensor, spread: Tensor, d_streams: Sequence[int]) -> Tensor:
+    """What inputs are divided by: rms_s of each stream, from spread [S] = rms_s^2 = mean_n ||x_s[n] - mean_s||^2.
+
+    From the spread of each column, [D]: sqrt(D_s spread_d), by which all columns of a stream get the same variance, and
+    the stream a mean squared norm of 1, as by its rms.
+    """
+    columns = stream_slices(d_streams)
+    if len(spread) == len(columns):
+        size = torch.stack([mean[cols].norm() for cols in columns])
+        rms = spread.sqrt()
+        return torch.where(rms > 1e-6 * size, rms, 1.0)  # a constant stream has no scale of its own
+    of_streams = scales(mean, torch.stack([spread[cols].sum() for cols in columns]), d_streams)
+    widths = torch.tensor(d_streams, device=mean.device)
+    deviation = spread.sqrt()
+    own = deviation * widths.double().sqrt().repeat_interleave(widths)
+    # nor has a constant column; what noise it has stays as small beside the others as it is
+    return torch.where(deviation > 1e-6 * mean.abs(), own, of_streams.repeat_interleave(widths))
 
 
 def calibrate(x: Tensor, mean: Tensor, rms: Sequence[Tensor], d_streams: Sequence[int]) -> Tensor:
-    """(x_s - mean_s) / rms_s of every stream, in float32 or wider."""
+    """(x_s - mean_s) / rms_s of every stream, its rms one number or one a column, in float32 or wider."""
     parts = [(x[:, cols] - mean[cols]) / rms[s] for s, cols in enumerate(stream_slices(d_streams))]
     return torch.cat(parts, dim=1)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc_fast import batch, checkpoint
-from sparc_fast.batch import AllStreams, Batch, Inputs, columns_of, position
+from sparc_fast.batch import AllStreams, Batch, Inputs, Normalize, Whiten, columns_of, position
 from sparc_fast.codes import SparseLatents
 from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import backends, functional, reference
@@ -48,6 +48,8 @@ class SPARC(nn.Module):
         selection: "global", one support for all streams of a sample; "local", one per stream.
         auxk: dead latents that reconstruct the residual during training; 0 turns AuxK off.
         dead_after: a latent is dead once no stream fired it for more than this many training samples.
+        normalize: "l2" gives every row of inputs unit norm before anything else is done with it; of some streams alone
+            as {name: "l2"}. Zero rows stay. Reconstructions are then of rows of unit norm (`normalized`).
         backend: "auto", the fastest available for the inputs' device, or a name.
         check_finite: raise on NaN or infinite inputs. On a GPU this waits for the device; under torch.compile
             and in a CUDA graph it is skipped.
@@ -71,6 +73,7 @@ class SPARC(nn.Module):
         selection: Selection = "global",
         auxk: int = 64,
         dead_after: int = 256_000,
+        normalize: Normalize | Mapping[str, Normalize] = "none",
         backend: str = "auto",
         check_finite: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -95,6 +98,7 @@ class SPARC(nn.Module):
         self.d_streams = {name: int(width) for name, width in d_streams.items()}
         self.n_latents, self.k, self.selection = n_latents, k, selection
         self.auxk, self.dead_after = auxk, dead_after
+        self.normalize = batch.normalized_streams(normalize, self.streams)
         self.backend, self.check_finite = backend, check_finite
 
         S, L, D = len(self.d_streams), n_latents, sum(self.d_streams.values())
@@ -109,7 +113,7 @@ class SPARC(nn.Module):
         self._calibration: tuple[tuple[tuple[Tensor, int], ...], bool] = (), False
         self._catch_up: Callable[[], None] | None = None
         self.register_load_state_dict_post_hook(_look_at_calibration)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
         backends.resolve(backend, self.W_enc.device)
         self.reset_parameters()
@@ -166,14 +170,32 @@ class SPARC(nn.Module):
         if self.W_dec.grad is not None:
             reference.project_gradients(self.W_dec.grad, self.W_dec, tuple(self.d_streams.values()))
 
+    def normalized(self, inputs: Inputs) -> dict[str, Tensor]:
+        """The streams given, [..., D_s], in the units of reconstructions: with unit norm where `normalize` says so."""
+        parts = batch.streams_of(inputs, self.d_streams)
+        return {name: self._unit_rows(x.flatten(0, -2), (name,)).view_as(x) for name, x in parts.items()}
+
+    def _unit_rows(self, x: Tensor, streams: Sequence[str]) -> Tensor:
+        """Rows of these streams side by side, [N, D'], normalized."""
+        which = [name in self.normalize for name in streams]
+        return batch.unit_rows(x, which, [self.d_streams[name] for name in streams]) if any(which) else x
+
     @torch.no_grad()
-    def calibrate(self, inputs: Inputs) -> None:
+    def calibrate(self, inputs: Inputs, whiten: Whiten = "none") -> None:
         """Measure each stream so that none outweighs the others in the shared support; stored with the model.
 
         Afterwards the model sees ``(x_s - mean_s) / rms_s`` with rms_s^2 = mean_n ||x_s[n] - mean_s||^2: centred
         streams of mean squared norm 1. Reconstructions come back in the streams' own units; losses are measured
-        on the calibrated inputs. All streams must be given.
+        on the calibrated inputs. Rows that are to be normalized are, first. All streams must be given.
+
+        Args:
+            whiten: "diag" divides each dimension by its own standard deviation, times sqrt(D_s): centred streams of
+                mean squared norm 1 as before, but all dimensions of a stream of the same variance, so that one that is
+                a hundred times as large as the others does not hide them. A dimension that is constant stays small.
+                Under DistributedDataParallel all processes must calibrate then, since input_rms is [D].
         """
+        if whiten not in ("none", "diag"):
+            raise ValueError(f'whiten must be "none" or "diag", got {whiten!r}')
         streams = tuple(batch.streams_of(inputs, self.d_streams))
         n = len(next(batch.in_pieces(inputs, self.d_streams, batch.MEASURED))[streams[0]])
         if streams != self.streams or not n:
@@ -181,7 +203,8 @@ class SPARC(nn.Module):
                 f"inputs must hold samples of every stream {self.streams} to calibrate, got {n} of {streams}"
             )
         widths = tuple(self.d_streams.values())
-        mean, rms = batch.measure(self._finite_pieces(inputs), widths)
+        mean, rms = batch.measure(self._finite_pieces(inputs), widths, whiten)
+        self._make_room_for_scales(len(rms))
         self.input_mean.copy_(mean)
         self.input_rms.copy_(rms)
         _look_at_calibration(self)
@@ -192,7 +215,7 @@ class SPARC(nn.Module):
             streams, x, _ = batch.side_by_side(piece, self.d_streams)
             batch.check_finite(x, streams, tuple(self.d_streams.values()), first)
             first += len(x)
-            yield x
+            yield self._unit_rows(x, streams)
 
     def encode(self, inputs: Inputs, present: Tensor | None = None) -> SparseLatents:
         """Sparse codes of any non-empty subset of streams; the support is chosen from the streams given.
@@ -317,9 +340,11 @@ class SPARC(nn.Module):
             present = batch.check_present(present, streams, leading, x.device)
         if present is not None:
             x = batch.without_absent(x, present, widths)
+        x = self._unit_rows(x, streams)
         if self.is_calibrated:
             mean = columns_of(self.input_mean, streams, self.d_streams)
-            x = batch.calibrate(x, mean, [self.input_rms[s] for s in positions], widths)
+            scales = self._scales()
+            x = batch.calibrate(x, mean, [scales[s] for s in positions], widths)
         x = x.to(self.W_enc.dtype)
         if self.check_finite and not torch.compiler.is_compiling() and not _is_capturing(x):
             batch.check_finite(x, streams, widths)
@@ -416,7 +441,8 @@ class SPARC(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments that are part of the model, as plain data."""
         names = ("d_streams", "n_latents", "k", "selection", "auxk", "dead_after", "check_finite")
-        return {name: getattr(self, name) for name in names}
+        chosen = {"normalize": dict(self.normalize)} if self.normalize else {}  # files without are what they were
+        return {name: getattr(self, name) for name in names} | chosen
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
@@ -434,13 +460,23 @@ class SPARC(nn.Module):
         self._make_current()
         return {**self.__dict__, "_catch_up": None, "_calibration": ((), self.is_calibrated)}
 
+    def _scales(self) -> Sequence[Tensor]:
+        """What each stream is divided by: one number, or one a column."""
+        widths = list(self.d_streams.values())
+        return self.input_rms.unbind() if len(self.input_rms) == len(widths) else torch.split(self.input_rms, widths)
+
+    def _make_room_for_scales(self, count: int) -> None:
+        """`input_rms` is [S], or [D] where each dimension has a scale of its own."""
+        if len(self.input_rms) != count and count in (len(self.d_streams), sum(self.d_streams.values())):
+            self.input_rms = self.input_rms.new_ones(count)
+
     def _columns(self) -> list[slice]:
         return stream_slices(tuple(self.d_streams.values()))
 
     def _uncalibrate(self, recons: Tensor, t: int) -> Tensor:
         if not self.is_calibrated:
             return recons
-        return (recons * self.input_rms[t] + self.input_mean[self._columns()[t]]).to(recons.dtype)
+        return (recons * self._scales()[t] + self.input_mean[self._columns()[t]]).to(recons.dtype)
 
 
 def _is_replicated() -> bool:
@@ -456,6 +492,12 @@ def _is_capturing(x: Tensor) -> bool:
 
 def _before_state(model: SPARC, *_: object) -> None:
     model._make_current()
+
+
+def _before_loading(model: SPARC, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    model._make_current()
+    if isinstance(scales := state.get(f"{prefix}input_rms"), Tensor) and scales.ndim == 1:
+        model._make_room_for_scales(len(scales))
 
 
 def _look_at_calibration(model: SPARC, *_: object) -> None:

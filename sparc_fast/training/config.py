@@ -98,6 +98,13 @@ def _identifiers(value: Any) -> str | dict[str, Place | tuple[Place, str]]:
     return value if isinstance(value, str) else _sources(value, IDS_SUFFIXES)
 
 
+def _norms(value: Any) -> str | dict[str, str]:
+    of_streams = value.values() if isinstance(value, Mapping) else [value]
+    if not all(how in ("none", "l2") for how in of_streams):
+        raise ValueError
+    return dict(value) if isinstance(value, Mapping) else str(value)
+
+
 def parse_source(text: str) -> tuple[str, Place | tuple[Place, str]]:
     """(stream, source) of a text ``stream=path`` or ``stream=path#name``; several files are separated by commas.
 
@@ -128,10 +135,21 @@ def parse_sources(texts: Sequence[str], flag: str) -> dict[str, Place | tuple[Pl
     return dict(named)
 
 
+def parse_norms(texts: Sequence[str], flag: str) -> str | dict[str, str]:
+    """One word for all streams, or ``stream=l2`` of some."""
+    if len(texts) == 1 and "=" not in texts[0]:
+        return texts[0]
+    named = [text.rpartition("=") for text in texts]
+    if len({stream for stream, _, _ in named}) < len(named) or not all(stream for stream, _, _ in named):
+        raise ValueError(f"{flag} must be one word, or stream=word once for each of some streams, got {list(texts)}")
+    return {stream: how for stream, _, how in named}
+
+
 flag = _checked("true or false", bool, lambda _: True, bool)
 text = _checked("text", str, lambda _: True, str)
 sources = Kind("a table of streams, each a path, a list of files or [path, name]", _sources)
 identifiers = Kind("the name of a data set in every file, or a table of streams as for data", _identifiers)
+norms = Kind("none or l2, or a table of streams, each none or l2", _norms)
 size = Kind('an integer >= 1, in bytes, or a size such as "4GiB"', lambda value: as_bytes(value, "size"), parse_bytes)
 part = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 below_one = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
@@ -214,7 +232,13 @@ class Config:
     zero_rows: str = setting(
         "absent", choice("absent", "keep"), "a stream's rows of zeros are absent (an image that failed), or as they are"
     )
+    normalize: str | Mapping[str, str] = field(
+        default="none", metadata=about(norms, "l2: rows get unit norm, of all streams or of those in a table")
+    )
     calibrate: bool = setting(True, flag, "measure the streams first, so that none outweighs the others")
+    whiten: str = setting(
+        "none", choice("none", "diag"), "diag: calibration scales each dimension, so that no large one hides the others"
+    )
     calibration_rows: int = setting(100_000, integer(1), "rows measured, at most one epoch")
 
     log_every: int = setting(50, integer(1), "steps from one line of metrics to the next, each a mean over them")
@@ -279,6 +303,8 @@ class Config:
             raise ValueError(f"ids must be given with join={self.join!r}, got none")
         if self.join == "none" and self.repeated != "none":
             raise ValueError(f"join must be inner or outer with repeated={self.repeated!r}, got none")
+        if self.whiten != "none" and not self.calibrate:
+            raise ValueError(f"calibrate must be true with whiten={self.whiten!r}, got false")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate must be at most batch_size={self.batch_size}, got {self.accumulate}")
         if self.accumulate > 1 and self.lazy and self.moments == "bfloat16":

@@ -11,11 +11,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from sparc_fast.batch import scales
 from sparc_fast.data import AlignedFiles, Loader
 from sparc_fast.data.absence import mark_zero_rows, without_empty_samples
 from sparc_fast.model import SPARC
@@ -144,7 +145,7 @@ class Trainer:
         self._receivers: list[Any] = [*sinks, progress]
         if self.step == 0 and config.calibrate:
             progress.say(f"calibrating on up to {config.calibration_rows:,} rows")
-            found = calibrate(self.model, self.loader, config.calibration_rows, config.zero_rows)
+            found = calibrate(self.model, self.loader, config.calibration_rows, config.zero_rows, config.whiten)
             for stream, rows in found.items():
                 _report_zero_rows(self.loader.files, stream, rows, config.zero_rows)
         closing.callback(progress.close)
@@ -313,7 +314,9 @@ def stop_on_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def calibrate(model: SPARC, loader: Loader, n_rows: int, zero_rows: str = "absent") -> dict[str, Tensor]:
+def calibrate(
+    model: SPARC, loader: Loader, n_rows: int, zero_rows: str = "absent", whiten: str = "none"
+) -> dict[str, Tensor]:
     """`SPARC.calibrate` on the first `n_rows` rows that the loader gives, at most one epoch; the loader stands still.
 
     Of each stream over the samples that have it; with `zero_rows` "absent", zero rows are none. Means and squares are
@@ -335,7 +338,7 @@ def calibrate(model: SPARC, loader: Loader, n_rows: int, zero_rows: str = "absen
         if is_zero is not None:
             zero.append(torch.where(is_zero, numbers[:, None], -1))
         present = filled if zero_rows == "absent" else has
-        x = batch.double()
+        x = model._unit_rows(batch.double(), model.streams)
         counts = (
             torch.full((len(widths),), len(x), dtype=torch.int64, device="cpu") if present is None else present.sum(0)
         )
@@ -353,9 +356,10 @@ def calibrate(model: SPARC, loader: Loader, n_rows: int, zero_rows: str = "absen
     for stream, cols in zip(d_streams, columns, strict=True):
         if not n[cols.start]:
             raise ValueError(f"data must have rows of {stream!r} that are not zero to be calibrated, got none")
-    rms = torch.stack([(squares[cols].sum() / n[cols.start]).sqrt() for cols in columns])
-    size = torch.stack([mean[cols].norm() for cols in columns])
-    rms = torch.where(rms > 1e-6 * size, rms, 1.0)  # a constant stream has no scale of its own
+    spread = squares / n
+    if whiten == "none":
+        spread = torch.stack([squares[cols].sum() / n[cols.start] for cols in columns])
+    rms = scales(mean, spread, tuple(d_streams.values()))
     model.load_state_dict({"input_mean": mean, "input_rms": rms}, strict=False)
     found = zip(d_streams, torch.cat(zero).T if zero else [], strict=False)
     return {stream: rows[rows >= 0].sort().values for stream, rows in found if (rows >= 0).any()}
@@ -409,7 +413,8 @@ def _new_model(config: Config, files: AlignedFiles, device: torch.device) -> SPA
         model = SPARC(
             files.d_streams, config.n_latents, config.k,
             selection="local" if config.selection == "local" else "global", auxk=config.auxk,
-            dead_after=config.dead_after, backend="auto", dtype=getattr(torch, config.dtype), device="cpu",
+            dead_after=config.dead_after, normalize=cast(Any, config.normalize), backend="auto",
+            dtype=getattr(torch, config.dtype), device="cpu",
         )  # fmt: skip
     backends.resolve(config.backend, device)
     model.backend = config.backend
