@@ -250,28 +250,54 @@ def in_pieces(inputs: Inputs, d_streams: Mapping[str, int], most: int) -> Iterat
         yield {name: part[start : start + most] for name, part in flat.items()}
 
 
-def measure(pieces: Iterable[Tensor], d_streams: Sequence[int], whiten: Whiten = "none") -> tuple[Tensor, Tensor]:
-    """(mean [D], what `scales` says) of samples [n, D] that come in pieces, in float64.
+class Moments:
+    """Mean [D] and mean squared deviation of samples [n, D] that come in pieces, in float64, on some columns together.
 
     Pieces are combined as in Chan et al., 1979.
     """
-    columns, n = stream_slices(d_streams), 0
-    if whiten == "diag":
-        columns = stream_slices([1] * sum(d_streams))
-    mean = spread = torch.zeros((), dtype=torch.float64, device="cpu")
-    for piece in pieces:
+
+    def __init__(self, columns: Sequence[slice]) -> None:
+        self.columns, self.n = columns, 0
+        self.mean = self.spread = torch.zeros((), dtype=torch.float64, device="cpu")
+
+    def add(self, piece: Tensor) -> None:
         x, m = piece.double(), len(piece)
         of_piece = x.mean(0)
-        spread_of_piece = torch.stack([(x - of_piece)[:, cols].square().sum(1).mean() for cols in columns])
-        if n == 0:
-            mean, spread = of_piece, spread_of_piece
+        spread_of_piece = torch.stack([(x - of_piece)[:, cols].square().sum(1).mean() for cols in self.columns])
+        if self.n == 0:
+            self.mean, self.spread = of_piece, spread_of_piece
         else:
-            apart, share = of_piece - mean, m / (n + m)
-            between = torch.stack([apart[cols].square().sum() for cols in columns])
-            spread = spread + (spread_of_piece - spread) * share + between * share * (1 - share)
-            mean = mean + apart * share
-        n += m
-    return mean, scales(mean, spread, d_streams)
+            apart, share = of_piece - self.mean, m / (self.n + m)
+            between = torch.stack([apart[cols].square().sum() for cols in self.columns])
+            self.spread = self.spread + (spread_of_piece - self.spread) * share + between * share * (1 - share)
+            self.mean = self.mean + apart * share
+        self.n += m
+
+
+def measure(pieces: Iterable[Tensor], d_streams: Sequence[int], whiten: Whiten = "none") -> tuple[Tensor, Tensor]:
+    """(mean [D], what `scales` says) of samples [n, D] that come in pieces, in float64."""
+    moments = Moments(stream_slices([1] * sum(d_streams) if whiten == "diag" else d_streams))
+    for piece in pieces:
+        moments.add(piece)
+    return moments.mean, scales(moments.mean, moments.spread, d_streams)
+
+
+def spread_of(batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """stream -> mean_n ||x_s[n] - mean_s||^2 over those samples of some batches that have it, float64.
+
+    0 where that is rounding alone: a stream that does not vary has nothing that an error could be told by.
+    """
+    found: dict[str, Moments] = {}
+    for batch in batches:
+        for s, (name, cols) in enumerate(zip(batch.streams, stream_slices(batch.d_streams), strict=True)):
+            moments = found.setdefault(name, Moments([slice(None)]))
+            here = batch.x[:, cols] if batch.present is None else batch.x[batch.present[:, s], cols]
+            if len(here):
+                moments.add(here)
+    return {
+        name: torch.where(moments.spread > 1e-12 * moments.mean.square().sum(), moments.spread, 0.0).sum()
+        for name, moments in found.items()
+    }
 
 
 def scales(mean: Tensor, spread: Tensor, d_streams: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparc_fast import batch, checkpoint
 from sparc_fast.batch import AllStreams, Batch, Inputs, Normalize, Whiten, columns_of, position
 from sparc_fast.codes import SparseLatents
-from sparc_fast.objective import Objective, SparcLoss, fired
+from sparc_fast.objective import Loss, Objective, SparcLoss, fired
 from sparc_fast.ops import backends, functional, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import stream_slices
@@ -50,6 +50,9 @@ class SPARC(nn.Module):
         dead_after: a latent is dead once no stream fired it for more than this many training samples.
         normalize: "l2" gives every row of inputs unit norm before anything else is done with it; of some streams alone
             as {name: "l2"}. Zero rows stay. Reconstructions are then of rows of unit norm (`normalized`).
+        loss: what errors are told by: "nmse", each sample's squared error over its squared norm; or "fvu", all samples'
+            squared errors over their squared deviations from the batch's mean, so that rows of tiny norm, of which
+            every reconstruction is far off, have no more say than others. `sparc_fast.nmse` and `fvu` say it exactly.
         backend: "auto", the fastest available for the inputs' device, or a name.
         check_finite: raise on NaN or infinite inputs. On a GPU this waits for the device; under torch.compile
             and in a CUDA graph it is skipped.
@@ -74,6 +77,7 @@ class SPARC(nn.Module):
         auxk: int = 64,
         dead_after: int = 256_000,
         normalize: Normalize | Mapping[str, Normalize] = "none",
+        loss: Loss = "nmse",
         backend: str = "auto",
         check_finite: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -99,6 +103,9 @@ class SPARC(nn.Module):
         self.n_latents, self.k, self.selection = n_latents, k, selection
         self.auxk, self.dead_after = auxk, dead_after
         self.normalize = batch.normalized_streams(normalize, self.streams)
+        if loss not in ("nmse", "fvu"):
+            raise ValueError(f'loss must be "nmse" or "fvu", got {loss!r}')
+        self.error: Loss = loss
         self.backend, self.check_finite = backend, check_finite
 
         S, L, D = len(self.d_streams), n_latents, sum(self.d_streams.values())
@@ -279,7 +286,7 @@ class SPARC(nn.Module):
         self._count_silence(values, indices)
         loss = None
         if given.streams == self.streams:
-            loss = self._objective(cross_loss_coef).compare(recons, given)
+            loss = self._objective(cross_loss_coef).over([given]).compare(recons, given)
         named = {
             (source, target): self._uncalibrate(recons[:, s, cols], t).reshape(*given.leading, self.d_streams[target])
             for s, source in enumerate(given.streams)
@@ -297,6 +304,7 @@ class SPARC(nn.Module):
     ) -> SparcLoss:
         """The training objective:  mean_s NMSE(s, s) + cross_loss_coef mean_{s != t} NMSE(s, t) + auxk_coef AuxK.
 
+        Of a model with ``loss="fvu"``, FVU over the batch in place of NMSE; a stream that does not vary in it has none.
         Over the streams given: self terms of each, cross terms between every ordered pair of them. AuxK joins in
         training mode while latents are dead: the `auxk` largest of the dead latents reconstruct what each stream's
         own reconstruction left over (Gao et al., arXiv 2406.04093). In training mode the dead counters move.
@@ -309,7 +317,7 @@ class SPARC(nn.Module):
                 samples; what a sample does not have is in no error and no gradient, whatever the inputs hold there.
         """
         given = self._batch(inputs, present)
-        objective = self._objective(cross_loss_coef, auxk_coef, support_from)
+        objective = self._objective(cross_loss_coef, auxk_coef, support_from).over([given])
         parts = objective.choose(given)
         flows = [part.measure(len(given.x)) for part in parts]
         self._count_silence(*fired(parts, flows))
@@ -328,7 +336,15 @@ class SPARC(nn.Module):
             dead = dead.nonzero()[:, 0]  # before this batch's work is under way, so that the host need not wait for it
             dead = dead if len(dead) else None
         return Objective(
-            self.selection, self.k, self.backend, cross_loss_coef, support_from, self.auxk, auxk_coef, dead
+            self.selection,
+            self.k,
+            self.backend,
+            cross_loss_coef,
+            support_from,
+            self.auxk,
+            auxk_coef,
+            dead,
+            self.error,
         )
 
     def _batch(self, inputs: Inputs, present: Tensor | None = None) -> Batch:
@@ -441,8 +457,10 @@ class SPARC(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments that are part of the model, as plain data."""
         names = ("d_streams", "n_latents", "k", "selection", "auxk", "dead_after", "check_finite")
-        chosen = {"normalize": dict(self.normalize)} if self.normalize else {}  # files without are what they were
-        return {name: getattr(self, name) for name in names} | chosen
+        config = {name: getattr(self, name) for name in names}
+        if self.normalize:  # files of models without are what they were
+            config["normalize"] = dict(self.normalize)
+        return config if self.error == "nmse" else {**config, "loss": self.error}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparc_fast.batch import AllStreams, Inputs, columns_of, stack, streams_of
+from sparc_fast.batch import AllStreams, Batch, Inputs, columns_of, stack, streams_of
 from sparc_fast.model import SPARC
 from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
@@ -128,21 +128,21 @@ class SparcAdam(torch.optim.Optimizer):
         states = [self._state(p) for p in (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)]
         batch: OneBatch | MicroBatches
         if len(parts) == 1:
-            batch = self._flow(*parts[0], n_samples, objective, backend)
+            given = model._batch(*parts[0])
+            objective = objective.over([given])
+            batch = self._flow(given, n_samples, objective, backend)
         else:
             batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples)
+            objective = objective.over(model._batch(*part) for part in parts)
             for part in parts:
-                batch.add(self._flow(*part, n_samples, objective, backend))
+                batch.add(self._flow(model._batch(*part), n_samples, objective, backend))
         self._update(batch, states, backend)
         batch.count_silence(model.silence, backend)
         return objective.summarize(batch.terms, batch.streams)
 
-    def _flow(
-        self, inputs: Inputs, present: Tensor | None, n_samples: int, objective: Objective, backend: backends.Backend
-    ) -> OneBatch:
+    def _flow(self, given: Batch, n_samples: int, objective: Objective, backend: backends.Backend) -> OneBatch:
         """A batch, or a part of one of `n_samples`, through the objective."""
         model = self.model
-        given = model._batch(inputs, present)
         parts = objective.choose(given)
         among = [AllStreams(model.d_streams, part.batch) for part in parts]
         used = [a.streams(indices) for a, part in zip(among, parts, strict=True) for indices in part.supports.used()]

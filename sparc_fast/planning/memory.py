@@ -168,6 +168,8 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
     yield Part("batch", sizes.batch)
     if config.calibrate or config.normalize != "none" or w < FLOAT:
         yield Part("batch as the model sees it", N * D * w, (*STEP, VALIDATING))
+    if config.loss == "fvu":
+        yield Part("deviations of a stream, in float64", 3 * LONG * N * sizes.W, (CHOOSING,))
     yield Part("batch of held-out rows", N * D * FLOAT * validates, (VALIDATING,))
     if config.accumulate > 1:
         gradients = FLOAT * (2 * sizes.L * D + S * sizes.L)

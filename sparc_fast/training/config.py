@@ -198,6 +198,9 @@ class Config:
     selection: str = setting("global", choice("global", "local"), "one support for all streams, or one for each")
     auxk: int = setting(64, integer(0), "dead latents that reconstruct the residual; 0 turns AuxK off")
     dead_after: int = setting(256_000, integer(0), "samples without firing after which a latent is dead")
+    loss: str = setting(
+        "nmse", choice("nmse", "fvu"), "errors over each sample's squared norm, or over the batch's squared deviations"
+    )
     dtype: str = setting(
         "float32", choice("float32", "bfloat16", "float16"), "of the weights; Adam's master rows stay float32"
     )

@@ -413,7 +413,8 @@ def _new_model(config: Config, files: AlignedFiles, device: torch.device) -> SPA
         model = SPARC(
             files.d_streams, config.n_latents, config.k,
             selection="local" if config.selection == "local" else "global", auxk=config.auxk,
-            dead_after=config.dead_after, normalize=cast(Any, config.normalize), backend="auto",
+            dead_after=config.dead_after, normalize=cast(Any, config.normalize),
+            loss="fvu" if config.loss == "fvu" else "nmse", backend="auto",
             dtype=getattr(torch, config.dtype), device="cpu",
         )  # fmt: skip
     backends.resolve(config.backend, device)
