@@ -71,14 +71,14 @@ def nmse_scale(energy: Tensor, n_samples: int | None = None) -> Tensor:
     return torch.where(counted, 1 / energy.where(counted, 1.0) / max(N, 1), 0.0)
 
 
-def fvu_scale(spread: Sequence[Tensor], n_rows: int, n_samples: int, dtype: torch.dtype) -> Tensor:
-    """scale[n, t] = 1 / (N spread[t]), and 0 where a stream does not vary: what makes squared errors FVU, [n_rows, S].
+def fvu_scale(spread: Sequence[Tensor], energy: Tensor, n_samples: int) -> Tensor:
+    """scale[n, t] = 1 / (N spread[t]), and 0 where a stream does not vary: what makes squared errors FVU, as `energy`.
 
     N is `n_samples`, those of the whole batch, over which mean squared deviations are `spread`.
     """
-    each = torch.stack(list(spread))
+    each = torch.stack(list(spread)).to(energy.device)
     scale = torch.where(each > 0, 1 / each.where(each > 0, 1.0) / max(n_samples, 1), 0.0)
-    return scale.to(dtype).expand(n_rows, -1).contiguous()
+    return scale.to(energy.dtype).expand(len(energy), -1).contiguous()
 
 
 def pair_weights(n_streams: int, cross_loss_coef: float) -> tuple[float, ...]:
@@ -297,7 +297,7 @@ class Objective:
         """What makes squared errors of each sample and stream the loss, [N, S']."""
         if self.spread is None:
             return nmse_scale(energy, n_samples)
-        return fvu_scale([self.spread[name] for name in batch.streams], len(energy), n_samples, energy.dtype)
+        return fvu_scale([self.spread[name] for name in batch.streams], energy, n_samples)
 
     def summarize(self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...]) -> SparcLoss:
         """The loss of a batch of these streams, from the terms of its samples that have the same ones.

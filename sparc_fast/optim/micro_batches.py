@@ -10,6 +10,7 @@ from torch import Tensor
 from sparc_fast.objective import Terms
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
+from sparc_fast.optim.freezing import Run
 
 
 class OneBatch(NamedTuple):
@@ -25,10 +26,29 @@ class OneBatch(NamedTuple):
     samples: Samples
     grad_pre_bias: Tensor
     """The decoder's part, of all streams, [D]."""
+    used: Tensor
+    """The supports that the samples' entries are of."""
 
-    def update(self, rows: Rows, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
-        """A step of the rows by this batch; returns what a backend's `update_rows` does."""
-        return backend.update_rows(rows, self.samples, adam)
+    def update(self, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
+        """A step of the rows, those of a run of streams or all; returns what a backend's `update_rows` does."""
+        samples = self.samples
+        if run is None:
+            return backend.update_rows(rows, samples, adam)
+        grads = samples.x.new_empty(0), samples.x.new_empty(0)
+        of_columns = samples._replace(
+            x=samples.x[:, run.columns],
+            pre_bias=samples.pre_bias[run.columns],
+            grad_recons=samples.grad_recons[:, :, run.columns],
+        )
+        if rows.W_dec is not None:  # its gradients come from all streams
+            backend.update_rows(rows.of_decoder, of_columns, adam)
+        if rows.W_enc is not None:
+            own = {name: getattr(of_columns, name)[:, run.streams] for name in ("values", "grad_values", "grad_recons")}
+            if self.used.ndim == 3:
+                inverse = backend.invert_indices(self.used[:, run.streams].contiguous(), len(rows.W_enc))
+                own |= {"offsets": inverse[0], "entries": inverse[1]}
+            grads = backend.update_rows(rows.of_encoder, of_columns._replace(**own), adam)
+        return grads
 
     def count_silence(self, silence: Tensor, backend: Backend) -> None:
         backend.count_silence(silence, self.values, self.support)
@@ -59,10 +79,13 @@ class MicroBatches:
         part.count_silence(self._silence, self.backend)
         self._used |= part.samples.offsets.diff() > 0
 
-    def update(self, rows: Rows, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
+    def update(self, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """As `OneBatch.update`."""
         assert self._gradients is not None
-        return self._gradients[2], backend.step_rows(rows, Gradients(*self._gradients, self._used), adam)
+        W_enc, W_dec, latent_bias = self._gradients
+        if run is not None:
+            W_enc, W_dec, latent_bias = W_enc[:, run.columns], W_dec[:, run.columns], latent_bias[run.streams]
+        return latent_bias, backend.step_rows(rows, Gradients(W_enc, W_dec, latent_bias, self._used), adam)
 
     def count_silence(self, silence: Tensor, backend: Backend) -> None:
         """As over one batch: a latent that fired in any part becomes 0, every other grows by all samples."""
