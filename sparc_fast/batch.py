@@ -319,6 +319,11 @@ def scales(mean: Tensor, spread: Tensor, d_streams: Sequence[int]) -> Tensor:
     return torch.where(deviation > 1e-6 * mean.abs(), own, of_streams.repeat_interleave(widths))
 
 
+def scales_of(rms: Tensor, d_streams: Sequence[int]) -> Sequence[Tensor]:
+    """What each stream is divided by: one number of [S], or one a column of [D]."""
+    return rms.unbind() if len(rms) == len(d_streams) else torch.split(rms, list(d_streams))
+
+
 def calibrate(x: Tensor, mean: Tensor, rms: Sequence[Tensor], d_streams: Sequence[int]) -> Tensor:
     """(x_s - mean_s) / rms_s of every stream, its rms one number or one a column, in float32 or wider."""
     parts = [(x[:, cols] - mean[cols]) / rms[s] for s, cols in enumerate(stream_slices(d_streams))]

@@ -188,7 +188,7 @@ class SPARC(nn.Module):
         return batch.unit_rows(x, which, [self.d_streams[name] for name in streams]) if any(which) else x
 
     @torch.no_grad()
-    def calibrate(self, inputs: Inputs, whiten: Whiten = "none") -> None:
+    def calibrate(self, inputs: Inputs, whiten: Whiten = "none", streams: Sequence[str] | None = None) -> None:
         """Measure each stream so that none outweighs the others in the shared support; stored with the model.
 
         Afterwards the model sees ``(x_s - mean_s) / rms_s`` with rms_s^2 = mean_n ||x_s[n] - mean_s||^2: centred
@@ -200,21 +200,71 @@ class SPARC(nn.Module):
                 mean squared norm 1 as before, but all dimensions of a stream of the same variance, so that one that is
                 a hundred times as large as the others does not hide them. A dimension that is constant stays small.
                 Under DistributedDataParallel all processes must calibrate then, since input_rms is [D].
+            streams: those whose calibration is set; that of the others, which weights may rely on, stays.
         """
         if whiten not in ("none", "diag"):
             raise ValueError(f'whiten must be "none" or "diag", got {whiten!r}')
-        streams = tuple(batch.streams_of(inputs, self.d_streams))
-        n = len(next(batch.in_pieces(inputs, self.d_streams, batch.MEASURED))[streams[0]])
-        if streams != self.streams or not n:
+        given = tuple(batch.streams_of(inputs, self.d_streams))
+        n = len(next(batch.in_pieces(inputs, self.d_streams, batch.MEASURED))[given[0]])
+        if given != self.streams or not n:
             raise ValueError(
-                f"inputs must hold samples of every stream {self.streams} to calibrate, got {n} of {streams}"
+                f"inputs must hold samples of every stream {self.streams} to calibrate, got {n} of {given}"
             )
-        widths = tuple(self.d_streams.values())
-        mean, rms = batch.measure(self._finite_pieces(inputs), widths, whiten)
+        mean, rms = batch.measure(self._finite_pieces(inputs), tuple(self.d_streams.values()), whiten)
+        self._calibrate_streams(mean, rms, self.streams if streams is None else streams)
+
+    @torch.no_grad()
+    def with_stream(self, name: str, width: int, *, normalize: Normalize = "none") -> SPARC:
+        """A model of one stream more, the last; its weights are as of a new model, all others' a copy, bit for bit.
+
+        Codes of the other streams are what they were. To train the new one alone, ``SparcAdam(..., freeze=streams)``
+        with those there were; calibrate it alone with ``calibrate(inputs, streams=[name])``.
+        """
+        if name in self.streams:
+            raise ValueError(f"name must be of a stream that is new beside {self.streams}, got {name!r}")
+        like: dict[str, Any] = {"dtype": self.W_enc.dtype, "device": self.W_enc.device, "backend": self.backend}
+        streams = {"d_streams": {**self.d_streams, name: width}, "normalize": {**self.normalize, name: normalize}}
+        model = SPARC(**{**self.config(), **streams}, **like)
+        model._take_over(self)
+        return model.train(self.training)
+
+    @torch.no_grad()
+    def _take_over(self, other: SPARC) -> None:
+        """Become `other` in the streams that it has, whatever their order; the rest stays."""
+        self.silence.copy_(other.silence)
+        mean, scales = self.input_mean.clone(), list(self._scales())
+        for name, theirs, scale in zip(other.streams, other._columns(), other._scales(), strict=True):
+            s = self.streams.index(name)
+            mine = self._columns()[s]
+            for weights, given in zip((self.W_enc, self.W_dec), (other.W_enc, other.W_dec), strict=True):
+                weights[:, mine].copy_(given[:, theirs])
+            self.pre_bias[mine].copy_(other.pre_bias[theirs])
+            self.latent_bias[s].copy_(other.latent_bias[other.streams.index(name)])
+            mean[mine].copy_(other.input_mean[theirs])
+            scales[s] = scale.to(mean.device)
+        self._set_calibration(mean, scales)
+
+    def _set_calibration(self, mean: Tensor, scales: Sequence[Tensor]) -> None:
+        """mean [D], and of each stream one number or one a column."""
+        if all(scale.ndim == 0 for scale in scales):
+            rms = torch.stack(list(scales))
+        else:
+            widths = self.d_streams.values()
+            rms = torch.cat([scale.expand(width) for scale, width in zip(scales, widths, strict=True)])
         self._make_room_for_scales(len(rms))
         self.input_mean.copy_(mean)
         self.input_rms.copy_(rms)
         _look_at_calibration(self)
+
+    def _calibrate_streams(self, mean: Tensor, rms: Tensor, streams: Sequence[str]) -> None:
+        """As was measured of all streams, in some; the others' calibration stays."""
+        measured, kept = batch.scales_of(rms, tuple(self.d_streams.values())), list(self._scales())
+        means = self.input_mean.to(mean, copy=True)
+        for name in streams:
+            s = position(name, self.streams, "streams")
+            means[self._columns()[s]] = mean[self._columns()[s]]
+            kept[s] = measured[s].to(self.input_rms)
+        self._set_calibration(means, kept)
 
     def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
         first = 0
@@ -480,8 +530,7 @@ class SPARC(nn.Module):
 
     def _scales(self) -> Sequence[Tensor]:
         """What each stream is divided by: one number, or one a column."""
-        widths = list(self.d_streams.values())
-        return self.input_rms.unbind() if len(self.input_rms) == len(widths) else torch.split(self.input_rms, widths)
+        return batch.scales_of(self.input_rms, tuple(self.d_streams.values()))
 
     def _make_room_for_scales(self, count: int) -> None:
         """`input_rms` is [S], or [D] where each dimension has a scale of its own."""

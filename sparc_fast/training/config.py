@@ -98,6 +98,13 @@ def _identifiers(value: Any) -> str | dict[str, Place | tuple[Place, str]]:
     return value if isinstance(value, str) else _sources(value, IDS_SUFFIXES)
 
 
+def _names(value: Any) -> list[str]:
+    listed = [value] if isinstance(value, str) else list(value)
+    if not all(isinstance(name, str) and name for name in listed):
+        raise ValueError
+    return listed
+
+
 def _norms(value: Any) -> str | dict[str, str]:
     of_streams = value.values() if isinstance(value, Mapping) else [value]
     if not all(how in ("none", "l2") for how in of_streams):
@@ -150,6 +157,8 @@ text = _checked("text", str, lambda _: True, str)
 sources = Kind("a table of streams, each a path, a list of files or [path, name]", _sources)
 identifiers = Kind("the name of a data set in every file, or a table of streams as for data", _identifiers)
 norms = Kind("none or l2, or a table of streams, each none or l2", _norms)
+names = Kind("a list of names", _names)
+place = _checked("a path", (str, Path), lambda _: True, str)
 size = Kind('an integer >= 1, in bytes, or a size such as "4GiB"', lambda value: as_bytes(value, "size"), parse_bytes)
 part = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 below_one = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
@@ -193,6 +202,12 @@ class Config:
         0, integer(0), "rows of `data` held out instead, in up to 64 blocks spread evenly over the files"
     )
 
+    start_from: str = setting(
+        "", place, "a run's folder, a model file or a checkpoint, whose weights and calibration are the first"
+    )
+    freeze: Sequence[str] = field(
+        default=(), metadata=about(names, "what stays as it is: encoder, decoder, or streams' names")
+    )
     n_latents: int = setting(REQUIRED, integer(1), "L, latents of the shared dictionary")
     k: int = setting(REQUIRED, integer(1), "latents kept per sample")
     selection: str = setting("global", choice("global", "local"), "one support for all streams, or one for each")
@@ -292,7 +307,8 @@ class Config:
     def with_paths_from(self, folder: Path) -> Config:
         """The same, its relative paths those of `folder`."""
         paths = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["kind"] in (sources, identifiers)}
-        return replace(self, **{name: with_absolute_paths(value, folder) for name, value in paths.items()})
+        absolutes = {name: with_absolute_paths(value, folder) for name, value in paths.items()}
+        return replace(self, **absolutes, start_from=self.start_from and absolute(self.start_from, folder))
 
     def differences(self, other: Config) -> list[str]:
         """Settings in which the two would give different results."""
@@ -380,6 +396,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         if f.metadata["kind"] in (sources, identifiers):
             if value is not None:
                 settings[f.name] = with_absolute_paths(value, path.parent)
+        elif f.metadata["kind"] is place and value:
+            settings[f.name] = absolute(value, path.parent)
         elif path.suffix in (".yaml", ".yml") and isinstance(value, str) and f.metadata["kind"].parse is float:
             settings[f.name] = _as_number(value)  # YAML takes 1e-3 for text
     return settings
