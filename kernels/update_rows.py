@@ -69,17 +69,22 @@ def pieces_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
     x, grad_recons = dense_rows(samples.x), dense_rows(samples.grad_recons.detach().flatten(0, 1))
     batch = Entries.of(samples.values, samples.grad_values, samples.offsets, samples.entries)
-    grad_latent_bias = wide(x.new_empty(0)).new_empty(len(rows.d_streams), len(rows.W_enc))
+    grad_latent_bias = wide(x.new_empty(0)).new_empty(len(rows.d_streams), batch.n_latents)
+    grad_pre_bias = grad_latent_bias.new_empty(0)
     numbers, pre_bias = _numbers(rows, adam), samples.pre_bias.detach().contiguous()
-    pre_bias_parts = _update_encoder(rows, numbers, grad_latent_bias, x, pre_bias, batch)
-    _update_decoder(rows, numbers, grad_recons, batch)
-    return grad_latent_bias, -pre_bias_parts.sum(0)
+    if rows.W_enc is not None:
+        grad_pre_bias = -_update_encoder(rows, numbers, grad_latent_bias, x, pre_bias, batch).sum(0)
+    if rows.W_dec is not None:
+        _update_decoder(rows, numbers, grad_recons, batch)
+    return grad_latent_bias, grad_pre_bias
 
 
 def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> None:
     numbers, used = _numbers(rows, adam), gradients.used.contiguous().view(torch.uint8)
-    _update_encoder(rows, numbers, None, dense_rows(gradients.W_enc), None, used)
-    _update_decoder(rows, numbers, dense_rows(gradients.W_dec), used)
+    if rows.W_enc is not None:
+        _update_encoder(rows, numbers, None, dense_rows(gradients.W_enc), None, used)
+    if rows.W_dec is not None:
+        _update_decoder(rows, numbers, dense_rows(gradients.W_dec), used)
 
 
 class InPlace:
@@ -108,11 +113,12 @@ Numbers = tuple[Tensor, Tensor | None, Tensor]
 
 
 def _numbers(rows: Rows, adam: AdamStep) -> Numbers:
-    device = rows.W_enc.device
+    W, moments = rows.weights[0], rows.their_moments
+    device = W.device
     step = _scalar(adam.step, torch.float64, device)
     constants, noise = adam_constants(
         _scalar(adam.lr, torch.float64, device), _settings(*adam.betas, adam.eps, device), step, 1,
-        rows.W_enc.dtype, rounding_seed(rows.W_enc, rows.moments, adam.seed),
+        W.dtype, rounding_seed(W, moments, adam.seed),
     )  # fmt: skip
     return constants, noise, step
 
@@ -126,6 +132,7 @@ def _update_encoder(
     batch: Entries | Tensor,
 ) -> Tensor:  # fmt: skip
     """Returns rows of D that add up to -grad_pre_bias, none where gradients are given, which are then the source."""
+    assert rows.W_enc is not None
     L, D = rows.W_enc.shape
     chosen = encoder_choice(rows.d_streams, source.dtype)
     columns = Columns.of(rows.d_streams, chosen["BLOCK_D"], source.device)
@@ -150,6 +157,7 @@ def _update_encoder(
 
 def _update_decoder(rows: Rows, numbers: Numbers, source: Tensor, batch: Entries | Tensor) -> None:
     """The source is grad_recons as rows [N * S, D], or the gradient."""
+    assert rows.W_dec is not None
     width, (L, D) = max(rows.d_streams), rows.W_dec.shape
     chosen, of_pieces = (choice(rows.d_streams, source.dtype) for choice in (decoder_choice, pieces_choice))
     streams = Columns.of(rows.d_streams, width, source.device)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparc_fast.ops.layout import stream_slices
+from sparc_fast.ops.layout import stream_slices, wide
 
 Inputs = Mapping[str, Tensor] | Tensor
+Normalize = Literal["l2", "none"]
+Whiten = Literal["none", "diag"]
 
 PIECE = 4096  # samples of many that are encoded together: what is taken beside them stays small
 MEASURED = 1024  # of those that are calibrated, in float64
@@ -201,6 +203,30 @@ def without_absent(x: Tensor, present: Tensor, d_streams: Sequence[int]) -> Tens
     return x.masked_fill(~torch.cat(columns, dim=1), 0)
 
 
+def normalized_streams(normalize: Normalize | Mapping[str, Normalize], streams: Sequence[str]) -> dict[str, Normalize]:
+    """stream -> "l2" of those whose rows are normalized, from one word for all or from some streams' own."""
+    given = normalize if isinstance(normalize, Mapping) else dict.fromkeys(streams, normalize)
+    for name, how in given.items():
+        position(name, streams, "normalize")
+        if how not in ("l2", "none"):
+            raise ValueError(f'normalize must be "l2" or "none", or a table of streams, got {how!r} for {name!r}')
+    return {name: "l2" for name in streams if given.get(name) == "l2"}
+
+
+def unit_rows(x: Tensor, which: Sequence[bool], d_streams: Sequence[int]) -> Tensor:
+    """x [N, D'] with rows of norm 1 in the streams that `which` says, in float32 or wider; a zero row stays."""
+    x = wide(x)
+    parts = [x[:, cols] for cols in stream_slices(d_streams)]
+    return torch.cat([_unit(part) if here else part for part, here in zip(parts, which, strict=True)], dim=1)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    largest = rows.abs().amax(1, keepdim=True)  # squares neither overflow nor vanish beside it
+    rows = rows / torch.where(largest > 0, largest, 1.0)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / norm.clamp_min(1)  # only that of a zero row is below 1
+
+
 def check_finite(x: Tensor, streams: Sequence[str], d_streams: Sequence[int], first: int = 0) -> None:
     """ValueError names the stream and the first row, counted from `first`, that is not finite; waits for the device."""
     # one sum sees any NaN or inf; where it overflows without them, the slow look below finds no row
@@ -224,32 +250,82 @@ def in_pieces(inputs: Inputs, d_streams: Mapping[str, int], most: int) -> Iterat
         yield {name: part[start : start + most] for name, part in flat.items()}
 
 
-def measure(pieces: Iterable[Tensor], d_streams: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(mean [D], rms [S]) of samples [n, D] that come in pieces, in float64: rms_s^2 = mean_n ||x_s[n] - mean_s||^2.
+class Moments:
+    """Mean [D] and mean squared deviation of samples [n, D] that come in pieces, in float64, on some columns together.
 
     Pieces are combined as in Chan et al., 1979.
     """
-    columns, n = stream_slices(d_streams), 0
-    mean = spread = torch.zeros((), dtype=torch.float64, device="cpu")
-    for piece in pieces:
+
+    def __init__(self, columns: Sequence[slice]) -> None:
+        self.columns, self.n = columns, 0
+        self.mean = self.spread = torch.zeros((), dtype=torch.float64, device="cpu")
+
+    def add(self, piece: Tensor) -> None:
         x, m = piece.double(), len(piece)
         of_piece = x.mean(0)
-        spread_of_piece = torch.stack([(x - of_piece)[:, cols].square().sum(1).mean() for cols in columns])
-        if n == 0:
-            mean, spread = of_piece, spread_of_piece
+        spread_of_piece = torch.stack([(x - of_piece)[:, cols].square().sum(1).mean() for cols in self.columns])
+        if self.n == 0:
+            self.mean, self.spread = of_piece, spread_of_piece
         else:
-            apart, share = of_piece - mean, m / (n + m)
-            between = torch.stack([apart[cols].square().sum() for cols in columns])
-            spread = spread + (spread_of_piece - spread) * share + between * share * (1 - share)
-            mean = mean + apart * share
-        n += m
-    size = torch.stack([mean[cols].norm() for cols in columns])
-    rms = spread.sqrt()
-    return mean, torch.where(rms > 1e-6 * size, rms, 1.0)  # a constant stream has no scale of its own
+            apart, share = of_piece - self.mean, m / (self.n + m)
+            between = torch.stack([apart[cols].square().sum() for cols in self.columns])
+            self.spread = self.spread + (spread_of_piece - self.spread) * share + between * share * (1 - share)
+            self.mean = self.mean + apart * share
+        self.n += m
+
+
+def measure(pieces: Iterable[Tensor], d_streams: Sequence[int], whiten: Whiten = "none") -> tuple[Tensor, Tensor]:
+    """(mean [D], what `scales` says) of samples [n, D] that come in pieces, in float64."""
+    moments = Moments(stream_slices([1] * sum(d_streams) if whiten == "diag" else d_streams))
+    for piece in pieces:
+        moments.add(piece)
+    return moments.mean, scales(moments.mean, moments.spread, d_streams)
+
+
+def spread_of(batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """stream -> mean_n ||x_s[n] - mean_s||^2 over those samples of some batches that have it, float64.
+
+    0 where that is rounding alone: a stream that does not vary has nothing that an error could be told by.
+    """
+    found: dict[str, Moments] = {}
+    for batch in batches:
+        for s, (name, cols) in enumerate(zip(batch.streams, stream_slices(batch.d_streams), strict=True)):
+            moments = found.setdefault(name, Moments([slice(None)]))
+            here = batch.x[:, cols] if batch.present is None else batch.x[batch.present[:, s], cols]
+            if len(here):
+                moments.add(here)
+    return {
+        name: torch.where(moments.spread > 1e-12 * moments.mean.square().sum(), moments.spread, 0.0).sum()
+        for name, moments in found.items()
+    }
+
+
+def scales(mean: Tensor, spread: Tensor, d_streams: Sequence[int]) -> Tensor:
+    """What inputs are divided by: rms_s of each stream, from spread [S] = rms_s^2 = mean_n ||x_s[n] - mean_s||^2.
+
+    From the spread of each column, [D]: sqrt(D_s spread_d), by which all columns of a stream get the same variance, and
+    the stream a mean squared norm of 1, as by its rms.
+    """
+    columns = stream_slices(d_streams)
+    if len(spread) == len(columns):
+        size = torch.stack([mean[cols].norm() for cols in columns])
+        rms = spread.sqrt()
+        return torch.where(rms > 1e-6 * size, rms, 1.0)  # a constant stream has no scale of its own
+    of_streams = scales(mean, torch.stack([spread[cols].sum() for cols in columns]), d_streams)
+    widths = torch.tensor(d_streams, device=mean.device)
+    deviation = spread.sqrt()
+    own = deviation * widths.double().sqrt().repeat_interleave(widths)
+    # nor has a constant column; what noise it has stays as small beside the others as it is
+    return torch.where(deviation > 1e-6 * mean.abs(), own, of_streams.repeat_interleave(widths))
+
+
+def scales_of(rms: Tensor, d_streams: Sequence[int]) -> Sequence[Tensor]:
+    """What each stream is divided by: one number of [S], or one a column of [D]."""
+    return rms.unbind() if len(rms) == len(d_streams) else torch.split(rms, list(d_streams))
 
 
 def calibrate(x: Tensor, mean: Tensor, rms: Sequence[Tensor], d_streams: Sequence[int]) -> Tensor:
-    """(x_s - mean_s) / rms_s of every stream, in float32 or wider."""
+    """(x_s - mean_s) / rms_s of every stream, its rms one number or one a column, in float32 or wider."""
     parts = [(x[:, cols] - mean[cols]) / rms[s] for s, cols in enumerate(stream_slices(d_streams))]
     return torch.cat(parts, dim=1)
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sparc_fast import batch, checkpoint
-from sparc_fast.batch import AllStreams, Batch, Inputs, columns_of, position
+from sparc_fast.batch import AllStreams, Batch, Inputs, Normalize, Whiten, columns_of, position
 from sparc_fast.codes import SparseLatents
-from sparc_fast.objective import Objective, SparcLoss, fired
+from sparc_fast.objective import Loss, Objective, SparcLoss, fired
 from sparc_fast.ops import backends, functional, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import stream_slices
@@ -48,6 +48,11 @@ class SPARC(nn.Module):
         selection: "global", one support for all streams of a sample; "local", one per stream.
         auxk: dead latents that reconstruct the residual during training; 0 turns AuxK off.
         dead_after: a latent is dead once no stream fired it for more than this many training samples.
+        normalize: "l2" gives every row of inputs unit norm before anything else is done with it; of some streams alone
+            as {name: "l2"}. Zero rows stay. Reconstructions are then of rows of unit norm (`normalized`).
+        loss: what errors are told by: "nmse", each sample's squared error over its squared norm; or "fvu", all samples'
+            squared errors over their squared deviations from the batch's mean, so that rows of tiny norm, of which
+            every reconstruction is far off, have no more say than others. `sparc_fast.nmse` and `fvu` say it exactly.
         backend: "auto", the fastest available for the inputs' device, or a name.
         check_finite: raise on NaN or infinite inputs. On a GPU this waits for the device; under torch.compile
             and in a CUDA graph it is skipped.
@@ -71,6 +76,8 @@ class SPARC(nn.Module):
         selection: Selection = "global",
         auxk: int = 64,
         dead_after: int = 256_000,
+        normalize: Normalize | Mapping[str, Normalize] = "none",
+        loss: Loss = "nmse",
         backend: str = "auto",
         check_finite: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -95,6 +102,10 @@ class SPARC(nn.Module):
         self.d_streams = {name: int(width) for name, width in d_streams.items()}
         self.n_latents, self.k, self.selection = n_latents, k, selection
         self.auxk, self.dead_after = auxk, dead_after
+        self.normalize = batch.normalized_streams(normalize, self.streams)
+        if loss not in ("nmse", "fvu"):
+            raise ValueError(f'loss must be "nmse" or "fvu", got {loss!r}')
+        self.error: Loss = loss
         self.backend, self.check_finite = backend, check_finite
 
         S, L, D = len(self.d_streams), n_latents, sum(self.d_streams.values())
@@ -109,7 +120,7 @@ class SPARC(nn.Module):
         self._calibration: tuple[tuple[tuple[Tensor, int], ...], bool] = (), False
         self._catch_up: Callable[[], None] | None = None
         self.register_load_state_dict_post_hook(_look_at_calibration)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
         backends.resolve(backend, self.W_enc.device)
         self.reset_parameters()
@@ -166,25 +177,94 @@ class SPARC(nn.Module):
         if self.W_dec.grad is not None:
             reference.project_gradients(self.W_dec.grad, self.W_dec, tuple(self.d_streams.values()))
 
+    def normalized(self, inputs: Inputs) -> dict[str, Tensor]:
+        """The streams given, [..., D_s], in the units of reconstructions: with unit norm where `normalize` says so."""
+        parts = batch.streams_of(inputs, self.d_streams)
+        return {name: self._unit_rows(x.flatten(0, -2), (name,)).view_as(x) for name, x in parts.items()}
+
+    def _unit_rows(self, x: Tensor, streams: Sequence[str]) -> Tensor:
+        """Rows of these streams side by side, [N, D'], normalized."""
+        which = [name in self.normalize for name in streams]
+        return batch.unit_rows(x, which, [self.d_streams[name] for name in streams]) if any(which) else x
+
     @torch.no_grad()
-    def calibrate(self, inputs: Inputs) -> None:
+    def calibrate(self, inputs: Inputs, whiten: Whiten = "none", streams: Sequence[str] | None = None) -> None:
         """Measure each stream so that none outweighs the others in the shared support; stored with the model.
 
         Afterwards the model sees ``(x_s - mean_s) / rms_s`` with rms_s^2 = mean_n ||x_s[n] - mean_s||^2: centred
         streams of mean squared norm 1. Reconstructions come back in the streams' own units; losses are measured
-        on the calibrated inputs. All streams must be given.
+        on the calibrated inputs. Rows that are to be normalized are, first. All streams must be given.
+
+        Args:
+            whiten: "diag" divides each dimension by its own standard deviation, times sqrt(D_s): centred streams of
+                mean squared norm 1 as before, but all dimensions of a stream of the same variance, so that one that is
+                a hundred times as large as the others does not hide them. A dimension that is constant stays small.
+                Under DistributedDataParallel all processes must calibrate then, since input_rms is [D].
+            streams: those whose calibration is set; that of the others, which weights may rely on, stays.
         """
-        streams = tuple(batch.streams_of(inputs, self.d_streams))
-        n = len(next(batch.in_pieces(inputs, self.d_streams, batch.MEASURED))[streams[0]])
-        if streams != self.streams or not n:
+        if whiten not in ("none", "diag"):
+            raise ValueError(f'whiten must be "none" or "diag", got {whiten!r}')
+        given = tuple(batch.streams_of(inputs, self.d_streams))
+        n = len(next(batch.in_pieces(inputs, self.d_streams, batch.MEASURED))[given[0]])
+        if given != self.streams or not n:
             raise ValueError(
-                f"inputs must hold samples of every stream {self.streams} to calibrate, got {n} of {streams}"
+                f"inputs must hold samples of every stream {self.streams} to calibrate, got {n} of {given}"
             )
-        widths = tuple(self.d_streams.values())
-        mean, rms = batch.measure(self._finite_pieces(inputs), widths)
+        mean, rms = batch.measure(self._finite_pieces(inputs), tuple(self.d_streams.values()), whiten)
+        self._calibrate_streams(mean, rms, self.streams if streams is None else streams)
+
+    @torch.no_grad()
+    def with_stream(self, name: str, width: int, *, normalize: Normalize = "none") -> SPARC:
+        """A model of one stream more, the last; its weights are as of a new model, all others' a copy, bit for bit.
+
+        Codes of the other streams are what they were. To train the new one alone, ``SparcAdam(..., freeze=streams)``
+        with those there were; calibrate it alone with ``calibrate(inputs, streams=[name])``.
+        """
+        if name in self.streams:
+            raise ValueError(f"name must be of a stream that is new beside {self.streams}, got {name!r}")
+        like: dict[str, Any] = {"dtype": self.W_enc.dtype, "device": self.W_enc.device, "backend": self.backend}
+        streams = {"d_streams": {**self.d_streams, name: width}, "normalize": {**self.normalize, name: normalize}}
+        model = SPARC(**{**self.config(), **streams}, **like)
+        model._take_over(self)
+        return model.train(self.training)
+
+    @torch.no_grad()
+    def _take_over(self, other: SPARC) -> None:
+        """Become `other` in the streams that it has, whatever their order; the rest stays."""
+        self.silence.copy_(other.silence)
+        mean, scales = self.input_mean.clone(), list(self._scales())
+        for name, theirs, scale in zip(other.streams, other._columns(), other._scales(), strict=True):
+            s = self.streams.index(name)
+            mine = self._columns()[s]
+            for weights, given in zip((self.W_enc, self.W_dec), (other.W_enc, other.W_dec), strict=True):
+                weights[:, mine].copy_(given[:, theirs])
+            self.pre_bias[mine].copy_(other.pre_bias[theirs])
+            self.latent_bias[s].copy_(other.latent_bias[other.streams.index(name)])
+            mean[mine].copy_(other.input_mean[theirs])
+            scales[s] = scale.to(mean.device)
+        self._set_calibration(mean, scales)
+
+    def _set_calibration(self, mean: Tensor, scales: Sequence[Tensor]) -> None:
+        """mean [D], and of each stream one number or one a column."""
+        if all(scale.ndim == 0 for scale in scales):
+            rms = torch.stack(list(scales))
+        else:
+            widths = self.d_streams.values()
+            rms = torch.cat([scale.expand(width) for scale, width in zip(scales, widths, strict=True)])
+        self._make_room_for_scales(len(rms))
         self.input_mean.copy_(mean)
         self.input_rms.copy_(rms)
         _look_at_calibration(self)
+
+    def _calibrate_streams(self, mean: Tensor, rms: Tensor, streams: Sequence[str]) -> None:
+        """As was measured of all streams, in some; the others' calibration stays."""
+        measured, kept = batch.scales_of(rms, tuple(self.d_streams.values())), list(self._scales())
+        means = self.input_mean.to(mean, copy=True)
+        for name in streams:
+            s = position(name, self.streams, "streams")
+            means[self._columns()[s]] = mean[self._columns()[s]]
+            kept[s] = measured[s].to(self.input_rms)
+        self._set_calibration(means, kept)
 
     def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
         first = 0
@@ -192,7 +272,7 @@ class SPARC(nn.Module):
             streams, x, _ = batch.side_by_side(piece, self.d_streams)
             batch.check_finite(x, streams, tuple(self.d_streams.values()), first)
             first += len(x)
-            yield x
+            yield self._unit_rows(x, streams)
 
     def encode(self, inputs: Inputs, present: Tensor | None = None) -> SparseLatents:
         """Sparse codes of any non-empty subset of streams; the support is chosen from the streams given.
@@ -256,7 +336,7 @@ class SPARC(nn.Module):
         self._count_silence(values, indices)
         loss = None
         if given.streams == self.streams:
-            loss = self._objective(cross_loss_coef).compare(recons, given)
+            loss = self._objective(cross_loss_coef).over([given]).compare(recons, given)
         named = {
             (source, target): self._uncalibrate(recons[:, s, cols], t).reshape(*given.leading, self.d_streams[target])
             for s, source in enumerate(given.streams)
@@ -274,6 +354,7 @@ class SPARC(nn.Module):
     ) -> SparcLoss:
         """The training objective:  mean_s NMSE(s, s) + cross_loss_coef mean_{s != t} NMSE(s, t) + auxk_coef AuxK.
 
+        Of a model with ``loss="fvu"``, FVU over the batch in place of NMSE; a stream that does not vary in it has none.
         Over the streams given: self terms of each, cross terms between every ordered pair of them. AuxK joins in
         training mode while latents are dead: the `auxk` largest of the dead latents reconstruct what each stream's
         own reconstruction left over (Gao et al., arXiv 2406.04093). In training mode the dead counters move.
@@ -286,7 +367,7 @@ class SPARC(nn.Module):
                 samples; what a sample does not have is in no error and no gradient, whatever the inputs hold there.
         """
         given = self._batch(inputs, present)
-        objective = self._objective(cross_loss_coef, auxk_coef, support_from)
+        objective = self._objective(cross_loss_coef, auxk_coef, support_from).over([given])
         parts = objective.choose(given)
         flows = [part.measure(len(given.x)) for part in parts]
         self._count_silence(*fired(parts, flows))
@@ -305,7 +386,15 @@ class SPARC(nn.Module):
             dead = dead.nonzero()[:, 0]  # before this batch's work is under way, so that the host need not wait for it
             dead = dead if len(dead) else None
         return Objective(
-            self.selection, self.k, self.backend, cross_loss_coef, support_from, self.auxk, auxk_coef, dead
+            self.selection,
+            self.k,
+            self.backend,
+            cross_loss_coef,
+            support_from,
+            self.auxk,
+            auxk_coef,
+            dead,
+            self.error,
         )
 
     def _batch(self, inputs: Inputs, present: Tensor | None = None) -> Batch:
@@ -317,9 +406,11 @@ class SPARC(nn.Module):
             present = batch.check_present(present, streams, leading, x.device)
         if present is not None:
             x = batch.without_absent(x, present, widths)
+        x = self._unit_rows(x, streams)
         if self.is_calibrated:
             mean = columns_of(self.input_mean, streams, self.d_streams)
-            x = batch.calibrate(x, mean, [self.input_rms[s] for s in positions], widths)
+            scales = self._scales()
+            x = batch.calibrate(x, mean, [scales[s] for s in positions], widths)
         x = x.to(self.W_enc.dtype)
         if self.check_finite and not torch.compiler.is_compiling() and not _is_capturing(x):
             batch.check_finite(x, streams, widths)
@@ -416,7 +507,10 @@ class SPARC(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments that are part of the model, as plain data."""
         names = ("d_streams", "n_latents", "k", "selection", "auxk", "dead_after", "check_finite")
-        return {name: getattr(self, name) for name in names}
+        config = {name: getattr(self, name) for name in names}
+        if self.normalize:  # files of models without are what they were
+            config["normalize"] = dict(self.normalize)
+        return config if self.error == "nmse" else {**config, "loss": self.error}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
@@ -434,13 +528,22 @@ class SPARC(nn.Module):
         self._make_current()
         return {**self.__dict__, "_catch_up": None, "_calibration": ((), self.is_calibrated)}
 
+    def _scales(self) -> Sequence[Tensor]:
+        """What each stream is divided by: one number, or one a column."""
+        return batch.scales_of(self.input_rms, tuple(self.d_streams.values()))
+
+    def _make_room_for_scales(self, count: int) -> None:
+        """`input_rms` is [S], or [D] where each dimension has a scale of its own."""
+        if len(self.input_rms) != count and count in (len(self.d_streams), sum(self.d_streams.values())):
+            self.input_rms = self.input_rms.new_ones(count)
+
     def _columns(self) -> list[slice]:
         return stream_slices(tuple(self.d_streams.values()))
 
     def _uncalibrate(self, recons: Tensor, t: int) -> Tensor:
         if not self.is_calibrated:
             return recons
-        return (recons * self.input_rms[t] + self.input_mean[self._columns()[t]]).to(recons.dtype)
+        return (recons * self._scales()[t] + self.input_mean[self._columns()[t]]).to(recons.dtype)
 
 
 def _is_replicated() -> bool:
@@ -456,6 +559,12 @@ def _is_capturing(x: Tensor) -> bool:
 
 def _before_state(model: SPARC, *_: object) -> None:
     model._make_current()
+
+
+def _before_loading(model: SPARC, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    model._make_current()
+    if isinstance(scales := state.get(f"{prefix}input_rms"), Tensor) and scales.ndim == 1:
+        model._make_room_for_scales(len(scales))
 
 
 def _look_at_calibration(model: SPARC, *_: object) -> None:

@@ -7,18 +7,20 @@ one part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparc_fast import selection
-from sparc_fast.batch import AllStreams, Batch, position, stack
+from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
 from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, reconstruct, weighted_sum
 from sparc_fast.ops.layout import stream_slices, wide
+
+Loss = Literal["nmse", "fvu"]
 
 ZERO_ROW = 1e-20
 """A row of smaller squared norm counts as a zero row: relative to nothing, no error can be told."""
@@ -69,6 +71,16 @@ def nmse_scale(energy: Tensor, n_samples: int | None = None) -> Tensor:
     return torch.where(counted, 1 / energy.where(counted, 1.0) / max(N, 1), 0.0)
 
 
+def fvu_scale(spread: Sequence[Tensor], energy: Tensor, n_samples: int) -> Tensor:
+    """scale[n, t] = 1 / (N spread[t]), and 0 where a stream does not vary: what makes squared errors FVU, as `energy`.
+
+    N is `n_samples`, those of the whole batch, over which mean squared deviations are `spread`.
+    """
+    each = torch.stack(list(spread)).to(energy.device)
+    scale = torch.where(each > 0, 1 / each.where(each > 0, 1.0) / max(n_samples, 1), 0.0)
+    return scale.to(energy.dtype).expand(len(energy), -1).contiguous()
+
+
 def pair_weights(n_streams: int, cross_loss_coef: float) -> tuple[float, ...]:
     """weights[s, s] = 1 / S and weights[s, t] = cross_loss_coef / (S (S - 1)), row-major source by target."""
     S = n_streams
@@ -100,7 +112,7 @@ class SparcLoss(NamedTuple):
     total: Tensor
     """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar."""
     self: Tensor
-    """Mean NMSE of each stream reconstructed from itself."""
+    """Mean NMSE of each stream reconstructed from itself; FVU here and below where that is the model's loss."""
     cross: Tensor | None
     """Mean NMSE over ordered pairs of streams; None when its coefficient is 0 or one stream is present."""
     auxk: Tensor | None
@@ -108,7 +120,7 @@ class SparcLoss(NamedTuple):
     nmse: Tensor
     """[S, S], source by target, over the samples that have both; 0 where a pair was not computed."""
     zero_rows: Tensor
-    """[S], samples whose input was all zero: they count as error 0."""
+    """[S], samples whose input was all zero: in NMSE they count as error 0."""
 
 
 class AmongDead(NamedTuple):
@@ -207,7 +219,11 @@ def fired(parts: Sequence[Part], flows: Sequence[Flow]) -> tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """mean_s NMSE(s, s) + cross_loss_coef mean_{s != t} NMSE(s, t) + auxk_coef AuxK, on supports of a rule's choice."""
+    """mean_s NMSE(s, s) + cross_loss_coef mean_{s != t} NMSE(s, t) + auxk_coef AuxK, on supports of a rule's choice.
+
+    Or the same with FVU over the batch in place of NMSE, by which AuxK's error is told, too: by how far the inputs
+    deviate, not what is left over of them, which is known of a part of a batch at a time.
+    """
 
     selection: selection.Selection
     k: int
@@ -220,6 +236,13 @@ class Objective:
     dead: Tensor | None = None
     """For AuxK, which None turns off: int64 [n_dead], one at least, and it chooses by a GEMM over their rows alone; or
     bool [L], where the host must not wait to hear how many are dead."""
+    loss: Loss = "nmse"
+    spread: Mapping[str, Tensor] | None = None
+    """For FVU, what `over` finds."""
+
+    def over(self, batches: Iterable[Batch]) -> Objective:
+        """The same for a batch, given whole or in parts; NMSE does not look at it, being each sample's own."""
+        return self if self.loss == "nmse" else replace(self, spread=spread_of(batches))
 
     def choose(self, batch: Batch) -> list[Part]:
         """The parts of a batch, with their supports; reads no row of the decoder.
@@ -242,14 +265,15 @@ class Objective:
     def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
         S, widths = len(batch.streams), batch.d_streams
         energy = row_energy(batch.x, widths)
-        scale = nmse_scale(energy, n_samples)
+        scale = self._scale(batch, energy, n_samples)
         weights = pair_weights(S, self.cross_loss_coef)
         backend = backends.resolve(self.backend, batch.x.device)
         first = reconstruct(*batch.operands(), supports.indices, None, scale, weights, widths, backend)
         if supports.dead is None:
             return Flow(first, None, energy)
         residual = self_residual(first.grad_recons, scale, widths)
-        scale = nmse_scale(row_energy(residual, widths), n_samples)
+        if self.spread is None:
+            scale = nmse_scale(row_energy(residual, widths), n_samples)
         if supports.dead.any_dead is not None:
             scale = scale * supports.dead.any_dead
         weights = self_weights(S, self.auxk_coef)
@@ -260,9 +284,20 @@ class Objective:
     def compare(self, recons: Tensor, batch: Batch) -> SparcLoss:
         """The loss of given reconstructions [N, S, D], differentiable by them, without AuxK."""
         S, columns = len(batch.streams), stream_slices(batch.d_streams)
-        pairs = [nmse(recons[:, s, cols], batch.x[:, cols]) for s in range(S) for cols in columns]
-        errors = torch.stack(pairs).view(S, S)
-        return self._summary(Terms(errors, None, row_energy(batch.x, batch.d_streams)))
+        energy = row_energy(batch.x, batch.d_streams)
+        if self.spread is None:
+            pairs = [nmse(recons[:, s, cols], batch.x[:, cols]) for s in range(S) for cols in columns]
+        else:
+            scale, error = self._scale(batch, energy, len(energy)), wide(recons) - wide(batch.x)[:, None]
+            squares = [row_energy(error[:, s], batch.d_streams) for s in range(S)]
+            pairs = [(scale * of_source).sum(0) for of_source in squares]
+        return self._summary(Terms(torch.stack(pairs).view(S, S), None, energy))
+
+    def _scale(self, batch: Batch, energy: Tensor, n_samples: int) -> Tensor:
+        """What makes squared errors of each sample and stream the loss, [N, S']."""
+        if self.spread is None:
+            return nmse_scale(energy, n_samples)
+        return fvu_scale([self.spread[name] for name in batch.streams], energy, n_samples)
 
     def summarize(self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...]) -> SparcLoss:
         """The loss of a batch of these streams, from the terms of its samples that have the same ones.

@@ -97,8 +97,8 @@ static void settle(Screen& screen, Tensor indices, Tensor given_up, Tensor x, Te
 }
 
 #define SUPPORT "indices:i32![N,k|N,S,k] "
-#define ROWS ">W_enc:A[L,D] >W_dec:A[L,D] >exp_avg_enc:M[L,D] >exp_avg_sq_enc:M[L,D] >exp_avg_dec:M[L,D] " \
-    ">exp_avg_sq_dec:M[L,D] >copy_enc:bf16[L,D]? >copy_dec:bf16[L,D]? >last_step:i64[L]? "
+#define ROWS ">W_enc:A[L,D]? >W_dec:A[L,D]? >exp_avg_enc:M[L,D]? >exp_avg_sq_enc:M[L,D]? >exp_avg_dec:M[L,D]? " \
+    ">exp_avg_sq_dec:M[L,D]? >copy_enc:bf16[L,D]? >copy_dec:bf16[L,D]? >last_step:i64[L]? "
 #define INVERSE "offsets:i64[L+1] entries:i64[E] "
 
 PYBIND11_MODULE(_cpu, m) {
@@ -118,14 +118,14 @@ PYBIND11_MODULE(_cpu, m) {
            "W_dec:T[L,D] pre_bias:A[D] target:T[N,D] scale:A[N,S] streams");
     define(m, "invert_indices", py::overload_cast<Tensor, Tensor, Tensor, int64_t>(invert_indices),
            ">offsets:i64[L+1] >entries:i64[E] " SUPPORT "#L");
-    // R streams of values: where only the decoder is asked for, its columns need not be theirs
+    // R streams of values: where only the decoder is asked for, or moves, its columns need not be theirs
     define(m, "weight_gradients", weight_gradients,
            ">grad_W_enc:A[L,D]? >grad_W_dec:A[L,D]? >grad_latent_bias:A[S,L]? x:T[N,D]? pre_bias:A[D]? "
            "values:A[N,R,k] grad_values:A[N,R,k]? grad_recons:T[N,R,D]? " INVERSE "streams");
     define(m, "update_rows", update_rows,
-           ">grad_latent_bias:A[S,L] >grad_pre_bias:A[D] " ROWS
-           "x:T[N,D] pre_bias:A[D] values:A[N,S,k] grad_values:A[N,S,k] grad_recons:T[N,S,D] " INVERSE "streams");
-    define(m, "step_rows", step_rows, ROWS "grad_W_enc:A[L,D] grad_W_dec:A[L,D] used:bool[L] streams");
+           ">grad_latent_bias:A[S,L]? >grad_pre_bias:A[D]? " ROWS
+           "x:T[N,D]? pre_bias:A[D]? values:A[N,R,k] grad_values:A[N,R,k]? grad_recons:T[N,R,D]? " INVERSE "streams");
+    define(m, "step_rows", step_rows, ROWS "grad_W_enc:A[L,D]? grad_W_dec:A[L,D]? used:bool[L] streams");
     define(m, "replay_rows", replay_rows,
            ">W_dec:A[L,D] >exp_avg:M[L,D] >exp_avg_sq:M[L,D] >copy:bf16[L,D]? latents:i64[R] >last_step:i64[L] "
            "history:f64[H,4] streams");

@@ -58,11 +58,13 @@ void with_type(int64_t item_size, F f) {
     if (item_size == 2) f(bf16{});
 }
 
-// Calls f with a value of the type of Adam's moments: bfloat16, or A, in which sums are taken.
+// Calls f with a value of the type of Adam's moments, of those there are: bfloat16, or A, in which sums are taken.
 template <class A, class F>
 void with_moments(const std::vector<Tensor>& moments, F f) {
-    if constexpr (sizeof(A) == sizeof(float))
-        if (moments[0].item_size == 2) return f(bf16{});
+    if constexpr (sizeof(A) == sizeof(float)) {
+        for (const Tensor& moment : moments)
+            if (moment.item_size == 2) return f(bf16{});
+    }
     f(A{});
 }
 

@@ -3,18 +3,33 @@
 // A task is a run of latents in one stream: it sums their gradients, or takes those given, into a buffer that stays in
 // cache, then moves the rows, encoder first, while the next row is fetched. Lazily, only decoder rows that have an entry
 // are moved. Where gradients are summed, the encoder's part of the pre-bias gradient is too: over fixed blocks of
-// latents, then over blocks in order.
+// latents, then over blocks in order. A matrix that is not given stays as it is.
 #ifndef SIMD_LEVEL
+#include <stdexcept>
+
 #include "level.h"
 #include "operators.h"
 #include "parallel.h"
 #define OPERATOR "update_rows.cpp"
 #include "every_level.h"
 
+// Throws unless a matrix that moves comes with its moments and with what else it takes.
+static void check_moved(
+    const Tensor& W_enc, const Tensor& W_dec, const std::vector<Tensor>& moments, bool has_encoder, bool has_decoder) {
+    const bool encoder = has_encoder && moments[0].ndim && moments[1].ndim;
+    const bool decoder = has_decoder && moments[2].ndim && moments[3].ndim;
+    if ((W_enc.ndim && !encoder) || (W_dec.ndim && !decoder))
+        throw std::invalid_argument("weights must come with their moments and with what their gradients are made of");
+}
+
 void update_rows(
     Tensor grad_latent_bias, Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments,
     std::vector<Tensor> copies, Tensor last_step, Batch batch, AdamStep adam, int threads) {
-    with_type(batch.x.item_size, [&](auto type) {
+    const bool own_streams = int64_t(batch.d_streams.size()) == batch.values.size[1];
+    const bool has_encoder = batch.x.ndim && batch.pre_bias.ndim && batch.grad_values.ndim && own_streams;
+    check_moved(
+        W_enc, W_dec, moments, has_encoder && grad_latent_bias.ndim && grad_pre_bias.ndim, batch.grad_recons.ndim);
+    with_type((W_enc.ndim ? batch.x : batch.grad_recons).item_size, [&](auto type) {
         with_moments<sum_t<decltype(type)>>(moments, [&](auto moment) {
             AT_SIMD_LEVEL(
                 update_rows<decltype(type), decltype(moment)>(
@@ -26,7 +41,8 @@ void update_rows(
 void step_rows(
     Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments, std::vector<Tensor> copies, Tensor last_step,
     Gradients gradients, AdamStep adam, int threads) {
-    with_type(gradients.W_enc.item_size, [&](auto type) {
+    check_moved(W_enc, W_dec, moments, gradients.W_enc.ndim, gradients.W_dec.ndim);
+    with_type((W_enc.ndim ? gradients.W_enc : gradients.W_dec).item_size, [&](auto type) {
         if constexpr (sizeof(type) >= sizeof(float))
             with_moments<decltype(type)>(moments, [&](auto moment) {
                 AT_SIMD_LEVEL(
@@ -64,7 +80,7 @@ template <class A>
 class GivenSums {
    public:
     explicit GivenSums(const Gradients& gradients, int threads)
-        : L(gradients.W_enc.size[0]), gradients(gradients), threads(threads) {}
+        : L(gradients.used.size[0]), gradients(gradients), threads(threads) {}
 
     void enter(int64_t, int64_t offset_, int64_t width_) { offset = offset_, width = width_; }
     bool used(int64_t l) const { return gradients.used.at<const uint8_t>(0)[l]; }
@@ -108,12 +124,12 @@ void move_rows(
     const std::vector<Tensor>& moments, const std::vector<Tensor>& copies, const Tensor& last_step,
     const Widths& d_streams, const AdamStep& step, int threads) {
     const Adam<A> adam(step);
-    const int64_t L = sums.L, D = W_enc.size[1];
-    const bool lazy = last_step.data, biases = grad_latent_bias.data;
+    const bool lazy = last_step.data, biases = grad_pre_bias.data;
+    const int64_t L = sums.L, D = biases ? grad_pre_bias.size[0] : 0;
 
     // the pre-bias gradient is summed in blocks of latents that no thread count changes; a task is some whole blocks
     const int64_t block = std::max<int64_t>(16, (L + 255) / 256), blocks = (L + block - 1) / block;
-    std::vector<A> pre_bias_parts(biases ? blocks * D : 0);
+    std::vector<A> pre_bias_parts(blocks * D);
     for (const Columns& run : column_runs(d_streams, whole_streams)) {
         const int64_t s = run.stream, column = run.begin, width = run.end - column;
         sums.enter(s, column, width);
@@ -121,11 +137,11 @@ void move_rows(
         const auto make_room = [&] { return Scratch<A>(size * width); };
         parallel_for((L + size - 1) / size, threads, make_room, [&](int64_t task, const Scratch<A>& grads) {
             const int64_t first = task * size, last = std::min(L, first + size);
-            sums.encoder(first, last, &grads[0], width);
             const auto moments_of = [&](int64_t matrix, int64_t l, int64_t after) {
                 return Moments<M>(&moments[2 * matrix], matrix, l, after, column);
             };
-            for (int64_t l = first; l < last; ++l) {
+            if (W_enc.ndim) sums.encoder(first, last, &grads[0], width);
+            for (int64_t l = first; l < last && W_enc.ndim; ++l) {
                 const int64_t after = std::min(l + 1, L - 1);
                 const A bias = sums.bias(l);
                 if (biases) grad_latent_bias.at<A>(s)[l] = bias;
@@ -134,6 +150,7 @@ void move_rows(
                     &grads[(l - first) * width], bias, biases ? &pre_bias_parts[l / block * D + column] : nullptr,
                     width, adam);
             }
+            if (!W_dec.ndim) return;
             sums.decoder(first, last, &grads[0], width);
             const std::vector<int64_t> latents = stepping(sums, first, last, lazy);
             for (size_t i = 0; i + 1 < latents.size(); ++i) {
@@ -144,12 +161,12 @@ void move_rows(
             }
         });
     }
-    for (int64_t d = 0; biases && d < D; ++d) {
+    for (int64_t d = 0; d < D; ++d) {
         double sum = 0;
         for (int64_t b = 0; b < blocks; ++b) sum += pre_bias_parts[b * D + d];
         grad_pre_bias.at<A>(0)[d] = A(sum);
     }
-    for (int64_t l = 0; lazy && l < L; ++l)
+    for (int64_t l = 0; lazy && W_dec.ndim && l < L; ++l)
         if (sums.used(l)) last_step.at<int64_t>(0)[l] = step.step;
 }
 
@@ -158,7 +175,7 @@ void update_rows(
     const Tensor& grad_latent_bias, const Tensor& grad_pre_bias, const Tensor& W_enc, const Tensor& W_dec,
     const std::vector<Tensor>& moments, const std::vector<Tensor>& copies, const Tensor& last_step, const Batch& batch,
     const AdamStep& step, int threads) {
-    SegmentSums<T> sums(batch, true, true, threads);
+    SegmentSums<T> sums(batch, W_enc.ndim, W_dec.ndim, threads);
     move_rows<sum_t<T>, M>(
         sums, grad_latent_bias, grad_pre_bias, W_enc, W_dec, moments, copies, last_step, batch.d_streams, step,
         threads);

@@ -131,7 +131,8 @@ def to_upstream(model: SPARC, path: str | Path, *, batch_size: int = 256, fold_c
         batch_size: samples in a batch of the research code, in which its counters count; where `dead_after` is a
             multiple of it, the same latents are dead.
         fold_calibration: put the calibration of the inputs into the weights. Codes and reconstructions are then those
-            of the model, to rounding, on inputs as they come; decoder columns no longer have unit norm, so that
+            of the model, to rounding, on inputs as they come (where the model normalizes rows, on rows of unit norm,
+            which the research code's loader makes them); decoder columns no longer have unit norm, so that
             training it further with the research code would change its scale.
 
     Raises:
@@ -175,7 +176,7 @@ def _state_dict(model: SPARC, batch_size: int) -> dict[str, Tensor]:
         W_enc, W_dec, pre_bias = model.W_enc[:, cols], model.W_dec[:, cols], model.pre_bias[cols]
         if model.is_calibrated:
             # W_enc ((x - mean) / rms - b) = (W_enc / rms) (x - (mean + rms b)),  rms (W_dec z + b) + mean
-            mean, rms, dtype = model.input_mean[cols].double(), model.input_rms[s].double(), W_enc.dtype
+            mean, rms, dtype = model.input_mean[cols].double(), model._scales()[s].double(), W_enc.dtype
             W_enc, W_dec, pre_bias = (
                 (W_enc / rms).to(dtype),
                 (W_dec * rms).to(dtype),

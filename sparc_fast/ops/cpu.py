@@ -150,26 +150,33 @@ def weight_gradients(
 
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
     operands = _batch(*samples)
-    if not _are_compiled(rows[:2], rows.moments, operands[1].dtype, adam.seed):
+    if not _are_compiled(rows.weights, rows.their_moments, operands[1].dtype, adam.seed):
         return reference.update_rows(rows, samples, adam)
-    grad_latent_bias = _sums(samples.x, len(rows.d_streams), len(rows.W_enc))
-    grad_pre_bias = _sums(samples.x, samples.x.shape[1])
+    given: tuple[Tensor | None, ...] = operands
+    if rows.W_enc is None:  # columns need not be those of the values' streams
+        given = None, None, operands[2], None, *operands[4:]
+    grad_latent_bias = _sums(samples.x, len(rows.d_streams), len(rows.weights[0]))
+    grad_pre_bias = _sums(samples.x, sum(rows.d_streams))
+    sums = (None, None) if rows.W_enc is None else (grad_latent_bias, grad_pre_bias)
     with _in_place(rows) as (updated, copies):
         _cpu.update_rows(
-            grad_latent_bias, grad_pre_bias, *updated, copies, rows.last_step, _cpu.Batch(*operands, rows.d_streams),
-            _adam(rows, adam), torch.get_num_threads(),
+            *sums, *updated, copies, rows.last_step, _cpu.Batch(*given, rows.d_streams), _adam(rows, adam),
+            torch.get_num_threads(),
         )  # fmt: skip
     return grad_latent_bias, grad_pre_bias
 
 
 def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> None:
-    if not _are_compiled(rows[:2], rows.moments, gradients.W_enc.dtype, adam.seed):
+    matrices = list(zip((rows.W_enc, rows.W_dec), gradients[:2], strict=True))
+    sums = next(gradient.dtype for W, gradient in matrices if W is not None)
+    if not _are_compiled(rows.weights, rows.their_moments, sums, adam.seed):
         reference.step_rows(rows, gradients, adam)
         return
-    operands = *(dense_rows(gradient) for gradient in gradients[:2]), gradients.used.contiguous()
+    given = (None if W is None else dense_rows(gradient) for W, gradient in matrices)
+    operands = _cpu.Gradients(*given, gradients.used.contiguous(), rows.d_streams)
     with _in_place(rows) as (updated, copies):
         _cpu.step_rows(
-            *updated, copies, rows.last_step, _cpu.Gradients(*operands, rows.d_streams), _adam(rows, adam),
+            *updated, copies, rows.last_step, operands, _adam(rows, adam),
             torch.get_num_threads(),
         )  # fmt: skip
 
@@ -188,20 +195,21 @@ def _are_compiled(weights: Sequence[Tensor], moments: Sequence[Tensor], sums: to
 
 def _adam(rows: Rows, adam: AdamStep) -> Any:
     lr, betas, eps, step, seed = adam
-    rounding = reference.rounding_seed(rows.W_enc, rows.moments, seed)
+    rounding = reference.rounding_seed(rows.weights[0], rows.their_moments, seed)
     return _cpu.AdamStep(float(lr), *betas, eps, int(step), _unsigned(rounding))
 
 
 @contextmanager
 def _in_place(rows: Rows) -> Iterator[tuple[tuple[Any, ...], list[Tensor | None]]]:
     """(W_enc, W_dec, moments), to be changed in place, and the copies that are written with them."""
-    copies = rows.copies or ()
-    narrow = [_bfloat16(copy) for copy in copies] or [None, None]
+    copies = rows.copies or (None, None)
+    narrow = [None if copy is None else _bfloat16(copy) for copy in copies]
     yield (rows.W_enc, rows.W_dec, list(rows.moments)), narrow
-    for copy, written, exact in zip(copies, narrow, (rows.W_enc, rows.W_dec), strict=False):
-        if written is None:
+    for copy, written, exact in zip(copies, narrow, (rows.W_enc, rows.W_dec), strict=True):
+        if copy is not None and exact is not None and written is None:
             copy.copy_(exact)
-    torch.autograd.graph.increment_version([rows.W_enc, rows.W_dec, *rows.moments, *copies])
+    written_to = [*rows.weights, *rows.their_moments, *(copy for copy in copies if copy is not None)]
+    torch.autograd.graph.increment_version(written_to)
 
 
 def replay_rows(rows: DecoderRows, latents: Tensor, history: Tensor, seed: int | None = None) -> None:

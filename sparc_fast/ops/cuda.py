@@ -143,8 +143,8 @@ def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
 
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
     x, pre_bias, values, grad_values, grad_recons, offsets, entries = samples
-    (N, S, k), L, device = values.shape, len(rows.W_enc), x.device
-    if not _moves(rows.W_dec, rows.moments, rows.d_streams) or x.dtype not in _FLOATS or N * S >= 2**32:
+    (N, S, k), L, device = values.shape, len(rows.weights[0]), x.device
+    if not _moves_both(rows) or x.dtype not in _FLOATS or N * S >= 2**32:
         grads: tuple[Tensor, Tensor] = _in_triton("update_rows", rows, samples, adam)
         return grads
     if x.dtype != grad_recons.dtype and (x.dtype, grad_recons.dtype) != (torch.float16, torch.float32):
@@ -165,12 +165,12 @@ def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, T
 
 
 def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> None:
-    if not _moves(rows.W_dec, rows.moments, rows.d_streams):
+    if not _moves_both(rows):
         _in_triton("step_rows", rows, gradients, adam)
         return
     dense, used = [_dense(gradient.float()) for gradient in gradients[:2]], gradients.used.contiguous()
     streams = _streams(rows)
-    given = _cuda.Gradients(*map(_matrix, dense), used.data_ptr(), len(rows.W_enc), streams)
+    given = _cuda.Gradients(*map(_matrix, dense), used.data_ptr(), len(used), streams)
     plan = _cuda.UpdatePlan(streams, False, _multiprocessors(used.device))
     with _moving(rows, adam, plan, 0) as moved:
         _cuda.step_rows(plan, *moved[:2], given, *moved[2:])
@@ -179,10 +179,10 @@ def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> None:
 @contextmanager
 def _moving(rows: Rows, adam: AdamStep, plan: Any, count: int) -> Iterator[tuple[Any, ...]]:
     """(encoder, decoder, step, last_step, workspace, stream) of a step by `count` entries."""
-    device = rows.W_enc.device
+    device = rows.weights[0].device
     (rate, rate_there), (number, number_there) = _number(adam.lr, device), _number(adam.step, device)
     step = _cuda.AdamStep(rate, *adam.betas, adam.eps, number, _address(rate_there), _address(number_there))
-    workspace = _bytes(_cuda.update_rows_workspace(plan, count, len(rows.W_enc), _streams(rows)), device)
+    workspace = _bytes(_cuda.update_rows_workspace(plan, count, len(rows.weights[0]), _streams(rows)), device)
     of_encoder, of_decoder = rows.copies or (None, None)
     with (
         _in_place(rows.W_enc, *rows.moments[:2], of_encoder) as encoder,
@@ -208,6 +208,15 @@ def replay_rows(rows: DecoderRows, latents: Tensor, history: Tensor, seed: int |
             _streams(rows), workspace.data_ptr(), _stream(device),
         )  # fmt: skip
     torch.autograd.graph.increment_version([last_step])
+
+
+def _moves_both(rows: Rows) -> bool:
+    """Whether the kernels move such rows. Where one matrix stays, Triton's do."""
+    if rows.W_enc is not None and rows.W_dec is not None:
+        return _moves(rows.W_dec, rows.their_moments, rows.d_streams)
+    if rows.last_step is not None and _moves(rows.weights[0], rows.their_moments, rows.d_streams):
+        raise ValueError('backend must be another than "cuda" where decoder rows are left behind and the encoder stays')
+    return False
 
 
 def _moves(W_dec: Tensor, moments: Sequence[Tensor], d_streams: Sequence[int]) -> bool:

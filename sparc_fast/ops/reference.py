@@ -271,11 +271,18 @@ def weight_gradients(
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
     """One training step of every latent's rows, in place: `step_rows` with the gradients of a batch.
 
-    Returns grad_latent_bias [S, L], and the part of grad_pre_bias [D] that comes through the encoder as it was before.
+    Returns grad_latent_bias [S, L], and  grad_pre_bias[d] = -sum_l grad_latent_bias[s(d), l] W_enc[l, d],  the part
+    that comes through the encoder as it was before the step; where the encoder stays, nothing of use.
     """
-    grad_W_enc, grad_W_dec, grad_latent_bias = weight_gradients(*samples, rows.d_streams)
-    grad_pre_bias = pre_bias_gradient(grad_latent_bias, rows.W_enc, rows.d_streams)
-    step_rows(rows, Gradients(grad_W_enc, grad_W_dec, samples.offsets.diff() > 0), adam)
+    x, pre_bias, values, grad_values, grad_recons, offsets, entries = samples
+    grad_W_enc = grad_W_dec = grad_latent_bias = grad_pre_bias = wide(values.new_empty(0))
+    if rows.W_enc is not None:
+        operands = x, pre_bias, values, grad_values, offsets, entries
+        grad_W_enc, grad_latent_bias = encoder_gradients(*operands, rows.d_streams)
+        grad_pre_bias = pre_bias_gradient(grad_latent_bias, rows.W_enc, rows.d_streams)
+    if rows.W_dec is not None:
+        grad_W_dec = decoder_gradients(values, grad_recons, offsets, entries)
+    step_rows(rows, Gradients(grad_W_enc, grad_W_dec, offsets.diff() > 0), adam)
     return grad_latent_bias, grad_pre_bias
 
 
@@ -289,20 +296,27 @@ def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> None:
 
     ``rows.copies`` are kept equal to their rows. With ``rows.last_step``, decoder rows of latents that are not used are
     left behind, to `replay_rows` later, and those that are used are marked: their last_step becomes ``step``.
+
+    A matrix that is None stays as it is; so does all that would be of it.
     """
-    W_enc, W_dec, moments, d_streams, copies, last_step = rows
+    d_streams, copies, last_step = rows.d_streams, rows.copies, rows.last_step
     lr, betas, eps, step, _ = adam
-    seed = rounding_seed(W_enc, moments, adam.seed)
-    noise = _noise_of_rows(seed, step, 0, W_enc, slice(None))
-    apply_adam(W_enc, gradients.W_enc, moments[0], moments[1], lr, betas, eps, step, noise)
-    moved: slice | Tensor = slice(None)
-    if last_step is not None:
-        moved = gradients.used.nonzero()[:, 0]
-        last_step[moved] = int(step)
-    _step_decoder(W_dec, gradients.W_dec, moments[2:], moved, d_streams, lr, betas, eps, step, seed)
-    if copies is not None:
-        copies[0].copy_(W_enc)
-        copies[1][moved] = W_dec[moved].to(copies[1].dtype)
+    seed = rounding_seed(rows.weights[0], rows.their_moments, adam.seed)
+    if (W_enc := rows.W_enc) is not None:
+        noise = _noise_of_rows(seed, step, 0, W_enc, slice(None))
+        m, v = rows.their_moments[:2]
+        apply_adam(W_enc, gradients.W_enc, m, v, lr, betas, eps, step, noise)
+        if copies is not None and copies[0] is not None:
+            copies[0].copy_(W_enc)
+    if (W_dec := rows.W_dec) is not None:
+        moved: slice | Tensor = slice(None)
+        if last_step is not None:
+            moved = gradients.used.nonzero()[:, 0]
+            last_step[moved] = int(step)
+        of_decoder = rows.their_moments[-2:]
+        _step_decoder(W_dec, gradients.W_dec, of_decoder, moved, d_streams, lr, betas, eps, step, seed)
+        if copies is not None and copies[1] is not None:
+            copies[1][moved] = W_dec[moved].to(copies[1].dtype)
 
 
 def replay_rows(rows: DecoderRows, latents: Tensor, history: Tensor, seed: int | None = None) -> None:

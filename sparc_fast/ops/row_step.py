@@ -9,17 +9,37 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """The rows of L latents, changed in place."""
+    """The rows of L latents, changed in place. What belongs to a matrix that stays as it is is None."""
 
-    W_enc: Tensor
-    W_dec: Tensor
-    moments: Sequence[Tensor]
+    W_enc: Tensor | None
+    W_dec: Tensor | None
+    moments: Sequence[Tensor | None]
     """Adam's first and second of W_enc, then of W_dec, each [L, D]."""
     d_streams: Sequence[int]
-    copies: Sequence[Tensor] | None = None
+    copies: Sequence[Tensor | None] | None = None
     """Of W_enc and W_dec in a narrower type, kept equal to them."""
     last_step: Tensor | None = None
     """int64 [L], for a lazy step: the last that each decoder row has made."""
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Those that move."""
+        return [W for W in (self.W_enc, self.W_dec) if W is not None]
+
+    @property
+    def their_moments(self) -> list[Tensor]:
+        return [moment for moment in self.moments if moment is not None]
+
+    @property
+    def of_encoder(self) -> Rows:
+        return self._replace(W_dec=None, moments=[*self.moments[:2], None, None], copies=self._copy(0), last_step=None)
+
+    @property
+    def of_decoder(self) -> Rows:
+        return self._replace(W_enc=None, moments=[None, None, *self.moments[2:]], copies=self._copy(1))
+
+    def _copy(self, matrix: int) -> Sequence[Tensor | None] | None:
+        return self.copies and [copy if i == matrix else None for i, copy in enumerate(self.copies)]
 
 
 class DecoderRows(NamedTuple):
@@ -34,7 +54,10 @@ class DecoderRows(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """N samples of all streams, what flowed through them, and where each latent is: gradients are sums over them."""
+    """N samples of all streams, what flowed through them, and where each latent is: gradients are sums over them.
+
+    Where only the decoder moves, values and grad_recons may be of other streams than the columns are.
+    """
 
     x: Tensor
     pre_bias: Tensor
@@ -46,7 +69,7 @@ class Samples(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients themselves, in the type of the sums."""
+    """The gradients themselves, in the type of the sums; what belongs to a matrix that stays is not read."""
 
     W_enc: Tensor
     W_dec: Tensor

@@ -11,6 +11,7 @@ from sparc_fast.objective import Terms
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import stream_slices
 from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
+from sparc_fast.optim.freezing import Run
 
 LATENTS_AT_ONCE = 1024
 """Rows of W_enc whose products are in memory at a time."""
@@ -29,10 +30,29 @@ class OneBatch(NamedTuple):
     samples: Samples
     grad_pre_bias: Tensor
     """The decoder's part, of all streams, [D]."""
+    used: Tensor
+    """The supports that the samples' entries are of."""
 
-    def update(self, rows: Rows, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
-        """A step of the rows by this batch; returns what a backend's `update_rows` does."""
-        return backend.update_rows(rows, self.samples, adam)
+    def update(self, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
+        """A step of the rows, those of a run of streams or all; returns what a backend's `update_rows` does."""
+        samples = self.samples
+        if run is None:
+            return backend.update_rows(rows, samples, adam)
+        grads = samples.x.new_empty(0), samples.x.new_empty(0)
+        of_columns = samples._replace(
+            x=samples.x[:, run.columns],
+            pre_bias=samples.pre_bias[run.columns],
+            grad_recons=samples.grad_recons[:, :, run.columns],
+        )
+        if rows.W_dec is not None:  # its gradients come from all streams
+            backend.update_rows(rows.of_decoder, of_columns, adam)
+        if rows.W_enc is not None:
+            own = {name: getattr(of_columns, name)[:, run.streams] for name in ("values", "grad_values", "grad_recons")}
+            if self.used.ndim == 3:
+                inverse = backend.invert_indices(self.used[:, run.streams].contiguous(), len(rows.W_enc))
+                own |= {"offsets": inverse[0], "entries": inverse[1]}
+            grads = backend.update_rows(rows.of_encoder, of_columns._replace(**own), adam)
+        return grads
 
     def count_silence(self, silence: Tensor, backend: Backend) -> None:
         backend.count_silence(silence, self.values, self.support)
@@ -63,18 +83,21 @@ class MicroBatches:
         part.count_silence(self._silence, self.backend)
         self._used |= part.samples.offsets.diff() > 0
 
-    def update(self, rows: Rows, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
+    def update(self, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """As `OneBatch.update`."""
         assert self._gradients is not None
-        grad_W_enc, grad_W_dec, grad_latent_bias = self._gradients
-        through_encoder = torch.zeros_like(self.grad_pre_bias)
-        for first in range(0, len(rows.W_enc), LATENTS_AT_ONCE):
-            some = slice(first, first + LATENTS_AT_ONCE)
-            for s, columns in enumerate(stream_slices(self.d_streams)):
-                # not a matrix product: its order of summation depends on the number of threads
-                through_encoder[columns] -= (grad_latent_bias[s, some, None] * rows.W_enc[some, columns]).sum(0)
-        backend.step_rows(rows, Gradients(grad_W_enc, grad_W_dec, self._used), adam)
-        return grad_latent_bias, through_encoder
+        W_enc, W_dec, latent_bias = self._gradients
+        if run is not None:
+            W_enc, W_dec, latent_bias = W_enc[:, run.columns], W_dec[:, run.columns], latent_bias[run.streams]
+        through_encoder = latent_bias.new_zeros(sum(rows.d_streams))
+        if rows.W_enc is not None:
+            for first in range(0, len(rows.W_enc), LATENTS_AT_ONCE):
+                some = slice(first, first + LATENTS_AT_ONCE)
+                for s, columns in enumerate(stream_slices(rows.d_streams)):
+                    # not a matrix product: its order of summation depends on the number of threads
+                    through_encoder[columns] -= (latent_bias[s, some, None] * rows.W_enc[some, columns]).sum(0)
+        backend.step_rows(rows, Gradients(W_enc, W_dec, self._used), adam)
+        return latent_bias, through_encoder
 
     def count_silence(self, silence: Tensor, backend: Backend) -> None:
         """As over one batch: a latent that fired in any part becomes 0, every other grows by all samples."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sparc_fast.batch import AllStreams, Inputs, columns_of, stack, streams_of
+from sparc_fast.batch import AllStreams, Batch, Inputs, columns_of, stack, streams_of
 from sparc_fast.model import SPARC
 from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import wide
 from sparc_fast.ops.row_step import AdamStep, DecoderRows, Rows, Samples
+from sparc_fast.optim.freezing import Run, Trained
 from sparc_fast.optim.lazy_rows import Behind
 from sparc_fast.optim.micro_batches import MicroBatches, OneBatch
 
@@ -47,6 +48,8 @@ class SparcAdam(torch.optim.Optimizer):
         moments: "bfloat16" keeps Adam's moments of W_enc and W_dec in half the memory, rounded up or down at random so
             that they are right on average; to the nearest, moments that change by less than a rounding would stand
             still. Rows move by the moments before they are rounded. "float32" keeps them as torch.optim.Adam does.
+        freeze: what stays as it is, bit for bit, and has no moments: "encoder" (W_enc, latent_bias and pre_bias, with
+            every code), "decoder" (W_dec and pre_bias), or names of streams, whose columns of all of these stay.
         seed: of that rounding. The same seed gives the same bits, on any number of threads, lazy or not; it is not
             part of the state.
     """
@@ -62,6 +65,7 @@ class SparcAdam(torch.optim.Optimizer):
         capturable: bool = False,
         moments: MomentType = "float32",
         seed: int = 0,
+        freeze: str | Collection[str] = (),
     ) -> None:
         if not isinstance(model, SPARC):
             hint = ": it trains one process's model, and exchanges nothing" if hasattr(model, "module") else ""
@@ -82,11 +86,13 @@ class SparcAdam(torch.optim.Optimizer):
         self.capturable = capturable
         self.moments: MomentType = moments
         self.seed = seed
+        self._trained = Trained.but(freeze, model.d_streams)
+        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._seen: dict[Tensor, int] = {}
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "amsgrad": False}
         super().__init__(list(model.parameters()), options)
-        self._behind = Behind(model.n_latents, model.W_dec.device) if lazy else None
-        if lazy:
+        self._behind = Behind(model.n_latents, model.W_dec.device) if lazy and self._trained.decoder else None
+        if self._behind is not None:
             model._before_reading_decoder(self.catch_up)
 
     @torch.no_grad()
@@ -125,28 +131,30 @@ class SparcAdam(torch.optim.Optimizer):
     def _step(self, parts: Sequence[tuple[Inputs, Tensor | None]], n_samples: int, objective: Objective) -> SparcLoss:
         model = self.model
         backend = backends.resolve(model.backend, model.W_enc.device)
-        states = [self._state(p) for p in (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)]
+        parameters = (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)
+        states = [self._state(p) if self._is_trained(p) else None for p in parameters]
         batch: OneBatch | MicroBatches
         if len(parts) == 1:
-            batch = self._flow(*parts[0], n_samples, objective, backend)
+            given = model._batch(*parts[0])
+            objective = objective.over([given])
+            batch = self._flow(given, n_samples, objective, backend)
         else:
             batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples)
+            objective = objective.over(model._batch(*part) for part in parts)
             for part in parts:
-                batch.add(self._flow(*part, n_samples, objective, backend))
+                batch.add(self._flow(model._batch(*part), n_samples, objective, backend))
         self._update(batch, states, backend)
         batch.count_silence(model.silence, backend)
         return objective.summarize(batch.terms, batch.streams)
 
-    def _flow(
-        self, inputs: Inputs, present: Tensor | None, n_samples: int, objective: Objective, backend: backends.Backend
-    ) -> OneBatch:
+    def _flow(self, given: Batch, n_samples: int, objective: Objective, backend: backends.Backend) -> OneBatch:
         """A batch, or a part of one of `n_samples`, through the objective."""
         model = self.model
-        given = model._batch(inputs, present)
         parts = objective.choose(given)
         among = [AllStreams(model.d_streams, part.batch) for part in parts]
         used = [a.streams(indices) for a, part in zip(among, parts, strict=True) for indices in part.supports.used()]
-        inverse = backend.invert_indices(stack(used), model.n_latents)
+        supports = stack(used)
+        inverse = backend.invert_indices(supports, model.n_latents)
         if self._behind is not None:
             self._replay(inverse[0].diff().nonzero()[:, 0], backend)
             parts = [part.with_decoder(columns_of(model.W_dec, part.batch.streams, model.d_streams)) for part in parts]
@@ -165,34 +173,67 @@ class SparcAdam(torch.optim.Optimizer):
         )
         grad_pre_bias = [a.columns(flow.reconstruction.grad_pre_bias) for a, flow in zip(among, flows, strict=True)]
         terms = {part.batch.streams: flow.terms() for part, flow in zip(parts, flows, strict=True)}
-        return OneBatch(given.streams, terms, *fired(parts, flows), samples, sum(grad_pre_bias[1:], grad_pre_bias[0]))
+        return OneBatch(
+            given.streams, terms, *fired(parts, flows), samples, sum(grad_pre_bias[1:], grad_pre_bias[0]), supports
+        )
 
     def _update(
-        self, batch: OneBatch | MicroBatches, states: Sequence[dict[str, Tensor]], backend: backends.Backend
+        self, batch: OneBatch | MicroBatches, states: Sequence[dict[str, Tensor] | None], backend: backends.Backend
     ) -> None:
         model, group = self.model, self.param_groups[0]
         lr, eps = group["lr"], group["eps"]
         betas: tuple[float, float] = group["betas"]
-        for state in states:
+        trained = [state for state in states if state is not None]
+        for state in trained:
             state["step"] += 1
-        step = states[0]["step"] if self.capturable else int(states[0]["step"])
+        step = trained[0]["step"] if self.capturable else int(trained[0]["step"])
         if self._behind is not None:
             self._behind.record(float(lr), *betas, float(eps))
-        W_enc, W_dec = self._rows(model.W_enc), self._rows(model.W_dec)
-        copies: list[Tensor] | None = [model.W_enc, model.W_dec] if W_enc is not model.W_enc else None
-        moments = [state[name] for state in states[:2] for name in ("exp_avg", "exp_avg_sq")]
-        last_step = self._behind.last_step if self._behind is not None else None
-        rows = Rows(W_enc, W_dec, moments, tuple(model.d_streams.values()), copies, last_step)
-        grad_latent_bias, through_encoder = batch.update(rows, AdamStep(lr, betas, eps, step, self.seed), backend)
-        through_encoder += batch.grad_pre_bias
-        for bias, grad, state in (
-            (model.latent_bias, grad_latent_bias, states[2]),
-            (model.pre_bias, through_encoder, states[3]),
-        ):
-            reference.apply_adam(self._rows(bias), grad, state["exp_avg"], state["exp_avg_sq"], lr, betas, eps, step)
-            if "master" in state:
-                bias.copy_(state["master"])
+        adam = AdamStep(lr, betas, eps, step, self.seed)
+        for run in self._runs():
+            rows = self._rows_of(run, states)
+            grad_latent_bias, grad_pre_bias = batch.update(rows, run, adam, backend)
+            if states[3] is not None:
+                grad_pre_bias += batch.grad_pre_bias if run is None else batch.grad_pre_bias[run.columns]
+            biases = (model.latent_bias, grad_latent_bias), (model.pre_bias, grad_pre_bias)
+            for (bias, grad), of_bias in zip(biases, states[2:], strict=True):
+                if of_bias is not None:
+                    exact, mean, square, copy = self._of_run(bias, of_bias, run)
+                    reference.apply_adam(exact, grad, mean, square, lr, betas, eps, step)
+                    if copy is not None:
+                        copy.copy_(exact)
         self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
+
+    def _runs(self) -> tuple[Run | None, ...]:
+        """Streams to train that are neighbours; None: all streams together."""
+        return (None,) if self._trained.everything else self._trained.runs
+
+    def _of_run(
+        self, parameter: Tensor, state: dict[str, Tensor], run: Run | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(what Adam moves, its two moments, the copy of it that follows) of these streams."""
+        there: Any = ...
+        own: Any = ...
+        if run is not None:
+            is_by_stream = parameter is self.model.latent_bias
+            there, own = (run.streams, run.own_streams) if is_by_stream else ((..., run.columns), (..., run.own))
+        moments = state["exp_avg"][own], state["exp_avg_sq"][own]
+        if "master" in state:
+            return state["master"][own], *moments, parameter[there]
+        return parameter[there], *moments, None
+
+    def _rows_of(self, run: Run | None, states: Sequence[dict[str, Tensor] | None]) -> Rows:
+        model, nothing = self.model, (None, None, None, None)
+        encoder, decoder = (
+            nothing if state is None else self._of_run(W, state, run)
+            for W, state in ((model.W_enc, states[0]), (model.W_dec, states[1]))
+        )
+        widths = tuple(model.d_streams.values()) if run is None else run.d_streams
+        last_step = self._behind.last_step if self._behind is not None else None
+        copies = [encoder[3], decoder[3]]
+        has_copies = any(copy is not None for copy in copies)
+        moments = [*encoder[1:3], *decoder[1:3]]
+        return Rows(encoder[0], decoder[0], moments, widths, copies if has_copies else None, last_step)
 
     @torch.no_grad()
     def catch_up(self) -> None:
@@ -209,11 +250,15 @@ class SparcAdam(torch.optim.Optimizer):
     def _replay(self, latents: Tensor, backend: backends.Backend) -> None:
         assert self._behind is not None
         W_dec, behind = self.model.W_dec, self._behind
-        exact, moments = self._rows(W_dec), [self.state[W_dec][name] for name in ("exp_avg", "exp_avg_sq")]
-        copy = W_dec if exact is not W_dec else None
-        rows = DecoderRows(exact, moments, tuple(self.model.d_streams.values()), behind.last_step, copy)
-        backend.replay_rows(rows, latents, behind.history, self.seed)
-        if copy is not None:
+        before = behind.last_step.clone() if len(self._runs()) > 1 else behind.last_step
+        for run in self._runs():
+            behind.last_step.copy_(before)  # the run before has caught up
+            of_run = self._rows_of(run, [None, self.state[W_dec]])
+            (exact,), moments = of_run.weights, of_run.their_moments
+            copy = of_run.copies[1] if of_run.copies else None
+            rows = DecoderRows(exact, moments, of_run.d_streams, behind.last_step, copy)
+            backend.replay_rows(rows, latents, behind.history, self.seed)
+        if "master" in self.state[W_dec]:
             self._seen[W_dec] = W_dec._version
 
     def _rows(self, parameter: Tensor) -> Tensor:
@@ -240,9 +285,14 @@ class SparcAdam(torch.optim.Optimizer):
     def _check_trainable(self) -> None:
         if not self.model.training:
             raise ValueError("model must be in training mode to step, got eval mode: call model.train()")
-        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+        frozen = [name for name, p in self.model.named_parameters() if self._is_trained(p) and not p.requires_grad]
         if frozen:
-            raise ValueError(f"SparcAdam trains every weight of the model, but {', '.join(frozen)} is frozen")
+            raise ValueError(
+                f"SparcAdam trains every weight of the model but those of freeze, but {', '.join(frozen)} is frozen"
+            )
+
+    def _is_trained(self, parameter: Tensor) -> bool:
+        return self._trained.has(self._names[parameter])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the model's own weights, given to the constructor, can be trained."""
@@ -252,7 +302,7 @@ class SparcAdam(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
-        mine = ("model", "capturable", "moments", "seed", "_seen", "_behind")
+        mine = ("model", "capturable", "moments", "seed", "_trained", "_names", "_seen", "_behind")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -263,7 +313,7 @@ class SparcAdam(torch.optim.Optimizer):
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
-            rows = wide(parameter.detach())
+            rows = wide(self._trained.of(self._names[parameter], parameter.detach()))
             device = parameter.device if self.capturable else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             dtype = self._moment_dtype(parameter)
@@ -272,8 +322,8 @@ class SparcAdam(torch.optim.Optimizer):
                 state["master"] = rows
         elif "master" in state and self._seen.get(parameter) != parameter._version:
             # somebody else wrote the weights: where they did, their rounding is all there is
-            master = state["master"]
-            master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter))
+            master, trained = state["master"], self._trained.of(self._names[parameter], parameter)
+            master.copy_(torch.where(trained == master.to(parameter.dtype), master, trained))
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -310,10 +360,11 @@ class SparcAdam(torch.optim.Optimizer):
 
     def _checked(self, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """The state of a parameter, if it is one; ValueError says what is not."""
-        if not state:
+        name = self._names[parameter]
+        if not state or not self._trained.has(name):
             return {}
-        name = next(name for name, p in self.model.named_parameters() if p is parameter)
-        shapes = {"step": [], "exp_avg": list(parameter.shape), "exp_avg_sq": list(parameter.shape)}
+        shape = list(self._trained.of(name, parameter).shape)
+        shapes = {"step": [], "exp_avg": shape, "exp_avg_sq": shape}
         if "master" in state and parameter.dtype in (torch.bfloat16, torch.float16):
             shapes["master"] = shapes["exp_avg"]
         for key, shape in shapes.items():

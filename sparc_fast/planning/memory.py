@@ -148,7 +148,7 @@ def mapped_bytes(config: Config, widths: tuple[int, ...]) -> int:
 
 def _kept(config: Config, sizes: Sizes, steps: int) -> Iterator[Part]:
     """The model and what the optimizer keeps, and the copies of them that reading a checkpoint makes."""
-    measured = LONG * sizes.L + FLOAT * (sizes.D + sizes.S)
+    measured = LONG * sizes.L + FLOAT * (sizes.D + (sizes.D if config.whiten == "diag" else sizes.S))
     weights, widened = sizes.weights * sizes.weight, sizes.weight < FLOAT
     yield Part(f"weights, {config.dtype}", weights + measured)
     yield Part(f"Adam's moments, {config.moments}", sizes.moments, TRAINED)
@@ -166,8 +166,10 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
     both, and_validating = (RECONSTRUCTING, UPDATING), (RECONSTRUCTING, UPDATING, VALIDATING)
     validates = bool(config.validation_rows or config.validation_data)
     yield Part("batch", sizes.batch)
-    if config.calibrate or w < FLOAT:
+    if config.calibrate or config.normalize != "none" or w < FLOAT:
         yield Part("batch as the model sees it", N * D * w, (*STEP, VALIDATING))
+    if config.loss == "fvu":
+        yield Part("deviations of a stream, in float64", 3 * LONG * N * sizes.W, (CHOOSING,))
     yield Part("batch of held-out rows", N * D * FLOAT * validates, (VALIDATING,))
     if config.accumulate > 1:
         gradients = FLOAT * (2 * sizes.L * D + S * sizes.L)

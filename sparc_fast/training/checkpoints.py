@@ -105,11 +105,20 @@ def load_tensors(model: SPARC, optimizer: SparcAdam, tensors: Mapping[str, Tenso
 def load_model(path: str | Path, *, device: torch.device | str | None = None, backend: str = "auto") -> SPARC:
     """The model in a checkpoint of a training run, such as ``checkpoints/step-000001000.safetensors``.
 
+    Or in a model file, or the folder of a run that is finished.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, or damaged.
+        ValueError: the file is no checkpoint, nor a model, or damaged.
     """
-    tensors, state = read(Path(path))
+    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    try:
+        tensors, state = read(path)
+    except ValueError as no_checkpoint:
+        try:
+            return SPARC.load(path, device=device, backend=backend).eval()
+        except ValueError:
+            raise no_checkpoint from None
     of_model = _under("model.", tensors)
     with torch.random.fork_rng(devices=[]):  # the first weights are thrown away: draw nothing for them
         model = SPARC(**state["model"], dtype=of_model["W_enc"].dtype, device=device, backend=backend)

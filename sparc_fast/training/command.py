@@ -8,7 +8,20 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from .config import Config, flag, identifiers, parse_sources, read_settings, sources, with_absolute_paths
+from .config import (
+    Config,
+    absolute,
+    flag,
+    identifiers,
+    names,
+    norms,
+    parse_norms,
+    parse_sources,
+    place,
+    read_settings,
+    sources,
+    with_absolute_paths,
+)
 from .progress import Display, Lines, best_display
 from .trainer import Trainer
 
@@ -73,6 +86,12 @@ def _parsed(f: Field[Any], given: Any) -> Any:
         return given
     if kind is identifiers and len(given) == 1 and "=" not in given[0]:
         return given[0]
+    if kind is names:
+        return given
+    if kind is place:
+        return absolute(given, Path.cwd())
+    if kind is norms:
+        return parse_norms(given, _flag(f))
     if kind in (sources, identifiers):
         return with_absolute_paths(parse_sources(given, _flag(f)), Path.cwd())
     try:
@@ -96,6 +115,10 @@ def _arguments(f: Field[Any]) -> dict[str, Any]:
             "metavar": shape if kind is sources else f"{shape} or NAME",
             "help": words,
         }
+    if kind is names:
+        return {"nargs": "+", "action": "extend", "metavar": "NAME", "help": words}
+    if kind is norms:
+        return {"nargs": "+", "action": "extend", "metavar": "HOW or STREAM=HOW", "help": f"{words} ({default})"}
     if kind is flag:
         return {"action": argparse.BooleanOptionalAction, "help": words}
     shown = "" if default is MISSING or default == "" else f" ({default})"

@@ -98,6 +98,20 @@ def _identifiers(value: Any) -> str | dict[str, Place | tuple[Place, str]]:
     return value if isinstance(value, str) else _sources(value, IDS_SUFFIXES)
 
 
+def _names(value: Any) -> list[str]:
+    listed = [value] if isinstance(value, str) else list(value)
+    if not all(isinstance(name, str) and name for name in listed):
+        raise ValueError
+    return listed
+
+
+def _norms(value: Any) -> str | dict[str, str]:
+    of_streams = value.values() if isinstance(value, Mapping) else [value]
+    if not all(how in ("none", "l2") for how in of_streams):
+        raise ValueError
+    return dict(value) if isinstance(value, Mapping) else str(value)
+
+
 def parse_source(text: str) -> tuple[str, Place | tuple[Place, str]]:
     """(stream, source) of a text ``stream=path`` or ``stream=path#name``; several files are separated by commas.
 
@@ -128,10 +142,23 @@ def parse_sources(texts: Sequence[str], flag: str) -> dict[str, Place | tuple[Pl
     return dict(named)
 
 
+def parse_norms(texts: Sequence[str], flag: str) -> str | dict[str, str]:
+    """One word for all streams, or ``stream=l2`` of some."""
+    if len(texts) == 1 and "=" not in texts[0]:
+        return texts[0]
+    named = [text.rpartition("=") for text in texts]
+    if len({stream for stream, _, _ in named}) < len(named) or not all(stream for stream, _, _ in named):
+        raise ValueError(f"{flag} must be one word, or stream=word once for each of some streams, got {list(texts)}")
+    return {stream: how for stream, _, how in named}
+
+
 flag = _checked("true or false", bool, lambda _: True, bool)
 text = _checked("text", str, lambda _: True, str)
 sources = Kind("a table of streams, each a path, a list of files or [path, name]", _sources)
 identifiers = Kind("the name of a data set in every file, or a table of streams as for data", _identifiers)
+norms = Kind("none or l2, or a table of streams, each none or l2", _norms)
+names = Kind("a list of names", _names)
+place = _checked("a path", (str, Path), lambda _: True, str)
 size = Kind('an integer >= 1, in bytes, or a size such as "4GiB"', lambda value: as_bytes(value, "size"), parse_bytes)
 part = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 below_one = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
@@ -175,11 +202,20 @@ class Config:
         0, integer(0), "rows of `data` held out instead, in up to 64 blocks spread evenly over the files"
     )
 
+    start_from: str = setting(
+        "", place, "a run's folder, a model file or a checkpoint, whose weights and calibration are the first"
+    )
+    freeze: Sequence[str] = field(
+        default=(), metadata=about(names, "what stays as it is: encoder, decoder, or streams' names")
+    )
     n_latents: int = setting(REQUIRED, integer(1), "L, latents of the shared dictionary")
     k: int = setting(REQUIRED, integer(1), "latents kept per sample")
     selection: str = setting("global", choice("global", "local"), "one support for all streams, or one for each")
     auxk: int = setting(64, integer(0), "dead latents that reconstruct the residual; 0 turns AuxK off")
     dead_after: int = setting(256_000, integer(0), "samples without firing after which a latent is dead")
+    loss: str = setting(
+        "nmse", choice("nmse", "fvu"), "errors over each sample's squared norm, or over the batch's squared deviations"
+    )
     dtype: str = setting(
         "float32", choice("float32", "bfloat16", "float16"), "of the weights; Adam's master rows stay float32"
     )
@@ -214,7 +250,13 @@ class Config:
     zero_rows: str = setting(
         "absent", choice("absent", "keep"), "a stream's rows of zeros are absent (an image that failed), or as they are"
     )
+    normalize: str | Mapping[str, str] = field(
+        default="none", metadata=about(norms, "l2: rows get unit norm, of all streams or of those in a table")
+    )
     calibrate: bool = setting(True, flag, "measure the streams first, so that none outweighs the others")
+    whiten: str = setting(
+        "none", choice("none", "diag"), "diag: calibration scales each dimension, so that no large one hides the others"
+    )
     calibration_rows: int = setting(100_000, integer(1), "rows measured, at most one epoch")
 
     log_every: int = setting(50, integer(1), "steps from one line of metrics to the next, each a mean over them")
@@ -265,7 +307,8 @@ class Config:
     def with_paths_from(self, folder: Path) -> Config:
         """The same, its relative paths those of `folder`."""
         paths = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["kind"] in (sources, identifiers)}
-        return replace(self, **{name: with_absolute_paths(value, folder) for name, value in paths.items()})
+        absolutes = {name: with_absolute_paths(value, folder) for name, value in paths.items()}
+        return replace(self, **absolutes, start_from=self.start_from and absolute(self.start_from, folder))
 
     def differences(self, other: Config) -> list[str]:
         """Settings in which the two would give different results."""
@@ -279,6 +322,8 @@ class Config:
             raise ValueError(f"ids must be given with join={self.join!r}, got none")
         if self.join == "none" and self.repeated != "none":
             raise ValueError(f"join must be inner or outer with repeated={self.repeated!r}, got none")
+        if self.whiten != "none" and not self.calibrate:
+            raise ValueError(f"calibrate must be true with whiten={self.whiten!r}, got false")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate must be at most batch_size={self.batch_size}, got {self.accumulate}")
         if self.accumulate > 1 and self.lazy and self.moments == "bfloat16":
@@ -351,6 +396,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         if f.metadata["kind"] in (sources, identifiers):
             if value is not None:
                 settings[f.name] = with_absolute_paths(value, path.parent)
+        elif f.metadata["kind"] is place and value:
+            settings[f.name] = absolute(value, path.parent)
         elif path.suffix in (".yaml", ".yml") and isinstance(value, str) and f.metadata["kind"].parse is float:
             settings[f.name] = _as_number(value)  # YAML takes 1e-3 for text
     return settings

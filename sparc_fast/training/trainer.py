@@ -11,11 +11,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from sparc_fast.batch import scales
 from sparc_fast.data import AlignedFiles, Loader
 from sparc_fast.data.absence import mark_zero_rows, without_empty_samples
 from sparc_fast.model import SPARC
@@ -24,7 +25,7 @@ from sparc_fast.ops.layout import stream_slices
 from sparc_fast.optim import SparcAdam
 from sparc_fast.version import __version__
 
-from .checkpoints import find_not_finite, load_tensors, save_model_of, tensors_of
+from .checkpoints import find_not_finite, load_model, load_tensors, save_model_of, tensors_of
 from .config import Config, open_files
 from .metrics import Means, MetricsFile, Record, Sink, TensorBoard, WandB
 from .progress import Display
@@ -57,6 +58,7 @@ class Trainer:
         config: the settings; when a run goes on, those it began with, but for ones no result depends on.
         folder: config.json, metrics.jsonl, sessions.jsonl, checkpoints/, and in the end model.safetensors, and with
             validation best.safetensors.
+        model: one to start from, instead of ``config.start_from``; it stays as it is.
         files: what `sparc_fast.data.open` gave, instead of ``config.data``.
         validation_files: the same for ``config.validation_data``.
         sinks: objects that are given every record (`Sink`).
@@ -72,6 +74,7 @@ class Trainer:
         config: Config,
         folder: str | Path,
         *,
+        model: SPARC | None = None,
         files: AlignedFiles | None = None,
         validation_files: AlignedFiles | None = None,
         sinks: Sequence[Sink] = (),
@@ -88,16 +91,20 @@ class Trainer:
                 self.model, config.lr, (config.beta_1, config.beta_2), config.eps,
                 lazy="replay" if config.lazy else None,
                 moments="bfloat16" if config.moments == "bfloat16" else "float32", seed=config.seed,
+                freeze=config.freeze,
             )  # fmt: skip
             self.loader = opened.enter_context(_new_loader(config, files))
             self.steps = config.steps or max(1, round(config.epochs * len(self.loader)))
             self.schedule = Schedule(config, self.steps)
             self.step = 0
+            self._uncalibrated = self.model.streams if config.calibrate else ()
             self.best: tuple[int, float] | None = None
             self._means = Means(self.model.streams, device)
+            start = None if self.folder.steps() else self._start(model)
             opened.enter_context(self.folder.locked())
             self.folder.agree_on(config)
-            self._go_on()
+            if not self._go_on():
+                self._start_from(start or self._start(model))
             self._opened = opened.pop_all()
 
     def run(self) -> Outcome:
@@ -142,9 +149,11 @@ class Trainer:
         for sink in sinks:
             closing.callback(sink.close)
         self._receivers: list[Any] = [*sinks, progress]
-        if self.step == 0 and config.calibrate:
+        if self.step == 0 and self._uncalibrated:
             progress.say(f"calibrating on up to {config.calibration_rows:,} rows")
-            found = calibrate(self.model, self.loader, config.calibration_rows, config.zero_rows)
+            found = calibrate(
+                self.model, self.loader, config.calibration_rows, config.zero_rows, config.whiten, self._uncalibrated
+            )
             for stream, rows in found.items():
                 _report_zero_rows(self.loader.files, stream, rows, config.zero_rows)
         closing.callback(progress.close)
@@ -256,10 +265,37 @@ class Trainer:
         best = -1 if self.best is None else self.best[0]
         self.folder.save(self.step, {**tensors, MEANS: self._means.sums}, state, self.config.keep, best)
 
-    def _go_on(self) -> None:
+    def _start(self, given: SPARC | None) -> SPARC | None:
+        """The model to start from, if there is one; ValueError where it does not fit the settings or the data."""
+        config, model = self.config, self.model
+        if given is not None and config.start_from:
+            raise ValueError("start_from must be empty where a model is given to Trainer")
+        start = load_model(config.start_from) if config.start_from else given
+        if start is None:
+            return None
+        missing = [name for name, width in start.d_streams.items() if model.d_streams.get(name) != width]
+        if missing:
+            raise ValueError(f"data must have the streams of start_from, {start.d_streams}, got {model.d_streams}")
+        if start.n_latents != model.n_latents:
+            raise ValueError(f"n_latents must be that of start_from, {start.n_latents}, got {model.n_latents}")
+        for name in start.streams:
+            if start.normalize.get(name) != model.normalize.get(name):
+                was, now = start.normalize.get(name, "none"), model.normalize.get(name, "none")
+                raise ValueError(f"normalize must be that of start_from, {was!r} for {name!r}, got {now!r}")
+        return start
+
+    def _start_from(self, start: SPARC | None) -> None:
+        """Take the weights and the calibration of a model; streams that it has not begin as ever."""
+        if start is None:
+            return
+        self.model._take_over(start)
+        self._uncalibrated = tuple(name for name in self._uncalibrated if name not in start.streams)
+
+    def _go_on(self) -> bool:
+        """Whether there was a checkpoint to go on from."""
         found = self.folder.newest()
         if found is None:
-            return
+            return False
         tensors, state = found
         if state["model"]["d_streams"] != self.model.d_streams:
             raise ValueError(f"data must have the streams {state['model']['d_streams']}, got {self.model.d_streams}")
@@ -267,6 +303,7 @@ class Trainer:
         load_tensors(self.model, self.optimizer, tensors)
         self.loader.load_state_dict(state["loader"])
         self.step, self.best = state["step"], tuple(state["best"]) if state["best"] else None
+        return True
 
     def _asked_for(self) -> list[Sink]:
         config, folder = self.config, self.folder.path
@@ -313,7 +350,14 @@ def stop_on_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def calibrate(model: SPARC, loader: Loader, n_rows: int, zero_rows: str = "absent") -> dict[str, Tensor]:
+def calibrate(
+    model: SPARC,
+    loader: Loader,
+    n_rows: int,
+    zero_rows: str = "absent",
+    whiten: str = "none",
+    streams: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
     """`SPARC.calibrate` on the first `n_rows` rows that the loader gives, at most one epoch; the loader stands still.
 
     Of each stream over the samples that have it; with `zero_rows` "absent", zero rows are none. Means and squares are
@@ -335,7 +379,7 @@ def calibrate(model: SPARC, loader: Loader, n_rows: int, zero_rows: str = "absen
         if is_zero is not None:
             zero.append(torch.where(is_zero, numbers[:, None], -1))
         present = filled if zero_rows == "absent" else has
-        x = batch.double()
+        x = model._unit_rows(batch.double(), model.streams)
         counts = (
             torch.full((len(widths),), len(x), dtype=torch.int64, device="cpu") if present is None else present.sum(0)
         )
@@ -353,10 +397,11 @@ def calibrate(model: SPARC, loader: Loader, n_rows: int, zero_rows: str = "absen
     for stream, cols in zip(d_streams, columns, strict=True):
         if not n[cols.start]:
             raise ValueError(f"data must have rows of {stream!r} that are not zero to be calibrated, got none")
-    rms = torch.stack([(squares[cols].sum() / n[cols.start]).sqrt() for cols in columns])
-    size = torch.stack([mean[cols].norm() for cols in columns])
-    rms = torch.where(rms > 1e-6 * size, rms, 1.0)  # a constant stream has no scale of its own
-    model.load_state_dict({"input_mean": mean, "input_rms": rms}, strict=False)
+    spread = squares / n
+    if whiten == "none":
+        spread = torch.stack([squares[cols].sum() / n[cols.start] for cols in columns])
+    rms = scales(mean, spread, tuple(d_streams.values()))
+    model._calibrate_streams(mean, rms, model.streams if streams is None else streams)
     found = zip(d_streams, torch.cat(zero).T if zero else [], strict=False)
     return {stream: rows[rows >= 0].sort().values for stream, rows in found if (rows >= 0).any()}
 
@@ -409,7 +454,9 @@ def _new_model(config: Config, files: AlignedFiles, device: torch.device) -> SPA
         model = SPARC(
             files.d_streams, config.n_latents, config.k,
             selection="local" if config.selection == "local" else "global", auxk=config.auxk,
-            dead_after=config.dead_after, backend="auto", dtype=getattr(torch, config.dtype), device="cpu",
+            dead_after=config.dead_after, normalize=cast(Any, config.normalize),
+            loss="fvu" if config.loss == "fvu" else "nmse", backend="auto",
+            dtype=getattr(torch, config.dtype), device="cpu",
         )  # fmt: skip
     backends.resolve(config.backend, device)
     model.backend = config.backend
