@@ -5,6 +5,7 @@ from .decode_loss import decode_loss
 from .decoder_gradients import decoder_gradients
 from .encoder_gradients import encoder_gradients
 from .global_topk import global_topk
+from .gradient_squares import gradient_squares
 from .invert_indices import invert_indices
 from .replay_rows import replay_rows
 from .sparse_decode import sparse_decode
@@ -22,6 +23,7 @@ __all__ = [
     "decoder_gradients",
     "encoder_gradients",
     "global_topk",
+    "gradient_squares",
     "invert_indices",
     "replay_rows",
     "sparse_decode",

@@ -18,6 +18,7 @@ from sparc_fast.kernels.segment_sums import (
     column_block,
     decoder_pieces,
     decoder_sums,
+    of_blocks,
     segment,
     tile,
 )
@@ -30,24 +31,29 @@ def choice(D: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def decoder_gradients(values: Tensor, grad_recons: Tensor, offsets: Tensor, entries: Tensor) -> Tensor:
-    grad_recons = dense_rows(grad_recons.detach().flatten(0, 1))
-    batch = Entries.of(values, None, offsets, entries)
+    return decoder_sums_of(grad_recons, Entries.of(values, None, offsets, entries), squares=False)
+
+
+def decoder_sums_of(grad_recons: Tensor, batch: Entries, *, squares: bool) -> Tensor:
+    """The gradient [L, D], or the sums of its squares over blocks of columns, [blocks, L]."""
+    grad_recons, values = dense_rows(grad_recons.detach().flatten(0, 1)), batch.values
     D, L = grad_recons.shape[1], batch.n_latents
     chosen = choice(D, grad_recons.dtype)
     columns = Columns.of([D], chosen["BLOCK_D"], values.device)
     pieces = decoder_pieces(grad_recons, batch, columns, chosen)
-    grad_W_dec = wide(values.new_empty(0)).new_empty(L, D)
+    found = of_blocks(columns, L) if squares else wide(values.new_empty(0)).new_empty(L, D)
     launch(
-        _decoder_gradients_kernel, (triton.cdiv(L, chosen["LATENTS"]), len(columns.table)), grad_W_dec, grad_recons,
+        _decoder_gradients_kernel, (triton.cdiv(L, chosen["LATENTS"]), len(columns.table)), found, grad_recons,
         grad_recons.stride(0), batch.values, batch.offsets, batch.entries, pieces.rows, columns.table, L, D,
-        ALIGN=columns.ALIGN, **batch.constants, **chosen,
+        SQUARES=squares, ALIGN=columns.ALIGN, **batch.constants, **chosen,
     )  # fmt: skip
-    return grad_W_dec
+    return found
 
 
 @triton.jit
 def _decoder_gradients_kernel(
     grad_W_dec, grad_recons, stride_recons, values, offsets, entries, piece_rows, table, L, D,
+    SQUARES: tl.constexpr,
     S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
     SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -61,5 +67,9 @@ def _decoder_gradients_kernel(
         S, K, PER_STREAM, ROWS, POSITION, SUM,
     )  # fmt: skip
     gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
-    at = grad_W_dec + l.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(at, gradient, mask=(l < L)[:, None] & inside[None, :], eviction_policy="evict_first")
+    if SQUARES:
+        gradient = tl.where(inside[None, :], gradient, 0).to(tl.float64)
+        tl.store(grad_W_dec + tl.program_id(1).to(tl.int64) * L + l, tl.sum(gradient * gradient, 1), mask=l < L)
+    else:
+        at = grad_W_dec + l.to(tl.int64)[:, None] * D + columns[None, :]
+        tl.store(at, gradient, mask=(l < L)[:, None] & inside[None, :], eviction_policy="evict_first")

@@ -22,6 +22,7 @@ from sparc_fast.kernels.segment_sums import (
     column_block,
     encoder_pieces,
     encoder_sums,
+    of_blocks,
     segment,
     tile,
     writers,
@@ -43,27 +44,34 @@ def encoder_gradients(
     entries: Tensor,
     d_streams: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    x, pre_bias = dense_rows(x), pre_bias.detach().contiguous()
     batch = Entries.of(values, grad_values, offsets, entries)
+    return encoder_sums_of(x, pre_bias, batch, d_streams, squares=False)
+
+
+def encoder_sums_of(
+    x: Tensor, pre_bias: Tensor, batch: Entries, d_streams: Sequence[int], *, squares: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient [L, D], or the sums of its squares over blocks of columns, [blocks, L]; and grad_latent_bias."""
+    x, pre_bias = dense_rows(x), pre_bias.detach().contiguous()
     D, L, S = x.shape[1], batch.n_latents, len(d_streams)
     chosen = choice(d_streams, x.dtype)
     columns = Columns.of(d_streams, chosen["BLOCK_D"], x.device)
     pieces = encoder_pieces(x, pre_bias, batch, columns, chosen)
-    grad_W_enc = wide(x.new_empty(0)).new_empty(L, D)
-    grad_latent_bias = grad_W_enc.new_empty(S, L)
+    grad_latent_bias = wide(x.new_empty(0)).new_empty(S, L)
+    found = grad_latent_bias.new_empty(L, D) if not squares else of_blocks(columns, L)
     grid = (triton.cdiv(L, chosen["LATENTS"]), len(columns.table))
     constants = {**batch.constants, "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32}
     launch(
-        _encoder_gradients_kernel, grid, grad_W_enc, grad_latent_bias, x, x.stride(0), pre_bias, *batch, *pieces,
-        columns.table, L, D, ALIGN=columns.ALIGN, **constants, **chosen,
+        _encoder_gradients_kernel, grid, found, grad_latent_bias, x, x.stride(0), pre_bias, *batch, *pieces,
+        columns.table, L, D, SQUARES=squares, ALIGN=columns.ALIGN, **constants, **chosen,
     )  # fmt: skip
-    return grad_W_enc, grad_latent_bias
+    return found, grad_latent_bias
 
 
 @triton.jit
 def _encoder_gradients_kernel(
     grad_W_enc, grad_latent_bias, x, stride_x, pre_bias, values, grad_values, offsets, entries, piece_rows, piece_bias,
-    table, L, D,
+    table, L, D, SQUARES: tl.constexpr,
     S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
     SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +87,11 @@ def _encoder_gradients_kernel(
     )  # fmt: skip
     gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
     bias = add_bias_pieces(bias, begin, end, piece_bias, stream, S, PIECE)
-    at = grad_W_enc + l.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(at, gradient, mask=(l < L)[:, None] & inside[None, :], eviction_policy="evict_first")
+    if SQUARES:
+        gradient = tl.where(inside[None, :], gradient, 0).to(tl.float64)
+        tl.store(grad_W_enc + tl.program_id(1).to(tl.int64) * L + l, tl.sum(gradient * gradient, 1), mask=l < L)
+    else:
+        at = grad_W_enc + l.to(tl.int64)[:, None] * D + columns[None, :]
+        tl.store(at, gradient, mask=(l < L)[:, None] & inside[None, :], eviction_policy="evict_first")
     # every block of columns of a stream has the same bias gradient: the first writes it
     tl.store(grad_latent_bias + stream.to(tl.int64) * L + l, bias, mask=l < writers(table, stream, L))

@@ -92,6 +92,11 @@ class Columns(NamedTuple):
         return cls(column_blocks(widths(d_streams), block, device), 16 if aligned else 1)
 
 
+def of_blocks(columns: Columns, L: int) -> Tensor:
+    """Room for a float64 number of each latent's row in each block of columns, [blocks, L]."""
+    return torch.empty(len(columns.table), L, dtype=torch.float64, device=columns.table.device)
+
+
 class Pieces(NamedTuple):
     """Sums of the pieces beyond the first of every latent: rows [slots, D], and the encoder's bias [slots, S]."""
 

@@ -227,6 +227,9 @@ OPERATORS: dict[str, Callable[[Operands, Backend], tuple[Tensor, ...]]] = {
     "weight_gradients": lambda o, b: b.weight_gradients(
         o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams
     ),
+    "gradient_squares": lambda o, b: b.gradient_squares(
+        Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse), o.d_streams
+    ),
     "update_rows": update_rows,
     "update_rows lazily": lambda o, b: update_rows(o, b, lazy=True),
     "update_rows, bfloat16 moments": lambda o, b: update_rows(o, b, narrow=True),

@@ -47,6 +47,19 @@ def test_training_equals_the_reference(selection: str, settings: dict[str, objec
         torch.testing.assert_close(tensor, expected[name], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("freeze", "selection"), [((), "local"), (("decoder",), "global"), (("a",), "local"), (("b", "encoder"), "global")]
+)
+def test_training_a_part_with_gradients_clipped_equals_the_reference(freeze: tuple[str, ...], selection: str) -> None:
+    models = [make(backend, torch.float64, selection=selection) for backend in ("triton", "reference")]
+    optimizers = [sf.SparcAdam(model, lr=1e-2, freeze=freeze, max_grad_norm=0.3) for model in models]
+    for x in batches(2):
+        for optimizer in optimizers:
+            optimizer.step(x.double())
+    for name, tensor in models[1].state_dict().items():
+        torch.testing.assert_close(models[0].state_dict()[name], tensor, rtol=1e-7, atol=1e-9)
+
+
 def test_bfloat16_moments_are_those_of_the_reference_lazy_or_not_and_captured() -> None:
     states = []
     for backend, settings in (

@@ -122,6 +122,9 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "weight_gradients", weight_gradients,
            ">grad_W_enc:A[L,D]? >grad_W_dec:A[L,D]? >grad_latent_bias:A[S,L]? x:T[N,D]? pre_bias:A[D]? "
            "values:A[N,R,k] grad_values:A[N,R,k]? grad_recons:T[N,R,D]? " INVERSE "streams");
+    define(m, "gradient_squares", gradient_squares,
+           ">squares:f64![L] >grad_latent_bias:A[S,L]? x:T[N,D]? pre_bias:A[D]? values:A[N,R,k] grad_values:A[N,R,k]? "
+           "grad_recons:T[N,R,D]? " INVERSE "streams");
     define(m, "update_rows", update_rows,
            ">grad_latent_bias:A[S,L]? >grad_pre_bias:A[D]? " ROWS
            "x:T[N,D]? pre_bias:A[D]? values:A[N,R,k] grad_values:A[N,R,k]? grad_recons:T[N,R,D]? " INVERSE "streams");

@@ -35,6 +35,9 @@ struct Batch {
 // A gradient without data is not computed.
 void weight_gradients(Tensor grad_W_enc, Tensor grad_W_dec, Tensor grad_latent_bias, Batch batch, int threads);
 
+// squares [L], float64 and zeros before. Without grad_latent_bias or grad_recons, those of the other matrix alone.
+void gradient_squares(Tensor squares, Tensor grad_latent_bias, Batch batch, int threads);
+
 struct AdamStep {
     double lr, beta1, beta2, eps;
     int64_t step;
@@ -42,7 +45,7 @@ struct AdamStep {
 };
 
 // Moments are those of W_enc, then of W_dec, in the type of the sums or all bfloat16. Copies are bfloat16; those without
-// data are not written. With last_step, decoder rows without an entry are left behind.
+// data are not written. Weights without data stay as they are, and have no moments. With last_step, decoder rows without an entry are left behind.
 void update_rows(
     Tensor grad_latent_bias, Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments,
     std::vector<Tensor> copies, Tensor last_step, Batch batch, AdamStep adam, int threads);

@@ -87,6 +87,10 @@ class Backend(Protocol):
         d_streams: Sequence[int],
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
+    def gradient_squares(
+        self, samples: Samples, d_streams: Sequence[int], encoder: bool = True, decoder: bool = True
+    ) -> tuple[Tensor, Tensor]: ...
+
     def update_rows(self, rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]: ...
 
     def step_rows(self, rows: Rows, gradients: Gradients, adam: AdamStep) -> None: ...
@@ -111,8 +115,8 @@ IN_GRAPHS = (
     "weight_gradients",
     "count_silence",
 )
-# these move weights and moments in place, outside of any graph
-PLAIN = ("update_rows", "step_rows", "replay_rows")
+# these move weights and moments in place, or say how, outside of any graph
+PLAIN = ("gradient_squares", "update_rows", "step_rows", "replay_rows")
 
 # results that the reference does not find without looking at data, or at all
 _FAKES: dict[str, Callable[..., Any]] = {

@@ -26,6 +26,7 @@ __all__ = [
     "decoder_gradients",
     "encoder_gradients",
     "global_topk",
+    "gradient_squares",
     "invert_indices",
     "replay_rows",
     "sparse_decode",
@@ -146,6 +147,19 @@ def weight_gradients(
     batch = _cpu.Batch(*operands, d_streams)
     _cpu.weight_gradients(grad_W_enc, grad_W_dec, grad_latent_bias, batch, torch.get_num_threads())
     return grad_W_enc, grad_W_dec, grad_latent_bias
+
+
+def gradient_squares(
+    samples: Samples, d_streams: Sequence[int], encoder: bool = True, decoder: bool = True
+) -> tuple[Tensor, Tensor]:
+    x, pre_bias, values, grad_values, grad_recons, *inverse = _batch(*samples)
+    L = len(samples.offsets) - 1
+    squares = torch.zeros(L, dtype=torch.float64, device="cpu")
+    grad_latent_bias = _sums(samples.x, len(d_streams), L)
+    of_encoder = (x, pre_bias, values, grad_values) if encoder else (None, None, values, None)
+    batch = _cpu.Batch(*of_encoder, grad_recons if decoder else None, *inverse, d_streams)
+    _cpu.gradient_squares(squares, grad_latent_bias if encoder else None, batch, torch.get_num_threads())
+    return squares, grad_latent_bias
 
 
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ __all__ = [
     "decoder_gradients",
     "encoder_gradients",
     "global_topk",
+    "gradient_squares",
     "invert_indices",
     "replay_rows",
     "sparse_decode",
@@ -139,6 +140,13 @@ def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
             _stream(device),
         )  # fmt: skip
     return offsets, entries
+
+
+def gradient_squares(
+    samples: Samples, d_streams: Sequence[int], encoder: bool = True, decoder: bool = True
+) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _in_triton("gradient_squares", samples, d_streams, encoder, decoder)
+    return found
 
 
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:

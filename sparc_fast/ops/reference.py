@@ -268,6 +268,25 @@ def weight_gradients(
     return grad_W_enc, decoder_gradients(values, grad_recons, offsets, entries), grad_latent_bias
 
 
+def gradient_squares(
+    samples: Samples, d_streams: Sequence[int], encoder: bool = True, decoder: bool = True
+) -> tuple[Tensor, Tensor]:
+    """squares[l] = sum_d grad_W_enc[l, d]^2 + sum_d grad_W_dec[l, d]^2,  float64 [L], for a norm over all latents.
+
+    Of one matrix alone where that is asked for. The second result is grad_latent_bias, of use with the encoder.
+    """
+    x, pre_bias, values, grad_values, grad_recons, offsets, entries = samples
+    squares = torch.zeros(len(offsets) - 1, dtype=torch.float64, device=values.device)
+    grad_latent_bias = wide(values.new_empty(0))
+    if encoder:
+        operands = x, pre_bias, values, grad_values, offsets, entries
+        gradient, grad_latent_bias = encoder_gradients(*operands, d_streams)
+        squares += gradient.square_().sum(1)
+    if decoder:
+        squares += decoder_gradients(values, grad_recons, offsets, entries).square_().sum(1)
+    return squares, grad_latent_bias
+
+
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
     """One training step of every latent's rows, in place: `step_rows` with the gradients of a batch.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from itertools import accumulate
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -66,19 +66,14 @@ class Trained(NamedTuple):
         return torch.cat([parameter[..., run.columns] for run in self.runs], dim=-1)
 
 
-def _runs(trained: list[bool], widths: tuple[int, ...]) -> list[Run]:
-    columns = stream_slices(widths)
-    before = [0, *accumulate(width * here for width, here in zip(widths, trained, strict=True))]
-    runs = []
-    first = 0
-    while first < len(trained):
-        last = first
-        while last < len(trained) and trained[last]:
-            last += 1
-        if last > first:
-            own_streams = slice(sum(trained[:first]), sum(trained[:last]))
-            there = slice(columns[first].start, columns[last - 1].stop)
-            runs.append(Run(slice(first, last), there, slice(before[first], before[last]), own_streams,
-                            widths[first:last]))  # fmt: skip
-        first = last + 1
-    return runs
+def _runs(trained: Sequence[bool], widths: tuple[int, ...]) -> Iterator[Run]:
+    columns, own, own_streams = stream_slices(widths), 0, 0
+    for here, neighbours in groupby(range(len(widths)), trained.__getitem__):
+        if here:
+            some = list(neighbours)
+            first, last = some[0], some[-1]
+            there = slice(columns[first].start, columns[last].stop)
+            streams, width = slice(first, last + 1), there.stop - there.start
+            of_run = slice(own, own + width), slice(own_streams, own_streams + len(some))
+            yield Run(streams, there, *of_run, widths[streams])
+            own, own_streams = own + width, own_streams + len(some)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from sparc_fast.objective import Terms
 from sparc_fast.ops.backends import Backend
-from sparc_fast.ops.layout import stream_slices
+from sparc_fast.ops.layout import stream_slices, wide
 from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
 from sparc_fast.optim.freezing import Run
 
@@ -35,24 +36,49 @@ class OneBatch(NamedTuple):
 
     def update(self, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """A step of the rows, those of a run of streams or all; returns what a backend's `update_rows` does."""
+        grads = self.grad_pre_bias.new_empty(0), self.grad_pre_bias.new_empty(0)
+        for some, samples in self._of(rows, run, backend):
+            found = backend.update_rows(some, samples, adam)
+            grads = grads if some.W_enc is None else found
+        return grads
+
+    def squared_norm(self, rows: Rows, run: Run | None, backend: Backend) -> tuple[Tensor, Tensor]:
+        """(the sum of squares of the rows' gradients, float64, grad_latent_bias), as for `update`."""
+        total = torch.zeros((), dtype=torch.float64, device=self.grad_pre_bias.device)
+        grad_latent_bias = self.grad_pre_bias.new_empty(0)
+        for some, samples in self._of(rows, run, backend):
+            moves = some.W_enc is not None, some.W_dec is not None
+            squares, found = backend.gradient_squares(samples, rows.d_streams, *moves)
+            total += squares.sum()
+            grad_latent_bias = found if moves[0] else grad_latent_bias
+        return total, grad_latent_bias
+
+    def scaled(self, factor: Tensor) -> OneBatch:
+        """The same with all gradients times a factor >= 0: they are sums with these coefficients."""
+        factor = factor.to(self.grad_pre_bias.dtype)
+        values, grad_values = (wide(part) * factor for part in (self.samples.values, self.samples.grad_values))
+        samples = self.samples._replace(values=values, grad_values=grad_values)
+        return self._replace(samples=samples, grad_pre_bias=self.grad_pre_bias * factor)
+
+    def _of(self, rows: Rows, run: Run | None, backend: Backend) -> Iterator[tuple[Rows, Samples]]:
+        """Rows, and the samples that their gradients are sums over."""
         samples = self.samples
         if run is None:
-            return backend.update_rows(rows, samples, adam)
-        grads = samples.x.new_empty(0), samples.x.new_empty(0)
+            yield rows, samples
+            return
         of_columns = samples._replace(
             x=samples.x[:, run.columns],
             pre_bias=samples.pre_bias[run.columns],
             grad_recons=samples.grad_recons[:, :, run.columns],
         )
         if rows.W_dec is not None:  # its gradients come from all streams
-            backend.update_rows(rows.of_decoder, of_columns, adam)
+            yield rows.of_decoder, of_columns
         if rows.W_enc is not None:
             own = {name: getattr(of_columns, name)[:, run.streams] for name in ("values", "grad_values", "grad_recons")}
             if self.used.ndim == 3:
                 inverse = backend.invert_indices(self.used[:, run.streams].contiguous(), len(rows.W_enc))
                 own |= {"offsets": inverse[0], "entries": inverse[1]}
-            grads = backend.update_rows(rows.of_encoder, of_columns._replace(**own), adam)
-        return grads
+            yield rows.of_encoder, of_columns._replace(**own)
 
     def count_silence(self, silence: Tensor, backend: Backend) -> None:
         backend.count_silence(silence, self.values, self.support)
@@ -85,10 +111,7 @@ class MicroBatches:
 
     def update(self, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """As `OneBatch.update`."""
-        assert self._gradients is not None
-        W_enc, W_dec, latent_bias = self._gradients
-        if run is not None:
-            W_enc, W_dec, latent_bias = W_enc[:, run.columns], W_dec[:, run.columns], latent_bias[run.streams]
+        W_enc, W_dec, latent_bias = self._of(run)
         through_encoder = latent_bias.new_zeros(sum(rows.d_streams))
         if rows.W_enc is not None:
             for first in range(0, len(rows.W_enc), LATENTS_AT_ONCE):
@@ -98,6 +121,28 @@ class MicroBatches:
                     through_encoder[columns] -= (latent_bias[s, some, None] * rows.W_enc[some, columns]).sum(0)
         backend.step_rows(rows, Gradients(W_enc, W_dec, self._used), adam)
         return latent_bias, through_encoder
+
+    def squared_norm(self, rows: Rows, run: Run | None, backend: Backend) -> tuple[Tensor, Tensor]:
+        """As `OneBatch.squared_norm`."""
+        W_enc, W_dec, latent_bias = self._of(run)
+        moved = [gradient for gradient, W in ((W_enc, rows.W_enc), (W_dec, rows.W_dec)) if W is not None]
+        return torch.stack([torch.linalg.vector_norm(part).double().square() for part in moved]).sum(), latent_bias
+
+    def scaled(self, factor: Tensor) -> MicroBatches:
+        """As `OneBatch.scaled`, in place."""
+        assert self._gradients is not None
+        factor = factor.to(self.grad_pre_bias.dtype)
+        for gradient in self._gradients:
+            gradient.mul_(factor)
+        self.grad_pre_bias = self.grad_pre_bias * factor
+        return self
+
+    def _of(self, run: Run | None) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._gradients is not None
+        W_enc, W_dec, latent_bias = self._gradients
+        if run is None:
+            return self._gradients
+        return W_enc[:, run.columns], W_dec[:, run.columns], latent_bias[run.streams]
 
     def count_silence(self, silence: Tensor, backend: Backend) -> None:
         """As over one batch: a latent that fired in any part becomes 0, every other grows by all samples."""

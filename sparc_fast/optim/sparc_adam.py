@@ -50,6 +50,9 @@ class SparcAdam(torch.optim.Optimizer):
             still. Rows move by the moments before they are rounded. "float32" keeps them as torch.optim.Adam does.
         freeze: what stays as it is, bit for bit, and has no moments: "encoder" (W_enc, latent_bias and pre_bias, with
             every code), "decoder" (W_dec and pre_bias), or names of streams, whose columns of all of these stay.
+        max_grad_norm: the most that the norm of all gradients together may be, those of loss.total.backward(); they are
+            scaled down to it as torch.nn.utils.clip_grad_norm_ does, before the projection. For this the sums of a step
+            are made twice, and W_enc is read once more. None: they are not clipped, which costs nothing.
         seed: of that rounding. The same seed gives the same bits, on any number of threads, lazy or not; it is not
             part of the state.
     """
@@ -66,6 +69,7 @@ class SparcAdam(torch.optim.Optimizer):
         moments: MomentType = "float32",
         seed: int = 0,
         freeze: str | Collection[str] = (),
+        max_grad_norm: float | None = None,
     ) -> None:
         if not isinstance(model, SPARC):
             hint = ": it trains one process's model, and exchanges nothing" if hasattr(model, "module") else ""
@@ -82,7 +86,10 @@ class SparcAdam(torch.optim.Optimizer):
             raise ValueError('moments must be "float32" for a float64 model, whose moments are float64, got "bfloat16"')
         if not isinstance(seed, int):
             raise ValueError(f"seed must be an integer, got {seed!r}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
         self.model = model
+        self.max_grad_norm = max_grad_norm
         self.capturable = capturable
         self.moments: MomentType = moments
         self.seed = seed
@@ -184,14 +191,16 @@ class SparcAdam(torch.optim.Optimizer):
         lr, eps = group["lr"], group["eps"]
         betas: tuple[float, float] = group["betas"]
         trained = [state for state in states if state is not None]
+        of_runs = [(run, self._rows_of(run, states)) for run in self._runs()]
+        if self.max_grad_norm is not None:
+            batch = self._clipped(batch, of_runs, backend, self.max_grad_norm)
         for state in trained:
             state["step"] += 1
         step = trained[0]["step"] if self.capturable else int(trained[0]["step"])
         if self._behind is not None:
             self._behind.record(float(lr), *betas, float(eps))
         adam = AdamStep(lr, betas, eps, step, self.seed)
-        for run in self._runs():
-            rows = self._rows_of(run, states)
+        for run, rows in of_runs:
             grad_latent_bias, grad_pre_bias = batch.update(rows, run, adam, backend)
             if states[3] is not None:
                 grad_pre_bias += batch.grad_pre_bias if run is None else batch.grad_pre_bias[run.columns]
@@ -203,6 +212,37 @@ class SparcAdam(torch.optim.Optimizer):
                     if copy is not None:
                         copy.copy_(exact)
         self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
+
+    def _clipped(
+        self,
+        batch: OneBatch | MicroBatches,
+        of_runs: Sequence[tuple[Run | None, Rows]],
+        backend: backends.Backend,
+        most: float,
+    ) -> OneBatch | MicroBatches:
+        """The batch with its gradients scaled so that their norm is at most this.
+
+        Raises:
+            FloatingPointError: on a CPU, the norm is NaN or infinite; nothing has moved. Elsewhere asking would wait.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.model.W_enc.device)
+        for run, rows in of_runs:
+            squares, grad_latent_bias = batch.squared_norm(rows, run, backend)
+            total += squares
+            if rows.W_enc is None:
+                continue
+            total += grad_latent_bias.double().square().sum()
+            if rows.W_dec is not None:
+                of_decoder = batch.grad_pre_bias if run is None else batch.grad_pre_bias[run.columns]
+                grad_pre_bias = reference.pre_bias_gradient(grad_latent_bias, rows.W_enc, rows.d_streams) + of_decoder
+                total += grad_pre_bias.double().square().sum()
+        norm = total.sqrt()
+        factor = (most / (norm + 1e-6)).clamp(max=1)
+        if total.device.type == "cpu" and not math.isfinite(norm.item()):
+            raise FloatingPointError(
+                f"gradients must be finite to be clipped, got a norm of {norm.item()}: no step made"
+            )
+        return batch if total.device.type == "cpu" and factor.item() == 1 else batch.scaled(factor)
 
     def _runs(self) -> tuple[Run | None, ...]:
         """Streams to train that are neighbours; None: all streams together."""
@@ -288,7 +328,7 @@ class SparcAdam(torch.optim.Optimizer):
         frozen = [name for name, p in self.model.named_parameters() if self._is_trained(p) and not p.requires_grad]
         if frozen:
             raise ValueError(
-                f"SparcAdam trains every weight of the model but those of freeze, but {', '.join(frozen)} is frozen"
+                f"SparcAdam trains every weight of the model, but {', '.join(frozen)} is frozen: name what stays in freeze"
             )
 
     def _is_trained(self, parameter: Tensor) -> bool:
@@ -302,7 +342,7 @@ class SparcAdam(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
-        mine = ("model", "capturable", "moments", "seed", "_trained", "_names", "_seen", "_behind")
+        mine = ("model", "capturable", "moments", "seed", "max_grad_norm", "_trained", "_names", "_seen", "_behind")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

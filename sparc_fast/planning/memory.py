@@ -80,7 +80,8 @@ class Sizes:
         self.gradient = 2 if config.dtype == "bfloat16" else FLOAT  # of a number of the reconstructions' gradient
         self.moment, biases = moment, D + S * L
         self.weights = 2 * L * D + biases  # how many there are
-        self.moments = 2 * (2 * L * D * moment + biases * FLOAT)  # those of the biases are float32
+        matrices = 2 - ("encoder" in config.freeze) - ("decoder" in config.freeze)  # of frozen streams they are counted
+        self.moments = 2 * (matrices * L * D * moment + biases * FLOAT)  # those of the biases are float32
         self.batch = self.rows * D * FLOAT  # as the loader gives it
 
 

@@ -237,6 +237,7 @@ class Config:
     beta_1: float = setting(0.9, below_one, "Adam's decay of the first moment")
     beta_2: float = setting(0.999, below_one, "Adam's decay of the second moment")
     eps: float = setting(1e-8, not_negative, "Adam's epsilon")
+    max_grad_norm: float = setting(0.0, not_negative, "the most the norm of all gradients may be; 0: any")
     lazy: bool = setting(False, flag, "update decoder rows when they are next read: the same bits", free=True)
 
     cross_loss_coef: float = setting(1.0, not_negative, "λ, the weight of the cross-reconstruction loss")

@@ -91,7 +91,7 @@ class Trainer:
                 self.model, config.lr, (config.beta_1, config.beta_2), config.eps,
                 lazy="replay" if config.lazy else None,
                 moments="bfloat16" if config.moments == "bfloat16" else "float32", seed=config.seed,
-                freeze=config.freeze,
+                freeze=config.freeze, max_grad_norm=config.max_grad_norm or None,
             )  # fmt: skip
             self.loader = opened.enter_context(_new_loader(config, files))
             self.steps = config.steps or max(1, round(config.epochs * len(self.loader)))
