@@ -25,6 +25,7 @@ from sparc_fast.evaluate import (
     nmse_from_errors,
     r2_from_errors,
     retrieval_ranks,
+    retrieval_scores,
     squared_error,
     table,
 )
@@ -225,8 +226,8 @@ def test_groups_change_retrieval_and_nothing_else() -> None:
     alone, grouped = evaluate(model, inputs, labels), evaluate(model, inputs, labels, groups=torch.arange(20) // 4)
     single = alone.single_codes
     for (a, b), scores in grouped.retrieval.items():
-        ranks = retrieval_ranks(single[a], single[b], model.n_latents, torch.arange(20) // 4)
-        assert scores == Retrieval.from_ranks(ranks) != alone.retrieval[a, b]
+        expected = retrieval_scores(single[a], single[b], model.n_latents, torch.arange(20) // 4)
+        assert scores == expected != alone.retrieval[a, b]
     without = [{**found.to_dict(), "retrieval": None, "scores": None} for found in (alone, grouped)]
     assert without[0] == without[1]
     assert evaluate(model, inputs, labels, groups=range(20)).to_dict() == alone.to_dict()
@@ -273,8 +274,8 @@ def evaluation_of(**changes: object) -> Evaluation:
         "latents_single": use,
         "latents_joint": use,
         "retrieval": {
-            ("a", "b"): Retrieval(2, 0.5, 1.0, 1.0, 1500.0, 0.75),
-            ("b", "a"): Retrieval(2, 0.0, 1.0, 1.0, 500.0, 0.25),
+            ("a", "b"): Retrieval(2, 0.5, 1.0, 1.0, 1500.0, 0.75, 2),
+            ("b", "a"): Retrieval(2, 0.0, 1.0, 1.0, 500.0, 0.25, 2),
         },
         "nmse": torch.tensor([[0.1, 0.5], [0.7, 0.3]]),
         "r2": torch.tensor([[0.9, 0.5], [0.3, 0.7]]),
@@ -325,7 +326,7 @@ def test_the_table_of_no_models_has_no_columns() -> None:
 
 
 def test_the_summary_is_strict_json_even_where_scores_are_undefined() -> None:
-    nothing_found = {("a", "b"): Retrieval(2, 0.0, 0.0, 0.0, math.inf, 0.0)}
+    nothing_found = {("a", "b"): Retrieval(2, 0.0, 0.0, 0.0, math.inf, 0.0, 2)}
     summary = evaluation_of(retrieval=nothing_found, r2=torch.full((2, 2), math.nan)).to_dict()
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert summary["retrieval"]["a -> b"]["median_rank"] is None

@@ -17,7 +17,7 @@ from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .labels import PerSample, as_groups, as_labels
 from .latents import LatentUse, latent_use
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
-from .retrieval import Retrieval, retrieval_ranks
+from .retrieval import Retrieval, retrieval_scores
 
 if TYPE_CHECKING:
     from ..model import SPARC
@@ -103,7 +103,8 @@ def evaluate(
             or (path, column), by default its only column or the one called "label". For [N, T, D_s] one a sample or
             one a token.
         groups: ids [N], given like labels, such as the image of a caption: in retrieval any sample of the query's
-            group is right, the best of them counting. By default a sample's own pair alone is.
+            group is right, the best of them counting, and equal rows of a group are one. By default a sample's own pair
+            alone is.
 
     Raises:
         ValueError: names the argument, what was expected and what came.
@@ -136,7 +137,7 @@ def evaluate(
         latents_single=latent_use(single, L),
         latents_joint=latent_use(joint, L),
         retrieval={
-            (query, candidate): Retrieval.from_ranks(retrieval_ranks(single[query], single[candidate], L, group_of))
+            (query, candidate): retrieval_scores(single[query], single[candidate], L, group_of)
             for query, candidate in permutations(model.streams, 2)
         },
         nmse=torch.stack([nmse_from_errors(errors[:, t], x.cpu()) for t, x in enumerate(targets)], dim=1),
