@@ -181,7 +181,7 @@ def test_numbers_that_are_places_must_be_places_there_are() -> None:
     for position, bad in ((3, -1), (3, N * K + 1), (6, N * K + 1), (9, 3), (9, -1)):
         arguments = calls()["count_nearer"]
         arguments[position][2] = bad
-        with pytest.raises(IndexError, match="must ascend from 0|must be of candidates there are"):
+        with pytest.raises(IndexError, match=r"must ascend from 0|must be of candidates there are"):
             call("count_nearer", arguments)
     with pytest.raises(IndexError, match="k must lie in 1"):
         _cpu.topk_rows(torch.zeros(N, L + 1, dtype=torch.int32, device="cpu"), floats(N, L), L + 1, 1)

@@ -92,9 +92,9 @@ def retrieval_ranks(
     pair ranks inf, and it stands behind every other candidate.
 
     Sparse codes are compared through the latents they share: sum_l n_l m_l products where n_l queries and m_l
-    candidates fire latent l, some N^2 k^2 / L, and one look at every pair. `retrieval_seconds` tells about how long that
-    takes; it is done on the CPU, in O(N k) memory. Dense rows, and sparse ones where the compiled module is missing,
-    are compared `chunk` queries at a time, in O(chunk (N + L)).
+    candidates fire latent l, some N^2 k^2 / L, and one look at every pair, on the CPU in O(N k) memory.
+    `retrieval_seconds` tells about how long that takes. Dense rows, and sparse ones where the compiled module is
+    missing, are compared `chunk` queries at a time, in O(chunk (N + L)).
 
     groups: integers [N]; any candidate of query n's group is then right. The rank is that of the most similar of them
     among the candidates of other groups: five captions of an image are not in each other's way. Rows of a group that
@@ -142,7 +142,7 @@ def retrieve(
     device, M = a.values.device, len(b.values)
     found = torch.full((len(a.values), top), -1, dtype=torch.int64, device=device)
     cosines = torch.zeros(found.shape, dtype=torch.float32, device=device)
-    for part in torch.arange(len(found), device=device).split(chunk):
+    for part in torch.split(torch.arange(len(found), device=device), chunk):
         near, order = b.dot(a.columns(part)).sort(dim=0, descending=True, stable=True)
         near, order = near[:top].T, order[:top].T
         some = near > 0
@@ -210,7 +210,7 @@ def _count_by_chunks(a: _Rows, b: _Rows, first: Tensor, last: Tensor, chunk: int
     """As the compiled function: candidates more similar than the best of first ... last - 1, and those equally so."""
     higher, equal = torch.zeros_like(first), torch.zeros_like(first)
     place = torch.arange(len(b.values), device=first.device)[:, None]
-    for part in torch.arange(len(first), device=first.device).split(chunk) if len(place) else ():
+    for part in torch.split(torch.arange(len(first), device=first.device), chunk) if len(place) else ():
         cosines = b.dot(a.columns(part))
         mine = (first[part] <= place) & (place < last[part])
         own = cosines.masked_fill(~mine, -float("inf")).amax(dim=0)
@@ -267,17 +267,16 @@ class _Rows:
 
     def first_of_copies(self, groups: Tensor) -> Tensor:
         """bool [N], False for a row that is equal to an earlier one of its group."""
-        exact = (self.given + 0.0).view(torch.int32).long()  # -0 is 0
-        if self.indices is not None:
-            latents, order = self.indices.long().masked_fill(self.given == 0, self.width).sort(dim=1)
-            exact = torch.cat([latents, exact.gather(1, order)], dim=1)
         generator = torch.Generator(device="cpu").manual_seed(0)
-        weights = torch.randint(-(2**62), 2**62, exact.shape[1:], generator=generator, device="cpu")
-        order = (exact * weights.to(exact.device)).sum(dim=1).argsort(stable=True)  # equal rows lie together
-        order = order[groups[order].argsort(stable=True)]
+        columns = self.given.shape[1] * (1 if self.indices is None else 2)
+        weights = torch.randint(-(2**62), 2**62, (columns,), generator=generator, device="cpu").to(groups.device)
+        rows = torch.split(torch.arange(len(groups), device=groups.device), max(1, CHUNK_ELEMENTS // (8 * columns + 1)))
+        key = torch.cat([(self._exact(part) * weights).sum(dim=1) for part in rows])
+        order = key.argsort(stable=True)  # equal rows lie together ...
+        order = order[groups[order].argsort(stable=True)]  # ... in their groups
         same = groups[order[1:]] == groups[order[:-1]]
-        for part in torch.arange(len(same), device=same.device).split(max(1, CHUNK_ELEMENTS // (exact.shape[1] + 1))):
-            same[part] &= (exact[order[part + 1]] == exact[order[part]]).all(dim=1)
+        for part in torch.split(same.nonzero()[:, 0], len(rows[0])):
+            same[part] = (self._exact(order[part + 1]) == self._exact(order[part])).all(dim=1)
         first = torch.ones(len(groups), dtype=torch.bool, device=groups.device)
         first[order[1:]] = ~same
         return first
@@ -295,3 +294,12 @@ class _Rows:
         if self.indices is None:
             return self.values @ columns
         return embedding_bag(self.indices, columns, per_sample_weights=self.values, mode="sum")
+
+    def _exact(self, rows: Tensor) -> Tensor:
+        """Integers that are equal where rows are, whatever the order of a code's entries."""
+        given = self.given[rows]
+        bits = (given + 0.0).view(torch.int32).long()  # -0 is 0
+        if self.indices is None:
+            return bits
+        latents, order = self.indices[rows].long().masked_fill(given == 0, self.width).sort(dim=1)
+        return torch.cat([latents, bits.gather(1, order)], dim=1)
