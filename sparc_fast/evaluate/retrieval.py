@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .codes import CHUNK_ELEMENTS, StreamCode, check_code, firing_counts
+from .codes import StreamCode, check_code, firing_counts, parts
 
 try:
     from sparc_fast import _cpu
@@ -139,11 +140,12 @@ def retrieve(
     a, b = _same_kind(queries, candidates, n_latents, chunk)
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
-    device, M = a.values.device, len(b.values)
-    found = torch.full((len(a.values), top), -1, dtype=torch.int64, device=device)
+    device, M = a.given.device, len(b)
+    multiply = b.products(torch.arange(M, device=device))
+    found = torch.full((len(a), top), -1, dtype=torch.int64, device=device)
     cosines = torch.zeros(found.shape, dtype=torch.float32, device=device)
     for part in torch.split(torch.arange(len(found), device=device), chunk):
-        near, order = b.dot(a.columns(part)).sort(dim=0, descending=True, stable=True)
+        near, order = multiply(a.columns(part)).sort(dim=0, descending=True, stable=True)
         near, order = near[:top].T, order[:top].T
         some = near > 0
         found[part, : min(top, M)] = order.where(some, -1)
@@ -160,13 +162,13 @@ def _pair(
 ) -> tuple[_Rows, _Rows, Tensor | None]:
     """Query n beside its candidate n, checked."""
     a, b = _same_kind(queries, candidates, n_latents, chunk)
-    if len(a.values) != len(b.values):
+    if len(a) != len(b):
         raise ValueError(f"queries and candidates must have the same N, got {a}, {b}")
     if groups is not None:
-        if groups.is_floating_point() or groups.is_complex() or groups.shape != a.values.shape[:1]:
-            expected = f"integers [N={len(a.values)}]"
+        if groups.is_floating_point() or groups.is_complex() or groups.shape != a.given.shape[:1]:
+            expected = f"integers [N={len(a)}]"
             raise ValueError(f"groups must be {expected}, got {groups.dtype} {list(groups.shape)}")
-        groups = groups.to(a.values.device)
+        groups = groups.to(a.given.device)
     return a, b, groups
 
 
@@ -178,7 +180,7 @@ def _same_kind(
     a, b = (_Rows(rows, n_latents, name) for rows, name in ((queries, "queries"), (candidates, "candidates")))
     if (a.indices is None) != (b.indices is None):
         raise ValueError(f"queries and candidates must be both dense or both sparse, got {a}, {b}")
-    if a.indices is None and a.values.shape[1] != b.values.shape[1]:
+    if a.indices is None and a.width != b.width:
         raise ValueError(f"queries and candidates must have the same D, got {a}, {b}")
     return a, b
 
@@ -194,24 +196,30 @@ def _ranks(a: _Rows, b: _Rows, groups: Tensor | None, chunk: int) -> Tensor:
         first, last = (torch.searchsorted(groups[places], groups, right=right) for right in (False, True))
     last = torch.where(a.zero, first, last)
     count = _count_by_chunks if a.indices is None or _cpu is None else _count_compiled
-    higher, equal = count(a, b.rows(places), first, last, chunk)
+    higher, equal = count(a, b, places, first, last, chunk)
     return torch.where(first < last, 1 + higher + equal.double() / 2, float("inf"))
 
 
-def _count_compiled(a: _Rows, b: _Rows, first: Tensor, last: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def _count_compiled(
+    a: _Rows, b: _Rows, places: Tensor, first: Tensor, last: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
     higher, equal = (torch.empty(len(first), dtype=torch.int64, device="cpu") for _ in range(2))
     own = torch.empty(len(first), dtype=torch.float32, device="cpu")
-    places = (place.cpu().contiguous() for place in (first, last))
-    _cpu.count_nearer(own, higher, equal, *a.entries(), *b.entries(), *places, a.width, TIE, torch.get_num_threads())
+    sparse = *a.entries(torch.arange(len(a), device=places.device)), *b.entries(places)
+    mine = (place.cpu().contiguous() for place in (first, last))
+    _cpu.count_nearer(own, higher, equal, *sparse, *mine, a.width, TIE, torch.get_num_threads())
     return higher.to(first.device), equal.to(first.device)
 
 
-def _count_by_chunks(a: _Rows, b: _Rows, first: Tensor, last: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def _count_by_chunks(
+    a: _Rows, b: _Rows, places: Tensor, first: Tensor, last: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
     """As the compiled function: candidates more similar than the best of first ... last - 1, and those equally so."""
     higher, equal = torch.zeros_like(first), torch.zeros_like(first)
-    place = torch.arange(len(b.values), device=first.device)[:, None]
+    place = torch.arange(len(places), device=first.device)[:, None]
+    multiply = b.products(places)
     for part in torch.split(torch.arange(len(first), device=first.device), chunk) if len(place) else ():
-        cosines = b.dot(a.columns(part))
+        cosines = multiply(a.columns(part))
         mine = (first[part] <= place) & (place < last[part])
         own = cosines.masked_fill(~mine, -float("inf")).amax(dim=0)
         cosines.masked_fill_(mine, -float("inf"))
@@ -221,85 +229,107 @@ def _count_by_chunks(a: _Rows, b: _Rows, first: Tensor, last: Tensor, chunk: int
 
 
 class _Rows:
-    """N unit rows, dense or sparse."""
+    """N rows, dense or sparse, that are compared by their directions."""
 
     def __init__(self, rows: Tensor | StreamCode, n_latents: int | None, name: str) -> None:
         self.name = name
-        self.indices: Tensor | None = None
         if isinstance(rows, Tensor):
             if rows.dim() != 2:
                 raise ValueError(f"{name} must be [N, D], got {tuple(rows.shape)}")
-            values = rows.float()
+            self.given, self.indices = rows, None
+            self.width = rows.shape[1]
         else:
             if n_latents is None:
                 raise ValueError(f"n_latents must be given where {name} are sparse codes, got None")
             check_code(rows, n_latents, name)
-            values, self.indices = rows[0].float().relu(), rows[1]
-        if not values.isfinite().all():
-            raise ValueError(f"{name} must have finite values, got NaN or inf")
-        self.width = values.shape[1] if n_latents is None else n_latents
-        self.given = values
-        self.zero = (values == 0).all(dim=1)
-        # By the largest entry first, so that squares of tiny or huge values stay in range.
-        values = values / values.abs().amax(dim=1, keepdim=True).where(~self.zero[:, None], 1)
-        self.values: Tensor = values.div_(values.norm(dim=1, keepdim=True).where(~self.zero[:, None], 1))
+            self.given, self.indices = rows
+            self.width = n_latents
+        N, device = len(self.given), self.given.device
+        largest, norm = (torch.ones(N, 1, dtype=torch.float32, device=device) for _ in range(2))
+        self.zero = torch.zeros(N, dtype=torch.bool, device=device)
+        for part in parts(N, 4 * self.given.shape[1]):
+            values = self.plain(part)
+            if not values.isfinite().all():
+                raise ValueError(f"{name} must have finite values, got NaN or inf")
+            self.zero[part] = zero = (values == 0).all(dim=1)
+            # By the largest entry first, so that squares of tiny or huge values stay in range.
+            largest[part] = values.abs().amax(dim=1, keepdim=True).where(~zero[:, None], 1)
+            norm[part] = (values / largest[part]).norm(dim=1, keepdim=True).where(~zero[:, None], 1)
+        self._largest, self._norm = largest, norm
 
     def __str__(self) -> str:
-        return f"{self.name} {'dense' if self.indices is None else 'sparse'} {list(self.values.shape)}"
+        return f"{self.name} {'dense' if self.indices is None else 'sparse'} {list(self.given.shape)}"
 
-    def rows(self, places: Tensor) -> _Rows:
-        """Some of them."""
-        if len(places) == len(self.values) and torch.equal(places, torch.arange(len(places), device=places.device)):
-            return self
-        some = _Rows.__new__(_Rows)
-        some.name, some.width, some.zero = self.name, self.width, self.zero[places]
-        some.values, some.given = self.values[places], self.given[places]
-        some.indices = None if self.indices is None else self.indices[places]
-        return some
+    def __len__(self) -> int:
+        return len(self.given)
 
-    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of sparse rows, what is not 0, on the CPU: offsets int64 [N + 1], latents int32 and values float32."""
+    def plain(self, rows: Tensor | slice) -> Tensor:
+        """Some of them as they are in float32; of a code what is active."""
+        values = self.given[rows].float()
+        return values if self.indices is None else values.relu()
+
+    def unit(self, rows: Tensor | slice) -> Tensor:
+        """Some of them at norm 1."""
+        return self.plain(rows) / self._largest[rows] / self._norm[rows]
+
+    def entries(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is not 0 in some of sparse rows, on the CPU: offsets int64 [rows + 1], latents int32, values float32."""
         assert self.indices is not None
-        on = self.values > 0
-        offsets = torch.zeros(len(on) + 1, dtype=torch.int64, device="cpu")
-        offsets[1:] = on.sum(dim=1).cumsum(0)
-        return offsets, self.indices[on].to("cpu", torch.int32), self.values[on].cpu()
+        some = [rows[part] for part in parts(len(rows), 8 * self.given.shape[1])]
+        offsets = torch.zeros(len(rows) + 1, dtype=torch.int64, device="cpu")
+        if some:
+            offsets[1:] = torch.cat([(self.plain(part) > 0).sum(dim=1) for part in some]).cumsum(0)
+        latents = torch.empty(int(offsets[-1]), dtype=torch.int32, device="cpu")
+        values = torch.empty(len(latents), dtype=torch.float32, device="cpu")
+        start = 0
+        for part in some:
+            unit, on = self.unit(part), self.plain(part) > 0
+            stop = start + int(on.sum())
+            latents[start:stop], values[start:stop] = self.indices[part][on], unit[on]
+            start = stop
+        return offsets, latents, values
+
+    def columns(self, part: Tensor) -> Tensor:
+        """The chosen rows as dense columns, [D or L, len(part)]."""
+        unit = self.unit(part)
+        if self.indices is None:
+            return unit.T
+        dense = unit.new_zeros(self.width, len(part))
+        here = torch.arange(len(part), device=part.device)[:, None]
+        return dense.index_put_((self.indices[part].long(), here), unit, accumulate=True)
+
+    def products(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """What multiplies some of them with dense columns: [D or L, columns] -> [rows, columns]."""
+        unit = self.unit(rows)
+        if self.indices is None:
+            return lambda columns: unit @ columns
+        indices = self.indices[rows]
+        return lambda columns: embedding_bag(indices, columns, per_sample_weights=unit, mode="sum")
 
     def first_of_copies(self, groups: Tensor) -> Tensor:
         """bool [N], False for a row that is equal to an earlier one of its group."""
         generator = torch.Generator(device="cpu").manual_seed(0)
         columns = self.given.shape[1] * (1 if self.indices is None else 2)
         weights = torch.randint(-(2**62), 2**62, (columns,), generator=generator, device="cpu").to(groups.device)
-        rows = torch.split(torch.arange(len(groups), device=groups.device), max(1, CHUNK_ELEMENTS // (8 * columns + 1)))
-        key = torch.cat([(self._exact(part) * weights).sum(dim=1) for part in rows])
+        key = torch.zeros(len(self), dtype=torch.int64, device=groups.device)
+        for part in parts(len(self), 8 * columns):
+            key[part] = (self._exact(part) * weights).sum(dim=1)
         order = key.argsort(stable=True)  # equal rows lie together ...
         order = order[groups[order].argsort(stable=True)]  # ... in their groups
-        same = groups[order[1:]] == groups[order[:-1]]
-        for part in torch.split(same.nonzero()[:, 0], len(rows[0])):
-            same[part] = (self._exact(order[part + 1]) == self._exact(order[part])).all(dim=1)
-        first = torch.ones(len(groups), dtype=torch.bool, device=groups.device)
+        same = (groups[order[1:]] == groups[order[:-1]]) & (key[order[1:]] == key[order[:-1]])
+        maybe = same.nonzero()[:, 0]
+        for part in parts(len(maybe), 16 * columns):
+            one = maybe[part]
+            same[one] = (self._exact(order[one + 1]) == self._exact(order[one])).all(dim=1)
+        first = torch.ones(len(self), dtype=torch.bool, device=groups.device)
         first[order[1:]] = ~same
         return first
 
-    def columns(self, part: Tensor) -> Tensor:
-        """The chosen rows as dense columns, [D or L, len(part)]."""
-        if self.indices is None:
-            return self.values[part].T
-        dense = self.values.new_zeros(self.width, len(part))
-        here = torch.arange(len(part), device=part.device)[:, None]
-        return dense.index_put_((self.indices[part].long(), here), self.values[part], accumulate=True)
-
-    def dot(self, columns: Tensor) -> Tensor:
-        """Product of all rows with dense columns, [N, columns]."""
-        if self.indices is None:
-            return self.values @ columns
-        return embedding_bag(self.indices, columns, per_sample_weights=self.values, mode="sum")
-
-    def _exact(self, rows: Tensor) -> Tensor:
+    def _exact(self, rows: Tensor | slice) -> Tensor:
         """Integers that are equal where rows are, whatever the order of a code's entries."""
-        given = self.given[rows]
-        bits = (given + 0.0).view(torch.int32).long()  # -0 is 0
+        values = self.plain(rows)
+        bits = (values + 0.0).view(torch.int32).long()  # -0 is 0
         if self.indices is None:
             return bits
-        latents, order = self.indices[rows].long().masked_fill(given == 0, self.width).sort(dim=1)
+        latents, order = self.indices[rows].long().masked_fill(values == 0, self.width).sort(dim=1)
         return torch.cat([latents, bits.gather(1, order)], dim=1)
