@@ -33,7 +33,7 @@ def firing_agreement(codes: Codes, n_latents: int) -> Tensor:
 def _common_firings(a: StreamCode, b: StreamCode, n_latents: int) -> Tensor:
     """Number of samples that fire each latent in both codes, [L]."""
     both = torch.zeros(n_latents, dtype=torch.int64, device=a[0].device)
-    for rows in parts(len(a[0]), 8 * max(a[0].shape[1], b[0].shape[1])):
+    for rows in parts(len(a[0]), 96 * max(a[0].shape[1], b[0].shape[1])):
         support_a, support_b = (
             indices[rows].long().masked_fill(values[rows] <= 0, n_latents) for values, indices in (a, b)
         )

@@ -19,7 +19,7 @@ __all__ = ["Codes", "StreamCode", "firing_counts", "firings", "label_counts", "p
 StreamCode = tuple[Tensor, Tensor]
 Codes = Mapping[str, StreamCode]
 
-CHUNK_ELEMENTS = 2**25  # floats a chunk of work may hold at once: 128 MiB
+CHUNK_BYTES = 2**26  # that a chunk of work may hold at once
 
 
 def check_code(code: StreamCode, n_latents: int, name: str = "code") -> None:
@@ -61,9 +61,9 @@ def firings(code: StreamCode) -> tuple[Tensor, Tensor, Tensor]:
     return samples, indices[samples, slots].long(), values[samples, slots]
 
 
-def parts(n: int, row_elements: int) -> Iterator[slice]:
-    """All of n rows in order, so many at a time that work of so many numbers a row stays within a chunk."""
-    step = max(1, CHUNK_ELEMENTS // max(1, row_elements))
+def parts(n: int, row_bytes: int) -> Iterator[slice]:
+    """All of n rows in order, so many at a time that work of so many bytes a row stays within a chunk."""
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
@@ -71,7 +71,7 @@ def firing_counts(code: StreamCode, n_latents: int) -> Tensor:
     """Number of samples that fire each latent, [L]."""
     values, indices = code
     counts = torch.zeros(n_latents, dtype=torch.int64, device=values.device)
-    for rows in parts(len(values), 4 * values.shape[1]):
+    for rows in parts(len(values), 32 * values.shape[1]):
         counts += torch.bincount(indices[rows][values[rows] > 0], minlength=n_latents)
     return counts
 
@@ -84,15 +84,15 @@ def label_counts(
     Some labels after others, so that [S, L, C] never exists at once. Time is linear in the pairs of a sample's labels
     and latents. orders[s][n], where given, is the row of stream s's code that counts as sample n's.
     """
-    n_labels = max(1, CHUNK_ELEMENTS // (len(codes) * n_latents + 1))
+    n_labels = max(1, CHUNK_BYTES // (4 * len(codes) * n_latents + 1))
     for start in range(0, labels.shape[1], n_labels):
         some = labels[:, start : start + n_labels]
         counts = torch.zeros(len(codes), n_latents * some.shape[1], dtype=torch.int32, device=labels.device)
-        for rows in parts(len(some), 4 * some.shape[1]):
+        for rows in parts(len(some), 24 * some.shape[1]):
             samples, carried = some[rows].nonzero(as_tuple=True)
             samples += rows.start
             for s, (values, indices) in enumerate(codes.values()):
-                for pairs in parts(len(samples), 8 * values.shape[1]):
+                for pairs in parts(len(samples), 64 * values.shape[1]):
                     n = samples[pairs] if orders is None else orders[s][samples[pairs]]
                     cells = indices[n].long() * some.shape[1] + carried[pairs, None]
                     cells = cells[values[n] > 0]

@@ -19,7 +19,7 @@ from sparc_fast.data.absence import mark_zero_rows
 from sparc_fast.sizes import as_bytes
 
 from .agreement import firing_agreement
-from .codes import CHUNK_ELEMENTS, Codes, firing_counts
+from .codes import CHUNK_BYTES, Codes, firing_counts
 from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .labels import PerSample, as_groups, as_labels
 from .latents import LatentUse, latent_use
@@ -210,12 +210,12 @@ def _rows_at_once(
 ) -> _Rows:
     """Such that all of it fits: the codes that are kept, and beside them a batch, and after it what metrics take."""
     S, k, L, itemsize = len(model.streams), model.k, model.n_latents, model.W_enc.dtype.itemsize
-    kept = N * S * k * (itemsize + 4)
+    kept = 2**25 + N * (S * k * (itemsize + 4) + 2 * n_labels)  # and what the allocator holds back
     if n_labels:
         kept += N * k * (S + 4 * (S if model.selection == "local" else 1))
-    # two streams' entries and scales; the counts of all labels, a chunk of them at most, with what adds them up
-    entries = 16 * N * (k + 4) if retrieval and S > 1 else 0
-    metrics = max(entries, 12 * min(S * L * n_labels, CHUNK_ELEMENTS)) + 32 * min(N * k, CHUNK_ELEMENTS // 2)
+    # two streams' entries, scales and places; the counts of all labels, with those of a pair; a part of the work
+    entries = N * (16 * k + 80) if retrieval and S > 1 else 0
+    metrics = max(entries, 3 * min(4 * S * L * n_labels, CHUNK_BYTES)) + min(96 * N * k, CHUNK_BYTES) + 96 * S * L
     readers = list(inputs.readers.values()) if isinstance(inputs, AlignedFiles) else []
     stored = sum(reader.row_bytes for reader in readers)
     wide = max(4, itemsize)

@@ -247,7 +247,7 @@ class _Rows:
         N, device = len(self.given), self.given.device
         largest, norm = (torch.ones(N, 1, dtype=torch.float32, device=device) for _ in range(2))
         self.zero = torch.zeros(N, dtype=torch.bool, device=device)
-        for part in parts(N, 4 * self.given.shape[1]):
+        for part in parts(N, 24 * self.given.shape[1]):
             values = self.plain(part)
             if not values.isfinite().all():
                 raise ValueError(f"{name} must have finite values, got NaN or inf")
@@ -275,7 +275,7 @@ class _Rows:
     def entries(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is not 0 in some of sparse rows, on the CPU: offsets int64 [rows + 1], latents int32, values float32."""
         assert self.indices is not None
-        some = [rows[part] for part in parts(len(rows), 8 * self.given.shape[1])]
+        some = [rows[part] for part in parts(len(rows), 48 * self.given.shape[1])]
         offsets = torch.zeros(len(rows) + 1, dtype=torch.int64, device="cpu")
         if some:
             offsets[1:] = torch.cat([(self.plain(part) > 0).sum(dim=1) for part in some]).cumsum(0)
@@ -312,13 +312,13 @@ class _Rows:
         columns = self.given.shape[1] * (1 if self.indices is None else 2)
         weights = torch.randint(-(2**62), 2**62, (columns,), generator=generator, device="cpu").to(groups.device)
         key = torch.zeros(len(self), dtype=torch.int64, device=groups.device)
-        for part in parts(len(self), 8 * columns):
+        for part in parts(len(self), 48 * columns):
             key[part] = (self._exact(part) * weights).sum(dim=1)
         order = key.argsort(stable=True)  # equal rows lie together ...
         order = order[groups[order].argsort(stable=True)]  # ... in their groups
         same = (groups[order[1:]] == groups[order[:-1]]) & (key[order[1:]] == key[order[:-1]])
         maybe = same.nonzero()[:, 0]
-        for part in parts(len(maybe), 16 * columns):
+        for part in parts(len(maybe), 64 * columns):
             one = maybe[part]
             same[one] = (self._exact(order[one + 1]) == self._exact(order[one])).all(dim=1)
         first = torch.ones(len(self), dtype=torch.bool, device=groups.device)
