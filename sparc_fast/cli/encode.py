@@ -177,9 +177,10 @@ def _blocks(
     """Samples in order, and which streams each has; ValueError names the file and row of what is not finite."""
     columns = [list(files.d_streams).index(stream) for stream in streams]
     widths = {stream: files.d_streams[stream] for stream in streams}
+    room = files.room(min(read_together, files.n_rows), streams)
     for start in range(0, files.n_rows, read_together):
         n = min(read_together, files.n_rows - start)
-        rows = files.read(start, start + n, streams)
+        rows = files.read(start, start + n, room)
         for first in range(0, n, encoded_together):
             x = {stream: part[first : first + encoded_together] for stream, part in rows.items()}
             at = slice(start + first, min(start + first + encoded_together, start + n))

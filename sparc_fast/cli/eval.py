@@ -95,9 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
     with open_joined(sources_of(arguments.data, first), arguments) as files:
         if files.d_streams != first.d_streams:
             raise ValueError(f"--data must have the widths {first.d_streams}, got {files.d_streams}")
+        labels, groups = _known_of_samples(arguments, files)
         if files.matched is not None:
             print(files.matched, file=sys.stderr, flush=True)
-        labels, groups = _known_of_samples(arguments, files)
         for name, model in columns.items():
             found = evaluate(
                 model.to(device), files, labels, groups=groups, retrieval=not arguments.no_retrieval,
@@ -213,23 +213,22 @@ def _file(folder: Path, stream: str) -> Path:
 def _known_of_samples(arguments: argparse.Namespace, files: AlignedFiles) -> tuple[Tensor | None, Tensor | None]:
     """Which concepts each sample carries, bool [N, C], and the number of its group, [N]."""
     labels, groups, label_ids = arguments.labels, arguments.groups, arguments.label_ids
-    if labels is None and (path := Path(arguments.data[0]) / LABELS).is_file():
-        labels = path
-    n, rows = files.n_rows, None
     if label_ids is not None:
         if files.ids is None:
             raise ValueError("--label-ids must be matched with --ids, but there are none")
         found = as_ids(label_ids, "--label-ids")
-        n, rows = len(found), _rows_of(found, files.ids)
-    known = []
+        n, (first, of_samples) = len(found), _rows_of(found, files.ids)
+    known: list[Tensor | None] = []
     for name, given, read in (("labels", labels, as_labels), ("groups", groups, as_groups)):
-        of_rows = None if given is None else read(given, (n,))
-        if of_rows is not None and rows is not None:
-            first, of_samples = rows
-            if len(differs := (of_rows != of_rows[first]).reshape(n, -1).any(1).nonzero()):
-                raise ValueError(f"{name} must be the same in all rows of one id, got others in row {int(differs[0])}")
-            of_rows = of_rows[of_samples]
-        known.append(of_rows)
+        if given is None or label_ids is None:
+            known.append(None if given is None else read(given, (files.n_rows,)))
+            continue
+        of_rows = read(given, (n,))
+        if len(differs := (of_rows != of_rows[first]).reshape(n, -1).any(1).nonzero()):
+            raise ValueError(f"{name} must be the same in all rows of one id, got others in row {int(differs[0])}")
+        known.append(of_rows[of_samples])
+    if labels is None and (path := Path(arguments.data[0]) / LABELS).is_file():
+        known[0] = as_labels(path, (files.n_rows,))
     return known[0], known[1]
 
 

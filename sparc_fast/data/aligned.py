@@ -65,13 +65,16 @@ class AlignedFiles:
         check_dtype(dtype)
         return torch.cat([reader.rows(start, stop).to(dtype) for reader in self.readers.values()], dim=1)
 
-    def read(self, start: int, stop: int, streams: Iterable[str]) -> dict[str, Tensor]:
-        """Rows start <= n < stop of some streams as stored; ValueError names the file and row of NaN or infinity."""
-        rows = {}
-        for stream in streams:
-            reader = self.readers[stream]
-            rows[stream] = torch.empty(stop - start, reader.width, dtype=reader.dtype, device="cpu")
-            reader.read([(start, stop)], rows[stream], True)
+    def room(self, n_rows: int, streams: Iterable[str]) -> dict[str, Tensor]:
+        """What so many rows of some streams, as they are stored, are read into: [n_rows, D_s] each."""
+        readers = {stream: self.readers[stream] for stream in streams}
+        return {s: torch.empty(n_rows, r.width, dtype=r.dtype, device="cpu") for s, r in readers.items()}
+
+    def read(self, start: int, stop: int, room: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows start <= n < stop, in the first rows of `room`; ValueError names the file and row of NaN or infinity."""
+        rows = {stream: whole[: stop - start] for stream, whole in room.items()}
+        for stream, out in rows.items():
+            self.readers[stream].read([(start, stop)], out, True)
         return rows
 
     def scan(self) -> dict[str, Scan]:

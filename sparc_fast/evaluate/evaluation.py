@@ -16,6 +16,7 @@ from torch import Tensor
 from sparc_fast.codes import SparseLatents
 from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import mark_zero_rows
+from sparc_fast.ops.huge_pages import give_back_freed
 from sparc_fast.sizes import as_bytes
 
 from .agreement import firing_agreement
@@ -145,6 +146,7 @@ def evaluate(
         passed = _pass(model, _batches(model, inputs, N, rows, zero_rows), N, truth is not None)
     finally:
         model.train(was_training)
+    give_back_freed()
     if passed.kept is not None:
         truth = None if truth is None else truth[passed.kept]
         group_of = None if group_of is None else group_of[passed.kept]
@@ -217,19 +219,19 @@ def _rows_at_once(
     entries = N * (16 * k + 80) if retrieval and S > 1 else 0
     metrics = max(entries, 3 * min(4 * S * L * n_labels, CHUNK_BYTES)) + min(96 * N * k, CHUNK_BYTES) + 96 * S * L
     readers = list(inputs.readers.values()) if isinstance(inputs, AlignedFiles) else []
-    stored = sum(reader.row_bytes for reader in readers)
+    stored = sum(reader.row_bytes for reader in readers) or 4 * sum(model.d_streams.values())
     wide = max(4, itemsize)
-    # as read and side by side, calibrated, converted, decoded; scores and what selecting takes; the code; errors
-    encoded = wide * (5 * sum(model.d_streams.values()) + 2 * L) + 24 * S * k + 16 * max(model.d_streams.values())
+    # as read and side by side, calibrated, converted, decoded; scores and what selecting takes; the code
+    encoded = wide * (5 * sum(model.d_streams.values()) + 2 * L) + 24 * S * k
     copies = 4 * min(model.W_enc.numel(), 2**23) + 48 * L + 2 * max((r.pick_scratch for r in readers), default=0)
     room = as_bytes(memory, "memory")
     least = kept + max(metrics, copies + 2 * (stored + encoded))
     if room < least:
         raise ValueError(f"memory must be at least {least} bytes for {N} samples here, got {memory}")
     half = (room - kept - copies) // 2
-    together = min(batch_size, half // encoded)
-    read = max(together, min(half, 2**26) // max(stored, 1)) // together * together
-    return _Rows(together if not readers else min(read, max(together, half // stored)), together)
+    read = min(min(half, 2**25) // stored, 2**27 // encoded)  # more at a time is no faster
+    together = max(1, min(batch_size, half // encoded, read))
+    return _Rows(max(1, read // together) * together, together)
 
 
 def _batches(
@@ -239,10 +241,12 @@ def _batches(
     device, dtype = model.W_enc.device, torch.promote_types(model.W_enc.dtype, torch.float32)
     files = inputs if isinstance(inputs, AlignedFiles) else None
     flat = {} if files is not None else {name: x.reshape(-1, x.shape[-1]) for name, x in inputs.items()}  # type: ignore[union-attr]
+    room = {} if files is None else files.room(min(rows.read, N), model.streams)
     for start in range(0, max(N, 1), rows.read):
         stop = min(start + rows.read, N)
+        give_back_freed()  # the allocator would hold back several times what a batch takes
         block = (
-            files.read(start, stop, model.streams)
+            files.read(start, stop, room)
             if files is not None
             else {name: flat[name][start:stop] for name in model.streams}
         )
