@@ -112,7 +112,7 @@ def retrieval_seconds(queries: StreamCode, candidates: StreamCode, n_latents: in
     if _cpu is None:
         return GATHERED * N * candidates[0].numel() / torch.get_num_threads()
     n, m = (firing_counts(code, n_latents).double() for code in (queries, candidates))
-    added = float((n * m.clamp_max(M / 8)).sum())  # a latent of more is added in whole vectors
+    added = float((n * m.clamp_max(M / 16)).sum())  # a latent of more is added in whole vectors
     return (ADDED * added + COMPARED * N * M) / torch.get_num_threads()
 
 
