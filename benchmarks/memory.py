@@ -18,7 +18,8 @@ from dataclasses import replace
 
 import torch
 
-from sparc_fast.planning.process_memory import forget_peak, give_back_freed, in_own_process, resident
+from sparc_fast.ops.huge_pages import give_back_freed
+from sparc_fast.planning.process_memory import forget_peak, in_own_process, resident
 
 from .cases import MANY, ON_GPU, SMALL, STEP, WIDE, WIDTHS, Place, Shape
 from .record import Case, Record

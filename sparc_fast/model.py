@@ -283,11 +283,27 @@ class SPARC(nn.Module):
                 A sample's code is then that of the streams it has; values of the others are 0, and their own supports,
                 under local selection, empty slots: -1.
         """
-        if present is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            leading = next(iter(batch.streams_of(inputs, self.d_streams).values())).shape[:-1]
+        if not torch.compiler.is_compiling():
+            parts = batch.streams_of(inputs, self.d_streams)
+            some = next(iter(parts.values()))
+            leading = tuple(some.shape[:-1])
             if math.prod(leading) > batch.PIECE:
-                return self._encode_in_pieces(inputs, leading)
-        given = self._batch(inputs, present)
+                if present is not None:
+                    present = batch.check_present(present, tuple(parts), leading, some.device)
+                return self._encode_in_pieces(inputs, present).reshape(*leading)
+        return self._encode_together(inputs, present)
+
+    def _encode_in_pieces(self, inputs: Inputs, present: Tensor | None) -> SparseLatents:
+        """Beside the inputs it takes what autograd keeps, if that is on, and what a piece does."""
+        codes, first = [], 0
+        for piece in batch.in_pieces(inputs, self.d_streams, batch.PIECE):
+            n = len(next(iter(piece.values())))
+            codes.append(self._encode_together(piece, None if present is None else present[first : first + n], first))
+            first += n
+        return SparseLatents.cat(codes)
+
+    def _encode_together(self, inputs: Inputs, present: Tensor | None, first: int = 0) -> SparseLatents:
+        given = self._batch(inputs, present, first)
         parts = [(rows, part, self._encode(part)) for rows, part in given.by_presence()]
         if given.present is None:
             return self._codes(given, *parts[0][2])
@@ -295,12 +311,6 @@ class SPARC(nn.Module):
         order = torch.cat([rows for rows, _, _ in parts if rows is not None]).argsort()
         whole = [[AllStreams(widths, part).streams(one) for one in code] for _, part, code in parts]
         return self._codes(given, *(torch.cat(ones)[order] for ones in zip(*whole, strict=True)))
-
-    def _encode_in_pieces(self, inputs: Inputs, leading: Sequence[int]) -> SparseLatents:
-        codes = SparseLatents.cat(
-            [self.encode(piece) for piece in batch.in_pieces(inputs, self.d_streams, batch.PIECE)]
-        )
-        return codes.reshape(*leading)
 
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
         """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""
@@ -397,8 +407,8 @@ class SPARC(nn.Module):
             self.error,
         )
 
-    def _batch(self, inputs: Inputs, present: Tensor | None = None) -> Batch:
-        """Check inputs and put them side by side, calibrated, with the weights they need."""
+    def _batch(self, inputs: Inputs, present: Tensor | None = None, first: int = 0) -> Batch:
+        """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights."""
         streams, x, leading = batch.side_by_side(inputs, self.d_streams)
         positions = [self.streams.index(name) for name in streams]
         widths = tuple(self.d_streams[name] for name in streams)
@@ -413,7 +423,7 @@ class SPARC(nn.Module):
             x = batch.calibrate(x, mean, [scales[s] for s in positions], widths)
         x = x.to(self.W_enc.dtype)
         if self.check_finite and not torch.compiler.is_compiling() and not _is_capturing(x):
-            batch.check_finite(x, streams, widths)
+            batch.check_finite(x, streams, widths, first)
         W_enc, W_dec, pre_bias = (
             columns_of(w, streams, self.d_streams) for w in (self.W_enc, self.W_dec, self.pre_bias)
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,71 @@ def test_pieces_are_encoded_as_the_whole(selection: str, monkeypatch: pytest.Mon
     assert_same(model.encode(x), whole)
     assert_same(model.encode(torch.cat(list(x.values()), -1)), whole)
     assert_same(model.encode({"b": x["b"]}), model.encode({"b": x["b"][:, :]}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_pieces_of_samples_that_lack_streams_are_encoded_as_the_whole(
+    selection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = make(selection), samples(10, 7)
+    present = torch.ones(10, 7, 2, dtype=torch.bool)
+    present[0, 3, 0] = present[8, 2:5, 1] = False  # of one piece all have both
+    whole = model.encode(x, present)
+    monkeypatch.setattr(batch, "PIECE", 16)
+    assert_same(model.encode(x, present), whole)
+    assert_same(model.encode(x, torch.ones_like(present)), model.encode(x))
+    present[9, 1] = False
+    with pytest.raises(ValueError, match="present must leave each sample at least one stream, got none for row 64"):
+        model.encode(x, present)
+    x["b"][7, 2, 1] = torch.inf
+    with pytest.raises(ValueError, match=r"inputs\['b'\] must be finite .* first in row 51"):
+        model.encode(x)
+
+
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_gradients_through_pieces_are_those_of_the_whole(selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = []
+    for piece in (10**6, 16):
+        monkeypatch.setattr(batch, "PIECE", piece)
+        model, x = (
+            make(selection).double(),
+            {name: part.double().requires_grad_() for name, part in samples(70).items()},
+        )
+        model.calibrate(samples(70))
+        weights = torch.linspace(0.5, 2, 70 * 2 * 5, dtype=torch.float64).reshape(70, 2, 5)
+        (model.encode(x).values * weights).sum().backward()
+        grads.append(
+            [model.W_enc.grad, model.pre_bias.grad, model.latent_bias.grad, *(part.grad for part in x.values())]
+        )
+    for one, other in zip(*grads, strict=True):
+        assert one is not None
+        assert one.abs().sum() > 0
+        torch.testing.assert_close(one, other)
+
+
+PEAK = """
+import torch
+import sparc_fast as sf
+from sparc_fast.planning.process_memory import forget_peak, resident
+torch.set_num_threads(1)
+widths = {"a": 512, "b": 256}
+model, x = sf.SPARC(widths, n_latents=64, k=4), {name: torch.randn(30_000, width) for name, width in widths.items()}
+model.calibrate({name: part[:2000] for name, part in x.items()})
+model.encode({name: part[:5000] for name, part in x.items()})
+forget_peak()
+base = resident("VmRSS")
+codes = model.encode(x)
+assert codes.values.requires_grad
+print((resident("VmHWM") - base) / sum(part.nbytes for part in x.values()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak anew")
+def test_under_autograd_many_samples_take_what_it_keeps_and_no_more_copies() -> None:
+    """That is the calibrated inputs, once; all that else is taken belongs to a piece."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 2
 
 
 def test_pieces_are_measured_as_the_whole_and_a_row_that_is_not_finite_is_counted_from_the_first(

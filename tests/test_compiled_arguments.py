@@ -31,6 +31,11 @@ def support() -> Tensor:
     return torch.stack(chosen).sort(1).values.to(torch.int32)
 
 
+def sparse_rows() -> list[Tensor]:
+    """Offsets, latents and values of N rows of K."""
+    return [torch.arange(N + 1, device="cpu") * K, support().flatten(), floats(N * K)]
+
+
 def calls() -> dict[str, list[Any]]:
     """Right arguments of every compiled function that takes tensors."""
     indices = support()
@@ -56,6 +61,8 @@ def calls() -> dict[str, list[Any]]:
         "replay_rows": [matrix(), [matrix(), matrix()], None, torch.arange(4, device="cpu"), integers(L),
                         floats(2, 4, **wide), WIDTHS, 0, 1],
         "count_silence": [integers(L), values, indices],
+        "count_nearer": [floats(N), integers(N), integers(N), *sparse_rows(), *sparse_rows(), integers(N), integers(N) + 2,
+                         L, 1e-6, 1],
         "exact_scores": [floats(N, L), x, matrix(), floats(L, **wide), 1],
         "support_scores": [floats(N, K), x, matrix(), floats(L, **wide), indices, 1],
         "measure_rows": [floats(L), floats(L), None, matrix(), 1],
@@ -160,6 +167,7 @@ def test_numbers_that_are_places_must_be_places_there_are() -> None:
     for name, place, bad in (
         ("support_values", (5,), L), ("sparse_decode", (2,), -2), ("count_silence", (2,), 2**30),
         ("support_scores", (4,), -1), ("gather_rows", (2,), L), ("replay_rows", (3,), -1), ("replay_rows", (4,), 3),
+        ("count_nearer", (4,), L), ("count_nearer", (7,), -1), ("count_nearer", (10,), N + 1),
     ):  # fmt: skip
         arguments = calls()[name]
         arguments[place[0]].flatten()[1] = bad
@@ -170,6 +178,11 @@ def test_numbers_that_are_places_must_be_places_there_are() -> None:
         arguments[7][position][2] = bad
         with pytest.raises(IndexError, match=r"offsets must ascend|entries must be places"):
             call("update_rows", arguments)
+    for position, bad in ((3, -1), (3, N * K + 1), (6, N * K + 1), (9, 3), (9, -1)):
+        arguments = calls()["count_nearer"]
+        arguments[position][2] = bad
+        with pytest.raises(IndexError, match=r"must ascend from 0|must be of candidates there are"):
+            call("count_nearer", arguments)
     with pytest.raises(IndexError, match="k must lie in 1"):
         _cpu.topk_rows(torch.zeros(N, L + 1, dtype=torch.int32, device="cpu"), floats(N, L), L + 1, 1)
 

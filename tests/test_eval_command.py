@@ -142,6 +142,57 @@ def test_labels_are_class_names_in_a_table_and_groups_a_column_of_it(
     assert found["retrieval"] == grouped["retrieval"] != expected["retrieval"]
 
 
+def test_rows_in_another_order_are_joined_by_ids_with_labels_and_groups_of_theirs(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, order = held_out(), np.random.default_rng(0).permutation(N)
+    names = np.array([f"image {n}" for n in range(N)])
+    for stream, rows_of, of in (("a", x["a"].numpy(), names), ("b", x["b"].numpy()[order][:50], names[order][:50])):
+        np.save(tmp_path / f"{stream}.npy", rows_of)
+        (tmp_path / f"{stream}.txt").write_text("\n".join(of))
+    lines = ["id,kind,group", *(f"image {n},kind {n % 5},{n // 4}" for n in range(N - 1, -1, -1))]
+    (tmp_path / "samples.csv").write_text("\n".join([*lines, "image 0,kind 0,0", "image 99,kind 9,99"]))
+    table = tmp_path / "samples.csv"
+    joined = ["--ids", f"a={tmp_path / 'a.txt'}", f"b={tmp_path / 'b.txt'}", "--join"]
+    known = ["--labels", f"{table}:kind", "--groups", f"{table}:group", "--label-ids", f"{table}:id"]
+    common = [folder / "run", "--data", tmp_path, "--json", *known]
+    assert run(*common, *joined, "inner") == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)["run"]
+    assert "50 samples joined by id: 50 of 60 rows of 'a'; 50 of 50 rows of 'b'" in printed.err
+    there = np.sort(order[:50])
+    model = sf.SPARC.load(folder / "run" / "model.safetensors")
+    expected = evaluate(
+        model, {stream: rows_of[there] for stream, rows_of in x.items()}, there % 5, groups=there // 4
+    ).to_dict()
+    assert found["retrieval"] == expected["retrieval"]
+    assert found["scores"] == pytest.approx(
+        {**expected["scores"], "jaccard_chance": found["scores"]["jaccard_chance"]}
+    )  # the order of a draw is that of the rows
+    assert run(*common, *joined, "outer") == 0
+    printed = capsys.readouterr()
+    assert "10 of 60 samples lack a stream and are left out" in printed.err
+    assert json.loads(printed.out)["run"]["scores"] == pytest.approx(found["scores"])
+
+
+def test_rows_of_zeros_are_left_out_unless_they_are_kept_and_retrieval_may_be(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stream, x in held_out().items():
+        x = x.clone()
+        x[7 if stream == "a" else 9] = 0
+        np.save(tmp_path / f"{stream}.npy", x.numpy())
+    assert run(folder / "run", "--data", tmp_path, "--json", "--no-retrieval", "--memory", "1GiB") == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)["run"]
+    assert (found["n_samples"], found["retrieval"]) == (N - 2, {})
+    assert printed.err == "2 of 60 samples lack a stream and are left out\n"
+    assert run(folder / "run", "--data", tmp_path, "--json", "--zero-rows", "keep", "--device", "cpu") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["run"]["n_samples"] == N
+    assert printed.err == ""
+
+
 def test_a_model_called_untrained_keeps_its_column(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"untrained={folder / 'run'}", "--data", folder / "held_out", "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -159,6 +210,12 @@ def test_errors_are_one_line_that_says_what_is_wrong(
     np.save(tmp_path / "wide.npy", np.zeros((N, 7), np.float32))
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
     sf.SPARC({"a": 300, "c": 2}, 8, 2).save(tmp_path / "other.safetensors")
+    (tmp_path / "ids.txt").write_text("\n".join(map(str, range(N))))
+    rows_of = [f"{n},{n}" for n in range(N)]
+    (tmp_path / "ids.csv").write_text("\n".join(["id,g", *rows_of[:-1]]))
+    (tmp_path / "twice.csv").write_text("\n".join(["id,g", *rows_of, "3,4"]))
+    ids = [f"{stream}={tmp_path / 'ids.txt'}" for stream in D]
+    joined = [finished, "--data", unseen, "--ids", *ids, "--join", "inner"]
     a, b = f"a={unseen / 'a.npy'}", f"b={unseen / 'b.npy'}"
     for arguments, message in (
         (
@@ -179,6 +236,18 @@ def test_errors_are_one_line_that_says_what_is_wrong(
             [finished, "--data", a, f"b={tmp_path / 'wide.npy'}"],
             "--data must have the widths {'a': 300, 'b': 200}, got",
         ),
+        ([finished, "--data", unseen, "--join", "inner"], "ids must be given to join by, got None with join='inner'"),
+        ([finished, "--data", unseen, "--memory", "1MiB"], "memory must be at least"),
+        ([finished, "--data", unseen, "--label-ids", tmp_path / "ids.csv"], "--label-ids must be matched with --ids"),
+        (
+            [*joined, "--label-ids", f"{tmp_path / 'ids.csv'}:id", "--groups", f"{tmp_path / 'ids.csv'}:g"],
+            "--label-ids must hold the id of every sample, but '59' is missing",
+        ),
+        (
+            [*joined, "--label-ids", f"{tmp_path / 'twice.csv'}:id", "--groups", f"{tmp_path / 'twice.csv'}:g"],
+            "groups must be the same in all rows of one id, got others in row 60",
+        ),
+        ([*joined, "--label-ids", tmp_path / "none.csv"], "--label-ids must be a file, but there is none at"),
         (
             [finished, "--data", a, b, "--labels", unseen / "a.npy"],
             "labels must be bool [N=60, C] or [N], or class ids or names [N], got float32 [60, 300] in",

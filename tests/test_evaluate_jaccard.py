@@ -39,8 +39,8 @@ def test_jaccard_does_not_depend_on_the_chunks_of_labels(monkeypatch: pytest.Mon
     streams = {name: (torch.randn(40, 6).relu(), torch.rand(40, 9).argsort(1)[:, :6]) for name in "abc"}
     labels = torch.rand(40, 11) < 0.3
     whole = concept_jaccard(streams, labels, 9)
-    for elements in (1, 3 * 9 + 40, 4 * (3 * 9 + 40)):
-        monkeypatch.setattr(codes, "CHUNK_ELEMENTS", elements)
+    for n_bytes in (1, 200, 3 * 4 * 3 * 9, 2000):
+        monkeypatch.setattr(codes, "CHUNK_BYTES", n_bytes)
         assert torch.equal(concept_jaccard(streams, labels, 9), whole)
 
 

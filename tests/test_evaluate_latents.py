@@ -171,7 +171,7 @@ def test_equal_words_give_the_first_and_chunks_of_labels_change_nothing(monkeypa
     concepts = list("abcdefABCDEF")
     whole = name_latents(streams, labels, concepts, 5)
     assert whole.names == tuple("bcdef")
-    monkeypatch.setattr(codes, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(codes, "CHUNK_BYTES", 1)
     parts = name_latents(streams, labels, concepts, 5)
     assert parts.names == whole.names
     assert torch.equal(parts.stream_precision, whole.stream_precision)

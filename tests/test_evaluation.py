@@ -2,9 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
 from itertools import permutations
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +22,7 @@ from sparc_fast.evaluate import (
     METRICS,
     Evaluation,
     Retrieval,
+    comparison,
     concept_jaccard,
     concept_jaccard_by_chance,
     evaluate,
@@ -25,6 +31,7 @@ from sparc_fast.evaluate import (
     nmse_from_errors,
     r2_from_errors,
     retrieval_ranks,
+    retrieval_scores,
     squared_error,
     table,
 )
@@ -225,11 +232,133 @@ def test_groups_change_retrieval_and_nothing_else() -> None:
     alone, grouped = evaluate(model, inputs, labels), evaluate(model, inputs, labels, groups=torch.arange(20) // 4)
     single = alone.single_codes
     for (a, b), scores in grouped.retrieval.items():
-        ranks = retrieval_ranks(single[a], single[b], model.n_latents, torch.arange(20) // 4)
-        assert scores == Retrieval.from_ranks(ranks) != alone.retrieval[a, b]
+        expected = retrieval_scores(single[a], single[b], model.n_latents, torch.arange(20) // 4)
+        assert scores == expected != alone.retrieval[a, b]
     without = [{**found.to_dict(), "retrieval": None, "scores": None} for found in (alone, grouped)]
     assert without[0] == without[1]
     assert evaluate(model, inputs, labels, groups=range(20)).to_dict() == alone.to_dict()
+
+
+def files_of(folder: Path, inputs: dict[str, Tensor], dtype: Any = np.float32) -> dict[str, Path]:
+    for name, x in inputs.items():
+        np.save(folder / f"{name}.npy", x.numpy().astype(dtype))
+    return {name: folder / f"{name}.npy" for name in inputs}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_files_are_evaluated_as_the_numbers_in_them(dtype: Any, tmp_path: Path) -> None:
+    model, (inputs, labels) = model_of(), data_of(500)
+    inputs = {name: torch.from_numpy(x.numpy().astype(dtype)).float() for name, x in inputs.items()}
+    with sf.data.open(files_of(tmp_path, dict(reversed(inputs.items())), dtype)) as files:
+        for batch_size in (7, 1024):
+            expected = evaluate(model, inputs, labels, batch_size=batch_size).to_dict()
+            assert evaluate(model, files, labels, batch_size=batch_size).to_dict() == expected
+
+
+def test_little_memory_makes_small_batches_and_changes_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, (inputs, labels) = sf.SPARC(WIDTHS, n_latents=20, k=4), data_of(3000)
+    much = evaluate(model, inputs, labels)
+    with pytest.raises(
+        ValueError, match=r"memory must be at least \d+ bytes for 3000 samples here, got 1MiB"
+    ) as refused:
+        evaluate(model, inputs, labels, memory="1MiB")
+    least = int(str(refused.value).split()[5])
+    encoded, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda x: (encoded.append(len(next(iter(x.values())))), encode(x))[1])
+    little = evaluate(model, inputs, labels, memory=least, batch_size=3000)
+    assert 1 < max(encoded) < 3000
+    assert little.to_dict()["retrieval"] == much.to_dict()["retrieval"]
+    assert little.scores() == pytest.approx(much.scores())
+    for one, other in zip(little.single_codes.values(), much.single_codes.values(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    with pytest.raises(ValueError, match=f"memory must be at least {least} bytes"):
+        evaluate(model, inputs, labels, memory=least - 1)
+    with pytest.raises(ValueError, match='memory must be an integer >= 1, in bytes, or a size such as "4GiB"'):
+        evaluate(model, inputs, labels, memory="a lot")
+
+
+PEAK = """
+import sys
+import numpy as np, torch
+import sparc_fast as sf
+from sparc_fast.evaluate import evaluate
+from sparc_fast.planning.process_memory import forget_peak, resident
+torch.set_num_threads(1)
+model = sf.SPARC({"a": 768, "b": 512}, n_latents=256, k=8)
+evaluate(model, {name: torch.randn(300, width) for name, width in model.d_streams.items()}, retrieval=False)
+with sf.data.open({name: f"{name}.npy" for name in model.streams}) as files:
+    forget_peak()
+    base = resident("VmRSS")
+    evaluate(model, files, np.arange(files.n_rows) % 20, memory=int(sys.argv[1]))
+    print(resident("VmHWM") - base)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak anew")
+def test_files_larger_than_memory_are_evaluated_within_it(tmp_path: Path) -> None:
+    memory, N = 160 * 2**20, 90_000
+    block = np.random.default_rng(0).standard_normal((1000, 768)).astype(np.float16)
+    for name, width in (("a", 768), ("b", 512)):
+        np.save(tmp_path / f"{name}.npy", np.tile(block[:, :width], (N // 1000, 1)))
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) > memory
+    command = [sys.executable, "-c", PEAK, str(memory)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < memory
+
+
+def test_samples_of_files_that_lack_a_stream_are_left_out_with_what_is_known_of_them(tmp_path: Path) -> None:
+    model, (inputs, labels) = model_of(), data_of(40)
+    groups = torch.arange(40) // 3
+    inputs["text"][[13, 11]] = 0
+    ids = {"image": np.arange(40), "text": np.arange(40), "sound": np.arange(40)[::-1][:30]}
+    sources = {**inputs, "sound": inputs["sound"].flip(0)[:30]}
+    some = torch.ones(40, dtype=torch.bool)
+    some[[13, 11, *range(10)]] = False
+    whole = {name: x[some] for name, x in inputs.items()}
+    expected = evaluate(model, whole, labels[some], groups=groups[some])
+    with sf.data.open(sources, ids=ids, join="outer") as files:
+        for batch_size in (2, 8, 100):  # of two samples, some batches are left without any
+            found = evaluate(model, files, labels, groups=groups, zero_rows="absent", batch_size=batch_size)
+            assert found.n_samples == 28
+            assert found.scores() == pytest.approx(expected.scores())
+        assert evaluate(model, files, labels).n_samples == 30
+        nothing = evaluate(model, sf.data.open({name: 0 * x for name, x in inputs.items()}), zero_rows="absent")
+        assert nothing.n_samples == 0
+        with pytest.raises(ValueError, match='zero_rows must be "keep" or "absent", got \'drop\''):
+            evaluate(model, files, zero_rows="drop")  # type: ignore[arg-type]
+
+
+def test_rows_of_one_id_are_a_group(tmp_path: Path) -> None:
+    model, (inputs, _) = model_of(), data_of(30)
+    images = {"image": inputs["image"][:10]}
+    of_image = np.arange(30) // 3
+    ids = {"image": np.arange(10), "text": of_image, "sound": of_image}
+    with sf.data.open({**inputs, **images}, ids=ids, join="inner", repeated="all") as files:
+        found = evaluate(model, files)
+    expanded = {**inputs, "image": inputs["image"][of_image]}
+    assert found.retrieval == evaluate(model, expanded, groups=of_image).retrieval
+    assert found.retrieval["image", "text"].n == found.retrieval["text", "image"].n_candidates == 10
+    assert found.retrieval["text", "image"].n == found.retrieval["image", "text"].n_candidates == 30
+
+
+def test_retrieval_may_be_left_out_and_says_beforehand_when_it_will_be_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, (inputs, labels) = model_of(), data_of(30)
+    whole, without = evaluate(model, inputs, labels), evaluate(model, inputs, labels, retrieval=False)
+    assert without.retrieval == {}
+    missing = {key for key, value in without.scores().items() if value is None}
+    assert missing == {"r1", "r5", "r10", "median_rank", "mrr"}
+    assert all(whole.scores()[key] == value for key, value in without.scores().items() if key not in missing)
+    assert len(comparison({"whole": whole, "again": whole})) > len(comparison({"without": without})) > 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.modules["sparc_fast.evaluate.evaluation"], "LONG", 0)
+    said: list[str] = []
+    evaluate(model, inputs, say=said.append)
+    assert said == ["retrieval compares 30 codes with as many, 6 times: about 0 seconds"]
+    evaluate(model, inputs)
+    assert capsys.readouterr().err == said[0] + "\n"
 
 
 def test_wrong_inputs_are_named() -> None:
@@ -273,8 +402,8 @@ def evaluation_of(**changes: object) -> Evaluation:
         "latents_single": use,
         "latents_joint": use,
         "retrieval": {
-            ("a", "b"): Retrieval(2, 0.5, 1.0, 1.0, 1500.0, 0.75),
-            ("b", "a"): Retrieval(2, 0.0, 1.0, 1.0, 500.0, 0.25),
+            ("a", "b"): Retrieval(2, 0.5, 1.0, 1.0, 1500.0, 0.75, 2),
+            ("b", "a"): Retrieval(2, 0.0, 1.0, 1.0, 500.0, 0.25, 2),
         },
         "nmse": torch.tensor([[0.1, 0.5], [0.7, 0.3]]),
         "r2": torch.tensor([[0.9, 0.5], [0.3, 0.7]]),
@@ -325,7 +454,7 @@ def test_the_table_of_no_models_has_no_columns() -> None:
 
 
 def test_the_summary_is_strict_json_even_where_scores_are_undefined() -> None:
-    nothing_found = {("a", "b"): Retrieval(2, 0.0, 0.0, 0.0, math.inf, 0.0)}
+    nothing_found = {("a", "b"): Retrieval(2, 0.0, 0.0, 0.0, math.inf, 0.0, 2)}
     summary = evaluation_of(retrieval=nothing_found, r2=torch.full((2, 2), math.nan)).to_dict()
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert summary["retrieval"]["a -> b"]["median_rank"] is None

@@ -133,6 +133,9 @@ PYBIND11_MODULE(_cpu, m) {
            ">W_dec:A[L,D] >exp_avg:M[L,D] >exp_avg_sq:M[L,D] >copy:bf16[L,D]? latents:i64[R] >last_step:i64[L] "
            "history:f64[H,4] streams");
     define(m, "count_silence", count_silence, ">silence:i64[L] values:A[N,S,k] " SUPPORT);
+    define(m, "count_nearer", count_nearer,
+           ">own:f32![Q] >higher:i64![Q] >equal:i64![Q] query_offsets:i64![Q+1] query_latents:i32![F] "
+           "query_values:f32![F] offsets:i64![N+1] latents:i32![E] values:f32![E] first:i64![Q] last:i64![Q] #L");
     py::class_<Screen>(m, "Screen")
         .def(py::init(&make_screen))
         .def("filter", &filter, py::call_guard<py::gil_scoped_release>())

@@ -65,3 +65,10 @@ void replay_rows(
     Widths d_streams, uint64_t seed, int threads);
 
 void count_silence(Tensor silence, Tensor values, Tensor indices);
+
+// Queries and candidates are rows of few numbers: offsets [N + 1], their latents and values. Candidates first[n] ...
+// last[n] - 1 are query n's own: own[n] <- the largest product with one of them, higher[n] and equal[n] <- the others whose
+// product is greater than that by more than `tie`, and within it. A query without candidates of its own has own -inf, 0, 0.
+void count_nearer(
+    Tensor own, Tensor higher, Tensor equal, Tensor query_offsets, Tensor query_latents, Tensor query_values,
+    Tensor offsets, Tensor latents, Tensor values, Tensor first, Tensor last, int64_t L, double tie, int threads);

@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast import checkpoint, data
+from sparc_fast import checkpoint
 from sparc_fast.batch import PIECE
 from sparc_fast.codes import FORMAT, SparseLatents
 from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import mark_zero_rows
 from sparc_fast.model import SPARC
 from sparc_fast.sizes import as_bytes
-from sparc_fast.training.config import parse_sources
 from sparc_fast.training.trainer import device_of
 
-from .eval import load, model_file, sources_of
+from .eval import add_joining, load, model_file, open_joined, sources_of
 
 __all__ = ["add_arguments", "encode_files", "run"]
 
@@ -50,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decode", metavar="STREAM=FILE.safetensors",
         help="also write this stream as each stream's code reconstructs it, a tensor [N, D] for each",
     )  # fmt: skip
-    parser.add_argument("--ids", nargs="+", action="extend", metavar=f"{source} or NAME", help="as for train")
-    parser.add_argument("--join", choices=("inner", "outer"), help="match rows by ids, as for train")
-    parser.add_argument("--repeated", choices=("sample", "all"), help="several rows of one id: the first, or all")
+    add_joining(parser)
     parser.add_argument(
         "--zero-rows", choices=("absent", "keep"), default="absent",
         help="a stream's rows of zeros are absent, or encoded as they are (%(default)s)",
@@ -71,11 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     memory, device = as_bytes(arguments.memory, "--memory"), device_of(arguments.device)
     path = model_file(arguments.model)
     model = load(path).to(device)
-    ids = arguments.ids
-    if ids is not None:
-        ids = ids[0] if len(ids) == 1 and "=" not in ids[0] else parse_sources(ids, "--ids")
-    sources = sources_of(arguments.data, model, some=True)
-    with data.open(sources, ids=ids, join=arguments.join, repeated=arguments.repeated) as files:
+    with open_joined(sources_of(arguments.data, model, some=True), arguments) as files:
         if files.matched is not None:
             print(files.matched, flush=True)
         absent = encode_files(
@@ -184,13 +177,10 @@ def _blocks(
     """Samples in order, and which streams each has; ValueError names the file and row of what is not finite."""
     columns = [list(files.d_streams).index(stream) for stream in streams]
     widths = {stream: files.d_streams[stream] for stream in streams}
+    room = files.room(min(read_together, files.n_rows), streams)
     for start in range(0, files.n_rows, read_together):
         n = min(read_together, files.n_rows - start)
-        rows = {}
-        for stream in streams:
-            reader = files.readers[stream]
-            rows[stream] = torch.empty(n, reader.width, dtype=reader.dtype, device="cpu")
-            reader.read([(start, start + n)], rows[stream], True)
+        rows = files.read(start, start + n, room)
         for first in range(0, n, encoded_together):
             x = {stream: part[first : first + encoded_together] for stream, part in rows.items()}
             at = slice(start + first, min(start + first + encoded_together, start + n))

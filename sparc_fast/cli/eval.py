@@ -8,23 +8,31 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sparc_fast import data
+from sparc_fast.data import AlignedFiles
 from sparc_fast.data.formats import FORMATS
+from sparc_fast.data.ids import as_comparable
 from sparc_fast.data.readers import Source
 from sparc_fast.evaluate import as_text, comparison, evaluate
-from sparc_fast.evaluate.labels import as_groups, as_labels
+from sparc_fast.evaluate.labels import as_groups, as_ids, as_labels
 from sparc_fast.model import SPARC
+from sparc_fast.sizes import as_bytes
 from sparc_fast.training import load_model
 from sparc_fast.training.config import parse_sources
+from sparc_fast.training.trainer import device_of
 
-__all__ = ["add_arguments", "load", "model_file", "run", "sources_of", "untrained"]
+__all__ = ["add_arguments", "add_joining", "load", "model_file", "open_joined", "run", "sources_of", "untrained"]
 
 MODEL, LABELS = "model.safetensors", "labels.npy"
 
@@ -53,6 +61,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:COLUMN]",
         help="an id a sample, such as the image of a caption: retrieval counts any sample of the group as right",
     )
+    add_joining(parser)
+    parser.add_argument(
+        "--label-ids", metavar="FILE[:COLUMN]",
+        help="an id for each row of --labels and --groups, to be matched with --ids (default: they are in the order of "
+        "the first stream)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--zero-rows", choices=("absent", "keep"), default="absent",
+        help="samples with a stream of zeros are left out, or evaluated as they are (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--no-retrieval", action="store_true", help="leave out what compares all pairs of samples")
+    parser.add_argument("--memory", default="4GiB", help="to take beside the model, in bytes or as 4GiB (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
     parser.add_argument("--seed", type=int, default=0, help="of the untrained model's weights (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON instead of a table")
 
@@ -68,12 +89,23 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"models must have the same streams, got {first.d_streams} in {name}, {model.d_streams} in {other}"
             )
-    inputs = _inputs(arguments.data, first)
-    n_samples = len(inputs[first.streams[0]])
-    labels = _labels(arguments.labels, arguments.data, n_samples)
-    groups = None if arguments.groups is None else as_groups(arguments.groups, (n_samples,))
+    memory, device = as_bytes(arguments.memory, "--memory"), device_of(arguments.device)
     columns = {**models, "untrained (2)" if "untrained" in models else "untrained": untrained(first, arguments.seed)}
-    evaluations = {name: evaluate(model, inputs, labels, groups=groups) for name, model in columns.items()}
+    evaluations = {}
+    with open_joined(sources_of(arguments.data, first), arguments) as files:
+        if files.d_streams != first.d_streams:
+            raise ValueError(f"--data must have the widths {first.d_streams}, got {files.d_streams}")
+        labels, groups = _known_of_samples(arguments, files)
+        if files.matched is not None:
+            print(files.matched, file=sys.stderr, flush=True)
+        for name, model in columns.items():
+            found = evaluate(
+                model.to(device), files, labels, groups=groups, retrieval=not arguments.no_retrieval,
+                zero_rows=arguments.zero_rows, memory=memory,
+            )  # fmt: skip
+            evaluations[name] = replace(found, single_codes={})  # of all models they would be many
+        if left_out := files.n_rows - found.n_samples:
+            print(f"{left_out:,} of {files.n_rows:,} samples lack a stream and are left out", file=sys.stderr)
     if arguments.json:
         print(json.dumps({name: found.to_dict() for name, found in evaluations.items()}, indent=2))
     else:
@@ -153,14 +185,22 @@ def sources_of(texts: Sequence[str], model: SPARC, some: bool = False) -> dict[s
     return {stream: sources[stream] for stream in model.streams if stream in sources}
 
 
-def _inputs(texts: Sequence[str], model: SPARC) -> dict[str, Tensor]:
-    """Every stream's samples, [N, D_s]."""
-    sources = sources_of(texts, model)
-    with data.open(sources) as files:
-        if files.d_streams != model.d_streams:
-            raise ValueError(f"--data must have the widths {model.d_streams}, got {files.d_streams}")
-        parts = torch.split(files.rows(0, files.n_rows), list(files.d_streams.values()), dim=1)
-    return dict(zip(sources, parts, strict=True))
+def add_joining(parser: argparse.ArgumentParser) -> None:
+    """How rows of several files belong together, in the words of `sparc-fast train`."""
+    parser.add_argument(
+        "--ids", nargs="+", action="extend", metavar="STREAM=FILE[#NAME] or NAME",
+        help="identifiers of the rows, as for train",
+    )  # fmt: skip
+    parser.add_argument("--join", choices=("inner", "outer"), help="match rows by ids, as for train")
+    parser.add_argument("--repeated", choices=("sample", "all"), help="several rows of one id: the first, or all")
+
+
+def open_joined(sources: Mapping[str, Source], arguments: argparse.Namespace) -> AlignedFiles:
+    """The files, their rows joined as the arguments of `add_joining` say."""
+    ids = arguments.ids
+    if ids is not None:
+        ids = ids[0] if len(ids) == 1 and "=" not in ids[0] else parse_sources(ids, "--ids")
+    return data.open(sources, ids=ids, join=arguments.join, repeated=arguments.repeated)
 
 
 def _file(folder: Path, stream: str) -> Path:
@@ -170,9 +210,35 @@ def _file(folder: Path, stream: str) -> Path:
     raise FileNotFoundError(f"--data must hold a file for each stream, but there is no {stream}.npy in {folder}")
 
 
-def _labels(given: str | None, texts: Sequence[str], n: int) -> Tensor | None:
-    """Which concepts each sample carries, bool [N, C]."""
-    path = Path(texts[0]) / LABELS
-    if given is None and not path.is_file():
-        return None
-    return as_labels(path if given is None else given, (n,))
+def _known_of_samples(arguments: argparse.Namespace, files: AlignedFiles) -> tuple[Tensor | None, Tensor | None]:
+    """Which concepts each sample carries, bool [N, C], and the number of its group, [N]."""
+    labels, groups, label_ids = arguments.labels, arguments.groups, arguments.label_ids
+    if label_ids is not None:
+        if files.ids is None:
+            raise ValueError("--label-ids must be matched with --ids, but there are none")
+        found = as_ids(label_ids, "--label-ids")
+        n, (first, of_samples) = len(found), _rows_of(found, files.ids)
+    known: list[Tensor | None] = []
+    for name, given, read in (("labels", labels, as_labels), ("groups", groups, as_groups)):
+        if given is None or label_ids is None:
+            known.append(None if given is None else read(given, (files.n_rows,)))
+            continue
+        of_rows = read(given, (n,))
+        if len(differs := (of_rows != of_rows[first]).reshape(n, -1).any(1).nonzero()):
+            raise ValueError(f"{name} must be the same in all rows of one id, got others in row {int(differs[0])}")
+        known.append(of_rows[of_samples])
+    if labels is None and (path := Path(arguments.data[0]) / LABELS).is_file():
+        known[0] = as_labels(path, (files.n_rows,))
+    return known[0], known[1]
+
+
+def _rows_of(ids: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> tuple[Tensor, Tensor]:
+    """For each identifier the first row that has it, and for each wanted one the row."""
+    ids, wanted = as_comparable([ids, wanted])
+    names, first, number = np.unique(ids, return_index=True, return_inverse=True)
+    place = np.searchsorted(names, wanted).clip(max=max(len(names) - 1, 0))
+    there = names[place] == wanted if len(names) else np.zeros(len(wanted), np.bool_)
+    if not there.all():
+        missing = wanted[int((~there).argmax())]
+        raise ValueError(f"--label-ids must hold the id of every sample, but {str(missing)!r} is missing")
+    return torch.from_numpy(first[number]), torch.from_numpy(first[place])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -40,6 +41,7 @@ class AlignedFiles:
         present: Tensor | None = None,
         matched: Matched | None = None,
         groups: Rows | None = None,
+        ids: npt.NDArray[Any] | None = None,
     ) -> None:
         self.readers = dict(readers)
         self.n_rows = next(iter(self.readers.values())).n_rows
@@ -52,6 +54,8 @@ class AlignedFiles:
         """How many rows of each stream were joined by their identifiers; None where none were."""
         self.groups = groups
         """Where the rows of each sample begin, with `repeated="all"`, [samples + 1]: they are kept together."""
+        self.ids = ids
+        """The identifier of every row, integers or text [N]; None where none were given."""
 
     def __len__(self) -> int:
         return self.n_rows
@@ -60,6 +64,18 @@ class AlignedFiles:
         """Rows start <= n < stop of all streams side by side, [stop - start, D], in `dtype`."""
         check_dtype(dtype)
         return torch.cat([reader.rows(start, stop).to(dtype) for reader in self.readers.values()], dim=1)
+
+    def room(self, n_rows: int, streams: Iterable[str]) -> dict[str, Tensor]:
+        """What so many rows of some streams, as they are stored, are read into: [n_rows, D_s] each."""
+        readers = {stream: self.readers[stream] for stream in streams}
+        return {s: torch.empty(n_rows, r.width, dtype=r.dtype, device="cpu") for s, r in readers.items()}
+
+    def read(self, start: int, stop: int, room: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows start <= n < stop, in the first rows of `room`; ValueError names the file and row of NaN or infinity."""
+        rows = {stream: whole[: stop - start] for stream, whole in room.items()}
+        for stream, out in rows.items():
+            self.readers[stream].read([(start, stop)], out, True)
+        return rows
 
     def scan(self) -> dict[str, Scan]:
         """Read everything once, a few MB at a time, and count rows that are not finite or all 0."""
@@ -160,6 +176,7 @@ def _aligned(
         found = ids_of_streams(ids, sources, of_all=False)
         check_lengths(found, counts)
         check_equal(found)
+        return AlignedFiles(readers, ids=next(iter(found.values())))
     return AlignedFiles(readers)
 
 

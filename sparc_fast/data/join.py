@@ -60,6 +60,8 @@ class Joined(NamedTuple):
     matched: Matched
     groups: Rows | None
     """Where the rows of each sample begin, [samples + 1], where a sample may have several."""
+    ids: npt.NDArray[Any]
+    """Of each row."""
 
 
 def check_words(join: Any, repeated: Any) -> None:
@@ -91,7 +93,7 @@ def join_by(
     if not kept.any():
         examples = ", ".join(f"{str(found[0])!r} in {stream!r}" for stream, found in ids.items() if len(found))
         raise ValueError(f"ids must have a sample in common to be joined, got none; the first are {examples or 'none'}")
-    counts = counts[:, kept]
+    counts, names = counts[:, kept], every[np.sort(first)][kept]
     renamed = np.where(kept, np.cumsum(kept) - 1, -1)
     n, n_of = counts.shape[1], counts.max(0)
     matched = {
@@ -122,7 +124,7 @@ def join_by(
         same = len(numbers) == reader.n_rows and bool((numbers == np.arange(len(numbers))).all())
         joined[stream] = reader if same else PickedReader(reader, numbers)
     present = None if (counts > 0).all() else torch.from_numpy((counts > 0)[:, expand].T.copy())
-    return Joined(joined, present, Matched(n, matched), groups if repeated == "all" else None)
+    return Joined(joined, present, Matched(n, matched), groups if repeated == "all" else None, names[expand])
 
 
 def _refuse_doubles(stream: str, ids: npt.NDArray[Any], samples: Rows, count: Rows) -> None:

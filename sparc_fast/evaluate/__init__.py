@@ -11,13 +11,14 @@ from .evaluation import METRICS, Evaluation, Metric, evaluate
 from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
-from .retrieval import Retrieval, retrieval_ranks
+from .retrieval import Found, Retrieval, retrieval_ranks, retrieval_scores, retrieval_seconds, retrieve
 from .table import Row, as_text, comparison, table
 
 __all__ = [
     "METRICS",
     "Codes",
     "Evaluation",
+    "Found",
     "LatentNames",
     "LatentUse",
     "Metric",
@@ -36,6 +37,9 @@ __all__ = [
     "nmse_from_errors",
     "r2_from_errors",
     "retrieval_ranks",
+    "retrieval_scores",
+    "retrieval_seconds",
+    "retrieve",
     "squared_error",
     "table",
     "top_samples",

@@ -7,7 +7,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from .codes import Codes, StreamCode, check_codes, firing_counts
+from .codes import Codes, StreamCode, check_codes, firing_counts, parts
 
 __all__ = ["firing_agreement"]
 
@@ -32,8 +32,13 @@ def firing_agreement(codes: Codes, n_latents: int) -> Tensor:
 
 def _common_firings(a: StreamCode, b: StreamCode, n_latents: int) -> Tensor:
     """Number of samples that fire each latent in both codes, [L]."""
-    support_a = a[1].long().masked_fill(a[0] <= 0, n_latents).sort(dim=1).values
-    support_b = b[1].long().masked_fill(b[0] <= 0, n_latents)
-    slots = torch.searchsorted(support_a, support_b).clamp_max(support_a.shape[1] - 1)
-    both = (support_a.gather(1, slots) == support_b) & (support_b < n_latents)
-    return torch.bincount(support_b[both], minlength=n_latents)
+    both = torch.zeros(n_latents, dtype=torch.int64, device=a[0].device)
+    for rows in parts(len(a[0]), 96 * max(a[0].shape[1], b[0].shape[1])):
+        support_a, support_b = (
+            indices[rows].long().masked_fill(values[rows] <= 0, n_latents) for values, indices in (a, b)
+        )
+        support_a = support_a.sort(dim=1).values
+        slots = torch.searchsorted(support_a, support_b).clamp_max(support_a.shape[1] - 1)
+        shared = (support_a.gather(1, slots) == support_b) & (support_b < n_latents)
+        both += torch.bincount(support_b[shared], minlength=n_latents)
+    return both

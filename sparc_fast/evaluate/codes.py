@@ -9,18 +9,17 @@ the codes were made: *joint* (all streams encoded together, so that they share o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
-__all__ = ["Codes", "StreamCode", "firing_counts", "firings", "label_counts"]
+__all__ = ["Codes", "StreamCode", "firing_counts", "firings", "label_counts", "parts"]
 
 StreamCode = tuple[Tensor, Tensor]
 Codes = Mapping[str, StreamCode]
 
-CHUNK_ELEMENTS = 2**25  # floats a chunk of work may hold at once: 128 MiB
+CHUNK_BYTES = 2**26  # that a chunk of work may hold at once
 
 
 def check_code(code: StreamCode, n_latents: int, name: str = "code") -> None:
@@ -62,28 +61,40 @@ def firings(code: StreamCode) -> tuple[Tensor, Tensor, Tensor]:
     return samples, indices[samples, slots].long(), values[samples, slots]
 
 
+def parts(n: int, row_bytes: int) -> Iterator[slice]:
+    """All of n rows in order, so many at a time that work of so many bytes a row stays within a chunk."""
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
 def firing_counts(code: StreamCode, n_latents: int) -> Tensor:
     """Number of samples that fire each latent, [L]."""
     values, indices = code
-    return torch.bincount(indices[values > 0], minlength=n_latents)
+    counts = torch.zeros(n_latents, dtype=torch.int64, device=values.device)
+    for rows in parts(len(values), 32 * values.shape[1]):
+        counts += torch.bincount(indices[rows][values[rows] > 0], minlength=n_latents)
+    return counts
 
 
-def label_counts(codes: Codes, labels: Tensor, n_latents: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first label y, c [S, L, chunk of labels]), c[s, l, y] = samples of label y that fire l in s.
+def label_counts(
+    codes: Codes, labels: Tensor, n_latents: int, orders: Sequence[Tensor] | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first label y, c int32 [S, L, some labels]), c[s, l, y] = samples of label y that fire l in s.
 
-    Exact up to 2^24 samples. Label by label, so that [S, L, C] never exists at once.
+    Some labels after others, so that [S, L, C] never exists at once. Time is linear in the pairs of a sample's labels
+    and latents. orders[s][n], where given, is the row of stream s's code that counts as sample n's.
     """
-    postings = []
-    for code in codes.values():
-        samples, latents, _ = firings(code)
-        offsets = torch.bincount(latents, minlength=n_latents).cumsum(0)
-        offsets = torch.cat([offsets.new_zeros(1), offsets])
-        postings.append((samples[latents.argsort(stable=True)], offsets))
-    chunk = max(1, CHUNK_ELEMENTS // (len(codes) * n_latents + len(labels)))
-    for start in range(0, labels.shape[1], chunk):
-        part = labels[:, start : start + chunk].float()
-        counts = part.new_zeros(len(codes), n_latents, part.shape[1])
-        for s, (samples, offsets) in enumerate(postings):
-            if len(samples):
-                counts[s] = embedding_bag(samples, part, offsets, mode="sum", include_last_offset=True)
-        yield start, counts
+    n_labels = max(1, CHUNK_BYTES // (4 * len(codes) * n_latents + 1))
+    for start in range(0, labels.shape[1], n_labels):
+        some = labels[:, start : start + n_labels]
+        counts = torch.zeros(len(codes), n_latents * some.shape[1], dtype=torch.int32, device=labels.device)
+        for rows in parts(len(some), 24 * some.shape[1]):
+            samples, carried = some[rows].nonzero(as_tuple=True)
+            samples += rows.start
+            for s, (values, indices) in enumerate(codes.values()):
+                for pairs in parts(len(samples), 64 * values.shape[1]):
+                    n = samples[pairs] if orders is None else orders[s][samples[pairs]]
+                    cells = indices[n].long() * some.shape[1] + carried[pairs, None]
+                    cells = cells[values[n] > 0]
+                    counts[s].scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
+        yield start, counts.view(len(codes), n_latents, -1)

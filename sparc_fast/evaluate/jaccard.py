@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import torch
@@ -28,13 +29,28 @@ def concept_jaccard(codes: Codes, labels: Tensor, n_latents: int) -> Tensor:
     codes it measures alignment. Even there, latents that fire often meet the labels' base rates in every
     stream, and so agree a little without a common meaning: compare with `concept_jaccard_by_chance`.
     """
+    return _jaccard(codes, labels, n_latents)
+
+
+def concept_jaccard_by_chance(codes: Codes, labels: Tensor, n_latents: int, seed: int = 0) -> Tensor:
+    """`concept_jaccard` after each stream's samples are shuffled on their own, [L].
+
+    The shuffle keeps how often each latent fires and breaks what it fires for, so this is the score that
+    frequency alone earns. Alignment is what `concept_jaccard` scores above it.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    orders = [torch.randperm(len(v), generator=generator, device="cpu").to(v.device) for v, _ in codes.values()]
+    return _jaccard(codes, labels, n_latents, orders)
+
+
+def _jaccard(codes: Codes, labels: Tensor, n_latents: int, orders: Sequence[Tensor] | None = None) -> Tensor:
     check_labels(labels, check_codes(codes, n_latents))
     pairs = list(combinations(range(len(codes)), 2))
     shape = (len(pairs), n_latents)
     shared = torch.zeros(shape, dtype=torch.float64, device=labels.device)
     union = torch.zeros_like(shared)
     active = torch.zeros(len(codes), n_latents, dtype=torch.bool, device=labels.device)
-    for _, counts in label_counts(codes, labels, n_latents):
+    for _, counts in label_counts(codes, labels, n_latents, orders):
         active |= (counts > 0).any(dim=2)
         for p, (s, t) in enumerate(pairs):
             shared[p] += torch.minimum(counts[s], counts[t]).sum(dim=1, dtype=torch.float64)
@@ -46,17 +62,3 @@ def concept_jaccard(codes: Codes, labels: Tensor, n_latents: int) -> Tensor:
         total += torch.where(both, shared[p] / union[p].clamp_min(1), 0)
         n_pairs += both
     return total / n_pairs.clamp_min(1)
-
-
-def concept_jaccard_by_chance(codes: Codes, labels: Tensor, n_latents: int, seed: int = 0) -> Tensor:
-    """`concept_jaccard` after each stream's samples are shuffled on their own, [L].
-
-    The shuffle keeps how often each latent fires and breaks what it fires for, so this is the score that
-    frequency alone earns. Alignment is what `concept_jaccard` scores above it.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = {}
-    for name, (values, indices) in codes.items():
-        order = torch.randperm(len(values), generator=generator, device="cpu").to(values.device)
-        shuffled[name] = (values[order], indices[order])
-    return concept_jaccard(shuffled, labels, n_latents)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparc_fast.data.formats import FORMATS
 
-__all__ = ["PerSample", "as_groups", "as_labels"]
+__all__ = ["PerSample", "as_groups", "as_ids", "as_labels"]
 
 PerSample = Tensor | npt.NDArray[Any] | Sequence[Any] | str | Path | tuple[str | Path, str]
 """A tensor, array or list; or a file, "file:column", or (file, column)."""
@@ -54,6 +54,14 @@ def as_groups(groups: PerSample, leading: Sequence[int]) -> Tensor:
     if ids.dtype.kind == "U" and (ids == "").any():
         raise ValueError(f"groups must have an id for every sample, got none for {int((ids == '').argmax())}")
     return torch.from_numpy(np.unique(ids, return_inverse=True)[1].astype(np.int64))
+
+
+def as_ids(ids: PerSample, what: str) -> npt.NDArray[Any]:
+    """Identifiers [n] of rows of labels or groups, in any of their forms, integers or text."""
+    given = _Given(ids, what, "ids [N], integers or text", (0,))
+    if given.values.ndim != 1 or given.values.dtype.kind not in "iU":
+        raise given.error()
+    return given.values
 
 
 class _Given:

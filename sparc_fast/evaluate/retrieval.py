@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .codes import StreamCode, check_code
+from .codes import StreamCode, check_code, firing_counts, parts
 
-__all__ = ["Retrieval", "retrieval_ranks"]
+try:
+    from sparc_fast import _cpu
+except ImportError:  # installed without the compiled module
+    _cpu = None  # type: ignore[assignment]
+
+__all__ = ["Found", "Retrieval", "retrieval_ranks", "retrieval_scores", "retrieval_seconds", "retrieve"]
 
 TIE = 1e-6  # cosines closer than this are equal: float32 products of equal rows differ by rounding
+# seconds on one core: for a product that is added up, for a pair that is compared, and for a product by plain PyTorch
+ADDED, COMPARED, GATHERED = 0.8e-9, 0.1e-9, 0.3e-9
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class Retrieval:
 
     r1, r5, r10: fraction of queries whose pair is among the first 1, 5, 10 (higher is better); median_rank
     (lower is better; inf if most pairs match nothing); mrr: mean of 1 / rank (higher is better). All are nan
-    without queries.
+    without queries. n counts the queries, n_candidates what each is compared with.
     """
 
     n: int
@@ -31,17 +40,41 @@ class Retrieval:
     r10: float
     median_rank: float
     mrr: float
+    n_candidates: int
 
     @staticmethod
-    def from_ranks(ranks: Tensor) -> Retrieval:
+    def from_ranks(ranks: Tensor, n_candidates: int | None = None) -> Retrieval:
+        """Of one rank a query; there are as many candidates unless another number is given."""
         n = len(ranks)
+        n_candidates = n if n_candidates is None else n_candidates
         if n == 0:
             nan = float("nan")
-            return Retrieval(0, nan, nan, nan, nan, nan)
+            return Retrieval(0, nan, nan, nan, nan, nan, n_candidates)
         ranks = ranks.double().sort().values
         r1, r5, r10 = (float((ranks <= top).double().mean()) for top in (1, 5, 10))
         median = (ranks[(n - 1) // 2] + ranks[n // 2]) / 2
-        return Retrieval(n, r1, r5, r10, float(median), float((1 / ranks).mean()))
+        return Retrieval(n, r1, r5, r10, float(median), float((1 / ranks).mean()), n_candidates)
+
+
+def retrieval_scores(
+    queries: Tensor | StreamCode,
+    candidates: Tensor | StreamCode,
+    n_latents: int | None = None,
+    groups: Tensor | None = None,
+    *,
+    chunk: int = 64,
+) -> Retrieval:
+    """The ranks of `retrieval_ranks`, summarised.
+
+    With groups, rows of a group that are equal are one query, as they are one candidate: an image that stands beside
+    each of its five captions is asked for once. This is the protocol of COCO and Flickr30k: among all captions the rank
+    of the best right one, and among all images that of the one right image.
+    """
+    a, b, groups = _pair(queries, candidates, n_latents, groups, chunk)
+    ranks = _ranks(a, b, groups, chunk)
+    if groups is None:
+        return Retrieval.from_ranks(ranks)
+    return Retrieval.from_ranks(ranks[a.first_of_copies(groups)], int(b.first_of_copies(groups).sum()))
 
 
 def retrieval_ranks(
@@ -57,80 +90,246 @@ def retrieval_ranks(
     Both are dense [N, D], or both sparse codes over `n_latents`. The rank is 1 + the candidates more similar
     than the pair itself + half of those equally similar: the mean of the best and the worst rank that
     breaking ties could give. So constant codes rank (N+1)/2 and earn no R@1. A zero row matches nothing: its
-    pair ranks inf, and it stands behind every other candidate. Memory is O(chunk * (N + L)).
+    pair ranks inf, and it stands behind every other candidate.
+
+    Sparse codes are compared through the latents they share: sum_l n_l m_l products where n_l queries and m_l
+    candidates fire latent l, some N^2 k^2 / L, and one look at every pair, on the CPU in O(N k) memory.
+    `retrieval_seconds` tells about how long that takes. Dense rows, and sparse ones where the compiled module is
+    missing, are compared `chunk` queries at a time, in O(chunk (N + L)).
 
     groups: integers [N]; any candidate of query n's group is then right. The rank is that of the most similar of them
-    among the candidates of other groups: five captions of an image are not in each other's way.
+    among the candidates of other groups: five captions of an image are not in each other's way. Rows of a group that
+    are equal are one candidate: an image that is repeated beside each of its captions takes one rank, not five.
 
     Use single codes. Joint codes share their support and give the pair away (R@1 near 1, untrained too).
     """
+    return _ranks(*_pair(queries, candidates, n_latents, groups, chunk), chunk)
+
+
+def retrieval_seconds(queries: StreamCode, candidates: StreamCode, n_latents: int) -> float:
+    """About how long `retrieval_ranks` will take for sparse codes with the threads that torch has now."""
+    N, M = len(queries[0]), len(candidates[0])
+    if _cpu is None:
+        return GATHERED * N * candidates[0].numel() / torch.get_num_threads()
+    n, m = (firing_counts(code, n_latents).double() for code in (queries, candidates))
+    added = float((n * m.clamp_max(M / 16)).sum())  # a latent of more is added in whole vectors
+    return (ADDED * added + COMPARED * N * M) / torch.get_num_threads()
+
+
+class Found(NamedTuple):
+    """The candidates nearest to each query, nearest first, of equal ones the lower; -1 and 0 where none is similar."""
+
+    candidates: Tensor
+    """int64 [Q, top]"""
+    cosines: Tensor
+    """float32 [Q, top]"""
+
+
+def retrieve(
+    queries: Tensor | StreamCode,
+    candidates: Tensor | StreamCode,
+    n_latents: int | None = None,
+    *,
+    top: int = 10,
+    chunk: int = 64,
+) -> Found:
+    """The candidates most similar to each query by cosine, such as the pictures of a text.
+
+    Both are dense, [Q, D] and [M, D], or both sparse codes over `n_latents`. Memory is O(chunk (M + L)).
+    """
+    a, b = _same_kind(queries, candidates, n_latents, chunk)
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
+    device, M = a.given.device, len(b)
+    multiply = b.products(torch.arange(M, device=device))
+    found = torch.full((len(a), top), -1, dtype=torch.int64, device=device)
+    cosines = torch.zeros(found.shape, dtype=torch.float32, device=device)
+    for part in torch.split(torch.arange(len(found), device=device), chunk):
+        near, order = multiply(a.columns(part)).sort(dim=0, descending=True, stable=True)
+        near, order = near[:top].T, order[:top].T
+        some = near > 0
+        found[part, : min(top, M)] = order.where(some, -1)
+        cosines[part, : min(top, M)] = near.where(some, 0)
+    return Found(found, cosines)
+
+
+def _pair(
+    queries: Tensor | StreamCode,
+    candidates: Tensor | StreamCode,
+    n_latents: int | None,
+    groups: Tensor | None,
+    chunk: int,
+) -> tuple[_Rows, _Rows, Tensor | None]:
+    """Query n beside its candidate n, checked."""
+    a, b = _same_kind(queries, candidates, n_latents, chunk)
+    if len(a) != len(b):
+        raise ValueError(f"queries and candidates must have the same N, got {a}, {b}")
+    if groups is not None:
+        if groups.is_floating_point() or groups.is_complex() or groups.shape != a.given.shape[:1]:
+            expected = f"integers [N={len(a)}]"
+            raise ValueError(f"groups must be {expected}, got {groups.dtype} {list(groups.shape)}")
+        groups = groups.to(a.given.device)
+    return a, b, groups
+
+
+def _same_kind(
+    queries: Tensor | StreamCode, candidates: Tensor | StreamCode, n_latents: int | None, chunk: int
+) -> tuple[_Rows, _Rows]:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     a, b = (_Rows(rows, n_latents, name) for rows, name in ((queries, "queries"), (candidates, "candidates")))
-    if (a.indices is None) != (b.indices is None) or a.values.shape[0] != b.values.shape[0]:
-        raise ValueError(f"queries and candidates must have the same N and be both dense or both sparse, got {a}, {b}")
-    if a.indices is None and a.values.shape[1] != b.values.shape[1]:
+    if (a.indices is None) != (b.indices is None):
+        raise ValueError(f"queries and candidates must be both dense or both sparse, got {a}, {b}")
+    if a.indices is None and a.width != b.width:
         raise ValueError(f"queries and candidates must have the same D, got {a}, {b}")
-    if groups is not None:
-        if groups.is_floating_point() or groups.is_complex() or groups.shape != a.values.shape[:1]:
-            expected = f"integers [N={len(a.values)}]"
-            raise ValueError(f"groups must be {expected}, got {groups.dtype} {list(groups.shape)}")
-        groups = groups.to(a.values.device)
-    ranks = torch.full((len(a.values),), float("inf"), dtype=torch.float64, device=a.values.device)
-    found = ~(a.zero | b.zero)
-    for start in range(0, len(ranks), chunk):
-        part = torch.arange(start, min(start + chunk, len(ranks)), device=ranks.device)
-        cosines = b.dot(a.columns(part))
-        cosines[b.zero] = -float("inf")
-        if groups is None:
-            own, n_own, right = cosines[part, part - start], 1, found[part]
-        else:
-            same = groups[:, None] == groups[part]
-            own, n_own = cosines.masked_fill(~same, -float("inf")).amax(dim=0), 0
-            right = ~a.zero[part] & own.isfinite()
-            cosines.masked_fill_(same, -float("inf"))
-        higher = (cosines > own + TIE).sum(dim=0)
-        equal = (cosines >= own - TIE).sum(dim=0) - higher - n_own
-        ranks[part] = torch.where(right, 1 + higher + equal.double() / 2, ranks[part])
-    return ranks
+    return a, b
+
+
+def _ranks(a: _Rows, b: _Rows, groups: Tensor | None, chunk: int) -> Tensor:
+    counted = ~b.zero if groups is None else ~b.zero & b.first_of_copies(groups)
+    places = counted.nonzero()[:, 0]
+    if groups is None:
+        last = counted.long().cumsum(0)
+        first = last - counted.long()
+    else:  # candidates of a group lie together
+        places = places[groups[places].argsort(stable=True)]
+        first, last = (torch.searchsorted(groups[places], groups, right=right) for right in (False, True))
+    last = torch.where(a.zero, first, last)
+    count = _count_by_chunks if a.indices is None or _cpu is None else _count_compiled
+    higher, equal = count(a, b, places, first, last, chunk)
+    return torch.where(first < last, 1 + higher + equal.double() / 2, float("inf"))
+
+
+def _count_compiled(
+    a: _Rows, b: _Rows, places: Tensor, first: Tensor, last: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    higher, equal = (torch.empty(len(first), dtype=torch.int64, device="cpu") for _ in range(2))
+    own = torch.empty(len(first), dtype=torch.float32, device="cpu")
+    sparse = *a.entries(torch.arange(len(a), device=places.device)), *b.entries(places)
+    mine = (place.cpu().contiguous() for place in (first, last))
+    _cpu.count_nearer(own, higher, equal, *sparse, *mine, a.width, TIE, torch.get_num_threads())
+    return higher.to(first.device), equal.to(first.device)
+
+
+def _count_by_chunks(
+    a: _Rows, b: _Rows, places: Tensor, first: Tensor, last: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """As the compiled function: candidates more similar than the best of first ... last - 1, and those equally so."""
+    higher, equal = torch.zeros_like(first), torch.zeros_like(first)
+    place = torch.arange(len(places), device=first.device)[:, None]
+    multiply = b.products(places)
+    for part in torch.split(torch.arange(len(first), device=first.device), chunk) if len(place) else ():
+        cosines = multiply(a.columns(part))
+        mine = (first[part] <= place) & (place < last[part])
+        own = cosines.masked_fill(~mine, -float("inf")).amax(dim=0)
+        cosines.masked_fill_(mine, -float("inf"))
+        higher[part] = (cosines > own + TIE).sum(dim=0)
+        equal[part] = (cosines >= own - TIE).sum(dim=0) - higher[part]
+    return higher, equal
 
 
 class _Rows:
-    """N unit rows, dense or sparse, with the two products that a similarity needs."""
+    """N rows, dense or sparse, that are compared by their directions."""
 
     def __init__(self, rows: Tensor | StreamCode, n_latents: int | None, name: str) -> None:
         self.name = name
-        self.indices: Tensor | None = None
         if isinstance(rows, Tensor):
             if rows.dim() != 2:
                 raise ValueError(f"{name} must be [N, D], got {tuple(rows.shape)}")
-            values = rows.float()
+            self.given, self.indices = rows, None
+            self.width = rows.shape[1]
         else:
             if n_latents is None:
                 raise ValueError(f"n_latents must be given where {name} are sparse codes, got None")
             check_code(rows, n_latents, name)
-            values, self.indices = rows[0].float().relu(), rows[1]
-        if not values.isfinite().all():
-            raise ValueError(f"{name} must have finite values, got NaN or inf")
-        self.width = values.shape[1] if n_latents is None else n_latents
-        self.zero = (values == 0).all(dim=1)
-        # By the largest entry first, so that squares of tiny or huge values stay in range.
-        values = values / values.abs().amax(dim=1, keepdim=True).where(~self.zero[:, None], 1)
-        self.values: Tensor = values / values.norm(dim=1, keepdim=True).where(~self.zero[:, None], 1)
+            self.given, self.indices = rows
+            self.width = n_latents
+        N, device = len(self.given), self.given.device
+        largest, norm = (torch.ones(N, 1, dtype=torch.float32, device=device) for _ in range(2))
+        self.zero = torch.zeros(N, dtype=torch.bool, device=device)
+        for part in parts(N, 24 * self.given.shape[1]):
+            values = self.plain(part)
+            if not values.isfinite().all():
+                raise ValueError(f"{name} must have finite values, got NaN or inf")
+            self.zero[part] = zero = (values == 0).all(dim=1)
+            # By the largest entry first, so that squares of tiny or huge values stay in range.
+            largest[part] = values.abs().amax(dim=1, keepdim=True).where(~zero[:, None], 1)
+            norm[part] = (values / largest[part]).norm(dim=1, keepdim=True).where(~zero[:, None], 1)
+        self._largest, self._norm = largest, norm
 
     def __str__(self) -> str:
-        return f"{self.name} {'dense' if self.indices is None else 'sparse'} {list(self.values.shape)}"
+        return f"{self.name} {'dense' if self.indices is None else 'sparse'} {list(self.given.shape)}"
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def plain(self, rows: Tensor | slice) -> Tensor:
+        """Some of them as they are in float32; of a code what is active."""
+        values = self.given[rows].float()
+        return values if self.indices is None else values.relu()
+
+    def unit(self, rows: Tensor | slice) -> Tensor:
+        """Some of them at norm 1."""
+        return self.plain(rows) / self._largest[rows] / self._norm[rows]
+
+    def entries(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is not 0 in some of sparse rows, on the CPU: offsets int64 [rows + 1], latents int32, values float32."""
+        assert self.indices is not None
+        some = [rows[part] for part in parts(len(rows), 48 * self.given.shape[1])]
+        offsets = torch.zeros(len(rows) + 1, dtype=torch.int64, device="cpu")
+        if some:
+            offsets[1:] = torch.cat([(self.plain(part) > 0).sum(dim=1) for part in some]).cumsum(0)
+        latents = torch.empty(int(offsets[-1]), dtype=torch.int32, device="cpu")
+        values = torch.empty(len(latents), dtype=torch.float32, device="cpu")
+        start = 0
+        for part in some:
+            unit, on = self.unit(part), self.plain(part) > 0
+            stop = start + int(on.sum())
+            latents[start:stop], values[start:stop] = self.indices[part][on], unit[on]
+            start = stop
+        return offsets, latents, values
 
     def columns(self, part: Tensor) -> Tensor:
         """The chosen rows as dense columns, [D or L, len(part)]."""
+        unit = self.unit(part)
         if self.indices is None:
-            return self.values[part].T
-        dense = self.values.new_zeros(self.width, len(part))
+            return unit.T
+        dense = unit.new_zeros(self.width, len(part))
         here = torch.arange(len(part), device=part.device)[:, None]
-        return dense.index_put_((self.indices[part].long(), here), self.values[part], accumulate=True)
+        return dense.index_put_((self.indices[part].long(), here), unit, accumulate=True)
 
-    def dot(self, columns: Tensor) -> Tensor:
-        """Product of all rows with dense columns, [N, columns]."""
+    def products(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """What multiplies some of them with dense columns: [D or L, columns] -> [rows, columns]."""
+        unit = self.unit(rows)
         if self.indices is None:
-            return self.values @ columns
-        return embedding_bag(self.indices, columns, per_sample_weights=self.values, mode="sum")
+            return lambda columns: unit @ columns
+        indices = self.indices[rows]
+        return lambda columns: embedding_bag(indices, columns, per_sample_weights=unit, mode="sum")
+
+    def first_of_copies(self, groups: Tensor) -> Tensor:
+        """bool [N], False for a row that is equal to an earlier one of its group."""
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        columns = self.given.shape[1] * (1 if self.indices is None else 2)
+        weights = torch.randint(-(2**62), 2**62, (columns,), generator=generator, device="cpu").to(groups.device)
+        key = torch.zeros(len(self), dtype=torch.int64, device=groups.device)
+        for part in parts(len(self), 48 * columns):
+            key[part] = (self._exact(part) * weights).sum(dim=1)
+        order = key.argsort(stable=True)  # equal rows lie together ...
+        order = order[groups[order].argsort(stable=True)]  # ... in their groups
+        same = (groups[order[1:]] == groups[order[:-1]]) & (key[order[1:]] == key[order[:-1]])
+        maybe = same.nonzero()[:, 0]
+        for part in parts(len(maybe), 64 * columns):
+            one = maybe[part]
+            same[one] = (self._exact(order[one + 1]) == self._exact(order[one])).all(dim=1)
+        first = torch.ones(len(self), dtype=torch.bool, device=groups.device)
+        first[order[1:]] = ~same
+        return first
+
+    def _exact(self, rows: Tensor | slice) -> Tensor:
+        """Integers that are equal where rows are, whatever the order of a code's entries."""
+        values = self.plain(rows)
+        bits = (values + 0.0).view(torch.int32).long()  # -0 is 0
+        if self.indices is None:
+            return bits
+        latents, order = self.indices[rows].long().masked_fill(values == 0, self.width).sort(dim=1)
+        return torch.cat([latents, bits.gather(1, order)], dim=1)

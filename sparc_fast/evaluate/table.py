@@ -52,7 +52,7 @@ def comparison(evaluations: Mapping[str, Evaluation]) -> list[Row]:
             cells[name] = f"{r.r1:.3f} / {r.r5:.3f} / {r.r10:.3f} · {r.median_rank:.0f} · {r.mrr:.3f}"
         meaning = (
             f"R@1 / R@5 / R@10 · median rank · MRR of finding a sample's {candidate} code from its {query} code, "
-            f"among {r.n} candidates."
+            f"among {r.n_candidates} candidates."
         )
         rows.append(Row(f"{query} → {candidate}", meaning, "higher", cells, "Retrieval between two streams"))
     for s, source in enumerate(first.streams):

@@ -1,7 +1,9 @@
-"""Memory for large matrices: rows that are gathered, results that are new in every step."""
+"""Memory for large matrices: rows that are gathered, results that are new in every step, what is freed."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,3 +22,9 @@ def empty_rows(*size: int, **like: Any) -> Tensor:
 
         _cpu.prefer_huge_pages(rows)
     return rows
+
+
+def give_back_freed() -> None:
+    """Give freed memory back to the system, so that it is not mistaken for memory in use."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 import sparc_fast
+from sparc_fast.ops.huge_pages import give_back_freed
 
 ROOT = Path("/sys/fs/cgroup")
 
@@ -60,12 +60,6 @@ def forget_peak() -> None:
     """VmHWM starts again from here."""
     if sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def give_back_freed() -> None:
-    """Give freed memory back to the system, so that it is not mistaken for memory in use."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def in_own_process(*arguments: str) -> str:
