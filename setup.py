@@ -10,15 +10,14 @@ import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, setup
 
-openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # without it: threads of the C++ library
 cpu = Pybind11Extension(
     "sparc_fast._cpu",
     sorted(glob("csrc/cpu/*.cpp")),
     depends=sorted(glob("csrc/cpu/*.h")),
     cxx_std=17,
     # no trap and no errno: square roots become vector instructions. Wide vectors never cross a call, so no ABI note.
-    extra_compile_args=["-O3", *openmp, "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"],
-    extra_link_args=openmp,
+    extra_compile_args=["-O3", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"],
+    extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
 )
 cuda = Extension(
     "sparc_fast._cuda",

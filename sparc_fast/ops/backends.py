@@ -166,7 +166,9 @@ def _load(name: str) -> Backend:
     # imported here, each where it can run; mypy sees here that they speak the whole vocabulary
     if name == "cpu":
         from sparc_fast.ops import cpu
+        from sparc_fast.ops.idle_threads import let_sleep
 
+        let_sleep()
         return _in_graphs(cpu, "sparc_fast_cpu", ("cpu",))
     if name == "cuda":
         from sparc_fast.ops import cuda
