@@ -5,20 +5,21 @@ import subprocess
 import sys
 from glob import glob
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, setup
+from setuptools.errors import CompileError, ExecError
 
-openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # without it: threads of the C++ library
 cpu = Pybind11Extension(
     "sparc_fast._cpu",
     sorted(glob("csrc/cpu/*.cpp")),
     depends=sorted(glob("csrc/cpu/*.h")),
     cxx_std=17,
     # no trap and no errno: square roots become vector instructions. Wide vectors never cross a call, so no ABI note.
-    extra_compile_args=["-O3", *openmp, "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"],
-    extra_link_args=openmp,
+    extra_compile_args=["-O3", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"],
+    extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
 )
 cuda = Extension(
     "sparc_fast._cuda",
@@ -30,19 +31,39 @@ nvcc = shutil.which("nvcc")
 
 
 class BuildExt(build_ext):
-    """nvcc compiles and links the CUDA module; where it cannot, everything else is installed without it."""
+    """Where a module cannot be compiled because its compiler is not there, everything else is installed without it."""
 
     def build_extension(self, ext: Extension) -> None:
-        if ext is not cuda:
+        if ext is cuda:
+            self.compile_cuda(ext)
+        elif self.has_compiler():
             super().build_extension(ext)
-            return
+        else:
+            ext.optional = True
+            leave_out(ext, "there is no C++ compiler that works. PyTorch will compute, many times slower")
+
+    def has_compiler(self) -> bool:
+        with TemporaryDirectory() as folder:
+            source = Path(folder, "tried.cpp")
+            source.write_text("#include <vector>\nint main() { return int(std::vector<int>().size()); }\n")
+            try:
+                self.compiler.compile([str(source)], output_dir=folder)
+            except (CompileError, ExecError):
+                return False
+        return True
+
+    def compile_cuda(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "csrc/cuda/build.py", target, "--include", pybind11.get_include()]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()]
-            print(f"warning: sparc_fast._cuda is left out, nvcc failed: {lines[0] if lines else done.returncode}")
+            leave_out(ext, f"nvcc failed: {lines[0] if lines else done.returncode}")
+
+
+def leave_out(ext: Extension, why: str) -> None:
+    print(f"warning: {ext.name} is left out: {why}", file=sys.stderr)
 
 
 ParallelCompile().install()

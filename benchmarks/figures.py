@@ -20,6 +20,7 @@ TESTS = "operator tests on the device"
 SANITIZER = "compute-sanitizer"
 REPEATED = "20 steps twice, bitwise equal"
 GRAPH = "graph equals eager, bitwise"
+GROWTH = "growth, busy core"
 ROLES = ("triton", "cuda", "hybrid", "graph")
 """Ours on a GPU, each in phases of its own: the fastest is what a user can have."""
 
@@ -113,6 +114,8 @@ def _on_cpu() -> Iterator[Figure]:
         yield Figure(f"S = 3 embedding_bags ÷ one gather, N {shape.N}, L {shape.L}", read, 2.5, 3)
     read = _value("memory", WIDE.name, dtype="float32", unit=1e6, every=True)
     yield Figure(f"peak memory beyond weights, moments, inputs, {WIDE.name}", read, 256, 64, " MB", least=False)
+    read = _value(GROWTH, STEP[0].name, dtype="float32")
+    yield Figure("growth of a step beside a busy core ÷ that of a product", read, 1.2, 1, least=False)
     yield Figure("S = 1, forward + backward: EagerSAE ÷ ours", _ratio("sae", "S1-N384-L8192", "EagerSAE"), 1.5, 2)
 
 

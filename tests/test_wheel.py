@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
     )
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, **environment: str) -> None:
     """The wheel, from the sources alone, in an environment of its own that holds what pyproject.toml asks for."""
     compiled = shutil.ignore_patterns("*.so", "__pycache__")
     for name in SOURCES:
@@ -35,8 +36,9 @@ def build(folder: Path) -> None:
     # nvcc is left out: the CUDA module's compilation has tests of its own
     path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not Path(p, "nvcc").exists())
     done = run(
-        sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, folder / "source", cwd=folder, PATH=path
-    )
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, folder / "source", cwd=folder,
+        **({"PATH": path} | environment),
+    )  # fmt: skip
     if done.returncode and "No matching distribution found for setuptools" in done.stderr + done.stdout:
         pytest.skip("no package index to build from")
     assert done.returncode == 0, done.stderr + done.stdout
@@ -48,13 +50,14 @@ def wheel(made_once: Callable[..., Path]) -> Path:
     return built
 
 
+def install(wheel: Path, folder: Path) -> None:
+    done = run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, wheel, cwd=folder)
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
 @pytest.fixture(scope="module")
 def installed(wheel: Path, made_once: Callable[..., Path]) -> Path:
-    def install(folder: Path) -> None:
-        done = run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, wheel, cwd=folder)
-        assert done.returncode == 0, done.stderr + done.stdout
-
-    return made_once("installed", install)
+    return made_once("installed", partial(install, wheel))
 
 
 def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
@@ -69,7 +72,7 @@ def test_the_compiled_module_links_to_nothing_of_torch(installed: Path) -> None:
     needed = run("readelf", "-dW", module, cwd=installed).stdout
     libraries = {line.split("[")[1].split("]")[0].split(".")[0] for line in needed.splitlines() if "NEEDED" in line}
     assert "libstdc++" in libraries
-    assert libraries <= {"libstdc++", "libm", "libgomp", "libgcc_s", "libc", "libpthread", "ld-linux-x86-64"}
+    assert libraries <= {"libstdc++", "libm", "libgcc_s", "libc", "libpthread", "ld-linux-x86-64"}
     symbols = run("readelf", "--dyn-syms", "-W", module, cwd=installed).stdout
     undefined = [line.split()[-1] for line in symbols.splitlines() if " UND " in line]
     assert any(name.startswith("Py") for name in undefined)
@@ -87,3 +90,35 @@ def test_the_installed_wheel_passes_tests(installed: Path, tmp_path: Path) -> No
         *(ROOT / "tests" / name for name in tests), cwd=tmp_path, PYTHONPATH=str(installed),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+WITHOUT = """
+import sys, torch, warnings
+# an editable installation would lend its compiled module
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import sparc_fast
+    model = sparc_fast.SPARC({"a": 8, "b": 6}, n_latents=32, k=4)
+    before = model.W_enc.detach().clone()
+    optimizer = sparc_fast.SparcAdam(model)
+    for _ in range(2):
+        optimizer.step({"a": torch.randn(16, 8), "b": torch.randn(16, 6)})
+assert sparc_fast.available_backends("cpu")[0] == "reference", sparc_fast.available_backends("cpu")
+assert not torch.equal(model.W_enc, before)
+(said,) = [str(warning.message) for warning in caught if "sparc_fast" in str(warning.message)]
+assert "without its compiled CPU module" in said and "C++ compiler" in said, said
+print(sparc_fast.__file__)
+"""
+
+
+def test_without_a_compiler_all_but_the_compiled_module_is_installed_and_says_so_once(tmp_path: Path) -> None:
+    folder, target = tmp_path / "built", tmp_path / "target"
+    folder.mkdir(), target.mkdir()
+    build(folder, CC="no-such-compiler", CXX="no-such-compiler")
+    (wheel,) = folder.glob("*.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    install(wheel, target)
+    done = run(sys.executable, "-c", WITHOUT, cwd=tmp_path, PYTHONPATH=str(target))
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).parents[1] == target

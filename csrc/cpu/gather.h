@@ -163,7 +163,7 @@ void each_run(const Widths& d_streams, const Support& support, int64_t L, int64_
     parallel_for(int64_t(runs.size()) * blocks, threads, [&](int64_t task) {
         const int64_t r = task / blocks, i = task % blocks;
         const int64_t first = i * size, last = std::min(support.N, first + size);
-        while (done[i].load(std::memory_order_acquire) < r) std::this_thread::yield();
+        wait_until([&] { return done[i].load(std::memory_order_acquire) >= r; });
         body(runs[r], Block{i, first, last, last, runs[r].begin});
         done[i].store(r + 1, std::memory_order_release);
     });

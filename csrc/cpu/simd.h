@@ -122,7 +122,7 @@ INLINE void store(T* p, Vec<sum_t<T>> v, int64_t n) {
 // As store, or past the caches, which would read every line before it is written: `past` only where p is aligned.
 // finish_past_caches() before another thread looks.
 template <class T>
-INLINE void store(T* p, Vec<sum_t<T>> v, int64_t n, bool past) {
+INLINE void store(T* p, Vec<sum_t<T>> v, int64_t n, [[maybe_unused]] bool past) {
 #if defined(__x86_64__)
     if constexpr (std::is_same_v<T, float>) {
         if (past && n >= lanes<float>) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -152,12 +153,24 @@ def resolve(name: str, device: torch.device) -> Backend:
         return _fastest(device)
     if name == "auto":
         name = names[0]
+        if device.type == "cpu" and name != "cpu":
+            _warn_of_slowness()
     if name not in names:
         choices = ", ".join(repr(n) for n in ("auto", *names))
         raise ValueError(f"backend must be one of {choices} for {device.type} tensors, got {name!r}")
     if name not in _BACKENDS:
         _BACKENDS[name] = _load(name)
     return _BACKENDS[name]
+
+
+@cache
+def _warn_of_slowness() -> None:
+    if find_spec("sparc_fast._cpu") is None:
+        warnings.warn(
+            "sparc_fast is installed without its compiled CPU module, and computes many times slower: "
+            "install it again where there is a C++ compiler",
+            stacklevel=3,
+        )
 
 
 def _fastest(device: torch.device) -> Backend:
@@ -170,7 +183,9 @@ def _load(name: str) -> Backend:
     # imported here, each where it can run; mypy sees here that they speak the whole vocabulary
     if name == "cpu":
         from sparc_fast.ops import cpu
+        from sparc_fast.ops.idle_threads import let_sleep
 
+        let_sleep()
         return _in_graphs(cpu, "sparc_fast_cpu", ("cpu",))
     if name == "cuda":
         from sparc_fast.ops import cuda

@@ -5,18 +5,23 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
 #include <random>
+#include <stdexcept>
+#include <thread>
 
 #include "global_topk.h"
 #include "level.h"
 #include "loader.h"
+#include "parallel.h"
 #include "topk_rows.h"
 
-static int failures = 0;
+static std::atomic<int> failures{0};
+static std::atomic<uint64_t> digest{0};  // of all results, in whatever order
 static std::mt19937 generator(0);
 
 static double widen(double value) { return value; }
@@ -77,6 +82,9 @@ struct Array {
 };
 
 static void expect(const char* what, double got, double expected, double tolerance) {
+    uint64_t bits;
+    std::memcpy(&bits, &got, sizeof bits);
+    digest += (bits ^ bits >> 29) * 0x9e3779b97f4a7c15;
     if (std::abs(got - expected) <= tolerance * (1 + std::abs(expected))) return;
     std::printf("%s: got %.9g, expected %.9g\n", what, got, expected);
     ++failures;
@@ -462,7 +470,39 @@ void check_loader(int64_t width, int widening) {
     expect("first_not_finite", first_not_finite(read.tensor(2), widening), n * width - 1, 0);
 }
 
+// Each task once, whoever calls: several threads at once, tasks themselves, and one whose other tasks threw.
+static void check_threads() {
+    const auto sum = [](int64_t tasks) {
+        std::atomic<int64_t> sum{0};
+        parallel_for(tasks, 4, [&](int64_t i) { parallel_for(i % 3, 4, [&](int64_t) { ++sum; }), sum += i; });
+        return sum.load();
+    };
+    const auto call = [&] {
+        for (int64_t tasks : {0, 1, 2, 5, 300, 2, 300}) {
+            int64_t expected = 0;
+            for (int64_t i = 0; i < tasks; ++i) expected += i + i % 3;
+            expect("every task is done once", sum(tasks), expected, 0);
+        }
+    };
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 3; ++i) callers.emplace_back(call);
+    for (auto& caller : callers) caller.join();
+    for (int64_t wrong : {0, 57, 99}) {
+        bool caught = false;
+        try {
+            parallel_for(100, 4, [&](int64_t i) {
+                if (i == wrong) throw std::runtime_error("wrong");
+            });
+        } catch (const std::runtime_error&) {
+            caught = true;
+        }
+        expect("what a task throws reaches the caller", caught, true, 0);
+    }
+    call();
+}
+
 int main() {
+    check_threads();
     check_selection();
     for (int64_t width : {1, 37, 700}) {
         check_loader<double>(width, as_it_is);
@@ -472,6 +512,7 @@ int main() {
     check_shapes<double>(1e-10);
     check_shapes<float>(1e-3);
     check_shapes<bf16>(1e-1);
-    if (failures) std::printf("%d failures\n", failures);
+    if (failures) std::printf("%d failures\n", failures.load());
+    std::printf("results %016llx\n", static_cast<unsigned long long>(digest.load()));
     return failures > 0;
 }
