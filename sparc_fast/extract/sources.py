@@ -107,7 +107,7 @@ def _images(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Opened
 
 
 def _csv(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Opened:
-    files = files_of(folder / config.csv, "source.csv", (".csv", ".tsv"))
+    files = _files(folder, config.csv, "source.csv", (".csv", ".tsv"))
 
     def rows() -> Iterator[Mapping[str, Any]]:
         for path in files:
@@ -120,7 +120,7 @@ def _csv(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Opened:
 
 
 def _jsonl(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Opened:
-    files = files_of(folder / config.jsonl, "source.jsonl", (".jsonl", ".ndjson", ".json"))
+    files = _files(folder, config.jsonl, "source.jsonl", (".jsonl", ".ndjson", ".json"))
 
     def rows() -> Iterator[Mapping[str, Any]]:
         return chain.from_iterable(_json_lines(path) for path in files)
@@ -146,7 +146,7 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _parquet(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Opened:
-    files = files_of(folder / config.parquet, "source.parquet", (".parquet",))
+    files = _files(folder, config.parquet, "source.parquet", (".parquet",))
     parquet = require("pyarrow.parquet", files[0])
     schema = parquet.read_schema(files[0])
     config = _with_picture_column(config, schema.names)
@@ -224,7 +224,7 @@ def _open_images(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _O
     places = config.open_images
     root = _folder(folder / places["images"], "source.open_images.images")
     captions, labels = defaultdict(list), defaultdict(set)
-    for path in files_of(folder / places["narratives"], "source.open_images.narratives", (".jsonl",)):
+    for path in _files(folder, places["narratives"], "source.open_images.narratives", (".jsonl",)):
         for row in _json_lines(path):
             captions[str(row["image_id"])].append(str(row["caption"]).strip())
     names: dict[str, str] = {}
@@ -247,7 +247,7 @@ def _open_images(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _O
 def _webdataset(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Opened:
     """By tarfile: the addresses and pipes that webdataset would also open are none of ours."""
     patterns = _expand(config.webdataset)
-    files = [path for one in patterns for path in files_of(folder / one, "source.webdataset", (".tar", ".tgz", ".gz"))]
+    files = [path for one in patterns for path in _files(folder, one, "source.webdataset", (".tar", ".tgz", ".gz"))]
 
     def read() -> _Records:
         for path in files:
@@ -379,6 +379,10 @@ def _with_class_names(row: Mapping[str, Any], names: Mapping[str, Sequence[str]]
     return {
         k: names[k][v] if k in names and isinstance(v, int) and 0 <= v < len(names[k]) else v for k, v in row.items()
     }
+
+
+def _files(folder: Path, where: str, what: str, suffixes: Sequence[str]) -> list[Path]:
+    return files_of(where if "://" in where else folder / where, what, suffixes)
 
 
 def _folder(path: Path, what: str) -> Path:
