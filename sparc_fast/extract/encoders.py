@@ -318,7 +318,10 @@ def encoder_of(stream: StreamConfig, folder: Path, device: torch.device) -> Enco
     """
     family, _, name = stream.model.partition(":")
     if family in _FAMILIES:
-        return _FAMILIES[family](name, stream, folder, device)
+        try:
+            return _FAMILIES[family](name, stream, folder, device)
+        except (RuntimeError, AssertionError) as error:  # unknown names, weights of another model
+            raise ValueError(f"model must be one that {family} can make, got {stream.model}: {error}") from error
     if stream.layer or stream.pooling != "model" or stream.revision or stream.weights:
         raise ValueError(
             f"layer, pooling, revision and weights must be left to the function, with model={stream.model!r}"
