@@ -66,7 +66,7 @@ def extract(
     out: str | Path,
     *,
     source: Source | None = None,
-    encoders: Mapping[str, Encoder] | None = None,
+    encoders: Callable[[torch.device], Mapping[str, Encoder]] | None = None,
     columns: Sequence[str] = (),
     progress: Callable[[int, int | None], object] | None = None,
     say: Callable[[str], object] | None = None,
@@ -79,7 +79,7 @@ def extract(
 
     Args:
         source: the items, instead of ``extraction.source``.
-        encoders: the models, instead of those that the streams name.
+        encoders: makes the models, instead of those that the streams name.
         columns: of texts in the items' `about`, also to be written.
         progress: called with (items of the source done, how many there are or None).
         say: called with what a person may want to know.
@@ -107,14 +107,12 @@ def extract(
             source = open_source(extraction.source, extraction.folder, extraction.texts)
         (out / PARTIAL).mkdir(exist_ok=True)
         _keep(out / PARTIAL / SETTINGS, settings, out)
-        if encoders is None:
-            device = torch.device(device_of(extraction.device))
-            encoders = {}
-            for name, stream in extraction.streams.items():
-                encoders[name] = encoder = encoder_of(stream, extraction.folder, device)
-                if encoder.asks_hub:
-                    say(f"{name}: {encoder.asks_hub} is a name on the hub, and fetched from there unless it is cached")
-        run = _Run(extraction, out, source, encoders)
+        device = torch.device(device_of(extraction.device))
+        models = _encoders(extraction, device) if encoders is None else encoders(device)
+        for name, encoder in models.items():
+            if encoder.asks_hub:
+                say(f"{name}: {encoder.asks_hub} is a name on the hub, fetched from there unless it was cached")
+        run = _Run(extraction, out, source, models)
         before = run.journal.state.consumed
         if before:
             say(f"going on behind {before:,} items")
@@ -267,6 +265,10 @@ class _Run:
             extraction=settings, versions=_versions(), **about,
         )  # fmt: skip
         shutil.rmtree(self.out / PARTIAL)
+
+
+def _encoders(extraction: Extraction, device: torch.device) -> dict[str, Encoder]:
+    return {name: encoder_of(stream, extraction.folder, device) for name, stream in extraction.streams.items()}
 
 
 def _not_rows(rows: Tensor, stream: str) -> Iterator[tuple[int, str]]:
