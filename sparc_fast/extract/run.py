@@ -28,7 +28,7 @@ from sparc_fast.training.trainer import device_of
 from sparc_fast.version import __version__
 
 from .config import Extraction
-from .encoders import Encoder, encoder_of
+from .encoders import Encoder, encoder_of, name_on_hub
 from .items import Failure, Item, as_line, load_picture, split_of, thumbnail, write_items
 from .journal import Journal
 from .sources import Source, open_source
@@ -108,10 +108,7 @@ def extract(
         (out / PARTIAL).mkdir(exist_ok=True)
         _keep(out / PARTIAL / SETTINGS, settings, out)
         device = torch.device(device_of(extraction.device))
-        models = _encoders(extraction, device) if encoders is None else encoders(device)
-        for name, encoder in models.items():
-            if encoder.asks_hub:
-                say(f"{name}: {encoder.asks_hub} is a name on the hub, fetched from there unless it was cached")
+        models = _encoders(extraction, device, say) if encoders is None else encoders(device)
         run = _Run(extraction, out, source, models)
         before = run.journal.state.consumed
         if before:
@@ -267,8 +264,13 @@ class _Run:
         shutil.rmtree(self.out / PARTIAL)
 
 
-def _encoders(extraction: Extraction, device: torch.device) -> dict[str, Encoder]:
-    return {name: encoder_of(stream, extraction.folder, device) for name, stream in extraction.streams.items()}
+def _encoders(extraction: Extraction, device: torch.device, say: Callable[[str], object]) -> dict[str, Encoder]:
+    made = {}
+    for name, stream in extraction.streams.items():
+        if on_hub := name_on_hub(stream, extraction.folder):
+            say(f"{name}: {on_hub} is a name on a hub, and fetched from there unless it was cached")
+        made[name] = encoder_of(stream, extraction.folder, device)
+    return made
 
 
 def _not_rows(rows: Tensor, stream: str) -> Iterator[tuple[int, str]]:
