@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from sparc_fast import data
 from sparc_fast.cli import main
 from sparc_fast.data import FeatureFolder
-from sparc_fast.data.feature_folder import below, write_manifest
-from sparc_fast.extract.items import write_items
+from sparc_fast.data.feature_folder import below, write_items, write_manifest
 
 pytest.importorskip("pyarrow", reason="items are Parquet")
 

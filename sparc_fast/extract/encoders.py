@@ -407,7 +407,9 @@ def _library(module: str) -> Any:
         return import_module(module)
     except ImportError as error:
         package = {"open_clip": "open_clip_torch"}.get(module, module.replace("_", "-"))
-        raise ImportError(f"the model needs {package}: pip install {package}, or 'sparc_fast[models]' ({error})") from error
+        raise ImportError(
+            f"the model needs {package}: pip install {package}, or 'sparc_fast[models]' ({error})"
+        ) from error
 
 
 def _version(package: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparc_fast.data.feature_folder import ITEMS, FeatureFolder, is_feature_folder, write_manifest
+from sparc_fast.data.feature_folder import ITEMS, FeatureFolder, is_feature_folder, write_items, write_manifest
 from sparc_fast.data.readers import require
 from sparc_fast.files import atomic_path, check_folder
 from sparc_fast.training.run_folder import lock
@@ -29,7 +30,7 @@ from sparc_fast.version import __version__
 
 from .config import Extraction
 from .encoders import Encoder, encoder_of, name_on_hub
-from .items import Failure, Item, as_line, load_picture, split_of, thumbnail, write_items
+from .items import Failure, Item, as_line, load_picture, split_of, thumbnail
 from .journal import Journal
 from .sources import Source, open_source
 
@@ -242,14 +243,15 @@ class _Run:
             raise ValueError(f"source must have an item that can be read, got none; {self.out / FAILED} says why")
         files = journal.close()
         texts = (*self.extraction.texts, *columns)
-        write_items(self.out, journal.items(), texts or ("text",))
+        write_items(self.out, map(_with_content, journal.items()), texts or ("text",))
         with atomic_path(self.out / IDS) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(f"{row['id']}\n" for row in journal.items())
         splits = [row["split"] for row in journal.items()]
         streams = {}
         for name, stream in self.extraction.streams.items():
             tokens, width = state.shapes[name]
-            column = "picture" if stream.modality == "image" else self.extraction.text_of(stream)
+            picture = "thumbnail" if self.source.root is None else "picture"
+            column = picture if stream.modality == "image" else self.extraction.text_of(stream)
             streams[name] = {
                 "modality": stream.modality, "column": column, "width": width, "tokens": tokens, "dtype": stream.dtype,
                 "files": files[name], "model": stream.model, "layer": stream.layer, "pooling": stream.pooling,
@@ -271,6 +273,11 @@ def _encoders(extraction: Extraction, device: torch.device, say: Callable[[str],
             say(f"{name}: {on_hub} is a name on a hub, and fetched from there unless it was cached")
         made[name] = encoder_of(stream, extraction.folder, device)
     return made
+
+
+def _with_content(item: dict[str, Any]) -> dict[str, Any]:
+    small = item["thumbnail"]
+    return {**item, "thumbnail": None if small is None else base64.b64decode(small)}
 
 
 def _not_rows(rows: Tensor, stream: str) -> Iterator[tuple[int, str]]:
