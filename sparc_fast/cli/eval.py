@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sparc_fast import data
-from sparc_fast.data import AlignedFiles
+from sparc_fast.data import AlignedFiles, FeatureFolder
+from sparc_fast.data.feature_folder import Split, is_feature_folder
 from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.ids import as_comparable
 from sparc_fast.data.readers import Source
@@ -35,6 +36,7 @@ from sparc_fast.training.trainer import device_of
 __all__ = ["add_arguments", "add_joining", "load", "model_file", "open_joined", "run", "sources_of", "untrained"]
 
 MODEL, LABELS = "model.safetensors", "labels.npy"
+FEWEST = 5  # samples that must carry a label of the items: a concept of fewer says little
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,18 +50,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="FOLDER or STREAM=FILE[#NAME]",
-        help="samples the models have not seen: a folder with a file named after each stream, or the files themselves",
+        help="samples the models have not seen: a folder of features (its held-out split), a folder with a file named "
+        "after each stream, or the files themselves",
+    )
+    parser.add_argument(
+        "--split", choices=get_args(Split), default="held_out", help="of a folder of features (%(default)s)"
     )
     parser.add_argument(
         "--labels",
         metavar="FILE[:COLUMN]",
         help=f"class ids or names, a row a sample, or truth values, samples × concepts; {LABELS} of the folder where "
-        "there is one",
+        f"there is one, or labels that {FEWEST} items or more of a folder of features have",
     )
     parser.add_argument(
         "--groups",
         metavar="FILE[:COLUMN]",
-        help="an id a sample, such as the image of a caption: retrieval counts any sample of the group as right",
+        help="an id a sample, such as the image of a caption: retrieval counts any sample of the group as right; "
+        "otherwise those of a folder of features",
     )
     add_joining(parser)
     parser.add_argument(
@@ -173,7 +180,10 @@ def sources_of(texts: Sequence[str], model: SPARC, some: bool = False) -> dict[s
     """Where each stream's samples are, in the model's order: in a folder of all, or in files, of `some` maybe."""
     folder = Path(texts[0])
     sources: dict[str, Source]
-    if len(texts) == 1 and folder.is_dir():
+    if len(texts) == 1 and is_feature_folder(folder):
+        there = FeatureFolder(folder).streams
+        sources = {stream: (folder, stream) for stream in model.streams if stream in there}
+    elif len(texts) == 1 and folder.is_dir():
         sources = {stream: _file(folder, stream) for stream in model.streams}
     else:
         sources = dict(parse_sources(texts, "--data"))
@@ -200,7 +210,7 @@ def open_joined(sources: Mapping[str, Source], arguments: argparse.Namespace) ->
     ids = arguments.ids
     if ids is not None:
         ids = ids[0] if len(ids) == 1 and "=" not in ids[0] else parse_sources(ids, "--ids")
-    return data.open(sources, ids=ids, join=arguments.join, repeated=arguments.repeated)
+    return data.open(sources, split=arguments.split, ids=ids, join=arguments.join, repeated=arguments.repeated)
 
 
 def _file(folder: Path, stream: str) -> Path:
@@ -227,9 +237,25 @@ def _known_of_samples(arguments: argparse.Namespace, files: AlignedFiles) -> tup
         if len(differs := (of_rows != of_rows[first]).reshape(n, -1).any(1).nonzero()):
             raise ValueError(f"{name} must be the same in all rows of one id, got others in row {int(differs[0])}")
         known.append(of_rows[of_samples])
-    if labels is None and (path := Path(arguments.data[0]) / LABELS).is_file():
-        known[0] = as_labels(path, (files.n_rows,))
+    path = Path(arguments.data[0])
+    if is_feature_folder(path) and len(arguments.data) == 1 and files.matched is None:
+        return _known_of_folder(FeatureFolder(path), arguments.split, files.n_rows, *known)
+    if labels is None and (path / LABELS).is_file():
+        known[0] = as_labels(path / LABELS, (files.n_rows,))
     return known[0], known[1]
+
+
+def _known_of_folder(
+    folder: FeatureFolder, split: Split, n: int, labels: Tensor | None, groups: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is not given is of the folder's items, of each of their tokens."""
+    items = len(folder.rows(split))
+    if labels is None and (found := folder.labels(split, FEWEST)) is not None:
+        labels = torch.from_numpy(found[0].repeat(n // items, axis=0))
+    if groups is None:
+        number = np.unique(np.array(folder.column("group", split)), return_inverse=True)[1].astype(np.int64)
+        groups = torch.from_numpy(number.repeat(n // items))
+    return labels, groups
 
 
 def _rows_of(ids: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> tuple[Tensor, Tensor]:

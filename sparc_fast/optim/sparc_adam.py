@@ -328,7 +328,8 @@ class SparcAdam(torch.optim.Optimizer):
         frozen = [name for name, p in self.model.named_parameters() if self._is_trained(p) and not p.requires_grad]
         if frozen:
             raise ValueError(
-                f"SparcAdam trains every weight of the model, but {', '.join(frozen)} is frozen: name what stays in freeze"
+                f"SparcAdam trains every weight of the model, but {', '.join(frozen)} is frozen: "
+                "name what stays in freeze"
             )
 
     def _is_trained(self, parameter: Tensor) -> bool:

@@ -92,6 +92,8 @@ def _parsed(f: Field[Any], given: Any) -> Any:
         return absolute(given, Path.cwd())
     if kind is norms:
         return parse_norms(given, _flag(f))
+    if kind is sources and len(given) == 1 and Path(given[0]).is_dir():
+        return str(Path(given[0]).resolve())
     if kind in (sources, identifiers):
         return with_absolute_paths(parse_sources(given, _flag(f)), Path.cwd())
     try:
@@ -112,7 +114,7 @@ def _arguments(f: Field[Any]) -> dict[str, Any]:
         return {
             "nargs": "+",
             "action": "extend",
-            "metavar": shape if kind is sources else f"{shape} or NAME",
+            "metavar": f"{shape} or FOLDER" if kind is sources else f"{shape} or NAME",
             "help": words,
         }
     if kind is names:
