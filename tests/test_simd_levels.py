@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,7 @@ if "cpu" not in sf.available_backends("cpu"):
     pytest.skip("the CPU backend is not compiled", allow_module_level=True)
 
 from sparc_fast import _cpu
+from sparc_fast.evaluate import retrieval_ranks
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
@@ -34,6 +36,18 @@ def test_operators_are_as_accurate_as_plain_pytorch_on_every_instruction_set(
 ) -> None:
     for case in CASES:
         check_accuracy(name, operands(case, dtype), operators_of("cpu"))
+
+
+def test_ranks_of_sparse_codes_are_those_of_plain_pytorch_on_every_instruction_set(
+    level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.rand(8500, 40, generator=generator).argsort(1)[:, :6]
+    latents[:, 0] = 40  # that all fire
+    codes = [(torch.randint(0, 4, (8500, 6), generator=generator).float(), latents[torch.randperm(8500)]) for _ in "ab"]
+    found = retrieval_ranks(*codes, 41)
+    monkeypatch.setattr(sys.modules["sparc_fast.evaluate.retrieval"], "_cpu", None)
+    assert (found == retrieval_ranks(*codes, 41, chunk=512)).float().mean() > 0.999  # a tie may end at a rounding
 
 
 @pytest.mark.parametrize(("dtype", "widening"), [(torch.bfloat16, 1), (torch.float16, 2)], ids=str)

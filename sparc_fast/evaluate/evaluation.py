@@ -290,7 +290,7 @@ def _pass(
     kept: list[Tensor] = []
     for batch, complete in batches:
         n = len(batch[model.streams[0]])
-        kept.append(torch.ones(n, dtype=torch.bool, device="cpu") if complete is None else complete)
+        kept.append(torch.ones(n, dtype=torch.bool, device="cpu") if complete is None else complete.cpu())
         together = model.encode(batch)
         counts += torch.stack([firing_counts(together.stream(name), L) for name in model.streams]).cpu()
         if keep_joint:

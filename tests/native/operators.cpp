@@ -501,9 +501,68 @@ static void check_threads() {
     call();
 }
 
+// Small integers, whose products are exact, so that ties are ties; a latent that all fire has a column of its own.
+static void check_count_nearer(int64_t Q, int64_t N, int64_t L, int threads) {
+    const auto rows = [&](int64_t count, Array<int64_t>& offsets, std::vector<int32_t>& latents, std::vector<float>& values) {
+        for (int64_t n = 0; n < count; ++n) {
+            for (int64_t l = 0; l < L; ++l)
+                if (l == 0 || generator() % 4 == 0) {
+                    latents.push_back(int32_t(l));
+                    values.push_back(float(generator() % 3));
+                }
+            offsets.data[n + 1] = latents.size();
+        }
+    };
+    Array<int64_t> query_offsets(Q + 1), offsets(N + 1), first(Q), last(Q), higher(Q), equal(Q);
+    std::vector<int32_t> query_latents, latents;
+    std::vector<float> query_values, values;
+    rows(Q, query_offsets, query_latents, query_values);
+    rows(N, offsets, latents, values);
+    const auto entries = [](const auto& from) {
+        Array<typename std::decay_t<decltype(from)>::value_type> array(from.size());
+        array.data = from;
+        return array;
+    };
+    auto a = entries(query_latents), c = entries(latents);
+    auto b = entries(query_values), d = entries(values);
+    Array<float> own(Q);
+    for (int64_t n = 0; n < Q; ++n) {
+        first.data[n] = N ? generator() % N : 0;
+        last.data[n] = std::min<int64_t>(N, first.data[n] + generator() % 3);
+    }
+    count_nearer(own.tensor(1), higher.tensor(1), equal.tensor(1), query_offsets.tensor(1), a.tensor(1), b.tensor(1),
+                 offsets.tensor(1), c.tensor(1), d.tensor(1), first.tensor(1), last.tensor(1), L, 0.5, threads);
+    std::vector<double> query(L);
+    for (int64_t n = 0; n < Q; ++n) {
+        std::fill(query.begin(), query.end(), 0);
+        for (int64_t e = query_offsets.data[n]; e < query_offsets.data[n + 1]; ++e)
+            query[query_latents[e]] = query_values[e];
+        std::vector<double> product(N);
+        for (int64_t m = 0; m < N; ++m)
+            for (int64_t e = offsets.data[m]; e < offsets.data[m + 1]; ++e) product[m] += query[latents[e]] * values[e];
+        double best = -1;
+        for (int64_t m = first.data[n]; m < last.data[n]; ++m) best = std::max(best, product[m]);
+        int64_t above = 0, same = 0;
+        for (int64_t m = 0; best >= 0 && m < N; ++m)
+            if (m < first.data[n] || m >= last.data[n]) {
+                above += product[m] > best;
+                same += product[m] == best;
+            }
+        expect("count_nearer", higher.data[n], above, 0);
+        expect("count_nearer", equal.data[n], same, 0);
+        if (best >= 0) expect("count_nearer", own.data[n], best, 0);
+    }
+}
+
 int main() {
     check_threads();
     check_selection();
+    for (int threads : {1, 3}) {
+        check_count_nearer(40, 9000, 6, threads);  // more than a block
+        check_count_nearer(65, 33, 9, threads);
+        check_count_nearer(3, 0, 2, threads);
+        check_count_nearer(0, 3, 2, threads);
+    }
     for (int64_t width : {1, 37, 700}) {
         check_loader<double>(width, as_it_is);
         check_loader<float>(width, as_it_is);
