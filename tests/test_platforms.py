@@ -1,0 +1,79 @@
+"""The CPU module elsewhere: on Arm, by clang, and for macOS. Where .ci/run has installed the compilers, none may lack."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pybind11
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(ROOT.glob("csrc/cpu/*.cpp"))
+PROGRAM = [*(path for path in SOURCES if path.name != "binding.cpp"), ROOT / "tests/native/operators.cpp"]
+# as setup.py compiles
+FLAGS = ["-std=c++17", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-Werror"]
+pytestmark = [pytest.mark.compilers, pytest.mark.skipif(not SOURCES, reason="no sources")]
+
+
+def tool(name: str, command: list[str] | None) -> list[str]:
+    if command is None and os.environ.get("SPARC_FAST_TEST_COMPILERS") == "all":
+        pytest.fail(f"{name} must be here")
+    return command or pytest.skip(f"no {name}")
+
+
+def on_path(name: str) -> list[str]:
+    found = shutil.which(name)
+    return tool(name, found and [found])
+
+
+def compile_all(compiler: list[str], sources: list[Path], folder: Path, *flags: str) -> list[Path]:
+    objects = [folder / f"{i}-{source.stem}.o" for i, source in enumerate(sources)]
+
+    def compile_one(source: Path, target: Path) -> None:
+        command = [*compiler, *FLAGS, f"-I{ROOT / 'csrc/cpu'}", *flags, "-c", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    return objects
+
+
+def results(compiler: list[str], folder: Path, *emulator: str) -> str:
+    """What tests/native finds of all operators, to the last bit, at the instruction set that every platform has."""
+    folder.mkdir()
+    # a product and a sum rounded together, where Arm could, would be another result
+    flags = "-O1", "-ffp-contract=off", "-DSPARC_FAST_BASELINE_ONLY"
+    objects = compile_all(compiler, PROGRAM, folder, *flags)
+    program = folder / "operators"
+    subprocess.run([*compiler, "-static", "-pthread", *map(str, objects), "-o", str(program)], check=True)
+    done = subprocess.run([*emulator, str(program)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_arm_computes_to_the_last_bit_what_the_baseline_does(tmp_path: Path) -> None:
+    arm, emulator = on_path("aarch64-linux-gnu-g++"), on_path("qemu-aarch64")
+    here = results(on_path("g++"), tmp_path / "here")
+    assert here.startswith("results ")
+    assert results(arm, tmp_path / "arm", *emulator) == here
+
+
+def headers() -> list[str]:
+    return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "-fvisibility=hidden"]
+
+
+def test_clang_has_nothing_to_warn_of(tmp_path: Path) -> None:
+    compile_all(on_path("clang++"), SOURCES, tmp_path, "-fsyntax-only", *headers())
+
+
+def test_macos_compiles_it_against_headers_of_its_own(tmp_path: Path) -> None:
+    zig = tool("zig", [sys.executable, "-m", "ziglang", "c++"] if find_spec("ziglang") else None)
+    compile_all(zig, SOURCES, tmp_path, "-target", "aarch64-macos.11.0", "-O0", *headers())
