@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from sparc_fast.files import atomic_path, check_folder
+from sparc_fast.files import check_folder
 
 from .config import Extraction, StreamConfig
 from .encoders import Encoder, HuggingFaceEncoder, ModelEncoder
@@ -81,6 +81,7 @@ STREAMS = {
 IN_CACHE = 16  # pictures: of more at a time the maps leave a processor's cache
 DRAWN = 128  # pixels of a drawing's side
 TONE = re.compile("-?1f3f[b-f]")
+SKIN = re.compile(r"(medium-)?(light|medium|dark) skin tone")
 COMMON = frozenset(["a", "and", "for", "in", "of", "on", "or", "the", "to", "with", "without"])
 """Words of names that are no concepts."""
 
@@ -140,8 +141,9 @@ def emoji_items(pictures: Path) -> list[Item]:
         for style, content in styles.items():
             file = f"{path.stem}-{style}.png"
             if not (pictures / file).is_file():
-                with atomic_path(pictures / file) as temporary:
-                    temporary.write_bytes(content)
+                partial = pictures / f".{file}"
+                partial.write_bytes(content)
+                partial.replace(pictures / file)
             language = _language(about, len(items))
             texts = {"name": ", ".join([name, *aliases]), "translated": _plain(about[language])}
             more = {"emoji": emoji, "language": language, "style": style}
@@ -161,7 +163,7 @@ def _plain(name: str) -> str:
 
 
 def _words(name: str) -> tuple[str, ...]:
-    words = re.findall(r"[a-z]{2,}", name.lower().replace("’", "").split(" skin tone")[0])
+    words = re.findall(r"[a-z]{2,}", SKIN.sub("", name.lower().replace("’", "")))
     return tuple(dict.fromkeys(word for word in words if word not in COMMON))
 
 
