@@ -18,6 +18,7 @@ Whiten = Literal["none", "diag"]
 
 PIECE = 4096  # samples of many that are encoded together: what is taken beside them stays small
 MEASURED = 1024  # of those that are calibrated, in float64
+PROBES = 8  # numbers of a row that tell most rows from zero rows
 
 
 class Batch(NamedTuple):
@@ -34,6 +35,8 @@ class Batch(NamedTuple):
     latent_bias: Tensor
     present: Tensor | None = None
     """bool [N, S'], which of the streams a sample has; None where each has them all."""
+    zero_rows: Tensor | None = None
+    """int64 [S'], how many rows of zeros were found to be absent; None where none was looked for."""
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.x, self.W_enc, self.W_dec, self.pre_bias, self.latent_bias
@@ -227,6 +230,20 @@ def _unit(rows: Tensor) -> Tensor:
     return rows / norm.clamp_min(1)  # only that of a zero row is below 1
 
 
+def zero_rows(x: Tensor, d_streams: Sequence[int]) -> Tensor:
+    """bool [N, S']: where a stream's row of x is 0 throughout, as that of an image that could not be read is."""
+    return torch.stack([_is_zero(x[:, cols]) for cols in stream_slices(d_streams)], dim=1)
+
+
+def _is_zero(rows: Tensor) -> Tensor:
+    zero = (rows[:, :: -(-rows.shape[1] // PROBES)] == 0).all(1)
+    if rows.device.type != "cpu":  # where asking which would wait for the device
+        return zero & (rows == 0).all(1)
+    if len(maybe := zero.nonzero()[:, 0]):
+        zero[maybe] = (rows[maybe] == 0).all(1)
+    return zero
+
+
 def check_finite(x: Tensor, streams: Sequence[str], d_streams: Sequence[int], first: int = 0) -> None:
     """ValueError names the stream and the first row, counted from `first`, that is not finite; waits for the device."""
     # one sum sees any NaN or inf; where it overflows without them, the slow look below finds no row
@@ -261,6 +278,8 @@ class Moments:
         self.mean = self.spread = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, piece: Tensor) -> None:
+        if not len(piece):
+            return
         x, m = piece.double(), len(piece)
         of_piece = x.mean(0)
         spread_of_piece = torch.stack([(x - of_piece)[:, cols].square().sum(1).mean() for cols in self.columns])
@@ -275,11 +294,16 @@ class Moments:
 
 
 def measure(pieces: Iterable[Tensor], d_streams: Sequence[int], whiten: Whiten = "none") -> tuple[Tensor, Tensor]:
-    """(mean [D], what `scales` says) of samples [n, D] that come in pieces, in float64."""
-    moments = Moments(stream_slices([1] * sum(d_streams) if whiten == "diag" else d_streams))
+    """(mean [D], what `scales` says) of samples [n, D] in pieces, in float64; zero rows of a stream are none."""
+    streams = [Moments(stream_slices([1] * width if whiten == "diag" else [width])) for width in d_streams]
     for piece in pieces:
-        moments.add(piece)
-    return moments.mean, scales(moments.mean, moments.spread, d_streams)
+        is_zero = zero_rows(piece, d_streams)
+        for s, cols in enumerate(stream_slices(d_streams)):
+            rows = piece[:, cols]
+            streams[s].add(rows[~is_zero[:, s]] if bool(is_zero[:, s].any()) else rows)
+    mean = torch.cat([moments.mean.expand(width) for moments, width in zip(streams, d_streams, strict=True)])
+    spread = torch.cat([moments.spread.expand(len(moments.columns)) for moments in streams])
+    return mean, scales(mean, spread, d_streams)
 
 
 def spread_of(batches: Iterable[Batch]) -> dict[str, Tensor]:

@@ -193,7 +193,8 @@ class SPARC(nn.Module):
 
         Afterwards the model sees ``(x_s - mean_s) / rms_s`` with rms_s^2 = mean_n ||x_s[n] - mean_s||^2: centred
         streams of mean squared norm 1. Reconstructions come back in the streams' own units; losses are measured
-        on the calibrated inputs. Rows that are to be normalized are, first. All streams must be given.
+        on the calibrated inputs. Rows that are to be normalized are, first; rows of zeros are not measured, and count
+        as absent from then on. All streams must be given.
 
         Args:
             whiten: "diag" divides each dimension by its own standard deviation, times sqrt(D_s): centred streams of
@@ -279,7 +280,8 @@ class SPARC(nn.Module):
 
         Args:
             inputs: name -> [..., D_s] with equal leading dimensions, or all streams side by side, [..., D].
-            present: bool [..., S'], which of the S' streams given a sample has, in the model's order; all by default.
+            present: bool [..., S'], which of the S' streams given a sample has, in the model's order; by default all,
+                but for rows of zeros once the model is calibrated: what could not be read is no sample of a stream.
                 A sample's code is then that of the streams it has; values of the others are 0, and their own supports,
                 under local selection, empty slots: -1.
         """
@@ -373,8 +375,9 @@ class SPARC(nn.Module):
         Args:
             support_from: under global selection, the streams whose pre-activations choose the support; by default
                 all that are given. A random subset in every batch teaches single streams to choose it alone.
-            present: as in `encode`. A sample's loss is that of the streams it has, and the batch's the mean over
-                samples; what a sample does not have is in no error and no gradient, whatever the inputs hold there.
+            present: as in `encode`, also where it is not given. A sample's loss is that of the streams it has, and the
+                batch's the mean over samples; what a sample does not have is in no error and no gradient, whatever the
+                inputs hold there.
         """
         given = self._batch(inputs, present)
         objective = self._objective(cross_loss_coef, auxk_coef, support_from).over([given])
@@ -382,7 +385,7 @@ class SPARC(nn.Module):
         flows = [part.measure(len(given.x)) for part in parts]
         self._count_silence(*fired(parts, flows))
         terms = {part.batch.streams: flow.terms() for part, flow in zip(parts, flows, strict=True)}
-        return objective.summarize(terms, given.streams)
+        return objective.summarize(terms, given.streams, given.zero_rows)
 
     def _objective(
         self,
@@ -412,8 +415,11 @@ class SPARC(nn.Module):
         streams, x, leading = batch.side_by_side(inputs, self.d_streams)
         positions = [self.streams.index(name) for name in streams]
         widths = tuple(self.d_streams[name] for name in streams)
+        is_zero = None
         if present is not None:
             present = batch.check_present(present, streams, leading, x.device)
+        elif self.is_calibrated:
+            is_zero = batch.zero_rows(x, widths)
         if present is not None:
             x = batch.without_absent(x, present, widths)
         x = self._unit_rows(x, streams)
@@ -422,13 +428,19 @@ class SPARC(nn.Module):
             scales = self._scales()
             x = batch.calibrate(x, mean, [scales[s] for s in positions], widths)
         x = x.to(self.W_enc.dtype)
-        if self.check_finite and not torch.compiler.is_compiling() and not _is_capturing(x):
+        may_wait, left_out = not torch.compiler.is_compiling() and not _is_capturing(x), None
+        if is_zero is not None and not (may_wait and not is_zero.any()):
+            x = batch.without_absent(x, ~is_zero, widths)  # 0, not -mean / rms: no error is told of it
+            if may_wait:
+                has = ~is_zero | is_zero.all(1, keepdim=True)
+                present, left_out = None if has.all() else has, (~has).sum(0)
+        if self.check_finite and may_wait:
             batch.check_finite(x, streams, widths, first)
         W_enc, W_dec, pre_bias = (
             columns_of(w, streams, self.d_streams) for w in (self.W_enc, self.W_dec, self.pre_bias)
         )
         latent_bias = self.latent_bias if streams == self.streams else self.latent_bias[positions]
-        return Batch(x, streams, widths, leading, W_enc, W_dec, pre_bias, latent_bias, present)
+        return Batch(x, streams, widths, leading, W_enc, W_dec, pre_bias, latent_bias, present, left_out)
 
     def _encode(self, given: Batch) -> tuple[Tensor, Tensor]:
         """(values [N, S', k], the support)"""

@@ -299,11 +299,18 @@ class Objective:
             return nmse_scale(energy, n_samples)
         return fvu_scale([self.spread[name] for name in batch.streams], energy, n_samples)
 
-    def summarize(self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...]) -> SparcLoss:
+    def summarize(
+        self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...], zero_rows: Tensor | None = None
+    ) -> SparcLoss:
         """The loss of a batch of these streams, from the terms of its samples that have the same ones.
 
-        A sample's loss is that of the streams it has; the batch's is the mean over samples.
+        A sample's loss is that of the streams it has; the batch's is the mean over samples. `zero_rows` are those that
+        were found to be absent.
         """
+        loss = self._over_samples(terms, streams)
+        return loss if zero_rows is None else loss._replace(zero_rows=loss.zero_rows + zero_rows)
+
+    def _over_samples(self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...]) -> SparcLoss:
         if tuple(terms) == (streams,):
             return self._summary(terms[streams])
         whole = {name: s for s, name in enumerate(streams)}

@@ -462,3 +462,12 @@ def test_the_summary_is_strict_json_even_where_scores_are_undefined() -> None:
     assert summary["nmse"]["a -> b"] == pytest.approx(0.5)
     assert summary["dead_latents"] == {"a": 1, "b": 1}
     assert summary["active_per_sample"] == {"a": 1.0, "b": 1.0}
+
+
+def test_a_model_that_normalizes_is_measured_against_unit_rows() -> None:
+    torch.manual_seed(0)
+    model = sf.SPARC({"a": 6, "b": 4}, 16, 3, normalize="l2")
+    x = {name: 5 * torch.randn(40, width) for name, width in model.d_streams.items()}
+    ours, units = (evaluate(model, given, retrieval=False) for given in (x, model.normalized(x)))
+    torch.testing.assert_close(ours.nmse, units.nmse)
+    torch.testing.assert_close(ours.r2, units.r2)

@@ -200,3 +200,70 @@ def test_a_mask_that_does_not_fit_is_refused_in_words() -> None:
         sf.SparcAdam(model).step([inputs, inputs], present=present)
     with pytest.raises(ValueError, match=r"present must be None with capturable=True"):
         sf.SparcAdam(model, capturable=True).step(inputs, present=present)
+
+
+def calibrated_with_zero_rows() -> tuple[sf.SPARC, dict[str, Tensor], Tensor]:
+    """A calibrated model, inputs of which some rows are zero, and what is there of them."""
+    torch.manual_seed(0)
+    model = sf.SPARC({"a": 9, "b": 5}, 32, 4, auxk=4, dead_after=1)
+    x = {name: 3 + torch.randn(12, width) for name, width in model.d_streams.items()}
+    has = torch.ones(12, 2, dtype=torch.bool)
+    has[[1, 7], 0] = has[4, 1] = False
+    for s, rows in enumerate(x.values()):
+        rows[~has[:, s]] = 0
+    model.calibrate(x)
+    return model, x, has
+
+
+def test_a_row_of_zeros_is_absent_to_a_calibrated_model_and_is_counted() -> None:
+    model, x, has = calibrated_with_zero_rows()
+    codes, expected = model.encode(x), model.encode(x, has)
+    assert torch.equal(codes.values, expected.values)
+    assert torch.equal(codes.indices, expected.indices)
+    model.eval()
+    found, told = model.loss(x), model.loss(x, present=has)
+    assert torch.equal(found.total, told.total)
+    assert found.zero_rows.tolist() == [2, 1]
+    assert told.zero_rows.tolist() == [0, 0]
+    assert model.loss(x, present=torch.ones_like(has)).total > found.total + 0.1  # they may be said to be there
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_step_on_rows_of_zeros_is_that_without_them(parts: int) -> None:
+    models = []
+    for given in (False, True):
+        model, x, has = calibrated_with_zero_rows()
+        rows = torch.cat(list(x.values()), dim=1)
+        present = has.tensor_split(parts) if given else None
+        opt = sf.SparcAdam(model, lr=1e-2)
+        loss = opt.step(list(rows.tensor_split(parts)), present=list(present) if present else None)
+        assert loss.zero_rows.tolist() == ([0, 0] if given else [2, 1])
+        models.append(model)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("whiten", ["none", "diag"])
+def test_calibration_measures_no_row_of_zeros(whiten: str) -> None:
+    model, x, has = calibrated_with_zero_rows()
+    model.calibrate(x, whiten=whiten)
+    for s, (name, rows) in enumerate(x.items()):
+        alone = sf.SPARC({name: rows.shape[1]}, 32, 4)
+        alone.calibrate({name: rows[has[:, s]]}, whiten=whiten)
+        columns = slice(0, 9) if name == "a" else slice(9, 14)
+        assert torch.equal(model.input_mean[columns], alone.input_mean)
+        scale = model.input_rms[s : s + 1] if whiten == "none" else model.input_rms[columns]
+        assert torch.equal(scale, alone.input_rms)
+
+
+def test_a_sample_of_nothing_but_zeros_has_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, _ = calibrated_with_zero_rows()
+    without = model.eval().loss({name: rows[:1] for name, rows in x.items()}).total
+    beside = {name: torch.cat([rows[:1], torch.zeros_like(rows[:1])]) for name, rows in x.items()}
+    found = model.loss(beside)
+    assert torch.allclose(2 * found.total, without)
+    assert found.zero_rows.tolist() == [1, 1]
+    # where the host must not ask which rows are zero, their own errors are left out all the same
+    monkeypatch.setattr("sparc_fast.model._is_capturing", lambda x: True)
+    assert torch.equal(model.loss(beside).total, found.total)
+    assert model.loss(x).zero_rows.tolist() == [2, 1]

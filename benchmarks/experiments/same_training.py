@@ -32,14 +32,19 @@ RUN_STEPS, INTERRUPTED_AT = 30, 15
 Bits = dict[str, Tensor]
 
 
-def batches(steps: int, device: str, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
-    """Streams that see the same few concepts through directions of their own; one sample of one stream is all zero."""
+def batches(
+    steps: int, device: str, dtype: torch.dtype = torch.float32, zero_row: bool = True
+) -> list[dict[str, Tensor]]:
+    """Streams that see the same few concepts through directions of their own; one sample of one stream is all zero.
+
+    Not to be calibrated, where such a row was a sample like any other once and is absent now.
+    """
     generator = torch.Generator().manual_seed(1)
     mixing = torch.randn(10, sum(WIDTHS.values()), generator=generator)
     drawn = []
     for _ in range(steps):
         x = (torch.randn(N_SAMPLES, 10, generator=generator) @ mixing).to(dtype)
-        x[3, :40] = 0
+        x[3, :40] = 0.0 if zero_row else 0.1
         drawn.append({name: part.to(device) for name, part in zip(WIDTHS, x.split([*WIDTHS.values()], 1), strict=True)})
     return drawn
 
@@ -81,7 +86,7 @@ def fused(
     import sparc_fast as sf
 
     trained = model_of(**model)
-    drawn = batches(steps, trained.W_enc.device, trained.W_enc.dtype)
+    drawn = batches(steps, trained.W_enc.device, trained.W_enc.dtype, zero_row=not calibrate)
     if calibrate:
         trained.calibrate(drawn[0])
     opt = sf.SparcAdam(trained, lr=LR, **optimizer)
@@ -214,9 +219,7 @@ def train_run(folder: Path, **changes: Any) -> None:
     from sparc_fast import data
     from sparc_fast.training import Config, Trainer
 
-    rows = batches(40, "cpu")
-    for batch in rows:
-        batch["image"][3] = 0.1  # a row of zeros in a file counted as a sample once, and is absent now
+    rows = batches(40, "cpu", zero_row=False)
     files = data.open({name: torch.cat([batch[name] for batch in rows]) for name in WIDTHS})
     settings: dict[str, Any] = {
         "n_latents": 64, "k": 3, "auxk": 8, "dead_after": 300, "steps": RUN_STEPS, "batch_size": 32, "lr": 1e-2,
@@ -233,7 +236,7 @@ def record(folder: Path, steps: int, device: str, backend: str) -> None:
         torch.save(train(), folder / f"{name}.pt")
     for selection in ("global", "local"):
         model = model_of(selection=selection)
-        model.calibrate(batches(1, "cpu")[0])
+        model.calibrate(batches(1, "cpu", zero_row=False)[0])
         model.save(folder / f"{selection}.safetensors")
     for name, changes in RUNS.items():
         train_run(folder / "finished" / name, **changes)
@@ -249,7 +252,7 @@ def read(folder: Path, of_old: Path) -> None:
 
     for selection in ("global", "local"):
         model = sf.SPARC.load(of_old / f"{selection}.safetensors")
-        batch = batches(1, "cpu")[0]
+        batch = batches(1, "cpu", zero_row=False)[0]
         codes = model.encode(batch)
         bits = {
             "values": codes.values,

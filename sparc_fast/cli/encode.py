@@ -19,7 +19,7 @@ from sparc_fast import checkpoint
 from sparc_fast.batch import PIECE
 from sparc_fast.codes import FORMAT, SparseLatents
 from sparc_fast.data import AlignedFiles
-from sparc_fast.data.absence import mark_zero_rows
+from sparc_fast.data.absence import present_of
 from sparc_fast.data.feature_folder import Split
 from sparc_fast.model import SPARC
 from sparc_fast.sizes import as_bytes
@@ -189,8 +189,7 @@ def _blocks(
             x = {stream: part[first : first + encoded_together] for stream, part in rows.items()}
             at = slice(start + first, min(start + first + encoded_together, start + n))
             present = None if files.present is None else files.present[at, columns]
-            if zero_rows == "absent":
-                present, _ = mark_zero_rows(torch.cat(list(x.values()), dim=1), present, widths)
+            present, _ = present_of(torch.cat(list(x.values()), dim=1), present, widths, zero_rows)
             yield x, present
 
 

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparc_fast.ops.layout import stream_slices
+from sparc_fast.batch import zero_rows
 
-__all__ = ["mark_zero_rows", "without_empty_samples"]
-
-PROBES = 8  # numbers of a row that tell most rows from zero rows
+__all__ = ["mark_zero_rows", "present_of", "without_empty_samples"]
 
 
 def mark_zero_rows(
@@ -21,7 +19,7 @@ def mark_zero_rows(
 
     None and None where every stream of every sample is there.
     """
-    zero = torch.stack([_is_zero(x[:, cols]) for cols in stream_slices(tuple(d_streams.values()))], dim=1)
+    zero = zero_rows(x, tuple(d_streams.values()))
     if present is not None:
         zero &= present
     if not zero.any():
@@ -29,15 +27,17 @@ def mark_zero_rows(
     return ~zero if present is None else present & ~zero, zero
 
 
+def present_of(
+    x: Tensor, present: Tensor | None, d_streams: Mapping[str, int], zero_rows: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `mark_zero_rows` where rows of zeros are "absent"; with "keep" they are said to be there."""
+    if zero_rows == "absent":
+        return mark_zero_rows(x, present, d_streams)
+    return x.new_ones(len(x), len(d_streams), dtype=torch.bool) if present is None else present, None
+
+
 def without_empty_samples(x: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(x, present) of the samples that have a stream."""
     if present is None or (some := present.any(1)).all():
         return x, present
     return x[some], present[some]
-
-
-def _is_zero(rows: Tensor) -> Tensor:
-    zero = (rows[:, :: -(-rows.shape[1] // PROBES)] == 0).all(1)
-    if len(maybe := zero.nonzero()[:, 0]):
-        zero[maybe] = (rows[maybe] == 0).all(1)
-    return zero

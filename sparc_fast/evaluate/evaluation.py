@@ -298,12 +298,13 @@ def _pass(
         alone = {name: model.encode({name: x}) for name, x in batch.items()}
         for name, codes in alone.items():
             single[name].add(codes.values, codes)
+        truth = model.normalized(batch)  # in the units of reconstructions
         for target, found in zip(model.streams, targets, strict=True):
             errors = [
-                squared_error(batch[target], model.decode(codes, source=source, target=target))
+                squared_error(truth[target], model.decode(codes, source=source, target=target))
                 for source, codes in alone.items()
             ]
-            found.add(torch.stack(errors), batch[target])
+            found.add(torch.stack(errors), truth[target])
     which = torch.cat(kept)
     return _Passed(
         n=int(which.sum()),

@@ -33,6 +33,8 @@ class OneBatch(NamedTuple):
     """The decoder's part, of all streams, [D]."""
     used: Tensor
     """The supports that the samples' entries are of."""
+    zero_rows: Tensor | None
+    """As in `Batch`."""
 
     def update(self, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """A step of the rows, those of a run of streams or all; returns what a backend's `update_rows` does."""
@@ -91,6 +93,7 @@ class MicroBatches:
         self.d_streams, self.backend, self.n_samples = d_streams, backend, n_samples
         self._gradients: tuple[Tensor, Tensor, Tensor] | None = None
         self.terms: dict[tuple[str, ...], Terms] = {}
+        self.zero_rows: Tensor | None = None
         self._silence = torch.zeros_like(silence)
         self._used = torch.zeros(len(silence), dtype=torch.bool, device=silence.device)
 
@@ -99,6 +102,8 @@ class MicroBatches:
             before = self.terms.get(streams)
             self.terms[streams] = terms._replace(loss=None) if before is None else before.plus(terms)
         self.streams = part.streams
+        if part.zero_rows is not None:
+            self.zero_rows = part.zero_rows if self.zero_rows is None else self.zero_rows + part.zero_rows
         gradients = self.backend.weight_gradients(*part.samples, self.d_streams)
         if self._gradients is None:
             self._gradients, self.grad_pre_bias = gradients, part.grad_pre_bias

@@ -152,7 +152,7 @@ class SparcAdam(torch.optim.Optimizer):
                 batch.add(self._flow(model._batch(*part), n_samples, objective, backend))
         self._update(batch, states, backend)
         batch.count_silence(model.silence, backend)
-        return objective.summarize(batch.terms, batch.streams)
+        return objective.summarize(batch.terms, batch.streams, batch.zero_rows)
 
     def _flow(self, given: Batch, n_samples: int, objective: Objective, backend: backends.Backend) -> OneBatch:
         """A batch, or a part of one of `n_samples`, through the objective."""
@@ -181,8 +181,9 @@ class SparcAdam(torch.optim.Optimizer):
         grad_pre_bias = [a.columns(flow.reconstruction.grad_pre_bias) for a, flow in zip(among, flows, strict=True)]
         terms = {part.batch.streams: flow.terms() for part, flow in zip(parts, flows, strict=True)}
         return OneBatch(
-            given.streams, terms, *fired(parts, flows), samples, sum(grad_pre_bias[1:], grad_pre_bias[0]), supports
-        )
+            given.streams, terms, *fired(parts, flows), samples, sum(grad_pre_bias[1:], grad_pre_bias[0]), supports,
+            given.zero_rows,
+        )  # fmt: skip
 
     def _update(
         self, batch: OneBatch | MicroBatches, states: Sequence[dict[str, Tensor] | None], backend: backends.Backend

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparc_fast.batch import scales
 from sparc_fast.data import AlignedFiles, Loader
-from sparc_fast.data.absence import mark_zero_rows, without_empty_samples
+from sparc_fast.data.absence import mark_zero_rows, present_of, without_empty_samples
 from sparc_fast.model import SPARC
 from sparc_fast.ops import backends
 from sparc_fast.ops.layout import stream_slices
@@ -183,9 +183,7 @@ class Trainer:
         model.k = self.schedule.k(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(step)
-        zero = None
-        if self.config.zero_rows == "absent":
-            present, zero = mark_zero_rows(batch, present, model.d_streams)
+        present, zero = present_of(batch, present, model.d_streams, self.config.zero_rows)
         batch, present = without_empty_samples(batch, present)
         parts = self.config.accumulate
         inputs = batch.to(model.W_enc.device, non_blocking=True)

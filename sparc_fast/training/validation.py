@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.data import AlignedFiles
-from sparc_fast.data.absence import mark_zero_rows, without_empty_samples
+from sparc_fast.data.absence import present_of, without_empty_samples
 from sparc_fast.data.readers import Spans
 from sparc_fast.data.shuffle import Rows
 from sparc_fast.data.views import PiecesReader
@@ -78,8 +78,7 @@ def _batches(
     for start in range(0, files.n_rows, batch_size):
         x = files.rows(start, min(start + batch_size, files.n_rows))
         present = None if files.present is None else files.present[start : start + batch_size]
-        if zero_rows == "absent":
-            present, _ = mark_zero_rows(x, present, files.d_streams)
+        present, _ = present_of(x, present, files.d_streams, zero_rows)
         x, present = without_empty_samples(x, present)
         yield x.to(device), None if present is None else present.to(device)
 
