@@ -207,6 +207,12 @@ def test_numbers_that_are_places_must_be_places_there_are() -> None:
         _cpu.topk_rows(torch.zeros(N, L + 1, dtype=torch.int32, device="cpu"), floats(N, L), L + 1, 1)
 
 
+@pytest.mark.parametrize(("k", "capacity"), [(0, 70), (L + 1, 80), (K, K + 63), (K, 2**40), (K, 2**62)])
+def test_a_screen_has_room_for_its_candidates_and_for_no_more_than_there_can_be(k: int, capacity: int) -> None:
+    with pytest.raises(IndexError, match="capacity in k"):
+        _cpu.Screen(floats(4), floats(4), floats(L, dtype=torch.float64), D, k, capacity, False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
     def run() -> list[Tensor]:
