@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,37 @@ def test_a_tensor_of_another_dtype_shape_layout_or_device_is_refused(name: str) 
     assert refused > 5
 
 
+HUGE = (2**31, 2**33 + 1, 2**40, 2**61, 2**62)  # bytes beyond 32 and beyond 64 bits
+ENDLESS = {("replay_rows", (5,)), ("count_silence", (1,))}  # so many missed steps or streams are right
+
+
+def huge(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that name far more numbers than they have memory for, as far as PyTorch makes them."""
+    for d, size in product(range(tensor.ndim), HUGE):
+        shape = [*tensor.shape[:d], size, *tensor.shape[d + 1 :]]
+        with suppress(RuntimeError):
+            yield f"{size} in dimension {d}, expanded", tensor.narrow(d, 0, 1).expand(shape)
+        with suppress(RuntimeError):
+            yield f"{size} in dimension {d}, meta", tensor.to("meta").narrow(d, 0, 1).expand(shape)
+
+
+@pytest.mark.parametrize("name", list(calls()))
+def test_a_tensor_that_names_more_numbers_than_memory_holds_is_refused_or_only_read_where_it_has_some(
+    name: str,
+) -> None:
+    """Rows that are read may be one row again and again."""
+    for place in places(calls()[name]):
+        arguments = calls()[name]
+        tensor = arguments[place[0]] if len(place) == 1 else arguments[place[0]][place[1]]
+        for what, changed in huge(tensor) if (name, place) not in ENDLESS else ():
+            may_pass = what.endswith("expanded") and tensor.ndim > 1
+            try:
+                call(name, replaced(calls()[name], place, changed))
+                assert may_pass, f"{name}{place}: {what}"
+            except (ValueError, TypeError, IndexError):
+                pass
+
+
 def test_a_refusal_names_function_argument_what_it_must_be_and_what_it_is() -> None:
     right = calls()["sparse_decode"]
     with pytest.raises(ValueError, match=r"^sparse_decode: W_dec must be float32, got float16 \[11, 7\]$"):
@@ -185,6 +218,12 @@ def test_numbers_that_are_places_must_be_places_there_are() -> None:
             call("count_nearer", arguments)
     with pytest.raises(IndexError, match="k must lie in 1"):
         _cpu.topk_rows(torch.zeros(N, L + 1, dtype=torch.int32, device="cpu"), floats(N, L), L + 1, 1)
+
+
+@pytest.mark.parametrize(("k", "capacity"), [(0, 70), (L + 1, 80), (K, K + 63), (K, 2**40), (K, 2**62)])
+def test_a_screen_has_room_for_its_candidates_and_for_no_more_than_there_can_be(k: int, capacity: int) -> None:
+    with pytest.raises(IndexError, match="capacity in k"):
+        _cpu.Screen(floats(4), floats(4), floats(L, dtype=torch.float64), D, k, capacity, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -33,6 +33,11 @@ def on_path(name: str) -> list[str]:
     return tool(name, found and [found])
 
 
+@pytest.mark.skipif(os.environ.get("SPARC_FAST_TEST_COMPILERS") != "all", reason="there may be no compiler")
+def test_where_there_is_a_compiler_the_module_is_installed() -> None:
+    assert find_spec("sparc_fast._cpu") is not None
+
+
 def compile_all(compiler: list[str], sources: list[Path], folder: Path, *flags: str) -> list[Path]:
     objects = [folder / f"{i}-{source.stem}.o" for i, source in enumerate(sources)]
 

@@ -75,8 +75,9 @@ static std::unique_ptr<Screen> make_screen(
     Tensor norm, Tensor residual, Tensor bias, int64_t D, int64_t k, int64_t capacity, bool narrow_scores) {
     static const Signature signature("Screen", "norm:f32[N] residual:f32[N] bias:f64[L] #D #k #capacity");
     signature.check(Arguments(norm, residual, bias, D, k, capacity));
-    if (k < 1 || k > bias.size[0] || capacity < k + 64)
-        throw std::out_of_range("Screen: k must lie in 1 ... n_latents, and capacity leave room for k");
+    const int64_t L = bias.size[0];
+    if (k < 1 || k > L || capacity < k + 64 || capacity > L + 64)
+        throw std::out_of_range("Screen: k must lie in 1 ... n_latents, and capacity in k + 64 ... n_latents + 64");
     return std::make_unique<Screen>(norm, residual, bias, D, k, capacity, narrow_scores);
 }
 
