@@ -59,6 +59,7 @@ def encoded(model: str, folder: Path, **config: Any) -> Tensor:
     torch.testing.assert_close(rows, alone, rtol=1e-4, atol=1e-5)
     assert (rows[0] - rows[1]).abs().max() > 1e-4
     assert {"weights_sha256", "computed_in", "versions"} <= set(encoder.about)
+    assert encoder.pooled or model.startswith("sentence-transformers")
     return rows
 
 

@@ -185,7 +185,8 @@ class _Lite(ModelEncoder):
         _fuse(self.model)
         self.model.to(memory_format=torch.channels_last)
         self._side = SIDES[name.removeprefix("efficientnet-")]
-        self.about |= {"pooled": "mean", "preprocessing": {"side": self._side, "mean": 127 / 255, "std": 128 / 255}}
+        self.pooled = "mean"
+        self.about |= {"preprocessing": {"side": self._side, "mean": 127 / 255, "std": 128 / 255}}
 
     def prepare(self, picture: Image) -> Tensor:
         from PIL.Image import Resampling

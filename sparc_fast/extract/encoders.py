@@ -36,6 +36,8 @@ class Encoder(ABC):
     def __init__(self) -> None:
         self.about: dict[str, Any] = {}
         """What the manifest says of it."""
+        self.pooled = ""
+        """How its tokens became a row, as the first batch showed."""
 
     def prepare(self, picture: Image) -> Any:
         """A picture as `encode` takes it; called from several threads."""
@@ -127,7 +129,7 @@ class ModelEncoder(Encoder):
         pooling = self.stream.pooling
         if pooling == "model":
             pooling = "cls" if prefix else "mean"
-        self.about["pooled"] = pooling
+        self.pooled = pooling
         return pool(features, pooling, prefix)
 
     def _captured(self, tower: nn.Module, run: Callable[[], Any], layer: int) -> Any:
@@ -181,7 +183,7 @@ class HuggingFaceEncoder(ModelEncoder):
     def _of_pictures(self, batch: Sequence[Tensor]) -> Tensor:
         x, plain = self._stack(batch), self.stream.pooling == "model" and not self.stream.layer
         if plain and hasattr(self.model, "get_image_features"):
-            self.about["pooled"] = "get_image_features"
+            self.pooled = "get_image_features"
             return _tensor(self.model.get_image_features(pixel_values=x))
         tower: Any = getattr(self.model, "vision_model", self.model)
         found = self._captured(tower, lambda: tower(pixel_values=x).last_hidden_state, self.stream.layer)
@@ -191,11 +193,11 @@ class HuggingFaceEncoder(ModelEncoder):
         given = dict(self._tokenizer(list(batch), return_tensors="pt", **self._options).to(self.device))
         plain = self.stream.pooling == "model" and not self.stream.layer
         if plain and hasattr(self.model, "get_text_features"):
-            self.about["pooled"] = "get_text_features"
+            self.pooled = "get_text_features"
             return _tensor(self.model.get_text_features(**given))
         tower: Any = getattr(self.model, "text_model", self.model)
         found = self._captured(tower, lambda: tower(**given).last_hidden_state, self.stream.layer)
-        self.about["pooled"] = pooling = "mean" if self.stream.pooling == "model" else self.stream.pooling
+        self.pooled = pooling = "mean" if self.stream.pooling == "model" else self.stream.pooling
         return pool(found, pooling, 0, given.get("attention_mask"))
 
 
@@ -221,7 +223,7 @@ class TimmEncoder(ModelEncoder):
         model, x = self.model, self._stack(batch)
         features = self._captured(model, lambda: model.forward_features(x), self.stream.layer)
         if self.stream.pooling == "model" and not self.stream.layer:
-            self.about["pooled"] = "forward_head"
+            self.pooled = "forward_head"
             found: Tensor = model.forward_head(features, pre_logits=True)
             return found
         return self._pooled(features, x, model, getattr(model, "output_fmt", "") == "NHWC")
@@ -252,9 +254,11 @@ class OpenClipEncoder(ModelEncoder):
     def _rows(self, batch: Sequence[Any]) -> Tensor:
         model = self.model
         if self.stream.modality == "text":
+            self.pooled = "encode_text"
             return _tensor(model.encode_text(self._tokenizer(list(batch)).to(self.device)))
         x = self._stack(batch)
         if self.stream.pooling == "model" and not self.stream.layer:
+            self.pooled = "encode_image"
             return _tensor(model.encode_image(x))
         visual: Any = model.visual
         if (trunk := getattr(visual, "trunk", None)) is not None:  # one of timm's

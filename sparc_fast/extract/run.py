@@ -21,7 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparc_fast.data.feature_folder import ITEMS, FeatureFolder, is_feature_folder, write_items, write_manifest
+from sparc_fast.data.feature_folder import (
+    ITEMS,
+    MANIFEST,
+    FeatureFolder,
+    is_feature_folder,
+    write_items,
+    write_manifest,
+)
 from sparc_fast.data.readers import require
 from sparc_fast.files import atomic_path, check_folder
 from sparc_fast.training.run_folder import lock
@@ -36,7 +43,7 @@ from .sources import Source, open_source
 
 __all__ = ["Extracted", "extract"]
 
-PARTIAL, IDS, FAILED, JOURNAL, SETTINGS = ".partial", "ids.txt", "failed.jsonl", "journal.jsonl", "extraction.json"
+PARTIAL, IDS, FAILED, SETTINGS = ".partial", "ids.txt", "failed.jsonl", "extraction.json"
 AHEAD = 2  # batches whose pictures are read while one is encoded
 
 
@@ -98,7 +105,11 @@ def extract(
     out = out.resolve()
     with _locked(out):
         settings = _settings(extraction)
+        for name in (ITEMS, IDS, MANIFEST):  # of a process that was killed while it wrote
+            for leftover in out.glob(f".{name}.*"):
+                leftover.unlink()
         if is_feature_folder(out):
+            shutil.rmtree(out / PARTIAL, ignore_errors=True)
             _agree(FeatureFolder(out).manifest.get("extraction"), settings, out)
             done = FeatureFolder(out)
             return Extracted(out, done.n_items, int(done.manifest["failed"]), done.n_items, 0.0)
@@ -201,6 +212,7 @@ class _Run:
         self.journal.add(
             len(batch.found), batch.found[-1].id, {name: of_it[kept] for name, of_it in rows.items()}, lines,
             [json.dumps(one.__dict__, ensure_ascii=False) for one in failed],
+            {name: self.encoders[name].pooled for name in rows},
         )  # fmt: skip
 
     def _inputs(self, item: Item, batch: _Prepared) -> tuple[dict[str, Any], bytes | None]:
@@ -254,7 +266,8 @@ class _Run:
             column = picture if stream.modality == "image" else self.extraction.text_of(stream)
             streams[name] = {
                 "modality": stream.modality, "column": column, "width": width, "tokens": tokens, "dtype": stream.dtype,
-                "files": files[name], "model": stream.model, "layer": stream.layer, "pooling": stream.pooling,
+                "files": files[name], "model": stream.model, "layer": stream.layer,
+                "pooling": state.pooled[name] or stream.pooling,
                 **self.encoders[name].about,
             }  # fmt: skip
         write_manifest(
