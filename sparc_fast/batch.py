@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -13,6 +15,7 @@ from torch.nn.functional import pad
 from sparc_fast.ops.layout import stream_slices, wide
 
 Inputs = Mapping[str, Tensor] | Tensor
+Arrays = Mapping[str, npt.NDArray[Any]] | npt.NDArray[Any]
 Normalize = Literal["l2", "none"]
 Whiten = Literal["none", "diag"]
 
@@ -132,6 +135,23 @@ def _take(weights: Tensor, columns: Sequence[slice]) -> Tensor:
     if all(a.stop == b.start for a, b in pairwise(columns)):
         return weights[..., columns[0].start : columns[-1].stop]
     return torch.cat([weights[..., cols] for cols in columns], dim=-1)
+
+
+def as_tensors(inputs: Inputs | Arrays, device: torch.device) -> Inputs:
+    """The same with NumPy arrays as tensors on the device; tensors are as they were."""
+    if isinstance(inputs, Mapping):
+        return {name: _as_tensor(x, device) for name, x in inputs.items()}
+    of_all: Tensor = _as_tensor(inputs, device)
+    return of_all
+
+
+def _as_tensor(x: Any, device: torch.device) -> Any:
+    if not isinstance(x, np.ndarray):
+        return x
+    if x.dtype.kind not in "fiu":
+        raise ValueError(f"inputs must be arrays of real numbers, got {x.dtype}")
+    native = x.astype(x.dtype.newbyteorder("="), order="C", copy=not x.flags.writeable)  # as torch takes them
+    return torch.from_numpy(native).to(device)
 
 
 def side_by_side(inputs: Inputs, d_streams: Mapping[str, int]) -> tuple[tuple[str, ...], Tensor, tuple[int, ...]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc_fast import batch, checkpoint
-from sparc_fast.batch import AllStreams, Batch, Inputs, Normalize, Whiten, columns_of, position
+from sparc_fast.batch import AllStreams, Arrays, Batch, Inputs, Normalize, Whiten, columns_of, position
 from sparc_fast.codes import SparseLatents
 from sparc_fast.objective import Loss, Objective, SparcLoss, fired
 from sparc_fast.ops import backends, functional, reference
@@ -188,7 +188,7 @@ class SPARC(nn.Module):
         return batch.unit_rows(x, which, [self.d_streams[name] for name in streams]) if any(which) else x
 
     @torch.no_grad()
-    def calibrate(self, inputs: Inputs, whiten: Whiten = "none", streams: Sequence[str] | None = None) -> None:
+    def calibrate(self, inputs: Inputs | Arrays, whiten: Whiten = "none", streams: Sequence[str] | None = None) -> None:
         """Measure each stream so that none outweighs the others in the shared support; stored with the model.
 
         Afterwards the model sees ``(x_s - mean_s) / rms_s`` with rms_s^2 = mean_n ||x_s[n] - mean_s||^2: centred
@@ -205,6 +205,7 @@ class SPARC(nn.Module):
         """
         if whiten not in ("none", "diag"):
             raise ValueError(f'whiten must be "none" or "diag", got {whiten!r}')
+        inputs = self._tensors(inputs)
         given = tuple(batch.streams_of(inputs, self.d_streams))
         n = len(next(batch.in_pieces(inputs, self.d_streams, batch.MEASURED))[given[0]])
         if given != self.streams or not n:
@@ -275,16 +276,18 @@ class SPARC(nn.Module):
             first += len(x)
             yield self._unit_rows(x, streams)
 
-    def encode(self, inputs: Inputs, present: Tensor | None = None) -> SparseLatents:
+    def encode(self, inputs: Inputs | Arrays, present: Tensor | None = None) -> SparseLatents:
         """Sparse codes of any non-empty subset of streams; the support is chosen from the streams given.
 
         Args:
-            inputs: name -> [..., D_s] with equal leading dimensions, or all streams side by side, [..., D].
+            inputs: name -> [..., D_s] with equal leading dimensions, or all streams side by side, [..., D]. NumPy
+                arrays are moved to the model's device.
             present: bool [..., S'], which of the S' streams given a sample has, in the model's order; by default all,
                 but for rows of zeros once the model is calibrated: what could not be read is no sample of a stream.
                 A sample's code is then that of the streams it has; values of the others are 0, and their own supports,
                 under local selection, empty slots: -1.
         """
+        inputs = self._tensors(inputs)
         if not torch.compiler.is_compiling():
             parts = batch.streams_of(inputs, self.d_streams)
             some = next(iter(parts.values()))
@@ -329,10 +332,10 @@ class SPARC(nn.Module):
         recons = recons.reshape(*values.shape[:-1], cols.stop - cols.start)
         return self._uncalibrate(recons, t)
 
-    def translate(self, inputs: Inputs, source: str, target: str) -> Tensor:
+    def translate(self, inputs: Inputs | Arrays, source: str, target: str) -> Tensor:
         """Stream `target` predicted from stream `source` alone, [..., D_target]; `target` may be absent."""
         position(source, self.streams, "source")
-        parts = batch.streams_of(inputs, self.d_streams)
+        parts = batch.streams_of(self._tensors(inputs), self.d_streams)
         if source not in parts:
             raise ValueError(f"inputs must hold the source stream {source!r}, got {tuple(parts)}")
         return self.decode(self.encode({source: parts[source]}), source, target)
@@ -441,6 +444,9 @@ class SPARC(nn.Module):
         )
         latent_bias = self.latent_bias if streams == self.streams else self.latent_bias[positions]
         return Batch(x, streams, widths, leading, W_enc, W_dec, pre_bias, latent_bias, present, left_out)
+
+    def _tensors(self, inputs: Inputs | Arrays) -> Inputs:
+        return batch.as_tensors(inputs, self.W_enc.device)
 
     def _encode(self, given: Batch) -> tuple[Tensor, Tensor]:
         """(values [N, S', k], the support)"""

@@ -271,3 +271,19 @@ def test_codes_print_in_one_line_and_show_their_strongest_latents_in_a_notebook(
     assert shown.count("<tr>") == 6
     hostile = sf.SparseLatents(codes.values, codes.indices, ("<b>", "&"), 48)
     assert "<th>&lt;b&gt;</th><th>&amp;</th>" in hostile._repr_html_()
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2", ">f8", "i2"])
+def test_numpy_arrays_are_encoded_as_the_tensors_they_are(dtype: str) -> None:
+    model = make()
+    arrays = {name: x.mul(10).numpy().astype(dtype) for name, x in samples(2, 3).items()}
+    arrays["a"].flags.writeable = False
+    tensors = {name: torch.from_numpy(x.astype(x.dtype.newbyteorder("="))) for name, x in arrays.items()}
+    assert_same(model.encode(arrays), model.encode(tensors))
+    assert torch.equal(model.translate(arrays, "a", "b"), model.translate(tensors, "a", "b"))
+    other = make()
+    model.calibrate(arrays)
+    other.calibrate(tensors)
+    assert torch.equal(model.input_mean, other.input_mean)
+    with pytest.raises(ValueError, match="inputs must be arrays of real numbers, got <U1"):
+        model.encode({"a": np.array([["x"]])})
