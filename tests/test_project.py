@@ -33,6 +33,7 @@ def test_public_names() -> None:
         "demo",
         "evaluate",
         "explain",
+        "extract",
         "functional",
         "fvu",
         "interop",
@@ -48,7 +49,9 @@ def test_public_names() -> None:
 
 def test_importing_the_package_needs_only_torch_and_numpy_and_its_modules_are_loaded_on_first_use() -> None:
     optional = ["matplotlib", "sklearn", "skimage", "rich", "safetensors", "jinja2", "triton", "h5py", "pandas"]
-    later = [f"sparc_fast.{n}" for n in ("compat", "data", "demo", "evaluate", "explain", "interop", "training")]
+    later = [
+        f"sparc_fast.{n}" for n in ("compat", "data", "demo", "evaluate", "explain", "extract", "interop", "training")
+    ]
     code = (
         "import sys, torch; loaded = set(sys.modules); import sparc_fast as sf; "
         f"early = [name for name in {optional + later} if name in set(sys.modules) - loaded]; "

@@ -48,7 +48,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"decay": "exponential"}, "decay must be one of cosine, linear, constant, got 'exponential'"),
     ({"moments": "float16"}, "moments must be one of float32, bfloat16, got 'float16'"),
     ({"lazy": "yes"}, "lazy must be true or false, got 'yes'"),
-    ({"data": ["a.npy"]}, r"data must be a table of streams, each a path, a list of files or \[path, name\], got \['a.npy'\]"),
+    ({"data": ["a.npy"]}, r"data must be a table of streams, each a path, a list of files or \[path, name\], or a folder of features, got \['a.npy'\]"),
     ({"data": {"a": 3}}, "data must be a table of streams"),
     ({"data": {"a": {"path": "a.h5", "nam": "x"}}}, "data must be a table of streams"),
     ({"ids": 3}, "ids must be the name of a data set in every file, or a table of streams as for data, got 3"),

@@ -13,6 +13,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "demo": "train on the built-in glyphs, print the evaluation and write a report",
+    "extract": "turn pictures and texts into features with your own models",
     "train": "train on your own features, in a run that survives interruption",
     "plan": "whether a training run fits this machine or another, and how long it takes",
     "eval": "print the evaluation of trained models, beside an untrained one",

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from sparc_fast.batch import PIECE
 from sparc_fast.codes import FORMAT, SparseLatents
 from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import mark_zero_rows
+from sparc_fast.data.feature_folder import Split
 from sparc_fast.model import SPARC
 from sparc_fast.sizes import as_bytes
 from sparc_fast.training.config import parse_sources
@@ -39,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a finished run's folder, a model file or a checkpoint")
     parser.add_argument(
         "--data", nargs="+", action="extend", required=True, metavar=f"FOLDER or {source}",
-        help="a folder with a file named after each of the model's streams, or the files, of all streams or some",
+        help="a folder of features, a folder with a file named after each of the model's streams, or the files, of all "
+        "streams or some",
     )  # fmt: skip
+    parser.add_argument("--split", choices=get_args(Split), default="all", help="of a folder of features (%(default)s)")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.safetensors or FOLDER",
         help=f"the file to write, or the folder of {CODES}",
@@ -75,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     if ids is not None:
         ids = ids[0] if len(ids) == 1 and "=" not in ids[0] else parse_sources(ids, "--ids")
     sources = sources_of(arguments.data, model, some=True)
-    with data.open(sources, ids=ids, join=arguments.join, repeated=arguments.repeated) as files:
+    with data.open(sources, split=arguments.split, ids=ids, join=arguments.join, repeated=arguments.repeated) as files:
         if files.matched is not None:
             print(files.matched, flush=True)
         absent = encode_files(

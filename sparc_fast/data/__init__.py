@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .aligned import AlignedFiles, Scan, open
+from .feature_folder import FeatureFolder
 from .join import Match, Matched
 from .loader import Loader
 from .readers import Reader
@@ -11,7 +12,19 @@ if TYPE_CHECKING:
     from sparc_fast.demo.glyph_files import write_glyphs
     from sparc_fast.demo.glyphs import Glyphs, glyphs
 
-__all__ = ["AlignedFiles", "Glyphs", "Loader", "Match", "Matched", "Reader", "Scan", "glyphs", "open", "write_glyphs"]
+__all__ = [
+    "AlignedFiles",
+    "FeatureFolder",
+    "Glyphs",
+    "Loader",
+    "Match",
+    "Matched",
+    "Reader",
+    "Scan",
+    "glyphs",
+    "open",
+    "write_glyphs",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .formats import open_reader
+from .feature_folder import FeatureFolder, Split, is_feature_folder, samples_and_tokens
+from .formats import open_reader, where_and_name
 from .ids import Ids, check_equal, check_lengths, ids_of_streams
 from .join import Join, Matched, Repeated, check_words, join_by
 from .readers import FLOATS, Reader, Source, first_not_finite
@@ -84,8 +87,9 @@ class AlignedFiles:
 
 
 def open(
-    sources: Mapping[str, Source],
+    sources: Mapping[str, Source] | str | Path,
     *,
+    split: Split = "all",
     ids: Ids | None = None,
     join: Join | None = None,
     repeated: Repeated | None = None,
@@ -99,6 +103,8 @@ def open(
             pattern such as ``"shards/*.npy"``, in natural order. HDF5 (.h5, .hdf5), NumPy (.npy), safetensors,
             torch.save (.pt, .pth), Parquet and Arrow (.parquet, .arrow, .feather: one column of lists), holding
             float16, bfloat16, float32 or float64. Without a name: "features", else the only data set there is.
+            A folder of features that `sparc-fast extract` wrote is a source of all its streams, or of one.
+        split: "train", "held_out" or "all" samples of such folders.
         ids: identifiers that must be equal row by row: the name of their data set or column in every file, or
             stream -> identifiers (a sequence, a text file with one a line, a .npy file, or (path, name)).
         join: "inner" takes the samples whose identifier every stream has, "outer" all that any has: absent rows are
@@ -114,13 +120,16 @@ def open(
         FileNotFoundError: a file is missing.
         ImportError: h5py or pyarrow, which HDF5 and Parquet or Arrow need, is missing.
     """
+    if isinstance(sources, str | Path):
+        folder = FeatureFolder(sources)
+        sources = {stream: (folder.path, stream) for stream in folder.streams}
     if not isinstance(sources, Mapping) or not sources or not all(isinstance(s, str) and s for s in sources):
         raise ValueError(f"sources must map the name of at least one stream to its file, got {sources!r}")
     readers: dict[str, Reader] = {}
     try:
         for stream, source in sources.items():
-            readers[stream] = open_reader(source, stream)
-        files = _aligned(sources, readers, ids, join, repeated)
+            readers[stream] = open_reader(source, stream, split)
+        files = _aligned(sources, readers, ids, join, repeated, split)
         for stream, found in (files.scan() if scan else {}).items():
             if found.first_not_finite is not None:
                 title, row = files.readers[stream].origin(found.first_not_finite)
@@ -137,17 +146,22 @@ def open(
 
 def _aligned(
     sources: Mapping[str, Source],
-    readers: Mapping[str, Reader],
+    readers: dict[str, Reader],
     ids: Ids | None,
     join: Join | None,
     repeated: Repeated | None,
+    split: Split,
 ) -> AlignedFiles:
     check_words(join, repeated)
+    groups: Rows | None = None
+    if join is None:
+        with_tokens, groups = samples_and_tokens(readers, [_tokens(source, s) for s, source in sources.items()])
+        readers.update(with_tokens)
     counts = {stream: reader.n_rows for stream, reader in readers.items()}
     if join is not None:
         if ids is None:
             raise ValueError(f"ids must be given to join by, got None with join={join!r}")
-        found = ids_of_streams(ids, sources, of_all=True)
+        found = ids_of_streams(ids, sources, of_all=True, split=split)
         check_lengths(found, counts)
         return AlignedFiles(*join_by(found, readers, join, repeated))
     if len(set(counts.values())) > 1:
@@ -157,10 +171,18 @@ def _aligned(
             "rows in another order, or missing, are joined by ids= and join="
         )
     if ids is not None:
-        found = ids_of_streams(ids, sources, of_all=False)
+        found = ids_of_streams(ids, sources, of_all=False, split=split)
+        if groups is not None:  # one a sample, or one a token
+            found = {s: np.repeat(of_stream, counts[s] // max(len(of_stream), 1)) for s, of_stream in found.items()}
         check_lengths(found, counts)
         check_equal(found)
-    return AlignedFiles(readers)
+    return AlignedFiles(readers, groups=groups)
+
+
+def _tokens(source: Source, stream: str) -> int:
+    """Rows of a sample."""
+    where, name = (None, None) if isinstance(source, Tensor | np.ndarray) else where_and_name(source, stream)
+    return FeatureFolder(cast(Any, where)).tokens(name or stream) if is_feature_folder(where) else 1
 
 
 def check_dtype(dtype: torch.dtype) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import arrow, hdf5, npy, parquet, safetensors_file, torch_file
+from .feature_folder import FeatureFolder, Split, is_feature_folder
 from .readers import Reader, Source, TensorReader, Where, numpy_dtype
 from .shards import files_of, is_list_of_files
 from .views import PiecesReader
@@ -43,8 +44,11 @@ FORMATS: Mapping[str, Format] = {
 """Suffix of a file -> what reads it."""
 
 
-def open_reader(source: Source, stream: str) -> Reader:
-    """The reader of a source; ValueError says what is wrong with it, FileNotFoundError that there is none."""
+def open_reader(source: Source, stream: str, split: Split = "all") -> Reader:
+    """The reader of a source; ValueError says what is wrong with it, FileNotFoundError that there is none.
+
+    Of a folder of features these are the rows of the split, of the stream named or of this one.
+    """
     if isinstance(source, np.ndarray):
         if numpy_dtype(source.dtype) is None:
             raise ValueError(f"source of {stream!r} must hold float16, float32 or float64, got {source.dtype}")
@@ -52,6 +56,8 @@ def open_reader(source: Source, stream: str) -> Reader:
     if isinstance(source, Tensor):
         return TensorReader(source.cpu(), f"tensor of {stream!r}")
     where, name = where_and_name(source, stream)
+    if is_feature_folder(where):
+        return FeatureFolder(cast(Any, where)).reader(name or stream, split)
     files = files_of(where, f"source of {stream!r}", FORMATS)
     readers: list[Reader] = []
     try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from . import npy
+from .feature_folder import FeatureFolder, Split, is_feature_folder
 from .formats import FORMATS, Format, where_and_name
 from .readers import Source
 from .shards import files_of, is_list_of_files
@@ -23,14 +24,22 @@ SUFFIXES = (*FORMATS, ".txt")
 """Of files of identifiers in a folder."""
 
 
-def ids_of_streams(ids: Ids, sources: Mapping[str, Source], of_all: bool) -> dict[str, npt.NDArray[Any]]:
+def ids_of_streams(
+    ids: Ids, sources: Mapping[str, Source], of_all: bool, split: Split = "all"
+) -> dict[str, npt.NDArray[Any]]:
     """stream -> identifiers, of at least two streams, or of all."""
     if isinstance(ids, str):
         if in_memory := [stream for stream, source in sources.items() if not isinstance(source, str | Path | Sequence)]:
             raise ValueError(
                 f"ids must map streams to identifiers where a source is in memory, as {in_memory[0]!r}, got {ids!r}"
             )
-        return {s: read_ids((where_and_name(source, s)[0], ids)) for s, source in sources.items()}
+        places = {s: where_and_name(source, s) for s, source in sources.items()}
+        return {
+            s: _of_folder(FeatureFolder(cast(Any, where)), ids, name or s, split)
+            if is_feature_folder(where)
+            else read_ids((where, ids))
+            for s, (where, name) in places.items()
+        }
     if not isinstance(ids, Mapping) or set(ids) - set(sources) or len(ids) < (len(sources) if of_all else 2):
         wanted = "all" if of_all else "at least two"
         raise ValueError(f"ids must be a name, or identifiers of {wanted} of the streams {list(sources)}, got {ids!r}")
@@ -81,6 +90,11 @@ def read_ids(source: Any) -> npt.NDArray[Any]:
         return _plain(np.asarray(source), "sequence")
     parts = [_read(path, name) for path in files_of(where, "ids", SUFFIXES, others=True)]
     return parts[0] if len(parts) == 1 else np.concatenate(as_comparable(parts))
+
+
+def _of_folder(folder: FeatureFolder, column: str, stream: str, split: Split) -> npt.NDArray[Any]:
+    """A column of the items, one a row of the stream."""
+    return np.repeat(_plain(np.array(folder.column(column, split)), str(folder.path)), folder.tokens(stream))
 
 
 def _is_place(where: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparc_fast.data import AlignedFiles, Reader
 from sparc_fast.ops import backends
-from sparc_fast.training.config import Config, open_files
+from sparc_fast.training.config import Config, open_files, streams_of
 from sparc_fast.training.validation import hold_out
 
 from .machine import Machine
@@ -114,8 +114,8 @@ class _Imagined(Reader):
 def _imagined(config: Config, d_streams: Mapping[str, int], n_rows: int | None) -> Streams:
     if not d_streams or not all(isinstance(width, int) and width >= 1 for width in d_streams.values()):
         raise ValueError(f"d_streams must name at least one stream, each an integer width >= 1, got {d_streams}")
-    if config.data and list(config.data) != list(d_streams):
-        raise ValueError(f"d_streams must name the streams of data, {list(config.data)}, got {list(d_streams)}")
+    if config.data and (named := streams_of(config.data)) != list(d_streams):
+        raise ValueError(f"d_streams must name the streams of data, {named}, got {list(d_streams)}")
     left = None if n_rows is None else n_rows - config.validation_rows
     if left is not None and left < config.batch_size:
         raise ValueError(f"n_rows must be at least a batch beside the held-out rows, got {n_rows}")

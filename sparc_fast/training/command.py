@@ -73,6 +73,8 @@ def _parsed(f: Field[Any], given: Any) -> Any:
         return given
     if kind is identifiers and len(given) == 1 and "=" not in given[0]:
         return given[0]
+    if kind is sources and len(given) == 1 and Path(given[0]).is_dir():
+        return str(Path(given[0]).resolve())
     if kind in (sources, identifiers):
         return with_absolute_paths(parse_sources(given, _flag(f)), Path.cwd())
     try:
@@ -93,7 +95,7 @@ def _arguments(f: Field[Any]) -> dict[str, Any]:
         return {
             "nargs": "+",
             "action": "extend",
-            "metavar": shape if kind is sources else f"{shape} or NAME",
+            "metavar": f"{shape} or FOLDER" if kind is sources else f"{shape} or NAME",
             "help": words,
         }
     if kind is flag:

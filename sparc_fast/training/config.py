@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sparc_fast import data
-from sparc_fast.data import AlignedFiles
+from sparc_fast.data import AlignedFiles, FeatureFolder
 from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.ids import SUFFIXES as IDS_SUFFIXES
 from sparc_fast.data.shards import is_list_of_files
@@ -78,6 +78,10 @@ def _sources(value: Any, suffixes: Collection[str] = tuple(FORMATS)) -> dict[str
     return {stream: _source(source, suffixes) for stream, source in value.items()}
 
 
+def _sources_or_folder(value: Any) -> str | dict[str, Place | tuple[Place, str]]:
+    return str(value) if isinstance(value, str | Path) and str(value) else _sources(value)
+
+
 def _source(source: Any, suffixes: Collection[str]) -> Place | tuple[Place, str]:
     if isinstance(source, Mapping):
         if set(source) - {"path", "name"} or "path" not in source:
@@ -130,7 +134,9 @@ def parse_sources(texts: Sequence[str], flag: str) -> dict[str, Place | tuple[Pl
 
 flag = _checked("true or false", bool, lambda _: True, bool)
 text = _checked("text", str, lambda _: True, str)
-sources = Kind("a table of streams, each a path, a list of files or [path, name]", _sources)
+sources = Kind(
+    "a table of streams, each a path, a list of files or [path, name], or a folder of features", _sources_or_folder
+)
 identifiers = Kind("the name of a data set in every file, or a table of streams as for data", _identifiers)
 size = Kind('an integer >= 1, in bytes, or a size such as "4GiB"', lambda value: as_bytes(value, "size"), parse_bytes)
 part = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
@@ -147,11 +153,17 @@ class Config:
         ValueError: names the setting, what was expected and what came.
     """
 
-    data: Sources = field(
-        default_factory=dict, metadata=about(sources, "the streams' files, in the model's order", free=True)
+    data: str | Sources = field(
+        default_factory=dict,
+        metadata=about(
+            sources,
+            "the streams' files, in the model's order, or a folder of features, of its training split",
+            free=True,
+        ),
     )
-    validation_data: Sources = field(
-        default_factory=dict, metadata=about(sources, "the same streams' held-out files", free=True)
+    validation_data: str | Sources = field(
+        default_factory=dict,
+        metadata=about(sources, "the same streams' held-out files, or the held-out split of a folder", free=True),
     )
     ids: str | Sources = field(
         default="",
@@ -265,7 +277,8 @@ class Config:
     def with_paths_from(self, folder: Path) -> Config:
         """The same, its relative paths those of `folder`."""
         paths = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["kind"] in (sources, identifiers)}
-        return replace(self, **{name: with_absolute_paths(value, folder) for name, value in paths.items()})
+        kinds = {f.name: f.metadata["kind"] for f in fields(self)}
+        return replace(self, **{name: _absolute_setting(kinds[name], value, folder) for name, value in paths.items()})
 
     def differences(self, other: Config) -> list[str]:
         """Settings in which the two would give different results."""
@@ -295,10 +308,9 @@ class Config:
             raise ValueError("support_dropout must be 0 under local selection: each stream chooses its own support")
         if self.validation_rows and self.validation_data:
             raise ValueError("validation_rows and validation_data must not both be given: they say the same")
-        if self.validation_data and list(self.validation_data) != list(self.data):
-            raise ValueError(
-                f"validation_data must name the streams of data, {list(self.data)}, got {list(self.validation_data)}"
-            )
+        streams = [list(data) for data in (self.data, self.validation_data) if data and not isinstance(data, str)]
+        if len(streams) == 2 and streams[0] != streams[1]:
+            raise ValueError(f"validation_data must name the streams of data, {streams[0]}, got {streams[1]}")
 
 
 ELSEWHERE = {
@@ -342,7 +354,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"config must be a file of settings, but there is no file {path}")
-    content = _parse(path)
+    content = read_table(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"config must hold a table of settings, got {type(content).__name__} in {path}")
     settings = dict(content)
@@ -350,7 +362,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         value = settings.get(f.name)
         if f.metadata["kind"] in (sources, identifiers):
             if value is not None:
-                settings[f.name] = with_absolute_paths(value, path.parent)
+                settings[f.name] = _absolute_setting(f.metadata["kind"], value, path.parent)
         elif path.suffix in (".yaml", ".yml") and isinstance(value, str) and f.metadata["kind"].parse is float:
             settings[f.name] = _as_number(value)  # YAML takes 1e-3 for text
     return settings
@@ -363,10 +375,19 @@ def open_files(config: Config, validation: bool = False) -> AlignedFiles:
     if validation and config.join != "none" and not ids:
         raise ValueError("validation_ids must be given with validation_data, where ids is a table")
     return data.open(
-        sources_, ids=ids or None,
+        sources_, split="held_out" if validation else "train", ids=ids or None,
         join=None if config.join == "none" else cast(Any, config.join),
         repeated=None if config.repeated == "none" else cast(Any, config.repeated),
     )  # fmt: skip
+
+
+def _absolute_setting(kind: Kind, value: Any, folder: Path) -> Any:
+    return absolute(value, folder) if kind is sources and isinstance(value, str) else with_absolute_paths(value, folder)
+
+
+def streams_of(sources: str | Sources) -> list[str]:
+    """Their names, in order."""
+    return list(FeatureFolder(sources).streams if isinstance(sources, str) else sources)
 
 
 def with_absolute_paths(sources: Any, folder: Path) -> Any:
@@ -389,7 +410,8 @@ def absolute(source: Any, folder: Path) -> Any:
     return source
 
 
-def _parse(path: Path) -> Any:
+def read_table(path: Path) -> Any:
+    """What a TOML, JSON or YAML file holds."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"config must end in one of {', '.join(SUFFIXES)}, got {path}")
     text = path.read_text(encoding="utf-8")

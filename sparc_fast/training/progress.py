@@ -63,7 +63,8 @@ class Bar(Display):
         )  # fmt: skip
         self._task = self._bar.add_task("", total=None, start=False)
 
-    def start(self, step: int, steps: int, batch_size: int) -> None:
+    def start(self, step: int, steps: int | None, batch_size: int) -> None:
+        """`steps` is None where nobody knows how many there are."""
         self._bar.update(self._task, completed=step, total=steps, batch_size=batch_size)
         self._bar.start_task(self._task)
         self._bar.start()

@@ -47,7 +47,7 @@ class RunFolder:
         except OSError as error:
             raise OSError(f"cannot write to the run's folder {self.path}: {error.strerror or error}") from error
         try:
-            _lock(handle, self.path)
+            lock(handle, self.path)
             for leftover in self.checkpoints.glob(".*"):  # of a process that was killed while it wrote
                 leftover.unlink()
             yield
@@ -99,7 +99,8 @@ class RunFolder:
         return None
 
 
-def _lock(handle: int, folder: Path) -> None:
+def lock(handle: int, folder: Path, doing: str = "training") -> None:
+    """Keep other processes from what this one does in a folder, until the handle is closed or the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows has no such lock: two processes there are the user's to avoid
@@ -108,9 +109,9 @@ def _lock(handle: int, folder: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-            raise OSError(f"another process is training in {folder}") from error
+            raise OSError(f"another process is {doing} in {folder}") from error
         warnings.warn(
-            f"the file system of {folder} has no locks ({error.strerror}): see to it that one process trains in it",
+            f"the file system of {folder} has no locks ({error.strerror}): see to it that one process works in it",
             stacklevel=2,
         )
 

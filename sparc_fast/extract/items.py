@@ -1,0 +1,119 @@
+"""An item: a picture, texts, or both, seen by every stream; and how items become a table."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparc_fast.data.feature_folder import ITEMS, below
+from sparc_fast.data.readers import require
+from sparc_fast.files import atomic_path
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Failure", "Item", "load_picture", "split_of", "thumbnail", "write_items"]
+
+THUMBNAIL = 128  # pixels of its longer side
+TRAINING = ("train", "training")
+"""What sources call the split to train on; others are held out."""
+WRITTEN_TOGETHER = 20_000  # items
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is known of a sample."""
+
+    id: str
+    picture: str | bytes | None = None
+    """A path below the source's folder, or a file's content."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """column -> text."""
+    label: tuple[str, ...] = ()
+    group: str = ""
+    """Those of one group stay on one side of the split; by default each item is one."""
+    split: str = ""
+    """As the source has it, or "" to let the group's name decide."""
+    about: Mapping[str, str] = field(default_factory=dict)
+    """Further columns of text of the table."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An item that is left out, and why."""
+
+    id: str
+    reason: str
+
+
+def load_picture(picture: str | bytes, root: Path | None) -> Image:
+    """In RGB, turned as its EXIF says, transparent parts on white; ValueError or OSError where it is none."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if isinstance(picture, str):
+        if root is None:
+            raise ValueError(f"source must have a folder of pictures to open {picture!r}")
+        picture = below(root, picture, "picture").read_bytes()
+    try:
+        with Image.open(io.BytesIO(picture)) as opened:
+            turned = ImageOps.exif_transpose(opened)
+            if not turned.has_transparency_data:
+                return turned.convert("RGB")
+            seen = turned.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError("it is no picture of a kind that can be read") from None
+
+
+def thumbnail(picture: Image) -> bytes:
+    """A small JPEG of it."""
+    small, file = picture.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+def split_of(item: Item, held_out: float, seed: int) -> str:
+    """As the source says, or by the group's name and the seed alone: the same wherever the group comes again."""
+    if item.split:
+        return "train" if item.split.lower() in TRAINING else "held_out"
+    digest = hashlib.blake2b(f"{seed}:{item.group or item.id}".encode(), digest_size=8).digest()
+    return "held_out" if int.from_bytes(digest, "big") < held_out * 2**64 else "train"
+
+
+def as_line(item: Item, split: str, small: bytes | None) -> str:
+    """The item as a line of JSON."""
+    return json.dumps({
+        "id": item.id, "picture": item.picture if isinstance(item.picture, str) else None,
+        "thumbnail": None if small is None else base64.b64encode(small).decode(), **item.texts, **item.about,
+        "label": list(item.label), "group": item.group or item.id, "split": split,
+    }, ensure_ascii=False)  # fmt: skip
+
+
+def write_items(folder: Path, rows: Iterable[Mapping[str, Any]], texts: Iterable[str]) -> None:
+    """The table items.parquet, from what `as_line` gave; columns of texts by name, beside id, picture and so on."""
+    path = folder / ITEMS
+    pyarrow, parquet = require("pyarrow", path), require("pyarrow.parquet", path)
+    text = pyarrow.string()
+    columns = {
+        "id": text, "picture": text, "thumbnail": pyarrow.binary(), **dict.fromkeys(texts, text),
+        "label": pyarrow.list_(text), "group": text, "split": text,
+    }  # fmt: skip
+    schema = pyarrow.schema(columns)
+    with atomic_path(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        for some in _pieces(iter(rows)):
+            for row in some:
+                row["thumbnail"] = None if row["thumbnail"] is None else base64.b64decode(row["thumbnail"])
+            writer.write_table(pyarrow.Table.from_pylist(some, schema))
+
+
+def _pieces(rows: Iterator[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    while some := [dict(row) for row in islice(rows, WRITTEN_TOGETHER)]:
+        yield some

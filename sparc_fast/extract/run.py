@@ -1,0 +1,321 @@
+"""Extraction: every item once through every model, in batches, into files; a killed one goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparc_fast.data.feature_folder import ITEMS, FeatureFolder, is_feature_folder, write_manifest
+from sparc_fast.data.readers import require
+from sparc_fast.files import atomic_path, check_folder
+from sparc_fast.training.run_folder import lock
+from sparc_fast.training.trainer import device_of
+from sparc_fast.version import __version__
+
+from .config import Extraction
+from .encoders import Encoder, encoder_of
+from .items import Failure, Item, as_line, load_picture, split_of, thumbnail, write_items
+from .journal import Journal
+from .sources import Source, open_source
+
+__all__ = ["Extracted", "extract"]
+
+PARTIAL, IDS, FAILED, JOURNAL, SETTINGS = ".partial", "ids.txt", "failed.jsonl", "journal.jsonl", "extraction.json"
+AHEAD = 2  # batches whose pictures are read while one is encoded
+
+
+class Extracted(NamedTuple):
+    """What an extraction came to."""
+
+    folder: Path
+    items: int
+    """Those that every stream has."""
+    failed: int
+    """Those left out; failed.jsonl says why."""
+    before: int
+    """Items of the source that were done before this call, which went on from there."""
+    seconds: float
+    """That this call took."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch on its way to the models."""
+
+    found: Sequence[Item | Failure]
+    pictures: Mapping[Any, Future[tuple[dict[str, Any], bytes | None]]]
+
+
+def extract(
+    extraction: Extraction,
+    out: str | Path,
+    *,
+    source: Source | None = None,
+    encoders: Mapping[str, Encoder] | None = None,
+    columns: Sequence[str] = (),
+    progress: Callable[[int, int | None], object] | None = None,
+    say: Callable[[str], object] | None = None,
+    **about: Any,
+) -> Extracted:
+    """Write the features of all items, and what is known of them, to a folder that `sparc_fast.data.open` takes.
+
+    An item that cannot be read, or of which a model makes rows that are not finite or zero, is left out of every stream
+    and listed in failed.jsonl. Going on after a kill gives the same bytes as a call that was never interrupted.
+
+    Args:
+        source: the items, instead of ``extraction.source``.
+        encoders: the models, instead of those that the streams name.
+        columns: of texts in the items' `about`, also to be written.
+        progress: called with (items of the source done, how many there are or None).
+        say: called with what a person may want to know.
+        about: further entries of the manifest.
+
+    Raises:
+        ValueError: a setting is out of range, or the folder holds another extraction.
+        FileNotFoundError: a source or model is missing.
+        ImportError: a library is missing.
+    """
+    began, out = time.perf_counter(), Path(out)
+    say, progress = say or (lambda _: None), progress or (lambda _done, _total: None)
+    require("pyarrow.parquet", out / ITEMS)  # known before the work, not after it
+    check_folder(out, "out")
+    out = out.resolve()
+    with _locked(out):
+        settings = _settings(extraction)
+        if is_feature_folder(out):
+            _agree(FeatureFolder(out).manifest.get("extraction"), settings, out)
+            done = FeatureFolder(out)
+            return Extracted(out, done.n_items, int(done.manifest["failed"]), done.n_items, 0.0)
+        if source is None:
+            if extraction.source is None:
+                raise ValueError("source must be given, in the settings or as items, got none")
+            source = open_source(extraction.source, extraction.folder, extraction.texts)
+        (out / PARTIAL).mkdir(exist_ok=True)
+        _keep(out / PARTIAL / SETTINGS, settings, out)
+        if encoders is None:
+            device = torch.device(device_of(extraction.device))
+            encoders = {}
+            for name, stream in extraction.streams.items():
+                encoders[name] = encoder = encoder_of(stream, extraction.folder, device)
+                if encoder.asks_hub:
+                    say(f"{name}: {encoder.asks_hub} is a name on the hub, and fetched from there unless it is cached")
+        run = _Run(extraction, out, source, encoders)
+        before = run.journal.state.consumed
+        if before:
+            say(f"going on behind {before:,} items")
+        with warnings.catch_warnings():  # here, as threads have them in common
+            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+            run.through(progress)
+        run.finish(columns, settings, about)
+        state = run.journal.state
+        return Extracted(out, state.items, state.failed, before, time.perf_counter() - began)
+
+
+class _Run:
+    """One extraction under way."""
+
+    def __init__(self, extraction: Extraction, out: Path, source: Source, encoders: Mapping[str, Encoder]) -> None:
+        self.extraction, self.out, self.source, self.encoders = extraction, out, source, encoders
+        dtypes = {name: getattr(torch, stream.dtype) for name, stream in extraction.streams.items()}
+        self.journal = Journal(out / PARTIAL, {name: out / name for name in dtypes}, dtypes, extraction.shard_rows)
+        self._ids = self.journal.ids()
+        self._sees = {name: s for name, s in extraction.streams.items() if s.modality == "image"}
+
+    def through(self, progress: Callable[[int, int | None], object]) -> None:
+        """Encode what is left of the source."""
+        found = self.source.read()
+        consumed, last = self.journal.state.consumed, self.journal.state.last
+        if consumed:
+            before = deque(islice(found, consumed), maxlen=1)
+            if not before or before[0].id != last:
+                raise ValueError(
+                    f"source must be as it was when {self.out} was begun, but item {consumed} is not {last!r}"
+                )
+        progress(consumed, self.source.total)
+        with ThreadPoolExecutor(self.extraction.threads) as pool:
+            try:
+                for batch in self._prepared(found, pool):
+                    self._encode(batch)
+                    progress(self.journal.state.consumed, self.source.total)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _prepared(self, found: Iterator[Item | Failure], pool: ThreadPoolExecutor) -> Iterator[_Prepared]:
+        """Batches, the pictures of the next ones already being read."""
+        waiting: deque[_Prepared] = deque()
+        while batch := list(islice(found, self.extraction.batch_size)):
+            pictures: dict[Any, Future[tuple[dict[str, Any], bytes | None]]] = {}
+            for item in batch:
+                if isinstance(item, Item) and item.picture is not None and item.picture not in pictures:
+                    pictures[item.picture] = pool.submit(self._prepare, item.picture)
+            waiting.append(_Prepared(batch, pictures))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+    def _prepare(self, picture: str | bytes) -> tuple[dict[str, Any], bytes | None]:
+        """(stream -> the picture as its model takes it, a small copy of what is in no file)."""
+        loaded = load_picture(picture, self.source.root)
+        small = thumbnail(loaded) if isinstance(picture, bytes) else None
+        return {name: self.encoders[name].prepare(loaded) for name in self._sees}, small
+
+    def _encode(self, batch: _Prepared) -> None:
+        found: list[tuple[Item, dict[str, Any], bytes | None]] = []
+        failed: list[Failure] = []
+        taken: set[str] = set()
+        for item in batch.found:
+            if isinstance(item, Failure):
+                failed.append(item)
+                continue
+            try:
+                if item.id in self._ids or item.id in taken:
+                    raise ValueError("its id is that of an item before it")
+                if "\n" in item.id or "\r" in item.id:
+                    raise ValueError("its id has several lines")
+                found.append((item, *self._inputs(item, batch)))
+                taken.add(item.id)
+            except (ImportError, MemoryError):
+                raise
+            except Exception as error:  # each decoder has its own
+                failed.append(Failure(item.id, f"{error}" or type(error).__name__))
+        rows = self._rows(found) if found else {}
+        bad = {n: reason for name, of_it in rows.items() for n, reason in _not_rows(of_it, name)}
+        kept = [n for n in range(len(found)) if n not in bad]
+        failed += [Failure(found[n][0].id, bad[n]) for n in sorted(bad)]
+        lines = []
+        for n in kept:
+            item, _, small = found[n]
+            lines.append(as_line(item, split_of(item, self.extraction.held_out, self.extraction.seed), small))
+        self._ids.update(found[n][0].id for n in kept)
+        self.journal.add(
+            len(batch.found), batch.found[-1].id, {name: of_it[kept] for name, of_it in rows.items()}, lines,
+            [json.dumps(one.__dict__, ensure_ascii=False) for one in failed],
+        )  # fmt: skip
+
+    def _inputs(self, item: Item, batch: _Prepared) -> tuple[dict[str, Any], bytes | None]:
+        """(stream -> what its model gets, small picture); an exception where something is missing or cannot be read."""
+        given: dict[str, Any] = {}
+        small = None
+        if item.picture is not None:
+            prepared, small = batch.pictures[item.picture].result()
+            given.update(prepared)
+        for name, stream in self.extraction.streams.items():
+            if stream.modality == "text":
+                given[name] = item.texts.get(self.extraction.text_of(stream)) or None
+            if given.get(name) is None:
+                what = "picture" if stream.modality == "image" else f"text in {self.extraction.text_of(stream)!r}"
+                raise ValueError(f"it has no {what} for stream {name!r}")
+        return given, small
+
+    def _rows(self, found: Sequence[tuple[Item, dict[str, Any], bytes | None]]) -> dict[str, Tensor]:
+        """Of every stream, each different picture and text encoded once."""
+        rows = {}
+        for name, encoder in self.encoders.items():
+            seen: dict[Any, int] = {}
+            inputs: list[Any] = []
+            where: list[int] = []
+            for item, given, _ in found:
+                key = item.picture if name in self._sees else given[name]
+                if key not in seen:
+                    seen[key] = len(inputs)
+                    inputs.append(given[name])
+                where.append(seen[key])
+            encoded = encoder.encode(inputs)
+            rows[name] = encoded if len(inputs) == len(found) else encoded[where]
+        return rows
+
+    def finish(self, columns: Sequence[str], settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """What is written when all rows are: the table, the identifiers, what failed, and last the manifest."""
+        state, journal = self.journal.state, self.journal
+        shutil.copyfile(journal.failed_path, self.out / FAILED)
+        if not state.items:
+            raise ValueError(f"source must have an item that can be read, got none; {self.out / FAILED} says why")
+        files = journal.close()
+        texts = (*self.extraction.texts, *columns)
+        write_items(self.out, journal.items(), texts or ("text",))
+        with atomic_path(self.out / IDS) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{row['id']}\n" for row in journal.items())
+        splits = [row["split"] for row in journal.items()]
+        streams = {}
+        for name, stream in self.extraction.streams.items():
+            tokens, width = state.shapes[name]
+            column = "picture" if stream.modality == "image" else self.extraction.text_of(stream)
+            streams[name] = {
+                "modality": stream.modality, "column": column, "width": width, "tokens": tokens, "dtype": stream.dtype,
+                "files": files[name], "model": stream.model, "layer": stream.layer, "pooling": stream.pooling,
+                **self.encoders[name].about,
+            }  # fmt: skip
+        write_manifest(
+            self.out, streams, state.items, failed=state.failed,
+            splits={split: splits.count(split) for split in ("train", "held_out")},
+            pictures=None if self.source.root is None else _pictures(self.source.root, self.out),
+            extraction=settings, versions=_versions(), **about,
+        )  # fmt: skip
+        shutil.rmtree(self.out / PARTIAL)
+
+
+def _not_rows(rows: Tensor, stream: str) -> Iterator[tuple[int, str]]:
+    """(number, reason) of the items whose rows say nothing."""
+    flat = rows.flatten(1)
+    for words, bad in (("not finite", ~flat.isfinite().all(1)), ("0 throughout", (flat == 0).all(1))):
+        for n in bad.nonzero().flatten().tolist():
+            yield n, f"its row of stream {stream!r} is {words}"
+
+
+def _pictures(root: Path, out: Path) -> str:
+    """Relative where they lie in the folder itself, which may then be moved."""
+    return root.relative_to(out).as_posix() if root.is_relative_to(out) else str(root)
+
+
+def _versions() -> dict[str, str]:
+    return {"sparc_fast": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def _settings(extraction: Extraction) -> dict[str, Any]:
+    """What the result depends on."""
+    bound = replace(extraction, device="auto", threads=1)
+    kept = asdict(bound)
+    del kept["device"], kept["threads"], kept["folder"]
+    settings: dict[str, Any] = json.loads(json.dumps(kept))
+    return settings
+
+
+def _keep(path: Path, settings: Mapping[str, Any], out: Path) -> None:
+    """Keep the settings, or hold them against those that the folder was begun with."""
+    if path.is_file():
+        _agree(json.loads(path.read_text(encoding="utf-8")), settings, out)
+        return
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _agree(there: Any, settings: Mapping[str, Any], out: Path) -> None:
+    if there == settings:
+        return
+    differ = [name for name in settings if not isinstance(there, Mapping) or there.get(name) != settings[name]]
+    raise ValueError(f"out must be a new folder, or go on as it was begun; {out} has another {', '.join(differ)}")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        lock(handle, folder, "extracting")
+        yield
+    finally:
+        os.close(handle)

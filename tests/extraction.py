@@ -1,0 +1,73 @@
+"""Small pictures with captions, and models of them that need no library: what tests of extraction share."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SETTINGS = """\
+batch_size = 4
+shard_rows = 10
+held_out = 0.3
+
+[source]
+csv = "pictures.csv"
+
+[streams.colours]
+model = "extraction:colours"
+
+[streams.letters]
+model = "extraction:letters"
+modality = "text"
+dtype = "float16"
+"""
+
+
+def colours(pictures: Sequence[Image.Image]) -> Tensor:
+    """The mean and the spread of each colour, [n, 6]."""
+    pixels = [torch.from_numpy(np.asarray(p, np.float32)).flatten(0, 1) / 255 for p in pictures]
+    return torch.stack([torch.cat([x.mean(0), x.std(0)]) for x in pixels]) + 0.01
+
+
+def letters(texts: Sequence[str]) -> Tensor:
+    """How often each letter comes, [n, 26]."""
+    return torch.tensor(
+        [[text.count(chr(97 + n)) for n in range(26)] for text in texts], dtype=torch.float32, device="cpu"
+    )
+
+
+def slowly(texts: Sequence[str]) -> Tensor:
+    """The same, so that there is time to be killed."""
+    time.sleep(0.02)
+    return letters(texts)
+
+
+def picture(n: int, side: int = 8) -> Image.Image:
+    """The n-th picture: noise that no other one has."""
+    return Image.fromarray(np.random.default_rng(n).integers(0, 255, (side, side, 3), np.uint8))
+
+
+def write_pictures(folder: Path, n: int) -> list[dict[str, Any]]:
+    """Pictures in `folder`/pictures, and rows of what is known of them."""
+    (folder / "pictures").mkdir(parents=True)
+    rows = []
+    for i in range(n):
+        picture(i).save(folder / "pictures" / f"{i:03}.png")
+        words = f"picture {'abcdefghij'[i % 10]} of {'kitten' if i % 3 else 'rocket'}"
+        rows.append({"id": f"p{i}", "path": f"pictures/{i:03}.png", "text": words, "label": words.split()[-1]})
+    return rows
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,289 @@
+"""Encoders of every library, on tiny models with random weights; nothing comes from a network."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from extraction import picture
+from PIL import Image
+from torch import Tensor, nn
+
+from sparc_fast.extract import StreamConfig
+from sparc_fast.extract.encoders import _library, encoder_of, pool
+
+TEXTS = ["a kitten", "two kittens and a rocket", "kitten"]
+CPU = torch.device("cpu")
+WIDTH, SIDE, PATCH = 32, 32, 8
+PATCHES = (SIDE // PATCH) ** 2
+
+
+def library(name: str) -> Any:
+    """It, or a skip that says why."""
+    package = {"open_clip": "open_clip_torch"}.get(name, name.replace("_", "-"))
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{package} is not installed")
+    return _library(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for an address gets an error."""
+
+    def refuse(*arguments: Any, **_: Any) -> None:
+        raise AssertionError(f"asks the network: {arguments}")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("socket.socket.connect", refuse)
+
+
+def pictures(n: int = 3) -> list[Image.Image]:
+    """Of several shapes."""
+    return [picture(i, 40).resize((40 + 7 * i, 40)) for i in range(n)]
+
+
+def encoded(model: str, folder: Path, **config: Any) -> Tensor:
+    """What an encoder makes of `pictures` or `TEXTS`; the same of each alone."""
+    encoder = encoder_of(StreamConfig(model=model, **config), folder, CPU)
+    assert encoder.asks_hub == ""
+    is_text = config.get("modality") == "text"
+    batch = TEXTS if is_text else [encoder.prepare(p) for p in pictures()]
+    rows = encoder.encode(batch)
+    assert rows.dtype == torch.float32
+    assert rows.isfinite().all()
+    alone = torch.cat([encoder.encode([one]) for one in batch])
+    torch.testing.assert_close(rows, alone, rtol=1e-4, atol=1e-5)
+    assert (rows[0] - rows[1]).abs().max() > 1e-4
+    assert {"weights_sha256", "computed_in", "versions"} <= set(encoder.about)
+    return rows
+
+
+SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+VISION = {**SHAPE, "image_size": SIDE, "patch_size": PATCH}
+WORDS = ["a", "two", "kitten", "kittens", "and", "rocket"]
+
+
+def save_tokenizer(folder: Path, length: int, mask: bool = True) -> None:
+    """Of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[BOS]", "[EOS]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
+    )
+    names = ["input_ids", "attention_mask"] if mask else ["input_ids"]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]", model_max_length=length,
+        model_input_names=names,
+    )  # fmt: skip
+    fast.save_pretrained(folder)
+
+
+def saved(folder: Path, kind: str) -> tuple[Path, nn.Module]:
+    """A folder of transformers with a tiny model of a kind, and the model."""
+    t = library("transformers")
+    text = {**SHAPE, "vocab_size": 10, "max_position_embeddings": 16}
+    clip_text = {**text, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    configs: dict[str, Callable[[], Any]] = {
+        "vit": lambda: t.ViTConfig(**VISION),
+        "dinov2": lambda: t.Dinov2WithRegistersConfig(**{**VISION, "mlp_ratio": 2, "num_register_tokens": 4}),
+        "clip": lambda: t.CLIPConfig(text_config=clip_text, vision_config=VISION, projection_dim=24),
+        "siglip": lambda: t.SiglipConfig(text_config={**clip_text, "projection_size": WIDTH}, vision_config=VISION),
+        "bert": lambda: t.BertConfig(**text),
+        "convnext": lambda: t.ConvNextV2Config(hidden_sizes=[8, 16, 24, WIDTH], depths=[1, 1, 2, 1], image_size=SIDE),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = t.AutoModel.from_config(configs[kind]()).eval()
+    model.save_pretrained(folder)
+    if kind in ("clip", "siglip", "bert"):
+        save_tokenizer(folder, 16, mask=kind != "siglip")
+    processor = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor", "dinov2": "BitImageProcessor"}
+    if kind != "bert":
+        name = processor.get(kind, "ViTImageProcessor")
+        size = {"shortest_edge": SIDE} if kind in ("clip", "dinov2") else {"height": SIDE, "width": SIDE}
+        options = {"size": size, "crop_size": {"height": SIDE, "width": SIDE}}
+        (getattr(t, f"{name}Pil", None) or getattr(t, name))(**options).save_pretrained(folder)
+    return folder, model
+
+
+def seen(folder: Path) -> Tensor:
+    """The pictures as transformers' own processor prepares them."""
+    processor = library("transformers").AutoImageProcessor.from_pretrained(folder)
+    return torch.stack([processor(images=p, return_tensors="pt")["pixel_values"][0] for p in pictures()])
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("vit", 1), ("dinov2", 5), ("clip", 1), ("siglip", 0)])
+@torch.no_grad()
+def test_vision_transformers_of_transformers(kind: str, prefix: int, tmp_path: Path) -> None:
+    folder, model = saved(tmp_path / kind, kind)
+    tower = getattr(model, "vision_model", model)
+    hidden = tower(pixel_values=seen(folder), output_hidden_states=True)
+    last = hidden.last_hidden_state
+    assert last.shape[1] == prefix + PATCHES
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(encoded(f"hf:{kind}", tmp_path, pooling="mean"), last[:, prefix:].mean(1), **close)
+    torch.testing.assert_close(encoded(f"hf:{kind}", tmp_path, pooling="tokens"), last[:, prefix:], **close)
+    tokens = encoded(f"hf:{kind}", tmp_path, pooling="tokens", layer=2)
+    torch.testing.assert_close(tokens, hidden.hidden_states[2][:, prefix:], **close)
+    if prefix:
+        torch.testing.assert_close(encoded(f"hf:{kind}", tmp_path, pooling="cls"), last[:, 0], **close)
+    own = encoded(f"hf:{kind}", tmp_path)
+    if kind in ("clip", "siglip"):
+        found = model.get_image_features(pixel_values=seen(folder))
+        torch.testing.assert_close(own, found if isinstance(found, Tensor) else found.pooler_output, **close)
+        assert own.shape == (3, 24 if kind == "clip" else WIDTH)
+    else:
+        torch.testing.assert_close(own, last[:, 0], **close)
+
+
+@torch.no_grad()
+def test_convolutions_of_transformers(tmp_path: Path) -> None:
+    folder, model = saved(tmp_path / "convnext", "convnext")
+    last = model(pixel_values=seen(folder)).last_hidden_state
+    assert last.ndim == 4
+    torch.testing.assert_close(encoded("hf:convnext", tmp_path), last.mean((2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "bert"])
+@torch.no_grad()
+def test_texts_of_transformers(kind: str, tmp_path: Path) -> None:
+    folder, model = saved(tmp_path / kind, kind)
+    tokenizer = library("transformers").AutoTokenizer.from_pretrained(folder)
+    padding = "max_length" if kind == "siglip" else True
+    given = tokenizer(TEXTS, padding=padding, truncation=True, max_length=16, return_tensors="pt")
+    own = encoded(f"hf:{kind}", tmp_path, modality="text")
+    if kind == "bert":
+        last = model(**given).last_hidden_state
+        mask = given["attention_mask"][..., None]
+        torch.testing.assert_close(own, (last * mask).sum(1) / mask.sum(1), rtol=1e-4, atol=1e-5)
+        ends = torch.stack([row[m.bool()][-1] for row, m in zip(last, given["attention_mask"], strict=True)])
+        found = encoded("hf:bert", tmp_path, modality="text", pooling="last")
+        torch.testing.assert_close(found, ends, rtol=1e-4, atol=1e-5)
+        assert encoded("hf:bert", tmp_path, modality="text", layer=-2).shape == (3, WIDTH)
+        return
+    found = model.get_text_features(**given)
+    found = found if isinstance(found, Tensor) else found.pooler_output
+    torch.testing.assert_close(own, found, rtol=1e-4, atol=1e-5)
+
+
+TIMM = {  # name: (tokens that are no patches, options that make it small)
+    "vit_tiny_patch16_224": (1, {"depth": 3}),
+    "vit_medium_patch16_reg4_gap_256": (4, {"depth": 3, "embed_dim": 64, "num_heads": 2}),
+    "resnet18": (0, {"layers": (1, 1, 1, 1)}),
+    "swin_tiny_patch4_window7_224": (0, {"depths": (1, 1, 1, 1), "embed_dim": 24}),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+@torch.no_grad()
+def test_models_of_timm(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = library("timm")
+    prefix, options = TIMM[name]
+    torch.manual_seed(0)
+    make = timm.create_model
+    model = make(name, num_classes=0, **options).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: make(*a, **k, **options))
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    own = encoded(f"timm:{name}", tmp_path, weights="weights.pth")
+    encoder = encoder_of(StreamConfig(model=f"timm:{name}", weights="weights.pth"), tmp_path, CPU)
+    x = torch.stack([encoder.prepare(p) for p in pictures()])
+    torch.testing.assert_close(own, model(x), **close)
+    features = model.forward_features(x)
+    tokens = encoded(f"timm:{name}", tmp_path, weights="weights.pth", pooling="tokens")
+    if prefix:
+        assert model.num_prefix_tokens == prefix
+        torch.testing.assert_close(tokens, features[:, prefix:], **close)
+        block = model.forward_intermediates(x, indices=[1], norm=False, output_fmt="NLC", intermediates_only=True)[0]
+        found = encoded(f"timm:{name}", tmp_path, weights="weights.pth", pooling="tokens", layer=2)
+        torch.testing.assert_close(found, block, **close)
+        with pytest.raises(ValueError, match=f"layer must be 1 to 3, or -1 back, of timm:{name}, got 4"):
+            encoded(f"timm:{name}", tmp_path, weights="weights.pth", layer=4)
+    else:
+        width = features.flatten(2).shape[1] if name == "resnet18" else features.shape[-1]
+        assert tokens.shape == (3, 49, width)
+        mean = features.mean((2, 3)) if name == "resnet18" else features.mean((1, 2))
+        torch.testing.assert_close(tokens.mean(1), mean, **close)
+
+
+@torch.no_grad()
+def test_models_of_open_clip(tmp_path: Path) -> None:
+    open_clip = library("open_clip")
+    (tmp_path / "tiny-clip.json").write_text(
+        '{"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "patch_size": 8},'
+        ' "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}'
+    )
+    open_clip.add_model_config(tmp_path / "tiny-clip.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("tiny-clip").eval()
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    encoder = encoder_of(StreamConfig(model="open_clip:tiny-clip", weights="w.pt"), tmp_path, CPU)
+    x = torch.stack([encoder.prepare(p) for p in pictures()])
+    torch.testing.assert_close(encoded("open_clip:tiny-clip", tmp_path, weights="w.pt"), model.encode_image(x), **close)
+    words = open_clip.get_tokenizer("tiny-clip")(TEXTS)
+    found = encoded("open_clip:tiny-clip", tmp_path, weights="w.pt", modality="text")
+    torch.testing.assert_close(found, model.encode_text(words), **close)
+    tokens = encoded("open_clip:tiny-clip", tmp_path, weights="w.pt", pooling="tokens", layer=3)
+    cls = encoded("open_clip:tiny-clip", tmp_path, weights="w.pt", pooling="cls")
+    assert tokens.shape == (3, 16, 64)
+    torch.testing.assert_close(cls @ model.visual.proj, model.encode_image(x), **close)
+    with pytest.raises(ValueError, match="model must be open_clip:ARCHITECTURE/WEIGHTS, or weights a file"):
+        encoder_of(StreamConfig(model="open_clip:tiny-clip"), tmp_path, CPU)
+
+
+@torch.no_grad()
+def test_models_of_sentence_transformers(tmp_path: Path) -> None:
+    library("transformers")
+    sentences = library("sentence_transformers")
+    folder, _ = saved(tmp_path / "bert", "bert")
+    model = sentences.SentenceTransformer(str(folder), device="cpu")
+    model.save(str(tmp_path / "sentences"))
+    found = encoded("sentence-transformers:sentences", tmp_path, modality="text")
+    torch.testing.assert_close(found, model.encode(TEXTS, convert_to_tensor=True), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="modality must be text, pooling model and layer 0 with sentence-transformers"):
+        encoder_of(StreamConfig(model="sentence-transformers:sentences"), tmp_path, CPU)
+
+
+def test_a_name_that_timm_does_not_know_and_weights_of_another_model_are_errors(tmp_path: Path) -> None:
+    library("timm")
+    torch.save({"w": torch.ones(1, device="cpu")}, tmp_path / "w.pth")
+    for name in ("no_such_model", "resnet18"):
+        with pytest.raises(ValueError, match=f"model must be one that timm can make, got timm:{name}: "):
+            encoder_of(StreamConfig(model=f"timm:{name}", weights="w.pth"), tmp_path, CPU)
+
+
+def test_a_name_that_is_no_folder_is_the_hubs_and_a_path_that_is_none_is_an_error(tmp_path: Path) -> None:
+    library("transformers")
+    with pytest.raises(
+        FileNotFoundError, match=r"model must be a folder or a name on the hub, but there is no folder \./no"
+    ):
+        encoder_of(StreamConfig(model="hf:./no"), tmp_path, CPU)
+    with pytest.raises(Exception, match=r"asks the network|offline|connect|couldn't|Can't load"):
+        encoder_of(StreamConfig(model="hf:somebody/model-that-is-not-here"), tmp_path, CPU)
+
+
+@torch.no_grad()
+def test_a_float16_checkpoint_is_computed_in_float32(tmp_path: Path) -> None:
+    folder, model = saved(tmp_path / "vit", "vit")
+    whole = encoded("hf:vit", tmp_path)
+    model.half().save_pretrained(folder)
+    torch.testing.assert_close(encoded("hf:vit", tmp_path), whole, rtol=1e-2, atol=1e-2)
+
+
+def test_pooling_leaves_out_what_is_no_patch_and_padding() -> None:
+    tokens = torch.arange(24, dtype=torch.float32, device="cpu").reshape(1, 6, 4)
+    assert torch.equal(pool(tokens, "mean", 2), tokens[:, 2:].mean(1))
+    assert torch.equal(pool(tokens, "tokens", 2), tokens[:, 2:])
+    right = torch.tensor([[1, 1, 1, 0, 0, 0]], device="cpu")
+    assert torch.equal(pool(tokens, "last", 0, right), tokens[:, 2])
+    assert torch.equal(pool(tokens, "last", 0, right.flip(1)), tokens[:, 5])  # padded on the left
+    assert torch.equal(pool(tokens, "mean", 0, right), tokens[:, :3].mean(1))
+    assert torch.equal(pool(tokens, "last", 0), tokens[:, 5])
