@@ -6,16 +6,18 @@ Every metric can be run on *single* codes (each stream encoded alone: the honest
 
 from .agreement import firing_agreement
 from .codes import Codes, StreamCode
-from .concepts import LatentNames, TopSamples, name_latents, top_samples
+from .concepts import Carried, LatentNames, TopSamples, name_latents, top_samples
 from .evaluation import METRICS, Evaluation, Metric, evaluate
 from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .retrieval import Retrieval, retrieval_ranks
 from .table import Row, as_text, comparison, table
+from .words import as_words, words_as_concepts
 
 __all__ = [
     "METRICS",
+    "Carried",
     "Codes",
     "Evaluation",
     "LatentNames",
@@ -26,6 +28,7 @@ __all__ = [
     "StreamCode",
     "TopSamples",
     "as_text",
+    "as_words",
     "comparison",
     "concept_jaccard",
     "concept_jaccard_by_chance",
@@ -39,4 +42,5 @@ __all__ = [
     "squared_error",
     "table",
     "top_samples",
+    "words_as_concepts",
 ]
