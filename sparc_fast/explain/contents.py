@@ -53,6 +53,10 @@ class Items:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def texts_of_samples(self) -> list[tuple[str, ...]]:
+        """All texts of each sample."""
+        return [tuple(column[row] for column in self.texts.values()) for row in range(len(self))]
+
     def known(self) -> Carried:
         """Which concepts each sample carries, if it is none."""
         none = torch.zeros(len(self), 0, dtype=torch.bool, device="cpu")

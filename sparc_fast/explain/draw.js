@@ -14,7 +14,7 @@ function el(tag, props = {}, ...children) {
     else if (key in node) node[key] = value;
     else node.setAttribute(key, value);
   }
-  node.append(...children.flat().filter((child) => child !== null));
+  node.append(...children.flat(Infinity).filter((child) => child !== null));
   return node;
 }
 
@@ -73,13 +73,10 @@ function picture(p, n, entry, kind = "") {
   const { sheet, columns, ink: isInk } = data.pictures[p];
   const [file, cell] = [Math.floor(n / sheet), n % sheet];
   const missing = !(entry[2] & (1 << p));
-  const node = el("i", {
-    className: `picture ${missing ? "missing" : isInk ? `ink ${ink(p, file)}` : "photo"}${kind}${entry[1] ? " held" : ""}`,
-    title: fullTitle(entry),
-    style: { "--columns": columns, "--x": cell % columns, "--y": Math.floor(cell / columns) },
-  });
-  if (!missing && !isInk) node.style.backgroundImage = `url("${new URL(`pictures/${p}/${file}.webp`, base)}")`;
-  return node;
+  const style = { "--columns": columns, "--x": cell % columns, "--y": Math.floor(cell / columns) };
+  const look = missing ? null : el("i", { className: isInk ? `ink ${ink(p, file)}` : "photo", style });
+  if (look && !isInk) look.style.backgroundImage = `url("${new URL(`pictures/${p}/${file}.webp`, base)}")`;
+  return el("i", { className: `picture${missing ? " missing" : ""}${kind}${entry[1] ? " held" : ""}`, title: fullTitle(entry) }, look);
 }
 
 /** What a stream shows of a sample by itself. */

@@ -63,7 +63,7 @@ def _concepts(folder: FeatureFolder, split: Split, texts: Mapping[str, Sequence[
     found = folder.labels(split, FEWEST)
     if found is not None:
         return Carried.from_labels(torch.from_numpy(found[0])), found[1]
-    return words_as_concepts(list(zip(*texts.values(), strict=True)) or [()] * len(folder.rows(split)))
+    return words_as_concepts([[column[n] for column in texts.values()] for n in range(len(folder.rows(split)))])
 
 
 def _pictures(folder: FeatureFolder, split: Split) -> dict[str, Pictures]:

@@ -53,27 +53,31 @@ def render_headline(report: Report, shards: Shards, n: int = 6) -> bytes:
             for i, row in enumerate(rows[:SHOWN] if pictured.get(name) else rows[:TEXTS]):
                 color = ACCENT if words.bears(row, concept) else INK
                 if (title := pictured.get(name)) is not None:
-                    paint(items.pictures[title].draw(row), x + LABEL + i * (PICTURE + 4), y, color)
-                else:
-                    text = items.ids[row] if stream.text is None else items.texts[stream.text][row]
-                    write(x + LABEL, y + 8 + (i + 0.5) * TEXT_LINE, _short(text, LETTERS), 6.5, color)
+                    paint(items.pictures[title].draw(row), x + LABEL + i * (PICTURE + 4), y, PICTURE, color)
+                    continue
+                text, left = items.ids[row] if stream.text is None else items.texts[stream.text][row], x + LABEL
+                if stream.picture is not None:
+                    picture = items.pictures[stream.picture].draw(row)
+                    paint(picture, left, y + 6 + i * TEXT_LINE, TEXT_LINE - 4, INK)
+                    left += TEXT_LINE + 2
+                write(left, y + 8 + (i + 0.5) * TEXT_LINE, _short(text, LETTERS), 6.5, color)
             y += heights[name]
 
-    def paint(picture: Image.Image | None, x: int, y: int, color: str) -> None:
+    def paint(picture: Image.Image | None, x: int, y: int, side: int, color: str) -> None:
         """On whole pixels: ink as alpha over one colour, colours with a line below where it is not that of all."""
         from matplotlib.colors import to_rgb
 
         if picture is None:
             return
-        small = picture.resize((PICTURE, PICTURE), Image.Resampling.LANCZOS)
-        image = np.empty((PICTURE, PICTURE, 4))
+        small = picture.resize((side, side), Image.Resampling.LANCZOS)
+        image = np.empty((side, side, 4))
         if small.mode == "L":
             image[..., :3], image[..., 3] = to_rgb(color), np.asarray(small) / 255
         else:
             image[:] = np.asarray(small.convert("RGBA")) / 255
             if color == ACCENT:
                 image[-3:] = *to_rgb(ACCENT), 1
-        figure.figimage(image, x, height - y - PICTURE - 3)
+        figure.figimage(image, x, height - y - side - 3)
 
     def rule(y: float) -> None:
         from matplotlib.lines import Line2D

@@ -232,7 +232,7 @@ async function samplePage(n) {
   const lines = [...data.texts.map((name, i) => [name, sample.texts[i]]), ...data.about.map((name, i) => [name, sample.about[i]])];
   return [
     way("Samples"), kicker(el("bdi", {}, entry[0]), entry[1] ? " · kept from training" : ""),
-    heading(el("bdi", {}, titleOf(entry))),
+    el("h1", { tabIndex: -1, className: titleOf(entry).length > 60 ? "long" : "" }, el("bdi", {}, titleOf(entry))),
     el("div", { className: "sample-head" },
       pictures.map(({ p, title }) => el("figure", { role: "img", "aria-label": `${title}: ${titleOf(entry)}` }, picture(p, n, entry),
         data.pictures.length > 1 ? el("figcaption", {}, title) : null)),
@@ -267,7 +267,7 @@ async function route() {
     if (!homeView.hidden) homeScroll = scrollY;
     const content = await page(...match.slice(1).map(Number)).catch(failed);
     if (mine !== routed) return;
-    view.replaceChildren(...content.flat().filter((node) => node !== null));
+    view.replaceChildren(...content.flat(Infinity).filter((node) => node !== null));
     view.dataset.hash = hash;
   }
   const returning = !match && homeView.hidden;

@@ -124,12 +124,12 @@ class Shards:
 
     def vocabulary(self) -> dict[str, Any]:
         """Words of the texts: the latents they speak of, and some samples that have them."""
-        report, texts = self.report, list(self.report.items.texts.values())
-        carried, words = words_as_concepts(list(zip(*texts, strict=True)), fewest=COMMON)
+        report = self.report
+        carried, words = words_as_concepts(report.items.texts_of_samples(), fewest=COMMON)
         reading = [name for name, stream in report.streams.items() if stream.text is not None]
         codes = [report.after.codes[name] for name in reading or report.streams]
         latents, rises = latents_of_words(codes, carried, report.n_latents)
-        samples = [[] for _ in words]
+        samples: list[list[int]] = [[] for _ in words]
         offsets, concepts = carried.offsets.tolist(), carried.concepts.tolist()
         for number, row in enumerate(self.rows.tolist()):
             for word in concepts[offsets[row] : offsets[row + 1]]:
