@@ -147,7 +147,7 @@ def test_a_samples_page_has_its_latents_by_share_of_energy_and_its_nearest_of_ot
         for (values, indices), shown in zip(report.after.codes.values(), sample["codes"], strict=True):
             squares = {int(l): float(v) ** 2 for v, l in zip(values[row], indices[row], strict=True) if v > 0}
             shares = {l: round(1000 * x / sum(squares.values())) for l, x in squares.items()}
-            assert {l: x for l, x in shown} == pytest.approx(shares, abs=1)
+            assert dict(shown) == pytest.approx(shares, abs=1)
             assert [x for _, x in shown] == sorted((x for _, x in shown), reverse=True)
         for s, of_stream in enumerate(sample["near"]):
             assert of_stream[s] == []

@@ -38,8 +38,10 @@ class Browser:
     def __init__(self, width: int, height: int, profile: Path) -> None:
         from selenium import webdriver
 
+        assert CHROMIUM, "chromium is not installed"
+        assert DRIVER, "chromedriver is not installed"
         options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM or ""
+        options.binary_location = CHROMIUM
         for argument in (
             "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic",

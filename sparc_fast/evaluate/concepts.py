@@ -205,7 +205,7 @@ def _chance(
         for some, counts in _counts(postings, carried, L, order):
             found[r, some] = _scores(counts, fired[:, some], base, N).amax(dim=1)
     chance = torch.zeros_like(found[0])
-    for alike in fired.sum(dim=0).argsort(stable=True).split(ALIKE):
+    for alike in torch.split(fired.sum(dim=0).argsort(stable=True), ALIKE):
         chance[alike] = found[:, alike].flatten().quantile(CHANCE)
     return chance
 

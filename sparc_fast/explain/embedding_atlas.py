@@ -27,6 +27,7 @@ def write_atlas(report: Report, path: str | Path) -> None:
         ImportError: pyarrow is missing.
         OSError: the file cannot be written.
     """
+    path = Path(path)
     pyarrow, parquet = require("pyarrow", path), require("pyarrow.parquet", path)
     items = report.items
     taken = {"id": list(map(str, items.ids))}

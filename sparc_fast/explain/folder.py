@@ -78,14 +78,17 @@ def _pictures(folder: FeatureFolder, split: Split) -> dict[str, Pictures]:
     def load(row: int) -> Image.Image | None:
         from PIL import Image, ImageOps
 
+        content, file = small[row], files[row]
+        if content is None and file is None:
+            return None
         try:
-            with Image.open(io.BytesIO(small[row]) if files[row] is None else files[row]) as opened:
+            with Image.open(io.BytesIO(content) if file is None else file) as opened:
                 return ImageOps.exif_transpose(opened).convert("RGBA")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return None
 
-    there = [small[row] is not None or files[row] is not None for row in range(len(paths))]
-    return {PICTURE: Thumbnails(len(paths), lambda row: load(row) if there[row] else None)} if any(there) else {}
+    there = any(x is not None for x in (*small, *files))
+    return {PICTURE: Thumbnails(len(paths), load)} if there else {}
 
 
 def report_of(
@@ -180,7 +183,9 @@ def _codes(model: SPARC, folder: FeatureFolder, streams: Sequence[str], split: S
         with data.open({stream: (folder.path, stream) for stream in streams}, split=split) as files:
             for start in range(0, files.n_rows, ROWS):
                 rows = files.rows(start, min(start + ROWS, files.n_rows)).to(device)
-                inputs = dict(zip(files.d_streams, rows.split(list(files.d_streams.values()), dim=1), strict=True))
+                inputs = dict(
+                    zip(files.d_streams, torch.split(rows, list(files.d_streams.values()), dim=1), strict=True)
+                )
                 for stream in streams:
                     values, indices = model.encode({stream: inputs[stream]}).stream(stream)
                     parts[stream].append((values.float().cpu(), indices.cpu()))

@@ -47,7 +47,7 @@ def columns(sheet: int) -> int:
     return math.isqrt(sheet)
 
 
-def sights(pictures: Pictures, rows: Sequence[int]) -> npt.NDArray[np.float32]:
+def sights(pictures: Pictures, rows: Sequence[int]) -> npt.NDArray[np.floating]:
     """The mean of some pictures as numbers that lie near for pictures that look alike."""
     from PIL import Image
 
@@ -61,7 +61,8 @@ def sights(pictures: Pictures, rows: Sequence[int]) -> npt.NDArray[np.float32]:
                 pixels = np.asarray(small, np.float32)
                 seen[..., :3] += pixels[..., :3] * (pixels[..., 3:] / 255)
                 seen[..., 3] += pixels[..., 3]
-    return (seen / max(len(rows), 1)).ravel()
+    mean: npt.NDArray[np.floating] = seen.ravel() / max(len(rows), 1)
+    return mean
 
 
 class Ink:

@@ -39,7 +39,7 @@ class Shards:
     def __init__(self, report: Report) -> None:
         self.report, self.words = report, Shown(report)
         self.tops = [tops_of(report, model) for model in report.models]
-        alive = (self.tops[-1].rows >= 0).any((0, 2))
+        alive: npt.NDArray[np.bool_] = np.any(self.tops[-1].rows >= 0, axis=(0, 2))
         self.agreement = np.nan_to_num(report.after.agreement)
         ranked = np.lexsort((np.arange(len(alive)), -self.agreement))
         self.latents = ranked[alive[ranked]]  # in the order of the page
@@ -114,7 +114,7 @@ class Shards:
 
     def index(self) -> dict[str, Any]:
         """Of all live latents what searching and sorting needs."""
-        after, used = self.report.after, {}
+        after, used = self.report.after, dict[str, int]()
         names = [[used.setdefault(name, len(used)) for name in after.names[latent]] for latent in self.latents.tolist()]
         jaccard = np.full(self.report.n_latents, np.nan) if after.jaccard is None else after.jaccard
         stats = [
