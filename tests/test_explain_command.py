@@ -106,6 +106,25 @@ def test_one_model_and_the_held_out_samples_alone(folder, runs, tmp_path):
     assert "Before" not in (tmp_path / "index.html").read_text("utf-8")
 
 
+def test_words_are_searched_by_their_own_codes_where_their_model_is_named(folder, runs, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef kinds(texts):\n"
+        "    return torch.tensor([[float(w in t) for w in ('kitten', 'rocket', 'boat', 'x', 'y')] for t in texts])\n"
+    )
+    settings = tmp_path / "extract.toml"
+    settings.write_text('[source]\ncsv = "none.csv"\n[streams.ear]\nmodel = "mine:kinds"\nmodality = "text"\n')
+    arguments = ["explain", str(runs["shared"]), "--data", str(folder), "--out", str(tmp_path / "page")]
+    assert cli.main([*arguments, "--words", str(settings)]) == 0
+    (path,) = (tmp_path / "page").glob("report-*/words.js")
+    known = json.loads(re.fullmatch(r'shard\("words",(.*)\);\n', path.read_text("utf-8"))[1])
+    model = SPARC.load(runs["shared"] / "model.safetensors").eval()
+    rocket = model.encode({"ear": torch.tensor([[0.0, 1, 0, 0, 0]])}).stream("ear")
+    told = known["latents"][known["words"].index("rocket")]
+    assert {l for l, _ in told} <= set(rocket[1][0].tolist())
+    (tmp_path / "extract.toml").write_text('[source]\ncsv = "none.csv"\n[streams.eye]\nmodel = "mine:kinds"\n')
+    assert cli.main([*arguments, "--words", str(settings)]) == 1
+
+
 def test_items_are_what_the_folder_says(folder):
     items = items_of(FeatureFolder(folder))
     assert items.ids[:2] == ["item 0", "item 1"]

@@ -9,9 +9,13 @@ import argparse
 import json
 import math
 import shlex
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from sparc_fast.data.feature_folder import is_feature_folder
 from sparc_fast.files import check_folder
@@ -40,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--atlas", type=Path, metavar="FILE.parquet", help="also write the samples as embedding-atlas takes them"
     )
+    parser.add_argument(
+        "--words", type=Path, metavar="extract.toml",
+        help="search by what the models of texts that these settings name make of each word; they are run",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
 
 
@@ -67,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.data,
         split=arguments.split,
         beside={"untrained (2)" if "untrained" in models else "untrained": untrained(after, 0).to(device)},
+        words=_text_encoders(arguments.words, list(after.streams), device),
         curves={name: _curves(path) for name, path in paths},
         settings={"command": _command(arguments), "latents": f"{after.n_latents:,}", "k": str(after.k)},
     )
@@ -80,6 +89,22 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.atlas}: pip install embedding-atlas, then embedding-atlas {shlex.quote(str(arguments.atlas))}"
         )
     return 0
+
+
+def _text_encoders(
+    settings: Path | None, streams: Sequence[str], device: str | torch.device
+) -> dict[str, Callable[[Sequence[str]], Tensor]]:
+    """The models of texts that settings of an extraction name, of streams that there are."""
+    if settings is None:
+        return {}
+    from sparc_fast.extract import read_extraction
+    from sparc_fast.extract.encoders import encoder_of
+
+    extraction = read_extraction(settings)
+    texts = {s: about for s, about in extraction.streams.items() if about.modality == "text" and s in streams}
+    if not texts:
+        raise ValueError(f"--words must name models of texts for one of {', '.join(streams)}, got none in {settings}")
+    return {s: encoder_of(about, extraction.folder, torch.device(device)).encode for s, about in texts.items()}
 
 
 def _named(text: str) -> tuple[str, Path]:

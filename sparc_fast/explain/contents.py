@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparc_fast.evaluate import Carried, Codes, Row, latent_use, name_latents
+from sparc_fast.evaluate import Carried, Codes, Row, latent_use, name_latents, words_as_concepts
 from sparc_fast.evaluate.codes import check_codes
 
 from .pictures import Pictures
@@ -56,6 +56,10 @@ class Items:
     def texts_of_samples(self) -> list[tuple[str, ...]]:
         """All texts of each sample."""
         return [tuple(column[row] for column in self.texts.values()) for row in range(len(self))]
+
+    def vocabulary(self) -> tuple[Carried, list[str]]:
+        """The words that can be searched for: those of at least two samples' texts, and not of most."""
+        return words_as_concepts(self.texts_of_samples(), fewest=2)
 
     def known(self) -> Carried:
         """Which concepts each sample carries, if it is none."""
@@ -113,6 +117,7 @@ class Report:
     items: Items
     table: Sequence[Row] = ()
     settings: Mapping[str, str] = field(default_factory=dict)  # versions, seed, settings, command
+    word_codes: tuple[Sequence[str], Codes] | None = None  # words and, of streams of texts, their codes: to search by
 
     def __post_init__(self) -> None:
         for name, stream in self.streams.items():
@@ -123,6 +128,8 @@ class Report:
                 if shown is not None and shown not in there:
                     raise ValueError(f"{what} of stream {name!r} must be one of {list(there)}, got {shown!r}")
         latents = self.n_latents
+        if self.word_codes is not None and (n := check_codes(self.word_codes[1], latents)) != len(self.word_codes[0]):
+            raise ValueError(f"word_codes must be of {len(self.word_codes[0])} words, got {n}")
         for model in self.models:
             if model.codes.keys() != self.streams.keys():
                 raise ValueError(f"{model.name} must have the streams {list(self.streams)}, got {list(model.codes)}")

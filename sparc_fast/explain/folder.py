@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ __all__ = ["items_of", "report_of"]
 FEWEST = 5  # samples of a label that may name a latent
 PICTURE = "picture"
 KNOWN = ("id", "picture", "thumbnail", "label", "group", "split")
-ROWS = 4096  # encoded together
+ROWS, WORDS = 4096, 256  # encoded together
 
 
 def items_of(folder: FeatureFolder, split: Split = "all") -> Items:
@@ -97,6 +97,7 @@ def report_of(
     *,
     split: Split = "all",
     beside: Mapping[str, SPARC] | None = None,
+    words: Mapping[str, Callable[[Sequence[str]], Tensor]] | None = None,
     curves: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> Report:
@@ -107,6 +108,8 @@ def report_of(
     Args:
         split: which samples are shown.
         beside: further models of the table alone.
+        words: stream -> the model whose features it has, from texts to [n, D_s]: words of the texts are then searched
+            by their own codes, and not by those of the texts that have them.
         curves: of each model, "step" and any of "loss", "self", "cross" and "dead".
         settings: further lines of how it was made.
 
@@ -150,6 +153,7 @@ def report_of(
         streams={stream: _stream(folder.streams[stream], items) for stream in streams},
         items=items,
         table=comparison(evaluations),
+        word_codes=_word_codes(model, items, words) if words else None,
         settings={
             "sparc_fast": __version__,
             "torch": str(torch.__version__),
@@ -164,6 +168,23 @@ def _stream(about: Mapping[str, Any], items: Items) -> Stream:
     column, pictures = about.get("column"), next(iter(items.pictures), None)
     words = f"{'pictures' if column == PICTURE else 'texts'} by {about.get('model', 'a model')}"
     return Stream(words, text=None if column == PICTURE or column not in items.texts else column, picture=pictures)
+
+
+@torch.no_grad()
+def _word_codes(
+    model: SPARC, items: Items, encoders: Mapping[str, Callable[[Sequence[str]], Tensor]]
+) -> tuple[Sequence[str], Codes]:
+    """All words that can be searched for, each encoded as a text of its own."""
+    if unknown := [stream for stream in encoders if stream not in model.streams]:
+        raise ValueError(f"words must be encoded for streams of the model, {list(model.streams)}, got {unknown}")
+    _, words = items.vocabulary()
+    codes = {}
+    for stream, encode in encoders.items():
+        parts = [encode(words[start : start + WORDS]).float() for start in range(0, len(words), WORDS)]
+        x = torch.cat([torch.zeros(0, model.d_streams[stream], device="cpu"), *(part.cpu() for part in parts)])
+        values, indices = model.encode({stream: x.to(model.W_enc.device)}).stream(stream)
+        codes[stream] = values.float().cpu(), indices.cpu()
+    return words, codes
 
 
 def _inputs(folder: FeatureFolder, streams: Sequence[str], split: Split) -> dict[str, Tensor]:

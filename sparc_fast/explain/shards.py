@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sparc_fast.evaluate import words_as_concepts
+from sparc_fast.evaluate import Carried
 
 from .contents import ModelReport, Report
 from .latents import Shown, Tops, choose_latents, tops_of
@@ -30,7 +30,6 @@ ENERGIES = 12  # latents of a sample
 CLIPPED = 280  # letters of a text in a list
 LONGEST = 20_000
 WORD_SAMPLES = 6
-COMMON = 2  # samples of a word that can be searched for
 
 
 class Shards:
@@ -123,12 +122,23 @@ class Shards:
         return {"ids": self.latents.tolist(), "names": names, "words": list(used), "stats": stats}
 
     def vocabulary(self) -> dict[str, Any]:
-        """Words of the texts: the latents they speak of, and some samples that have them."""
+        """Words of the texts: the latents they speak of, and some samples that have them.
+
+        A word speaks of latents that its own code has, where words were encoded, or else codes of texts that have it.
+        """
         report = self.report
-        carried, words = words_as_concepts(report.items.texts_of_samples(), fewest=COMMON)
-        reading = [name for name, stream in report.streams.items() if stream.text is not None]
-        codes = [report.after.codes[name] for name in reading or report.streams]
-        latents, rises = latents_of_words(codes, carried, report.n_latents)
+        carried, words = report.items.vocabulary()
+        if report.word_codes is None:
+            reading = [name for name, stream in report.streams.items() if stream.text is not None]
+            codes = [report.after.codes[name] for name in reading or report.streams]
+            latents, rises = latents_of_words(codes, carried, report.n_latents)
+        else:
+            encoded, of_words = report.word_codes
+            if list(encoded) != words:
+                raise ValueError(f"word_codes must be of the {len(words)} words of the texts, got {len(encoded)}")
+            each = torch.arange(len(words) + 1, device="cpu")
+            alone = Carried(each, each[:-1], len(words))
+            latents, rises = latents_of_words(list(of_words.values()), alone, report.n_latents)
         samples: list[list[int]] = [[] for _ in words]
         offsets, concepts = carried.offsets.tolist(), carried.concepts.tolist()
         for number, row in enumerate(self.rows.tolist()):
