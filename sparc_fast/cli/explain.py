@@ -85,9 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
         from sparc_fast.explain.embedding_atlas import write_atlas
 
         write_atlas(report, arguments.atlas)
-        print(
-            f"{arguments.atlas}: pip install embedding-atlas, then embedding-atlas {shlex.quote(str(arguments.atlas))}"
-        )
+        show = f"embedding-atlas {shlex.quote(str(arguments.atlas))} --x projection_x --y projection_y"
+        print(f"{arguments.atlas}: pip install embedding-atlas, then {show}")
     return 0
 
 
