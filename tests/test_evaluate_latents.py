@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_evaluate_codes import cases, code_of, dense_of
 from torch import Tensor
 
-from sparc_fast.evaluate import StreamCode, codes, firing_agreement, latent_use, name_latents, top_samples
+from sparc_fast.evaluate import Carried, StreamCode, codes, firing_agreement, latent_use, name_latents, top_samples
 
 Case = tuple[dict[str, StreamCode], Tensor, int]
 LATENT_0_ALWAYS = {"a": code_of([[1.0], [1.0]]), "b": code_of([[1.0], [1.0]])}
@@ -98,16 +98,20 @@ def test_names_equal_the_definition_of_their_score(case: Case) -> None:
     concepts = [f"word{y}" for y in range(labels.shape[1])]
     fires = [dense_of(code, L) > 0 for code in streams.values()]
     S, N = len(fires), len(labels)
-    found = name_latents(streams, labels, concepts, L)
+    found = name_latents(streams, labels, concepts, L, shuffles=0)
     for l in range(L):
         fired = sum(int(f[:, l].sum()) for f in fires)
         scores = []
         for y in range(len(concepts)):
             hits = sum(int((f[:, l] & labels[:, y]).sum()) for f in fires)
-            base = int(labels[:, y].sum()) / max(N, 1)
-            scores.append(wilson_lower(hits / fired, fired / S) - base if hits else 0.0)
+            carriers = int(labels[:, y].sum())
+            p, r = (wilson_lower(hits / (S * n), n) if hits else 0.0 for n in (fired / S, carriers))
+            scores.append(2 * p * r / (p + r) if p > carriers / max(N, 1) else 0.0)
         best = max(scores, default=0.0)
-        assert float(found.score[l]) == pytest.approx(max(best, 0.0), abs=1e-5)
+        assert float(found.score[l]) == pytest.approx(best, abs=1e-5)
+        ranked = sorted(scores, reverse=True)[:3]
+        several = [scores[concepts.index(name)] for name in found.several[l]]
+        assert several == pytest.approx([score for score in ranked if score and score >= best / 2], abs=1e-5)
         y = int(found.concept[l])
         if y < 0:
             assert best < 1e-5
@@ -141,6 +145,34 @@ def test_a_broad_word_that_is_always_right_beats_a_rare_word_met_once() -> None:
     assert found.recall.item() == pytest.approx(10 / 300)
 
 
+def test_a_latent_of_cats_is_called_cat_and_not_animal() -> None:
+    n = torch.arange(1000)
+    animal, cat, fires = n < 200, n < 20, (n < 16) | (n == 500)  # F1 of animal 0.15, of cat 0.86
+    found = name_latents(one_latent_over(fires), torch.stack([animal, cat], 1), ["animal", "cat"], 1)
+    assert found.several == (("cat",),)
+
+
+def test_three_names_are_given_of_concepts_that_describe_a_latent_about_as_well() -> None:
+    n = torch.arange(1000)
+    labels = torch.stack([n < 20, n < 22, n < 25, n < 30, n < 500], 1)
+    found = name_latents(one_latent_over(n < 20), labels, list("abcde"), 1)
+    assert found.several == (("a", "b", "c"),)
+    assert found.names == ("a",)
+
+
+def test_what_shuffled_samples_score_as_well_is_no_name() -> None:
+    torch.manual_seed(0)
+    N, L, C = 400, 64, 300
+    chance = torch.rand(N, C) < 0.02
+    streams = {name: code_of((torch.rand(N, L) < 0.03).float().tolist()) for name in "ab"}
+    concepts = [f"word{y}" for y in range(C)]
+    unchecked, found = (name_latents(streams, chance, concepts, L, shuffles=n) for n in (0, 4))
+    assert sum(map(bool, unchecked.names)) > 0.9 * L
+    assert sum(map(bool, found.names)) < 0.15 * L
+    meant = torch.cat([chance, dense_of(streams["a"], L)[:, :1] > 0], 1)
+    assert name_latents(streams, meant, [*concepts, "meant"], L).names[0] == "meant"
+
+
 def test_of_two_words_always_right_the_more_specific_names_the_latent() -> None:
     fires = torch.arange(1000) < 10
     labels = torch.stack([torch.arange(1000) < 500, torch.arange(1000) < 50], 1)
@@ -170,6 +202,7 @@ def test_equal_words_give_the_first_and_chunks_of_labels_change_nothing(monkeypa
     streams = {name: code_of((words[:, 1:] & (torch.rand(60, 5) < 0.9)).float().tolist()) for name in "ab"}
     concepts = list("abcdefABCDEF")
     whole = name_latents(streams, labels, concepts, 5)
+    assert torch.equal(name_latents(streams, Carried.from_labels(labels), concepts, 5).score, whole.score)
     assert whole.names == tuple("bcdef")
     monkeypatch.setattr(codes, "CHUNK_BYTES", 1)
     parts = name_latents(streams, labels, concepts, 5)

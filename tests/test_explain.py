@@ -1,18 +1,16 @@
-"""The report: a self-contained page and a picture."""
+"""The report: a folder that opens from disk, and a picture."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
-import shutil
-import subprocess
-import unicodedata
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from reports import CONCEPTS, HOSTILE, OF_CONCEPT, STREAMS, a_report, hostile
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -20,137 +18,151 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 from sparc_fast import explain
-from sparc_fast.explain import ModelReport, Report, Row, choose_latents, write_report
-from sparc_fast.explain.atlas import atlas, cells, columns
-from sparc_fast.explain.latents import SharedWord, top
-from sparc_fast.explain.page import page_data, render_page
-
-HOSTILE = "</script><script>alert(1)</script><!-- \u2028 \" ' & \\ {{ 7 * 7 }} $x^2$"
-CONCEPTS = ["ARROW", "CYRILLIC", "BRAILLE", "GREEK", "ACUTE", "ROMAN"]
-STREAMS = {"sans": "its picture", "serif": "its other picture", "name": "its name"}
-
-
-def model(rows_of: dict[str, list[list[int]]], concept: list[str], name: str, quality: np.ndarray) -> ModelReport:
-    n_top = 10
-    padded = {
-        stream: np.array([(rows + [-1] * n_top)[:n_top] for rows in latents]) for stream, latents in rows_of.items()
-    }
-    values = {stream: np.where(rows >= 0, np.linspace(2, 1, n_top), 0.0) for stream, rows in padded.items()}
-    curves = {"step": [0.0, 10.0, 20.0], "self": [1.0, 0.5, float("nan")], "dead": [0.0, 2.0, 3.0]}
-    return ModelReport(name, padded, values, concept, quality, quality / 10, quality / 2, curves)
+from sparc_fast.explain import Ink, Items, Report, Stream, Thumbnails, choose_latents, write_report
+from sparc_fast.explain.latents import Shown, tops_of
+from sparc_fast.explain.page import render_page
+from sparc_fast.explain.pictures import columns
+from sparc_fast.explain.relations import energy, fire_together, latents_of_words, nearest
+from sparc_fast.explain.shards import Shards
 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    """Two faces of 20 characters per concept; latent 2i and 2i+1 bear concept i after, and none before."""
-    characters, owner = [], []
-    for i, concept in enumerate(CONCEPTS):
-        bearing = [c for c in map(chr, range(0x80, 0x2900)) if concept in unicodedata.name(c, "").split()]
-        characters += bearing[:20]
-        owner += [i] * 20
-    n = len(characters)
-    names = [unicodedata.name(c) for c in characters]
-    rng = np.random.default_rng(0)
-    images = {stream: rng.integers(0, 256, (2 * n, 12, 12), dtype=np.uint8) for stream in ("sans", "serif")}
-    of = [[row for row in range(n) if owner[row] == i] for i in range(len(CONCEPTS))]
-    live = 2 * len(CONCEPTS)
-    after_rows = {s: [rng.permutation(of[i // 2]).tolist() for i in range(live)] + [[]] for s in STREAMS}
-    before_rows = {s: [rng.permutation(n).tolist() for _ in range(live + 1)] for s in STREAMS}
-    quality = np.append(np.linspace(0.9, 0.3, live), np.nan)
-    concept = [CONCEPTS[i // 2] for i in range(live)] + [""]
-    table = [
-        Row("Jaccard", "How alike.", "higher", {"before": "0.02", "after": "0.21", "untrained": "0.01"}, "A", True),
-        Row("L0", "How many.", "neither", {"before": "12", "after": "12"}, "B"),
-    ]
-    return Report(
-        before=model(before_rows, concept, "before", quality),
-        after=model(after_rows, concept, "after", quality),
-        streams=STREAMS,
-        characters=characters * 2,
-        names=names * 2,
-        faces=["regular"] * n + ["bold"] * n,
-        images=images,
-        table=table,
-        settings={"seed": "0", "command": "sparc-fast demo"},
-    )
+    return a_report()
 
 
 @pytest.fixture(scope="module")
-def hostile(report: Report) -> Report:
-    """Every text that can come from outside is as bad as text can be."""
-    bad = replace(report.after, name=HOSTILE, concept=[HOSTILE, *report.after.concept[1:]])
-    rename = {"sans": HOSTILE, "serif": "serif", "name": "name"}
+def written(report, tmp_path_factory):
+    return write_report(report, tmp_path_factory.mktemp("report"))
 
-    def renamed(m: ModelReport) -> ModelReport:
-        return replace(
-            m,
-            top_samples={rename[s]: x for s, x in m.top_samples.items()},
-            top_values={rename[s]: x for s, x in m.top_values.items()},
-        )
 
-    return replace(
-        report,
-        before=renamed(report.before),
-        after=renamed(bad),
-        streams={HOSTILE: HOSTILE, "serif": "b", "name": "c"},
-        names=[HOSTILE] * len(report.names),
-        characters=["<", "&", '"', "\u2028", *report.characters[4:]],
-        faces=[HOSTILE] * len(report.faces),
-        images={rename[s]: x for s, x in report.images.items()},
-        table=[Row(HOSTILE, HOSTILE, "lower", {HOSTILE: HOSTILE, "before": HOSTILE}, HOSTILE, True)],
-        settings={HOSTILE: HOSTILE},
+def pieces(page, kind: str) -> list:
+    """The content of all pieces of a kind, one after another, or of the one of that name."""
+    (folder,) = page.parent.glob("report-*")
+    files = sorted((folder / kind).glob("*.js"), key=lambda path: int(path.stem))
+    found = [content(path) for path in files or [folder / f"{kind}.js"]]
+    return [entry for some in found for entry in some] if files else found[0]
+
+
+def content(path):
+    call = re.fullmatch(r'shard\("([\w/]+)",(.*)\);\n', path.read_text("utf-8"), re.DOTALL)
+    assert call
+    assert path.as_posix().endswith(f"/{call[1]}.js")
+    return json.loads(call[2])
+
+
+# --- safety ---
+
+
+def test_the_page_asks_for_nothing_outside_its_folder(written):
+    page = written.read_text("utf-8")
+    (folder,) = written.parent.glob("report-*")
+    asked = set(re.findall(r"""(?:src|href)=["'](?!#|data:)([^"']*)""", page))
+    assert asked == {f"{folder.name}/{name}" for name in ("page.css", "load.js", "start.js", "draw.js", "page.js")}
+    for text in (page, *(path.read_text("utf-8") for path in folder.iterdir() if path.suffix in (".js", ".css"))):
+        assert set(re.findall(r"(?:https?:)?//[a-z][^\s\"'<)]+", text)) <= {"http://www.w3.org/2000/svg"}
+        assert not re.search(r"\beval\(|innerHTML|insertAdjacentHTML|document\.write|new Function", text)
+
+
+def test_the_content_security_policy_allows_files_of_the_page_alone(written):
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', written.read_text("utf-8"))
+    assert policy == (
+        "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; base-uri 'none'; "
+        "form-action 'none'"
     )
 
 
-def block(page: str) -> dict:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert found
-    return json.loads(found[1])
+def test_hostile_texts_stay_text(report, tmp_path):
+    bad = hostile(report)
+    page = write_report(bad, tmp_path)
+    text = page.read_text("utf-8")
+    assert text.count("<script") == text.count("</script") == 4
+    assert "<!--" not in text
+    assert "<img" not in text
+    assert " 49 " not in text
+    start = pieces(page, "start")
+    assert [stream["name"] for stream in start["streams"]] == [HOSTILE, "__proto__", "constructor"]
+    assert start["models"][1]["name"] == HOSTILE
+    assert HOSTILE in pieces(page, "index")["words"]
+    assert {texts[0].rstrip("?") for *_, texts in pieces(page, "texts")} == {HOSTILE}
+    assert pieces(page, "samples")[0]["about"][1].rstrip("?") == HOSTILE
 
 
-def test_the_page_asks_for_nothing_outside_itself(report):
-    page = render_page(report)
-    assert not re.findall(r"""(?:src|href)=["'](?!#|data:)[^"']*""", page)
-    assert not re.findall(r"url\((?!data:)", page)
-    assert set(re.findall(r"https?://[^\s\"'<)]+", page)) <= {"http://www.w3.org/2000/svg"}  # a name, not an address
-    assert "default-src 'none'" in page
+# --- what is on the page ---
 
 
-def test_hostile_names_stay_text(hostile):
-    page = render_page(hostile)
-    assert page.count("<script") == 2
-    assert page.count("</script") == 2
-    assert "<!--" not in page
-    assert "alert(1)</script>" not in page
-    assert " 49 " not in page
-    data = block(page)
-    assert data["streams"][0]["name"] == HOSTILE
-    assert data["latents"][0]["concept"] == HOSTILE
-    assert {name for _, name in data["characters"]} == {HOSTILE}
-    assert "\u2028" not in page.split('id="data">')[1].split("</script>")[0]
+def test_every_live_latent_is_on_the_page_with_its_samples_in_every_stream(report, written):
+    index, latents, texts = (pieces(written, kind) for kind in ("index", "latents", "texts"))
+    assert sorted(index["ids"]) == list(range(2 * len(CONCEPTS)))  # the last is dead
+    assert index["stats"][0] == sorted(index["stats"][0], reverse=True)
+    for id, latent in zip(index["ids"], latents, strict=True):
+        for side, model in zip(latent["models"], (report.before, report.after), strict=True):
+            tops = tops_of(report, model)
+            for s in range(len(STREAMS)):
+                numbers, strength, bears, _ = side["streams"][s]
+                assert [texts[n][0] for n in numbers] == [report.items.ids[row] for row in tops.of(s, id)]
+                assert strength[0] == 100
+                concept = report.after.concept(id)
+                assert bears == [int(concept in report.items.texts["name"][row].split()) for row in tops.of(s, id)]
+        assert [shared for *_, shared in latent["models"][1]["streams"]] == [CONCEPTS[id // 2]] * len(STREAMS)
+    names = [index["words"][several[0]] for several in index["names"]]
+    assert names == [CONCEPTS[id // 2] for id in index["ids"]]
 
 
-def test_hostile_names_can_be_drawn(hostile, tmp_path):
-    page = write_report(hostile, tmp_path)
-    assert page.stat().st_size > 0
+def test_samples_are_numbered_as_the_page_shows_them(report, written):
+    start, index, latents = (pieces(written, kind) for kind in ("start", "index", "latents"))
+    first = latents[index["ids"].index(start["chosen"][0])]
+    assert first["models"][1]["streams"][0][0] == list(range(12))
+    entries = pieces(written, "texts")
+    assert sorted(id for id, *_ in entries) == sorted(report.items.ids)
+    held_out = dict(zip(report.items.ids, report.items.held_out.tolist(), strict=True))
+    assert all(bool(held) == held_out[id] for id, held, *_ in entries)
 
 
-def test_every_live_latent_is_on_the_page_with_its_samples(report):
-    data = block(render_page(report))
-    assert [latent["id"] for latent in data["latents"]] == np.flatnonzero(report.after.alive()).tolist()
-    assert len(data["latents"]) == len(report.after.concept) - 1
-    for latent in data["latents"]:
-        for side, m in zip(latent["models"], (report.before, report.after), strict=True):
-            for s, stream in enumerate(data["streams"]):
-                found = [data["characters"][stream["cells"][cell][0]] for cell in side["samples"][s]]
-                rows = list(top(report, m, stream["name"], latent["id"]))
-                assert found == [[report.characters[row], report.names[row]] for row in rows]
-                assert len(side["strength"][s]) == len(rows)
-                assert side["strength"][s][0] == 100
+def test_a_missing_picture_is_marked_and_leaves_the_others_in_place(report, written):
+    there = {id: flags for id, _, flags, _ in pieces(written, "texts")}
+    assert there.pop(report.items.ids[3]) == 1  # ink, but no photo
+    assert set(there.values()) == {3}
+    (folder,) = written.parent.glob("report-*")
+    order = [report.items.ids.index(id) for id, *_ in pieces(written, "texts")]
+    photos = report.items.pictures["photo"]
+    for sheet in range(2):
+        drawn = np.asarray(Image.open(folder / f"pictures/1/{sheet}.webp").convert("RGBA")).astype(int)
+        for cell, row in enumerate(order[64 * sheet : 64 * (sheet + 1)]):
+            y, x = (96 * p for p in divmod(cell, 8))
+            expected = photos.draw(row)
+            found = drawn[y : y + 96, x : x + 96]
+            if expected is None:
+                assert not found[..., 3].any()
+            else:
+                assert np.abs(found[48, 48] - np.asarray(expected)[48, 48].astype(int)).max() < 12
+
+
+def test_a_samples_page_has_its_latents_by_share_of_energy_and_its_nearest_of_other_streams(report, written):
+    order = [id for id, *_ in pieces(written, "texts")]
+    for n, sample in enumerate(pieces(written, "samples")):
+        row = report.items.ids.index(order[n])
+        assert sample["texts"] == [report.items.texts["name"][row]]
+        assert sample["about"] == [report.items.about["point"][row]]
+        for (values, indices), shown in zip(report.after.codes.values(), sample["codes"], strict=True):
+            squares = {int(l): float(v) ** 2 for v, l in zip(values[row], indices[row], strict=True) if v > 0}
+            shares = {l: round(1000 * x / sum(squares.values())) for l, x in squares.items()}
+            assert dict(shown) == pytest.approx(shares, abs=1)
+            assert [x for _, x in shown] == sorted((x for _, x in shown), reverse=True)
+        for s, of_stream in enumerate(sample["near"]):
+            assert of_stream[s] == []
+
+
+def test_words_lead_to_latents_and_samples(report, written):
+    known = pieces(written, "words")
+    place = known["words"].index("cyrillic")
+    assert {l for l, _ in known["latents"][place][:2]} == {2, 3}
+    texts = pieces(written, "texts")
+    assert all("CYRILLIC" in texts[n][3][0] for n in known["samples"][place])
 
 
 def test_the_table_has_every_row_and_a_dash_where_a_model_has_no_number(report):
-    page = render_page(report)
+    page = render_page(report, "pieces")
     table = page[page.index("<table>") : page.index("</table>")]
     assert re.findall(r"<td[^>]*>(.*?)</td>", table) == ["0.02", "0.21", "0.01", "12", "12", "–"]
     assert all(row.meaning in table and row.section in table for row in report.table)
@@ -159,111 +171,190 @@ def test_the_table_has_every_row_and_a_dash_where_a_model_has_no_number(report):
     assert re.findall(r"<dt>(.*?)</dt>", figures) == ["Jaccard"]
 
 
-def test_numbers_that_are_not_finite_become_null(report):
+def test_numbers_that_are_not_finite_become_null(report, tmp_path):
     jaccard = report.after.jaccard.copy()
     jaccard[0] = np.nan
-    data = block(render_page(replace(report, after=replace(report.after, jaccard=jaccard))))
-    assert data["latents"][0]["models"][1]["stats"][2] is None
-    assert data["models"][1]["curves"]["self"] == [1.0, 0.5, None]
+    page = write_report(replace(report, after=replace(report.after, jaccard=jaccard)), tmp_path)
+    index = pieces(page, "index")
+    assert index["stats"][2][index["ids"].index(0)] is None
+    assert dict(pieces(page, "start")["models"][1]["curves"])["self"] == [1.0, 0.5, None]
 
 
-def test_a_character_is_shown_once_per_stream_in_its_strongest_face(report):
-    n = len(report.characters) // 2
-    rows = np.array([[3 + n, 3, 5, 5 + n, -1]])
-    twice = ModelReport("m", {"sans": rows}, {"sans": np.array([[5.0, 4, 3, 2, 0]])}, [""], *[np.zeros(1)] * 3, {})
-    assert top(report, twice, "sans", 0) == {3 + n: 5.0, 5: 3.0}
+def test_a_report_without_labels_pictures_texts_or_another_model_is_written(report, tmp_path):
+    bare = Report(
+        after=replace(report.after, names=[()] * report.n_latents, jaccard=None, curves={}),
+        before=None,
+        streams=dict.fromkeys(STREAMS, Stream()),
+        items=Items(ids=report.items.ids),
+    )
+    page = write_report(bare, tmp_path)
+    assert len(pieces(page, "start")["chosen"]) == len(CONCEPTS) * 2
+    assert pieces(page, "words") == {"words": [], "latents": [], "samples": []}
+    assert "Before" not in page.read_text("utf-8")
 
 
-@pytest.mark.parametrize(("n", "height", "width"), [(1, 40, 40), (7, 12, 12), (10, 9, 14), (5, 60, 48)])
-def test_a_picture_in_the_atlas_is_the_one_asked_for(n, height, width):
-    images = np.random.default_rng(n).integers(0, 256, (n, height, width), dtype=np.uint8)
-    sheet = np.array(Image.open(io.BytesIO(atlas(images))).convert("RGBA"))[..., 3]
-    expected = cells(images)
-    side = expected.shape[1]
-    for i in range(n):
-        y, x = (side * p for p in divmod(i, columns(n)))
-        found = sheet[y : y + side, x : x + side].astype(int)
-        assert np.abs(found - expected[i]).max() <= 9  # 16 levels
-    if max(height, width) <= 40:
-        y, x = 1 + (side - 2 - height) // 2, 1 + (side - 2 - width) // 2
-        np.testing.assert_array_equal(expected[:, y : y + height, x : x + width], images)
-    assert expected.sum(axis=(1, 2)).all()
+# --- pictures ---
 
 
-def test_an_atlas_of_nothing_is_still_a_picture():
-    assert Image.open(io.BytesIO(atlas(np.zeros((0, 8, 8), np.uint8)))).size[1] > 0
+@pytest.mark.parametrize(("n", "height", "width"), [(1, 40, 40), (7, 12, 12), (300, 9, 14), (5, 60, 48)])
+def test_an_ink_picture_in_the_sheet_is_the_one_asked_for(n, height, width):
+    ink = Ink(np.random.default_rng(n).integers(0, 256, (n, height, width), dtype=np.uint8))
+    rows = list(range(n))[::-1][:256]
+    suffix, url, there = ink.write(rows)
+    assert suffix == "js"
+    assert there == [True] * len(rows)
+    import base64
+
+    sheet = np.array(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGBA"))[..., 3]
+    for cell, row in enumerate(rows):
+        y, x = (ink.side * p for p in divmod(cell, columns(ink.sheet)))
+        expected = np.asarray(ink.draw(row)).astype(int)
+        found = sheet[y : y + ink.side, x : x + ink.side].astype(int)
+        assert np.abs(found - expected).max() <= 9  # 16 levels
+        assert expected.any()
 
 
-def test_the_cells_of_the_page_are_the_rows_of_its_atlas(report):
-    data, rows = page_data(report)
-    for stream in data["streams"]:
-        for cell, row in zip(stream["cells"], rows[stream["name"]], strict=True):
-            assert data["characters"][cell[0]] == (report.characters[row], report.names[row])
-            assert data["faces"][cell[1]] == report.faces[row]
+def test_a_thumbnail_is_the_whole_picture_in_the_middle_of_a_square():
+    picture = Thumbnails(1, lambda _: Image.new("RGB", (30, 10), "red")).draw(0)
+    alpha = np.asarray(picture)[..., 3]
+    assert picture.size == (96, 96)
+    assert np.flatnonzero(alpha.any(1)).tolist() == list(range(32, 64))
+    assert alpha.any(0).all()
 
 
-def test_the_shared_word_is_in_half_of_the_names_and_rare_elsewhere(report):
-    shared_word = SharedWord(report)
-    assert shared_word([n for n in report.names if "ARROW" in n.split()][:8]) == "ARROW"
-    assert shared_word(["GREEK SMALL LETTER ALPHA", "BRAILLE PATTERN BLANK"]) == ""
-    assert shared_word([]) == ""
+# --- choice ---
 
 
-def test_a_near_tie_goes_to_the_hint(report):
-    braille = [n for n in report.names if n.startswith("BRAILLE")][:8]
-    assert {SharedWord(report)(braille, hint) for hint in ("BRAILLE", "PATTERN")} == {"BRAILLE", "PATTERN"}
+def test_of_samples_of_one_group_the_strongest_is_shown(report):
+    groups = [str(row // 2) for row in range(len(report.items))]
+    tops = tops_of(replace(report, items=replace(report.items, groups=groups)), report.after)
+    plain = tops_of(report, report.after)
+    for latent in range(report.n_latents - 1):
+        shown, every = tops.of(0, latent), plain.of(0, latent)
+        seen = set()
+        expected = [row for row in every if not (row // 2 in seen or seen.add(row // 2))]
+        assert shown[: len(expected)] == expected
+        assert len({row // 2 for row in shown}) == len(shown)
+
+
+def test_the_shared_concept_is_in_half_of_the_samples_and_rare_elsewhere(report):
+    shown = Shown(report)
+    assert shown.shared(list(range(8))) == "ARROW"
+    assert shown.shared([0, OF_CONCEPT, 2 * OF_CONCEPT, 3 * OF_CONCEPT, 4 * OF_CONCEPT]) == ""
+    assert shown.shared([]) == ""
 
 
 def test_chosen_latents_are_always_the_same_and_of_distinct_concepts(report):
     chosen = choose_latents(report)
     assert chosen == choose_latents(report)
     assert len(chosen) == len(CONCEPTS)
-    assert len({report.after.concept[latent] for latent in chosen}) == len(chosen)
-    assert chosen[0] == 0  # the most aligned
-    assert choose_latents(report, 2) == chosen[:2]
+    assert len({report.after.concept(latent) for latent in chosen}) == len(chosen)
+    assert choose_latents(report, n=2) == chosen[:2]
 
 
 def test_a_latent_that_is_silent_in_a_stream_of_either_model_is_not_chosen(report):
-    silent = report.before.top_samples["name"].copy()
-    silent[0] = -1
-    before = replace(report.before, top_samples=report.before.top_samples | {"name": silent})
-    assert 0 not in choose_latents(replace(report, before=before))
-    silent[:] = -1
-    assert choose_latents(replace(report, before=before)) == []
+    first = choose_latents(report)[0]
+    values, indices = report.before.codes["name"]
+    silent = {**report.before.codes, "name": (values.masked_fill(indices == first, 0), indices)}
+    assert first not in choose_latents(replace(report, before=replace(report.before, codes=silent)))
+    silent["name"] = (torch.zeros_like(values), indices)
+    assert choose_latents(replace(report, before=replace(report.before, codes=silent))) == []
 
 
-def test_a_latent_whose_samples_lack_its_concept_is_not_preferred(report):
-    concept = ["ROMAN", *report.after.concept[1:]]
-    chosen = choose_latents(replace(report, after=replace(report.after, concept=concept)))
-    assert chosen[0] != 0
+def test_a_latent_whose_samples_lack_its_concept_is_not_chosen(report):
+    first = choose_latents(report)[0]
+    names = list(report.after.names)
+    names[first] = (next(concept for concept in CONCEPTS if concept not in names[first]),)
+    assert first not in choose_latents(replace(report, after=replace(report.after, names=names)))
 
 
-def test_the_report_is_a_page_and_a_picture(report, tmp_path):
+# --- relations ---
+
+
+def test_what_fires_together_equals_counting(report):
+    others, shares = fire_together(report.after.codes, report.after.frequency, n=3)
+    dense = []
+    for values, indices in report.after.codes.values():
+        fires = torch.zeros(len(values), report.n_latents, dtype=torch.bool)
+        dense.append(fires.scatter_(1, indices.long(), values > 0))
+    fires = torch.cat(dense).double()
+    share = (fires.T @ fires) / fires.sum(0).clamp_min(1)[:, None]
+    excess = share - torch.as_tensor(report.after.frequency).double()
+    for l in range(report.n_latents):
+        excess[l, l] = -1
+        for other, found in zip(others[l].tolist(), shares[l].tolist(), strict=True):
+            assert other < 0 or found == pytest.approx(float(share[l, other]))
+        best = [float(x) for x in excess[l].topk(3).values if x > 0]
+        assert [float(excess[l, other]) for other in others[l].tolist() if other >= 0] == pytest.approx(best, abs=1e-6)
+
+
+def test_the_nearest_samples_are_those_of_largest_cosine():
+    torch.manual_seed(0)
+    N, L, k = 60, 40, 4
+    a, b = ((torch.rand(N, k), torch.stack([torch.randperm(L)[:k] for _ in range(N)]).int()) for _ in range(2))
+    found, cosines = nearest(a, b, L, n=3)
+    dense = [torch.zeros(N, L).scatter_(1, i.long(), v) for v, i in (a, b)]
+    cosine = torch.nn.functional.normalize(dense[0]) @ torch.nn.functional.normalize(dense[1]).T
+    for n in range(N):  # k and N are so small that all candidates are looked at
+        best = [float(x) for x in cosine[n].topk(3).values if x > 0]
+        assert cosines[n][: len(best)].tolist() == pytest.approx(best, abs=1e-6)
+        assert [float(cosine[n, m]) for m in found[n].tolist() if m >= 0] == pytest.approx(best, abs=1e-6)
+
+
+def test_a_word_speaks_of_the_latents_that_take_energy_where_it_is(report):
+    latents, rises = latents_of_words(list(report.after.codes.values()), report.items.carried, report.n_latents, n=2)
+    for concept, (found, rise) in enumerate(zip(latents.tolist(), rises.tolist(), strict=True)):
+        assert set(found) == {2 * concept, 2 * concept + 1}
+        assert rise == sorted(rise, reverse=True)
+        mean = []
+        for code in report.after.codes.values():
+            at = (code[1] == found[0]) * energy(code)
+            mean.append(at.sum(1)[OF_CONCEPT * concept :][:OF_CONCEPT].mean() - at.sum(1).mean())
+        assert rise[0] == pytest.approx(float(sum(mean)) / 3, abs=1e-5)
+
+
+# --- files ---
+
+
+def test_the_report_is_a_page_its_pieces_and_a_picture(report, tmp_path):
     page = write_report(report, tmp_path / "new" / "folder")
     assert page == tmp_path / "new" / "folder" / explain.PAGE
-    assert sorted(p.name for p in page.parent.iterdir()) == [explain.HEADLINE, explain.PAGE]
+    names = sorted(p.name for p in page.parent.iterdir())
+    assert names[:2] == [explain.HEADLINE, explain.PAGE]
+    assert len(names) == 3
     picture = Image.open(page.with_name(explain.HEADLINE))
     assert picture.width == 1600
     assert len(np.unique(np.array(picture.convert("L")))) > 50
 
 
-def test_a_report_without_choosable_latents_is_still_written(report, tmp_path):
-    nameless = replace(report, after=replace(report.after, concept=[""] * len(report.after.concept)))
-    assert block(write_report(nameless, tmp_path).read_text("utf-8"))["chosen"] == []
+def test_the_same_report_gives_the_same_files_and_another_one_replaces_them(report, tmp_path):
+    def files():
+        return {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    write_report(report, tmp_path)
+    first = files()
+    write_report(a_report(), tmp_path)
+    assert files() == first
+    write_report(a_report(seed=1), tmp_path)
+    assert len(list(tmp_path.glob("report-*"))) == 1
+    assert files().keys() != first.keys()
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError("No space left on device")])
-def test_a_failed_write_leaves_the_previous_report(report, tmp_path, monkeypatch, interruption):
+@pytest.mark.parametrize("where", ["headline.render_headline", "shards.Shards.vocabulary"])
+def test_a_failed_write_leaves_the_previous_report(report, tmp_path, monkeypatch, interruption, where):
     write_report(report, tmp_path)
-    previous = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    previous = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
     def fail(*_):
         raise interruption
 
-    monkeypatch.setattr("sparc_fast.explain.write.os.replace", fail)
+    monkeypatch.setattr(f"sparc_fast.explain.{where}", fail)
     with pytest.raises((KeyboardInterrupt, OSError)):
-        write_report(replace(report, settings={"seed": "1"}), tmp_path)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == previous
+        write_report(replace(report, items=replace(report.items, ids=report.items.ids[::-1])), tmp_path)
+    there = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert {p: there[p] for p in previous} == previous
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(report, tmp_path):
@@ -279,87 +370,36 @@ def test_a_missing_extra_is_named(report, tmp_path, monkeypatch):
 
 
 def test_columns_of_different_lengths_are_refused(report):
-    with pytest.raises(ValueError, match=r"names must be one per character \(\d+\), got 1"):
-        replace(report, names=["A"])
-    with pytest.raises(ValueError, match=r"images\['sans'\] must be one per .*, got 3"):
-        replace(report, images={"sans": np.zeros((3, 4, 4), np.uint8)})
+    with pytest.raises(ValueError, match=r"texts\['name'\] must be one per sample \(\d+\), got 1"):
+        replace(report.items, texts={"name": ["A"]})
+    with pytest.raises(ValueError, match=r"pictures\['sans'\] must be one per .*, got 3"):
+        replace(report.items, pictures={"sans": Ink(np.zeros((3, 4, 4), np.uint8))})
     with pytest.raises(ValueError, match="agreement of before must be of 13 latents, got 2"):
         replace(report, before=replace(report.before, agreement=np.zeros(2)))
     with pytest.raises(ValueError, match="before must have the streams"):
-        replace(report, streams={"sans": ""})
+        replace(report, before=replace(report.before, codes={"sans": report.before.codes["sans"]}))
+    with pytest.raises(ValueError, match="text of stream 'sans' must be one of"):
+        replace(report, streams={**STREAMS, "sans": Stream(text="caption")})
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_the_atlas_has_a_row_a_sample_with_texts_latents_and_places(report, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from sparc_fast.explain.embedding_atlas import write_atlas
+
+    write_atlas(report, tmp_path / "atlas.parquet")
+    table = parquet.read_table(tmp_path / "atlas.parquet").to_pydict()
+    assert table["id"] == report.items.ids
+    assert table["name"] == report.items.texts["name"]
+    assert all(latents.split(", ")[0] == "ARROW" for latents in table["latents of sans"][:OF_CONCEPT] if latents)
+    places = np.stack([table["projection_x"], table["projection_y"]], 1)
+    codes = torch.zeros(len(report.items), report.n_latents)
+    for code in report.after.codes.values():
+        codes.scatter_add_(1, code[1].long(), energy(code).sqrt())
+    singular = torch.linalg.svdvals((codes - codes.mean(0)).double())
+    assert np.linalg.norm(places) ** 2 == pytest.approx(float(singular[:2].square().sum()), rel=0.1)
 
 
-def browse(url: str, profile: Path) -> tuple[str, str]:
-    """The page's elements once its scripts have run, and the browser's log."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=5000"]
-    done = subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, done.stderr
-
-
-@needs_chromium
-@pytest.mark.parametrize("which", ["report", "hostile"])
-def test_a_browser_fills_the_list_without_errors(which, request, tmp_path):
-    report = request.getfixturevalue(which)
-    dom, log = browse(write_report(report, tmp_path / "report").as_uri(), tmp_path / "profile")
-    assert re.search(r'id="count"[^>]*>12 of 12 live latents<', dom)
-    assert len(re.findall(r'<a class="card"', dom)) == 12
-    assert len(re.findall(r'<article class="chosen"', dom)) == len(choose_latents(report))
-    assert len(re.findall(r"<figure", dom)) == 2
-    assert "CONSOLE" not in log
-
-
-@needs_chromium
-def test_a_phone_can_search_and_visit_a_latent_and_come_back(report, tmp_path):
-    """In a frame of 390 pixels, for the browser's own window cannot be as narrow as a phone."""
-    page = write_report(report, tmp_path)
-    steps = """<script>
-    const state = () => ({
-      home: !document.getElementById("home").hidden,
-      heading: document.querySelector("#latent h1")?.textContent,
-      glyphs: document.querySelectorAll("#latent .picture").length,
-      cards: document.querySelectorAll(".card").length,
-      overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-      focus: document.activeElement.getAttribute("href"),
-      y: Math.round(scrollY),
-    });
-    const wait = () => new Promise((done) => setTimeout(done, 100));
-    const press = (key) => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-    (async () => {
-      const seen = [state()];
-      const act = async (what) => { what(); await wait(); seen.push(state()); };
-      const search = document.getElementById("search");
-      await act(() => { search.value = "cyril"; search.dispatchEvent(new Event("input")); });
-      await act(() => { scrollTo(0, 300); document.querySelector(".card").click(); });
-      await act(() => press("ArrowRight"));
-      await act(() => history.back());
-      await act(() => history.back());
-      await act(() => { location.hash = "latent=12"; });
-      await act(() => press("Escape"));
-      parent.postMessage(seen, "*");
-    })();
-    </script></body>"""
-    page.write_text(page.read_text("utf-8").replace("</body>", steps), "utf-8")
-    host = tmp_path / "phone.html"
-    host.write_text("""<iframe src="index.html" style="width: 390px; height: 800px; border: 0"></iframe>
-    <pre></pre><script>
-    onmessage = ({ data }) => { document.querySelector("pre").textContent = JSON.stringify(data); };
-    </script>""")
-    dom, log = browse(host.as_uri(), tmp_path / "profile")
-    assert "CONSOLE" not in log
-    start, found, latent, following, back, home, dead, escaped = json.loads(re.search("<pre>(.*)</pre>", dom)[1])
-    assert (start["home"], start["cards"]) == (True, 12)
-    assert found["cards"] == 2
-    assert (latent["home"], latent["heading"], latent["y"]) == (False, "CYRILLIC", 0)
-    assert latent["glyphs"] == 2 * 2 * 10
-    assert (following["home"], following["heading"]) == (False, "CYRILLIC")
-    assert back == latent
-    assert (home["home"], home["cards"], home["y"], home["focus"]) == (True, 2, 300, "#latent=2")
-    assert dead["heading"] == "Latent 12 is dead"
-    assert escaped["home"]
-    assert {state["overflow"] for state in (start, found, latent, dead)} == {0}
+def test_pieces_are_of_few_samples_and_latents_each(report, monkeypatch):
+    monkeypatch.setattr("sparc_fast.explain.shards.TEXTS", 50)
+    names = [name for name, _ in Shards(report).pieces() if name.startswith("texts/")]
+    assert names == ["texts/0.js", "texts/1.js", "texts/2.js"]

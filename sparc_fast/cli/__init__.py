@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train on your own features, in a run that survives interruption",
     "plan": "whether a training run fits this machine or another, and how long it takes",
     "eval": "print the evaluation of trained models, beside an untrained one",
+    "explain": "write a page to look through every latent of a model, and share",
     "encode": "turn a data set of any size into sparse codes in a file",
     "glyphs": "write the built-in glyphs as a large data set in files",
     "convert": "turn a checkpoint of the research code into ours, or back",

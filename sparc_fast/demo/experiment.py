@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparc_fast.evaluate import Evaluation, comparison, evaluate, latent_use, name_latents, top_samples
-from sparc_fast.explain import ModelReport, Report
+from sparc_fast.evaluate import Carried, Evaluation, comparison, evaluate
+from sparc_fast.explain import Ink, Items, ModelReport, Report, Stream
 from sparc_fast.model import SPARC
 from sparc_fast.selection import Selection
 from sparc_fast.training.in_memory import Curves, train
@@ -119,14 +119,22 @@ def _evaluate(model: SPARC, glyphs: Glyphs) -> Evaluation:
 def report(glyphs: Glyphs, trained: dict[str, Trained], settings: Settings, command: str) -> Report:
     """Everything the page shows: both models over all characters in the regular face, each stream encoded alone."""
     regular = torch.tensor([face == "regular" for face in glyphs.faces]).nonzero()[:, 0]
+    items = Items(
+        ids=[glyphs.characters[n] for n in regular],
+        texts={"name": [glyphs.names[n] for n in regular]},
+        pictures={name: Ink(pictures[regular].numpy()) for name, pictures in glyphs.images.items()},
+        carried=Carried.from_labels(glyphs.labels[regular]),
+        concepts=glyphs.concepts,
+        held_out=glyphs.held_out[regular].numpy(),
+    )
     return Report(
-        before=_model_report(INDEPENDENT, trained[INDEPENDENT], glyphs, regular),
-        after=_model_report(SPARC_NAME, trained[SPARC_NAME], glyphs, regular),
-        streams=STREAMS,
-        characters=[glyphs.characters[n] for n in regular],
-        names=[glyphs.names[n] for n in regular],
-        faces=[glyphs.faces[n] for n in regular],
-        images={name: pictures[regular].numpy() for name, pictures in glyphs.images.items()},
+        before=_model_report(INDEPENDENT, trained[INDEPENDENT], glyphs, regular, items),
+        after=_model_report(SPARC_NAME, trained[SPARC_NAME], glyphs, regular, items),
+        streams={
+            name: Stream(about, **({"picture": name} if name in glyphs.images else {"text": name}))
+            for name, about in STREAMS.items()
+        },
+        items=items,
         table=comparison({name: result.evaluation for name, result in trained.items()}),
         settings={
             "sparc_fast": __version__,
@@ -140,23 +148,12 @@ def report(glyphs: Glyphs, trained: dict[str, Trained], settings: Settings, comm
     )
 
 
-def _model_report(name: str, trained: Trained, glyphs: Glyphs, rows: Tensor, n: int = 12) -> ModelReport:
+def _model_report(name: str, trained: Trained, glyphs: Glyphs, rows: Tensor, items: Items) -> ModelReport:
     model, evaluation = trained.model, trained.evaluation
     with torch.no_grad():
         codes = {stream: model.encode({stream: x[rows]}).stream(stream) for stream, x in glyphs.inputs.items()}
-    named = name_latents(codes, glyphs.labels[rows], glyphs.concepts, model.n_latents)
-    top = top_samples(codes, model.n_latents, n)
-    use = latent_use(codes, model.n_latents)
     held_out_jaccard = evaluation.jaccard_single
     assert held_out_jaccard is not None  # the glyphs have labels
     silent = ~evaluation.latents_single.alive_in_any
-    return ModelReport(
-        name=name,
-        top_samples={stream: top.samples[s].numpy() for s, stream in enumerate(codes)},
-        top_values={stream: top.values[s].numpy() for s, stream in enumerate(codes)},
-        concept=list(named.names),
-        agreement=named.agreement.numpy(),
-        frequency=use.frequency.mean(0).numpy(),
-        jaccard=held_out_jaccard.masked_fill(silent, torch.nan).numpy(),
-        curves=trained.curves,
-    )
+    jaccard = held_out_jaccard.masked_fill(silent, torch.nan)
+    return ModelReport.of(name, codes, model.n_latents, items, jaccard=jaccard, curves=trained.curves)

@@ -6,16 +6,18 @@ Every metric can be run on *single* codes (each stream encoded alone: the honest
 
 from .agreement import firing_agreement
 from .codes import Codes, StreamCode
-from .concepts import LatentNames, TopSamples, name_latents, top_samples
+from .concepts import Carried, LatentNames, TopSamples, name_latents, top_samples
 from .evaluation import METRICS, Evaluation, Metric, evaluate
 from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .retrieval import Found, Retrieval, retrieval_ranks, retrieval_scores, retrieval_seconds, retrieve
 from .table import Row, as_text, comparison, table
+from .words import as_words, words_as_concepts
 
 __all__ = [
     "METRICS",
+    "Carried",
     "Codes",
     "Evaluation",
     "Found",
@@ -27,6 +29,7 @@ __all__ = [
     "StreamCode",
     "TopSamples",
     "as_text",
+    "as_words",
     "comparison",
     "concept_jaccard",
     "concept_jaccard_by_chance",
@@ -43,4 +46,5 @@ __all__ = [
     "squared_error",
     "table",
     "top_samples",
+    "words_as_concepts",
 ]

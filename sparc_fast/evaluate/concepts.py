@@ -1,33 +1,72 @@
-"""What a latent stands for: its best concept word, and the samples that fire it most."""
+"""What a latent stands for: the concepts that describe it best, and the samples that fire it most."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from . import codes as chunks
 from .agreement import firing_agreement
-from .codes import Codes, check_codes, check_labels, firing_counts, firings, label_counts
+from .codes import Codes, check_codes, check_labels, firing_counts, firings
 
-__all__ = ["LatentNames", "TopSamples", "name_latents", "top_samples"]
+__all__ = ["Carried", "LatentNames", "TopSamples", "name_latents", "top_samples"]
 
 Z = 1.96  # normal quantile of the 95 % interval
+ALIKE = 64  # latents of about one frequency that share a threshold of chance
+CHANCE = 0.95  # quantile of what shuffled samples score
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """Which of `n_concepts` concepts each of N samples carries, as lists.
+
+    Those of sample n are concepts[offsets[n] : offsets[n + 1]], int64, each once; offsets int64 [N + 1].
+    """
+
+    offsets: Tensor
+    concepts: Tensor
+    n_concepts: int
+
+    @classmethod
+    def from_labels(cls, labels: Tensor) -> Carried:
+        """Of truth values, bool [N, C]."""
+        offsets = torch.zeros(len(labels) + 1, dtype=torch.int64, device=labels.device)
+        offsets[1:] = labels.sum(dim=1).cumsum(0)
+        return cls(offsets, labels.nonzero()[:, 1], labels.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def counts(self) -> Tensor:
+        """Samples that carry each concept, int64 [C]."""
+        return torch.bincount(self.concepts, minlength=self.n_concepts)
+
+    def of(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions in `samples` and concepts of all that these samples carry."""
+        first = self.offsets[samples]
+        degree = self.offsets[samples + 1] - first
+        positions = torch.repeat_interleave(degree)
+        ends = degree.cumsum(0)
+        within = torch.arange(len(positions), device=degree.device) - (ends - degree)[positions]
+        return positions, self.concepts[first[positions] + within]
 
 
 @dataclass(frozen=True, eq=False)
 class LatentNames:
-    """The concept that describes each latent best, judged on all streams together.
+    """The concepts that describe each latent best, judged on all streams together.
 
-    names[l] is "" and concept[l] is -1 where no concept is more likely among the samples that fire the latent
-    than among all samples. precision: fraction of firing samples that carry the concept; recall: fraction of
-    its samples that fire the latent; both pooled over streams [L] and per stream [S, L], 0 without a concept.
-    score [L]: see `name_latents`. agreement [L]: see `firing_agreement`.
+    names[l] is "" and concept[l] is -1 where none beats chance; several[l] has up to three names, the best first.
+    precision: fraction of firing samples that carry the concept; recall: fraction of its samples that fire the latent;
+    both pooled over streams [L] and per stream [S, L], 0 without a concept. score [L]: see `name_latents`.
+    agreement [L]: see `firing_agreement`.
     """
 
     streams: tuple[str, ...]
     names: tuple[str, ...]
+    several: tuple[tuple[str, ...], ...]
     concept: Tensor
     score: Tensor
     precision: Tensor
@@ -37,47 +76,138 @@ class LatentNames:
     agreement: Tensor
 
 
-def name_latents(codes: Codes, labels: Tensor, concepts: Sequence[str], n_latents: int) -> LatentNames:
-    """Name each latent by the concept y of largest score, labels [N, C] having one column per concept.
+def name_latents(
+    codes: Codes,
+    labels: Tensor | Carried,
+    concepts: Sequence[str],
+    n_latents: int,
+    *,
+    n_names: int = 3,
+    shuffles: int = 4,
+    seed: int = 0,
+) -> LatentNames:
+    """Name each latent by the concepts y of largest score, labels [N, C] having one column per concept.
 
-        score = lower 95 % Wilson bound of P(y | latent fires) - P(y),   in (-1, 1)
+        score = 2 p r / (p + r),   p, r = lower 95 % Wilson bounds of P(y | latent fires) and P(latent fires | y)
 
-    the rise in probability that the firings vouch for at least. F1 and lift both prefer a rare word that met
-    the latent once to a broad word that is always right; this does neither: the bound discounts small counts,
-    the base rate P(y) discounts words that are common anyway. P pools the streams, and the bound counts
-    firings per stream, for one sample seen in S streams is not S samples. Ties go to the first concept.
+    and 0 where p is at most P(y): the F1 that the firings vouch for at least. Precision alone prefers "animal" to "cat"
+    in a latent of cats, as every cat is one; that a latent covers few of the animals speaks against it. The bounds
+    discount small counts, so that a rare word that met the latent once does not name it. P pools the streams, and the
+    bounds count per stream, for one sample seen in S streams is not S samples. Ties go to the first concept.
+
+    A name must also beat chance: with samples shuffled `shuffles` times (or oftener where there are few latents), the
+    best concept's score in 95 % of latents of about the same frequency. With 0 nothing is shuffled. Further names score
+    at least half of the first.
     """
     n_samples = check_codes(codes, n_latents)
-    check_labels(labels, n_samples)
-    if len(concepts) != labels.shape[1]:
-        raise ValueError(f"concepts must be one per column of labels ({labels.shape[1]}), got {len(concepts)}")
+    if isinstance(labels, Tensor):
+        check_labels(labels, n_samples)
+        labels = Carried.from_labels(labels)
+    elif len(labels) != n_samples:
+        raise ValueError(f"labels must be of N={n_samples} samples, got {len(labels)}")
+    if len(concepts) != labels.n_concepts:
+        raise ValueError(f"concepts must be one per column of labels ({labels.n_concepts}), got {len(concepts)}")
+    postings = [_postings(code, n_latents) for code in codes.values()]
     fired = torch.stack([firing_counts(code, n_latents) for code in codes.values()]).float()
-    per_concept = labels.sum(dim=0).float()
-    best = fired.new_zeros(n_latents)
-    concept = torch.full((n_latents,), -1, dtype=torch.int64, device=labels.device)
+    base = labels.counts().float()
+    kept = min(n_names, labels.n_concepts)
+    scores = fired.new_zeros(n_latents, kept)
+    best = torch.full((n_latents, kept), -1, dtype=torch.int64, device=fired.device)
     hits = torch.zeros_like(fired)
-    pooled = fired.sum(dim=0)
-    for start, counts in label_counts(codes, labels, n_latents):
-        precision = counts.sum(dim=0) / pooled.clamp_min(1)[:, None]
-        base = per_concept[start : start + counts.shape[2]] / max(n_samples, 1)
-        score, choice = (_wilson_lower(precision, pooled[:, None] / len(codes)) - base).max(dim=1)
-        better = score > best
-        best = torch.where(better, score, best)
-        concept = torch.where(better, start + choice, concept)
-        chosen = counts.gather(2, choice.expand(len(codes), -1)[..., None])[..., 0]
-        hits = torch.where(better, chosen, hits)
-    carried = per_concept[concept] if len(concepts) else pooled  # where there is no concept, hits are 0
+    for some, counts in _counts(postings, labels, n_latents):
+        scores[some], best[some] = _largest(_scores(counts, fired[:, some], base, n_samples), kept)
+        if kept:
+            hits[:, some] = counts.gather(2, best[some, 0].expand(len(codes), -1)[..., None])[..., 0]
+    if shuffles and kept:
+        chance = _chance(postings, labels, fired, base, max(shuffles, -(-4 * ALIKE // n_latents)), seed)
+        scores[scores[:, 0] <= chance] = 0
+    scores[scores < scores[:, :1] / 2] = 0
+    best[scores <= 0] = -1
+    named = best[:, 0] >= 0 if kept else torch.zeros(n_latents, dtype=torch.bool, device=fired.device)
+    hits, pooled = hits * named, fired.sum(dim=0)
+    carried = base[best[:, 0]] if kept else pooled  # where there is no concept, hits are 0
+    several = tuple(tuple(concepts[y] for y in row if y >= 0) for row in best.tolist())
     return LatentNames(
         streams=tuple(codes),
-        names=tuple(concepts[c] if c >= 0 else "" for c in concept.tolist()),
-        concept=concept,
-        score=best,
+        names=tuple(row[0] if row else "" for row in several),
+        several=several,
+        concept=best[:, 0] if kept else torch.full((n_latents,), -1, dtype=torch.int64, device=fired.device),
+        score=scores[:, 0] if kept else torch.zeros_like(pooled),
         precision=hits.sum(dim=0) / pooled.clamp_min(1),
         recall=hits.sum(dim=0) / (len(codes) * carried).clamp_min(1),
         stream_precision=hits / fired.clamp_min(1),
         stream_recall=hits / carried.clamp_min(1),
         agreement=firing_agreement(codes, n_latents),
     )
+
+
+Postings = tuple[Tensor, Tensor]
+
+
+def _postings(code: chunks.StreamCode, n_latents: int) -> Postings:
+    """The samples that fire each latent, latent after latent, and where each latent's begin, [L + 1]."""
+    samples, latents, _ = firings(code)
+    offsets = torch.zeros(n_latents + 1, dtype=torch.int64, device=samples.device)
+    offsets[1:] = torch.bincount(latents, minlength=n_latents).cumsum(0)
+    return samples[latents.argsort(stable=True)], offsets
+
+
+def _counts(
+    postings: Sequence[Postings], carried: Carried, n_latents: int, order: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (some latents, c float [S, l, C]), c[s, l, y] = samples of concept y that fire l in s; exact up to 2^24.
+
+    `order`, where given: the sample whose concepts count as each sample's.
+    """
+    C = carried.n_concepts
+    step = max(1, min(4096, chunks.CHUNK_ELEMENTS // (4 * len(postings) * C + 1)))
+    for start in range(0, n_latents, step):
+        stop = min(start + step, n_latents)
+        counts = []
+        for samples, offsets in postings:
+            some = samples[offsets[start] : offsets[stop]]
+            latent = torch.repeat_interleave(offsets[start + 1 : stop + 1] - offsets[start:stop])
+            position, concept = carried.of(some if order is None else order[some])
+            cells = torch.bincount(latent[position] * C + concept, minlength=(stop - start) * C)
+            counts.append(cells.view(stop - start, C).float())
+        yield slice(start, stop), torch.stack(counts)
+
+
+def _scores(counts: Tensor, fired: Tensor, base: Tensor, n_samples: int) -> Tensor:
+    """Of some latents for every concept, [l, C]."""
+    S, pooled = len(counts), fired.sum(dim=0)[:, None]
+    hits = counts.sum(dim=0)
+    precision = _wilson_lower(hits / pooled.clamp_min(1), pooled / S)
+    recall = _wilson_lower(hits / (S * base).clamp_min(1), base)
+    scores = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
+    return scores.masked_fill(precision <= base / max(n_samples, 1), 0)
+
+
+def _largest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest of each row of scores >= 0, and where; of equal ones the first, which topk does not promise."""
+    left, values, places = scores.clone(), scores.new_zeros(len(scores), n), []
+    for i in range(n):
+        values[:, i], place = left.max(dim=1)
+        left.scatter_(1, place[:, None], -1)
+        places.append(place)
+    return values, torch.stack(places, dim=1) if places else values.long()
+
+
+def _chance(
+    postings: Sequence[Postings], carried: Carried, fired: Tensor, base: Tensor, shuffles: int, seed: int
+) -> Tensor:
+    """What the best concept of a latent scores on shuffled samples, at the quantile `CHANCE`, [L]."""
+    L, N = fired.shape[1], len(carried)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    found = fired.new_zeros(shuffles, L)
+    for r in range(shuffles):
+        order = torch.randperm(N, generator=generator, device="cpu").to(fired.device)
+        for some, counts in _counts(postings, carried, L, order):
+            found[r, some] = _scores(counts, fired[:, some], base, N).amax(dim=1)
+    chance = torch.zeros_like(found[0])
+    for alike in torch.split(fired.sum(dim=0).argsort(stable=True), ALIKE):
+        chance[alike] = found[:, alike].flatten().quantile(CHANCE)
+    return chance
 
 
 def _wilson_lower(p: Tensor, n: Tensor) -> Tensor:

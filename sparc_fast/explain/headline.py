@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
+from PIL import Image
 
-from .atlas import cells
-from .contents import ModelReport, Report
-from .latents import SharedWord, choose_latents, top, words
+from .contents import Report
+from .latents import Tops
+from .shards import Shards
 
 __all__ = ["render_headline"]
 
 INK, SOFT, LINE, ACCENT = "#1d1e20", "#62656b", "#e0ddd6", "#00756a"
 WIDTH, DPI = 1600, 200  # pixels
-TOP, PICTURE, NAME_LINE, GAP = 176, 54, 30, 44  # pixels
+TOP, PICTURE, TEXT_LINE, GAP = 176, 54, 30, 44  # pixels
 COLUMNS = (262, 946)  # where before and after begin
 LABEL = 146  # the stream's name, before its samples
-SHOWN, NAMES, LETTERS, WORD = 8, 2, 36, 11
+SHOWN, TEXTS, LETTERS, WORD = 8, 2, 36, 11
 
 
-def render_headline(report: Report, n: int = 6) -> bytes:
-    """A PNG of the first `n` chosen latents: concept, agreement, frequency, and both models' samples."""
+def render_headline(report: Report, shards: Shards, n: int = 6) -> bytes:
+    """A PNG of the first `n` chosen latents: concept, agreement, frequency, and all models' samples."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    chosen = choose_latents(report)[:n]
-    shared_word = SharedWord(report)
-    heights = {stream: PICTURE + 6 if stream in report.images else NAMES * NAME_LINE + 8 for stream in report.streams}
+    chosen, words, items = shards.chosen[:n], shards.words, report.items
+    pictured = {name: stream.picture for name, stream in report.streams.items() if stream.text is None}
+    heights = {name: PICTURE + 6 if pictured.get(name) else TEXTS * TEXT_LINE + 8 for name in report.streams}
     block = sum(heights.values()) + GAP
     height = TOP + len(chosen) * block + 10
     figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
@@ -39,37 +41,43 @@ def render_headline(report: Report, n: int = 6) -> bytes:
             x / WIDTH, 1 - y / height, text, size=size, color=color, weight=weight, va="center", parse_math=False
         )
 
-    def draw(model: ModelReport, latent: int, x: int, y: int) -> None:
-        concept = report.after.concept[latent]
-        for stream in report.streams:
-            rows = list(top(report, model, stream, latent))
-            word = shared_word([report.names[row] for row in rows], concept)
-            rows = rows[:SHOWN]
-            names = [report.names[row] for row in rows]
-            middle = y + heights[stream] / 2
-            write(x, middle - 11, stream, 7, SOFT)
-            shown = word if len(word) <= WORD else word[: WORD - 1] + "…"
-            write(x, middle + 13, shown or "mixed", 6, ACCENT if word == concept else INK, "bold" if word else "normal")
-            if stream in report.images:
-                pictures = cells(report.images[stream][rows])
-                for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
-                    paint(picture, x + LABEL + i * (PICTURE + 4), y, ACCENT if concept in words(name) else INK)
-            else:
-                for i, name in enumerate(names[:NAMES]):
-                    short = name if len(name) <= LETTERS else name[: LETTERS - 1] + "…"
-                    color = ACCENT if concept in words(name) else INK
-                    write(x + LABEL, y + 8 + (i + 0.5) * NAME_LINE, short, 6.5, color)
-            y += heights[stream]
+    def draw(tops: Tops, latent: int, x: int, y: int) -> None:
+        concept = report.after.concept(latent)
+        for s, (name, stream) in enumerate(report.streams.items()):
+            rows = tops.of(s, latent)
+            word = words.shared(rows, concept)
+            middle = y + heights[name] / 2
+            write(x, middle - 11, _short(name, WORD + 4), 7, SOFT)
+            shown = _short(word, WORD) or ("mixed" if items.concepts else "")
+            write(x, middle + 13, shown, 6, ACCENT if word == concept else INK, "bold" if word else "normal")
+            for i, row in enumerate(rows[:SHOWN] if pictured.get(name) else rows[:TEXTS]):
+                color = ACCENT if words.bears(row, concept) else INK
+                if (title := pictured.get(name)) is not None:
+                    paint(items.pictures[title].draw(row), x + LABEL + i * (PICTURE + 4), y, PICTURE, color)
+                    continue
+                text, left = items.ids[row] if stream.text is None else items.texts[stream.text][row], x + LABEL
+                if stream.picture is not None:
+                    picture = items.pictures[stream.picture].draw(row)
+                    paint(picture, left, y + 6 + i * TEXT_LINE, TEXT_LINE - 4, INK)
+                    left += TEXT_LINE + 2
+                write(left, y + 8 + (i + 0.5) * TEXT_LINE, _short(text, LETTERS), 6.5, color)
+            y += heights[name]
 
-    def paint(picture: np.ndarray, x: int, y: int, color: str) -> None:
-        """Ink as alpha over one colour, on whole pixels."""
+    def paint(picture: Image.Image | None, x: int, y: int, side: int, color: str) -> None:
+        """On whole pixels: ink as alpha over one colour, colours with a line below where it is not that of all."""
         from matplotlib.colors import to_rgb
-        from PIL import Image
 
-        alpha = Image.fromarray(picture).resize((PICTURE, PICTURE), Image.Resampling.LANCZOS)
-        image = np.empty((PICTURE, PICTURE, 4))
-        image[..., :3], image[..., 3] = to_rgb(color), np.asarray(alpha) / 255
-        figure.figimage(image, x, height - y - PICTURE - 3)
+        if picture is None:
+            return
+        small = picture.resize((side, side), Image.Resampling.LANCZOS)
+        image = np.empty((side, side, 4))
+        if small.mode == "L":
+            image[..., :3], image[..., 3] = to_rgb(color), np.asarray(small) / 255
+        else:
+            image[:] = np.asarray(small.convert("RGBA")) / 255
+            if color == ACCENT:
+                image[-3:] = *to_rgb(ACCENT), 1
+        figure.figimage(image, x, height - y - side - 3)
 
     def rule(y: float) -> None:
         from matplotlib.lines import Line2D
@@ -77,20 +85,26 @@ def render_headline(report: Report, n: int = 6) -> bytes:
         figure.add_artist(Line2D([40 / WIDTH, 1 - 40 / WIDTH], [1 - y / height] * 2, color=LINE, linewidth=0.6))
 
     write(40, 52, "One latent, one concept, in every stream", 14, INK, "bold")
-    for x, when, model, color in zip(
-        COLUMNS, ("Before", "After"), (report.before, report.after), (INK, ACCENT), strict=True
-    ):
-        write(x, 124, f"{when}: {model.name}", 9, color, "bold")
+    heads = [("", ACCENT)] if report.before is None else [("Before: ", INK), ("After: ", ACCENT)]
+    for x, (when, color), model in zip(COLUMNS, heads, report.models, strict=False):
+        write(x, 124, when + model.name, 9, color, "bold")
     for i, latent in enumerate(chosen):
         y = TOP + i * block
         rule(y - GAP / 2)
-        write(40, y + 20, report.after.concept[latent], 10, INK, "bold")
+        write(40, y + 20, _short(report.after.concept(latent), 2 * WORD), 10, INK, "bold")
         write(40, y + 64, f"agreement {report.after.agreement[latent]:.2f}", 7, SOFT)
         write(40, y + 94, f"frequency {report.after.frequency[latent]:.1%}", 7, SOFT)
         write(40, y + 124, f"latent {latent}", 7, SOFT)
-        draw(report.before, latent, COLUMNS[0], y)
-        draw(report.after, latent, COLUMNS[1], y)
+        for x, tops in zip(COLUMNS, shards.tops, strict=False):
+            draw(tops, latent, x, y)
 
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # no font has all scripts
+        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     return file.getvalue()
+
+
+def _short(text: str, letters: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= letters else line[: letters - 1] + "…"

@@ -2,101 +2,152 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+
+from sparc_fast.evaluate import top_samples
 
 from .contents import ModelReport, Report
+from .pictures import sights
 
-__all__ = ["SharedWord", "choose_latents", "top", "words"]
+__all__ = ["Shown", "Tops", "choose_latents", "tops_of"]
 
 SHOWN = 12  # samples of a latent on its own page
+DEEPER = 4  # times as many are looked at where several are of one group
+CONSIDERED = 200  # latents whose pictures are compared
+RARER = 1.25  # a near tie of words goes to the latent's own
 
 
-def words(name: str) -> set[str]:
-    """The words of a Unicode name."""
-    return set(re.findall(r"\w+", name))
+@dataclass(frozen=True)
+class Tops:
+    """One model's strongest samples, each group once: [S, L, SHOWN], row -1 and value 0 where fewer fire."""
+
+    rows: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32]
+
+    def of(self, stream: int, latent: int, n: int = SHOWN) -> list[int]:
+        """Rows of a latent's samples."""
+        rows: list[int] = self.rows[stream, latent, :n].tolist()
+        return [row for row in rows if row >= 0]
 
 
-def top(report: Report, model: ModelReport, stream: str, latent: int, n: int = SHOWN) -> dict[int, float]:
-    """The latent's strongest samples (row -> value): each character once, in its strongest face."""
-    rows, values = model.top_samples[stream][latent], model.top_values[stream][latent]
-    best: dict[str, tuple[int, float]] = {}
-    for row, value in zip(rows.tolist(), values.tolist(), strict=True):
-        if row >= 0 and len(best) < n:
-            best.setdefault(report.characters[row], (row, value))
-    return dict(best.values())
+def tops_of(report: Report, model: ModelReport) -> Tops:
+    """The strongest samples of every latent in every stream."""
+    groups = report.items.groups
+    found = top_samples(model.codes, report.n_latents, SHOWN if groups is None else SHOWN * DEEPER)
+    rows, values = found.samples.cpu().numpy(), found.values.cpu().numpy()
+    if groups is None:
+        return Tops(rows, values)
+    number = np.append(np.unique(np.array(groups, np.str_), return_inverse=True)[1], -1)
+    kept_rows, kept_values = [], []
+    for s in range(len(rows)):
+        group = number[rows[s]]
+        later = np.zeros_like(group, bool)
+        for place in range(1, group.shape[1]):
+            later[:, place] = (group[:, :place] == group[:, place, None]).any(1)
+        order = (later | (rows[s] < 0)).argsort(axis=1, kind="stable")[:, :SHOWN]
+        left = np.take_along_axis(later, order, 1)
+        kept_rows.append(np.where(left, -1, np.take_along_axis(rows[s], order, 1)))
+        kept_values.append(np.where(left, 0, np.take_along_axis(values[s], order, 1)))
+    return Tops(np.stack(kept_rows), np.stack(kept_values))
 
 
-class SharedWord:
-    """The word that a latent's samples share most, beyond chance."""
+class Shown:
+    """Which concepts samples carry, and which they share."""
 
     def __init__(self, report: Report) -> None:
-        distinct = set(report.names)
-        self.total = len(distinct)
-        self.count = Counter(word for name in distinct for word in words(name))
+        carried = report.items.known()
+        self.concepts = list(report.items.concepts)
+        self.number = {concept: y for y, concept in enumerate(self.concepts)}
+        self._offsets, self._carried = carried.offsets.tolist(), carried.concepts.tolist()
+        counts = np.maximum(carried.counts().numpy(), 1)
+        self.rarity = np.log(max(len(carried), 1) / counts)
 
-    def rarity(self, word: str) -> float:
-        return math.log(self.total / self.count[word])
+    def of(self, row: int) -> list[int]:
+        """The concepts that a sample carries."""
+        found: list[int] = self._carried[self._offsets[row] : self._offsets[row + 1]]
+        return found
 
-    def __call__(self, names: list[str], hint: str = "") -> str:
-        """At least half of the names have it, else ""; near ties go to `hint` (DOTS or BRAILLE?)."""
-        shares = Counter(word for name in names for word in words(name))
+    def bears(self, row: int, concept: str) -> bool:
+        return self.number.get(concept, -1) in self.of(row)
 
-        def surprise(word: str) -> float:
-            return shares[word] * self.rarity(word) * (1.25 if word == hint else 1)
+    def shared(self, rows: list[int], hint: str = "") -> str:
+        """The concept that samples share most, beyond chance: of at least half of them, else ""; near ties: `hint`."""
+        shares = Counter(y for row in rows for y in self.of(row))
+        own = self.number.get(hint)
+        common = [(y, share) for y, share in shares.items() if share >= 2 and 2 * share >= len(rows)]
+        surprise = [(share * self.rarity[y] * (RARER if y == own else 1), -y) for y, share in common]
+        return self.concepts[-max(surprise)[1]] if surprise else ""
 
-        common = sorted(word for word, share in shares.items() if share >= 2 and 2 * share >= len(names))
-        return max(common, key=surprise, default="")
 
-
-def choose_latents(report: Report, n: int = 12, shown: int = 8) -> list[int]:
+def choose_latents(report: Report, tops: Sequence[Tops] = (), n: int = 12, shown: int = 8) -> list[int]:
     """`n` latents that show the point best, best first; the same report gives the same choice.
 
-    Alive in every stream of both models, one per concept, with high agreement, and with `shown` samples
-    in each stream that bear the concept; after the first, each unlike those already chosen, to the eye and
-    in words.
+    Alive in every stream of all models, one per concept, with high agreement, and with `shown` samples in each stream
+    that bear the concept; after the first, each unlike those already chosen, to the eye and in its samples.
     """
-    after, before = report.after, report.before
-    shared_word = SharedWord(report)
-    latents, quality, looks, vocabularies = [], [], [], []
-    for latent, concept in enumerate(after.concept):
-        rows = {stream: list(top(report, after, stream, latent, shown)) for stream in report.streams}
-        others = [len(top(report, before, stream, latent, shown)) for stream in report.streams]
-        if not concept or not all(rows.values()) or not all(others):
-            continue
-        names = [[report.names[row] for row in r] for r in rows.values()]
-        bearing = min(sum(concept in words(name) for name in stream) / shown for stream in names)
-        named = np.mean([shared_word(stream, concept) == concept for stream in names])
-        aligned = np.nan_to_num([after.agreement[latent], after.jaccard[latent]]).mean()
-        latents.append(latent)
-        quality.append(bearing * named * aligned * min(others) / shown)
-        look = [report.images[stream][rows[stream]].mean(axis=0).ravel() for stream in report.images]
-        looks.append(np.concatenate([[0.0], *look]))
-        vocabularies.append(Counter(word for stream in names for name in stream for word in words(name)))
+    tops = tops or [tops_of(report, model) for model in report.models]
+    words, model = Shown(report), report.after
+    after, streams = tops[-1], range(len(report.streams))
+    alive = np.stack([(of_model.rows[:, :, :shown] >= 0).sum(2) for of_model in tops])  # [models, S, L]
+    measured = [model.agreement] if model.jaccard is None else [model.agreement, np.nan_to_num(model.jaccard)]
+    quality = np.nan_to_num(np.mean(measured, axis=0)) * (alive[0].min(0) / shown) * (alive.min((0, 1)) > 0)
+    for latent in np.flatnonzero(quality).tolist():
+        concept = model.concept(latent)
+        if not concept and len(words.concepts):
+            quality[latent] = 0
+        elif concept:
+            rows = [after.of(s, latent, shown) for s in streams]
+            bearing = min(sum(words.bears(row, concept) for row in of_stream) / shown for of_stream in rows)
+            named = np.mean([words.shared(of_stream, concept) == concept for of_stream in rows])
+            quality[latent] *= bearing * named
+    ranked = (-quality).argsort(kind="stable")[:CONSIDERED]
+    latents: list[int] = ranked[quality[ranked] > 0].tolist()
     if not latents:
         return []
 
-    vocabulary = sorted({word for counts in vocabularies for word in counts})
-    rarity = np.array([shared_word.rarity(word) for word in vocabulary])
-    meanings = np.array([[counts[word] for word in vocabulary] for counts in vocabularies]) * rarity
-    pictures = np.array(looks) - np.mean(looks, axis=0)
-    likeness = np.maximum(_cosines(pictures), _cosines(meanings))
-    concepts = np.array([after.concept[latent] for latent in latents])
+    likeness = np.maximum(_alike_to_the_eye(report, after, latents, shown), _alike_in_samples(after, latents, shown))
+    concepts = [model.concept(latent) or str(latent) for latent in latents]
     free = np.ones(len(latents), bool)
     chosen: list[int] = []  # positions in latents
     while free.any() and len(chosen) < n:
         novelty = np.maximum(1 - likeness[:, chosen].max(axis=1, initial=0), 0)
-        best = int(np.where(free, np.array(quality) * novelty**0.5, -1).argmax())
+        best = int(np.where(free, quality[latents] * novelty**0.5, -1).argmax())
         chosen.append(best)
-        free &= concepts != concepts[best]
+        free &= np.array([concept != concepts[best] for concept in concepts])
     return [latents[i] for i in chosen]
 
 
-def _cosines(rows: np.ndarray) -> np.ndarray:
+def _alike_to_the_eye(report: Report, after: Tops, latents: list[int], shown: int) -> npt.NDArray[np.float64]:
+    """Cosines of the mean pictures of every two latents, less the mean of all."""
+    looks = [np.zeros((len(latents), 1))]
+    seen = set()
+    for s, stream in enumerate(report.streams.values()):
+        if stream.text is None and stream.picture is not None and stream.picture not in seen:
+            seen.add(stream.picture)
+            pictures = report.items.pictures[stream.picture]
+            looks.append(np.stack([sights(pictures, after.of(s, latent, shown)) for latent in latents]))
+    together = np.concatenate(looks, axis=1)
+    return _cosines(together - together.mean(axis=0))
+
+
+def _alike_in_samples(after: Tops, latents: list[int], shown: int) -> npt.NDArray[np.float64]:
+    """Cosines of the sets of samples of every two latents."""
+    rows = after.rows[:, latents, :shown]
+    _, number = np.unique(rows, return_inverse=True)
+    has = np.zeros((len(latents), int(number.max(initial=-1)) + 1))
+    for of_stream, present in zip(number.reshape(rows.shape), rows >= 0, strict=True):
+        for latent, (places, there) in enumerate(zip(of_stream, present, strict=True)):
+            has[latent, places[there]] = 1
+    return _cosines(has)
+
+
+def _cosines(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Of every pair of rows [n, d] → [n, n]."""
     unit = rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-9)
-    cosines: np.ndarray = unit @ unit.T
+    cosines: npt.NDArray[np.float64] = unit @ unit.T
     return cosines

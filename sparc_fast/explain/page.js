@@ -1,250 +1,318 @@
 "use strict";
 
-const data = JSON.parse(document.getElementById("data").textContent);
-const latents = new Map(data.latents.map((latent) => [latent.id, latent]));
 const STATS = ["agreement", "frequency", "held-out Jaccard"];
-const SIDES = ["before", "after"];
 const BATCH = 24; // cards drawn at a time
+const OVERVIEW = { pictures: 9, texts: 3 };
+const byId = (id) => document.getElementById(id);
+const [homeView, view, list, more, search, sort, count, foundSamples] =
+  ["home", "view", "list", "more", "search", "sort", "count", "found"].map(byId);
 
-/** An element: properties by name, "style" as an object, the rest children. Text is never read as HTML. */
-function el(tag, props = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [key, value] of Object.entries(props)) {
-    if (key === "style") for (const [name, x] of Object.entries(value)) node.style.setProperty(name, x);
-    else if (key in node) node[key] = value;
-    else node.setAttribute(key, value);
-  }
-  node.append(...children.flat().filter((child) => child !== null));
-  return node;
-}
+// Latents
 
-const tokens = (name) => name.split(/(\W+)/);
-const bears = (name, concept) => concept !== "" && tokens(name).includes(concept);
-const format = (stat, x) => (x === null ? "–" : stat === 1 ? `${(100 * x).toPrecision(2)} %` : x.toFixed(2));
-const bar = (share) => el("span", { className: "bar", style: { "--full": `${100 * share}%` } });
-const title = (latent) =>
-  latent.concept ? latent.concept : el("span", { className: "unnamed" }, "no shared word");
+const names = (place) => index.names[place].map((word) => index.words[word]);
+const nameOf = (id) => (places.has(id) ? (names(places.get(id))[0] ?? "") : "");
+const unnamed = () => el("span", { className: "unnamed" }, data.named ? "no shared concept" : "unnamed");
+const title = (id) => (nameOf(id) ? el("bdi", {}, nameOf(id)) : unnamed());
+const spoken = (id) => nameOf(id) || `latent ${id}`;
+const format = (stat, x) => (x === null ? "–" : stat === 1 ? percent(x) : x.toFixed(2));
+const statsOf = (place) => index.stats.map((column) => column[place]);
 
-/** The character, its name and its face behind one cell of a stream. */
-function sample(stream, cell) {
-  const [character, face] = data.streams[stream].cells[cell];
-  const [text, name] = data.characters[character];
-  return { text, name, face: data.faces[face] };
-}
-
-function picture(stream, cell, concept) {
-  const { text, name, face } = sample(stream, cell);
-  const columns = Math.max(1, Math.ceil(Math.sqrt(data.streams[stream].cells.length)));
-  return el("i", {
-    className: `picture s${stream}${bears(name, concept) ? " bears" : ""}`,
-    title: `${text}  ${name} · ${face}`,
-    style: { "--x": cell % columns, "--y": Math.floor(cell / columns) },
-  });
-}
-
-function nameItem(stream, cell, concept, ...more) {
-  const { name } = sample(stream, cell);
-  const parts = tokens(name).map((token) => (token === concept ? el("b", {}, token) : token));
-  return el("li", { className: bears(name, concept) ? "bears" : "", title: name }, el("span", {}, parts), ...more);
-}
-
-/** A latent's samples in one stream: a row of pictures, or a list of names. */
-function samples(latent, side, stream, count, bars = false) {
-  const { samples, strength } = latent.models[side];
-  const cells = samples[stream].slice(0, count);
-  if (!cells.length) return el("p", { className: "small" }, "never fires");
-  const level = (i) => (bars ? [bar(strength[stream][i] / 100)] : []);
-  if (!data.streams[stream].pictures) {
-    const names = cells.map((cell, i) => nameItem(stream, cell, latent.concept, ...level(i)));
-    return el("ul", { className: "names" }, names);
-  }
-  const pictures = cells.map((cell, i) => {
-    const glyph = picture(stream, cell, latent.concept);
-    return bars ? el("span", { className: `sample${glyph.matches(".bears") ? " bears" : ""}` }, glyph, ...level(i)) : glyph;
-  });
-  const spoken = cells.map((cell) => sample(stream, cell).name).join(", ");
-  return el("div", { className: "pictures", role: "img", "aria-label": spoken }, pictures);
-}
-
-/** One model's view of a latent: every stream, its shared word and its samples. */
-function model(latent, side, pictures, names, detailed = false) {
-  const { word, stats } = latent.models[side];
-  const rows = data.streams.map(({ name, about, pictures: drawn }, stream) => {
-    const shared = word[stream] || "mixed";
-    const kind = !word[stream] ? "mixed" : word[stream] === latent.concept ? "bears" : "";
-    const label = el("div", { className: "label", title: about }, name, el("b", { className: kind }, shared));
-    return el("div", { className: "stream" }, label, samples(latent, side, stream, drawn ? pictures : names, detailed));
-  });
-  const heading = el(detailed ? "h2" : "h4", { className: "when" }, side ? "After: " : "Before: ", data.models[side].name);
-  return el("div", { className: `model ${SIDES[side]}` }, heading, detailed ? statistics(stats) : null, rows);
-}
-
-function statistics(stats) {
-  const lines = stats.map((x, i) =>
+function statistics(stats, shown = data.jaccard ? 3 : 2) {
+  const lines = stats.slice(0, shown).map((x, i) =>
     el("div", {}, el("dt", {}, STATS[i]), el("dd", {}, format(i, x)), i === 1 ? null : bar(x ?? 0)));
   return el("dl", { className: "stats" }, lines);
 }
 
-function chosen(latent) {
-  const heading = el("h3", {}, el("a", { href: `#latent=${latent.id}` }, title(latent)));
-  const [agreement, frequency] = latent.models[1].stats;
-  const about = el("div", {}, heading, el("small", {}, `latent ${latent.id}`), statistics([agreement, frequency]));
-  return el("article", { className: "chosen" }, about, model(latent, 0, 9, 3), model(latent, 1, 9, 3));
+/** Of some latents what is drawn, and the entries of the samples in it. */
+async function latentsWith(ids, sides, count) {
+  const found = await loadAll("latents", ids.map((id) => places.get(id)));
+  const latents = new Map(ids.map((id) => [id, found.get(places.get(id))]));
+  const numbers = [...latents.values()].flatMap(({ models }) =>
+    sides.flatMap((side) => models[side].streams.flatMap(([numbers]) => numbers.slice(0, count))));
+  return [latents, await loadAll("texts", numbers)];
 }
 
-function card(latent) {
-  const head = el("div", { className: "title" }, el("b", {}, title(latent)), el("span", {}, `latent ${latent.id}`));
-  const rows = data.streams.map(({ pictures }, stream) => samples(latent, 1, stream, pictures ? 9 : 2));
-  const link = el("a", { className: "card", href: `#latent=${latent.id}` }, head, rows, statistics(latent.models[1].stats));
-  return el("li", {}, link);
+const everySide = () => data.models.map((_, side) => side);
+const after = () => data.models.length - 1;
+
+/** One model's view of a latent: every stream, the concept its samples share, and the samples. */
+function model(id, { models }, side, entries, detailed = false, heading = null) {
+  const { stats, streams } = models[side];
+  const rows = data.streams.map(({ name, about }, s) => {
+    const shared = streams[s][3];
+    const kind = !shared ? "mixed" : shared === nameOf(id) ? "bears" : "";
+    const concept = data.named ? el("b", { className: kind }, shared || "mixed") : null;
+    const label = el("div", { className: "label", title: about }, el("bdi", {}, name), concept);
+    const count = detailed ? Infinity : drawn(s) ? OVERVIEW.pictures : OVERVIEW.texts;
+    return el("div", { className: `stream${drawn(s) ? "" : " texts"}` }, label,
+      samples(s, streams[s], entries, nameOf(id), count, detailed));
+  });
+  const when = data.models.length === 1 ? "" : ["Before: ", "After: "][side];
+  const head = heading ?? [when, el("bdi", {}, data.models[side].name)];
+  return el("div", { className: `model ${SIDES[sideOf(side)]}` },
+    el(detailed ? "h2" : "h4", { className: "when" }, head), detailed ? statistics(stats) : null, rows);
 }
 
-// The browser
+async function chosen() {
+  const home = byId("chosen");
+  if (!data.chosen.length) {
+    home.append("No latent is alive in every stream.");
+    return;
+  }
+  const [latents, entries] = await latentsWith(data.chosen, everySide(), OVERVIEW.pictures);
+  home.append(...data.chosen.map((id) => {
+    const heading = el("h3", {}, el("a", { href: `#latent=${id}` }, title(id)));
+    const others = names(places.get(id)).slice(1);
+    const also = others.length ? el("p", { className: "also" }, el("bdi", {}, others.join(", "))) : null;
+    const about = el("div", {}, heading, also, el("small", {}, `latent ${id}`), statistics(statsOf(places.get(id)), 2));
+    const latent = latents.get(id);
+    return el("article", { className: `chosen${data.models.length === 1 ? " alone" : ""}` }, about,
+      everySide().map((side) => model(id, latent, side, entries)));
+  }));
+}
 
-const [list, more, search, sort, count] =
-  ["list", "more", "search", "sort", "count"].map((id) => document.getElementById(id));
-let found = [];
+function card(id, latent, entries, note) {
+  const head = el("div", { className: "title" }, el("a", { href: `#latent=${id}` }, title(id)), el("span", {}, `latent ${id}`));
+  const others = names(places.get(id)).slice(1);
+  const also = note ?? (others.length ? el("bdi", {}, others.join(", ")) : null);
+  const rows = data.streams.map((_, s) =>
+    samples(s, latent.models[after()].streams[s], entries, nameOf(id), drawn(s) ? OVERVIEW.pictures : 2));
+  return el("li", { className: "card" }, head, data.named || note ? el("p", { className: "also" }, also ?? "\u00a0") : null, rows,
+    statistics(statsOf(places.get(id))));
+}
 
-function show() {
+// Browsing and searching: by name and number, and by the words that the items' texts have
+
+let found = []; // [latent, note] in the order shown
+let asked = 0;
+let vocabulary = null; // word -> its place
+const sortings = {
+  name: (a, b) => (nameOf(index.ids[a]) || "\uffff").localeCompare(nameOf(index.ids[b]) || "\uffff"),
+};
+const sorted = (order) => order.sort(
+  sortings[sort.value] ?? ((a, b) => (index.stats[sort.value][b] ?? -1) - (index.stats[sort.value][a] ?? -1)));
+
+/** What a text speaks of: Map(latent -> thousandths of energy), and samples that have its words. */
+async function evidence(text) {
+  const known = await load("words");
+  vocabulary ??= new Map(known.words.map((word, place) => [word, place]));
+  const tokens = words(text);
+  const at = tokens.flatMap((token, i) => {
+    if (vocabulary.has(token)) return [vocabulary.get(token)];
+    if (i < tokens.length - 1 || token.length < 2) return [];
+    const begun = known.words.findIndex((word) => word.startsWith(token)); // the most frequent one
+    return begun < 0 ? [] : [begun];
+  });
+  const weights = new Map();
+  for (const place of at) {
+    for (const [id, x] of known.latents[place]) weights.set(id, (weights.get(id) ?? 0) + x / at.length);
+  }
+  const times = new Map();
+  for (const place of at) for (const n of known.samples[place]) times.set(n, (times.get(n) ?? 0) + 1);
+  const samples = [...times].sort(([a, x], [b, y]) => y - x || a - b).slice(0, 12).map(([n]) => n);
+  return { weights, samples, read: at.map((place) => known.words[place]).join(" ") };
+}
+
+async function browse() {
+  const [mine, query] = [++asked, search.value.trim()];
+  const all = sorted([...index.ids.keys()]);
+  if (query === "") {
+    found = all.map((place) => [index.ids[place], null]);
+    foundSamples.hidden = true;
+  } else {
+    const { weights, samples, read } = await evidence(query);
+    if (mine !== asked) return;
+    const wanted = query.toLowerCase();
+    const named = all.filter((place) => String(index.ids[place]) === query || names(place).some((name) => name.toLowerCase().includes(wanted)));
+    const first = named.filter((place) => (names(place)[0] ?? "").toLowerCase() === wanted);
+    const head = new Set([...first, ...named]);
+    const told = [...weights].filter(([id]) => places.has(id) && !head.has(places.get(id))).sort(([, x], [, y]) => y - x);
+    const note = (x) => ["“", el("bdi", {}, read), `”: ${percent(x / 1000)} more of its energy`];
+    found = [...[...head].map((place) => [index.ids[place], null]), ...told.map(([id, x]) => [id, note(x)])];
+    await drawSamples(samples, read, mine);
+    if (mine !== asked) return;
+  }
+  count.value = `${found.length.toLocaleString("en")} of ${index.ids.length.toLocaleString("en")} live latents`;
+  list.replaceChildren();
+  await show();
+}
+
+async function drawSamples(numbers, read, mine) {
+  const entries = await loadAll("texts", numbers);
+  if (mine !== asked) return;
+  foundSamples.hidden = !numbers.length;
+  foundSamples.replaceChildren(el("h3", {}, "Samples with “", el("bdi", {}, read), "”"), chips(numbers, entries));
+}
+
+/** Samples as a list of links: a picture, where there is one, and the title. */
+function chips(numbers, entries, own = -1) {
+  return el("ul", { className: "chips" }, numbers.map((n) => {
+    const entry = entries.get(n);
+    const p = data.pictures.findIndex((_, i) => entry[2] & (1 << i));
+    return el("li", {}, el("a", { href: `#sample=${n}`, className: n === own ? "bears" : "", title: fullTitle(entry) },
+      p >= 0 ? picture(p, n, entry) : null, el("span", { className: "words" }, el("bdi", {}, titleOf(entry)))));
+  }));
+}
+
+async function show() {
+  const mine = asked;
   const shown = list.childElementCount;
-  list.append(...found.slice(shown, shown + BATCH).map(card));
+  const next = found.slice(shown, shown + BATCH);
+  const [latents, entries] = await latentsWith(next.map(([id]) => id), [after()], OVERVIEW.pictures);
+  if (mine !== asked || list.childElementCount !== shown) return;
+  list.append(...next.map(([id, note]) => card(id, latents.get(id), entries, note)));
   more.hidden = list.childElementCount >= found.length;
 }
 
-function browse() {
-  const query = search.value.trim().toUpperCase();
-  const value = (latent) => latent.models[1].stats[sort.value] ?? -1;
-  const alphabetical = (a, b) => (a.concept || "\uffff").localeCompare(b.concept || "\uffff");
-  const order = sort.value === "concept" ? alphabetical : (a, b) => value(b) - value(a);
-  found = data.latents
-    .filter(({ concept, id }) => concept.toUpperCase().includes(query) || String(id) === query)
-    .sort((a, b) => order(a, b) || a.id - b.id);
-  count.value = `${found.length} of ${data.latents.length} live latents`;
-  list.replaceChildren();
-  show();
-}
+// Pages: #latent=3, #latents=3,7 compared, #sample=12
 
-// A latent's page, at #latent=123
+const home = () => el("a", { href: "#latents" }, "← All latents");
+const way = (label, ...steps) => el("nav", { className: "way", "aria-label": label }, home(), el("span", {}, steps));
+const heading = (...children) => el("h1", { tabIndex: -1 }, ...children);
+const kicker = (...children) => el("p", { className: "kicker" }, ...children);
+const dead = (id) => [home(), heading(`Latent ${id} is dead`), el("p", {}, "No sample fires it.")];
 
-function latentPage(id) {
+async function latentPage(id) {
+  if (!places.has(id)) return dead(id);
+  const [latents, entries] = await latentsWith([id], everySide(), Infinity);
   const latent = latents.get(id);
-  const home = el("a", { href: "#latents" }, "← All latents");
-  if (!latent) return [home, el("h1", { tabIndex: -1 }, `Latent ${id} is dead`), el("p", {}, "No sample fires it.")];
-  const place = found.indexOf(latent);
-  const step = (text, other, key) =>
-    other ? el("a", { href: `#latent=${other.id}`, "data-key": key, title: other.concept }, text) : null;
-  const steps = el("span", {}, step("← previous", found[place - 1], "ArrowLeft"), step("next →", found[place + 1], "ArrowRight"));
+  const at = found.findIndex(([other]) => other === id);
+  const step = (text, [other] = [], key = "") =>
+    other === undefined ? null : el("a", { href: `#latent=${other}`, "data-key": key, title: spoken(other) }, text);
+  const others = names(places.get(id)).slice(1);
   return [
-    el("nav", { className: "way", "aria-label": "Latents" }, home, steps),
-    el("p", { className: "kicker" }, `latent ${id}`),
-    el("h1", { tabIndex: -1 }, title(latent)),
-    el("p", {}, "The characters that fire this latent most, in each stream encoded alone; the bar is how strongly. ",
-      el("mark", {}, "In colour"), ": the name bears the concept. On the right of each stream: the word its characters share most."),
-    el("div", { className: "models" }, model(latent, 0, 12, 12, true), model(latent, 1, 12, 12, true)),
+    way("Latents", step("← previous", found[at - 1], "ArrowLeft"), at < 0 ? null : step("next →", found[at + 1], "ArrowRight")),
+    kicker(`latent ${id}`),
+    heading(title(id)),
+    others.length ? el("p", { className: "lead" }, "also: ", el("bdi", {}, others.join(", "))) : null,
+    el("p", {}, "The samples that fire this latent most, in each stream encoded alone; the bar is how strongly.",
+      data.named ? [" ", el("mark", {}, "In colour"), ": it bears the concept. Beside each stream’s name: the concept its samples share most."] : null),
+    el("div", { className: `models${data.models.length === 1 ? " alone" : ""}` }, everySide().map((side) => model(id, latent, side, entries, true))),
+    latent.together.length ? together(id, latent.together) : null,
   ];
 }
 
-const [homeView, latentView] = [document.getElementById("home"), document.getElementById("latent")];
-let homeScroll = null;
+function together(id, others) {
+  const usual = (other) => (places.has(other) ? statsOf(places.get(other))[1] : 0);
+  return el("section", { className: "together" }, el("h2", {}, "Fires together with"),
+    el("p", {}, "How many of the samples that fire this latent most fire the other one too, and how many of all samples do."),
+    el("ul", {}, others.filter(([other]) => places.has(other)).map(([other, share]) => el("li", {},
+      el("a", { href: `#latent=${other}` }, title(other)), el("span", { className: "small" }, `latent ${other}`),
+      bar(share / 100), el("span", { className: "small" }, `${share} % (of all: ${percent(usual(other))})`),
+      el("a", { href: `#latents=${id},${other}`, "aria-label": `compare with ${spoken(other)}` }, "compare")))));
+}
 
-function route() {
-  const match = /^#latent=(\d+)$/.exec(location.hash);
+async function pairPage(a, b) {
+  const lost = [a, b].find((id) => !places.has(id));
+  if (lost !== undefined) return dead(lost);
+  const [latents, entries] = await latentsWith([a, b], [after()], Infinity);
+  const [one, other] = [a, b].map((id) => latents.get(id).models[after()].streams.map(([numbers]) => numbers));
+  const both = data.streams.map(({ name }, s) => el("div", {}, el("dt", {}, el("bdi", {}, name)),
+    el("dd", {}, String(one[s].filter((n) => other[s].includes(n)).length))));
+  const share = (from, to) => latents.get(from).together.find(([id]) => id === to)?.[1];
+  const told = [[a, b], [b, a]].filter(([from, to]) => share(from, to) !== undefined).map(([from, to]) =>
+    el("p", {}, "Of the samples that fire ", el("b", {}, title(from)), ` most, ${share(from, to)} % fire `, el("b", {}, title(to)), "."));
+  return [
+    way("Latents"), kicker(`latents ${a} and ${b}`), heading(title(a), el("span", { className: "unnamed" }, " and "), title(b)),
+    told, el("p", {}, "Samples among the strongest of both:"), el("dl", { className: "both" }, both),
+    el("div", { className: "models" }, [a, b].map((id) => model(id, latents.get(id), after(), entries, true,
+      el("a", { href: `#latent=${id}` }, title(id), ` · latent ${id}`)))),
+  ];
+}
+
+async function samplePage(n) {
+  if (!(n < data.samples)) return [home(), heading(`There is no sample ${n}`)];
+  const sample = (await loadAll("samples", [n])).get(n);
+  const near = sample.near.flat(2);
+  const entries = await loadAll("texts", [n, ...near]);
+  const entry = entries.get(n);
+  const times = new Map();
+  for (const code of sample.codes) for (const [id] of code) times.set(id, (times.get(id) ?? 0) + 1);
+  const pictures = data.pictures.map((kind, p) => ({ ...kind, p })).filter(({ p }) => entry[2] & (1 << p));
+  const lines = [...data.texts.map((name, i) => [name, sample.texts[i]]), ...data.about.map((name, i) => [name, sample.about[i]])];
+  return [
+    way("Samples"), kicker(el("bdi", {}, entry[0]), entry[1] ? " · kept from training" : ""),
+    el("h1", { tabIndex: -1, className: titleOf(entry).length > 60 ? "long" : "" }, el("bdi", {}, titleOf(entry))),
+    el("div", { className: "sample-head" },
+      pictures.map(({ p, title }) => el("figure", { role: "img", "aria-label": `${title}: ${titleOf(entry)}` }, picture(p, n, entry),
+        data.pictures.length > 1 ? el("figcaption", {}, title) : null)),
+      el("dl", { className: "lines" }, lines.filter(([, text]) => text !== "").map(([name, text]) =>
+        el("div", {}, el("dt", {}, el("bdi", {}, name)), el("dd", { dir: "auto" }, text))))),
+    el("p", {}, "The latents that each stream, encoded alone, describes this sample with, by their share of the code’s energy. ",
+      el("mark", {}, "In colour"), ": latents of more than one stream."),
+    el("div", { className: "streams" }, data.streams.map(({ name, about }, s) => el("section", { className: "says" },
+      el("h2", {}, el("bdi", {}, name)), about ? el("p", { className: "small" }, about) : null,
+      sample.codes[s].length ? el("ol", { className: "codes" }, sample.codes[s].map(([id, x]) => el("li", { className: times.get(id) > 1 ? "bears" : "" },
+        el("a", { href: `#latent=${id}` }, title(id), el("small", {}, ` ${id}`)), bar(x / 1000), el("span", { className: "small" }, percent(x / 1000)))))
+        : el("p", { className: "small" }, "Nothing: the stream lacks this sample, or no latent fires."),
+      sample.near[s].map((numbers, t) => (numbers.length
+        ? [el("h3", {}, "Nearest in ", el("bdi", {}, data.streams[t].name)), chips(numbers, entries, n)] : null)),
+    ))),
+  ];
+}
+
+const PAGES = [
+  [/^#latent=(\d+)$/, latentPage],
+  [/^#latents=(\d+),(\d+)$/, pairPage],
+  [/^#sample=(\d+)$/, samplePage],
+];
+let homeScroll = null;
+let routed = 0;
+
+async function route() {
+  const mine = ++routed;
+  const { hash } = location;
+  const [match, page] = PAGES.map(([form, page]) => [form.exec(hash), page]).find(([match]) => match) ?? [null];
   if (match) {
     if (!homeView.hidden) homeScroll = scrollY;
-    latentView.replaceChildren(...latentPage(Number(match[1])));
-    latentView.dataset.id = match[1];
+    const content = await page(...match.slice(1).map(Number)).catch(failed);
+    if (mine !== routed) return;
+    view.replaceChildren(...content.flat(Infinity).filter((node) => node !== null));
+    view.dataset.hash = hash;
   }
   const returning = !match && homeView.hidden;
-  const seen = latentView.dataset.id;
   homeView.hidden = Boolean(match);
-  latentView.hidden = !match;
+  view.hidden = !match;
   if (match) {
     scrollTo(0, 0);
-    latentView.querySelector("h1").focus();
+    view.querySelector("h1").focus();
   } else if (returning) {
-    if (homeScroll === null) document.getElementById("latents").scrollIntoView();
+    if (homeScroll === null) byId("latents").scrollIntoView();
     else scrollTo(0, homeScroll);
-    list.querySelector(`[href="#latent=${seen}"]`)?.focus({ preventScroll: true });
+    list.querySelector(`[href="${CSS.escape(view.dataset.hash)}"]`)?.focus({ preventScroll: true });
   }
 }
 
-// Training curves
-
-const CURVES = [
-  ["loss", "Loss", "What training minimises."],
-  ["self", "Self NMSE", "Error of each stream rebuilt from its own latents; 0 is perfect, 1 is its mean."],
-  ["cross", "Cross NMSE", "Error of each stream rebuilt from another stream’s latents."],
-  ["dead", "Dead latents", "Latents that no sample fires any more."],
-];
-
-function svg(tag, attributes, ...children) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  node.append(...children);
-  return node;
-}
-
-/** Round numbers from 0 to at least `top`. */
-function ticks(top) {
-  const rough = top / 3;
-  const unit = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((m) => m * unit).find((s) => s >= rough);
-  return Array.from({ length: Math.ceil(top / step - 1e-9) + 1 }, (_, i) => Number((i * step).toPrecision(6)));
-}
-
-function chart([key, name, meaning]) {
-  const lines = data.models.map(({ curves }, side) => ({
-    side,
-    points: (curves[key] ?? []).map((y, i) => [curves.step[i], y]).filter(([, y]) => y !== null),
-  })).filter(({ points }) => points.length);
-  if (!lines.length) return null;
-  const [width, height, left, bottom] = [270, 180, 32, 22];
-  const all = lines.flatMap(({ points }) => points);
-  const marks = ticks(Math.max(...all.map(([, y]) => y)) || 1);
-  const [lastStep, top] = [Math.max(...all.map(([x]) => x)) || 1, marks.at(-1)];
-  const x = (step) => left + (step / lastStep) * (width - left - 42);
-  const y = (value) => 8 + (1 - value / top) * (height - bottom - 8);
-  const short = (value) => (Math.abs(value) >= 10 ? value.toFixed(0) : String(Number(value.toPrecision(2))));
-  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label":
-    `${name}: ${lines.map(({ side, points }) => `${data.models[side].name} ends at ${short(points.at(-1)[1])}`).join(", ")}` });
-  for (const mark of marks) {
-    drawing.append(svg("line", { class: "grid", x1: left, x2: x(lastStep), y1: y(mark), y2: y(mark) }),
-      svg("text", { x: left - 6, y: y(mark) + 4, "text-anchor": "end" }, String(mark)));
-  }
-  drawing.append(svg("text", { x: left, y: height - 4 }, "0"),
-    svg("text", { x: x(lastStep), y: height - 4, "text-anchor": "end" }, `${lastStep} steps`));
-  // the two end labels keep a line's height apart
-  const ends = lines.map(({ points }) => y(points.at(-1)[1]) + 4);
-  if (ends.length === 2 && Math.abs(ends[0] - ends[1]) < 13) {
-    const [upper, middle] = [ends[0] <= ends[1] ? 0 : 1, (ends[0] + ends[1]) / 2];
-    ends[upper] = middle - 6.5;
-    ends[1 - upper] = middle + 6.5;
-  }
-  lines.forEach(({ side, points }, i) => {
-    const path = points.map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`).join("L");
-    drawing.append(svg("path", { class: SIDES[side], d: `M${path}` }),
-      svg("text", { class: `value ${SIDES[side]}`, x: x(lastStep) + 6, y: ends[i] }, short(points.at(-1)[1])));
-  });
-  return el("figure", {}, el("figcaption", {}, el("b", {}, name), meaning), drawing);
+/** A page that says what is missing. */
+function failed(error) {
+  console.error(error);
+  return [home(), heading("This cannot be shown"), el("p", {}, `${error.message}. The page needs the folder that it was written with.`)];
 }
 
 // Everything
 
-const key = data.models.map(({ name }, side) => el("span", { className: SIDES[side] }, el("i"), name));
-document.getElementById("curves").append(
-  el("div", { className: "legend" }, key), ...CURVES.map(chart).filter((figure) => figure !== null));
-document.getElementById("chosen").append(
-  ...(data.chosen.length ? data.chosen.map((id) => chosen(latents.get(id))) : ["No latent is alive in every stream of both models."]));
-search.addEventListener("input", browse);
-sort.addEventListener("change", browse);
-document.getElementById("browse").addEventListener("submit", (event) => event.preventDefault());
-more.addEventListener("click", show);
-addEventListener("keydown", (event) => {
-  if (latentView.hidden || event.altKey || event.ctrlKey || event.metaKey) return;
-  if (event.key === "Escape") location.hash = "latents";
-  else if (event.key.startsWith("Arrow")) latentView.querySelector(`[data-key="${event.key}"]`)?.click();
+started.then(async () => {
+  const curves = byId("curves");
+  if (curves) {
+    const key = data.models.map(({ name }, side) => el("span", { className: SIDES[sideOf(side)] }, el("i"), name));
+    curves.append(el("div", { className: "legend" }, key), ...CURVES.map(chart).filter((figure) => figure !== null));
+  }
+  search.placeholder = data.named && index.words.length ? `${index.words.slice(0, 2).join(", ")}, 123 …` : "123 …";
+  search.addEventListener("input", () => browse().catch(console.error));
+  search.addEventListener("focus", () => load("words"), { once: true });
+  sort.addEventListener("change", () => browse().catch(console.error));
+  byId("browse").addEventListener("submit", (event) => event.preventDefault());
+  more.addEventListener("click", () => show().catch(console.error));
+  addEventListener("keydown", (event) => {
+    if (view.hidden || event.altKey || event.ctrlKey || event.metaKey) return;
+    if (event.key === "Escape") location.hash = "latents";
+    else if (event.key.startsWith("Arrow")) view.querySelector(`[data-key="${event.key}"]`)?.click();
+  });
+  addEventListener("hashchange", route);
+  history.scrollRestoration = "manual";
+  await Promise.all([chosen(), browse()]);
+  await route();
+  document.documentElement.dataset.ready = "";
+}).catch((error) => {
+  document.body.prepend(el("main", {}, failed(error)));
 });
-addEventListener("hashchange", route);
-history.scrollRestoration = "manual";
-browse();
-route();

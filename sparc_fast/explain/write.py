@@ -1,30 +1,85 @@
-"""The report's files, each whole or untouched."""
+"""The report's files: the page appears when all that it needs is there, and until then is what it was."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import secrets
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparc_fast.files import atomic_path
 
 from .contents import Report
-from .headline import render_headline
-from .page import render_page
+
+if TYPE_CHECKING:
+    from .shards import Shards
 
 __all__ = ["HEADLINE", "PAGE", "write_report"]
 
 PAGE, HEADLINE = "index.html", "alignment.png"
+PIECES = "report-"  # and a hash of the content: what a page that is there needs is never overwritten
+SCRIPTS = ("load.js", "draw.js", "page.js")
+HERE = Path(__file__).parent
 
 
 def write_report(report: Report, folder: str | os.PathLike[str]) -> Path:
-    """Write `index.html` and `alignment.png` into `folder` (made if missing); returns the page's path."""
+    """Write `index.html`, the folder of what it loads and `alignment.png` into `folder`; returns the page's path.
+
+    The folder is made if missing. The page can be moved or shared with the folder, and opens without a server.
+
+    Raises:
+        ImportError: jinja2, matplotlib or pillow is missing.
+        OSError: the folder cannot be written; whatever it held is untouched.
+    """
     missing = [name for name in ("jinja2", "matplotlib", "PIL") if find_spec(name) is None]
     if missing:
         raise ImportError(f"the report needs {', '.join(missing)}: pip install 'sparc_fast[demo]'")
-    folder = Path(folder)
-    files = {HEADLINE: render_headline(report), PAGE: render_page(report).encode("utf-8", "replace")}
-    for name, content in files.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_bytes(content)
+    from .headline import render_headline
+    from .page import render_page
+    from .shards import Shards
+
+    folder, shards = Path(folder).resolve(), Shards(report)
+    temporary = folder / f".{PIECES}{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise type(error)(f"cannot write {folder}: {error.strerror or os.strerror(errno.EIO)}") from error
+    try:
+        pieces = folder / f"{PIECES}{_fill(temporary, shards)}"
+        if not pieces.exists():
+            os.replace(temporary, pieces)
+        for name, content in (
+            (HEADLINE, render_headline(report, shards)),
+            (PAGE, render_page(report, pieces.name).encode("utf-8", "replace")),
+        ):
+            with atomic_path(folder / name) as file:
+                file.write_bytes(content)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for other in folder.glob(f"{PIECES}*/page.js"):
+        if other.parent != pieces:
+            shutil.rmtree(other.parent, ignore_errors=True)
     return folder / PAGE
+
+
+def _fill(folder: Path, shards: Shards) -> str:
+    """Write all pieces; a hash of their content."""
+    digest = hashlib.blake2b(digest_size=6)
+
+    def write(name: str, content: bytes) -> None:
+        digest.update(f"{name} {len(content)} ".encode() + content)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    for name in ("page.css", *SCRIPTS):
+        write(name, (HERE / name).read_bytes())
+    for name, content in shards.pictures():
+        write(name, content)
+    for name, content in shards.pieces():
+        write(name, content)
+    return digest.hexdigest()

@@ -1,0 +1,140 @@
+"""Write a page to look through a model's latents: in every stream the samples that fire them most, with names.
+
+It is a folder of files that opens without a server, from disk too, and can be shared as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparc_fast.data.feature_folder import is_feature_folder
+from sparc_fast.files import check_folder
+from sparc_fast.training.run_folder import RunFolder
+
+from .eval import load, untrained
+
+__all__ = ["add_arguments", "run"]
+
+CURVES = ("loss", "self", "cross", "dead")
+POINTS = 200  # of a curve
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, what it is compared with, the samples, and where the page goes."""
+    model = "[NAME=]RUN"
+    parser.add_argument("model", metavar=model, help="a finished run's folder, a model file or a checkpoint")
+    parser.add_argument("--before", metavar=model, help="another model of the same streams, such as independent SAEs")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="what sparc-fast extract wrote: features and items"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the page, index.html")
+    parser.add_argument(
+        "--split", choices=("all", "train", "held_out"), default="all", help="the samples to show (%(default)s)"
+    )
+    parser.add_argument(
+        "--atlas", type=Path, metavar="FILE.parquet", help="also write the samples as embedding-atlas takes them"
+    )
+    parser.add_argument(
+        "--words", type=Path, metavar="extract.toml",
+        help="search by what the models of texts that these settings name make of each word; they are run",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the page, and say where it is."""
+    needed = {"jinja2": "jinja2", "matplotlib": "matplotlib", "pillow": "PIL", "pyarrow": "pyarrow"}
+    if missing := [name for name, module in needed.items() if find_spec(module) is None]:
+        raise ImportError(f"the page needs {', '.join(missing)}: pip install 'sparc_fast[demo,pyarrow]'")
+    from sparc_fast.explain import report_of, write_report
+    from sparc_fast.training.trainer import device_of
+
+    if not is_feature_folder(arguments.data):
+        raise ValueError(f"--data must be a folder that sparc-fast extract wrote, got {arguments.data}")
+    if arguments.atlas is not None and arguments.atlas.suffix != ".parquet":
+        raise ValueError(f"--atlas must be a file that ends in .parquet, got {arguments.atlas}")
+    check_folder(arguments.out, "--out")
+    paths = [_named(text) for text in (arguments.before, arguments.model) if text is not None]
+    if len({name for name, _ in paths}) < len(paths):
+        raise ValueError(f"RUN and --before must have names of their own, got two called {paths[0][0]}: give NAME=RUN")
+    device = device_of(arguments.device)
+    models = {name: load(path).to(device) for name, path in paths}
+    after = models[paths[-1][0]]
+    report = report_of(
+        models,
+        arguments.data,
+        split=arguments.split,
+        beside={"untrained (2)" if "untrained" in models else "untrained": untrained(after, 0).to(device)},
+        words=_text_encoders(arguments.words, list(after.streams), device),
+        curves={name: _curves(path) for name, path in paths},
+        settings={"command": _command(arguments), "latents": f"{after.n_latents:,}", "k": str(after.k)},
+    )
+    page = write_report(report, arguments.out)
+    print(f"{page}: {len(report.items):,} samples, {sum(map(bool, report.after.names)):,} named latents")
+    if arguments.atlas is not None:
+        from sparc_fast.explain.embedding_atlas import write_atlas
+
+        write_atlas(report, arguments.atlas)
+        show = f"embedding-atlas {shlex.quote(str(arguments.atlas))} --x projection_x --y projection_y"
+        print(f"{arguments.atlas}: pip install embedding-atlas, then {show}")
+    return 0
+
+
+def _text_encoders(
+    settings: Path | None, streams: Sequence[str], device: str | torch.device
+) -> dict[str, Callable[[Sequence[str]], Tensor]]:
+    """The models of texts that settings of an extraction name, of streams that there are."""
+    if settings is None:
+        return {}
+    from sparc_fast.extract import read_extraction
+    from sparc_fast.extract.encoders import encoder_of
+
+    extraction = read_extraction(settings)
+    texts = {s: about for s, about in extraction.streams.items() if about.modality == "text" and s in streams}
+    if not texts:
+        raise ValueError(f"--words must name models of texts for one of {', '.join(streams)}, got none in {settings}")
+    return {s: encoder_of(about, extraction.folder, torch.device(device)).encode for s, about in texts.items()}
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """A model by its name, by default that of its run's folder."""
+    name, equals, path = text.partition("=")
+    if equals and not Path(text).exists():
+        return name, Path(path)
+    resolved = Path(text).resolve()
+    return (resolved.parent.name if resolved.stem == "model" else resolved.stem), Path(text)
+
+
+def _curves(path: Path) -> dict[str, list[float]]:
+    """The means that a run recorded, thinned."""
+    metrics = RunFolder(path if path.is_dir() else path.parent).metrics
+    if not metrics.is_file():
+        return {}
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    trained: list[dict[str, Any]] = [
+        {**record["train"], "step": record["step"]} for record in records if "train" in record
+    ]
+    trained = [*trained[:: math.ceil(len(trained) / POINTS) or 1], *trained[-1:]]
+    found = {key: [_number(record.get(key)) for record in trained] for key in ("step", *CURVES)}
+    return {key: line for key, line in found.items() if any(x == x for x in line)}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """What was asked for, without the folders above."""
+    words = ["sparc-fast", "explain", arguments.model]
+    words += ["--before", arguments.before] if arguments.before else []
+    return shlex.join([*words, "--data", str(arguments.data)])

@@ -1,0 +1,218 @@
+"""A report of models and a folder of features, as `sparc-fast extract` writes it."""
+
+from __future__ import annotations
+
+import io
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparc_fast import data
+from sparc_fast.data.feature_folder import FeatureFolder, Split
+from sparc_fast.evaluate import Carried, Codes, comparison, evaluate, words_as_concepts
+from sparc_fast.model import SPARC
+from sparc_fast.version import __version__
+
+from .contents import Items, ModelReport, Report, Stream
+from .pictures import Pictures, Thumbnails
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["items_of", "report_of"]
+
+FEWEST = 5  # samples of a label that may name a latent
+PICTURE = "picture"
+KNOWN = ("id", "picture", "thumbnail", "label", "group", "split")
+ROWS, WORDS = 4096, 256  # encoded together
+
+
+def items_of(folder: FeatureFolder, split: Split = "all") -> Items:
+    """What a folder knows of its samples. Latents are named by labels, or, where there are none, by words of the texts.
+
+    Raises:
+        ValueError: a picture's path leads out of the folder of pictures.
+    """
+    read = dict.fromkeys(
+        stream["column"] for stream in folder.streams.values() if stream.get("column") not in (None, PICTURE)
+    )
+    others = [column for column in folder.columns if column not in (*KNOWN, *read)]
+    texts = {column: [text or "" for text in folder.column(column, split)] for column in (*read, *others)}
+    carried, concepts = _concepts(folder, split, texts)
+    splits = folder.column("split", split)
+    labels = [", ".join(of_sample or ()) for of_sample in folder.column("label", split)]
+    groups = [str(group) for group in folder.column("group", split)]
+    return Items(
+        ids=folder.column("id", split),
+        texts={column: texts.pop(column) for column in list(read) or list(texts)[:1]},
+        pictures=_pictures(folder, split),
+        carried=carried,
+        concepts=concepts,
+        groups=groups if len(set(groups)) < len(groups) else None,
+        held_out=np.array([of_sample == "held_out" for of_sample in splits]) if len(set(splits)) > 1 else None,
+        about={**texts, **({"label": labels} if any(labels) else {})},
+    )
+
+
+def _concepts(folder: FeatureFolder, split: Split, texts: Mapping[str, Sequence[str]]) -> tuple[Carried, Sequence[str]]:
+    found = folder.labels(split, FEWEST)
+    if found is not None:
+        return Carried.from_labels(torch.from_numpy(found[0])), found[1]
+    return words_as_concepts([[column[n] for column in texts.values()] for n in range(len(folder.rows(split)))])
+
+
+def _pictures(folder: FeatureFolder, split: Split) -> dict[str, Pictures]:
+    """Of the items' thumbnails, or files below the folder of pictures; what cannot be read is left out."""
+    paths = folder.column("picture", split)
+    small = folder.column("thumbnail", split)
+    files = [
+        folder.picture(path) if path is not None and content is None else None
+        for path, content in zip(paths, small, strict=True)
+    ]
+
+    def load(row: int) -> Image.Image | None:
+        from PIL import Image, ImageOps
+
+        content, file = small[row], files[row]
+        if content is None and file is None:
+            return None
+        try:
+            with Image.open(io.BytesIO(content) if file is None else file) as opened:
+                return ImageOps.exif_transpose(opened).convert("RGBA")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None
+
+    there = any(x is not None for x in (*small, *files))
+    return {PICTURE: Thumbnails(len(paths), load)} if there else {}
+
+
+def report_of(
+    models: Mapping[str, SPARC],
+    path: str | Path,
+    *,
+    split: Split = "all",
+    beside: Mapping[str, SPARC] | None = None,
+    words: Mapping[str, Callable[[Sequence[str]], Tensor]] | None = None,
+    curves: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> Report:
+    """All that a page shows of one model, or of two, the first as what was before, and the samples of a folder.
+
+    Every stream is encoded alone. The table is of the samples kept from training, where there are such.
+
+    Args:
+        split: which samples are shown.
+        beside: further models of the table alone.
+        words: stream -> the model whose features it has, from texts to [n, D_s]: words of the texts are then searched
+            by their own codes, and not by those of the texts that have them.
+        curves: of each model, "step" and any of "loss", "self", "cross" and "dead".
+        settings: further lines of how it was made.
+
+    Raises:
+        ValueError: models and folder have other streams or widths, or a stream has several rows of a sample.
+    """
+    if len(models) not in (1, 2):
+        raise ValueError(f"models must be one, or two to compare, got {len(models)}")
+    folder = FeatureFolder(path)
+    items = items_of(folder, split)
+    streams = list(next(iter(models.values())).streams)
+    for name, model in models.items():
+        if list(model.streams) != streams:
+            raise ValueError(f"models must have the same streams, got {streams} and {list(model.streams)} in {name}")
+        widths = {stream: about["width"] for stream, about in folder.streams.items() if stream in streams}
+        if dict(model.d_streams) != {stream: widths.get(stream) for stream in streams}:
+            raise ValueError(f"{path} must have the streams {dict(model.d_streams)} of {name}, got {widths}")
+    if many := [stream for stream in streams if folder.tokens(stream) > 1]:
+        raise ValueError(f"streams must have one row of a sample, got {folder.tokens(many[0])} of {many[0]!r}")
+    kept = items.held_out is not None and bool(items.held_out.any())
+    inputs = _inputs(folder, streams, "held_out" if kept else split)
+    truth = folder.labels("held_out" if kept else split, FEWEST)
+    groups = folder.column("group", "held_out" if kept else split)
+    labels = None if truth is None else torch.from_numpy(truth[0])
+    measured = {**models, **(beside or {})}
+    evaluations = {name: evaluate(model, inputs, labels, groups=groups) for name, model in measured.items()}
+    del inputs
+    reports = []
+    for name, model in models.items():
+        found = evaluations[name]
+        jaccard = found.jaccard_single
+        if jaccard is not None:
+            jaccard = jaccard.masked_fill(~found.latents_single.alive_in_any, torch.nan)
+        codes = _codes(model, folder, streams, split)
+        reports.append(
+            ModelReport.of(name, codes, model.n_latents, items, jaccard=jaccard, curves=(curves or {}).get(name))
+        )
+    return Report(
+        after=reports[-1],
+        before=reports[0] if len(reports) == 2 else None,
+        streams={stream: _stream(folder.streams[stream], items) for stream in streams},
+        items=items,
+        table=comparison(evaluations),
+        word_codes=_word_codes(model, items, words) if words else None,
+        settings={
+            "sparc_fast": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            **({"data": str(folder.manifest["attribution"])} if folder.manifest.get("attribution") else {}),
+            **(settings or {}),
+        },
+    )
+
+
+def _stream(about: Mapping[str, Any], items: Items) -> Stream:
+    column, pictures = about.get("column"), next(iter(items.pictures), None)
+    words = f"{'pictures' if column == PICTURE else 'texts'} by {about.get('model', 'a model')}"
+    return Stream(words, text=None if column == PICTURE or column not in items.texts else column, picture=pictures)
+
+
+@torch.no_grad()
+def _word_codes(
+    model: SPARC, items: Items, encoders: Mapping[str, Callable[[Sequence[str]], Tensor]]
+) -> tuple[Sequence[str], Codes]:
+    """All words that can be searched for, each encoded as a text of its own."""
+    if unknown := [stream for stream in encoders if stream not in model.streams]:
+        raise ValueError(f"words must be encoded for streams of the model, {list(model.streams)}, got {unknown}")
+    _, words = items.vocabulary()
+    codes = {}
+    for stream, encode in encoders.items():
+        parts = [encode(words[start : start + WORDS]).float() for start in range(0, len(words), WORDS)]
+        x = torch.cat([torch.zeros(0, model.d_streams[stream], device="cpu"), *(part.cpu() for part in parts)])
+        values, indices = model.encode({stream: x.to(model.W_enc.device)}).stream(stream)
+        codes[stream] = values.float().cpu(), indices.cpu()
+    return words, codes
+
+
+def _inputs(folder: FeatureFolder, streams: Sequence[str], split: Split) -> dict[str, Tensor]:
+    """Every stream's rows, [N, D_s]."""
+    with data.open({stream: (folder.path, stream) for stream in streams}, split=split) as files:
+        parts = torch.split(files.rows(0, files.n_rows), list(files.d_streams.values()), dim=1)
+        return dict(zip(files.d_streams, parts, strict=True))
+
+
+@torch.no_grad()
+def _codes(model: SPARC, folder: FeatureFolder, streams: Sequence[str], split: Split) -> Codes:
+    """Of each stream encoded alone, (values [N, k], indices [N, k]) on the CPU."""
+    device, was_training = model.W_enc.device, model.training
+    model.eval()
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {stream: [] for stream in streams}
+    try:
+        with data.open({stream: (folder.path, stream) for stream in streams}, split=split) as files:
+            for start in range(0, files.n_rows, ROWS):
+                rows = files.rows(start, min(start + ROWS, files.n_rows)).to(device)
+                inputs = dict(
+                    zip(files.d_streams, torch.split(rows, list(files.d_streams.values()), dim=1), strict=True)
+                )
+                for stream in streams:
+                    values, indices = model.encode({stream: inputs[stream]}).stream(stream)
+                    parts[stream].append((values.float().cpu(), indices.cpu()))
+    finally:
+        model.train(was_training)
+    return {
+        stream: (torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found]))
+        for stream, found in parts.items()
+    }

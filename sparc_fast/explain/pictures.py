@@ -1,0 +1,156 @@
+"""Small pictures of samples, many in one file: in colour, or as ink that the page paints in a colour of its own."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Ink", "Pictures", "Thumbnails"]
+
+SIDE = 96  # pixels of a thumbnail
+LARGEST_INK = 40  # pixels of an ink picture's longer side
+LEVELS = 16  # of ink: 4 bits a pixel
+SIGHT = 12  # pixels each way that tell whether two pictures look alike
+
+
+class Pictures(Protocol):
+    """A picture of each of N samples, or None."""
+
+    sheet: int
+    """Pictures in one file."""
+    side: int
+    """Pixels of a picture, which is square."""
+
+    def __len__(self) -> int: ...
+
+    def draw(self, row: int) -> Image.Image | None:
+        """The picture, square: RGBA, or as "L" ink that is 255."""
+
+    def write(self, rows: Sequence[int]) -> tuple[str, bytes | str, Sequence[bool]]:
+        """Some pictures, row after row of `columns(sheet)`: suffix and content of their file, and which were there.
+
+        Text, of a script, is what the page is given.
+        """
+
+
+def columns(sheet: int) -> int:
+    """Pictures in a row of a sheet."""
+    return math.isqrt(sheet)
+
+
+def sights(pictures: Pictures, rows: Sequence[int]) -> npt.NDArray[np.floating]:
+    """The mean of some pictures as numbers that lie near for pictures that look alike."""
+    from PIL import Image
+
+    seen = np.zeros((SIGHT, SIGHT, 4), np.float32)
+    for row in rows:
+        if (picture := pictures.draw(row)) is not None:
+            small = picture.resize((SIGHT, SIGHT), Image.Resampling.BILINEAR)
+            if small.mode == "L":
+                seen[..., 0] += np.asarray(small, np.float32)
+            else:
+                pixels = np.asarray(small, np.float32)
+                seen[..., :3] += pixels[..., :3] * (pixels[..., 3:] / 255)
+                seen[..., 3] += pixels[..., 3]
+    mean: npt.NDArray[np.floating] = seen.ravel() / max(len(rows), 1)
+    return mean
+
+
+class Ink:
+    """Pictures of one ink, uint8 [N, H, W], 255 being full ink."""
+
+    sheet = 256
+
+    def __init__(self, images: npt.NDArray[np.uint8]) -> None:
+        self.images = images
+        self.side = min(max(images.shape[1:]), LARGEST_INK) + 2  # an empty pixel around each
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def draw(self, row: int) -> Image.Image:
+        from PIL import Image
+
+        image = self.images[row]
+        height, width = image.shape
+        side = max(height, width)
+        square = np.zeros((side, side), np.uint8)
+        y, x = (side - height) // 2, (side - width) // 2
+        square[y : y + height, x : x + width] = image
+        picture = Image.fromarray(square)
+        if side > LARGEST_INK:
+            picture = picture.resize((LARGEST_INK, LARGEST_INK), Image.Resampling.LANCZOS)
+        framed = Image.new("L", (self.side, self.side))
+        framed.paste(picture, (1, 1))
+        return framed
+
+    def write(self, rows: Sequence[int]) -> tuple[str, str, Sequence[bool]]:
+        from PIL import Image
+
+        wide = columns(self.sheet)
+        sheet = Image.new("L", (wide * self.side, max(1, -(-len(rows) // wide)) * self.side))
+        for place, row in enumerate(rows):
+            sheet.paste(self.draw(row), (place % wide * self.side, place // wide * self.side))
+        step = 255 // (LEVELS - 1)
+        levels = ((np.asarray(sheet).astype(np.uint16) + step // 2) // step).astype(np.uint8)
+        picture = Image.fromarray(levels).convert("P")
+        picture.putpalette([0] * 3 * LEVELS)
+        file = io.BytesIO()
+        picture.save(file, "PNG", bits=4, transparency=bytes(step * level for level in range(LEVELS)))
+        # as a mask, a file beside the page is refused by browsers where the page is opened from disk
+        content = base64.b64encode(file.getvalue()).decode()
+        return "js", f"data:image/png;base64,{content}", [True] * len(rows)
+
+
+class Thumbnails:
+    """Pictures in colour, each opened when it is needed.
+
+    Args:
+        n: N.
+        load: a sample's picture, of any size and mode, or None where it has none.
+    """
+
+    sheet = 64
+    side = SIDE
+
+    def __init__(self, n: int, load: Callable[[int], Image.Image | None]) -> None:
+        self._n, self._load = n, load
+
+    def __len__(self) -> int:
+        return self._n
+
+    def draw(self, row: int) -> Image.Image | None:
+        """Whole, in the middle of a square."""
+        from PIL import Image
+
+        picture = self._load(row)
+        if picture is None:
+            return None
+        small = picture.convert("RGBA")
+        scale = self.side / max(small.size)
+        small = small.resize([max(1, round(scale * n)) for n in small.size], Image.Resampling.LANCZOS)
+        square = Image.new("RGBA", (self.side, self.side))
+        square.paste(small, ((self.side - small.width) // 2, (self.side - small.height) // 2))
+        return square
+
+    def write(self, rows: Sequence[int]) -> tuple[str, bytes, Sequence[bool]]:
+        from PIL import Image
+
+        wide = columns(self.sheet)
+        pictures = [self.draw(row) for row in rows]
+        sheet = Image.new("RGBA", (wide * self.side, max(1, -(-len(rows) // wide)) * self.side))
+        for place, picture in enumerate(pictures):
+            if picture is not None:
+                sheet.paste(picture, (place % wide * self.side, place // wide * self.side))
+        file = io.BytesIO()
+        sheet.save(file, "WEBP", quality=80, method=4)
+        return "webp", file.getvalue(), [picture is not None for picture in pictures]

@@ -1,0 +1,233 @@
+"""The data of a page in pieces that it loads when it shows them.
+
+Samples are numbered in the order in which the page shows them, so that what is seen together lies together. A piece is
+a script that calls `shard(name, content)`: a page opened from disk may load scripts, but no other data. Content has
+lists where the data could give a name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sparc_fast.evaluate import Carried
+
+from .contents import ModelReport, Report
+from .latents import Shown, Tops, choose_latents, tops_of
+from .pictures import Ink, columns
+from .relations import energy, fire_together, latents_of_words, nearest
+
+__all__ = ["Shards"]
+
+LATENTS, TEXTS, SAMPLES = 64, 128, 64  # in a piece
+ENERGIES = 12  # latents of a sample
+CLIPPED = 280  # letters of a text in a list
+LONGEST = 20_000
+WORD_SAMPLES = 6
+
+
+class Shards:
+    """All pieces of a report, each made when it is asked for."""
+
+    def __init__(self, report: Report) -> None:
+        self.report, self.words = report, Shown(report)
+        self.tops = [tops_of(report, model) for model in report.models]
+        alive: npt.NDArray[np.bool_] = np.any(self.tops[-1].rows >= 0, axis=(0, 2))
+        self.agreement = np.nan_to_num(report.after.agreement)
+        ranked = np.lexsort((np.arange(len(alive)), -self.agreement))
+        self.latents = ranked[alive[ranked]]  # in the order of the page
+        self.chosen = choose_latents(report, self.tops)
+        self.rows = self._order()  # the row of each number
+        self.number = np.full(len(report.items) + 1, -1)  # of each row; the last is of row -1
+        self.number[self.rows] = np.arange(len(self.rows))
+        self.flags = self._pictures_there()
+
+    def _order(self) -> npt.NDArray[np.int64]:
+        """Rows in the order in which the page first shows them."""
+        seen = [of_model.rows[:, self.chosen].transpose(1, 0, 2).ravel() for of_model in reversed(self.tops)]
+        for of_model in reversed(self.tops):
+            seen.append(of_model.rows[:, self.latents].transpose(1, 0, 2).ravel())
+        together = np.concatenate([*seen, np.arange(len(self.report.items))])
+        together = together[together >= 0]
+        _, first = np.unique(together, return_index=True)
+        return together[np.sort(first)]
+
+    def _pictures_there(self) -> list[int]:
+        """Of each number, which pictures it has, as bits; known once they are drawn."""
+        return [(1 << len(self.report.items.pictures)) - 1] * len(self.rows)
+
+    def pictures(self) -> Iterator[tuple[str, bytes]]:
+        """(name of the file, content) of all sheets."""
+        for p, pictures in enumerate(self.report.items.pictures.values()):
+            for place, start in enumerate(range(0, len(self.rows), pictures.sheet)):
+                some = range(start, min(start + pictures.sheet, len(self.rows)))
+                suffix, content, there = pictures.write(self.rows[some.start : some.stop].tolist())
+                for number, drawn in zip(some, there, strict=True):
+                    self.flags[number] &= ~(0 if drawn else 1 << p)
+                name = f"pictures/{p}/{place}"
+                yield f"{name}.{suffix}", (_call(name, content) if isinstance(content, str) else content)
+
+    def pieces(self) -> Iterator[tuple[str, bytes]]:
+        """(name of the file, content) of all pieces; to be asked for after the pictures."""
+        pieces: list[Iterator[tuple[str, Any]]] = [
+            iter([("start", self.start()), ("index", self.index()), ("words", self.vocabulary())]),
+            self._latents(), self._texts(), self._samples(),
+        ]  # fmt: skip
+        for some in pieces:
+            for name, content in some:
+                yield f"{name}.js", _call(name, content)
+
+    def start(self) -> dict[str, Any]:
+        """What the page needs at once."""
+        report, items = self.report, self.report.items
+        titles = list(items.pictures)
+        texts = list(items.texts)
+        return {
+            "models": [
+                {"name": m.name, "curves": [[key, list(map(_number, line))] for key, line in m.curves.items()]}
+                for m in report.models
+            ],
+            "streams": [
+                {
+                    "name": name, "about": stream.about,
+                    "text": -1 if stream.text is None else texts.index(stream.text),
+                    "picture": -1 if stream.picture is None else titles.index(stream.picture),
+                }
+                for name, stream in report.streams.items()
+            ],
+            "pictures": [
+                {"sheet": p.sheet, "columns": columns(p.sheet), "ink": isinstance(p, Ink), "title": title}
+                for title, p in items.pictures.items()
+            ],
+            "texts": texts, "about": list(items.about), "heldOut": items.held_out is not None,
+            "chosen": self.chosen, "samples": len(items), "latents": report.n_latents, "alive": len(self.latents),
+            "sizes": {"latents": LATENTS, "texts": TEXTS, "samples": SAMPLES},
+            "jaccard": report.after.jaccard is not None, "named": bool(items.concepts),
+        }  # fmt: skip
+
+    def index(self) -> dict[str, Any]:
+        """Of all live latents what searching and sorting needs."""
+        after, used = self.report.after, dict[str, int]()
+        names = [[used.setdefault(name, len(used)) for name in after.names[latent]] for latent in self.latents.tolist()]
+        jaccard = np.full(self.report.n_latents, np.nan) if after.jaccard is None else after.jaccard
+        stats = [
+            [_number(x) for x in column[self.latents].tolist()] for column in (self.agreement, after.frequency, jaccard)
+        ]
+        return {"ids": self.latents.tolist(), "names": names, "words": list(used), "stats": stats}
+
+    def vocabulary(self) -> dict[str, Any]:
+        """Words of the texts: the latents they speak of, and some samples that have them.
+
+        A word speaks of latents that its own code has, where words were encoded, or else codes of texts that have it.
+        """
+        report = self.report
+        carried, words = report.items.vocabulary()
+        if report.word_codes is None:
+            reading = [name for name, stream in report.streams.items() if stream.text is not None]
+            codes = [report.after.codes[name] for name in reading or report.streams]
+            latents, rises = latents_of_words(codes, carried, report.n_latents)
+        else:
+            encoded, of_words = report.word_codes
+            if list(encoded) != words:
+                raise ValueError(f"word_codes must be of the {len(words)} words of the texts, got {len(encoded)}")
+            each = torch.arange(len(words) + 1, device="cpu")
+            alone = Carried(each, each[:-1], len(words))
+            latents, rises = latents_of_words(list(of_words.values()), alone, report.n_latents)
+        samples: list[list[int]] = [[] for _ in words]
+        offsets, concepts = carried.offsets.tolist(), carried.concepts.tolist()
+        for number, row in enumerate(self.rows.tolist()):
+            for word in concepts[offsets[row] : offsets[row + 1]]:
+                if len(samples[word]) < WORD_SAMPLES:
+                    samples[word].append(number)
+        found = [
+            [[l, round(1000 * x)] for l, x in zip(ls, xs, strict=True) if l >= 0 and x >= 0.0005]
+            for ls, xs in zip(latents.tolist(), rises.tolist(), strict=True)
+        ]
+        return {"words": [word.lower() for word in words], "latents": found, "samples": samples}
+
+    def _latents(self) -> Iterator[tuple[str, Any]]:
+        others, shares = fire_together(self.report.after.codes, self.report.after.frequency)
+        for place, some in _parts(self.latents, LATENTS):
+            content = []
+            for latent in some.tolist():
+                together = zip(others[latent].tolist(), shares[latent].tolist(), strict=True)
+                content.append({
+                    "models": [self._latent(m, t, latent) for m, t in zip(self.report.models, self.tops, strict=True)],
+                    "together": [[l, round(100 * x)] for l, x in together if l >= 0 and x >= 0.005],
+                })  # fmt: skip
+            yield f"latents/{place}", content
+
+    def _latent(self, model: ModelReport, tops: Tops, latent: int) -> dict[str, Any]:
+        hint, streams = self.report.after.concept(latent), []
+        for s in range(len(self.report.streams)):
+            rows = tops.of(s, latent)
+            values = tops.values[s, latent, : len(rows)]
+            strength = (100 * values / (values.max(initial=0) or 1)).round().astype(int).tolist()
+            bears = [int(self.words.bears(row, hint)) for row in rows]
+            streams.append([self.number[rows].tolist(), strength, bears, self.words.shared(rows, hint)])
+        jaccard = math.nan if model.jaccard is None else model.jaccard[latent]
+        stats = [_number(float(x)) for x in (model.agreement[latent], model.frequency[latent], jaccard)]
+        return {"stats": stats, "streams": streams}
+
+    def _texts(self) -> Iterator[tuple[str, Any]]:
+        """[id, held out, which pictures it has, texts, in brief]."""
+        items = self.report.items
+        held_out = np.zeros(len(items), bool) if items.held_out is None else items.held_out
+        for place, some in _parts(self.rows, TEXTS):
+            content = []
+            for row in some.tolist():
+                texts = [_clipped(column[row], CLIPPED) for column in items.texts.values()]
+                content.append([str(items.ids[row]), int(held_out[row]), self.flags[self.number[row]], texts])
+            yield f"texts/{place}", content
+
+    def _samples(self) -> Iterator[tuple[str, Any]]:
+        report, items, L = self.report, self.report.items, self.report.n_latents
+        codes = report.after.codes
+        shares = [_strongest(code) for code in codes.values()]
+        near = [[None if s == t else self.number[nearest(codes[s], codes[t], L)[0]] for t in codes] for s in codes]
+        for place, some in _parts(self.rows, SAMPLES):
+            content = []
+            for row in some.tolist():
+                fired = [
+                    [[l, x] for l, x in zip(ls[row].tolist(), xs[row].tolist(), strict=True) if x > 0]
+                    for ls, xs in shares
+                ]
+                nearby = [
+                    [[] if found is None else [n for n in found[row].tolist() if n >= 0] for found in of_stream]
+                    for of_stream in near
+                ]
+                about = [_clipped(str(column[row]), LONGEST) for column in items.about.values()]
+                texts = [_clipped(column[row], LONGEST) for column in items.texts.values()]
+                content.append({"codes": fired, "near": nearby, "about": about, "texts": texts})
+            yield f"samples/{place}", content
+
+
+def _strongest(code: tuple[torch.Tensor, torch.Tensor]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Latents of most energy of each sample, and their thousandths."""
+    share, place = energy(code).topk(min(ENERGIES, code[0].shape[1]), dim=1)
+    return code[1].long().gather(1, place).numpy(), (1000 * share).round().long().numpy()
+
+
+def _parts(values: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    return ((place, values[start : start + size]) for place, start in enumerate(range(0, len(values), size)))
+
+
+def _call(name: str, content: Any) -> bytes:
+    """JSON is JavaScript; surrogates that stand alone are no text and become "?"."""
+    text = json.dumps(content, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return f'shard("{name}",{text});\n'.encode("utf-8", "replace")
+
+
+def _clipped(text: str, letters: int) -> str:
+    return text if len(text) <= letters else text[: letters - 1] + "…"
+
+
+def _number(x: float) -> float | None:
+    """Four digits are plenty; JSON knows neither NaN nor infinity."""
+    return float(f"{x:.4g}") if math.isfinite(x) else None
