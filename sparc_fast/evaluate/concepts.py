@@ -160,7 +160,7 @@ def _counts(
     `order`, where given: the sample whose concepts count as each sample's.
     """
     C = carried.n_concepts
-    step = max(1, min(4096, chunks.CHUNK_ELEMENTS // (4 * len(postings) * C + 1)))
+    step = max(1, min(4096, chunks.CHUNK_BYTES // (4 * len(postings) * C + 1)))
     for start in range(0, n_latents, step):
         stop = min(start + step, n_latents)
         counts = []
