@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparc_fast.extract import StreamConfig
-from sparc_fast.extract.encoders import _library, encoder_of, pool
+from sparc_fast.extract.encoders import _library, encoder_of, name_on_hub, pool
 
 TEXTS = ["a kitten", "two kittens and a rocket", "kitten"]
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def pictures(n: int = 3) -> list[Image.Image]:
 def encoded(model: str, folder: Path, **config: Any) -> Tensor:
     """What an encoder makes of `pictures` or `TEXTS`; the same of each alone."""
     encoder = encoder_of(StreamConfig(model=model, **config), folder, CPU)
-    assert encoder.asks_hub == ""
+    assert name_on_hub(StreamConfig(model=model, **config), folder) == ""
     is_text = config.get("modality") == "text"
     batch = TEXTS if is_text else [encoder.prepare(p) for p in pictures()]
     rows = encoder.encode(batch)
@@ -59,6 +59,7 @@ def encoded(model: str, folder: Path, **config: Any) -> Tensor:
     torch.testing.assert_close(rows, alone, rtol=1e-4, atol=1e-5)
     assert (rows[0] - rows[1]).abs().max() > 1e-4
     assert {"weights_sha256", "computed_in", "versions"} <= set(encoder.about)
+    assert encoder.pooled or model.startswith("sentence-transformers")
     return rows
 
 
@@ -261,6 +262,8 @@ def test_a_name_that_timm_does_not_know_and_weights_of_another_model_are_errors(
 
 
 def test_a_name_that_is_no_folder_is_the_hubs_and_a_path_that_is_none_is_an_error(tmp_path: Path) -> None:
+    hub = {"hf:facebook/dinov2-base": "facebook/dinov2-base", "timm:resnet18": "resnet18", "extraction:letters": ""}
+    assert {model: name_on_hub(StreamConfig(model=model), tmp_path) for model in hub} == hub
     library("transformers")
     with pytest.raises(
         FileNotFoundError, match=r"model must be a folder or a name on the hub, but there is no folder \./no"

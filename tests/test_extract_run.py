@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import extraction
 import numpy as np
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from sparc_fast import data
 from sparc_fast.cli import main
 from sparc_fast.data import FeatureFolder
-from sparc_fast.extract import Item, extract, read_extraction
+from sparc_fast.extract import Item, extract, read_extraction, run
 from sparc_fast.extract.items import split_of
 from sparc_fast.extract.journal import Journal
 
@@ -156,6 +157,25 @@ def test_an_extraction_killed_again_and_again_ends_in_the_same_bytes_as_one_that
     whole, killed = contents(tmp_path / "whole"), contents(tmp_path / "killed")
     assert list(whole) == list(killed)
     assert [name for name in whole if whole[name] != killed[name]] == []
+
+
+@pytest.mark.parametrize("where", ["write_items", "atomic_path", "write_manifest", "shutil.rmtree"])
+def test_one_that_is_stopped_while_it_finishes_ends_in_the_same_bytes(where: str, tmp_path: Path, monkeypatch) -> None:
+    described = read_extraction(begin(tmp_path, 13))
+    extract(described, tmp_path / "whole")
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "stopped" / ".partial").mkdir(parents=True)
+    run._keep(tmp_path / "stopped" / ".partial" / "extraction.json", run._settings(described), tmp_path / "stopped")
+    with monkeypatch.context() as patched:
+        patched.setattr(f"sparc_fast.extract.run.{where}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            extract(described, tmp_path / "stopped")
+    (tmp_path / "stopped" / ".items.parquet.123-abc").write_bytes(b"half a table")
+    extract(described, tmp_path / "stopped")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
 SHARD, WIDTHS = 5, {"a": (1, 3), "b": (4, 2)}

@@ -81,6 +81,15 @@ def test_columns_go_by_other_names_and_an_absent_identifier_is_the_path(tmp_path
     assert found[0].texts == {"caption": rows[0]["caption"]}
 
 
+def test_a_table_that_is_none_is_named_with_the_line(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id,text\na,b\nc," + "x" * 200_000 + "\n")
+    with pytest.raises(ValueError, match=r"t.csv must be a table, but not in line 2: field larger than field limit"):
+        items(tmp_path, csv="t.csv")
+    (tmp_path / "t.jsonl").write_text('{"id": 1}\n[2]\n')
+    with pytest.raises(ValueError, match=r"t.jsonl must hold a JSON object in each line, got list in 2"):
+        items(tmp_path, jsonl="t.jsonl")
+
+
 @pytest.mark.parametrize("every_text", [False, True])
 def test_coco_captions_and_instances(every_text: bool, tmp_path: Path) -> None:
     write_pictures(tmp_path, N)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -9,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
+pytest.importorskip("pyarrow")
 
 import sparc_fast as sf
 from sparc_fast import cli, data
 from sparc_fast.cli import glyphs as command
-from sparc_fast.data import Glyphs, glyphs, write_glyphs
+from sparc_fast.data import FeatureFolder, Glyphs, glyphs, write_glyphs
 from sparc_fast.demo.glyphs import draw
 from sparc_fast.demo.jitter import CHANGES, jitter
 from sparc_fast.training import read_config
@@ -123,6 +126,26 @@ def test_a_character_is_drawn_anew_each_time_and_still_recognised(folder: Path, 
         assert (nearest == torch.arange(len(first))).float().mean() > 0.3, "by chance 0.002"
 
 
+def test_the_folder_is_one_of_features_with_the_names_and_pictures_of_what_is_held_out(
+    folder: Path, base: Glyphs
+) -> None:
+    features = FeatureFolder(folder)
+    rows = base.rows(held_out=True, face="regular").tolist()
+    assert features.column("text", "held_out") == [base.names[n] for n in rows]
+    assert len(set(features.column("id"))) == ROWS + len(rows)
+    with data.open(folder, split="held_out") as files, data.open(folder, split="train") as trained:
+        x = torch.cat([base.inputs[stream][rows] for stream in base.inputs], dim=1)
+        torch.testing.assert_close(files.rows(0, len(rows)), x, rtol=0, atol=3e-3)
+        assert len(trained) == ROWS
+    found = Image.open(io.BytesIO(features.column("serif", "held_out")[5]))
+    assert np.array_equal(255 - np.asarray(found), base.images["serif"][rows[5]].numpy())
+    truth, names = features.labels("held_out")
+    assert [base.concepts.index(name) for name in names] == sorted(base.concepts.index(name) for name in names)
+    assert torch.equal(torch.from_numpy(truth), base.labels[rows][:, [base.concepts.index(name) for name in names]])
+    groups = dict(zip(features.column("group"), features.column("split"), strict=True))
+    assert all(groups[g] == s for g, s in zip(features.column("group"), features.column("split"), strict=True))
+
+
 def test_the_files_open_and_the_settings_train(folder: Path, tmp_path: Path) -> None:
     config = read_config(folder / "train.toml")
     with data.open(config.data, scan=True) as files:
@@ -227,4 +250,4 @@ def test_errors_of_the_command_are_one_line(
     assert re.fullmatch(r"sparc-fast: --out must be a folder that can be written, got .*\n", capsys.readouterr().err)
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "sklearn" else object())
     assert cli.main(["glyphs"]) == 1
-    assert "the glyphs need sklearn: pip install 'sparc_fast[demo]'" in capsys.readouterr().err
+    assert "the glyphs need sklearn: pip install 'sparc_fast[demo,data]'" in capsys.readouterr().err

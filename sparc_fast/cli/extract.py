@@ -7,6 +7,7 @@ models from pip packages alone.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from importlib.util import find_spec
@@ -44,6 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             extraction = extract.read_extraction(arguments.settings, **changed)
             done = extract.extract(extraction, arguments.out, progress=progress, say=progress.say)
+    except KeyboardInterrupt:
+        progress.say(f"stopped; the same command goes on from what {arguments.out} has")
+        return 128 + signal.SIGINT
     finally:
         progress.close()
     left_out = f", {done.failed:,} left out ({done.folder / 'failed.jsonl'} says why)" if done.failed else ""

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the files, and say how to train on them."""
-    if missing := [name for name in ("rich", "matplotlib", "sklearn") if find_spec(name) is None]:
-        raise ImportError(f"the glyphs need {', '.join(missing)}: pip install 'sparc_fast[demo]'")
+    if missing := [name for name in ("rich", "matplotlib", "sklearn", "pyarrow") if find_spec(name) is None]:
+        raise ImportError(f"the glyphs need {', '.join(missing)}: pip install 'sparc_fast[demo,data]'")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -8,8 +8,9 @@ STREAM/*.npy     rows [N, D_s], or [N T, D_s] of a stream that has T tokens of e
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,9 +24,10 @@ from .readers import Reader, require
 from .shuffle import Rows
 from .views import PickedReader, PiecesReader
 
-__all__ = ["FeatureFolder", "Split", "below", "is_feature_folder", "write_manifest"]
+__all__ = ["FeatureFolder", "Split", "below", "is_feature_folder", "write_items", "write_manifest"]
 
 MANIFEST, ITEMS, FORMAT = "manifest.json", "items.parquet", "sparc_fast.Features/1"
+WRITTEN_TOGETHER = 20_000  # items
 Split = Literal["train", "held_out", "all"]
 """Samples to train on, those kept from that, or both."""
 
@@ -53,7 +55,8 @@ class FeatureFolder:
             raise ValueError(f"{file} must be a manifest of features, but {_reason(error)}") from error
         self.manifest: dict[str, Any] = manifest
         self.streams: dict[str, dict[str, Any]] = streams
-        """name -> modality, column of the items it saw, width, tokens, files, and how it was made."""
+        """name -> modality, width, tokens, files, how it was made, and the column of the items that it saw: texts,
+        pictures' paths, or their content."""
 
     def tokens(self, stream: str) -> int:
         """Rows that each sample has in a stream."""
@@ -150,6 +153,29 @@ def below(folder: Path, path: str, what: str) -> Path:
     if "\0" in path or not (found := (folder / path).resolve()).is_relative_to(folder.resolve()):
         raise ValueError(f"{what} must stay below {folder}, got {path!r}")
     return found
+
+
+def write_items(
+    folder: Path, rows: Iterable[Mapping[str, Any]], texts: Iterable[str], contents: Iterable[str] = ("thumbnail",)
+) -> None:
+    """The table of the items, a few at a time.
+
+    Args:
+        rows: id, picture (a path, or None), label (texts), group and split of each, and its other columns.
+        texts: columns of text.
+        contents: columns of pictures' content, bytes or None.
+    """
+    path = folder / ITEMS
+    pyarrow, parquet = require("pyarrow", path), require("pyarrow.parquet", path)
+    text = pyarrow.string()
+    schema = pyarrow.schema({
+        "id": text, "picture": text, **dict.fromkeys(contents, pyarrow.binary()), **dict.fromkeys(texts, text),
+        "label": pyarrow.list_(text), "group": text, "split": text,
+    })  # fmt: skip
+    left = iter(rows)
+    with atomic_path(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        while some := list(islice(left, WRITTEN_TOGETHER)):
+            writer.write_table(pyarrow.Table.from_pylist(some, schema))
 
 
 def write_manifest(folder: Path, streams: Mapping[str, Mapping[str, Any]], items: int, **about: Any) -> None:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sparc_fast.data.feature_folder import write_items, write_manifest
 from sparc_fast.files import atomic_path
 
 from .glyphs import EM, FACES, FEATURES, SIDE, Glyphs, Pictures, draw, glyphs
@@ -54,7 +56,7 @@ def write_glyphs(
     Raises:
         ValueError: an argument is out of range.
         OSError: the folder cannot be written.
-        ImportError: matplotlib or scikit-learn is missing.
+        ImportError: matplotlib, scikit-learn or pyarrow is missing.
     """
     if rows < 1:
         raise ValueError(f"rows must be 1 or more, got {rows}")
@@ -70,6 +72,7 @@ def write_glyphs(
         _write_held_out(folder / "held_out" / "jittered", base, here, _jittered(base, here, seed))
         _write_training(folder / "train", base, rows, seed, threads or os.cpu_count() or 1, progress)
     _write_contents(folder, base, seed)
+    _write_folder(folder, base, rows, faces[0])
     for name, settings in RUNS.items():
         _write_text(folder / name, settings)
 
@@ -186,6 +189,49 @@ def _write_contents(folder: Path, base: Glyphs, seed: int) -> None:
         "held_out": base.held_out[first].tolist(),
     }
     _write_text(folder / "glyphs.json", json.dumps(contents, ensure_ascii=False))
+
+
+def _write_folder(folder: Path, base: Glyphs, rows: int, face: str) -> None:
+    """What makes it a folder of features: training rows, then the held-out characters in one face."""
+    held_out = base.rows(held_out=True, face=face)
+    streams = {}
+    for stream, x in base.inputs.items():
+        files = [f"train/{stream}.npy", f"evaluate/{stream}.npy"]
+        with _array(folder / files[1], (len(held_out), x.shape[1]), np.float16) as array:
+            array[:] = x[held_out].numpy()
+        seen = {"modality": "image", "column": stream} if stream in FEATURES else {"modality": "text", "column": "text"}
+        streams[stream] = {**seen, "width": x.shape[1], "tokens": 1, "dtype": "float16", "files": files}
+    contents, texts = tuple(FEATURES), ("text", "character", "face")
+    write_items(folder, _items(folder, base, held_out), texts, contents)
+    write_manifest(folder, streams, rows + len(held_out), splits={"train": rows, "held_out": len(held_out)}, failed=0)
+
+
+def _items(folder: Path, base: Glyphs, held_out: Tensor) -> Iterator[dict[str, object]]:
+    """Pictures are those of held-out rows; a training row's is drawn anew for its features alone."""
+    first = dict(zip(map(tuple, _whose(base).tolist()), range(len(base.characters)), strict=True))
+    faces = list(dict.fromkeys(base.faces))
+    whose = np.load(folder / "train" / "rows.npy", mmap_mode="r")
+    for n, (character, face, size) in enumerate(whose):
+        yield _item(base, first[int(character), int(face)], f"train-{n}-{size}", "train")
+    for n in held_out.tolist():
+        pictures = {stream: _as_png(base.images[stream][n]) for stream in FEATURES}
+        yield {**_item(base, n, f"held-out-{base.characters[n]}-{faces[0]}", "held_out"), **pictures}
+
+
+def _item(base: Glyphs, n: int, name: str, split: str) -> dict[str, object]:
+    words = [concept for concept, carried in zip(base.concepts, base.labels[n].tolist(), strict=True) if carried]
+    return {
+        "id": name, "text": base.names[n], "character": base.characters[n], "face": base.faces[n], "label": words,
+        "group": base.names[n], "split": split,
+    }  # fmt: skip
+
+
+def _as_png(image: Tensor) -> bytes:
+    from PIL import Image
+
+    file = BytesIO()
+    Image.fromarray(255 - image.numpy()).save(file, "PNG")
+    return file.getvalue()
 
 
 @contextmanager

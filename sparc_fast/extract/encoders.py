@@ -24,7 +24,7 @@ from .config import StreamConfig
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Encoder", "FunctionEncoder", "ModelEncoder", "encoder_of", "pool"]
+__all__ = ["Encoder", "FunctionEncoder", "ModelEncoder", "encoder_of", "name_on_hub", "pool"]
 
 BLOCKS = (nn.ModuleList, nn.Sequential)
 PREPROCESSING = "EXIF orientation applied, transparent parts on white, RGB"
@@ -33,12 +33,11 @@ PREPROCESSING = "EXIF orientation applied, transparent parts on white, RGB"
 class Encoder(ABC):
     """A model that looks at pictures, or reads texts."""
 
-    asks_hub = ""
-    """The model's name on a hub, where it is fetched from there unless it is cached."""
-
     def __init__(self) -> None:
         self.about: dict[str, Any] = {}
         """What the manifest says of it."""
+        self.pooled = ""
+        """How its tokens became a row, as the first batch showed."""
 
     def prepare(self, picture: Image) -> Any:
         """A picture as `encode` takes it; called from several threads."""
@@ -130,7 +129,7 @@ class ModelEncoder(Encoder):
         pooling = self.stream.pooling
         if pooling == "model":
             pooling = "cls" if prefix else "mean"
-        self.about["pooled"] = pooling
+        self.pooled = pooling
         return pool(features, pooling, prefix)
 
     def _captured(self, tower: nn.Module, run: Callable[[], Any], layer: int) -> Any:
@@ -160,7 +159,6 @@ class HuggingFaceEncoder(ModelEncoder):
         source |= {"revision": stream.revision} if stream.revision else {}
         model = transformers.AutoModel.from_pretrained(**source, trust_remote_code=False, dtype=torch.float32)
         super().__init__(model, stream, device, "transformers", "tokenizers")
-        self.asks_hub = name if hub else ""
         self.about["revision"] = getattr(model.config, "_commit_hash", None) or stream.revision or None
         if stream.modality == "image":
             self._processor = transformers.AutoImageProcessor.from_pretrained(**source)
@@ -185,7 +183,7 @@ class HuggingFaceEncoder(ModelEncoder):
     def _of_pictures(self, batch: Sequence[Tensor]) -> Tensor:
         x, plain = self._stack(batch), self.stream.pooling == "model" and not self.stream.layer
         if plain and hasattr(self.model, "get_image_features"):
-            self.about["pooled"] = "get_image_features"
+            self.pooled = "get_image_features"
             return _tensor(self.model.get_image_features(pixel_values=x))
         tower: Any = getattr(self.model, "vision_model", self.model)
         found = self._captured(tower, lambda: tower(pixel_values=x).last_hidden_state, self.stream.layer)
@@ -195,11 +193,11 @@ class HuggingFaceEncoder(ModelEncoder):
         given = dict(self._tokenizer(list(batch), return_tensors="pt", **self._options).to(self.device))
         plain = self.stream.pooling == "model" and not self.stream.layer
         if plain and hasattr(self.model, "get_text_features"):
-            self.about["pooled"] = "get_text_features"
+            self.pooled = "get_text_features"
             return _tensor(self.model.get_text_features(**given))
         tower: Any = getattr(self.model, "text_model", self.model)
         found = self._captured(tower, lambda: tower(**given).last_hidden_state, self.stream.layer)
-        self.about["pooled"] = pooling = "mean" if self.stream.pooling == "model" else self.stream.pooling
+        self.pooled = pooling = "mean" if self.stream.pooling == "model" else self.stream.pooling
         return pool(found, pooling, 0, given.get("attention_mask"))
 
 
@@ -212,7 +210,6 @@ class TimmEncoder(ModelEncoder):
         weights = _weights(stream, folder)
         model = timm.create_model(name, pretrained=not weights, checkpoint_path=weights, num_classes=0)
         super().__init__(model, stream, device, "timm")
-        self.asks_hub = "" if weights else name
         options = timm.data.resolve_model_data_config(model)
         self._transform = timm.data.create_transform(**options, is_training=False)
         self.about["revision"] = model.pretrained_cfg.get("hf_hub_id") if not weights else None
@@ -226,7 +223,7 @@ class TimmEncoder(ModelEncoder):
         model, x = self.model, self._stack(batch)
         features = self._captured(model, lambda: model.forward_features(x), self.stream.layer)
         if self.stream.pooling == "model" and not self.stream.layer:
-            self.about["pooled"] = "forward_head"
+            self.pooled = "forward_head"
             found: Tensor = model.forward_head(features, pre_logits=True)
             return found
         return self._pooled(features, x, model, getattr(model, "output_fmt", "") == "NHWC")
@@ -243,7 +240,6 @@ class OpenClipEncoder(ModelEncoder):
             raise ValueError(f"model must be open_clip:ARCHITECTURE/WEIGHTS, or weights a file, got open_clip:{name}")
         model, _, self._transform = open_clip.create_model_and_transforms(architecture, pretrained=weights or tag)
         super().__init__(model, stream, device, "open_clip_torch")
-        self.asks_hub = "" if weights else name
         if stream.modality == "image":
             self.about["preprocessing"] = {"first": PREPROCESSING, **_plain(model.visual.preprocess_cfg)}
         elif stream.pooling != "model" or stream.layer:
@@ -258,9 +254,11 @@ class OpenClipEncoder(ModelEncoder):
     def _rows(self, batch: Sequence[Any]) -> Tensor:
         model = self.model
         if self.stream.modality == "text":
+            self.pooled = "encode_text"
             return _tensor(model.encode_text(self._tokenizer(list(batch)).to(self.device)))
         x = self._stack(batch)
         if self.stream.pooling == "model" and not self.stream.layer:
+            self.pooled = "encode_image"
             return _tensor(model.encode_image(x))
         visual: Any = model.visual
         if (trunk := getattr(visual, "trunk", None)) is not None:  # one of timm's
@@ -291,7 +289,6 @@ class SentenceEncoder(ModelEncoder):
             revision=stream.revision or None,
         )
         super().__init__(model, stream, device, "sentence-transformers", "transformers", "tokenizers")
-        self.asks_hub = name if hub else ""
         self.about["revision"] = stream.revision or None
 
     def _rows(self, batch: Sequence[str]) -> Tensor:
@@ -327,6 +324,14 @@ def encoder_of(stream: StreamConfig, folder: Path, device: torch.device) -> Enco
             f"layer, pooling, revision and weights must be left to the function, with model={stream.model!r}"
         )
     return FunctionEncoder.of(stream.model, folder)
+
+
+def name_on_hub(stream: StreamConfig, folder: Path) -> str:
+    """The name by which a library fetches a stream's model from a hub, unless it is cached; "" where it does not."""
+    family, _, name = stream.model.partition(":")
+    if family in ("hf", "sentence-transformers"):
+        return name if _place(name, folder)[1] else ""
+    return name if family in _FAMILIES and not stream.weights else ""
 
 
 def pool(tokens: Tensor, pooling: str, prefix: int, mask: Tensor | None = None) -> Tensor:
@@ -406,7 +411,9 @@ def _library(module: str) -> Any:
         return import_module(module)
     except ImportError as error:
         package = {"open_clip": "open_clip_torch"}.get(module, module.replace("_", "-"))
-        raise ImportError(f"the model needs {package}: pip install 'sparc_fast[extract]' ({error})") from error
+        raise ImportError(
+            f"the model needs {package}: pip install {package}, or 'sparc_fast[models]' ({error})"
+        ) from error
 
 
 def _version(package: str) -> str | None:

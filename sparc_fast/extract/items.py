@@ -6,25 +6,21 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sparc_fast.data.feature_folder import ITEMS, below
-from sparc_fast.data.readers import require
-from sparc_fast.files import atomic_path
+from sparc_fast.data.feature_folder import below
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Failure", "Item", "load_picture", "split_of", "thumbnail", "write_items"]
+__all__ = ["Failure", "Item", "load_picture", "split_of", "thumbnail"]
 
 THUMBNAIL = 128  # pixels of its longer side
 TRAINING = ("train", "training")
 """What sources call the split to train on; others are held out."""
-WRITTEN_TOGETHER = 20_000  # items
 
 
 @dataclass(frozen=True)
@@ -95,25 +91,3 @@ def as_line(item: Item, split: str, small: bytes | None) -> str:
         "thumbnail": None if small is None else base64.b64encode(small).decode(), **item.texts, **item.about,
         "label": list(item.label), "group": item.group or item.id, "split": split,
     }, ensure_ascii=False)  # fmt: skip
-
-
-def write_items(folder: Path, rows: Iterable[Mapping[str, Any]], texts: Iterable[str]) -> None:
-    """The table items.parquet, from what `as_line` gave; columns of texts by name, beside id, picture and so on."""
-    path = folder / ITEMS
-    pyarrow, parquet = require("pyarrow", path), require("pyarrow.parquet", path)
-    text = pyarrow.string()
-    columns = {
-        "id": text, "picture": text, "thumbnail": pyarrow.binary(), **dict.fromkeys(texts, text),
-        "label": pyarrow.list_(text), "group": text, "split": text,
-    }  # fmt: skip
-    schema = pyarrow.schema(columns)
-    with atomic_path(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
-        for some in _pieces(iter(rows)):
-            for row in some:
-                row["thumbnail"] = None if row["thumbnail"] is None else base64.b64decode(row["thumbnail"])
-            writer.write_table(pyarrow.Table.from_pylist(some, schema))
-
-
-def _pieces(rows: Iterator[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    while some := [dict(row) for row in islice(rows, WRITTEN_TOGETHER)]:
-        yield some

@@ -33,6 +33,8 @@ class State:
     failed_bytes: int = 0
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """stream -> (tokens of an item, width)."""
+    pooled: dict[str, str] = field(default_factory=dict)
+    """stream -> how its model's tokens became rows."""
 
 
 class Journal:
@@ -56,7 +58,13 @@ class Journal:
             rows.cut(self.state.items, *self.state.shapes.get(name, (0, 0)))
 
     def add(
-        self, consumed: int, last: str, rows: Mapping[str, Tensor], items: Sequence[str], failed: Sequence[str]
+        self,
+        consumed: int,
+        last: str,
+        rows: Mapping[str, Tensor],
+        items: Sequence[str],
+        failed: Sequence[str],
+        pooled: Mapping[str, str] | None = None,
     ) -> None:
         """A batch: how many items of the source it was, which was the last, and what is kept of it."""
         state = self.state
@@ -71,6 +79,7 @@ class Journal:
         state.items_bytes += _append(self._items, items)
         state.failed_bytes += _append(self.failed_path, failed)
         state.consumed, state.last = state.consumed + consumed, last
+        state.pooled.update(pooled or {})
         state.items, state.failed = state.items + len(items), state.failed + len(failed)
         _append(self._journal, [json.dumps(asdict(state), ensure_ascii=False)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import platform
@@ -20,7 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparc_fast.data.feature_folder import ITEMS, FeatureFolder, is_feature_folder, write_manifest
+from sparc_fast.data.feature_folder import (
+    ITEMS,
+    MANIFEST,
+    FeatureFolder,
+    is_feature_folder,
+    write_items,
+    write_manifest,
+)
 from sparc_fast.data.readers import require
 from sparc_fast.files import atomic_path, check_folder
 from sparc_fast.training.run_folder import lock
@@ -28,14 +36,14 @@ from sparc_fast.training.trainer import device_of
 from sparc_fast.version import __version__
 
 from .config import Extraction
-from .encoders import Encoder, encoder_of
-from .items import Failure, Item, as_line, load_picture, split_of, thumbnail, write_items
+from .encoders import Encoder, encoder_of, name_on_hub
+from .items import Failure, Item, as_line, load_picture, split_of, thumbnail
 from .journal import Journal
 from .sources import Source, open_source
 
 __all__ = ["Extracted", "extract"]
 
-PARTIAL, IDS, FAILED, JOURNAL, SETTINGS = ".partial", "ids.txt", "failed.jsonl", "journal.jsonl", "extraction.json"
+PARTIAL, IDS, FAILED, SETTINGS = ".partial", "ids.txt", "failed.jsonl", "extraction.json"
 AHEAD = 2  # batches whose pictures are read while one is encoded
 
 
@@ -66,7 +74,7 @@ def extract(
     out: str | Path,
     *,
     source: Source | None = None,
-    encoders: Mapping[str, Encoder] | None = None,
+    encoders: Callable[[torch.device], Mapping[str, Encoder]] | None = None,
     columns: Sequence[str] = (),
     progress: Callable[[int, int | None], object] | None = None,
     say: Callable[[str], object] | None = None,
@@ -79,7 +87,7 @@ def extract(
 
     Args:
         source: the items, instead of ``extraction.source``.
-        encoders: the models, instead of those that the streams name.
+        encoders: makes the models, instead of those that the streams name.
         columns: of texts in the items' `about`, also to be written.
         progress: called with (items of the source done, how many there are or None).
         say: called with what a person may want to know.
@@ -97,7 +105,11 @@ def extract(
     out = out.resolve()
     with _locked(out):
         settings = _settings(extraction)
+        for name in (ITEMS, IDS, MANIFEST):  # of a process that was killed while it wrote
+            for leftover in out.glob(f".{name}.*"):
+                leftover.unlink()
         if is_feature_folder(out):
+            shutil.rmtree(out / PARTIAL, ignore_errors=True)
             _agree(FeatureFolder(out).manifest.get("extraction"), settings, out)
             done = FeatureFolder(out)
             return Extracted(out, done.n_items, int(done.manifest["failed"]), done.n_items, 0.0)
@@ -107,14 +119,9 @@ def extract(
             source = open_source(extraction.source, extraction.folder, extraction.texts)
         (out / PARTIAL).mkdir(exist_ok=True)
         _keep(out / PARTIAL / SETTINGS, settings, out)
-        if encoders is None:
-            device = torch.device(device_of(extraction.device))
-            encoders = {}
-            for name, stream in extraction.streams.items():
-                encoders[name] = encoder = encoder_of(stream, extraction.folder, device)
-                if encoder.asks_hub:
-                    say(f"{name}: {encoder.asks_hub} is a name on the hub, and fetched from there unless it is cached")
-        run = _Run(extraction, out, source, encoders)
+        device = torch.device(device_of(extraction.device))
+        models = _encoders(extraction, device, say) if encoders is None else encoders(device)
+        run = _Run(extraction, out, source, models)
         before = run.journal.state.consumed
         if before:
             say(f"going on behind {before:,} items")
@@ -205,6 +212,7 @@ class _Run:
         self.journal.add(
             len(batch.found), batch.found[-1].id, {name: of_it[kept] for name, of_it in rows.items()}, lines,
             [json.dumps(one.__dict__, ensure_ascii=False) for one in failed],
+            {name: self.encoders[name].pooled for name in rows},
         )  # fmt: skip
 
     def _inputs(self, item: Item, batch: _Prepared) -> tuple[dict[str, Any], bytes | None]:
@@ -247,17 +255,19 @@ class _Run:
             raise ValueError(f"source must have an item that can be read, got none; {self.out / FAILED} says why")
         files = journal.close()
         texts = (*self.extraction.texts, *columns)
-        write_items(self.out, journal.items(), texts or ("text",))
+        write_items(self.out, map(_with_content, journal.items()), texts or ("text",))
         with atomic_path(self.out / IDS) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(f"{row['id']}\n" for row in journal.items())
         splits = [row["split"] for row in journal.items()]
         streams = {}
         for name, stream in self.extraction.streams.items():
             tokens, width = state.shapes[name]
-            column = "picture" if stream.modality == "image" else self.extraction.text_of(stream)
+            picture = "thumbnail" if self.source.root is None else "picture"
+            column = picture if stream.modality == "image" else self.extraction.text_of(stream)
             streams[name] = {
                 "modality": stream.modality, "column": column, "width": width, "tokens": tokens, "dtype": stream.dtype,
-                "files": files[name], "model": stream.model, "layer": stream.layer, "pooling": stream.pooling,
+                "files": files[name], "model": stream.model, "layer": stream.layer,
+                "pooling": state.pooled[name] or stream.pooling,
                 **self.encoders[name].about,
             }  # fmt: skip
         write_manifest(
@@ -267,6 +277,20 @@ class _Run:
             extraction=settings, versions=_versions(), **about,
         )  # fmt: skip
         shutil.rmtree(self.out / PARTIAL)
+
+
+def _encoders(extraction: Extraction, device: torch.device, say: Callable[[str], object]) -> dict[str, Encoder]:
+    made = {}
+    for name, stream in extraction.streams.items():
+        if on_hub := name_on_hub(stream, extraction.folder):
+            say(f"{name}: {on_hub} is a name on a hub, and fetched from there unless it was cached")
+        made[name] = encoder_of(stream, extraction.folder, device)
+    return made
+
+
+def _with_content(item: dict[str, Any]) -> dict[str, Any]:
+    small = item["thumbnail"]
+    return {**item, "thumbnail": None if small is None else base64.b64decode(small)}
 
 
 def _not_rows(rows: Tensor, stream: str) -> Iterator[tuple[int, str]]:

@@ -112,11 +112,19 @@ def _csv(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Opened:
     def rows() -> Iterator[Mapping[str, Any]]:
         for path in files:
             with path.open(newline="", encoding="utf-8-sig") as file:
-                yield from csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+                table = csv.DictReader(file, delimiter=_delimiter(path))
+                try:
+                    yield from table
+                except csv.Error as error:
+                    raise ValueError(f"{path} must be a table, but not in line {table.line_num}: {error}") from error
 
     with files[0].open(newline="", encoding="utf-8-sig") as file:
-        head = csv.DictReader(file, delimiter="\t" if files[0].suffix.lower() == ".tsv" else ",").fieldnames
+        head = csv.DictReader(file, delimiter=_delimiter(files[0])).fieldnames
     return _table(config, texts, head or [], rows, sum(1 for _ in rows()), files[0].parent)
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
 def _jsonl(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Opened:
