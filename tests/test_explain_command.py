@@ -147,6 +147,21 @@ def test_without_labels_latents_are_named_by_words_of_the_texts(tmp_path):
     assert carried == [i % 3 == 0 for i in range(N)]
 
 
+def test_a_stream_of_pictures_may_have_a_column_of_its_own(tmp_path):
+    folder, file = tmp_path / "features", io.BytesIO()
+    Image.new("RGB", (4, 4), "blue").save(file, "PNG")
+    (folder / "eye").mkdir(parents=True)
+    np.save(folder / "eye" / "00000.npy", np.ones((2, 6), np.float32))
+    rows = [{"id": f"{i}", "picture": None, "close": file.getvalue(), "text": "a", "label": [], "group": f"{i}", "split": "train"} for i in range(2)]  # fmt: skip
+    write_items(folder, rows, ("text",), contents=("close",))
+    eye = {"modality": "image", "column": "close", "width": 6, "tokens": 1, "files": ["eye/00000.npy"]}
+    write_manifest(folder, {"eye": eye}, 2, failed=0)
+    items = items_of(FeatureFolder(folder))
+    assert list(items.pictures) == ["close"]
+    assert np.asarray(items.pictures["close"].draw(1))[48, 48].tolist() == [0, 0, 255, 255]
+    assert list(items.texts) == ["text"]
+
+
 def test_a_broken_picture_is_missing_and_no_error(tmp_path):
     folder = write_folder(tmp_path / "features", thumbnail=lambda i: b"no picture" if i == 1 else None)
     (folder / "pictures" / "3.png").write_bytes(b"\x89PNG broken")
