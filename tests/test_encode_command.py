@@ -143,7 +143,8 @@ def test_a_row_of_zeros_is_absent_and_a_sample_without_any_stream_has_an_empty_c
     assert not recons["a"][2].any()
     assert recons["b"][2].any()
     assert encode.encode_files(model, data.open(x), path, zero_rows="keep") == {"a": 0, "b": 0}
-    assert torch.equal(sf.SparseLatents.load(path).values, model.encode(x).values)
+    said = torch.ones(9, 2, dtype=torch.bool)
+    assert torch.equal(sf.SparseLatents.load(path).values, model.encode(x, said).values)
 
 
 @torch.no_grad()
