@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("g++")
-SOURCES = [path for path in sorted(ROOT.glob("csrc/cpu/*.cpp")) if path.name != "binding.cpp"]
+FOUND = sorted([*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/arguments/*.cpp")])
+SOURCES = [path for path in FOUND if path.name != "binding.cpp"]
 # one instruction set, unoptimised, to compile in seconds
 FLAGS = ["-std=c++17", "-O0", "-g1", "-Wno-psabi", "-DSPARC_FAST_BASELINE_ONLY", "-pthread"]
 pytestmark = [pytest.mark.compilers, pytest.mark.skipif(COMPILER is None or not SOURCES, reason="no g++ or sources")]

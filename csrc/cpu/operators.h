@@ -6,8 +6,6 @@
 
 #include "tensor.h"
 
-using Widths = std::vector<int64_t>;  // D_s of each stream
-
 void support_values(
     Tensor values, Tensor x, Tensor W_enc, Tensor pre_bias, Tensor latent_bias, Tensor indices, Widths d_streams,
     int threads);

@@ -47,7 +47,7 @@ def emulated_module(folder: Path) -> None:
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    sources = [*KERNELS, ROOT / "csrc/cuda/binding.cpp"]
+    sources = [*KERNELS, ROOT / "csrc/cuda/binding.cpp", *ROOT.glob("csrc/arguments/*.cpp")]
     build(folder / "_cuda.so", sources, ["-O1", "-fvisibility=hidden", *includes], ["-shared"])
 
 

@@ -71,7 +71,7 @@ struct Array {
         view.ndim = ndim;
         view.item_size = sizeof(T);
         view.type = type;
-        view.is_here = true;
+        view.memory = Memory::cpu;
         int64_t stride = 1;
         for (int64_t i = 2; i >= 0; --i) {
             if (i < ndim) view.size[i] = size[i], view.stride[i] = stride;
