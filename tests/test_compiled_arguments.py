@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import gc
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -313,6 +315,26 @@ def test_a_cuda_kernel_refuses_a_workspace_that_is_too_small_and_sizes_beyond_it
     right[0].parts = 0
     with pytest.raises(ValueError, match="the plan does not fit"):
         cuda_call(module, "topk_rows", right)
+
+
+@pytest.mark.parametrize(("made", "name", "place"), [("Batch", "weight_gradients", 3), ("Gradients", "step_rows", 5)])
+def test_what_holds_addresses_keeps_their_tensors(made: str, name: str, place: int) -> None:
+    tensors = list(calls()[name][place][:-1])
+    seen = [weakref.ref(tensor) for tensor in tensors]
+    held = getattr(_cpu, made)(*tensors, WIDTHS)
+    tensors.clear()
+    gc.collect()
+    assert all(tensor() is not None for tensor in seen)
+    del held
+    gc.collect()
+    assert all(tensor() is None for tensor in seen)
+
+
+def test_lists_of_tensors_have_the_length_that_is_read() -> None:
+    right = calls()["update_rows"]
+    for moments, copies in ((right[4][:3], [right[4][3], None, None]), (right[4] + [None], [None]), ([], right[4])):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            call("update_rows", [*right[:4], moments, copies, *right[6:]])
 
 
 def test_widths_whose_sum_is_beyond_64_bits_are_refused() -> None:

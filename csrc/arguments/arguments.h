@@ -29,6 +29,8 @@ struct Tensor {
     int64_t bytes() const { return size[0] * stride[0] * item_size; }
 };
 
+template <size_t n>
+using Tensors = std::array<Tensor, n>;
 using Widths = std::vector<int64_t>;  // D_s of each stream
 
 // The tensors, integers and widths among an operator's arguments, in their order.
@@ -44,7 +46,6 @@ struct Arguments {
     }
 
     void add(const Tensor& tensor) { tensors.push_back(tensor); }
-    void add(const std::vector<Tensor>& some) { tensors.insert(tensors.end(), some.begin(), some.end()); }
     void add(const Widths& some) { widths = some; }
     void add(const std::vector<double>& some) { weights = some.size(); }
     void add(const int64_t& integer) { integers.push_back(integer); }

@@ -58,8 +58,14 @@ static void settle(Screen& screen, Tensor indices, Tensor given_up, Tensor x, Te
 #define INVERSE "offsets:i64[L+1] entries:i64[E] "
 
 PYBIND11_MODULE(_cpu, m) {
-    py::class_<Batch>(m, "Batch").def(py::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Widths>());
-    py::class_<Gradients>(m, "Gradients").def(py::init<Tensor, Tensor, Tensor, Widths>());
+    // with the tensors whose addresses they hold
+    py::class_<Batch>(m, "Batch")
+        .def(py::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Widths>(), py::keep_alive<1, 2>(),
+             py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 5>(), py::keep_alive<1, 6>(),
+             py::keep_alive<1, 7>(), py::keep_alive<1, 8>());
+    py::class_<Gradients>(m, "Gradients")
+        .def(py::init<Tensor, Tensor, Tensor, Widths>(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>(),
+             py::keep_alive<1, 4>());
     py::class_<AdamStep>(m, "AdamStep").def(py::init<double, double, double, double, int64_t, uint64_t>());
     define(m, "support_values", support_values,
            ">values:A[N,S,k] x:T[N,D] W_enc:T[L,D] pre_bias:A[D] latent_bias:A[S,L] " SUPPORT "streams");

@@ -41,8 +41,8 @@ void with_type(int64_t item_size, F f) {
 }
 
 // Calls f with a value of the type of Adam's moments, of those there are: bfloat16, or A, in which sums are taken.
-template <class A, class F>
-void with_moments(const std::vector<Tensor>& moments, F f) {
+template <class A, size_t n, class F>
+void with_moments(const Tensors<n>& moments, F f) {
     if constexpr (sizeof(A) == sizeof(float)) {
         for (const Tensor& moment : moments)
             if (moment.item_size == 2) return f(bf16{});

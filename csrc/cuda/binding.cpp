@@ -89,7 +89,7 @@ static void define_topk_rows(py::module_& m) {
 }
 
 // counts, thresholds, lows, highs, latents, places
-using CandidateTensors = std::array<Tensor, 6>;
+using CandidateTensors = Tensors<6>;
 #define CANDIDATES ">counts:i32![rows] >thresholds:i32![rows] >lows:i32![rows*capacity] >highs:i32![rows*capacity] " \
     ">latents:i32![rows*capacity] >places:i32![rows*capacity] "
 
@@ -103,7 +103,7 @@ static Candidates candidates_of(const CandidateTensors& tensors, int64_t capacit
 
 static void define_global_topk(py::module_& m) {
     const auto filter = +[](FilterPlan plan, CandidateTensors candidates, int64_t capacity, Tensor scores,
-                            int64_t first, std::array<Tensor, 4> latents, std::array<Tensor, 3> samples, int k,
+                            int64_t first, Tensors<4> latents, Tensors<3> samples, int k,
                             std::array<float, 3> bounds, uintptr_t stream) {
         const int64_t N = scores.size[0], chunk = scores.size[1];
         must(!latents[2].data == !latents[3].data, "w_residual and w_inverse must both be there or be None");
@@ -147,7 +147,7 @@ static void define_invert_indices(py::module_& m) {
 }
 
 // weights, first and second moment, copy
-using RowTensors = std::array<Tensor, 4>;
+using RowTensors = Tensors<4>;
 #define DECODER ">W_dec:f32[L,D] >exp_avg_dec:f32[L,D] >exp_avg_sq_dec:f32[L,D] >copy_dec:F[L,D]? "
 #define BOTH ">W_enc:f32[L,D] >exp_avg_enc:f32[L,D] >exp_avg_sq_enc:f32[L,D] >copy_enc:F[L,D]? " DECODER
 #define LAST_STEP ">last_step:i64![L]? "
@@ -158,7 +158,7 @@ static Rows rows_of(const RowTensors& tensors) {
 
 // lr, beta_1, beta_2, eps, step; where the device has lr and step
 using StepNumbers = std::array<double, 5>;
-using StepTensors = std::array<Tensor, 2>;
+using StepTensors = Tensors<2>;
 #define STEP "lr:f64[1]? step:f64[1]? "
 
 static AdamStep step_of(const StepNumbers& numbers, const StepTensors& there) {
@@ -169,7 +169,7 @@ static AdamStep step_of(const StepNumbers& numbers, const StepTensors& there) {
 static void define_update_rows(py::module_& m) {
     // x, grad_recons, pre_bias, values, grad_values, offsets, entries
     const auto update = +[](UpdatePlan plan, Tensor grad_latent_bias, Tensor grad_pre_bias, RowTensors encoder,
-                            RowTensors decoder, std::array<Tensor, 7> samples, StepNumbers numbers, StepTensors there,
+                            RowTensors decoder, Tensors<7> samples, StepNumbers numbers, StepTensors there,
                             Tensor last_step, Tensor workspace, Streams streams, uintptr_t stream) {
         const auto& [x, grad_recons, pre_bias, values, grad_values, offsets, entries] = samples;
         const int64_t N = values.size[0], S = values.size[1], count = entries.size[0];
@@ -187,7 +187,7 @@ static void define_update_rows(py::module_& m) {
     define(m, "update_rows", update, ">grad_latent_bias:f32![S,L] >grad_pre_bias:f32![D] " BOTH
            "x:F[N,D] grad_recons:F[N*S,D] pre_bias:F![D] values:F![N,S,k] grad_values:F![N,S,k] offsets:i64![L+1] "
            "entries:i64![N*k|N*S*k] " STEP LAST_STEP ROOM "streams", memory);
-    const auto step = +[](UpdatePlan plan, RowTensors encoder, RowTensors decoder, std::array<Tensor, 3> gradients,
+    const auto step = +[](UpdatePlan plan, RowTensors encoder, RowTensors decoder, Tensors<3> gradients,
                           StepNumbers numbers, StepTensors there, Tensor last_step, Tensor workspace, Streams streams,
                           uintptr_t stream) {
         const auto& [W_enc, W_dec, used] = gradients;
