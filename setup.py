@@ -14,8 +14,8 @@ from setuptools.errors import CompileError, ExecError
 
 cpu = Pybind11Extension(
     "sparc_fast._cpu",
-    sorted(glob("csrc/cpu/*.cpp")),
-    depends=sorted(glob("csrc/cpu/*.h")),
+    sorted(glob("csrc/cpu/*.cpp") + glob("csrc/arguments/*.cpp")),
+    depends=sorted(glob("csrc/cpu/*.h") + glob("csrc/arguments/*.h")),
     cxx_std=17,
     # no trap and no errno: square roots become vector instructions. Wide vectors never cross a call, so no ABI note.
     extra_compile_args=["-O3", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"],
@@ -23,8 +23,10 @@ cpu = Pybind11Extension(
 )
 cuda = Extension(
     "sparc_fast._cuda",
-    sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp")),
-    depends=sorted(glob("csrc/cuda/*.h") + glob("csrc/cuda/*.cuh") + ["csrc/cuda/build.py"]),
+    sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp") + glob("csrc/arguments/*.cpp")),
+    depends=sorted(
+        [*glob("csrc/cuda/*.h"), *glob("csrc/cuda/*.cuh"), *glob("csrc/arguments/*.h"), "csrc/cuda/build.py"]
+    ),
     optional=True,
 )
 nvcc = shutil.which("nvcc")

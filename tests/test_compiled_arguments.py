@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import gc
+import os
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from cuda_emulation import build
 from torch import Tensor
 
 import sparc_fast as sf
@@ -20,6 +26,7 @@ pytest.importorskip("sparc_fast._cpu")
 from sparc_fast import _cpu
 
 ROOT = Path(__file__).parents[1]
+FILE = os.open(__file__, os.O_RDONLY)
 N, L, K, WIDTHS = 5, 11, 3, [4, 3]
 S, D = len(WIDTHS), sum(WIDTHS)
 
@@ -39,7 +46,7 @@ def sparse_rows() -> list[Tensor]:
 
 
 def calls() -> dict[str, list[Any]]:
-    """Right arguments of every compiled function that takes tensors."""
+    """Right arguments of every function of the CPU module that takes tensors."""
     indices = support()
     offsets, entries = reference.invert_indices(indices, L)
     x, values, grads = floats(N, D), floats(N, S, K), floats(N, S, D)
@@ -58,6 +65,7 @@ def calls() -> dict[str, list[Any]]:
                         x, floats(N, S), [1.0] * S * S, WIDTHS, 1],
         "invert_indices": [integers(L + 1), integers(N * K), indices, L],
         "weight_gradients": [matrix(), matrix(), floats(S, L), batch, 1],
+        "gradient_squares": [floats(L, **wide), floats(S, L), batch, 1],
         "update_rows": [floats(S, L), floats(D), matrix(), matrix(), moments, [None, None], integers(L), batch, adam, 1],
         "step_rows": [matrix(), matrix(), moments, [None, None], integers(L), gradients, adam, 1],
         "replay_rows": [matrix(), [matrix(), matrix()], None, torch.arange(4, device="cpu"), integers(L),
@@ -70,14 +78,61 @@ def calls() -> dict[str, list[Any]]:
         "measure_rows": [floats(L), floats(L), None, matrix(), 1],
         "topk_rows": [torch.zeros(N, K, dtype=torch.int32, device="cpu"), floats(N, L), K, 1],
         "first_not_finite": [x, False],
+        "read_spans": [FILE, [0], [N * D * 4], floats(N, D), False, False],
         "gather_rows": [floats(4, D), floats(L, D), torch.arange(4, device="cpu"), 0, 1],
         "prefer_huge_pages": [matrix()],
+    }  # fmt: skip
+
+
+def cuda_calls(module: Any) -> dict[str, list[Any]]:
+    """Right arguments of every function of the CUDA module that takes tensors."""
+    integers = lambda *shape, dtype=torch.int32: torch.zeros(shape, dtype=dtype, device="cpu")  # noqa: E731
+    room = lambda count: integers(count + 1, dtype=torch.uint8)  # noqa: E731
+    whole = {"dtype": torch.int64}
+    indices, x, W, pre_bias, capacity = support(), floats(N, D), floats(L, D), floats(D), L
+    offsets, entries = reference.invert_indices(indices, L)
+    streams, scores = module.Streams(WIDTHS), (x - pre_bias) @ W.T
+    topk, update = module.TopkPlan(N, L, K, 4), module.UpdatePlan(streams, False, 4)
+    rows = lambda: [*(floats(L, D) for _ in range(3)), floats(L, D).bfloat16()]  # noqa: E731
+    candidates = [integers(N), integers(N), *(integers(N * capacity) for _ in range(4))]
+    x_norm, w_norm = (x - pre_bias).norm(dim=1) + 1e-3, W.norm(dim=1) + 1e-3
+    zeros, ones = (lambda n: floats(n) * 0), (lambda n: floats(n) * 0 + 1)
+    take_in = [module.FilterPlan(L, K, capacity), candidates, capacity, scores, 0, [zeros(L), w_norm, zeros(L), ones(L)],
+               [x_norm, zeros(N), ones(N)], K, [1e-5, 0.0, 0.0], 0]  # fmt: skip
+    module.filter_scores(*take_in)
+    samples = [x, floats(N * S, D), pre_bias, floats(N, S, K), floats(N, S, K), offsets, entries]
+    step = [[0.1, 0.9, 0.99, 1e-8, 1.0], [floats(1).double(), ones(1).double()], integers(L, **whole)]
+    return {
+        "topk_rows": [topk, integers(N, K), scores, room(module.topk_rows_workspace(topk, N, K)), 0],
+        "filter_scores": take_in,
+        "settle_supports": [candidates, capacity, x, pre_bias, W, zeros(L).double(), 0, x_norm, w_norm, 1e-5, 0.0,
+                            integers(N, K), integers(N), integers(1), 0],
+        "invert_indices": [integers(L + 1, **whole), integers(N * K, **whole), indices.flatten(),
+                           room(module.invert_indices_workspace(N * K, L)), 0],
+        "update_rows": [update, floats(S, L), floats(D), rows(), rows(), samples, *step,
+                        room(module.update_rows_workspace(update, N * K, L, streams)), streams, 0],
+        "step_rows": [update, rows(), rows(), [floats(L, D), floats(L, D), offsets[1:] > offsets[:-1]], *step,
+                      room(module.update_rows_workspace(update, 0, L, streams)), streams, 0],
+        "replay_rows": [rows(), torch.arange(4, device="cpu"), integers(L, **whole), floats(2, 4).double(),
+                        room(module.replay_rows_workspace(2)), streams, 0],
     }  # fmt: skip
 
 
 def call(name: str, arguments: list[Any]) -> Any:
     packed = {8: _cpu.Batch, 4: _cpu.Gradients}
     return getattr(_cpu, name)(*(packed[len(a)](*a) if isinstance(a, tuple) else a for a in arguments))
+
+
+def cuda_call(module: Any, name: str, arguments: list[Any]) -> Any:
+    return getattr(module, name)(*arguments)
+
+
+def taking_tensors(module: Any) -> set[str]:
+    return {name for name, of in vars(module).items() if "torch.Tensor" in (getattr(of, "__doc__", None) or "")}
+
+
+def test_no_compiled_function_that_takes_tensors_is_left_out_here() -> None:
+    assert taking_tensors(_cpu) == set(calls())
 
 
 def places(arguments: list[Any]) -> Iterator[tuple[Any, ...]]:
@@ -102,8 +157,8 @@ def replaced(arguments: list[Any], place: tuple[Any, ...], tensor: Any) -> list[
 
 def wrong(tensor: Tensor) -> Iterator[tuple[str, Any]]:
     """Tensors that are not as this one is; memory of each is as small as it looks."""
-    other = {torch.float32: torch.float64, torch.float64: torch.float32, torch.int32: torch.int64,
-             torch.int64: torch.int32, torch.bool: torch.float32}[tensor.dtype]  # fmt: skip
+    other = {torch.float32: torch.float64, torch.float64: torch.float32, torch.int32: torch.int64, torch.bool: torch.float32,
+             torch.int64: torch.int32, torch.bfloat16: torch.float64, torch.uint8: torch.int32}[tensor.dtype]  # fmt: skip
     yield "dtype", tensor.to(other)
     yield "float16", tensor.to(torch.float16)
     yield "complex", tensor.to(torch.complex64)
@@ -124,27 +179,51 @@ def wrong(tensor: Tensor) -> Iterator[tuple[str, Any]]:
     yield "a list", tensor.tolist()
 
 
-ANY_DTYPE = {"first_not_finite", "gather_rows", "prefer_huge_pages"}
+ANY_DTYPE = {"first_not_finite", "gather_rows", "prefer_huge_pages", "read_spans"}
+
+
+def check_wrong(
+    name: str, right: Callable[[], list[Any]], call: Callable[[str, list[Any]], Any], may_pass: Callable[..., bool]
+) -> None:
+    torch.manual_seed(0)
+    call(name, right())
+    refused = 0
+    for place in places(right()):
+        arguments = right()
+        tensor = arguments[place[0]] if len(place) == 1 else arguments[place[0]][place[1]]
+        for what, changed in wrong(tensor):
+            try:
+                call(name, replaced(right(), place, changed))
+                assert what.startswith("size") or what == "None" or may_pass(place, what), f"{name}{place}: {what}"
+            except (ValueError, TypeError, IndexError):
+                refused += 1
+    assert refused > 5
 
 
 @pytest.mark.parametrize("name", list(calls()))
 def test_a_tensor_of_another_dtype_shape_layout_or_device_is_refused(name: str) -> None:
     """A size that nothing else tells may be another; what is optional may be None, and what is alone of another type."""
-    torch.manual_seed(0)
-    call(name, calls()[name])
-    refused = 0
-    for place in places(calls()[name]):
-        arguments = calls()[name]
-        tensor = arguments[place[0]] if len(place) == 1 else arguments[place[0]][place[1]]
-        for what, changed in wrong(tensor):
-            may_pass = what.startswith("size") or what in ("None", "dtype") or name in ANY_DTYPE
-            may_pass |= (name, what) == ("invert_indices", "one dimension more")
-            try:
-                call(name, replaced(calls()[name], place, changed))
-                assert may_pass, f"{name}{place}: {what}"
-            except (ValueError, TypeError, IndexError):
-                refused += 1
-    assert refused > 5
+
+    def may_pass(place: tuple[int, ...], what: str) -> bool:
+        return what == "dtype" or name in ANY_DTYPE or (name, what) == ("invert_indices", "one dimension more")
+
+    check_wrong(name, lambda: calls()[name], call, may_pass)
+
+
+CUDA = ["topk_rows", "filter_scores", "settle_supports", "invert_indices", "update_rows", "step_rows", "replay_rows"]
+# scores, x, weights, pre_bias and copies, whose type is their own
+NARROW = {"topk_rows": [2], "settle_supports": [2, 3, 4], "update_rows": [(3, 3), (4, 3), *((5, i) for i in range(5))],
+          "step_rows": [(1, 3), (2, 3)], "replay_rows": [(0, 3)]}  # fmt: skip
+
+
+@pytest.mark.skipif(build.COMPILER is None, reason="no g++")
+@pytest.mark.parametrize("name", CUDA)
+def test_a_cuda_kernel_gets_no_tensor_of_another_dtype_shape_layout_or_device(name: str, cuda: ModuleType) -> None:
+    module = cuda._cuda
+    assert taking_tensors(module) == set(CUDA)
+    narrow = [place if isinstance(place, tuple) else (place,) for place in NARROW.get(name, [])]
+    right = lambda: cuda_calls(module)[name]  # noqa: E731
+    check_wrong(name, right, partial(cuda_call, module), lambda place, what: what == "float16" and place in narrow)
 
 
 HUGE = (2**31, 2**33 + 1, 2**40, 2**61, 2**62)  # bytes beyond 32 and beyond 64 bits
@@ -161,21 +240,107 @@ def huge(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
             yield f"{size} in dimension {d}, meta", tensor.to("meta").narrow(d, 0, 1).expand(shape)
 
 
+def check_huge(name: str, right: Callable[[], list[Any]], call: Callable[[str, list[Any]], Any]) -> None:
+    for place in places(right()):
+        arguments = right()
+        tensor = arguments[place[0]] if len(place) == 1 else arguments[place[0]][place[1]]
+        for what, changed in huge(tensor) if (name, place) not in ENDLESS else ():
+            may_pass = what.endswith("expanded") and tensor.ndim > 1
+            try:
+                call(name, replaced(right(), place, changed))
+                assert may_pass, f"{name}{place}: {what}"
+            except (ValueError, TypeError, IndexError):
+                pass
+
+
 @pytest.mark.parametrize("name", list(calls()))
 def test_a_tensor_that_names_more_numbers_than_memory_holds_is_refused_or_only_read_where_it_has_some(
     name: str,
 ) -> None:
     """Rows that are read may be one row again and again."""
-    for place in places(calls()[name]):
-        arguments = calls()[name]
-        tensor = arguments[place[0]] if len(place) == 1 else arguments[place[0]][place[1]]
-        for what, changed in huge(tensor) if (name, place) not in ENDLESS else ():
-            may_pass = what.endswith("expanded") and tensor.ndim > 1
+    check_huge(name, lambda: calls()[name], call)
+
+
+@pytest.mark.skipif(build.COMPILER is None, reason="no g++")
+@pytest.mark.parametrize("name", CUDA)
+def test_a_cuda_kernel_gets_no_tensor_that_names_more_numbers_than_memory_holds(name: str, cuda: ModuleType) -> None:
+    check_huge(name, lambda: cuda_calls(cuda._cuda)[name], partial(cuda_call, cuda._cuda))
+
+
+@pytest.mark.skipif(build.COMPILER is None, reason="no g++")
+@pytest.mark.parametrize("name", CUDA)
+def test_what_a_cuda_kernel_writes_shares_no_memory_with_what_else_it_is_given(name: str, cuda: ModuleType) -> None:
+    """Every tensor in turn takes the place of every other of its shape and type."""
+    right, refused = cuda_calls(cuda._cuda)[name], 0
+    at = lambda place: right[place[0]] if len(place) == 1 else right[place[0]][place[1]]  # noqa: E731
+    for one, other in product(places(right), repeat=2):
+        if one != other and (at(one).shape, at(one).dtype) == (at(other).shape, at(other).dtype):
+            arguments = cuda_calls(cuda._cuda)[name]
+            shared = arguments[other[0]] if len(other) == 1 else arguments[other[0]][other[1]]
             try:
-                call(name, replaced(calls()[name], place, changed))
-                assert may_pass, f"{name}{place}: {what}"
-            except (ValueError, TypeError, IndexError):
-                pass
+                cuda_call(cuda._cuda, name, replaced(arguments, one, shared))
+                assert {one, other} <= READ[name], f"{name}: {other} as {one}"
+            except ValueError as error:
+                assert "must be memory of its own, got that of" in str(error)  # noqa: PT017
+                refused += 1
+    assert refused or name in ("topk_rows", "invert_indices")
+
+
+READ = {
+    "topk_rows": {(2,)},
+    "filter_scores": {(3,), *((5, i) for i in range(4)), *((6, i) for i in range(3))},
+    "settle_supports": {(i,) for i in (2, 3, 4, 5, 7, 8)},
+    "invert_indices": {(2,)},
+    "update_rows": {*((5, i) for i in range(7)), (7, 0), (7, 1)},
+    "step_rows": {*((3, i) for i in range(3)), (5, 0), (5, 1)},
+    "replay_rows": {(1,), (3,)},
+}
+"""Places of what is only read."""
+
+
+@pytest.mark.skipif(build.COMPILER is None, reason="no g++")
+def test_a_cuda_kernel_refuses_a_workspace_that_is_too_small_and_sizes_beyond_its_integers(cuda: ModuleType) -> None:
+    module = cuda._cuda
+    for name, i in (("invert_indices", 3), ("update_rows", 9), ("step_rows", 7), ("replay_rows", 4)):
+        right = cuda_calls(module)[name]
+        cuda_call(module, name, replaced(right, (i,), right[i][:-1]))
+        with pytest.raises(ValueError, match=r"workspace must be [0-9]+ bytes that begin at whole 16"):
+            cuda_call(module, name, replaced(right, (i,), right[i][:-2]))
+        with pytest.raises(ValueError, match="workspace must be"):
+            cuda_call(module, name, replaced(right, (i,), right[i][1:]))
+    for widths in ([], [1] * 65, [4, 0], [-1], [2**30, 2**30], [2**40], [2**62, 2**62]):
+        with pytest.raises(ValueError, match=r"1 to 64 streams|widths of at least 1 with a sum below"):
+            module.Streams(widths)
+    right = cuda_calls(module)["topk_rows"]
+    right[0].parts = 0
+    with pytest.raises(ValueError, match="the plan does not fit"):
+        cuda_call(module, "topk_rows", right)
+
+
+@pytest.mark.parametrize(("made", "name", "place"), [("Batch", "weight_gradients", 3), ("Gradients", "step_rows", 5)])
+def test_what_holds_addresses_keeps_their_tensors(made: str, name: str, place: int) -> None:
+    tensors = list(calls()[name][place][:-1])
+    seen = [weakref.ref(tensor) for tensor in tensors]
+    held = getattr(_cpu, made)(*tensors, WIDTHS)
+    tensors.clear()
+    gc.collect()
+    assert all(tensor() is not None for tensor in seen)
+    del held
+    gc.collect()
+    assert all(tensor() is None for tensor in seen)
+
+
+def test_lists_of_tensors_have_the_length_that_is_read() -> None:
+    right = calls()["update_rows"]
+    for moments, copies in ((right[4][:3], [right[4][3], None, None]), (right[4] + [None], [None]), ([], right[4])):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            call("update_rows", [*right[:4], moments, copies, *right[6:]])
+
+
+def test_widths_whose_sum_is_beyond_64_bits_are_refused() -> None:
+    right = calls()["support_values"]
+    with pytest.raises(ValueError, match="d_streams must be widths with a sum below 2\\^63"):
+        call("support_values", replaced(right, (6,), [2**62, 2**62, 2**62, 2**62 + D]))
 
 
 def test_a_refusal_names_function_argument_what_it_must_be_and_what_it_is() -> None:

@@ -15,7 +15,7 @@ import pybind11
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(ROOT.glob("csrc/cpu/*.cpp"))
+SOURCES = sorted([*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/arguments/*.cpp")])
 PROGRAM = [*(path for path in SOURCES if path.name != "binding.cpp"), ROOT / "tests/native/operators.cpp"]
 # as setup.py compiles
 FLAGS = ["-std=c++17", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-Werror"]

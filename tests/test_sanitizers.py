@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pybind11
 import pytest
+from cuda_emulation import build as cuda_emulation
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("g++")
-SOURCES = [path for path in sorted(ROOT.glob("csrc/cpu/*.cpp")) if path.name != "binding.cpp"]
+FOUND = sorted([*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/arguments/*.cpp")])
+SOURCES = [path for path in FOUND if path.name != "binding.cpp"]
 # one instruction set, unoptimised, to compile in seconds
 FLAGS = ["-std=c++17", "-O0", "-g1", "-Wno-psabi", "-DSPARC_FAST_BASELINE_ONLY", "-pthread"]
 pytestmark = [pytest.mark.compilers, pytest.mark.skipif(COMPILER is None or not SOURCES, reason="no g++ or sources")]
@@ -53,12 +55,32 @@ for name in tests.calls():
     tests.test_a_tensor_of_another_dtype_shape_layout_or_device_is_refused(name)
 tests.test_numbers_that_are_places_must_be_places_there_are()
 """
+WRONG_CUDA_CALLS = """
+import sys
+from pathlib import Path
+from cuda_emulation import build
+import test_compiled_arguments as tests
+cuda = build.emulated_backend(Path(sys.argv[1]).parent)
+for name in tests.CUDA:
+    tests.test_a_cuda_kernel_gets_no_tensor_of_another_dtype_shape_layout_or_device(name, cuda)
+tests.test_a_cuda_kernel_refuses_a_workspace_that_is_too_small_and_sizes_beyond_its_integers(cuda)
+"""
 
 
 def test_no_wrong_call_from_python_touches_what_is_not_its_own(tmp_path: Path) -> None:
     module = tmp_path / "_cpu.so"
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     build("address", [*SOURCES, ROOT / "csrc/cpu/binding.cpp"], module, "-shared", "-fPIC", *includes)
+    run_in_python(WRONG_CALLS, module)
+
+
+def test_no_wrong_call_of_a_cuda_kernel_touches_what_is_not_its_own(tmp_path: Path) -> None:
+    flags = "-fsanitize=address", "-fno-sanitize-recover=all", "-g1"
+    cuda_emulation.emulated_module(tmp_path, *flags, "-Wno-maybe-uninitialized")  # of pybind11, wrongly
+    run_in_python(WRONG_CUDA_CALLS, tmp_path / "_cuda.so")
+
+
+def run_in_python(program: str, module: Path) -> None:
     # the C++ library with it, or the sanitizer does not find what exceptions are thrown with
     found = [
         subprocess.run([str(COMPILER), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
@@ -68,6 +90,6 @@ def test_no_wrong_call_from_python_touches_what_is_not_its_own(tmp_path: Path) -
         **os.environ, "LD_PRELOAD": " ".join(one.stdout.strip() for one in found), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc",
         "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-c", WRONG_CALLS, str(module)]
+    command = [sys.executable, "-c", program, str(module)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-4000:]

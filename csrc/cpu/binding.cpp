@@ -1,75 +1,30 @@
 // sparc_fast._cpu: the operators of the CPU backend. sparc_fast/ops/cpu.py prepares what it passes; nothing of torch.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <algorithm>
 #include <memory>
 #include <stdexcept>
 
+#include "../arguments/python.h"
 #include "global_topk.h"
 #include "huge_pages.h"
 #include "level.h"
 #include "loader.h"
 #include "operators.h"
-#include "signature.h"
 #include "topk_rows.h"
 
 namespace py = pybind11;
 
-// The dtypes of torch, which is loaded where there are tensors; its objects live as long as the process.
-static Type type_of(py::handle dtype) {
-    static const auto known = [] {
-        const py::module_ torch = py::module_::import("torch");
-        std::vector<std::pair<PyObject*, Type>> types;
-        for (const auto& [name, type] : {std::pair{"float32", Type::float32}, {"float64", Type::float64},
-                                         {"bfloat16", Type::bfloat16}, {"float16", Type::float16},
-                                         {"int32", Type::int32}, {"int64", Type::int64}, {"bool", Type::boolean}})
-            types.emplace_back(torch.attr(name).ptr(), type);
-        return types;
-    }();
-    for (const auto& [object, type] : known)
-        if (object == dtype.ptr()) return type;
-    return Type::other;
+// What the arguments that are no tensors are made of.
+static void add_parts(Arguments& arguments, const Batch& b) {
+    for (const Tensor& tensor : {b.x, b.pre_bias, b.values, b.grad_values, b.grad_recons, b.offsets, b.entries})
+        arguments.add(tensor);
+    arguments.add(b.d_streams);
 }
 
-static bool is_strided(py::handle tensor) {
-    static PyObject* const strided = py::module_::import("torch").attr("strided").ptr();
-    return tensor.attr("layout").ptr() == strided;
+static void add_parts(Arguments& arguments, const Gradients& g) {
+    for (const Tensor& tensor : {g.W_enc, g.W_dec, g.used}) arguments.add(tensor);
+    arguments.add(g.d_streams);
 }
 
-// A torch.Tensor; None has no data.
-template <>
-struct pybind11::detail::type_caster<Tensor> {
-    PYBIND11_TYPE_CASTER(Tensor, const_name("torch.Tensor"));
-
-    bool load(handle source, bool) {
-        if (source.is_none()) return true;
-        if (!py::hasattr(source, "data_ptr")) return false;
-        value.type = type_of(source.attr("dtype"));
-        value.is_here = source.attr("is_cpu").cast<bool>() && is_strided(source);
-        const py::tuple size = source.attr("shape");
-        value.ndim = size.size();
-        for (int64_t i = 0; i < std::min<int64_t>(value.ndim, 3); ++i) value.size[i] = size[i].cast<int64_t>();
-        if (!value.is_here || value.ndim > 3) return true;
-        const py::tuple stride = source.attr("stride")();
-        for (int64_t i = 0; i < value.ndim; ++i) value.stride[i] = stride[i].cast<int64_t>();
-        value.data = reinterpret_cast<void*>(source.attr("data_ptr")().cast<uintptr_t>());
-        value.item_size = source.attr("element_size")().cast<int64_t>();
-        return true;
-    }
-};
-
-// Every function comes with what it takes of its tensors: none gets an address that was not checked.
-template <class R, class... Args>
-static void define(py::module_& m, const char* name, R (*function)(Args...), const char* words) {
-    m.def(
-        name,
-        [function, signature = Signature(name, words)](Args... args) {
-            signature.check(Arguments(args...));
-            return function(std::move(args)...);
-        },
-        py::call_guard<py::gil_scoped_release>());
-}
+static void add_parts(Arguments&, const AdamStep&) {}
 
 static std::unique_ptr<Screen> make_screen(
     Tensor norm, Tensor residual, Tensor bias, int64_t D, int64_t k, int64_t capacity, bool narrow_scores) {
@@ -103,8 +58,14 @@ static void settle(Screen& screen, Tensor indices, Tensor given_up, Tensor x, Te
 #define INVERSE "offsets:i64[L+1] entries:i64[E] "
 
 PYBIND11_MODULE(_cpu, m) {
-    py::class_<Batch>(m, "Batch").def(py::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Widths>());
-    py::class_<Gradients>(m, "Gradients").def(py::init<Tensor, Tensor, Tensor, Widths>());
+    // with the tensors whose addresses they hold
+    py::class_<Batch>(m, "Batch")
+        .def(py::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Widths>(), py::keep_alive<1, 2>(),
+             py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 5>(), py::keep_alive<1, 6>(),
+             py::keep_alive<1, 7>(), py::keep_alive<1, 8>());
+    py::class_<Gradients>(m, "Gradients")
+        .def(py::init<Tensor, Tensor, Tensor, Widths>(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>(),
+             py::keep_alive<1, 4>());
     py::class_<AdamStep>(m, "AdamStep").def(py::init<double, double, double, double, int64_t, uint64_t>());
     define(m, "support_values", support_values,
            ">values:A[N,S,k] x:T[N,D] W_enc:T[L,D] pre_bias:A[D] latent_bias:A[S,L] " SUPPORT "streams");

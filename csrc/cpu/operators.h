@@ -6,8 +6,6 @@
 
 #include "tensor.h"
 
-using Widths = std::vector<int64_t>;  // D_s of each stream
-
 void support_values(
     Tensor values, Tensor x, Tensor W_enc, Tensor pre_bias, Tensor latent_bias, Tensor indices, Widths d_streams,
     int threads);
@@ -47,8 +45,8 @@ struct AdamStep {
 // Moments are those of W_enc, then of W_dec, in the type of the sums or all bfloat16. Copies are bfloat16; those without
 // data are not written. Weights without data stay as they are, and have no moments. With last_step, decoder rows without an entry are left behind.
 void update_rows(
-    Tensor grad_latent_bias, Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments,
-    std::vector<Tensor> copies, Tensor last_step, Batch batch, AdamStep adam, int threads);
+    Tensor grad_latent_bias, Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, Tensors<4> moments,
+    Tensors<2> copies, Tensor last_step, Batch batch, AdamStep adam, int threads);
 
 // Gradients that are given instead, in the type of the sums; used [L], one byte each: the latents that have an entry.
 struct Gradients {
@@ -57,11 +55,11 @@ struct Gradients {
 };
 
 void step_rows(
-    Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments, std::vector<Tensor> copies, Tensor last_step,
+    Tensor W_enc, Tensor W_dec, Tensors<4> moments, Tensors<2> copies, Tensor last_step,
     Gradients gradients, AdamStep adam, int threads);
 
 void replay_rows(
-    Tensor W_dec, std::vector<Tensor> moments, Tensor copy, Tensor latents, Tensor last_step, Tensor history,
+    Tensor W_dec, Tensors<2> moments, Tensor copy, Tensor latents, Tensor last_step, Tensor history,
     Widths d_streams, uint64_t seed, int threads);
 
 void count_silence(Tensor silence, Tensor values, Tensor indices);

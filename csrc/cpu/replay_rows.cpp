@@ -14,7 +14,7 @@
 #include "every_level.h"
 
 void replay_rows(
-    Tensor W_dec, std::vector<Tensor> moments, Tensor copy, Tensor latents, Tensor last_step, Tensor history,
+    Tensor W_dec, Tensors<2> moments, Tensor copy, Tensor latents, Tensor last_step, Tensor history,
     Widths d_streams, uint64_t seed, int threads) {
     with_type(W_dec.item_size, [&](auto type) {
         if constexpr (sizeof(type) >= sizeof(float))
@@ -86,7 +86,7 @@ void replay(
 
 template <class A, class M>
 void replay_rows(
-    const Tensor& W_dec, const std::vector<Tensor>& moments, const Tensor& copy, const Tensor& latents,
+    const Tensor& W_dec, const Tensors<2>& moments, const Tensor& copy, const Tensor& latents,
     const Tensor& last_step, const Tensor& history, const Widths& d_streams, uint64_t seed, int threads) {
     const int64_t R = latents.size[0], T = history.size[0];
     const auto latent = [&](int64_t r) { return latents.at<const int64_t>(0)[std::min(r, R - 1)]; };

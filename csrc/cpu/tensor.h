@@ -1,10 +1,12 @@
-// What Python hands over: addresses, sizes and strides. Nothing here knows torch.
+// What the operators of the CPU make of tensors.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
+
+#include "../arguments/arguments.h"
 
 struct bf16 {
     uint16_t bits;
@@ -30,26 +32,6 @@ using sum_t = typename sum_type<T>::type;
 template <class T>
 using integer_t = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
-enum class Type { none, float32, float64, bfloat16, float16, int32, int64, boolean, other };
-
-// A tensor of up to three dimensions. The last is contiguous: signature.h sees to it.
-struct Tensor {
-    void* data = nullptr;
-    int64_t size[3] = {0, 0, 0};
-    int64_t stride[3] = {0, 0, 0};
-    int64_t ndim = 0;
-    int64_t item_size = 0;  // 8: float64 or int64, 4: float32 or int32, 2: bfloat16
-    Type type = Type::none;
-    bool is_here = false;  // dense, and in the memory of the CPU
-
-    template <class T>
-    T* at(int64_t i, int64_t j = 0) const {
-        return static_cast<T*>(data) + i * stride[0] + j * stride[1];
-    }
-
-    int64_t bytes() const { return size[0] * stride[0] * item_size; }
-};
-
 // Calls f with a value of the floating-point type that has this size.
 template <class F>
 void with_type(int64_t item_size, F f) {
@@ -59,8 +41,8 @@ void with_type(int64_t item_size, F f) {
 }
 
 // Calls f with a value of the type of Adam's moments, of those there are: bfloat16, or A, in which sums are taken.
-template <class A, class F>
-void with_moments(const std::vector<Tensor>& moments, F f) {
+template <class A, size_t n, class F>
+void with_moments(const Tensors<n>& moments, F f) {
     if constexpr (sizeof(A) == sizeof(float)) {
         for (const Tensor& moment : moments)
             if (moment.item_size == 2) return f(bf16{});

@@ -15,7 +15,7 @@
 
 // Throws unless a matrix that moves comes with its moments and with what else it takes.
 static void check_moved(
-    const Tensor& W_enc, const Tensor& W_dec, const std::vector<Tensor>& moments, bool has_encoder, bool has_decoder) {
+    const Tensor& W_enc, const Tensor& W_dec, const Tensors<4>& moments, bool has_encoder, bool has_decoder) {
     const bool encoder = has_encoder && moments[0].ndim && moments[1].ndim;
     const bool decoder = has_decoder && moments[2].ndim && moments[3].ndim;
     if ((W_enc.ndim && !encoder) || (W_dec.ndim && !decoder))
@@ -23,8 +23,8 @@ static void check_moved(
 }
 
 void update_rows(
-    Tensor grad_latent_bias, Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments,
-    std::vector<Tensor> copies, Tensor last_step, Batch batch, AdamStep adam, int threads) {
+    Tensor grad_latent_bias, Tensor grad_pre_bias, Tensor W_enc, Tensor W_dec, Tensors<4> moments,
+    Tensors<2> copies, Tensor last_step, Batch batch, AdamStep adam, int threads) {
     const bool own_streams = int64_t(batch.d_streams.size()) == batch.values.size[1];
     const bool has_encoder = batch.x.ndim && batch.pre_bias.ndim && batch.grad_values.ndim && own_streams;
     check_moved(
@@ -39,7 +39,7 @@ void update_rows(
 }
 
 void step_rows(
-    Tensor W_enc, Tensor W_dec, std::vector<Tensor> moments, std::vector<Tensor> copies, Tensor last_step,
+    Tensor W_enc, Tensor W_dec, Tensors<4> moments, Tensors<2> copies, Tensor last_step,
     Gradients gradients, AdamStep adam, int threads) {
     check_moved(W_enc, W_dec, moments, gradients.W_enc.ndim, gradients.W_dec.ndim);
     with_type((W_enc.ndim ? gradients.W_enc : gradients.W_dec).item_size, [&](auto type) {
@@ -121,7 +121,7 @@ std::vector<int64_t> stepping(const Sums& sums, int64_t first, int64_t last, boo
 template <class A, class M, class Sums>
 void move_rows(
     Sums& sums, const Tensor& grad_latent_bias, const Tensor& grad_pre_bias, const Tensor& W_enc, const Tensor& W_dec,
-    const std::vector<Tensor>& moments, const std::vector<Tensor>& copies, const Tensor& last_step,
+    const Tensors<4>& moments, const Tensors<2>& copies, const Tensor& last_step,
     const Widths& d_streams, const AdamStep& step, int threads) {
     const Adam<A> adam(step);
     const bool lazy = last_step.data, biases = grad_pre_bias.data;
@@ -173,7 +173,7 @@ void move_rows(
 template <class T, class M>
 void update_rows(
     const Tensor& grad_latent_bias, const Tensor& grad_pre_bias, const Tensor& W_enc, const Tensor& W_dec,
-    const std::vector<Tensor>& moments, const std::vector<Tensor>& copies, const Tensor& last_step, const Batch& batch,
+    const Tensors<4>& moments, const Tensors<2>& copies, const Tensor& last_step, const Batch& batch,
     const AdamStep& step, int threads) {
     SegmentSums<T> sums(batch, W_enc.ndim, W_dec.ndim, threads);
     move_rows<sum_t<T>, M>(
@@ -183,7 +183,7 @@ void update_rows(
 
 template <class A, class M>
 void step_rows(
-    const Tensor& W_enc, const Tensor& W_dec, const std::vector<Tensor>& moments, const std::vector<Tensor>& copies,
+    const Tensor& W_enc, const Tensor& W_dec, const Tensors<4>& moments, const Tensors<2>& copies,
     const Tensor& last_step, const Gradients& gradients, const AdamStep& step, int threads) {
     GivenSums<A> sums(gradients, threads);
     move_rows<A, M>(

@@ -1,41 +1,226 @@
-// sparc_fast._cuda: the operators that have a CUDA kernel. Addresses, sizes and a stream; sparc_fast/ops/cuda.py
-// prepares them. Everything is started on the current device.
+// sparc_fast._cuda: the operators that have a CUDA kernel. Tensors, plans and a stream; sparc_fast/ops/cuda.py prepares
+// them. Everything is started on the current device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <numeric>
+#include <array>
+#include <limits>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
+#include "../arguments/python.h"
 #include "operators.h"
 
 namespace py = pybind11;
 
-template <class T>
-static T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
+#ifdef SPARC_FAST_EMULATE_CUDA
+constexpr Memory memory = Memory::cpu;
+#else
+constexpr Memory memory = Memory::cuda;
+#endif
+
+// What the arguments that are no tensors are made of.
+static void add_parts(Arguments&, const TopkPlan&) {}
+static void add_parts(Arguments&, const FilterPlan&) {}
+static void add_parts(Arguments&, const UpdatePlan&) {}
+
+static void add_parts(Arguments& arguments, const Streams& streams) {
+    Widths widths;
+    for (int s = 0; s < streams.count; ++s) widths.push_back(streams.begin[s + 1] - streams.begin[s]);
+    arguments.add(widths);
 }
 
-static Streams streams_of(const std::vector<int>& widths) {
-    if (widths.empty() || widths.size() > most_streams) throw std::invalid_argument("there may be 1 to 64 streams");
+static void must(bool holds, const std::string& what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+static Streams streams_of(const Widths& widths) {
+    must(!widths.empty() && widths.size() <= most_streams, "there may be 1 to 64 streams");
     Streams streams{int(widths.size()), {}};
-    std::partial_sum(widths.begin(), widths.end(), streams.begin + 1);
+    int64_t end = 0;
+    for (size_t s = 0; s < widths.size(); ++s) {
+        must(widths[s] >= 1 && widths[s] < std::numeric_limits<int>::max() - end,
+             "d_streams must be widths of at least 1 with a sum below 2^31 - 1, got " + std::to_string(widths[s]));
+        streams.begin[s + 1] = int(end += widths[s]);
+    }
     return streams;
+}
+
+// A number of these, which the kernels count in 32 bits.
+static int narrow(int64_t count, const char* name) {
+    must(count < std::numeric_limits<int>::max(), std::string(name) + " must be below 2^31 - 1, got " + std::to_string(count));
+    return int(count);
+}
+
+static void* room(const Tensor& workspace, int64_t bytes) {
+    must(workspace.size[0] >= bytes && reinterpret_cast<uintptr_t>(workspace.data) % 16 == 0,
+         "workspace must be " + std::to_string(bytes) + " bytes that begin at whole 16, got " +
+             std::to_string(workspace.size[0]));
+    return workspace.data;
+}
+
+template <class T>
+static T* data_of(const Tensor& tensor) {
+    return static_cast<T*>(tensor.data);
+}
+
+static Floats floats_of(const Tensor& tensor) {
+    return tensor.type == Type::bfloat16  ? Floats::bfloat16
+           : tensor.type == Type::float16 ? Floats::float16
+                                          : Floats::float32;
+}
+
+static Matrix matrix_of(const Tensor& tensor) { return {tensor.data, tensor.stride[0], floats_of(tensor)}; }
+
+#define ROOM ">workspace:u8![bytes] "
+
+static void define_topk_rows(py::module_& m) {
+    const auto run = +[](TopkPlan plan, Tensor indices, Tensor scores, Tensor workspace, uintptr_t stream) {
+        const int64_t N = indices.size[0], L = narrow(scores.size[1], "columns");
+        const int k = narrow(indices.size[1], "k");
+        must(plan.parts >= 1 && plan.threads >= 32 && plan.threads <= 1024, "the plan does not fit the rows");
+        narrow(N * plan.parts, "parts of rows");
+        topk_rows(
+            plan, data_of<int32_t>(indices), scores.data, floats_of(scores), scores.stride[0], N, L, k,
+            room(workspace, topk_rows_workspace(plan, N, k)), stream);
+    };
+    define(m, "topk_rows", run, ">indices:i32![N,k] scores:F[N,L] " ROOM, memory);
+}
+
+// counts, thresholds, lows, highs, latents, places
+using CandidateTensors = Tensors<6>;
+#define CANDIDATES ">counts:i32![rows] >thresholds:i32![rows] >lows:i32![rows*capacity] >highs:i32![rows*capacity] " \
+    ">latents:i32![rows*capacity] >places:i32![rows*capacity] "
+
+static Candidates candidates_of(const CandidateTensors& tensors, int64_t capacity, int64_t N, int k) {
+    const auto& [counts, thresholds, lows, highs, latents, places] = tensors;
+    must(N <= counts.size[0], "there must be candidates of every sample");
+    must(k >= 1 && k <= most_k && k <= capacity, "k does not fit the candidates");
+    return {data_of<int32_t>(counts), data_of<int32_t>(thresholds), data_of<int32_t>(lows), data_of<int32_t>(highs),
+            data_of<int32_t>(latents), data_of<int32_t>(places), narrow(capacity, "capacity")};
+}
+
+static void define_global_topk(py::module_& m) {
+    const auto filter = +[](FilterPlan plan, CandidateTensors candidates, int64_t capacity, Tensor scores,
+                            int64_t first, Tensors<4> latents, Tensors<3> samples, int k,
+                            std::array<float, 3> bounds, uintptr_t stream) {
+        const int64_t N = scores.size[0], chunk = scores.size[1];
+        must(!latents[2].data == !latents[3].data, "w_residual and w_inverse must both be there or be None");
+        must(first < std::numeric_limits<int>::max() - chunk, "latents must be below 2^31 - 1");
+        filter_scores(
+            plan, candidates_of(candidates, capacity, N, k), data_of<float>(scores), N, first, chunk,
+            {data_of<float>(latents[0]), data_of<float>(latents[1]), data_of<float>(latents[2]),
+             data_of<float>(latents[3])},
+            {data_of<float>(samples[0]), data_of<float>(samples[1]), data_of<float>(samples[2])}, k,
+            {bounds[0], bounds[1], bounds[2]}, stream);
+    };
+    define(m, "filter_scores", filter, CANDIDATES
+           "scores:f32![N,m] bias:f32![m] w_norm:f32![m] w_residual:f32![m]? w_inverse:f32![m]? x_norm:f32![N] "
+           "x_residual:f32![N] x_inverse:f32![N] #capacity #first", memory);
+    const auto settle = +[](CandidateTensors candidates, int64_t capacity, Tensor x, Tensor pre_bias, Tensor W,
+                            Tensor bias, int64_t first_row, Tensor x_norm, Tensor w_norm, float rounding, float slack,
+                            Tensor indices, Tensor given_up, Tensor total, uintptr_t stream) {
+        const int64_t N = x_norm.size[0];
+        const int k = narrow(indices.size[1], "k"), D = narrow(x.size[1], "columns");
+        must(N <= x.size[0] - first_row, "there must be rows of every sample");
+        narrow(x.size[0], "rows"), narrow(W.size[0], "latents");
+        settle_supports(
+            candidates_of(candidates, capacity, N, k),
+            {matrix_of(x), matrix_of(pre_bias), matrix_of(W), data_of<double>(bias), D}, first_row, N,
+            data_of<float>(x_norm), data_of<float>(w_norm), k, rounding, slack, data_of<int32_t>(indices),
+            data_of<int32_t>(given_up), data_of<int32_t>(total), stream);
+    };
+    define(m, "settle_supports", settle, CANDIDATES
+           "x:F[P,D] pre_bias:F![D] W:F[L,D] bias:f64![L] x_norm:f32![N] w_norm:f32![L] >indices:i32![P,k] "
+           ">given_up:i32![P] >total:i32[1] #capacity #first_row", memory);
+}
+
+static void define_invert_indices(py::module_& m) {
+    const auto run = +[](Tensor offsets, Tensor entries, Tensor indices, Tensor workspace, uintptr_t stream) {
+        const int64_t n = narrow(indices.size[0], "entries"), L = narrow(offsets.size[0], "latents") - 1;
+        invert_indices(
+            data_of<int64_t>(offsets), data_of<int64_t>(entries), data_of<int32_t>(indices), n, L,
+            room(workspace, invert_indices_workspace(n, L)), stream);
+    };
+    define(m, "invert_indices", run, ">offsets:i64![L+1] >entries:i64![n] indices:i32![n] " ROOM, memory);
+}
+
+// weights, first and second moment, copy
+using RowTensors = Tensors<4>;
+#define DECODER ">W_dec:f32[L,D] >exp_avg_dec:f32[L,D] >exp_avg_sq_dec:f32[L,D] >copy_dec:F[L,D]? "
+#define BOTH ">W_enc:f32[L,D] >exp_avg_enc:f32[L,D] >exp_avg_sq_enc:f32[L,D] >copy_enc:F[L,D]? " DECODER
+#define LAST_STEP ">last_step:i64![L]? "
+
+static Rows rows_of(const RowTensors& tensors) {
+    return {matrix_of(tensors[0]), matrix_of(tensors[1]), matrix_of(tensors[2]), matrix_of(tensors[3])};
+}
+
+// lr, beta_1, beta_2, eps, step; where the device has lr and step
+using StepNumbers = std::array<double, 5>;
+using StepTensors = Tensors<2>;
+#define STEP "lr:f64[1]? step:f64[1]? "
+
+static AdamStep step_of(const StepNumbers& numbers, const StepTensors& there) {
+    const auto [lr, beta_1, beta_2, eps, step] = numbers;
+    return {lr, beta_1, beta_2, eps, step, data_of<double>(there[0]), data_of<double>(there[1])};
+}
+
+static void define_update_rows(py::module_& m) {
+    // x, grad_recons, pre_bias, values, grad_values, offsets, entries
+    const auto update = +[](UpdatePlan plan, Tensor grad_latent_bias, Tensor grad_pre_bias, RowTensors encoder,
+                            RowTensors decoder, Tensors<7> samples, StepNumbers numbers, StepTensors there,
+                            Tensor last_step, Tensor workspace, Streams streams, uintptr_t stream) {
+        const auto& [x, grad_recons, pre_bias, values, grad_values, offsets, entries] = samples;
+        const int64_t N = values.size[0], S = values.size[1], count = entries.size[0];
+        const int L = narrow(encoder[0].size[0], "latents"), k = narrow(values.size[2], "k");
+        narrow(L * S, "rows of latents");
+        must(N * S < int64_t(1) << 32, "samples of streams must be below 2^32");
+        const Batch batch{matrix_of(x),           matrix_of(grad_recons),     matrix_of(pre_bias),
+                          matrix_of(values),      matrix_of(grad_values),     data_of<const int64_t>(offsets),
+                          data_of<const int64_t>(entries), count, L, k, count != N * k, streams};
+        update_rows(
+            plan, data_of<float>(grad_latent_bias), data_of<float>(grad_pre_bias), rows_of(encoder), rows_of(decoder),
+            batch, step_of(numbers, there), data_of<int64_t>(last_step),
+            room(workspace, update_rows_workspace(plan, count, L, streams)), stream);
+    };
+    define(m, "update_rows", update, ">grad_latent_bias:f32![S,L] >grad_pre_bias:f32![D] " BOTH
+           "x:F[N,D] grad_recons:F[N*S,D] pre_bias:F![D] values:F![N,S,k] grad_values:F![N,S,k] offsets:i64![L+1] "
+           "entries:i64![N*k|N*S*k] " STEP LAST_STEP ROOM "streams", memory);
+    const auto step = +[](UpdatePlan plan, RowTensors encoder, RowTensors decoder, Tensors<3> gradients,
+                          StepNumbers numbers, StepTensors there, Tensor last_step, Tensor workspace, Streams streams,
+                          uintptr_t stream) {
+        const auto& [W_enc, W_dec, used] = gradients;
+        const int L = narrow(used.size[0], "latents");
+        narrow(int64_t(L) * streams.count, "rows of latents");
+        step_rows(
+            plan, rows_of(encoder), rows_of(decoder),
+            {matrix_of(W_enc), matrix_of(W_dec), data_of<const bool>(used), L, streams}, step_of(numbers, there),
+            data_of<int64_t>(last_step), room(workspace, update_rows_workspace(plan, 0, L, streams)), stream);
+    };
+    define(m, "step_rows", step, BOTH "grad_W_enc:f32[L,D] grad_W_dec:f32[L,D] used:bool![L] " STEP LAST_STEP ROOM
+           "streams", memory);
+}
+
+static void define_replay_rows(py::module_& m) {
+    const auto run = +[](RowTensors decoder, Tensor latents, Tensor last_step, Tensor history, Tensor workspace,
+                         Streams streams, uintptr_t stream) {
+        const int64_t L = decoder[0].size[0], R = latents.size[0], T = history.size[0];
+        narrow(L * streams.count, "rows of latents"), narrow(R * streams.count, "rows of latents to replay");
+        replay_rows(
+            rows_of(decoder), data_of<const int64_t>(latents), R, L, data_of<int64_t>(last_step),
+            data_of<const double>(history), T, streams, room(workspace, replay_rows_workspace(T)), stream);
+    };
+    define(m, "replay_rows", run, DECODER "latents:i64![R] >last_step:i64![L] history:f64![T,4] " ROOM "streams",
+           memory);
 }
 
 PYBIND11_MODULE(_cuda, m) {
     using namespace py::literals;
-    const py::call_guard<py::gil_scoped_release> released;
 
-    py::enum_<Floats>(m, "Floats", py::module_local())
-        .value("float32", Floats::float32)
-        .value("bfloat16", Floats::bfloat16)
-        .value("float16", Floats::float16);
-    py::class_<Matrix>(m, "Matrix", py::module_local())
-        .def(py::init([](uintptr_t address, int64_t stride, Floats type) {
-            return Matrix{at<void>(address), stride, type};
-        }), "address"_a = 0, "stride"_a = 0, "type"_a = Floats::float32);
     m.attr("most_k") = most_k;
+    m.attr("most_streams") = most_streams;
+    py::class_<Streams>(m, "Streams", py::module_local()).def(py::init(&streams_of), "widths"_a);
     py::class_<TopkPlan>(m, "TopkPlan", py::module_local())
         .def(py::init(&TopkPlan::of), "N"_a, "L"_a, "k"_a, "multiprocessors"_a)
         .def_readwrite("threads", &TopkPlan::threads)
@@ -43,117 +228,22 @@ PYBIND11_MODULE(_cuda, m) {
         .def_readwrite("parts", &TopkPlan::parts)
         .def_readwrite("sample", &TopkPlan::sample)
         .def_readwrite("rank", &TopkPlan::rank);
-    m.def("topk_rows_workspace", topk_rows_workspace, "plan"_a, "N"_a, "k"_a);
-    m.def(
-        "topk_rows",
-        [](TopkPlan plan, uintptr_t indices, uintptr_t scores, Floats type, int64_t stride, int64_t N, int64_t L, int k,
-           uintptr_t workspace, uintptr_t stream) {
-            topk_rows(plan, at<int32_t>(indices), at<void>(scores), type, stride, N, L, k, at<void>(workspace), stream);
-        },
-        "plan"_a, "indices"_a, "scores"_a, "type"_a, "stride"_a, "N"_a, "L"_a, "k"_a, "workspace"_a, "stream"_a,
-        released);
-
     py::class_<FilterPlan>(m, "FilterPlan", py::module_local())
         .def(py::init(&FilterPlan::of), "chunk"_a, "k"_a, "capacity"_a)
         .def_readwrite("threads", &FilterPlan::threads)
         .def_readwrite("sample", &FilterPlan::sample);
-    // counts, thresholds, lows, highs, latents, places
-    py::class_<Candidates>(m, "Candidates", py::module_local())
-        .def(py::init([](std::array<uintptr_t, 6> arrays, int capacity) {
-            const auto [counts, thresholds, lows, highs, latents, places] = arrays;
-            return Candidates{at<int32_t>(counts), at<int32_t>(thresholds), at<int32_t>(lows), at<int32_t>(highs),
-                              at<int32_t>(latents), at<int32_t>(places), capacity};
-        }), "arrays"_a, "capacity"_a);
-    m.def(
-        "filter_scores",
-        [](FilterPlan plan, Candidates candidates, uintptr_t scores, int64_t N, int64_t first, int64_t chunk,
-           std::array<uintptr_t, 4> latents, std::array<uintptr_t, 3> samples, int k, std::array<float, 3> bounds,
-           uintptr_t stream) {
-            filter_scores(
-                plan, candidates, at<float>(scores), N, first, chunk,
-                {at<float>(latents[0]), at<float>(latents[1]), at<float>(latents[2]), at<float>(latents[3])},
-                {at<float>(samples[0]), at<float>(samples[1]), at<float>(samples[2])}, k,
-                {bounds[0], bounds[1], bounds[2]}, stream);
-        },
-        "plan"_a, "candidates"_a, "scores"_a, "N"_a, "first"_a, "chunk"_a, "latents"_a, "samples"_a, "k"_a, "bounds"_a,
-        "stream"_a, released);
-    m.def(
-        "settle_supports",
-        [](Candidates candidates, Matrix x, Matrix pre_bias, Matrix W, uintptr_t bias, int D, int64_t first_row,
-           int64_t N, uintptr_t x_norm, uintptr_t w_norm, int k, float rounding, float slack, uintptr_t indices,
-           uintptr_t given_up, uintptr_t total, uintptr_t stream) {
-            settle_supports(
-                candidates, {x, pre_bias, W, at<double>(bias), D}, first_row, N, at<float>(x_norm), at<float>(w_norm),
-                k, rounding, slack, at<int32_t>(indices), at<int32_t>(given_up), at<int32_t>(total), stream);
-        },
-        "candidates"_a, "x"_a, "pre_bias"_a, "W"_a, "bias"_a, "D"_a, "first_row"_a, "N"_a, "x_norm"_a, "w_norm"_a,
-        "k"_a, "rounding"_a, "slack"_a, "indices"_a, "given_up"_a, "total"_a, "stream"_a, released);
-
-    m.def("invert_indices_workspace", invert_indices_workspace, "n"_a, "L"_a);
-    m.def(
-        "invert_indices",
-        [](uintptr_t offsets, uintptr_t entries, uintptr_t indices, int64_t n, int64_t L, uintptr_t workspace,
-           uintptr_t stream) {
-            invert_indices(
-                at<int64_t>(offsets), at<int64_t>(entries), at<int32_t>(indices), n, L, at<void>(workspace), stream);
-        },
-        "offsets"_a, "entries"_a, "indices"_a, "n"_a, "L"_a, "workspace"_a, "stream"_a, released);
-
-    m.attr("most_streams") = most_streams;
-    py::class_<Rows>(m, "Rows", py::module_local())
-        .def(py::init<Matrix, Matrix, Matrix, Matrix>(), "weights"_a, "first"_a, "second"_a, "copy"_a);
-    py::class_<Streams>(m, "Streams", py::module_local()).def(py::init(&streams_of), "widths"_a);
-    py::class_<Batch>(m, "Batch", py::module_local())
-        .def(py::init([](Matrix x, Matrix grad_recons, Matrix pre_bias, Matrix values, Matrix grad_values,
-                         uintptr_t offsets, uintptr_t entries, int64_t count, int L, int k, bool per_stream,
-                         Streams streams) {
-            return Batch{x, grad_recons, pre_bias, values, grad_values, at<const int64_t>(offsets),
-                         at<const int64_t>(entries), count, L, k, per_stream, streams};
-        }), "x"_a, "grad_recons"_a, "pre_bias"_a, "values"_a, "grad_values"_a, "offsets"_a, "entries"_a, "count"_a,
-            "L"_a, "k"_a, "per_stream"_a, "streams"_a);
-    py::class_<Gradients>(m, "Gradients", py::module_local())
-        .def(py::init([](Matrix W_enc, Matrix W_dec, uintptr_t used, int L, Streams streams) {
-            return Gradients{W_enc, W_dec, at<const bool>(used), L, streams};
-        }), "W_enc"_a, "W_dec"_a, "used"_a, "L"_a, "streams"_a);
-    py::class_<AdamStep>(m, "AdamStep", py::module_local())
-        .def(py::init([](double lr, double beta_1, double beta_2, double eps, double step, uintptr_t lr_at,
-                         uintptr_t step_at) {
-            return AdamStep{lr, beta_1, beta_2, eps, step, at<const double>(lr_at), at<const double>(step_at)};
-        }), "lr"_a, "beta_1"_a, "beta_2"_a, "eps"_a, "step"_a, "lr_at"_a, "step_at"_a);
     py::class_<UpdatePlan>(m, "UpdatePlan", py::module_local())
         .def(py::init(&UpdatePlan::of), "streams"_a, "per_stream"_a, "multiprocessors"_a)
         .def_readwrite("blocks", &UpdatePlan::blocks)
         .def_readwrite("piece", &UpdatePlan::piece);
+    m.def("topk_rows_workspace", topk_rows_workspace, "plan"_a, "N"_a, "k"_a);
+    m.def("invert_indices_workspace", invert_indices_workspace, "n"_a, "L"_a);
     m.def("update_rows_workspace", update_rows_workspace, "plan"_a, "count"_a, "L"_a, "streams"_a);
-    m.def(
-        "update_rows",
-        [](UpdatePlan plan, uintptr_t grad_latent_bias, uintptr_t grad_pre_bias, Rows encoder, Rows decoder,
-           Batch batch, AdamStep step, uintptr_t last_step, uintptr_t workspace, uintptr_t stream) {
-            update_rows(
-                plan, at<float>(grad_latent_bias), at<float>(grad_pre_bias), encoder, decoder, batch, step,
-                at<int64_t>(last_step), at<void>(workspace), stream);
-        },
-        "plan"_a, "grad_latent_bias"_a, "grad_pre_bias"_a, "encoder"_a, "decoder"_a, "batch"_a, "step"_a,
-        "last_step"_a, "workspace"_a, "stream"_a, released);
-    m.def(
-        "step_rows",
-        [](UpdatePlan plan, Rows encoder, Rows decoder, Gradients gradients, AdamStep step, uintptr_t last_step,
-           uintptr_t workspace, uintptr_t stream) {
-            step_rows(
-                plan, encoder, decoder, gradients, step, at<int64_t>(last_step), at<void>(workspace), stream);
-        },
-        "plan"_a, "encoder"_a, "decoder"_a, "gradients"_a, "step"_a, "last_step"_a, "workspace"_a, "stream"_a,
-        released);
-
     m.def("replay_rows_workspace", replay_rows_workspace, "T"_a);
-    m.def(
-        "replay_rows",
-        [](Rows decoder, uintptr_t latents, int64_t R, int64_t L, uintptr_t last_step, uintptr_t history, int64_t T,
-           Streams streams, uintptr_t workspace, uintptr_t stream) {
-            replay_rows(
-                decoder, at<const int64_t>(latents), R, L, at<int64_t>(last_step), at<const double>(history), T,
-                streams, at<void>(workspace), stream);
-        },
-        "decoder"_a, "latents"_a, "R"_a, "L"_a, "last_step"_a, "history"_a, "T"_a, "streams"_a, "workspace"_a,
-        "stream"_a, released);
+
+    define_topk_rows(m);
+    define_global_topk(m);
+    define_invert_indices(m);
+    define_update_rows(m);
+    define_replay_rows(m);
 }

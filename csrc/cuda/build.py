@@ -40,7 +40,7 @@ def command(compiler: str, target: Path, headers: Path) -> list[str]:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
     includes = [f"-I{headers}", f"-I{sysconfig.get_paths()['include']}"]
-    sources = sorted(map(str, [*HERE.glob("*.cu"), *HERE.glob("*.cpp")]))
+    sources = sorted(map(str, [*HERE.glob("*.cu"), *HERE.glob("*.cpp"), *HERE.parent.glob("arguments/*.cpp")]))
     return [compiler, "--shared", *FLAGS, *codes, *includes, "-o", str(target), *sources]
 
 

@@ -255,7 +255,7 @@ def _batch(
     offsets: Tensor,
     entries: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The operands of _cpu.Batch: keep them alive as long as it."""
+    """The operands of _cpu.Batch."""
     x, grad_recons = _stored(x, grad_recons)
     return x, _summed(pre_bias), _summed(values), _summed(grad_values), grad_recons, offsets, entries
 

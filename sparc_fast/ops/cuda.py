@@ -1,5 +1,7 @@
 """The CUDA backend: prepares tensors for the compiled kernels of csrc/cuda, which know nothing of torch.
 
+A tensor is passed as it is: csrc/cuda/binding.cpp says what it must be, and it is checked before its address is used.
+
 Kernels are started on the current stream of the tensors' device. Their workspace comes from torch's allocator, nothing
 waits for the device, and nothing depends on what is in a tensor: a step can be captured in a CUDA graph. What the
 kernels do not do (float64, moments narrower than float32, k above 2048, more than 64 streams, 2^31 positions and more)
@@ -53,11 +55,7 @@ __all__ = [
 ]
 
 _cuda: Any = import_module("sparc_fast._cuda")
-_FLOATS = {
-    torch.float32: _cuda.Floats.float32,
-    torch.bfloat16: _cuda.Floats.bfloat16,
-    torch.float16: _cuda.Floats.float16,
-}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def topk_rows(scores: Tensor, k: int) -> Tensor:
@@ -72,10 +70,7 @@ def topk_rows(scores: Tensor, k: int) -> Tensor:
     plan = _cuda.TopkPlan(N, L, k, _multiprocessors(device))
     workspace = _bytes(_cuda.topk_rows_workspace(plan, N, k), device)
     with _on(device):
-        _cuda.topk_rows(
-            plan, indices.data_ptr(), scores.data_ptr(), _FLOATS[scores.dtype], scores.stride(0), N, L, k,
-            workspace.data_ptr(), _stream(device),
-        )  # fmt: skip
+        _cuda.topk_rows(plan, indices, scores, workspace, _stream(device))
     return indices
 
 
@@ -96,14 +91,13 @@ def _take_in(
     product: Tensor, first: int, chunk: int, bias: Tensor, of_w: Tensor, of_x: Tensor, candidates: Any, k: int,
     bounds: tuple[float, float, float],
 ) -> None:  # fmt: skip
-    (N, m), device = product.shape, product.device
-    numbers = [bias[first:], *(row[first:] for row in of_w)]
-    latents = [number.data_ptr() for number in numbers] + [0, 0] * (len(of_w) == 1)
-    samples = [row.data_ptr() for row in of_x]
+    (N, m), device, capacity = product.shape, product.device, candidates.capacity
+    latents = [row[first : first + m] for row in (bias, *of_w)] + [None, None] * (len(of_w) == 1)
+    samples = [row[:N] for row in of_x]
     with _on(device):
         _cuda.filter_scores(
-            _cuda.FilterPlan(m, k, candidates.capacity), _state(candidates), product.data_ptr(), N, first, m, latents,
-            samples, k, bounds, _stream(device),
+            _cuda.FilterPlan(m, k, capacity), candidates[:6], capacity, product, first, latents, samples, k, bounds,
+            _stream(device),
         )  # fmt: skip
 
 
@@ -113,14 +107,9 @@ def _settle(
 ) -> None:  # fmt: skip
     with _on(x.device):
         _cuda.settle_supports(
-            _state(candidates), _matrix(x), _matrix(pre_bias), _matrix(W), bias.data_ptr(), x.shape[1], first_row, N,
-            x_norm.data_ptr(), w_norm.data_ptr(), k, rounding, slack, indices.data_ptr(), given_up.data_ptr(),
-            total.data_ptr(), _stream(x.device),
+            candidates[:6], candidates.capacity, x, pre_bias, W, bias, first_row, x_norm[:N], w_norm, rounding, slack,
+            indices, given_up, total, _stream(x.device),
         )  # fmt: skip
-
-
-def _state(candidates: Any) -> Any:
-    return _cuda.Candidates([tensor.data_ptr() for tensor in candidates[:6]], candidates.capacity)
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
@@ -130,15 +119,12 @@ def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
         return offsets, entries
     if indices.dtype != torch.int32:  # clamped first, so that none wraps into range
         indices = indices.clamp(-1, n_latents).to(torch.int32)
-    indices = indices.contiguous()
+    indices = indices.flatten()
     offsets = torch.empty(n_latents + 1, dtype=torch.int64, device=device)
     entries = torch.empty(n, dtype=torch.int64, device=device)
     workspace = _bytes(_cuda.invert_indices_workspace(n, n_latents), device)
     with _on(device):
-        _cuda.invert_indices(
-            offsets.data_ptr(), entries.data_ptr(), indices.data_ptr(), n, n_latents, workspace.data_ptr(),
-            _stream(device),
-        )  # fmt: skip
+        _cuda.invert_indices(offsets, entries, indices, workspace, _stream(device))
     return offsets, entries
 
 
@@ -157,18 +143,14 @@ def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, T
         return grads
     if x.dtype != grad_recons.dtype and (x.dtype, grad_recons.dtype) != (torch.float16, torch.float32):
         x, grad_recons = x.float(), grad_recons.float()
-    operands = [_dense(x), _dense(grad_recons.flatten(0, 1))]
-    operands += [tensor.detach().contiguous() for tensor in (pre_bias, values, grad_values)]
-    offsets, entries = offsets.contiguous(), entries.contiguous()
-    streams, count = _streams(rows), len(entries)
-    batch = _cuda.Batch(
-        *map(_matrix, operands), offsets.data_ptr(), entries.data_ptr(), count, L, k, count != N * k, streams
-    )
-    plan = _cuda.UpdatePlan(streams, count != N * k, _multiprocessors(device))
+    given = [_dense(x), _dense(grad_recons.flatten(0, 1))]
+    given += [tensor.detach().contiguous() for tensor in (pre_bias, values, grad_values, offsets, entries)]
+    per_stream = len(entries) != N * k
+    plan = _cuda.UpdatePlan(_streams(rows), per_stream, _multiprocessors(device))
     grad_latent_bias = torch.empty(S, L, dtype=torch.float32, device=device)
     grad_pre_bias = torch.empty(x.shape[1], dtype=torch.float32, device=device)
-    with _moving(rows, adam, plan, count) as moved:
-        _cuda.update_rows(plan, grad_latent_bias.data_ptr(), grad_pre_bias.data_ptr(), *moved[:2], batch, *moved[2:])
+    with _moving(rows, adam, plan, len(entries)) as (encoder, decoder, *step):
+        _cuda.update_rows(plan, grad_latent_bias, grad_pre_bias, encoder, decoder, given, *step)
     return grad_latent_bias, grad_pre_bias
 
 
@@ -176,45 +158,40 @@ def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> None:
     if not _moves_both(rows):
         _in_triton("step_rows", rows, gradients, adam)
         return
-    dense, used = [_dense(gradient.float()) for gradient in gradients[:2]], gradients.used.contiguous()
-    streams = _streams(rows)
-    given = _cuda.Gradients(*map(_matrix, dense), used.data_ptr(), len(used), streams)
-    plan = _cuda.UpdatePlan(streams, False, _multiprocessors(used.device))
-    with _moving(rows, adam, plan, 0) as moved:
-        _cuda.step_rows(plan, *moved[:2], given, *moved[2:])
+    given = [*(_dense(gradient.float()) for gradient in gradients[:2]), gradients.used.contiguous()]
+    plan = _cuda.UpdatePlan(_streams(rows), False, _multiprocessors(gradients.used.device))
+    with _moving(rows, adam, plan, 0) as (encoder, decoder, *step):
+        _cuda.step_rows(plan, encoder, decoder, given, *step)
 
 
 @contextmanager
 def _moving(rows: Rows, adam: AdamStep, plan: Any, count: int) -> Iterator[tuple[Any, ...]]:
-    """(encoder, decoder, step, last_step, workspace, stream) of a step by `count` entries."""
-    device = rows.weights[0].device
-    (rate, rate_there), (number, number_there) = _number(adam.lr, device), _number(adam.step, device)
-    step = _cuda.AdamStep(rate, *adam.betas, adam.eps, number, _address(rate_there), _address(number_there))
-    workspace = _bytes(_cuda.update_rows_workspace(plan, count, len(rows.weights[0]), _streams(rows)), device)
+    """(encoder, decoder, numbers, those on the device, last_step, workspace, streams, stream), for `count` entries."""
+    device, streams = rows.weights[0].device, _streams(rows)
+    (lr, lr_there), (step, step_there) = _number(adam.lr, device), _number(adam.step, device)
+    numbers, there = (lr, *adam.betas, adam.eps, step), (lr_there, step_there)
+    workspace = _bytes(_cuda.update_rows_workspace(plan, count, len(rows.weights[0]), streams), device)
     of_encoder, of_decoder = rows.copies or (None, None)
     with (
         _in_place(rows.W_enc, *rows.moments[:2], of_encoder) as encoder,
         _in_place(rows.W_dec, *rows.moments[2:], of_decoder) as decoder,
         _on(device),
     ):
-        yield encoder, decoder, step, _address(rows.last_step), workspace.data_ptr(), _stream(device)
+        yield encoder, decoder, numbers, there, rows.last_step, workspace, streams, _stream(device)
     if rows.last_step is not None:
         torch.autograd.graph.increment_version([rows.last_step])
 
 
 def replay_rows(rows: DecoderRows, latents: Tensor, history: Tensor, seed: int | None = None) -> None:
     W_dec, moments, d_streams, last_step, copy = rows
-    T, device = len(history), W_dec.device
+    device = W_dec.device
     if not _moves(W_dec, moments, d_streams):
         _in_triton("replay_rows", rows, latents, history, seed)
         return
     latents, history = latents.contiguous(), history.contiguous()
-    workspace = _bytes(_cuda.replay_rows_workspace(T), device)
+    workspace = _bytes(_cuda.replay_rows_workspace(len(history)), device)
     with _in_place(W_dec, *moments, copy) as decoder, _on(device):
-        _cuda.replay_rows(
-            decoder, latents.data_ptr(), len(latents), len(W_dec), last_step.data_ptr(), history.data_ptr(), T,
-            _streams(rows), workspace.data_ptr(), _stream(device),
-        )  # fmt: skip
+        _cuda.replay_rows(decoder, latents, last_step, history, workspace, _streams(rows), _stream(device))
     torch.autograd.graph.increment_version([last_step])
 
 
@@ -243,15 +220,11 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _matrix(x: Tensor | None) -> Any:
-    return _cuda.Matrix() if x is None else _cuda.Matrix(x.data_ptr(), x.stride(0), _FLOATS[x.dtype])
-
-
 @contextmanager
-def _in_place(*tensors: Tensor | None) -> Iterator[Any]:
+def _in_place(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
     """Weights, their moments and their copy, to be changed in place; through dense ones where columns lie apart."""
     dense = [None if t is None else _dense(t) for t in tensors]
-    yield _cuda.Rows(*map(_matrix, dense))
+    yield dense
     for tensor, written in zip(tensors, dense, strict=True):
         if tensor is not None and written is not None and written.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(written)
@@ -262,11 +235,7 @@ def _number(value: float | Tensor, device: torch.device) -> tuple[float, Tensor 
     """The number itself, or where the device has it."""
     if not isinstance(value, Tensor) or value.device != device:
         return float(value), None
-    return 0.0, value.detach().to(torch.float64)
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    return 0.0, value.detach().to(torch.float64).reshape(1)
 
 
 def _in_triton(operator: str, *operands: Any) -> Any:

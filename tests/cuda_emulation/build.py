@@ -42,13 +42,13 @@ def build(target: Path, sources: Sequence[Path], flags: Sequence[str] = (), link
     return target
 
 
-def emulated_module(folder: Path) -> None:
+def emulated_module(folder: Path, *sanitizer: str) -> None:
     """`_cuda.so` in the folder: what sparc_fast._cuda is, with kernels that run on the host."""
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    sources = [*KERNELS, ROOT / "csrc/cuda/binding.cpp"]
-    build(folder / "_cuda.so", sources, ["-O1", "-fvisibility=hidden", *includes], ["-shared"])
+    sources = [*KERNELS, ROOT / "csrc/cuda/binding.cpp", *ROOT.glob("csrc/arguments/*.cpp")]
+    build(folder / "_cuda.so", sources, ["-O1", "-fvisibility=hidden", *sanitizer, *includes], ["-shared"])
 
 
 def emulated_backend(folder: Path) -> ModuleType:

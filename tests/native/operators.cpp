@@ -71,7 +71,7 @@ struct Array {
         view.ndim = ndim;
         view.item_size = sizeof(T);
         view.type = type;
-        view.is_here = true;
+        view.memory = Memory::cpu;
         int64_t stride = 1;
         for (int64_t i = 2; i >= 0; --i) {
             if (i < ndim) view.size[i] = size[i], view.stride[i] = stride;
@@ -100,15 +100,14 @@ void check_step(const Batch& batch, const Gradients& gradients, int threads) {
     auto W_enc = Array<A>::random(L, D), W_dec = Array<A>::random(L, D);
     auto given_W_enc = W_enc, given_W_dec = W_dec;
     std::vector<Array<M>> moments(4, Array<M>(L, D)), given_moments = moments;
-    std::vector<Tensor> moment_tensors;
-    for (Array<M>& moment : moments) moment_tensors.push_back(moment.tensor(2));
-    std::vector<Tensor> given_moment_tensors;
-    for (Array<M>& moment : given_moments) given_moment_tensors.push_back(moment.tensor(2));
+    Tensors<4> moment_tensors, given_moment_tensors;
+    for (size_t i = 0; i < 4; ++i) moment_tensors[i] = moments[i].tensor(2);
+    for (size_t i = 0; i < 4; ++i) given_moment_tensors[i] = given_moments[i].tensor(2);
     Array<A> grad_bias(S, L), grad_pre_bias(D);
     Array<bf16> copy_enc(L, D), copy_dec(L, D);
     Array<int64_t> last_step(L), given_last_step(L), every_latent(L);
     for (int64_t l = 0; l < L; ++l) every_latent.data[l] = l;
-    std::vector<Tensor> copies(2);
+    Tensors<2> copies;
     if (sizeof(A) == sizeof(float)) copies = {copy_enc.tensor(2), copy_dec.tensor(2)};
     Array<double> history(40, 4);
     for (int64_t t = 0; t < 40; ++t)

@@ -1,7 +1,7 @@
 #include "signature.h"
 
 #include <cctype>
-#include <numeric>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 
@@ -22,6 +22,7 @@ const char* name_of(Type type) {
         case Type::float16: return "float16";
         case Type::int32: return "int32";
         case Type::int64: return "int64";
+        case Type::uint8: return "uint8";
         case Type::boolean: return "bool";
         default: return "another dtype";
     }
@@ -68,30 +69,12 @@ std::string shape_of(const Tensor& tensor) {
     return text + "]";
 }
 
-int64_t* find(Signature::Sizes& sizes, const std::string& name) {
-    for (auto& [known, size] : sizes)
-        if (known == name) return &size;
-    return nullptr;
-}
+constexpr int64_t unknown = -1;
 
-// Whether a size is that of a word like "N", "L+1" or "2"; a letter that is not known yet becomes it.
-bool agrees(const std::string& word, int64_t size, Signature::Sizes& sizes) {
-    if (std::isdigit(word[0])) return size == std::stoll(word);
-    const std::string letter = word.substr(0, word.find('+'));
-    const int64_t more = word.size() > letter.size() ? std::stoll(word.substr(letter.size() + 1)) : 0;
-    if (const int64_t* known = find(sizes, letter)) return size == *known + more;
-    if (size < more) return false;
-    sizes.emplace_back(letter, size - more);
-    return true;
-}
-
-bool agree(const std::vector<std::string>& shape, const Tensor& tensor, Signature::Sizes& sizes) {
-    if (int64_t(shape.size()) != tensor.ndim) return false;
-    Signature::Sizes found = sizes;
-    for (int64_t i = 0; i < tensor.ndim; ++i)
-        if (!agrees(shape[i], tensor.size[i], found)) return false;
-    sizes = std::move(found);
-    return true;
+int64_t known(const Signature::Sizes& sizes, const std::string& name) {
+    for (const auto& [letter, size] : sizes)
+        if (letter == name) return size;
+    return unknown;
 }
 
 // The types that A, T and M stand for in a call.
@@ -104,9 +87,11 @@ struct Types {
         if (word == "T")
             return (type == Type::float32 || type == Type::float64 || type == Type::bfloat16) && is(T, type) && fits();
         if (word == "M") return (type == Type::bfloat16 || is_sum(type)) && is(M, type);
+        if (word == "F") return type == Type::float32 || type == Type::bfloat16 || type == Type::float16;
         const std::pair<const char*, Type> exact[] = {
             {"f32", Type::float32}, {"f64", Type::float64}, {"bf16", Type::bfloat16},
-            {"i32", Type::int32},   {"i64", Type::int64},   {"bool", Type::boolean}};
+            {"i32", Type::int32},   {"i64", Type::int64},   {"u8", Type::uint8},
+            {"bool", Type::boolean}};
         for (const auto& [name, meant] : exact)
             if (word == name) return type == meant;
         throw std::logic_error("no type is called " + word);
@@ -119,9 +104,10 @@ struct Types {
         if (word == "A") return known(A, "float32 or float64");
         if (word == "T") return known(T, A == Type::float64 ? "float64" : "float32 or bfloat16");
         if (word == "M") return known(M, A == Type::float64 ? "float64" : "float32 or bfloat16");
+        if (word == "F") return "float32, bfloat16 or float16";
         const std::pair<const char*, const char*> exact[] = {{"f32", "float32"}, {"f64", "float64"},
                                                              {"bf16", "bfloat16"}, {"i32", "int32"},
-                                                             {"i64", "int64"}};
+                                                             {"i64", "int64"}, {"u8", "uint8"}};
         for (const auto& [name, meant] : exact)
             if (word == name) return meant;
         return word;
@@ -140,7 +126,57 @@ private:
 
 }  // namespace
 
-Signature::Signature(const char* name, const char* words) : operator_name(name) {
+Signature::Size::Size(const std::string& words_)
+    : words(words_), factors(split(words.substr(0, words.find('+')), '*')) {
+    if (const size_t plus = words.find('+'); plus != std::string::npos) more = std::stoll(words.substr(plus + 1));
+}
+
+// Unknown, too, where no tensor is so large.
+int64_t Signature::Size::in(const Sizes& sizes) const {
+    constexpr int64_t most = std::numeric_limits<int64_t>::max();
+    int64_t product = 1;
+    for (const std::string& factor : factors) {
+        const int64_t size = std::isdigit(factor[0]) ? std::stoll(factor) : known(sizes, factor);
+        if (size == unknown || (size > 0 && product > most / size)) return unknown;
+        product *= size;
+    }
+    return product > most - more ? unknown : product + more;
+}
+
+// Whether a size is this one; a letter that is not known yet becomes it.
+bool Signature::Size::agrees(int64_t size, Sizes& sizes) const {
+    if (const int64_t expected = in(sizes); expected != unknown) return size == expected;
+    if (factors.size() > 1 || known(sizes, factors[0]) != unknown || size < more) return false;
+    sizes.emplace_back(factors[0], size - more);
+    return true;
+}
+
+bool Signature::Operand::agrees(const Tensor& tensor, Sizes& sizes) const {
+    for (const Shape& shape : shapes) {
+        Sizes found = sizes;
+        bool fits = int64_t(shape.size()) == tensor.ndim;
+        for (int64_t i = 0; fits && i < tensor.ndim; ++i) fits = shape[i].agrees(tensor.size[i], found);
+        if (!fits) continue;
+        sizes = std::move(found);
+        return true;
+    }
+    return false;
+}
+
+std::string Signature::Operand::expected(const Sizes& sizes) const {
+    std::string text;
+    for (const Shape& shape : shapes) {
+        text += text.empty() ? "[" : " or [";
+        for (size_t i = 0; i < shape.size(); ++i) {
+            const int64_t size = std::isdigit(shape[i].words[0]) ? unknown : shape[i].in(sizes);
+            text += (i ? ", " : "") + shape[i].words + (size == unknown ? "" : "=" + std::to_string(size));
+        }
+        text += "]";
+    }
+    return text;
+}
+
+Signature::Signature(const char* name, const char* words, Memory memory_) : operator_name(name), memory(memory_) {
     std::istringstream stream(words);
     for (std::string word; stream >> word;) {
         if (word == "streams") {
@@ -158,8 +194,10 @@ Signature::Signature(const char* name, const char* words) : operator_name(name) 
         operand.name = word.substr(operand.is_result, colon - operand.is_result);
         operand.is_packed = word[open - 1] == '!';
         operand.type = word.substr(colon + 1, open - operand.is_packed - colon - 1);
-        for (const std::string& shape : split(word.substr(open + 1, close - open - 1), '|'))
-            operand.shapes.push_back(split(shape, ','));
+        for (const std::string& shape : split(word.substr(open + 1, close - open - 1), '|')) {
+            operand.shapes.emplace_back();
+            for (const std::string& size : split(shape, ',')) operand.shapes.back().emplace_back(size);
+        }
         operands.push_back(operand);
     }
 }
@@ -177,11 +215,18 @@ void Signature::check(const Arguments& arguments, Sizes sizes) const {
     }
     if (has_streams) {
         if (arguments.widths.empty()) refuse("d_streams", "widths of at least one stream", "none");
-        sizes.emplace_back("S", arguments.widths.size());
-        sizes.emplace_back("D", std::accumulate(arguments.widths.begin(), arguments.widths.end(), int64_t(0)));
-        for (const int64_t width : arguments.widths)
+        int64_t sum = 0;
+        for (const int64_t width : arguments.widths) {
             if (width < 1) refuse("d_streams", "widths of at least 1", std::to_string(width));
+            if (width > std::numeric_limits<int64_t>::max() - sum)
+                refuse("d_streams", "widths with a sum below 2^63", std::to_string(width) + " among them");
+            sum += width;
+        }
+        sizes.emplace_back("S", arguments.widths.size());
+        sizes.emplace_back("D", sum);
     }
+    const Operand* first = nullptr;
+    int64_t device = 0;
     Types types;
     for (size_t i = 0; i < operands.size(); ++i) {
         const Operand& operand = operands[i];
@@ -190,21 +235,16 @@ void Signature::check(const Arguments& arguments, Sizes sizes) const {
             if (!operand.may_be_none) refuse(operand.name, "a tensor", "None");
             continue;
         }
-        const std::string got = std::string(name_of(tensor.type)) + " " + shape_of(tensor);
-        if (tensor.ndim > 3 || !tensor.is_here) refuse(operand.name, "a dense tensor on the CPU", "another");
-        if (!types.agrees(operand.type, tensor.type)) refuse(operand.name, types.words(operand.type), got);
-        bool fits = false;
-        std::string expected;
-        for (const Shape& shape : operand.shapes) {
-            expected += expected.empty() ? "[" : " or [";
-            for (size_t d = 0; d < shape.size(); ++d) {
-                const int64_t* known = find(sizes, shape[d].substr(0, shape[d].find('+')));
-                expected += (d ? ", " : "") + shape[d] + (known ? "=" + std::to_string(*known) : "");
-            }
-            expected += "]";
-            if ((fits = agree(shape, tensor, sizes))) break;
-        }
-        if (!fits) refuse(operand.name, expected, got);
+        const auto got = [&] { return std::string(name_of(tensor.type)) + " " + shape_of(tensor); };
+        if (tensor.ndim > 3 || tensor.memory != memory)
+            refuse(operand.name, memory == Memory::cpu ? "a dense tensor on the CPU" : "a dense tensor on a GPU", "another");
+        if (!first) first = &operand, device = tensor.device;
+        if (tensor.device != device)
+            refuse(
+                operand.name, "on GPU " + std::to_string(device) + " as " + first->name + " is",
+                "one on GPU " + std::to_string(tensor.device));
+        if (!types.agrees(operand.type, tensor.type)) refuse(operand.name, types.words(operand.type), got());
+        if (!operand.agrees(tensor, sizes)) refuse(operand.name, operand.expected(sizes), got());
         if (!is_packed(tensor, operand.is_packed))
             refuse(operand.name, operand.is_packed ? "contiguous" : "contiguous in its last dimension", "strides");
         if (operand.is_result && overlaps_itself(tensor)) refuse(operand.name, "memory of its own", "overlapping rows");
