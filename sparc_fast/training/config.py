@@ -276,7 +276,11 @@ class Config:
     validate_every: int = setting(1000, integer(1), "steps from one validation to the next")
     checkpoint_every: int = setting(1000, integer(1), "steps from one checkpoint to the next", free=True)
     keep: int = setting(2, integer(1), "checkpoints kept, beside the best", free=True)
-    best_by: str = setting("loss", choice("loss", "single_loss"), "the validation figure whose lowest is the best")
+    best_by: str = setting(
+        "single_loss",
+        choice("loss", "single_loss"),
+        "the validation figure whose lowest is the best: of each stream given alone, or of all together",
+    )
 
     memory: int = setting(2**31, size, 'bytes the loader may take, or a size such as "4GiB"', free=True)
     reading_threads: int = setting(0, integer(0), "threads that read files; 0: the loader chooses", free=True)
@@ -324,6 +328,12 @@ class Config:
         absolutes = {name: _absolute_setting(kinds[name], value, folder) for name, value in paths.items()}
         return replace(self, **absolutes, start_from=self.start_from and absolute(self.start_from, folder))
 
+    def going_on_from(self, there: Config) -> Config:
+        """The same, but where a default has changed since a run began `there`, and nobody says otherwise, its own."""
+        defaults = {f.name: f.default for f in fields(self) if f.name in NEW_DEFAULTS}
+        kept = {name: getattr(there, name) for name, now in defaults.items() if getattr(self, name) == now}
+        return replace(self, **kept)
+
     def differences(self, other: Config) -> list[str]:
         """Settings in which the two would give different results."""
         bound = [f.name for f in fields(self) if not f.metadata["free"]]
@@ -358,6 +368,9 @@ class Config:
         if len(streams) == 2 and streams[0] != streams[1]:
             raise ValueError(f"validation_data must name the streams of data, {streams[0]}, got {streams[1]}")
 
+
+NEW_DEFAULTS = ("best_by",)
+"""Settings whose default was another before, with which runs began that may go on."""
 
 ELSEWHERE = {
     "learning_rate": "lr",

@@ -80,9 +80,12 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         progress: Display | None = None,
     ) -> None:
-        config = config.with_paths_from(Path.cwd())
-        self.config, self.folder = config, RunFolder(folder)
+        self.folder = RunFolder(folder)
         self._sinks, self._progress = list(sinks), progress or Display()
+        given = config.with_paths_from(Path.cwd())
+        self.config = config = self.folder.going_on(given)
+        for name in given.differences(config):
+            self._progress.say(f"{name} stays {getattr(config, name)!r}, with which the run in {self.folder.path} began")
         device = device_of(config.device)
         with ExitStack() as opened:
             files, self.validation_files = _open(config, files, validation_files, opened)
