@@ -147,13 +147,15 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_a_run_that_began_with_another_default_keeps_it(tmp_path: Path) -> None:
-    with Trainer(config(best_by="loss"), tmp_path, files=files(), sinks=[signals(signal.SIGTERM, 14)]) as trainer:
+    before = {"best_by": "loss", "support_dropout": 0.0}
+    with Trainer(config(**before), tmp_path, files=files(), sinks=[signals(signal.SIGTERM, 14)]) as trainer:
         trainer.run()
     said = Said()
-    with Trainer(config(), tmp_path, files=files(), progress=said) as trainer:
-        assert trainer.config.best_by == "loss"
+    with Trainer(config(support_dropout=None), tmp_path, files=files(), progress=said) as trainer:
+        assert (trainer.config.best_by, trainer.config.support_dropout) == ("loss", 0.0)
         trainer.run()
-    assert said.words[0] == f"best_by stays 'loss', with which the run in {tmp_path} began"
+    began = f"with which the run in {tmp_path} began"
+    assert set(said.words[:2]) == {f"best_by stays 'loss', {began}", f"support_dropout stays 0.0, {began}"}
     figures = [r["validation"]["loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "validation" in r]
     assert trainer.best is not None
     assert trainer.best[1] == min(figures)
@@ -164,3 +166,5 @@ def test_a_run_that_began_with_todays_default_does_not_take_the_one_before(tmp_p
     trained(tmp_path, steps=3)
     with pytest.raises(ValueError, match="has best_by 'single_loss', not 'loss'"):
         trained(tmp_path, steps=3, best_by="loss")
+    with pytest.raises(ValueError, match=r"has selection 'global', not 'local', support_dropout 0\.3, not 0\.0"):
+        trained(tmp_path, steps=3, selection="local", support_dropout=None)

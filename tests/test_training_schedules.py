@@ -56,7 +56,12 @@ def test_streams_drop_out_of_the_support_as_often_as_said_and_never_all() -> Non
     assert drawn == [s.support_from(step, STREAMS) for step in range(2000)]
     other = schedule(support_dropout=0.4, seed=1)
     assert drawn != [other.support_from(step, STREAMS) for step in range(2000)]
-    assert schedule().support_from(0, STREAMS) is None
+    assert schedule(support_dropout=0).support_from(0, STREAMS) is None
+
+
+def test_support_dropout_is_on_by_default_but_under_local_selection() -> None:
+    assert schedule().config.support_dropout == 0.5
+    assert schedule(selection="local").config.support_dropout == 0
 
 
 def epochs(n: float, **changes: object) -> Config:

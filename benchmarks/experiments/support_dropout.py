@@ -74,9 +74,9 @@ def case_of(name: str) -> Case:
         inputs = {stream: x.flatten(1) for stream, x in streams.items()}
         return Case(_rows(inputs, rest), _rows(inputs, held), None, 256, 12, 600)
     if name == "glyphs":
-        from sparc_fast.demo import glyphs
+        from sparc_fast.demo.glyphs import glyphs
 
-        found = glyphs.glyphs()
+        found = glyphs()
         held = found.rows(held_out=True, face="regular")
         return Case(_rows(found.inputs, found.rows(held_out=False)), _rows(found.inputs, held), None, 1024, 12, 1150)
     folder = FeatureFolder(name.partition("=")[2])
