@@ -260,10 +260,14 @@ class Trained:
         return self.W_enc - self.start[0], self.W_dec - self.start[1]
 
 
+def _samples(o: Operands) -> Samples:
+    return Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse)
+
+
 def _update_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Callable[[], Trained]:
     own = Trained(o, moments)
     rows = Rows(own.W_enc, own.W_dec, own.moments, o.d_streams, **own.narrow)
-    samples = Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse)
+    samples = _samples(o)
 
     def run() -> Trained:
         b.update_rows(rows, samples, AdamStep(**ADAM, step=1000, seed=0))
@@ -309,6 +313,7 @@ def _of_operands(name: str, b: Any, o: Operands) -> Callable[[], Any]:
 # every operator as a function to call again and again; `b` is a backend, or any namespace of its functions
 CALLS: dict[str, Callable[[Any, Operands], Callable[[], Any]]] = {
     **{name: partial(_of_operands, name) for name in vars(Backend) if not name.startswith("_")},
+    "gradient_squares": lambda b, o: partial(b.gradient_squares, _samples(o), o.d_streams),
     "update_rows": _update_rows,
     "step_rows": _step_rows,
     "replay_rows": _replay_rows,

@@ -91,7 +91,7 @@ def test_foreign_files_are_refused_and_never_unpickled(tmp_path: Path) -> None:
 def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
     trainer = trained(tmp_path, keep=2)
     figures = {
-        r["step"]: r["validation"]["loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "validation" in r
+        r["step"]: r["validation"]["single_loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "validation" in r
     }
     assert list(figures) == [16, 32, 40]
     best = min(figures, key=lambda step: figures[step])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_runs import RUNS, Recorder, assert_same_results, config, files, trained
+from training_runs import RUNS, Recorder, Said, assert_same_results, config, files, trained
 
 from sparc_fast.training import Trainer, read_metrics
 
@@ -144,3 +144,27 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     ):
         Trainer(config(), tmp_path, files=files())
     Trainer(config(), tmp_path, files=files()).close()
+
+
+def test_a_run_that_began_with_another_default_keeps_it(tmp_path: Path) -> None:
+    before = {"best_by": "loss", "support_dropout": 0.0}
+    with Trainer(config(**before), tmp_path, files=files(), sinks=[signals(signal.SIGTERM, 14)]) as trainer:
+        trainer.run()
+    said = Said()
+    with Trainer(config(support_dropout=None), tmp_path, files=files(), progress=said) as trainer:
+        assert (trainer.config.best_by, trainer.config.support_dropout) == ("loss", 0.0)
+        trainer.run()
+    began = f"with which the run in {tmp_path} began"
+    assert set(said.words[:2]) == {f"best_by stays 'loss', {began}", f"support_dropout stays 0.0, {began}"}
+    figures = [r["validation"]["loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "validation" in r]
+    assert trainer.best is not None
+    assert trainer.best[1] == min(figures)
+    assert json.loads((tmp_path / "config.json").read_text())["best_by"] == "loss"
+
+
+def test_a_run_that_began_with_todays_default_does_not_take_the_one_before(tmp_path: Path) -> None:
+    trained(tmp_path, steps=3)
+    with pytest.raises(ValueError, match="has best_by 'single_loss', not 'loss'"):
+        trained(tmp_path, steps=3, best_by="loss")
+    with pytest.raises(ValueError, match=r"has selection 'global', not 'local', support_dropout 0\.3, not 0\.0"):
+        trained(tmp_path, steps=3, selection="local", support_dropout=None)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sparc_fast.training import Config
 from sparc_fast.training.in_memory import _schedule
-from sparc_fast.training.schedules import Schedule
+from sparc_fast.training.schedules import Schedule, advice_on_few_steps
 
 STREAMS = ("a", "b", "c")
 
@@ -52,4 +56,47 @@ def test_streams_drop_out_of_the_support_as_often_as_said_and_never_all() -> Non
     assert drawn == [s.support_from(step, STREAMS) for step in range(2000)]
     other = schedule(support_dropout=0.4, seed=1)
     assert drawn != [other.support_from(step, STREAMS) for step in range(2000)]
-    assert schedule().support_from(0, STREAMS) is None
+    assert schedule(support_dropout=0).support_from(0, STREAMS) is None
+
+
+def test_support_dropout_is_on_by_default_but_under_local_selection() -> None:
+    assert schedule().config.support_dropout == 0.5
+    assert schedule(selection="local").config.support_dropout == 0
+
+
+def epochs(n: float, **changes: object) -> Config:
+    return Config(**{"n_latents": 64, "k": 4, "epochs": n, **changes})  # type: ignore[arg-type]
+
+
+def test_epochs_that_make_few_steps_are_told_and_get_a_proposal() -> None:
+    assert advice_on_few_steps(epochs(50), 6000) == (
+        "50 steps are few for a run: 6,000 rows in batches of 4,096, 50 epochs. "
+        "batch_size = 256 and lr = 0.004 would make 1,150 of them; nothing is changed for you"
+    )
+
+
+def test_few_rows_get_more_epochs_too_and_a_higher_lr_stays() -> None:
+    assert advice_on_few_steps(epochs(2, lr=1e-2, batch_size=700), 700) == (
+        "2 steps are few for a run: 700 rows in batches of 700, 2 epochs. "
+        "batch_size = 64 and epochs = 100 would make 1,000 of them; nothing is changed for you"
+    )
+    assert "epochs = 1000 and lr = 0.004 would make 1,000 of them" in (
+        advice_on_few_steps(epochs(2, batch_size=40), 40) or ""
+    )
+
+
+def test_enough_epochs_and_steps_that_somebody_chose_are_told_nothing() -> None:
+    assert advice_on_few_steps(epochs(50), 10**6) is None
+    assert advice_on_few_steps(epochs(5, batch_size=2048), 200_000) is None
+    assert advice_on_few_steps(Config(n_latents=64, k=4, steps=3), 6000) is None
+
+
+@given(batches=st.floats(1, 1000), n=st.floats(0.01, 300), batch=st.integers(1, 10**5))
+def test_what_is_proposed_is_enough_to_be_told_nothing(batches: float, n: float, batch: int) -> None:
+    rows = int(batches * batch)
+    said = advice_on_few_steps(epochs(n, batch_size=batch), rows)
+    if said is not None:
+        proposed = {name: float(value) for name, value in re.findall(r"(batch_size|epochs) = ([\d.e+-]+)", said)}
+        smaller = int(proposed.get("batch_size", batch))
+        assert smaller <= batch
+        assert advice_on_few_steps(epochs(proposed.get("epochs", n), batch_size=smaller), rows) is None

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparc_fast import data
 from sparc_fast.data import AlignedFiles
 from sparc_fast.training import Config, Trainer
+from sparc_fast.training.progress import Display
 
 D = {"a": 300, "b": 200}
 WINDOWED = 9_500_000  # bytes: below what all rows take, so that the loader's windows are several
@@ -50,6 +51,16 @@ def trained(folder: Path, **changes: Any) -> Trainer:
     with Trainer(config(**changes), folder, files=files()) as trainer:
         trainer.run()
     return trainer
+
+
+class Said(Display):
+    """Keeps what a person would be told."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def say(self, words: str) -> None:
+        self.words.append(words)
 
 
 class Recorder:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from .terminal import write_anywhere
+from .terminal import warn_in_a_line, write_anywhere
 
 __all__ = ["main"]
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 after a message on standard error, or what the command says."""
     argv = sys.argv[1:] if argv is None else argv
     write_anywhere()
+    warn_in_a_line()
     try:
         if argv[:1] == ["bench"]:  # its options are its own
             from sparc_fast.benchmarks.main import main as bench

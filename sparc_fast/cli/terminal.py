@@ -1,13 +1,14 @@
-"""Words on terminals whose encoding lacks some of our signs."""
+"""Words on terminals: of an encoding that lacks some of our signs, and warnings in a line."""
 
 from __future__ import annotations
 
 import codecs
 import sys
+import warnings
 from io import TextIOWrapper
 from unicodedata import normalize
 
-__all__ = ["write_anywhere"]
+__all__ = ["warn_in_a_line", "write_anywhere"]
 
 ALIKE = {"→": ">", "–": "-", "·": ";", "×": "x", "÷": "/", "±": "~", "≥": ">=", "≤": "<=", "λ": "lambda"}
 """What is written instead; one letter for each sign of a table, whose columns stay aligned."""
@@ -19,6 +20,20 @@ def write_anywhere() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
             stream.reconfigure(errors="sparc_fast.alike")
+
+
+def warn_in_a_line() -> None:
+    """From now on our warnings are a line each, as errors are, without a place in the code."""
+    usual = warnings.formatwarning
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if category is UserWarning:
+            return f"sparc-fast: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = format_warning
 
 
 def _alike(error: UnicodeError) -> tuple[str, int]:

@@ -12,13 +12,14 @@ from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .retrieval import Found, Retrieval, retrieval_ranks, retrieval_scores, retrieval_seconds, retrieve
-from .table import Row, as_text, comparison, table
+from .table import Comparison, Row, as_text, comparison, table
 from .words import as_words, words_as_concepts
 
 __all__ = [
     "METRICS",
     "Carried",
     "Codes",
+    "Comparison",
     "Evaluation",
     "Found",
     "LatentNames",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from .evaluation import METRICS, Better, Evaluation
@@ -11,7 +13,7 @@ from .evaluation import METRICS, Better, Evaluation
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Row", "as_text", "comparison", "table"]
+__all__ = ["Comparison", "Row", "as_text", "comparison", "table"]
 
 HIGHLIGHTS = ("jaccard_single", "r1")
 
@@ -30,10 +32,24 @@ class Row:
     values: dict[str, float | None] = field(default_factory=dict)  # column -> the metric, None where it is undefined
 
 
-def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
+class Comparison(list[Row]):
+    """Rows that show themselves in a notebook."""
+
+    def _repr_html_(self) -> str:
+        columns = list(self[0].cells) if self else []
+        lines = [f"<tr><th></th>{''.join(f'<th>{escape(column)}</th>' for column in columns)}</tr>"]
+        for section, rows in groupby(self, lambda row: row.section):
+            lines.append(f'<tr><th colspan="{len(columns) + 1}" style="text-align: left">{escape(section)}</th></tr>')
+            for row in rows:
+                cells = "".join(f"<td>{escape(row.cells[column])}</td>" for column in columns)
+                lines.append(f'<tr><td title="{escape(row.meaning)}">{escape(row.name)}</td>{cells}</tr>')
+        return f"<table>{''.join(lines)}</table>"
+
+
+def table(evaluations: Mapping[str, Evaluation]) -> Comparison:
     """Compare models: one row per metric, one column per evaluation, for example "SPARC", "untrained"."""
     scores = {column: evaluation.scores() for column, evaluation in evaluations.items()}
-    rows = []
+    rows = Comparison()
     for m in METRICS:
         values = {column: by_key[m.key] for column, by_key in scores.items()}
         cells = {c: "–" if value is None else format(value, m.format) for c, value in values.items()}
@@ -41,7 +57,7 @@ def table(evaluations: Mapping[str, Evaluation]) -> list[Row]:
     return rows
 
 
-def comparison(evaluations: Mapping[str, Evaluation]) -> list[Row]:
+def comparison(evaluations: Mapping[str, Evaluation]) -> Comparison:
     """The metrics, then every pair of streams by itself."""
     rows = table(evaluations)
     first = next(iter(evaluations.values()))

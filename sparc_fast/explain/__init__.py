@@ -5,6 +5,7 @@ from sparc_fast.evaluate import Row
 from .contents import Items, ModelReport, Report, Stream
 from .folder import items_of, report_of
 from .latents import choose_latents
+from .notebook import Latent
 from .pictures import Ink, Pictures, Thumbnails
 from .write import HEADLINE, PAGE, write_report
 
@@ -13,6 +14,7 @@ __all__ = [
     "PAGE",
     "Ink",
     "Items",
+    "Latent",
     "ModelReport",
     "Pictures",
     "Report",

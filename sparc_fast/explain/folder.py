@@ -200,7 +200,12 @@ def _word_codes(
     codes = {}
     for stream, encode in encoders.items():
         parts = [encode(words[start : start + WORDS]).float() for start in range(0, len(words), WORDS)]
-        x = torch.cat([torch.zeros(0, model.d_streams[stream], device="cpu"), *(part.cpu() for part in parts)])
+        x = torch.cat(
+            [
+                torch.zeros(0, model.d_streams[stream], dtype=torch.float32, device="cpu"),
+                *(part.cpu() for part in parts),
+            ]
+        )
         values, indices = model.encode({stream: x.to(model.W_enc.device)}).stream(stream)
         codes[stream] = values.float().cpu(), indices.cpu()
     return words, codes

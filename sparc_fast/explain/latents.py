@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from sparc_fast.evaluate import top_samples
 
@@ -35,10 +36,10 @@ class Tops:
         return [row for row in rows if row >= 0]
 
 
-def tops_of(report: Report, model: ModelReport) -> Tops:
-    """The strongest samples of every latent in every stream."""
+def tops_of(report: Report, model: ModelReport, latents: Tensor | None = None) -> Tops:
+    """The strongest samples of every latent, or of those given, in every stream."""
     groups = report.items.groups
-    found = top_samples(model.codes, report.n_latents, SHOWN if groups is None else SHOWN * DEEPER)
+    found = top_samples(model.codes, report.n_latents, SHOWN if groups is None else SHOWN * DEEPER, latents)
     rows, values = found.samples.cpu().numpy(), found.values.cpu().numpy()
     if groups is None:
         return Tops(rows, values)

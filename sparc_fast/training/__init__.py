@@ -5,9 +5,20 @@ from typing import Any
 from .checkpoints import load_model
 from .config import Config, read_config, read_settings
 from .metrics import Sink, read_metrics
+from .progress import best_display
 from .trainer import Outcome, Trainer
 
-__all__ = ["Config", "Outcome", "Sink", "Trainer", "load_model", "read_config", "read_metrics", "read_settings"]
+__all__ = [
+    "Config",
+    "Outcome",
+    "Sink",
+    "Trainer",
+    "best_display",
+    "load_model",
+    "read_config",
+    "read_metrics",
+    "read_settings",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -123,5 +123,5 @@ def _arguments(f: Field[Any]) -> dict[str, Any]:
         return {"nargs": "+", "action": "extend", "metavar": "HOW or STREAM=HOW", "help": f"{words} ({default})"}
     if kind is flag:
         return {"action": argparse.BooleanOptionalAction, "help": words}
-    shown = "" if default is MISSING or default == "" else f" ({default})"
+    shown = "" if default in (MISSING, "", None) else f" ({default})"
     return {"metavar": "X", "help": words + shown}

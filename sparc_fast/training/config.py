@@ -22,6 +22,7 @@ from sparc_fast.data.shards import is_list_of_files
 from sparc_fast.sizes import as_bytes, parse_bytes
 
 REQUIRED = MISSING
+SUPPORT_DROPOUT = 0.5  # docs/training.md has what it wins
 SUFFIXES = (".toml", ".json", ".yaml", ".yml")
 Place = str | list[str]
 """A file, a folder or a pattern of files, or a list of files."""
@@ -258,7 +259,12 @@ class Config:
     k_start: int = setting(0, integer(0), "k at the first step, where `k_ramp` > 0")
     k_ramp: float = setting(0.0, part, "the part of the steps in which k goes from its start to its value")
     auxk_coef: float = setting(1 / 32, not_negative, "the weight of AuxK")
-    support_dropout: float = setting(0.0, below_one, "probability that a stream has no say in a batch's support")
+    support_dropout: float = setting(
+        None,
+        below_one,
+        "probability that a stream has no say in which latents a batch uses, so that each learns to choose them alone "
+        f"({SUPPORT_DROPOUT}; 0 under local selection)",
+    )
 
     zero_rows: str = setting(
         "absent", choice("absent", "keep"), "a stream's rows of zeros are absent (an image that failed), or as they are"
@@ -276,7 +282,11 @@ class Config:
     validate_every: int = setting(1000, integer(1), "steps from one validation to the next")
     checkpoint_every: int = setting(1000, integer(1), "steps from one checkpoint to the next", free=True)
     keep: int = setting(2, integer(1), "checkpoints kept, beside the best", free=True)
-    best_by: str = setting("loss", choice("loss", "single_loss"), "the validation figure whose lowest is the best")
+    best_by: str = setting(
+        "single_loss",
+        choice("loss", "single_loss"),
+        "the validation figure whose lowest is the best: of each stream given alone, or of all together",
+    )
 
     memory: int = setting(2**31, size, 'bytes the loader may take, or a size such as "4GiB"', free=True)
     reading_threads: int = setting(0, integer(0), "threads that read files; 0: the loader chooses", free=True)
@@ -286,6 +296,8 @@ class Config:
     wandb: str = setting("", text, "also log to this project at Weights & Biases", free=True)
 
     def __post_init__(self) -> None:
+        if self.support_dropout is None:
+            object.__setattr__(self, "support_dropout", 0.0 if self.selection == "local" else SUPPORT_DROPOUT)
         for f in fields(self):
             value = getattr(self, f.name)
             kind = f.metadata["kind"]
@@ -324,6 +336,15 @@ class Config:
         absolutes = {name: _absolute_setting(kinds[name], value, folder) for name, value in paths.items()}
         return replace(self, **absolutes, start_from=self.start_from and absolute(self.start_from, folder))
 
+    def going_on_from(self, there: Config) -> Config:
+        """The same, but where a default has changed since a run began `there`, and nobody says otherwise, its own."""
+        if self.selection != there.selection:
+            return self
+        today: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in NEW_DEFAULTS}
+        as_now = replace(self, **today)
+        kept = [name for name in NEW_DEFAULTS if getattr(self, name) == getattr(as_now, name)]
+        return replace(self, **{name: getattr(there, name) for name in kept})
+
     def differences(self, other: Config) -> list[str]:
         """Settings in which the two would give different results."""
         bound = [f.name for f in fields(self) if not f.metadata["free"]]
@@ -358,6 +379,9 @@ class Config:
         if len(streams) == 2 and streams[0] != streams[1]:
             raise ValueError(f"validation_data must name the streams of data, {streams[0]}, got {streams[1]}")
 
+
+NEW_DEFAULTS = ("best_by", "support_dropout")
+"""Settings whose default was another before, with which runs began that may go on."""
 
 ELSEWHERE = {
     "learning_rate": "lr",

@@ -86,9 +86,14 @@ class Bar(Display):
 
 
 def best_display() -> Display:
-    """A bar where there is a terminal and rich, else lines."""
-    if sys.stderr.isatty() and find_spec("rich") is not None:
-        return Bar()
+    """A bar where rich can draw one, at a terminal or with ipywidgets in a notebook, else lines."""
+    if find_spec("rich") is None:
+        return Lines()
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if sys.stderr.isatty() or (console.is_jupyter and find_spec("ipywidgets") is not None):
+        return Bar(console)
     return Lines()
 
 

@@ -54,10 +54,14 @@ class RunFolder:
         finally:
             os.close(handle)
 
+    def going_on(self, config: Config) -> Config:
+        """The configuration to train by: what a run here began with counts, where a default has changed since."""
+        return config.going_on_from(self._there()) if self.config.is_file() else config
+
     def agree_on(self, config: Config) -> None:
         """Keep the configuration here, or hold it against the one that is; ValueError names what differs."""
         if self.config.is_file():
-            there = Config.of(json.loads(self.config.read_text(encoding="utf-8")))
+            there = self._there()
             if different := config.differences(there):
                 listed = ", ".join(f"{n} {getattr(there, n)!r}, not {getattr(config, n)!r}" for n in different)
                 raise ValueError(f"a run goes on with the settings it began with; {self.path} has {listed}")
@@ -65,6 +69,9 @@ class RunFolder:
                 return
         with atomic_path(self.config) as temporary:
             temporary.write_text(json.dumps(config.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _there(self) -> Config:
+        return Config.of(json.loads(self.config.read_text(encoding="utf-8")))
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints here, ascending."""

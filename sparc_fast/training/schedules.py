@@ -10,6 +10,27 @@ import numpy as np
 from .config import Config
 
 DROPOUT = 1_397_769_556  # keeps these draws apart from the loader's, which have the same seed
+FEW, ENOUGH = 300, 1000  # steps, of which epochs that make few are told and a proposal makes about enough
+SMALLEST_BATCH, LR_OF_SHORT_RUNS = 64, 4e-3
+
+
+def advice_on_few_steps(config: Config, rows: int) -> str | None:
+    """What is proposed where `epochs` of `rows`, at least a batch, make few steps; None where `steps` are given."""
+    batch, epochs = config.batch_size, config.epochs
+    steps = max(1, round(epochs * (rows // batch)))
+    if config.steps or steps >= FEW:
+        return None
+    while batch > SMALLEST_BATCH and epochs * (rows // batch) < ENOUGH:
+        batch = max(SMALLEST_BATCH, 1 << (batch - 1).bit_length() - 1)  # the next smaller power of two
+    if epochs * (rows // batch) < FEW:
+        epochs = math.ceil(ENOUGH / (rows // batch))
+    proposed = {"batch_size": batch, "epochs": epochs, "lr": max(config.lr, LR_OF_SHORT_RUNS)}
+    changes = [f"{name} = {value:g}" for name, value in proposed.items() if value != getattr(config, name)]
+    return (
+        f"{steps:,} steps are few for a run: "
+        f"{rows:,} rows in batches of {config.batch_size:,}, {config.epochs:g} epochs. "
+        f"{' and '.join(changes)} would make {round(epochs * (rows // batch)):,} of them; nothing is changed for you"
+    )
 
 
 @dataclass(frozen=True)

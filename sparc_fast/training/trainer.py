@@ -30,7 +30,7 @@ from .config import Config, open_files
 from .metrics import Means, MetricsFile, Record, Sink, TensorBoard, WandB
 from .progress import Display
 from .run_folder import RunFolder, Session
-from .schedules import Schedule
+from .schedules import Schedule, advice_on_few_steps
 from .validation import hold_out, validate
 
 MEANS = "metrics.sums"
@@ -80,9 +80,14 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         progress: Display | None = None,
     ) -> None:
-        config = config.with_paths_from(Path.cwd())
-        self.config, self.folder = config, RunFolder(folder)
+        self.folder = RunFolder(folder)
         self._sinks, self._progress = list(sinks), progress or Display()
+        given = config.with_paths_from(Path.cwd())
+        self.config = config = self.folder.going_on(given)
+        for name in given.differences(config):
+            self._progress.say(
+                f"{name} stays {getattr(config, name)!r}, with which the run in {self.folder.path} began"
+            )
         device = device_of(config.device)
         with ExitStack() as opened:
             files, self.validation_files = _open(config, files, validation_files, opened)
@@ -149,6 +154,8 @@ class Trainer:
         for sink in sinks:
             closing.callback(sink.close)
         self._receivers: list[Any] = [*sinks, progress]
+        if self.step == 0 and (advice := advice_on_few_steps(config, self.loader.files.n_rows)) is not None:
+            warnings.warn(advice, stacklevel=3)
         if self.step == 0 and self._uncalibrated:
             progress.say(f"calibrating on up to {config.calibration_rows:,} rows")
             found = calibrate(
