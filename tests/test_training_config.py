@@ -213,9 +213,10 @@ def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> Non
 
 
 def test_public_names() -> None:
-    names = ["Config", "Outcome", "Sink", "Trainer", "load_model", "read_config", "read_metrics", "read_settings"]
-    assert training.__all__ == names
-    assert all(hasattr(training, name) for name in names)
+    classes = ["Config", "Outcome", "Sink", "Trainer"]
+    functions = ["best_display", "load_model", "read_config", "read_metrics", "read_settings"]
+    assert training.__all__ == classes + functions
+    assert all(hasattr(training, name) for name in classes + functions)
     assert (training.Machine, training.Plan, training.plan) == (planning.Machine, planning.Plan, planning.plan)
     with pytest.raises(AttributeError, match=r"module 'sparc_fast\.training' has no attribute 'Planner'"):
         training.Planner  # noqa: B018
