@@ -27,7 +27,7 @@ __all__ = ["CONCEPTS", "RUNS", "SETTINGS", "train", "word_latents", "write_choos
 
 SETTINGS: Mapping[str, Any] = {  # docs/demo.md says what was tried, on training emoji alone
     "n_latents": 1024,
-    "k": 16,
+    "k": 32,
     "epochs": 40.0,
     "batch_size": 256,
     "lr": 4e-3,
@@ -36,7 +36,7 @@ SETTINGS: Mapping[str, Any] = {  # docs/demo.md says what was tried, on training
 }
 RUNS: Mapping[str, Mapping[str, Any]] = {
     "independent SAEs": {"selection": "local", "cross_loss_coef": 0.0},
-    "SPARC": {"support_dropout": 0.5},
+    "SPARC": {"support_dropout": 0.65},
 }
 CONCEPTS = "cat", "heart", "flag", "train", "hand", "moon"
 """Whose latents the page and the picture begin with, where latents have these names."""
