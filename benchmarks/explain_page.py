@@ -21,6 +21,7 @@ from sparc_fast.evaluate import Carried, firing_agreement, latent_use
 from sparc_fast.explain import Items, ModelReport, Report, Stream, Thumbnails, write_report
 
 STREAMS, WORDS, K = 4, 3000, 16
+PATIENCE = 60  # seconds
 
 
 def made_up(n: int, n_latents: int, seed: int = 0) -> Report:
@@ -71,13 +72,16 @@ def measure(page: Path, width: int, height: int, tries: int = 5) -> dict[str, An
         options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
         try:
-            driver.set_script_timeout(60)
+            driver.set_script_timeout(PATIENCE)
+            driver.set_page_load_timeout(PATIENCE)
             if width < 500:
                 phone = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": True}
                 driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
             began = time.perf_counter()
             driver.get(page.as_uri())
             while not driver.execute_script("return 'ready' in document.documentElement.dataset"):
+                if time.perf_counter() - began > PATIENCE:
+                    raise TimeoutError(f"{page} is not drawn after {PATIENCE} s: {driver.get_log('browser')}")
                 time.sleep(0.01)
             found.setdefault("opened", []).append(time.perf_counter() - began)
             for what, script in STEPS.items():
@@ -133,7 +137,7 @@ def main() -> None:
     files = [path for path in arguments.out.rglob("*") if path.is_file()]
     print(f"{len(files):,} files, {sum(path.stat().st_size for path in files) / 1e6:,.0f} MB")
     for name, size in (("desktop", (1280, 900)), ("phone", (390, 844))):
-        print(name, measure(page, *size))
+        print(name, measure(page, *size), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import re
@@ -20,9 +19,8 @@ pytest.importorskip("pyarrow")
 from PIL import Image
 
 from sparc_fast import SPARC, cli
-from sparc_fast.data.feature_folder import FeatureFolder, write_manifest
+from sparc_fast.data.feature_folder import FeatureFolder, write_items, write_manifest
 from sparc_fast.explain import items_of, report_of
-from sparc_fast.extract.items import write_items
 
 N, KINDS = 60, ["kitten", "rocket", "boat"]
 EVIL = '</script><img src=x onerror="alert(1)">'
@@ -49,7 +47,7 @@ def write_folder(folder: Path, **changed: Any) -> Path:
             picture.save(folder / "pictures" / f"{i}.png")
         rows.append({
             "id": f"item {i}", "picture": f"{i}.png" if i % 3 == 0 else None,
-            "thumbnail": base64.b64encode(file.getvalue()).decode() if i % 3 == 1 else None,
+            "thumbnail": file.getvalue() if i % 3 == 1 else None,
             "caption": f"a {KINDS[kinds[i]]} {EVIL if i == 7 else ''} 猫{i}", "more": None if i % 2 else "and more",
             "label": [KINDS[kinds[i]]], "group": f"g{i}", "split": "held_out" if i % 5 == 0 else "train",
         } | {key: value(i) for key, value in changed.items()})  # fmt: skip
@@ -149,8 +147,23 @@ def test_without_labels_latents_are_named_by_words_of_the_texts(tmp_path):
     assert carried == [i % 3 == 0 for i in range(N)]
 
 
+def test_a_stream_of_pictures_may_have_a_column_of_its_own(tmp_path):
+    folder, file = tmp_path / "features", io.BytesIO()
+    Image.new("RGB", (4, 4), "blue").save(file, "PNG")
+    (folder / "eye").mkdir(parents=True)
+    np.save(folder / "eye" / "00000.npy", np.ones((2, 6), np.float32))
+    rows = [{"id": f"{i}", "picture": None, "close": file.getvalue(), "text": "a", "label": [], "group": f"{i}", "split": "train"} for i in range(2)]  # fmt: skip
+    write_items(folder, rows, ("text",), contents=("close",))
+    eye = {"modality": "image", "column": "close", "width": 6, "tokens": 1, "files": ["eye/00000.npy"]}
+    write_manifest(folder, {"eye": eye}, 2, failed=0)
+    items = items_of(FeatureFolder(folder))
+    assert list(items.pictures) == ["close"]
+    assert np.asarray(items.pictures["close"].draw(1))[48, 48].tolist() == [0, 0, 255, 255]
+    assert list(items.texts) == ["text"]
+
+
 def test_a_broken_picture_is_missing_and_no_error(tmp_path):
-    folder = write_folder(tmp_path / "features", thumbnail=lambda i: "bm8gcGljdHVyZQ==" if i == 1 else None)
+    folder = write_folder(tmp_path / "features", thumbnail=lambda i: b"no picture" if i == 1 else None)
     (folder / "pictures" / "3.png").write_bytes(b"\x89PNG broken")
     (folder / "pictures" / "6.png").unlink()
     pictures = items_of(FeatureFolder(folder)).pictures["picture"]

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the page, and say where it is."""
     needed = {"jinja2": "jinja2", "matplotlib": "matplotlib", "pillow": "PIL", "pyarrow": "pyarrow"}
     if missing := [name for name, module in needed.items() if find_spec(module) is None]:
-        raise ImportError(f"the page needs {', '.join(missing)}: pip install 'sparc_fast[demo,pyarrow]'")
+        raise ImportError(f"the page needs {', '.join(missing)}: pip install 'sparc_fast[explain]'")
     from sparc_fast.explain import report_of, write_report
     from sparc_fast.training.trainer import device_of
 

@@ -41,10 +41,14 @@ def items_of(folder: FeatureFolder, split: Split = "all", *, labels: bool = True
     Raises:
         ValueError: a picture's path leads out of the folder of pictures.
     """
-    read = dict.fromkeys(
-        stream["column"] for stream in folder.streams.values() if stream.get("column") not in (None, PICTURE)
+    columns = [
+        str(stream["column"]) for stream in folder.streams.values() if stream.get("column") and not _sees(stream)
+    ]
+    read = dict.fromkeys(columns)
+    contents = dict.fromkeys(
+        str(stream["column"]) for stream in folder.streams.values() if _sees(stream) and stream["column"] not in KNOWN
     )
-    others = [column for column in folder.columns if column not in (*KNOWN, *read)]
+    others = [column for column in folder.columns if column not in (*KNOWN, *read, *contents)]
     texts = {column: [text or "" for text in folder.column(column, split)] for column in (*read, *others)}
     carried, concepts = _concepts(folder, split, texts, labels)
     splits = folder.column("split", split)
@@ -53,7 +57,7 @@ def items_of(folder: FeatureFolder, split: Split = "all", *, labels: bool = True
     return Items(
         ids=folder.column("id", split),
         texts={column: texts.pop(column) for column in list(read) or list(texts)[:1]},
-        pictures=_pictures(folder, split),
+        pictures=_pictures(folder, split, list(contents)),
         carried=carried,
         concepts=concepts,
         groups=groups if len(set(groups)) < len(groups) else None,
@@ -71,29 +75,43 @@ def _concepts(
     return words_as_concepts([[column[n] for column in texts.values()] for n in range(len(folder.rows(split)))])
 
 
-def _pictures(folder: FeatureFolder, split: Split) -> dict[str, Pictures]:
-    """Of the items' thumbnails, or files below the folder of pictures; what cannot be read is left out."""
+def _sees(stream: Mapping[str, Any]) -> bool:
+    """Whether a stream is of pictures."""
+    return stream.get("modality") == "image" or stream.get("column") in (PICTURE, "thumbnail")
+
+
+def _pictures(folder: FeatureFolder, split: Split, contents: Sequence[str]) -> dict[str, Pictures]:
+    """Of the items' thumbnails or files below the folder of pictures, and of each column of contents."""
     paths = folder.column("picture", split)
-    small = folder.column("thumbnail", split)
+    known = folder.columns
+    small = folder.column("thumbnail", split) if "thumbnail" in known else [None] * len(paths)
     files = [
         folder.picture(path) if path is not None and content is None else None
         for path, content in zip(paths, small, strict=True)
     ]
+    found: dict[str, Pictures] = {}
+    if any(x is not None for x in (*small, *files)):
+        found[PICTURE] = Thumbnails(len(paths), lambda row: _opened(small[row], files[row]))
+    for column in contents:
+        found[column] = _of_contents(folder.column(column, split))
+    return found
 
-    def load(row: int) -> Image.Image | None:
-        from PIL import Image, ImageOps
 
-        content, file = small[row], files[row]
-        if content is None and file is None:
-            return None
-        try:
-            with Image.open(io.BytesIO(content) if file is None else file) as opened:
-                return ImageOps.exif_transpose(opened).convert("RGBA")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return None
+def _of_contents(contents: Sequence[bytes | None]) -> Pictures:
+    return Thumbnails(len(contents), lambda row: _opened(contents[row], None))
 
-    there = any(x is not None for x in (*small, *files))
-    return {PICTURE: Thumbnails(len(paths), load)} if there else {}
+
+def _opened(content: bytes | None, file: Path | None) -> Image.Image | None:
+    """What cannot be read is missing."""
+    from PIL import Image, ImageOps
+
+    if content is None and file is None:
+        return None
+    try:
+        with Image.open(io.BytesIO(content) if file is None else file) as opened:  # type: ignore[arg-type]
+            return ImageOps.exif_transpose(opened).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
 
 
 def report_of(
@@ -175,9 +193,10 @@ def report_of(
 
 
 def _stream(about: Mapping[str, Any], items: Items) -> Stream:
-    column, pictures = about.get("column"), next(iter(items.pictures), None)
-    words = f"{'pictures' if column == PICTURE else 'texts'} by {about.get('model', 'a model')}"
-    return Stream(words, text=None if column == PICTURE or column not in items.texts else column, picture=pictures)
+    column, first = about.get("column"), next(iter(items.pictures), None)
+    words = f"{'pictures' if _sees(about) else 'texts'} by {about.get('model', 'a model')}"
+    picture = column if column in items.pictures else first
+    return Stream(words, text=column if not _sees(about) and column in items.texts else None, picture=picture)
 
 
 @torch.no_grad()

@@ -65,12 +65,18 @@ class Shown:
         self.number = {concept: y for y, concept in enumerate(self.concepts)}
         self._offsets, self._carried = carried.offsets.tolist(), carried.concepts.tolist()
         counts = np.maximum(carried.counts().numpy(), 1)
-        self.rarity = np.log(max(len(carried), 1) / counts)
+        self.n = len(carried)
+        self.rarity = np.log(max(self.n, 1) / counts)
 
     def of(self, row: int) -> list[int]:
         """The concepts that a sample carries."""
         found: list[int] = self._carried[self._offsets[row] : self._offsets[row + 1]]
         return found
+
+    def surprise(self, concept: str) -> float:
+        """How rare a concept is, in logarithms, as a share of the rarest there could be; 0 if no sample can bear it."""
+        place = self.number.get(concept)
+        return 0.0 if place is None else float(self.rarity[place] / np.log(max(self.n, 2)))
 
     def bears(self, row: int, concept: str) -> bool:
         return self.number.get(concept, -1) in self.of(row)
@@ -88,8 +94,8 @@ def choose_latents(report: Report, tops: Sequence[Tops] = (), n: int = 12, shown
     """`n` latents that show the point best, best first; the same report gives the same choice.
 
     Alive in every stream of all models, one per concept, with high agreement, and with `shown` samples in each stream
-    that bear the concept; after the first, each unlike those already chosen, to the eye and in its samples. The best
-    latents of the concepts that the report is to show `first` come before all others.
+    that bear the concept, best a rare one; after the first, each unlike those already chosen, to the eye and in its
+    samples. The best latents of the concepts that the report is to show `first` come before all others.
     """
     tops = tops or [tops_of(report, model) for model in report.models]
     words, model = Shown(report), report.after
@@ -105,7 +111,7 @@ def choose_latents(report: Report, tops: Sequence[Tops] = (), n: int = 12, shown
             rows = [after.of(s, latent, shown) for s in streams]
             bearing = min(sum(words.bears(row, concept) for row in of_stream) / shown for of_stream in rows)
             named = np.mean([words.shared(of_stream, concept) == concept for of_stream in rows])
-            quality[latent] *= bearing * named
+            quality[latent] *= bearing * named * words.surprise(concept) ** 0.5
     asked = np.array([model.concept(latent) in report.first for latent in range(len(quality))], bool)
     ranked = np.lexsort((-quality, ~asked))[:CONSIDERED]
     latents: list[int] = ranked[quality[ranked] > 0].tolist()
