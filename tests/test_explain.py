@@ -252,6 +252,13 @@ def test_chosen_latents_are_always_the_same_and_of_distinct_concepts(report):
     assert choose_latents(report, n=2) == chosen[:2]
 
 
+def test_latents_of_the_concepts_asked_for_come_first(report):
+    plain = [report.after.concept(latent) for latent in choose_latents(report)]
+    asked = choose_latents(replace(report, first=[plain[3], "NO SUCH", plain[1], plain[3]]))
+    assert [report.after.concept(latent) for latent in asked[:2]] == [plain[3], plain[1]]
+    assert {report.after.concept(latent) for latent in asked} == set(plain)
+
+
 def test_a_latent_that_is_silent_in_a_stream_of_either_model_is_not_chosen(report):
     first = choose_latents(report)[0]
     values, indices = report.before.codes["name"]

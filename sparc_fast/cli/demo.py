@@ -1,32 +1,47 @@
-"""Train SPARC and independent SAEs on the characters of two typefaces and their Unicode names.
+"""Train SPARC and independent SAEs on the characters of two typefaces and their names, or on emoji seen by four models.
 
-Prints how well their latents agree across the three, and writes a page to look through them.
+Prints how well their latents agree across the streams, and writes a page to look through them.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from sparc_fast.data.feature_folder import is_feature_folder
 from sparc_fast.files import check_folder
+from sparc_fast.training.progress import Display, best_display
+
+from . import extract
+from .eval import load, untrained
+from .explain import curves
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the report goes, and the few settings."""
+    parser.add_argument(
+        "--data", choices=("glyphs", "emoji"), default="glyphs",
+        help="characters, which need nothing else, or emoji, which need sparc_fast[train,demo,emoji] (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("sparc_report"), help="folder of the report (%(default)s)")
     parser.add_argument("--steps", type=int, help="training steps of each model")
     parser.add_argument("--seed", type=int, help="of the weights and the shuffling")
-    parser.add_argument("--ablations", action="store_true", help="also global TopK without cross loss, local with")
+    parser.add_argument(
+        "--ablations", action="store_true", help="of glyphs: also global TopK without cross loss, local with"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table, and say where the report is."""
     if missing := [name for name in ("rich", "matplotlib", "sklearn", "jinja2") if find_spec(name) is None]:
         raise ImportError(f"the demo needs {', '.join(missing)}: pip install 'sparc_fast[demo]'")
+    if arguments.data == "emoji":
+        return _emoji(arguments)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -55,5 +70,48 @@ def run(arguments: argparse.Namespace) -> int:
     options = [f"--{name} {value}" for name, value in changed.items()]
     command = " ".join(["sparc-fast demo", *options, *(["--ablations"] if arguments.ablations else [])])
     page = write_report(demo.report(glyphs, trained, settings, command), arguments.out)
+    console.print(f"open [bold]{page}[/bold] in a browser to look through every latent")
+    return 0
+
+
+def _emoji(arguments: argparse.Namespace) -> int:
+    """Extract, train and explain in folders of `--out`; what is finished there stays as it is."""
+    if arguments.ablations:
+        raise ValueError("--ablations must be left out with --data emoji, got it")
+    if find_spec("pyarrow") is None:
+        raise ImportError("the emoji need pyarrow: pip install 'sparc_fast[train,demo,emoji]'")
+    from rich.console import Console
+
+    from sparc_fast.demo import emoji
+    from sparc_fast.evaluate import as_text
+    from sparc_fast.explain import report_of, write_report
+
+    check_folder(arguments.out, "--out")
+    console, features = Console(width=None if sys.stdout.isatty() else 160), arguments.out / "features"
+    if not is_feature_folder(features) and extract.to_folder("emoji", features) is None:
+        return 128 + signal.SIGINT
+    changed = {name: value for name in ("steps", "seed") if (value := getattr(arguments, name)) is not None}
+
+    def progress(name: str) -> Display:
+        print(f"training {name}", file=sys.stderr, flush=True)
+        return best_display()
+
+    runs = emoji.train(features, arguments.out, changed, progress)
+    if runs is None:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
+    models = {name: load(folder) for name, folder in runs.items()}
+    sparc = models["SPARC"]
+    settings = {name.replace("_", " "): str(value) for name, value in {**emoji.SETTINGS, **changed}.items()}
+    options = "".join(f" --{name} {value}" for name, value in changed.items())
+    report = report_of(
+        models, features, beside={"untrained SPARC": untrained(sparc, arguments.seed or 0)}, labels=False,
+        first=emoji.CONCEPTS, curves={name: curves(folder) for name, folder in runs.items()},
+        settings={"command": f"sparc-fast demo --data emoji{options}", **settings},
+    )  # fmt: skip
+    console.print(as_text(list(report.table), "held-out emoji"))
+    for name, found in emoji.word_latents(report, features).items():
+        print(f"{name}: {found.sum()} latents whose strongest held-out samples share a word in every stream")
+    page = write_report(report, arguments.out)
     console.print(f"open [bold]{page}[/bold] in a browser to look through every latent")
     return 0

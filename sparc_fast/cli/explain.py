@@ -23,7 +23,7 @@ from sparc_fast.training.run_folder import RunFolder
 
 from .eval import load, untrained
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "curves", "run"]
 
 CURVES = ("loss", "self", "cross", "dead")
 POINTS = 200  # of a curve
@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--words", type=Path, metavar="extract.toml",
         help="search by what the models of texts that these settings name make of each word; they are run",
     )  # fmt: skip
+    parser.add_argument(
+        "--show", nargs="+", action="extend", default=[], metavar="CONCEPT", help="concepts whose latents come first"
+    )
+    parser.add_argument(
+        "--no-labels", action="store_true", help="name latents by words of the texts though there are labels"
+    )
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
 
 
@@ -76,7 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
         split=arguments.split,
         beside={"untrained (2)" if "untrained" in models else "untrained": untrained(after, 0).to(device)},
         words=_text_encoders(arguments.words, list(after.streams), device),
-        curves={name: _curves(path) for name, path in paths},
+        curves={name: curves(path) for name, path in paths},
+        labels=not arguments.no_labels,
+        first=arguments.show,
         settings={"command": _command(arguments), "latents": f"{after.n_latents:,}", "k": str(after.k)},
     )
     page = write_report(report, arguments.out)
@@ -115,7 +123,7 @@ def _named(text: str) -> tuple[str, Path]:
     return (resolved.parent.name if resolved.stem == "model" else resolved.stem), Path(text)
 
 
-def _curves(path: Path) -> dict[str, list[float]]:
+def curves(path: Path) -> dict[str, list[float]]:
     """The means that a run recorded, thinned."""
     metrics = RunFolder(path if path.is_dir() else path.parent).metrics
     if not metrics.is_file():
@@ -137,4 +145,6 @@ def _command(arguments: argparse.Namespace) -> str:
     """What was asked for, without the folders above."""
     words = ["sparc-fast", "explain", arguments.model]
     words += ["--before", arguments.before] if arguments.before else []
+    words += ["--show", *arguments.show] if arguments.show else []
+    words += ["--no-labels"] if arguments.no_labels else []
     return shlex.join([*words, "--data", str(arguments.data)])

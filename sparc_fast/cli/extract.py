@@ -12,10 +12,14 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sparc_fast.training.progress import Bar, duration
 
-__all__ = ["add_arguments", "run"]
+if TYPE_CHECKING:
+    from sparc_fast.extract import Extracted
+
+__all__ = ["add_arguments", "run", "to_folder"]
 
 EVERY = 10.0  # seconds from one line to the next
 
@@ -34,25 +38,31 @@ def run(arguments: argparse.Namespace) -> int:
     """Extract, and say what came of it."""
     if missing := [name for name, module in (("pillow", "PIL"), ("pyarrow", "pyarrow")) if find_spec(module) is None]:
         raise ImportError(f"extracting needs {' and '.join(missing)}: pip install 'sparc_fast[extract]'")
-    from sparc_fast import extract
-
     flags = {name: getattr(arguments, name) for name in ("batch_size", "threads", "device")}
     changed = {name: value for name, value in flags.items() if value is not None}
-    progress = _Progress(arguments.progress)
-    try:
-        if arguments.settings == "emoji":
-            done = extract.extract_emoji(arguments.out, progress=progress, say=progress.say, **changed)
-        else:
-            extraction = extract.read_extraction(arguments.settings, **changed)
-            done = extract.extract(extraction, arguments.out, progress=progress, say=progress.say)
-    except KeyboardInterrupt:
-        progress.say(f"stopped; the same command goes on from what {arguments.out} has")
+    done = to_folder(arguments.settings, arguments.out, arguments.progress, **changed)
+    if done is None:
         return 128 + signal.SIGINT
-    finally:
-        progress.close()
     left_out = f", {done.failed:,} left out ({done.folder / 'failed.jsonl'} says why)" if done.failed else ""
     print(f"{done.items:,} items{left_out}; now: sparc-fast train --data {arguments.out} --out run …")
     return 0
+
+
+def to_folder(settings: str, out: Path, how: str = "auto", **changed: Any) -> Extracted | None:
+    """Extract, telling how far it is; None where somebody stopped it."""
+    from sparc_fast import extract
+
+    progress = _Progress(how)
+    try:
+        if settings == "emoji":
+            return extract.extract_emoji(out, progress=progress, say=progress.say, **changed)
+        extraction = extract.read_extraction(settings, **changed)
+        return extract.extract(extraction, out, progress=progress, say=progress.say)
+    except KeyboardInterrupt:
+        progress.say(f"stopped; the same command goes on from what {out} has")
+        return None
+    finally:
+        progress.close()
 
 
 class _Progress:

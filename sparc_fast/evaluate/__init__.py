@@ -6,7 +6,7 @@ Every metric can be run on *single* codes (each stream encoded alone: the honest
 
 from .agreement import firing_agreement
 from .codes import Codes, StreamCode
-from .concepts import Carried, LatentNames, TopSamples, name_latents, top_samples
+from .concepts import Carried, LatentNames, TopSamples, latents_of_one_concept, name_latents, top_samples
 from .evaluation import METRICS, Evaluation, Metric, evaluate
 from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
@@ -37,6 +37,7 @@ __all__ = [
     "evaluate",
     "firing_agreement",
     "latent_use",
+    "latents_of_one_concept",
     "name_latents",
     "nmse_from_errors",
     "r2_from_errors",

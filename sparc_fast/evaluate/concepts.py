@@ -12,7 +12,7 @@ from . import codes as chunks
 from .agreement import firing_agreement
 from .codes import Codes, check_codes, check_labels, firing_counts, firings
 
-__all__ = ["Carried", "LatentNames", "TopSamples", "name_latents", "top_samples"]
+__all__ = ["Carried", "LatentNames", "TopSamples", "latents_of_one_concept", "name_latents", "top_samples"]
 
 Z = 1.96  # normal quantile of the 95 % interval
 ALIKE = 64  # latents of about one frequency that share a threshold of chance
@@ -256,3 +256,25 @@ def top_samples(codes: Codes, n_latents: int, n: int, latents: Tensor | None = N
         samples[s, rows[keep], place[keep]] = fired[keep]
         values[s, rows[keep], place[keep]] = value[keep]
     return TopSamples(tuple(codes), latents, samples, values)
+
+
+def latents_of_one_concept(codes: Codes, carried: Carried, n_latents: int, *, n: int = 5, share: float = 0.6) -> Tensor:
+    """Latents of which one concept is carried by a share of the n strongest samples of every stream, bool [L].
+
+    Where a latent fires for fewer, the share is still of n: one that is silent in a stream is of no concept.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be > 0 and at most 1, got {share}")
+    tops, concepts = top_samples(codes, n_latents, n), max(carried.n_concepts, 1)
+    everywhere: Tensor | None = None
+    for rows in tops.samples.cpu():  # [L, n] of one stream
+        there = rows >= 0
+        positions, found = carried.of(rows[there].to(carried.offsets.device))
+        latents = there.nonzero()[:, 0][positions.cpu()]
+        pairs, counts = (latents * concepts + found.cpu()).unique(return_counts=True)
+        common = pairs[counts >= share * n]
+        everywhere = common if everywhere is None else common[torch.isin(common, everywhere)]
+    of_one = torch.zeros(n_latents, dtype=torch.bool, device="cpu")
+    if everywhere is not None:
+        of_one[everywhere // concepts] = True
+    return of_one

@@ -117,6 +117,8 @@ class Report:
     items: Items
     table: Sequence[Row] = ()
     settings: Mapping[str, str] = field(default_factory=dict)  # versions, seed, settings, command
+    attribution: str = ""  # whose pictures and texts these are
+    first: Sequence[str] = ()  # concepts whose latents are shown before all others
     word_codes: tuple[Sequence[str], Codes] | None = None  # words and, of streams of texts, their codes: to search by
 
     def __post_init__(self) -> None:

@@ -32,8 +32,11 @@ KNOWN = ("id", "picture", "thumbnail", "label", "group", "split")
 ROWS, WORDS = 4096, 256  # encoded together
 
 
-def items_of(folder: FeatureFolder, split: Split = "all") -> Items:
+def items_of(folder: FeatureFolder, split: Split = "all", *, labels: bool = True) -> Items:
     """What a folder knows of its samples. Latents are named by labels, or, where there are none, by words of the texts.
+
+    Args:
+        labels: False names them by words of the texts though there are labels.
 
     Raises:
         ValueError: a picture's path leads out of the folder of pictures.
@@ -47,9 +50,9 @@ def items_of(folder: FeatureFolder, split: Split = "all") -> Items:
     )
     others = [column for column in folder.columns if column not in (*KNOWN, *read, *contents)]
     texts = {column: [text or "" for text in folder.column(column, split)] for column in (*read, *others)}
-    carried, concepts = _concepts(folder, split, texts)
+    carried, concepts = _concepts(folder, split, texts, labels)
     splits = folder.column("split", split)
-    labels = [", ".join(of_sample or ()) for of_sample in folder.column("label", split)]
+    labelled = [", ".join(of_sample or ()) for of_sample in folder.column("label", split)]
     groups = [str(group) for group in folder.column("group", split)]
     return Items(
         ids=folder.column("id", split),
@@ -59,12 +62,14 @@ def items_of(folder: FeatureFolder, split: Split = "all") -> Items:
         concepts=concepts,
         groups=groups if len(set(groups)) < len(groups) else None,
         held_out=np.array([of_sample == "held_out" for of_sample in splits]) if len(set(splits)) > 1 else None,
-        about={**texts, **({"label": labels} if any(labels) else {})},
+        about={**texts, **({"label": labelled} if any(labelled) else {})},
     )
 
 
-def _concepts(folder: FeatureFolder, split: Split, texts: Mapping[str, Sequence[str]]) -> tuple[Carried, Sequence[str]]:
-    found = folder.labels(split, FEWEST)
+def _concepts(
+    folder: FeatureFolder, split: Split, texts: Mapping[str, Sequence[str]], labels: bool
+) -> tuple[Carried, Sequence[str]]:
+    found = folder.labels(split, FEWEST) if labels else None
     if found is not None:
         return Carried.from_labels(torch.from_numpy(found[0])), found[1]
     return words_as_concepts([[column[n] for column in texts.values()] for n in range(len(folder.rows(split)))])
@@ -118,6 +123,8 @@ def report_of(
     words: Mapping[str, Callable[[Sequence[str]], Tensor]] | None = None,
     curves: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     settings: Mapping[str, str] | None = None,
+    labels: bool = True,
+    first: Sequence[str] = (),
 ) -> Report:
     """All that a page shows of one model, or of two, the first as what was before, and the samples of a folder.
 
@@ -130,6 +137,8 @@ def report_of(
             by their own codes, and not by those of the texts that have them.
         curves: of each model, "step" and any of "loss", "self", "cross" and "dead".
         settings: further lines of how it was made.
+        labels: False names latents by words of the texts though there are labels; those of the table are used.
+        first: concepts whose latents are shown before all others.
 
     Raises:
         ValueError: models and folder have other streams or widths, or a stream has several rows of a sample.
@@ -137,7 +146,7 @@ def report_of(
     if len(models) not in (1, 2):
         raise ValueError(f"models must be one, or two to compare, got {len(models)}")
     folder = FeatureFolder(path)
-    items = items_of(folder, split)
+    items = items_of(folder, split, labels=labels)
     streams = list(next(iter(models.values())).streams)
     for name, model in models.items():
         if list(model.streams) != streams:
@@ -151,9 +160,9 @@ def report_of(
     inputs = _inputs(folder, streams, "held_out" if kept else split)
     truth = folder.labels("held_out" if kept else split, FEWEST)
     groups = folder.column("group", "held_out" if kept else split)
-    labels = None if truth is None else torch.from_numpy(truth[0])
+    carried = None if truth is None else torch.from_numpy(truth[0])
     measured = {**models, **(beside or {})}
-    evaluations = {name: evaluate(model, inputs, labels, groups=groups) for name, model in measured.items()}
+    evaluations = {name: evaluate(model, inputs, carried, groups=groups) for name, model in measured.items()}
     del inputs
     reports = []
     for name, model in models.items():
@@ -176,9 +185,10 @@ def report_of(
             "sparc_fast": __version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
-            **({"data": str(folder.manifest["attribution"])} if folder.manifest.get("attribution") else {}),
             **(settings or {}),
         },
+        attribution=str(folder.manifest.get("attribution") or ""),
+        first=first,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -19,7 +20,7 @@ WIDTH, DPI = 1600, 200  # pixels
 TOP, PICTURE, TEXT_LINE, GAP = 176, 54, 30, 44  # pixels
 COLUMNS = (262, 946)  # where before and after begin
 LABEL = 146  # the stream's name, before its samples
-SHOWN, TEXTS, LETTERS, WORD = 8, 2, 36, 11
+SHOWN, TEXTS, LETTERS, WORD, FOOT = 8, 2, 36, 11, 40
 
 
 def render_headline(report: Report, shards: Shards, n: int = 6) -> bytes:
@@ -31,7 +32,8 @@ def render_headline(report: Report, shards: Shards, n: int = 6) -> bytes:
     pictured = {name: stream.picture for name, stream in report.streams.items() if stream.text is None}
     heights = {name: PICTURE + 6 if pictured.get(name) else TEXTS * TEXT_LINE + 8 for name in report.streams}
     block = sum(heights.values()) + GAP
-    height = TOP + len(chosen) * block + 10
+    height = TOP + len(chosen) * block + (FOOT if report.attribution else 10)
+    written = _font_has()
     figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
 
@@ -50,7 +52,8 @@ def render_headline(report: Report, shards: Shards, n: int = 6) -> bytes:
             write(x, middle - 11, _short(name, WORD + 4), 7, SOFT)
             shown = _short(word, WORD) or ("mixed" if items.concepts else "")
             write(x, middle + 13, shown, 6, ACCENT if word == concept else INK, "bold" if word else "normal")
-            for i, row in enumerate(rows[:SHOWN] if pictured.get(name) else rows[:TEXTS]):
+            readable = [row for row in rows if stream.text is None or written(items.texts[stream.text][row])]
+            for i, row in enumerate(rows[:SHOWN] if pictured.get(name) else (readable or rows)[:TEXTS]):
                 color = ACCENT if words.bears(row, concept) else INK
                 if (title := pictured.get(name)) is not None:
                     paint(items.pictures[title].draw(row), x + LABEL + i * (PICTURE + 4), y, PICTURE, color)
@@ -98,11 +101,22 @@ def render_headline(report: Report, shards: Shards, n: int = 6) -> bytes:
         for x, tops in zip(COLUMNS, shards.tops, strict=False):
             draw(tops, latent, x, y)
 
+    if report.attribution:
+        write(40, height - FOOT / 2 - 4, report.attribution, 5, SOFT)
+
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # no font has all scripts
         figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     return file.getvalue()
+
+
+def _font_has() -> Callable[[str], bool]:
+    """Whether the font can write a text: of those that it cannot, the page shows what a picture has no room for."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return lambda text: all(ord(character) in known for character in text)
 
 
 def _short(text: str, letters: int) -> str:

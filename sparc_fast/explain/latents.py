@@ -96,7 +96,7 @@ def choose_latents(report: Report, tops: Sequence[Tops] = (), n: int = 12, shown
 
     Alive in every stream of all models, one per concept, with high agreement, and with `shown` samples in each stream
     that bear the concept, best a rare one; after the first, each unlike those already chosen, to the eye and in its
-    samples.
+    samples. The best latents of the concepts that the report is to show `first` come before all others.
     """
     tops = tops or [tops_of(report, model) for model in report.models]
     words, model = Shown(report), report.after
@@ -113,7 +113,8 @@ def choose_latents(report: Report, tops: Sequence[Tops] = (), n: int = 12, shown
             bearing = min(sum(words.bears(row, concept) for row in of_stream) / shown for of_stream in rows)
             named = np.mean([words.shared(of_stream, concept) == concept for of_stream in rows])
             quality[latent] *= bearing * named * words.surprise(concept) ** 0.5
-    ranked = (-quality).argsort(kind="stable")[:CONSIDERED]
+    asked = np.array([model.concept(latent) in report.first for latent in range(len(quality))], bool)
+    ranked = np.lexsort((-quality, ~asked))[:CONSIDERED]
     latents: list[int] = ranked[quality[ranked] > 0].tolist()
     if not latents:
         return []
@@ -121,10 +122,13 @@ def choose_latents(report: Report, tops: Sequence[Tops] = (), n: int = 12, shown
     likeness = np.maximum(_alike_to_the_eye(report, after, latents, shown), _alike_in_samples(after, latents, shown))
     concepts = [model.concept(latent) or str(latent) for latent in latents]
     free = np.ones(len(latents), bool)
+    wanted = [
+        concepts.index(concept) for concept in dict.fromkeys(report.first) if concept in concepts
+    ]  # the best of each
     chosen: list[int] = []  # positions in latents
     while free.any() and len(chosen) < n:
         novelty = np.maximum(1 - likeness[:, chosen].max(axis=1, initial=0), 0)
-        best = int(np.where(free, quality[latents] * novelty**0.5, -1).argmax())
+        best = wanted.pop(0) if wanted else int(np.where(free, quality[latents] * novelty**0.5, -1).argmax())
         chosen.append(best)
         free &= np.array([concept != concepts[best] for concept in concepts])
     return [latents[i] for i in chosen]

@@ -80,8 +80,13 @@ def split_of(item: Item, held_out: float, seed: int) -> str:
     """As the source says, or by the group's name and the seed alone: the same wherever the group comes again."""
     if item.split:
         return "train" if item.split.lower() in TRAINING else "held_out"
-    digest = hashlib.blake2b(f"{seed}:{item.group or item.id}".encode(), digest_size=8).digest()
-    return "held_out" if int.from_bytes(digest, "big") < held_out * 2**64 else "train"
+    return "held_out" if held_out_by_name(item.group or item.id, held_out, seed) else "train"
+
+
+def held_out_by_name(group: str, share: float, seed: int) -> bool:
+    """Whether a group is one of a share of them all that its name and the seed choose."""
+    digest = hashlib.blake2b(f"{seed}:{group}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
 
 
 def as_line(item: Item, split: str, small: bytes | None) -> str:
