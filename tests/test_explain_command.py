@@ -104,11 +104,10 @@ def test_one_model_and_the_held_out_samples_alone(folder, runs, tmp_path):
     assert "Before" not in (tmp_path / "index.html").read_text("utf-8")
 
 
-def test_latents_are_named_by_words_though_there_are_labels_where_that_is_asked_for(folder, runs, tmp_path):
-    found = FeatureFolder(folder)
-    assert items_of(found).concepts == sorted(KINDS)
-    assert "and" in items_of(found, labels=False).concepts
-    assert {"boat", "kitten", "rocket"} < set(items_of(found, labels=False).concepts)
+def test_latents_are_named_by_words_though_there_are_labels_where_that_is_asked_for(runs, tmp_path):
+    folder = write_folder(tmp_path / "features", label=lambda i: [f"class {i % 2}"])
+    assert items_of(FeatureFolder(folder)).concepts == ["class 0", "class 1"]
+    assert set(items_of(FeatureFolder(folder), labels=False).concepts) == set(KINDS)
     command = ["explain", str(runs["shared"]), "--data", str(folder), "--out", str(tmp_path)]
     assert cli.main([*command, "--no-labels", "--show", "rocket"]) == 0
     assert "--show rocket --no-labels" in (tmp_path / "index.html").read_text("utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from sparc_fast import data
 from sparc_fast.data.feature_folder import FeatureFolder, Split
-from sparc_fast.evaluate import Carried, Codes, comparison, evaluate, words_as_concepts
+from sparc_fast.evaluate import Carried, Codes, comparison, evaluate, top_samples, words_as_concepts
 from sparc_fast.model import SPARC
 from sparc_fast.version import __version__
 
@@ -30,6 +31,7 @@ FEWEST = 5  # samples of a label that may name a latent
 PICTURE = "picture"
 KNOWN = ("id", "picture", "thumbnail", "label", "group", "split")
 ROWS, WORDS = 4096, 256  # encoded together
+STRONGEST, MOST = 8, 0.6  # samples of a latent that are asked for a concept, and their share that must bear it
 
 
 def items_of(folder: FeatureFolder, split: Split = "all", *, labels: bool = True) -> Items:
@@ -50,7 +52,7 @@ def items_of(folder: FeatureFolder, split: Split = "all", *, labels: bool = True
     )
     others = [column for column in folder.columns if column not in (*KNOWN, *read, *contents)]
     texts = {column: [text or "" for text in folder.column(column, split)] for column in (*read, *others)}
-    carried, concepts = _concepts(folder, split, texts, labels)
+    carried, concepts = _concepts(folder, split, {column: texts[column] for column in read} or texts, labels)
     splits = folder.column("split", split)
     labelled = [", ".join(of_sample or ()) for of_sample in folder.column("label", split)]
     groups = [str(group) for group in folder.column("group", split)]
@@ -161,7 +163,7 @@ def report_of(
     truth = folder.labels("held_out" if kept else split, FEWEST)
     groups = folder.column("group", "held_out" if kept else split)
     carried = None if truth is None else torch.from_numpy(truth[0])
-    measured = {**models, **(beside or {})}
+    measured = {**dict(reversed(list(models.items()))), **(beside or {})}
     evaluations = {name: evaluate(model, inputs, carried, groups=groups) for name, model in measured.items()}
     del inputs
     reports = []
@@ -174,6 +176,7 @@ def report_of(
         reports.append(
             ModelReport.of(name, codes, model.n_latents, items, jaccard=jaccard, curves=(curves or {}).get(name))
         )
+    reports[-1] = replace(reports[-1], names=_asked_first(reports[-1], items, first))
     return Report(
         after=reports[-1],
         before=reports[0] if len(reports) == 2 else None,
@@ -190,6 +193,25 @@ def report_of(
         attribution=str(folder.manifest.get("attribution") or ""),
         first=first,
     )
+
+
+def _asked_first(model: ModelReport, items: Items, first: Sequence[str]) -> Sequence[Sequence[str]]:
+    """Names of latents: one that is asked for is the first where most of the strongest samples of every stream bear it.
+
+    A latent of cats' faces is called "face" and "cat", which of them first is for who looks at it to say.
+    """
+    names, known = [tuple(several) for several in model.names], items.known()
+    tops = top_samples(model.codes, len(names), STRONGEST).samples
+    for word in reversed(first):
+        if word not in items.concepts:
+            continue
+        samples = torch.repeat_interleave(known.offsets.diff())
+        bears = torch.zeros(len(items) + 1, dtype=torch.bool, device="cpu")  # the last is of row -1
+        bears[samples[known.concepts == list(items.concepts).index(word)]] = True
+        for latent in (bears[tops].double().mean(2).amin(0) >= MOST).nonzero()[:, 0].tolist():
+            if word in names[latent]:
+                names[latent] = (word, *(other for other in names[latent] if other != word))
+    return names
 
 
 def _stream(about: Mapping[str, Any], items: Items) -> Stream:

@@ -50,7 +50,7 @@ def render_headline(report: Report, shards: Shards, n: int = 6) -> bytes:
             word = words.shared(rows, concept)
             middle = y + heights[name] / 2
             write(x, middle - 11, _short(name, WORD + 4), 7, SOFT)
-            shown = _short(word, WORD) or ("mixed" if items.concepts else "")
+            shown = _short(word if written(word) else "…", WORD) or ("mixed" if items.concepts else "")
             write(x, middle + 13, shown, 6, ACCENT if word == concept else INK, "bold" if word else "normal")
             readable = [row for row in rows if stream.text is None or written(items.texts[stream.text][row])]
             for i, row in enumerate(rows[:SHOWN] if pictured.get(name) else (readable or rows)[:TEXTS]):
