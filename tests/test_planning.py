@@ -90,7 +90,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "micro-batches": {
         "widths": (256, 128, 128), "n_rows": 26000, "n_latents": 16384, "k": 16, "batch_size": 12288, "accumulate": 6,
-        "validation_rows": 1000, "validate_every": 1,
+        "validation_rows": 1000, "validate_every": 1, "support_dropout": 0.0,
     },
     "support dropout, which copies columns": {
         "widths": (192, 64, 192), "n_rows": 3000, "n_latents": 32768, "k": 8, "batch_size": 512, "steps": 8,

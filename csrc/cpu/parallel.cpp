@@ -48,12 +48,13 @@ struct Job {
 class Pool {
    public:
     void run(Job& job) {
+        const int64_t wanted = job.room;  // others change it as soon as they see the job
         {
             const std::lock_guard lock(mutex);
-            while (threads < job.room && start());
+            while (threads < wanted && start());
             jobs.push_back(&job), ++open;
         }
-        for (int64_t i = std::min(job.room, sleepers.load()); i > 0; --i) came.notify_one();
+        for (int64_t i = std::min(wanted, sleepers.load()); i > 0; --i) came.notify_one();
         std::exception_ptr error;
         try {
             job.work();

@@ -31,6 +31,7 @@ TRAINED = PHASES[1:]
 """Phases in which there are moments and masters."""
 
 FLOAT, INDEX, LONG = 4, 4, 8  # bytes
+KEPT = 2**25  # bytes of a block below which it stays with the allocator: malloc's largest threshold
 # what compiled code counts with; the test suite holds these to its sources
 STRIP = 64  # columns of which sums of gradients copy their operands: csrc/cpu/segment_sums.h
 RUN = 2**22  # bytes of gradients that a thread sums before it moves the rows: the same file
@@ -201,7 +202,8 @@ def _cpu_scratch(config: Config, sizes: Sizes, widths: tuple[int, ...], threads:
         yield Part("float16 weights widened to be read", FLOAT * L * D, (CHOOSING, RECONSTRUCTING, VALIDATING))
     if config.support_dropout and S > 2:
         apart = D - min(widths[1:-1])  # streams that are not neighbours are copied together
-        yield Part("columns of the streams that choose", (2 * L + N) * apart * sizes.weight, (CHOOSING,))
+        kept = STEP if L * apart * sizes.weight < KEPT else (CHOOSING,)
+        yield Part("columns of the streams that choose", (2 * L + N) * apart * sizes.weight, kept)
     sums = N * S * S * LONG + -(-N // BLOCK) * D * FLOAT
     yield Part("errors, and sums of the pre-bias's gradient", sums, (RECONSTRUCTING, VALIDATING))
     strips = sizes.passes * N * (1 + S) * -(-sizes.W // STRIP) * STRIP * FLOAT
