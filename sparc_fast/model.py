@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from sparc_fast import batch, checkpoint
@@ -299,11 +300,16 @@ class SPARC(nn.Module):
         return self._encode_together(inputs, present)
 
     def _encode_in_pieces(self, inputs: Inputs, present: Tensor | None) -> SparseLatents:
-        """Beside the inputs it takes what autograd keeps, if that is on, and what a piece does."""
+        """Beside the inputs it takes what a piece does: autograd, if it is on, encodes each again on its way back."""
         codes, first = [], 0
         for piece in batch.in_pieces(inputs, self.d_streams, batch.PIECE):
             n = len(next(iter(piece.values())))
-            codes.append(self._encode_together(piece, None if present is None else present[first : first + n], first))
+            has = None if present is None else present[first : first + n]
+            codes.append(
+                torch.utils.checkpoint.checkpoint(
+                    self._encode_together, piece, has, first, use_reentrant=False, preserve_rng_state=False
+                )
+            )
             first += n
         return SparseLatents.cat(codes)
 
