@@ -242,6 +242,8 @@ class SPARC(nn.Module):
     def _take_over(self, other: SPARC) -> None:
         """Become `other` in the streams that it has, whatever their order; the rest stays."""
         self.silence.copy_(other.silence)
+        if self.selection == other.selection == "batch":
+            self._all_thresholds().take_over(other._all_thresholds())
         mean, scales = self.input_mean.clone(), list(self._scales())
         for name, theirs, scale in zip(other.streams, other._columns(), other._scales(), strict=True):
             s = self.streams.index(name)
@@ -351,7 +353,7 @@ class SPARC(nn.Module):
         widths = dict(zip(given.streams, given.d_streams, strict=True))
         order = torch.cat([rows for rows, _, _ in parts if rows is not None]).argsort()
         whole = [[AllStreams(widths, part).streams(one) for one in code] for _, part, code in parts]
-        return self._codes(given, *(torch.cat(ones)[order] for ones in zip(*whole, strict=True)))
+        return self._codes(given, *(batch.stack(ones)[order] for ones in zip(*whole, strict=True)))
 
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
         """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""

@@ -19,7 +19,8 @@ from sparc_fast.ops import backends, functional
 
 MOST_STREAMS = 8  # 255 sets of them
 MEASURED = 64  # samples of a batch from which a threshold is learned
-REMEMBERED = 100  # times that a threshold was learned, over which it is a mean, about
+EVERY = 4  # steps that a threshold is learned once in
+REMEMBERED = 4  # times that a threshold was learned, over which it is a mean, about
 
 
 class Thresholds:
@@ -45,21 +46,31 @@ class Thresholds:
         value = float(self.values[self._place(streams)])
         if math.isnan(value):
             raise ValueError(
-                f"the model must know a threshold for the streams {tuple(streams)} to be used outside training: a step "
-                "learns that of one set of streams, in turn, and model.learn_thresholds(inputs) those of all"
+                f"the model must know a threshold for the streams {tuple(streams)} to be used outside training: "
+                "training or model.learn_thresholds(inputs) learns those of all sets of the streams it is given"
             )
         return value
 
     def learn(self, batch: Batch, k: int, backend: str) -> None:
-        """Once more for that set of the batch's streams which was learned the fewest times."""
+        """First for every set of the batch's streams, then, in one of some steps, for that learned the fewest times."""
         sets = list(_sets(batch.streams))
         counts = self.counts[[self._place(some) for some in sets]]
-        self._learn(batch.of_streams(sets[int(counts.argmin())]), k, backend)
+        self.counts[0] += 1  # the place of no stream counts the steps
+        if not counts.all():
+            self.learn_all(batch, k, backend)
+        elif int(self.counts[0]) % EVERY == 0:
+            self._learn(batch.of_streams(sets[int(counts.argmin())]), k, backend)
 
     def learn_all(self, batch: Batch, k: int, backend: str) -> None:
         """Once more for every set of the batch's streams."""
         for some in _sets(batch.streams):
             self._learn(batch.of_streams(some), k, backend)
+
+    def take_over(self, other: Thresholds) -> None:
+        """Those of the sets of streams that both know."""
+        for some in _sets([name for name in self.streams if name in other.streams]):
+            at, there = self._place(some), other._place(some)
+            self.values[at], self.counts[at] = other.values[there], other.counts[there]
 
     @torch.no_grad()
     def _learn(self, batch: Batch, k: int, backend: str) -> None:
@@ -76,7 +87,7 @@ class Thresholds:
 
 def _sets(streams: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """All of the streams, then each by itself, then the others, which are asked for least."""
-    sizes = dict.fromkeys((len(streams), 1, *range(2, len(streams))))
+    sizes = dict.fromkeys((len(streams), 1, *range(2, len(streams)))) if streams else ()
     return (some for size in sizes for some in combinations(streams, size))
 
 
