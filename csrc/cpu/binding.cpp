@@ -98,6 +98,9 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "count_nearer", count_nearer,
            ">own:f32![Q] >higher:i64![Q] >equal:i64![Q] query_offsets:i64![Q+1] query_latents:i32![F] "
            "query_values:f32![F] offsets:i64![N+1] latents:i32![E] values:f32![E] first:i64![Q] last:i64![Q] #L");
+    define(m, "find_nearest", find_nearest,
+           ">candidates:i64![Q,t] >cosines:f32![Q,t] query_offsets:i64![Q+1] query_latents:i32![F] query_values:f32![F] "
+           "offsets:i64![N+1] latents:i32![E] values:f32![E] #L");
     py::class_<Screen>(m, "Screen")
         .def(py::init(&make_screen))
         .def("filter", &filter, py::call_guard<py::gil_scoped_release>())

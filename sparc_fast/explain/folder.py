@@ -131,7 +131,7 @@ def report_of(
 ) -> Report:
     """All that a page shows of one model, or of two, the first as what was before, and the samples of a folder.
 
-    Every stream is encoded alone. The table is of the samples kept from training, where there are such. Of patch tokens,
+    Every stream is encoded alone. The table is of the samples kept from training, where there are such. Of tokens,
     a latent fires for a sample as it does for that of its tokens that fires it most; the table is then of tokens, and
     without retrieval, as which token of a picture is that of a text nobody can say.
 
