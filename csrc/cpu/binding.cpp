@@ -8,6 +8,7 @@
 #include "level.h"
 #include "loader.h"
 #include "operators.h"
+#include "scratch.h"
 #include "topk_rows.h"
 
 namespace py = pybind11;
@@ -114,6 +115,9 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "read_spans", read_spans, ">out:any![n,D]");
     define(m, "gather_rows", gather_rows, ">out:any[n,D] buffer:any[m,D] rows:i64[n]");
     define(m, "prefer_huge_pages", prefer_huge_pages, "tensor:any![a|a,b|a,b,c]");
+    m.attr("STRIP_WIDTH") = strip_width;
+    m.attr("RUN_BYTES") = run_bytes;
+    m.attr("BLOCK_SAMPLES") = block_samples;
     m.def("has_bf16_products", has_bf16_products);
     m.def("simd_level", simd_level);
     m.def("set_simd_level", set_simd_level);
