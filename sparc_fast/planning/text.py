@@ -159,7 +159,7 @@ def _time(plan: Plan) -> Iterator[str]:
         yield "That share is what four whole steps on two machines reached: 52 to 77 %. Other machines differ."
     else:
         yield _row("a step, at the roofs: the least it can take", _seconds(seconds))
-    if plan.hours is not None:
+    if plan.hours is not None and plan.steps is not None:
         yield f"{counted(plan.steps, 'step')}: {_duration(plan.hours)}, without reading, validation and checkpoints."
 
 
