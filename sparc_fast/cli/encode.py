@@ -22,7 +22,7 @@ from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import present_of
 from sparc_fast.data.feature_folder import Split
 from sparc_fast.model import SPARC
-from sparc_fast.sizes import as_bytes
+from sparc_fast.sizes import as_bytes, counted
 from sparc_fast.training.trainer import device_of
 
 from .eval import add_joining, load, model_file, open_joined, sources_of
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             zero_rows=arguments.zero_rows, memory=memory, about={"model_sha256": _sha256(path)},
         )  # fmt: skip
         lacking = "".join(f", {n:,} without {stream!r}" for stream, n in absent.items() if n)
-        print(f"{out}: {files.n_rows:,} samples of {', '.join(files.d_streams)}{lacking}")
+        print(f"{out}: {counted(files.n_rows, 'sample')} of {', '.join(files.d_streams)}{lacking}")
     return 0
 
 

@@ -28,7 +28,7 @@ from sparc_fast.data.readers import Source
 from sparc_fast.evaluate import as_text, comparison, evaluate
 from sparc_fast.evaluate.labels import as_groups, as_ids, as_labels
 from sparc_fast.model import SPARC
-from sparc_fast.sizes import as_bytes
+from sparc_fast.sizes import as_bytes, counted
 from sparc_fast.training import load_model
 from sparc_fast.training.config import parse_sources
 from sparc_fast.training.trainer import device_of
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
             )  # fmt: skip
             evaluations[name] = replace(found, single_codes={})  # of all models they would be many
         if left_out := files.n_rows - found.n_samples:
-            print(f"{left_out:,} of {files.n_rows:,} samples lack a stream and are left out", file=sys.stderr)
+            print(f"left out for lack of a stream: {left_out:,} of {counted(files.n_rows, 'sample')}", file=sys.stderr)
     if arguments.json:
         print(json.dumps({name: found.to_dict() for name, found in evaluations.items()}, indent=2))
     else:
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         n = next(iter(evaluations.values())).n_samples
         console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(as_text(comparison(evaluations), f"{n:,} samples"))
+        console.print(as_text(comparison(evaluations), counted(n, "sample")))
     return 0
 
 
