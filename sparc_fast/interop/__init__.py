@@ -1,5 +1,5 @@
-"""Other people's models and formats: the research code's classes, `sparc_fast.compat`, and its files; SAELens' SAEs."""
+"""Other people's models and formats: the research code (`sparc_fast.compat` and its files), SAELens, the Hub."""
 
-from . import research_code, research_files, saelens
+from . import hub, research_code, research_files, saelens
 
-__all__ = ["research_code", "research_files", "saelens"]
+__all__ = ["hub", "research_code", "research_files", "saelens"]
