@@ -71,7 +71,7 @@ def python(code: str, tmp_path: Path, *arguments: str, **environment: str) -> st
 def test_the_folders_own_tests_pass_where_this_package_cannot_be_imported(folder: Path, tmp_path: Path) -> None:
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(folder))
     printed = python("", tmp_path, "-m", "pytest", *options, str(folder / "tests"))
-    assert re.search(r"^3 passed", printed, re.MULTILINE), printed
+    assert re.search(r"^4 passed", printed, re.MULTILINE), printed
 
 
 @pytest.mark.interpreter

@@ -28,8 +28,11 @@ OURS = re.compile(r'(?P<quote>")sparc_fast(?=[._])|\bfrom sparc_fast\b(?P<module
 
 PACKAGE = '''"""Operators of SPARC, sparse autoencoders over streams (arXiv 2507.06265), from sparc_fast {version}."""
 
+import torch
+
 from .ops import reference
 from .ops.backends import available as available_backends
+from .ops.backends import resolve
 from .ops.functional import (
     global_topk,
     invert_indices,
@@ -49,6 +52,10 @@ __all__ = [
     "sparse_decode",
     "support_values",
 ]
+
+_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+for _name in available_backends(_device):
+    resolve(_name, _device)  # loaded now, since torch.compile does not
 '''
 
 README = """---
@@ -159,6 +166,17 @@ def test_codes_and_reconstructions_and_their_gradients_are_those_of_plain_pytorc
     assert torch.allclose(recons.double(), decoded, rtol=1e-4, atol=1e-3)
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_torch_compile_takes_them_as_one_graph(operands):
+    def codes(x, W_enc, pre_bias, latent_bias):
+        support = sparc.global_topk(x, W_enc, pre_bias, latent_bias, K, backend="triton")
+        return sparc.support_values(
+            x, W_enc, pre_bias, latent_bias, support, d_streams=STREAMS, backend="triton"
+        )
+
+    compiled = torch.compile(codes, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(**operands), codes(**operands))
 '''
 
 
