@@ -1,5 +1,5 @@
-"""Other people's models and formats: the research code (`sparc_fast.compat` and its files), SAELens, the Hubs."""
+"""Other people's models and formats: the research code and its files, SAELens, crosscoders, the Hubs."""
 
-from . import hub, kernel_hub, research_code, research_files, saelens
+from . import crosscoders, hub, kernel_hub, research_code, research_files, saelens
 
-__all__ = ["hub", "kernel_hub", "research_code", "research_files", "saelens"]
+__all__ = ["crosscoders", "hub", "kernel_hub", "research_code", "research_files", "saelens"]
