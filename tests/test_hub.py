@@ -18,6 +18,7 @@ import sparc_fast as sf
 from sparc_fast.evaluate import evaluate
 from sparc_fast.interop import hub
 
+ROOT = Path(__file__).parents[1]
 D = {"dino": 6, "clip | txt": 4}
 
 
@@ -100,6 +101,19 @@ def test_the_code_on_the_card_runs(model: sf.SPARC, tmp_path: Path, monkeypatch:
     names: dict[str, Any] = {"x": batch()["dino"]}
     exec(code[1], names)
     assert names["codes"].values.shape == (20, 1, 3)
+
+
+def test_the_code_of_the_documentation_runs(model: sf.SPARC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "formats.md").read_text(), re.DOTALL)
+    assert code is not None
+    (tmp_path / "sparc_report").mkdir()
+    (tmp_path / "sparc_report" / "alignment.png").write_bytes(b"\x89PNG")
+    monkeypatch.chdir(tmp_path)
+    found = evaluate(model, batch())
+    names: dict[str, Any] = {"model": model, "evaluation": found, "baseline": found}
+    exec(code[1], names)
+    assert names["model"] is not model
+    assert same(names["model"], model)
 
 
 def test_a_repository_is_found_in_the_cache_without_a_network(model: sf.SPARC, tmp_path: Path) -> None:

@@ -148,9 +148,9 @@ def test_saes_whose_latents_fire_above_a_threshold_are_refused_with_the_reason(n
         ("normalize_activations", "expected_average_only_in", "times a factor that is not in the folder"),
         ("normalize_activations", "covariance_whitening", "whitened by a matrix that is not in its weights"),
         ("dtype", "int8", "dtype float32 or .*, got 'int8'"),
-        ("k", 17, "does not fit: k must be between 1 and n_latents=16, got 17"),
-        ("k", None, "does not fit: 'k'"),
-        ("k", 2.5, "does not fit: n_latents, k, .* must be integers"),
+        ("k", 17, "k must be between 1 and n_latents=16, got 17"),
+        ("k", None, "must hold a whole SAE, but .* lacks 'k'"),
+        ("k", 2.5, "n_latents, k, .* must be integers"),
         ("d_sae", 15, r"weights \{'W_enc': \[6, 15\], .* has \{.*\[6, 16\]"),
     ],
 )

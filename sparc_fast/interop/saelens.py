@@ -28,13 +28,21 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 RELEASE = "6.54.12"
 """Of SAELens; it reads a configuration by the release that it says wrote it."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ARCHITECTURES = {"global": "topk", "local": "topk"}
-"""Selection -> what a stream is there."""
-OF_ANY_NUMBER = "its latents fire above a threshold, any number of them in a sample, and a model here fires k"
-READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], dict[str, Any]]] = {
-    "topk": lambda config, tensors: {"k": config["k"]},
+Fields = dict[str, Any]
+Tensors = dict[str, Tensor]
+
+
+def _as_topk(model: SPARC, stream: str) -> tuple[Fields, Tensors]:
+    return {"architecture": "topk", "k": model.k, "rescale_acts_by_decoder_norm": False}, {}
+
+
+WRITERS: dict[str, Callable[[SPARC, str], tuple[Fields, Tensors]]] = {"global": _as_topk, "local": _as_topk}
+"""Selection -> the architecture that one stream is, and what its configuration and weights have besides."""
+READERS: dict[str, Callable[[Fields, Tensors], tuple[Fields, Tensors]]] = {
+    "topk": lambda config, tensors: ({"k": config["k"]}, {}),
 }
-"""Architecture -> how our model of it chooses latents, from its configuration and its weights."""
+"""Architecture -> what our model of it is made with, and its state besides weights; takes what it reads of tensors."""
+OF_ANY_NUMBER = "its latents fire above a threshold, any number of them in a sample, and a model here fires k"
 REFUSED = {
     "batchtopk": OF_ANY_NUMBER,
     "jumprelu": OF_ANY_NUMBER,
@@ -70,20 +78,19 @@ def to_saelens(model: SPARC, folder: str | Path, stream: str, metadata: Mapping[
     """
     from safetensors.torch import save_file
 
-    if model.selection not in ARCHITECTURES:
-        raise ValueError(f"model must have the selection {' or '.join(ARCHITECTURES)}, got {model.selection!r}")
+    if model.selection not in WRITERS:
+        raise ValueError(f"model must have the selection {' or '.join(WRITERS)}, got {model.selection!r}")
     dtype = (
         model.W_enc.dtype if model.W_enc.dtype == torch.float64 else torch.float32
     )  # half a rounding is not the same
     # rows that it normalizes have the norm sqrt(D) there
     unit = math.sqrt(model.d_streams[stream]) if stream in model.normalize else 1.0
     W_enc, W_dec, pre_bias, latent_bias = stream_weights(model, stream, unit=unit, dtype=dtype)
+    fields, chosen_by = WRITERS[model.selection](model, stream)
     config = {
-        "architecture": ARCHITECTURES[model.selection],
         "d_in": model.d_streams[stream],
         "d_sae": model.n_latents,
-        "k": model.k,
-        "rescale_acts_by_decoder_norm": False,
+        **fields,
         "dtype": str(dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -98,7 +105,7 @@ def to_saelens(model: SPARC, folder: str | Path, stream: str, metadata: Mapping[
         },
     }
     text = json.dumps(config, indent=2)
-    tensors = {"W_enc": W_enc.T, "W_dec": W_dec, "b_enc": latent_bias, "b_dec": pre_bias}
+    tensors = {"W_enc": W_enc.T, "W_dec": W_dec, "b_enc": latent_bias, "b_dec": pre_bias, **chosen_by}
     folder = Path(folder)
     with atomic_path(folder / WEIGHTS) as temporary:
         save_file(
@@ -136,16 +143,15 @@ def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
     dtype = DTYPES.get(str(config.get("dtype", "float32")).removeprefix("torch."))
     if dtype is None:
         raise ValueError(f"folder must hold a SAE with dtype {' or '.join(DTYPES)}, got {config['dtype']!r}")
-    tensors = {name: tensor.to(dtype) for name, tensor in _read_weights(folder / WEIGHTS, config).items()}
+    tensors = _read_weights(folder / WEIGHTS, dtype)
     try:
-        chosen = READERS[architecture](config, tensors)
+        arguments, state = READERS[architecture](config, tensors)
+        _check_weights(tensors, config, folder / WEIGHTS)
         with torch.random.fork_rng(devices=[]):  # the first weights are thrown away: draw nothing for them
             normalize: Normalize = "none" if normalization == "none" else "l2"
-            model = SPARC({stream: config["d_in"]}, config["d_sae"], **chosen, normalize=normalize, dtype=dtype)
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"folder must hold the configuration of a SAE, but {folder / CONFIG} does not fit: {error}"
-        ) from error
+            model = SPARC({stream: config["d_in"]}, config["d_sae"], **arguments, normalize=normalize, dtype=dtype)
+    except KeyError as error:
+        raise ValueError(f"folder must hold a whole SAE, but {folder} lacks {error}") from error
     W_enc, W_dec, b_enc, b_dec = tensors["W_enc"].T, tensors["W_dec"], tensors["b_enc"], tensors["b_dec"]
     if config.get("rescale_acts_by_decoder_norm", False):
         norms = W_dec.double().norm(dim=1).clamp_min(1e-8)  # activations are those of a decoder of unit norm
@@ -156,7 +162,7 @@ def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
     if not config.get("apply_b_dec_to_input", True):
         b_enc = b_enc + W_enc.double() @ b_dec.double()  # our encoder subtracts it
     weights = {"W_enc": W_enc, "W_dec": W_dec, "pre_bias": b_dec, "latent_bias": b_enc[None]}
-    model.load_state_dict({**model.state_dict(), **weights})
+    model.load_state_dict({**model.state_dict(), **weights, **state})
     return model
 
 
@@ -172,20 +178,22 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a SAE, which are those that it should have."""
+def _read_weights(path: Path, dtype: torch.dtype) -> Tensors:
+    """As SAELens does, all in the type that the configuration names."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise FileNotFoundError(f"folder must hold a SAE as SAELens saves it, but there is no file {path}")
     try:
-        tensors = load_file(path)
+        return {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(f"folder must hold weights, but {path} is truncated or foreign: {error}") from error
-    D, L = config.get("d_in"), config.get("d_sae")
+
+
+def _check_weights(tensors: Tensors, config: Fields, path: Path) -> None:
+    D, L = config["d_in"], config["d_sae"]
     expected = {"W_enc": [D, L], "W_dec": [L, D], "b_enc": [L], "b_dec": [D]}
-    got = {name: list(tensor.shape) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    got = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if got != expected:
         raise ValueError(f"folder must hold the weights {expected}, as {CONFIG} has it, but {path} has {got}")
-    return tensors
