@@ -80,9 +80,8 @@ def to_saelens(model: SPARC, folder: str | Path, stream: str, metadata: Mapping[
 
     if model.selection not in WRITERS:
         raise ValueError(f"model must have the selection {' or '.join(WRITERS)}, got {model.selection!r}")
-    dtype = (
-        model.W_enc.dtype if model.W_enc.dtype == torch.float64 else torch.float32
-    )  # half a rounding is not the same
+    # in half precision each side would round elsewhere
+    dtype = model.W_enc.dtype if model.W_enc.dtype == torch.float64 else torch.float32
     # rows that it normalizes have the norm sqrt(D) there
     unit = math.sqrt(model.d_streams[stream]) if stream in model.normalize else 1.0
     W_enc, W_dec, pre_bias, latent_bias = stream_weights(model, stream, unit=unit, dtype=dtype)
