@@ -46,6 +46,7 @@ def record() -> None:
         with torch.no_grad():
             for bias in (sae.b_enc, sae.b_dec):
                 bias.normal_(std=0.3)
+            sae.W_enc.normal_()
             sae.W_dec.mul_(torch.rand(L, 1) + 0.5)
             if name == "jumprelu":
                 sae.threshold.uniform_(0.0, 1.0)
