@@ -45,6 +45,13 @@ def test_a_stream_goes_to_saelens_and_comes_back(
     torch.testing.assert_close(codes.dense("dino"), model.encode({"dino": x}).dense("dino"), rtol=1e-5, atol=1e-5)
 
 
+def test_unit_norm_is_asked_for_by_a_flag(model: sf.SPARC, tmp_path: Path) -> None:
+    words = ("export", tmp_path / "model.safetensors", "--to", "saelens", "--stream", "dino", "--out")
+    assert command(*words, tmp_path / "a") == command(*words, tmp_path / "b", "--unit-norm") == 0
+    said = [json.loads((tmp_path / name / "cfg.json").read_text()) for name in ("a", "b")]
+    assert [config["rescale_acts_by_decoder_norm"] for config in said] == [False, True]
+
+
 def test_a_sae_of_saelens_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("convert", RECORDED / "topk", tmp_path / "a.safetensors") == 0
     ours = sf.SPARC.load(tmp_path / "a.safetensors")

@@ -74,6 +74,25 @@ def test_a_stream_loads_in_saelens_with_its_codes_reconstructions_and_what_dashb
     torch.testing.assert_close(back.dense("dino"), codes.dense("dino"), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_dashboards_fold_the_norm_of_decoder_rows_and_nothing_changes(
+    calibrated: bool, sae_lens: ModuleType, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = sf.SPARC(D, 256, 8)
+    x = {s: 3 * torch.randn(100, d) + 2 for s, d in D.items()}
+    if calibrated:
+        model.calibrate(x)
+    to_saelens(model, tmp_path, "dino", unit_norm=calibrated)
+    sae = sae_lens.SAE.load_from_disk(tmp_path)
+    sae.fold_W_dec_norm()  # it raises where activations are not rescaled by decoder norms
+    codes = model.encode({"dino": x["dino"]})
+    with torch.no_grad():
+        theirs = sae.encode(x["dino"])
+        torch.testing.assert_close(theirs, codes.dense("dino") * model.input_rms[1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sae.decode(theirs), model.decode(codes, "dino", "dino"), rtol=1e-5, atol=2e-5)
+
+
 def test_kernels_loads_the_folder_and_its_tests_pass(tmp_path: Path) -> None:
     if not any(metadata.distributions(name="kernels")):  # not to be imported here, where ours may shadow it
         pytest.skip("the package kernels is not installed")

@@ -113,6 +113,28 @@ def test_a_stream_of_any_model_is_a_sae_of_its_codes_and_reconstructions(
     torch.testing.assert_close(again.encode({stream: x[stream]}).dense(stream).double(), codes, rtol=1e-5, atol=1e-5)
 
 
+def test_decoder_rows_of_unit_norm_are_said_to_be_so_and_made_so_when_asked(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = sf.SPARC(D, 12, 3)
+    x = {s: 5 * torch.randn(30, d) + 1 for s, d in D.items()}
+    to_saelens(model, tmp_path / "plain", "dino")
+    model.calibrate(x)
+    to_saelens(model, tmp_path / "calibrated", "dino")
+    to_saelens(model, tmp_path / "unit", "dino", unit_norm=True)
+    said = [files(tmp_path / name)[0]["rescale_acts_by_decoder_norm"] for name in ("plain", "calibrated", "unit")]
+    assert said == [True, False, True]
+    config, weights = files(tmp_path / "unit")
+    torch.testing.assert_close(weights["W_dec"].norm(dim=1), torch.ones(12), rtol=1e-5, atol=0)
+    codes, recons = computed(config, weights, x["dino"])
+    ours = model.encode({"dino": x["dino"]})
+    torch.testing.assert_close(codes.float(), ours.dense("dino") * model.input_rms[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(recons.float(), model.decode(ours, "dino", "dino"), rtol=1e-5, atol=2e-5)
+    model.calibrate(x, "diag")
+    with pytest.raises(ValueError, match=r"unit_norm \(--unit-norm\) must be asked of decoder rows of one norm"):
+        to_saelens(model, tmp_path / "none", "dino", unit_norm=True)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_model_in_half_precision_is_written_in_float32_with_its_very_weights(tmp_path: Path) -> None:
     model = sf.SPARC(D, 12, 3, dtype=torch.bfloat16)
     to_saelens(model, tmp_path, "dino")

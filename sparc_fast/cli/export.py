@@ -32,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metadata", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="saelens: what dashboards ask for, such as model_name, hook_name, context_size, prepend_bos",
     )  # fmt: skip
+    parser.add_argument(
+        "--unit-norm", action="store_true",
+        help="saelens: decoder rows of unit norm, codes times what they had, as SAE Dashboard needs calibrated models",
+    )  # fmt: skip
     parser.add_argument("--title", default=Card.title, help="hub: of the card (%(default)s)")
     parser.add_argument("--about", default=Card.data, metavar="TEXT", help="hub: what the model was trained on")
     parser.add_argument("--evaluation", type=Path, metavar="FILE", help="hub: what sparc-fast eval --json printed")
@@ -66,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{out}: {model.n_latents} latents, and a card to look through; hf upload NAME/{out.name} {out}")
         return 0
     stream = _stream(model, arguments.stream)
-    to_saelens(model, out, stream, _metadata(arguments.metadata))
+    to_saelens(model, out, stream, _metadata(arguments.metadata), unit_norm=arguments.unit_norm)
     print(f"{out}: {stream}, {model.n_latents} latents, k {model.k}; sae_lens.SAE.load_from_disk loads it")
     return 0
 

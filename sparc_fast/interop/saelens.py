@@ -32,12 +32,14 @@ Fields = dict[str, Any]
 Tensors = dict[str, Tensor]
 
 
-def _as_topk(model: SPARC, stream: str) -> tuple[Fields, Tensors]:
-    return {"architecture": "topk", "k": model.k, "rescale_acts_by_decoder_norm": False}, {}
+def _as_topk(model: SPARC, stream: str, unit_norm: bool) -> tuple[Fields, Tensors]:
+    return {"architecture": "topk", "k": model.k, "rescale_acts_by_decoder_norm": unit_norm}, {}
 
 
-WRITERS: dict[str, Callable[[SPARC, str], tuple[Fields, Tensors]]] = {"global": _as_topk, "local": _as_topk}
-"""Selection -> the architecture that one stream is, and what its configuration and weights have besides."""
+WRITERS: dict[str, Callable[[SPARC, str, bool], tuple[Fields, Tensors]]] = {"global": _as_topk, "local": _as_topk}
+"""Selection -> the architecture that one stream is, and what its configuration and weights have besides; these depend
+on whether decoder rows have unit norm."""
+SAME = 1e-5  # what norms of decoder rows may differ by, relatively, to count as one
 READERS: dict[str, Callable[[Fields, Tensors], tuple[Fields, Tensors]]] = {
     "topk": lambda config, tensors: ({"k": config["k"]}, {}),
 }
@@ -60,7 +62,14 @@ def is_saelens(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def to_saelens(model: SPARC, folder: str | Path, stream: str, metadata: Mapping[str, Any] | None = None) -> None:
+def to_saelens(
+    model: SPARC,
+    folder: str | Path,
+    stream: str,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    unit_norm: bool = False,
+) -> None:
     """Write one stream as a TopK SAE that ``sae_lens.SAE.load_from_disk(folder)`` loads.
 
     Codes and reconstructions there are those of ``model.encode({stream: x})``, to rounding, calibration included. Where
@@ -72,9 +81,12 @@ def to_saelens(model: SPARC, folder: str | Path, stream: str, metadata: Mapping[
         folder: is made; SAELens' two files in it are replaced.
         metadata: what dashboards and tools ask of a SAE, such as ``model_name``, ``hook_name``, ``context_size``,
             ``prepend_bos``, ``dataset_path`` or ``neuronpedia_id``.
+        unit_norm: decoder rows get unit norm, and codes are times the norm that they had: the stream's rms, where the
+            model is calibrated. SAE Dashboard asks for it (`fold_W_dec_norm`); a model that is not calibrated has it.
 
     Raises:
-        ValueError: the model has no such stream, or chooses latents in a way that SAELens does not.
+        ValueError: the model has no such stream, or chooses latents in a way that SAELens does not; or `unit_norm` is
+            asked of decoder rows of several norms, where other latents would be the largest.
     """
     from safetensors.torch import save_file
 
@@ -85,7 +97,17 @@ def to_saelens(model: SPARC, folder: str | Path, stream: str, metadata: Mapping[
     # rows that it normalizes have the norm sqrt(D) there
     unit = math.sqrt(model.d_streams[stream]) if stream in model.normalize else 1.0
     W_enc, W_dec, pre_bias, latent_bias = stream_weights(model, stream, unit=unit, dtype=dtype)
-    fields, chosen_by = WRITERS[model.selection](model, stream)
+    norms = W_dec.double().norm(dim=1)
+    norm = float(norms.mean())
+    if unit_norm and bool(((norms - norm).abs() > SAME * norm).any()):
+        raise ValueError(
+            "unit_norm (--unit-norm) must be asked of decoder rows of one norm: once activations are times theirs, "
+            f"others are the largest, got norms of {norms.min():.3g} to {norms.max():.3g}"
+        )
+    if unit_norm:
+        W_enc, W_dec, latent_bias = W_enc * norm, W_dec / norm, latent_bias * norm
+    has_unit_norm = unit_norm or bool(((norms - 1).abs() <= SAME / 10).all())
+    fields, chosen_by = WRITERS[model.selection](model, stream, has_unit_norm)
     config = {
         "d_in": model.d_streams[stream],
         "d_sae": model.n_latents,
