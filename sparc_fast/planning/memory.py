@@ -32,6 +32,7 @@ TRAINED = PHASES[1:]
 """Phases in which there are moments and masters."""
 
 FLOAT, INDEX, LONG = 4, 4, 8  # bytes
+UNLIKE = 4  # times k that the sample of most latents has, where they are not k for each
 KEPT = 2**25  # bytes of a block below which it stays with the allocator: malloc's largest threshold
 GPU_SCORES = 2**25  # bytes that fit a GPU's L2 cache
 
@@ -65,7 +66,9 @@ class Sizes:
     def __init__(self, config: Config, widths: tuple[int, ...], dead: float = 0.0) -> None:
         self.S, self.D, self.W = S, D, _ = len(widths), sum(widths), max(widths)
         self.N, self.rows = config.micro_batch, config.batch_size  # `rows` of an optimizer step
-        self.L, self.k = L, _ = config.n_latents, max(config.k, config.k_start)
+        k = max(config.k, config.k_start)
+        k = min(k * UNLIKE, config.n_latents) if config.selection == "batch" else k
+        self.L, self.k = L, _ = config.n_latents, k
         self.n_dead = round(dead * L) if config.auxk and config.auxk_coef else 0
         self.k_dead = min(config.auxk, self.n_dead)  # latents of AuxK's support
         self.widest_support = max(self.k, self.k_dead)
