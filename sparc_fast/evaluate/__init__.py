@@ -8,6 +8,7 @@ from .agreement import firing_agreement
 from .codes import Codes, StreamCode
 from .concepts import Carried, LatentNames, TopSamples, latents_of_one_concept, name_latents, top_samples
 from .evaluation import METRICS, Evaluation, Metric, evaluate
+from .hierarchy import Hierarchy
 from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
@@ -22,6 +23,7 @@ __all__ = [
     "Comparison",
     "Evaluation",
     "Found",
+    "Hierarchy",
     "LatentNames",
     "LatentUse",
     "Metric",
