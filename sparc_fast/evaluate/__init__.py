@@ -5,6 +5,12 @@ Every metric can be run on *single* codes (each stream encoded alone: the honest
 """
 
 from .agreement import firing_agreement
+from .alignment import (
+    ConceptAlignment,
+    alignment_by_depth,
+    concept_alignment,
+    sparc_paper_alignment_by_depth,
+)
 from .codes import Codes, StreamCode
 from .concepts import Carried, LatentNames, TopSamples, latents_of_one_concept, name_latents, top_samples
 from .evaluation import METRICS, Evaluation, Metric, evaluate
@@ -21,6 +27,7 @@ __all__ = [
     "Carried",
     "Codes",
     "Comparison",
+    "ConceptAlignment",
     "Evaluation",
     "Found",
     "Hierarchy",
@@ -31,9 +38,11 @@ __all__ = [
     "Row",
     "StreamCode",
     "TopSamples",
+    "alignment_by_depth",
     "as_text",
     "as_words",
     "comparison",
+    "concept_alignment",
     "concept_jaccard",
     "concept_jaccard_by_chance",
     "evaluate",
@@ -47,6 +56,7 @@ __all__ = [
     "retrieval_scores",
     "retrieval_seconds",
     "retrieve",
+    "sparc_paper_alignment_by_depth",
     "squared_error",
     "table",
     "top_samples",

@@ -77,24 +77,31 @@ def firing_counts(code: StreamCode, n_latents: int) -> Tensor:
 
 
 def label_counts(
-    codes: Codes, labels: Tensor, n_latents: int, orders: Sequence[Tensor] | None = None
+    codes: Codes, labels: Tensor, n_latents: int, orders: Sequence[Tensor] | None = None, *, weighted: bool = False
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (first label y, c int32 [S, L, some labels]), c[s, l, y] = samples of label y that fire l in s.
 
     Some labels after others, so that [S, L, C] never exists at once. Time is linear in the pairs of a sample's labels
-    and latents. orders[s][n], where given, is the row of stream s's code that counts as sample n's.
+    and latents. labels are bool [N, C], or integers: how often a sample of the label counts. orders[s][n], where given,
+    is the row of stream s's code that counts as sample n's. weighted: c, in float64, sums activations instead.
     """
-    n_labels = max(1, CHUNK_BYTES // (4 * len(codes) * n_latents + 1))
+    kind = torch.float64 if weighted else torch.int32
+    n_labels = max(1, CHUNK_BYTES // (kind.itemsize * len(codes) * n_latents + 1))
     for start in range(0, labels.shape[1], n_labels):
         some = labels[:, start : start + n_labels]
-        counts = torch.zeros(len(codes), n_latents * some.shape[1], dtype=torch.int32, device=labels.device)
+        counts = torch.zeros(len(codes), n_latents * some.shape[1], dtype=kind, device=labels.device)
         for rows in parts(len(some), 24 * some.shape[1]):
             samples, carried = some[rows].nonzero(as_tuple=True)
+            times = None if labels.dtype == torch.bool else some[rows][samples, carried].to(kind)
             samples += rows.start
             for s, (values, indices) in enumerate(codes.values()):
                 for pairs in parts(len(samples), 64 * values.shape[1]):
                     n = samples[pairs] if orders is None else orders[s][samples[pairs]]
                     cells = indices[n].long() * some.shape[1] + carried[pairs, None]
-                    cells = cells[values[n] > 0]
-                    counts[s].scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
+                    on = values[n] > 0
+                    cells = cells[on]
+                    each = values[n][on].to(kind) if weighted else torch.ones_like(cells, dtype=kind)
+                    if times is not None:
+                        each *= times[pairs, None].expand(on.shape)[on]
+                    counts[s].scatter_add_(0, cells, each)
         yield start, counts.view(len(codes), n_latents, -1)
