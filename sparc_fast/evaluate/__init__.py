@@ -12,6 +12,7 @@ from .alignment import (
     sparc_paper_alignment_by_depth,
 )
 from .codes import Codes, StreamCode
+from .cofiring import cofiring_iou, energy_share, firing_entropy
 from .concepts import Carried, LatentNames, TopSamples, latents_of_one_concept, name_latents, top_samples
 from .evaluation import METRICS, Evaluation, Metric, evaluate
 from .hierarchy import Hierarchy
@@ -41,12 +42,15 @@ __all__ = [
     "alignment_by_depth",
     "as_text",
     "as_words",
+    "cofiring_iou",
     "comparison",
     "concept_alignment",
     "concept_jaccard",
     "concept_jaccard_by_chance",
+    "energy_share",
     "evaluate",
     "firing_agreement",
+    "firing_entropy",
     "latent_use",
     "latents_of_one_concept",
     "name_latents",
