@@ -18,6 +18,7 @@ from .evaluation import METRICS, Evaluation, Metric, evaluate
 from .hierarchy import Hierarchy
 from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
+from .purity import Purity, class_purity
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .retrieval import Found, Retrieval, retrieval_ranks, retrieval_scores, retrieval_seconds, retrieve
 from .table import Comparison, Row, as_text, comparison, table
@@ -35,6 +36,7 @@ __all__ = [
     "LatentNames",
     "LatentUse",
     "Metric",
+    "Purity",
     "Retrieval",
     "Row",
     "StreamCode",
@@ -42,6 +44,7 @@ __all__ = [
     "alignment_by_depth",
     "as_text",
     "as_words",
+    "class_purity",
     "cofiring_iou",
     "comparison",
     "concept_alignment",
