@@ -18,6 +18,7 @@ from .evaluation import METRICS, Evaluation, Metric, evaluate
 from .hierarchy import Hierarchy
 from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
+from .monosemanticity import Monosemanticity, mono_score
 from .purity import Purity, class_purity
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .retrieval import Found, Retrieval, retrieval_ranks, retrieval_scores, retrieval_seconds, retrieve
@@ -36,6 +37,7 @@ __all__ = [
     "LatentNames",
     "LatentUse",
     "Metric",
+    "Monosemanticity",
     "Purity",
     "Retrieval",
     "Row",
@@ -56,6 +58,7 @@ __all__ = [
     "firing_entropy",
     "latent_use",
     "latents_of_one_concept",
+    "mono_score",
     "name_latents",
     "nmse_from_errors",
     "r2_from_errors",

@@ -9,12 +9,14 @@ the codes were made: *joint* (all streams encoded together, so that they share o
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Codes", "StreamCode", "firing_counts", "firings", "label_counts", "parts"]
+__all__ = ["ByLatent", "Codes", "StreamCode", "by_latent", "firing_counts", "firings", "label_counts", "parts"]
 
 StreamCode = tuple[Tensor, Tensor]
 Codes = Mapping[str, StreamCode]
@@ -74,6 +76,48 @@ def firing_counts(code: StreamCode, n_latents: int) -> Tensor:
     for rows in parts(len(values), 32 * values.shape[1]):
         counts += torch.bincount(indices[rows][values[rows] > 0], minlength=n_latents)
     return counts
+
+
+class ByLatent(NamedTuple):
+    """The active entries of a code, latent after latent; those of latent l are offsets[l] ... offsets[l + 1] - 1."""
+
+    offsets: Tensor
+    """int64 [L + 1]"""
+    samples: Tensor
+    """int32, ascending within a latent"""
+    values: Tensor
+
+    def blocks(self, row_bytes: int) -> Iterator[tuple[slice, slice]]:
+        """Runs of latents, and of their entries, each of so few that work of row_bytes for either stays in a chunk.
+
+        A latent of more entries is a run by itself.
+        """
+        most, bounds, start = max(1, CHUNK_BYTES // max(1, row_bytes)), self.offsets.tolist(), 0
+        L = len(bounds) - 1
+        while start < L:
+            stop = bisect_right(bounds, bounds[start] + most, start + 1, min(start + most, L) + 1) - 1
+            stop = max(stop, start + 1)
+            yield slice(start, stop), slice(bounds[start], bounds[stop])
+            start = stop
+
+
+def by_latent(code: StreamCode, n_latents: int) -> ByLatent:
+    """A code the other way round, in memory of about its own size."""
+    values, indices = code
+    counts = firing_counts(code, n_latents)
+    offsets = torch.zeros(n_latents + 1, dtype=torch.int64, device=values.device)
+    offsets[1:] = counts.cumsum(0)
+    samples = torch.empty(int(offsets[-1]), dtype=torch.int32, device=values.device)
+    ordered = values.new_empty(len(samples))
+    at = offsets[:-1].clone()
+    for rows in parts(len(values), 96 * values.shape[1]):
+        n, latents, active = firings((values[rows], indices[rows]))
+        order = latents.argsort(stable=True)
+        latents = latents[order]
+        places = at[latents] + torch.arange(len(order), device=order.device) - torch.searchsorted(latents, latents)
+        samples[places], ordered[places] = (n[order] + rows.start).int(), active[order]
+        at += torch.bincount(latents, minlength=n_latents)
+    return ByLatent(offsets, samples, ordered)
 
 
 def label_counts(

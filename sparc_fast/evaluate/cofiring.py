@@ -22,7 +22,8 @@ def firing_entropy(codes: Codes, n_latents: int) -> Tensor:
     check_codes(codes, n_latents)
     counts = torch.stack([firing_counts(code, n_latents) for code in codes.values()]).double()
     share = counts / counts.sum(dim=0)
-    return torch.special.entr(share).sum(dim=0) / (math.log(len(codes)) if len(codes) > 1 else math.nan)
+    entropy: Tensor = torch.special.entr(share).sum(dim=0)
+    return entropy / (math.log(len(codes)) if len(codes) > 1 else math.nan)
 
 
 def cofiring_iou(codes: Codes, n_latents: int) -> Tensor:
@@ -33,7 +34,7 @@ def cofiring_iou(codes: Codes, n_latents: int) -> Tensor:
     """
     check_codes(codes, n_latents)
     S, device = len(codes), next(iter(codes.values()))[0].device
-    some, every = torch.zeros(2, n_latents, dtype=torch.int64, device=device)
+    some, every = (torch.zeros(n_latents, dtype=torch.int64, device=device) for _ in range(2))
     n_samples, width = len(next(iter(codes.values()))[0]), sum(values.shape[1] for values, _ in codes.values())
     for rows in parts(n_samples, 64 * width):
         fired = [indices[rows].long().masked_fill(values[rows] <= 0, n_latents) for values, indices in codes.values()]
