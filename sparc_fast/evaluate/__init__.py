@@ -11,6 +11,7 @@ from .alignment import (
     concept_alignment,
     sparc_paper_alignment_by_depth,
 )
+from .bridge import Bridge, BridgePair, bridge_pairs, bridge_score
 from .codes import Codes, StreamCode
 from .cofiring import cofiring_iou, energy_share, firing_entropy
 from .concepts import Carried, LatentNames, TopSamples, latents_of_one_concept, name_latents, top_samples
@@ -27,6 +28,8 @@ from .words import as_words, words_as_concepts
 
 __all__ = [
     "METRICS",
+    "Bridge",
+    "BridgePair",
     "Carried",
     "Codes",
     "Comparison",
@@ -46,6 +49,8 @@ __all__ = [
     "alignment_by_depth",
     "as_text",
     "as_words",
+    "bridge_pairs",
+    "bridge_score",
     "class_purity",
     "cofiring_iou",
     "comparison",
