@@ -20,6 +20,7 @@ from .hierarchy import Hierarchy
 from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
 from .monosemanticity import Monosemanticity, mono_score
+from .probe_1d import Probe1D, probe_1d, split_samples
 from .purity import Purity, class_purity
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .retrieval import Found, Retrieval, retrieval_ranks, retrieval_scores, retrieval_seconds, retrieve
@@ -41,6 +42,7 @@ __all__ = [
     "LatentUse",
     "Metric",
     "Monosemanticity",
+    "Probe1D",
     "Purity",
     "Retrieval",
     "Row",
@@ -66,12 +68,14 @@ __all__ = [
     "mono_score",
     "name_latents",
     "nmse_from_errors",
+    "probe_1d",
     "r2_from_errors",
     "retrieval_ranks",
     "retrieval_scores",
     "retrieval_seconds",
     "retrieve",
     "sparc_paper_alignment_by_depth",
+    "split_samples",
     "squared_error",
     "table",
     "top_samples",
