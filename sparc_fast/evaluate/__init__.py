@@ -21,6 +21,7 @@ from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
 from .monosemanticity import Monosemanticity, mono_score
 from .probe_1d import Probe1D, probe_1d, split_samples
+from .probes import Probe, average_precision, linear_probe, mlp_probe
 from .purity import Purity, class_purity
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .retrieval import Found, Retrieval, retrieval_ranks, retrieval_scores, retrieval_seconds, retrieve
@@ -42,6 +43,7 @@ __all__ = [
     "LatentUse",
     "Metric",
     "Monosemanticity",
+    "Probe",
     "Probe1D",
     "Purity",
     "Retrieval",
@@ -51,6 +53,7 @@ __all__ = [
     "alignment_by_depth",
     "as_text",
     "as_words",
+    "average_precision",
     "bridge_pairs",
     "bridge_score",
     "class_purity",
@@ -65,6 +68,8 @@ __all__ = [
     "firing_entropy",
     "latent_use",
     "latents_of_one_concept",
+    "linear_probe",
+    "mlp_probe",
     "mono_score",
     "name_latents",
     "nmse_from_errors",
