@@ -17,6 +17,7 @@ from .cofiring import cofiring_iou, energy_share, firing_entropy
 from .concepts import Carried, LatentNames, TopSamples, latents_of_one_concept, name_latents, top_samples
 from .evaluation import METRICS, Evaluation, Metric, evaluate
 from .hierarchy import Hierarchy
+from .interventions import Ablations, Intervention, dictionary_of, intervene, probe_effects
 from .jaccard import concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
 from .monosemanticity import Monosemanticity, mono_score
@@ -30,6 +31,7 @@ from .words import as_words, words_as_concepts
 
 __all__ = [
     "METRICS",
+    "Ablations",
     "Bridge",
     "BridgePair",
     "Carried",
@@ -39,6 +41,7 @@ __all__ = [
     "Evaluation",
     "Found",
     "Hierarchy",
+    "Intervention",
     "LatentNames",
     "LatentUse",
     "Metric",
@@ -62,10 +65,12 @@ __all__ = [
     "concept_alignment",
     "concept_jaccard",
     "concept_jaccard_by_chance",
+    "dictionary_of",
     "energy_share",
     "evaluate",
     "firing_agreement",
     "firing_entropy",
+    "intervene",
     "latent_use",
     "latents_of_one_concept",
     "linear_probe",
@@ -74,6 +79,7 @@ __all__ = [
     "name_latents",
     "nmse_from_errors",
     "probe_1d",
+    "probe_effects",
     "r2_from_errors",
     "retrieval_ranks",
     "retrieval_scores",

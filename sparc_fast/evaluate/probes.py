@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Probe:
 
     average_precision, f1: float64 [C], nan for a concept that no such sample carries. base: float64 [C], the fraction
     that carry it, which is the average precision of a random order. classify: logits [n, C] of features alike.
+    weight: of dense features by a linear probe, [D, C], what a logit gains for each unit of a feature; else None.
     """
 
     average_precision: Tensor
@@ -36,6 +37,7 @@ class Probe:
     f1_micro: float
     """Over all pairs of a sample and a concept."""
     classify: Callable[[Features], Tensor]
+    weight: Tensor | None = None
 
     @property
     def mean_average_precision(self) -> float:
@@ -79,7 +81,8 @@ def linear_probe(
     def classify(given: Features) -> Tensor:
         return data.matrix(None, given).times(weight) + bias
 
-    return data.judge(lambda rows, some: data.matrix(rows).times(weight[:, some]) + bias[some], classify)
+    found = data.judge(lambda rows, some: data.matrix(rows).times(weight[:, some]) + bias[some], classify)
+    return replace(found, weight=weight / data.scale) if data.is_dense else found
 
 
 def mlp_probe(
