@@ -25,6 +25,7 @@ from .probe_1d import Probe1D, probe_1d, split_samples
 from .probes import Probe, average_precision, linear_probe, mlp_probe
 from .purity import Purity, class_purity
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
+from .recovery import Recovery, SyntheticStreams, feature_recovery, synthetic_streams
 from .retrieval import Found, Retrieval, retrieval_ranks, retrieval_scores, retrieval_seconds, retrieve
 from .table import Comparison, Row, as_text, comparison, table
 from .words import as_words, words_as_concepts
@@ -49,9 +50,11 @@ __all__ = [
     "Probe",
     "Probe1D",
     "Purity",
+    "Recovery",
     "Retrieval",
     "Row",
     "StreamCode",
+    "SyntheticStreams",
     "TopSamples",
     "alignment_by_depth",
     "as_text",
@@ -68,6 +71,7 @@ __all__ = [
     "dictionary_of",
     "energy_share",
     "evaluate",
+    "feature_recovery",
     "firing_agreement",
     "firing_entropy",
     "intervene",
@@ -88,6 +92,7 @@ __all__ = [
     "sparc_paper_alignment_by_depth",
     "split_samples",
     "squared_error",
+    "synthetic_streams",
     "table",
     "top_samples",
     "words_as_concepts",
