@@ -1,37 +1,44 @@
 """Honest evaluation of sparse codes over several streams.
 
 Every metric can be run on *single* codes (each stream encoded alone: the honest protocol) or on *joint* ones
-(all encoded together: the SPARC paper's). `evaluate` runs them all for a model and `table` compares models.
+(all encoded together: the SPARC paper's). `evaluate` runs those of `METRICS` that are asked for, and `table` compares
+models.
 """
 
 from .agreement import firing_agreement
 from .codes import Codes, StreamCode
 from .concepts import Carried, LatentNames, TopSamples, latents_of_one_concept, name_latents, top_samples
-from .evaluation import METRICS, Evaluation, Metric, evaluate
-from .jaccard import concept_jaccard, concept_jaccard_by_chance
+from .evaluation import Evaluation, evaluate
+from .jaccard import concept_alignment, concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
+from .metrics import METRICS
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
+from .registry import Batch, Given, Metric, Row, Score
 from .retrieval import Found, Retrieval, retrieval_ranks, retrieval_scores, retrieval_seconds, retrieve
-from .table import Comparison, Row, as_text, comparison, table
+from .table import Comparison, as_text, comparison, table
 from .words import as_words, words_as_concepts
 
 __all__ = [
     "METRICS",
+    "Batch",
     "Carried",
     "Codes",
     "Comparison",
     "Evaluation",
     "Found",
+    "Given",
     "LatentNames",
     "LatentUse",
     "Metric",
     "Retrieval",
     "Row",
+    "Score",
     "StreamCode",
     "TopSamples",
     "as_text",
     "as_words",
     "comparison",
+    "concept_alignment",
     "concept_jaccard",
     "concept_jaccard_by_chance",
     "evaluate",

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from .codes import Codes, check_codes, check_labels, label_counts
+from .codes import CHUNK_BYTES, Codes, check_codes, check_labels, firing_counts, label_counts
+from .registry import Given, Metric, Score, Sizes
 
-__all__ = ["concept_jaccard", "concept_jaccard_by_chance"]
+__all__ = [
+    "CONCEPTS",
+    "CONCEPTS_JOINT",
+    "Concepts",
+    "concept_alignment",
+    "concept_jaccard",
+    "concept_jaccard_by_chance",
+]
 
 
 def concept_jaccard(codes: Codes, labels: Tensor, n_latents: int) -> Tensor:
@@ -62,3 +71,128 @@ def _jaccard(codes: Codes, labels: Tensor, n_latents: int, orders: Sequence[Tens
         total += torch.where(both, shared[p] / union[p].clamp_min(1), 0)
         n_pairs += both
     return total / n_pairs.clamp_min(1)
+
+
+def concept_alignment(jaccard: Tensor, chance: Tensor) -> Tensor:
+    """(J - J_chance) / (1 - J_chance) of each latent, [L]: 1 is perfect, 0 is what its frequency alone earns.
+
+    Of `concept_jaccard` and `concept_jaccard_by_chance`, as Cohen's kappa is of agreements. Below 0 the streams meet in
+    fewer labels than by chance. 0 where chance is perfect already.
+    """
+    left = 1 - chance
+    return torch.where(left > 0, (jaccard - chance) / left.where(left > 0, 1), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Concepts:
+    """`concept_jaccard` of each latent, [L], that of shuffled samples, and which fire in any stream, bool [L]."""
+
+    jaccard: Tensor
+    chance: Tensor
+    alive: Tensor
+
+    @property
+    def of_latents(self) -> Tensor:
+        """Corrected for chance, [L]: see `concept_alignment`."""
+        return concept_alignment(self.jaccard, self.chance)
+
+    @property
+    def corrected(self) -> float:
+        """Over all latents, sum (J - J_chance) / sum (1 - J_chance): a latent that chance explains weighs little."""
+        return float((self.jaccard - self.chance).sum() / (1 - self.chance).sum())
+
+
+def _compute(given: Given) -> Concepts:
+    assert given.labels is not None  # it is needed
+    return Concepts(
+        concept_jaccard(given.single, given.labels, given.n_latents),
+        concept_jaccard_by_chance(given.single, given.labels, given.n_latents),
+        (given.fired > 0).any(dim=0),
+    )
+
+
+def _compute_joint(given: Given) -> Concepts:
+    assert given.labels is not None  # it is needed
+    jaccard = concept_jaccard(given.joint, given.labels, given.n_latents)
+    fired = torch.stack([firing_counts(code, given.n_latents) for code in given.joint.values()])
+    return Concepts(jaccard, torch.zeros_like(jaccard), (fired > 0).any(dim=0))
+
+
+def _work(sizes: Sizes) -> int:
+    """The counts of all labels, with those of a pair."""
+    return 3 * min(4 * sizes.S * sizes.L * sizes.C, CHUNK_BYTES)
+
+
+CONCEPTS = Metric(
+    "concepts",
+    "Concept alignment: does a latent fire for the same labels in every stream, each encoded alone?",
+    _compute,
+    (
+        Score(
+            "alignment",
+            "Concept alignment above chance",
+            "How alike the labels are that a latent fires for in two streams, each encoded alone, above what shuffled "
+            "samples score: (J - chance) / (1 - chance), 1 is perfect and 0 is chance, over all latents.",
+            "higher",
+            ".3f",
+            lambda found: found.corrected,
+            highlight=True,
+        ),
+        Score(
+            "jaccard_single",
+            "Concept alignment (Jaccard)",
+            "How alike the labels are that a latent fires for in two streams, each encoded alone (Jaccard, 0 to "
+            "1, over all latents, a dead one counting 0).",
+            "higher",
+            ".3f",
+            lambda found: float(found.jaccard.mean()),
+        ),
+        Score(
+            "jaccard_single_alive",
+            "Concept alignment, alive latents",
+            "The same over the latents that fire in at least one stream.",
+            "higher",
+            ".3f",
+            lambda found: float(found.jaccard[found.alive].mean()),
+        ),
+        Score(
+            "jaccard_chance",
+            "Concept alignment by chance",
+            "The same after each stream's samples are shuffled: what firing often earns without any meaning.",
+            "neither",
+            ".3f",
+            lambda found: float(found.chance.mean()),
+        ),
+    ),
+    needs=frozenset({"single", "labels"}),
+    default=True,
+    work=_work,
+)
+
+CONCEPTS_JOINT = Metric(
+    "concepts_joint",
+    "Concept alignment with all streams encoded together, as the SPARC paper has it.",
+    _compute_joint,
+    (
+        Score(
+            "jaccard_joint",
+            "Concept alignment, encoded jointly",
+            "The same with all streams encoded together: a shared support makes it high by construction, even "
+            "untrained.",
+            "neither",
+            ".3f",
+            lambda found: float(found.jaccard.mean()),
+        ),
+        Score(
+            "jaccard_joint_alive",
+            "Concept alignment, encoded jointly, alive latents",
+            "The same over the latents that fire in at least one stream.",
+            "neither",
+            ".3f",
+            lambda found: float(found.jaccard[found.alive].mean()),
+        ),
+    ),
+    needs=frozenset({"joint", "labels"}),
+    default=True,
+    work=_work,
+)
