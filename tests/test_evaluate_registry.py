@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_evaluation import data_of, model_of
 
-from sparc_fast.evaluate import METRICS, Batch, Given, Metric, Score, comparison, concept_alignment, evaluate, table
+from sparc_fast.evaluate import METRICS, Batch, Given, Metric, Score, above_chance, comparison, evaluate, table
 
 
 def test_metrics_have_names_scores_and_sentences_of_their_own() -> None:
@@ -103,7 +103,7 @@ def test_a_metric_of_ones_own_sees_samples_once_or_again_and_the_training_split(
 
 def test_alignment_is_what_is_left_above_chance() -> None:
     jaccard, chance = torch.tensor([1.0, 0.4, 0.4, 0.0, 0.0, 1.0]), torch.tensor([0.4, 0.4, 0.2, 0.5, 0.0, 1.0])
-    assert concept_alignment(jaccard, chance).tolist() == pytest.approx([1, 0, 0.25, -1, 0, 0])
+    assert above_chance(jaccard, chance).tolist() == pytest.approx([1, 0, 0.25, -1, 0, torch.nan], nan_ok=True)
 
 
 def test_a_comparison_is_shown_in_a_line() -> None:

@@ -9,8 +9,9 @@ from .agreement import firing_agreement
 from .codes import Codes, StreamCode
 from .concepts import Carried, LatentNames, TopSamples, latents_of_one_concept, name_latents, top_samples
 from .evaluation import Evaluation, evaluate
-from .jaccard import concept_alignment, concept_jaccard, concept_jaccard_by_chance
+from .jaccard import above_chance, concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
+from .matching import match_latents, matched, rename_latents
 from .metrics import METRICS
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .registry import Batch, Given, Metric, Row, Score
@@ -35,19 +36,22 @@ __all__ = [
     "Score",
     "StreamCode",
     "TopSamples",
+    "above_chance",
     "as_text",
     "as_words",
     "comparison",
-    "concept_alignment",
     "concept_jaccard",
     "concept_jaccard_by_chance",
     "evaluate",
     "firing_agreement",
     "latent_use",
     "latents_of_one_concept",
+    "match_latents",
+    "matched",
     "name_latents",
     "nmse_from_errors",
     "r2_from_errors",
+    "rename_latents",
     "retrieval_ranks",
     "retrieval_scores",
     "retrieval_seconds",

@@ -31,7 +31,7 @@ from .retrieval import Retrieval
 if TYPE_CHECKING:
     from ..model import SPARC
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "codes_alone", "evaluate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class Evaluation:
 
     @property
     def alignment(self) -> Tensor | None:
-        """The same corrected for chance, [L]: see `concept_alignment`."""
+        """The same corrected for chance, [L]: see `above_chance`."""
         return None if (found := self._concepts()) is None else found.of_latents
 
     @property
@@ -208,6 +208,26 @@ def evaluate(
     finally:
         model.train(was_training)
     return Evaluation(tuple(model.streams), given.n_samples, model.n_latents, chosen, results, given.single)
+
+
+@torch.no_grad()
+def codes_alone(
+    model: SPARC,
+    inputs: Mapping[str, Tensor] | AlignedFiles,
+    *,
+    batch_size: int = 1024,
+    zero_rows: Literal["keep", "absent"] = "keep",
+    memory: int | str = "4GiB",
+) -> Codes:
+    """The codes of each stream encoded by itself, on the CPU; arguments are those of `evaluate`."""
+    codes = Metric("codes", "The codes themselves.", lambda given: given.single, needs=frozenset({"single"}))
+    run = _Run(model, (codes,), batch_size, zero_rows, as_bytes(memory, "memory"), memory)
+    was_training = model.training
+    model.eval()
+    try:
+        return run.given(inputs, None, None, _to_stderr).single
+    finally:
+        model.train(was_training)
 
 
 def _to_stderr(words: str) -> None:

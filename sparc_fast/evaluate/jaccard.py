@@ -16,7 +16,7 @@ __all__ = [
     "CONCEPTS",
     "CONCEPTS_JOINT",
     "Concepts",
-    "concept_alignment",
+    "above_chance",
     "concept_jaccard",
     "concept_jaccard_by_chance",
 ]
@@ -73,14 +73,12 @@ def _jaccard(codes: Codes, labels: Tensor, n_latents: int, orders: Sequence[Tens
     return total / n_pairs.clamp_min(1)
 
 
-def concept_alignment(jaccard: Tensor, chance: Tensor) -> Tensor:
-    """(J - J_chance) / (1 - J_chance) of each latent, [L]: 1 is perfect, 0 is what its frequency alone earns.
+def above_chance(score: Tensor, chance: Tensor) -> Tensor:
+    """(score - chance) / (1 - chance), nan where chance is 1: the form of Cohen's kappa (1960).
 
-    Of `concept_jaccard` and `concept_jaccard_by_chance`, as Cohen's kappa is of agreements. Below 0 the streams meet in
-    fewer labels than by chance. 0 where chance is perfect already.
+    1 is perfect, 0 is what chance earns, and below 0 is worse than that.
     """
-    left = 1 - chance
-    return torch.where(left > 0, (jaccard - chance) / left.where(left > 0, 1), 0)
+    return torch.where(chance < 1, (score - chance) / (1 - chance).where(chance < 1, 1), torch.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,13 +91,13 @@ class Concepts:
 
     @property
     def of_latents(self) -> Tensor:
-        """Corrected for chance, [L]: see `concept_alignment`."""
-        return concept_alignment(self.jaccard, self.chance)
+        """Corrected for chance, [L]: see `above_chance`."""
+        return above_chance(self.jaccard, self.chance)
 
     @property
     def corrected(self) -> float:
-        """Over all latents, sum (J - J_chance) / sum (1 - J_chance): a latent that chance explains weighs little."""
-        return float((self.jaccard - self.chance).sum() / (1 - self.chance).sum())
+        """The same of the means over all latents, dead ones too, whose J and chance are 0."""
+        return float(above_chance(self.jaccard.mean(), self.chance.mean()))
 
 
 def _compute(given: Given) -> Concepts:
