@@ -108,9 +108,9 @@ def test_streams_that_confuse_cats_with_dogs_agree_on_mammals() -> None:
     root, mammals, species = alignment_by_depth(codes, labels, PETS, TREE, 4, shuffles=3)
     assert species.jaccard.tolist() == [0, 0, 1, 1]
     assert mammals.jaccard.tolist() == root.jaccard.tolist() == [1, 1, 1, 1]
-    assert species.corrected[:2].max() < 0
-    torch.testing.assert_close(mammals.corrected, torch.ones(4, dtype=torch.float64))
-    assert mammals.over_all == pytest.approx(1)
+    assert species.of_latents[:2].max() < 0
+    torch.testing.assert_close(mammals.of_latents, torch.ones(4, dtype=torch.float64))
+    assert mammals.corrected == pytest.approx(1)
 
 
 def test_perfect_streams_score_one_and_independent_ones_nothing_above_chance() -> None:
@@ -118,18 +118,18 @@ def test_perfect_streams_score_one_and_independent_ones_nothing_above_chance() -
     noise, other = ((torch.rand(800, 200, generator=seeded(s)) < 0.3).float() for s in (0, 1))
     meaning = labels.float()
     perfect = concept_alignment({"a": code_of(meaning.tolist()), "b": code_of(meaning.tolist())}, labels, 8)
-    assert perfect.over_all == pytest.approx(1)
+    assert perfect.corrected == pytest.approx(1)
     chance = concept_alignment({"a": code_of(noise.tolist()), "b": code_of(other.tolist())}, labels, 200, shuffles=4)
     assert chance.jaccard.mean() > 0.7
-    assert abs(chance.over_all) < 0.05
+    assert abs(chance.corrected) < 0.05
 
 
 def test_dead_latents_count_as_zero_and_one_that_always_fires_is_undefined() -> None:
     labels = torch.ones(4, 1, dtype=torch.bool)
     code = code_of([[1.0, 0.0]] * 4)
     found = concept_alignment({"a": code, "b": code}, labels, 2)
-    assert found.corrected.isnan().tolist() == [True, False]
-    assert found.corrected[1] == 0
+    assert found.of_latents.isnan().tolist() == [True, False]
+    assert found.of_latents[1] == 0
 
 
 def test_an_untrained_model_encoded_jointly_is_at_chance_once_labels_are_shuffled() -> None:
@@ -140,9 +140,9 @@ def test_an_untrained_model_encoded_jointly_is_at_chance_once_labels_are_shuffle
     labels = torch.rand(1500, 40) < 0.05
     found = concept_alignment(joint, labels, 256, shuffle="labels", shuffles=4)
     assert found.jaccard.mean() > 0.8
-    assert abs(found.over_all) < 0.05
+    assert abs(found.corrected) < 0.05
     apart = concept_alignment(joint, labels, 256, shuffles=2)
-    assert apart.over_all > 0.5  # shuffling each stream by itself does not see that the support is shared
+    assert apart.corrected > 0.5  # shuffling each stream by itself does not see that the support is shared
 
 
 @settings(max_examples=40, deadline=None)
@@ -166,8 +166,8 @@ def test_no_samples_and_no_labels_align_nothing() -> None:
             name: (torch.ones(n, 2), torch.zeros(n, 2, dtype=torch.int32) + torch.arange(2).int()) for name in "ab"
         }
         found = concept_alignment(codes, torch.zeros(n, c, dtype=torch.bool), 4)
-        assert found.jaccard.tolist() == found.corrected.tolist() == [0.0] * 4
-        assert found.over_all == 0
+        assert found.jaccard.tolist() == found.of_latents.tolist() == [0.0] * 4
+        assert found.corrected == 0
 
 
 def test_what_is_wrong_with_a_shuffle_is_named() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from .codes import Codes, StreamCode, check_codes, firing_counts, parts
+from .registry import Given, Metric, Score
 
-__all__ = ["firing_agreement"]
+__all__ = ["AGREEMENT", "Agreement", "firing_agreement"]
 
 
 def firing_agreement(codes: Codes, n_latents: int) -> Tensor:
@@ -42,3 +44,40 @@ def _common_firings(a: StreamCode, b: StreamCode, n_latents: int) -> Tensor:
         shared = (support_a.gather(1, slots) == support_b) & (support_b < n_latents)
         both += torch.bincount(support_b[shared], minlength=n_latents)
     return both
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """`firing_agreement` of each latent, [L], and which latents fire in any stream, bool [L]."""
+
+    of_latents: Tensor
+    alive: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Over alive latents."""
+        return float(self.of_latents[self.alive].mean())
+
+
+def _compute(given: Given) -> Agreement:
+    return Agreement(firing_agreement(given.single, given.n_latents), (given.fired > 0).any(dim=0))
+
+
+AGREEMENT = Metric(
+    "agreement",
+    "Firing agreement: do the streams, each encoded alone, fire a latent for the same samples?",
+    _compute,
+    (
+        Score(
+            "agreement",
+            "Firing agreement",
+            "Of the samples that fire a latent in either of two streams, the fraction that fire it in both, each "
+            "encoded alone, over alive latents.",
+            "higher",
+            ".3f",
+            lambda found: found.mean,
+        ),
+    ),
+    needs=frozenset({"single"}),
+    default=True,
+)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,35 +10,9 @@ from torch import Tensor
 
 from .codes import Codes, check_codes, check_labels, firing_counts
 from .hierarchy import Hierarchy
-from .jaccard import concept_jaccard, concept_jaccard_by_chance, mean_jaccard
+from .jaccard import Concepts, concept_jaccard, concept_jaccard_by_chance, mean_jaccard
 
-__all__ = ["ConceptAlignment", "alignment_by_depth", "concept_alignment", "sparc_paper_alignment_by_depth"]
-
-
-@dataclass(frozen=True, eq=False)
-class ConceptAlignment:
-    """Jaccard indices of each latent's label counts between streams, and what chance would make of them, both [L]."""
-
-    jaccard: Tensor
-    chance: Tensor
-
-    @property
-    def corrected(self) -> Tensor:
-        """(J - J_chance) / (1 - J_chance) of each latent, [L]: 1 is perfect, 0 is chance, below 0 is worse.
-
-        nan where chance scores 1 already. A rare latent's chance is noisy: shuffle several times to rank latents.
-        """
-        return above_chance(self.jaccard, self.chance)
-
-    @property
-    def over_all(self) -> float:
-        """The same of the means over all latents, dead ones too (theirs are 0): one number for a model."""
-        return float(above_chance(self.jaccard.mean(), self.chance.mean()))
-
-
-def above_chance(score: Tensor, chance: Tensor) -> Tensor:
-    """(score - chance) / (1 - chance), nan where chance is 1: the form of Cohen's kappa (1960)."""
-    return torch.where(chance < 1, (score - chance) / (1 - chance).where(chance < 1, 1), torch.nan)
+__all__ = ["alignment_by_depth", "concept_alignment", "sparc_paper_alignment_by_depth"]
 
 
 def concept_alignment(
@@ -50,11 +23,12 @@ def concept_alignment(
     shuffle: Literal["streams", "labels"] = "streams",
     shuffles: int = 1,
     seed: int = 0,
-) -> ConceptAlignment:
+) -> Concepts:
     """`concept_jaccard`, and its mean over `shuffles` shuffles by `concept_jaccard_by_chance`.
 
     Of *single* codes shuffle "streams": all that streams agree on beyond how often a latent fires is alignment. Of
     *joint* codes shuffle "labels": their streams agree by construction, so only what is beyond that speaks of labels.
+    A rare latent's chance is noisy: shuffle several times to rank latents.
     """
     if shuffles < 1:
         raise ValueError(f"shuffles must be at least 1, got {shuffles}")
@@ -62,7 +36,8 @@ def concept_alignment(
     chance = torch.zeros_like(found)
     for turn in range(shuffles):
         chance += concept_jaccard_by_chance(codes, labels, n_latents, seed + turn, shuffle)
-    return ConceptAlignment(found, chance / shuffles)
+    fired = torch.stack([firing_counts(code, n_latents) for code in codes.values()])
+    return Concepts(found, chance / shuffles, (fired > 0).any(dim=0))
 
 
 def alignment_by_depth(
@@ -75,7 +50,7 @@ def alignment_by_depth(
     shuffle: Literal["streams", "labels"] = "streams",
     shuffles: int = 1,
     seed: int = 0,
-) -> tuple[ConceptAlignment, ...]:
+) -> tuple[Concepts, ...]:
     """`concept_alignment` with labels bool [N, C] lifted to depth 0, 1, ... of the hierarchy: see `Hierarchy.at_depth`.
 
     A sample of two mammals is one mammal. At the greatest depth labels are as given.

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .codes import Codes, check_codes, check_labels, label_counts
+from .codes import CHUNK_BYTES, Codes, check_codes, check_labels, firing_counts, label_counts
+from .registry import Given, Metric, Score, Sizes
 
-__all__ = ["concept_jaccard", "concept_jaccard_by_chance"]
+__all__ = [
+    "CONCEPTS",
+    "CONCEPTS_JOINT",
+    "Concepts",
+    "above_chance",
+    "concept_jaccard",
+    "concept_jaccard_by_chance",
+]
 
 
 def concept_jaccard(codes: Codes, labels: Tensor, n_latents: int) -> Tensor:
@@ -82,3 +91,126 @@ def mean_jaccard(
         total += torch.where(both, shared[p] / union[p].clamp_min(1), 0)
         n_pairs += both
     return total / n_pairs.clamp_min(1)
+
+
+def above_chance(score: Tensor, chance: Tensor) -> Tensor:
+    """(score - chance) / (1 - chance), nan where chance is 1: the form of Cohen's kappa (1960).
+
+    1 is perfect, 0 is what chance earns, and below 0 is worse than that.
+    """
+    return torch.where(chance < 1, (score - chance) / (1 - chance).where(chance < 1, 1), torch.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class Concepts:
+    """`concept_jaccard` of each latent, [L], that of shuffled samples, and which fire in any stream, bool [L]."""
+
+    jaccard: Tensor
+    chance: Tensor
+    alive: Tensor
+
+    @property
+    def of_latents(self) -> Tensor:
+        """Corrected for chance, [L]: see `above_chance`."""
+        return above_chance(self.jaccard, self.chance)
+
+    @property
+    def corrected(self) -> float:
+        """The same of the means over all latents, dead ones too, whose J and chance are 0."""
+        return float(above_chance(self.jaccard.mean(), self.chance.mean()))
+
+
+def _compute(given: Given) -> Concepts:
+    assert given.labels is not None  # it is needed
+    return Concepts(
+        concept_jaccard(given.single, given.labels, given.n_latents),
+        concept_jaccard_by_chance(given.single, given.labels, given.n_latents),
+        (given.fired > 0).any(dim=0),
+    )
+
+
+def _compute_joint(given: Given) -> Concepts:
+    assert given.labels is not None  # it is needed
+    jaccard = concept_jaccard(given.joint, given.labels, given.n_latents)
+    fired = torch.stack([firing_counts(code, given.n_latents) for code in given.joint.values()])
+    return Concepts(jaccard, torch.zeros_like(jaccard), (fired > 0).any(dim=0))
+
+
+def _work(sizes: Sizes) -> int:
+    """The counts of all labels, with those of a pair."""
+    return 3 * min(4 * sizes.S * sizes.L * sizes.C, CHUNK_BYTES)
+
+
+CONCEPTS = Metric(
+    "concepts",
+    "Concept alignment: does a latent fire for the same labels in every stream, each encoded alone?",
+    _compute,
+    (
+        Score(
+            "alignment",
+            "Concept alignment above chance",
+            "How alike the labels are that a latent fires for in two streams, each encoded alone, above what shuffled "
+            "samples score: (J - chance) / (1 - chance), 1 is perfect and 0 is chance, over all latents.",
+            "higher",
+            ".3f",
+            lambda found: found.corrected,
+            highlight=True,
+        ),
+        Score(
+            "jaccard_single",
+            "Concept alignment (Jaccard)",
+            "How alike the labels are that a latent fires for in two streams, each encoded alone (Jaccard, 0 to "
+            "1, over all latents, a dead one counting 0).",
+            "higher",
+            ".3f",
+            lambda found: float(found.jaccard.mean()),
+        ),
+        Score(
+            "jaccard_single_alive",
+            "Concept alignment, alive latents",
+            "The same over the latents that fire in at least one stream.",
+            "higher",
+            ".3f",
+            lambda found: float(found.jaccard[found.alive].mean()),
+        ),
+        Score(
+            "jaccard_chance",
+            "Concept alignment by chance",
+            "The same after each stream's samples are shuffled: what firing often earns without any meaning.",
+            "neither",
+            ".3f",
+            lambda found: float(found.chance.mean()),
+        ),
+    ),
+    needs=frozenset({"single", "labels"}),
+    default=True,
+    work=_work,
+)
+
+CONCEPTS_JOINT = Metric(
+    "concepts_joint",
+    "Concept alignment with all streams encoded together, as the SPARC paper has it.",
+    _compute_joint,
+    (
+        Score(
+            "jaccard_joint",
+            "Concept alignment, encoded jointly",
+            "The same with all streams encoded together: a shared support makes it high by construction, even "
+            "untrained.",
+            "neither",
+            ".3f",
+            lambda found: float(found.jaccard.mean()),
+        ),
+        Score(
+            "jaccard_joint_alive",
+            "Concept alignment, encoded jointly, alive latents",
+            "The same over the latents that fire in at least one stream.",
+            "neither",
+            ".3f",
+            lambda found: float(found.jaccard[found.alive].mean()),
+        ),
+    ),
+    needs=frozenset({"joint", "labels"}),
+    default=True,
+    work=_work,
+)

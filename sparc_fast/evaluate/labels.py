@@ -27,20 +27,20 @@ COLUMN = "label"  # the one meant where a file has several
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 
 
-def as_labels(labels: PerSample, leading: Sequence[int]) -> Tensor:
+def as_labels(labels: PerSample, leading: Sequence[int], name: str = "labels") -> Tensor:
     """Which concepts each sample carries, bool [n, C], for inputs with these leading dimensions, n samples flattened.
 
     Given as bool [N, C]; as bool [N], one concept; or as classes [N], a concept for each that occurs, in order:
     integers, -1 for none, or names, "" for none. For inputs [N, T, D] those of a sample are repeated for its T tokens;
     or there are [N, T], or N * T, of them, one a token.
     """
-    given = _Given(labels, "labels", f"bool [N={leading[0]}, C] or [N], or class ids or names [N]", leading)
+    given = _Given(labels, name, f"bool [N={leading[0]}, C] or [N], or class ids or names [N]", leading)
     if given.values.dtype == np.bool_:
         return torch.from_numpy(given.of_samples(truth=True))
     classes = given.of_samples()
     is_text = classes.dtype.kind == "U"
     if not is_text and classes.min(initial=0) < -1:
-        raise ValueError(f"labels must be class ids >= 0, or -1 for none, got {classes.min()}{given.where}")
+        raise ValueError(f"{name} must be class ids >= 0, or -1 for none, got {classes.min()}{given.where}")
     names, number = np.unique(classes, return_inverse=True)
     return torch.from_numpy(number[:, None] == np.flatnonzero(names != ("" if is_text else -1)))
 

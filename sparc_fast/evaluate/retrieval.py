@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import permutations
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from .codes import StreamCode, check_code, firing_counts, parts
+from .registry import Given, Metric, Row, Score, Sizes
 
 try:
     from sparc_fast import _cpu
 except ImportError:  # installed without the compiled module
     _cpu = None  # type: ignore[assignment]
 
-__all__ = ["Found", "Retrieval", "retrieval_ranks", "retrieval_scores", "retrieval_seconds", "retrieve"]
+__all__ = ["RETRIEVAL", "Found", "Retrieval", "retrieval_ranks", "retrieval_scores", "retrieval_seconds", "retrieve"]
 
+LONG = 10  # seconds of retrieval that are announced
 TIE = 1e-6  # cosines closer than this are equal: float32 products of equal rows differ by rounding
 # seconds on one core: for a product that is added up, for a pair that is compared, and for a product by plain PyTorch
 ADDED, COMPARED, GATHERED = 0.8e-9, 0.1e-9, 0.3e-9
@@ -333,3 +337,88 @@ class _Rows:
             return bits
         latents, order = self.indices[rows].long().masked_fill(values == 0, self.width).sort(dim=1)
         return torch.cat([latents, bits.gather(1, order)], dim=1)
+
+
+def _compute(given: Given) -> dict[tuple[str, str], Retrieval]:
+    """By (query stream, candidate stream)."""
+    codes, n_latents = given.single, given.n_latents
+    pairs = list(permutations(codes, 2))
+    seconds = sum(retrieval_seconds(codes[a], codes[b], n_latents) for a, b in pairs)
+    if seconds > LONG:
+        n = given.n_samples
+        given.say(f"retrieval compares {n:,} codes with as many, {len(pairs)} times: about {seconds:,.0f} seconds")
+    return {(a, b): retrieval_scores(codes[a], codes[b], n_latents, given.groups) for a, b in pairs}
+
+
+def _mean(field: str) -> Callable[[Mapping[Any, Retrieval]], float]:
+    """Over all pairs of streams."""
+
+    def value(found: Mapping[Any, Retrieval]) -> float:
+        return sum(getattr(one, field) for one in found.values()) / len(found) if found else math.nan
+
+    return value
+
+
+def _details(found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Any]:
+    def plain(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return {
+        "retrieval": {
+            f"{query} -> {candidate}": {key: plain(value) for key, value in vars(one).items()}
+            for (query, candidate), one in found.items()
+        }
+    }
+
+
+def _rows(models: Mapping[str, Mapping[tuple[str, str], Retrieval]]) -> Iterator[Row]:
+    first = next(iter(models.values()))
+    for (query, candidate), one in first.items():
+        cells = {}
+        for name, found in models.items():
+            r = found[query, candidate]
+            cells[name] = f"{r.r1:.3f} / {r.r5:.3f} / {r.r10:.3f} · {r.median_rank:.0f} · {r.mrr:.3f}"
+        meaning = (
+            f"R@1 / R@5 / R@10 · median rank · MRR of finding a sample's {candidate} code from its {query} code, "
+            f"among {one.n_candidates} candidates."
+        )
+        yield Row(f"{query} → {candidate}", meaning, "higher", cells, "Retrieval between two streams")
+
+
+def _work(sizes: Sizes) -> int:
+    """Two streams' entries, scales and places."""
+    return sizes.N * (16 * sizes.k + 80) if sizes.S > 1 else 0
+
+
+RETRIEVAL = Metric(
+    "retrieval",
+    "Finding a sample's code in one stream by its code in another, among those of all samples.",
+    _compute,
+    (
+        Score(
+            "r1",
+            "Retrieval R@1",
+            "How often a sample's code in one stream is nearest to its own code in another, over all pairs.",
+            "higher",
+            ".3f",
+            _mean("r1"),
+            highlight=True,
+        ),
+        Score("r5", "Retrieval R@5", "How often it is among the 5 nearest.", "higher", ".3f", _mean("r5")),
+        Score("r10", "Retrieval R@10", "How often it is among the 10 nearest.", "higher", ".3f", _mean("r10")),
+        Score(
+            "median_rank",
+            "Retrieval median rank",
+            "The rank at which half of the samples are found; 1 is best.",
+            "lower",
+            ",.1f",
+            _mean("median_rank"),
+        ),
+        Score("mrr", "Retrieval MRR", "Mean of 1 / rank.", "higher", ".3f", _mean("mrr")),
+    ),
+    needs=frozenset({"single"}),
+    default=True,
+    details=_details,
+    rows=_rows,
+    work=_work,
+)

@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from .evaluation import METRICS, Better, Evaluation
+from .evaluation import Evaluation
+from .metrics import METRICS
+from .registry import Metric, Row
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["Comparison", "Row", "as_text", "comparison", "table"]
 
-HIGHLIGHTS = ("jaccard_single", "r1")
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the comparison. A column is a model's name."""
-
-    name: str
-    meaning: str  # one sentence
-    better: Better
-    cells: dict[str, str]  # column -> what is written there; a dash where the metric is undefined
-    section: str = ""  # rows of one section stand together under its name
-    highlight: bool = False  # also shown as a large figure at the top of a page
-    key: str = ""  # of the metric; "" where a cell holds several figures
-    values: dict[str, float | None] = field(default_factory=dict)  # column -> the metric, None where it is undefined
+DASH = "–"
 
 
 class Comparison(list[Row]):
     """Rows that show themselves in a notebook."""
+
+    def __repr__(self) -> str:
+        columns = ", ".join(self[0].cells) if self else "no models"
+        return f"Comparison({len(self)} rows of {columns})"
 
     def _repr_html_(self) -> str:
         columns = list(self[0].cells) if self else []
@@ -47,36 +40,40 @@ class Comparison(list[Row]):
 
 
 def table(evaluations: Mapping[str, Evaluation]) -> Comparison:
-    """Compare models: one row per metric, one column per evaluation, for example "SPARC", "untrained"."""
+    """Compare models: one row per score, one column per evaluation, for example "SPARC", "untrained"."""
     scores = {column: evaluation.scores() for column, evaluation in evaluations.items()}
     rows = Comparison()
-    for m in METRICS:
-        values = {column: by_key[m.key] for column, by_key in scores.items()}
-        cells = {c: "–" if value is None else format(value, m.format) for c, value in values.items()}
-        rows.append(Row(m.name, m.meaning, m.better, cells, "Over all streams", m.key in HIGHLIGHTS, m.key, values))
+    for metric in _metrics(evaluations):
+        for score in metric.scores:
+            values = {column: by_key.get(score.key) for column, by_key in scores.items()}
+            cells = {c: DASH if value is None else format(value, score.format) for c, value in values.items()}
+            rows.append(
+                Row(
+                    score.name, score.meaning, score.better, cells, "Over all streams", score.highlight, score.key,
+                    values,
+                )
+            )  # fmt: skip
     return rows
 
 
 def comparison(evaluations: Mapping[str, Evaluation]) -> Comparison:
     """The metrics, then every pair of streams by itself."""
     rows = table(evaluations)
-    first = next(iter(evaluations.values()))
-    for query, candidate in first.retrieval:
-        cells = {}
-        for name, evaluation in evaluations.items():
-            r = evaluation.retrieval[query, candidate]
-            cells[name] = f"{r.r1:.3f} / {r.r5:.3f} / {r.r10:.3f} · {r.median_rank:.0f} · {r.mrr:.3f}"
-        meaning = (
-            f"R@1 / R@5 / R@10 · median rank · MRR of finding a sample's {candidate} code from its {query} code, "
-            f"among {r.n_candidates} candidates."
-        )
-        rows.append(Row(f"{query} → {candidate}", meaning, "higher", cells, "Retrieval between two streams"))
-    for s, source in enumerate(first.streams):
-        for t, target in enumerate(first.streams):
-            cells = {name: f"{e.nmse[s, t]:.3f} / {e.r2[s, t]:.3f}" for name, e in evaluations.items()}
-            meaning = f"NMSE / R² of {target} reconstructed from the {source} code alone."
-            rows.append(Row(f"{source} → {target}", meaning, "neither", cells, "Reconstruction, source to target"))
+    for metric in _metrics(evaluations):
+        found = {name: result for name, e in evaluations.items() if (result := e.results.get(metric.key)) is not None}
+        if found and metric.rows is not None:
+            for row in metric.rows(found):
+                rows.append(replace(row, cells={name: row.cells.get(name, DASH) for name in evaluations}))
     return rows
+
+
+def _metrics(evaluations: Mapping[str, Evaluation]) -> list[Metric]:
+    """Of any of them, in the order of the registry; of no evaluation the default ones."""
+    if not evaluations:
+        return [metric for metric in METRICS if metric.default]
+    found = {metric.key: metric for evaluation in evaluations.values() for metric in evaluation.metrics}
+    known = [metric.key for metric in METRICS]
+    return sorted(found.values(), key=lambda metric: known.index(metric.key) if metric.key in known else len(known))
 
 
 def as_text(rows: list[Row], samples: str) -> Table:
