@@ -15,9 +15,10 @@ from .bridge import Bridge, BridgePair, bridge_pairs, bridge_score
 from .codes import Codes, StreamCode
 from .cofiring import cofiring_iou, energy_share, firing_entropy
 from .concepts import Carried, LatentNames, TopSamples, latents_of_one_concept, name_latents, top_samples
+from .dictionary import dictionary_of
 from .evaluation import Evaluation, evaluate
 from .hierarchy import Hierarchy
-from .interventions import Ablations, Intervention, dictionary_of, intervene, probe_effects
+from .interventions import Ablations, Intervention, intervene, probe_effects
 from .jaccard import Concepts, above_chance, concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
 from .matching import match_latents, matched, rename_latents

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .codes import Codes, check_codes, check_labels, firing_counts
+from .codes import CHUNK_BYTES, Codes, check_codes, check_labels, firing_counts
 from .hierarchy import Hierarchy
 from .jaccard import Concepts, concept_jaccard, concept_jaccard_by_chance, mean_jaccard
+from .registry import Given, Metric, Row, Score, Sizes
 
-__all__ = ["alignment_by_depth", "concept_alignment", "sparc_paper_alignment_by_depth"]
+__all__ = [
+    "CONCEPTS_BY_DEPTH",
+    "CONCEPTS_BY_DEPTH_SPARC_PAPER",
+    "alignment_by_depth",
+    "concept_alignment",
+    "sparc_paper_alignment_by_depth",
+]
 
 
 def concept_alignment(
@@ -92,3 +99,105 @@ def sparc_paper_alignment_by_depth(
             times[:, place[node]] += labels[:, column]
         found.append(mean_jaccard(codes, times, n_latents, active=active))
     return torch.stack(found)
+
+
+def _hierarchy(given: Given) -> tuple[Hierarchy, Sequence[str]]:
+    """It, and the name of each column of labels."""
+    found = given.hierarchy
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Hierarchy)):
+        expected = "(Hierarchy, the name of each column of labels)"
+        raise ValueError(f"hierarchy must be {expected}, got {type(found).__name__}")
+    return found[0], list(found[1])
+
+
+def _compute(given: Given) -> tuple[Concepts, ...]:
+    assert given.labels is not None  # it is needed
+    hierarchy, concepts = _hierarchy(given)
+    return alignment_by_depth(given.single, given.labels, concepts, hierarchy, given.n_latents)
+
+
+def _details(found: tuple[Concepts, ...]) -> Mapping[str, Any]:
+    return {
+        "alignment_by_depth": {
+            str(depth): {
+                "alignment": one.corrected if one.chance.mean() < 1 else None,
+                "jaccard": float(one.jaccard.mean()),
+                "chance": float(one.chance.mean()),
+            }
+            for depth, one in enumerate(found)
+        }
+    }
+
+
+def _rows(models: Mapping[str, tuple[Concepts, ...]]) -> Iterator[Row]:
+    for depth in range(len(next(iter(models.values())))):
+        values: dict[str, float | None] = {name: found[depth].corrected for name, found in models.items()}
+        cells = {
+            name: f"{found[depth].corrected:.3f} ({found[depth].jaccard.mean():.3f})" for name, found in models.items()
+        }
+        meaning = f"Concept alignment above chance, and as it is, of labels lifted to depth {depth} of their hierarchy."
+        section = "Concept alignment by depth"
+        yield Row(f"Depth {depth}", meaning, "higher", cells, section, values=values)
+
+
+def _compute_sparc_paper(given: Given) -> Tensor:
+    assert given.labels is not None  # it is needed
+    hierarchy, concepts = _hierarchy(given)
+    labelled = given.labels.any(dim=1)
+    codes = {name: (values[labelled], indices[labelled]) for name, (values, indices) in given.joint.items()}
+    return sparc_paper_alignment_by_depth(codes, given.labels[labelled], concepts, hierarchy, given.n_latents)
+
+
+def _rows_sparc_paper(models: Mapping[str, Tensor]) -> Iterator[Row]:
+    for depth in range(len(next(iter(models.values())))):
+        values: dict[str, float | None] = {name: float(found[depth].mean()) for name, found in models.items()}
+        cells = {name: f"{value:.3f}" for name, value in values.items()}
+        meaning = f"The SPARC paper's Jaccard of labels lifted to depth {depth}, all streams encoded together."
+        yield Row(f"Depth {depth}", meaning, "neither", cells, "The SPARC paper's Jaccard by depth", values=values)
+
+
+def _work(sizes: Sizes) -> int:
+    """Labels that are lifted, and the counts of all, with those of a pair."""
+    return 5 * sizes.N * sizes.C + 3 * min(4 * sizes.S * sizes.L * sizes.C, CHUNK_BYTES)
+
+
+CONCEPTS_BY_DEPTH = Metric(
+    "concepts_by_depth",
+    "Concept alignment above chance with labels lifted to each depth of their hierarchy, each stream encoded alone.",
+    _compute,
+    (
+        Score(
+            "alignment_by_depth",
+            "Concept alignment above chance, over depths",
+            "Concept alignment above chance, each stream encoded alone, over all depths of the hierarchy but its root.",
+            "higher",
+            ".3f",
+            lambda found: sum(one.corrected for one in found[1:]) / (len(found) - 1) if len(found) > 1 else None,
+        ),
+    ),
+    needs=frozenset({"single", "labels", "hierarchy"}),
+    details=_details,
+    rows=_rows,
+    work=_work,
+)
+
+CONCEPTS_BY_DEPTH_SPARC_PAPER = Metric(
+    "concepts_by_depth_sparc_paper",
+    "The SPARC paper's own Jaccard by depth, of labelled samples with all streams encoded together.",
+    _compute_sparc_paper,
+    (
+        Score(
+            "jaccard_sparc_paper",
+            "Concept alignment as in the SPARC paper",
+            "Its published figure, at the greatest depth of the hierarchy: of labelled samples, all streams encoded "
+            "together, which makes it high by construction.",
+            "neither",
+            ".3f",
+            lambda found: float(found[-1].mean()),
+        ),
+    ),
+    needs=frozenset({"joint", "labels", "hierarchy"}),
+    details=lambda found: {"jaccard_by_depth_sparc_paper": [float(one.mean()) for one in found]},
+    rows=_rows_sparc_paper,
+    work=_work,
+)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import heapq
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .codes import StreamCode, by_latent, check_codes, parts
+from .codes import CHUNK_BYTES, StreamCode, by_latent, check_codes, parts
+from .dictionary import dictionary_of
+from .registry import Given, Metric, Score, Sizes
 
-__all__ = ["Bridge", "BridgePair", "bridge_pairs", "bridge_score"]
+__all__ = ["BRIDGE", "Bridge", "BridgePair", "bridge_pairs", "bridge_score"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,3 +136,46 @@ def _check(a: StreamCode, b: StreamCode, dictionary_a: Tensor, dictionary_b: Ten
         )
     check_codes({"a": a, "b": b}, shape[0])
     return shape[0]
+
+
+def _compute(given: Given) -> dict[tuple[str, str], Bridge]:
+    """Of the pairs of streams of one width."""
+    widths = given.model.d_streams
+    pairs = [(a, b) for a, b in combinations(given.streams, 2) if widths[a] == widths[b]]
+    known = {name: dictionary_of(given.model, name).cpu() for name in {name for pair in pairs for name in pair}}
+    return {(a, b): bridge_score(given.single[a], given.single[b], known[a], known[b]) for a, b in pairs}
+
+
+def _details(found: Mapping[tuple[str, str], Bridge]) -> Mapping[str, Any]:
+    return {
+        "bridge": {
+            f"{a} - {b}": {"shared": one.shared if math.isfinite(one.shared) else None, "total": one.total}
+            for (a, b), one in found.items()
+        }
+    }
+
+
+def _work(sizes: Sizes) -> int:
+    """Dictionaries, sums, and a part of the samples."""
+    return 4 * sizes.L * sizes.D + 64 * sizes.L + 3 * CHUNK_BYTES
+
+
+BRIDGE = Metric(
+    "bridge",
+    "Bridge Score: what carries the likeness of two streams of one space, such as CLIP's images and texts.",
+    _compute,
+    (
+        Score(
+            "bridge_shared",
+            "Likeness carried by shared latents",
+            "The part of the dot products of two streams' reconstructions, each from its own code, that each latent "
+            "contributes with itself; of pairs of streams of one width, which must be of one space.",
+            "higher",
+            ".3f",
+            lambda found: sum(one.shared for one in found.values()) / len(found) if found else None,
+        ),
+    ),
+    needs=frozenset({"single"}),
+    details=_details,
+    work=_work,
+)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .codes import Codes, check_codes, firing_counts, parts
+from .registry import Given, Metric, Score
 
-__all__ = ["cofiring_iou", "energy_share", "firing_entropy"]
+__all__ = ["COFIRING", "Cofiring", "cofiring_iou", "energy_share", "firing_entropy"]
 
 
 def firing_entropy(codes: Codes, n_latents: int) -> Tensor:
@@ -69,3 +71,60 @@ def _energy(values: Tensor, indices: Tensor, n_latents: int) -> Tensor:
         squares = values[rows].double().relu().square()
         energy.scatter_add_(0, indices[rows].long().flatten(), squares.flatten())
     return energy
+
+
+@dataclass(frozen=True, eq=False)
+class Cofiring:
+    """`firing_entropy` and `cofiring_iou` of each latent, [L], and `energy_share`, [S, L]; alive: bool [L]."""
+
+    entropy: Tensor
+    iou: Tensor
+    energy: Tensor
+    alive: Tensor
+
+    def mean(self, values: Tensor) -> float:
+        """Over alive latents."""
+        return float(values[self.alive].mean())
+
+
+def _compute(given: Given) -> Cofiring:
+    codes, L = given.single, given.n_latents
+    return Cofiring(
+        firing_entropy(codes, L), cofiring_iou(codes, L), energy_share(codes, L), (given.fired > 0).any(dim=0)
+    )
+
+
+COFIRING = Metric(
+    "cofiring",
+    "In which streams, each encoded alone, latents fire, together or apart, and with how much of their energy.",
+    _compute,
+    (
+        Score(
+            "cofiring_iou",
+            "Co-firing over all streams",
+            "Of the samples that fire a latent in any stream, the fraction that fire it in all, over alive latents.",
+            "higher",
+            ".3f",
+            lambda found: found.mean(found.iou),
+        ),
+        Score(
+            "firing_entropy",
+            "Firing entropy over streams",
+            "How evenly a latent's firings are spread over the streams, for whatever samples: 1 is evenly, 0 is in one "
+            "stream alone, over alive latents.",
+            "higher",
+            ".3f",
+            lambda found: found.mean(found.entropy),
+        ),
+        Score(
+            "largest_energy_share",
+            "Energy in a latent's strongest stream",
+            "The part of a latent's energy that is in one stream, each stream's energy counting alike, over alive "
+            "latents: 1 / streams is best.",
+            "lower",
+            ".3f",
+            lambda found: found.mean(found.energy.amax(dim=0)),
+        ),
+    ),
+    needs=frozenset({"single"}),
+)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sparc_fast.codes import SparseLatents
 
-from .codes import StreamCode, check_code, check_codes, parts
+from .codes import CHUNK_BYTES, StreamCode, check_code, check_codes, parts
+from .dictionary import dictionary_of
+from .kept_inputs import InputsOnCPU, bytes_of_inputs
+from .probes import linear_probe
+from .purity import class_purity
+from .registry import Batch, Given, Metric, Row, Score, Sizes
 
 if TYPE_CHECKING:
     from sparc_fast.model import SPARC
 
-__all__ = ["Ablations", "Intervention", "dictionary_of", "intervene", "probe_effects"]
+__all__ = ["ABLATIONS", "PROBE_ABLATIONS", "Ablations", "Intervention", "intervene", "probe_effects"]
 
 
 class Ablations:
@@ -84,18 +90,6 @@ class Ablations:
     def helpful(self) -> float:
         """Of the latents that fire, the fraction without which the target is worse; nan where none does."""
         return float((self._worse > 0)[self._fired > 0].double().mean())
-
-
-@torch.no_grad()
-def dictionary_of(model: SPARC, stream: str) -> Tensor:
-    """What a unit of each latent adds to a stream as `model.decode` gives it, [L, D], on the model's device."""
-    L, device, dtype = model.n_latents, model.W_dec.device, model.W_dec.dtype
-    latents = torch.arange(L, dtype=torch.int32, device=device)[:, None]
-    added, nothing = (
-        SparseLatents(fill(L, 1, 1, dtype=dtype, device=device), latents, (stream,), L)
-        for fill in (torch.ones, torch.zeros)
-    )
-    return model.decode(added, stream, stream) - model.decode(nothing[:1], stream, stream)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,3 +174,160 @@ def probe_effects(code: StreamCode, dictionary: Tensor, weight: Tensor, concepts
             own[rows] = effects.gather(1, concepts[rows].clamp_min(0)[:, None])[:, 0]
             others[rows] = (effects.sum(dim=1) - own[rows]) / (C - 1) if C > 1 else torch.nan
     return mean * own, mean * others
+
+
+class _Watch:
+    """Every latent taken out of every stream's code, for every stream, a batch at a time."""
+
+    def __init__(self, given: Given) -> None:
+        known = {name: dictionary_of(given.model, name) for name in given.streams}
+        self.found = {(s, t): Ablations(known[t]) for s in given.streams for t in given.streams}
+
+    def see(self, batch: Batch) -> None:
+        for (source, target), found in self.found.items():
+            found.add(batch.alone[source].stream(source), batch.truth[target] - batch.decoded(source, target))
+
+
+def _compute(given: Given) -> dict[tuple[str, str], Ablations]:
+    """By (source, target)."""
+    found: dict[tuple[str, str], Ablations] = given.watched["ablations"].found
+    return found
+
+
+def _mean(value: Callable[[Ablations], float], own: bool) -> Callable[[Mapping[tuple[str, str], Ablations]], float]:
+    def mean(found: Mapping[tuple[str, str], Ablations]) -> float:
+        values = [value(one) for (source, target), one in found.items() if (source == target) is own]
+        return sum(values) / len(values) if values else float("nan")
+
+    return mean
+
+
+def _faithful(found: Ablations) -> float:
+    return float(found.faithful.nanmedian())
+
+
+def _details(found: Mapping[tuple[str, str], Ablations]) -> Mapping[str, Any]:
+    def plain(value: float) -> float | None:
+        return value if value == value else None
+
+    return {
+        "ablations": {
+            f"{source} -> {target}": {"helpful": plain(one.helpful), "faithful": plain(_faithful(one))}
+            for (source, target), one in found.items()
+        }
+    }
+
+
+def _rows(models: Mapping[str, Mapping[tuple[str, str], Ablations]]) -> Iterator[Row]:
+    for source, target in next(iter(models.values())):
+        both = {name: found[source, target] for name, found in models.items()}
+        cells = {name: f"{one.helpful:.1%} / {_faithful(one):.3f}" for name, one in both.items()}
+        meaning = (
+            f"Latents of the {source} code without which the {target} reconstruction is worse / how much of what the "
+            "median latent does is right."
+        )
+        yield Row(f"{source} → {target}", meaning, "higher", cells, "Latents taken out of a code")
+
+
+ABLATIONS = Metric(
+    "ablations",
+    "Each latent taken out of one stream's code, encoded alone: is the reconstruction of another stream worse?",
+    _compute,
+    (
+        Score(
+            "ablation_helpful",
+            "Latents that help another stream",
+            "Of the latents that fire in one stream, the fraction without which another stream's reconstruction from "
+            "that code has a larger error, over all pairs.",
+            "higher",
+            ".1%",
+            _mean(lambda one: one.helpful, own=False),
+        ),
+        Score(
+            "ablation_faithful",
+            "What a latent is worth to another stream",
+            "By how much another stream's error grows when a latent is taken out, of how far that moves the "
+            "reconstruction: 1 is all of it, below 0 it means something else there; the median latent.",
+            "higher",
+            ".3f",
+            _mean(_faithful, own=False),
+        ),
+        Score(
+            "ablation_helpful_own",
+            "Latents that help their own stream",
+            "The same fraction for the stream that was encoded.",
+            "higher",
+            ".1%",
+            _mean(lambda one: one.helpful, own=True),
+        ),
+    ),
+    watch=_Watch,
+    details=_details,
+    rows=_rows,
+    kept=lambda sizes: 4 * sizes.L * sizes.D + 32 * sizes.S**2 * sizes.L + 2 * CHUNK_BYTES,
+)
+
+
+def _compute_with_probe(given: Given) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """By (source, target): `probe_effects` of the source's latents on a linear probe on the target's inputs."""
+    assert given.labels is not None  # it is needed
+    inputs: InputsOnCPU = given.watched["probe_ablations"]
+    concepts = dict(zip(given.streams, class_purity(given.single, given.labels, given.n_latents).concept, strict=True))
+    found = {}
+    for target in given.streams:
+        weight = linear_probe(inputs.stream(target), given.labels, groups=given.groups).weight
+        dictionary = dictionary_of(given.model, target).cpu()
+        assert weight is not None  # of dense features
+        for source in given.streams:
+            found[source, target] = probe_effects(given.single[source], dictionary, weight, concepts[source])
+    return {pair: found[pair] for pair in permutations(given.streams, 2)}
+
+
+def _own_concept(found: Mapping[tuple[str, str], tuple[Tensor, Tensor]]) -> float:
+    """Of latents with a concept, over all pairs of streams."""
+    falls = [(own > others)[~(own - others).isnan()].double() for own, others in found.values()]
+    return float(torch.cat(falls).mean()) if falls else float("nan")
+
+
+def _fall(found: Mapping[tuple[str, str], tuple[Tensor, Tensor]]) -> float:
+    return (
+        float(torch.stack([(own - others).nanmean() for own, others in found.values()]).mean())
+        if found
+        else float("nan")
+    )
+
+
+def _work(sizes: Sizes) -> int:
+    """What the linear probe takes, a dictionary, and the counts of some labels."""
+    probe = 16 * sizes.N * sizes.D + 13 * sizes.N * sizes.C + 24 * CHUNK_BYTES
+    return probe + 4 * sizes.L * sizes.D + 64 * sizes.S**2 * sizes.L
+
+
+PROBE_ABLATIONS = Metric(
+    "probe_ablations",
+    "Each latent taken out of one stream's code: does a linear probe on another stream lose the latent's own concept?",
+    _compute_with_probe,
+    (
+        Score(
+            "probe_ablation_own",
+            "Latents that carry their concept to another stream",
+            "Of the latents with a dominant concept in one stream, the fraction that lower its logit of a linear probe "
+            "on another stream's inputs by more than those of other concepts when they are taken out; chance is half.",
+            "higher",
+            ".1%",
+            _own_concept,
+        ),
+        Score(
+            "probe_ablation_fall",
+            "Fall of a concept's logit in another stream",
+            "By how much that logit falls more than those of other concepts, on average.",
+            "higher",
+            ".3f",
+            _fall,
+        ),
+    ),
+    needs=frozenset({"single", "labels"}),
+    watch=InputsOnCPU,
+    kept=bytes_of_inputs,
+    work=_work,
+)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .codes import ByLatent, Codes, by_latent, check_codes, parts
+from .codes import CHUNK_BYTES, ByLatent, Codes, by_latent, check_codes, parts
+from .jaccard import above_chance
+from .kept_inputs import InputsOnCPU, bytes_of_inputs
+from .registry import Given, Metric, Score, Sizes
 
-__all__ = ["Monosemanticity", "mono_score"]
+__all__ = ["MONOSEMANTICITY", "Monosemanticity", "mono_score"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,3 +113,62 @@ def _ratio(over: Tensor, under: Tensor, scale: Tensor) -> Tensor:
     """nan where nothing is below but rounding."""
     least = 1e-12 * scale
     return torch.where(under > least, over / under.where(under > least, 1), torch.nan)
+
+
+def _compute(given: Given) -> dict[tuple[str, str], Monosemanticity]:
+    """By (stream whose latents are judged, stream whose inputs judge them)."""
+    inputs: InputsOnCPU = given.watched["monosemanticity"]
+    found = {}
+    for judge in given.streams:
+        judged = {name: code for name, code in given.single.items() if name != judge}
+        if judged:
+            of_all = mono_score(judged, inputs.stream(judge), given.n_latents)
+            for s, name in enumerate(judged):
+                found[name, judge] = Monosemanticity((name,), of_all.score[s : s + 1], of_all.chance)
+    return found
+
+
+def _mean(found: dict[tuple[str, str], Monosemanticity], value: Callable[[Monosemanticity], Tensor]) -> float:
+    return float(torch.stack([value(one).nanmean() for one in found.values()]).mean()) if found else float("nan")
+
+
+def _chance(one: Monosemanticity) -> Tensor:
+    return torch.full_like(one.score[:1], one.chance)
+
+
+def _work(sizes: Sizes) -> int:
+    """The codes once more, latent after latent, and sums over samples."""
+    return 8 * sizes.N * sizes.k * max(1, sizes.S - 1) + 40 * sizes.N + 64 * sizes.S * sizes.L + 3 * CHUNK_BYTES
+
+
+MONOSEMANTICITY = Metric(
+    "monosemanticity",
+    "MonoScore: are the samples that fire a latent, in each stream encoded alone, alike to each other stream's model?",
+    _compute,
+    (
+        Score(
+            "mono_above_chance",
+            "MonoScore above chance",
+            "Mean cosine of the inputs, in another stream, of two samples that fire a latent, weighted by how both do, "
+            "above that of any two: (score - chance) / (1 - chance), over latents and pairs of streams.",
+            "higher",
+            ".3f",
+            lambda found: _mean(found, lambda one: above_chance(one.score, torch.full_like(one.score, one.chance))),
+        ),
+        Score(
+            "mono", "MonoScore", "The same as it is.", "higher", ".3f", lambda found: _mean(found, lambda o: o.score)
+        ),
+        Score(
+            "mono_chance",
+            "MonoScore by chance",
+            "Mean cosine of the inputs of any two samples.",
+            "neither",
+            ".3f",
+            lambda found: _mean(found, _chance),
+        ),
+    ),
+    needs=frozenset({"single"}),
+    watch=InputsOnCPU,
+    kept=bytes_of_inputs,
+    work=_work,
+)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from .codes import ByLatent, StreamCode, by_latent, check_code, check_labels
+from .registry import Given, Metric, Score, Sizes
 
-__all__ = ["Probe1D", "probe_1d", "split_samples"]
+__all__ = ["PROBE_1D", "PROBE_1D_SPARC_PAPER", "Probe1D", "probe_1d", "split_samples"]
 
 SHARES = (0.7, 0.15, 0.15)  # of training, validation, test
 NEWTON_STEPS, PRECISE = 100, 1e-10
@@ -192,3 +194,69 @@ def _log_loss(x: Tensor, y: Tensor, fit: tuple[Tensor, Tensor]) -> Tensor:
     """Mean over the columns, [rows]; nan without."""
     t = fit[0] * x + fit[1]
     return (softplus(t) - t * y).mean(dim=1)
+
+
+def _computed(protocol: Literal["held_out", "sparc_paper"]) -> Callable[[Given], dict[str, Probe1D]]:
+    def compute(given: Given) -> dict[str, Probe1D]:
+        """By stream."""
+        labels, groups = given.labels, given.groups
+        assert labels is not None  # it is needed
+        return {
+            name: probe_1d(code, labels, given.n_latents, groups=groups, protocol=protocol)
+            for name, code in given.single.items()
+        }
+
+    return compute
+
+
+def _mean(found: Mapping[str, Probe1D]) -> float:
+    return sum(one.mean for one in found.values()) / len(found)
+
+
+def _detailed(key: str) -> Callable[[Mapping[str, Probe1D]], Mapping[str, Any]]:
+    return lambda found: {key: {name: one.mean if len(one.concepts) else None for name, one in found.items()}}
+
+
+def _work(sizes: Sizes) -> int:
+    """A stream's code once more, and the activations of candidates for all samples."""
+    return 8 * sizes.N * sizes.k + 500 * sizes.N + 64 * sizes.L
+
+
+PROBE_1D = Metric(
+    "probe_1d",
+    "1-D probes: how well the best latent of each stream, encoded alone, tells each concept of more than 50 samples.",
+    _computed("held_out"),
+    (
+        Score(
+            "probe_1d",
+            "1-D probe, held-out log-loss",
+            "Log-loss of the best latent's logistic regression for each concept, on samples that neither it nor the "
+            "latent was chosen by: 0 is perfect, 0.693 is chance.",
+            "lower",
+            ".3f",
+            _mean,
+        ),
+    ),
+    needs=frozenset({"single", "labels"}),
+    details=_detailed("probe_1d"),
+    work=_work,
+)
+
+PROBE_1D_SPARC_PAPER = Metric(
+    "probe_1d_sparc_paper",
+    "The same by the SPARC paper's protocol, whose candidates are the latents that fire most often for a concept.",
+    _computed("sparc_paper"),
+    (
+        Score(
+            "probe_1d_sparc_paper",
+            "1-D probe, log-loss as in the SPARC paper",
+            "The same with candidates that fire most often for the concept in all samples, tested ones too.",
+            "neither",
+            ".3f",
+            _mean,
+        ),
+    ),
+    needs=frozenset({"single", "labels"}),
+    details=_detailed("probe_1d_sparc_paper"),
+    work=_work,
+)

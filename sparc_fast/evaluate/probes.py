@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +12,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag,
 
 from . import codes as chunks
 from .codes import StreamCode, by_latent, check_code, check_labels, parts
+from .kept_inputs import InputsOnCPU, bytes_of_inputs
 from .probe_1d import split_samples
+from .reconstruction_retrieval import Decoded
+from .registry import Given, Metric, Row, Score, Sizes
 
-__all__ = ["Probe", "average_precision", "linear_probe", "mlp_probe"]
+__all__ = ["LINEAR_PROBES", "MLP_PROBES", "Probe", "average_precision", "linear_probe", "mlp_probe"]
 
 HIDDEN, DROPOUT, MOST_WEIGHT = (256, 256), (0.3, 0.2), 10.0
 HISTORY = 10  # gradients that L-BFGS keeps
@@ -341,3 +344,122 @@ def _curve(scores: Tensor, truth: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]
     ends = torch.where(last, place, n).flip(0).cummin(dim=0).values.flip(0) if n else place
     hits = truth.gather(0, order).cumsum(dim=0).double()
     return truth.sum(dim=0), (ends, order), hits.gather(0, ends), ordered
+
+
+def _computed(key: str, fit: Callable[..., Probe]) -> Callable[[Given], dict[tuple[str, str, str], Probe]]:
+    def compute(given: Given) -> dict[tuple[str, str, str], Probe]:
+        """By (what, source, target): "raw" inputs and "latents" of a stream, and what one's code "recon"structs."""
+        labels, groups = given.labels, given.groups
+        assert labels is not None  # it is needed
+        inputs: InputsOnCPU = given.watched[key]
+        found = {}
+        for target in given.streams:
+            found["raw", target, target] = fit(inputs.stream(target), labels, groups=groups)
+            found["latents", target, target] = fit(given.single[target], labels, given.n_latents, groups=groups)
+            for source in given.streams:
+                rows = Decoded(given.model, given.single[source], source, target)
+                some = [rows[part].cpu().float() for part in parts(len(rows), 64 * rows.shape[1])]
+                decoded = torch.cat(some) if some else torch.zeros(rows.shape, dtype=torch.float32, device="cpu")
+                found["recon", source, target] = fit(decoded, labels, groups=groups)
+        return found
+
+    return compute
+
+
+def _mean(what: str, own: bool, field: str = "mean_average_precision") -> Callable[[Mapping[Any, Probe]], float]:
+    def value(found: Mapping[tuple[str, str, str], Probe]) -> float:
+        values = [getattr(p, field) for (kind, s, t), p in found.items() if kind == what and (s == t) is own]
+        return sum(values) / len(values) if values else float("nan")
+
+    return value
+
+
+def _detailed(key: str) -> Callable[[Mapping[tuple[str, str, str], Probe]], Mapping[str, Any]]:
+    def plain(value: float) -> float | None:
+        return value if value == value else None
+
+    def details(found: Mapping[tuple[str, str, str], Probe]) -> Mapping[str, Any]:
+        return {
+            key: {
+                f"{what} {source} -> {target}" if what == "recon" else f"{what} {target}": {
+                    "map": plain(one.mean_average_precision),
+                    "f1_macro": plain(one.f1_macro),
+                    "f1_micro": plain(one.f1_micro),
+                }
+                for (what, source, target), one in found.items()
+            }
+        }
+
+    return details
+
+
+def _rowed(section: str) -> Callable[[Mapping[str, Mapping[tuple[str, str, str], Probe]]], Iterator[Row]]:
+    of = {"raw": "the inputs of {t}", "latents": "the latents of {t}", "recon": "{t} as the {s} code reconstructs it"}
+
+    def rows(models: Mapping[str, Mapping[tuple[str, str, str], Probe]]) -> Iterator[Row]:
+        for what, s, t in next(iter(models.values())):
+            found = {name: by_features[what, s, t] for name, by_features in models.items()}
+            cells = {
+                name: f"{one.mean_average_precision:.3f} · {one.f1_macro:.3f} / {one.f1_micro:.3f}"
+                for name, one in found.items()
+            }
+            name = of[what].format(s=s, t=t)
+            yield Row(
+                name[:1].upper() + name[1:], f"mAP · macro / micro F1 of a probe on {name}.", "higher", cells, section
+            )
+
+    return rows
+
+
+def _scores(kind: str, key: str) -> tuple[Score, ...]:
+    means = (
+        ("latents", "latents", True, "latents"),
+        ("raw", "inputs", True, "raw"),
+        ("own reconstructions", "what a stream's own code reconstructs", True, "recon"),
+        ("cross reconstructions", "what another stream's code reconstructs", False, "recon"),
+    )
+    suffixes = ("latents", "raw", "recon", "cross_recon")
+    return tuple(
+        Score(
+            f"{key}_{suffix}",
+            f"{kind} probe on {name}, mAP",
+            f"Mean average precision over concepts of a {kind.lower() if kind != 'MLP' else kind} probe on {what}, on "
+            "samples that it was not fitted on.",
+            "neither" if suffix == "raw" else "higher",
+            ".3f",
+            _mean(which, own),
+        )
+        for (name, what, own, which), suffix in zip(means, suffixes, strict=True)
+    )
+
+
+def _work(sizes: Sizes) -> int:
+    """Features of one stream, decoded and scaled; a code by latent; logits; what fitting some concepts takes."""
+    return 16 * sizes.N * sizes.D + 32 * sizes.N * sizes.k + 13 * sizes.N * sizes.C + 24 * chunks.CHUNK_BYTES
+
+
+LINEAR_PROBES = Metric(
+    "linear_probes",
+    "Linear probes for all concepts on inputs, latents, and reconstructions from own and other codes, held out.",
+    _computed("linear_probes", linear_probe),
+    _scores("Linear", "linear_probe"),
+    needs=frozenset({"single", "labels"}),
+    watch=InputsOnCPU,
+    details=_detailed("linear_probes"),
+    rows=_rowed("Linear probes"),
+    kept=bytes_of_inputs,
+    work=_work,
+)
+
+MLP_PROBES = Metric(
+    "mlp_probes",
+    "The same by the SPARC code's probe, an MLP of two hidden layers.",
+    _computed("mlp_probes", mlp_probe),
+    _scores("MLP", "mlp_probe"),
+    needs=frozenset({"single", "labels"}),
+    watch=InputsOnCPU,
+    details=_detailed("mlp_probes"),
+    rows=_rowed("MLP probes"),
+    kept=bytes_of_inputs,
+    work=lambda sizes: _work(sizes) + 4 * 4 * HIDDEN[0] * sizes.L,
+)

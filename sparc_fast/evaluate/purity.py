@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .codes import Codes, check_codes, check_labels, label_counts
+from .codes import CHUNK_BYTES, Codes, check_codes, check_labels, label_counts
+from .registry import Given, Metric, Score, Sizes
 
-__all__ = ["Purity", "class_purity"]
+__all__ = ["PURITY", "Purity", "class_purity"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,3 +53,65 @@ def class_purity(codes: Codes, labels: Tensor, n_latents: int, *, weighted: bool
     rate = labels.sum(dim=0, dtype=torch.float64) / labelled.sum().clamp_min(1)
     base = torch.where(concept >= 0, rate[concept.clamp_min(0)] if len(rate) else 0, torch.nan)
     return Purity(tuple(codes), torch.where(total > 0, best / total.where(total > 0, 1), torch.nan), concept, base)
+
+
+def _compute(given: Given) -> tuple[Purity, Purity]:
+    """Plain, and weighted by activation."""
+    assert given.labels is not None  # it is needed
+    plain, weighted = (class_purity(given.single, given.labels, given.n_latents, weighted=w) for w in (False, True))
+    return plain, weighted
+
+
+def _consistent(found: tuple[Purity, Purity]) -> float:
+    everywhere = (found[0].concept >= 0).all(dim=0)
+    return float(found[0].consistent[everywhere].double().mean())
+
+
+def _work(sizes: Sizes) -> int:
+    """The counts of some labels, and the largest of them."""
+    return 3 * min(8 * sizes.S * sizes.L * max(sizes.C, 1), CHUNK_BYTES) + 64 * sizes.S * sizes.L
+
+
+PURITY = Metric(
+    "purity",
+    "Class purity: how much of what fires a latent, in each stream encoded alone, is of its dominant concept.",
+    _compute,
+    (
+        Score(
+            "purity",
+            "Class purity",
+            "Of the labelled samples that fire a latent, the fraction that carry its dominant concept, over latents "
+            "and streams.",
+            "higher",
+            ".3f",
+            lambda found: float(found[0].purity.nanmean()),
+        ),
+        Score(
+            "purity_weighted",
+            "Class purity, weighted",
+            "The same, each sample counting by its activation.",
+            "higher",
+            ".3f",
+            lambda found: float(found[1].purity.nanmean()),
+        ),
+        Score(
+            "purity_base",
+            "Class purity by chance",
+            "How many of all labelled samples carry the dominant concept: what firing at random scores.",
+            "neither",
+            ".3f",
+            lambda found: float(found[0].base.nanmean()),
+        ),
+        Score(
+            "purity_consistent",
+            "Latents of one concept in all streams",
+            "Of the latents that labelled samples fire in every stream, the fraction whose dominant concept is one in "
+            "all.",
+            "higher",
+            ".1%",
+            _consistent,
+        ),
+    ),
+    needs=frozenset({"single", "labels"}),
+    work=_work,
+)

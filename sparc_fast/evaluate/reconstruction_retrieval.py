@@ -12,7 +12,8 @@ from torch import Tensor
 from sparc_fast.codes import SparseLatents
 
 from .codes import StreamCode
-from .registry import Batch, Given, Metric, Row, Score, Sizes
+from .kept_inputs import InputsOnDevice, bytes_of_inputs
+from .registry import Given, Metric, Row, Score, Sizes
 from .retrieval import LONG, Retrieval, retrieval_scores, retrieval_seconds
 
 if TYPE_CHECKING:
@@ -44,24 +45,9 @@ class Decoded:
         return self.model.decode(some, self.source, self.target)
 
 
-class _Inputs:
-    """All inputs, in the units of reconstructions, on the model's device."""
-
-    def __init__(self, given: Given) -> None:
-        self._parts: dict[str, list[Tensor]] = {name: [] for name in given.streams}
-
-    def see(self, batch: Batch) -> None:
-        for name, kept in self._parts.items():
-            kept.append(batch.truth[name].float())
-
-    def stream(self, name: str) -> Tensor:
-        """[N, D]; only once."""
-        return torch.cat(self._parts.pop(name))
-
-
 def _compute(given: Given) -> dict[tuple[str, str], Retrieval]:
     """By (source, target): the stream whose code is decoded, and the one that is reconstructed and looked for."""
-    inputs: _Inputs = given.watched["retrieval_by_reconstruction"]
+    inputs: InputsOnDevice = given.watched["retrieval_by_reconstruction"]
     found = {}
     for target in given.streams:
         candidates = inputs.stream(target)
@@ -105,13 +91,9 @@ def _rows(models: Mapping[str, Mapping[tuple[str, str], Retrieval]]) -> Iterator
         yield Row(f"{source} → {target}", meaning, "higher", cells, "Retrieval of inputs by reconstructions")
 
 
-def _kept(sizes: Sizes) -> int:
-    return 4 * sizes.N * sizes.D
-
-
 def _work(sizes: Sizes) -> int:
-    """One stream's inputs side by side, and what is compared at a time."""
-    return 4 * sizes.N * sizes.D + 80 * sizes.N + 2**27
+    """What is compared at a time."""
+    return 80 * sizes.N + 2**27
 
 
 RETRIEVAL_BY_RECONSTRUCTION = Metric(
@@ -146,9 +128,9 @@ RETRIEVAL_BY_RECONSTRUCTION = Metric(
         ),
     ),
     needs=frozenset({"single"}),
-    watch=_Inputs,
+    watch=InputsOnDevice,
     details=_details,
     rows=_rows,
-    kept=_kept,
+    kept=bytes_of_inputs,
     work=_work,
 )
