@@ -229,14 +229,14 @@ def test_tokens_are_samples_with_the_labels_and_groups_of_theirs() -> None:
     assert evaluate(model, tokens, of_tokens).retrieval == evaluate(model, inputs).retrieval
 
 
-def test_groups_change_retrieval_and_nothing_else() -> None:
+def test_groups_change_retrieval_and_intervals_and_nothing_else() -> None:
     model, (inputs, labels) = model_of(), data_of(20)
     alone, grouped = evaluate(model, inputs, labels), evaluate(model, inputs, labels, groups=torch.arange(20) // 4)
     single = alone.single_codes
     for (a, b), scores in grouped.retrieval.items():
         expected = retrieval_scores(single[a], single[b], model.n_latents, torch.arange(20) // 4)
         assert scores == expected != alone.retrieval[a, b]
-    without = [{**found.to_dict(), "retrieval": None, "scores": None} for found in (alone, grouped)]
+    without = [{**found.to_dict(), **dict.fromkeys(("retrieval", "scores", "intervals"))} for found in (alone, grouped)]
     assert without[0] == without[1]
     assert evaluate(model, inputs, labels, groups=range(20)).to_dict() == alone.to_dict()
 
