@@ -16,7 +16,7 @@ from .metrics import METRICS
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .registry import Batch, Given, Metric, Row, Score
 from .retrieval import Found, Retrieval, retrieval_ranks, retrieval_scores, retrieval_seconds, retrieve
-from .table import Comparison, as_text, comparison, table
+from .table import Comparison, as_text, comparison, difference, table
 from .words import as_words, words_as_concepts
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "comparison",
     "concept_jaccard",
     "concept_jaccard_by_chance",
+    "difference",
     "evaluate",
     "firing_agreement",
     "latent_use",
