@@ -9,10 +9,13 @@ from .agreement import firing_agreement
 from .codes import Codes, StreamCode
 from .concepts import Carried, LatentNames, TopSamples, latents_of_one_concept, name_latents, top_samples
 from .evaluation import Evaluation, evaluate
+from .formats import as_csv, as_latex, as_markdown, write_comparison
 from .jaccard import above_chance, concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
 from .matching import match_latents, matched, rename_latents
 from .metrics import METRICS
+from .plots import write_plots
+from .raw import evaluate_raw
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .registry import Batch, Given, Metric, Row, Score
 from .retrieval import Found, Retrieval, retrieval_ranks, retrieval_scores, retrieval_seconds, retrieve
@@ -37,6 +40,9 @@ __all__ = [
     "StreamCode",
     "TopSamples",
     "above_chance",
+    "as_csv",
+    "as_latex",
+    "as_markdown",
     "as_text",
     "as_words",
     "comparison",
@@ -44,6 +50,7 @@ __all__ = [
     "concept_jaccard_by_chance",
     "difference",
     "evaluate",
+    "evaluate_raw",
     "firing_agreement",
     "latent_use",
     "latents_of_one_concept",
@@ -61,4 +68,6 @@ __all__ = [
     "table",
     "top_samples",
     "words_as_concepts",
+    "write_comparison",
+    "write_plots",
 ]

@@ -14,13 +14,23 @@ from torch.nn.functional import embedding_bag
 
 from .codes import StreamCode, check_code, firing_counts, parts
 from .registry import Given, Metric, Row, Score, Sizes
+from .resampling import Resampling
 
 try:
     from sparc_fast import _cpu
 except ImportError:  # installed without the compiled module
     _cpu = None  # type: ignore[assignment]
 
-__all__ = ["RETRIEVAL", "Found", "Retrieval", "retrieval_ranks", "retrieval_scores", "retrieval_seconds", "retrieve"]
+__all__ = [
+    "RETRIEVAL",
+    "Found",
+    "Retrieval",
+    "drawn_retrieval",
+    "retrieval_ranks",
+    "retrieval_scores",
+    "retrieval_seconds",
+    "retrieve",
+]
 
 FIGURES = "n", "r1", "r5", "r10", "median_rank", "mrr", "n_candidates"
 LONG = 10  # seconds of retrieval that are announced
@@ -366,9 +376,12 @@ def _mean(field: str) -> Callable[[Mapping[Any, Retrieval]], float]:
 
 
 def _resample(given: Given, found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Tensor]:
-    """Queries are drawn; what each is compared with stays."""
-    resampling = given.resampling
-    assert resampling is not None
+    assert given.resampling is not None
+    return drawn_retrieval(found, given.resampling)
+
+
+def drawn_retrieval(found: Mapping[Any, Retrieval], resampling: Resampling) -> Mapping[str, Tensor]:
+    """Scores of several retrievals together, each [B]. Queries are drawn; what each is compared with stays."""
     drawn = {key: resampling.zeros() for key in ("r1", "r5", "r10", "median_rank", "mrr")}
     for one in found.values():
         if one.ranks is None:
@@ -405,7 +418,8 @@ def _rows(models: Mapping[str, Mapping[tuple[str, str], Retrieval]]) -> Iterator
     for (query, candidate), one in first.items():
         cells = {}
         for name, found in models.items():
-            r = found[query, candidate]
+            if (r := found.get((query, candidate))) is None:
+                continue
             cells[name] = f"{r.r1:.3f} / {r.r5:.3f} / {r.r10:.3f} · {r.median_rank:.0f} · {r.mrr:.3f}"
         meaning = (
             f"R@1 / R@5 / R@10 · median rank · MRR of finding a sample's {candidate} code from its {query} code, "

@@ -164,7 +164,9 @@ def _notes(rows: Sequence[Row], runs: Mapping[str, Sequence[Evaluation]]) -> lis
                 above, width = apart
                 good = (above > 0) == (row.better == "higher")
                 found["noise" if abs(above) <= width else "better" if good else "worse"].append(row.name)
-        words = [f"better in {len(found['better'])} scores"] if found["better"] else []
+        words = (
+            [f"better in {len(found['better'])} of {sum(map(len, found.values()))} scores"] if found["better"] else []
+        )
         words += [f"worse in {'; '.join(found['worse'])}"] if found["worse"] else []
         words += [f"within noise in {'; '.join(found['noise'])}"] if found["noise"] else []
         if words:
