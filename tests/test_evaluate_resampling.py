@@ -47,7 +47,7 @@ def test_a_resampled_score_is_that_of_the_drawn_samples(
 
 
 def test_chance_is_resampled_with_its_shuffle() -> None:
-    from sparc_fast.evaluate.jaccard import _jaccard, _shuffles
+    from sparc_fast.evaluate.jaccard import _shuffles, mean_jaccard
 
     N, B = 40, 5
     model, (inputs, labels) = model_of(), data_of(N)
@@ -58,7 +58,7 @@ def test_chance_is_resampled_with_its_shuffle() -> None:
     for b in range(B):
         rows = torch.repeat_interleave(torch.arange(N), drawn[:, b])
         of_rows = {name: (v[rows], i[rows]) for name, (v, i) in shuffled.items()}
-        chance = float(_jaccard(of_rows, labels[rows], 20).mean())
+        chance = float(mean_jaccard(of_rows, labels[rows], 20).mean())
         assert float(found.resampled["jaccard_chance"][b]) == pytest.approx(chance, rel=1e-5)
         jaccard = float(found.resampled["jaccard_single"][b])
         assert float(found.resampled["alignment"][b]) == pytest.approx((jaccard - chance) / (1 - chance), rel=1e-4)

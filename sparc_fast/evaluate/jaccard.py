@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,17 +40,27 @@ def concept_jaccard(codes: Codes, labels: Tensor, n_latents: int) -> Tensor:
     codes it measures alignment. Even there, latents that fire often meet the labels' base rates in every
     stream, and so agree a little without a common meaning: compare with `concept_jaccard_by_chance`.
     """
-    return _jaccard(codes, labels, n_latents)
+    check_labels(labels, check_codes(codes, n_latents))
+    return mean_jaccard(codes, labels, n_latents)
 
 
-def concept_jaccard_by_chance(codes: Codes, labels: Tensor, n_latents: int, seed: int = 0) -> Tensor:
+def concept_jaccard_by_chance(
+    codes: Codes, labels: Tensor, n_latents: int, seed: int = 0, shuffle: Literal["streams", "labels"] = "streams"
+) -> Tensor:
     """`concept_jaccard` after each stream's samples are shuffled on their own, [L].
 
     The shuffle keeps how often each latent fires and breaks what it fires for, so this is the score that
     frequency alone earns. Alignment is what `concept_jaccard` scores above it.
+
+    With shuffle="labels" the labels move among samples, the same way for all streams. That keeps too which samples fire
+    a latent in both of two streams, and is what *joint* codes earn by their shared support without any meaning.
     """
-    orders = [order.to(labels.device) for order in _shuffles(len(codes), len(labels), seed)]
-    return _jaccard(codes, labels, n_latents, orders)
+    check_labels(labels, check_codes(codes, n_latents))
+    if shuffle not in ("streams", "labels"):
+        raise ValueError(f'shuffle must be "streams" or "labels", got {shuffle!r}')
+    orders = _shuffles(len(codes) if shuffle == "streams" else 1, len(labels), seed)
+    orders = [order.to(labels.device) for order in orders]
+    return mean_jaccard(codes, labels, n_latents, orders * (len(codes) // len(orders)))
 
 
 def _shuffles(S: int, N: int, seed: int = 0) -> list[Tensor]:
@@ -58,18 +69,25 @@ def _shuffles(S: int, N: int, seed: int = 0) -> list[Tensor]:
     return [torch.randperm(N, generator=generator, device="cpu") for _ in range(S)]
 
 
-def _jaccard(codes: Codes, labels: Tensor, n_latents: int, orders: Sequence[Tensor] | None = None) -> Tensor:
-    check_labels(labels, check_codes(codes, n_latents))
+def mean_jaccard(
+    codes: Codes,
+    labels: Tensor,
+    n_latents: int,
+    orders: Sequence[Tensor] | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """`concept_jaccard` of labels and orders as `label_counts` takes them, by default active where a label fires."""
+    given, found = active, torch.zeros(len(codes), n_latents, dtype=torch.bool, device=labels.device)
     pairs = list(combinations(range(len(codes)), 2))
     shape = (len(pairs), n_latents)
     shared = torch.zeros(shape, dtype=torch.float64, device=labels.device)
     union = torch.zeros_like(shared)
-    active = torch.zeros(len(codes), n_latents, dtype=torch.bool, device=labels.device)
     for _, counts in label_counts(codes, labels, n_latents, orders):
-        active |= (counts > 0).any(dim=2)
+        found |= (counts > 0).any(dim=2)
         for p, (s, t) in enumerate(pairs):
             shared[p] += torch.minimum(counts[s], counts[t]).sum(dim=1, dtype=torch.float64)
             union[p] += torch.maximum(counts[s], counts[t]).sum(dim=1, dtype=torch.float64)
+    active = found if given is None else given
     total = torch.zeros(n_latents, dtype=torch.float64, device=labels.device)
     n_pairs = torch.zeros_like(total)
     for p, (s, t) in enumerate(pairs):

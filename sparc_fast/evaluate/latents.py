@@ -54,6 +54,11 @@ class LatentUse:
         return self.frequency.shape[1] - self.n_alive - self.n_dead
 
     @property
+    def n_alive_in(self) -> tuple[int, ...]:
+        """Latents alive in exactly 0, 1, ... S streams."""
+        return tuple(torch.bincount(self.alive.sum(dim=0), minlength=len(self.streams) + 1).tolist())
+
+    @property
     def dead(self) -> dict[str, int]:
         """Number of dead latents of each stream."""
         return {name: int(n) for name, n in zip(self.streams, (~self.alive).sum(dim=1), strict=True)}
