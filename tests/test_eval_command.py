@@ -268,6 +268,24 @@ def test_runs_that_differ_in_their_seed_alone_are_one_column_with_an_interval_ov
     assert "models must be at least one, got none" in capsys.readouterr().err
 
 
+def test_a_hierarchy_of_the_labels_names_gives_alignment_by_depth_as_table_and_picture(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kinds.csv").write_text("\n".join(["label", *(f"kind {n % 5}" for n in range(N))]))
+    parents = {f"kind {n}": f"group {n % 2}" for n in range(5)} | {"group 0": "all", "group 1": "all"}
+    (tmp_path / "tree.json").write_text(json.dumps(parents))
+    command = [folder / "run", "--data", folder / "held_out", "--metrics", "concepts_by_depth"]
+    known = ["--hierarchy", tmp_path / "tree.json", "--labels", tmp_path / "kinds.csv"]
+    assert run(*command, *known, "--plots", tmp_path / "plots", "--resamples", "0") == 0
+    printed = capsys.readouterr().out
+    assert all(f"Depth {depth}" in printed for depth in range(3))
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["depth.png", "depth.svg"]
+    assert run(*command) == 1
+    assert "metric 'concepts_by_depth' must be given a hierarchy, got none" in capsys.readouterr().err
+    assert run(*command, *known[:2]) == 1
+    assert "--hierarchy must be of --labels that are names" in capsys.readouterr().err
+
+
 def test_raw_features_are_compared_where_streams_have_one_width(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ from sparc_fast.data.readers import Source
 from sparc_fast.evaluate import (
     METRICS,
     Evaluation,
+    Hierarchy,
     as_text,
     comparison,
     evaluate,
@@ -39,7 +40,7 @@ from sparc_fast.evaluate import (
 )  # fmt: skip
 from sparc_fast.evaluate.formats import FORMATS as TABLE_FORMATS
 from sparc_fast.evaluate.formats import check_endings
-from sparc_fast.evaluate.labels import as_groups, as_ids, as_labels
+from sparc_fast.evaluate.labels import as_groups, as_ids, as_labels, as_named_labels
 from sparc_fast.evaluate.plots import check_plots
 from sparc_fast.evaluate.resampling import RESAMPLES
 from sparc_fast.evaluate.table import Evaluated
@@ -120,6 +121,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resamples", type=int, default=RESAMPLES,
         help="how often samples, or groups, are drawn anew for the intervals; 0: none (%(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--hierarchy", metavar="FILE",
+        help="of the labels' names, for metrics by depth: JSON, Open Images' or of the name above each name",
+    )  # fmt: skip
     parser.add_argument("--raw", action="store_true", help="also retrieval by the inputs of streams of one width")
     printed = parser.add_mutually_exclusive_group()
     for form, words in (("json", "all figures as JSON"), ("csv", "the table as CSV"), ("latex", "the table as LaTeX"),
@@ -159,12 +164,13 @@ def run(arguments: argparse.Namespace) -> int:
         labels, groups = _known_of_samples(arguments, files)
         if files.matched is not None:
             print(files.matched, file=sys.stderr, flush=True)
+        hierarchy = _hierarchy(arguments, files.n_rows)
         train, train_labels = _training_samples(arguments, first, opened)
         columns = _with_baselines(models, joined, train, arguments)
         for name, model in columns.items():
             found = evaluate(
                 model.to(device), files, labels, metrics=arguments.metrics, groups=groups,
-                train=train, train_labels=train_labels, retrieval=not arguments.no_retrieval,
+                hierarchy=hierarchy, train=train, train_labels=train_labels, retrieval=not arguments.no_retrieval,
                 resamples=arguments.resamples, zero_rows=arguments.zero_rows, memory=memory,
             )  # fmt: skip
             evaluations[name] = replace(found, single_codes={})  # of all models they would be many
@@ -230,6 +236,20 @@ def _by_settings(evaluations: Mapping[str, Evaluation], joined: Mapping[str, Seq
         else:
             columns[name] = found
     return columns
+
+
+def _hierarchy(arguments: argparse.Namespace, n: int) -> tuple[Hierarchy, Sequence[str]] | None:
+    """It, and the name of each label."""
+    if arguments.hierarchy is None:
+        return None
+    found, path = Hierarchy.read(arguments.hierarchy), Path(arguments.data[0])
+    if arguments.labels is not None:
+        rows = n if arguments.label_ids is None else len(as_ids(arguments.label_ids, "--label-ids"))
+        return found, as_named_labels(arguments.labels, (rows,))[1]
+    labels = FeatureFolder(path).labels(arguments.split, FEWEST) if is_feature_folder(path) else None
+    if labels is None:
+        raise ValueError("--hierarchy must be of --labels that are names, or of a folder's labels, got none")
+    return found, labels[1]
 
 
 def _training_samples(

@@ -38,8 +38,8 @@ def write_plots(
     """Write the pictures for which there are figures into a folder, each whole or not at all.
 
     Of several runs the first is drawn. latents.*: how many latents have which concept alignment above chance and firing
-    agreement; r2.*: variance explained of each stream (column) by the code of each (row); retrieval.*: recall at K, the
-    mean over all pairs of streams.
+    agreement; depth.*: alignment above chance by depth of a hierarchy; r2.*: variance explained of each stream (column)
+    by the code of each (row); retrieval.*: recall at K, the mean over all pairs of streams.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -49,7 +49,7 @@ def write_plots(
     check_plots(folder)
     firsts = {name: one if isinstance(one, Evaluation) else one[0] for name, one in evaluations.items()}
     paths = []
-    for name, draw in {"latents": _latents, "r2": _r2, "retrieval": _retrieval}.items():
+    for name, draw in {"latents": _latents, "depth": _depth, "r2": _r2, "retrieval": _retrieval}.items():
         if (figure := draw(firsts)) is None:
             continue
         for ending in endings:
@@ -91,6 +91,22 @@ def _latents(evaluations: Mapping[str, Evaluation]) -> Figure | None:
             one.stairs(counts, edges, label=name, color=color, linewidth=1.4)
         one.set(xlabel=words, ylabel="latents", yscale="symlog", ylim=(0, None))
         one.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _depth(evaluations: Mapping[str, Evaluation]) -> Figure | None:
+    """Alignment of labels lifted to each depth of their hierarchy."""
+    found = {name: e["concepts_by_depth"] for name, e in evaluations.items() if e.results.get("concepts_by_depth")}
+    if not found:
+        return None
+    figure, (one,) = _figure(1, 5)
+    for color, (name, by_depth) in zip(_colors(len(found)), found.items(), strict=True):
+        heights = [at.corrected for at in by_depth]
+        one.plot(range(len(heights)), heights, marker="o", label=name, color=color, linewidth=1.6)
+    one.axhline(0, color="#b5b1a8", linestyle=":", linewidth=1)
+    one.set_xticks(range(len(heights)))
+    one.set(xlabel="depth of the labels", ylabel="concept alignment above chance")
+    one.legend(frameon=False, fontsize=7)
     return figure
 
 
