@@ -25,6 +25,7 @@ from sparc_fast.evaluate import (
     comparison,
     concept_jaccard,
     concept_jaccard_by_chance,
+    difference,
     evaluate,
     firing_agreement,
     latent_use,
@@ -229,14 +230,14 @@ def test_tokens_are_samples_with_the_labels_and_groups_of_theirs() -> None:
     assert evaluate(model, tokens, of_tokens).retrieval == evaluate(model, inputs).retrieval
 
 
-def test_groups_change_retrieval_and_nothing_else() -> None:
+def test_groups_change_retrieval_and_intervals_and_nothing_else() -> None:
     model, (inputs, labels) = model_of(), data_of(20)
     alone, grouped = evaluate(model, inputs, labels), evaluate(model, inputs, labels, groups=torch.arange(20) // 4)
     single = alone.single_codes
     for (a, b), scores in grouped.retrieval.items():
         expected = retrieval_scores(single[a], single[b], model.n_latents, torch.arange(20) // 4)
         assert scores == expected != alone.retrieval[a, b]
-    without = [{**found.to_dict(), "retrieval": None, "scores": None} for found in (alone, grouped)]
+    without = [{**found.to_dict(), **dict.fromkeys(("retrieval", "scores", "intervals"))} for found in (alone, grouped)]
     assert without[0] == without[1]
     assert evaluate(model, inputs, labels, groups=range(20)).to_dict() == alone.to_dict()
 
@@ -444,6 +445,48 @@ def test_the_table_compares_models_by_column_and_dashes_what_is_missing() -> Non
     assert by_key["nmse_self"].better == "lower"
     assert by_key["jaccard_joint"].better == "neither"
     assert all(row.meaning.endswith(".") for row in rows)
+
+
+def test_differences_are_resampled_on_the_same_samples_and_those_within_noise_are_said() -> None:
+    drawn = torch.linspace(-1, 1, 50, dtype=torch.float64)
+    spread = float(drawn.std())
+
+    def found(r1: float, shared: float, own: float, mrr: float = 0.5) -> Evaluation:
+        one = replace(evaluation_of().retrieval["a", "b"], r1=r1, mrr=mrr)
+        resampled = {"r1": r1 + shared * drawn + own * drawn.flip(0), "mrr": mrr + 0 * drawn}
+        return replace(evaluation_of(retrieval={("a", "b"): one}), resampled=resampled)
+
+    ours, theirs = found(0.50, 0.2, 0.0), found(0.45, 0.2, 0.01, mrr=0.6)
+    above, width = difference(ours, theirs, "r1")  # type: ignore[misc]
+    assert above == pytest.approx(0.05)
+    assert width == pytest.approx(1.96 * 0.01 * spread), "what both share does not count"
+    rows = table({"ours": ours, "theirs": theirs, "alike": found(0.49, 0.2, 0.05)})
+    by_key = {row.key: row for row in rows}
+    assert by_key["r1"].cells["ours"] == f"0.500 ±{1.96 * 0.2 * spread:.3f}"
+    assert by_key["agreement"].cells["ours"] == "1.000", "it was not resampled"
+    assert rows.notes == [
+        "± 95 % interval over samples, of one seed",
+        "ours against theirs: better in 1 of 2 scores, worse in Retrieval MRR",
+        "ours against alike: within noise in Retrieval R@1; Retrieval MRR",
+    ]
+    assert difference(ours, theirs, "agreement") is None
+    assert "better in 1 of 2 scores" in rows._repr_html_()
+
+
+def test_several_seeds_are_a_column_of_their_mean_and_widen_its_interval() -> None:
+    drawn = torch.linspace(-0.01, 0.01, 50, dtype=torch.float64)
+    runs = []
+    for r1 in (0.4, 0.5, 0.6):
+        one = replace(evaluation_of().retrieval["a", "b"], r1=r1)
+        runs.append(replace(evaluation_of(retrieval={("a", "b"): one}), resampled={"r1": r1 + drawn}))
+    rows = comparison({"three": runs, "one": runs[0]})
+    row = next(row for row in rows if row.key == "r1")
+    samples, seeds = 1.96 * float(drawn.std()), 4.303 * 0.1 / math.sqrt(3)
+    assert row.values == pytest.approx({"three": 0.5, "one": 0.4})
+    assert row.intervals == pytest.approx({"three": math.hypot(samples, seeds), "one": samples})
+    assert rows.notes[0] == "± 95 % interval over samples and up to 3 seeds"
+    assert "within noise in" in rows.notes[1]
+    assert rows[-1].section == "Reconstruction, source to target"
 
 
 def test_the_table_of_no_models_has_no_columns() -> None:

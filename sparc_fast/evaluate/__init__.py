@@ -17,6 +17,7 @@ from .cofiring import cofiring_iou, energy_share, firing_entropy
 from .concepts import Carried, LatentNames, TopSamples, latents_of_one_concept, name_latents, top_samples
 from .dictionary import dictionary_of
 from .evaluation import Evaluation, evaluate
+from .formats import as_csv, as_latex, as_markdown, write_comparison
 from .hierarchy import Hierarchy
 from .interventions import Ablations, Intervention, intervene, probe_effects
 from .jaccard import Concepts, above_chance, concept_jaccard, concept_jaccard_by_chance
@@ -24,14 +25,16 @@ from .latents import LatentUse, latent_use
 from .matching import match_latents, matched, rename_latents
 from .metrics import METRICS
 from .monosemanticity import Monosemanticity, mono_score
+from .plots import write_plots
 from .probe_1d import Probe1D, probe_1d, split_samples
 from .probes import Probe, average_precision, linear_probe, mlp_probe
 from .purity import Purity, class_purity
+from .raw import evaluate_raw
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .recovery import Recovery, SyntheticStreams, feature_recovery, synthetic_streams
 from .registry import Batch, Given, Metric, Row, Score
 from .retrieval import Found, Retrieval, retrieval_ranks, retrieval_scores, retrieval_seconds, retrieve
-from .table import Comparison, as_text, comparison, table
+from .table import Comparison, as_text, comparison, difference, table
 from .words import as_words, words_as_concepts
 
 __all__ = [
@@ -65,6 +68,9 @@ __all__ = [
     "TopSamples",
     "above_chance",
     "alignment_by_depth",
+    "as_csv",
+    "as_latex",
+    "as_markdown",
     "as_text",
     "as_words",
     "average_precision",
@@ -77,8 +83,10 @@ __all__ = [
     "concept_jaccard",
     "concept_jaccard_by_chance",
     "dictionary_of",
+    "difference",
     "energy_share",
     "evaluate",
+    "evaluate_raw",
     "feature_recovery",
     "firing_agreement",
     "firing_entropy",
@@ -107,4 +115,6 @@ __all__ = [
     "table",
     "top_samples",
     "words_as_concepts",
+    "write_comparison",
+    "write_plots",
 ]

@@ -63,9 +63,9 @@ def firings(code: StreamCode) -> tuple[Tensor, Tensor, Tensor]:
     return samples, indices[samples, slots].long(), values[samples, slots]
 
 
-def parts(n: int, row_bytes: int) -> Iterator[slice]:
+def parts(n: int, row_bytes: int, chunk_bytes: int | None = None) -> Iterator[slice]:
     """All of n rows in order, so many at a time that work of so many bytes a row stays within a chunk."""
-    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    step = max(1, (chunk_bytes or CHUNK_BYTES) // max(1, row_bytes))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,12 +26,16 @@ from .latents import LatentUse
 from .metrics import METRICS
 from .reconstruction import Reconstructed
 from .registry import Batch, Given, Metric, Need, Sizes, choose
+from .resampling import RESAMPLES, Resampling
 from .retrieval import Retrieval
 
 if TYPE_CHECKING:
     from ..model import SPARC
 
-__all__ = ["Evaluation", "codes_alone", "evaluate"]
+__all__ = ["Evaluation", "codes_alone", "evaluate", "half_width"]
+
+LEAST_CHUNK, PIECES = 2**17, 12  # bytes of a piece of work on resamplings, and how many such pieces there are at a time
+Z = 1.96  # normal quantile of the 95 % interval
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +54,8 @@ class Evaluation:
     metrics: tuple[Metric, ...]
     results: Mapping[str, Any]
     single_codes: Codes = field(default_factory=dict)
+    resampled: Mapping[str, Tensor] = field(default_factory=dict)
+    """By each score's key its value in each resampling of the samples, float64 [B]."""
 
     def __getitem__(self, metric: str) -> Any:
         if metric not in self.results:
@@ -120,6 +126,14 @@ class Evaluation:
                 found[score.key] = value if value is not None and math.isfinite(value) else None
         return found
 
+    def intervals(self) -> dict[str, float | None]:
+        """Half the width of each score's 95 % interval over samples: 1.96 standard deviations of its resampled values.
+
+        It says what other samples of the same kind, or other groups where there are groups, would change; not what
+        other training seeds would. In retrieval queries are drawn and candidates stay. None without resampling.
+        """
+        return {key: half_width(self.resampled.get(key)) for key in self.scores()}
+
     def to_dict(self) -> dict[str, Any]:
         """The summary numbers as plain JSON; undefined ones are null."""
         summary: dict[str, Any] = {
@@ -128,6 +142,8 @@ class Evaluation:
             "n_latents": self.n_latents,
             "scores": self.scores(),
         }
+        if self.resampled:
+            summary["intervals"] = self.intervals()
         for metric in self.metrics:
             if metric.details is not None and (result := self.results[metric.key]) is not None:
                 summary.update(metric.details(result))
@@ -136,6 +152,14 @@ class Evaluation:
     def _concepts(self, key: str = "concepts") -> Concepts | None:
         found: Concepts | None = self.results.get(key)
         return found
+
+
+def half_width(resampled: Tensor | None) -> float | None:
+    """Of the 95 % interval of a score with these values in resamplings, [B]."""
+    if resampled is None or len(resampled) < 2:
+        return None
+    width = Z * float(resampled.std())
+    return width if math.isfinite(width) else None
 
 
 @torch.no_grad()
@@ -151,6 +175,7 @@ def evaluate(
     train_labels: PerSample | None = None,
     batch_size: int = 1024,
     retrieval: bool = True,
+    resamples: int = RESAMPLES,
     zero_rows: Literal["keep", "absent"] = "keep",
     memory: int | str = "4GiB",
     say: Callable[[str], object] | None = None,
@@ -175,6 +200,7 @@ def evaluate(
         hierarchy: of the labels, for metrics that need one.
         train, train_labels: the training split, for metrics that learn something first; given like inputs and labels.
         retrieval: False leaves it out of the default metrics.
+        resamples: how often samples, or groups where given, are drawn anew for the intervals; 0 leaves them out.
         zero_rows: samples of which a stream is 0 throughout are evaluated as they are, "keep", or left out, "absent".
         memory: bytes, or a size such as "8GiB", to take beside the model and the inputs, codes included.
         say: is told beforehand, in a sentence, when retrieval will take more than some seconds; by default it is
@@ -196,18 +222,26 @@ def evaluate(
     if both and train is not None and train_labels is None and labels is not None:
         raise ValueError(f"train_labels must be given for {', '.join(both)}, got None")
     computed = [metric for metric in chosen if all(there.get(need, True) for need in metric.needs)]
-    run = _Run(model, computed, batch_size, zero_rows, as_bytes(memory, "memory"), memory)
+    if resamples and resamples < 2:
+        raise ValueError(f"resamples must be at least 2, or 0 for no intervals, got {resamples}")
+    run = _Run(model, computed, batch_size, zero_rows, as_bytes(memory, "memory"), memory, resamples)
     was_training = model.training
     model.eval()
     try:
         given = run.given(inputs, labels, groups, say or _to_stderr)
         given.hierarchy = hierarchy
         if train is not None and any("train" in metric.needs for metric in computed):
-            given.train = run.given(train, train_labels, None, given.say, "train_labels")
+            given.train = replace(run, resamples=0).given(train, train_labels, None, given.say, "train_labels")
         results = {metric.key: metric.compute(given) if metric in computed else None for metric in chosen}
+        resampled: dict[str, Tensor] = {}
+        for metric in computed if given.resampling is not None and given.n_samples else ():
+            if metric.resample is not None and results[metric.key] is not None:
+                resampled.update(metric.resample(given, results[metric.key]))
     finally:
         model.train(was_training)
-    return Evaluation(tuple(model.streams), given.n_samples, model.n_latents, chosen, results, given.single)
+    return Evaluation(
+        tuple(model.streams), given.n_samples, model.n_latents, chosen, results, given.single, resampled
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -261,10 +295,11 @@ def _check_inputs(model: SPARC, inputs: Mapping[str, Tensor] | AlignedFiles) -> 
 
 
 class _Rows(NamedTuple):
-    """How many samples are read, and how many of them encoded, at a time."""
+    """How many samples are read, and how many of them encoded, at a time; bytes of a piece of work on resamplings."""
 
     read: int
     encoded: int
+    chunk_bytes: int
 
 
 @dataclass(eq=False)
@@ -277,6 +312,7 @@ class _Run:
     zero_rows: str
     room: int
     memory: int | str
+    resamples: int = 0
 
     def given(
         self,
@@ -296,15 +332,22 @@ class _Run:
         group_of = None if groups is None else as_groups(groups, leading)
         rows = self._rows_at_once(inputs, N, 0 if truth is None else truth.shape[1])
         kept: list[Tensor] = []
+        resampling = None
+        if self.resamples:
+            resampling = Resampling(N, self.resamples, group_of, chunk_bytes=rows.chunk_bytes)
 
         def batches() -> Iterator[Batch]:
-            first = 0
+            first = read = 0
             kept.clear()
             for batch, complete in _batches(model, inputs, N, rows, self.zero_rows):
                 n = len(batch[model.streams[0]])
-                kept.append(torch.ones(n, dtype=torch.bool, device="cpu") if complete is None else complete.cpu())
-                yield Batch(model, batch, slice(first, first + n))
-                first += n
+                here = torch.ones(n, dtype=torch.bool, device="cpu") if complete is None else complete.cpu()
+                kept.append(here)
+                weights = None
+                if resampling is not None:
+                    weights = resampling.weights(read + here.nonzero()[:, 0]).to(model.W_enc.device)
+                yield Batch(model, batch, slice(first, first + n), weights)
+                first, read = first + n, read + len(here)
 
         given = Given(model, N, batches, say=say)
         self._pass(given, N)
@@ -313,7 +356,8 @@ class _Run:
         if not which.all():
             truth = None if truth is None else truth[which]
             group_of = None if group_of is None else group_of[which]
-        given.labels, given.groups = truth, group_of
+            resampling = None if resampling is None else resampling[which]
+        given.labels, given.groups, given.resampling = truth, group_of, resampling
         return given
 
     def _needs(self, need: Need) -> bool:
@@ -342,15 +386,19 @@ class _Run:
         """Such that all of it fits: what is kept, and beside it a batch, and after it what metrics take."""
         model = self.model
         S, k, L, itemsize = len(model.streams), model.k, model.n_latents, model.W_enc.dtype.itemsize
-        sizes = Sizes(N, S, k, L, n_labels, sum(model.d_streams.values()))
+        sizes = Sizes(N, S, k, L, n_labels, sum(model.d_streams.values()), self.resamples)
         kept = 2**25 + 2 * N * n_labels  # and what the allocator holds back
         kept += sum(metric.kept(sizes) for metric in self.metrics if metric.kept is not None)
+        if self.resamples:
+            kept += N * (self.resamples + 16)
         if self._needs("single"):
             kept += N * S * k * (itemsize + 4)
         if self._needs("joint"):
             kept += N * k * (S + 4 * (S if model.selection == "local" else 1))
         work = max((metric.work(sizes) for metric in self.metrics if metric.work is not None), default=0)
         work += min(96 * N * k, CHUNK_BYTES) + 96 * S * L  # a part of the work
+        if self.resamples:
+            work = max(work, PIECES * max(LEAST_CHUNK, 8 * N))
         readers = list(inputs.readers.values()) if isinstance(inputs, AlignedFiles) else []
         stored = sum(reader.row_bytes for reader in readers) or 4 * sizes.D
         wide = max(4, itemsize)
@@ -363,7 +411,8 @@ class _Run:
         half = (self.room - kept - copies) // 2
         read = min(min(half, 2**25) // stored, 2**27 // encoded)  # more at a time is no faster
         together = max(1, min(self.batch_size, half // encoded, read))
-        return _Rows(max(1, read // together) * together, together)
+        chunk = max(LEAST_CHUNK, min(CHUNK_BYTES, (self.room - kept) // PIECES))
+        return _Rows(max(1, read // together) * together, together, chunk)
 
 
 def _batches(

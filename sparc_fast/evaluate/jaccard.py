@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .codes import CHUNK_BYTES, Codes, check_codes, check_labels, firing_counts, label_counts
 from .registry import Given, Metric, Score, Sizes
+from .resampling import Resampling, drawn_firings, drawn_sums, firing_keys, latent_blocks
 
 __all__ = [
     "CONCEPTS",
@@ -57,12 +58,15 @@ def concept_jaccard_by_chance(
     check_labels(labels, check_codes(codes, n_latents))
     if shuffle not in ("streams", "labels"):
         raise ValueError(f'shuffle must be "streams" or "labels", got {shuffle!r}')
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    orders = [
-        torch.randperm(len(labels), generator=generator, device="cpu").to(labels.device)
-        for _ in (codes if shuffle == "streams" else range(1))
-    ]
+    orders = _shuffles(len(codes) if shuffle == "streams" else 1, len(labels), seed)
+    orders = [order.to(labels.device) for order in orders]
     return mean_jaccard(codes, labels, n_latents, orders * (len(codes) // len(orders)))
+
+
+def _shuffles(S: int, N: int, seed: int = 0) -> list[Tensor]:
+    """For each stream the row that counts as each sample's."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return [torch.randperm(N, generator=generator, device="cpu") for _ in range(S)]
 
 
 def mean_jaccard(
@@ -136,6 +140,77 @@ def _compute_joint(given: Given) -> Concepts:
     return Concepts(jaccard, torch.zeros_like(jaccard), (fired > 0).any(dim=0))
 
 
+def _resampled(codes: Codes, labels: Tensor, n_latents: int, resampling: Resampling, shuffled: bool = False) -> Tensor:
+    """The sum over latents of `concept_jaccard` in each resampling, [B]: counts of labels are of the drawn samples."""
+    of_streams = list(codes.values())
+    S, (N, C) = len(of_streams), labels.shape
+    pairs = list(combinations(range(S), 2))
+    orders = [order.argsort() for order in _shuffles(S, N)] if shuffled else [None] * S
+    total = resampling.zeros()
+    degree = labels.sum(dim=1)
+    first = degree.cumsum(0) - degree
+    carried = labels.nonzero()[:, 1]
+    for latents in latent_blocks(of_streams, n_latents, resampling, int(degree.max()) if N else 0):
+        l = latents.stop - latents.start
+        cells, samples = [], []
+        for code, order in zip(of_streams, orders, strict=True):
+            keys = firing_keys(code, latents, resampling.chunk_bytes, order)
+            sample = keys % max(N, 1)
+            times = degree[sample]
+            of_key = torch.repeat_interleave(times)
+            within = torch.arange(len(of_key), device="cpu") - (times.cumsum(0) - times)[of_key]
+            cell = (keys // max(N, 1))[of_key] * C + carried[first[sample[of_key]] + within]
+            cell, place = cell.sort(stable=True)
+            cells.append(cell)
+            samples.append(sample[of_key][place])
+        known = torch.unique(torch.cat(cells))
+        offsets = [torch.searchsorted(cell, known) for cell in cells]
+        latent = known // max(C, 1)
+        for some, weights in resampling.pieces(4 * (S + 2) * len(known)):
+            counts = [drawn_sums(x, o, weights) for x, o in zip(samples, offsets, strict=True)]
+            like = weights.new_zeros(l, weights.shape[1])
+            sums = [like.index_add(0, latent, c) for c in counts]
+            jaccard, n_pairs = torch.zeros_like(like), torch.zeros_like(like)
+            for s, t in pairs:
+                shared = like.index_add(0, latent, torch.minimum(counts[s], counts[t]))
+                both = (sums[s] > 0) & (sums[t] > 0)
+                jaccard += torch.where(both, shared / (sums[s] + sums[t] - shared).clamp_min(1), 0)
+                n_pairs += both
+            total[some] += (jaccard / n_pairs.clamp_min(1)).sum(dim=0, dtype=torch.float64)
+    return total
+
+
+def _alive(codes: Codes, n_latents: int, resampling: Resampling) -> Tensor:
+    """Latents that fire in any stream, in each resampling, [B]."""
+    alive = resampling.zeros()
+    for some, counts in drawn_firings(list(codes.values()), n_latents, resampling):
+        alive[some] += (counts > 0).any(dim=0).sum(dim=0)
+    return alive
+
+
+def _resample(given: Given, found: Concepts) -> Mapping[str, Tensor]:
+    assert given.labels is not None
+    assert given.resampling is not None
+    L, arguments = given.n_latents, (given.single, given.labels, given.n_latents, given.resampling)
+    total, chance = _resampled(*arguments), _resampled(*arguments, shuffled=True)
+    return {
+        "alignment": (total - chance) / (L - chance),
+        "jaccard_single": total / L,
+        "jaccard_single_alive": total / _alive(given.single, L, given.resampling),
+        "jaccard_chance": chance / L,
+    }
+
+
+def _resample_joint(given: Given, found: Concepts) -> Mapping[str, Tensor]:
+    assert given.labels is not None
+    assert given.resampling is not None
+    total = _resampled(given.joint, given.labels, given.n_latents, given.resampling)
+    return {
+        "jaccard_joint": total / given.n_latents,
+        "jaccard_joint_alive": total / _alive(given.joint, given.n_latents, given.resampling),
+    }
+
+
 def _work(sizes: Sizes) -> int:
     """The counts of all labels, with those of a pair."""
     return 3 * min(4 * sizes.S * sizes.L * sizes.C, CHUNK_BYTES)
@@ -184,6 +259,7 @@ CONCEPTS = Metric(
     ),
     needs=frozenset({"single", "labels"}),
     default=True,
+    resample=_resample,
     work=_work,
 )
 
@@ -212,5 +288,6 @@ CONCEPTS_JOINT = Metric(
     ),
     needs=frozenset({"joint", "labels"}),
     default=True,
+    resample=_resample_joint,
     work=_work,
 )

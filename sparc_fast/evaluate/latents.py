@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .codes import Codes, check_codes, firing_counts
 from .registry import Given, Metric, Score
+from .resampling import drawn_firings
 
 __all__ = ["LATENTS", "LatentUse", "latent_use"]
 
@@ -83,6 +84,27 @@ def _details(use: LatentUse) -> Mapping[str, Any]:
     return {"dead_latents": use.dead, "active_per_sample": use.active_per_sample}
 
 
+def _resample(given: Given, use: LatentUse) -> Mapping[str, Tensor]:
+    resampling = given.resampling
+    assert resampling is not None
+    everywhere, nowhere, fired = resampling.zeros(), resampling.zeros(), resampling.zeros()
+    for some, counts in drawn_firings(list(given.single.values()), given.n_latents, resampling):
+        alive = counts > 0
+        everywhere[some] += alive.all(dim=0).sum(dim=0)
+        nowhere[some] += (~alive.any(dim=0)).sum(dim=0)
+        fired[some] += counts.sum(dim=(0, 1), dtype=torch.float64)
+    n = resampling.zeros()
+    for some, weights in resampling.pieces():
+        n[some] = weights.sum(dim=0, dtype=torch.float64)
+    L = given.n_latents
+    return {
+        "alive": everywhere / L,
+        "mixed": 1 - (everywhere + nowhere) / L,
+        "dead": nowhere / L,
+        "active": fired / (n * len(given.streams)),
+    }
+
+
 LATENTS = Metric(
     "latents",
     "Latents that are alive in all streams, in some, or in none, and how many fire for a sample.",
@@ -123,5 +145,6 @@ LATENTS = Metric(
     ),
     needs=frozenset({"single"}),
     default=True,
+    resample=_resample,
     details=_details,
 )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import Batch, Given, Metric, Row, Score
+from .registry import Batch, Given, Metric, Row, Score, Sizes
 
 __all__ = ["RECONSTRUCTION", "Reconstructed", "Reconstruction", "nmse_from_errors", "r2_from_errors", "squared_error"]
 
@@ -95,23 +95,80 @@ class Reconstructed:
     r2: Tensor
 
 
+class _Resampled:
+    """The sums of a `Reconstruction`, in each of B resamplings of its samples."""
+
+    def __init__(self) -> None:
+        self._origin = self._n = self._error = self._relative = self._sum = self._squares = torch.zeros(
+            (), dtype=torch.float64, device="cpu"
+        )
+
+    def add(self, error: Tensor, x: Tensor, weights: Tensor) -> None:
+        """error [S, n], x [n, D], weights [n, B]."""
+        if not len(x):
+            return
+        if not self._n.ndim:
+            self._origin = x[0].double()
+        for errors, rows, w in zip(
+            torch.split(error, ROWS, 1), torch.split(x, ROWS), torch.split(weights, ROWS), strict=True
+        ):
+            power = rows.double().square().sum(dim=1)
+            relative = torch.where(power > 0, errors / power.where(power > 0, 1), 0)
+            apart = rows.double() - self._origin
+            squares, w64 = apart.square().sum(dim=1), w.double()
+            self._n = self._n.to(x.device) + w64.sum(dim=0)
+            self._error = self._error.to(x.device) + errors @ w64
+            self._relative = self._relative.to(x.device) + relative @ w64
+            self._sum = self._sum.to(x.device) + (w.T @ apart.float()).double()
+            self._squares = self._squares.to(x.device) + squares @ w64
+
+    @property
+    def nmse(self) -> Tensor:
+        """[S, B]"""
+        return (self._relative / self._n).cpu()
+
+    @property
+    def r2(self) -> Tensor:
+        """[S, B]"""
+        variation = self._squares - self._sum.square().sum(dim=1) / self._n
+        return torch.where(variation > 0, 1 - self._error / variation, torch.nan).cpu()
+
+
 class _Watch:
     """Every stream from every stream, a batch at a time."""
 
     def __init__(self, given: Given) -> None:
         self.targets = {name: Reconstruction() for name in given.streams}
+        self.resampled = {name: _Resampled() for name in given.streams}
 
     def see(self, batch: Batch) -> None:
         for target, found in self.targets.items():
             truth = batch.truth[target]
-            errors = [squared_error(truth, batch.decoded(source, target)) for source in self.targets]
-            found.add(torch.stack(errors), truth)
+            errors = torch.stack([squared_error(truth, batch.decoded(source, target)) for source in self.targets])
+            found.add(errors, truth)
+            if batch.weights is not None:
+                self.resampled[target].add(errors, truth, batch.weights)
 
 
 def _compute(given: Given) -> Reconstructed:
     targets = given.watched["reconstruction"].targets.values()
     nmse, r2 = (torch.stack([getattr(found, what).cpu() for found in targets], dim=1) for what in ("nmse", "r2"))
     return Reconstructed(given.streams, nmse, r2)
+
+
+def _resample(given: Given, found: Reconstructed) -> Mapping[str, Tensor]:
+    sums = given.watched["reconstruction"].resampled.values()
+    own = torch.eye(len(found.streams), dtype=torch.bool, device="cpu")
+    drawn = {}
+    for what in ("nmse", "r2"):
+        matrices = torch.stack([getattr(of_target, what) for of_target in sums], dim=1)  # [S, S, B]
+        drawn[f"{what}_self"], drawn[f"{what}_cross"] = matrices[own].mean(dim=0), matrices[~own].mean(dim=0)
+    return drawn
+
+
+def _kept(sizes: Sizes) -> int:
+    """The sums of each dimension, in each resampling."""
+    return 8 * sizes.B * (sizes.D + 3 * sizes.S**2)
 
 
 def _own(matrix: Tensor) -> float:
@@ -182,6 +239,8 @@ RECONSTRUCTION = Metric(
     ),
     default=True,
     watch=_Watch,
+    resample=_resample,
+    kept=_kept,
     details=_details,
     rows=_rows,
 )

@@ -61,7 +61,7 @@ class Row:
 
 
 class Sizes(NamedTuple):
-    """Of an evaluation: samples, streams, latents on, latents, labels, and all widths together."""
+    """Of an evaluation: samples, streams, latents on, latents, labels, all widths together, and resamplings."""
 
     N: int
     S: int
@@ -69,6 +69,7 @@ class Sizes(NamedTuple):
     L: int
     C: int
     D: int
+    B: int
 
 
 @dataclass(eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from torch.nn.functional import embedding_bag
 from . import codes as chunks
 from .codes import StreamCode, check_code, firing_counts, parts
 from .registry import Given, Metric, Row, Score, Sizes
+from .resampling import Resampling
 
 try:
     from sparc_fast import _cpu
@@ -27,12 +28,14 @@ __all__ = [
     "Found",
     "Retrieval",
     "RowSource",
+    "drawn_retrieval",
     "retrieval_ranks",
     "retrieval_scores",
     "retrieval_seconds",
     "retrieve",
 ]
 
+FIGURES = "n", "r1", "r5", "r10", "median_rank", "mrr", "n_candidates"
 LONG = 10  # seconds of retrieval that are announced
 TIE = 1e-6  # cosines closer than this are equal: float32 products of equal rows differ by rounding
 # seconds on one core: for a product that is added up, for a pair that is compared, and for a product by plain PyTorch;
@@ -76,19 +79,23 @@ class Retrieval:
     median_rank: float
     mrr: float
     n_candidates: int
+    ranks: Tensor | None = field(default=None, repr=False, compare=False)
+    """float64 [n]"""
+    queries: Tensor | None = field(default=None, repr=False, compare=False)
+    """Which samples they are of, int64 [n]; None: all."""
 
     @staticmethod
-    def from_ranks(ranks: Tensor, n_candidates: int | None = None) -> Retrieval:
+    def from_ranks(ranks: Tensor, n_candidates: int | None = None, queries: Tensor | None = None) -> Retrieval:
         """Of one rank a query; there are as many candidates unless another number is given."""
         n = len(ranks)
         n_candidates = n if n_candidates is None else n_candidates
         if n == 0:
             nan = float("nan")
             return Retrieval(0, nan, nan, nan, nan, nan, n_candidates)
-        ranks = ranks.double().sort().values
+        given, ranks = ranks, ranks.double().sort().values
         r1, r5, r10 = (float((ranks <= top).double().mean()) for top in (1, 5, 10))
         median = (ranks[(n - 1) // 2] + ranks[n // 2]) / 2
-        return Retrieval(n, r1, r5, r10, float(median), float((1 / ranks).mean()), n_candidates)
+        return Retrieval(n, r1, r5, r10, float(median), float((1 / ranks).mean()), n_candidates, given, queries)
 
 
 def retrieval_scores(
@@ -109,7 +116,8 @@ def retrieval_scores(
     ranks = _ranks(a, b, groups, chunk)
     if groups is None:
         return Retrieval.from_ranks(ranks)
-    return Retrieval.from_ranks(ranks[a.first_of_copies(groups)], int(b.first_of_copies(groups).sum()))
+    queries = a.first_of_copies(groups).nonzero()[:, 0]
+    return Retrieval.from_ranks(ranks[queries], int(b.first_of_copies(groups).sum()), queries)
 
 
 def retrieval_ranks(
@@ -429,13 +437,39 @@ def _mean(field: str) -> Callable[[Mapping[Any, Retrieval]], float]:
     return value
 
 
+def _resample(given: Given, found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Tensor]:
+    assert given.resampling is not None
+    return drawn_retrieval(found, given.resampling)
+
+
+def drawn_retrieval(found: Mapping[Any, Retrieval], resampling: Resampling) -> Mapping[str, Tensor]:
+    """Scores of several retrievals together, each [B]. Queries are drawn; what each is compared with stays."""
+    drawn = {key: resampling.zeros() for key in ("r1", "r5", "r10", "median_rank", "mrr")}
+    for one in found.values():
+        if one.ranks is None:
+            return {}
+        ranks, order = one.ranks.cpu().double().sort()
+        queries = order if one.queries is None else one.queries.cpu()[order]
+        top = torch.stack([*((ranks <= K).double() for K in (1, 5, 10)), 1 / ranks])
+        for some, all_weights in resampling.pieces(40 * len(ranks)):
+            weights = all_weights[queries].double()
+            upto = weights.cumsum(0)
+            n = upto[-1]
+            for key, total in zip(("r1", "r5", "r10", "mrr"), top @ weights, strict=True):
+                drawn[key][some] += total / n
+            middle = torch.stack([((n - 1) / 2).floor(), (n / 2).floor()], dim=1)
+            places = torch.searchsorted(upto.T.contiguous(), middle, right=True).clamp_max(len(ranks) - 1)
+            drawn["median_rank"][some] += ranks[places].mean(dim=1)
+    return {key: values / len(found) for key, values in drawn.items()} if found else {}
+
+
 def _details(found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Any]:
     def plain(value: float) -> float | None:
         return value if math.isfinite(value) else None
 
     return {
         "retrieval": {
-            f"{query} -> {candidate}": {key: plain(value) for key, value in vars(one).items()}
+            f"{query} -> {candidate}": {key: plain(getattr(one, key)) for key in FIGURES}
             for (query, candidate), one in found.items()
         }
     }
@@ -446,7 +480,8 @@ def _rows(models: Mapping[str, Mapping[tuple[str, str], Retrieval]]) -> Iterator
     for (query, candidate), one in first.items():
         cells = {}
         for name, found in models.items():
-            r = found[query, candidate]
+            if (r := found.get((query, candidate))) is None:
+                continue
             cells[name] = f"{r.r1:.3f} / {r.r5:.3f} / {r.r10:.3f} · {r.median_rank:.0f} · {r.mrr:.3f}"
         meaning = (
             f"R@1 / R@5 / R@10 · median rank · MRR of finding a sample's {candidate} code from its {query} code, "
@@ -488,6 +523,7 @@ RETRIEVAL = Metric(
     ),
     needs=frozenset({"single"}),
     default=True,
+    resample=_resample,
     details=_details,
     rows=_rows,
     work=_work,
