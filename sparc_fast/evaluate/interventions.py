@@ -13,7 +13,7 @@ from torch import Tensor
 from sparc_fast.codes import SparseLatents
 
 from .codes import CHUNK_BYTES, StreamCode, check_code, check_codes, parts
-from .dictionary import dictionary_of
+from .dictionary import along_rows, dictionary_of
 from .kept_inputs import InputsOnCPU, bytes_of_inputs
 from .probes import linear_probe
 from .purity import class_purity
@@ -53,9 +53,9 @@ class Ablations:
         values, indices = code
         if residual.shape != (len(values), D):
             raise ValueError(f"residual must be [N={len(values)}, D={D}], got {list(residual.shape)}")
-        for rows in parts(len(values), 16 * values.shape[1] * (D + 8)):
+        for rows in parts(len(values), 8 * values.shape[1] * (D + 8)):
             latents, z = indices[rows].long(), values[rows].double().relu()
-            along = torch.einsum("nkd,nd->nk", self.dictionary[latents].double(), residual[rows].double())
+            along = along_rows(self.dictionary, latents, residual[rows]).double()
             moved = z * z * self._squares[latents]
             self._moved.scatter_add_(0, latents.flatten(), moved.flatten())
             self._worse.scatter_add_(0, latents.flatten(), (2 * z * along + moved).flatten())
