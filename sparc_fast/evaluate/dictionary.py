@@ -28,6 +28,6 @@ def dictionary_of(model: SPARC, stream: str) -> Tensor:
 
 
 def along_rows(dictionary: Tensor, latents: Tensor, x: Tensor) -> Tensor:
-    """dictionary[latents[n, j]] . x[n] of latents [n, k] and x [n, D], [n, k]; in float32, or a dictionary's float64."""
+    """dictionary[latents[n, j]] . x[n] of latents [n, k] and x [n, D], [n, k]; float32, or a dictionary's float64."""
     kind = torch.promote_types(dictionary.dtype, torch.float32)
     return torch.bmm(dictionary[latents].to(kind), x.to(kind)[..., None])[..., 0]

@@ -41,8 +41,11 @@ class Ablations:
             raise ValueError(f"dictionary must be [L, D], got {list(dictionary.shape)}")
         self.dictionary = dictionary
         self.n = 0
-        self._squares = dictionary.double().square().sum(dim=1)
-        self._moved, self._worse = (torch.zeros_like(self._squares) for _ in range(2))
+        self._squares, self._moved, self._worse = (
+            torch.zeros(len(dictionary), dtype=torch.float64, device=dictionary.device) for _ in range(3)
+        )
+        for some in parts(len(dictionary), 16 * dictionary.shape[1]):
+            self._squares[some] = dictionary[some].detach().double().square().sum(dim=1)
         self._fired = torch.zeros(len(dictionary), dtype=torch.int64, device=dictionary.device)
 
     @torch.no_grad()
