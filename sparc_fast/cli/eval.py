@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--metrics", type=_names, metavar="NAME,NAME",
-        help=f"of {', '.join(metric.key for metric in METRICS)} (default: "
+        help=f"all, or of {', '.join(metric.key for metric in METRICS)} (default: "
         f"{', '.join(metric.key for metric in METRICS if metric.default)})",
     )  # fmt: skip
     parser.add_argument(
@@ -200,8 +200,8 @@ def _show(evaluations: Mapping[str, Evaluated], n: int, arguments: argparse.Name
         write_plots(evaluations, arguments.plots)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _names(text: str) -> str | tuple[str, ...]:
+    return text if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _joined(texts: Sequence[str], models: dict[str, SPARC]) -> dict[str, list[str]]:
