@@ -202,8 +202,10 @@ def _show(evaluations: Mapping[str, Evaluated], n: int, arguments: argparse.Name
 
 def _names(texts: Sequence[str] | None) -> str | tuple[str, ...] | None:
     """Names with commas or spaces between them."""
-    if texts is None or texts == ["all"]:
-        return texts and "all"
+    if texts is None:
+        return None
+    if texts == ["all"]:
+        return "all"
     return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
 
 
