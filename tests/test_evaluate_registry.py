@@ -55,7 +55,7 @@ def test_what_no_metric_needs_is_neither_encoded_nor_decoded_nor_kept(monkeypatc
 def test_an_unknown_name_says_which_are_near_and_a_text_is_no_list_of_names() -> None:
     model, (inputs, _) = model_of(), data_of(4)
     for asked, words in (
-        (("retreival",), r"metrics must be of concepts, .*, got 'retreival' \(near: retrieval"),
+        (("retreival",), r"metrics must be of concepts, .*, got 'retreival' \(near: .*retrieval"),
         (("xxxx",), r"got 'xxxx'$"),
         ("agreement", r"metrics must be a sequence of names, such as \('agreement',\), got the text 'agreement'"),
         (("agreement", "concepts"), "metric 'concepts' must be given labels, got none"),

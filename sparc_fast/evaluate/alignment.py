@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .codes import CHUNK_BYTES, Codes, check_codes, check_labels, firing_counts
 from .hierarchy import Hierarchy
-from .jaccard import Concepts, concept_jaccard, concept_jaccard_by_chance, mean_jaccard
+from .jaccard import Concepts, concept_jaccard, concept_jaccard_by_chance, drawn_jaccard, mean_jaccard
 from .registry import Given, Metric, Row, Score, Sizes
 
 __all__ = [
@@ -116,6 +116,20 @@ def _compute(given: Given) -> tuple[Concepts, ...]:
     return alignment_by_depth(given.single, given.labels, concepts, hierarchy, given.n_latents)
 
 
+def _resample(given: Given, found: tuple[Concepts, ...]) -> Mapping[str, Tensor]:
+    assert given.labels is not None
+    assert given.resampling is not None
+    hierarchy, concepts = _hierarchy(given)
+    total, L = given.resampling.zeros(), given.n_latents
+    for depth in range(1, len(found)):
+        lifted = hierarchy.at_depth(given.labels, concepts, depth)[0]
+        jaccard, chance = (
+            drawn_jaccard(given.single, lifted, L, given.resampling, shuffled=shuffled) for shuffled in (False, True)
+        )
+        total += (jaccard - chance) / (L - chance)
+    return {"alignment_by_depth": total / (len(found) - 1)} if len(found) > 1 else {}
+
+
 def _details(found: tuple[Concepts, ...]) -> Mapping[str, Any]:
     return {
         "alignment_by_depth": {
@@ -176,6 +190,7 @@ CONCEPTS_BY_DEPTH = Metric(
         ),
     ),
     needs=frozenset({"single", "labels", "hierarchy"}),
+    resample=_resample,
     details=_details,
     rows=_rows,
     work=_work,

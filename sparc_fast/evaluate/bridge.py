@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .codes import CHUNK_BYTES, StreamCode, by_latent, check_codes, parts
+from .codes import CHUNK_BYTES, ByLatent, StreamCode, by_latent, check_codes, parts
 from .dictionary import dictionary_of
 from .registry import Given, Metric, Score, Sizes
 
@@ -88,38 +87,60 @@ def bridge_pairs(
 ) -> list[BridgePair]:
     """The pairs of latents of the largest Bridge Score, the best first; of equal ones those of lower latents.
 
-    Exact. Only latents that fire together for some sample have one. It takes N k^2 products, some rows of B at a time.
+    Exact. Only latents that fire together for some sample have one. It takes N k^2 products, some rows of B at a time,
+    and directions of those pairs alone that fire together often enough.
     """
     L = _check(a, b, dictionary_a, dictionary_b)
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
     N, device, k = len(a[0]), dictionary_a.device, b[0].shape[1]
     entries = by_latent(a, L)
-    best: list[tuple[float, int, int]] = []  # a heap, the least in front
-    for latents, some in entries.blocks(max(8 * L, 48 * k)):
-        rows = latents.stop - latents.start
+    norms = [dictionary.double().norm(dim=1) for dictionary in (dictionary_a, dictionary_b)]
+    best = torch.zeros(0, dtype=torch.float64, device=device)  # falling
+    where = torch.zeros(0, dtype=torch.int64, device=device)  # l L + m of each
+    for latents, some in entries.blocks(48 * k):
         lengths = entries.offsets[latents.start : latents.stop + 1].diff()
-        latent = torch.repeat_interleave(torch.arange(rows, device=device), lengths)
-        together = torch.zeros(rows * L, dtype=torch.float64, device=device)
-        for run in parts(len(latent), 48 * k):
-            at = slice(some.start + run.start, some.start + run.stop)
-            samples = entries.samples[at].long()
-            products = entries.values[at].double()[:, None] * b[0][samples].double().relu()
-            cells = latent[run, None] * L + b[1][samples].long()
-            together.scatter_add_(0, cells.flatten(), products.flatten())
-        pairs = together.nonzero()[:, 0]
-        scores = together[pairs] / max(N, 1)
-        for run in parts(len(pairs), 32 * dictionary_a.shape[1]):
-            mine, other = dictionary_a[latents.start + pairs[run] // L], dictionary_b[pairs[run] % L]
-            scores[run] *= (mine.double() * other.double()).sum(dim=1)
-        order = scores.argsort(descending=True, stable=True)[:top]
-        for place, score in zip(pairs[order].tolist(), scores[order].tolist(), strict=True):
-            pair = (score, -(latents.start + place // L), -(place % L))
-            if len(best) < top:
-                heapq.heappush(best, pair)
-            elif pair > best[0]:
-                heapq.heapreplace(best, pair)
-    return [BridgePair(-l, -m, score) for score, l, m in sorted(best, reverse=True)]
+        latent = torch.repeat_interleave(torch.arange(latents.start, latents.stop, device=device), lengths)
+        pairs, together = _together(latent * L, entries, some, b, slice(latents.start * L, latents.stop * L))
+        most = together / max(N, 1) * norms[0][pairs // L] * norms[1][pairs % L]  # where they point alike
+        order = most.argsort(descending=True)
+        for run in torch.split(order, max(4096, top)) if len(order) else ():
+            if len(best) == top and most[run[0]] < best[-1]:
+                break
+            found = together[run] / max(N, 1)
+            for part in parts(len(run), 32 * dictionary_a.shape[1]):
+                mine, other = dictionary_a[pairs[run[part]] // L], dictionary_b[pairs[run[part]] % L]
+                found[part] *= (mine.double() * other.double()).sum(dim=1)
+            where, place = torch.cat([where, pairs[run]]).sort()
+            best, kept = torch.cat([best, found])[place].sort(descending=True, stable=True)
+            best, where = best[:top], where[kept[:top]]
+    return [BridgePair(w // L, w % L, score) for w, score in zip(where.tolist(), best.tolist(), strict=True)]
+
+
+def _together(rows: Tensor, entries: ByLatent, some: slice, b: StreamCode, bounds: slice) -> tuple[Tensor, Tensor]:
+    """Cells of the matrix, within these bounds, that are not 0, ascending, and the sum over samples of z_a z_b in each.
+
+    rows: the first cell of each entry's row.
+    """
+    n_cells = bounds.stop - bounds.start
+    k = b[0].shape[1]
+    runs = list(parts(len(rows), 48 * k))
+    is_dense = len(runs) > 1 or 2 * len(rows) * k > n_cells
+    dense = torch.zeros(n_cells if is_dense else 0, dtype=torch.float64, device=rows.device)
+    cells, products = rows.new_zeros(0), dense[:0]
+    for run in runs:
+        at = slice(some.start + run.start, some.start + run.stop)
+        samples = entries.samples[at].long()
+        products = (entries.values[at].double()[:, None] * b[0][samples].double().relu()).flatten()
+        cells = (rows[run, None] + b[1][samples].long()).flatten()
+        if is_dense:
+            dense.scatter_add_(0, cells - bounds.start, products)
+    if is_dense:
+        cells = dense.nonzero()[:, 0]
+        return cells + bounds.start, dense[cells]
+    cells, place = torch.unique(cells[products > 0], return_inverse=True)
+    sums = torch.zeros(len(cells), dtype=torch.float64, device=rows.device)
+    return cells, sums.scatter_add_(0, place, products[products > 0])
 
 
 def _directions(code: StreamCode, rows: slice, dictionary: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .codes import Codes, check_codes, firing_counts, parts
 from .registry import Given, Metric, Score
+from .resampling import drawn_sums, firing_keys, latent_blocks
 
 __all__ = ["COFIRING", "Cofiring", "cofiring_iou", "energy_share", "firing_entropy"]
 
@@ -94,6 +96,30 @@ def _compute(given: Given) -> Cofiring:
     )
 
 
+def _resample(given: Given, found: Cofiring) -> Mapping[str, Tensor]:
+    """Firings summed anew in each resampling; which latents are alive too."""
+    resampling, codes = given.resampling, list(given.single.values())
+    assert resampling is not None
+    S, N, L = len(codes), max(resampling.n, 1), given.n_latents
+    iou, entropy, alive = (resampling.zeros() for _ in range(3))
+    for latents in latent_blocks(codes, L, resampling):
+        l = latents.stop - latents.start
+        keys = [firing_keys(code, latents, resampling.chunk_bytes) for code in codes]
+        some_stream, times = torch.unique(torch.cat(keys), return_counts=True)
+        keys += [some_stream, some_stream[times == S]]
+        offsets = [torch.searchsorted(key, torch.arange(l, device="cpu") * N) for key in keys]
+        samples = [key % N for key in keys]
+        for drawn, weights in resampling.pieces(4 * len(keys) * l):
+            *of_streams, union, common = (drawn_sums(x, o, weights) for x, o in zip(samples, offsets, strict=True))
+            counts = torch.stack(of_streams)
+            share = counts / counts.sum(dim=0).clamp_min(1)
+            iou[drawn] += (common / union.clamp_min(1)).sum(dim=0, dtype=torch.float64)
+            entropy[drawn] += torch.special.entr(share).sum(dim=(0, 1), dtype=torch.float64)
+            alive[drawn] += (union > 0).sum(dim=0)
+    drawn_scores = {"cofiring_iou": iou / alive}
+    return drawn_scores if S == 1 else {**drawn_scores, "firing_entropy": entropy / alive / math.log(S)}
+
+
 COFIRING = Metric(
     "cofiring",
     "In which streams, each encoded alone, latents fire, together or apart, and with how much of their energy.",
@@ -127,4 +153,5 @@ COFIRING = Metric(
         ),
     ),
     needs=frozenset({"single"}),
+    resample=_resample,
 )

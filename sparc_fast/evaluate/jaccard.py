@@ -140,7 +140,9 @@ def _compute_joint(given: Given) -> Concepts:
     return Concepts(jaccard, torch.zeros_like(jaccard), (fired > 0).any(dim=0))
 
 
-def _resampled(codes: Codes, labels: Tensor, n_latents: int, resampling: Resampling, shuffled: bool = False) -> Tensor:
+def drawn_jaccard(
+    codes: Codes, labels: Tensor, n_latents: int, resampling: Resampling, shuffled: bool = False
+) -> Tensor:
     """The sum over latents of `concept_jaccard` in each resampling, [B]: counts of labels are of the drawn samples."""
     of_streams = list(codes.values())
     S, (N, C) = len(of_streams), labels.shape
@@ -192,7 +194,7 @@ def _resample(given: Given, found: Concepts) -> Mapping[str, Tensor]:
     assert given.labels is not None
     assert given.resampling is not None
     L, arguments = given.n_latents, (given.single, given.labels, given.n_latents, given.resampling)
-    total, chance = _resampled(*arguments), _resampled(*arguments, shuffled=True)
+    total, chance = drawn_jaccard(*arguments), drawn_jaccard(*arguments, shuffled=True)
     return {
         "alignment": (total - chance) / (L - chance),
         "jaccard_single": total / L,
@@ -204,7 +206,7 @@ def _resample(given: Given, found: Concepts) -> Mapping[str, Tensor]:
 def _resample_joint(given: Given, found: Concepts) -> Mapping[str, Tensor]:
     assert given.labels is not None
     assert given.resampling is not None
-    total = _resampled(given.joint, given.labels, given.n_latents, given.resampling)
+    total = drawn_jaccard(given.joint, given.labels, given.n_latents, given.resampling)
     return {
         "jaccard_joint": total / given.n_latents,
         "jaccard_joint_alive": total / _alive(given.joint, given.n_latents, given.resampling),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +30,8 @@ class Probe1D:
     concepts: Tensor
     latents: Tensor
     log_loss: Tensor
+    held_out: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Of each concept the samples [n] that log_loss is the mean of, and that of each, [n]."""
 
     @property
     def mean(self) -> float:
@@ -74,6 +77,7 @@ def probe_1d(
     row = torch.full((N,), -1, dtype=torch.int64, device=labels.device)
     chosen = torch.full(frequent.shape, -1, dtype=torch.int64, device=labels.device)
     losses = torch.zeros(frequent.shape, dtype=torch.float64, device=labels.device)
+    held_out = []
     for place, concept in enumerate(frequent.tolist()):
         carried = labels[:, concept]
         generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + concept)
@@ -97,13 +101,14 @@ def probe_1d(
             rms = x[:, part == 0].square().mean(dim=1, keepdim=True).sqrt()
             x = x / rms.where(rms > 0, 1)
         fit = _fit(x[:, part == 0], y[part == 0])
-        validation, test = (_log_loss(x[:, part == p], y[part == p], fit) for p in (1, 2))
+        validation, test = (_log_losses(x[:, part == p], y[part == p], fit) for p in (1, 2))
+        each = torch.full_like(y[part == 2], math.log(2))
         if len(candidates):
-            best = int(validation.nan_to_num(torch.inf).argmin())
-            chosen[place], losses[place] = candidates[best], test[best]
-        else:
-            losses[place] = torch.log(torch.tensor(2.0, dtype=torch.float64, device="cpu"))
-    return Probe1D(frequent, chosen, losses)
+            best = int(validation.mean(dim=1).nan_to_num(torch.inf).argmin())
+            chosen[place], each = candidates[best], test[best]
+        losses[place] = each.mean()
+        held_out.append((samples[part == 2], each))
+    return Probe1D(frequent, chosen, losses, tuple(held_out))
 
 
 def split_samples(n: int, shares: tuple[float, ...], groups: Tensor | None = None, seed: int = 0) -> Tensor:
@@ -190,10 +195,10 @@ def _penalised(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return (softplus(t) - t * y).sum(dim=1, keepdim=True) + w * w / 2
 
 
-def _log_loss(x: Tensor, y: Tensor, fit: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean over the columns, [rows]; nan without."""
+def _log_losses(x: Tensor, y: Tensor, fit: tuple[Tensor, Tensor]) -> Tensor:
+    """Of each row's fit for each column."""
     t = fit[0] * x + fit[1]
-    return (softplus(t) - t * y).mean(dim=1)
+    return softplus(t) - t * y
 
 
 def _computed(protocol: Literal["held_out", "sparc_paper"]) -> Callable[[Given], dict[str, Probe1D]]:
@@ -207,6 +212,20 @@ def _computed(protocol: Literal["held_out", "sparc_paper"]) -> Callable[[Given],
         }
 
     return compute
+
+
+def _resampled(key: str) -> Callable[[Given, Mapping[str, Probe1D]], Mapping[str, Tensor]]:
+    def resample(given: Given, found: Mapping[str, Probe1D]) -> Mapping[str, Tensor]:
+        """Held-out samples are drawn; what was fitted and chosen stays."""
+        resampling = given.resampling
+        assert resampling is not None
+        total = resampling.zeros()
+        for one in found.values():
+            drawn = [resampling.means(each, samples) for samples, each in one.held_out]
+            total += torch.stack(drawn).nanmean(dim=0) if drawn else torch.nan
+        return {key: total / len(found)}
+
+    return resample
 
 
 def _mean(found: Mapping[str, Probe1D]) -> float:
@@ -238,6 +257,7 @@ PROBE_1D = Metric(
         ),
     ),
     needs=frozenset({"single", "labels"}),
+    resample=_resampled("probe_1d"),
     details=_detailed("probe_1d"),
     work=_work,
 )
@@ -257,6 +277,7 @@ PROBE_1D_SPARC_PAPER = Metric(
         ),
     ),
     needs=frozenset({"single", "labels"}),
+    resample=_resampled("probe_1d_sparc_paper"),
     details=_detailed("probe_1d_sparc_paper"),
     work=_work,
 )

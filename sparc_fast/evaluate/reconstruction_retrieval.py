@@ -14,7 +14,7 @@ from sparc_fast.codes import SparseLatents
 from .codes import StreamCode
 from .kept_inputs import InputsOnDevice, bytes_of_inputs
 from .registry import Given, Metric, Row, Score, Sizes
-from .retrieval import LONG, Retrieval, retrieval_scores, retrieval_seconds
+from .retrieval import LONG, Retrieval, drawn_retrieval, retrieval_scores, retrieval_seconds
 
 if TYPE_CHECKING:
     from sparc_fast.model import SPARC
@@ -68,6 +68,16 @@ def _mean(field: str, own: bool) -> Callable[[Mapping[tuple[str, str], Retrieval
         return sum(values) / len(values) if values else math.nan
 
     return value
+
+
+def _resample(given: Given, found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Tensor]:
+    assert given.resampling is not None
+    own, cross = (
+        drawn_retrieval({pair: one for pair, one in found.items() if (pair[0] == pair[1]) is same}, given.resampling)
+        for same in (True, False)
+    )
+    drawn = {"self_recon_r1": own.get("r1"), "cross_recon_r1": cross.get("r1"), "cross_recon_mrr": cross.get("mrr")}
+    return {key: values for key, values in drawn.items() if values is not None}
 
 
 def _details(found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Any]:
@@ -129,6 +139,7 @@ RETRIEVAL_BY_RECONSTRUCTION = Metric(
     ),
     needs=frozenset({"single"}),
     watch=InputsOnDevice,
+    resample=_resample,
     details=_details,
     rows=_rows,
     kept=bytes_of_inputs,
