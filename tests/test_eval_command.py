@@ -205,6 +205,8 @@ def test_metrics_are_chosen_by_name_and_an_unknown_one_is_a_line(
     assert list(found["scores"]) == ["r1", "r5", "r10", "median_rank", "mrr", "agreement"]
     assert "intervals" not in found
     assert "nmse" not in found
+    assert run(*command, "retrieval", "agreement", "--resamples", "0") == 0
+    assert json.loads(capsys.readouterr().out)["run"] == found
     assert run(*command, "retreival") == 1
     assert "got 'retreival' (near: retrieval" in capsys.readouterr().err
 

@@ -65,6 +65,13 @@ def test_an_unknown_name_says_which_are_near_and_a_text_is_no_list_of_names() ->
             evaluate(model, inputs, metrics=asked)
 
 
+def test_all_metrics_are_those_whose_needs_are_there() -> None:
+    found = evaluate(model_of(), data_of(60)[0], metrics="all", resamples=0)
+    expected = [m.key for m in METRICS if not m.needs & {"labels", "hierarchy", "train"}]
+    assert list(found.results) == expected
+    assert all(key in found.scores() for key in ("agreement", "cofiring_iou", "r1"))
+
+
 def test_a_metric_of_ones_own_sees_samples_once_or_again_and_the_training_split() -> None:
     class Sum:
         def __init__(self, given: Given) -> None:

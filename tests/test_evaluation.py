@@ -40,6 +40,7 @@ from sparc_fast.evaluate.agreement import Agreement
 from sparc_fast.evaluate.jaccard import Concepts
 from sparc_fast.evaluate.reconstruction import Reconstructed
 
+DEFAULT = tuple(metric for metric in METRICS if metric.default)
 WIDTHS = {"image": 7, "text": 5, "sound": 3}
 
 
@@ -182,7 +183,7 @@ def test_without_labels_only_the_jaccard_scores_are_missing() -> None:
     found = evaluate(model_of(), inputs)
     assert found.jaccard_single is found.jaccard_joint is found.jaccard_chance is None
     missing = {key for key, value in found.scores().items() if value is None}
-    assert missing == {score.key for metric in METRICS if "labels" in metric.needs for score in metric.scores}
+    assert missing == {score.key for metric in DEFAULT if "labels" in metric.needs for score in metric.scores}
 
 
 def test_one_stream_has_no_cross_scores() -> None:
@@ -405,7 +406,7 @@ def evaluation_of(**changes: object) -> Evaluation:
             ("a", "b"), torch.tensor([[0.1, 0.5], [0.7, 0.3]]), torch.tensor([[0.9, 0.5], [0.3, 0.7]])
         ),
     }
-    return Evaluation(("a", "b"), 2, 2, METRICS, {**results, **changes}, {"a": code, "b": code})
+    return Evaluation(("a", "b"), 2, 2, DEFAULT, {**results, **changes}, {"a": code, "b": code})
 
 
 def test_scores_average_over_latents_streams_and_pairs() -> None:
@@ -436,7 +437,7 @@ def test_scores_average_over_latents_streams_and_pairs() -> None:
 
 def test_the_table_compares_models_by_column_and_dashes_what_is_missing() -> None:
     rows = table({"SPARC": evaluation_of(), "no labels": evaluation_of(concepts=None)})
-    assert [row.key for row in rows] == [score.key for metric in METRICS for score in metric.scores]
+    assert [row.key for row in rows] == [score.key for metric in DEFAULT for score in metric.scores]
     by_key = {row.key: row for row in rows}
     assert by_key["jaccard_single"].cells == {"SPARC": "0.300", "no labels": "–"}
     assert by_key["jaccard_single"].values["no labels"] is None

@@ -79,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", choices=get_args(Split), default="held_out", help="of a folder of features (%(default)s)"
     )
     parser.add_argument(
-        "--metrics", type=_names, metavar="NAME,NAME",
-        help=f"of {', '.join(metric.key for metric in METRICS)} (default: "
+        "--metrics", nargs="+", action="extend", metavar="NAME",
+        help=f"all, or of {', '.join(metric.key for metric in METRICS)} (default: "
         f"{', '.join(metric.key for metric in METRICS if metric.default)})",
     )  # fmt: skip
     parser.add_argument(
@@ -169,7 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
         columns = _with_baselines(models, joined, train, arguments)
         for name, model in columns.items():
             found = evaluate(
-                model.to(device), files, labels, metrics=arguments.metrics, groups=groups,
+                model.to(device), files, labels, metrics=_names(arguments.metrics), groups=groups,
                 hierarchy=hierarchy, train=train, train_labels=train_labels, retrieval=not arguments.no_retrieval,
                 resamples=arguments.resamples, zero_rows=arguments.zero_rows, memory=memory,
             )  # fmt: skip
@@ -200,8 +200,13 @@ def _show(evaluations: Mapping[str, Evaluated], n: int, arguments: argparse.Name
         write_plots(evaluations, arguments.plots)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _names(texts: Sequence[str] | None) -> str | tuple[str, ...] | None:
+    """Names with commas or spaces between them."""
+    if texts is None:
+        return None
+    if texts == ["all"]:
+        return "all"
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
 
 
 def _joined(texts: Sequence[str], models: dict[str, SPARC]) -> dict[str, list[str]]:

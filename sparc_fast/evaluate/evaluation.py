@@ -56,6 +56,8 @@ class Evaluation:
     single_codes: Codes = field(default_factory=dict)
     resampled: Mapping[str, Tensor] = field(default_factory=dict)
     """By each score's key its value in each resampling of the samples, float64 [B]."""
+    drawn: str = "samples"
+    """What is drawn in a resampling: "samples", or "groups" of them."""
 
     def __getitem__(self, metric: str) -> Any:
         if metric not in self.results:
@@ -192,8 +194,8 @@ def evaluate(
             tensor, array or list, a .npy file, or a column of a CSV, Parquet, Arrow or HDF5 file, "labels.csv:column"
             or (path, column), by default its only column or the one called "label". For [N, T, D_s] one a sample or
             one a token.
-        metrics: their names, keys of `METRICS`, or `Metric`s of your own; by default those that are marked so. What
-            none of them needs is neither computed nor kept.
+        metrics: their names, keys of `METRICS`, or `Metric`s of your own; "all": all that these arguments allow; by
+            default those that are marked so. What none of them needs is neither computed nor kept.
         groups: ids [N], given like labels, such as the image of a caption: in retrieval any sample of the query's
             group is right, the best of them counting, and equal rows of a group are one. By default a sample's own pair
             alone is.
@@ -240,7 +242,8 @@ def evaluate(
     finally:
         model.train(was_training)
     return Evaluation(
-        tuple(model.streams), given.n_samples, model.n_latents, chosen, results, given.single, resampled
+        tuple(model.streams), given.n_samples, model.n_latents, chosen, results, given.single, resampled,
+        "samples" if given.groups is None else "groups",
     )  # fmt: skip
 
 

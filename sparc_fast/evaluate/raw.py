@@ -38,4 +38,7 @@ def evaluate_raw(
     resampled: Mapping[str, Tensor] = {}
     if resamples and N:
         resampled = drawn_retrieval(found, Resampling(N, resamples, group_of))
-    return Evaluation(tuple(inputs), N, 0, (RETRIEVAL,), {"retrieval": found}, {}, resampled)
+    return Evaluation(
+        tuple(inputs), N, 0, (RETRIEVAL,), {"retrieval": found}, {}, resampled,
+        "samples" if groups is None else "groups",
+    )  # fmt: skip

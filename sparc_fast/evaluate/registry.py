@@ -179,13 +179,15 @@ class Metric:
 def choose(
     metrics: Sequence[str | Metric] | None, known: Sequence[Metric], there: Mapping[Need, bool]
 ) -> tuple[Metric, ...]:
-    """The metrics of these names, or the default ones; each once.
+    """The metrics of these names, each once; by default the default ones; "all": those whose needs are there.
 
     Raises:
         ValueError: a name that nobody has, with those that are near; or one whose needs are not `there`.
     """
     if metrics is None:
         return tuple(metric for metric in known if metric.default)
+    if metrics == "all":
+        return tuple(metric for metric in known if all(there.get(need, True) for need in metric.needs))
     if isinstance(metrics, str):
         raise ValueError(f"metrics must be a sequence of names, such as ({metrics!r},), got the text {metrics!r}")
     by_key = {metric.key: metric for metric in known}

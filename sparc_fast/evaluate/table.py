@@ -154,7 +154,8 @@ def _notes(rows: Sequence[Row], runs: Mapping[str, Sequence[Evaluation]]) -> lis
     if not any(width is not None for row in rows for width in row.intervals.values()):
         return []
     seeds = max(len(of_column) for of_column in runs.values())
-    notes = [f"± 95 % interval over samples{f' and up to {seeds} seeds' if seeds > 1 else ', of one seed'}"]
+    drawn = next((one.drawn for of_column in runs.values() for one in of_column if one.resampled), "samples")
+    notes = [f"± 95 % interval over {drawn}{f' and up to {seeds} seeds' if seeds > 1 else ', of one seed'}"]
     (first, ours), *others = runs.items()
     judged = [row for row in rows if row.better != "neither"]
     for name, theirs in others:
