@@ -25,5 +25,6 @@ def render_page(report: Report, pieces: str) -> str:
         counted=counted,
         pieces=pieces,
         sections=[(name, list(rows)) for name, rows in groupby(report.table, key=lambda row: row.section)],
+        table_notes=getattr(report.table, "notes", ()),
         table_columns=list(dict.fromkeys(column for row in report.table for column in row.cells)),
     )
