@@ -25,7 +25,7 @@ from sparc_fast.cli.eval import load
 from sparc_fast.data import FeatureFolder
 from sparc_fast.evaluate import Codes
 from sparc_fast.evaluate.localisation import mass_inside, pointing_game
-from sparc_fast.explain.folder import _codes
+from sparc_fast.explain.folder import codes_of
 from sparc_fast.extract.items import load_picture
 
 QUARTER = 112  # pixels of an emoji in a collage
@@ -67,7 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         fires = alone(model, encoder, folder, stream, chosen)
         for method in arguments.methods:
             found = heatmaps(
-                model, encoder, pictures, stream=stream, latents=(torch.ones_like(wanted).double(), wanted), method=method
+                model,
+                encoder,
+                pictures,
+                stream=stream,
+                latents=(torch.ones_like(wanted).double(), wanted),
+                method=method,
             )
             maps = np.stack([found.on_picture(n) for n in range(len(found))])
             hits = pointing_game(maps, masks)
@@ -75,14 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             said = f"{hits[fires].mean():.3f} of {fires.sum()} whose target fires it alone"
             print(
                 f"{stream}, {method}, {found.maps.shape[1]} x {found.maps.shape[2]}: {hits.mean():.3f} of {len(hits)}, "
-                f"{said}; mass above the median {mass.mean():.3f}; largest gap {found.gap.abs().max():.1e}", flush=True
+                f"{said}; mass above the median {mass.mean():.3f}; largest gap {found.gap.abs().max():.1e}",
+                flush=True,
             )
     return 0
 
 
 def latents_of_words(model: SPARC, folder: FeatureFolder) -> tuple[dict[str, int], dict[str, float]]:
     """word -> the latent whose firings on training samples have the largest F1 with it, and that F1."""
-    codes: Codes = _codes(model, folder, list(model.streams), "train")
+    codes: Codes = codes_of(model, folder, list(model.streams), "train")
     found = folder.labels("train", FEWEST)
     assert found is not None
     truth, words = torch.from_numpy(found[0]).float(), found[1]
@@ -136,9 +142,11 @@ def quarter(place: int) -> npt.NDArray[np.bool_]:
     return mask
 
 
-def alone(model: SPARC, encoder: object, folder: FeatureFolder, stream: str, chosen: Sequence[Collage]) -> npt.NDArray[np.bool_]:
+def alone(
+    model: SPARC, encoder: object, folder: FeatureFolder, stream: str, chosen: Sequence[Collage]
+) -> npt.NDArray[np.bool_]:
     """Whether each target's own picture fires the latent in a stream, as the folder's features have it."""
-    values, indices = _codes(model, folder, [stream], "all")[stream]
+    values, indices = codes_of(model, folder, [stream], "all")[stream]
     targets = torch.tensor([one.rows[one.quarter] for one in chosen])
     wanted = torch.tensor([[one.latent] for one in chosen])
     on: Tensor = ((indices[targets] == wanted) & (values[targets] > 0)).any(1)

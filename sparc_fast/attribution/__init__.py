@@ -2,7 +2,8 @@
 
 from .encoders import encoders_of
 from .heatmaps import Heatmaps, Method, heatmaps
-from .page import write_heatmaps
+from .look import Names, Sample, look_into, samples_of
+from .page import Looked, Seen, write_heatmaps
 from .region import Region, region_seen
 from .target import Latents, Target, strongest
 from .texts import TextMethod, WordScores, word_scores
@@ -10,14 +11,20 @@ from .texts import TextMethod, WordScores, word_scores
 __all__ = [
     "Heatmaps",
     "Latents",
+    "Looked",
     "Method",
+    "Names",
     "Region",
+    "Sample",
+    "Seen",
     "Target",
     "TextMethod",
     "WordScores",
     "encoders_of",
     "heatmaps",
+    "look_into",
     "region_seen",
+    "samples_of",
     "strongest",
     "word_scores",
     "write_heatmaps",

@@ -69,10 +69,11 @@ class WatchedAttention(TorchFunctionMode):
             return None
         weights, biases = weight.chunk(3), (None, None, None) if bias is None else bias.chunk(3)
         parts = [
-            F.linear(x, w, b).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)  # [n, heads, T, d]
+            F.linear(x, w, b).view(*x.shape[:2], heads, -1).permute(1, 2, 0, 3)  # [n, heads, T, d]
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
         ]
-        attended = self._attend(*parts, attn_mask=options.get("attn_mask"))
+        query, key, value = parts
+        attended = self._attend(query, key, value, options.get("attn_mask"))
         return F.linear(attended.permute(2, 0, 1, 3).flatten(2), out_weight, out_bias), None
 
 
@@ -83,5 +84,3 @@ def relevancy(attention: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tenso
     for A, gradient in zip(attention, gradients, strict=True):
         found = found + (gradient.float() * A.detach().float()).clamp(min=0).mean(1) @ found
     return found
-
-

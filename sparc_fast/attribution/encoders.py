@@ -70,7 +70,7 @@ def _encoder(config: StreamConfig, place: Path, device: torch.device, is_told: b
 
 
 def _check(encoder: Encoder, folder: FeatureFolder, stream: str) -> None:
-    about: Mapping[str, Any] = folder.streams[stream] if stream in folder.streams else {}
+    about: Mapping[str, Any] = folder.streams.get(stream, {})
     for what in ("weights_sha256", "module_sha256"):
         if (expected := about.get(what)) is not None and encoder.about.get(what) != expected:
             raise ValueError(

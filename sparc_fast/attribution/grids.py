@@ -1,4 +1,4 @@
-"""Where in a model a picture is still a grid of positions, found by watching it run, whatever its modules are called."""
+"""Where in a model a picture is still a grid of positions, found by watching it run, whatever modules are called."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Call:
 class Grid:
     """The last features of a picture that have positions, on the way to its row.
 
-    Tokens [n, prefix + h w, D], the first `prefix` being no positions; or maps [n, D, h, w], with `is_last` [n, h, w, D].
+    Tokens [n, prefix + h w, D], the first `prefix` being no positions; or maps [n, D, h, w], of `is_last` [n, h, w, D].
     """
 
     encoder: ModelEncoder
@@ -66,7 +66,8 @@ class Grid:
 
             def keep(_m: nn.Module, _i: Any, out: Any) -> None:
                 features = _features(out)
-                if features is not None and features.shape[0] == len(inputs) and features.shape[1:] == self.shape:
+                is_of_it = features is not None and features.requires_grad and len(features) == len(inputs)
+                if features is not None and is_of_it and features.shape[1:] == self.shape:
                     kept.append(features)
 
             for module in self.encoder.model.modules():
@@ -166,7 +167,11 @@ def _as_grid(encoder: ModelEncoder, call: _Call, inputs: Tensor) -> Grid | None:
     patch = patch_size(encoder.model)
     if patch is None:  # a square, behind tokens that are no patches
         side = math.isqrt(T)
-        return Grid(encoder, call, side, side, T - side**2, False, False, features.shape[1:], (1.0, 1.0)) if H == W else None
+        return (
+            Grid(encoder, call, side, side, T - side**2, False, False, features.shape[1:], (1.0, 1.0))
+            if H == W
+            else None
+        )
     h, w = H // patch[0], W // patch[1]
     covered = (h * patch[0] / H, w * patch[1] / W)
     while h * w > T and h > 1 and w > 1:  # patches are merged, two by two

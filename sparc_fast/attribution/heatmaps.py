@@ -71,7 +71,9 @@ class Heatmaps:
         x = ((np.arange(width) + 0.5) / across - left) / (right - left) * 2 - 1
         y = ((np.arange(height) + 0.5) / down - top) / (bottom - top) * 2 - 1
         places = torch.from_numpy(np.stack(np.meshgrid(x, y), axis=-1)[None].astype(np.float32))
-        found = F.grid_sample(self.maps[n][None, None], places, padding_mode="border", align_corners=False)[0, 0].numpy()
+        found = F.grid_sample(self.maps[n][None, None], places, padding_mode="border", align_corners=False)[
+            0, 0
+        ].numpy()
         found[np.abs(y) > 1 + 1e-6] = np.nan
         found[:, np.abs(x) > 1 + 1e-6] = np.nan
         seen: npt.NDArray[np.float32] = found
@@ -102,6 +104,7 @@ def heatmaps(
     stream: str,
     latents: Latents,
     method: Method = "position",
+    enlarge: float = 1.0,
     batch_size: int = 16,
 ) -> Heatmaps:
     """Which positions of each picture speak for a latent, or for many, in one stream.
@@ -116,6 +119,8 @@ def heatmaps(
             this one. Pre-activations are summed with these weights.
         method: "position", the trained encoder on every position, exact where the row is their mean; "attention",
             gradient-weighted relevancy through all blocks; "gradient", features times their gradient.
+        enlarge: how many times larger a convolutional model is shown the pictures, for things that are small in them;
+            the scores are then of the larger ones.
         batch_size: pictures at a time.
 
     Raises:
@@ -125,6 +130,8 @@ def heatmaps(
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not enlarge > 0:
+        raise ValueError(f"enlarge must be above 0, got {enlarge}")
     if not isinstance(encoder, ModelEncoder) or encoder.stream.modality != "image":
         raise ValueError(f"encoder must be a model of pictures with modules to look into, got {type(encoder).__name__}")
     opened = [_opened(picture) for picture in pictures]
@@ -138,9 +145,16 @@ def heatmaps(
         some = slice(start, start + batch_size)
         inputs = encoder.inputs([encoder.prepare(picture) for picture in opened[some]])
         grid = grid or grid_of(encoder, inputs)
+        if enlarge != 1 and grid.is_map:
+            inputs = F.interpolate(inputs, scale_factor=enlarge, mode="bicubic", antialias=True)
+            grid = grid_of(encoder, inputs)
+        elif enlarge != 1:
+            raise ValueError(
+                f"enlarge must be 1 with {encoder.stream.model}, which is no convolutional model, got {enlarge}"
+            )
         with torch.enable_grad():
             found, score = _METHODS[method](grid, inputs, target[some])
-        maps.append(found.detach().float().cpu().unflatten(1, (grid.height, grid.width)))
+        maps.append(found.detach().float().cpu().view(-1, grid.height, grid.width))
         scores.append(score.detach().cpu())
     assert grid is not None
     regions = [_covered(seen[picture.size], grid) for picture in opened]
@@ -156,7 +170,7 @@ def _position(grid: Grid, inputs: Tensor, target: Target) -> tuple[Tensor, Tenso
         if rows.ndim == 3:  # a row for each patch
             parts = target.score(rows)
             return parts, parts.mean(1)
-        parts = grid.run(inputs[:1], lambda _: grid.alone(caught[0])).unflatten(0, (len(rows), -1))
+        parts = grid.run(inputs[:1], lambda _: grid.alone(caught[0])).view(len(rows), -1, rows.shape[1])
         away = (parts.mean(1) - rows).norm(dim=1) > LINEAR * rows.norm(dim=1)
         maps = torch.where(away[:, None], target.score(parts), target.share(parts, rows))
         return maps, target.score(rows)
@@ -173,16 +187,14 @@ def _attention(grid: Grid, inputs: Tensor, target: Target) -> tuple[Tensor, Tens
         scores = _score(target, grid.run(inputs.detach().clone().requires_grad_(), note))
     features, blocks = caught[0]
     attention = watched.found[:blocks]
-    if not attention or grid.is_map or any(A.shape[2:] != (features.shape[1],) * 2 for A in attention):
+    *gradients, pooled = torch.autograd.grad(scores.sum(), [*attention, features], allow_unused=True)
+    kept = [(A, gradient) for A, gradient in zip(attention, gradients, strict=True) if gradient is not None]
+    if grid.is_map or not kept or any(A.shape[2:] != (features.shape[1],) * 2 for A, _ in kept):
         shapes = ", ".join(dict.fromkeys(str(list(A.shape[1:])) for A in attention)) or "none"
         raise ValueError(
             f'method must be "position" or "gradient" with {name}: its blocks do not attend to the whole picture at '
             f"once, in {grid.height} x {grid.width} positions and {grid.prefix} tokens; attention: {shapes}"
         )
-    *gradients, pooled = torch.autograd.grad(scores.sum(), [*attention, features], allow_unused=True)
-    kept = [(A, gradient) for A, gradient in zip(attention, gradients, strict=True) if gradient is not None]
-    if not kept:
-        raise ValueError(f'method must be "position" or "gradient" with {name}: its rows do not come from attention')
     found = relevancy(*zip(*kept, strict=True))
     found = found - torch.eye(found.shape[1], dtype=found.dtype, device=found.device)  # what a token is to itself
     weight = pooled.float().norm(dim=2)  # which tokens became the row, and how far
@@ -198,7 +210,9 @@ def _gradient(grid: Grid, inputs: Tensor, target: Target) -> tuple[Tensor, Tenso
         # a class token is alone in having all of the last features: then those before it looked at the others
         if gradient is not None and grid.positions(gradient).any():
             return grid.positions(gradient.double() * given.detach().double()).sum(2), scores
-    raise ValueError(f'method must be "position" or "attention" with {grid.encoder.stream.model}: no gradient comes back')
+    raise ValueError(
+        f'method must be "position" or "attention" with {grid.encoder.stream.model}: no gradient comes back'
+    )
 
 
 _METHODS: dict[Method, Callable[[Grid, Tensor, Target], tuple[Tensor, Tensor]]] = {

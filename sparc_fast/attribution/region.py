@@ -10,7 +10,7 @@ import numpy.typing as npt
 from sparc_fast.extract.encoders import ModelEncoder
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL import Image
 
 __all__ = ["Region", "region_seen"]
 
@@ -38,7 +38,7 @@ def region_seen(encoder: ModelEncoder, size: tuple[int, int]) -> Region:
     across = np.broadcast_to((np.arange(width) + 0.5) / width, (height, width))
     down = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
 
-    def prepared(picture: Image) -> npt.NDArray[np.float64]:
+    def prepared(picture: Image.Image) -> npt.NDArray[np.float64]:
         grey: npt.NDArray[np.float64] = encoder.prepare(picture).double().mean(0).numpy()
         return grey
 
@@ -55,7 +55,9 @@ def region_seen(encoder: ModelEncoder, size: tuple[int, int]) -> Region:
 def _line(where: npt.NDArray[np.float64], name: str) -> tuple[float, float]:
     """The ends of the line through the places of pixels in a picture of side 1; padding has none."""
     steps = np.diff(where)
-    step = np.median(steps[(steps > 1e-6) & (where[1:] < 0.97) & (where[:-1] > 0.03)] if (steps > 1e-6).any() else steps)
+    step = np.median(
+        steps[(steps > 1e-6) & (where[1:] < 0.97) & (where[:-1] > 0.03)] if (steps > 1e-6).any() else steps
+    )
     inside = (where > 0.03) & (where < 0.97)
     lies = np.gradient(where) if len(where) > 1 else np.zeros_like(where)
     inside &= (lies > step / 3) & (lies < step * 3)

@@ -104,9 +104,11 @@ def _gradient(encoder: ModelEncoder, texts: Sequence[str], target: Target) -> li
         pooled = encoder.pooled
         whole = target.score(encoder.run(inputs))
         encoder.pooled = pooled
-    if not embedded:
-        raise ValueError(f'method must be "omission" with {encoder.stream.model}: its tokens have no embedding of their own')
-    (gradient,) = torch.autograd.grad(whole.sum(), embedded)
+        if not embedded:
+            raise ValueError(
+                f'method must be "omission" with {encoder.stream.model}: its tokens have no embedding of their own'
+            )
+        (gradient,) = torch.autograd.grad(whole.sum(), embedded)
     of_tokens = (gradient.double() * embedded[0].detach().double()).sum(2).cpu()
     found = []
     for (words, numbers), tokens, score in zip(encoder.words(texts), of_tokens, whole.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Does a heatmap lie where a thing is? Against masks or boxes: pointing game, mass, intersection over union, precision."""
+"""Does a heatmap lie where a thing is? Against masks or boxes: pointing game, mass, overlap, average precision."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def boxes_as_masks(boxes: npt.ArrayLike, size: tuple[int, int]) -> Masks:
     x, y = np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5
     left, top, right, bottom = sides.T[:, :, None]
     across, down = (left <= x) & (x < right), (top <= y) & (y < bottom)
-    return down[:, :, None] & across[:, None, :]
+    inside: Masks = down[:, :, None] & across[:, None, :]
+    return inside
 
 
 def pointing_game(maps: Maps, masks: Masks) -> npt.NDArray[np.float64]:
@@ -69,7 +70,8 @@ def mass_inside(maps: Maps, masks: Masks) -> npt.NDArray[np.float64]:
     _check(maps, masks)
     above = np.where(maps > 0, maps, 0).astype(np.float64)
     whole, inside = above.sum((1, 2)), (above * masks).sum((1, 2))
-    return np.divide(inside, whole, out=np.zeros_like(whole), where=whole > 0)
+    share: npt.NDArray[np.float64] = np.divide(inside, whole, out=np.zeros_like(whole), where=whole > 0)
+    return share
 
 
 def otsu(values: npt.ArrayLike) -> float:
@@ -97,12 +99,12 @@ def overlaps(maps: Maps, masks: Masks, threshold: float | None = None) -> npt.ND
     cuts = np.array([otsu(one) for one in maps]) if threshold is None else np.full(len(maps), threshold)
     found = maps > cuts[:, None, None]
     union = (found | masks).sum((1, 2))
-    return np.divide((found & masks).sum((1, 2)), union, out=np.zeros(len(maps)), where=union > 0)
+    shared = (found & masks).sum((1, 2))
+    iou: npt.NDArray[np.float64] = np.divide(shared, union, out=np.zeros(len(maps)), where=union > 0)
+    return iou
 
 
-def average_precision(
-    scores: npt.ArrayLike, ious: npt.ArrayLike, n_truth: int, threshold: float = 0.5
-) -> float:
+def average_precision(scores: npt.ArrayLike, ious: npt.ArrayLike, n_truth: int, threshold: float = 0.5) -> float:
     """Area under the precision and recall of predictions ranked by score, precision made monotone; no interpolation.
 
     Predictions of one score are one step, so their order says nothing. 0 where nothing is to be found.
@@ -148,13 +150,16 @@ def localisation(
     score, names = np.asarray(scores, np.float64), np.array([hash(name) for name in classes])
     if len(names) != len(maps) or score.shape != (len(maps),):
         raise ValueError(f"classes and scores must be of n={len(maps)} maps, got {len(names)} and {list(score.shape)}")
-    there, ious = masks.any((1, 2)), overlaps(maps, masks)
+    there: npt.NDArray[np.bool_] = np.asarray(masks.any((1, 2)))
+    ious = overlaps(maps, masks)
     if not there.any():
         raise ValueError("masks must hold something in at least one picture, got none")
     pointing, mass = pointing_game(maps[there], masks[there]), mass_inside(maps[there], masks[there])
     kinds = [names == name for name in np.unique(names[there])]
     precision = {
-        threshold: float(np.mean([average_precision(score[of], ious[of], int(there[of].sum()), threshold) for of in kinds]))
+        threshold: float(
+            np.mean([average_precision(score[of], ious[of], int(there[of].sum()), threshold) for of in kinds])
+        )
         for threshold in thresholds
     }
     return Localisation(float(pointing.mean()), float(mass.mean()), float(ious[there].mean()), precision)
@@ -163,5 +168,5 @@ def localisation(
 def _check(maps: Maps, masks: Masks) -> None:
     if maps.ndim != 3 or maps.shape != masks.shape or masks.dtype != np.bool_:
         raise ValueError(
-            f"maps and masks must be [n, H, W], masks bool, got {list(maps.shape)} and {masks.dtype} {list(masks.shape)}"
+            f"maps and masks must be [n, H, W], masks bool, got {list(maps.shape)}, {list(masks.shape)} {masks.dtype}"
         )

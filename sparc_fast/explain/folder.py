@@ -25,7 +25,7 @@ from .pictures import Pictures, Thumbnails
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["items_of", "report_of"]
+__all__ = ["codes_of", "concepts_of", "items_of", "report_of"]
 
 FEWEST = 5  # samples of a label that may name a latent
 PICTURE = "picture"
@@ -66,6 +66,15 @@ def items_of(folder: FeatureFolder, split: Split = "all", *, labels: bool = True
         held_out=np.array([of_sample == "held_out" for of_sample in splits]) if len(set(splits)) > 1 else None,
         about={**texts, **({"label": labelled} if any(labelled) else {})},
     )
+
+
+def concepts_of(folder: FeatureFolder, split: Split, *, labels: bool = True) -> tuple[Carried, Sequence[str]]:
+    """What latents are named by: labels, or, where there are none, words of the texts that streams read."""
+    read = dict.fromkeys(str(stream.get("column")) for stream in folder.streams.values() if not _sees(stream))
+    texts = {
+        column: [text or "" for text in folder.column(column, split)] for column in read if column in folder.columns
+    }
+    return _concepts(folder, split, texts, labels)
 
 
 def _concepts(
@@ -172,7 +181,7 @@ def report_of(
         jaccard = found.jaccard_single
         if jaccard is not None:
             jaccard = jaccard.masked_fill(~found.latents_single.alive_in_any, torch.nan)
-        codes = _codes(model, folder, streams, split)
+        codes = codes_of(model, folder, streams, split)
         reports.append(
             ModelReport.of(name, codes, model.n_latents, items, jaccard=jaccard, curves=(curves or {}).get(name))
         )
@@ -251,7 +260,7 @@ def _inputs(folder: FeatureFolder, streams: Sequence[str], split: Split) -> dict
 
 
 @torch.no_grad()
-def _codes(model: SPARC, folder: FeatureFolder, streams: Sequence[str], split: Split) -> Codes:
+def codes_of(model: SPARC, folder: FeatureFolder, streams: Sequence[str], split: Split) -> Codes:
     """Of each stream encoded alone, (values [N, k], indices [N, k]) on the CPU."""
     device, was_training = model.W_enc.device, model.training
     model.eval()
