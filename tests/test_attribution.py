@@ -388,7 +388,7 @@ def test_words_have_the_gradients_of_their_tokens_and_each_latent_its_own(model:
     rows = encoder.encode(TEXTS)
     for normalize in ("none", "l2"):
         sparc = model_of(rows.shape[1], normalize=normalize)
-        by_latent = [word_scores(sparc, encoder, TEXTS, stream="eye", latents=l) for l in (2, 5)]
+        by_latent = [word_scores(sparc, encoder, TEXTS, stream="eye", latents=l, method="gradient") for l in (2, 5)]
         for latent, found in zip((2, 5), by_latent, strict=True):
             expected = Target.of(sparc, "eye", latent, 3).score(rows)
             torch.testing.assert_close(
@@ -396,7 +396,7 @@ def test_words_have_the_gradients_of_their_tokens_and_each_latent_its_own(model:
             )
             assert [one.words for one in found] == [tuple(text.split()) for text in TEXTS]
             for one, text in zip(found, TEXTS, strict=True):
-                (alone,) = word_scores(sparc, encoder, [text], stream="eye", latents=latent)
+                (alone,) = word_scores(sparc, encoder, [text], stream="eye", latents=latent, method="gradient")
                 np.testing.assert_allclose(alone.scores, one.scores, rtol=1e-3, atol=1e-5)
         assert max(abs(a - b) for a, b in zip(by_latent[0][1].scores, by_latent[1][1].scores, strict=True)) > 1e-4
 
@@ -404,7 +404,7 @@ def test_words_have_the_gradients_of_their_tokens_and_each_latent_its_own(model:
 def test_a_words_score_is_the_slope_of_the_latent_along_its_embedding(made: Any) -> None:
     encoder = made("hf:bert", modality="text")
     sparc = model_of(32)
-    (found,) = word_scores(sparc, encoder, ["a kitten"], stream="eye", latents=4)
+    (found,) = word_scores(sparc, encoder, ["a kitten"], stream="eye", latents=4, method="gradient")
     table = encoder.model.get_input_embeddings().weight
     token = encoder.inputs(["kitten"])["input_ids"][0, 1]
     kept = table.data[token].clone()
@@ -417,14 +417,38 @@ def test_a_words_score_is_the_slope_of_the_latent_along_its_embedding(made: Any)
     assert abs((scores[1] - scores[0]) / 2e-2 - found.scores[1]) < 2e-3
 
 
+@pytest.mark.parametrize("model", TEXT_MODELS)
+@torch.no_grad()
+def test_integrated_scores_of_words_add_up_to_what_the_words_make_of_the_score(model: str, made: Any) -> None:
+    encoder = made(model, modality="text")
+    sparc = model_of(encoder.encode(TEXTS).shape[1])
+    found = word_scores(sparc, encoder, TEXTS, stream="eye", latents=4, method="integrated")
+    ids = encoder.inputs(TEXTS)
+    ids = ids if isinstance(ids, Tensor) else ids["input_ids"]
+    table = next(m for m in encoder.model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings in (10, 49408))
+    before = table.weight.data.clone()
+    words = {
+        int(i)
+        for row, (_, of) in zip(ids, encoder.words(TEXTS), strict=True)
+        for i, w in zip(row, of, strict=True)
+        if w >= 0
+    }
+    table.weight.data[list(words)] = 0
+    without = Target.of(sparc, "eye", 4, 3).score(encoder.encode(TEXTS))
+    table.weight.data.copy_(before)
+    for one, base in zip(found, without.tolist(), strict=True):
+        assert abs(sum(one.scores) - (one.whole - base)) < 0.02 * max(0.05, abs(one.whole - base))
+
+
 def test_words_in_pieces_are_put_together_again(made: Any) -> None:
     encoder = made("open_clip:tiny-clip", modality="text")
     text = "An unbelievably grey kitten's whiskers"
     sparc = model_of(encoder.encode([text]).shape[1])
-    (found,) = word_scores(sparc, encoder, [text], stream="eye", latents=0)
+    (found,) = word_scores(sparc, encoder, [text], stream="eye", latents=0, method="gradient")
     assert found.words == ("an", "unbelievably", "grey", "kitten", "'s", "whiskers")
 
 
+@torch.no_grad()
 def test_leaving_words_out_tells_what_each_adds_of_any_function() -> None:
     sparc = SPARC({"eye": 26, "ear": 7}, 12, 3)
     encoder = FunctionEncoder(letters, "extraction:letters")
@@ -436,7 +460,7 @@ def test_leaving_words_out_tells_what_each_adds_of_any_function() -> None:
         for word, score in zip(one.words, one.scores, strict=True):
             assert abs(float(letters([word]).double() @ slope) - score) < 1e-5
     with pytest.raises(ValueError, match='method must be "omission" with a model that is no torch module'):
-        word_scores(sparc, encoder, texts, stream="eye", latents=1)
+        word_scores(sparc, encoder, texts, stream="eye", latents=1, method="gradient")
 
 
 def test_words_show_themselves_in_a_notebook_and_nothing_in_them_runs() -> None:

@@ -142,8 +142,7 @@ def look_into(
                     about = _about(target, own.get(stream))
                     seen.append(Seen(stream, float(found.scores[0]), found.overlay(0, picture), None, about))
                 elif not is_picture and text:
-                    how = "gradient" if isinstance(encoder, ModelEncoder) else "omission"
-                    (words,) = word_scores(model, encoder, [text], stream=stream, latents=target, method=how)  # type: ignore[arg-type]
+                    (words,) = word_scores(model, encoder, [text], stream=stream, latents=target)
                     seen.append(Seen(stream, words.whole, None, words, _about(target, own.get(stream))))
                 elif is_picture and stream not in skipped and sample.picture is not None:
                     skipped.add(stream)
