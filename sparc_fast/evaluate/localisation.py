@@ -147,7 +147,8 @@ def localisation(
         scores: [n], how sure each is, such as the latent's value.
     """
     _check(maps, masks)
-    score, names = np.asarray(scores, np.float64), np.array([hash(name) for name in classes])
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(classes))}
+    score, names = np.asarray(scores, np.float64), np.array([numbers[name] for name in classes])
     if len(names) != len(maps) or score.shape != (len(maps),):
         raise ValueError(f"classes and scores must be of n={len(maps)} maps, got {len(names)} and {list(score.shape)}")
     there: npt.NDArray[np.bool_] = np.asarray(masks.any((1, 2)))
