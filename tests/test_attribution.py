@@ -35,6 +35,8 @@ TIMM = {
     "vit_medium_patch16_reg4_gap_256": {"depth": 3, "embed_dim": 64, "num_heads": 2, "patch_size": 8},
     "vit_base_patch16_siglip_224": {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8},
     "resnet18": {"layers": (1, 1, 1, 1)},
+    "mobilenetv3_small_050": {},
+    "tf_mobilenetv3_small_minimal_100": {},
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
     "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 24},
 }  # fmt: skip
@@ -283,6 +285,37 @@ def test_the_part_of_a_picture_that_a_model_sees_is_read_off_its_preprocessing(
     cut = region_seen(made("hf:clip"), size)
     expected = ((width - short) / 2, (height - short) / 2, (width + short) / 2, (height + short) / 2)
     np.testing.assert_allclose(cut, expected, atol=0.03 * max(size))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "convnext_atto",
+        "mobilenetv3_small_050",
+        "tf_mobilenetv3_small_minimal_100",
+        "swin_tiny_patch4_window7_224",
+    ],
+)
+def test_positions_lie_where_strides_and_padding_put_them(name: str, made: Any) -> None:
+    """A cell of a residual network is centred on the corner of a uniform grid's, not on its middle."""
+    encoder = made(f"timm:{name}")
+    x = encoder.inputs([encoder.prepare(p) for p in pictures()])
+    grid = grid_of(encoder, x)
+    left, top, right, bottom = (edge * 224 for edge in grid.window)
+    shift = {"resnet18": -15.5, "mobilenetv3_small_050": -15.5, "tf_mobilenetv3_small_minimal_100": 15.5}.get(name, 0)
+    assert (left, top, right, bottom) == (shift, shift, 224 + shift, 224 + shift)
+    if name != "resnet18":
+        return
+    # where the input moves the middle row of the maps, by slopes at noise
+    torch.manual_seed(0)
+    noise = torch.randn(4, 3, 224, 224, device="cpu", dtype=torch.float32).requires_grad_()
+    caught: list[Tensor] = []
+    grid.run(noise, lambda features: caught.append(features) or features)
+    sign = torch.randint(0, 2, caught[0][:, :, 3].shape, device="cpu") * 2.0 - 1
+    (slope,) = torch.autograd.grad((caught[0][:, :, 3] * sign).sum(), noise)
+    weight = slope.abs().sum((0, 1, 3)).numpy()
+    assert abs((weight * (np.arange(224) + 0.5)).sum() / weight.sum() - 96.5) < 4
 
 
 class Colours(ModelEncoder):

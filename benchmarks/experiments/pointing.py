@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sparc_fast import SPARC
@@ -58,9 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--word", help="ask for this word alone")
     parser.add_argument("--apart", action="store_true", help="no other emoji's own picture fires the latent")
     parser.add_argument("--enlarge", type=float, default=1.0)
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="instead, draw a cat's collage and the next five"
+    )
     arguments = parser.parse_args(argv)
     folder, model = FeatureFolder(arguments.features), load(arguments.run)
     latents, f1 = latents_of_words(model, folder)
+    if arguments.picture is not None:
+        draw(folder, model, latents, f1, arguments).save(arguments.picture, optimize=True)
+        return 0
     for stream, about in folder.streams.items():
         if about["modality"] != "image":
             continue
@@ -92,6 +98,40 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
     return 0
+
+
+def draw(
+    folder: FeatureFolder, model: SPARC, latents: dict[str, int], f1: dict[str, float], arguments: argparse.Namespace
+) -> Image.Image:
+    """A cat's collage, and the first of five other words, each target firing its latent in every stream of pictures."""
+    streams = [stream for stream, about in folder.streams.items() if about["modality"] == "image"]
+    codes = codes_of(model, folder, streams, "all")
+    shown: dict[str, Collage] = {}
+    for only in ("cat", None):
+        for one in collages(folder, latents, f1, arguments.seed, only, codes[streams[0]] if arguments.apart else None):
+            if all(alone(codes[stream], [one.target], [one.latent]).all() for stream in streams):
+                shown.setdefault(one.word, one)
+            if only is not None and shown or len(shown) == 6:
+                break
+    pictures, gap, head = [collage(folder, one.rows) for one in shown.values()], 8, 24
+    wanted = torch.tensor([[one.latent] for one in shown.values()])
+    columns = [pictures]
+    for stream in streams:
+        encoder = encoders_of(folder, [stream])[stream]
+        found = heatmaps(
+            model, encoder, pictures, stream=stream, latents=(torch.ones(wanted.shape), wanted),
+            enlarge=arguments.enlarge,
+        )  # fmt: skip
+        columns.append([found.overlay(n, picture) for n, picture in enumerate(pictures)])
+    side, block = 2 * QUARTER, len(columns) * (2 * QUARTER + gap) + 2 * gap
+    whole = Image.new("RGB", (2 * block, 3 * (side + head + gap)), "white")
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(15)
+    for n, one in enumerate(shown.values()):
+        x, y = n % 2 * block + gap, n // 2 * (side + head + gap)
+        for c, title in enumerate([f"{one.word}?", *streams]):
+            pen.text((x + c * (side + gap), y + 4), title, "black", font)
+            whole.paste(columns[c][n], (x + c * (side + gap), y + head))
+    return whole.quantize(200)
 
 
 def latents_of_words(model: SPARC, folder: FeatureFolder) -> tuple[dict[str, int], dict[str, float]]:

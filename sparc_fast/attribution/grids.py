@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from sparc_fast.extract.encoders import ModelEncoder, patch_size
 
+from .geometry import Geometry
+
 __all__ = ["Grid", "grid_of", "hooks"]
 
 
@@ -43,8 +45,8 @@ class Grid:
     is_last: bool
     shape: torch.Size
     """Of one picture's features."""
-    covered: tuple[float, float]
-    """Which parts of the height and width that the model is given have positions: what is left of a patch has none."""
+    window: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    """Left, top, right and bottom of what the positions cover, in parts of what the model is given."""
 
     def run(self, inputs: Tensor, change: Callable[[Tensor], Tensor] = lambda features: features) -> Tensor:
         """The encoder's rows where the features are what `change` makes of them."""
@@ -105,9 +107,10 @@ def grid_of(encoder: ModelEncoder, inputs: Tensor) -> Grid:
     Raises:
         ValueError: it is nowhere found.
     """
-    calls = _watch(encoder, inputs[:1])
+    with Geometry(inputs) as geometry:
+        calls = _watch(encoder, inputs[:1])
     for call in _candidates(calls):
-        grid = _as_grid(encoder, call, inputs)
+        grid = _as_grid(encoder, call, inputs, geometry)
         if grid is not None and _leads_to_rows(grid, inputs[:1]):
             return grid
     raise ValueError(
@@ -156,27 +159,24 @@ def _candidates(calls: list[_Call]) -> Iterator[_Call]:
             yield from _candidates(calls[n].inside)
 
 
-def _as_grid(encoder: ModelEncoder, call: _Call, inputs: Tensor) -> Grid | None:
+def _as_grid(encoder: ModelEncoder, call: _Call, inputs: Tensor, geometry: Geometry) -> Grid | None:
     features = call.features
     assert features is not None
     if features.ndim == 4:
         is_last = any(getattr(m, "output_fmt", "") == "NHWC" for m in encoder.model.modules())
         height, width = features.shape[1:3] if is_last else features.shape[2:]
-        return Grid(encoder, call, height, width, 0, True, is_last, features.shape[1:], (1.0, 1.0))
+        window = geometry.window(height, width) or (0.0, 0.0, 1.0, 1.0)
+        return Grid(encoder, call, height, width, 0, True, is_last, features.shape[1:], window)
     H, W, T = *inputs.shape[-2:], features.shape[1]
     patch = patch_size(encoder.model)
     if patch is None:  # a square, behind tokens that are no patches
         side = math.isqrt(T)
-        return (
-            Grid(encoder, call, side, side, T - side**2, False, False, features.shape[1:], (1.0, 1.0))
-            if H == W
-            else None
-        )
+        return Grid(encoder, call, side, side, T - side**2, False, False, features.shape[1:]) if H == W else None
     h, w = H // patch[0], W // patch[1]
-    covered = (h * patch[0] / H, w * patch[1] / W)
+    window = (0.0, 0.0, w * patch[1] / W, h * patch[0] / H)  # what is left of a patch has no position
     while h * w > T and h > 1 and w > 1:  # patches are merged, two by two
         h, w = -(-h // 2), -(-w // 2)
-    return Grid(encoder, call, h, w, T - h * w, False, False, features.shape[1:], covered) if h * w <= T else None
+    return Grid(encoder, call, h, w, T - h * w, False, False, features.shape[1:], window) if h * w <= T else None
 
 
 def _leads_to_rows(grid: Grid, inputs: Tensor) -> bool:

@@ -49,7 +49,9 @@ class Heatmaps:
     sizes: tuple[tuple[int, int], ...]
     """Width and height of each picture."""
     regions: tuple[Region, ...]
-    """The part of each picture that its map covers."""
+    """The part of each picture that the model saw."""
+    windows: tuple[Region, ...]
+    """Where each map lies on its picture, positions being centred where strides and padding put them."""
     method: Method
 
     def __len__(self) -> int:
@@ -67,15 +69,17 @@ class Heatmaps:
         """
         width, height = size or self.sizes[n]
         across, down = width / self.sizes[n][0], height / self.sizes[n][1]
-        left, top, right, bottom = self.regions[n]
+        left, top, right, bottom = self.windows[n]
         x = ((np.arange(width) + 0.5) / across - left) / (right - left) * 2 - 1
         y = ((np.arange(height) + 0.5) / down - top) / (bottom - top) * 2 - 1
         places = torch.from_numpy(np.stack(np.meshgrid(x, y), axis=-1)[None].astype(np.float32))
         found = F.grid_sample(self.maps[n][None, None], places, padding_mode="border", align_corners=False)[
             0, 0
         ].numpy()
-        found[np.abs(y) > 1 + 1e-6] = np.nan
-        found[:, np.abs(x) > 1 + 1e-6] = np.nan
+        left, top, right, bottom = self.regions[n]
+        x, y = (np.arange(width) + 0.5) / across, (np.arange(height) + 0.5) / down
+        found[(y < top) | (y > bottom)] = np.nan
+        found[:, (x < left) | (x > right)] = np.nan
         seen: npt.NDArray[np.float32] = found
         return seen
 
@@ -157,10 +161,10 @@ def heatmaps(
         maps.append(found.detach().float().cpu().view(-1, grid.height, grid.width))
         scores.append(score.detach().cpu())
     assert grid is not None
-    regions = [_covered(seen[picture.size], grid) for picture in opened]
-    return Heatmaps(
-        torch.cat(maps), torch.cat(scores), tuple(picture.size for picture in opened), tuple(regions), method
-    )
+    regions = tuple(seen[picture.size] for picture in opened)
+    windows = tuple(_window(region, grid) for region in regions)
+    sizes = tuple(picture.size for picture in opened)
+    return Heatmaps(torch.cat(maps), torch.cat(scores), sizes, regions, windows, method)
 
 
 def _position(grid: Grid, inputs: Tensor, target: Target) -> tuple[Tensor, Tensor]:
@@ -233,7 +237,9 @@ def _opened(picture: Image | str | Path) -> Image:
     return load_picture(Path(picture).read_bytes(), None)
 
 
-def _covered(region: Region, grid: Grid) -> Region:
-    left, top, right, bottom = region
-    down, across = grid.covered
-    return Region(left, top, left + (right - left) * across, top + (bottom - top) * down)
+def _window(region: Region, grid: Grid) -> Region:
+    left, top, right, bottom = grid.window
+    across, down = region.right - region.left, region.bottom - region.top
+    return Region(
+        region.left + left * across, region.top + top * down, region.left + right * across, region.top + bottom * down
+    )
