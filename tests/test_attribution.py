@@ -85,6 +85,11 @@ def _make(folder: Path, model: str, pooling: str, more: dict[str, Any]) -> Model
     torch.manual_seed(0)
     if family == "hf" and not (folder / name).exists():
         saved(folder / name, name)
+    if family == "sentence-transformers":
+        made = library("sentence_transformers").SentenceTransformer(
+            str(saved(folder / "for-sentences", "bert")[0]), device="cpu"
+        )
+        made.save(str(folder / name))
     if family == "timm":
         timm, weights = library("timm"), f"{name}.pth"
         make = timm.create_model
@@ -218,6 +223,23 @@ def test_relevancy_is_that_of_attention_as_transformers_gives_it(model: str, poo
     torch.testing.assert_close(
         found.maps.flatten(1), expected.detach(), rtol=1e-3, atol=1e-9 + 1e-4 * float(expected.detach().max())
     )
+
+
+@pytest.mark.parametrize("model", ["hf:dinov2", "timm:vit_tiny_patch16_224"])
+def test_relevancy_is_the_same_however_a_model_computes_attention(model: str, made: Any) -> None:
+    encoder = made(model)
+    sparc = model_of(encoder.encode([encoder.prepare(pictures()[0])]).shape[1])
+    found = of(sparc, encoder, 3, method="attention")
+    other = copy.copy(encoder)
+    other.model = copy.deepcopy(encoder.model)
+    if model.startswith("hf:"):
+        other.model.set_attn_implementation("eager")
+    changed = [m for m in other.model.modules() if hasattr(m, "fused_attn")]
+    for m in changed:
+        m.fused_attn = False
+    assert changed or model.startswith("hf:")
+    openly = of(sparc, other, 3, method="attention")
+    torch.testing.assert_close(openly.maps, found.maps, rtol=1e-3, atol=1e-4 * float(found.maps.max()))
 
 
 @pytest.mark.parametrize(("model", "pooling"), ATTENTIVE)
@@ -416,7 +438,7 @@ def test_a_function_has_no_positions_and_pictures_are_no_texts(made: Any) -> Non
             heatmaps(model_of(32), made("hf:vit"), pictures(), **{"stream": "eye", **wrong})
 
 
-TEXT_MODELS = ["hf:bert", "hf:clip", "hf:siglip", "open_clip:tiny-clip"]
+TEXT_MODELS = ["hf:bert", "hf:clip", "hf:siglip", "open_clip:tiny-clip", "sentence-transformers:sentences"]
 
 
 @pytest.mark.parametrize("model", TEXT_MODELS)

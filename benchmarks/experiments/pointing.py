@@ -111,7 +111,7 @@ def draw(
         for one in collages(folder, latents, f1, arguments.seed, only, codes[streams[0]] if arguments.apart else None):
             if all(alone(codes[stream], [one.target], [one.latent]).all() for stream in streams):
                 shown.setdefault(one.word, one)
-            if only is not None and shown or len(shown) == 6:
+            if (only is not None and shown) or len(shown) == 6:
                 break
     pictures, gap, head = [collage(folder, one.rows) for one in shown.values()], 8, 24
     wanted = torch.tensor([[one.latent] for one in shown.values()])

@@ -140,7 +140,7 @@ def _look(arguments: argparse.Namespace, device: str | torch.device) -> int:
     carried, concepts = concepts_of(folder, "all", labels=not arguments.no_labels)
     names = attribution.Names(codes, carried, concepts, model.n_latents)
     latents = [names.latent(name) for name in arguments.latent]
-    encoders = attribution.encoders_of(folder, model.streams, settings=arguments.models, device=device)
+    encoders = attribution.encoders_of(folder, model.streams, settings=arguments.models, device=device, say=print)
     looked = attribution.look_into(
         model, folder, samples, encoders, codes, names, latents=latents, source=arguments.source,
         method=arguments.method, enlarge=arguments.enlarge, say=print,

@@ -341,7 +341,8 @@ class SentenceEncoder(ModelEncoder):
     def inputs(self, batch: Sequence[Any]) -> Any:
         if self.model.default_prompt_name:
             raise ValueError(f"{self.stream.model} must read texts without a prompt to be looked into, got one")
-        return {name: x.to(self.device) for name, x in self.model.tokenize(list(batch)).items()}
+        given = self.model.tokenize(list(batch))
+        return {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in given.items()}
 
     def run(self, inputs: Any) -> Tensor:
         found: Tensor = self.model(dict(inputs))["sentence_embedding"]
