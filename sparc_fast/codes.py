@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast import checkpoint
-from sparc_fast.batch import position
+from sparc_fast.batch import position, stack
 from sparc_fast.sizes import is_integer
 
 FORMAT = "sparc_fast.SparseLatents/1"
@@ -118,12 +118,12 @@ class SparseLatents:
 
     @staticmethod
     def cat(codes: Sequence[SparseLatents]) -> SparseLatents:
-        """Samples below samples, of one model and the same streams."""
+        """Samples below samples, of one model and the same streams; empty slots where some have fewer than others."""
         first = codes[0] if codes else None
-        like = [(one.streams, one.n_latents, one.is_shared, one.values.shape[1:]) for one in codes]
+        like = [(one.streams, one.n_latents, one.is_shared, one.values.shape[1:-1]) for one in codes]
         if first is None or any(other != like[0] for other in like):
-            raise ValueError(f"codes must be at least one, all of the same streams, latents and k, got {like}")
-        values, indices = torch.cat([one.values for one in codes]), torch.cat([one.indices for one in codes])
+            raise ValueError(f"codes must be at least one, all of the same streams and latents, got {like}")
+        values, indices = stack([one.values for one in codes]), stack([one.indices for one in codes])
         return SparseLatents(values, indices, first.streams, first.n_latents)
 
     def stream(self, name: str) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ from training_runs import assert_same_results, rows
 
 import sparc_fast as sf
 from sparc_fast import cli
-from sparc_fast.training import command, read_config, read_metrics
+from sparc_fast.cli import train as command
+from sparc_fast.training import read_config, read_metrics
 from sparc_fast.training.progress import Lines
 
 SETTINGS = """

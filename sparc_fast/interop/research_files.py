@@ -147,6 +147,8 @@ def to_upstream(model: SPARC, path: str | Path, *, batch_size: int = 256, fold_c
             "model must not be calibrated: the research code has no calibration of inputs; "
             "fold_calibration (--fold-calibration) puts it into the weights"
         )
+    if model.selection == "batch":
+        raise ValueError('model must have selection "global" or "local" for the research code, got "batch"')
     for name in model.streams:
         if not name or "." in name:
             raise ValueError(f"model must have stream names without a dot for the research code, got {name!r}")

@@ -2,6 +2,7 @@
 // large as their tensors, so that a read or write beside them is seen. Exits with 1 and a line where they disagree.
 #include "operators.h"
 
+#include <numeric>
 #include <unistd.h>
 
 #include <algorithm>
@@ -385,6 +386,45 @@ void check_global_topk(int64_t N, int64_t L, int64_t D, int64_t k, int64_t capac
     }
 }
 
+// The largest scores of a batch, and those above a threshold, of scores that are tied in pairs.
+static void check_ragged(int64_t N, int64_t L, int64_t D, int64_t k, int64_t capacity, int threads) {
+    auto x = Array<float>::random(N, D);
+    auto W = Array<float>::random(L, D);
+    auto bias = Array<double>::random(L);
+    for (int64_t l = 1; l < L; l += 2) {
+        std::copy_n(&W.data[(l - 1) * D], D, &W.data[l * D]);
+        bias.data[l] = bias.data[l - 1];
+    }
+    Array<float> exact(N, L), norm(N), residual(N), row_norm(L), row_residual(L);
+    exact_scores(exact.tensor(2), x.tensor(2), W.tensor(2), bias.tensor(1), threads);
+    measure_rows(norm.tensor(1), residual.tensor(1), Tensor{}, x.tensor(2), threads);
+    measure_rows(row_norm.tensor(1), row_residual.tensor(1), Tensor{}, W.tensor(2), threads);
+    for (const Among among : {Among::batch, Among::above}) {
+        const float least = among == Among::batch ? -INFINITY : 0.25f;
+        Screen screen(norm.tensor(1), residual.tensor(1), bias.tensor(1), D, k, capacity, false, among, least);
+        screen.filter(product<float>(x, W).tensor(2), 0, row_norm.tensor(1), row_residual.tensor(1), threads);
+        const int64_t width = screen.settle_ragged(x.tensor(2), W.tensor(2), threads);
+        if (capacity > L) expect("settle_ragged, given up", width >= 0, 1, 0);
+        if (width < 0) continue;
+        Array<int32_t> indices(N, std::max<int64_t>(1, width));
+        screen.write(indices.tensor(2));
+        const int32_t* place = indices.data.data();
+        std::vector<int64_t> order(N * L);
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(
+            order.begin(), order.end(), [&](int64_t a, int64_t b) { return exact.data[a] > exact.data[b]; });
+        std::vector<uint8_t> fires(N * L);
+        for (int64_t i = 0; i < N * L; ++i)
+            fires[order[i]] = among == Among::batch ? i < N * k : exact.data[order[i]] > least;
+        for (int64_t n = 0; n < N; ++n) {
+            const int32_t* const end = place + indices.size[1];
+            for (int64_t l = 0; l < L; ++l)
+                if (fires[n * L + l]) expect("ragged support", *place++, l, 0);
+            while (place < end) expect("empty slot", *place++, -1, 0);
+        }
+    }
+}
+
 // The scores of all latents, and those of a support. The first sample is infinite.
 template <class A, class E>
 void check_scores(int64_t N, int64_t L, int64_t D, int64_t k, int threads) {
@@ -418,6 +458,7 @@ static void check_selection() {
         check_topk_rows<float>(20011, 7, distinct);
         check_topk_rows<double>(20011, 7, distinct);
     }
+    for (int threads : {1, 3}) check_ragged(9, 40, 37, 3, 104, threads), check_ragged(9, 400, 37, 3, 70, threads);
     for (int threads : {1, 3})
         for (int64_t D : {1, 37, 256, 700}) {  // whole and cut 256 columns
             check_scores<double, double>(9, 5, D, 3, threads);
