@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast import data
+from sparc_fast.batch import stack
 from sparc_fast.data.feature_folder import FeatureFolder, Split
 from sparc_fast.evaluate import Carried, Codes, Evaluation, comparison, evaluate, top_samples, words_as_concepts
 from sparc_fast.model import SPARC
@@ -25,7 +26,7 @@ from .pictures import Pictures, Thumbnails
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["items_of", "report_of"]
+__all__ = ["codes_of", "concepts_of", "items_of", "report_of"]
 
 FEWEST = 5  # samples of a label that may name a latent
 PICTURE = "picture"
@@ -67,6 +68,15 @@ def items_of(folder: FeatureFolder, split: Split = "all", *, labels: bool = True
         held_out=np.array([of_sample == "held_out" for of_sample in splits]) if len(set(splits)) > 1 else None,
         about={**texts, **({"label": labelled} if any(labelled) else {})},
     )
+
+
+def concepts_of(folder: FeatureFolder, split: Split, *, labels: bool = True) -> tuple[Carried, Sequence[str]]:
+    """What latents are named by: labels, or, where there are none, words of the texts that streams read."""
+    read = dict.fromkeys(str(stream.get("column")) for stream in folder.streams.values() if not _sees(stream))
+    texts = {
+        column: [text or "" for text in folder.column(column, split)] for column in read if column in folder.columns
+    }
+    return _concepts(folder, split, texts, labels)
 
 
 def _concepts(
@@ -169,7 +179,7 @@ def report_of(
         jaccard = found.jaccard_single
         if jaccard is not None:
             jaccard = jaccard.masked_fill(~found.latents_single.alive_in_any, torch.nan)
-        codes = _codes(model, folder, streams, split)
+        codes = codes_of(model, folder, streams, split)
         reports.append(
             ModelReport.of(name, codes, model.n_latents, items, jaccard=jaccard, curves=(curves or {}).get(name))
         )
@@ -253,7 +263,7 @@ def _evaluated(
 
 
 @torch.no_grad()
-def _codes(model: SPARC, folder: FeatureFolder, streams: Sequence[str], split: Split) -> Codes:
+def codes_of(model: SPARC, folder: FeatureFolder, streams: Sequence[str], split: Split) -> Codes:
     """Of each stream encoded alone, (values [N, k], indices [N, k]) on the CPU; wider where a sample has tokens."""
     device, was_training = model.W_enc.device, model.training
     model.eval()
@@ -268,7 +278,7 @@ def _codes(model: SPARC, folder: FeatureFolder, streams: Sequence[str], split: S
                     values, indices = model.encode({stream: rows}).stream(stream)
                     code = values.float(), indices
                     parts.append([x.cpu() for x in (code if T == 1 else _pooled(*code, T, model.n_latents))])
-            codes[stream] = torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts])
+            codes[stream] = stack([values for values, _ in parts]), stack([indices for _, indices in parts])
     finally:
         model.train(was_training)
     return codes
@@ -278,6 +288,6 @@ def _pooled(values: Tensor, indices: Tensor, T: int, n_latents: int) -> tuple[Te
     """The largest value that each latent has for any of a sample's T tokens: of the latents, those largest."""
     k = values.shape[1]
     pooled = torch.zeros(len(values) // T, n_latents, dtype=values.dtype, device=values.device)
-    pooled.scatter_reduce_(1, indices.long().reshape(-1, T * k), values.clamp_min(0).reshape(-1, T * k), "amax")
+    pooled.scatter_reduce_(1, indices.long().clamp_min(0).reshape(-1, T * k), values.clamp_min(0).reshape(-1, T * k), "amax")
     found = pooled.topk(min(n_latents, k * min(T, WIDER)), dim=1)
     return found.values, found.indices.to(indices.dtype)
