@@ -288,6 +288,7 @@ def _pooled(values: Tensor, indices: Tensor, T: int, n_latents: int) -> tuple[Te
     """The largest value that each latent has for any of a sample's T tokens: of the latents, those largest."""
     k = values.shape[1]
     pooled = torch.zeros(len(values) // T, n_latents, dtype=values.dtype, device=values.device)
-    pooled.scatter_reduce_(1, indices.long().clamp_min(0).reshape(-1, T * k), values.clamp_min(0).reshape(-1, T * k), "amax")
+    latents, on = (part.clamp_min(0).reshape(-1, T * k) for part in (indices.long(), values))
+    pooled.scatter_reduce_(1, latents, on, "amax")
     found = pooled.topk(min(n_latents, k * min(T, WIDER)), dim=1)
     return found.values, found.indices.to(indices.dtype)
