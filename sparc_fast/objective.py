@@ -19,6 +19,7 @@ from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
 from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, reconstruct, weighted_sum
 from sparc_fast.ops.layout import stream_slices, wide
+from sparc_fast.whole import WHOLE, Whole
 
 Loss = Literal["nmse", "fvu"]
 
@@ -136,7 +137,10 @@ class AmongDead(NamedTuple):
 
     @property
     def indices(self) -> Tensor:
-        return self.positions if self.latents is None else self.latents.int()[self.positions.long()]
+        if self.latents is None:
+            return self.positions
+        numbers = torch.nn.functional.pad(self.latents.int(), (0, 1), value=-1)  # an empty slot's is the last
+        return numbers[self.positions.long()]
 
     def before(self, batch: Batch) -> tuple[Batch, Tensor]:
         """The batch before the dictionary that AuxK decodes with, and the support there."""
@@ -239,6 +243,8 @@ class Objective:
     loss: Loss = "nmse"
     spread: Mapping[str, Tensor] | None = None
     """For FVU, what `over` finds."""
+    shards: Whole = WHOLE
+    """Of the latents, where processes share them."""
 
     def over(self, batches: Iterable[Batch]) -> Objective:
         """The same for a batch, given whole or in parts; NMSE does not look at it, being each sample's own."""
@@ -267,7 +273,7 @@ class Objective:
         energy = row_energy(batch.x, widths)
         scale = self._scale(batch, energy, n_samples)
         weights = pair_weights(S, self.cross_loss_coef)
-        backend = backends.resolve(self.backend, batch.x.device)
+        backend = backends.resolve(self.shards.backend(self.backend, batch.x.device), batch.x.device)
         first = reconstruct(*batch.operands(), supports.indices, None, scale, weights, widths, backend)
         if supports.dead is None:
             return Flow(first, None, energy)
@@ -350,12 +356,14 @@ class Objective:
         return SparcLoss(total, nmse.diagonal().mean(), cross, auxk, nmse, (energy < ZERO_ROW).sum(0))
 
     def _select(self, batch: Batch, k: int, support_from: Sequence[str] | None = None) -> Tensor:
-        return selection.select(self.selection, batch, k, support_from=support_from, backend=self.backend)
+        backend = self.shards.backend(self.backend, batch.x.device)
+        indices = selection.select(self.selection, batch, k, support_from=support_from, backend=backend)
+        return self.shards.compact(indices)
 
     def _among(self, dead: Tensor, batch: Batch) -> AmongDead:
         bias = batch.latent_bias
         if dead.dtype == torch.int64:
-            positions = self._select(batch.encoder_of_latents(dead), min(self.auxk, len(dead)))
+            positions = self._select(batch.encoder_of_latents(dead), min(self.auxk, self.shards.total(len(dead))))
             return AmongDead(positions, dead, bias, None)
         # all latents, in which only the dead can win; where fewer than auxk are, others fill up with values of 0
         bias = bias.masked_fill(~dead, max(OUT_OF_REACH, torch.finfo(bias.dtype).min))

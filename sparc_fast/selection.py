@@ -9,13 +9,14 @@ from torch import Tensor
 
 from sparc_fast.batch import Batch
 from sparc_fast.ops import functional
+from sparc_fast.ops.backends import Backend
 
 Selection = Literal["global", "local"]
 RULES: tuple[Selection, ...] = get_args(Selection)
 
 
 def select(
-    rule: Selection, batch: Batch, k: int, *, support_from: Sequence[str] | None = None, backend: str = "auto"
+    rule: Selection, batch: Batch, k: int, *, support_from: Sequence[str] | None = None, backend: str | Backend = "auto"
 ) -> Tensor:
     """The support of a batch: [N, k] for all its streams under "global", [N, S, k] under "local"; reads no decoder row.
 

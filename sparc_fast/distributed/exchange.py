@@ -1,0 +1,128 @@
+"""What processes tell each other: collectives of torch.distributed on bytes, which every backend has for every dtype.
+
+Sums are made here, in the order of ranks: the same bits in every run, on every number of links.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+NUMBERS = 8  # that every rank tells of a call, whatever it is: calls that differ are found out
+AGREED = 1  # such a call
+
+
+class Exchange:
+    """The collectives of a process group, and the bytes that they have brought here."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.received: Counter[str] = Counter()
+        """By what they are."""
+
+    def gather(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
+        """The rows of all ranks, of which each has as many as `counts` says, below each other, [sum counts, ...]."""
+        if self.ranks == 1:
+            return rows
+        most, shape = max(counts), rows.shape[1:]
+        if not most or not shape.numel():
+            return rows.new_empty(sum(counts), *shape)
+        own = rows.contiguous()
+        if len(own) < most:
+            own = torch.cat([own, own.new_zeros(most - len(own), *shape)])
+        all_rows = own.new_empty(self.ranks * most, *shape)
+        self._all_gather(_bytes(all_rows), _bytes(own))
+        self.received[what] += own.nbytes * (self.ranks - 1)
+        if min(counts) == most:
+            return all_rows
+        return torch.cat([part[:n] for part, n in zip(all_rows.split(most), counts, strict=True)])
+
+    def deal(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
+        """Of rows [sum counts, ...], every rank's share of them: what all ranks have of this one's, [P, n, ...]."""
+        own, shape = counts[self.rank], rows.shape[1:]
+        if self.ranks == 1:
+            return rows[None]
+        mine = rows.new_empty(self.ranks, own, *shape)
+        size = shape.numel() * rows.itemsize
+        dist.all_to_all_single(
+            _bytes(mine), _bytes(rows.contiguous()), [own * size] * self.ranks, [n * size for n in counts],
+            group=self.group,
+        )  # fmt: skip
+        self.received[what] += own * size * (self.ranks - 1)
+        return mine
+
+    def sum(self, part: Tensor) -> Tensor:
+        """The sum of all ranks' parts, which are small."""
+        if self.ranks == 1 or not part.numel():
+            return part
+        total, *others = self.gather(part[None], [1] * self.ranks, "sums").unbind()
+        for other in others:
+            total = total + other
+        return total
+
+    def one_of(self, part: Tensor, what: str) -> Tensor:
+        """The sum of all ranks' parts where at most one of them is not 0, bit for bit; in place."""
+        if self.ranks > 1 and part.numel():
+            dist.all_reduce(_bytes(part), group=self.group)
+            self.received[what] += 2 * part.nbytes * (self.ranks - 1) // self.ranks
+        return part
+
+    def numbers(self, call: int, *numbers: int) -> list[list[int]]:
+        """[rank] -> the numbers of this call there.
+
+        Raises:
+            RuntimeError: a rank makes another call.
+        """
+        own = torch.tensor([[call, *numbers] + [0] * (NUMBERS - 1 - len(numbers))], dtype=torch.int64, device="cpu")
+        of_all = self.gather(own.to(self.device), [1] * self.ranks, "numbers").tolist()
+        for rank, (other, *_) in enumerate(of_all):
+            if other != call:
+                raise RuntimeError(f"ranks must make the same calls in the same order, but rank {rank} made another")
+        return [row[1 : 1 + len(numbers)] for row in of_all]
+
+    def texts(self, text: str) -> list[str]:
+        """[rank] -> its text; for what is said once."""
+        found: list[str] = [""] * self.ranks
+        dist.all_gather_object(found, text, group=self.group)
+        return found
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """What fails in one rank here fails in all, and names it."""
+        found: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            found = error
+        if any(failed for (failed,) in self.numbers(AGREED, found is not None)):
+            self.fail(found)
+
+    def fail(self, error: Exception | None) -> None:
+        """Raise this rank's error, or where it has none, the first that another has."""
+        kinds: tuple[type[Exception], ...] = (FloatingPointError, FileNotFoundError, OSError, ValueError, RuntimeError)
+        mine = [kind.__name__ for kind in kinds if isinstance(error, kind)]
+        told = self.texts("" if error is None else f"{(mine or ['RuntimeError'])[0]}:{error}")
+        if error is not None:
+            raise error
+        rank, text = next((rank, text) for rank, text in enumerate(told) if text)
+        name, _, words = text.partition(":")
+        raise next(kind for kind in kinds if kind.__name__ == name)(f"rank {rank}: {words}")
+
+    def _all_gather(self, out: Tensor, own: Tensor) -> None:
+        dist_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+        dist_gather(out, own, group=self.group)
+
+
+def shares(n: int, ranks: int) -> list[int]:
+    """How many of n samples each rank has, as evenly as can be."""
+    return [(rank + 1) * n // ranks - rank * n // ranks for rank in range(ranks)]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
