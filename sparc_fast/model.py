@@ -297,13 +297,13 @@ class SPARC(nn.Module):
         """
         inputs = self._tensors(inputs)
         if not torch.compiler.is_compiling():
-            with self._shards.agreed():
+            with self._shards.agreed("encode"):
                 parts = batch.streams_of(inputs, self.d_streams)
                 some = next(iter(parts.values()))
                 leading = tuple(some.shape[:-1])
             n_samples = self._shards.most(math.prod(leading))
             if n_samples > batch.PIECE:
-                with self._shards.agreed():
+                with self._shards.agreed("encode"):
                     if present is not None:
                         present = batch.check_present(present, tuple(parts), leading, some.device)
                 return self._encode_in_pieces(inputs, present, n_samples).reshape(*leading)
@@ -335,7 +335,7 @@ class SPARC(nn.Module):
 
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
         """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""
-        with self._shards.agreed():
+        with self._shards.agreed("decode"):
             if codes.n_latents != self.n_latents:
                 raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
             values, indices = codes.stream(source)
@@ -351,7 +351,7 @@ class SPARC(nn.Module):
 
     def translate(self, inputs: Inputs | Arrays, source: str, target: str) -> Tensor:
         """Stream `target` predicted from stream `source` alone, [..., D_target]; `target` may be absent."""
-        with self._shards.agreed():
+        with self._shards.agreed("translate"):
             position(source, self.streams, "source")
             parts = batch.streams_of(self._tensors(inputs), self.d_streams)
             if source not in parts:
@@ -418,9 +418,11 @@ class SPARC(nn.Module):
         reads_host: bool = True,
     ) -> Objective:
         dead = self.dead if self.training and self.auxk and auxk_coef else None
+        n_dead = 0
         if dead is not None and reads_host:
             dead = dead.nonzero()[:, 0]  # before this batch's work is under way, so that the host need not wait for it
-            dead = dead if self._shards.total(len(dead)) else None
+            n_dead = self._shards.total(len(dead))
+            dead = dead if n_dead else None
         return Objective(
             self.selection,
             self.k,
@@ -431,6 +433,7 @@ class SPARC(nn.Module):
             auxk_coef,
             dead,
             self.error,
+            n_dead=n_dead,
             shards=self._shards,
         )
 

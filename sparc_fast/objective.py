@@ -243,6 +243,8 @@ class Objective:
     loss: Loss = "nmse"
     spread: Mapping[str, Tensor] | None = None
     """For FVU, what `over` finds."""
+    n_dead: int = 0
+    """Where `dead` are numbers, how many there are, with those that are in other processes."""
     shards: Whole = WHOLE
     """Of the latents, where processes share them."""
 
@@ -363,7 +365,7 @@ class Objective:
     def _among(self, dead: Tensor, batch: Batch) -> AmongDead:
         bias = batch.latent_bias
         if dead.dtype == torch.int64:
-            positions = self._select(batch.encoder_of_latents(dead), min(self.auxk, self.shards.total(len(dead))))
+            positions = self._select(batch.encoder_of_latents(dead), min(self.auxk, self.n_dead))
             return AmongDead(positions, dead, bias, None)
         # all latents, in which only the dead can win; where fewer than auxk are, others fill up with values of 0
         bias = bias.masked_fill(~dead, max(OUT_OF_REACH, torch.finfo(bias.dtype).min))

@@ -44,8 +44,8 @@ class Whole:
         """The batch of all processes' samples, each process's made by `own`."""
         return own()
 
-    def agreed(self) -> AbstractContextManager[None]:
-        """What fails in one process here fails in all."""
+    def agreed(self, call: str) -> AbstractContextManager[None]:
+        """What fails in one process here fails in all, which must make the same call."""
         return nullcontext()
 
     def sum(self, part: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Sums are made here, in the order of ranks: the same bits in every run, on every 
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 NUMBERS = 8  # that every rank tells of a call, whatever it is: calls that differ are found out
-AGREED = 1  # such a call
 
 
 class Exchange:
@@ -41,7 +41,21 @@ class Exchange:
         self.received[what] += own.nbytes * (self.ranks - 1)
         if min(counts) == most:
             return all_rows
-        return torch.cat([part[:n] for part, n in zip(all_rows.split(most), counts, strict=True)])
+        return torch.cat([part[:n] for part, n in zip(torch.split(all_rows, most), counts, strict=True)])
+
+    def packed(
+        self, numbers: Sequence[int], tensors: Sequence[Tensor], what: str
+    ) -> tuple[list[list[int]], list[list[Tensor]]]:
+        """([rank] -> its numbers, and of each tensor, [rank] -> what it is there), in one message."""
+        told = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(self.device)
+        message = torch.cat([_bytes(told), *(_bytes(tensor.contiguous()) for tensor in tensors)])
+        of_all = self.gather(message[None], [1] * self.ranks, what)
+        pieces = torch.split(of_all, [told.nbytes, *(tensor.nbytes for tensor in tensors)], dim=1)
+        own = [  # copies: each begins where its type may
+            [row.clone().view(like.dtype).view(like.shape) for row in piece]
+            for piece, like in zip(pieces[1:], tensors, strict=True)
+        ]
+        return pieces[0].contiguous().view(torch.int64).tolist(), own
 
     def deal(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
         """Of rows [sum counts, ...], every rank's share of them: what all ranks have of this one's, [P, n, ...]."""
@@ -93,14 +107,14 @@ class Exchange:
         return found
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def agreed(self, call: str) -> Iterator[None]:
         """What fails in one rank here fails in all, and names it."""
         found: Exception | None = None
         try:
             yield
         except Exception as error:
             found = error
-        if any(failed for (failed,) in self.numbers(AGREED, found is not None)):
+        if any(failed for (failed,) in self.numbers(number_of(call), found is not None)):
             self.fail(found)
 
     def fail(self, error: Exception | None) -> None:
@@ -122,6 +136,11 @@ class Exchange:
 def shares(n: int, ranks: int) -> list[int]:
     """How many of n samples each rank has, as evenly as can be."""
     return [(rank + 1) * n // ranks - rank * n // ranks for rank in range(ranks)]
+
+
+def number_of(text: str) -> int:
+    """63 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _bytes(tensor: Tensor) -> Tensor:

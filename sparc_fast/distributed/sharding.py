@@ -39,7 +39,7 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
         raise ValueError("model must be a SPARC that is whole")
     device = model.W_enc.device
     if mesh is None:
-        kind = device.type if not device.type == "meta" else "cuda" if torch.cuda.is_available() else "cpu"
+        kind = device.type if device.type != "meta" else "cuda" if torch.cuda.is_available() else "cpu"
         mesh = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("latents",))
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, latents, got {mesh.ndim}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import gradient_dtype, wide
 from sparc_fast.whole import Whole
 
-from .exchange import Exchange, shares
+from .exchange import Exchange, number_of, shares
 
 BATCH, ROWS, NUMBER = 2, 3, 4  # calls, as ranks tell them apart
 DRAWN_TOGETHER = 4096  # rows
@@ -63,8 +64,9 @@ class Shards(Whole):
     def backend(self, name: str, device: torch.device) -> Backend:
         if (name, device) not in self._backends:
             of_rows = _OfRows(backends.resolve(name, device), self.exchange)
-            changed = {"global_topk": of_rows.global_topk, "decode_loss": of_rows.decode_loss}
-            self._backends[name, device] = backends.replaced(of_rows.backend, changed)
+            self._backends[name, device] = backends.replaced(
+                of_rows.backend, {"global_topk": of_rows.global_topk, "decode_loss": of_rows.decode_loss}
+            )
         return self._backends[name, device]
 
     def compact(self, indices: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ class Shards(Whole):
             exchange.numbers(BATCH, 0, 0, 0, 0, 1)
             exchange.fail(error)
             raise
-        names, flags = _fingerprint(mine.streams), (mine.present is not None, mine.zero_rows is not None)
+        names, flags = number_of("\0".join(mine.streams)), (mine.present is not None, mine.zero_rows is not None)
         told = exchange.numbers(BATCH, len(mine.x), names, *flags, 0)
         if any(failed for *_, failed in told):
             exchange.fail(None)
@@ -111,8 +113,8 @@ class Shards(Whole):
         given = slice(first, first + counts[self.rank])
         return mine._replace(x=x, present=present, zero_rows=zero_rows, given=given, **weights)
 
-    def agreed(self) -> AbstractContextManager[None]:
-        return self.exchange.agreed()
+    def agreed(self, call: str) -> AbstractContextManager[None]:
+        return self.exchange.agreed(call)
 
     def sum(self, part: Tensor) -> Tensor:
         return self.exchange.sum(part)
@@ -160,28 +162,25 @@ class _OfRows:
     ) -> Tensor:
         """The support among the rows of all ranks, below each other: -1 where a row is not here.
 
-        Every rank gives its k best rows with their scores, which are the same bits whoever computes them; the k best of
-        those, ties to the lower row, are the k best of all. Rows of a rank stand before those of the next one.
+        Every rank gives its k best rows, if it has so many, with their scores, which are the same bits whoever computes
+        them; the k best of those, ties to the lower row, are the k best of all. They are beside each other in the order
+        of rows, since a rank's rows come before those of the next one.
         """
         backend, exchange = self.backend, self.exchange
-        rows = [n for (n,) in exchange.numbers(ROWS, len(W_enc))]
-        given = [min(k, n) for n in rows]
-        N, own, width = len(x), given[exchange.rank], max(given)
-        first = sum(rows[: exchange.rank])
-        indices = torch.full((N, width), -1, dtype=torch.int32, device=x.device)
-        scores = torch.full((N, width), -torch.inf, dtype=wide(x).dtype, device=x.device)
+        N, own = len(x), min(k, len(W_enc))
+        rows = torch.zeros(N, k, dtype=torch.int32, device=x.device)
+        scores = torch.zeros(N, k, dtype=wide(x).dtype, device=x.device)
         if own and N:
             best = backend.global_topk(x, W_enc, pre_bias, latent_bias, own, screening)
-            scores[:, :own] = backend.support_scores(x, W_enc, pre_bias, latent_bias, best)
-            indices[:, :own] = best + first
-        merged = [
-            torch.cat([part[:, :n] for part, n in zip(all_ranks.unbind(), given, strict=True)], dim=1)
-            for all_ranks in (
-                exchange.gather(part[None], [1] * exchange.ranks, "candidates") for part in (scores, indices)
-            )
-        ]
-        chosen = backend.topk_rows(merged[0], min(k, sum(given))).long()
-        support = merged[1].gather(1, chosen) - first
+            rows[:, :own], scores[:, :own] = best, backend.support_scores(x, W_enc, pre_bias, latent_bias, best)
+        counts, (all_scores, all_rows) = exchange.packed([len(W_enc)], [scores, rows], "candidates")
+        given, firsts = [min(k, n) for (n,) in counts], [0, *accumulate(n for (n,) in counts)]
+        beside = torch.cat([part[:, :n] for part, n in zip(all_scores, given, strict=True)], dim=1)
+        numbers = torch.cat(
+            [part[:, :n] + first for part, n, first in zip(all_rows, given, firsts, strict=False)], dim=1
+        )
+        best = backend.topk_rows(beside, min(k, sum(given))).long()
+        support = numbers.gather(1, best) - firsts[exchange.rank]
         return support.masked_fill_((support < 0) | (support >= len(W_enc)), -1)
 
     def decode_loss(
@@ -216,12 +215,5 @@ class _OfRows:
         )
         grad_recons = exchange.gather(grad_recons.to(gradient_dtype(values)), counts, "G")
         grad_values = backend.sparse_decode_grad_values(grad_recons, indices, W_dec)
-        return exchange.sum(nmse), grad_recons, grad_values, exchange.sum(grad_pre_bias)
-
-
-def _fingerprint(streams: Sequence[str]) -> int:
-    """The same for the same names, in every process."""
-    total = 0
-    for byte in "\0".join(streams).encode():
-        total = (total * 257 + byte + 1) % (2**61 - 1)
-    return total
+        sums = exchange.sum(torch.cat([nmse.reshape(-1), grad_pre_bias]))
+        return sums[: S * S].view(S, S), grad_recons, grad_values, sums[S * S :]

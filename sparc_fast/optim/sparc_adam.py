@@ -126,13 +126,12 @@ class SparcAdam(torch.optim.Optimizer):
                 "its latents between them with sparc_fast.distributed.shard, or wrap the model in "
                 "DistributedDataParallel and give its parameters to torch.optim.Adam instead"
             )
-        with shards.agreed():
+        with shards.agreed("step"):
             parts, n_own = self._parts(inputs, present)
-        n_samples = shards.total(n_own)
         objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, not self.capturable)
         with self.model._rows_left_behind(), autograd.without_autocast(self.model.W_enc):
             self._check_trainable()
-            return self._step(parts, n_samples, objective)
+            return self._step(parts, n_own, objective)
 
     def _parts(
         self, inputs: Inputs | Sequence[Inputs], present: Tensor | Sequence[Tensor | None] | None
@@ -147,7 +146,7 @@ class SparcAdam(torch.optim.Optimizer):
             raise ValueError("present must be None with capturable=True: who has which streams is read on the host")
         return list(zip(given, has, strict=True)), n_samples
 
-    def _step(self, parts: Sequence[tuple[Inputs, Tensor | None]], n_samples: int, objective: Objective) -> SparcLoss:
+    def _step(self, parts: Sequence[tuple[Inputs, Tensor | None]], n_own: int, objective: Objective) -> SparcLoss:
         model = self.model
         backend = backends.resolve(model.backend, model.W_enc.device)
         parameters = (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)
@@ -156,8 +155,9 @@ class SparcAdam(torch.optim.Optimizer):
         if len(parts) == 1:
             given = model._batch(*parts[0])
             objective = objective.over([given])
-            batch = self._flow(given, n_samples, objective, backend)
+            batch = self._flow(given, len(given.x), objective, backend)
         else:
+            n_samples = model._shards.total(n_own)
             batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples)
             objective = objective.over(model._batch(*part) for part in parts)
             for part in parts:
