@@ -241,15 +241,16 @@ class SPARC(nn.Module):
     @torch.no_grad()
     def _take_over(self, other: SPARC) -> None:
         """Become `other` in the streams that it has, whatever their order; the rest stays."""
-        self.silence.copy_(other.silence)
+        rows = self._shards.rows(self.n_latents)
+        self.silence.copy_(other.silence[rows])
         mean, scales = self.input_mean.clone(), list(self._scales())
         for name, theirs, scale in zip(other.streams, other._columns(), other._scales(), strict=True):
             s = self.streams.index(name)
             mine = self._columns()[s]
             for weights, given in zip((self.W_enc, self.W_dec), (other.W_enc, other.W_dec), strict=True):
-                weights[:, mine].copy_(given[:, theirs])
+                weights[:, mine].copy_(given[rows, theirs])
             self.pre_bias[mine].copy_(other.pre_bias[theirs])
-            self.latent_bias[s].copy_(other.latent_bias[other.streams.index(name)])
+            self.latent_bias[s].copy_(other.latent_bias[other.streams.index(name), rows])
             mean[mine].copy_(other.input_mean[theirs])
             scales[s] = scale.to(mean.device)
         self._set_calibration(mean, scales)
@@ -543,7 +544,7 @@ class SPARC(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write weights, counters, calibration and configuration to one safetensors file, atomically."""
-        checkpoint.save(path, self.state_dict(), self.config())
+        self._shards.save(path, self.state_dict(), self.config())
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str | None = None, backend: str = "auto") -> SPARC:

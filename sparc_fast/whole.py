@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sparc_fast import checkpoint
 from sparc_fast.ops.backends import Backend
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ class Whole:
 
     is_whole = True
     rank, ranks = 0, 1
+    leads = True
+    """Whether it is this process that writes files which one writes."""
 
     def rows(self, n_latents: int) -> slice:
         """Those of all latents whose weights are here."""
@@ -67,6 +71,22 @@ class Whole:
     def decode(self, decode: Callable[[Tensor, Tensor], Tensor], values: Tensor, indices: Tensor) -> Tensor:
         """Reconstructions from values and supports of all latents, by an operator that knows those here."""
         return decode(values, indices)
+
+    def own(self, rows: Tensor | None) -> Tensor | None:
+        """This process's samples of those that all have."""
+        return rows
+
+    def each(self, numbers: Tensor) -> Tensor:
+        """[process, ...] the numbers of every process."""
+        return numbers[None]
+
+    def save(self, path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        """One model file, of tensors of which the rows that are here are given."""
+        checkpoint.save(path, tensors, config)
+
+    def told_by_leader(self, numbers: list[int]) -> list[int]:
+        """The same in all processes, whatever each has seen."""
+        return numbers
 
     def seed(self, seed: int) -> int:
         """Of random numbers for each weight that is here."""

@@ -6,9 +6,11 @@ own latents have to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from sparc_fast.ops.layout import gradient_dtype, wide
 from sparc_fast.whole import Whole
 
 from .exchange import Exchange, number_of, shares
+from .model_file import save_model
 
 BATCH, ROWS, NUMBER = 2, 3, 4  # calls, as ranks tell them apart
 DRAWN_TOGETHER = 4096  # rows
@@ -31,6 +34,10 @@ class Shards(Whole):
     """Latents [first, last) of L, in equal shares of ceil(L / P); the last rank may have fewer."""
 
     is_whole = False
+
+    @property
+    def leads(self) -> bool:  # type: ignore[override]
+        return self.rank == 0
 
     def __init__(self, mesh: DeviceMesh, n_latents: int, device: torch.device) -> None:
         self.mesh, self.n_latents = mesh, n_latents
@@ -146,6 +153,19 @@ class Shards(Whole):
             for part in parts[1:]:
                 total = total + part
             return (total + wide(bias)).to(dtype)
+
+    def own(self, rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else torch.split(rows, shares(len(rows), self.ranks))[self.rank]
+
+    def each(self, numbers: Tensor) -> Tensor:
+        return self.exchange.gather(numbers[None].to(self.exchange.device), [1] * self.ranks, "numbers")
+
+    def told_by_leader(self, numbers: list[int]) -> list[int]:
+        told: list[int] = json.loads(self.exchange.texts(json.dumps(numbers))[0])
+        return told
+
+    def save(self, path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        save_model(path, tensors, config, self.exchange)
 
     def seed(self, seed: int) -> int:
         return seed + (self.rank << 48)
