@@ -36,16 +36,22 @@ class Ranks:
     def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
         for pipe in self._pipes:
             pipe.send((function, arguments))
-        end, results = time.monotonic() + timeout, []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(max(0, end - time.monotonic())):
-                stacks = self.stacks()
-                self.close()
-                raise AssertionError(f"rank {rank} has not returned from {function.__name__} in {timeout} s\n{stacks}")
-            results.append(pipe.recv())
-        if failed := {rank: error for rank, (error, _) in enumerate(results) if error}:
-            raise AssertionError("\n".join(f"rank {rank}: {error}" for rank, error in failed.items()))
-        return [result for _, result in results]
+        end, results = time.monotonic() + timeout, {}
+        while len(results) < self.n and time.monotonic() < end:
+            for rank, pipe in enumerate(self._pipes):
+                if rank not in results and pipe.poll(0.01):
+                    results[rank] = pipe.recv()
+                    if results[rank][0]:  # the others may wait for it
+                        end = min(end, time.monotonic() + 10)
+        failed = "\n".join(f"rank {rank}: {error}" for rank, (error, _) in results.items() if error)
+        if len(results) < self.n:
+            late = [rank for rank in range(self.n) if rank not in results]
+            words = f"ranks {late} have not returned from {function.__name__}\n{failed}\n{self.stacks()}"
+            self.close()
+            raise AssertionError(words)
+        if failed:
+            raise AssertionError(failed)
+        return [results[rank][1] for rank in range(self.n)]
 
     def stacks(self) -> str:
         """Where every rank stands."""

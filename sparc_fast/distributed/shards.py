@@ -228,11 +228,14 @@ class _OfRows:
         parts = exchange.deal(
             backend.sparse_decode(wide(values), indices, W_dec, no_bias), counts, "reconstructions"
         ).view(P * n * S, D)
-        rows = torch.arange(P * n * S, dtype=torch.int32, device=values.device).view(P, n, S).movedim(0, -1)
-        ones = torch.ones(n, S, P, dtype=parts.dtype, device=values.device)
-        nmse, grad_recons, _, grad_pre_bias = backend.decode_loss(
-            ones, rows.contiguous(), parts, wide(pre_bias), wide(target[own]), scale[own], weights, d_streams
-        )
+        if n:
+            rows = torch.arange(P * n * S, dtype=torch.int32, device=values.device).view(P, n, S).movedim(0, -1)
+            ones = torch.ones(n, S, P, dtype=parts.dtype, device=values.device)
+            nmse, grad_recons, _, grad_pre_bias = backend.decode_loss(
+                ones, rows.contiguous(), parts, wide(pre_bias), wide(target[own]), scale[own], weights, d_streams
+            )
+        else:
+            nmse, grad_recons, grad_pre_bias = parts.new_zeros(S, S), parts.new_zeros(0, S, D), parts.new_zeros(D)
         grad_recons = exchange.gather(grad_recons.to(gradient_dtype(values)), counts, "G")
         grad_values = backend.sparse_decode_grad_values(grad_recons, indices, W_dec)
         sums = exchange.sum(torch.cat([nmse.reshape(-1), grad_pre_bias]))
