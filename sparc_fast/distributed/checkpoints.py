@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,14 +79,8 @@ def read(path: Path, shards: Whole) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     if path.is_file():
         return _of_one_process(path, shards)
-    try:
-        content = json.loads((path / STATE).read_text())
-        hashes, state = content["sha256"], content["state"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"path must be a checkpoint, but {path} has no {STATE} that can be read: {error}") from error
-    for number, (name, expected) in enumerate(sorted(hashes.items())):
-        if number % shards.ranks == shards.rank and (not (path / name).is_file() or _digest(path / name) != expected):
-            raise ValueError(f"path must be a checkpoint, but {path} is damaged: {name} is not what was written")
+    with shards.agreed("files"):  # before any is read by all together
+        state = _checked(path, shards)
     with _quiet():
         stored = FileSystemReader(path).read_metadata().state_dict_metadata
         tensors = {}
@@ -102,6 +96,20 @@ def read(path: Path, shards: Whole) -> tuple[dict[str, Tensor], dict[str, Any]]:
         else:
             load(dict(tensors), checkpoint_id=path, no_dist=True)
     return tensors, state
+
+
+def _checked(path: Path, shards: Whole) -> dict[str, Any]:
+    """The state of a checkpoint; each rank looks at some of the files."""
+    try:
+        content = json.loads((path / STATE).read_text())
+        hashes, state = content["sha256"], content["state"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path must be a checkpoint, but {path} has no {STATE} that can be read: {error}") from error
+    for number, (name, expected) in enumerate(sorted(hashes.items())):
+        mine, file = number % shards.ranks == shards.rank, path / name
+        if mine and not (file.is_file() and _digest(file) == expected):
+            raise ValueError(f"path must be a checkpoint, but {path} is damaged: {name} is not what was written")
+    return cast("dict[str, Any]", state)
 
 
 def _of_one_process(path: Path, shards: Whole) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .watch import watch
+
 NUMBERS = 8  # that every rank tells of a call, whatever it is: calls that differ are found out
 
 
@@ -23,6 +25,7 @@ class Exchange:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group, self.device = group, device
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self._watch = watch()
         self.received: Counter[str] = Counter()
         """By what they are."""
 
@@ -64,10 +67,9 @@ class Exchange:
             return rows[None]
         mine = rows.new_empty(self.ranks, own, *shape)
         size = shape.numel() * rows.itemsize
-        dist.all_to_all_single(
-            _bytes(mine), _bytes(rows.contiguous()), [own * size] * self.ranks, [n * size for n in counts],
-            group=self.group,
-        )  # fmt: skip
+        given, taken = [n * size for n in counts], [own * size] * self.ranks
+        with self.with_others():
+            dist.all_to_all_single(_bytes(mine), _bytes(rows.contiguous()), taken, given, group=self.group)
         self.received[what] += own * size * (self.ranks - 1)
         return mine
 
@@ -83,7 +85,8 @@ class Exchange:
     def one_of(self, part: Tensor, what: str) -> Tensor:
         """The sum of all ranks' parts where at most one of them is not 0, bit for bit; in place."""
         if self.ranks > 1 and part.numel():
-            dist.all_reduce(_bytes(part), group=self.group)
+            with self.with_others():
+                dist.all_reduce(_bytes(part), group=self.group)
             self.received[what] += 2 * part.nbytes * (self.ranks - 1) // self.ranks
         return part
 
@@ -103,8 +106,21 @@ class Exchange:
     def texts(self, text: str) -> list[str]:
         """[rank] -> its text; for what is said once."""
         found: list[str] = [""] * self.ranks
-        dist.all_gather_object(found, text, group=self.group)
+        with self.with_others():
+            dist.all_gather_object(found, text, group=self.group)
         return found
+
+    @contextmanager
+    def with_others(self) -> Iterator[None]:
+        """ConnectionError names the ranks that are gone, where what is done with all of them here fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            ranks = dist.get_process_group_ranks(self.group)
+            if not (gone := [rank for rank in self._watch.lost() if rank in ranks]):
+                raise
+            which = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} are"
+            raise ConnectionError(f"{which} gone, and rank {self._watch.rank} cannot go on without") from error
 
     @contextmanager
     def agreed(self, call: str) -> Iterator[None]:
@@ -112,6 +128,8 @@ class Exchange:
         found: Exception | None = None
         try:
             yield
+        except ConnectionError:
+            raise
         except Exception as error:
             found = error
         if any(failed for (failed,) in self.numbers(number_of(call), found is not None)):
@@ -130,7 +148,8 @@ class Exchange:
 
     def _all_gather(self, out: Tensor, own: Tensor) -> None:
         dist_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
-        dist_gather(out, own, group=self.group)
+        with self.with_others():
+            dist_gather(out, own, group=self.group)
 
 
 def shares(n: int, ranks: int) -> list[int]:

@@ -61,8 +61,10 @@ def _pieces(own: Mapping[str, Tensor], counts: Sequence[int], exchange: Exchange
                 if rank == exchange.rank == 0:
                     yield name, tensor[some]
                 elif rank == exchange.rank:
-                    dist.send(tensor[some].view(-1).view(torch.uint8), group=exchange.group, group_dst=0)
+                    with exchange.with_others():
+                        dist.send(tensor[some].view(-1).view(torch.uint8), group=exchange.group, group_dst=0)
                 elif exchange.rank == 0:
                     rows = tensor.new_empty(some.stop - some.start, *tensor.shape[1:])
-                    dist.recv(rows.view(-1).view(torch.uint8), group=exchange.group, group_src=rank)
+                    with exchange.with_others():
+                        dist.recv(rows.view(-1).view(torch.uint8), group=exchange.group, group_src=rank)
                     yield name, rows
