@@ -13,6 +13,7 @@ from torch import Tensor
 
 import sparc_fast as sf
 from sparc_fast.distributed import shard
+from sparc_fast.distributed.bytes import exchanged_bytes
 from sparc_fast.selection import select
 
 pytestmark = [
@@ -357,6 +358,7 @@ def test_a_step_exchanges_what_the_formula_says_and_nothing_that_grows_with_late
         "reconstructions": N * S * D * 4 * (P - 1) / P,
         "G": N * S * D * w * (P - 1) / P,
     }
+    assert exchanged_bytes(N, list(WIDTHS.values()), k, P, weight=w) == expected
     few, many = ranks(exchanged, 50, dtype), ranks(exchanged, 800, dtype)
     assert few == many
     for received in few:

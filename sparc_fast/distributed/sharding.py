@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sparc_fast.model import SPARC
+from sparc_fast.ops import backends
 from sparc_fast.ops.huge_pages import empty_rows
 
 from .shards import Shards
@@ -54,8 +53,9 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
 
 
 def _with_rows(model: SPARC, shards: Shards, device: torch.device) -> SPARC:
-    like: dict[str, Any] = {"dtype": model.W_enc.dtype, "backend": model.backend}
-    sharded = SPARC(**model.config(), **like, device="meta")
+    sharded = SPARC(**model.config(), dtype=model.W_enc.dtype, device="meta")
+    backends.resolve(model.backend, device)
+    sharded.backend = model.backend
     rows, has_weights = shards.rows(model.n_latents), model.W_enc.device.type != "meta"
     n, D = rows.stop - rows.start, model.W_enc.shape[1]
     for name in ("W_enc", "W_dec"):
