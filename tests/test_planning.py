@@ -471,7 +471,8 @@ def test_ranks_share_weights_and_moments_and_each_receives_what_does_not_grow_wi
 
     assert held(2**17, 8) == pytest.approx(held(2**17, 1) / 8, rel=0.001)
     assert plans[2**14, 8].received == plans[2**17, 8].received
-    assert plans[2**17, 8].peak < plans[2**17, 1].peak / 2
+    saved = plans[2**17, 1].peak - plans[2**17, 8].peak
+    assert saved > held(2**17, 1) / 2
     assert "each of 8 ranks" in str(plans[2**17, 8])
     assert "ranks" not in str(plans[2**17, 1])
     with pytest.raises(ValueError, match="ranks must be at least 1, and n_latents=16384 enough for each, got 0"):

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparc_fast.ops.huge_pages import empty_rows
+
 from .watch import watch
 
 NUMBERS = 8  # that every rank tells of a call, whatever it is: calls that differ are found out
@@ -39,7 +41,7 @@ class Exchange:
         own = rows.contiguous()
         if len(own) < most:
             own = torch.cat([own, own.new_zeros(most - len(own), *shape)])
-        all_rows = own.new_empty(self.ranks * most, *shape)
+        all_rows = _empty_like(own, self.ranks * most)
         self._all_gather(_bytes(all_rows), _bytes(own))
         self.received[what] += own.nbytes * (self.ranks - 1)
         if min(counts) == most:
@@ -65,13 +67,13 @@ class Exchange:
         own, shape = counts[self.rank], rows.shape[1:]
         if self.ranks == 1:
             return rows[None]
-        mine = rows.new_empty(self.ranks, own, *shape)
+        mine = _empty_like(rows, self.ranks * own)
         size = shape.numel() * rows.itemsize
         given, taken = [n * size for n in counts], [own * size] * self.ranks
         with self.with_others():
             dist.all_to_all_single(_bytes(mine), _bytes(rows.contiguous()), taken, given, group=self.group)
         self.received[what] += own * size * (self.ranks - 1)
-        return mine
+        return mine.view(self.ranks, own, *shape)
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of all ranks' parts, which are small."""
@@ -150,6 +152,12 @@ class Exchange:
         dist_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
         with self.with_others():
             dist_gather(out, own, group=self.group)
+
+
+def _empty_like(rows: Tensor, n: int) -> Tensor:
+    """n such rows."""
+    shape = rows.shape[1:]
+    return empty_rows(n, shape.numel(), dtype=rows.dtype, device=rows.device).view(n, *shape)
 
 
 def shares(n: int, ranks: int) -> list[int]:
