@@ -32,6 +32,7 @@ def test_public_names() -> None:
         "compat",
         "data",
         "demo",
+        "distributed",
         "evaluate",
         "explain",
         "extract",

@@ -89,7 +89,7 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "support_values_grad_x", support_values_grad_x,
            ">grad_x:T[N,D] grad_values:A[N,S,k] values:A[N,S,k] " SUPPORT "W_enc:T[L,D] streams");
     define(m, "sparse_decode", sparse_decode,
-           ">recons:T[N,S,D] values:A[N,S,k] " SUPPORT "W_dec:T[L,D] pre_bias:A[D]");
+           ">recons:M[N,S,D] values:A[N,S,k] " SUPPORT "W_dec:T[L,D] pre_bias:A[D]");
     define(m, "sparse_decode_grad_values", sparse_decode_grad_values,
            ">grad_values:A[N,S,k] grad_recons:T[N,S,D] " SUPPORT "W_dec:T[L,D]");
     define(m, "decode_loss", decode_loss,

@@ -65,7 +65,8 @@ def support_values_grad_x(
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor) -> Tensor:
     (rows,) = _stored(W_dec)
-    recons = rows.new_empty(*values.shape[:2], W_dec.shape[1])
+    dtype = values.dtype if values.dtype == torch.bfloat16 else wide(rows).dtype
+    recons = torch.empty(*values.shape[:2], W_dec.shape[1], dtype=dtype, device="cpu")
     operands = _summed(values), _indices(indices), rows, _summed(pre_bias)
     _cpu.sparse_decode(recons, *operands, torch.get_num_threads())
     return _as(recons, values.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparc_fast.batch import Batch
 from sparc_fast.ops import functional
+from sparc_fast.ops.backends import Backend
 
 from .batch_topk import Thresholds
 
@@ -25,7 +26,7 @@ def select(
     *,
     support_from: Sequence[str] | None = None,
     thresholds: Thresholds | None = None,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
 ) -> Tensor:
     """The support of a batch; reads no decoder row.
 
