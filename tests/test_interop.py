@@ -99,6 +99,7 @@ def test_a_batchtopk_model_loads_in_saelens_as_it_is_in_eval_mode(sae_lens: Modu
     x = {s: 3 * torch.randn(200, d) + 2 for s, d in D.items()}
     model.calibrate(x)
     model.learn_thresholds(x)
+    x = {s: 3 * torch.randn(200, d) + 2 for s, d in D.items()}  # the threshold is a score of those before
     to_saelens(model.eval(), tmp_path, "dino")
     sae = sae_lens.SAE.load_from_disk(tmp_path)
     sae.fold_W_dec_norm()  # as dashboards do; its threshold goes with it

@@ -175,6 +175,7 @@ def test_a_stream_of_a_batchtopk_model_is_a_jumprelu_of_its_threshold(unit_norm:
     with pytest.raises(ValueError, match="must know a threshold for the streams"):
         to_saelens(model, tmp_path, "dino")
     model.learn_thresholds(x)
+    x = {s: 5 * torch.randn(60, d) + 1 for s, d in D.items()}  # the threshold is a score of those before
     to_saelens(model.eval(), tmp_path, "dino", unit_norm=unit_norm)
     config, weights = files(tmp_path)
     assert (config["architecture"], "k" in config) == ("jumprelu", False)
