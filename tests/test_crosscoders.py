@@ -42,7 +42,11 @@ def crosscoder(
 
 
 def computed(
-    there: dict[str, Tensor], x: Tensor, reads: list[int], alphas: tuple[float, float] = (1.0, 0.1)
+    there: dict[str, Tensor],
+    x: Tensor,
+    reads: list[int],
+    alphas: tuple[float, float] = (1.0, 0.1),
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(get_activations [N, L], reconstructions [N, layers, D]) of samples one at a time, in float64."""
     t = {name: tensor.double() for name, tensor in there.items()}
@@ -54,6 +58,8 @@ def computed(
     norms = [cc, sae, alphas[0] * sae + alphas[1] * cc, torch.ones_like(cc)][int(t["code_normalization_id"]) - 1]
     best = (post * norms).topk(K).indices
     f = torch.zeros_like(post).scatter_(1, best, post.gather(1, best))
+    if threshold is not None:
+        f = post * (post * norms > threshold)
     recons = torch.einsum("nf, lfd -> nld", f, t["decoder.weight"]) + t["decoder.bias"]
     return f * norms, recons / (scale + 1e-8) + t["activation_mean"] if centred else recons
 
@@ -123,15 +129,34 @@ def test_older_files_and_those_of_compiled_models_are_read(tmp_path: Path) -> No
         assert torch.equal(codes.indices, expected.indices)
 
 
-def test_one_that_fires_above_a_threshold_is_refused_unless_its_topk_is_asked_for(tmp_path: Path) -> None:
-    folder = write(crosscoder(), tmp_path / "batch")
-    with pytest.raises(
-        ValueError, match=r"is a BatchTopK one: what is above its threshold fires.* topk=True \(--topk\)"
-    ):
-        from_crosscoder(folder)
+@pytest.mark.parametrize("normalization", ["CROSSCODER", "NONE"])
+@pytest.mark.parametrize("threshold", [-1.0, 0.7, 8.0])
+@pytest.mark.parametrize("reads", [[0, 1, 2], [2]])
+def test_by_default_what_is_above_the_threshold_fires(
+    normalization: str, threshold: float, reads: list[int], tmp_path: Path
+) -> None:
+    there = {**crosscoder(normalization, reads=len(reads)), "threshold": torch.tensor(threshold)}
+    model = from_crosscoder(write(there, tmp_path / "batch", {"encoder_layers": reads}))
+    assert (model.selection, model.k, model.training) == ("batch", K, False)
+    x = 2 * torch.randn(N, LAYERS, D) + 1
+    activations, recons = computed(there, x, reads, threshold=threshold)
+    source, inputs = ("layers", {"layers": x.flatten(1)}) if len(reads) > 1 else ("layer_2", {"layer_2": x[:, 2]})
+    code = model.encode(inputs)
+    torch.testing.assert_close(code.dense(source).double(), activations, rtol=1e-5, atol=2e-5)
+    if len(reads) == 1:
+        together = model.encode({f"layer_{i}": x[:, i] for i in range(LAYERS)})
+        assert torch.equal(together.dense(source), code.dense(source))
+        torch.testing.assert_close(model.decode(code, source, "layer_0").double(), recons[:, 0], rtol=1e-5, atol=2e-5)
+    else:
+        ours = model.decode(code, source, source).view_as(x)
+        torch.testing.assert_close(ours.double(), recons, rtol=1e-5, atol=5e-5)
+
+
+def test_one_without_k_or_threshold_is_refused(tmp_path: Path) -> None:
     plain = {name: tensor for name, tensor in crosscoder().items() if name not in ("k", "threshold")}
-    with pytest.raises(ValueError, match=r"has no k: every latent above 0 fires"):
-        from_crosscoder(write(plain, tmp_path / "plain"), topk=True)
+    for topk in (False, True):
+        with pytest.raises(ValueError, match="has no k and threshold: every latent above 0 fires"):
+            from_crosscoder(write(plain, tmp_path / "plain"), topk=topk)
 
 
 def test_what_no_model_here_can_be_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -63,9 +63,7 @@ def test_a_sae_of_saelens_is_converted(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--streams must be one name for a SAE, got a, b" in capsys.readouterr().err
 
 
-def test_a_crosscoder_is_converted_when_its_topk_is_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_crosscoder_is_converted_with_its_threshold_or_its_topk(tmp_path: Path) -> None:
     there = {
         "encoder.weight": torch.randn(2, 5, 8),
         "encoder.bias": torch.randn(8),
@@ -76,10 +74,10 @@ def test_a_crosscoder_is_converted_when_its_topk_is_asked_for(
     }
     torch.save(there, tmp_path / "ae.pt")
     words = ("convert", tmp_path / "ae.pt", tmp_path / "ours.safetensors", "--from", "crosscoder")
-    assert command(*words) == 1
-    assert "topk=True (--topk) takes the k largest of each sample instead" in capsys.readouterr().err
-    assert command(*words, "--topk") == 0
-    assert sf.SPARC.load(tmp_path / "ours.safetensors").d_streams == {"layers": 10}
+    for more, selection in (((), "batch"), (("--topk",), "global")):
+        assert command(*words, *more) == 0
+        ours = sf.SPARC.load(tmp_path / "ours.safetensors")
+        assert (ours.d_streams, ours.selection) == ({"layers": 10}, selection)
 
 
 def test_a_folder_for_the_hub_has_what_was_given(model: sf.SPARC, tmp_path: Path) -> None:

@@ -93,6 +93,25 @@ def test_dashboards_fold_the_norm_of_decoder_rows_and_nothing_changes(
         torch.testing.assert_close(sae.decode(theirs), model.decode(codes, "dino", "dino"), rtol=1e-5, atol=2e-5)
 
 
+def test_a_batchtopk_model_loads_in_saelens_as_it_is_in_eval_mode(sae_lens: ModuleType, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = sf.SPARC(D, 256, 8, selection="batch")
+    x = {s: 3 * torch.randn(200, d) + 2 for s, d in D.items()}
+    model.calibrate(x)
+    model.learn_thresholds(x)
+    x = {s: 3 * torch.randn(200, d) + 2 for s, d in D.items()}  # the threshold is a score of those before
+    to_saelens(model.eval(), tmp_path, "dino")
+    sae = sae_lens.SAE.load_from_disk(tmp_path)
+    sae.fold_W_dec_norm()  # as dashboards do; its threshold goes with it
+    codes = model.encode({"dino": x["dino"]})
+    with torch.no_grad():
+        theirs = sae.encode(x["dino"])
+        torch.testing.assert_close(theirs, codes.dense("dino") * model.input_rms[1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sae.decode(theirs), model.decode(codes, "dino", "dino"), rtol=1e-5, atol=2e-5)
+    assert isinstance(sae, sae_lens.JumpReLUSAE)
+    assert (theirs > 0).sum(1).unique().numel() > 2
+
+
 def test_kernels_loads_the_folder_and_its_tests_pass(tmp_path: Path) -> None:
     if not any(metadata.distributions(name="kernels")):  # not to be imported here, where ours may shadow it
         pytest.skip("the package kernels is not installed")
@@ -108,8 +127,9 @@ def test_kernels_loads_the_folder_and_its_tests_pass(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("normalization", ["CROSSCODER", "SAE", "NONE"])
 @pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("topk", [False, True])
 def test_a_crosscoder_of_dictionary_learning_has_the_same_activations(
-    normalization: str, layers: list[int] | None, tmp_path: Path
+    normalization: str, layers: list[int] | None, topk: bool, tmp_path: Path
 ) -> None:
     package = pytest.importorskip("dictionary_learning.dictionary")
     if not hasattr(package, "BatchTopKCrossCoder"):
@@ -118,10 +138,11 @@ def test_a_crosscoder_of_dictionary_learning_has_the_same_activations(
     theirs = package.BatchTopKCrossCoder(
         8, 64, 3, k=5, code_normalization=normalization, encoder_layers=layers, init_with_transpose=False
     )
+    theirs.threshold.fill_(0.2)
     torch.save(theirs.state_dict(), tmp_path / "ae.pt")
-    ours = from_crosscoder(tmp_path / "ae.pt", {"encoder_layers": layers}, topk=True)
+    ours = from_crosscoder(tmp_path / "ae.pt", {"encoder_layers": layers}, topk=topk)
     x = torch.randn(40, 3, 8)
     with torch.no_grad():
-        each = [theirs.get_activations(row[None], use_threshold=False) for row in x]
+        each = [theirs.get_activations(row[None], use_threshold=not topk) for row in x]
     source, inputs = ("layers", x.flatten(1)) if layers is None else ("layer_1", x[:, 1])
     torch.testing.assert_close(ours.encode({source: inputs}).dense(source), torch.cat(each), rtol=1e-5, atol=1e-5)

@@ -156,16 +156,63 @@ def test_metadata_is_kept_for_the_tools_that_ask_for_it(tmp_path: Path) -> None:
     assert metadata["sparc_fast_stream"] == "dino"
 
 
-@pytest.mark.parametrize("name", ["batchtopk", "batchtopk_inference", "jumprelu"])
-def test_saes_whose_latents_fire_above_a_threshold_are_refused_with_the_reason(name: str) -> None:
-    with pytest.raises(ValueError, match=r"architecture topk, got '(batchtopk|jumprelu)': .* fire above a threshold"):
-        from_saelens(RECORDED / name)
+@pytest.mark.parametrize("name", ["batchtopk", "batchtopk_inference"])
+def test_a_recorded_batchtopk_sae_fires_above_its_threshold(name: str) -> None:
+    model, there = from_saelens(RECORDED / name), load_file(RECORDED / "batchtopk_inference" / "computed.safetensors")
+    assert (model.selection, model.k, model.training) == ("batch", round(2.5), False)
+    result = model({"activations": there["x"]})
+    assert (there["codes"] > 0).sum(1).unique().numel() > 2
+    torch.testing.assert_close(result.codes.dense("activations"), there["codes"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.recons["activations", "activations"], there["recons"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("unit_norm", [False, True])
+def test_a_stream_of_a_batchtopk_model_is_a_jumprelu_of_its_threshold(unit_norm: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = sf.SPARC(D, 24, 3, selection="batch")
+    x = {s: 5 * torch.randn(60, d) + 1 for s, d in D.items()}
+    model.calibrate(x)
+    with pytest.raises(ValueError, match="must know a threshold for the streams"):
+        to_saelens(model, tmp_path, "dino")
+    model.learn_thresholds(x)
+    x = {s: 5 * torch.randn(60, d) + 1 for s, d in D.items()}  # the threshold is a score of those before
+    to_saelens(model.eval(), tmp_path, "dino", unit_norm=unit_norm)
+    config, weights = files(tmp_path)
+    assert (config["architecture"], "k" in config) == ("jumprelu", False)
+    before = (x["dino"].double() - weights["b_dec"]) @ weights["W_enc"].double() + weights["b_enc"]
+    codes = before.relu() * (before > weights["threshold"])
+    ours = model.encode({"dino": x["dino"]})
+    assert (codes > 0).sum(1).unique().numel() > 2
+    size = model.input_rms[1] if unit_norm else 1
+    torch.testing.assert_close(codes.float(), ours.dense("dino") * size, rtol=1e-5, atol=1e-5)
+    back = model.decode(ours, "dino", "dino")
+    torch.testing.assert_close(
+        (codes @ weights["W_dec"].double() + weights["b_dec"]).float(), back, rtol=1e-5, atol=2e-5
+    )
+    again = from_saelens(tmp_path, "dino")
+    assert again.k == 3
+    torch.testing.assert_close(again.encode({"dino": x["dino"]}).dense("dino"), codes.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_jumprelu_of_several_thresholds_or_of_no_k_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trained as BatchTopK: .* got thresholds of .*, trained as None"):
+        from_saelens(RECORDED / "jumprelu")
+    folder = recorded("batchtopk_inference", tmp_path)
+    config, weights = files(folder)
+    weights["threshold"][0] += 1
+    save_file(weights, folder / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match=r"got thresholds of 0\.1 to 1\.1, trained as batchtopk"):
+        from_saelens(folder)
+    del config["metadata"]["training_architecture_details"]["k"]
+    (folder / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trained as BatchTopK"):
+        from_saelens(folder)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("architecture", "gated", "must hold a SAE with architecture topk, got 'gated'$"),
+        ("architecture", "gated", "must hold a SAE with architecture topk or batchtopk or jumprelu, got 'gated'$"),
         ("normalize_activations", "layer_norm", "got 'layer_norm': each input's own mean"),
         ("normalize_activations", "expected_average_only_in", "times a factor that is not in the folder"),
         ("normalize_activations", "covariance_whitening", "whitened by a matrix that is not in its weights"),
@@ -218,7 +265,7 @@ def test_a_stream_that_is_none_and_a_rule_that_saelens_lacks_are_refused(tmp_pat
     with pytest.raises(ValueError, match=r"stream must be one of the streams .* got 'clip'"):
         to_saelens(model, tmp_path / "sae", "clip")
     model.selection = "nested"  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="model must have the selection global or local, got 'nested'"):
+    with pytest.raises(ValueError, match="model must have the selection global or local or batch, got 'nested'"):
         to_saelens(model, tmp_path / "sae", "dino")
     assert not (tmp_path / "sae").exists()
 

@@ -44,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--streams", nargs="+", metavar="NAME", help="what to call a SAE's inputs, or a crosscoder's layers"
     )
-    parser.add_argument("--topk", action="store_true", help="of a BatchTopK crosscoder the k largest of each sample")
+    parser.add_argument(
+        "--topk",
+        action="store_true",
+        help="of a crosscoder the k largest of each sample, not those above its threshold",
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="in which its counters count (%(default)s)")
     parser.add_argument("--fold-calibration", action="store_true", help="put a model's calibration into its weights")
 

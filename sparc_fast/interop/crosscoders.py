@@ -19,6 +19,7 @@ from torch import Tensor
 from sparc_fast.model import SPARC
 
 from .pickled_tensors import load_tensors
+from .thresholds import known_threshold
 
 __all__ = ["from_crosscoder"]
 
@@ -52,8 +53,8 @@ def from_crosscoder(
         config: ``config.json`` or its content; by default the one in the folder. It says what weights do not:
             ``encoder_layers`` and, of MIXED normalization, the shares. Of weights that do not say it either, the
             normalization is CROSSCODER, as it is there.
-        topk: the k largest activations of each sample fire, as ``encode(x, use_threshold=False)`` has it for one sample
-            at a time. Otherwise a BatchTopK crosscoder fires what is above its threshold, and is refused.
+        topk: the k largest activations of each sample fire, as ``encode(x, use_threshold=False)`` has it of one sample.
+            By default what is above the threshold does, as there: a BatchTopK model, in eval mode.
         streams: names of the layers, where the encoder reads one of them: ``model.translate`` goes from that to any. Of
             other crosscoders the model has one stream, "layers": ``x.flatten(1)`` of x [N, layers, D].
 
@@ -65,16 +66,10 @@ def from_crosscoder(
     tensors = _read(path)
     settings = _settings(path, config)
     normalization = _check(tensors, settings, path)
-    if "k" not in tensors:
+    if "k" not in tensors or not (topk or "threshold" in tensors):
         raise ValueError(
-            f"path must be a crosscoder of k latents, but {path} has no k: every latent above 0 fires, any number of "
-            "them in a sample, and a model here fires k"
-        )
-    if not topk:
-        raise ValueError(
-            f"path must be a crosscoder of k latents a sample, but {path} is a BatchTopK one: what is above its "
-            "threshold fires, any number of latents in a sample, and a model here fires k; topk=True (--topk) takes "
-            "the k largest of each sample instead"
+            f"path must be a BatchTopK crosscoder, but {path} has no k and threshold: every latent above 0 fires, and "
+            "a model here fires k on average"
         )
     W_enc, W_dec, b_dec = (tensors[name].double() for name in ("encoder.weight", "decoder.weight", "decoder.bias"))
     layers, L, D = W_dec.shape
@@ -97,16 +92,23 @@ def from_crosscoder(
     widths = {name: layers * D // len(names) for name in names}
     bias = W_dec.new_zeros(len(names), L)
     bias[0 if len(names) == 1 else reads[0]] = latent_bias
+    state = {} if topk else known_threshold(float(tensors["threshold"]), len(names))
     with torch.random.fork_rng(devices=[]):  # the first weights are thrown away: draw nothing for them
-        model = SPARC(widths, L, int(tensors["k"]), dtype=tensors["encoder.weight"].dtype)
+        model = SPARC(
+            widths,
+            L,
+            int(tensors["k"]),
+            selection="global" if topk else "batch",
+            dtype=tensors["encoder.weight"].dtype,
+        )
     weights = {
         "W_enc": encoder.permute(2, 0, 1).flatten(1),
         "W_dec": decoder.permute(1, 0, 2).flatten(1),
         "pre_bias": (moved + mean).flatten(),
         "latent_bias": bias,
     }
-    model.load_state_dict({**model.state_dict(), **weights})
-    return model
+    model.load_state_dict({**model.state_dict(), **weights, **state})
+    return model if topk else model.eval()
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ VERSION = 1
 """Of the kernel: the next one when what it exports changes."""
 BACKENDS = ("cuda", "cpu")
 """Of torch: on CPU tensors plain PyTorch computes, and the kernels in Triton's interpreter alone."""
-OPS = ("autograd", "backends", "functional", "gpu_scratch", "layout", "reference", "row_step")
+OPS = ("autograd", "backends", "functional", "gpu_scratch", "layout", "pooled_topk", "reference", "row_step")
 OURS = re.compile(r'(?P<quote>")sparc_fast(?=[._])|\bfrom sparc_fast\b(?P<module>[\w.]*) import')
 
 PACKAGE = '''"""Operators of SPARC, sparse autoencoders over streams (arXiv 2507.06265), from sparc_fast {version}."""
@@ -34,8 +34,10 @@ from .ops import reference
 from .ops.backends import available as available_backends
 from .ops.backends import resolve
 from .ops.functional import (
+    batch_topk,
     global_topk,
     invert_indices,
+    latents_above,
     local_topk,
     reconstruction_loss,
     sparse_decode,
@@ -44,8 +46,10 @@ from .ops.functional import (
 
 __all__ = [
     "available_backends",
+    "batch_topk",
     "global_topk",
     "invert_indices",
+    "latents_above",
     "local_topk",
     "reconstruction_loss",
     "reference",
@@ -75,6 +79,7 @@ it. Copied from sparc_fast {version}; one stream makes a plain TopK SAE.
 |---|---|
 | `global_topk(x, W_enc, pre_bias, latent_bias, k)` | int32 [N, k]: the k largest pre-activations, summed over streams |
 | `local_topk(…, d_streams=)` | int32 [N, S, k]: the same of each stream by itself |
+| `batch_topk(…, k)`, `latents_above(…, threshold)` | int32 [N, W]: BatchTopK, -1 where a sample has fewer than others |
 | `support_values(…, indices, d_streams=)` | [N, S, k]: ReLU of the pre-activations there |
 | `sparse_decode(values, indices, W_dec, pre_bias)` | [N, S, D]: all streams reconstructed from each stream's code |
 | `reconstruction_loss(…)` | the weighted squared errors of all reconstructions, fused with their gradient |

@@ -1,7 +1,7 @@
 """SAELens' folders, ``cfg.json`` and ``sae_weights.safetensors``, in the format of its release 6.54: to ours and back.
 
-A stream of a model is a TopK SAE: by itself it has a support of its own, under global selection too. Weights go over
-bit for bit where nothing needs to be put into them.
+A stream of a model is a TopK or BatchTopK SAE: by itself it has a support of its own, under global selection too.
+Weights go over bit for bit where nothing needs to be put into them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sparc_fast.model import SPARC
 from sparc_fast.version import __version__
 
 from .stream_weights import stream_weights
+from .thresholds import known_threshold
 
 __all__ = ["from_saelens", "is_saelens", "to_saelens"]
 
@@ -36,25 +37,63 @@ def _as_topk(model: SPARC, stream: str, unit_norm: bool) -> tuple[Fields, Tensor
     return {"architecture": "topk", "k": model.k, "rescale_acts_by_decoder_norm": unit_norm}, {}
 
 
-WRITERS: dict[str, Callable[[SPARC, str, bool], tuple[Fields, Tensors]]] = {"global": _as_topk, "local": _as_topk}
-"""Selection -> the architecture that one stream is, and what its configuration and weights have besides; these depend
-on whether decoder rows have unit norm."""
+def _as_jumprelu(model: SPARC, stream: str, unit_norm: bool) -> tuple[Fields, Tensors]:
+    """As SAELens saves its own BatchTopK."""
+    threshold = model._all_thresholds().of((stream,))
+    trained = {"training_architecture": "batchtopk", "training_architecture_details": {"k": model.k}}
+    of_latents = torch.full((model.n_latents,), threshold, dtype=torch.float64, device="cpu")
+    return {"architecture": "jumprelu", "metadata": trained}, {"threshold": of_latents}
+
+
+WRITERS: dict[str, Callable[[SPARC, str, bool], tuple[Fields, Tensors]]] = {
+    "global": _as_topk,
+    "local": _as_topk,
+    "batch": _as_jumprelu,
+}
+"""Selection -> the architecture that one stream is, and what its configuration and weights have besides, the latter in
+the units of codes; these depend on whether decoder rows have unit norm."""
 SAME = 1e-5  # what norms of decoder rows may differ by, relatively, to count as one
+
+
+def _of_topk(config: Fields, tensors: Tensors) -> tuple[Fields, Tensors]:
+    return {"k": config["k"]}, {}
+
+
+def _of_batchtopk(config: Fields, tensors: Tensors) -> tuple[Fields, Tensors]:
+    return _batch(config["k"], tensors.pop("topk_threshold"))
+
+
+def _of_jumprelu(config: Fields, tensors: Tensors) -> tuple[Fields, Tensors]:
+    """Of one that was trained as BatchTopK: it has one threshold for all latents."""
+    threshold, metadata = tensors.pop("threshold"), config.get("metadata") or {}
+    trained, details = metadata.get("training_architecture"), metadata.get("training_architecture_details") or {}
+    lowest, highest = float(threshold.min()), float(threshold.max())
+    if trained != "batchtopk" or "k" not in details or lowest != highest:
+        raise ValueError(
+            "folder must hold a JumpReLU that was trained as BatchTopK: a model here has one threshold for all latents "
+            f"and fires k on average, got thresholds of {lowest:.3g} to {highest:.3g}, trained as {trained}"
+        )
+    return _batch(details["k"], threshold[0])
+
+
+def _batch(k: float, threshold: Tensor) -> tuple[Fields, Tensors]:
+    return {"k": max(1, round(k)), "selection": "batch"}, known_threshold(float(threshold))
+
+
 READERS: dict[str, Callable[[Fields, Tensors], tuple[Fields, Tensors]]] = {
-    "topk": lambda config, tensors: ({"k": config["k"]}, {}),
+    "topk": _of_topk,
+    "batchtopk": _of_batchtopk,
+    "jumprelu": _of_jumprelu,
 }
 """Architecture -> what our model of it is made with, and its state besides weights; takes what it reads of tensors."""
-OF_ANY_NUMBER = "its latents fire above a threshold, any number of them in a sample, and a model here fires k"
 REFUSED = {
-    "batchtopk": OF_ANY_NUMBER,
-    "jumprelu": OF_ANY_NUMBER,
     "expected_average_only_in": "it expects inputs times a factor that is not in the folder; "
     "fold_activation_norm_scaling_factor and save_model put it into the weights",
     "layer_norm": "each input's own mean and deviation are taken out of it, for which a model here has no place",
     "covariance_whitening": "it expects inputs whitened by a matrix that is not in its weights; "
     "fold_activation_whitening and save_model put it there",
 }
-"""Architecture, or normalization of inputs -> why a model here cannot be that."""
+"""Normalization of inputs -> why a model here cannot be that."""
 
 
 def is_saelens(path: str | Path) -> bool:
@@ -70,7 +109,8 @@ def to_saelens(
     *,
     unit_norm: bool = False,
 ) -> None:
-    """Write one stream as a TopK SAE that ``sae_lens.SAE.load_from_disk(folder)`` loads.
+    """Write one stream as a SAE that ``sae_lens.SAE.load_from_disk(folder)`` loads: TopK, or, of a BatchTopK model as
+    it is in eval mode, a JumpReLU of one threshold, as SAELens saves its own.
 
     Codes and reconstructions there are those of ``model.encode({stream: x})``, to rounding, calibration included. Where
     the model normalizes the stream's rows, so does SAELens ("constant_norm_rescale"), and its reconstructions are times
@@ -107,11 +147,11 @@ def to_saelens(
     if unit_norm:
         W_enc, W_dec, latent_bias = W_enc * norm, W_dec / norm, latent_bias * norm
     has_unit_norm = unit_norm or bool(((norms - 1).abs() <= SAME / 10).all())
-    fields, chosen_by = WRITERS[model.selection](model, stream, has_unit_norm)
+    fields, of_codes = WRITERS[model.selection](model, stream, has_unit_norm)
+    chosen_by = {name: (tensor * (norm if unit_norm else 1)).to(dtype) for name, tensor in of_codes.items()}
     config = {
         "d_in": model.d_streams[stream],
         "d_sae": model.n_latents,
-        **fields,
         "dtype": str(dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -122,8 +162,10 @@ def to_saelens(
             "sae_lens_training_version": None,
             "sparc_fast_version": __version__,
             "sparc_fast_stream": stream,
+            **fields.pop("metadata", {}),
             **(metadata or {}),
         },
+        **fields,
     }
     text = json.dumps(config, indent=2)
     tensors = {"W_enc": W_enc.T, "W_dec": W_dec, "b_enc": latent_bias, "b_dec": pre_bias, **chosen_by}
@@ -138,6 +180,8 @@ def to_saelens(
 
 def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
     """The model of one stream that is a SAE of SAELens: same codes, and same reconstructions, to rounding.
+
+    A BatchTopK SAE, also saved as JumpReLU, fires above its threshold in eval mode, in which the model comes.
 
     Of a SAE with ``normalize_activations="constant_norm_rescale"`` the model normalizes rows, and reconstructions are
     of those (`SPARC.normalized`). Inputs of a ``hook_z`` SAE are those of all heads side by side.
@@ -184,7 +228,7 @@ def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
         b_enc = b_enc + W_enc.double() @ b_dec.double()  # our encoder subtracts it
     weights = {"W_enc": W_enc, "W_dec": W_dec, "pre_bias": b_dec, "latent_bias": b_enc[None]}
     model.load_state_dict({**model.state_dict(), **weights, **state})
-    return model
+    return model.eval() if model.selection == "batch" else model
 
 
 def _read_config(path: Path) -> dict[str, Any]:
