@@ -50,6 +50,7 @@ def test_public_names() -> None:
 
 def test_importing_the_package_needs_only_torch_and_numpy_and_its_modules_are_loaded_on_first_use() -> None:
     optional = ["matplotlib", "sklearn", "skimage", "rich", "safetensors", "jinja2", "triton", "h5py", "pandas"]
+    optional.append("huggingface_hub")
     later = [
         f"sparc_fast.{n}"
         for n in ("attribution", "compat", "data", "demo", "evaluate", "explain", "extract", "interop", "training")

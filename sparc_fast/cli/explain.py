@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparc_fast.data.feature_folder import FeatureFolder, is_feature_folder
 from sparc_fast.files import check_folder
+from sparc_fast.sizes import counted
 from sparc_fast.training.run_folder import RunFolder
 
 from .eval import load, untrained
@@ -115,7 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
         settings={"command": _command(arguments), "latents": f"{after.n_latents:,}", "k": str(after.k)},
     )
     page = write_report(report, arguments.out)
-    print(f"{page}: {len(report.items):,} samples, {sum(map(bool, report.after.names)):,} named latents")
+    named = sum(map(bool, report.after.names))
+    print(f"{page}: {counted(len(report.items), 'sample')}, {counted(named, 'named latent')}")
     if arguments.atlas is not None:
         from sparc_fast.explain.embedding_atlas import write_atlas
 
