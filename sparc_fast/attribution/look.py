@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +17,7 @@ from sparc_fast.extract.encoders import Encoder, ModelEncoder
 from sparc_fast.extract.items import load_picture
 from sparc_fast.model import SPARC
 
-from .heatmaps import Method, heatmaps
+from .heatmaps import Heatmaps, Method, heatmaps
 from .page import Looked, Seen
 from .target import Latents, strongest
 from .texts import word_scores
@@ -113,6 +114,8 @@ def look_into(
     """
     shown = []
     skipped: set[str] = set()
+    maps: list[tuple[list[Seen], int, str, Heatmaps, Image]] = []
+    highest: dict[tuple[str, str], float] = {}
     for sample in samples:
         own = {s: encoded for s, encoder in encoders.items() if (encoded := _codes(model, s, encoder, sample, codes))}
         targets: list[tuple[str, Latents]] = [(names.title(latent), latent) for latent in latents]
@@ -130,7 +133,7 @@ def look_into(
         picture = None if sample.picture is None else _large(sample.picture)
         looked = []
         for title, target in targets:
-            seen = []
+            seen: list[Seen] = []
             for stream, encoder in encoders.items():
                 text = sample.texts.get(str(folder.streams[stream].get("column")))
                 is_picture = folder.streams[stream].get("modality") == "image"
@@ -140,7 +143,9 @@ def look_into(
                     )
                     assert picture is not None
                     about = _about(target, own.get(stream))
-                    seen.append(Seen(stream, float(found.scores[0]), found.overlay(0, picture), None, about))
+                    maps.append((seen, len(seen), title, found, picture))
+                    highest[stream, title] = max(highest.get((stream, title), 0.0), float(found.maps.max()))
+                    seen.append(Seen(stream, float(found.scores[0]), None, None, about))
                 elif not is_picture and text:
                     (words,) = word_scores(model, encoder, [text], stream=stream, latents=target)
                     seen.append(Seen(stream, words.whole, None, words, _about(target, own.get(stream))))
@@ -149,6 +154,9 @@ def look_into(
                     say(f"{stream}: a function has no positions to look into")
             looked.append((title, seen))
         shown.append(Looked(sample.id, picture, [text for text in sample.texts.values() if text], looked))
+    for seen, place, title, found, picture in maps:  # one latent's positions have one scale in all samples
+        top = highest[seen[place].stream, title] if found.method == "position" and source is None else None
+        seen[place] = replace(seen[place], overlay=found.overlay(0, picture, top))
     return shown
 
 
