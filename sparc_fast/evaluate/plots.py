@@ -90,7 +90,7 @@ def _latents(evaluations: Mapping[str, Evaluation]) -> Figure | None:
             counts, _ = np.histogram(values.nan_to_num(0).clamp(min=-1).numpy(), edges)
             one.stairs(counts, edges, label=name, color=color, linewidth=1.4)
         one.set(xlabel=words, ylabel="latents", yscale="symlog", ylim=(0, None))
-        one.legend(frameon=False, fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=7)
     return figure
 
 
