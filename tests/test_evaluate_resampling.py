@@ -25,8 +25,8 @@ def test_a_resampled_score_is_that_of_the_drawn_samples(
     N, B = 40, 6
     model, (inputs, labels) = model_of(selection=selection), data_of(N)
     if memory == "least":
-        monkeypatch.setattr("sparc_fast.evaluate.evaluation.CHUNK_BYTES", 600)
-        monkeypatch.setattr("sparc_fast.evaluate.evaluation.LEAST_CHUNK", 1)
+        monkeypatch.setattr("sparc_fast.evaluate.passing.CHUNK_BYTES", 600)
+        monkeypatch.setattr("sparc_fast.evaluate.passing.LEAST_CHUNK", 1)
     found = evaluate(model, inputs, labels, resamples=B, batch_size=7)
     drawn = Resampling(N, B).weights(slice(None)).long()
     assert drawn.sum(0).tolist() == [N] * B

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparc_fast.data import AlignedFiles
 
 from .codes import Codes, check_codes, firings, parts
-from .evaluation import codes_alone
+from .passing import codes_alone
 
 if TYPE_CHECKING:
     from ..model import SPARC
