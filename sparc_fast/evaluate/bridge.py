@@ -146,7 +146,7 @@ def _at(latents: Tensor, others: Tensor, values: Tensor) -> Tensor:
     """Of each of a sample's latents [n, k], its value among the others [n, k'], 0 where it is not there."""
     if not others.shape[1]:
         return torch.zeros(latents.shape, dtype=values.dtype, device=values.device)
-    ordered, order = others.sort(dim=1)
+    ordered, order = others.masked_fill(values <= 0, -1).sort(dim=1)
     slots = torch.searchsorted(ordered, latents).clamp_max(others.shape[1] - 1)
     return values.gather(1, order).gather(1, slots).masked_fill(ordered.gather(1, slots) != latents, 0)
 
