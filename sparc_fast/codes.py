@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparc_fast import checkpoint
 from sparc_fast.batch import position, stack
@@ -115,6 +116,11 @@ class SparseLatents:
         """The same samples in other leading dimensions."""
         parts = [part.reshape(*leading, *part.shape[len(self.shape) :]) for part in (self.values, self.indices)]
         return SparseLatents(parts[0], parts[1], self.streams, self.n_latents)
+
+    def with_slots(self, k: int) -> SparseLatents:
+        """The same with k slots a sample, the further ones empty: latent -1 of value 0."""
+        room = (0, k - self.values.shape[-1])
+        return SparseLatents(pad(self.values, room), pad(self.indices, room, value=-1), self.streams, self.n_latents)
 
     @staticmethod
     def cat(codes: Sequence[SparseLatents]) -> SparseLatents:

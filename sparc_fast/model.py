@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
@@ -22,6 +22,9 @@ from sparc_fast.ops import backends, functional, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import stream_slices
 from sparc_fast.selection import RULES, Selection, Thresholds, select
+
+if TYPE_CHECKING:
+    from sparc_fast.interop.hub import Card
 
 
 @dataclass(frozen=True)
@@ -571,6 +574,30 @@ class SPARC(nn.Module):
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"path must be a model saved by sparc_fast, but {path} does not fit: {error}") from error
         return model
+
+    def save_pretrained(self, folder: str | Path, card: Card | None = None) -> None:
+        """Write a folder as the Hugging Face Hub shows it: see `sparc_fast.interop.hub.save_pretrained`."""
+        from sparc_fast.interop import hub
+
+        hub.save_pretrained(self, folder, card)
+
+    def push_to_hub(self, repo_id: str, card: Card | None = None, **options: Any) -> str:
+        """Upload such a folder in one commit: see `sparc_fast.interop.hub.push_to_hub` for the options."""
+        from sparc_fast.interop import hub
+
+        return hub.push_to_hub(self, repo_id, card, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, device: torch.device | str | None = None, backend: str = "auto", **options: Any
+    ) -> SPARC:
+        """The model of a folder that `save_pretrained` wrote, or of a repository of the Hugging Face Hub.
+
+        The options are huggingface_hub's: revision, token, cache_dir, force_download, local_files_only.
+        """
+        from sparc_fast.interop import hub
+
+        return cls.load(hub.fetch(name, **options), device=device, backend=backend)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments that are part of the model, as plain data."""

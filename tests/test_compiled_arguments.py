@@ -73,6 +73,7 @@ def calls() -> dict[str, list[Any]]:
         "count_silence": [integers(L), values, indices],
         "count_nearer": [floats(N), integers(N), integers(N), *sparse_rows(), *sparse_rows(), integers(N), integers(N) + 2,
                          L, 1e-6, 1],
+        "find_nearest": [integers(N, 3), floats(N, 3), *sparse_rows(), *sparse_rows(), L, 1],
         "exact_scores": [floats(N, L), x, matrix(), floats(L, **wide), 1],
         "support_scores": [floats(N, K), x, matrix(), floats(L, **wide), indices, 1],
         "measure_rows": [floats(L), floats(L), None, matrix(), 1],
@@ -366,6 +367,7 @@ def test_numbers_that_are_places_must_be_places_there_are() -> None:
         ("support_values", (5,), L), ("sparse_decode", (2,), -2), ("count_silence", (2,), 2**30),
         ("support_scores", (4,), -1), ("gather_rows", (2,), L), ("replay_rows", (3,), -1), ("replay_rows", (4,), 3),
         ("count_nearer", (4,), L), ("count_nearer", (7,), -1), ("count_nearer", (10,), N + 1),
+        ("find_nearest", (3,), L), ("find_nearest", (6,), -1),
     ):  # fmt: skip
         arguments = calls()[name]
         arguments[place[0]].flatten()[1] = bad

@@ -116,6 +116,9 @@ PYBIND11_MODULE(_cpu, m) {
            ">own:f32![Q] >higher:i64![Q] >equal:i64![Q] query_offsets:i64![Q+1] query_latents:i32![F] "
            "query_values:f32![F] offsets:i64![N+1] latents:i32![E] values:f32![E] first:i64![Q] last:i64![Q] #L");
     py::enum_<Among>(m, "Among").value("row", Among::row).value("batch", Among::batch).value("above", Among::above);
+    define(m, "find_nearest", find_nearest,
+           ">candidates:i64![Q,t] >cosines:f32![Q,t] query_offsets:i64![Q+1] query_latents:i32![F] query_values:f32![F] "
+           "offsets:i64![N+1] latents:i32![E] values:f32![E] #L");
     py::class_<Screen>(m, "Screen")
         .def(py::init(&make_screen))
         .def("filter", &filter, py::call_guard<py::gil_scoped_release>())

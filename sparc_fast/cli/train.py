@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+from sparc_fast.sizes import counted
 from sparc_fast.training.config import (
     Config,
     absolute,
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     if outcome.stopped_by is not None:
         return 128 + outcome.stopped_by
-    print(f"{outcome.step:,} steps done; the model is {trainer.folder.model}")
+    print(f"{counted(outcome.step, 'step')} done; the model is {trainer.folder.model}")
     if outcome.best is not None:
         step, figure = outcome.best
         print(f"best on held-out rows: {figure:.4f} after step {step:,}, {trainer.folder.best}")

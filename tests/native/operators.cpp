@@ -542,7 +542,7 @@ static void check_threads() {
 }
 
 // Small integers, whose products are exact, so that ties are ties; a latent that all fire has a column of its own.
-static void check_count_nearer(int64_t Q, int64_t N, int64_t L, int threads) {
+static void check_nearness(int64_t Q, int64_t N, int64_t L, int threads) {
     const auto rows = [&](int64_t count, Array<int64_t>& offsets, std::vector<int32_t>& latents, std::vector<float>& values) {
         for (int64_t n = 0; n < count; ++n) {
             for (int64_t l = 0; l < L; ++l)
@@ -572,6 +572,11 @@ static void check_count_nearer(int64_t Q, int64_t N, int64_t L, int threads) {
     }
     count_nearer(own.tensor(1), higher.tensor(1), equal.tensor(1), query_offsets.tensor(1), a.tensor(1), b.tensor(1),
                  offsets.tensor(1), c.tensor(1), d.tensor(1), first.tensor(1), last.tensor(1), L, 0.5, threads);
+    const int64_t top = 5;
+    Array<int64_t> nearest(Q, top);
+    Array<float> largest(Q, top);
+    find_nearest(nearest.tensor(2), largest.tensor(2), query_offsets.tensor(1), a.tensor(1), b.tensor(1),
+                 offsets.tensor(1), c.tensor(1), d.tensor(1), L, threads);
     std::vector<double> query(L);
     for (int64_t n = 0; n < Q; ++n) {
         std::fill(query.begin(), query.end(), 0);
@@ -591,6 +596,14 @@ static void check_count_nearer(int64_t Q, int64_t N, int64_t L, int threads) {
         expect("count_nearer", higher.data[n], above, 0);
         expect("count_nearer", equal.data[n], same, 0);
         if (best >= 0) expect("count_nearer", own.data[n], best, 0);
+        std::vector<int64_t> order(N);
+        for (int64_t m = 0; m < N; ++m) order[m] = m;
+        std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return product[i] > product[j]; });
+        for (int64_t i = 0; i < top; ++i) {
+            const bool some = i < N && product[order[i]] > 0;
+            expect("find_nearest", nearest.data[n * top + i], some ? order[i] : -1, 0);
+            expect("find_nearest", largest.data[n * top + i], some ? product[order[i]] : 0, 0);
+        }
     }
 }
 
@@ -598,10 +611,10 @@ int main() {
     check_threads();
     check_selection();
     for (int threads : {1, 3}) {
-        check_count_nearer(40, 9000, 6, threads);  // more than a block
-        check_count_nearer(65, 33, 9, threads);
-        check_count_nearer(3, 0, 2, threads);
-        check_count_nearer(0, 3, 2, threads);
+        check_nearness(40, 9000, 6, threads);  // more than a block
+        check_nearness(65, 33, 9, threads);
+        check_nearness(3, 0, 2, threads);
+        check_nearness(0, 3, 2, threads);
     }
     for (int64_t width : {1, 37, 700}) {
         check_loader<double>(width, as_it_is);
