@@ -12,7 +12,7 @@ from sparc_fast.optim import SparcAdam
 from sparc_fast.version import __version__
 
 if TYPE_CHECKING:
-    from sparc_fast import compat, data, demo, evaluate, explain, extract, interop, planning, training
+    from sparc_fast import attribution, compat, data, demo, evaluate, explain, extract, interop, planning, training
 
 __all__ = [
     "SPARC",
@@ -21,6 +21,7 @@ __all__ = [
     "SparcOutput",
     "SparseLatents",
     "__version__",
+    "attribution",
     "available_backends",
     "compat",
     "data",

@@ -19,6 +19,7 @@ from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
 from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, reconstruct, weighted_sum
 from sparc_fast.ops.layout import stream_slices, wide
+from sparc_fast.selection import Thresholds
 
 Loss = Literal["nmse", "fvu"]
 
@@ -239,6 +240,8 @@ class Objective:
     loss: Loss = "nmse"
     spread: Mapping[str, Tensor] | None = None
     """For FVU, what `over` finds."""
+    thresholds: Thresholds | None = None
+    """What latents fire by, where it is not each other."""
 
     def over(self, batches: Iterable[Batch]) -> Objective:
         """The same for a batch, given whole or in parts; NMSE does not look at it, being each sample's own."""
@@ -259,7 +262,10 @@ class Objective:
         return replace(self, support_from=[name for name in self.support_from if name in streams] or None)
 
     def _part(self, batch: Batch) -> Part:
-        indices = self._select(batch, self.k, self.support_from)
+        indices = selection.select(
+            self.selection, batch, self.k, support_from=self.support_from, thresholds=self.thresholds,
+            backend=self.backend,
+        )  # fmt: skip
         return Part(batch, Supports(indices, None if self.dead is None else self._among(self.dead, batch)), self)
 
     def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
@@ -349,15 +355,17 @@ class Objective:
             total, auxk = total + auxk, auxk.detach() / self.auxk_coef
         return SparcLoss(total, nmse.diagonal().mean(), cross, auxk, nmse, (energy < ZERO_ROW).sum(0))
 
-    def _select(self, batch: Batch, k: int, support_from: Sequence[str] | None = None) -> Tensor:
-        return selection.select(self.selection, batch, k, support_from=support_from, backend=self.backend)
+    def _best(self, batch: Batch) -> Tensor:
+        """AuxK's support: of each sample or, under local selection, each stream of it, as many as may be."""
+        rule: selection.Selection = "local" if self.selection == "local" else "global"
+        return selection.select(rule, batch, min(self.auxk, len(batch.W_enc)), backend=self.backend)
 
     def _among(self, dead: Tensor, batch: Batch) -> AmongDead:
         bias = batch.latent_bias
         if dead.dtype == torch.int64:
-            positions = self._select(batch.encoder_of_latents(dead), min(self.auxk, len(dead)))
+            positions = self._best(batch.encoder_of_latents(dead))
             return AmongDead(positions, dead, bias, None)
         # all latents, in which only the dead can win; where fewer than auxk are, others fill up with values of 0
         bias = bias.masked_fill(~dead, max(OUT_OF_REACH, torch.finfo(bias.dtype).min))
-        positions = self._select(batch._replace(latent_bias=bias), min(self.auxk, len(dead)))
+        positions = self._best(batch._replace(latent_bias=bias))
         return AmongDead(positions, None, bias, dead.any())

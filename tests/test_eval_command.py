@@ -173,7 +173,7 @@ def test_rows_in_another_order_are_joined_by_ids_with_labels_and_groups_of_their
     )  # the order of a draw is that of the rows
     assert run(*common, *joined, "outer") == 0
     printed = capsys.readouterr()
-    assert "10 of 60 samples lack a stream and are left out" in printed.err
+    assert "left out for lack of a stream: 10 of 60 samples" in printed.err
     assert json.loads(printed.out)["run"]["scores"] == pytest.approx(found["scores"])
 
 
@@ -189,7 +189,7 @@ def test_rows_of_zeros_are_left_out_unless_they_are_kept_and_retrieval_may_be(
     found = json.loads(printed.out)["run"]
     assert found["n_samples"] == N - 2
     assert "retrieval" not in found
-    assert printed.err == "2 of 60 samples lack a stream and are left out\n"
+    assert printed.err == "left out for lack of a stream: 2 of 60 samples\n"
     assert run(folder / "run", "--data", tmp_path, "--json", "--zero-rows", "keep", "--device", "cpu") == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["run"]["n_samples"] == N

@@ -25,7 +25,9 @@ def matrix(a: StreamCode, b: StreamCode, of_a: Tensor, of_b: Tensor) -> Tensor:
 def operands(case: Case, seed: int) -> tuple[StreamCode, StreamCode, Tensor, Tensor]:
     streams, _, L = case
     several = list(streams.values())
-    of_a, of_b = (torch.nn.functional.normalize(torch.randn(L, 3, generator=seeded(seed + i)), dim=1) for i in (0, 1))
+    of_a, of_b = (
+        torch.nn.functional.normalize(torch.randn(L, 3, generator=seeded(seed + i)).double(), dim=1) for i in (0, 1)
+    )
     return several[0], several[-1], of_a, of_b
 
 

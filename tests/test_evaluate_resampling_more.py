@@ -12,8 +12,10 @@ from sparc_fast.evaluate.resampling import Resampling
 
 
 @pytest.mark.parametrize("memory", ["4GiB", "least"])
-def test_firings_and_ranks_are_those_of_the_drawn_samples(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    N, B, metrics = 40, 5, ("cofiring", "retrieval_by_reconstruction")
+def test_firings_concepts_and_ranks_are_those_of_the_drawn_samples(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    N, B, metrics = 40, 5, ("cofiring", "purity", "retrieval_by_reconstruction")
     model, (inputs, labels) = model_of(), data_of(N)
     if memory == "least":
         monkeypatch.setattr("sparc_fast.evaluate.evaluation.CHUNK_BYTES", 600)
@@ -23,9 +25,9 @@ def test_firings_and_ranks_are_those_of_the_drawn_samples(memory: str, monkeypat
     for b in range(B):
         rows = torch.repeat_interleave(torch.arange(N), drawn[:, b])
         of_drawn = evaluate(
-            model, {name: x[rows] for name, x in inputs.items()}, resamples=0, metrics=metrics[:1]
+            model, {name: x[rows] for name, x in inputs.items()}, labels[rows], resamples=0, metrics=metrics[:2]
         ).scores()
-        for key in ("cofiring_iou", "firing_entropy"):
+        for key in ("cofiring_iou", "firing_entropy", "purity", "purity_base", "purity_consistent"):
             assert float(found.resampled[key][b]) == pytest.approx(of_drawn[key], rel=1e-5), key
         ranks = {
             pair: Retrieval.from_ranks(torch.repeat_interleave(one.ranks, drawn[:, b]))

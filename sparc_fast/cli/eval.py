@@ -45,7 +45,7 @@ from sparc_fast.evaluate.plots import check_plots
 from sparc_fast.evaluate.resampling import RESAMPLES
 from sparc_fast.evaluate.table import Evaluated
 from sparc_fast.model import SPARC
-from sparc_fast.sizes import as_bytes
+from sparc_fast.sizes import as_bytes, counted
 from sparc_fast.training import Config, load_model
 from sparc_fast.training.config import parse_sources
 from sparc_fast.training.trainer import device_of
@@ -175,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
             )  # fmt: skip
             evaluations[name] = replace(found, single_codes={})  # of all models they would be many
         if left_out := files.n_rows - found.n_samples:
-            print(f"{left_out:,} of {files.n_rows:,} samples lack a stream and are left out", file=sys.stderr)
+            print(f"left out for lack of a stream: {left_out:,} of {counted(files.n_rows, 'sample')}", file=sys.stderr)
         if arguments.raw:
             evaluations["raw features"] = _raw(files, groups, memory, arguments)
     _show(_by_settings(evaluations, joined), found.n_samples, arguments)

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from .codes import CHUNK_BYTES, ByLatent, StreamCode, by_latent, check_codes, parts
-from .dictionary import dictionary_of
+from .dictionary import along_rows, dictionary_of
 from .registry import Given, Metric, Score, Sizes
 
 __all__ = ["BRIDGE", "Bridge", "BridgePair", "bridge_pairs", "bridge_score"]
@@ -55,29 +56,27 @@ def bridge_score(a: StreamCode, b: StreamCode, dictionary_a: Tensor, dictionary_
     the Bridge Score of Papadimitriou et al. (arXiv 2504.11695), whose one dictionary both streams share. B is [L, L],
     but not its sums: those of rows are E[z_a[l] d_a[l] . x_b], with x_b = sum_m z_b[m] d_b[m], and so cost N k D.
 
-    Divide by the norms where dictionaries have others, and by the scales where the model scales its inputs.
+    Rows of other norms count by their norms. Products are float32, or float64 where the dictionaries are.
     """
     L = _check(a, b, dictionary_a, dictionary_b)
     N, D, device = len(a[0]), dictionary_a.shape[1], dictionary_a.device
+    known = [d.to(torch.promote_types(d.dtype, torch.float32)) for d in (dictionary_a, dictionary_b)]
     own, of_a, of_b = (torch.zeros(L, dtype=torch.float64, device=device) for _ in range(3))
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for rows in parts(N, 24 * (a[0].shape[1] + b[0].shape[1] + 2) * D):
-        (latents_a, z_a, each_a), (latents_b, z_b, each_b) = (
-            _directions(code, rows, dictionary) for code, dictionary in ((a, dictionary_a), (b, dictionary_b))
-        )
-        x_a, x_b = (torch.einsum("nk,nkd->nd", z, each) for z, each in ((z_a, each_a), (z_b, each_b)))
-        of_a.scatter_add_(0, latents_a.flatten(), (z_a * torch.einsum("nkd,nd->nk", each_a, x_b)).flatten())
-        of_b.scatter_add_(0, latents_b.flatten(), (z_b * torch.einsum("nkd,nd->nk", each_b, x_a)).flatten())
-        total += (x_a * x_b).sum()
-        order = latents_b.argsort(dim=1)
-        sorted_b = latents_b.gather(1, order).contiguous()
-        slots = torch.searchsorted(sorted_b, latents_a).clamp_max(max(sorted_b.shape[1] - 1, 0))
-        if sorted_b.shape[1]:
-            same = sorted_b.gather(1, slots) == latents_a
-            partner = order.gather(1, slots)
-            cosines = (each_a * each_b.gather(1, partner[..., None].expand(-1, -1, D))).sum(dim=2)
-            terms = (z_a * z_b.gather(1, partner) * cosines).masked_fill(~same, 0)
-            own.scatter_add_(0, latents_a.flatten(), terms.flatten())
+    for rows in parts(N, 8 * (a[0].shape[1] + b[0].shape[1] + 4) * (D + 16)):
+        latents = [code[1][rows].long().clamp_min(0).contiguous() for code in (a, b)]
+        z = [code[0][rows].double().relu() for code in (a, b)]
+        x = [
+            embedding_bag(l, d, per_sample_weights=w.to(d.dtype), mode="sum")
+            for l, d, w in zip(latents, known, z, strict=True)
+        ]
+        for mine, sums in ((0, of_a), (1, of_b)):
+            along = along_rows(known[mine], latents[mine], x[1 - mine]).double()
+            sums.scatter_add_(0, latents[mine].flatten(), (z[mine] * along).flatten())
+        total += (x[0].double() * x[1].double()).sum()
+        own.scatter_add_(0, latents[0].flatten(), (z[0] * _at(latents[0], latents[1], z[1])).flatten())
+    for some in parts(L, 32 * D):
+        own[some] *= (known[0][some].double() * known[1][some].double()).sum(dim=1)
     n = max(N, 1)
     return Bridge(own / n, of_a / n, of_b / n, float(total) / n)
 
@@ -132,7 +131,7 @@ def _together(rows: Tensor, entries: ByLatent, some: slice, b: StreamCode, bound
         at = slice(some.start + run.start, some.start + run.stop)
         samples = entries.samples[at].long()
         products = (entries.values[at].double()[:, None] * b[0][samples].double().relu()).flatten()
-        cells = (rows[run, None] + b[1][samples].long()).flatten()
+        cells = (rows[run, None] + b[1][samples].long().clamp_min(0)).flatten()
         if is_dense:
             dense.scatter_add_(0, cells - bounds.start, products)
     if is_dense:
@@ -143,10 +142,13 @@ def _together(rows: Tensor, entries: ByLatent, some: slice, b: StreamCode, bound
     return cells, sums.scatter_add_(0, place, products[products > 0])
 
 
-def _directions(code: StreamCode, rows: slice, dictionary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents [n, k], activations and dictionary rows [n, k, D] of some samples."""
-    latents = code[1][rows].long().contiguous()
-    return latents, code[0][rows].double().relu(), dictionary[latents].double()
+def _at(latents: Tensor, others: Tensor, values: Tensor) -> Tensor:
+    """Of each of a sample's latents [n, k], its value among the others [n, k'], 0 where it is not there."""
+    if not others.shape[1]:
+        return torch.zeros(latents.shape, dtype=values.dtype, device=values.device)
+    ordered, order = others.masked_fill(values <= 0, -1).sort(dim=1)
+    slots = torch.searchsorted(ordered, latents).clamp_max(others.shape[1] - 1)
+    return values.gather(1, order).gather(1, slots).masked_fill(ordered.gather(1, slots) != latents, 0)
 
 
 def _check(a: StreamCode, b: StreamCode, dictionary_a: Tensor, dictionary_b: Tensor) -> int:

@@ -12,7 +12,7 @@ from sparc_fast.codes import SparseLatents
 if TYPE_CHECKING:
     from sparc_fast.model import SPARC
 
-__all__ = ["dictionary_of"]
+__all__ = ["along_rows", "dictionary_of"]
 
 
 @torch.no_grad()
@@ -25,3 +25,9 @@ def dictionary_of(model: SPARC, stream: str) -> Tensor:
         for fill in (torch.ones, torch.zeros)
     )
     return model.decode(added, stream, stream) - model.decode(nothing[:1], stream, stream)
+
+
+def along_rows(dictionary: Tensor, latents: Tensor, x: Tensor) -> Tensor:
+    """dictionary[latents[n, j]] . x[n] of latents [n, k] and x [n, D], [n, k]; float32, or a dictionary's float64."""
+    kind = torch.promote_types(dictionary.dtype, torch.float32)
+    return torch.bmm(dictionary[latents].to(kind), x.to(kind)[..., None])[..., 0]

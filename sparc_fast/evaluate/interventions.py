@@ -13,7 +13,7 @@ from torch import Tensor
 from sparc_fast.codes import SparseLatents
 
 from .codes import CHUNK_BYTES, StreamCode, check_code, check_codes, parts
-from .dictionary import dictionary_of
+from .dictionary import along_rows, dictionary_of
 from .kept_inputs import InputsOnCPU, bytes_of_inputs
 from .probes import linear_probe
 from .purity import class_purity
@@ -41,8 +41,11 @@ class Ablations:
             raise ValueError(f"dictionary must be [L, D], got {list(dictionary.shape)}")
         self.dictionary = dictionary
         self.n = 0
-        self._squares = dictionary.double().square().sum(dim=1)
-        self._moved, self._worse = (torch.zeros_like(self._squares) for _ in range(2))
+        self._squares, self._moved, self._worse = (
+            torch.zeros(len(dictionary), dtype=torch.float64, device=dictionary.device) for _ in range(3)
+        )
+        for some in parts(len(dictionary), 16 * dictionary.shape[1]):
+            self._squares[some] = dictionary[some].detach().double().square().sum(dim=1)
         self._fired = torch.zeros(len(dictionary), dtype=torch.int64, device=dictionary.device)
 
     @torch.no_grad()
@@ -53,9 +56,9 @@ class Ablations:
         values, indices = code
         if residual.shape != (len(values), D):
             raise ValueError(f"residual must be [N={len(values)}, D={D}], got {list(residual.shape)}")
-        for rows in parts(len(values), 16 * values.shape[1] * (D + 8)):
-            latents, z = indices[rows].long(), values[rows].double().relu()
-            along = torch.einsum("nkd,nd->nk", self.dictionary[latents].double(), residual[rows].double())
+        for rows in parts(len(values), 8 * values.shape[1] * (D + 8)):
+            latents, z = indices[rows].long().clamp_min(0), values[rows].double().relu()
+            along = along_rows(self.dictionary, latents, residual[rows]).double()
             moved = z * z * self._squares[latents]
             self._moved.scatter_add_(0, latents.flatten(), moved.flatten())
             self._worse.scatter_add_(0, latents.flatten(), (2 * z * along + moved).flatten())
@@ -162,7 +165,7 @@ def probe_effects(code: StreamCode, dictionary: Tensor, weight: Tensor, concepts
         )
     total, fired = (torch.zeros(L, dtype=torch.float64, device=dictionary.device) for _ in range(2))
     for rows in parts(len(code[0]), 40 * code[0].shape[1]):
-        latents, z = code[1][rows].long().flatten(), code[0][rows].double().relu().flatten()
+        latents, z = code[1][rows].long().clamp_min(0).flatten(), code[0][rows].double().relu().flatten()
         total.scatter_add_(0, latents, z)
         fired.scatter_add_(0, latents, (z > 0).double())
     known = (concepts >= 0) & (fired > 0)

@@ -249,7 +249,11 @@ class _Store:
                 for part in (values, codes.indices)
             ]
             self._codes = SparseLatents(parts[0], parts[1], codes.streams, codes.n_latents)
-        stop = self._n + len(values)
+        k = max(values.shape[-1], self._codes.values.shape[-1])  # samples may have as many latents as they need
+        if k > self._codes.values.shape[-1]:
+            self._codes = self._codes.with_slots(k)
+        codes = SparseLatents(values, codes.indices, codes.streams, codes.n_latents).with_slots(k)
+        values, stop = codes.values, self._n + len(values)
         self._codes.values[self._n : stop], self._codes.indices[self._n : stop] = values, codes.indices
         self._n = stop
 

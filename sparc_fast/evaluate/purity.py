@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .codes import CHUNK_BYTES, Codes, check_codes, check_labels, label_counts
 from .registry import Given, Metric, Score, Sizes
+from .resampling import drawn_sums, firing_keys, latent_blocks
 
 __all__ = ["PURITY", "Purity", "class_purity"]
 
@@ -67,6 +69,53 @@ def _consistent(found: tuple[Purity, Purity]) -> float:
     return float(found[0].consistent[everywhere].double().mean())
 
 
+def _resample(given: Given, found: tuple[Purity, Purity]) -> Mapping[str, Tensor]:
+    """Of the plain purity: counts of labels are of the drawn samples, and so are dominant concepts."""
+    resampling, labels, codes = given.resampling, given.labels, list(given.single.values())
+    assert labels is not None
+    assert resampling is not None
+    (N, C), S = labels.shape, len(codes)
+    degree = labels.sum(dim=1)
+    first, carried = degree.cumsum(0) - degree, labels.nonzero()[:, 1]
+    purity, base, fired, same, everywhere = (resampling.zeros() for _ in range(5))
+    for latents in latent_blocks(codes, given.n_latents, resampling, int(degree.max()) if N else 0):
+        l, cells, holders, labelled = latents.stop - latents.start, [], [], []
+        for code in codes:
+            keys = firing_keys(code, latents, resampling.chunk_bytes)
+            keys = keys[degree[keys % max(N, 1)] > 0]
+            labelled.append(keys)
+            sample = keys % max(N, 1)
+            of_key = torch.repeat_interleave(degree[sample])
+            within = torch.arange(len(of_key), device="cpu") - (degree[sample].cumsum(0) - degree[sample])[of_key]
+            cell, place = ((keys // max(N, 1))[of_key] * C + carried[first[sample[of_key]] + within]).sort(stable=True)
+            cells.append(cell)
+            holders.append(sample[of_key][place])
+        known = [torch.unique_consecutive(cell) for cell in cells]
+        for some, weights in resampling.pieces(32 * sum(map(len, known)) + 40 * S * l):
+            concepts, fires = [], []
+            rates = labels.T.float() @ weights / weights[degree > 0].sum(dim=0).clamp_min(1)
+            for cell, holder, mine, keys in zip(cells, holders, known, labelled, strict=True):
+                counts = drawn_sums(holder, torch.searchsorted(cell, mine), weights)
+                total = drawn_sums(
+                    keys % max(N, 1), torch.searchsorted(keys, torch.arange(l, device="cpu") * N), weights
+                )
+                latent = (mine // max(C, 1))[:, None].expand(counts.shape)
+                most = torch.zeros_like(total).scatter_reduce(0, latent, counts, "amax")
+                column = torch.where(counts == most.gather(0, latent), (mine % max(C, 1))[:, None], C)
+                concept = torch.full(total.shape, C, dtype=torch.int64, device="cpu")
+                concept = concept.scatter_reduce(0, latent, column, "amin").where(total > 0, C)
+                purity[some] += (most / total.clamp_min(1)).sum(dim=0, dtype=torch.float64)
+                padded = torch.cat([rates, rates.new_zeros(1, rates.shape[1])])
+                base[some] += padded.gather(0, concept).sum(dim=0, dtype=torch.float64)
+                fired[some] += (total > 0).sum(dim=0)
+                concepts.append(concept)
+                fires.append(total > 0)
+            alive = torch.stack(fires).all(dim=0)
+            everywhere[some] += alive.sum(dim=0)
+            same[some] += (alive & (torch.stack(concepts) == concepts[0]).all(dim=0)).sum(dim=0)
+    return {"purity": purity / fired, "purity_base": base / fired, "purity_consistent": same / everywhere}
+
+
 def _work(sizes: Sizes) -> int:
     """The counts of some labels, and the largest of them."""
     return 3 * min(8 * sizes.S * sizes.L * max(sizes.C, 1), CHUNK_BYTES) + 64 * sizes.S * sizes.L
@@ -113,5 +162,6 @@ PURITY = Metric(
         ),
     ),
     needs=frozenset({"single", "labels"}),
+    resample=_resample,
     work=_work,
 )

@@ -183,22 +183,39 @@ def retrieve(
 ) -> Found:
     """The candidates most similar to each query by cosine, such as the pictures of a text.
 
-    Both are dense, [Q, D] and [M, D], or both sparse codes over `n_latents`. Memory is O(chunk (M + L)).
+    Both are dense, [Q, D] and [M, D], or both sparse codes over `n_latents`. Found exactly, among all: sparse codes as
+    `retrieval_ranks` compares them, in O((Q + M) k + Q top) memory and about half of its time; dense rows, and sparse
+    ones where the compiled module is missing, `chunk` queries at a time in O(chunk (M + L)).
     """
     a, b = _same_kind(queries, candidates, n_latents, chunk)
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
-    device, M = a.given.device, len(b)
-    multiply = b.products(torch.arange(M, device=device))
+    device = a.given.device
     found = torch.full((len(a), top), -1, dtype=torch.int64, device=device)
     cosines = torch.zeros(found.shape, dtype=torch.float32, device=device)
+    if a.indices is None or _cpu is None:
+        _find_by_chunks(found, cosines, a, b, chunk)
+        return Found(found, cosines)
+    found, cosines = found.cpu(), cosines.cpu()
+    sparse = [rows.entries(torch.arange(len(rows), device=device)) for rows in (a, b)]
+    _cpu.find_nearest(found, cosines, *sparse[0], *sparse[1], a.width, torch.get_num_threads())
+    return Found(found.to(device), cosines.to(device))
+
+
+def _find_by_chunks(found: Tensor, cosines: Tensor, a: _Rows, b: _Rows, chunk: int) -> None:
+    """As the compiled function."""
+    device, top = found.device, found.shape[1]
+    multiply = b.products(torch.arange(len(b), device=device))
     for part in torch.split(torch.arange(len(found), device=device), chunk):
-        near, order = multiply(a.columns(part)).sort(dim=0, descending=True, stable=True)
-        near, order = near[:top].T, order[:top].T
-        some = near > 0
-        found[part, : min(top, M)] = order.where(some, -1)
-        cosines[part, : min(top, M)] = near.where(some, 0)
-    return Found(found, cosines)
+        near = multiply(a.columns(part)).T
+        least = near.topk(min(top, len(b)), dim=1).values[:, -1:]
+        query, candidate = ((near >= least) & (near > 0)).nonzero(as_tuple=True)  # with all that equal the last
+        order = near[query, candidate].argsort(descending=True, stable=True)
+        order = order[query[order].argsort(stable=True)]
+        query, candidate = query[order], candidate[order]
+        place = torch.arange(len(query), device=device) - torch.searchsorted(query, query)
+        query, candidate, place = (x[place < top] for x in (query, candidate, place))
+        found[part[query], place], cosines[part[query], place] = candidate, near[query, candidate]
 
 
 def _pair(
@@ -378,14 +395,14 @@ class _Rows:
             return unit.T
         dense = unit.new_zeros(self.width, len(part))
         here = torch.arange(len(part), device=part.device)[:, None]
-        return dense.index_put_((self.indices[part].long(), here), unit, accumulate=True)
+        return dense.index_put_((self.indices[part].long().clamp_min(0), here), unit, accumulate=True)
 
     def products(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
         """What multiplies some of them with dense columns: [D or L, columns] -> [rows, columns]."""
         unit = self.unit(rows)
         if self.indices is None:
             return lambda columns: unit @ columns
-        indices = self.indices[rows]
+        indices = self.indices[rows].clamp_min(0)
         return lambda columns: embedding_bag(indices, columns, per_sample_weights=unit, mode="sum")
 
     def first_of_copies(self, groups: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sparc_fast.sizes import counted
 from sparc_fast.training.config import Config
 
 from .machine import Machine
@@ -112,14 +113,14 @@ def show_bytes(number: float) -> str:
 def _heading(plan: Plan) -> Iterator[str]:
     config, machine, streams = plan.config, plan.machine, plan.streams
     widths = ", ".join(f"{name} {reader.width:,}" for name, reader in streams.readers.items())
-    rows = "number of rows not given" if streams.n_rows is None else f"{streams.n_rows:,} rows"
+    rows = "number of rows not given" if streams.n_rows is None else counted(streams.n_rows, "row")
     yield f"L = {config.n_latents:,}, k = {config.k}, D = {sum(streams.widths):,} ({widths}), {rows}"
     yield f"batches of {config.batch_size:,}, {config.dtype}, {config.selection} selection" + ", lazy" * config.lazy
     rates = ""
     if (roofs := machine.roofs) is not None:
         rates = f": copies {roofs.copy / 1e9:,.1f} GB/s, products {roofs.float32 / 1e9:,.0f} GFLOP/s float32, "
         rates += f"{roofs.bfloat16 / 1e9:,.0f} bfloat16"
-    yield f"on {machine.name}, {machine.threads} threads{rates}"
+    yield f"on {machine.name}, {counted(machine.threads, 'thread')}{rates}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -158,8 +159,8 @@ def _time(plan: Plan) -> Iterator[str]:
         yield "That share is what four whole steps on two machines reached: 52 to 77 %. Other machines differ."
     else:
         yield _row("a step, at the roofs: the least it can take", _seconds(seconds))
-    if plan.hours is not None:
-        yield f"{plan.steps:,} steps: {_duration(plan.hours)}, without reading, validation and checkpoints."
+    if plan.hours is not None and plan.steps is not None:
+        yield f"{counted(plan.steps, 'step')}: {_duration(plan.hours)}, without reading, validation and checkpoints."
 
 
 def _duration(hours: float) -> str:

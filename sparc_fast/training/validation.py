@@ -44,7 +44,7 @@ def validate(
         n_rows += len(x)
         joint += n * model.loss(x, 1.0, 0.0, present=present).nmse.double().cpu()
         for s, stream in enumerate(model.streams):
-            alone = (stream,) if model.selection == "global" else None
+            alone = None if model.selection == "local" else (stream,)
             nmse = model.loss(x, 1.0, 0.0, support_from=alone, present=present).nmse
             single[s] += n[s] * nmse[s].double().cpu()
     model.train(was_training)
