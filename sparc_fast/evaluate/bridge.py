@@ -64,7 +64,7 @@ def bridge_score(a: StreamCode, b: StreamCode, dictionary_a: Tensor, dictionary_
     own, of_a, of_b = (torch.zeros(L, dtype=torch.float64, device=device) for _ in range(3))
     total = torch.zeros((), dtype=torch.float64, device=device)
     for rows in parts(N, 8 * (a[0].shape[1] + b[0].shape[1] + 4) * (D + 16)):
-        latents = [code[1][rows].long().contiguous() for code in (a, b)]
+        latents = [code[1][rows].long().clamp_min(0).contiguous() for code in (a, b)]
         z = [code[0][rows].double().relu() for code in (a, b)]
         x = [
             embedding_bag(l, d, per_sample_weights=w.to(d.dtype), mode="sum")
@@ -131,7 +131,7 @@ def _together(rows: Tensor, entries: ByLatent, some: slice, b: StreamCode, bound
         at = slice(some.start + run.start, some.start + run.stop)
         samples = entries.samples[at].long()
         products = (entries.values[at].double()[:, None] * b[0][samples].double().relu()).flatten()
-        cells = (rows[run, None] + b[1][samples].long()).flatten()
+        cells = (rows[run, None] + b[1][samples].long().clamp_min(0)).flatten()
         if is_dense:
             dense.scatter_add_(0, cells - bounds.start, products)
     if is_dense:
@@ -146,7 +146,7 @@ def _at(latents: Tensor, others: Tensor, values: Tensor) -> Tensor:
     """Of each of a sample's latents [n, k], its value among the others [n, k'], 0 where it is not there."""
     if not others.shape[1]:
         return torch.zeros(latents.shape, dtype=values.dtype, device=values.device)
-    ordered, order = others.sort(dim=1)
+    ordered, order = others.masked_fill(values <= 0, -1).sort(dim=1)
     slots = torch.searchsorted(ordered, latents).clamp_max(others.shape[1] - 1)
     return values.gather(1, order).gather(1, slots).masked_fill(ordered.gather(1, slots) != latents, 0)
 

@@ -1,6 +1,7 @@
 """Sparse codes as the metrics take them, and the counting they share.
 
-One stream's code is `(values [N, k], indices [N, k])`; the latents of one row are distinct. A latent is
+One stream's code is `(values [N, k], indices [N, k])`; the latents of one row are distinct, -1 where a slot holds none
+(its value is then 0). A latent is
 *active* (it *fires*) for a sample when its value is > 0: one that was selected but whose ReLU is 0 is not.
 `Codes` maps stream names to codes of the same N samples. Which protocol is measured depends only on how
 the codes were made: *joint* (all streams encoded together, so that they share one support) or *single*
@@ -33,10 +34,11 @@ def check_code(code: StreamCode, n_latents: int, name: str = "code") -> None:
         )
     if indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must have int32 or int64 indices, got {indices.dtype}")
-    if indices.numel() and (indices.min() < 0 or indices.max() >= n_latents):
-        raise ValueError(
-            f"{name} must have indices in [0, n_latents={n_latents}), got {int(indices.min())} to {int(indices.max())}"
-        )
+    if not indices.numel():
+        return
+    least, greatest = int(indices.min()), int(indices.max())
+    if least < -1 or greatest >= n_latents or (least < 0 and bool((values > 0)[indices < 0].any())):
+        raise ValueError(f"{name} must have indices in [0, n_latents={n_latents}), got {least} to {greatest}")
 
 
 def check_codes(codes: Codes, n_latents: int) -> int:

@@ -71,7 +71,7 @@ def _energy(values: Tensor, indices: Tensor, n_latents: int) -> Tensor:
     energy = torch.zeros(n_latents, dtype=torch.float64, device=values.device)
     for rows in parts(len(values), 32 * values.shape[1]):
         squares = values[rows].double().relu().square()
-        energy.scatter_add_(0, indices[rows].long().flatten(), squares.flatten())
+        energy.scatter_add_(0, indices[rows].long().clamp_min(0).flatten(), squares.flatten())
     return energy
 
 

@@ -57,7 +57,7 @@ class Ablations:
         if residual.shape != (len(values), D):
             raise ValueError(f"residual must be [N={len(values)}, D={D}], got {list(residual.shape)}")
         for rows in parts(len(values), 8 * values.shape[1] * (D + 8)):
-            latents, z = indices[rows].long(), values[rows].double().relu()
+            latents, z = indices[rows].long().clamp_min(0), values[rows].double().relu()
             along = along_rows(self.dictionary, latents, residual[rows]).double()
             moved = z * z * self._squares[latents]
             self._moved.scatter_add_(0, latents.flatten(), moved.flatten())
@@ -165,7 +165,7 @@ def probe_effects(code: StreamCode, dictionary: Tensor, weight: Tensor, concepts
         )
     total, fired = (torch.zeros(L, dtype=torch.float64, device=dictionary.device) for _ in range(2))
     for rows in parts(len(code[0]), 40 * code[0].shape[1]):
-        latents, z = code[1][rows].long().flatten(), code[0][rows].double().relu().flatten()
+        latents, z = code[1][rows].long().clamp_min(0).flatten(), code[0][rows].double().relu().flatten()
         total.scatter_add_(0, latents, z)
         fired.scatter_add_(0, latents, (z > 0).double())
     known = (concepts >= 0) & (fired > 0)

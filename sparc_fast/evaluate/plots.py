@@ -90,8 +90,7 @@ def _latents(evaluations: Mapping[str, Evaluation]) -> Figure | None:
             counts, _ = np.histogram(values.nan_to_num(0).clamp(min=-1).numpy(), edges)
             one.stairs(counts, edges, label=name, color=color, linewidth=1.4)
         one.set(xlabel=words, ylabel="latents", yscale="symlog", ylim=(0, None))
-        one.legend(frameon=False, fontsize=7)
-    return figure
+    return _named(figure, axes[0])
 
 
 def _depth(evaluations: Mapping[str, Evaluation]) -> Figure | None:
@@ -106,8 +105,7 @@ def _depth(evaluations: Mapping[str, Evaluation]) -> Figure | None:
     one.axhline(0, color="#b5b1a8", linestyle=":", linewidth=1)
     one.set_xticks(range(len(heights)))
     one.set(xlabel="depth of the labels", ylabel="concept alignment above chance")
-    one.legend(frameon=False, fontsize=7)
-    return figure
+    return _named(figure, one)
 
 
 def _r2(evaluations: Mapping[str, Evaluation]) -> Figure | None:
@@ -149,7 +147,13 @@ def _retrieval(evaluations: Mapping[str, Evaluation]) -> Figure | None:
         one.plot(at, np.mean(curves, axis=0), label=name, color=color, linewidth=1.6)
     one.plot(at, at / at[-1], color="#b5b1a8", linestyle=":", linewidth=1, label="chance")
     one.set(xscale="log", xlabel="K", ylabel="recall at K, mean over pairs of streams", ylim=(0, 1))
-    one.legend(frameon=False, fontsize=7)
+    return _named(figure, one)
+
+
+def _named(figure: Figure, axes: Axes) -> Figure:
+    """With the models' names above, where they cover nothing."""
+    lines, names = axes.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper center", ncols=3, frameon=False, fontsize=7)
     return figure
 
 

@@ -395,14 +395,14 @@ class _Rows:
             return unit.T
         dense = unit.new_zeros(self.width, len(part))
         here = torch.arange(len(part), device=part.device)[:, None]
-        return dense.index_put_((self.indices[part].long(), here), unit, accumulate=True)
+        return dense.index_put_((self.indices[part].long().clamp_min(0), here), unit, accumulate=True)
 
     def products(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
         """What multiplies some of them with dense columns: [D or L, columns] -> [rows, columns]."""
         unit = self.unit(rows)
         if self.indices is None:
             return lambda columns: unit @ columns
-        indices = self.indices[rows]
+        indices = self.indices[rows].clamp_min(0)
         return lambda columns: embedding_bag(indices, columns, per_sample_weights=unit, mode="sum")
 
     def first_of_copies(self, groups: Tensor) -> Tensor:
