@@ -18,8 +18,8 @@ def test_firings_concepts_and_ranks_are_those_of_the_drawn_samples(
     N, B, metrics = 40, 5, ("cofiring", "purity", "retrieval_by_reconstruction")
     model, (inputs, labels) = model_of(), data_of(N)
     if memory == "least":
-        monkeypatch.setattr("sparc_fast.evaluate.evaluation.CHUNK_BYTES", 600)
-        monkeypatch.setattr("sparc_fast.evaluate.evaluation.LEAST_CHUNK", 1)
+        monkeypatch.setattr("sparc_fast.evaluate.passing.CHUNK_BYTES", 600)
+        monkeypatch.setattr("sparc_fast.evaluate.passing.LEAST_CHUNK", 1)
     found = evaluate(model, inputs, labels, metrics=metrics, resamples=B, batch_size=7)
     drawn = Resampling(N, B).weights(slice(None)).long()
     for b in range(B):
