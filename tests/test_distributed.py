@@ -368,6 +368,40 @@ def test_a_step_exchanges_what_the_formula_says_and_nothing_that_grows_with_late
             assert received[what] == pytest.approx(expected[what], rel=0.01)
 
 
+def few_samples_differ() -> float:
+    """Of fewer samples than ranks, and of one that all are given by one rank."""
+    whole, sharded = training_model(), shard(training_model())
+    apart = 0.0
+    for step in range(3):
+        x = samples(2 - step % 2, seed=step, dtype=torch.float64)
+        mine = x if here()[0] == here()[1] - 1 else x[:0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sparc_fast.optim.sparc_adam._processes", lambda: 1)
+            losses = [sf.SparcAdam(model).step(part).total for model, part in ((whole, x), (sharded, mine))]
+        apart = max(apart, float((losses[0] - losses[1]).abs()))
+    return apart
+
+
+def test_there_may_be_fewer_samples_than_ranks(ranks: Ranks) -> None:
+    assert max(ranks(few_samples_differ)) < 1e-13
+
+
+def held() -> tuple[int, int, int]:
+    """Bytes of weights and moments, here and in one process, and of a row of all of them."""
+    model = shard(training_model())
+    optimizer = sf.SparcAdam(model)
+    optimizer.step(own(samples(8, dtype=torch.float64)))
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    here = sum(tensor.nbytes for tensor in (*model.parameters(), *moments))
+    row = 3 * 8 * (2 * D + 2)  # of both matrices and the biases, with two moments each
+    return here, 50 * row + 3 * 8 * D, row
+
+
+def test_a_rank_holds_its_share_of_weights_and_moments(ranks: Ranks) -> None:
+    for here, of_all, row in ranks(held):
+        assert here <= of_all / ranks.n + row + 3 * 8 * D
+
+
 def refused(case: str) -> str:
     rank, _ = here()
     model = shard(model_of())
