@@ -50,13 +50,11 @@ from sparc_fast.kernels.topk_rows import (
     sortable,
     take,
 )
+from sparc_fast.ops.gpu_scratch import CANDIDATES, ROOM, ROWS, SPARE
 from sparc_fast.ops.layout import wide
 from sparc_fast.ops.reference import summed_bias
 
-ROWS = 4096  # samples of one GEMM
 SCORES = 0.64  # of the L2 cache may be scores of one GEMM: they are still there when the filter reads them
-ROOM, SPARE = 8, 256  # a sample may hold ROOM k + SPARE candidates
-CANDIDATES = 2**27  # bytes of candidates, unless a single sample needs more
 LARGEST_NORM = tl.constexpr(1e18)
 
 

@@ -22,9 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparc_fast.kernels.launching import column_blocks, launch, next_power_of_2, widths
+from sparc_fast.ops.gpu_scratch import PIECE  # of a support per stream, PIECE entries of each stream
 from sparc_fast.ops.layout import wide
-
-PIECE = 128  # at N 4096, k 64: 2048 rows of scratch a matrix; of a support per stream, PIECE entries of each stream
 
 
 def tile(d_streams: Sequence[int], dtype: torch.dtype, widest: int, rows: int) -> dict[str, int]:

@@ -13,6 +13,7 @@ from sparc_fast.version import __version__
 
 if TYPE_CHECKING:
     from sparc_fast import (
+        attribution,
         compat,
         data,
         demo,
@@ -32,6 +33,7 @@ __all__ = [
     "SparcOutput",
     "SparseLatents",
     "__version__",
+    "attribution",
     "available_backends",
     "compat",
     "data",

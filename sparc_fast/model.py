@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
@@ -22,8 +22,11 @@ from sparc_fast.objective import Loss, Objective, SparcLoss, fired
 from sparc_fast.ops import backends, functional, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import stream_slices
-from sparc_fast.selection import RULES, Selection, select
+from sparc_fast.selection import RULES, Selection, Thresholds, select
 from sparc_fast.whole import WHOLE, Whole
+
+if TYPE_CHECKING:
+    from sparc_fast.interop.hub import Card
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class SPARC(nn.Module):
         d_streams: name -> width of each stream, in order.
         n_latents: L, latents in the shared dictionary.
         k: latents kept per sample, 1 <= k <= L.
-        selection: "global", one support for all streams of a sample; "local", one per stream.
+        selection: "global", one support for all streams of a sample; "local", one per stream; "batch", one for all
+            streams, of k latents on average: in training the k N largest of a batch, else those above a threshold that
+            training learns (BatchTopK, arXiv 2412.06410).
         auxk: dead latents that reconstruct the residual during training; 0 turns AuxK off.
         dead_after: a latent is dead once no stream fired it for more than this many training samples.
         normalize: "l2" gives every row of inputs unit norm before anything else is done with it; of some streams alone
@@ -69,6 +74,8 @@ class SPARC(nn.Module):
     input_mean: Tensor
     input_rms: Tensor
     silence: Tensor
+    threshold: Tensor
+    threshold_count: Tensor
 
     def __init__(
         self,
@@ -99,7 +106,7 @@ class SPARC(nn.Module):
         if not 1 <= k <= n_latents:
             raise ValueError(f"k must be between 1 and n_latents={n_latents}, got {k}")
         if selection not in RULES:
-            raise ValueError(f'selection must be "global" or "local", got {selection!r}')
+            raise ValueError(f"selection must be one of {RULES}, got {selection!r}")
         if auxk < 0 or dead_after < 0:
             raise ValueError(f"auxk and dead_after must be >= 0, got {auxk} and {dead_after}")
         self.d_streams = {name: int(width) for name, width in d_streams.items()}
@@ -120,6 +127,9 @@ class SPARC(nn.Module):
         self.register_buffer("input_mean", torch.zeros(D, dtype=torch.float32, device=device))
         self.register_buffer("input_rms", torch.ones(S, dtype=torch.float32, device=device))
         self.register_buffer("silence", torch.zeros(L, dtype=torch.int64, device=device))
+        if selection == "batch":
+            for name, buffer in zip(("threshold", "threshold_count"), Thresholds.empty(S, device), strict=True):
+                self.register_buffer(name, buffer)
         self._shards: Whole = WHOLE
         self._calibration: tuple[tuple[tuple[Tensor, int], ...], bool] = (), False
         self._catch_up: Callable[[], None] | None = None
@@ -243,6 +253,8 @@ class SPARC(nn.Module):
         """Become `other` in the streams that it has, whatever their order; the rest stays."""
         rows = self._shards.rows(self.n_latents)
         self.silence.copy_(other.silence[rows])
+        if self.selection == other.selection == "batch":
+            self._all_thresholds().take_over(other._all_thresholds())
         mean, scales = self.input_mean.clone(), list(self._scales())
         for name, theirs, scale in zip(other.streams, other._columns(), other._scales(), strict=True):
             s = self.streams.index(name)
@@ -276,6 +288,29 @@ class SPARC(nn.Module):
             means[self._columns()[s]] = mean[self._columns()[s]]
             kept[s] = measured[s].to(self.input_rms)
         self._set_calibration(means, kept)
+
+    @torch.no_grad()
+    def learn_thresholds(self, inputs: Inputs | Arrays, present: Tensor | None = None) -> None:
+        """Learn the threshold of every set of the streams given once more, from the first samples of these inputs.
+
+        Under ``selection="batch"``, whose training learns them too; other models have none.
+        """
+        if self.selection != "batch":
+            raise ValueError(f'selection must be "batch" for thresholds to be learned, got {self.selection!r}')
+        for _, part in self._batch(self._tensors(inputs), present).by_presence():
+            self._all_thresholds().learn_all(part, self.k, self.backend)
+
+    def _all_thresholds(self) -> Thresholds:
+        return Thresholds(self.threshold, self.threshold_count, self.streams)
+
+    def _thresholds(self) -> Thresholds | None:
+        """What latents fire by where they have to beat a threshold, not each other."""
+        return self._all_thresholds() if self.selection == "batch" and not self.training else None
+
+    def _learn_threshold(self, given: Batch) -> None:
+        if self.selection == "batch" and self.training:
+            for _, part in given.by_presence():
+                self._all_thresholds().learn(part, self.k, self.backend)
 
     def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
         first = 0
@@ -332,7 +367,7 @@ class SPARC(nn.Module):
         widths = dict(zip(given.streams, given.d_streams, strict=True))
         order = torch.cat([rows for rows, _, _ in parts if rows is not None]).argsort()
         whole = [[AllStreams(widths, part).streams(one) for one in code] for _, part, code in parts]
-        return self._codes(given, *(torch.cat(ones)[order] for ones in zip(*whole, strict=True)))
+        return self._codes(given, *(batch.stack(ones)[order] for ones in zip(*whole, strict=True)))
 
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
         """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""
@@ -406,6 +441,7 @@ class SPARC(nn.Module):
         given = self._batch(inputs, present)
         objective = self._objective(cross_loss_coef, auxk_coef, support_from).over([given])
         parts = objective.choose(given)
+        self._learn_threshold(given)
         flows = [part.measure(given.n_samples) for part in parts]
         if self.training:
             every = self.d_streams if self._shards.has_replicas else None
@@ -437,6 +473,7 @@ class SPARC(nn.Module):
             auxk_coef,
             dead,
             self.error,
+            thresholds=self._thresholds(),
             n_dead=n_dead,
             shards=self._shards,
         )
@@ -485,7 +522,7 @@ class SPARC(nn.Module):
     def _encode(self, given: Batch) -> tuple[Tensor, Tensor]:
         """(values [N, S', k], the support)"""
         backend = self._shards.backend(self.backend, given.x.device)
-        indices = select(self.selection, given, self.k, backend=backend)
+        indices = select(self.selection, given, self.k, thresholds=self._thresholds(), backend=backend)
         values = functional.support_values(
             given.x, given.W_enc, given.pre_bias, given.latent_bias, indices,
             d_streams=given.d_streams, backend=self.backend,
@@ -566,6 +603,30 @@ class SPARC(nn.Module):
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"path must be a model saved by sparc_fast, but {path} does not fit: {error}") from error
         return model
+
+    def save_pretrained(self, folder: str | Path, card: Card | None = None) -> None:
+        """Write a folder as the Hugging Face Hub shows it: see `sparc_fast.interop.hub.save_pretrained`."""
+        from sparc_fast.interop import hub
+
+        hub.save_pretrained(self, folder, card)
+
+    def push_to_hub(self, repo_id: str, card: Card | None = None, **options: Any) -> str:
+        """Upload such a folder in one commit: see `sparc_fast.interop.hub.push_to_hub` for the options."""
+        from sparc_fast.interop import hub
+
+        return hub.push_to_hub(self, repo_id, card, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, device: torch.device | str | None = None, backend: str = "auto", **options: Any
+    ) -> SPARC:
+        """The model of a folder that `save_pretrained` wrote, or of a repository of the Hugging Face Hub.
+
+        The options are huggingface_hub's: revision, token, cache_dir, force_download, local_files_only.
+        """
+        from sparc_fast.interop import hub
+
+        return cls.load(hub.fetch(name, **options), device=device, backend=backend)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments that are part of the model, as plain data."""

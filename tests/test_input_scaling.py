@@ -12,8 +12,8 @@ from training_runs import config, files, rows, trained
 
 import sparc_fast as sf
 from sparc_fast import data
+from sparc_fast.cli.train import add_settings, settings_of
 from sparc_fast.training import Trainer, load_model, read_config
-from sparc_fast.training.command import add_settings, settings_of
 from sparc_fast.training.trainer import calibrate
 
 WIDTHS = {"a": 6, "b": 4}

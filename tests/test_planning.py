@@ -134,18 +134,6 @@ def test_going_on_in_bfloat16_takes_what_is_planned_for_it(tmp_path: Path, one_t
     assert found.peak - one_thread_here.overhead == pytest.approx(measured - one_thread_here.overhead, rel=0.15)
 
 
-def test_the_sums_count_with_the_constants_of_the_compiled_code() -> None:
-    csrc = Path(__file__).parents[1] / "csrc" / "cpu"
-    sums, loss = ((csrc / name).read_text() for name in ("segment_sums.h", "decode_loss.cpp"))
-    assert f"strip_width = {memory.STRIP};" in sums
-    assert f"room = ({memory.RUN >> 20} << 20) /" in sums
-    assert f"block_samples = {memory.BLOCK};" in loss
-    topk = pytest.importorskip("sparc_fast.kernels.global_topk")
-    counted = (memory.GPU_ROWS, memory.GPU_ROOM, memory.GPU_SPARE, memory.GPU_CANDIDATES)
-    assert counted == (topk.ROWS, topk.ROOM, topk.SPARE, topk.CANDIDATES)
-    assert memory.GPU_PIECE == pytest.importorskip("sparc_fast.kernels.segment_sums").PIECE
-
-
 # ---- the sums
 
 

@@ -9,6 +9,7 @@
 #include "level.h"
 #include "operators.h"
 #include "parallel.h"
+#include "scratch.h"
 #define OPERATOR "decode_loss.cpp"
 #include "every_level.h"
 
@@ -28,9 +29,6 @@ void decode_loss(
 #include "gather.h"
 
 namespace SIMD_LEVEL {
-
-// Samples of a task, and of one sum of the gradient.
-constexpr int64_t block_samples = 16;
 
 // recon -> gradient, in place, into grad and added to grad_sum; returns the squared error.
 template <class T, class A>

@@ -11,7 +11,6 @@
 
 namespace SIMD_LEVEL {
 
-constexpr int64_t strip_width = 64;
 constexpr int64_t many_entries = 1024;
 
 // What is summed for each latent, its rows and their coefficients: count[l] terms from begin(l) on.
@@ -182,7 +181,7 @@ class SegmentSums {
     // Latents of a run: many, so that a strip is used often while it is in cache; few, so that threads share the work
     // and the gradients of the run stay in cache.
     int64_t run_latents() const {
-        const int64_t used_often = 8 * L / batch.values.size[2], room = (4 << 20) / (int64_t(sizeof(A)) * width);
+        const int64_t used_often = 8 * L / batch.values.size[2], room = run_bytes / (int64_t(sizeof(A)) * width);
         return std::max<int64_t>(1, std::min({used_often, room, L / (3 * threads)}));
     }
 

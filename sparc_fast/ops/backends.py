@@ -25,6 +25,21 @@ class Backend(Protocol):
         self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
     ) -> Tensor: ...
 
+    def batch_topk(
+        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+    ) -> Tensor: ...
+
+    def latents_above(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        pre_bias: Tensor,
+        latent_bias: Tensor,
+        threshold: float,
+        k: int,
+        screening: str = "auto",
+    ) -> Tensor: ...
+
     def topk_rows(self, scores: Tensor, k: int) -> Tensor: ...
 
     def support_scores(
@@ -116,8 +131,8 @@ IN_GRAPHS = (
     "weight_gradients",
     "count_silence",
 )
-# these move weights and moments in place, or say how, outside of any graph
-PLAIN = ("gradient_squares", "update_rows", "step_rows", "replay_rows")
+# these move weights and moments in place, or say how, outside of any graph; how wide the first are depends on data
+PLAIN = ("batch_topk", "latents_above", "gradient_squares", "update_rows", "step_rows", "replay_rows")
 
 # results that the reference does not find without looking at data, or at all
 _FAKES: dict[str, Callable[..., Any]] = {

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from sparc_fast import _cpu
 from sparc_fast.ops import reference
-from sparc_fast.ops.cpu_topk import dense_rows, global_topk, support_scores, topk_rows
+from sparc_fast.ops.cpu_topk import batch_topk, dense_rows, global_topk, latents_above, support_scores, topk_rows
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import gradient_dtype, wide
 from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
 __all__ = [
+    "batch_topk",
     "count_silence",
     "decode_loss",
     "decoder_gradients",
@@ -28,6 +29,7 @@ __all__ = [
     "global_topk",
     "gradient_squares",
     "invert_indices",
+    "latents_above",
     "replay_rows",
     "sparse_decode",
     "sparse_decode_grad_values",

@@ -113,6 +113,61 @@ def local_topk(
         return torch.stack(supports, dim=1)
 
 
+def batch_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    *,
+    screening: str = "auto",
+    backend: str | Backend = "auto",
+) -> Tensor:
+    """The k N pairs of sample and latent of largest pre-activation, summed over streams, in a batch of N samples.
+
+    BatchTopK (Bussmann et al., arXiv 2412.06410). Arguments as in `global_topk`; k is the mean over samples.
+
+    Returns:
+        indices, int32 [N, W], ascending in each row, as wide as the sample of most latents; -1, an empty slot, behind
+        the latents of the others. Exact, and the same on every backend, as `global_topk`; equal pre-activations go to
+        the earlier sample, then to the lower latent. No gradient.
+    """
+    _check_encoder(x, W_enc, pre_bias, latent_bias)
+    _check_k(k, W_enc, backend)
+    _check_screening(screening)
+    with torch.no_grad():
+        return backends.resolve(backend, x.device).batch_topk(x, W_enc, pre_bias, latent_bias, k, screening)
+
+
+def latents_above(
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    threshold: float,
+    *,
+    k: int = 64,
+    screening: str = "auto",
+    backend: str | Backend = "auto",
+) -> Tensor:
+    """The latents whose pre-activation, summed over streams, is above a threshold.
+
+    Arguments as in `global_topk`; k, about how many there are a sample, changes the time it takes alone.
+
+    Returns:
+        indices, int32 [N, W], laid out and exact as those of `batch_topk`; a sample's do not depend on others.
+    """
+    _check_encoder(x, W_enc, pre_bias, latent_bias)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if not isinstance(threshold, float | int) or threshold != threshold:
+        raise ValueError(f"threshold must be a number, got {threshold!r}")
+    _check_screening(screening)
+    with torch.no_grad():
+        operator = backends.resolve(backend, x.device).latents_above
+        return operator(x, W_enc, pre_bias, latent_bias, float(threshold), min(k, len(W_enc)), screening)
+
+
 def support_values(
     x: Tensor,
     W_enc: Tensor,

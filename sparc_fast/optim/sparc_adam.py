@@ -144,6 +144,11 @@ class SparcAdam(torch.optim.Optimizer):
             raise ValueError(f"present must be one tensor for each of {len(given)} parts of a batch, got {len(has)}")
         if self.capturable and any(one is not None for one in has):
             raise ValueError("present must be None with capturable=True: who has which streams is read on the host")
+        if self.model.selection == "batch" and (len(given) > 1 or self.capturable):
+            raise ValueError(
+                'inputs must be one batch, and capturable False, for a model with selection="batch": who fires is '
+                "decided over all samples of a step, and how many latents a sample has is read on the host"
+            )
         return list(zip(given, has, strict=True)), n_samples
 
     def _step(self, parts: Sequence[tuple[Inputs, Tensor | None]], n_own: int, objective: Objective) -> SparcLoss:
@@ -170,6 +175,7 @@ class SparcAdam(torch.optim.Optimizer):
         """A batch, or a part of one of `n_samples`, through the objective."""
         model = self.model
         parts = objective.choose(given)
+        model._learn_threshold(given)
         among = [AllStreams(model.d_streams, part.batch) for part in parts]
         used = [a.streams(indices) for a, part in zip(among, parts, strict=True) for indices in part.supports.used()]
         supports = stack(used)

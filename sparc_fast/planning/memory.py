@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from sparc_fast.data import Reader, budget
+from sparc_fast.ops import gpu_scratch
 from sparc_fast.training.config import Config
 
 ACCURACY = 0.15
@@ -31,14 +32,9 @@ TRAINED = PHASES[1:]
 """Phases in which there are moments and masters."""
 
 FLOAT, INDEX, LONG = 4, 4, 8  # bytes
+UNLIKE = 4  # times k that the sample of most latents has, where they are not k for each
 KEPT = 2**25  # bytes of a block below which it stays with the allocator: malloc's largest threshold
-# what compiled code counts with; the test suite holds these to its sources
-STRIP = 64  # columns of which sums of gradients copy their operands: csrc/cpu/segment_sums.h
-RUN = 2**22  # bytes of gradients that a thread sums before it moves the rows: the same file
-BLOCK = 16  # samples of a task of decode_loss: csrc/cpu/decode_loss.cpp
-# kernels/global_topk.py, which cannot be imported where there is no Triton, and the scores that fit a GPU's L2 cache
-GPU_ROWS, GPU_ROOM, GPU_SPARE, GPU_CANDIDATES, GPU_SCORES = 4096, 8, 256, 2**27, 2**25
-GPU_PIECE = 128  # entries of a latent that are summed together: kernels/segment_sums.py
+GPU_SCORES = 2**25  # bytes that fit a GPU's L2 cache
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,9 @@ class Sizes:
     def __init__(self, config: Config, widths: tuple[int, ...], dead: float = 0.0, ranks: int = 1) -> None:
         self.S, self.D, self.W = S, D, _ = len(widths), sum(widths), max(widths)
         self.N, self.rows = config.micro_batch, config.batch_size  # `rows` of an optimizer step
-        self.L, self.k = L, _ = -(-config.n_latents // ranks), max(config.k, config.k_start)  # of this rank's latents
-        self.ranks = ranks
+        k = max(config.k, config.k_start)
+        k = min(k * UNLIKE, config.n_latents) if config.selection == "batch" else k
+        self.L, self.k, self.ranks = L, _, _ = -(-config.n_latents // ranks), k, ranks  # L of this rank's latents
         self.n_dead = round(dead * L) if config.auxk and config.auxk_coef else 0
         self.k_dead = min(config.auxk, self.n_dead)  # latents of AuxK's support
         self.widest_support = max(self.k, self.k_dead)
@@ -201,7 +198,8 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
 
 
 def _cpu_scratch(config: Config, sizes: Sizes, widths: tuple[int, ...], threads: int) -> Iterator[Part]:
-    from sparc_fast.ops import cpu_topk  # which is not there without its module
+    from sparc_fast import _cpu  # which need not be there, nor what imports it
+    from sparc_fast.ops import cpu_topk
 
     S, N, L, D = sizes.S, sizes.N, sizes.L, sizes.D
     columns = D if sizes.supports == 1 else sizes.W
@@ -213,27 +211,27 @@ def _cpu_scratch(config: Config, sizes: Sizes, widths: tuple[int, ...], threads:
         apart = D - min(widths[1:-1])  # streams that are not neighbours are copied together
         kept = STEP if L * apart * sizes.weight < KEPT else (CHOOSING,)
         yield Part("columns of the streams that choose", (2 * L + N) * apart * sizes.weight, kept)
-    sums = N * S * S * LONG + -(-N // BLOCK) * D * FLOAT
+    sums = N * S * S * LONG + -(-N // _cpu.BLOCK_SAMPLES) * D * FLOAT
     yield Part("errors, and sums of the pre-bias's gradient", sums, (RECONSTRUCTING, VALIDATING))
-    strips = sizes.passes * N * (1 + S) * -(-sizes.W // STRIP) * STRIP * FLOAT
+    strips = sizes.passes * N * (1 + S) * -(-sizes.W // _cpu.STRIP_WIDTH) * _cpu.STRIP_WIDTH * FLOAT
     yield Part("update: batch and gradient in strips", strips, (UPDATING,))
     of_decoder = S if sizes.supports == 1 else 1
     terms = sizes.entries * (S + of_decoder) * (INDEX + FLOAT) + INDEX * (S + 1) * L
     yield Part("update: terms of the sums", terms, (UPDATING,))
-    runs = threads * min(RUN, -(-L // (3 * threads)) * sizes.W * FLOAT)
+    runs = threads * min(_cpu.RUN_BYTES, -(-L // (3 * threads)) * sizes.W * FLOAT)
     yield Part("update: gradients of some rows", runs + 256 * D * FLOAT + 4 * S * L * FLOAT, (UPDATING,))
 
 
 def _gpu_scratch(sizes: Sizes, widths: tuple[int, ...]) -> Iterator[Part]:
     """What the Triton kernels' launchers allocate, from their code."""
     S, N, L, D = sizes.S, sizes.N, sizes.L, sizes.D
-    capacity = min(GPU_ROOM * sizes.widest_support + GPU_SPARE, L)
-    rows = min(N, GPU_ROWS, max(1, GPU_CANDIDATES // (16 * capacity)))
+    capacity = min(gpu_scratch.ROOM * sizes.widest_support + gpu_scratch.SPARE, L)
+    rows = min(N, gpu_scratch.ROWS, max(1, gpu_scratch.CANDIDATES // (16 * capacity)))
     chunk = min(L, max(256, GPU_SCORES // (4 * rows)))
     topk = 4 * rows * chunk + 16 * rows * capacity + 2 * (rows + chunk) * D + (3 * FLOAT + FLOAT + LONG) * L
     yield Part("support: scores, candidates", topk, (CHOOSING, VALIDATING))
     yield Part("supports being sorted", 24 * sizes.entries, (RECONSTRUCTING,))
     chunks = sum(-(-width // 128) for width in widths)
     yield Part("sums by chunks of columns", chunks * N * S * (1 + sizes.k) * FLOAT, (RECONSTRUCTING, VALIDATING))
-    pieces = -(-sizes.entries // GPU_PIECE) * 2 * D * FLOAT
+    pieces = -(-sizes.entries // gpu_scratch.PIECE) * 2 * D * FLOAT
     yield Part("update: sums of long latents", pieces + 1024 * D * FLOAT + 4 * S * L * FLOAT, (UPDATING,))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sparc_fast.distributed.bytes import exchanged_bytes
+from sparc_fast.sizes import counted
 from sparc_fast.training.config import Config
 
 from .machine import Machine
@@ -128,7 +129,7 @@ def show_bytes(number: float) -> str:
 def _heading(plan: Plan) -> Iterator[str]:
     config, machine, streams = plan.config, plan.machine, plan.streams
     widths = ", ".join(f"{name} {reader.width:,}" for name, reader in streams.readers.items())
-    rows = "number of rows not given" if streams.n_rows is None else f"{streams.n_rows:,} rows"
+    rows = "number of rows not given" if streams.n_rows is None else counted(streams.n_rows, "row")
     yield f"L = {config.n_latents:,}, k = {config.k}, D = {sum(streams.widths):,} ({widths}), {rows}"
     yield f"batches of {config.batch_size:,}, {config.dtype}, {config.selection} selection" + ", lazy" * config.lazy
     rates = ""
@@ -136,7 +137,7 @@ def _heading(plan: Plan) -> Iterator[str]:
         rates = f": copies {roofs.copy / 1e9:,.1f} GB/s, products {roofs.float32 / 1e9:,.0f} GFLOP/s float32, "
         rates += f"{roofs.bfloat16 / 1e9:,.0f} bfloat16"
     shared = f", each of {plan.ranks} ranks with its part of the latents" if plan.ranks > 1 else ""
-    yield f"on {machine.name}, {machine.threads} threads{rates}{shared}"
+    yield f"on {machine.name}, {counted(machine.threads, 'thread')}{rates}{shared}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -177,8 +178,8 @@ def _time(plan: Plan) -> Iterator[str]:
         yield _row("a step, at the roofs: the least it can take", _seconds(seconds))
     if plan.ranks > 1:
         yield "Of one rank, without what it waits for the others."
-    if plan.hours is not None:
-        yield f"{plan.steps:,} steps: {_duration(plan.hours)}, without reading, validation and checkpoints."
+    if plan.hours is not None and plan.steps is not None:
+        yield f"{counted(plan.steps, 'step')}: {_duration(plan.hours)}, without reading, validation and checkpoints."
 
 
 def _exchange(plan: Plan) -> Iterator[str]:

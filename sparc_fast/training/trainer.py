@@ -503,7 +503,7 @@ def _new_model(config: Config, files: AlignedFiles, device: torch.device, shared
         torch.manual_seed(config.seed)  # on the CPU, so that every device begins with the same weights
         model = SPARC(
             files.d_streams, config.n_latents, config.k,
-            selection="local" if config.selection == "local" else "global", auxk=config.auxk,
+            selection=cast(Any, config.selection), auxk=config.auxk,
             dead_after=config.dead_after, normalize=cast(Any, config.normalize),
             loss="fvu" if config.loss == "fvu" else "nmse", backend="auto",
             dtype=getattr(torch, config.dtype), device="meta" if shared else "cpu",

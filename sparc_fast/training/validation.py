@@ -46,7 +46,7 @@ def validate(
         assert own is not None
         joint += n * model.loss(own, 1.0, 0.0, present=has).nmse.double().cpu()
         for s, stream in enumerate(model.streams):
-            alone = (stream,) if model.selection == "global" else None
+            alone = None if model.selection == "local" else (stream,)
             nmse = model.loss(own, 1.0, 0.0, support_from=alone, present=has).nmse
             single[s] += n[s] * nmse[s].double().cpu()
     model.train(was_training)
