@@ -43,6 +43,13 @@ class Batch(NamedTuple):
     given: slice = slice(None)
     """The samples that were given to this process; all but where processes share their batches."""
 
+    of_batch: int | None = None
+    """How many samples the batch has, where these are not all of them."""
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.x) if self.of_batch is None else self.of_batch
+
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.x, self.W_enc, self.W_dec, self.pre_bias, self.latent_bias
 

@@ -442,9 +442,12 @@ class SPARC(nn.Module):
         objective = self._objective(cross_loss_coef, auxk_coef, support_from).over([given])
         parts = objective.choose(given)
         self._learn_threshold(given)
-        flows = [part.measure(len(given.x)) for part in parts]
-        self._count_silence(*fired(parts, flows))
+        flows = [part.measure(given.n_samples) for part in parts]
+        if self.training:
+            every = self.d_streams if self._shards.has_replicas else None
+            self._count_silence(*self._shards.of_replicas(*fired(parts, flows, every)))
         terms = {part.batch.streams: flow.terms() for part, flow in zip(parts, flows, strict=True)}
+        terms = self._shards.terms(terms)
         return objective.summarize(terms, given.streams, given.zero_rows)
 
     def _objective(

@@ -211,13 +211,16 @@ class Part(NamedTuple):
         return self._replace(batch=self.batch._replace(W_dec=W_dec))
 
 
-def fired(parts: Sequence[Part], flows: Sequence[Flow]) -> tuple[Tensor, Tensor]:
-    """(values [N, S', k], supports) of a whole batch, for its dead latents to be counted."""
+def fired(
+    parts: Sequence[Part], flows: Sequence[Flow], d_streams: Mapping[str, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(values [N, S', k], supports) of a whole batch, for its dead latents to be counted; S' of these streams, or of
+    those that some sample has."""
     values = [flow.reconstruction.values for flow in flows]
     indices = [part.supports.indices for part in parts]
-    if len(parts) > 1:
-        widths = {n: d for part in parts for n, d in zip(part.batch.streams, part.batch.d_streams, strict=True)}
-        among = [AllStreams(widths, part.batch) for part in parts]
+    if len(parts) > 1 or d_streams is not None:
+        some = {n: d for part in parts for n, d in zip(part.batch.streams, part.batch.d_streams, strict=True)}
+        among = [AllStreams(d_streams or some, part.batch) for part in parts]
         values, indices = ([a.streams(one) for a, one in zip(among, of, strict=True)] for of in (values, indices))
     return stack(values), stack(indices)
 

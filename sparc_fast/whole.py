@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from sparc_fast.ops.backends import Backend
 
 if TYPE_CHECKING:
     from sparc_fast.batch import Batch
+    from sparc_fast.objective import Terms
 
 
 class Whole:
@@ -25,6 +26,7 @@ class Whole:
 
     is_whole = True
     rank, ranks = 0, 1
+    has_replicas = False
     leads = True
     """Whether it is this process that writes files which one writes."""
 
@@ -59,6 +61,21 @@ class Whole:
     def total(self, n: int) -> int:
         """The same of a number."""
         return n
+
+    def samples(self, n: int) -> int:
+        """How many all processes have together, of which this one has n."""
+        return n
+
+    def of_replicas(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """Samples of all replicas below each other, as `sparc_fast.batch.stack` puts them."""
+        return tensors
+
+    def sum_of_replicas(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return tensors
+
+    def terms(self, terms: dict[tuple[str, ...], Terms]) -> dict[tuple[str, ...], Terms]:
+        """Of the objective, of all replicas' samples."""
+        return terms
 
     def most(self, n: int) -> int:
         """The largest of all processes' numbers."""

@@ -346,7 +346,7 @@ def test_widths_whose_sum_is_beyond_64_bits_are_refused() -> None:
 
 def test_a_refusal_names_function_argument_what_it_must_be_and_what_it_is() -> None:
     right = calls()["sparse_decode"]
-    with pytest.raises(ValueError, match=r"^sparse_decode: W_dec must be float32, got float16 \[11, 7\]$"):
+    with pytest.raises(ValueError, match=r"^sparse_decode: W_dec must be float32 or bfloat16, got float16 \[11, 7\]$"):
         call("sparse_decode", replaced(right, (3,), right[3].half()))
     with pytest.raises(ValueError, match=r"^sparse_decode: values must be \[N=5, S=2, k\], got float32 \[4, 2, 3\]$"):
         call("sparse_decode", replaced(right, (1,), right[1][1:].contiguous()))

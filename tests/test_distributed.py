@@ -10,6 +10,7 @@ import pytest
 import torch
 from ranks import Ranks
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 import sparc_fast as sf
 from sparc_fast.distributed import shard
@@ -342,9 +343,9 @@ def exchanged(n_latents: int, dtype: torch.dtype) -> dict[str, int]:
     optimizer = sf.SparcAdam(model)
     x = samples(360, dtype=dtype)
     optimizer.step(own(x))
-    model._shards.exchange.received.clear()
+    before = model._shards.received
     optimizer.step(own(x))
-    return dict(model._shards.exchange.received)
+    return dict(model._shards.received - before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -367,6 +368,40 @@ def test_a_step_exchanges_what_the_formula_says_and_nothing_that_grows_with_late
             assert received[what] == pytest.approx(expected[what], rel=0.01)
 
 
+def few_samples_differ() -> float:
+    """Of fewer samples than ranks, and of one that all are given by one rank."""
+    whole, sharded = training_model(), shard(training_model())
+    apart = 0.0
+    for step in range(3):
+        x = samples(2 - step % 2, seed=step, dtype=torch.float64)
+        mine = x if here()[0] == here()[1] - 1 else x[:0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sparc_fast.optim.sparc_adam._processes", lambda: 1)
+            losses = [sf.SparcAdam(model).step(part).total for model, part in ((whole, x), (sharded, mine))]
+        apart = max(apart, float((losses[0] - losses[1]).abs()))
+    return apart
+
+
+def test_there_may_be_fewer_samples_than_ranks(ranks: Ranks) -> None:
+    assert max(ranks(few_samples_differ)) < 1e-13
+
+
+def held() -> tuple[int, int, int]:
+    """Bytes of weights and moments, here and in one process, and of a row of all of them."""
+    model = shard(training_model())
+    optimizer = sf.SparcAdam(model)
+    optimizer.step(own(samples(8, dtype=torch.float64)))
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    here = sum(tensor.nbytes for tensor in (*model.parameters(), *moments))
+    row = 3 * 8 * (2 * D + 2)  # of both matrices and the biases, with two moments each
+    return here, 50 * row + 3 * 8 * D, row
+
+
+def test_a_rank_holds_its_share_of_weights_and_moments(ranks: Ranks) -> None:
+    for here, of_all, row in ranks(held):
+        assert here <= of_all / ranks.n + row + 3 * 8 * D
+
+
 def refused(case: str) -> str:
     rank, _ = here()
     model = shard(model_of())
@@ -386,6 +421,8 @@ def refused(case: str) -> str:
             shard(model_of(k=3 if rank == 1 else 4))
         elif case == "too few latents":
             shard(model_of(n_latents=here()[1] + 1, k=1)) if here()[1] > 2 else shard(model_of(n_latents=1, k=1))
+        elif case == "selection":
+            shard(model_of(selection="batch"))
         elif case == "forward":
             model(x)
         elif case == "capturable":
@@ -398,7 +435,7 @@ def refused(case: str) -> str:
 REFUSALS = {
     "NaN": "must be finite", "width": r"must be \[..., D=23\]", "other streams": "of the streams that rank 0 has",
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
-    "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model",
+    "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model", "selection": "must have selection",
     "capturable": "capturable must be False",
 }  # fmt: skip
 
@@ -412,3 +449,72 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(ranks: Ranks, case: str) -
         assert re.search(REFUSALS[case], text), said
         if case in ("NaN", "width"):
             assert text.startswith("inputs" if rank == 1 else "rank 1: inputs")
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    processes = Ranks(4)
+    yield processes
+    processes.close()
+
+
+def replicated(options: dict[str, Any], of_optimizer: dict[str, Any], absent: bool, parts: int) -> dict[str, Any]:
+    """How far two replicas of two ranks are from one process after 50 steps, and whether they have the same bits."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "latents"))
+    whole, sharded = training_model(**options), shard(training_model(**options), mesh)
+    optimizers = [sf.SparcAdam(model, 3e-3, **of_optimizer) for model in (whole, sharded)]
+    of_loss, dead = 0.0, 0
+    for step in range(50):
+        x, present = samples(17, seed=100 + step, dtype=torch.float64), None
+        if absent:
+            present = torch.rand(17, 2, generator=torch.Generator().manual_seed(step)) < 0.6
+            present[:, 0] |= ~present.any(1)
+        dead = max(dead, int(whole.dead.sum()))
+        given = [(x, present), (own(x, step % 2 == 1), None if present is None else own(present, step % 2 == 1))]
+        if parts > 1:
+            given = [(x.tensor_split(parts), None), (own(x).tensor_split(parts), None)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sparc_fast.optim.sparc_adam._processes", lambda: 1)
+            one, other = (o.step(inputs, present=has) for o, (inputs, has) in zip(optimizers, given, strict=True))
+        for a, b in zip(one, other, strict=True):
+            assert (a is None) == (b is None)
+            of_loss = max(of_loss, 0.0 if a is None else float((a - b).abs().max()))
+    x = samples(19, dtype=torch.float64)
+    evaluated = whole.eval().loss(x).total - sharded.eval().loss(own(x, uneven=True)).total
+    mine = {name: tensor.detach().clone() for name, tensor in sharded.state_dict().items()}
+    every = gathered(mine)
+    rows = sharded._shards.rows(whole.n_latents)
+    expected = {
+        name: tensor[rows]
+        if name in ("W_enc", "W_dec", "silence")
+        else tensor[:, rows]
+        if name == "latent_bias"
+        else tensor
+        for name, tensor in whole.state_dict().items()
+    }
+    rank = here()[0]
+    return {
+        "loss": max(of_loss, float(evaluated.detach().abs())),
+        "weights": farthest(mine, expected),
+        "same silence": torch.equal(mine["silence"], expected["silence"]),
+        "same replicas": all(torch.equal(mine[name], every[(rank + 2) % 4][name]) for name in mine),
+        "dead": dead,
+    }
+
+
+REPLICATED: dict[str, tuple[dict[str, Any], dict[str, Any], bool, int]] = {
+    "global": ({}, {}, False, 1),
+    "local, replayed, absent": ({"selection": "local"}, {"lazy": "replay"}, True, 1),
+    "accumulated and clipped": ({}, {"max_grad_norm": 0.05}, False, 3),
+    "clipped, absent": ({}, {"max_grad_norm": 0.05}, True, 1),
+}
+
+
+@pytest.mark.parametrize("name", REPLICATED)
+def test_replicas_are_equal_bit_for_bit_and_train_as_one_process(four: Ranks, name: str) -> None:
+    for found in four(replicated, *REPLICATED[name], timeout=300):
+        assert found["same replicas"]
+        assert found["same silence"]
+        assert found["loss"] < 1e-12
+        assert found["weights"] < 1e-12
+        assert found["dead"] > 6

@@ -99,6 +99,49 @@ def test_a_run_of_several_ranks_is_that_of_one_process_to_rounding(two: Ranks, t
     assert len((tmp_path / "two" / "sessions.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
+
+
+def with_replicas(folder: Path) -> list[int]:
+    return [stopped_at(folder, 13, 2, replicas=2), train(folder, replicas=2)]
+
+
+def test_replicas_train_and_go_on_as_one_process(four: Ranks, tmp_path: Path) -> None:
+    with Trainer(config(), tmp_path / "one", files=files()) as trainer:
+        trainer.run()
+    assert four(with_replicas, tmp_path / "four", timeout=400) == [[13, 40]] * 4
+    assert_same_figures(figures(tmp_path / "four"), figures(tmp_path / "one"))
+    for file in ("model.safetensors", "best.safetensors"):
+        one, other = (sf.SPARC.load(tmp_path / folder / file) for folder in ("one", "four"))
+        for (key, expected), found in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-4, msg=key)
+
+
+def refused_replicas(folder: Path, **changes: Any) -> str:
+    try:
+        train(folder, **changes)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def refused_three(folder: Path) -> str:
+    return refused_replicas(folder, replicas=3)
+
+
+def refused_fvu(folder: Path) -> str:
+    return refused_replicas(folder, replicas=2, loss="fvu")
+
+
+def test_replicas_that_cannot_be_are_refused(four: Ranks, tmp_path: Path) -> None:
+    assert all("replicas must divide the number of ranks, 4, got 3" in said for said in four(refused_three, tmp_path))
+    assert all('loss must be "nmse" where the mesh has replicas' in said for said in four(refused_fvu, tmp_path))
+
+
 def train_variant(folder: Path, name: str) -> int:
     return train(folder, **VARIANTS[name])
 

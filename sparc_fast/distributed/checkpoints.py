@@ -41,7 +41,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], s
     from torch.distributed.checkpoint.state_dict_saver import save
 
     assert isinstance(shards, Shards)
-    exchange = shards.exchange
+    exchange = shards.all
     unfinished = path.with_name(f".{path.name}")
     with exchange.agreed("clear"):
         if shards.leads:
@@ -92,7 +92,7 @@ def read(path: Path, shards: Whole) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 shape[dim] = rows.stop - rows.start
             tensors[name] = torch.empty(shape, dtype=about.properties.dtype, device="cpu")
         if isinstance(shards, Shards):
-            load(_distributed(tensors, shards), checkpoint_id=path, process_group=shards.exchange.group)
+            load(_distributed(tensors, shards), checkpoint_id=path, process_group=shards.all.group)
         else:
             load(dict(tensors), checkpoint_id=path, no_dist=True)
     return tensors, state
@@ -132,7 +132,7 @@ def _dimension(name: str) -> int | None:
 
 def _distributed(tensors: Mapping[str, Tensor], shards: Shards) -> dict[str, Any]:
     """Those that are shared as DTensors, on the memory they have."""
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():
@@ -142,9 +142,10 @@ def _distributed(tensors: Mapping[str, Tensor], shards: Shards) -> dict[str, Any
             continue
         shape = list(tensor.shape)
         shape[dim] = shards.n_latents
+        placements = [Shard(dim)] if shards.replicas is None else [Replicate(), Shard(dim)]
         stride = torch.empty(shape, dtype=tensor.dtype, device="meta").stride()
         found[name] = DTensor.from_local(
-            tensor, shards.mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride
+            tensor, shards.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
         )
     return found
 

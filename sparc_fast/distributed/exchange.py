@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from sparc_fast.ops.huge_pages import empty_rows
 
 from .watch import watch
 
+T = TypeVar("T")
 NUMBERS = 8  # that every rank tells of a call, whatever it is: calls that differ are found out
 
 
@@ -107,9 +109,13 @@ class Exchange:
 
     def texts(self, text: str) -> list[str]:
         """[rank] -> its text; for what is said once."""
-        found: list[str] = [""] * self.ranks
+        return self.objects(text)
+
+    def objects(self, mine: T) -> list[T]:
+        """[rank] -> what it has."""
+        found: list[T] = [mine] * self.ranks
         with self.with_others():
-            dist.all_gather_object(found, text, group=self.group)
+            dist.all_gather_object(found, mine, group=self.group)
         return found
 
     @contextmanager

@@ -30,9 +30,14 @@ def leads() -> bool:
     return dist.get_rank() == 0
 
 
-def mesh_of(device: torch.device) -> DeviceMesh:
-    """Of all ranks, each with latents of its own."""
-    return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("latents",))
+def mesh_of(device: torch.device, replicas: int = 1) -> DeviceMesh:
+    """Of all ranks: so many replicas, whose ranks each have latents of their own."""
+    ranks = dist.get_world_size()
+    if ranks % replicas:
+        raise ValueError(f"replicas must divide the number of ranks, {ranks}, got {replicas}")
+    if replicas == 1:
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("latents",))
+    return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=("replicas", "latents"))
 
 
 @contextmanager
@@ -58,7 +63,7 @@ def check_same(shards: Whole, config: Config, files: AlignedFiles) -> None:
     mine: dict[str, Any] = {
         "sparc_fast": __version__, "torch": str(torch.__version__), **bound, "data": _fingerprint(files),
     }  # fmt: skip
-    for rank, text in enumerate(told := shards.exchange.texts(json.dumps(mine, default=str))):
+    for rank, text in enumerate(told := shards.all.texts(json.dumps(mine, default=str))):
         first, other = json.loads(told[0]), json.loads(text)
         if different := [name for name in first if first[name] != other.get(name)]:
             name = different[0]

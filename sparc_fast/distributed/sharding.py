@@ -26,7 +26,9 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
     Args:
         model: the same on every rank. On the meta device it has no weights yet: then each rank draws its own, the bits
             that one device would with the same seed.
-        mesh: of one dimension; by default of all ranks. Its device is the model's, or where it gets one.
+        mesh: of latents, by default all ranks; or of replicas by latents: each replica takes a part of the samples,
+            its ranks share the latents, and replicas tell each other what moves their rows, which stay equal bit for
+            bit. Its device is the model's, or where it gets one.
 
     Raises:
         RuntimeError: torch.distributed is not initialized.
@@ -42,13 +44,15 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
     if mesh is None:
         kind = device.type if device.type != "meta" else "cuda" if torch.cuda.is_available() else "cpu"
         mesh = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("latents",))
-    if mesh.ndim != 1:
-        raise ValueError(f"mesh must have one dimension, latents, got {mesh.ndim}")
+    if mesh.ndim > 2 or mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())):
+        raise ValueError(f"mesh must be of all ranks in order, latents or replicas by latents, got {mesh}")
+    if mesh.ndim == 2 and model.error == "fvu":
+        raise ValueError('loss must be "nmse" where the mesh has replicas, whose deviations nobody adds up, got "fvu"')
     device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else device
     device = torch.device("cpu") if device.type == "meta" else device
     shards = Shards(mesh, model.n_latents, device)
     about = f"{model.config()} {model.W_enc.dtype}"
-    for rank, other in enumerate(shards.exchange.texts(about)):
+    for rank, other in enumerate(shards.all.texts(about)):
         if other != about:
             raise ValueError(f"model must be the same on every rank, but on rank {rank} it is {other}, here {about}")
     return _with_rows(model, shards, device)

@@ -7,6 +7,7 @@ own latents have to do.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import pad
 
 from sparc_fast.batch import Batch
+from sparc_fast.objective import Terms
 from sparc_fast.ops import backends
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import gradient_dtype, wide
@@ -36,20 +39,34 @@ class Shards(Whole):
     is_whole = False
 
     @property
+    def has_replicas(self) -> bool:  # type: ignore[override]
+        return self.replicas is not None
+
+    @property
+    def received(self) -> Counter[str]:
+        """Bytes that came here, by what they are."""
+        exchanges = {id(one): one for one in (self.exchange, self.all, self.replicas) if one is not None}
+        return sum((one.received for one in exchanges.values()), Counter())
+
+    @property
     def leads(self) -> bool:  # type: ignore[override]
         return self.rank == 0
 
     def __init__(self, mesh: DeviceMesh, n_latents: int, device: torch.device) -> None:
         self.mesh, self.n_latents = mesh, n_latents
-        self.exchange = Exchange(mesh.get_group(), device)
-        self.rank, self.ranks = self.exchange.rank, self.exchange.ranks
-        share = -(-n_latents // self.ranks)
-        if share * (self.ranks - 1) >= n_latents:
+        self.exchange = Exchange(mesh.get_group(mesh.ndim - 1), device)
+        self.replicas = Exchange(mesh.get_group(0), device) if mesh.ndim == 2 else None
+        everybody = distributed.group.WORLD
+        assert everybody is not None
+        self.all = Exchange(everybody, device) if mesh.ndim == 2 else self.exchange
+        self.rank, self.ranks = self.all.rank, self.all.ranks
+        among, parts = self.exchange.rank, self.exchange.ranks
+        share = -(-n_latents // parts)
+        if share * (parts - 1) >= n_latents:
             raise ValueError(
-                f"n_latents must be enough for {self.ranks} ranks of {share} each, the last of at least one, "
-                f"got {n_latents}"
+                f"n_latents must be enough for {parts} ranks of {share} each, the last of at least one, got {n_latents}"
             )
-        self.first, self.last = self.rank * share, min((self.rank + 1) * share, n_latents)
+        self.first, self.last = among * share, min((among + 1) * share, n_latents)
         self._backends: dict[tuple[str, torch.device], Backend] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shards:
@@ -95,16 +112,17 @@ class Shards(Whole):
         try:
             mine = own()
         except Exception as error:
-            exchange.numbers(BATCH, 0, 0, 0, 0, 1)
-            exchange.fail(error)
+            self.all.numbers(BATCH, 0, 0, 0, 0, 1)
+            self.all.fail(error)
             raise
         names, flags = number_of("\0".join(mine.streams)), (mine.present is not None, mine.zero_rows is not None)
-        told = exchange.numbers(BATCH, len(mine.x), names, *flags, 0)
-        if any(failed for *_, failed in told):
-            exchange.fail(None)
-        for rank, (_, others, *_rest) in enumerate(told):
-            if others != told[0][1]:
+        of_all = self.all.numbers(BATCH, len(mine.x), names, *flags, 0)
+        if any(failed for *_, failed in of_all):
+            self.all.fail(None)
+        for rank, (_, others, *_rest) in enumerate(of_all):
+            if others != of_all[0][1]:
                 raise ValueError(f"inputs must be of the streams that rank 0 has on every rank, got others on {rank}")
+        told = of_all[self.rank - exchange.rank :][: exchange.ranks]
         counts = [n for n, *_ in told]
         x = exchange.gather(mine.x.detach(), counts, "x")
         present, zero_rows = mine.present, mine.zero_rows
@@ -112,16 +130,16 @@ class Shards(Whole):
             if present is None:
                 present = torch.ones(len(mine.x), len(mine.streams), dtype=torch.bool, device=x.device)
             present = exchange.gather(present, counts, "present")
-        if any(has for _, _, _, has, _ in told):
+        if any(has for _, _, _, has, _ in of_all):
             none = torch.zeros(len(mine.streams), dtype=torch.int64, device=x.device)
-            zero_rows = exchange.sum(none if zero_rows is None else zero_rows)
-        first = sum(counts[: self.rank])
+            zero_rows = self.all.sum(none if zero_rows is None else zero_rows)
+        first = sum(counts[: exchange.rank])
         weights = {name: getattr(mine, name).detach() for name in ("W_enc", "W_dec", "pre_bias", "latent_bias")}
-        given = slice(first, first + counts[self.rank])
-        return mine._replace(x=x, present=present, zero_rows=zero_rows, given=given, **weights)
+        given, n = slice(first, first + counts[exchange.rank]), sum(n for n, *_ in of_all)
+        return mine._replace(x=x, present=present, zero_rows=zero_rows, given=given, of_batch=n, **weights)
 
     def agreed(self, call: str) -> AbstractContextManager[None]:
-        return self.exchange.agreed(call)
+        return self.all.agreed(call)
 
     def sum(self, part: Tensor) -> Tensor:
         return self.exchange.sum(part)
@@ -129,8 +147,38 @@ class Shards(Whole):
     def total(self, n: int) -> int:
         return sum(number for (number,) in self.exchange.numbers(NUMBER, n))
 
+    def samples(self, n: int) -> int:
+        return sum(number for (number,) in self.all.numbers(NUMBER, n))
+
+    def of_replicas(self, *tensors: Tensor) -> Sequence[Tensor]:
+        if self.replicas is None:
+            return tensors
+        told = self.replicas.numbers(ROWS, len(tensors[0]), *(tensor.shape[-1] for tensor in tensors))
+        counts = [n for n, *_ in told]
+        widths = [max(each) for each in zip(*(of_rank for _, *of_rank in told), strict=True)]
+        nothing = [0 if tensor.is_floating_point() else -1 for tensor in tensors]
+        filled = [
+            pad(tensor, (0, width - tensor.shape[-1]), value=empty)
+            for tensor, width, empty in zip(tensors, widths, nothing, strict=True)
+        ]
+        return [self.replicas.gather(tensor, counts, "replicas") for tensor in filled]
+
+    def sum_of_replicas(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return tensors if self.replicas is None else [self.replicas.sum(tensor) for tensor in tensors]
+
+    def terms(self, terms: dict[tuple[str, ...], Terms]) -> dict[tuple[str, ...], Terms]:
+        if self.replicas is None:
+            return terms
+        merged: dict[tuple[str, ...], Terms] = {}
+        here = {streams: _on(some, "cpu") for streams, some in terms.items()}
+        for of_replica in self.replicas.objects(here):
+            for streams, some in of_replica.items():
+                before = merged.get(streams)
+                merged[streams] = some._replace(loss=None) if before is None else before.plus(some)
+        return {s: _on(some, self.exchange.device) for s, some in merged.items()}
+
     def most(self, n: int) -> int:
-        return max(number for (number,) in self.exchange.numbers(NUMBER, n))
+        return max(number for (number,) in self.all.numbers(NUMBER, n))
 
     def codes(self, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         numbers = torch.where(indices < 0, 0, indices + (self.first + 1))  # a slot is of one rank, 0 in all others
@@ -158,17 +206,19 @@ class Shards(Whole):
         return None if rows is None else torch.split(rows, shares(len(rows), self.ranks))[self.rank]
 
     def each(self, numbers: Tensor) -> Tensor:
-        return self.exchange.gather(numbers[None].to(self.exchange.device), [1] * self.ranks, "numbers")
+        return self.all.gather(numbers[None].to(self.all.device), [1] * self.ranks, "numbers")
 
     def told_by_leader(self, numbers: list[int]) -> list[int]:
-        told: list[int] = json.loads(self.exchange.texts(json.dumps(numbers))[0])
+        told: list[int] = json.loads(self.all.texts(json.dumps(numbers))[0])
         return told
 
     def save(self, path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-        save_model(path, tensors, config, self.exchange)
+        with self.agreed("save"):
+            if self.replicas is None or self.replicas.rank == 0:
+                save_model(path, tensors, config, self.exchange)
 
     def seed(self, seed: int) -> int:
-        return seed + (self.rank << 48)
+        return seed + (self.exchange.rank << 48)
 
 
 class _OfRows:
@@ -240,3 +290,10 @@ class _OfRows:
         grad_values = backend.sparse_decode_grad_values(grad_recons, indices, W_dec)
         sums = exchange.sum(torch.cat([nmse.reshape(-1), grad_pre_bias]))
         return sums[: S * S].view(S, S), grad_recons, grad_values, sums[S * S :]
+
+
+def _on(terms: Terms, device: torch.device | str) -> Terms:
+    moved: dict[str, Any] = {
+        name: None if part is None else part.detach().to(device) for name, part in terms._asdict().items()
+    }
+    return Terms(**moved)

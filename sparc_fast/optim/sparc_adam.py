@@ -160,9 +160,9 @@ class SparcAdam(torch.optim.Optimizer):
         if len(parts) == 1:
             given = model._batch(*parts[0])
             objective = objective.over([given])
-            batch = self._flow(given, len(given.x), objective, backend)
+            batch = self._flow(given, given.n_samples, objective, backend)
         else:
-            n_samples = model._shards.total(n_own)
+            n_samples = model._shards.samples(n_own)
             batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples)
             objective = objective.over(model._batch(*part) for part in parts)
             for part in parts:
@@ -198,9 +198,30 @@ class SparcAdam(torch.optim.Optimizer):
         )
         grad_pre_bias = [a.columns(flow.reconstruction.grad_pre_bias) for a, flow in zip(among, flows, strict=True)]
         terms = {part.batch.streams: flow.terms() for part, flow in zip(parts, flows, strict=True)}
-        return OneBatch(
-            given.streams, terms, *fired(parts, flows), samples, sum(grad_pre_bias[1:], grad_pre_bias[0]), supports,
-            given.zero_rows,
+        every = model.d_streams if model._shards.has_replicas else None
+        of_pre_bias = sum(grad_pre_bias[1:], grad_pre_bias[0])
+        one = OneBatch(
+            given.streams, terms, *fired(parts, flows, every), samples, of_pre_bias, supports, given.zero_rows
+        )
+        return self._with_replicas(one, backend)
+
+    def _with_replicas(self, one: OneBatch, backend: backends.Backend) -> OneBatch:
+        """Of all the batch, where replicas have taken other samples of it."""
+        shards = self.model._shards
+        if not shards.has_replicas:
+            return one
+        values, support = shards.of_replicas(one.values, one.support)
+        x, of_values, grad_values, grad_recons, used = shards.of_replicas(
+            one.samples.x, one.samples.values, one.samples.grad_values, one.samples.grad_recons, one.used
+        )
+        inverse = backend.invert_indices(used, len(self.model.W_enc))
+        if self._behind is not None:
+            self._replay(inverse[0].diff().nonzero()[:, 0], backend)
+        samples = Samples(x, one.samples.pre_bias, of_values, grad_values, grad_recons, *inverse)
+        (grad_pre_bias,) = shards.sum_of_replicas(one.grad_pre_bias)
+        return one._replace(
+            terms=shards.terms(one.terms), values=values, support=support, samples=samples, used=used,
+            grad_pre_bias=grad_pre_bias,
         )  # fmt: skip
 
     def _update(

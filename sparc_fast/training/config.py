@@ -297,6 +297,9 @@ class Config:
     reading_threads: int = setting(0, integer(0), "threads that read files; 0: the loader chooses", free=True)
     device: str = setting("auto", text, "auto (a GPU where there is one), cpu, cuda or cuda:1", free=True)
     backend: str = setting("auto", text, "auto, or one of sparc_fast.available_backends()", free=True)
+    replicas: int = setting(
+        1, integer(1), "of torchrun's ranks: each has all latents, and a part of a batch", free=True
+    )
     tensorboard: bool = setting(False, flag, "also write TensorBoard's event files", free=True)
     wandb: str = setting("", text, "also log to this project at Weights & Biases", free=True)
 

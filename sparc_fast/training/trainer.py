@@ -508,7 +508,7 @@ def _new_model(config: Config, files: AlignedFiles, device: torch.device, shared
             loss="fvu" if config.loss == "fvu" else "nmse", backend="auto",
             dtype=getattr(torch, config.dtype), device="meta" if shared else "cpu",
         )  # fmt: skip
-        model = distributed.shard(model, distributed.mesh_of(device)) if shared else model
+        model = distributed.shard(model, distributed.mesh_of(device, config.replicas)) if shared else model
     backends.resolve(config.backend, device)
     model.backend = config.backend
     return model.to(device) if device.type != "cpu" else model
