@@ -211,6 +211,11 @@ CUDA = (
         lambda shape, c: _rows_of_warps(shape, _entries(shape), IN_FLIGHT),
     ),
     HotPath(
+        "update, encoder", "update_rows_kernel", "32 terms looked up, encoder",
+        lambda c: {"VOTE": 1, "STS": 1, r"LDG\.E\.64": 1, r"LDG\.E\.U16": 2}, _one,
+        lambda shape, c: _rows_of_warps(shape, _entries(shape), 32),
+    ),
+    HotPath(
         "update, encoder", "update_rows_kernel", "8 weights, encoder",
         lambda c: {**MOVED, r"STG\.E\.EF\.128": 7}, _one, _latent_blocks,
     ),
@@ -218,6 +223,11 @@ CUDA = (
         "update, decoder", "update_rows_kernel", "16 bytes gathered, decoder",
         lambda c: {KEPT: IN_FLIGHT, "^FFMA": HELD * IN_FLIGHT}, lambda c: IN_FLIGHT,
         lambda shape, c: _rows_of_warps(shape, _entries(shape) * shape.S, IN_FLIGHT),
+    ),
+    HotPath(
+        "update, decoder", "update_rows_kernel", "32 terms looked up, decoder",
+        lambda c: {"VOTE": 1, "STS": 1, r"LDG\.E\.64": 1, r"LDG\.E\.U16": 1}, _one,
+        lambda shape, c: _rows_of_warps(shape, _entries(shape) * shape.S, 32),
     ),
     HotPath(
         "update, decoder", "update_rows_kernel", "8 weights, decoder",
@@ -256,7 +266,7 @@ def compiled_cuda() -> dict[str, Compiled]:
         name: Compiled(Code(assembly), r.registers, 1024, threads[name], 0, {})
         for name in wanted
         for r, assembly in taken
-        if r.kernel == name and r.types in ("", "BFloat16 BFloat16")
+        if r.kernel == name and r.types in ("", "BFloat16 BFloat16 whole")
     }
 
 

@@ -71,6 +71,34 @@ class Kept {
 // Brings the 128 bytes around p into the L2 cache.
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// 1 / a, at most one unit in the last place off; of numbers beyond 2^126, and below the normal ones, that of infinity
+// and that of 0.
+__device__ inline float approximate_reciprocal(float a) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+    return result;
+}
+
+// At most one unit in the last place off.
+__device__ inline float approximate_root(float a) {
+    float result;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(a));
+    return result;
+}
+
+// Two numbers in 32 bits, the first in the lower half, each rounded to nearest, ties to even.
+__device__ inline uint32_t packed_bfloat16(float first, float second) {
+    uint32_t result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+    return result;
+}
+
+__device__ inline uint32_t packed_float16(float first, float second) {
+    uint32_t result;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+    return result;
+}
+
 #endif
 
 constexpr unsigned all_lanes = ~0u;

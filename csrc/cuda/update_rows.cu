@@ -60,6 +60,7 @@ static void move_rows(
     const Rows& decoder, float* grad_pre_bias, int64_t* last_step, uintptr_t stream) {
     const Streams& streams = gradients.streams;
     const int D = streams.begin[streams.count];
+    aligned = aligned && encoder.aligned() && decoder.aligned();
     const Matrix pre_bias_parts{
         grad_pre_bias ? room.pre_bias_parts : nullptr, stride_of(streams), Floats::float32};
     const UpdateArguments<Source> arguments{
@@ -72,12 +73,12 @@ static void move_rows(
         last_step,
         Divisor(room.parts),
         latents_of_tile(gradients.L),
-        aligned && encoder.aligned() && decoder.aligned(),
+        aligned,
     };
     const int64_t tiles = int64_t(room.parts) * streams.count;
     launch(
-        update_rows_kernel<Source>, smaller<int64_t>(tiles, plan.blocks), threads_for(streams),
-        UpdateShared(SharedMemory()).bytes, stream, arguments);
+        all_whole(streams, aligned) ? update_rows_kernel<true, Source> : update_rows_kernel<false, Source>, smaller<int64_t>(tiles, plan.blocks), threads_for(streams),
+        UpdateShared(SharedMemory(), threads_for(streams)).bytes, stream, arguments);
     if (!grad_pre_bias) return;
     SharedMemory memory;
     memory.take<float>(32 * 32);
@@ -99,11 +100,15 @@ void update_rows(
         using G = decltype(g);
         const SummedGradients<X, G> gradients{IndexedBatch(batch), pieces, grad_latent_bias};
         if (room.slots) {
+            SharedMemory memory;
+            memory.take<Term>(most_threads);
             launch(
                 list_pieces_kernel, ceil_div(batch.L, 256), 256, 0, stream, room.pieces, room.counters, batch.offsets,
                 batch.L, plan.piece);
+            const auto sum_pieces = all_whole(batch.streams, aligned) ? sum_pieces_kernel<true, X, G>
+                                                                      : sum_pieces_kernel<false, X, G>;
             launch(
-                sum_pieces_kernel<X, G>, plan.blocks, threads_for(batch.streams), 0, stream, gradients, room.pieces,
+                sum_pieces, plan.blocks, threads_for(batch.streams), memory.bytes(), stream, gradients, room.pieces,
                 room.counters, aligned);
         }
         move_rows(plan, room, gradients, aligned, encoder, decoder, grad_pre_bias, last_step, stream);

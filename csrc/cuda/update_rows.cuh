@@ -24,16 +24,19 @@ struct Counters {
 struct GivenGradients : Gradients {
     __device__ bool has_entries(int64_t l) const { return !used || used[l]; }
 
-    __device__ void centre(float (&)[held], const Columns&) const {}
+    template <bool whole>
+    __device__ void centre(float (&)[held], const Columns<whole>&) const {}
 
+    template <bool whole>
     __device__ float encoder(
-        float (&gradient)[held], int, const Columns& columns, const float (&)[held], int64_t l) const {
+        float (&gradient)[held], int, const Columns<whole>& columns, Term*, const float (&)[held], int64_t l) const {
         if (l + 1 < L) prefetch(W_enc, l + 1, columns);
         load(gradient, W_enc, l, columns);
         return 0;
     }
 
-    __device__ void decoder(float (&gradient)[held], const Columns& columns, int64_t l) const {
+    template <bool whole>
+    __device__ void decoder(float (&gradient)[held], const Columns<whole>& columns, Term*, int64_t l) const {
         if (l + 1 < L) prefetch(W_dec, l + 1, columns);
         load(gradient, W_dec, l, columns);
     }
@@ -54,15 +57,19 @@ struct UpdateArguments {
 
 // The shared memory of a block.
 struct UpdateShared {
+    Term* terms;  // 32 of each warp
     float* of_warps;
     int* tile;
     size_t bytes;
 
-    __host__ __device__ explicit UpdateShared(SharedMemory memory) {
+    __host__ __device__ UpdateShared(SharedMemory memory, int threads) {
+        terms = memory.take<Term>(threads);
         of_warps = memory.take<float>(BlockSums::places);
         tile = memory.take<int>(1);
         bytes = memory.bytes();
     }
+
+    __device__ Term* room() const { return terms + threadIdx.x / 32 * 32; }
 };
 
 __global__ void __launch_bounds__(256) list_pieces_kernel(
@@ -74,39 +81,46 @@ __global__ void __launch_bounds__(256) list_pieces_kernel(
         pieces[atomicAdd(&counters->pieces, 1)] = {begin, smaller(begin + piece, end)};
 }
 
+// Of one stream.
+template <bool whole, class X, class G>
+__device__ void sum_piece(
+    const SummedGradients<X, G>& gradients, int s, const Stream& stream, const Piece& piece, Term* room) {
+    const PieceSums& sums = gradients.pieces;
+    const int64_t slot = sums.piece.quotient(piece.begin);
+    for (int first = stream.begin; first < stream.end; first += stream.step()) {
+        const Columns<whole> columns(stream, first);
+        if (!columns.of_warp) continue;
+        float centre[held], encoder[held] = {}, decoder[held] = {};
+        gradients.centre(centre, columns);
+        const float bias = encoder_sum<X>(encoder, gradients, s, columns, room, centre, piece.begin, piece.end);
+        store(encoder, sums.encoder, slot, columns);
+        if (columns.begin == stream.begin) sums.bias[slot * gradients.streams.count + s] = bias;
+        decoder_sum<G>(decoder, gradients, columns, room, piece.begin, piece.end);
+        store(decoder, sums.decoder, slot, columns);
+    }
+}
+
 // A block does a piece of one stream, then another.
-template <class X, class G>
+template <bool whole, class X, class G>
 __global__ void __launch_bounds__(most_threads, 1) sum_pieces_kernel(
     SummedGradients<X, G> gradients, const Piece* pieces, const Counters* counters, bool aligned) {
-    const PieceSums& sums = gradients.pieces;
+    SharedMemory memory(shared_memory());
+    Term* const room = memory.take<Term>(most_threads) + threadIdx.x / 32 * 32;
     const int many = counters->pieces, S = gradients.streams.count;
     int64_t i = blockIdx.x;  // of the pieces of all streams; from the first of this one
     for (int s = 0; s < S; ++s, i -= many) {
         const Stream stream(gradients.streams, s, aligned);
-        for (; i < many; i += gridDim.x) {
-            const Piece piece = pieces[i];
-            const int64_t slot = sums.piece.quotient(piece.begin);
-            for (int first = stream.begin; first < stream.end; first += stream.step()) {
-                const Columns columns(stream, first);
-                if (!columns.of_warp) continue;
-                float centre[held], encoder[held] = {}, decoder[held] = {};
-                gradients.centre(centre, columns);
-                const float bias = encoder_sum<X>(encoder, gradients, s, columns, centre, piece.begin, piece.end);
-                store(encoder, sums.encoder, slot, columns);
-                if (columns.begin == stream.begin) sums.bias[slot * S + s] = bias;
-                decoder_sum<G>(decoder, gradients, columns, piece.begin, piece.end);
-                store(decoder, sums.decoder, slot, columns);
-            }
-        }
+        for (; i < many; i += gridDim.x) sum_piece<whole>(gradients, s, stream, pieces[i], room);
     }
 }
 
 // The encoder rows of latents first_latent ... last_latent - 1, of which this is part `part`.
-template <class Source>
+template <bool whole, class Source>
 __device__ void update_encoder(
-    const UpdateArguments<Source>& a, int s, const Stream& stream, int part, int first_latent, int last_latent) {
+    const UpdateArguments<Source>& a, int s, const Stream& stream, int part, int first_latent, int last_latent,
+    Term* room) {
     for (int first = stream.begin; first < stream.end; first += stream.step()) {
-        const Columns columns(stream, first);
+        const Columns<whole> columns(stream, first);
         float centre[held], of_pre_bias[held] = {};
         a.gradients.centre(centre, columns);
         for (int l = first_latent; l < last_latent; ++l) {
@@ -114,7 +128,7 @@ __device__ void update_encoder(
             float gradient[held];
             // the next row is on its way meanwhile
             if (l + 1 < last_latent) prefetch(a.encoder, l + 1, columns);
-            const float bias = a.gradients.encoder(gradient, s, columns, centre, l);
+            const float bias = a.gradients.encoder(gradient, s, columns, room, centre, l);
             load(row, a.encoder, l, columns);
 #pragma unroll
             for (int i = 0; i < held; ++i) {
@@ -129,9 +143,9 @@ __device__ void update_encoder(
 }
 
 // Latent l's decoder row. A row without an entry has no gradient, and takes the step that replay_rows takes.
-template <class Source>
+template <bool whole, class Source>
 __device__ void update_decoder(
-    const UpdateArguments<Source>& a, const Stream& stream, int l, bool is_last, BlockSums& sums) {
+    const UpdateArguments<Source>& a, const Stream& stream, int l, bool is_last, BlockSums& sums, Term* room) {
     const bool has_entries = a.gradients.has_entries(l);
     if (a.last_step) {
         if (!has_entries) return;
@@ -139,10 +153,10 @@ __device__ void update_decoder(
     }
     float products[2] = {0, 0}, gradient[held];
     if (stream.in_registers()) {
-        const Columns columns(stream, stream.begin);
+        const Columns<whole> columns(stream, stream.begin);
         Held row;
         if (!is_last) prefetch(a.decoder, l + 1, columns);
-        a.gradients.decoder(gradient, columns, l);
+        a.gradients.decoder(gradient, columns, room, l);
         load(row, a.decoder, l, columns);
         if (has_entries) {
             multiply(products, gradient, row.w);
@@ -155,29 +169,30 @@ __device__ void update_decoder(
     }
     // too wide: the gradient is summed or read twice
     for (int first = stream.begin; first < stream.end && has_entries; first += stream.step()) {
-        const Columns columns(stream, first);
+        const Columns<whole> columns(stream, first);
         float w[held];
-        a.gradients.decoder(gradient, columns, l);
+        a.gradients.decoder(gradient, columns, room, l);
         load(w, a.decoder.weights, l, columns);
         multiply(products, gradient, w);
     }
     const float along = has_entries ? along_of(products, sums) : 0;
-    const auto gradient_at = [&](float (&gradient)[held], const Columns& columns) {
-        a.gradients.decoder(gradient, columns, l);
+    const auto gradient_at = [&](float (&gradient)[held], const Columns<whole>& columns) {
+        a.gradients.decoder(gradient, columns, room, l);
     };
-    step_in_memory(a.decoder, l, stream, *a.constants, along, sums, gradient_at);
+    step_in_memory<whole>(a.decoder, l, stream, *a.constants, along, sums, gradient_at);
 }
 
-template <class Source>
+template <bool whole, class Source>
 __global__ void __launch_bounds__(most_threads, 1) update_rows_kernel(UpdateArguments<Source> a) {
-    const UpdateShared shared{SharedMemory(shared_memory())};
+    const UpdateShared shared{SharedMemory(shared_memory()), int(blockDim.x)};
     BlockSums sums(shared.of_warps);
     for (int tile = blockIdx.x; tile < a.parts * a.gradients.streams.count; tile = *shared.tile) {
         const int s = int(a.parts.quotient(tile)), part = tile - s * a.parts;
         const int first = part * a.latents, last = smaller(first + a.latents, a.gradients.L);
         const Stream stream(a.gradients.streams, s, a.aligned);
-        update_encoder(a, s, stream, part, first, last);
-        for (int l = first; l < last; ++l) update_decoder(a, stream, l, l + 1 == last, sums);
+        update_encoder<whole>(a, s, stream, part, first, last, shared.room());
+        for (int l = first; l < last; ++l)
+            update_decoder<whole>(a, stream, l, l + 1 == last, sums, shared.room());
         __syncthreads();  // all have read the number of this tile
         if (threadIdx.x == 0) *shared.tile = int(gridDim.x) + atomicAdd(&a.counters->next_tile, 1);
         __syncthreads();

@@ -258,3 +258,26 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
+
+// As far off as a GPU's may be: a unit in the last place up or down, or not at all, by the bits of what comes out.
+inline float one_off(float exact) {
+    if (!std::isnormal(exact)) return exact;
+    const unsigned bits = __float_as_uint(exact), choice = bits * 2654435761u >> 30;
+    return choice == 0 ? std::nextafter(exact, 0.0f) : choice == 1 ? std::nextafter(exact, 2 * exact) : exact;
+}
+inline float approximate_reciprocal(float a) {
+    const float exact = std::fpclassify(a) == FP_SUBNORMAL ? std::copysign(HUGE_VALF, a) : 1 / a;
+    return std::fpclassify(exact) == FP_SUBNORMAL ? std::copysign(0.0f, a) : one_off(exact);
+}
+inline float approximate_root(float a) { return one_off(std::sqrt(a)); }
+
+inline uint32_t packed_bfloat16(float first, float second) {
+    const auto word = [](float value) {
+        const unsigned bits = __float_as_uint(value);
+        return value == value ? (bits + 0x7fffu + (bits >> 16 & 1)) >> 16 : 0x7fffu;
+    };
+    return word(first) | word(second) << 16;
+}
+inline uint32_t packed_float16(float first, float second) {
+    return __float2half_rn(first).bits | uint32_t(__float2half_rn(second).bits) << 16;
+}
