@@ -108,11 +108,12 @@ def _disassembled(source: Path, arch: str, folder: Path) -> Iterator[tuple[CudaR
 
 
 def _named(mangled: str) -> tuple[str, str]:
-    """(kernel, types it is instantiated for, and whether for rows that are whole)."""
+    """(kernel, types it is instantiated for, and for which rows)."""
     kernel, arguments = re.findall(r"^_Z\d+(\w+?_kernel)(?:I(\w+?)Ev)?", mangled)[0]
     types = re.findall(r"B?Float(?:16|32)|S\w?_", arguments)
     types = [types[0] if type_.startswith("S") else type_ for type_ in types]
-    return kernel, " ".join([*types, *["whole"] * arguments.startswith("Lb1E")])
+    rows = ["whole"] * arguments.startswith("Lb1E") + ["staged"] * ("StagedRows" in arguments)
+    return kernel, " ".join([*types, *rows])
 
 
 def _run(*command: str) -> str:

@@ -53,16 +53,24 @@ struct UpdateArguments {
     Divisor parts;  // tiles of a stream
     int latents;    // of a tile
     bool aligned;   // rows of all matrices
+    int staged;     // columns of the widest stream, where rows are staged; else 0
 };
+
+constexpr int stages = 2;
 
 // The shared memory of a block.
 struct UpdateShared {
-    Term* terms;  // 32 of each warp
+    float4* rows;        // [stages, 3, staged / 4]: w, m and v of a row each
+    uint64_t* barriers;  // [2, stages]
+    Term* terms;         // 32 of each warp
     float* of_warps;
     int* tile;
     size_t bytes;
 
-    __host__ __device__ UpdateShared(SharedMemory memory, int threads) {
+    // `staged` columns of a row, or none
+    __host__ __device__ UpdateShared(SharedMemory memory, int threads, int staged) {
+        rows = memory.take<float4>(stages * 3 * staged / 4);
+        barriers = memory.take<uint64_t>(2 * stages);
         terms = memory.take<Term>(threads);
         of_warps = memory.take<float>(BlockSums::places);
         tile = memory.take<int>(1);
@@ -70,6 +78,77 @@ struct UpdateShared {
     }
 
     __device__ Term* room() const { return terms + threadIdx.x / 32 * 32; }
+};
+
+// How rows and their moments come: each is asked for while the row before it is moved, and then loaded, by all threads.
+// The L2 cache is asked.
+struct PrefetchedRows {
+    static constexpr bool staged = false;
+
+    __device__ explicit PrefetchedRows(const UpdateShared&, int) {}
+
+    template <bool whole>
+    __device__ void ask(const Rows& rows, int64_t l, const Stream&, const Columns<whole>& columns) {
+        prefetch(rows, l, columns);
+    }
+
+    template <bool whole>
+    __device__ void load(Held& row, const Rows& rows, int64_t l, const Columns<whole>& columns) {
+        ::load(row, rows, l, columns);
+    }
+};
+
+// Bulk copies bring them to shared memory, where there is room for two. Thread 0 asks, once all warps have read the row
+// before the last.
+class StagedRows {
+   public:
+    static constexpr bool staged = true;
+
+    __device__ StagedRows(const UpdateShared& shared, int columns) : rows(shared.rows), apart(columns / 4) {
+        for (int stage = 0; stage < stages; ++stage) {
+            full[stage] = {shared.barriers + stage}, empty[stage] = {shared.barriers + stages + stage};
+            if (threadIdx.x == 0) full[stage].begin(1), empty[stage].begin(blockDim.x / 32);
+        }
+        if (threadIdx.x == 0) fence_barriers();
+        __syncthreads();
+    }
+
+    __device__ void ask(const Rows& of, int64_t l, const Stream& stream, const Columns<true>& columns) {
+        const int to = asked % stages, turn = asked / stages;
+        ++asked;
+        if (threadIdx.x != 0) return;
+        const unsigned bytes = (stream.end - stream.begin) * sizeof(float);
+        float4* const place = rows + 3 * to * apart;
+        empty[to].wait((turn & 1) ^ 1);
+        full[to].arrive_expecting(3 * bytes);
+        bulk_copy(place, columns.in<float>(of.weights, l), bytes, full[to]);
+        bulk_copy(place + apart, columns.in<float>(of.first, l), bytes, full[to]);
+        bulk_copy(place + 2 * apart, columns.in<float>(of.second, l), bytes, full[to]);
+    }
+
+    __device__ void load(Held& row, const Rows&, int64_t, const Columns<true>& columns) {
+        const int from = loaded % stages, turn = loaded / stages;
+        ++loaded;
+        const float4* const place = rows + 3 * from * apart;
+        full[from].wait(turn & 1);
+        take(row.w, place, columns), take(row.m, place + apart, columns), take(row.v, place + 2 * apart, columns);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) empty[from].arrive();
+    }
+
+   private:
+    __device__ static void take(float (&values)[held], const float4* row, const Columns<true>& columns) {
+#pragma unroll
+        for (int i = 0; i < held; i += 4) {
+            const float4 four = columns.full ? row[(threadIdx.x * held + i) / 4] : float4{0, 0, 0, 0};
+            values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
+        }
+    }
+
+    float4* rows;
+    int apart;  // of rows in shared memory
+    TransactionBarrier full[stages], empty[stages];
+    int asked = 0, loaded = 0;
 };
 
 __global__ void __launch_bounds__(256) list_pieces_kernel(
@@ -114,22 +193,24 @@ __global__ void __launch_bounds__(most_threads, 1) sum_pieces_kernel(
     }
 }
 
-// The encoder rows of latents first_latent ... last_latent - 1, of which this is part `part`.
-template <bool whole, class Source>
+// The encoder rows of latents first_latent ... last_latent - 1, of which this is part `part`. Asks for the first of the
+// decoder.
+template <bool whole, class Source, class Ahead>
 __device__ void update_encoder(
     const UpdateArguments<Source>& a, int s, const Stream& stream, int part, int first_latent, int last_latent,
-    Term* room) {
+    Term* room, Ahead& ahead) {
     for (int first = stream.begin; first < stream.end; first += stream.step()) {
         const Columns<whole> columns(stream, first);
         float centre[held], of_pre_bias[held] = {};
         a.gradients.centre(centre, columns);
+        ahead.ask(a.encoder, first_latent, stream, columns);
         for (int l = first_latent; l < last_latent; ++l) {
             Held row;
             float gradient[held];
-            // the next row is on its way meanwhile
-            if (l + 1 < last_latent) prefetch(a.encoder, l + 1, columns);
+            const bool is_last = l + 1 == last_latent;
+            ahead.ask(is_last ? a.decoder : a.encoder, is_last ? first_latent : l + 1, stream, columns);
             const float bias = a.gradients.encoder(gradient, s, columns, room, centre, l);
-            load(row, a.encoder, l, columns);
+            ahead.load(row, a.encoder, l, columns);
 #pragma unroll
             for (int i = 0; i < held; ++i) {
                 of_pre_bias[i] = __fmaf_rn(bias, row.w[i], of_pre_bias[i]);
@@ -143,9 +224,10 @@ __device__ void update_encoder(
 }
 
 // Latent l's decoder row. A row without an entry has no gradient, and takes the step that replay_rows takes.
-template <bool whole, class Source>
+template <bool whole, class Source, class Ahead>
 __device__ void update_decoder(
-    const UpdateArguments<Source>& a, const Stream& stream, int l, bool is_last, BlockSums& sums, Term* room) {
+    const UpdateArguments<Source>& a, const Stream& stream, int l, bool is_last, BlockSums& sums, Term* room,
+    Ahead& ahead) {
     const bool has_entries = a.gradients.has_entries(l);
     if (a.last_step) {
         if (!has_entries) return;
@@ -155,9 +237,9 @@ __device__ void update_decoder(
     if (stream.in_registers()) {
         const Columns<whole> columns(stream, stream.begin);
         Held row;
-        if (!is_last) prefetch(a.decoder, l + 1, columns);
+        if (!is_last) ahead.ask(a.decoder, l + 1, stream, columns);
         a.gradients.decoder(gradient, columns, room, l);
-        load(row, a.decoder, l, columns);
+        ahead.load(row, a.decoder, l, columns);
         if (has_entries) {
             multiply(products, gradient, row.w);
             project(gradient, row.w, along_of(products, sums));
@@ -182,17 +264,19 @@ __device__ void update_decoder(
     step_in_memory<whole>(a.decoder, l, stream, *a.constants, along, sums, gradient_at);
 }
 
-template <bool whole, class Source>
+// Staged rows are in registers, all of them whole, and none is left behind.
+template <bool whole, class Source, class Ahead>
 __global__ void __launch_bounds__(most_threads, 1) update_rows_kernel(UpdateArguments<Source> a) {
-    const UpdateShared shared{SharedMemory(shared_memory()), int(blockDim.x)};
+    const UpdateShared shared{SharedMemory(shared_memory()), int(blockDim.x), a.staged};
     BlockSums sums(shared.of_warps);
+    Ahead ahead(shared, a.staged);
     for (int tile = blockIdx.x; tile < a.parts * a.gradients.streams.count; tile = *shared.tile) {
         const int s = int(a.parts.quotient(tile)), part = tile - s * a.parts;
         const int first = part * a.latents, last = smaller(first + a.latents, a.gradients.L);
         const Stream stream(a.gradients.streams, s, a.aligned);
-        update_encoder<whole>(a, s, stream, part, first, last, shared.room());
+        update_encoder<whole>(a, s, stream, part, first, last, shared.room(), ahead);
         for (int l = first; l < last; ++l)
-            update_decoder<whole>(a, stream, l, l + 1 == last, sums, shared.room());
+            update_decoder<whole>(a, stream, l, l + 1 == last, sums, shared.room(), ahead);
         __syncthreads();  // all have read the number of this tile
         if (threadIdx.x == 0) *shared.tile = int(gridDim.x) + atomicAdd(&a.counters->next_tile, 1);
         __syncthreads();

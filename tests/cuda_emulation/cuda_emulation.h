@@ -4,7 +4,7 @@
 // a barrier or a warp's vote, so a run can be repeated exactly. CUDA_EMULATION_SCHEDULE chooses the order they run in:
 // 0 first to last, 1 last to first, any other number a shuffled order, in which they also pause at atomics.
 //
-// What stops a launch with an error: a barrier that not every thread of the block meets, or at different lines; a vote
+// What stops a launch with an error: a bulk copy to a barrier before a fence, or one that nobody waited for; a barrier that not every thread of the block meets, or at different lines; a vote
 // or shuffle that a lane of its mask never meets; a mask without the lane itself. Shared memory starts as rubbish, and
 // under AddressSanitizer no thread may touch the gaps between its arrays. Under ThreadSanitizer each fibre counts as a
 // thread, of blocks that run at once, and only what orders threads on a GPU orders them here: __syncthreads,
@@ -63,6 +63,14 @@ const uint64_t* meet(Vote vote, unsigned mask, uint64_t value, Where where);
 // Waits for all threads of the block; the number of those that brought true.
 int barrier(bool predicate, Where where);
 unsigned lane();
+
+// An mbarrier is known by its address. A phase ends with `count` arrivals and the bytes that were announced with them. A
+// bulk copy makes rubbish of its target at once, and arrives when nothing else can go on, or at any time.
+void begin_transactions(const uint64_t* at, unsigned count);
+void fence_transactions();
+void arrive(const uint64_t* at, unsigned bytes, Where where);
+void wait_for_phase(const uint64_t* at, unsigned parity, Where where);
+void bulk_copy(void* to, const void* from, unsigned bytes, const uint64_t* at, Where where);
 
 template <class T>
 uint64_t packed(T value) {
