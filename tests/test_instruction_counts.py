@@ -20,7 +20,7 @@ from sparc_fast.benchmarks import cases
 from sparc_fast.benchmarks.tools import predictions
 
 counted = predictions.instructions(predictions.TRITON, predictions.compiled_triton(cases.A))
-counted |= predictions.instructions(predictions.CUDA, predictions.compiled_cuda())
+counted |= predictions.instructions((*predictions.CUDA, *predictions.STAGED), predictions.compiled_cuda())
 print(json.dumps({"counted": counted, "held": json.loads(predictions.BASELINE.read_text()),
                   "compilers": predictions.compilers()}))
 """

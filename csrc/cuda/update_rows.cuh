@@ -104,36 +104,36 @@ class StagedRows {
    public:
     static constexpr bool staged = true;
 
-    __device__ StagedRows(const UpdateShared& shared, int columns) : rows(shared.rows), apart(columns / 4) {
-        for (int stage = 0; stage < stages; ++stage) {
-            full[stage] = {shared.barriers + stage}, empty[stage] = {shared.barriers + stages + stage};
-            if (threadIdx.x == 0) full[stage].begin(1), empty[stage].begin(blockDim.x / 32);
+    __device__ StagedRows(const UpdateShared& shared, int columns)
+        : rows(shared.rows), barriers(shared.barriers), apart(columns / 4) {
+        if (threadIdx.x == 0) {
+            for (int stage = 0; stage < stages; ++stage) full(stage).begin(1), empty(stage).begin(blockDim.x / 32);
+            fence_barriers();
         }
-        if (threadIdx.x == 0) fence_barriers();
         __syncthreads();
     }
 
     __device__ void ask(const Rows& of, int64_t l, const Stream& stream, const Columns<true>& columns) {
-        const int to = asked % stages, turn = asked / stages;
+        const unsigned to = asked % stages, turn = asked / stages;
         ++asked;
         if (threadIdx.x != 0) return;
         const unsigned bytes = (stream.end - stream.begin) * sizeof(float);
         float4* const place = rows + 3 * to * apart;
-        empty[to].wait((turn & 1) ^ 1);
-        full[to].arrive_expecting(3 * bytes);
-        bulk_copy(place, columns.in<float>(of.weights, l), bytes, full[to]);
-        bulk_copy(place + apart, columns.in<float>(of.first, l), bytes, full[to]);
-        bulk_copy(place + 2 * apart, columns.in<float>(of.second, l), bytes, full[to]);
+        empty(to).wait((turn & 1) ^ 1);
+        full(to).arrive_expecting(3 * bytes);
+        bulk_copy(place, columns.in<float>(of.weights, l), bytes, full(to));
+        bulk_copy(place + apart, columns.in<float>(of.first, l), bytes, full(to));
+        bulk_copy(place + 2 * apart, columns.in<float>(of.second, l), bytes, full(to));
     }
 
     __device__ void load(Held& row, const Rows&, int64_t, const Columns<true>& columns) {
-        const int from = loaded % stages, turn = loaded / stages;
+        const unsigned from = loaded % stages, turn = loaded / stages;
         ++loaded;
         const float4* const place = rows + 3 * from * apart;
-        full[from].wait(turn & 1);
+        full(from).wait(turn & 1);
         take(row.w, place, columns), take(row.m, place + apart, columns), take(row.v, place + 2 * apart, columns);
         __syncwarp();
-        if (threadIdx.x % 32 == 0) empty[from].arrive();
+        if (threadIdx.x % 32 == 0) empty(from).arrive();
     }
 
    private:
@@ -145,10 +145,13 @@ class StagedRows {
         }
     }
 
+    __device__ TransactionBarrier full(int stage) const { return {barriers + stage}; }
+    __device__ TransactionBarrier empty(int stage) const { return {barriers + stages + stage}; }
+
     float4* rows;
+    uint64_t* barriers;
     int apart;  // of rows in shared memory
-    TransactionBarrier full[stages], empty[stages];
-    int asked = 0, loaded = 0;
+    unsigned asked = 0, loaded = 0;
 };
 
 __global__ void __launch_bounds__(256) list_pieces_kernel(
