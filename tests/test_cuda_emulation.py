@@ -34,6 +34,10 @@ FAULTS = [
     ("aligned", "plain", ""),
     ("aligned store", "plain", ""),
     ("swap", "plain", "a mask without the lane itself at faults.cu:"),
+    ("fence", "plain", "a bulk copy to a barrier before any fence at faults.cu:"),
+    ("phase", "plain", "more arrivals than a barrier counts at faults.cu:"),
+    ("empty", "plain", "wrong result"),
+    ("bytes", "plain", "threads wait for others that never come: thread 0 at faults.cu:"),
 ]
 
 

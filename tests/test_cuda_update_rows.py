@@ -112,6 +112,22 @@ def test_neither_the_grid_nor_the_order_of_threads_shows_in_a_bit(
     assert_equal(OPERATORS[name](o, cuda), expected)
 
 
+@SUPPORTS
+@pytest.mark.parametrize("blocks", [1, 7])
+@pytest.mark.parametrize("name", ["update_rows", "update_rows lazily", "step_rows"])
+def test_rows_that_bulk_copies_bring_are_moved_to_the_same_bits(
+    name: str, blocks: int, per_stream: bool, schedule: None, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    o = operands(((24, 312, 8), 30, 40, 5), torch.bfloat16, per_stream)
+    o.indices[..., 0] = 3
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CUDA_EMULATION_SCHEDULE", "0")
+        planned(cuda, patched, "UpdatePlan", blocks=blocks, piece=6)
+        expected = OPERATORS[name](o, cuda)
+    planned(cuda, monkeypatch, "UpdatePlan", blocks=blocks, piece=6, stages_rows=True)
+    assert_equal(OPERATORS[name](o, cuda), expected)
+
+
 def test_the_grid_grows_with_the_device_and_pieces_do_not_change(cuda: ModuleType) -> None:
     streams = cuda._cuda.Streams([1024, 768, 768])
     plans = [cuda._cuda.UpdatePlan(streams, False, multiprocessors) for multiprocessors in (108, 132)]

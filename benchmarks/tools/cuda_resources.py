@@ -79,21 +79,41 @@ def resources(targets: Sequence[int] = tuple(ARCHS), folder: Path = SOURCES) -> 
         return sorted((found for kernels in each for found in kernels), key=lambda r: (r.kernel, r.types, r.arch))
 
 
+def machine_code(sources: Sequence[str], target: int = 90) -> list[tuple[CudaResources, str]]:
+    """Of every kernel in these files for a target, with what `cuobjdump -sass` prints of it."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sources:
+            found += _disassembled(SOURCES / f"{source}.cu", ARCHS[target], Path(folder))
+    return found
+
+
+def version() -> str:
+    """Of nvcc."""
+    return re.findall(r"release [\d.]+, V([\d.]+)", _run(str(nvcc()), "--version"))[0]
+
+
 def _compiled(source: Path, arch: str, folder: Path) -> Iterator[CudaResources]:
+    return (resources for resources, _ in _disassembled(source, arch, folder))
+
+
+def _disassembled(source: Path, arch: str, folder: Path) -> Iterator[tuple[CudaResources, str]]:
     target = folder / f"{source.stem}-{arch}.o"
     gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     said = _run(str(nvcc()), *FLAGS, gencode, "-c", str(source), "-o", str(target))
-    functions = _run(cuobjdump(), "-sass", str(target)).split("Function : ")[1:]
-    opcodes = {function.split()[0]: Counter(OPCODE.findall(function)) for function in functions}
+    functions = {text.split()[0]: text for text in _run(cuobjdump(), "-sass", str(target)).split("Function : ")[1:]}
     for name, *bytes_, registers in ENTRY.findall(said):
-        yield CudaResources(*_named(name), arch, int(registers), sum(map(int, bytes_)), opcodes[name])
+        opcodes = Counter(OPCODE.findall(functions[name]))
+        yield CudaResources(*_named(name), arch, int(registers), sum(map(int, bytes_)), opcodes), functions[name]
 
 
 def _named(mangled: str) -> tuple[str, str]:
-    """(kernel, types it is instantiated for)."""
+    """(kernel, types it is instantiated for, and for which rows)."""
     kernel, arguments = re.findall(r"^_Z\d+(\w+?_kernel)(?:I(\w+?)Ev)?", mangled)[0]
     types = re.findall(r"B?Float(?:16|32)|S\w?_", arguments)
-    return kernel, " ".join(types[0] if type_.startswith("S") else type_ for type_ in types)
+    types = [types[0] if type_.startswith("S") else type_ for type_ in types]
+    rows = ["whole"] * arguments.startswith("Lb1E") + ["staged"] * ("StagedRows" in arguments)
+    return kernel, " ".join([*types, *rows])
 
 
 def _run(*command: str) -> str:

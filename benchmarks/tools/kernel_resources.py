@@ -3,7 +3,7 @@
 ``python -m benchmarks.kernel_resources [--brief] [--target 90]`` prints them. The host functions of the kernels
 run on tensors without storage (PyTorch's fake tensors) of the real shapes and types; a launch is noted, not made; what
 was noted is compiled for each target, and the compiler's own tools say what it takes. With ``--cuda`` the same, and how
-shared memory is reached, of the kernels in CUDA C++.
+shared memory is reached, of the kernels in CUDA C++. With ``--predict`` what a step takes (`predictions`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -196,15 +197,17 @@ def _type(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def noting() -> Iterator[dict[Launch, str]]:
-    """Inside, kernels are not started but noted, and tensors have no storage and say they are on a GPU."""
+def noting() -> Iterator[dict[Launch, int]]:
+    """Inside, kernels are not started but noted, with their programs; tensors have no storage and say they are on a
+    GPU."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from triton.runtime.jit import JITFunction
 
-    seen: dict[Launch, str] = {}
+    seen: dict[Launch, int] = {}
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        seen.setdefault(noted(kernel, args, named), "")
+        launch = noted(kernel, args, named)
+        seen[launch] = seen.get(launch, 0) + math.prod(grid)
 
     h200 = SimpleNamespace(
         name="NVIDIA H200", multi_processor_count=132, L2_cache_size=60 * 2**20, major=9, minor=0,
@@ -295,13 +298,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--operator", action="append", default=[], choices=CALLS, help="only this one (all)")
     parser.add_argument("--cuda", action="store_true", help="the kernels in CUDA C++; needs nvcc")
     parser.add_argument("--loops", action="store_true", help="print `trips` of the machine code instead")
+    parser.add_argument("--predict", action="store_true", help="predict a step's time; needs nvcc")
+    parser.add_argument("--write", action="store_true", help="with --predict: also into docs/gpu.md")
     arguments = parser.parse_args(argv)
     status = joined("kernel_resources", argv)
     if status is not None:
         return status
+    here = cuda_resources.nvcc() is not None and cuda_resources.SOURCES.exists()
+    if (arguments.cuda or arguments.predict) and not here:
+        parser.error("--cuda and --predict need nvcc on the PATH, and a checkout")
+    if arguments.predict:
+        print(importlib.import_module(".predictions", __package__).main(arguments.write))
+        return 0
     if arguments.cuda:
-        if cuda_resources.nvcc() is None or not cuda_resources.SOURCES.exists():
-            parser.error("--cuda needs nvcc on the PATH, and a checkout")
         compiled = cuda_resources.resources(arguments.target or list(TARGETS))
         print(json.dumps([asdict(r) for r in compiled]) if arguments.json else cuda_resources.table(compiled))
         return int(not all(r.fits for r in compiled))

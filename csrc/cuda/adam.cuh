@@ -1,5 +1,6 @@
-// Adam (Kingma & Ba, arXiv 1412.6980). Every rounding is written out, so that no kernel's compiler chooses another: a
-// step that is replayed has the bits of the step that was missed.
+// Adam (Kingma & Ba, arXiv 1412.6980). Every rounding is written out, so that no kernel's compiler chooses another, and
+// the same instruction approximates the same everywhere: a step that is replayed has the bits of the step that was
+// missed. How far a weight moves is off by 2^-21 of it, at most.
 #pragma once
 #include "device.cuh"
 #include "operators.h"
@@ -20,5 +21,6 @@ void adam_constants(AdamConstants* constants, const double* history, int64_t T, 
 __device__ inline float adam(float w, float gradient, float& m, float& v, const AdamConstants& a) {
     m = __fmaf_rn(m, a.beta_1, __fmul_rn(a.rest_1, gradient));
     v = __fmaf_rn(v, a.beta_2, __fmul_rn(__fmul_rn(a.rest_2, gradient), gradient));
-    return __fsub_rn(w, __fdiv_rn(__fmul_rn(a.rate, m), __fmaf_rn(__fsqrt_rn(v), a.scale, a.eps)));
+    const float inverse = approximate_reciprocal(__fmaf_rn(approximate_root(v), a.scale, a.eps));
+    return __fmaf_rn(-__fmul_rn(a.rate, m), inverse, w);
 }

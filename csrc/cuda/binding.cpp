@@ -235,7 +235,8 @@ PYBIND11_MODULE(_cuda, m) {
     py::class_<UpdatePlan>(m, "UpdatePlan", py::module_local())
         .def(py::init(&UpdatePlan::of), "streams"_a, "per_stream"_a, "multiprocessors"_a)
         .def_readwrite("blocks", &UpdatePlan::blocks)
-        .def_readwrite("piece", &UpdatePlan::piece);
+        .def_readwrite("piece", &UpdatePlan::piece)
+        .def_readwrite("stages_rows", &UpdatePlan::stages_rows);
     m.def("topk_rows_workspace", topk_rows_workspace, "plan"_a, "N"_a, "k"_a);
     m.def("invert_indices_workspace", invert_indices_workspace, "n"_a, "L"_a);
     m.def("update_rows_workspace", update_rows_workspace, "plan"_a, "count"_a, "L"_a, "streams"_a);

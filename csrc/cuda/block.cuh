@@ -63,7 +63,12 @@ class BlockSums {
    public:
     static constexpr int most = 2, places = 2 * most * 32;  // values at once; what `of_warps` must have
 
-    __device__ explicit BlockSums(float* of_warps_) : of_warps(of_warps_) {}
+    // `of_warps` begins at whole 16 bytes.
+    __device__ explicit BlockSums(float* of_warps_) : of_warps(of_warps_) {
+        const int warps = blockDim.x / 32;
+        for (int i = threadIdx.x; i < places; i += blockDim.x)
+            if (i % 32 >= warps) of_warps[i] = 0;  // four are read at once
+    }
 
     // Each value becomes its sum.
     template <int count>
@@ -80,8 +85,11 @@ class BlockSums {
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < count; ++i) {
-            values[i] = mine[i * 32];
-            for (int w = 1; w < warps; ++w) values[i] = __fadd_rn(values[i], mine[i * 32 + w]);
+            values[i] = 0;
+            for (int w = 0; w < warps; w += 4) {
+                const float4 four = *reinterpret_cast<const float4*>(mine + i * 32 + w);
+                values[i] = __fadd_rn(values[i], __fadd_rn(__fadd_rn(four.x, four.y), __fadd_rn(four.z, four.w)));
+            }
         }
     }
 

@@ -13,19 +13,22 @@ struct Held {
     float w[held], m[held], v[held];
 };
 
-__device__ inline void load(Held& row, const Rows& rows, int64_t l, const Columns& columns) {
+template <bool whole>
+__device__ void load(Held& row, const Rows& rows, int64_t l, const Columns<whole>& columns) {
     load(row.w, rows.weights, l, columns);
     load(row.m, rows.first, l, columns);
     load(row.v, rows.second, l, columns);
 }
 
-__device__ inline void prefetch(const Rows& rows, int64_t l, const Columns& columns) {
+template <bool whole>
+__device__ void prefetch(const Rows& rows, int64_t l, const Columns<whole>& columns) {
     prefetch(rows.weights, l, columns);
     prefetch(rows.first, l, columns);
     prefetch(rows.second, l, columns);
 }
 
-__device__ inline void store(const Held& row, const Rows& rows, int64_t l, const Columns& columns) {
+template <bool whole>
+__device__ void store(const Held& row, const Rows& rows, int64_t l, const Columns<whole>& columns) {
     store(row.w, rows.weights, l, columns);
     store(row.m, rows.first, l, columns);
     store(row.v, rows.second, l, columns);
@@ -50,12 +53,13 @@ constexpr float smallest = 1.1754943508222875e-38f;  // normal number: divides a
 
 __device__ inline float along_of(float (&products)[2], BlockSums& sums) {
     sums(products);
-    return __fdiv_rn(products[0], larger(products[1], smallest));
+    return __fmul_rn(products[0], approximate_reciprocal(larger(products[1], smallest)));
 }
 
 // Adam on the thread's columns; adds the squares of what comes out.
-__device__ inline void move(
-    Held& row, const float (&gradient)[held], const Columns& columns, const AdamConstants& constants,
+template <bool whole>
+__device__ void move(
+    Held& row, const float (&gradient)[held], const Columns<whole>& columns, const AdamConstants& constants,
     float (&squares)[1]) {
 #pragma unroll
     for (int i = 0; i < held; ++i) {
@@ -65,33 +69,35 @@ __device__ inline void move(
     }
 }
 
-__device__ inline float norm_of(float (&squares)[1], BlockSums& sums) {
+__device__ inline float inverse_norm(float (&squares)[1], BlockSums& sums) {
     sums(squares);
-    return larger(__fsqrt_rn(squares[0]), smallest);
+    return approximate_reciprocal(larger(approximate_root(squares[0]), smallest));
 }
 
-__device__ inline void divide(float (&w)[held], float norm) {
+__device__ inline void scale(float (&w)[held], float factor) {
 #pragma unroll
-    for (int i = 0; i < held; ++i) w[i] = __fdiv_rn(w[i], norm);
+    for (int i = 0; i < held; ++i) w[i] = __fmul_rn(w[i], factor);
 }
 
 // A step of a row that the block holds.
-__device__ inline void step_in_registers(
-    Held& row, const float (&gradient)[held], const Columns& columns, const AdamConstants& constants, BlockSums& sums) {
+template <bool whole>
+__device__ void step_in_registers(
+    Held& row, const float (&gradient)[held], const Columns<whole>& columns, const AdamConstants& constants,
+    BlockSums& sums) {
     float squares[1] = {0};
     move(row, gradient, columns, constants, squares);
-    divide(row.w, norm_of(squares, sums));
+    scale(row.w, inverse_norm(squares, sums));
 }
 
 // A step of a row too wide for that, and of its copy; gradient_at(gradient, columns) sets a thread's columns, and what
 // they have along the row is taken out here.
-template <class GradientAt>
+template <bool whole, class GradientAt>
 __device__ void step_in_memory(
     const Rows& rows, int64_t l, const Stream& stream, const AdamConstants& constants, float along, BlockSums& sums,
     GradientAt gradient_at) {
     float squares[1] = {0};
     for (int first = stream.begin; first < stream.end; first += stream.step()) {
-        const Columns columns(stream, first);
+        const Columns<whole> columns(stream, first);
         float gradient[held];
         gradient_at(gradient, columns);
         Held row;
@@ -100,12 +106,12 @@ __device__ void step_in_memory(
         move(row, gradient, columns, constants, squares);
         store(row, rows, l, columns);
     }
-    const float norm = norm_of(squares, sums);
+    const float factor = inverse_norm(squares, sums);
     for (int first = stream.begin; first < stream.end; first += stream.step()) {
-        const Columns columns(stream, first);
+        const Columns<whole> columns(stream, first);
         float w[held];
         load(w, rows.weights, l, columns);
-        divide(w, norm);
+        scale(w, factor);
         store(w, rows.weights, l, columns);
         store_copy(w, rows.copy, l, columns);
     }

@@ -10,15 +10,14 @@ struct Float32 {
 struct BFloat16 {
     using Word = uint16_t;
     __device__ static float value(Word word) { return __uint_as_float(uint32_t(word) << 16); }
-    // To nearest, ties to even; any NaN becomes that of torch.
-    __device__ static Word word(float value) {
-        const uint32_t bits = __float_as_uint(value);
-        return value == value ? Word((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : Word(0x7fc0);
-    }
+    // To nearest, ties to even; any NaN becomes one.
+    __device__ static Word word(float value) { return Word(packed_bfloat16(value, 0)); }
+    __device__ static uint32_t pair(float first, float second) { return packed_bfloat16(first, second); }
 };
 
 struct Float16 {
     using Word = uint16_t;
     __device__ static float value(Word word) { return __half2float(__ushort_as_half(word)); }
-    __device__ static Word word(float value) { return __half_as_ushort(__float2half_rn(value)); }
+    __device__ static Word word(float value) { return Word(packed_float16(value, 0)); }
+    __device__ static uint32_t pair(float first, float second) { return packed_float16(first, second); }
 };

@@ -9,9 +9,11 @@ struct Matrix {
     int64_t stride;
     Floats type;
 
-    bool aligned() const {  // every row begins at whole 16 bytes
+    // Every row begins at whole 16 bytes, and the bytes between two rows' begins are a number of 32 bits.
+    bool aligned() const {
         const int64_t bytes = type == Floats::float32 ? 4 : 2;
-        return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0;
+        const bool is_near = 0 <= stride && stride < int64_t(1) << 30;
+        return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0 && is_near;
     }
 };
 

@@ -122,8 +122,9 @@ struct Gradients {
 };
 
 struct UpdatePlan {
-    int blocks;  // that share the latents, each going on when it is through; changes no result
-    int piece;   // entries beyond which a latent is summed in pieces; the rounding of its sum depends on it
+    int blocks;        // that share the latents, each going on when it is through; changes no result
+    int piece;         // entries beyond which a latent is summed in pieces; the rounding of its sum depends on it
+    bool stages_rows;  // where all lie in whole 16 bytes, by bulk copies, which sm_90 has; changes no result
 
     static UpdatePlan of(const Streams& streams, bool per_stream, int multiprocessors);
 };

@@ -9,8 +9,9 @@ void replay_rows(
     SharedMemory memory;
     memory.take<float>(BlockSums::places);
     adam_constants(constants, history, T, stream);
+    const bool aligned = decoder.aligned();
     launch(
-        replay_rows_kernel, R * streams.count, threads_for(streams), memory.bytes(), stream, decoder, constants,
-        latents, R, L, last_step, T, streams, decoder.aligned());
+        all_whole(streams, aligned) ? replay_rows_kernel<true> : replay_rows_kernel<false>, R * streams.count, threads_for(streams), memory.bytes(), stream, decoder, constants,
+        latents, R, L, last_step, T, streams, aligned);
     launch(note_steps_kernel, ceil_div<int64_t>(R, 256), 256, 0, stream, last_step, latents, R, L, T);
 }

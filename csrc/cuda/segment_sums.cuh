@@ -4,8 +4,8 @@
 //          values > 0, else 0
 // decoder: sum over entries (n, j) and streams s of  values[n, s, j] grad_recons[n, s, d]
 //
-// A warp looks up 32 terms at once, one a lane, and reads the rows of those whose coefficient is not 0; no barrier is
-// needed. Of a latent with more than `piece` entries the first `piece` are summed where the sum is wanted. Every
+// A warp looks up 32 terms at once, one a lane, lists those whose coefficient is not 0 in shared memory, and reads their
+// rows; no barrier is needed. Of a latent with more than `piece` entries the first `piece` are summed where the sum is wanted. Every
 // further piece was summed beforehand, by another block, into a row of scratch, and these rows are added in order: so a
 // latent that every sample uses keeps no block busy, and the grid shows in no bit. The row of a piece is the number of
 // its first entry / piece: first entries of pieces lie at least `piece` apart, so no two have one row.
@@ -64,70 +64,95 @@ __device__ inline Term decoder_term(const IndexedBatch& batch, int64_t entry, in
     return {unsigned(from), value_at(batch.values, position + (from - row) * batch.k)};
 }
 
+// Rows that are read at once, 64 bytes of a thread; estimated, not measured.
+template <class Format>
+constexpr int in_flight = 8 / sizeof(typename Format::Word);
+
+// sum += coefficient * centred(row's column) of `count` terms at once, at most in_flight, or of all of those.
+template <class Format, bool all, bool whole, class Centred>
+__device__ void add_rows(
+    float (&sum)[held], float& coefficients, const Kept& kept, const Matrix& matrix, const Columns<whole>& columns,
+    const Term* terms, int count, Centred centred) {
+    KeptColumns<Format> rows[in_flight<Format>];
+    float coefficient[in_flight<Format>];
+    if (!all) {  // else registers that are set at times are kept for that all the time
+#pragma unroll
+        for (int u = 0; u < in_flight<Format>; ++u) rows[u] = {}, coefficient[u] = 0;
+    }
+#pragma unroll
+    for (int u = 0; u < in_flight<Format>; ++u) {
+        if (!all && u >= count) break;
+        const Term term = terms[u];
+        coefficient[u] = term.coefficient;
+        rows[u].load(kept, matrix, term.row, columns);
+    }
+#pragma unroll
+    for (int u = 0; u < in_flight<Format>; ++u) {
+        if (!all && u >= count) break;
+        coefficients = __fadd_rn(coefficients, coefficient[u]);
+#pragma unroll
+        for (int i = 0; i < held; ++i) sum[i] = __fmaf_rn(coefficient[u], centred(rows[u][i], i), sum[i]);
+    }
+}
+
 // sum += coefficient * centred(row's column) of terms 0 ... count - 1 in order; returns the sum of coefficients. Called
-// by whole warps.
-template <class Format, class TermAt, class Centred>
+// by whole warps, each of which has room for 32 terms at `room`.
+template <class Format, bool whole, class TermAt, class Centred>
 __device__ float add_terms(
-    float (&sum)[held], const Matrix& matrix, const Columns& columns, int count, TermAt term_at, Centred centred) {
-    constexpr int in_flight = 4;  // rows that are read at once; estimated, not measured
+    float (&sum)[held], const Matrix& matrix, const Columns<whole>& columns, Term* room, int count, TermAt term_at,
+    Centred centred) {
     const Kept kept;
     const int lane = threadIdx.x % 32;
     float coefficients = 0;
     for (int first = 0; first < count; first += 32) {
         const Term mine = first + lane < count ? term_at(first + lane) : Term{0, 0};
-        unsigned left = __ballot_sync(all_lanes, mine.coefficient != 0);
-        while (left) {
-            KeptColumns<Format> rows[in_flight];
-            float coefficient[in_flight];
-#pragma unroll
-            for (int u = 0; u < in_flight; ++u) {
-                const int owner = left ? __ffs(left) - 1 : 0;
-                const unsigned row = __shfl_sync(all_lanes, mine.row, owner);
-                coefficient[u] = __shfl_sync(all_lanes, mine.coefficient, owner);
-                if (left)
-                    rows[u].load(kept, matrix, row, columns);
-                else
-                    coefficient[u] = 0;
-                left &= left - 1;
-            }
-#pragma unroll
-            for (int u = 0; u < in_flight; ++u) {
-                if (coefficient[u] == 0) continue;
-                coefficients = __fadd_rn(coefficients, coefficient[u]);
-#pragma unroll
-                for (int i = 0; i < held; ++i)
-                    sum[i] = __fmaf_rn(coefficient[u], centred(rows[u][i], i), sum[i]);
-            }
-        }
+        const unsigned used = __ballot_sync(all_lanes, mine.coefficient != 0);
+        __syncwarp();  // all have read the terms before
+        if (mine.coefficient != 0) room[__popc(used & ((1u << lane) - 1))] = mine;
+        __syncwarp();
+        if (whole && !columns.full) continue;
+        const int many = __popc(used);
+        constexpr int most = in_flight<Format>;
+        int i = 0;
+#pragma unroll 1
+        for (; whole && i + most <= many; i += most)
+            add_rows<Format, true>(sum, coefficients, kept, matrix, columns, room + i, most, centred);
+#pragma unroll 1
+        for (; i < many; i += most)
+            add_rows<Format, false>(sum, coefficients, kept, matrix, columns, room + i, many - i, centred);
     }
     return coefficients;
 }
 
 // The encoder's gradient in stream s over entries begin ... end; returns that of the latent's bias.
-template <class X>
+template <class X, bool whole>
 __device__ float encoder_sum(
-    float (&sum)[held], const IndexedBatch& batch, int s, const Columns& columns, const float (&centre)[held], int64_t begin,
-    int64_t end) {
+    float (&sum)[held], const IndexedBatch& batch, int s, const Columns<whole>& columns, Term* room,
+    const float (&centre)[held], int64_t begin, int64_t end) {
     return add_terms<X>(
-        sum, batch.x, columns, int(end - begin), [&](int i) { return encoder_term(batch, s, begin + i); },
+        sum, batch.x, columns, room, int(end - begin), [&](int i) { return encoder_term(batch, s, begin + i); },
         [&](float value, int i) { return __fsub_rn(value, centre[i]); });
 }
 
-template <class G>
+template <class G, bool whole>
 __device__ void decoder_sum(
-    float (&sum)[held], const IndexedBatch& batch, const Columns& columns, int64_t begin, int64_t end) {
+    float (&sum)[held], const IndexedBatch& batch, const Columns<whole>& columns, Term* room, int64_t begin,
+    int64_t end) {
     const int sources = batch.by_sources;
     const auto term_at = [&](int i) {
         const int entry = int(batch.by_sources.quotient(i));
         return decoder_term(batch, begin + entry, i - entry * sources);
     };
     add_terms<G>(
-        sum, batch.grad_recons, columns, int(end - begin) * sources, term_at, [](float value, int) { return value; });
+        sum, batch.grad_recons, columns, room, int(end - begin) * sources, term_at,
+        [](float value, int) { return value; });
 }
 
 // Adds what the further pieces of entries begin ... end sum up to.
-__device__ inline void add_pieces(
-    float (&sum)[held], const Matrix& rows, const Divisor& piece, const Columns& columns, int64_t begin, int64_t end) {
+template <bool whole>
+__device__ void add_pieces(
+    float (&sum)[held], const Matrix& rows, const Divisor& piece, const Columns<whole>& columns, int64_t begin,
+    int64_t end) {
     for (int64_t first = begin + piece; first < end; first += piece) {
         float more[held];
         load(more, rows, piece.quotient(first), columns);
@@ -136,12 +161,7 @@ __device__ inline void add_pieces(
     }
 }
 
-__device__ inline void load_centre(float (&centre)[held], const IndexedBatch& batch, const Columns& columns) {
-#pragma unroll
-    for (int i = 0; i < held; ++i) centre[i] = i < columns.count ? value_at(batch.pre_bias, columns.begin + i) : 0;
-}
-
-// The gradients of latents' rows, in a thread's columns.
+// The gradients of latents' rows, in a thread's columns; `room` is the warp's, for 32 terms.
 template <class X, class G>
 struct SummedGradients : IndexedBatch {
     PieceSums pieces;
@@ -150,16 +170,22 @@ struct SummedGradients : IndexedBatch {
     __device__ bool has_entries(int64_t l) const { return offsets[l] < offsets[l + 1]; }
 
     // What all encoder rows have in common.
-    __device__ void centre(float (&centre)[held], const Columns& columns) const { load_centre(centre, *this, columns); }
+    template <bool whole>
+    __device__ void centre(float (&centre)[held], const Columns<whole>& columns) const {
+#pragma unroll
+        for (int i = 0; i < held; ++i) centre[i] = i < columns.count ? value_at(pre_bias, columns.begin + i) : 0;
+    }
 
-    // Returns the gradient of the latent's bias.
+    // Returns the gradient of the latent's bias, in threads that have columns.
+    template <bool whole>
     __device__ float encoder(
-        float (&sum)[held], int s, const Columns& columns, const float (&centre)[held], int64_t l) const {
+        float (&sum)[held], int s, const Columns<whole>& columns, Term* room, const float (&centre)[held],
+        int64_t l) const {
         const int64_t begin = offsets[l], end = offsets[l + 1];
 #pragma unroll
         for (int i = 0; i < held; ++i) sum[i] = 0;
         if (!columns.of_warp) return 0;
-        float bias = encoder_sum<X>(sum, *this, s, columns, centre, begin, smaller(begin + pieces.piece, end));
+        float bias = encoder_sum<X>(sum, *this, s, columns, room, centre, begin, smaller(begin + pieces.piece, end));
         add_pieces(sum, pieces.encoder, pieces.piece, columns, begin, end);
         for (int64_t first = begin + pieces.piece; first < end; first += pieces.piece)
             bias = __fadd_rn(bias, pieces.bias[pieces.piece.quotient(first) * streams.count + s]);
@@ -167,12 +193,13 @@ struct SummedGradients : IndexedBatch {
         return bias;
     }
 
-    __device__ void decoder(float (&sum)[held], const Columns& columns, int64_t l) const {
+    template <bool whole>
+    __device__ void decoder(float (&sum)[held], const Columns<whole>& columns, Term* room, int64_t l) const {
         const int64_t begin = offsets[l], end = offsets[l + 1];
 #pragma unroll
         for (int i = 0; i < held; ++i) sum[i] = 0;
         if (!columns.of_warp) return;
-        decoder_sum<G>(sum, *this, columns, begin, smaller(begin + pieces.piece, end));
+        decoder_sum<G>(sum, *this, columns, room, begin, smaller(begin + pieces.piece, end));
         add_pieces(sum, pieces.decoder, pieces.piece, columns, begin, end);
     }
 };

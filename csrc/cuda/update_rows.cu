@@ -7,7 +7,7 @@ UpdatePlan UpdatePlan::of(const Streams& streams, bool per_stream, int multiproc
     // estimated, not measured: as many blocks as surely fit a multiprocessor, 512 threads of 128 registers, as one that
     // starts late would finish late; and pieces in the time of which hundreds of other rows are done
     const int together = larger(512 / threads_for(streams), 1);
-    return {together * multiprocessors, per_stream ? 128 * streams.count : 128};
+    return {together * multiprocessors, per_stream ? 128 * streams.count : 128, false};
 }
 
 // A row of a float32 matrix in the workspace: begins at whole 16 bytes.
@@ -29,6 +29,8 @@ struct UpdateWorkspace {
         : parts(ceil_div(L, latents_of_tile(L))) {
         if (plan.blocks < 1 || plan.piece < 1)
             throw std::invalid_argument("the plan needs at least one block and entry");
+        if (plan.stages_rows && !has_bulk_copies())
+            throw std::invalid_argument("the device has no bulk copies, which stage rows");
         slots = count > plan.piece ? ceil_div<int64_t>(count, plan.piece) : 0;
         uintptr_t next = reinterpret_cast<uintptr_t>(begin);
         const auto take = [&](auto*& array, int64_t count) {
@@ -60,8 +62,11 @@ static void move_rows(
     const Rows& decoder, float* grad_pre_bias, int64_t* last_step, uintptr_t stream) {
     const Streams& streams = gradients.streams;
     const int D = streams.begin[streams.count];
+    aligned = aligned && encoder.aligned() && decoder.aligned();
     const Matrix pre_bias_parts{
         grad_pre_bias ? room.pre_bias_parts : nullptr, stride_of(streams), Floats::float32};
+    const bool whole = all_whole(streams, aligned), in_registers = streams.widest() <= threads_for(streams) * held;
+    const bool staged = plan.stages_rows && whole && in_registers && !last_step;
     const UpdateArguments<Source> arguments{
         gradients,
         encoder,
@@ -72,12 +77,16 @@ static void move_rows(
         last_step,
         Divisor(room.parts),
         latents_of_tile(gradients.L),
-        aligned && encoder.aligned() && decoder.aligned(),
+        aligned,
+        staged ? streams.widest() : 0,
     };
     const int64_t tiles = int64_t(room.parts) * streams.count;
+    const auto kernel = staged  ? update_rows_kernel<true, Source, StagedRows>
+                        : whole ? update_rows_kernel<true, Source, PrefetchedRows>
+                                : update_rows_kernel<false, Source, PrefetchedRows>;
     launch(
-        update_rows_kernel<Source>, smaller<int64_t>(tiles, plan.blocks), threads_for(streams),
-        UpdateShared(SharedMemory()).bytes, stream, arguments);
+        kernel, smaller<int64_t>(tiles, plan.blocks), threads_for(streams),
+        UpdateShared(SharedMemory(), threads_for(streams), arguments.staged).bytes, stream, arguments);
     if (!grad_pre_bias) return;
     SharedMemory memory;
     memory.take<float>(32 * 32);
@@ -99,11 +108,15 @@ void update_rows(
         using G = decltype(g);
         const SummedGradients<X, G> gradients{IndexedBatch(batch), pieces, grad_latent_bias};
         if (room.slots) {
+            SharedMemory memory;
+            memory.take<Term>(most_threads);
             launch(
                 list_pieces_kernel, ceil_div(batch.L, 256), 256, 0, stream, room.pieces, room.counters, batch.offsets,
                 batch.L, plan.piece);
+            const auto sum_pieces = all_whole(batch.streams, aligned) ? sum_pieces_kernel<true, X, G>
+                                                                      : sum_pieces_kernel<false, X, G>;
             launch(
-                sum_pieces_kernel<X, G>, plan.blocks, threads_for(batch.streams), 0, stream, gradients, room.pieces,
+                sum_pieces, plan.blocks, threads_for(batch.streams), memory.bytes(), stream, gradients, room.pieces,
                 room.counters, aligned);
         }
         move_rows(plan, room, gradients, aligned, encoder, decoder, grad_pre_bias, last_step, stream);

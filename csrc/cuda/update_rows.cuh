@@ -24,16 +24,19 @@ struct Counters {
 struct GivenGradients : Gradients {
     __device__ bool has_entries(int64_t l) const { return !used || used[l]; }
 
-    __device__ void centre(float (&)[held], const Columns&) const {}
+    template <bool whole>
+    __device__ void centre(float (&)[held], const Columns<whole>&) const {}
 
+    template <bool whole>
     __device__ float encoder(
-        float (&gradient)[held], int, const Columns& columns, const float (&)[held], int64_t l) const {
+        float (&gradient)[held], int, const Columns<whole>& columns, Term*, const float (&)[held], int64_t l) const {
         if (l + 1 < L) prefetch(W_enc, l + 1, columns);
         load(gradient, W_enc, l, columns);
         return 0;
     }
 
-    __device__ void decoder(float (&gradient)[held], const Columns& columns, int64_t l) const {
+    template <bool whole>
+    __device__ void decoder(float (&gradient)[held], const Columns<whole>& columns, Term*, int64_t l) const {
         if (l + 1 < L) prefetch(W_dec, l + 1, columns);
         load(gradient, W_dec, l, columns);
     }
@@ -50,19 +53,105 @@ struct UpdateArguments {
     Divisor parts;  // tiles of a stream
     int latents;    // of a tile
     bool aligned;   // rows of all matrices
+    int staged;     // columns of the widest stream, where rows are staged; else 0
 };
+
+constexpr int stages = 2;
 
 // The shared memory of a block.
 struct UpdateShared {
+    float4* rows;        // [stages, 3, staged / 4]: w, m and v of a row each
+    uint64_t* barriers;  // [2, stages]
+    Term* terms;         // 32 of each warp
     float* of_warps;
     int* tile;
     size_t bytes;
 
-    __host__ __device__ explicit UpdateShared(SharedMemory memory) {
+    // `staged` columns of a row, or none
+    __host__ __device__ UpdateShared(SharedMemory memory, int threads, int staged) {
+        rows = memory.take<float4>(stages * 3 * staged / 4);
+        barriers = memory.take<uint64_t>(2 * stages);
+        terms = memory.take<Term>(threads);
         of_warps = memory.take<float>(BlockSums::places);
         tile = memory.take<int>(1);
         bytes = memory.bytes();
     }
+
+    __device__ Term* room() const { return terms + threadIdx.x / 32 * 32; }
+};
+
+// How rows and their moments come: each is asked for while the row before it is moved, and then loaded, by all threads.
+// The L2 cache is asked.
+struct PrefetchedRows {
+    static constexpr bool staged = false;
+
+    __device__ explicit PrefetchedRows(const UpdateShared&, int) {}
+
+    template <bool whole>
+    __device__ void ask(const Rows& rows, int64_t l, const Stream&, const Columns<whole>& columns) {
+        prefetch(rows, l, columns);
+    }
+
+    template <bool whole>
+    __device__ void load(Held& row, const Rows& rows, int64_t l, const Columns<whole>& columns) {
+        ::load(row, rows, l, columns);
+    }
+};
+
+// Bulk copies bring them to shared memory, where there is room for two. Thread 0 asks, once all warps have read the row
+// before the last.
+class StagedRows {
+   public:
+    static constexpr bool staged = true;
+
+    __device__ StagedRows(const UpdateShared& shared, int columns)
+        : rows(shared.rows), barriers(shared.barriers), apart(columns / 4) {
+        if (threadIdx.x == 0) {
+            for (int stage = 0; stage < stages; ++stage) full(stage).begin(1), empty(stage).begin(blockDim.x / 32);
+            fence_barriers();
+        }
+        __syncthreads();
+    }
+
+    __device__ void ask(const Rows& of, int64_t l, const Stream& stream, const Columns<true>& columns) {
+        const unsigned to = asked % stages, turn = asked / stages;
+        ++asked;
+        if (threadIdx.x != 0) return;
+        const unsigned bytes = (stream.end - stream.begin) * sizeof(float);
+        float4* const place = rows + 3 * to * apart;
+        empty(to).wait((turn & 1) ^ 1);
+        full(to).arrive_expecting(3 * bytes);
+        bulk_copy(place, columns.in<float>(of.weights, l), bytes, full(to));
+        bulk_copy(place + apart, columns.in<float>(of.first, l), bytes, full(to));
+        bulk_copy(place + 2 * apart, columns.in<float>(of.second, l), bytes, full(to));
+    }
+
+    __device__ void load(Held& row, const Rows&, int64_t, const Columns<true>& columns) {
+        const unsigned from = loaded % stages, turn = loaded / stages;
+        ++loaded;
+        const float4* const place = rows + 3 * from * apart;
+        full(from).wait(turn & 1);
+        take(row.w, place, columns), take(row.m, place + apart, columns), take(row.v, place + 2 * apart, columns);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) empty(from).arrive();
+    }
+
+   private:
+    __device__ static void take(float (&values)[held], const float4* row, const Columns<true>& columns) {
+#pragma unroll
+        for (int i = 0; i < held; i += 4) {
+            const float4 four = columns.full ? row[(threadIdx.x * held + i) / 4] : float4{0, 0, 0, 0};
+            values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
+        }
+    }
+
+    __device__ TransactionBarrier full(int stage) const { return {barriers + stage}; }
+    __device__ TransactionBarrier empty(int stage) const { return {barriers + stages + stage}; }
+
+    float4* rows;
+    uint64_t* barriers;
+    int apart;  // of rows in shared memory
+    unsigned asked = 0, loaded = 0;
 };
 
 __global__ void __launch_bounds__(256) list_pieces_kernel(
@@ -74,48 +163,57 @@ __global__ void __launch_bounds__(256) list_pieces_kernel(
         pieces[atomicAdd(&counters->pieces, 1)] = {begin, smaller(begin + piece, end)};
 }
 
+// Of one stream.
+template <bool whole, class X, class G>
+__device__ void sum_piece(
+    const SummedGradients<X, G>& gradients, int s, const Stream& stream, const Piece& piece, Term* room) {
+    const PieceSums& sums = gradients.pieces;
+    const int64_t slot = sums.piece.quotient(piece.begin);
+    for (int first = stream.begin; first < stream.end; first += stream.step()) {
+        const Columns<whole> columns(stream, first);
+        if (!columns.of_warp) continue;
+        float centre[held], encoder[held] = {}, decoder[held] = {};
+        gradients.centre(centre, columns);
+        const float bias = encoder_sum<X>(encoder, gradients, s, columns, room, centre, piece.begin, piece.end);
+        store(encoder, sums.encoder, slot, columns);
+        if (columns.begin == stream.begin) sums.bias[slot * gradients.streams.count + s] = bias;
+        decoder_sum<G>(decoder, gradients, columns, room, piece.begin, piece.end);
+        store(decoder, sums.decoder, slot, columns);
+    }
+}
+
 // A block does a piece of one stream, then another.
-template <class X, class G>
+template <bool whole, class X, class G>
 __global__ void __launch_bounds__(most_threads, 1) sum_pieces_kernel(
     SummedGradients<X, G> gradients, const Piece* pieces, const Counters* counters, bool aligned) {
-    const PieceSums& sums = gradients.pieces;
+    SharedMemory memory(shared_memory());
+    Term* const room = memory.take<Term>(most_threads) + threadIdx.x / 32 * 32;
     const int many = counters->pieces, S = gradients.streams.count;
     int64_t i = blockIdx.x;  // of the pieces of all streams; from the first of this one
     for (int s = 0; s < S; ++s, i -= many) {
         const Stream stream(gradients.streams, s, aligned);
-        for (; i < many; i += gridDim.x) {
-            const Piece piece = pieces[i];
-            const int64_t slot = sums.piece.quotient(piece.begin);
-            for (int first = stream.begin; first < stream.end; first += stream.step()) {
-                const Columns columns(stream, first);
-                if (!columns.of_warp) continue;
-                float centre[held], encoder[held] = {}, decoder[held] = {};
-                gradients.centre(centre, columns);
-                const float bias = encoder_sum<X>(encoder, gradients, s, columns, centre, piece.begin, piece.end);
-                store(encoder, sums.encoder, slot, columns);
-                if (columns.begin == stream.begin) sums.bias[slot * S + s] = bias;
-                decoder_sum<G>(decoder, gradients, columns, piece.begin, piece.end);
-                store(decoder, sums.decoder, slot, columns);
-            }
-        }
+        for (; i < many; i += gridDim.x) sum_piece<whole>(gradients, s, stream, pieces[i], room);
     }
 }
 
-// The encoder rows of latents first_latent ... last_latent - 1, of which this is part `part`.
-template <class Source>
+// The encoder rows of latents first_latent ... last_latent - 1, of which this is part `part`. Asks for the first of the
+// decoder.
+template <bool whole, class Source, class Ahead>
 __device__ void update_encoder(
-    const UpdateArguments<Source>& a, int s, const Stream& stream, int part, int first_latent, int last_latent) {
+    const UpdateArguments<Source>& a, int s, const Stream& stream, int part, int first_latent, int last_latent,
+    Term* room, Ahead& ahead) {
     for (int first = stream.begin; first < stream.end; first += stream.step()) {
-        const Columns columns(stream, first);
+        const Columns<whole> columns(stream, first);
         float centre[held], of_pre_bias[held] = {};
         a.gradients.centre(centre, columns);
+        ahead.ask(a.encoder, first_latent, stream, columns);
         for (int l = first_latent; l < last_latent; ++l) {
             Held row;
             float gradient[held];
-            // the next row is on its way meanwhile
-            if (l + 1 < last_latent) prefetch(a.encoder, l + 1, columns);
-            const float bias = a.gradients.encoder(gradient, s, columns, centre, l);
-            load(row, a.encoder, l, columns);
+            const bool is_last = l + 1 == last_latent;
+            ahead.ask(is_last ? a.decoder : a.encoder, is_last ? first_latent : l + 1, stream, columns);
+            const float bias = a.gradients.encoder(gradient, s, columns, room, centre, l);
+            ahead.load(row, a.encoder, l, columns);
 #pragma unroll
             for (int i = 0; i < held; ++i) {
                 of_pre_bias[i] = __fmaf_rn(bias, row.w[i], of_pre_bias[i]);
@@ -129,9 +227,10 @@ __device__ void update_encoder(
 }
 
 // Latent l's decoder row. A row without an entry has no gradient, and takes the step that replay_rows takes.
-template <class Source>
+template <bool whole, class Source, class Ahead>
 __device__ void update_decoder(
-    const UpdateArguments<Source>& a, const Stream& stream, int l, bool is_last, BlockSums& sums) {
+    const UpdateArguments<Source>& a, const Stream& stream, int l, bool is_last, BlockSums& sums, Term* room,
+    Ahead& ahead) {
     const bool has_entries = a.gradients.has_entries(l);
     if (a.last_step) {
         if (!has_entries) return;
@@ -139,11 +238,11 @@ __device__ void update_decoder(
     }
     float products[2] = {0, 0}, gradient[held];
     if (stream.in_registers()) {
-        const Columns columns(stream, stream.begin);
+        const Columns<whole> columns(stream, stream.begin);
         Held row;
-        if (!is_last) prefetch(a.decoder, l + 1, columns);
-        a.gradients.decoder(gradient, columns, l);
-        load(row, a.decoder, l, columns);
+        if (!is_last) ahead.ask(a.decoder, l + 1, stream, columns);
+        a.gradients.decoder(gradient, columns, room, l);
+        ahead.load(row, a.decoder, l, columns);
         if (has_entries) {
             multiply(products, gradient, row.w);
             project(gradient, row.w, along_of(products, sums));
@@ -155,29 +254,32 @@ __device__ void update_decoder(
     }
     // too wide: the gradient is summed or read twice
     for (int first = stream.begin; first < stream.end && has_entries; first += stream.step()) {
-        const Columns columns(stream, first);
+        const Columns<whole> columns(stream, first);
         float w[held];
-        a.gradients.decoder(gradient, columns, l);
+        a.gradients.decoder(gradient, columns, room, l);
         load(w, a.decoder.weights, l, columns);
         multiply(products, gradient, w);
     }
     const float along = has_entries ? along_of(products, sums) : 0;
-    const auto gradient_at = [&](float (&gradient)[held], const Columns& columns) {
-        a.gradients.decoder(gradient, columns, l);
+    const auto gradient_at = [&](float (&gradient)[held], const Columns<whole>& columns) {
+        a.gradients.decoder(gradient, columns, room, l);
     };
-    step_in_memory(a.decoder, l, stream, *a.constants, along, sums, gradient_at);
+    step_in_memory<whole>(a.decoder, l, stream, *a.constants, along, sums, gradient_at);
 }
 
-template <class Source>
+// Staged rows are in registers, all of them whole, and none is left behind.
+template <bool whole, class Source, class Ahead>
 __global__ void __launch_bounds__(most_threads, 1) update_rows_kernel(UpdateArguments<Source> a) {
-    const UpdateShared shared{SharedMemory(shared_memory())};
+    const UpdateShared shared{SharedMemory(shared_memory()), int(blockDim.x), a.staged};
     BlockSums sums(shared.of_warps);
+    Ahead ahead(shared, a.staged);
     for (int tile = blockIdx.x; tile < a.parts * a.gradients.streams.count; tile = *shared.tile) {
         const int s = int(a.parts.quotient(tile)), part = tile - s * a.parts;
         const int first = part * a.latents, last = smaller(first + a.latents, a.gradients.L);
         const Stream stream(a.gradients.streams, s, a.aligned);
-        update_encoder(a, s, stream, part, first, last);
-        for (int l = first; l < last; ++l) update_decoder(a, stream, l, l + 1 == last, sums);
+        update_encoder<whole>(a, s, stream, part, first, last, shared.room(), ahead);
+        for (int l = first; l < last; ++l)
+            update_decoder<whole>(a, stream, l, l + 1 == last, sums, shared.room(), ahead);
         __syncthreads();  // all have read the number of this tile
         if (threadIdx.x == 0) *shared.tile = int(gridDim.x) + atomicAdd(&a.counters->next_tile, 1);
         __syncthreads();

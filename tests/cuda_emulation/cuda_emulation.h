@@ -4,7 +4,7 @@
 // a barrier or a warp's vote, so a run can be repeated exactly. CUDA_EMULATION_SCHEDULE chooses the order they run in:
 // 0 first to last, 1 last to first, any other number a shuffled order, in which they also pause at atomics.
 //
-// What stops a launch with an error: a barrier that not every thread of the block meets, or at different lines; a vote
+// What stops a launch with an error: a bulk copy to a barrier before a fence, or one that nobody waited for; a barrier that not every thread of the block meets, or at different lines; a vote
 // or shuffle that a lane of its mask never meets; a mask without the lane itself. Shared memory starts as rubbish, and
 // under AddressSanitizer no thread may touch the gaps between its arrays. Under ThreadSanitizer each fibre counts as a
 // thread, of blocks that run at once, and only what orders threads on a GPU orders them here: __syncthreads,
@@ -63,6 +63,14 @@ const uint64_t* meet(Vote vote, unsigned mask, uint64_t value, Where where);
 // Waits for all threads of the block; the number of those that brought true.
 int barrier(bool predicate, Where where);
 unsigned lane();
+
+// An mbarrier is known by its address. A phase ends with `count` arrivals and the bytes that were announced with them. A
+// bulk copy makes rubbish of its target at once, and arrives when nothing else can go on, or at any time.
+void begin_transactions(const uint64_t* at, unsigned count);
+void fence_transactions();
+void arrive(const uint64_t* at, unsigned bytes, Where where);
+void wait_for_phase(const uint64_t* at, unsigned parity, Where where);
+void bulk_copy(void* to, const void* from, unsigned bytes, const uint64_t* at, Where where);
 
 template <class T>
 uint64_t packed(T value) {
@@ -258,3 +266,26 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
+
+// As far off as a GPU's may be: a unit in the last place up or down, or not at all, by the bits of what comes out.
+inline float one_off(float exact) {
+    if (!std::isnormal(exact)) return exact;
+    const unsigned bits = __float_as_uint(exact), choice = bits * 2654435761u >> 30;
+    return choice == 0 ? std::nextafter(exact, 0.0f) : choice == 1 ? std::nextafter(exact, 2 * exact) : exact;
+}
+inline float approximate_reciprocal(float a) {
+    const float exact = std::fpclassify(a) == FP_SUBNORMAL ? std::copysign(HUGE_VALF, a) : 1 / a;
+    return std::fpclassify(exact) == FP_SUBNORMAL ? std::copysign(0.0f, a) : one_off(exact);
+}
+inline float approximate_root(float a) { return one_off(std::sqrt(a)); }
+
+inline uint32_t packed_bfloat16(float first, float second) {
+    const auto word = [](float value) {
+        const unsigned bits = __float_as_uint(value);
+        return value == value ? (bits + 0x7fffu + (bits >> 16 & 1)) >> 16 : 0x7fffu;
+    };
+    return word(first) | word(second) << 16;
+}
+inline uint32_t packed_float16(float first, float second) {
+    return __float2half_rn(first).bits | uint32_t(__float2half_rn(second).bits) << 16;
+}

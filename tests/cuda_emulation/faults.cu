@@ -140,6 +140,44 @@ __global__ void swap_kernel(int* out, bool fault) {
     out[threadIdx.x] = __shfl_xor_sync(fault && threadIdx.x % 2 ? 0x55555555u : all_lanes, int(threadIdx.x), 16);
 }
 
+enum class Flaw { fence, phase, empty, bytes };
+constexpr int rows = 4, stages = 2;
+alignas(16) static int numbers[rows * threads];
+
+// Sums of rows that bulk copies bring, the next one while this one is read; the second warp is the slower one.
+template <Flaw flaw>
+__global__ void staged_kernel(int* out, bool fault) {
+    SharedMemory memory(shared_memory());
+    int* const row = reinterpret_cast<int*>(memory.take<int4>(stages * threads / 4));
+    uint64_t* const barriers = memory.take<uint64_t>(2 * stages);
+    const auto has = [=](Flaw what) { return fault && flaw == what; };
+    const auto full = [=](int r) { return TransactionBarrier{barriers + r % stages}; };
+    const auto empty = [=](int r) { return TransactionBarrier{barriers + stages + r % stages}; };
+    if (threadIdx.x == 0) {
+        for (int r = 0; r < stages; ++r) full(r).begin(1), empty(r).begin(threads / 32);
+        if (!has(Flaw::fence)) fence_barriers();
+    }
+    __syncthreads();
+    const auto ask = [=](int r) {
+        if (threadIdx.x != 0) return;
+        const unsigned bytes = threads * sizeof(int);
+        if (!has(Flaw::empty)) empty(r).wait((r / stages & 1) ^ 1);
+        full(r).arrive_expecting(has(Flaw::bytes) ? bytes - 16 : bytes);
+        bulk_copy(row + r % stages * threads, numbers + r * threads, bytes, full(r));
+    };
+    ask(0);
+    int sum = 0;
+    for (int r = 0; r < rows; ++r) {
+        if (r + 1 < rows) ask(r + 1);
+        full(r).wait((r / stages & 1) ^ has(Flaw::phase));
+        if (threadIdx.x >= 32) __syncwarp();
+        sum += row[r % stages * threads + (threadIdx.x + 1) % threads];
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) empty(r).arrive();
+    }
+    out[threadIdx.x] = sum;
+}
+
 struct Case {
     const char* name;
     void (*kernel)(int*, bool);
@@ -161,6 +199,12 @@ static std::vector<int> turned(int width) {
     return values;
 }
 
+static std::vector<int> summed() {
+    std::vector<int> values(threads);
+    for (int i = 0; i < rows * threads; ++i) values[(i + threads - 1) % threads] += numbers[i] = i * i;
+    return values;
+}
+
 static std::vector<int> compacted() {
     std::vector<int> values = same(3, threads);
     for (int i = threads / 2; i < threads; ++i) values[i] = i % 2;
@@ -171,6 +215,7 @@ static std::vector<int> compacted() {
 static std::string failure(const Case& chosen, bool fault) {
     SharedMemory memory;
     memory.take<int>(threads), memory.take<int>(1), memory.take<int>(1);
+    memory.take<int4>(stages * threads / 4), memory.take<uint64_t>(2 * stages);
     std::vector<int> out(chosen.expected.size());
     try {
         launch(chosen.kernel, chosen.blocks, threads, memory.bytes(), 0, out.data(), fault);
@@ -198,6 +243,10 @@ int main(int count, char** arguments) {
         {"aligned", vector_kernel, 1, {1, 0, 0, 0, 0, 0, 0, 0}},
         {"aligned store", vector_store_kernel, 1, {0, 0, 0, 0, 1, 2, 3, 4}},
         {"swap", swap_kernel, 1, swapped()},
+        {"fence", staged_kernel<Flaw::fence>, 1, summed()},
+        {"phase", staged_kernel<Flaw::phase>, 1, summed()},
+        {"empty", staged_kernel<Flaw::empty>, 1, summed()},
+        {"bytes", staged_kernel<Flaw::bytes>, 1, summed()},
     };
     int failures = 0, run = 0;
     for (const Case& chosen : cases) {

@@ -178,7 +178,7 @@ static void check_divisor(int divisor) {
 struct UpdateShape {
     std::vector<int> widths;
     int N, L, k, blocks, piece;
-    bool per_stream, lazy;
+    bool per_stream, lazy, staged = false;
 };
 
 // Rows as plain loops in float64 move them.
@@ -257,7 +257,7 @@ static void check_update_rows(const UpdateShape& shape, int number) {
     const Batch batch{
         matrix(x, D), matrix(grad_recons, D), matrix(pre_bias, 1), matrix(values, k), matrix(grad_values, k),
         offsets.data(), entries.data(), int64_t(entries.size()), L, k, shape.per_stream, streams};
-    const UpdatePlan plan{shape.blocks, shape.piece};
+    const UpdatePlan plan{shape.blocks, shape.piece, shape.staged};
     std::vector<char> workspace(update_rows_workspace(plan, entries.size(), L, streams), char(0xa5));
     update_rows(
         plan, grad_latent_bias.data(), grad_pre_bias.data(), encoder.rows(), decoder.rows(), batch,
@@ -385,6 +385,7 @@ int main(int count, char**) {
     check_divisor(std::numeric_limits<int>::max());
     const UpdateShape updates[] = {
         {{8, 16}, 5, 9, 3, 3, 4, false, false},  // in vectors, one latent in pieces
+        {{264, 16}, 5, 11, 3, 1, 4, true, false, true},  // the same by bulk copies
         {{7, 1, 12}, 4, 10, 3, 2, 3, true, true},
         {{60}, 3, 3, 2, 1, 100, false, true},
         {{9}, 0, 4, 2, 7, 1, false, false},  // no samples

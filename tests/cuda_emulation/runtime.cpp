@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -20,6 +21,7 @@ IF_THERE void __tsan_acquire(void* at);
 IF_THERE void __tsan_release(void* at);
 IF_THERE void __asan_poison_memory_region(const volatile void* at, size_t bytes);
 IF_THERE void __asan_unpoison_memory_region(const volatile void* at, size_t bytes);
+IF_THERE void* __asan_region_is_poisoned(const volatile void* at, size_t bytes);
 IF_THERE void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t bytes);
 IF_THERE void __sanitizer_finish_switch_fiber(void* save, const void** bottom, size_t* bytes);
 }
@@ -48,12 +50,31 @@ struct Fibre {
     char* stack = nullptr;
     void *tsan = nullptr, *asan = nullptr;
     dim3 index;
-    enum { ready, at_barrier, at_vote, done } state;
+    enum { ready, at_barrier, at_vote, at_phase, done } state;
     Where where;
     Vote vote;
     unsigned mask;
     uint64_t value, brought[32];
     bool voted;  // the vote it waits for is complete
+    const uint64_t* phase_of;
+    unsigned parity;
+};
+
+struct Copy {
+    char* to;
+    const char* from;
+    unsigned bytes;
+    const uint64_t* barrier;
+};
+
+// An mbarrier.
+struct Transactions {
+    const uint64_t* at;
+    Order order[2];
+    unsigned count, missing;  // arrivals that end a phase
+    int64_t bytes = 0;        // that are still to come in this phase
+    unsigned phase = 0;       // how many are over
+    bool fenced = false;
 };
 
 struct Warp {
@@ -67,6 +88,10 @@ std::vector<Warp> warps;
 Order starts, ends, barriers[2];
 int at_barrier, agreeing, counted, barriers_met;
 Fibre* current;
+// Of the block that runs. Arrays, as ThreadSanitizer sees what containers do with their memory.
+Transactions transactions[32];
+Copy copies[64];
+unsigned set_up, on_their_way;
 ucontext_t host;
 void *host_tsan, *host_asan;
 const void* host_stack;
@@ -153,7 +178,43 @@ std::string waiting(unsigned threads) {
     return message + " in block " + std::to_string(blockIdx.x);
 }
 
+// Not by memcpy, which sanitizers would take for the host's.
+void move(char* to, const char* from, unsigned bytes) {
+    for (unsigned i = 0; i < bytes; ++i) const_cast<volatile char*>(to)[i] = from ? from[i] : char(0xa5);
+}
+
+Transactions* transactions_at(const uint64_t* at) {
+    for (unsigned i = 0; i < set_up; ++i)
+        if (transactions[i].at == at) return &transactions[i];
+    return nullptr;
+}
+
+void end_phase(Transactions& of) {
+    if (of.missing || of.bytes) return;
+    ++of.phase, of.missing = of.count;
+    const int threads = blockDim.x * blockDim.y * blockDim.z;
+    for (int i = 0; i < threads; ++i) {
+        Fibre& fibre = fibres[i];
+        if (fibre.state == Fibre::at_phase && fibre.phase_of == of.at && (of.phase & 1) != fibre.parity)
+            fibre.state = Fibre::ready;
+    }
+}
+
+// One of the copies arrives, in whatever order.
+bool deliver() {
+    if (!on_their_way) return false;
+    Copy& next = copies[schedule > 1 ? shuffle() % on_their_way : 0];
+    const Copy copy = next;
+    next = copies[--on_their_way];
+    move(copy.to, copy.from, copy.bytes);
+    Transactions& of = *transactions_at(copy.barrier);
+    of.bytes -= copy.bytes;
+    end_phase(of);
+    return true;
+}
+
 void run_block(unsigned threads) {
+    set_up = on_their_way = 0;
     for (unsigned i = 0; i < threads; ++i) prepare(fibres[i], i);
     warps.assign((threads + 31) / 32, Warp{});
     at_barrier = agreeing = barriers_met = 0;
@@ -169,8 +230,11 @@ void run_block(unsigned threads) {
             left -= fibres[i].state == Fibre::done;
             if (!error.empty()) break;
         }
+        // as late as may be, or at any time
+        if (error.empty() && (!progress || (schedule > 1 && shuffle() % 2))) progress |= deliver();
         if (!progress && error.empty()) error = waiting(threads);
     }
+    if (error.empty() && on_their_way) error = "a block ends before a bulk copy that it began";
 }
 
 }  // namespace
@@ -276,6 +340,54 @@ const uint64_t* meet(Vote vote, unsigned mask, uint64_t value, Where where) {
     switch_to_host(false);
     if (vote == Vote::sync) order.acquire();
     return self.brought;
+}
+
+static Transactions& known(const uint64_t* at, Where where) {
+    Transactions* const found = transactions_at(at);
+    if (!found) fail("a barrier that nobody set up at " + described(where));
+    return *found;
+}
+
+void begin_transactions(const uint64_t* at, unsigned count) {
+    if (!transactions_at(at) && set_up == std::size(transactions)) fail("too many barriers");
+    Transactions& of = transactions_at(at) ? *transactions_at(at) : transactions[set_up++];
+    of.at = at, of.count = of.missing = count, of.bytes = 0, of.phase = 0, of.fenced = false;
+}
+
+void fence_transactions() {
+    for (unsigned i = 0; i < set_up; ++i) transactions[i].fenced = true;
+}
+
+void arrive(const uint64_t* at, unsigned bytes, Where where) {
+    Transactions& of = known(at, where);
+    if (of.missing == 0) fail("more arrivals than a barrier counts at " + described(where));
+    of.order[of.phase & 1].release();
+    of.bytes += bytes, --of.missing;
+    end_phase(of);
+}
+
+void wait_for_phase(const uint64_t* at, unsigned parity, Where where) {
+    Transactions& of = known(at, where);
+    if ((of.phase & 1) == parity) {
+        current->where = where, current->phase_of = at, current->parity = parity;
+        current->state = Fibre::at_phase;
+        switch_to_host(false);
+    } else {
+        pause_at_atomic();  // others may overtake it
+    }
+    of.order[parity].acquire();
+}
+
+void bulk_copy(void* to, const void* from, unsigned bytes, const uint64_t* at, Where where) {
+    if (!known(at, where).fenced) fail("a bulk copy to a barrier before any fence at " + described(where));
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16)
+        fail("a bulk copy not of whole 16 bytes at " + described(where));
+    if (__asan_region_is_poisoned &&
+        (__asan_region_is_poisoned(to, bytes) || __asan_region_is_poisoned(const_cast<void*>(from), bytes)))
+        fail("a bulk copy beyond an array at " + described(where));
+    if (on_their_way == std::size(copies)) fail("too many copies at once");
+    move(static_cast<char*>(to), nullptr, bytes);  // nobody may read there any more
+    copies[on_their_way++] = {static_cast<char*>(to), static_cast<const char*>(from), bytes, at};
 }
 
 }  // namespace emulation

@@ -1,0 +1,385 @@
+"""What a step takes on a Hopper GPU, predicted from the machine code: nothing here was measured.
+
+A kernel's time is the longest of three: its instructions at 70 % of what the SMs issue, its bytes at the memory's rate,
+its gathers at the L2 cache's. Instructions are those of its hot paths (`machine_code`) times how often warps take them.
+Launches, small operations of PyTorch and the host's time are not counted, so the smallest shape says least.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparc_fast.planning.roofline import Cost, Roofline
+
+from .. import cases
+from ..cases import CALLS, Operands, Shape, namespace
+from . import cuda_resources, kernel_resources
+from .machine_code import Code, Needs, Way
+
+ISSUED = 132 * 4 * 1.755e9 * 0.7
+"""Instructions of warps a second: one a cycle in each quarter of an SM, of which 70 % is assumed to be reached."""
+ROOFS = {
+    "H100": Roofline(copy=3.0e12, float32=59e12, bfloat16=790e12, gather=9.7e12),
+    "H200": Roofline(copy=4.3e12, float32=59e12, bfloat16=790e12, gather=9.7e12),
+}
+"""90 % of the memory's rate; what products of random numbers and gathers from an L2 cache reach."""
+MARKED = 44
+"""Rows a sample whose score is settled exactly, counted at shape A on a CPU."""
+HELD = 8  # columns of a row that a lane has in 16 bytes
+LINES = re.compile(r"(?<=<!-- predicted -->\n).*?(?=<!-- end -->)", re.DOTALL)
+BASELINE = Path(__file__).resolve().parents[1] / "instructions.json"
+TABLE = Path(__file__).resolve().parents[2] / "docs/gpu.md"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's machine code, and how it is started at a shape."""
+
+    code: Code
+    registers: int
+    shared: int
+    threads: int
+    programs: int
+    constants: Mapping[str, Any]
+
+    @property
+    def warps(self) -> int:
+        return self.programs * self.threads // 32
+
+    @property
+    def together(self) -> int:
+        """Blocks that a multiprocessor has room for."""
+        registers = 65536 // (math.ceil(self.registers / 8) * 8 * self.threads)
+        return min(registers, 227 * 1024 // (self.shared + 1024), 2048 // self.threads, 32)
+
+
+Count = Callable[[Shape, Compiled], float]
+
+
+@dataclass(frozen=True)
+class HotPath:
+    """A way through a kernel that is taken again and again."""
+
+    part: str
+    """Of the step."""
+    kernel: str
+    unit: str
+    """Of work."""
+    needs: Callable[[Compiled], Needs]
+    """What the way holds at least."""
+    each: Callable[[Compiled], int]
+    """Units a thread does on the way."""
+    times: Count
+    """How often a warp takes it."""
+    is_loop: bool = True
+    without: Callable[[Compiled], Needs] | None = None
+    """A loop on the way that has a line of its own."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}, {self.unit}"
+
+    def way(self, compiled: Compiled) -> Way:
+        needs = self.needs(compiled)
+        return compiled.code.loop(needs) if self.is_loop else compiled.code.whole(needs)
+
+    def instructions(self, compiled: Compiled) -> float:
+        """Of a warp, for a unit."""
+        inner = 0 if self.without is None else len(compiled.code.loop(self.without(compiled)))
+        return (len(self.way(compiled)) - inner) / self.each(compiled)
+
+
+def rounds(mean: float, at_once: int) -> float:
+    """How often a loop that does so many terms at once goes round, on average, for a Poisson number of terms."""
+    chance, total = math.exp(-mean), 0.0
+    for terms in range(1, int(mean + 12 * math.sqrt(mean) + 12)):
+        chance *= mean / terms
+        total += chance * math.ceil(terms / at_once)
+    return total
+
+
+def _entries(shape: Shape) -> float:
+    """Of a latent, where all are used evenly."""
+    return shape.N * shape.k / shape.L
+
+
+def _gathered(shape: Shape, rows: float) -> float:
+    """Times a warp reads 16 bytes a lane for so many rows of every sample."""
+    return shape.N * rows * shape.D / HELD / 32
+
+
+def _one(compiled: Compiled) -> int:
+    return 1
+
+
+def _constant(name: str) -> Callable[[Compiled], int]:
+    return lambda compiled: int(compiled.constants[name])
+
+
+def _scores(compiled: Compiled) -> int:
+    return int(compiled.constants["COLUMNS"]) // compiled.threads
+
+
+def _tile(rows: str) -> Callable[[Compiled], int]:
+    """16 bytes of a thread in a tile of gathered rows."""
+    return lambda c: int(c.constants[rows]) * int(c.constants["BLOCK_D"]) // HELD // c.threads
+
+
+_settled, _valued, _decoded = _tile("R"), _tile("ROWS"), _tile("BLOCK_K")
+
+
+def _of_decoder(compiled: Compiled) -> Needs:
+    return {r"LDGSTS.*\.128": _decoded(compiled), "MMA": 1}
+
+
+def _latent_blocks(shape: Shape, compiled: Compiled) -> float:
+    """Warps that go through every latent's row in every stream."""
+    return shape.L * shape.S * compiled.threads / 32
+
+
+WIDE_LOADS = r"LDG.*\.128"
+GATHER = r"LDG\.E\.EL\.128"
+MOVED = {r"LDG\.E\.EF\.128": 6, r"STG\.E\.EF\.128": 6}
+
+TRITON = (
+    HotPath(
+        "filter", "_filter", "a score", lambda c: {WIDE_LOADS: 6}, _scores,
+        lambda shape, c: shape.N * shape.L / 32 / _scores(c),
+    ),
+    HotPath(
+        "settle", "_settle", "16 bytes gathered", lambda c: {WIDE_LOADS: _settled(c)}, _settled,
+        lambda shape, c: _gathered(shape, MARKED) / _settled(c),
+    ),
+    HotPath(
+        "support_values", "_support_values_kernel", "16 bytes gathered", lambda c: {WIDE_LOADS: _valued(c)}, _valued,
+        lambda shape, c: _gathered(shape, shape.k) / _valued(c),
+    ),
+    HotPath(
+        "decode_loss", "_decode_loss_kernel", "16 bytes gathered", _of_decoder, _decoded,
+        lambda shape, c: _gathered(shape, shape.k) / _decoded(c),
+    ),
+    HotPath(
+        "decode_loss", "_decode_loss_kernel", "a warp's beginning and end", _of_decoder, _one,
+        lambda shape, c: c.warps, is_loop=False, without=_of_decoder,
+    ),
+    HotPath(
+        "update, encoder", "_update_encoder_kernel", "16 bytes gathered",
+        lambda c: {GATHER: c.constants["ROWS"]}, _constant("ROWS"),
+        lambda shape, c: _latent_blocks(shape, c) * rounds(_entries(shape), c.constants["ROWS"]),
+    ),
+    HotPath(
+        "update, encoder", "_update_encoder_kernel", "8 weights", lambda c: MOVED, _one, _latent_blocks,
+    ),
+    HotPath(
+        "update, decoder", "_update_decoder_kernel", "16 bytes gathered",
+        lambda c: {GATHER: c.constants["ROWS"]}, _constant("ROWS"),
+        lambda shape, c: _latent_blocks(shape, c) * rounds(_entries(shape) * shape.S, c.constants["ROWS"]),
+    ),
+    HotPath(
+        "update, decoder", "_update_decoder_kernel", "8 weights", lambda c: MOVED, _one,
+        lambda shape, c: c.warps, is_loop=False,
+    ),
+)  # fmt: skip
+"""The hot paths of the Triton kernels at streams that a program holds whole."""
+
+
+def _rows_of_warps(shape: Shape, mean: float, at_once: int) -> float:
+    """Times warps go round a gather loop: warps that have columns, and all of a block's threads do."""
+    warps = sum(math.ceil(width / HELD / 32) for width in shape.d_streams)
+    return shape.L * warps * rounds(mean, at_once)
+
+
+IN_FLIGHT = 4
+KEPT = r"LDG\.E\.NA\.128"
+CUDA = (
+    HotPath(
+        "filter", "filter_scores_kernel", "a score", lambda c: {r"LDG\.E\.EF\.128": 4}, lambda c: 16,
+        lambda shape, c: shape.N * shape.L / 32 / 16,
+    ),
+    HotPath(
+        "update, encoder", "update_rows_kernel", "16 bytes gathered, encoder",
+        lambda c: {KEPT: IN_FLIGHT, "^FFMA": HELD * IN_FLIGHT, "^FADD": HELD * IN_FLIGHT}, lambda c: IN_FLIGHT,
+        lambda shape, c: _rows_of_warps(shape, _entries(shape), IN_FLIGHT),
+    ),
+    HotPath(
+        "update, encoder", "update_rows_kernel", "32 terms looked up, encoder",
+        lambda c: {"VOTE": 1, "STS": 1, r"LDG\.E\.64": 1, r"LDG\.E\.U16": 2}, _one,
+        lambda shape, c: _rows_of_warps(shape, _entries(shape), 32),
+    ),
+    HotPath(
+        "update, encoder", "update_rows_kernel", "8 weights, encoder",
+        lambda c: {**MOVED, r"STG\.E\.EF\.128": 7}, _one, _latent_blocks,
+    ),
+    HotPath(
+        "update, decoder", "update_rows_kernel", "16 bytes gathered, decoder",
+        lambda c: {KEPT: IN_FLIGHT, "^FFMA": HELD * IN_FLIGHT}, lambda c: IN_FLIGHT,
+        lambda shape, c: _rows_of_warps(shape, _entries(shape) * shape.S, IN_FLIGHT),
+    ),
+    HotPath(
+        "update, decoder", "update_rows_kernel", "32 terms looked up, decoder",
+        lambda c: {"VOTE": 1, "STS": 1, r"LDG\.E\.64": 1, r"LDG\.E\.U16": 1}, _one,
+        lambda shape, c: _rows_of_warps(shape, _entries(shape) * shape.S, 32),
+    ),
+    HotPath(
+        "update, decoder", "update_rows_kernel", "8 weights, decoder",
+        lambda c: {**MOVED, r"STG\.E\.EF\.128": 7, "BAR": 2}, _one, _latent_blocks,
+    ),
+)  # fmt: skip
+"""Those of the CUDA kernels; what is not here they leave to Triton's."""
+STAGED = tuple(
+    HotPath(
+        f"{half}, staged", "update_rows_kernel, staged", f"8 weights, {half}",
+        lambda c, barriers=barriers: {"SYNCS": 1, "MUFU": 2 * HELD, r"STG\.E\.EF\.128": 7, "BAR": barriers},
+        _one, _latent_blocks,
+    )
+    for half, barriers in (("encoder", 0), ("decoder", 2))
+)  # fmt: skip
+"""Where a plan has rows brought by bulk copies: in no time yet, as no device has said what that hides."""
+
+
+def compiled_triton(shape: Shape) -> dict[str, Compiled]:
+    """Every kernel of a step that has a hot path, for sm_90 and weights and inputs in bfloat16."""
+    operators = kernel_resources.operators()
+    with kernel_resources.noting() as seen:
+        o = Operands(shape, torch.bfloat16, torch.device("cpu"))
+        for name in ("global_topk", "support_values", "decode_loss", "update_rows"):
+            CALLS[name](namespace(**operators), o)()
+    found = {}
+    for launch, programs in seen.items():
+        if launch.name not in {path.kernel for path in TRITON}:
+            continue
+        made = launch.compiled(90)
+        registers, _ = kernel_resources.resource_usage(made.asm["cubin"])
+        code = Code(kernel_resources.disassembled(made.asm["cubin"]))
+        threads = 32 * dict(launch.options).get("num_warps", 4)
+        constants = dict(launch.constants)
+        found[launch.name] = Compiled(code, registers, made.metadata.shared, threads, programs, constants)
+    return found
+
+
+def compiled_cuda() -> dict[str, Compiled]:
+    """The same for sm_90a; their code is one for all shapes."""
+    wanted = {
+        ("filter_scores_kernel", ""): "filter_scores_kernel",
+        ("update_rows_kernel", "BFloat16 BFloat16 whole"): "update_rows_kernel",
+        ("update_rows_kernel", "BFloat16 BFloat16 whole staged"): "update_rows_kernel, staged",
+    }
+    shared = {"update_rows_kernel, staged": 2 * 3 * 1024 * 4}
+    return {
+        name: Compiled(Code(assembly), r.registers, 2048 + shared.get(name, 0), 128, 0, {})
+        for r, assembly in cuda_resources.machine_code(("global_topk", "update_rows"))
+        if (name := wanted.get((r.kernel, r.types)))
+    }
+
+
+def costs(shape: Shape) -> dict[str, Cost]:
+    """What every part of a step cannot do without: weights and inputs in bfloat16, masters and moments in float32."""
+    N, L, D, S, k = shape.N, shape.L, shape.D, shape.S, shape.k
+    row, used = 2.0 * N * D, (1 - math.exp(-_entries(shape))) * L * D * 2
+    moved = 26.0 * L * D  # a weight and its moments read and written, and its copy written
+    return {
+        "product": Cost(2.0 * N * L * D, 2.0 * L * D + row, "bfloat16"),
+        "filter": Cost(),
+        "settle": Cost(gathered=row * MARKED),
+        "support_values": Cost(bytes=used + row, gathered=row * k),
+        "decode_loss": Cost(bytes=used + row * (1 + S), gathered=row * k),
+        "invert_indices": Cost(bytes=12.0 * N * k + 8 * L),
+        "update, encoder": Cost(bytes=moved + row, gathered=row * k),
+        "update, decoder": Cost(bytes=moved + row * S, gathered=row * k * S),
+    }
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A path at a shape."""
+
+    path: HotPath
+    kernel: Compiled
+    seconds: float
+    """To issue its instructions."""
+
+
+def counted(shape: Shape, paths: Sequence[HotPath], kernels: Mapping[str, Compiled]) -> list[Counted]:
+    result = []
+    for path in paths:
+        kernel = kernels[path.kernel]
+        instructions = path.instructions(kernel) * path.each(kernel) * path.times(shape, kernel)
+        result.append(Counted(path, kernel, instructions / ISSUED))
+    return result
+
+
+def seconds(shape: Shape, counts: Sequence[Counted], roof: Roofline) -> dict[str, float]:
+    """Of each part of a step."""
+    return {
+        part: max(sum(c.seconds for c in counts if c.path.part == part), roof.floor([cost]))
+        for part, cost in costs(shape).items()
+    }
+
+
+def instructions(paths: Sequence[HotPath], kernels: Mapping[str, Compiled]) -> dict[str, float]:
+    """By name of the path, of a warp for a unit of work."""
+    return {path.name: round(path.instructions(kernels[path.kernel]), 2) for path in paths}
+
+
+def compilers() -> dict[str, str]:
+    """Other versions make other code."""
+    return {"triton": version("triton"), "nvcc": cuda_resources.version()}
+
+
+def shape_lines(shape: Shape, triton: Sequence[Counted], cuda: Sequence[Counted]) -> Iterator[str]:
+    """A Markdown table of every part's milliseconds."""
+    yield f"| {shape.name}: N {shape.N}, L {shape.L}, k {shape.k}; ms | Triton | CUDA | floor H100 | floor H200 |"
+    yield "|---|---|---|---|---|"
+    columns = [seconds(shape, triton, ROOFS["H200"]), seconds(shape, cuda, ROOFS["H200"])]
+    columns += [{part: roof.floor([cost]) for part, cost in costs(shape).items()} for roof in ROOFS.values()]
+    for part in columns[0]:
+        yield f"| {part} | " + " | ".join(f"{column[part] * 1e3:.3g}" for column in columns) + " |"
+    yield "| **together, on an H200** | " + " | ".join(f"{sum(c.values()) * 1e3:.3g}" for c in columns) + " |"
+    others = [sum(seconds(shape, c, ROOFS["H100"]).values()) for c in (triton, cuda)]
+    yield "| **together, on an H100** | " + " | ".join(f"{t * 1e3:.3g}" for t in others) + " | | |"
+
+
+def path_lines(found: Sequence[Counted]) -> Iterator[str]:
+    heads = "path of a kernel, for a unit of work", "instructions of a warp", "accesses on the way, bytes of a thread"
+    yield "| " + " | ".join((*heads, "tensor cores", "blocks an SM")) + " |"
+    yield "|---|---|---|---|---|"
+    for c in found:
+        way = c.path.way(c.kernel)
+        accesses = ", ".join(f"{many} {name}" for name, many in sorted(way.accesses.items()))
+        yield (
+            f"| {c.path.name} | {c.path.instructions(c.kernel):.3g} | {accesses} | {way.tensor_cores or '–'} "
+            f"| {c.kernel.together} |"
+        )
+
+
+def merged(triton: Sequence[Counted], cuda: Sequence[Counted]) -> list[Counted]:
+    """The CUDA backend's: its own kernels, and Triton's for the other parts."""
+    own = {c.path.part for c in cuda}
+    return [*(c for c in triton if c.path.part not in own), *cuda]
+
+
+def main(write: bool) -> str:
+    """The tables; with `write` also into docs/gpu.md and benchmarks/instructions.json."""
+    own, lines, baseline = compiled_cuda(), [], {}
+    for shape in (cases.SHAPES[name] for name in "ABCU"):
+        triton = compiled_triton(shape)
+        of_triton, of_cuda = counted(shape, TRITON, triton), counted(shape, CUDA, own)
+        if shape is cases.A:
+            baseline = instructions(TRITON, triton) | instructions((*CUDA, *STAGED), own)
+            lines += [*path_lines([*of_triton, *of_cuda, *counted(shape, STAGED, own)]), ""]
+        lines += [*shape_lines(shape, of_triton, merged(of_triton, of_cuda)), ""]
+    text = "\n".join(lines)
+    if write:
+        TABLE.write_text(LINES.sub(lambda _: f"\n{text}\n", TABLE.read_text(encoding="utf-8")), encoding="utf-8")
+        held = {"compilers": compilers(), "instructions": baseline}
+        BASELINE.write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
+    return text
