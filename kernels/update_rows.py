@@ -12,8 +12,8 @@ gradient twice.
 
 Adam and the norm are written so that a row's bits depend on the row alone, not on the kernel that computes it
 (`replay_rows` takes the same step in another one): every product that meets a sum is an explicit fma, the same
-instructions approximate Adam's root and quotient, and ||w||^2 is a float64 sum of squares cut to a common grain, which no
-order can change.
+instructions approximate Adam's root and quotient, and ||w||^2 is a float64 sum of squares cut to a common grain, which
+no order can change.
 """
 
 from __future__ import annotations
