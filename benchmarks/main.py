@@ -20,14 +20,15 @@ from sparc_fast import available_backends
 from sparc_fast.files import atomic_path
 from sparc_fast.planning.roofline import Roofline, processor
 
-from . import busy, figures, memory, operators, options, steps
+from . import busy, distributed, figures, memory, operators, options, steps
 from .cases import SMALL, TYPES, Place, Shape
 from .processes import commit, run_until
 from .record import Record
 from .table import figures_table, rows_table
 from .timing import measure_roofs
 
-CASES = {**steps.CASES, **operators.CASES, **options.CASES, "memory": memory.CASE, "busy": busy.CASE}
+CASES = {**steps.CASES, **operators.CASES, **options.CASES, "memory": memory.CASE, "busy": busy.CASE,
+         "distributed": distributed.CASE}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

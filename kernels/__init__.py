@@ -7,6 +7,7 @@ from .encoder_gradients import encoder_gradients
 from .global_topk import global_topk
 from .gradient_squares import gradient_squares
 from .invert_indices import invert_indices
+from .pooled_topk import batch_topk, latents_above
 from .replay_rows import replay_rows
 from .sparse_decode import sparse_decode
 from .sparse_decode_grad_values import sparse_decode_grad_values
@@ -18,6 +19,7 @@ from .update_rows import step_rows, update_rows
 from .weight_gradients import weight_gradients
 
 __all__ = [
+    "batch_topk",
     "count_silence",
     "decode_loss",
     "decoder_gradients",
@@ -25,6 +27,7 @@ __all__ = [
     "global_topk",
     "gradient_squares",
     "invert_indices",
+    "latents_above",
     "replay_rows",
     "sparse_decode",
     "sparse_decode_grad_values",

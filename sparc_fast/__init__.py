@@ -12,7 +12,19 @@ from sparc_fast.optim import SparcAdam
 from sparc_fast.version import __version__
 
 if TYPE_CHECKING:
-    from sparc_fast import compat, data, demo, evaluate, explain, extract, interop, planning, training
+    from sparc_fast import (
+        attribution,
+        compat,
+        data,
+        demo,
+        distributed,
+        evaluate,
+        explain,
+        extract,
+        interop,
+        planning,
+        training,
+    )
 
 __all__ = [
     "SPARC",
@@ -21,10 +33,12 @@ __all__ = [
     "SparcOutput",
     "SparseLatents",
     "__version__",
+    "attribution",
     "available_backends",
     "compat",
     "data",
     "demo",
+    "distributed",
     "evaluate",
     "explain",
     "extract",

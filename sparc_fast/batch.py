@@ -40,6 +40,15 @@ class Batch(NamedTuple):
     """bool [N, S'], which of the streams a sample has; None where each has them all."""
     zero_rows: Tensor | None = None
     """int64 [S'], how many rows of zeros were found to be absent; None where none was looked for."""
+    given: slice = slice(None)
+    """The samples that were given to this process; all but where processes share their batches."""
+
+    of_batch: int | None = None
+    """How many samples the batch has, where these are not all of them."""
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.x) if self.of_batch is None else self.of_batch
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.x, self.W_enc, self.W_dec, self.pre_bias, self.latent_bias
@@ -279,11 +288,14 @@ def check_finite(x: Tensor, streams: Sequence[str], d_streams: Sequence[int], fi
             )
 
 
-def in_pieces(inputs: Inputs, d_streams: Mapping[str, int], most: int) -> Iterator[dict[str, Tensor]]:
-    """The streams given, [n, D_s] each, so many samples at a time at most; one piece at least."""
+def in_pieces(
+    inputs: Inputs, d_streams: Mapping[str, int], most: int, n_samples: int = 1
+) -> Iterator[dict[str, Tensor]]:
+    """The streams given, [n, D_s] each, so many samples at a time at most; as many pieces as of `n_samples` at least,
+    the last of them empty where there are fewer."""
     flat = {name: part.reshape(-1, part.shape[-1]) for name, part in streams_of(inputs, d_streams).items()}
     N = len(next(iter(flat.values())))
-    for start in range(0, max(N, 1), most):
+    for start in range(0, max(N, n_samples), most):
         yield {name: part[start : start + most] for name, part in flat.items()}
 
 

@@ -26,6 +26,7 @@ NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
     torch.int32: "I32",
+    torch.int64: "I64",
 }
 """What safetensors calls them."""
 

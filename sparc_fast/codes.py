@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparc_fast import checkpoint
-from sparc_fast.batch import position
+from sparc_fast.batch import position, stack
 from sparc_fast.sizes import is_integer
 
 FORMAT = "sparc_fast.SparseLatents/1"
@@ -116,14 +117,19 @@ class SparseLatents:
         parts = [part.reshape(*leading, *part.shape[len(self.shape) :]) for part in (self.values, self.indices)]
         return SparseLatents(parts[0], parts[1], self.streams, self.n_latents)
 
+    def with_slots(self, k: int) -> SparseLatents:
+        """The same with k slots a sample, the further ones empty: latent -1 of value 0."""
+        room = (0, k - self.values.shape[-1])
+        return SparseLatents(pad(self.values, room), pad(self.indices, room, value=-1), self.streams, self.n_latents)
+
     @staticmethod
     def cat(codes: Sequence[SparseLatents]) -> SparseLatents:
-        """Samples below samples, of one model and the same streams."""
+        """Samples below samples, of one model and the same streams; empty slots where some have fewer than others."""
         first = codes[0] if codes else None
-        like = [(one.streams, one.n_latents, one.is_shared, one.values.shape[1:]) for one in codes]
+        like = [(one.streams, one.n_latents, one.is_shared, one.values.shape[1:-1]) for one in codes]
         if first is None or any(other != like[0] for other in like):
-            raise ValueError(f"codes must be at least one, all of the same streams, latents and k, got {like}")
-        values, indices = torch.cat([one.values for one in codes]), torch.cat([one.indices for one in codes])
+            raise ValueError(f"codes must be at least one, all of the same streams and latents, got {like}")
+        values, indices = stack([one.values for one in codes]), stack([one.indices for one in codes])
         return SparseLatents(values, indices, first.streams, first.n_latents)
 
     def stream(self, name: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic_path", "check_folder"]
+__all__ = ["atomic_path", "check_folder", "flush"]
 
 
 @contextmanager
@@ -32,9 +32,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(mode)  # the umask's: some writers put a private file in its place
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
@@ -52,7 +52,7 @@ def check_folder(folder: Path, name: str) -> None:
         raise OSError(f"{name} must be a folder that can be written, got {folder}: {reason}") from error
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """To the disk, so that a crash cannot leave the new name with old or no content."""
     if os.name == "posix" or path.is_file():
         handle = os.open(path, os.O_RDONLY)

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
@@ -21,7 +22,11 @@ from sparc_fast.objective import Loss, Objective, SparcLoss, fired
 from sparc_fast.ops import backends, functional, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import stream_slices
-from sparc_fast.selection import RULES, Selection, select
+from sparc_fast.selection import RULES, Selection, Thresholds, select
+from sparc_fast.whole import WHOLE, Whole
+
+if TYPE_CHECKING:
+    from sparc_fast.interop.hub import Card
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,9 @@ class SPARC(nn.Module):
         d_streams: name -> width of each stream, in order.
         n_latents: L, latents in the shared dictionary.
         k: latents kept per sample, 1 <= k <= L.
-        selection: "global", one support for all streams of a sample; "local", one per stream.
+        selection: "global", one support for all streams of a sample; "local", one per stream; "batch", one for all
+            streams, of k latents on average: in training the k N largest of a batch, else those above a threshold that
+            training learns (BatchTopK, arXiv 2412.06410).
         auxk: dead latents that reconstruct the residual during training; 0 turns AuxK off.
         dead_after: a latent is dead once no stream fired it for more than this many training samples.
         normalize: "l2" gives every row of inputs unit norm before anything else is done with it; of some streams alone
@@ -67,6 +74,8 @@ class SPARC(nn.Module):
     input_mean: Tensor
     input_rms: Tensor
     silence: Tensor
+    threshold: Tensor
+    threshold_count: Tensor
 
     def __init__(
         self,
@@ -97,7 +106,7 @@ class SPARC(nn.Module):
         if not 1 <= k <= n_latents:
             raise ValueError(f"k must be between 1 and n_latents={n_latents}, got {k}")
         if selection not in RULES:
-            raise ValueError(f'selection must be "global" or "local", got {selection!r}')
+            raise ValueError(f"selection must be one of {RULES}, got {selection!r}")
         if auxk < 0 or dead_after < 0:
             raise ValueError(f"auxk and dead_after must be >= 0, got {auxk} and {dead_after}")
         self.d_streams = {name: int(width) for name, width in d_streams.items()}
@@ -118,6 +127,10 @@ class SPARC(nn.Module):
         self.register_buffer("input_mean", torch.zeros(D, dtype=torch.float32, device=device))
         self.register_buffer("input_rms", torch.ones(S, dtype=torch.float32, device=device))
         self.register_buffer("silence", torch.zeros(L, dtype=torch.int64, device=device))
+        if selection == "batch":
+            for name, buffer in zip(("threshold", "threshold_count"), Thresholds.empty(S, device), strict=True):
+                self.register_buffer(name, buffer)
+        self._shards: Whole = WHOLE
         self._calibration: tuple[tuple[tuple[Tensor, int], ...], bool] = (), False
         self._catch_up: Callable[[], None] | None = None
         self.register_load_state_dict_post_hook(_look_at_calibration)  # type: ignore[no-untyped-call]
@@ -158,7 +171,7 @@ class SPARC(nn.Module):
         """
         for cols in stream_slices(tuple(self.d_streams.values())):
             bound = 1 / math.sqrt(cols.stop - cols.start)
-            self.W_enc[:, cols].uniform_(-bound, bound)
+            self._shards.draw(self.W_enc[:, cols], bound)
         self.W_dec.copy_(self.W_enc)
         self.normalize_decoder_()
         self.pre_bias.zero_()
@@ -204,6 +217,8 @@ class SPARC(nn.Module):
                 Under DistributedDataParallel all processes must calibrate then, since input_rms is [D].
             streams: those whose calibration is set; that of the others, which weights may rely on, stays.
         """
+        if not self._shards.is_whole:
+            raise ValueError("calibrate must be called before a model's latents are shared between processes")
         if whiten not in ("none", "diag"):
             raise ValueError(f'whiten must be "none" or "diag", got {whiten!r}')
         inputs = self._tensors(inputs)
@@ -223,6 +238,8 @@ class SPARC(nn.Module):
         Codes of the other streams are what they were. To train the new one alone, ``SparcAdam(..., freeze=streams)``
         with those there were; calibrate it alone with ``calibrate(inputs, streams=[name])``.
         """
+        if not self._shards.is_whole:
+            raise ValueError("with_stream must be called before a model's latents are shared between processes")
         if name in self.streams:
             raise ValueError(f"name must be of a stream that is new beside {self.streams}, got {name!r}")
         like: dict[str, Any] = {"dtype": self.W_enc.dtype, "device": self.W_enc.device, "backend": self.backend}
@@ -234,15 +251,18 @@ class SPARC(nn.Module):
     @torch.no_grad()
     def _take_over(self, other: SPARC) -> None:
         """Become `other` in the streams that it has, whatever their order; the rest stays."""
-        self.silence.copy_(other.silence)
+        rows = self._shards.rows(self.n_latents)
+        self.silence.copy_(other.silence[rows])
+        if self.selection == other.selection == "batch":
+            self._all_thresholds().take_over(other._all_thresholds())
         mean, scales = self.input_mean.clone(), list(self._scales())
         for name, theirs, scale in zip(other.streams, other._columns(), other._scales(), strict=True):
             s = self.streams.index(name)
             mine = self._columns()[s]
             for weights, given in zip((self.W_enc, self.W_dec), (other.W_enc, other.W_dec), strict=True):
-                weights[:, mine].copy_(given[:, theirs])
+                weights[:, mine].copy_(given[rows, theirs])
             self.pre_bias[mine].copy_(other.pre_bias[theirs])
-            self.latent_bias[s].copy_(other.latent_bias[other.streams.index(name)])
+            self.latent_bias[s].copy_(other.latent_bias[other.streams.index(name), rows])
             mean[mine].copy_(other.input_mean[theirs])
             scales[s] = scale.to(mean.device)
         self._set_calibration(mean, scales)
@@ -269,6 +289,29 @@ class SPARC(nn.Module):
             kept[s] = measured[s].to(self.input_rms)
         self._set_calibration(means, kept)
 
+    @torch.no_grad()
+    def learn_thresholds(self, inputs: Inputs | Arrays, present: Tensor | None = None) -> None:
+        """Learn the threshold of every set of the streams given once more, from the first samples of these inputs.
+
+        Under ``selection="batch"``, whose training learns them too; other models have none.
+        """
+        if self.selection != "batch":
+            raise ValueError(f'selection must be "batch" for thresholds to be learned, got {self.selection!r}')
+        for _, part in self._batch(self._tensors(inputs), present).by_presence():
+            self._all_thresholds().learn_all(part, self.k, self.backend)
+
+    def _all_thresholds(self) -> Thresholds:
+        return Thresholds(self.threshold, self.threshold_count, self.streams)
+
+    def _thresholds(self) -> Thresholds | None:
+        """What latents fire by where they have to beat a threshold, not each other."""
+        return self._all_thresholds() if self.selection == "batch" and not self.training else None
+
+    def _learn_threshold(self, given: Batch) -> None:
+        if self.selection == "batch" and self.training:
+            for _, part in given.by_presence():
+                self._all_thresholds().learn(part, self.k, self.backend)
+
     def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
         first = 0
         for piece in batch.in_pieces(inputs, self.d_streams, batch.MEASURED):
@@ -290,19 +333,22 @@ class SPARC(nn.Module):
         """
         inputs = self._tensors(inputs)
         if not torch.compiler.is_compiling():
-            parts = batch.streams_of(inputs, self.d_streams)
-            some = next(iter(parts.values()))
-            leading = tuple(some.shape[:-1])
-            if math.prod(leading) > batch.PIECE:
-                if present is not None:
-                    present = batch.check_present(present, tuple(parts), leading, some.device)
-                return self._encode_in_pieces(inputs, present).reshape(*leading)
+            with self._shards.agreed("encode"):
+                parts = batch.streams_of(inputs, self.d_streams)
+                some = next(iter(parts.values()))
+                leading = tuple(some.shape[:-1])
+            n_samples = self._shards.most(math.prod(leading))
+            if n_samples > batch.PIECE:
+                with self._shards.agreed("encode"):
+                    if present is not None:
+                        present = batch.check_present(present, tuple(parts), leading, some.device)
+                return self._encode_in_pieces(inputs, present, n_samples).reshape(*leading)
         return self._encode_together(inputs, present)
 
-    def _encode_in_pieces(self, inputs: Inputs, present: Tensor | None) -> SparseLatents:
+    def _encode_in_pieces(self, inputs: Inputs, present: Tensor | None, n_samples: int) -> SparseLatents:
         """Beside the inputs it takes what a piece does: autograd, if it is on, encodes each again on its way back."""
         codes, first = [], 0
-        for piece in batch.in_pieces(inputs, self.d_streams, batch.PIECE):
+        for piece in batch.in_pieces(inputs, self.d_streams, batch.PIECE, n_samples):
             n = len(next(iter(piece.values())))
             has = None if present is None else present[first : first + n]
             codes.append(
@@ -321,29 +367,31 @@ class SPARC(nn.Module):
         widths = dict(zip(given.streams, given.d_streams, strict=True))
         order = torch.cat([rows for rows, _, _ in parts if rows is not None]).argsort()
         whole = [[AllStreams(widths, part).streams(one) for one in code] for _, part, code in parts]
-        return self._codes(given, *(torch.cat(ones)[order] for ones in zip(*whole, strict=True)))
+        return self._codes(given, *(batch.stack(ones)[order] for ones in zip(*whole, strict=True)))
 
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
         """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""
-        if codes.n_latents != self.n_latents:
-            raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
-        values, indices = codes.stream(source)
-        t = position(target, self.streams, "target")
+        with self._shards.agreed("decode"):
+            if codes.n_latents != self.n_latents:
+                raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
+            values, indices = codes.stream(source)
+            t = position(target, self.streams, "target")
         cols = self._columns()[t]
         k = values.shape[-1]
-        recons = functional.sparse_decode(
-            values.reshape(-1, 1, k), indices.reshape(-1, k), self.W_dec[:, cols], self.pre_bias[cols],
-            backend=self.backend,
-        )  # fmt: skip
+        decode = partial(
+            functional.sparse_decode, W_dec=self.W_dec[:, cols], pre_bias=self.pre_bias[cols], backend=self.backend
+        )
+        recons = self._shards.decode(decode, values.reshape(-1, 1, k), indices.reshape(-1, k))
         recons = recons.reshape(*values.shape[:-1], cols.stop - cols.start)
         return self._uncalibrate(recons, t)
 
     def translate(self, inputs: Inputs | Arrays, source: str, target: str) -> Tensor:
         """Stream `target` predicted from stream `source` alone, [..., D_target]; `target` may be absent."""
-        position(source, self.streams, "source")
-        parts = batch.streams_of(self._tensors(inputs), self.d_streams)
-        if source not in parts:
-            raise ValueError(f"inputs must hold the source stream {source!r}, got {tuple(parts)}")
+        with self._shards.agreed("translate"):
+            position(source, self.streams, "source")
+            parts = batch.streams_of(self._tensors(inputs), self.d_streams)
+            if source not in parts:
+                raise ValueError(f"inputs must hold the source stream {source!r}, got {tuple(parts)}")
         return self.decode(self.encode({source: parts[source]}), source, target)
 
     def forward(self, inputs: Inputs, cross_loss_coef: float = 1.0) -> SparcOutput:
@@ -351,6 +399,8 @@ class SPARC(nn.Module):
 
         `loss` computes the same objective, and AuxK, without keeping the reconstructions: train with that.
         """
+        if not self._shards.is_whole:
+            raise ValueError("forward must be of a whole model: where processes share the latents, call loss or decode")
         given = self._batch(inputs)
         values, indices = self._encode(given)
         recons = functional.sparse_decode(values, indices, self.W_dec, self.pre_bias, backend=self.backend)
@@ -391,9 +441,13 @@ class SPARC(nn.Module):
         given = self._batch(inputs, present)
         objective = self._objective(cross_loss_coef, auxk_coef, support_from).over([given])
         parts = objective.choose(given)
-        flows = [part.measure(len(given.x)) for part in parts]
-        self._count_silence(*fired(parts, flows))
+        self._learn_threshold(given)
+        flows = [part.measure(given.n_samples) for part in parts]
+        if self.training:
+            every = self.d_streams if self._shards.has_replicas else None
+            self._count_silence(*self._shards.of_replicas(*fired(parts, flows, every)))
         terms = {part.batch.streams: flow.terms() for part, flow in zip(parts, flows, strict=True)}
+        terms = self._shards.terms(terms)
         return objective.summarize(terms, given.streams, given.zero_rows)
 
     def _objective(
@@ -404,9 +458,11 @@ class SPARC(nn.Module):
         reads_host: bool = True,
     ) -> Objective:
         dead = self.dead if self.training and self.auxk and auxk_coef else None
+        n_dead = 0
         if dead is not None and reads_host:
             dead = dead.nonzero()[:, 0]  # before this batch's work is under way, so that the host need not wait for it
-            dead = dead if len(dead) else None
+            n_dead = self._shards.total(len(dead))
+            dead = dead if n_dead else None
         return Objective(
             self.selection,
             self.k,
@@ -417,10 +473,19 @@ class SPARC(nn.Module):
             auxk_coef,
             dead,
             self.error,
+            thresholds=self._thresholds(),
+            n_dead=n_dead,
+            shards=self._shards,
         )
 
     def _batch(self, inputs: Inputs, present: Tensor | None = None, first: int = 0) -> Batch:
-        """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights."""
+        """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights.
+
+        With those of all processes that share the latents.
+        """
+        return self._shards.gathered(partial(self._own_batch, inputs, present, first))
+
+    def _own_batch(self, inputs: Inputs, present: Tensor | None, first: int) -> Batch:
         streams, x, leading = batch.side_by_side(inputs, self.d_streams)
         positions = [self.streams.index(name) for name in streams]
         widths = tuple(self.d_streams[name] for name in streams)
@@ -456,15 +521,16 @@ class SPARC(nn.Module):
 
     def _encode(self, given: Batch) -> tuple[Tensor, Tensor]:
         """(values [N, S', k], the support)"""
-        indices = select(self.selection, given, self.k, backend=self.backend)
+        backend = self._shards.backend(self.backend, given.x.device)
+        indices = select(self.selection, given, self.k, thresholds=self._thresholds(), backend=backend)
         values = functional.support_values(
             given.x, given.W_enc, given.pre_bias, given.latent_bias, indices,
             d_streams=given.d_streams, backend=self.backend,
         )  # fmt: skip
-        return values, indices
+        return self._shards.codes(values, indices)
 
     def _codes(self, given: Batch, values: Tensor, indices: Tensor) -> SparseLatents:
-        values, indices = (part.reshape(*given.leading, *part.shape[1:]) for part in (values, indices))
+        values, indices = (part[given.given].reshape(*given.leading, *part.shape[1:]) for part in (values, indices))
         return SparseLatents(values, indices, given.streams, self.n_latents)
 
     @torch.no_grad()
@@ -518,7 +584,7 @@ class SPARC(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write weights, counters, calibration and configuration to one safetensors file, atomically."""
-        checkpoint.save(path, self.state_dict(), self.config())
+        self._shards.save(path, self.state_dict(), self.config())
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str | None = None, backend: str = "auto") -> SPARC:
@@ -537,6 +603,30 @@ class SPARC(nn.Module):
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"path must be a model saved by sparc_fast, but {path} does not fit: {error}") from error
         return model
+
+    def save_pretrained(self, folder: str | Path, card: Card | None = None) -> None:
+        """Write a folder as the Hugging Face Hub shows it: see `sparc_fast.interop.hub.save_pretrained`."""
+        from sparc_fast.interop import hub
+
+        hub.save_pretrained(self, folder, card)
+
+    def push_to_hub(self, repo_id: str, card: Card | None = None, **options: Any) -> str:
+        """Upload such a folder in one commit: see `sparc_fast.interop.hub.push_to_hub` for the options."""
+        from sparc_fast.interop import hub
+
+        return hub.push_to_hub(self, repo_id, card, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, device: torch.device | str | None = None, backend: str = "auto", **options: Any
+    ) -> SPARC:
+        """The model of a folder that `save_pretrained` wrote, or of a repository of the Hugging Face Hub.
+
+        The options are huggingface_hub's: revision, token, cache_dir, force_download, local_files_only.
+        """
+        from sparc_fast.interop import hub
+
+        return cls.load(hub.fetch(name, **options), device=device, backend=backend)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments that are part of the model, as plain data."""

@@ -19,6 +19,8 @@ from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
 from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, reconstruct, weighted_sum
 from sparc_fast.ops.layout import stream_slices, wide
+from sparc_fast.selection import Selection, Thresholds
+from sparc_fast.whole import WHOLE, Whole
 
 Loss = Literal["nmse", "fvu"]
 
@@ -136,7 +138,10 @@ class AmongDead(NamedTuple):
 
     @property
     def indices(self) -> Tensor:
-        return self.positions if self.latents is None else self.latents.int()[self.positions.long()]
+        if self.latents is None:
+            return self.positions
+        numbers = torch.nn.functional.pad(self.latents.int(), (0, 1), value=-1)  # an empty slot's is the last
+        return numbers[self.positions.long()]
 
     def before(self, batch: Batch) -> tuple[Batch, Tensor]:
         """The batch before the dictionary that AuxK decodes with, and the support there."""
@@ -206,13 +211,16 @@ class Part(NamedTuple):
         return self._replace(batch=self.batch._replace(W_dec=W_dec))
 
 
-def fired(parts: Sequence[Part], flows: Sequence[Flow]) -> tuple[Tensor, Tensor]:
-    """(values [N, S', k], supports) of a whole batch, for its dead latents to be counted."""
+def fired(
+    parts: Sequence[Part], flows: Sequence[Flow], d_streams: Mapping[str, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(values [N, S', k], supports) of a whole batch, for its dead latents to be counted; S' of these streams, or of
+    those that some sample has."""
     values = [flow.reconstruction.values for flow in flows]
     indices = [part.supports.indices for part in parts]
-    if len(parts) > 1:
-        widths = {n: d for part in parts for n, d in zip(part.batch.streams, part.batch.d_streams, strict=True)}
-        among = [AllStreams(widths, part.batch) for part in parts]
+    if len(parts) > 1 or d_streams is not None:
+        some = {n: d for part in parts for n, d in zip(part.batch.streams, part.batch.d_streams, strict=True)}
+        among = [AllStreams(d_streams or some, part.batch) for part in parts]
         values, indices = ([a.streams(one) for a, one in zip(among, of, strict=True)] for of in (values, indices))
     return stack(values), stack(indices)
 
@@ -225,7 +233,7 @@ class Objective:
     deviate, not what is left over of them, which is known of a part of a batch at a time.
     """
 
-    selection: selection.Selection
+    selection: Selection
     k: int
     backend: str
     cross_loss_coef: float = 1.0
@@ -239,6 +247,12 @@ class Objective:
     loss: Loss = "nmse"
     spread: Mapping[str, Tensor] | None = None
     """For FVU, what `over` finds."""
+    thresholds: Thresholds | None = None
+    """What latents fire by, where it is not each other."""
+    n_dead: int = 0
+    """Where `dead` are numbers, how many there are, with those that are in other processes."""
+    shards: Whole = WHOLE
+    """Of the latents, where processes share them."""
 
     def over(self, batches: Iterable[Batch]) -> Objective:
         """The same for a batch, given whole or in parts; NMSE does not look at it, being each sample's own."""
@@ -259,7 +273,7 @@ class Objective:
         return replace(self, support_from=[name for name in self.support_from if name in streams] or None)
 
     def _part(self, batch: Batch) -> Part:
-        indices = self._select(batch, self.k, self.support_from)
+        indices = self._select(self.selection, batch, self.k, self.support_from)
         return Part(batch, Supports(indices, None if self.dead is None else self._among(self.dead, batch)), self)
 
     def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
@@ -267,7 +281,7 @@ class Objective:
         energy = row_energy(batch.x, widths)
         scale = self._scale(batch, energy, n_samples)
         weights = pair_weights(S, self.cross_loss_coef)
-        backend = backends.resolve(self.backend, batch.x.device)
+        backend = backends.resolve(self.shards.backend(self.backend, batch.x.device), batch.x.device)
         first = reconstruct(*batch.operands(), supports.indices, None, scale, weights, widths, backend)
         if supports.dead is None:
             return Flow(first, None, energy)
@@ -349,15 +363,23 @@ class Objective:
             total, auxk = total + auxk, auxk.detach() / self.auxk_coef
         return SparcLoss(total, nmse.diagonal().mean(), cross, auxk, nmse, (energy < ZERO_ROW).sum(0))
 
-    def _select(self, batch: Batch, k: int, support_from: Sequence[str] | None = None) -> Tensor:
-        return selection.select(self.selection, batch, k, support_from=support_from, backend=self.backend)
+    def _best(self, batch: Batch, n_latents: int) -> Tensor:
+        """AuxK's support: of each sample or, under local selection, each stream of it, as many as may be of so many."""
+        return self._select("local" if self.selection == "local" else "global", batch, min(self.auxk, n_latents))
+
+    def _select(self, rule: Selection, batch: Batch, k: int, support_from: Sequence[str] | None = None) -> Tensor:
+        found = selection.select(
+            rule, batch, k, support_from=support_from, thresholds=self.thresholds,
+            backend=self.shards.backend(self.backend, batch.x.device),
+        )  # fmt: skip
+        return self.shards.compact(found)
 
     def _among(self, dead: Tensor, batch: Batch) -> AmongDead:
         bias = batch.latent_bias
         if dead.dtype == torch.int64:
-            positions = self._select(batch.encoder_of_latents(dead), min(self.auxk, len(dead)))
+            positions = self._best(batch.encoder_of_latents(dead), self.n_dead)
             return AmongDead(positions, dead, bias, None)
         # all latents, in which only the dead can win; where fewer than auxk are, others fill up with values of 0
         bias = bias.masked_fill(~dead, max(OUT_OF_REACH, torch.finfo(bias.dtype).min))
-        positions = self._select(batch._replace(latent_bias=bias), min(self.auxk, len(dead)))
+        positions = self._best(batch._replace(latent_bias=bias), len(dead))
         return AmongDead(positions, None, bias, dead.any())

@@ -1,4 +1,4 @@
-"""Numbers as people give them: sizes with units, NumPy's integers."""
+"""Numbers as people give and read them: sizes with units, NumPy's integers, counts of things."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import re
 from numbers import Integral
 from typing import Any
 
-__all__ = ["as_bytes", "is_integer", "parse_bytes"]
+__all__ = ["as_bytes", "counted", "is_integer", "parse_bytes"]
 
 
 def is_integer(value: Any) -> bool:
     """Python's integers and NumPy's; True is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def counted(number: float, thing: str, things: str | None = None) -> str:
+    """1, "step" -> "1 step"; 1150 -> "1,150 steps"; 0.5, "epoch" -> "0.5 epochs"."""
+    number = int(number) if float(number).is_integer() else number
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
 
 
 def parse_bytes(text: str) -> int:

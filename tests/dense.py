@@ -50,8 +50,15 @@ def logits(weights: Weights, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def masks(h: list[Tensor], k: int, selection: str, allowed: Tensor | None = None) -> list[Tensor]:
-    """1 at the k largest of each row, of the sum over streams or of each stream; a stable sort breaks ties."""
-    scores = [sum(h)] * len(h) if selection == "global" else h
+    """1 at the k largest of each row, of the sum over streams or of each stream; a stable sort breaks ties.
+
+    Under "batch" at the k N largest of all N rows.
+    """
+    if selection == "batch":
+        score = sum(h).detach().float()
+        order = score.flatten().sort(descending=True, stable=True).indices[: k * len(score)]
+        return [torch.zeros_like(score).flatten().scatter(0, order, 1.0).view_as(score).to(h[0].dtype)] * len(h)
+    scores = h if selection == "local" else [sum(h)] * len(h)
     if allowed is not None:
         scores = [score.masked_fill(~allowed, -torch.inf) for score in scores]
     order = [score.detach().float().sort(dim=1, descending=True, stable=True).indices[:, :k] for score in scores]
@@ -84,7 +91,8 @@ def objective(
         cross = sum(terms[s][t] for s in range(S) for t in range(S) if s != t)
         total = total + cross_loss_coef * cross / (S * (S - 1))
     if dead is not None and dead.any() and auxk_coef:
-        chosen = masks(h, min(auxk, int(dead.sum())), selection, allowed=dead)
+        rule = "local" if selection == "local" else "global"
+        chosen = masks(h, min(auxk, int(dead.sum())), rule, allowed=dead)
         for s in range(S):
             residual = (inputs[s] - recons[s][s]).detach()
             code = torch.relu(h[s]) * chosen[s]

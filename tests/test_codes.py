@@ -57,7 +57,7 @@ def test_codes_joined_are_the_codes_of_all_samples(selection: str) -> None:
     parts = [model.encode({name: part[i:j] for name, part in x.items()}) for i, j in ((0, 3), (3, 10))]
     assert_same(sf.SparseLatents.cat(parts), model.encode(x))
     for others in ([], [parts[0], model.encode({"a": x["a"]})]):
-        with pytest.raises(ValueError, match="codes must be at least one, all of the same streams, latents and k"):
+        with pytest.raises(ValueError, match="codes must be at least one, all of the same streams and latents"):
             sf.SparseLatents.cat(others)
 
 

@@ -73,6 +73,7 @@ def calls() -> dict[str, list[Any]]:
         "count_silence": [integers(L), values, indices],
         "count_nearer": [floats(N), integers(N), integers(N), *sparse_rows(), *sparse_rows(), integers(N), integers(N) + 2,
                          L, 1e-6, 1],
+        "find_nearest": [integers(N, 3), floats(N, 3), *sparse_rows(), *sparse_rows(), L, 1],
         "exact_scores": [floats(N, L), x, matrix(), floats(L, **wide), 1],
         "support_scores": [floats(N, K), x, matrix(), floats(L, **wide), indices, 1],
         "measure_rows": [floats(L), floats(L), None, matrix(), 1],
@@ -345,7 +346,7 @@ def test_widths_whose_sum_is_beyond_64_bits_are_refused() -> None:
 
 def test_a_refusal_names_function_argument_what_it_must_be_and_what_it_is() -> None:
     right = calls()["sparse_decode"]
-    with pytest.raises(ValueError, match=r"^sparse_decode: W_dec must be float32, got float16 \[11, 7\]$"):
+    with pytest.raises(ValueError, match=r"^sparse_decode: W_dec must be float32 or bfloat16, got float16 \[11, 7\]$"):
         call("sparse_decode", replaced(right, (3,), right[3].half()))
     with pytest.raises(ValueError, match=r"^sparse_decode: values must be \[N=5, S=2, k\], got float32 \[4, 2, 3\]$"):
         call("sparse_decode", replaced(right, (1,), right[1][1:].contiguous()))
@@ -366,6 +367,7 @@ def test_numbers_that_are_places_must_be_places_there_are() -> None:
         ("support_values", (5,), L), ("sparse_decode", (2,), -2), ("count_silence", (2,), 2**30),
         ("support_scores", (4,), -1), ("gather_rows", (2,), L), ("replay_rows", (3,), -1), ("replay_rows", (4,), 3),
         ("count_nearer", (4,), L), ("count_nearer", (7,), -1), ("count_nearer", (10,), N + 1),
+        ("find_nearest", (3,), L), ("find_nearest", (6,), -1),
     ):  # fmt: skip
         arguments = calls()[name]
         arguments[place[0]].flatten()[1] = bad
@@ -388,7 +390,25 @@ def test_numbers_that_are_places_must_be_places_there_are() -> None:
 @pytest.mark.parametrize(("k", "capacity"), [(0, 70), (L + 1, 80), (K, K + 63), (K, 2**40), (K, 2**62)])
 def test_a_screen_has_room_for_its_candidates_and_for_no_more_than_there_can_be(k: int, capacity: int) -> None:
     with pytest.raises(IndexError, match="capacity in k"):
-        _cpu.Screen(floats(4), floats(4), floats(L, dtype=torch.float64), D, k, capacity, False)
+        _cpu.Screen(floats(4), floats(4), floats(L, dtype=torch.float64), D, k, capacity, False, _cpu.Among.row, 0.0)
+
+
+def test_a_ragged_support_is_written_where_there_is_room_for_it() -> None:
+    numbers = floats(4), floats(4), floats(L, dtype=torch.float64), D, K, K + 64
+    room = torch.zeros(4, L, dtype=torch.int32, device="cpu")
+    rows = _cpu.Screen(*numbers, False, _cpu.Among.row, 0.0)
+    with pytest.raises(ValueError, match="no ragged support"):
+        rows.settle_ragged(floats(4, D), floats(L, D), 1)
+    above = _cpu.Screen(*numbers, False, _cpu.Among.above, -1.0)
+    above.filter(floats(4, L).fill_(9.0), 0, floats(L).fill_(0.0), floats(L).fill_(0.0), 1)
+    for x, W in ((floats(3, D), floats(L, D)), (floats(4, D), floats(L, D + 1)), (floats(4, D), floats(L - 1, D))):
+        with pytest.raises(ValueError, match="settle_ragged"):
+            above.settle_ragged(x, W, 1)
+    width = above.settle_ragged(floats(4, D), floats(L, D), 1)
+    for bad in (room[:, : width - 1], room[:3], room.long(), room[:, ::2]):
+        with pytest.raises((ValueError, IndexError), match="write"):
+            above.write(bad)
+    above.write(room)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -75,7 +76,8 @@ def test_the_table_can_be_read_on_every_terminal(folder: Path, encoding: str) ->
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     command = [sys.executable, "-m", "sparc_fast", *words]
     done = subprocess.run(command, env=environment, capture_output=True, check=True)
-    lines = done.stdout.decode(encoding).splitlines()
+    printed = done.stdout.decode(encoding).splitlines()
+    lines = printed[: next(n for n, line in enumerate(printed) if "95 % interval over samples" in line)]
     assert any("a > b" in line for line in lines)
     squared = "R²" if encoding == "cp1252" else "R2"
     assert any(f"Own variance explained ({squared})" in line for line in lines)
@@ -171,7 +173,7 @@ def test_rows_in_another_order_are_joined_by_ids_with_labels_and_groups_of_their
     )  # the order of a draw is that of the rows
     assert run(*common, *joined, "outer") == 0
     printed = capsys.readouterr()
-    assert "10 of 60 samples lack a stream and are left out" in printed.err
+    assert "left out for lack of a stream: 10 of 60 samples" in printed.err
     assert json.loads(printed.out)["run"]["scores"] == pytest.approx(found["scores"])
 
 
@@ -185,12 +187,125 @@ def test_rows_of_zeros_are_left_out_unless_they_are_kept_and_retrieval_may_be(
     assert run(folder / "run", "--data", tmp_path, "--json", "--no-retrieval", "--memory", "1GiB") == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)["run"]
-    assert (found["n_samples"], found["retrieval"]) == (N - 2, {})
-    assert printed.err == "2 of 60 samples lack a stream and are left out\n"
+    assert found["n_samples"] == N - 2
+    assert "retrieval" not in found
+    assert printed.err == "left out for lack of a stream: 2 of 60 samples\n"
     assert run(folder / "run", "--data", tmp_path, "--json", "--zero-rows", "keep", "--device", "cpu") == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["run"]["n_samples"] == N
     assert printed.err == ""
+
+
+def test_metrics_are_chosen_by_name_and_an_unknown_one_is_a_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [folder / "run", "--data", folder / "held_out", "--json", "--metrics"]
+    assert run(*command, "retrieval,agreement", "--resamples", "0") == 0
+    found = json.loads(capsys.readouterr().out)["run"]
+    assert list(found["scores"]) == ["r1", "r5", "r10", "median_rank", "mrr", "agreement"]
+    assert "intervals" not in found
+    assert "nmse" not in found
+    assert run(*command, "retrieval", "agreement", "--resamples", "0") == 0
+    assert json.loads(capsys.readouterr().out)["run"] == found
+    assert run(*command, "retreival") == 1
+    assert "got 'retreival' (near: retrieval" in capsys.readouterr().err
+
+
+def test_tables_are_printed_and_written_in_every_format(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / f"table{ending}" for ending in (".json", ".csv", ".tex", ".md")]
+    command = [folder / "run", "--data", folder / "held_out", "--resamples", "20"]
+    assert run(*command, "--markdown", "--out", *files, "--plots", tmp_path / "plots") == 0
+    printed = capsys.readouterr().out
+    assert printed == files[3].read_text()
+    assert "| Retrieval R@1 | **" in printed
+    assert "± 95 % interval over samples, of one seed." in printed
+    found = json.loads(files[0].read_text())
+    assert set(found["run"]["intervals"]) == set(found["run"]["scores"])
+    lines = list(csv.DictReader(files[1].read_text().splitlines()))
+    by_key = {(line["key"], line["model"]): line for line in lines}
+    assert float(by_key["r1", "run"]["value"]) == found["run"]["scores"]["r1"]
+    assert float(by_key["r1", "run"]["half_width_95"]) == found["run"]["intervals"]["r1"]
+    assert by_key["nmse_self", "untrained"]["better"] == "lower"
+    assert r"\textbf{Reconstruction, source to target}" in files[2].read_text()
+    made = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert made == [f"{name}.{ending}" for name in ("latents", "r2", "retrieval") for ending in ("png", "svg")]
+    assert all(path.stat().st_size > 5000 for path in (tmp_path / "plots").iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plots", *sorted(path.name for path in files)]
+    assert run(*command, "--out", tmp_path / "table.xlsx") == 1
+    assert "must be written to a file that ends in .json, .csv, .tex, .md, got" in capsys.readouterr().err
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_column_with_an_interval_over_seeds(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [f"{stream}={folder / stream}.npy" for stream in D]
+    flags = ["--n-latents", "64", "--k", "3", "--steps", "10", "--batch-size", "32", "--progress", "none"]
+    for name, more in (
+        ("one", []),
+        ("two", ["--seed", "1"]),
+        ("other", ["--lr", "1e-2"]),
+        ("alone", ["--selection", "local", "--cross-loss-coef", "0"]),
+    ):
+        assert cli.main(["train", "--out", str(tmp_path / name), *flags, *more, "--data", *data]) == 0
+    capsys.readouterr()
+    runs = [tmp_path / name for name in ("one", "two", "other", "alone")]
+    command = ["--compare", *runs, "--data", folder / "held_out", "--train-data", folder, "--json", "--resamples", "20"]
+    assert run(*command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["one (2 seeds)", "other", "alone", "alone, matched", "untrained"]
+    both = found["one (2 seeds)"]
+    one, two = (of_seed["scores"]["nmse_self"] for of_seed in both["runs"])
+    assert both["scores"]["nmse_self"] == pytest.approx((one + two) / 2)
+    assert both["intervals"]["nmse_self"] >= 12.7 * abs(one - two) / 2
+    alone, after = found["alone"]["scores"], found["alone, matched"]["scores"]
+    assert after["nmse_self"] == pytest.approx(alone["nmse_self"])
+    assert after["agreement"] > alone["agreement"]
+    assert run(*runs, "--data", folder / "held_out", "--json", "--metrics", "latents") == 0
+    printed = capsys.readouterr()
+    assert list(json.loads(printed.out)) == ["one", "two", "other", "alone", "untrained"]
+    assert "give --train-data to see alone with its latents matched afterwards" in printed.err
+    assert run("--data", folder / "held_out") == 1
+    assert "models must be at least one, got none" in capsys.readouterr().err
+
+
+def test_a_hierarchy_of_the_labels_names_gives_alignment_by_depth_as_table_and_picture(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kinds.csv").write_text("\n".join(["label", *(f"kind {n % 5}" for n in range(N))]))
+    parents = {f"kind {n}": f"group {n % 2}" for n in range(5)} | {"group 0": "all", "group 1": "all"}
+    (tmp_path / "tree.json").write_text(json.dumps(parents))
+    command = [folder / "run", "--data", folder / "held_out", "--metrics", "concepts_by_depth"]
+    known = ["--hierarchy", tmp_path / "tree.json", "--labels", tmp_path / "kinds.csv"]
+    assert run(*command, *known, "--plots", tmp_path / "plots", "--resamples", "0") == 0
+    printed = capsys.readouterr().out
+    assert all(f"Depth {depth}" in printed for depth in range(3))
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["depth.png", "depth.svg"]
+    assert run(*command) == 1
+    assert "metric 'concepts_by_depth' must be given a hierarchy, got none" in capsys.readouterr().err
+    assert run(*command, *known[:2]) == 1
+    assert "--hierarchy must be of --labels that are names" in capsys.readouterr().err
+
+
+def test_raw_features_are_compared_where_streams_have_one_width(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder / "run", "--data", folder / "held_out", "--raw", "--json") == 1
+    assert "inputs must have two streams of one width, got {'a': 300, 'b': 200}" in capsys.readouterr().err
+    torch.manual_seed(0)
+    model = sf.SPARC({"a": 5, "b": 5, "c": 3}, 16, 2)
+    model.save(tmp_path / "model.safetensors")
+    x = torch.randn(N, 5)
+    for stream, rows_of in {"a": x, "b": 2 * x, "c": x[:, :3]}.items():
+        np.save(tmp_path / f"{stream}.npy", rows_of.numpy())
+    assert run(f"run={tmp_path / 'model.safetensors'}", "--data", tmp_path, "--raw", "--json") == 0
+    raw = json.loads(capsys.readouterr().out)["raw features"]
+    assert list(raw["retrieval"]) == ["a -> b", "b -> a"]
+    assert raw["scores"]["r1"] == 1
+    assert run(f"run={tmp_path / 'model.safetensors'}", "--data", tmp_path, "--raw") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("a → c"))
+    assert line.split()[-1] == "–"
 
 
 def test_a_model_called_untrained_keeps_its_column(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

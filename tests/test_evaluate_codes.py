@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -9,12 +11,22 @@ from operands import seeded
 from torch import Tensor
 
 from sparc_fast.evaluate import (
+    Ablations,
     Codes,
     StreamCode,
+    bridge_pairs,
+    bridge_score,
+    class_purity,
+    cofiring_iou,
     concept_jaccard,
+    energy_share,
     firing_agreement,
     latent_use,
+    linear_probe,
+    mono_score,
     name_latents,
+    probe_1d,
+    retrieval_ranks,
     top_samples,
 )
 
@@ -85,3 +97,40 @@ def test_labels_of_the_wrong_type_or_shape_are_refused(labels: Tensor) -> None:
         concept_jaccard({"a": GOOD}, labels, 2)
     with pytest.raises(ValueError, match=r"labels must be bool \[N=2, C\], got torch"):
         name_latents({"a": GOOD}, labels, ["word"], 2)
+
+
+def test_slots_that_hold_no_latent_change_nothing() -> None:
+    generator = seeded(0)
+    streams = {
+        name: (torch.randn(40, 4, generator=generator), torch.rand(40, 12, generator=generator).argsort(1)[:, :4].int())
+        for name in "ab"
+    }
+    padded = {
+        name: (torch.cat([values, torch.zeros(40, 2)], 1), torch.cat([indices, torch.full((40, 2), -1).int()], 1))
+        for name, (values, indices) in streams.items()
+    }
+    labels = torch.rand(40, 3, generator=generator) < 0.4
+    x = torch.randn(40, 5, generator=generator)
+    dictionary = torch.randn(12, 5, generator=generator).double()
+
+    def ablated(code: StreamCode) -> Tensor:
+        found = Ablations(dictionary)
+        found.add(code, x)
+        return found.worse
+
+    metrics: dict[str, Callable[[dict[str, StreamCode]], Tensor]] = {
+        "jaccard": lambda c: concept_jaccard(c, labels, 12),
+        "agreement": lambda c: firing_agreement(c, 12),
+        "iou": lambda c: cofiring_iou(c, 12),
+        "energy": lambda c: energy_share(c, 12),
+        "purity": lambda c: class_purity(c, labels, 12, weighted=True).purity,
+        "mono": lambda c: mono_score(c, x, 12).score,
+        "bridge": lambda c: bridge_score(c["a"], c["b"], dictionary, dictionary).own,
+        "pairs": lambda c: torch.tensor(bridge_pairs(c["a"], c["b"], dictionary, dictionary)),
+        "ablations": lambda c: ablated(c["a"]),
+        "1-D": lambda c: probe_1d(c["a"], labels, 12, fewest=5).log_loss,
+        "linear": lambda c: linear_probe(c["a"], labels, 12).average_precision,
+        "ranks": lambda c: retrieval_ranks(c["a"], c["b"], 12),
+    }
+    for name, metric in metrics.items():
+        torch.testing.assert_close(metric(padded), metric(streams), equal_nan=True, msg=name)

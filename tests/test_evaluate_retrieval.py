@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -185,6 +186,7 @@ def test_the_time_of_retrieval_grows_with_pairs_and_with_latents_that_all_fire()
 # --- retrieve ---
 
 
+@pytest.mark.usefixtures("way")
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), top=st.integers(1, 12), chunk=st.integers(1, 10))
 def test_the_nearest_candidates_come_first_and_what_shares_nothing_is_not_found(
@@ -213,6 +215,46 @@ def test_one_query_is_looked_for_among_many_dense_rows_of_equal_ones_the_lower_f
     assert found.cosines.tolist() == [[1, 1, pytest.approx(0.5**0.5)]]
     with pytest.raises(ValueError, match="top must be at least 1, got 0"):
         retrieve(rows, rows, top=0)
+
+
+@pytest.mark.usefixtures("way")
+def test_of_equal_codes_in_all_blocks_the_lower_are_found_whatever_the_threads() -> None:
+    generator = seeded(6)
+    N, L, top = 20_000, 50, 7
+    kinds = code_of(torch.randint(0, 3, (40, L), generator=generator).float().tolist())
+    kind = torch.randint(0, 40, (N,), generator=generator)
+    kind[:100] = 39  # of this one as many as fill the first places
+    code = kinds[0][kind], kinds[1][kind]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(retrieve(kinds, code, L, top=top, chunk=16))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    for k, chosen in enumerate(found[0].candidates.tolist()):
+        same = (kind == k).nonzero()[:top, 0].tolist()
+        assert chosen[: len(same)] == same
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("many", [0.05, 0.6])
+def test_the_nearest_over_several_blocks_are_those_by_dense_products(many: float) -> None:
+    generator = seeded(7)
+    N, L = 9000, 24
+    a, b = ((torch.rand(N, L, generator=generator) < many) * torch.rand(N, L, generator=generator) for _ in range(2))
+    codes = [code_of(x.tolist()) for x in (a[:300], b)]
+    found, expected = retrieve(*codes, L, top=20), retrieve(a[:300].double(), b.double(), top=20)
+    torch.testing.assert_close(found.cosines, expected.cosines, rtol=0, atol=5e-7)
+    assert (found.candidates == expected.candidates).float().mean() > 0.99  # cosines that lie nearer than rounding
+
+
+@pytest.mark.usefixtures("way")
+def test_there_may_be_no_candidates_or_no_queries() -> None:
+    none, some = (torch.zeros(0, 2), torch.zeros(0, 2).long()), (torch.ones(3, 2), torch.tensor([[0, 1]] * 3))
+    assert retrieve(some, none, 4, top=2).candidates.tolist() == [[-1, -1]] * 3
+    assert retrieve(none, some, 4, top=2).candidates.shape == (0, 2)
 
 
 def test_five_equal_captions_of_an_image_are_found_first_in_their_group_alone() -> None:
@@ -276,6 +318,21 @@ def test_summary_of_hand_made_ranks() -> None:
         4, r1=0.25, r5=0.5, r10=0.75, median_rank=5.0, mrr=(1 + 1 / 2 + 1 / 8) / 4, n_candidates=4
     )
     assert Retrieval.from_ranks(torch.tensor([3.0, 1.0, 9.0])).median_rank == 3
+
+
+def test_recall_median_rank_and_mrr_equal_a_plain_transcription_of_the_published_ones() -> None:
+    """Query i is right with candidate i: its place in the candidates sorted by cosine, numpy's median, mean of 1 / rank."""
+    generator = seeded(7)
+    a, b = (torch.randn(90, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    b += a
+    unit_a, unit_b = ((x / x.norm(dim=1, keepdim=True)).numpy() for x in (a, b))
+    order = np.argsort(-(unit_a @ unit_b.T), axis=1)
+    ranks = np.array([int(np.where(order[i] == i)[0][0]) + 1 for i in range(90)])
+    found = retrieval_scores(a.float(), b.float())
+    for top, recall in ((1, found.r1), (5, found.r5), (10, found.r10)):
+        assert recall == pytest.approx(np.mean(ranks <= top), abs=1e-12)
+    assert found.median_rank == pytest.approx(np.median(ranks), abs=1e-12)
+    assert found.mrr == pytest.approx(np.mean(1 / ranks), abs=1e-12)
 
 
 def test_no_queries_have_no_scores() -> None:

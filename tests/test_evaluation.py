@@ -4,7 +4,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from sparc_fast.evaluate import (
     comparison,
     concept_jaccard,
     concept_jaccard_by_chance,
+    difference,
     evaluate,
     firing_agreement,
     latent_use,
@@ -35,7 +36,11 @@ from sparc_fast.evaluate import (
     squared_error,
     table,
 )
+from sparc_fast.evaluate.agreement import Agreement
+from sparc_fast.evaluate.jaccard import Concepts
+from sparc_fast.evaluate.reconstruction import Reconstructed
 
+DEFAULT = tuple(metric for metric in METRICS if metric.default)
 WIDTHS = {"image": 7, "text": 5, "sound": 3}
 
 
@@ -129,7 +134,6 @@ def test_evaluate_equals_each_metric_on_the_whole_batch(selection: str, batch_si
     torch.testing.assert_close(found.jaccard_joint, concept_jaccard(joint, labels, L).cpu())
     torch.testing.assert_close(found.agreement, firing_agreement(single, L).cpu())
     torch.testing.assert_close(found.frequency, latent_use(single, L).frequency.cpu())
-    torch.testing.assert_close(found.latents_joint.frequency, latent_use(joint, L).frequency.cpu())
     assert list(found.retrieval) == list(permutations(WIDTHS, 2))
     for (a, b), scores in found.retrieval.items():
         assert scores == Retrieval.from_ranks(retrieval_ranks(single[a], single[b], L))
@@ -179,7 +183,7 @@ def test_without_labels_only_the_jaccard_scores_are_missing() -> None:
     found = evaluate(model_of(), inputs)
     assert found.jaccard_single is found.jaccard_joint is found.jaccard_chance is None
     missing = {key for key, value in found.scores().items() if value is None}
-    assert missing == {m.key for m in METRICS if m.key.startswith("jaccard")}
+    assert missing == {score.key for metric in DEFAULT if "labels" in metric.needs for score in metric.scores}
 
 
 def test_one_stream_has_no_cross_scores() -> None:
@@ -227,14 +231,14 @@ def test_tokens_are_samples_with_the_labels_and_groups_of_theirs() -> None:
     assert evaluate(model, tokens, of_tokens).retrieval == evaluate(model, inputs).retrieval
 
 
-def test_groups_change_retrieval_and_nothing_else() -> None:
+def test_groups_change_retrieval_and_intervals_and_nothing_else() -> None:
     model, (inputs, labels) = model_of(), data_of(20)
     alone, grouped = evaluate(model, inputs, labels), evaluate(model, inputs, labels, groups=torch.arange(20) // 4)
     single = alone.single_codes
     for (a, b), scores in grouped.retrieval.items():
         expected = retrieval_scores(single[a], single[b], model.n_latents, torch.arange(20) // 4)
         assert scores == expected != alone.retrieval[a, b]
-    without = [{**found.to_dict(), "retrieval": None, "scores": None} for found in (alone, grouped)]
+    without = [{**found.to_dict(), **dict.fromkeys(("retrieval", "scores", "intervals"))} for found in (alone, grouped)]
     assert without[0] == without[1]
     assert evaluate(model, inputs, labels, groups=range(20)).to_dict() == alone.to_dict()
 
@@ -348,12 +352,11 @@ def test_retrieval_may_be_left_out_and_says_beforehand_when_it_will_be_long(
     model, (inputs, labels) = model_of(), data_of(30)
     whole, without = evaluate(model, inputs, labels), evaluate(model, inputs, labels, retrieval=False)
     assert without.retrieval == {}
-    missing = {key for key, value in without.scores().items() if value is None}
-    assert missing == {"r1", "r5", "r10", "median_rank", "mrr"}
-    assert all(whole.scores()[key] == value for key, value in without.scores().items() if key not in missing)
+    assert whole.scores().keys() - without.scores().keys() == {"r1", "r5", "r10", "median_rank", "mrr"}
+    assert all(whole.scores()[key] == value for key, value in without.scores().items())
     assert len(comparison({"whole": whole, "again": whole})) > len(comparison({"without": without})) > 0
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sys.modules["sparc_fast.evaluate.evaluation"], "LONG", 0)
+    monkeypatch.setattr(sys.modules["sparc_fast.evaluate.retrieval"], "LONG", 0)
     said: list[str] = []
     evaluate(model, inputs, say=said.append)
     assert said == ["retrieval compares 30 codes with as many, 6 times: about 0 seconds"]
@@ -389,30 +392,26 @@ def test_wrong_inputs_are_named() -> None:
 def evaluation_of(**changes: object) -> Evaluation:
     """Two streams, two latents; latent 0 is aligned, latent 1 is dead."""
     code = torch.tensor([[1.0], [1.0]]), torch.tensor([[0], [0]])
-    use = latent_use({"a": code, "b": code}, 2)
-    fields: dict[str, object] = {
-        "streams": ("a", "b"),
-        "n_samples": 2,
-        "n_latents": 2,
-        "single_codes": {"a": code, "b": code},
-        "jaccard_single": torch.tensor([0.6, 0.0]),
-        "jaccard_chance": torch.tensor([0.2, 0.0]),
-        "jaccard_joint": torch.tensor([1.0, 0.0]),
-        "agreement": torch.tensor([1.0, 0.0]),
-        "latents_single": use,
-        "latents_joint": use,
+    alive, half = torch.tensor([True, False]), torch.tensor([1.0, 0.0])
+    results: dict[str, object] = {
+        "concepts": Concepts(0.6 * half, 0.2 * half, alive),
+        "concepts_joint": Concepts(half, 0 * half, alive),
+        "agreement": Agreement(half, alive),
+        "latents": latent_use({"a": code, "b": code}, 2),
         "retrieval": {
             ("a", "b"): Retrieval(2, 0.5, 1.0, 1.0, 1500.0, 0.75, 2),
             ("b", "a"): Retrieval(2, 0.0, 1.0, 1.0, 500.0, 0.25, 2),
         },
-        "nmse": torch.tensor([[0.1, 0.5], [0.7, 0.3]]),
-        "r2": torch.tensor([[0.9, 0.5], [0.3, 0.7]]),
+        "reconstruction": Reconstructed(
+            ("a", "b"), torch.tensor([[0.1, 0.5], [0.7, 0.3]]), torch.tensor([[0.9, 0.5], [0.3, 0.7]])
+        ),
     }
-    return Evaluation(**{**fields, **changes})  # type: ignore[arg-type]
+    return Evaluation(("a", "b"), 2, 2, DEFAULT, {**results, **changes}, {"a": code, "b": code})
 
 
 def test_scores_average_over_latents_streams_and_pairs() -> None:
     expected = {
+        "alignment": 0.4 / 1.8,
         "jaccard_single": 0.3,
         "jaccard_single_alive": 0.6,
         "jaccard_chance": 0.1,
@@ -437,8 +436,8 @@ def test_scores_average_over_latents_streams_and_pairs() -> None:
 
 
 def test_the_table_compares_models_by_column_and_dashes_what_is_missing() -> None:
-    rows = table({"SPARC": evaluation_of(), "no labels": evaluation_of(jaccard_single=None)})
-    assert [row.key for row in rows] == [metric.key for metric in METRICS]
+    rows = table({"SPARC": evaluation_of(), "no labels": evaluation_of(concepts=None)})
+    assert [row.key for row in rows] == [score.key for metric in DEFAULT for score in metric.scores]
     by_key = {row.key: row for row in rows}
     assert by_key["jaccard_single"].cells == {"SPARC": "0.300", "no labels": "–"}
     assert by_key["jaccard_single"].values["no labels"] is None
@@ -449,13 +448,56 @@ def test_the_table_compares_models_by_column_and_dashes_what_is_missing() -> Non
     assert all(row.meaning.endswith(".") for row in rows)
 
 
+def test_differences_are_resampled_on_the_same_samples_and_those_within_noise_are_said() -> None:
+    drawn = torch.linspace(-1, 1, 50, dtype=torch.float64)
+    spread = float(drawn.std())
+
+    def found(r1: float, shared: float, own: float, mrr: float = 0.5) -> Evaluation:
+        one = replace(evaluation_of().retrieval["a", "b"], r1=r1, mrr=mrr)
+        resampled = {"r1": r1 + shared * drawn + own * drawn.flip(0), "mrr": mrr + 0 * drawn}
+        return replace(evaluation_of(retrieval={("a", "b"): one}), resampled=resampled)
+
+    ours, theirs = found(0.50, 0.2, 0.0), found(0.45, 0.2, 0.01, mrr=0.6)
+    above, width = difference(ours, theirs, "r1")  # type: ignore[misc]
+    assert above == pytest.approx(0.05)
+    assert width == pytest.approx(1.96 * 0.01 * spread), "what both share does not count"
+    rows = table({"ours": ours, "theirs": theirs, "alike": found(0.49, 0.2, 0.05)})
+    by_key = {row.key: row for row in rows}
+    assert by_key["r1"].cells["ours"] == f"0.500 ±{1.96 * 0.2 * spread:.3f}"
+    assert by_key["agreement"].cells["ours"] == "1.000", "it was not resampled"
+    assert rows.notes == [
+        "± 95 % interval over samples, of one seed",
+        "ours against theirs: better in 1 of 2 scores, worse in Retrieval MRR",
+        "ours against alike: within noise in Retrieval R@1; Retrieval MRR",
+    ]
+    assert difference(ours, theirs, "agreement") is None
+    assert "better in 1 of 2 scores" in rows._repr_html_()
+
+
+def test_several_seeds_are_a_column_of_their_mean_and_widen_its_interval() -> None:
+    drawn = torch.linspace(-0.01, 0.01, 50, dtype=torch.float64)
+    runs = []
+    for r1 in (0.4, 0.5, 0.6):
+        one = replace(evaluation_of().retrieval["a", "b"], r1=r1)
+        runs.append(replace(evaluation_of(retrieval={("a", "b"): one}), resampled={"r1": r1 + drawn}))
+    rows = comparison({"three": runs, "one": runs[0]})
+    row = next(row for row in rows if row.key == "r1")
+    samples, seeds = 1.96 * float(drawn.std()), 4.303 * 0.1 / math.sqrt(3)
+    assert row.values == pytest.approx({"three": 0.5, "one": 0.4})
+    assert row.intervals == pytest.approx({"three": math.hypot(samples, seeds), "one": samples})
+    assert rows.notes[0] == "± 95 % interval over samples and up to 3 seeds"
+    assert "within noise in" in rows.notes[1]
+    assert rows[-1].section == "Reconstruction, source to target"
+
+
 def test_the_table_of_no_models_has_no_columns() -> None:
     assert all(row.cells == {} for row in table({}))
 
 
 def test_the_summary_is_strict_json_even_where_scores_are_undefined() -> None:
     nothing_found = {("a", "b"): Retrieval(2, 0.0, 0.0, 0.0, math.inf, 0.0, 2)}
-    summary = evaluation_of(retrieval=nothing_found, r2=torch.full((2, 2), math.nan)).to_dict()
+    reconstructed = replace(evaluation_of()["reconstruction"], r2=torch.full((2, 2), math.nan))
+    summary = evaluation_of(retrieval=nothing_found, reconstruction=reconstructed).to_dict()
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert summary["retrieval"]["a -> b"]["median_rank"] is None
     assert summary["r2"] == dict.fromkeys(["a -> a", "a -> b", "b -> a", "b -> b"])

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import CASES, DTYPES, OPERATORS, SUPPORTS, fast_backends, fitting, operands, operators_of, run, sliced
 
+from sparc_fast.ops import reference
+
 # results that belong to one sample alone
 OF_SAMPLES = {
     "support_values": slice(0, 1),
@@ -117,6 +119,16 @@ def test_operands_may_be_slices_of_wider_tensors(name: str, case: str, backend: 
 def test_supports_may_be_int64(name: str, per_stream: bool, backend: str) -> None:
     o = operands("ragged", torch.float32, per_stream)
     assert_equal(run(name, replace(o, indices=o.indices.long()), backend), run(name, o, backend))
+
+
+@SUPPORTS
+def test_float32_values_give_float32_reconstructions_by_narrow_rows(per_stream: bool, backend: str) -> None:
+    o = fitting(operands("several column runs", torch.bfloat16, per_stream), backend)
+    arguments = o.values.float(), o.indices, o.W_dec, o.pre_bias.float()
+    found = operators_of(backend).sparse_decode(*arguments)
+    truth = reference.sparse_decode(*(a.double() if a.is_floating_point() else a for a in arguments))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=1e-5)
 
 
 @EVERY_OPERATOR_AND_SUPPORT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -22,7 +23,7 @@ from sparc_fast.explain import Ink, Items, Report, Stream, Thumbnails, choose_la
 from sparc_fast.explain.latents import Shown, tops_of
 from sparc_fast.explain.page import render_page
 from sparc_fast.explain.pictures import columns
-from sparc_fast.explain.relations import energy, fire_together, latents_of_words, nearest
+from sparc_fast.explain.relations import energy, fire_together, latents_of_words
 from sparc_fast.explain.shards import Shards
 
 
@@ -295,17 +296,18 @@ def test_what_fires_together_equals_counting(report):
         assert [float(excess[l, other]) for other in others[l].tolist() if other >= 0] == pytest.approx(best, abs=1e-6)
 
 
-def test_the_nearest_samples_are_those_of_largest_cosine():
-    torch.manual_seed(0)
-    N, L, k = 60, 40, 4
-    a, b = ((torch.rand(N, k), torch.stack([torch.randperm(L)[:k] for _ in range(N)]).int()) for _ in range(2))
-    found, cosines = nearest(a, b, L, n=3)
-    dense = [torch.zeros(N, L).scatter_(1, i.long(), v) for v, i in (a, b)]
-    cosine = torch.nn.functional.normalize(dense[0]) @ torch.nn.functional.normalize(dense[1]).T
-    for n in range(N):  # k and N are so small that all candidates are looked at
-        best = [float(x) for x in cosine[n].topk(3).values if x > 0]
-        assert cosines[n][: len(best)].tolist() == pytest.approx(best, abs=1e-6)
-        assert [float(cosine[n, m]) for m in found[n].tolist() if m >= 0] == pytest.approx(best, abs=1e-6)
+def test_a_sample_s_page_has_the_samples_of_largest_cosine_of_all(report, written):
+    shards, pages = Shards(report), pieces(written, "samples")
+    codes = list(report.after.codes.values())
+    dense = [torch.zeros(len(v), report.n_latents).scatter_(1, i.long(), v.clamp_min(0)) for v, i in codes]
+    unit = [torch.nn.functional.normalize(x.double()) for x in dense]
+    assert len(pages) == len(report.items)
+    for row, sample in zip(shards.rows.tolist(), pages, strict=True):
+        for s, t in itertools.permutations(range(len(codes)), 2):
+            cosines = unit[t] @ unit[s][row]
+            best = cosines.sort(descending=True).values[:6]
+            found = [float(cosines[shards.rows[number]]) for number in sample["near"][s][t]]
+            assert found == pytest.approx(best[best > 0].tolist(), abs=1e-6)
 
 
 def test_a_word_speaks_of_the_latents_that_take_energy_where_it_is(report):

@@ -132,6 +132,26 @@ def test_words_are_searched_by_their_own_codes_where_their_model_is_named(folder
     assert cli.main([*arguments, "--words", str(settings)]) == 1
 
 
+def test_of_patch_tokens_a_sample_fires_what_any_of_its_tokens_fires_most(runs, tmp_path):
+    folder = write_folder(tmp_path / "features")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    T, rng = 5, np.random.default_rng(1)
+    tokens = rng.normal(0, 1, (N, T, 6)).astype(np.float32)
+    np.save(folder / "eye" / "00000.npy", tokens.reshape(-1, 6))
+    manifest["streams"]["eye"]["tokens"] = T
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    model = SPARC.load(runs["shared"] / "model.safetensors").eval()
+    report = report_of({"shared": model}, folder)
+    values, indices = report.after.codes["eye"]
+    found = torch.zeros(N, model.n_latents).scatter_(1, indices.long(), values)
+    v, i = model.encode({"eye": torch.from_numpy(tokens)}).stream("eye")
+    every = torch.zeros(N, T, model.n_latents).scatter_(2, i.long(), v.detach().clamp_min(0))
+    torch.testing.assert_close(found, every.amax(1))
+    assert report.after.codes["ear"][0].shape == (N, model.k)
+    assert cli.main(["explain", str(runs["shared"]), "--data", str(folder), "--out", str(tmp_path / "page")]) == 0
+    assert start(tmp_path / "page")["samples"] == N
+
+
 def test_items_are_what_the_folder_says(folder):
     items = items_of(FeatureFolder(folder))
     assert items.ids[:2] == ["item 0", "item 1"]

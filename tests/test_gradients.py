@@ -27,7 +27,7 @@ def assert_same_gradients(model: sf.SPARC, truth: Weights) -> None:
         torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("selection", ["global", "local"])
+@pytest.mark.parametrize("selection", ["global", "local", "batch"])
 @pytest.mark.parametrize("widths", [[7], [100, 1], [7, 384, 1], [3, 1, 7, 5], [1, 7, 2, 100, 3]], ids=str)
 @pytest.mark.parametrize("k", [1, 3, 17])
 def test_gradients_equal_the_dense_float64_equations(widths: list[int], k: int, selection: str, backend: str) -> None:
@@ -49,7 +49,7 @@ def test_gradients_equal_the_dense_float64_equations(widths: list[int], k: int, 
     N=st.integers(1, 6),
     L=st.integers(1, 12),
     data=st.data(),
-    selection=st.sampled_from(["global", "local"]),
+    selection=st.sampled_from(["global", "local", "batch"]),
     cross=st.sampled_from([0.0, 1.0, 2.5]),
     seed=st.integers(0, 2**31),
 )
@@ -72,7 +72,7 @@ def test_gradients_with_auxk_equal_the_dense_equations_for_any_shape(
         assert_same_gradients(model, truth)
 
 
-@pytest.mark.parametrize("selection", ["global", "local"])
+@pytest.mark.parametrize("selection", ["global", "local", "batch"])
 def test_forward_and_loss_have_the_same_value_and_gradients(selection: str, backend: str) -> None:
     torch.manual_seed(3)
     model = random_model([5, 8, 3], 20, 4, selection, backend)

@@ -36,7 +36,7 @@ def plain_step(model: sf.SPARC, adam: torch.optim.Optimizer, inputs: object) -> 
     return loss
 
 
-@pytest.mark.parametrize("selection", ["global", "local"])
+@pytest.mark.parametrize("selection", ["global", "local", "batch"])
 def test_a_hundred_steps_equal_torch_adam_with_auxk_at_work(selection: str, backend: str) -> None:
     ours, theirs = (make(backend, selection, torch.float64) for _ in range(2))
     fused, adam = sf.SparcAdam(ours, lr=1e-2), torch.optim.Adam(theirs.parameters(), lr=1e-2)
@@ -65,7 +65,7 @@ def test_a_hundred_float32_steps_stay_as_close_to_float64_as_torch_adam_does(bac
         assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
 
 
-@pytest.mark.parametrize("selection", ["global", "local"])
+@pytest.mark.parametrize("selection", ["global", "local", "batch"])
 def test_batches_without_some_streams_equal_torch_adam(selection: str, backend: str) -> None:
     ours, theirs = (make(backend, selection, torch.float64) for _ in range(2))
     fused, adam = sf.SparcAdam(ours, lr=1e-2), torch.optim.Adam(theirs.parameters(), lr=1e-2)

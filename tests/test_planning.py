@@ -445,3 +445,23 @@ def test_sizes_are_read_and_shown() -> None:
     for text in ("", "GiB", "-1GiB", "1e30", "nan"):
         with pytest.raises(ValueError):  # noqa: PT011
             parse_bytes(text)
+
+
+def test_ranks_share_weights_and_moments_and_each_receives_what_does_not_grow_with_latents() -> None:
+    settings = {"k": 32, "steps": 10, "batch_size": 512, "device": "cpu", "memory": 2**26}
+    plans = {
+        (L, P): plan(Config(n_latents=L, **settings), {"a": 96, "b": 64}, machine=MACHINE, ranks=P)
+        for L in (2**14, 2**17) for P in (1, 8)
+    }  # fmt: skip
+
+    def held(L: int, P: int) -> int:
+        return sum(part.bytes for part in plans[L, P].parts if part.name.startswith(("weights", "Adam's moments")))
+
+    assert held(2**17, 8) == pytest.approx(held(2**17, 1) / 8, rel=0.001)
+    assert plans[2**14, 8].received == plans[2**17, 8].received
+    saved = plans[2**17, 1].peak - plans[2**17, 8].peak
+    assert saved > held(2**17, 1) / 2
+    assert "each of 8 ranks" in str(plans[2**17, 8])
+    assert "ranks" not in str(plans[2**17, 1])
+    with pytest.raises(ValueError, match="ranks must be at least 1, and n_latents=16384 enough for each, got 0"):
+        plan(Config(n_latents=2**14, **settings), {"a": 96}, machine=MACHINE, ranks=0)

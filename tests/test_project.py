@@ -27,10 +27,12 @@ def test_public_names() -> None:
         "SparcOutput",
         "SparseLatents",
         "__version__",
+        "attribution",
         "available_backends",
         "compat",
         "data",
         "demo",
+        "distributed",
         "evaluate",
         "explain",
         "extract",
@@ -49,8 +51,10 @@ def test_public_names() -> None:
 
 def test_importing_the_package_needs_only_torch_and_numpy_and_its_modules_are_loaded_on_first_use() -> None:
     optional = ["matplotlib", "sklearn", "skimage", "rich", "safetensors", "jinja2", "triton", "h5py", "pandas"]
+    optional.append("huggingface_hub")
     later = [
-        f"sparc_fast.{n}" for n in ("compat", "data", "demo", "evaluate", "explain", "extract", "interop", "training")
+        f"sparc_fast.{n}"
+        for n in ("attribution", "compat", "data", "demo", "evaluate", "explain", "extract", "interop", "training")
     ]
     code = (
         "import sys, torch; loaded = set(sys.modules); import sparc_fast as sf; "
@@ -79,7 +83,7 @@ def test_what_the_documentation_imports_can_be_imported(line: str) -> None:
 
 
 def test_every_module_people_import_from_says_what_is_public() -> None:
-    for folder in ("cli", "data", "demo", "evaluate", "explain", "interop"):
+    for folder in ("attribution", "cli", "data", "demo", "evaluate", "explain", "interop"):
         for path in (ROOT / "sparc_fast" / folder).glob("*.py"):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
             module = importlib.import_module(name)

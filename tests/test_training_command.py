@@ -65,7 +65,7 @@ def test_a_file_trains_a_model(config: Path, tmp_path: Path, capsys: pytest.Capt
 def test_flags_change_what_the_file_says(config: Path, tmp_path: Path) -> None:
     data = [f"b={tmp_path / 'b.npz.h5'}#rows", f"a={tmp_path / 'a.npy'}"]
     flags = ["--epochs", "0.5", "--lr", "1e-4", "--lazy", "--no-calibrate", "--data", *data, "--dtype", "bfloat16"]
-    with pytest.warns(UserWarning, match=r"^6 steps are few for a run: 352 rows in batches of 32, 0\.5 epochs\. "):
+    with pytest.warns(UserWarning, match=r"^a run of 6 steps is short: 352 rows in batches of 32, 0\.5 epochs\. "):
         assert main(config, "--out", tmp_path / "run", "--progress", "none", *flags) == 0
     assert main("--out", tmp_path / "run", "--progress", "none") == 0, "one that goes on is not told again"
     kept = read_config(tmp_path / "run" / "config.json")

@@ -70,19 +70,25 @@ def epochs(n: float, **changes: object) -> Config:
 
 def test_epochs_that_make_few_steps_are_told_and_get_a_proposal() -> None:
     assert advice_on_few_steps(epochs(50), 6000) == (
-        "50 steps are few for a run: 6,000 rows in batches of 4,096, 50 epochs. "
+        "a run of 50 steps is short: 6,000 rows in batches of 4,096, 50 epochs. "
         "batch_size = 256 and lr = 0.004 would make 1,150 of them; nothing is changed for you"
     )
 
 
 def test_few_rows_get_more_epochs_too_and_a_higher_lr_stays() -> None:
     assert advice_on_few_steps(epochs(2, lr=1e-2, batch_size=700), 700) == (
-        "2 steps are few for a run: 700 rows in batches of 700, 2 epochs. "
+        "a run of 2 steps is short: 700 rows in batches of 700, 2 epochs. "
         "batch_size = 64 and epochs = 100 would make 1,000 of them; nothing is changed for you"
     )
     assert "epochs = 1000 and lr = 0.004 would make 1,000 of them" in (
         advice_on_few_steps(epochs(2, batch_size=40), 40) or ""
     )
+
+
+def test_one_step_and_one_epoch_are_told_in_the_singular() -> None:
+    said = advice_on_few_steps(epochs(1, batch_size=80), 100)
+    assert said is not None
+    assert said.startswith("a run of 1 step is short: 100 rows in batches of 80, 1 epoch. ")
 
 
 def test_enough_epochs_and_steps_that_somebody_chose_are_told_nothing() -> None:

@@ -21,6 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "lazy-bfloat16-moments": {"lazy": True, "moments": "bfloat16", "seed": 3},
     "lazy-bfloat16-local": {"lazy": True, "dtype": "bfloat16", "selection": "local", "support_dropout": 0.0},
     "accumulated": {"accumulate": 3},
+    "batch": {"selection": "batch", "lazy": True},
 }
 
 

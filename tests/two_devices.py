@@ -185,7 +185,7 @@ class Watched(TorchDispatchMode):
             on_device = asked == DEVICE or (None if _differentiates() else False)
         _check_generators(operator, (args, kwargs), on_device)
         # in a kernel's own code, too, but for the CPU's, which is compiled
-        ours = operator.namespace in ("sparc_fast_triton", "sparc_fast_cuda")
+        ours = "sparc_fast_" in operator.namespace and operator.namespace.endswith(("_triton", "_cuda"))
         if ours and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors):
             with self:
                 results = operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)

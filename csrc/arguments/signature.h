@@ -9,8 +9,8 @@
 // Read from words like  ">values:A[N,S,k]  indices:i32![N,k|N,S,k]  copy:bf16[L,D]?  #k":
 //   >     a result: its numbers lie apart from each other and from those of all other tensors;
 //   type  f32, f64, bf16, i32, i64, u8, bool, or any; A the type of the sums, T that of what is stored, which is float64
-//         where A is and nowhere else; M that of moments, A or bfloat16; every A, T and M is one type; F float32,
-//         bfloat16 or float16, whatever others are;
+//         where A is and nowhere else; M that of moments or reconstructions, A or bfloat16; every A, T and M is one
+//         type; F float32, bfloat16 or float16, whatever others are;
 //   !     contiguous; of other tensors, the last dimension;
 //   [..]  sizes, with alternatives; a letter is one size throughout, N*S a product of such that came before; S is the
 //         number of d_streams, D their sum;

@@ -28,13 +28,14 @@ static void add_parts(Arguments& arguments, const Gradients& g) {
 static void add_parts(Arguments&, const AdamStep&) {}
 
 static std::unique_ptr<Screen> make_screen(
-    Tensor norm, Tensor residual, Tensor bias, int64_t D, int64_t k, int64_t capacity, bool narrow_scores) {
+    Tensor norm, Tensor residual, Tensor bias, int64_t D, int64_t k, int64_t capacity, bool narrow_scores, Among among,
+    float least) {
     static const Signature signature("Screen", "norm:f32[N] residual:f32[N] bias:f64[L] #D #k #capacity");
     signature.check(Arguments(norm, residual, bias, D, k, capacity));
     const int64_t L = bias.size[0];
     if (k < 1 || k > L || capacity < k + 64 || capacity > L + 64)
         throw std::out_of_range("Screen: k must lie in 1 ... n_latents, and capacity in k + 64 ... n_latents + 64");
-    return std::make_unique<Screen>(norm, residual, bias, D, k, capacity, narrow_scores);
+    return std::make_unique<Screen>(norm, residual, bias, D, k, capacity, narrow_scores, among, least);
 }
 
 static void filter(Screen& screen, Tensor scores, int64_t first, Tensor norm, Tensor residual, int threads) {
@@ -51,6 +52,21 @@ static void settle(Screen& screen, Tensor indices, Tensor given_up, Tensor x, Te
     signature.check(
         Arguments(indices, given_up, x, W), {{"N", screen.N}, {"k", screen.k}, {"L", screen.L}, {"D", D}});
     screen.settle(indices, given_up, x, W, threads);
+}
+
+static int64_t settle_ragged(Screen& screen, Tensor x, Tensor W, int threads) {
+    static const Signature signature("settle_ragged", "x:f32[N,D] W:T[L,D]");
+    signature.check(Arguments(x, W), {{"N", screen.N}, {"L", screen.L}, {"D", x.size[1]}});
+    if (screen.among == Among::row) throw std::invalid_argument("settle_ragged: each row's k are no ragged support");
+    return screen.settle_ragged(x, W, threads);
+}
+
+static void write_support(const Screen& screen, Tensor indices) {
+    static const Signature signature("write", ">indices:i32[N,w]");
+    signature.check(Arguments(indices), {{"N", screen.N}});
+    for (const int64_t count : screen.count)
+        if (count < 0 || count > indices.size[1]) throw std::out_of_range("write: indices must have room for the largest support");
+    screen.write(indices);
 }
 
 #define SUPPORT "indices:i32![N,k|N,S,k] "
@@ -73,7 +89,7 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "support_values_grad_x", support_values_grad_x,
            ">grad_x:T[N,D] grad_values:A[N,S,k] values:A[N,S,k] " SUPPORT "W_enc:T[L,D] streams");
     define(m, "sparse_decode", sparse_decode,
-           ">recons:T[N,S,D] values:A[N,S,k] " SUPPORT "W_dec:T[L,D] pre_bias:A[D]");
+           ">recons:M[N,S,D] values:A[N,S,k] " SUPPORT "W_dec:T[L,D] pre_bias:A[D]");
     define(m, "sparse_decode_grad_values", sparse_decode_grad_values,
            ">grad_values:A[N,S,k] grad_recons:T[N,S,D] " SUPPORT "W_dec:T[L,D]");
     define(m, "decode_loss", decode_loss,
@@ -99,10 +115,16 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "count_nearer", count_nearer,
            ">own:f32![Q] >higher:i64![Q] >equal:i64![Q] query_offsets:i64![Q+1] query_latents:i32![F] "
            "query_values:f32![F] offsets:i64![N+1] latents:i32![E] values:f32![E] first:i64![Q] last:i64![Q] #L");
+    py::enum_<Among>(m, "Among").value("row", Among::row).value("batch", Among::batch).value("above", Among::above);
+    define(m, "find_nearest", find_nearest,
+           ">candidates:i64![Q,t] >cosines:f32![Q,t] query_offsets:i64![Q+1] query_latents:i32![F] query_values:f32![F] "
+           "offsets:i64![N+1] latents:i32![E] values:f32![E] #L");
     py::class_<Screen>(m, "Screen")
         .def(py::init(&make_screen))
         .def("filter", &filter, py::call_guard<py::gil_scoped_release>())
-        .def("settle", &settle, py::call_guard<py::gil_scoped_release>());
+        .def("settle", &settle, py::call_guard<py::gil_scoped_release>())
+        .def("settle_ragged", &settle_ragged, py::call_guard<py::gil_scoped_release>())
+        .def("write", &write_support, py::call_guard<py::gil_scoped_release>());
     define(m, "exact_scores", exact_scores, ">scores:A[N,L] x:A[N,D] W:T[L,D] bias:f64[L]");
     define(m, "support_scores", support_scores, ">scores:A[N,k] x:A[N,D] W:T[L,D] bias:f64[L] indices:i32![N,k]");
     define(m, "measure_rows", measure_rows, ">norm:f32[n] >residual:f32[n] >copy:bf16[n,D]? w:T[n,D]");

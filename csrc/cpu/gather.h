@@ -21,13 +21,13 @@ constexpr int64_t soon = 8;
 template <class T>
 alignas(64) constexpr T zeros[run_width] = {};
 
-// Rows picked by place, `stride` apart: `count` of them; `left` in memory until others come.
+// Rows picked by place, `stride` apart: `count` of them, and `empty` slots; `left` in memory until others come.
 template <class T>
 struct RowList {
     const T* begin;
     int64_t stride;
     const int32_t* places;
-    int64_t count, left;
+    int64_t count, empty, left;
     const T* next_begin;
     const int32_t* next_places;
     int64_t next_left;
@@ -35,6 +35,7 @@ struct RowList {
     const T* row(int64_t i) const { return at(begin, places[i]); }
     const T* ahead(int64_t i) const {
         i += soon;
+        i += i < count ? 0 : empty;
         return i < left ? row(i) : at(next_begin, next_places[std::min(i - left, next_left - 1)]);
     }
     const T* at(const T* first, int32_t place) const { return place < 0 ? zeros<T> : first + place * stride; }
@@ -177,7 +178,9 @@ RowList<T> gathered(
     const int32_t *latents = support.of(n, s), *next = support.of(block.next, 0);
     const int32_t* const end = support.indices + support.entries();
     const int64_t left = support.of(block.last, 0) - latents;
-    return {begin + run.begin, W.stride[0], latents, support.k, left, begin + block.next_column, next, end - next};
+    int64_t count = support.k;
+    while (count > 0 && latents[count - 1] < 0) --count;
+    return {begin + run.begin, W.stride[0], latents, count, support.k - count, left, begin + block.next_column, next, end - next};
 }
 
 // f(streams, count) for groups of these streams that gather the same rows: most_streams where the support is shared,

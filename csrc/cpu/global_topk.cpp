@@ -51,7 +51,17 @@ static void exact_dots(
     AT_SIMD_LEVEL(exact_dots(x, count, w, D, ahead, wide, dots))
 }
 
-static float kth_largest(const float* values, int64_t n, int64_t k) { AT_SIMD_LEVEL(kth_largest(values, n, k, k)) }
+template <class T>
+static void lower_ends(const Screen& screen, int64_t n, const T* scores, const Chunk& chunk, float* lower) {
+    AT_SIMD_LEVEL(lower_ends_of_row(screen, n, scores, chunk, lower))
+}
+
+// The k-th largest, or one of those up to the most-th.
+static float kth_largest(const float* values, int64_t n, int64_t k, int64_t most) {
+    AT_SIMD_LEVEL(kth_largest(values, n, k, most))
+}
+
+static float kth_largest(const float* values, int64_t n, int64_t k) { return kth_largest(values, n, k, k); }
 
 // Calls f(begin, end) for the runs of at most `width` of [0, n).
 template <class F>
@@ -148,18 +158,21 @@ bool has_bf16_products() {
 }
 
 Screen::Screen(
-    Tensor norm, Tensor residual, Tensor bias_, int64_t D, int64_t k_, int64_t capacity_, bool narrow_scores)
+    Tensor norm, Tensor residual, Tensor bias_, int64_t D, int64_t k_, int64_t capacity_, bool narrow_scores,
+    Among among_, float least_)
     : N(norm.size[0]),
       L(bias_.size[0]),
       k(k_),
       capacity(capacity_),
+      among(among_),
+      least(least_),
       c(std::ldexp(1.f, -22) + (narrow_scores ? std::ldexp(1.f, -8) : 0.f)),
       p(N),
       q(N),
       bias(L),
       slack(L),
       exact_bias(bias_.at<const double>(0), bias_.at<const double>(0) + L),
-      threshold(N, -infinity),
+      threshold(N, least_),
       count(N),
       lower(new float[N * capacity]),
       upper(new float[N * capacity]),
@@ -182,6 +195,15 @@ Screen::Screen(
 void Screen::filter(Tensor scores, int64_t first, Tensor norm, Tensor residual, int threads) {
     const Chunk chunk{first, scores.size[1], norm.at<const float>(0), residual.at<const float>(0)};
     const auto take = [&](auto type) {
+        using T = const decltype(type);
+        if (among == Among::batch && first == 0 && chunk.size >= k) {
+            std::vector<float> lower_ends_of_all(N * chunk.size);
+            parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
+                for (int64_t n = begin; n < end; ++n)
+                    lower_ends(*this, n, scores.at<T>(n), chunk, &lower_ends_of_all[n * chunk.size]);
+            });
+            bound_batch(lower_ends_of_all.data(), lower_ends_of_all.size(), N * k + N * k / 8);
+        }
         parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
             Above<float> above;
             std::vector<float> lowers;
@@ -190,12 +212,36 @@ void Screen::filter(Tensor scores, int64_t first, Tensor norm, Tensor residual, 
         });
     };
     scores.item_size == 2 ? take(bf16{}) : take(float{});
+    if (among != Among::batch) return;
+    const std::vector<float> all = of_candidates([&](int64_t place) { return lower[place]; });
+    bound_batch(all.data(), all.size(), N * k + N * k / 64);
+}
+
+// Raises the threshold of all rows to a lower end that k N of these reach, and at most so many.
+void Screen::bound_batch(const float* lower_ends, int64_t count, int64_t at_most) {
+    if (N == 0 || count < N * k) return;
+    const float kth = kth_largest(lower_ends, count, N * k, at_most);
+    for (float& of_row : threshold) of_row = std::max(of_row, kth);
+}
+
+// value(place) of every candidate, row by row.
+template <class F>
+std::vector<float> Screen::of_candidates(F value) const {
+    std::vector<float> all;
+    for (int64_t n = 0; n < N; ++n)
+        for (int64_t place = n * capacity; place < n * capacity + count[n]; ++place) all.push_back(value(place));
+    return all;
 }
 
 void Screen::prune(int64_t n) {
+    const float* low = &lower[n * capacity];
+    if (among == Among::row && count[n] >= k) threshold[n] = std::max(threshold[n], kth_largest(low, count[n], k));
+    drop_below(n);
+}
+
+void Screen::drop_below(int64_t n) {
     float *low = &lower[n * capacity], *high = &upper[n * capacity];
     int32_t* latents = &latent[n * capacity];
-    if (count[n] >= k) threshold[n] = std::max(threshold[n], kth_largest(low, count[n], k));
     int64_t kept = 0;
     for (int64_t i = 0; i < count[n]; ++i) {
         low[kept] = low[i], high[kept] = high[i], latents[kept] = latents[i];
@@ -294,4 +340,72 @@ void Screen::settle(Tensor indices, Tensor given_up, Tensor x, Tensor W, int thr
         given_up.at<uint8_t>(0)[n] = count[n] < 0;
         if (count[n] >= 0) choose(n, indices.at<int32_t>(n));
     });
+}
+
+// Keeps the candidates that were chosen, by place.
+template <class F>
+void Screen::keep(int64_t n, F chosen) {
+    int64_t kept = n * capacity;
+    for (int64_t place = n * capacity; place < n * capacity + count[n]; ++place) {
+        latent[kept] = latent[place];
+        kept += chosen(place);
+    }
+    count[n] = kept - n * capacity;
+}
+
+void Screen::settle_batch(Tensor x, Tensor W, int threads) {
+    const int64_t room = N * k;
+    const auto kth = [&](const std::vector<float>& values, int64_t rank) {
+        return rank <= int64_t(values.size()) ? kth_largest(values.data(), values.size(), rank) : -infinity;
+    };
+    const auto each = [&](auto f) {
+        for (int64_t n = 0; n < N; ++n)
+            for (int64_t place = n * capacity; place < n * capacity + count[n]; ++place) f(place);
+    };
+    const auto drop = [&] {
+        const std::vector<float> low = of_candidates([&](int64_t place) { return lower[place]; });
+        bound_batch(low.data(), low.size(), room);
+        for (int64_t n = 0; n < N; ++n) drop_below(n);
+    };
+    drop();
+    // as mark_near_kth and mark_ambiguous, of all rows together
+    const float centre = kth(of_candidates([&](int64_t place) {
+        return upper[place] < infinity ? lower[place] / 2 + upper[place] / 2 : lower[place];
+    }), room);
+    each([&](int64_t place) { if (lower[place] < centre && upper[place] > centre) lower[place] = NAN; });
+    score_marked(x, W, threads);
+    drop();
+    const float rival = kth(of_candidates([&](int64_t place) { return upper[place]; }), room + 1);
+    each([&](int64_t place) {
+        lower[place] = lower[place] > rival ? infinity : lower[place] < upper[place] ? NAN : lower[place];
+    });
+    score_marked(x, W, threads);
+    const std::vector<float> scores = of_candidates([&](int64_t place) { return lower[place]; });
+    const float last = kth(scores, room);
+    int64_t ties = room - std::count_if(scores.begin(), scores.end(), [&](float s) { return s > last; });
+    for (int64_t n = 0; n < N; ++n)
+        keep(n, [&](int64_t place) { return lower[place] > last || (lower[place] == last && ties-- > 0); });
+}
+
+void Screen::settle_above(Tensor x, Tensor W, int threads) {
+    for (int64_t n = 0; n < N; ++n)
+        for (int64_t place = n * capacity; place < n * capacity + count[n]; ++place)
+            if (lower[place] <= least && upper[place] > least) lower[place] = NAN;
+    score_marked(x, W, threads);
+    for (int64_t n = 0; n < N; ++n) keep(n, [&](int64_t place) { return lower[place] > least; });
+}
+
+int64_t Screen::settle_ragged(Tensor x, Tensor W, int threads) {
+    if (std::any_of(count.begin(), count.end(), [](int64_t c) { return c < 0; })) return -1;
+    among == Among::batch ? settle_batch(x, W, threads) : settle_above(x, W, threads);
+    return N ? *std::max_element(count.begin(), count.end()) : 0;
+}
+
+void Screen::write(Tensor indices) const {
+    const int64_t width = indices.size[1];
+    for (int64_t n = 0; n < N; ++n) {
+        const int32_t* const of_row = &latent[n * capacity];
+        int32_t* const end = std::copy(of_row, of_row + count[n], indices.at<int32_t>(n));
+        std::fill(end, indices.at<int32_t>(n) + width, -1);
+    }
 }

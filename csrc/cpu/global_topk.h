@@ -18,8 +18,12 @@
 // support; the others, the ambiguous, are scored as the specification does, which makes their interval a point, and
 // ranked by (score, lower latent). A score depends on nothing but sample and latent, not even the instruction set.
 // A row whose candidates do not fit is given up and reported, never cut short.
+//
+// Two other rules are proven in the same way. BatchTopK: the k N largest scores of all rows, which the k N-th largest
+// lower end of all rows bounds. Latents above a threshold: that is the bound from the beginning.
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -38,11 +42,15 @@ void support_scores(Tensor scores, Tensor x, Tensor W, Tensor bias, Tensor indic
 // Whether the machine multiplies bfloat16 faster than float32.
 bool has_bf16_products();
 
+// Whose k N largest scores are looked for: each row's k, the batch's, or all above a threshold, some k a row.
+enum class Among { row, batch, above };
+
 // The candidates of each row of x, while chunks of scores pass by.
 class Screen {
 public:
     // norm and residual are those of the rows of x, bias [L] is float64; `capacity` is the room for a row's candidates.
-    Screen(Tensor norm, Tensor residual, Tensor bias, int64_t D, int64_t k, int64_t capacity, bool narrow_scores);
+    Screen(Tensor norm, Tensor residual, Tensor bias, int64_t D, int64_t k, int64_t capacity, bool narrow_scores,
+           Among among = Among::row, float least = -std::numeric_limits<float>::infinity());
 
     // Takes in scores [N, m] of latents first ... first + m - 1, whose rows have this norm and residual.
     // Chunks come in the order of latents.
@@ -51,10 +59,17 @@ public:
     // Writes the support of each row into indices, or 1 into given_up.
     void settle(Tensor indices, Tensor given_up, Tensor x, Tensor W, int threads);
 
+    // The same where rows have as many latents as they have. The most that one has, or -1 if a row was given up; then
+    // `write` fills indices, the rest of a row with -1.
+    int64_t settle_ragged(Tensor x, Tensor W, int threads);
+    void write(Tensor indices) const;
+
     // Raises the threshold of a row whose room is used up and drops what is below it; false if the row is given up.
     bool compact(int64_t n);
 
     const int64_t N, L, k, capacity;
+    const Among among;
+    const float least;                      // what scores must be above
     float c;
     std::vector<float> p, q, bias, slack;   // [N], [N], [L], [L]
     std::vector<double> exact_bias;         // [L]
@@ -65,7 +80,15 @@ public:
 
 private:
     void prune(int64_t n);
+    void drop_below(int64_t n);
+    void bound_batch(const float* lower_ends, int64_t count, int64_t at_most);
+    template <class F>
+    std::vector<float> of_candidates(F value) const;
     void mark_near_kth(int64_t n, std::vector<float>& centres);
+    void settle_batch(Tensor x, Tensor W, int threads);
+    void settle_above(Tensor x, Tensor W, int threads);
+    template <class F>
+    void keep(int64_t n, F chosen);
     void mark_ambiguous(int64_t n);
     void score_marked(Tensor x, Tensor W, int threads);
     void choose(int64_t n, int32_t* indices) const;

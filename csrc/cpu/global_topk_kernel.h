@@ -80,18 +80,25 @@ INLINE int64_t append_interval(const Interval& v, float threshold, int32_t laten
 }
 
 template <class T>
+void lower_ends_of_row(const Screen& screen, int64_t row, const T* scores, const Chunk& chunk, float* lower) {
+    constexpr int W = lanes<float>;
+    const Intervals<T> interval(screen, row, scores, chunk);
+    for (int64_t l = 0; l < chunk.size; l += W) {
+        const int64_t n = std::min<int64_t>(W, chunk.size - l);
+        store(lower + l, interval(l, n).lower, n);
+    }
+}
+
+template <class T>
 void screen_row(Screen& screen, int64_t row, const T* scores, const Chunk& chunk, Above<float>& above,
                 std::vector<float>& lowers) {
     constexpr int W = lanes<float>;
     int64_t count = screen.count[row];
     if (count < 0) return;
     const Intervals<T> interval(screen, row, scores, chunk);
-    if (chunk.first == 0 && chunk.size >= screen.k) {
+    if (screen.among == Among::row && chunk.first == 0 && chunk.size >= screen.k) {
         lowers.resize(chunk.size);
-        for (int64_t l = 0; l < chunk.size; l += W) {
-            const int64_t n = std::min<int64_t>(W, chunk.size - l);
-            store(lowers.data() + l, interval(l, n).lower, n);
-        }
+        lower_ends_of_row(screen, row, scores, chunk, lowers.data());
         screen.threshold[row] = find_kth_largest(lowers.data(), lowers.data(), chunk.size, screen.k, above);
     }
     float *const lower = &screen.lower[row * screen.capacity], *const upper = &screen.upper[row * screen.capacity];

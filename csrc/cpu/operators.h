@@ -70,3 +70,9 @@ void count_silence(Tensor silence, Tensor values, Tensor indices);
 void count_nearer(
     Tensor own, Tensor higher, Tensor equal, Tensor query_offsets, Tensor query_latents, Tensor query_values,
     Tensor offsets, Tensor latents, Tensor values, Tensor first, Tensor last, int64_t L, double tie, int threads);
+
+// candidates, cosines [Q, top] <- those of the largest products with each query, the largest first, of equal ones the
+// lower; -1 and 0 where no product is above 0.
+void find_nearest(
+    Tensor candidates, Tensor cosines, Tensor query_offsets, Tensor query_latents, Tensor query_values, Tensor offsets,
+    Tensor latents, Tensor values, int64_t L, int threads);

@@ -18,7 +18,7 @@ void replay_rows(
     Widths d_streams, uint64_t seed, int threads) {
     with_type(W_dec.item_size, [&](auto type) {
         if constexpr (sizeof(type) >= sizeof(float))
-            with_moments<decltype(type)>(moments, [&](auto moment) {
+            with_either<decltype(type)>(moments, [&](auto moment) {
                 AT_SIMD_LEVEL(
                     replay_rows<decltype(type), decltype(moment)>(
                         W_dec, moments, copy, latents, last_step, history, d_streams, seed, threads))

@@ -12,7 +12,10 @@
 void sparse_decode(Tensor recons, Tensor values, Tensor indices, Tensor W_dec, Tensor pre_bias, int threads) {
     const Support support(indices, values.size[1], W_dec.size[0]);
     with_type(W_dec.item_size, [&](auto type) {
-        AT_SIMD_LEVEL(sparse_decode<decltype(type)>(recons, values, support, W_dec, pre_bias, threads))
+        with_either<sum_t<decltype(type)>>(Tensors<1>{recons}, [&](auto stored) {
+            AT_SIMD_LEVEL(
+                sparse_decode<decltype(type), decltype(stored)>(recons, values, support, W_dec, pre_bias, threads))
+        });
     });
 }
 
@@ -27,7 +30,8 @@ void sparse_decode_grad_values(Tensor grad_values, Tensor grad_recons, Tensor in
 
 namespace SIMD_LEVEL {
 
-template <class T>
+// R is what reconstructions are stored in.
+template <class T, class R>
 void sparse_decode(
     const Tensor& recons, const Tensor& values, const Support& support, const Tensor& W_dec, const Tensor& pre_bias,
     int threads) {
@@ -49,7 +53,7 @@ void sparse_decode(
                 const auto rows = gathered<T>(W_dec, run, block, support, n, sources[0]);
                 with_streams(count, [&](auto S) { combine<S>(rows, coefficients, width, sums); });
                 for (int64_t i = 0; i < count; ++i) {
-                    T* recon = recons.at<T>(n, sources[i]) + run.begin;
+                    R* recon = recons.at<R>(n, sources[i]) + run.begin;
                     const bool past = large && aligned(recon);
                     for (int64_t d = 0; d < width; d += lanes<A>)
                         store(recon + d, load(sums[i] + d, width - d) + load(bias + d, width - d), width - d, past);

@@ -40,12 +40,12 @@ void with_type(int64_t item_size, F f) {
     if (item_size == 2) f(bf16{});
 }
 
-// Calls f with a value of the type of Adam's moments, of those there are: bfloat16, or A, in which sums are taken.
+// Calls f with a value of the type of the tensors there are: bfloat16, or A, in which sums are taken.
 template <class A, size_t n, class F>
-void with_moments(const Tensors<n>& moments, F f) {
+void with_either(const Tensors<n>& tensors, F f) {
     if constexpr (sizeof(A) == sizeof(float)) {
-        for (const Tensor& moment : moments)
-            if (moment.item_size == 2) return f(bf16{});
+        for (const Tensor& tensor : tensors)
+            if (tensor.item_size == 2) return f(bf16{});
     }
     f(A{});
 }

@@ -30,7 +30,7 @@ void update_rows(
     check_moved(
         W_enc, W_dec, moments, has_encoder && grad_latent_bias.ndim && grad_pre_bias.ndim, batch.grad_recons.ndim);
     with_type((W_enc.ndim ? batch.x : batch.grad_recons).item_size, [&](auto type) {
-        with_moments<sum_t<decltype(type)>>(moments, [&](auto moment) {
+        with_either<sum_t<decltype(type)>>(moments, [&](auto moment) {
             AT_SIMD_LEVEL(
                 update_rows<decltype(type), decltype(moment)>(
                     grad_latent_bias, grad_pre_bias, W_enc, W_dec, moments, copies, last_step, batch, adam, threads))
@@ -44,7 +44,7 @@ void step_rows(
     check_moved(W_enc, W_dec, moments, gradients.W_enc.ndim, gradients.W_dec.ndim);
     with_type((W_enc.ndim ? gradients.W_enc : gradients.W_dec).item_size, [&](auto type) {
         if constexpr (sizeof(type) >= sizeof(float))
-            with_moments<decltype(type)>(moments, [&](auto moment) {
+            with_either<decltype(type)>(moments, [&](auto moment) {
                 AT_SIMD_LEVEL(
                     step_rows<decltype(type), decltype(moment)>(
                         W_enc, W_dec, moments, copies, last_step, gradients, adam, threads))

@@ -20,7 +20,8 @@ COMMANDS = {
     "explain": "write a page to look through every latent of a model, and share",
     "encode": "turn a data set of any size into sparse codes in a file",
     "glyphs": "write the built-in glyphs as a large data set in files",
-    "convert": "turn a checkpoint of the research code into ours, or back",
+    "convert": "turn models of the research code, SAELens and crosscoders into ours, or back",
+    "export": "write a model for SAELens or the Hugging Face Hub, or the kernels for theirs",
     "bench": "time every operator and the whole step against plain PyTorch",
 }
 """Name, also of the file, whose first words are the description -> what it does, in a line."""

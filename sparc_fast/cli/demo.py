@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="training steps of each model")
     parser.add_argument("--seed", type=int, help="of the weights and the shuffling")
     parser.add_argument(
+        "--seeds", type=int, default=1,
+        help="of glyphs: train with so many seeds, for the mean and its interval in the table (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--ablations", action="store_true", help="of glyphs: also global TopK without cross loss, local with"
     )
 
@@ -40,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table, and say where the report is."""
     if missing := [name for name in ("rich", "matplotlib", "sklearn", "jinja2") if find_spec(name) is None]:
         raise ImportError(f"the demo needs {', '.join(missing)}: pip install 'sparc_fast[demo]'")
+    if arguments.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {arguments.seeds}")
     if arguments.data == "emoji":
         return _emoji(arguments)
     from rich.console import Console
@@ -60,16 +67,23 @@ def run(arguments: argparse.Namespace) -> int:
         tasks: dict[str, object] = {}
 
         def progress(name: str, step: int, steps: int) -> None:
+            name = name if arguments.seeds == 1 else f"{name}, seed {seed}"
             if name not in tasks:
                 tasks[name] = bar.add_task(name, total=steps)
             bar.update(tasks[name], completed=step)  # type: ignore[arg-type]
 
-        trained = demo.run(glyphs, settings, ablations=arguments.ablations, progress=progress)
-    evaluations = {name: result.evaluation for name, result in trained.items()}
-    console.print(as_text(comparison(evaluations), "held-out characters"))
+        runs = []
+        for seed in range(settings.seed, settings.seed + arguments.seeds):
+            of_seed = replace(settings, seed=seed)
+            runs.append(demo.run(glyphs, of_seed, ablations=arguments.ablations, progress=progress))
+    table = comparison({name: [of_seed[name].evaluation for of_seed in runs] for name in runs[0]})
+    console.print(as_text(table, "held-out characters"))
+    console.print(*table.notes, sep="\n", highlight=False, markup=False, soft_wrap=True)
     options = [f"--{name} {value}" for name, value in changed.items()]
+    options += [f"--seeds {arguments.seeds}"] if arguments.seeds > 1 else []
     command = " ".join(["sparc-fast demo", *options, *(["--ablations"] if arguments.ablations else [])])
-    page = write_report(demo.report(glyphs, trained, settings, command), arguments.out)
+    report = replace(demo.report(glyphs, runs[0], settings, command), table=table)
+    page = write_report(report, arguments.out)
     console.print(f"open [bold]{page}[/bold] in a browser to look through every latent")
     return 0
 
@@ -78,6 +92,8 @@ def _emoji(arguments: argparse.Namespace) -> int:
     """Extract, train and explain in folders of `--out`; what is finished there stays as it is."""
     if arguments.ablations:
         raise ValueError("--ablations must be left out with --data emoji, got it")
+    if arguments.seeds > 1:
+        raise ValueError(f"--seeds must be left out with --data emoji, got {arguments.seeds}")
     if find_spec("pyarrow") is None:
         raise ImportError("the emoji need pyarrow: pip install 'sparc_fast[train,demo,emoji]'")
     from rich.console import Console
@@ -101,15 +117,19 @@ def _emoji(arguments: argparse.Namespace) -> int:
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + signal.SIGINT
     models = {name: load(folder) for name, folder in runs.items()}
-    sparc = models["SPARC"]
+    beside = {
+        "independent SAEs, matched": emoji.matched_afterwards(models["independent SAEs"], features),
+        "untrained SPARC": untrained(models["SPARC"], arguments.seed or 0),
+    }
     settings = {name.replace("_", " "): str(value) for name, value in {**emoji.SETTINGS, **changed}.items()}
     options = "".join(f" --{name} {value}" for name, value in changed.items())
     report = report_of(
-        models, features, beside={"untrained SPARC": untrained(sparc, arguments.seed or 0)}, labels=False,
+        models, features, beside=beside, labels=False,
         first=emoji.CONCEPTS, curves={name: curves(folder) for name, folder in runs.items()},
         settings={"command": f"sparc-fast demo --data emoji{options}", **settings},
     )  # fmt: skip
-    console.print(as_text(list(report.table), "held-out emoji"))
+    console.print(as_text(report.table, "held-out emoji"))
+    console.print(*getattr(report.table, "notes", ()), sep="\n", highlight=False, markup=False, soft_wrap=True)
     for name, found in emoji.word_latents(report, features).items():
         print(f"{name}: {found.sum()} latents whose strongest held-out samples share a word in every stream")
     page = write_report(report, arguments.out)

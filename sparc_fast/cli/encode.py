@@ -22,7 +22,7 @@ from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import present_of
 from sparc_fast.data.feature_folder import Split
 from sparc_fast.model import SPARC
-from sparc_fast.sizes import as_bytes
+from sparc_fast.sizes import as_bytes, counted
 from sparc_fast.training.trainer import device_of
 
 from .eval import add_joining, load, model_file, open_joined, sources_of
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             zero_rows=arguments.zero_rows, memory=memory, about={"model_sha256": _sha256(path)},
         )  # fmt: skip
         lacking = "".join(f", {n:,} without {stream!r}" for stream, n in absent.items() if n)
-        print(f"{out}: {files.n_rows:,} samples of {', '.join(files.d_streams)}{lacking}")
+        print(f"{out}: {counted(files.n_rows, 'sample')} of {', '.join(files.d_streams)}{lacking}")
     return 0
 
 
@@ -118,17 +118,21 @@ def encode_files(
     if (got := {stream: files.d_streams[stream] for stream in streams}) != widths:
         raise ValueError(f"files must have the widths {widths}, got {got}")
     N, S, k = files.n_rows, len(streams), model.k
+    encode = _encode_alone if alone else _encode
     own_support = alone or model.selection == "local"
-    tensors = {
-        "values": (model.W_enc.dtype, (N, S, k)),
-        "indices": (torch.int32, (N, S, k) if own_support else (N, k)),
-    }
     config = {"streams": list(streams), "n_latents": model.n_latents, **(about or {})}
     read_together, encoded_together = _rows_at_once(model, files, memory)
     was_training = model.training
     model.eval()
     absent = torch.zeros(S, dtype=torch.int64, device="cpu")
     try:
+        if model.selection == "batch":  # how many latents the sample of most has is not known beforehand
+            blocks = _blocks(files, streams, zero_rows, read_together, encoded_together)
+            k = max((encode(model, x, present).values.shape[-1] for x, present in blocks), default=k)
+        tensors = {
+            "values": (model.W_enc.dtype, (N, S, k)),
+            "indices": (torch.int32, (N, S, k) if own_support else (N, k)),
+        }
         with ExitStack() as opened:
             write = opened.enter_context(checkpoint.save_in_parts(out, tensors, config, FORMAT))
             if decode is not None:
@@ -143,7 +147,7 @@ def encode_files(
             for x, present in _blocks(files, streams, zero_rows, read_together, encoded_together):
                 if present is not None:
                     absent += (~present).sum(0)
-                codes = _encode_alone(model, x, present) if alone else _encode(model, x, present)
+                codes = encode(model, x, present).with_slots(k)
                 write("values", codes.values)
                 write("indices", codes.indices)
                 for s, source in enumerate(streams if decode is not None else ()):
@@ -214,6 +218,8 @@ def _encode_alone(model: SPARC, x: Mapping[str, Tensor], present: Tensor | None)
     parts = []
     for s, (stream, rows) in enumerate(x.items()):
         parts.append(_encode(model, {stream: rows}, None if present is None else present[:, s : s + 1]))
+    k = max(part.values.shape[-1] for part in parts)
+    parts = [part.with_slots(k) for part in parts]
     values = torch.cat([part.values for part in parts], dim=1)
     indices = torch.stack([part.stream(*part.streams)[1] for part in parts], dim=1)
     return SparseLatents(values, indices, tuple(x), model.n_latents)

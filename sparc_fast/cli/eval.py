@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -25,25 +26,46 @@ from sparc_fast.data.feature_folder import Split, is_feature_folder
 from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.ids import as_comparable
 from sparc_fast.data.readers import Source
-from sparc_fast.evaluate import as_text, comparison, evaluate
-from sparc_fast.evaluate.labels import as_groups, as_ids, as_labels
+from sparc_fast.evaluate import (
+    METRICS,
+    Evaluation,
+    Hierarchy,
+    as_text,
+    comparison,
+    evaluate,
+    evaluate_raw,
+    matched,
+    write_comparison,
+    write_plots,
+)  # fmt: skip
+from sparc_fast.evaluate.formats import FORMATS as TABLE_FORMATS
+from sparc_fast.evaluate.formats import check_endings
+from sparc_fast.evaluate.labels import as_groups, as_ids, as_labels, as_named_labels
+from sparc_fast.evaluate.plots import check_plots
+from sparc_fast.evaluate.resampling import RESAMPLES
+from sparc_fast.evaluate.table import Evaluated
 from sparc_fast.model import SPARC
-from sparc_fast.sizes import as_bytes
-from sparc_fast.training import load_model
+from sparc_fast.sizes import as_bytes, counted
+from sparc_fast.training import Config, load_model
 from sparc_fast.training.config import parse_sources
 from sparc_fast.training.trainer import device_of
 
 __all__ = ["add_arguments", "add_joining", "load", "model_file", "open_joined", "run", "sources_of", "untrained"]
 
 MODEL, LABELS = "model.safetensors", "labels.npy"
+AFTERWARDS = ", matched"
 FEWEST = 5  # samples that must carry a label of the items: a concept of fewer says little
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The models, the samples, and how to print."""
     parser.add_argument(
-        "models", nargs="+", metavar="[NAME=]MODEL", help="a finished run's folder, a model file or a checkpoint"
+        "models", nargs="*", metavar="[NAME=]MODEL", help="a finished run's folder, a model file or a checkpoint"
     )
+    parser.add_argument(
+        "--compare", nargs="+", action="extend", default=[], metavar="RUN",
+        help="further runs, of which those that differ in nothing but their seed are one column, mean ± interval",
+    )  # fmt: skip
     parser.add_argument(
         "--data",
         nargs="+",
@@ -55,6 +77,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--split", choices=get_args(Split), default="held_out", help="of a folder of features (%(default)s)"
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", action="extend", metavar="NAME",
+        help=f"all, or of {', '.join(metric.key for metric in METRICS)} (default: "
+        f"{', '.join(metric.key for metric in METRICS if metric.default)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--train-data", nargs="+", action="extend", metavar="FOLDER or STREAM=FILE[#NAME]",
+        help="samples the models were trained on, for metrics that learn something first, and to match the latents of "
+        "independent SAEs (of --selection local) afterwards; otherwise the training split of a folder of features",
+    )  # fmt: skip
+    parser.add_argument(
+        "--train-labels", metavar="FILE[:COLUMN]", help=f"of --train-data; {LABELS} of the folder where there is one"
     )
     parser.add_argument(
         "--labels",
@@ -82,14 +117,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", default="4GiB", help="to take beside the model, in bytes or as 4GiB (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
     parser.add_argument("--seed", type=int, default=0, help="of the untrained model's weights (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print all figures as JSON instead of a table")
+    parser.add_argument(
+        "--resamples", type=int, default=RESAMPLES,
+        help="how often samples, or groups, are drawn anew for the intervals; 0: none (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hierarchy", metavar="FILE",
+        help="of the labels' names, for metrics by depth: JSON, Open Images' or of the name above each name",
+    )  # fmt: skip
+    parser.add_argument("--raw", action="store_true", help="also retrieval by the inputs of streams of one width")
+    printed = parser.add_mutually_exclusive_group()
+    for form, words in (("json", "all figures as JSON"), ("csv", "the table as CSV"), ("latex", "the table as LaTeX"),
+                        ("markdown", "the table in Markdown")):  # fmt: skip
+        printed.add_argument(
+            f"--{form}", dest="form", action="store_const", const=form, help=f"print {words} instead of a table"
+        )
+    parser.add_argument(
+        "--out", nargs="+", default=[], metavar="FILE", help="also write it to files that end in .json, .csv, .tex, .md"
+    )
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="also draw it, as PNG and SVG")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table of `sparc-fast demo` for some models and an untrained one of the first one's shape."""
-    if not arguments.json and find_spec("rich") is None:
+    if arguments.form is None and find_spec("rich") is None:
         raise ImportError("the table needs rich: pip install 'sparc_fast[train]', or ask for --json")
+    check_endings(arguments.out)
+    if arguments.plots is not None:
+        check_plots(arguments.plots)
+    if not arguments.models and not arguments.compare:
+        raise ValueError("models must be at least one, got none")
     models = _load_all(arguments.models)
+    joined = _joined(arguments.compare, models)
     name, first = next(iter(models.items()))
     for other, model in models.items():
         if model.d_streams != first.d_streams:
@@ -97,41 +156,183 @@ def run(arguments: argparse.Namespace) -> int:
                 f"models must have the same streams, got {first.d_streams} in {name}, {model.d_streams} in {other}"
             )
     memory, device = as_bytes(arguments.memory, "--memory"), device_of(arguments.device)
-    columns = {**models, "untrained (2)" if "untrained" in models else "untrained": untrained(first, arguments.seed)}
-    evaluations = {}
-    with open_joined(sources_of(arguments.data, first), arguments) as files:
+    evaluations: dict[str, Evaluation] = {}
+    with ExitStack() as opened:
+        files = opened.enter_context(open_joined(sources_of(arguments.data, first), arguments))
         if files.d_streams != first.d_streams:
             raise ValueError(f"--data must have the widths {first.d_streams}, got {files.d_streams}")
         labels, groups = _known_of_samples(arguments, files)
         if files.matched is not None:
             print(files.matched, file=sys.stderr, flush=True)
+        hierarchy = _hierarchy(arguments, files.n_rows)
+        train, train_labels = _training_samples(arguments, first, opened)
+        columns = _with_baselines(models, joined, train, arguments)
         for name, model in columns.items():
             found = evaluate(
-                model.to(device), files, labels, groups=groups, retrieval=not arguments.no_retrieval,
-                zero_rows=arguments.zero_rows, memory=memory,
+                model.to(device), files, labels, metrics=_names(arguments.metrics), groups=groups,
+                hierarchy=hierarchy, train=train, train_labels=train_labels, retrieval=not arguments.no_retrieval,
+                resamples=arguments.resamples, zero_rows=arguments.zero_rows, memory=memory,
             )  # fmt: skip
             evaluations[name] = replace(found, single_codes={})  # of all models they would be many
         if left_out := files.n_rows - found.n_samples:
-            print(f"{left_out:,} of {files.n_rows:,} samples lack a stream and are left out", file=sys.stderr)
-    if arguments.json:
-        print(json.dumps({name: found.to_dict() for name, found in evaluations.items()}, indent=2))
-    else:
-        from rich.console import Console
-
-        n = next(iter(evaluations.values())).n_samples
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(as_text(comparison(evaluations), f"{n:,} samples"))
+            print(f"left out for lack of a stream: {left_out:,} of {counted(files.n_rows, 'sample')}", file=sys.stderr)
+        if arguments.raw:
+            evaluations["raw features"] = _raw(files, groups, memory, arguments)
+    _show(_by_settings(evaluations, joined), found.n_samples, arguments)
     return 0
 
 
-def _load_all(texts: Sequence[str]) -> dict[str, SPARC]:
+def _show(evaluations: Mapping[str, Evaluated], n: int, arguments: argparse.Namespace) -> None:
+    """On the terminal, in files, and as pictures."""
+    rows = comparison(evaluations)
+    if arguments.form is None:
+        from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(as_text(rows, f"{n:,} samples"))
+        for note in rows.notes:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
+    else:
+        ending = {"json": ".json", "csv": ".csv", "latex": ".tex", "markdown": ".md"}[arguments.form]
+        sys.stdout.write(TABLE_FORMATS[ending](rows, evaluations))
+    write_comparison(rows, evaluations, arguments.out)
+    if arguments.plots is not None:
+        write_plots(evaluations, arguments.plots)
+
+
+def _names(texts: Sequence[str] | None) -> str | tuple[str, ...] | None:
+    """Names with commas or spaces between them."""
+    if texts is None:
+        return None
+    if texts == ["all"]:
+        return "all"
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+
+
+def _joined(texts: Sequence[str], models: dict[str, SPARC]) -> dict[str, list[str]]:
+    """Load further runs among the models; which of them are one column: those alike in all settings but the seed."""
+    by_settings: dict[str, list[str]] = {}
+    for text in texts:
+        found = _load_all([text], set(models))
+        models.update(found)
+        (name,) = found
+        config = Path(text.partition("=")[2] or text) / "config.json"
+        key = name
+        if config.is_file():
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            free = {field.name for field in fields(Config) if field.metadata["free"]}
+            key = json.dumps({n: v for n, v in settings.items() if n != "seed" and n not in free}, sort_keys=True)
+        by_settings.setdefault(key, []).append(name)
+    columns: dict[str, list[str]] = {}
+    for names in by_settings.values():
+        columns[names[0] if len(names) == 1 else f"{names[0]} ({len(names)} seeds)"] = names
+    return columns
+
+
+def _by_settings(evaluations: Mapping[str, Evaluation], joined: Mapping[str, Sequence[str]]) -> dict[str, Evaluated]:
+    """Runs that are alike in one column, at the place of the first."""
+    column_of = {name: (column, names) for column, names in joined.items() if len(names) > 1 for name in names}
+    columns: dict[str, Evaluated] = {}
+    for name, found in evaluations.items():
+        base, matched_too, _ = name.partition(AFTERWARDS)
+        if base in column_of:
+            column, names = column_of[base]
+            columns[column + matched_too] = [evaluations[one + matched_too] for one in names]
+        else:
+            columns[name] = found
+    return columns
+
+
+def _hierarchy(arguments: argparse.Namespace, n: int) -> tuple[Hierarchy, Sequence[str]] | None:
+    """It, and the name of each label."""
+    if arguments.hierarchy is None:
+        return None
+    found, path = Hierarchy.read(arguments.hierarchy), Path(arguments.data[0])
+    if arguments.labels is not None:
+        rows = n if arguments.label_ids is None else len(as_ids(arguments.label_ids, "--label-ids"))
+        return found, as_named_labels(arguments.labels, (rows,))[1]
+    labels = FeatureFolder(path).labels(arguments.split, FEWEST) if is_feature_folder(path) else None
+    if labels is None:
+        raise ValueError("--hierarchy must be of --labels that are names, or of a folder's labels, got none")
+    return found, labels[1]
+
+
+def _training_samples(
+    arguments: argparse.Namespace, model: SPARC, opened: ExitStack
+) -> tuple[AlignedFiles | None, Tensor | None]:
+    """Those given, or the training split of the folder of features that is evaluated."""
+    given, split = arguments.train_data, arguments.split
+    path = Path((given or arguments.data)[0])
+    if given is None:
+        if len(arguments.data) > 1 or not is_feature_folder(path) or split != "held_out":
+            return None, None
+        if "train" not in FeatureFolder(path).column("split"):
+            return None, None
+    files = opened.enter_context(data.open(sources_of(given or arguments.data, model), split="train"))
+    if files.d_streams != model.d_streams:
+        raise ValueError(f"--train-data must have the widths {model.d_streams}, got {files.d_streams}")
+    if arguments.train_labels is not None:
+        return files, as_labels(arguments.train_labels, (files.n_rows,), "--train-labels")
+    if is_feature_folder(path):
+        folder = FeatureFolder(path)
+        held_out, own = (folder.labels(which, 1) for which in (split, "train"))
+        return files, None if held_out is None or own is None else _same_columns(folder, split, own, files.n_rows)
+    return files, as_labels(path / LABELS, (files.n_rows,), "--train-labels") if (path / LABELS).is_file() else None
+
+
+def _same_columns(
+    folder: FeatureFolder, split: Split, own: tuple[npt.NDArray[np.bool_], Sequence[str]], n: int
+) -> Tensor | None:
+    """Labels of the training samples, a column for each of the evaluated ones' concepts, in their order."""
+    evaluated = folder.labels(split, FEWEST)
+    if evaluated is None:
+        return None
+    place = {name: column for column, name in enumerate(own[1])}
+    truth = np.zeros((len(own[0]), len(evaluated[1])), np.bool_)
+    for column, name in enumerate(evaluated[1]):
+        if name in place:
+            truth[:, column] = own[0][:, place[name]]
+    return torch.from_numpy(truth.repeat(n // len(truth), axis=0))
+
+
+def _with_baselines(
+    models: Mapping[str, SPARC], joined: Mapping[str, Sequence[str]], train: AlignedFiles | None,
+    arguments: argparse.Namespace,
+) -> dict[str, SPARC]:  # fmt: skip
+    """Beside independent SAEs the same with their latents matched afterwards, and an untrained model."""
+    columns: dict[str, SPARC] = {}
+    for name, model in models.items():
+        columns[name] = model
+        if model.selection != "local" or len(model.streams) < 2:
+            continue
+        if train is None:
+            print(f"give --train-data to see {name} with its latents matched afterwards", file=sys.stderr)
+        elif find_spec("scipy") is None:
+            print("latents are not matched without SciPy: pip install 'sparc_fast[evaluate]'", file=sys.stderr)
+        else:
+            columns[name + AFTERWARDS] = matched(model, train, memory=arguments.memory)
+    first = next(iter(models.values()))
+    columns["untrained (2)" if "untrained" in models else "untrained"] = untrained(first, arguments.seed)
+    return columns
+
+
+def _raw(files: AlignedFiles, groups: Tensor | None, memory: int, arguments: argparse.Namespace) -> Evaluation:
+    taken = 4 * files.n_rows * sum(files.d_streams.values())
+    if taken > memory // 2:
+        raise ValueError(f"--memory must be at least {2 * taken} bytes for --raw, got {arguments.memory}")
+    parts = torch.split(files.rows(0, files.n_rows), list(files.d_streams.values()), dim=1)
+    inputs = dict(zip(files.d_streams, parts, strict=True))
+    return evaluate_raw(inputs, groups=groups, resamples=arguments.resamples)
+
+
+def _load_all(texts: Sequence[str], taken: Collection[str] = ()) -> dict[str, SPARC]:
     models: dict[str, SPARC] = {}
     for text in texts:
         name, equals, path = text.partition("=")
         if not equals or Path(text).exists():
             path = text
             name = _name(Path(text))
-        if name in models:
+        if name in models or name in taken:
             raise ValueError(f"models must have names of their own, got two called {name}: give NAME=MODEL")
         models[name] = load(Path(path))
     return models

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast.data.feature_folder import is_feature_folder
+from sparc_fast.data.feature_folder import FeatureFolder, is_feature_folder
 from sparc_fast.files import check_folder
+from sparc_fast.sizes import counted
 from sparc_fast.training.run_folder import RunFolder
 
 from .eval import load, untrained
@@ -54,6 +55,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-labels", action="store_true", help="name latents by words of the texts though there are labels"
     )
+    looking = parser.add_argument_group(
+        "heatmaps", "Instead of the page of all latents: heatmaps.html, where samples' pictures and texts fire latents."
+    )
+    looking.add_argument(
+        "--heatmap", nargs="+", action="extend", metavar="ID", help="samples of the folder, or files of pictures"
+    )
+    what = looking.add_mutually_exclusive_group()
+    what.add_argument(
+        "--latent", nargs="+", action="extend", default=[], metavar="NAME",
+        help="names or numbers of latents to look for (default: each sample's strongest)",
+    )  # fmt: skip
+    what.add_argument("--from", dest="source", metavar="STREAM", help="look for what a stream says in the others")
+    looking.add_argument(
+        "--method", choices=("position", "attention", "gradient"), default="position",
+        help="of pictures: the encoder on every position, relevancy through attention, or features times gradients "
+        "(%(default)s)",
+    )  # fmt: skip
+    looking.add_argument(
+        "--enlarge", type=float, default=1.0, help="show pictures so many times larger to convolutional models"
+    )
+    looking.add_argument(
+        "--models", type=Path, metavar="extract.toml", help="the settings that name the models, where one is a function"
+    )
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
 
 
@@ -70,6 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.atlas is not None and arguments.atlas.suffix != ".parquet":
         raise ValueError(f"--atlas must be a file that ends in .parquet, got {arguments.atlas}")
     check_folder(arguments.out, "--out")
+    if arguments.heatmap:
+        return _look(arguments, device_of(arguments.device))
+    if arguments.latent or arguments.source:
+        raise ValueError("--heatmap must say in which samples --latent or --from is looked for, got none")
     paths = [_named(text) for text in (arguments.before, arguments.model) if text is not None]
     if len({name for name, _ in paths}) < len(paths):
         raise ValueError(f"RUN and --before must have names of their own, got two called {paths[0][0]}: give NAME=RUN")
@@ -88,13 +116,40 @@ def run(arguments: argparse.Namespace) -> int:
         settings={"command": _command(arguments), "latents": f"{after.n_latents:,}", "k": str(after.k)},
     )
     page = write_report(report, arguments.out)
-    print(f"{page}: {len(report.items):,} samples, {sum(map(bool, report.after.names)):,} named latents")
+    named = sum(map(bool, report.after.names))
+    print(f"{page}: {counted(len(report.items), 'sample')}, {counted(named, 'named latent')}")
     if arguments.atlas is not None:
         from sparc_fast.explain.embedding_atlas import write_atlas
 
         write_atlas(report, arguments.atlas)
         show = f"embedding-atlas {shlex.quote(str(arguments.atlas))} --x projection_x --y projection_y"
         print(f"{arguments.atlas}: pip install embedding-atlas, then {show}")
+    return 0
+
+
+def _look(arguments: argparse.Namespace, device: str | torch.device) -> int:
+    """Write heatmaps.html."""
+    from sparc_fast import attribution
+    from sparc_fast.explain.folder import codes_of, concepts_of
+
+    folder, model = FeatureFolder(arguments.data), load(_named(arguments.model)[1]).to(device)
+    if missing := [stream for stream in model.streams if stream not in folder.streams]:
+        raise ValueError(f"--data must have the streams {', '.join(model.streams)}, got none called {missing[0]}")
+    if arguments.source is not None and arguments.source not in model.streams:
+        raise ValueError(f"--from must be one of {', '.join(model.streams)}, got {arguments.source}")
+    samples = attribution.samples_of(folder, arguments.heatmap)
+    codes = codes_of(model, folder, list(model.streams), "all")
+    carried, concepts = concepts_of(folder, "all", labels=not arguments.no_labels)
+    names = attribution.Names(codes, carried, concepts, model.n_latents)
+    latents = [names.latent(name) for name in arguments.latent]
+    encoders = attribution.encoders_of(folder, model.streams, settings=arguments.models, device=device, say=print)
+    looked = attribution.look_into(
+        model, folder, samples, encoders, codes, names, latents=latents, source=arguments.source,
+        method=arguments.method, enlarge=arguments.enlarge, say=print,
+    )  # fmt: skip
+    about = str(folder.manifest.get("attribution") or "")
+    page = attribution.write_heatmaps(looked, arguments.out, attribution=about)
+    print(f"{page}: {len(looked)} samples, {len(encoders)} streams")
     return 0
 
 

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparc_fast.sizes import counted
 from sparc_fast.training.progress import Bar, duration
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     if done is None:
         return 128 + signal.SIGINT
     left_out = f", {done.failed:,} left out ({done.folder / 'failed.jsonl'} says why)" if done.failed else ""
-    print(f"{done.items:,} items{left_out}; now: sparc-fast train --data {arguments.out} --out run …")
+    print(f"{counted(done.items, 'item')}{left_out}; now: sparc-fast train --data {arguments.out} --out run …")
     return 0
 
 

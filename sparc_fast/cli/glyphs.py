@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sparc_fast.files import check_folder
+from sparc_fast.sizes import counted
 
 __all__ = ["add_arguments", "run"]
 
@@ -39,5 +40,5 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.out, arguments.rows, seed=arguments.seed, threads=arguments.threads,
             progress=lambda done, rows: bar.update(task, completed=done),
         )  # fmt: skip
-    print(f"{arguments.rows:,} rows; now: sparc-fast train {arguments.out / 'train.toml'} --out runs/wide")
+    print(f"{counted(arguments.rows, 'row')}; now: sparc-fast train {arguments.out / 'train.toml'} --out runs/wide")
     return 0

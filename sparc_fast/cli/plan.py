@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for rate, unit in RATES.items():
         group.add_argument(f"--{rate}-rate", metavar="X", help=f"{unit} a second, instead of measuring; give all three")
     parser.add_argument("--dead", default="0.5", metavar="X", help="part of the latents that are dead, for AuxK (0.5)")
+    parser.add_argument("--ranks", default="1", metavar="P", help="processes of torchrun that share the latents (1)")
     parser.add_argument("--changes", action="store_true", help="show what would change memory and time in any case")
     add_settings(parser)
 
@@ -50,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     d_streams = None if arguments.d_streams is None else _widths(arguments.d_streams)
     n_rows = None if arguments.rows is None else int(_number("--rows", arguments.rows, int))
     dead = _number("--dead", arguments.dead, float)
-    found = plan(config, d_streams, n_rows, _machine(arguments, config), dead=dead)
+    ranks = int(_number("--ranks", arguments.ranks, int))
+    found = plan(config, d_streams, n_rows, _machine(arguments, config), dead=dead, ranks=ranks)
     if arguments.save_roofs is not None:
         found.machine.save(arguments.save_roofs)
     print(as_text(found, arguments.changes))

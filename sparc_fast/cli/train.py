@@ -8,6 +8,8 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+from sparc_fast.distributed import torchrun
+from sparc_fast.sizes import counted
 from sparc_fast.training.config import (
     Config,
     absolute,
@@ -49,8 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
     config = Config.of(settings_of(arguments, there if there.is_file() else None))
     progress: Display = {"auto": best_display, "lines": Lines, "none": Display}[arguments.progress]()
     try:
-        with Trainer(config, arguments.out, progress=progress) as trainer:
-            if trainer.loader.files.matched is not None:
+        with torchrun(), Trainer(config, arguments.out, progress=progress) as trainer:
+            leads = trainer.leads
+            if trainer.loader.files.matched is not None and leads:
                 print(trainer.loader.files.matched, flush=True)
             outcome = trainer.run()
     except FloatingPointError as error:
@@ -58,7 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     if outcome.stopped_by is not None:
         return 128 + outcome.stopped_by
-    print(f"{outcome.step:,} steps done; the model is {trainer.folder.model}")
+    if not leads:
+        return 0
+    print(f"{counted(outcome.step, 'step')} done; the model is {trainer.folder.model}")
     if outcome.best is not None:
         step, figure = outcome.best
         print(f"best on held-out rows: {figure:.4f} after step {step:,}, {trainer.folder.best}")

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sparc_fast.sizes import counted
+
 from .ids import as_comparable
 from .readers import Reader
 from .shuffle import Rows
@@ -48,7 +50,7 @@ class Matched:
             f"{one.matched:,} of {one.rows:,} rows of {stream!r}" + f", absent in {one.absent:,}" * bool(one.absent)
             for stream, one in self.streams.items()
         ]
-        return f"{self.n_samples:,} samples joined by id: {'; '.join(parts)}"
+        return f"{counted(self.n_samples, 'sample')} joined by id: {'; '.join(parts)}"
 
 
 class Joined(NamedTuple):

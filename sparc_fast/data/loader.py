@@ -67,6 +67,8 @@ class Loader:
         check_finite: refuse NaN and infinity when they are read, naming file and row.
         n_threads: reading threads; by default up to 4, at most half of the processors.
         pin_memory: batches in page-locked memory, from which copies to a GPU need not wait; by default where CUDA is.
+        part: (r, R) gives only part r of each batch, counted from 0, of R that are as even as can be, in order:
+            processes that share batches see together what one would see. Each reads all windows.
 
     Raises:
         ValueError: an argument is out of range, or `memory` too small. While iterating: a row is not finite.
@@ -86,6 +88,7 @@ class Loader:
         check_finite: bool = True,
         n_threads: int | None = None,
         pin_memory: bool | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         n_threads = budget.default_threads() if n_threads is None else n_threads
         memory = as_bytes(memory, "memory")
@@ -104,11 +107,13 @@ class Loader:
         self.files, self.batch_size, self.memory, self.last = files, batch_size, memory, last
         self.dtype, self.check_finite, self.n_threads = dtype, check_finite, n_threads
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.part = part
         self._readers = list(files.readers.values())
         self._needs = budget.Needs.of(self._readers, batch_size, dtype, n_threads)
         self._plan = budget.make_plan(self._readers, self._needs, memory, seed, shuffle)
         self._epoch = self._row = 0
-        self._batches = Recycled((batch_size, sum(files.d_streams.values())), dtype)
+        self._full = len(range(*self._own(batch_size)))
+        self._batches = Recycled((self._full, sum(files.d_streams.values())), dtype)
         self._window: Window | None = None
         self._next: tuple[Window, Reading] | None = None
         self._spare: list[list[Tensor]] = []
@@ -208,24 +213,32 @@ class Loader:
     def _batch(self, numbered: bool = False) -> tuple[Tensor, Tensor | None]:
         """The next one, and where it is asked for, the numbers of its rows in the files."""
         n = min(self.batch_size, self._rows_of_epoch - self._row)
-        batch = self._new_batch(n)
+        begin, end = self._own(n)
+        batch = self._new_batch(end - begin)
         done, numbers = 0, []
         while done < n:
             window = self._window_at(self._epoch, self._row + done)
             first = self._row + done - window.start
-            rows = window.order[first : first + n - done]
-            _gather(window.buffers, rows, batch[done : done + len(rows)])
+            of_window = window.order[first : first + n - done]
+            rows = of_window[max(begin - done, 0) : max(end - done, 0)]
+            at = max(done, begin) - begin
+            _gather(window.buffers, rows, batch[at : at + len(rows)])
             if numbered:
                 size, blocks = self._plan.block_rows, torch.from_numpy(window.blocks)
                 numbers.append(blocks[rows // size] * size + rows % size)
-            done += len(rows)
+            done += len(of_window)
         self._row += n
         if self._row == self._rows_of_epoch:
             self._epoch, self._row = self._epoch + 1, 0
         return batch, torch.cat(numbers) if numbered else None
 
+    def _own(self, n: int) -> tuple[int, int]:
+        """The rows of a batch of n that are given."""
+        r, R = self.part
+        return r * n // R, (r + 1) * n // R
+
     def _new_batch(self, n: int) -> Tensor:
-        if n == self.batch_size and not self.pin_memory:
+        if n == self._full and not self.pin_memory:
             return self._batches.take()
         D = sum(self.files.d_streams.values())
         return torch.empty(

@@ -16,14 +16,15 @@ import torch
 from sparc_fast import data
 from sparc_fast.data import FeatureFolder
 from sparc_fast.data.feature_folder import write_items, write_manifest
-from sparc_fast.evaluate import Carried, Codes, latents_of_one_concept
+from sparc_fast.evaluate import Carried, Codes, latents_of_one_concept, matched
 from sparc_fast.explain import ModelReport, Report
 from sparc_fast.extract.items import held_out_by_name
 from sparc_fast.files import atomic_path
+from sparc_fast.model import SPARC
 from sparc_fast.training import Config, Trainer
 from sparc_fast.training.progress import Display
 
-__all__ = ["CONCEPTS", "RUNS", "SETTINGS", "train", "word_latents", "write_choosing"]
+__all__ = ["CONCEPTS", "RUNS", "SETTINGS", "matched_afterwards", "train", "word_latents", "write_choosing"]
 
 SETTINGS: Mapping[str, Any] = {  # docs/demo.md says what was tried, on training emoji alone
     "n_latents": 1024,
@@ -55,6 +56,12 @@ def train(
             if trainer.run().stopped_by is not None:
                 return None
     return folders
+
+
+def matched_afterwards(alone: SPARC, features: Path) -> SPARC:
+    """Independent SAEs with their latents matched by when they fire on the training emoji."""
+    with data.open({stream: (features, stream) for stream in alone.streams}, split="train") as files:
+        return matched(alone, files)
 
 
 def word_latents(report: Report, features: Path) -> dict[str, npt.NDArray[np.bool_]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparc_fast.evaluate import Carried, Evaluation, comparison, evaluate
+from sparc_fast.evaluate import Carried, Evaluation, comparison, evaluate, matched
 from sparc_fast.explain import Ink, Items, ModelReport, Report, Stream
 from sparc_fast.model import SPARC
 from sparc_fast.selection import Selection
@@ -22,6 +22,7 @@ from .glyphs import Glyphs
 __all__ = ["ABLATIONS", "RECIPES", "STREAMS", "Progress", "Recipe", "Settings", "Trained", "report", "run"]
 
 SPARC_NAME, INDEPENDENT, UNTRAINED = "SPARC", "independent SAEs", "untrained SPARC"
+MATCHED = "independent SAEs, matched"
 STREAMS = {"sans": "its picture in DejaVu Sans", "serif": "its picture in DejaVu Serif", "name": "its Unicode name"}
 
 
@@ -75,6 +76,9 @@ def run(glyphs: Glyphs, settings: Settings, *, ablations: bool, progress: Progre
     trained = {}
     for name, recipe in {**RECIPES, **(ABLATIONS if ablations else {})}.items():
         trained[name] = _train(name, recipe, glyphs, settings, progress)
+        if name == INDEPENDENT:
+            after = matched(trained[name].model, _rows(glyphs, glyphs.rows(held_out=False)))
+            trained[MATCHED] = Trained(after, {}, _evaluate(after, glyphs), 0.0)
     untrained = _model(glyphs, RECIPES[SPARC_NAME], settings).eval()
     trained[UNTRAINED] = Trained(untrained, {}, _evaluate(untrained, glyphs), 0.0)
     return trained

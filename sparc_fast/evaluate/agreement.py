@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from .codes import Codes, StreamCode, check_codes, firing_counts, parts
+from .registry import Given, Metric, Score
+from .resampling import drawn_sums, firing_keys, latent_blocks
 
-__all__ = ["firing_agreement"]
+__all__ = ["AGREEMENT", "Agreement", "firing_agreement"]
 
 
 def firing_agreement(codes: Codes, n_latents: int) -> Tensor:
@@ -42,3 +46,63 @@ def _common_firings(a: StreamCode, b: StreamCode, n_latents: int) -> Tensor:
         shared = (support_a.gather(1, slots) == support_b) & (support_b < n_latents)
         both += torch.bincount(support_b[shared], minlength=n_latents)
     return both
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """`firing_agreement` of each latent, [L], and which latents fire in any stream, bool [L]."""
+
+    of_latents: Tensor
+    alive: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Over alive latents."""
+        return float(self.of_latents[self.alive].mean())
+
+
+def _compute(given: Given) -> Agreement:
+    return Agreement(firing_agreement(given.single, given.n_latents), (given.fired > 0).any(dim=0))
+
+
+def _resample(given: Given, found: Agreement) -> Mapping[str, Tensor]:
+    """Firings, alone and common, summed anew in each resampling; which latents are alive too."""
+    resampling, codes = given.resampling, list(given.single.values())
+    assert resampling is not None
+    N, pairs = resampling.n, list(combinations(range(len(codes)), 2))
+    total, alive = resampling.zeros(), resampling.zeros()
+    for latents in latent_blocks(codes, given.n_latents, resampling):
+        l = latents.stop - latents.start
+        keys = [firing_keys(code, latents, resampling.chunk_bytes) for code in codes]
+        keys += [keys[s][torch.isin(keys[s], keys[t], assume_unique=True)] for s, t in pairs]
+        offsets = [torch.searchsorted(key, torch.arange(l, device="cpu") * N) for key in keys]
+        samples = [key % max(N, 1) for key in keys]
+        for some, weights in resampling.pieces(4 * len(keys) * l):
+            sums = [drawn_sums(x, o, weights) for x, o in zip(samples, offsets, strict=True)]
+            of_latents = torch.zeros_like(sums[0])
+            for (s, t), both in zip(pairs, sums[len(codes) :], strict=True):
+                of_latents += both / (sums[s] + sums[t] - both).clamp_min(1)
+            total[some] += of_latents.sum(dim=0, dtype=torch.float64) / max(len(pairs), 1)
+            alive[some] += (torch.stack(sums[: len(codes)]) > 0).any(dim=0).sum(dim=0)
+    return {"agreement": total / alive}
+
+
+AGREEMENT = Metric(
+    "agreement",
+    "Firing agreement: do the streams, each encoded alone, fire a latent for the same samples?",
+    _compute,
+    (
+        Score(
+            "agreement",
+            "Firing agreement",
+            "Of the samples that fire a latent in either of two streams, the fraction that fire it in both, each "
+            "encoded alone, over alive latents.",
+            "higher",
+            ".3f",
+            lambda found: found.mean,
+        ),
+    ),
+    needs=frozenset({"single"}),
+    default=True,
+    resample=_resample,
+)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .codes import Codes, check_codes, check_labels, label_counts
+from .codes import CHUNK_BYTES, Codes, check_codes, check_labels, firing_counts, label_counts
+from .registry import Given, Metric, Score, Sizes
+from .resampling import Resampling, drawn_firings, drawn_sums, firing_keys, latent_blocks
 
-__all__ = ["concept_jaccard", "concept_jaccard_by_chance"]
+__all__ = [
+    "CONCEPTS",
+    "CONCEPTS_JOINT",
+    "Concepts",
+    "above_chance",
+    "concept_jaccard",
+    "concept_jaccard_by_chance",
+]
 
 
 def concept_jaccard(codes: Codes, labels: Tensor, n_latents: int) -> Tensor:
@@ -29,32 +40,54 @@ def concept_jaccard(codes: Codes, labels: Tensor, n_latents: int) -> Tensor:
     codes it measures alignment. Even there, latents that fire often meet the labels' base rates in every
     stream, and so agree a little without a common meaning: compare with `concept_jaccard_by_chance`.
     """
-    return _jaccard(codes, labels, n_latents)
+    check_labels(labels, check_codes(codes, n_latents))
+    return mean_jaccard(codes, labels, n_latents)
 
 
-def concept_jaccard_by_chance(codes: Codes, labels: Tensor, n_latents: int, seed: int = 0) -> Tensor:
+def concept_jaccard_by_chance(
+    codes: Codes, labels: Tensor, n_latents: int, seed: int = 0, shuffle: Literal["streams", "labels"] = "streams"
+) -> Tensor:
     """`concept_jaccard` after each stream's samples are shuffled on their own, [L].
 
     The shuffle keeps how often each latent fires and breaks what it fires for, so this is the score that
     frequency alone earns. Alignment is what `concept_jaccard` scores above it.
+
+    With shuffle="labels" the labels move among samples, the same way for all streams. That keeps too which samples fire
+    a latent in both of two streams, and is what *joint* codes earn by their shared support without any meaning.
     """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    orders = [torch.randperm(len(v), generator=generator, device="cpu").to(v.device) for v, _ in codes.values()]
-    return _jaccard(codes, labels, n_latents, orders)
-
-
-def _jaccard(codes: Codes, labels: Tensor, n_latents: int, orders: Sequence[Tensor] | None = None) -> Tensor:
     check_labels(labels, check_codes(codes, n_latents))
+    if shuffle not in ("streams", "labels"):
+        raise ValueError(f'shuffle must be "streams" or "labels", got {shuffle!r}')
+    orders = _shuffles(len(codes) if shuffle == "streams" else 1, len(labels), seed)
+    orders = [order.to(labels.device) for order in orders]
+    return mean_jaccard(codes, labels, n_latents, orders * (len(codes) // len(orders)))
+
+
+def _shuffles(S: int, N: int, seed: int = 0) -> list[Tensor]:
+    """For each stream the row that counts as each sample's."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return [torch.randperm(N, generator=generator, device="cpu") for _ in range(S)]
+
+
+def mean_jaccard(
+    codes: Codes,
+    labels: Tensor,
+    n_latents: int,
+    orders: Sequence[Tensor] | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """`concept_jaccard` of labels and orders as `label_counts` takes them, by default active where a label fires."""
+    given, found = active, torch.zeros(len(codes), n_latents, dtype=torch.bool, device=labels.device)
     pairs = list(combinations(range(len(codes)), 2))
     shape = (len(pairs), n_latents)
     shared = torch.zeros(shape, dtype=torch.float64, device=labels.device)
     union = torch.zeros_like(shared)
-    active = torch.zeros(len(codes), n_latents, dtype=torch.bool, device=labels.device)
     for _, counts in label_counts(codes, labels, n_latents, orders):
-        active |= (counts > 0).any(dim=2)
+        found |= (counts > 0).any(dim=2)
         for p, (s, t) in enumerate(pairs):
             shared[p] += torch.minimum(counts[s], counts[t]).sum(dim=1, dtype=torch.float64)
             union[p] += torch.maximum(counts[s], counts[t]).sum(dim=1, dtype=torch.float64)
+    active = found if given is None else given
     total = torch.zeros(n_latents, dtype=torch.float64, device=labels.device)
     n_pairs = torch.zeros_like(total)
     for p, (s, t) in enumerate(pairs):
@@ -62,3 +95,201 @@ def _jaccard(codes: Codes, labels: Tensor, n_latents: int, orders: Sequence[Tens
         total += torch.where(both, shared[p] / union[p].clamp_min(1), 0)
         n_pairs += both
     return total / n_pairs.clamp_min(1)
+
+
+def above_chance(score: Tensor, chance: Tensor) -> Tensor:
+    """(score - chance) / (1 - chance), nan where chance is 1: the form of Cohen's kappa (1960).
+
+    1 is perfect, 0 is what chance earns, and below 0 is worse than that.
+    """
+    return torch.where(chance < 1, (score - chance) / (1 - chance).where(chance < 1, 1), torch.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class Concepts:
+    """`concept_jaccard` of each latent, [L], that of shuffled samples, and which fire in any stream, bool [L]."""
+
+    jaccard: Tensor
+    chance: Tensor
+    alive: Tensor
+
+    @property
+    def of_latents(self) -> Tensor:
+        """Corrected for chance, [L]: see `above_chance`."""
+        return above_chance(self.jaccard, self.chance)
+
+    @property
+    def corrected(self) -> float:
+        """The same of the means over all latents, dead ones too, whose J and chance are 0."""
+        return float(above_chance(self.jaccard.mean(), self.chance.mean()))
+
+
+def _compute(given: Given) -> Concepts:
+    assert given.labels is not None  # it is needed
+    return Concepts(
+        concept_jaccard(given.single, given.labels, given.n_latents),
+        concept_jaccard_by_chance(given.single, given.labels, given.n_latents),
+        (given.fired > 0).any(dim=0),
+    )
+
+
+def _compute_joint(given: Given) -> Concepts:
+    assert given.labels is not None  # it is needed
+    jaccard = concept_jaccard(given.joint, given.labels, given.n_latents)
+    fired = torch.stack([firing_counts(code, given.n_latents) for code in given.joint.values()])
+    return Concepts(jaccard, torch.zeros_like(jaccard), (fired > 0).any(dim=0))
+
+
+def drawn_jaccard(
+    codes: Codes, labels: Tensor, n_latents: int, resampling: Resampling, shuffled: bool = False
+) -> Tensor:
+    """The sum over latents of `concept_jaccard` in each resampling, [B]: counts of labels are of the drawn samples."""
+    of_streams = list(codes.values())
+    S, (N, C) = len(of_streams), labels.shape
+    pairs = list(combinations(range(S), 2))
+    orders = [order.argsort() for order in _shuffles(S, N)] if shuffled else [None] * S
+    total = resampling.zeros()
+    degree = labels.sum(dim=1)
+    first = degree.cumsum(0) - degree
+    carried = labels.nonzero()[:, 1]
+    for latents in latent_blocks(of_streams, n_latents, resampling, int(degree.max()) if N else 0):
+        l = latents.stop - latents.start
+        cells, samples = [], []
+        for code, order in zip(of_streams, orders, strict=True):
+            keys = firing_keys(code, latents, resampling.chunk_bytes, order)
+            sample = keys % max(N, 1)
+            times = degree[sample]
+            of_key = torch.repeat_interleave(times)
+            within = torch.arange(len(of_key), device="cpu") - (times.cumsum(0) - times)[of_key]
+            cell = (keys // max(N, 1))[of_key] * C + carried[first[sample[of_key]] + within]
+            cell, place = cell.sort(stable=True)
+            cells.append(cell)
+            samples.append(sample[of_key][place])
+        known = torch.unique(torch.cat(cells))
+        offsets = [torch.searchsorted(cell, known) for cell in cells]
+        latent = known // max(C, 1)
+        for some, weights in resampling.pieces(4 * (S + 2) * len(known)):
+            counts = [drawn_sums(x, o, weights) for x, o in zip(samples, offsets, strict=True)]
+            like = weights.new_zeros(l, weights.shape[1])
+            sums = [like.index_add(0, latent, c) for c in counts]
+            jaccard, n_pairs = torch.zeros_like(like), torch.zeros_like(like)
+            for s, t in pairs:
+                shared = like.index_add(0, latent, torch.minimum(counts[s], counts[t]))
+                both = (sums[s] > 0) & (sums[t] > 0)
+                jaccard += torch.where(both, shared / (sums[s] + sums[t] - shared).clamp_min(1), 0)
+                n_pairs += both
+            total[some] += (jaccard / n_pairs.clamp_min(1)).sum(dim=0, dtype=torch.float64)
+    return total
+
+
+def _alive(codes: Codes, n_latents: int, resampling: Resampling) -> Tensor:
+    """Latents that fire in any stream, in each resampling, [B]."""
+    alive = resampling.zeros()
+    for some, counts in drawn_firings(list(codes.values()), n_latents, resampling):
+        alive[some] += (counts > 0).any(dim=0).sum(dim=0)
+    return alive
+
+
+def _resample(given: Given, found: Concepts) -> Mapping[str, Tensor]:
+    assert given.labels is not None
+    assert given.resampling is not None
+    L, arguments = given.n_latents, (given.single, given.labels, given.n_latents, given.resampling)
+    total, chance = drawn_jaccard(*arguments), drawn_jaccard(*arguments, shuffled=True)
+    return {
+        "alignment": (total - chance) / (L - chance),
+        "jaccard_single": total / L,
+        "jaccard_single_alive": total / _alive(given.single, L, given.resampling),
+        "jaccard_chance": chance / L,
+    }
+
+
+def _resample_joint(given: Given, found: Concepts) -> Mapping[str, Tensor]:
+    assert given.labels is not None
+    assert given.resampling is not None
+    total = drawn_jaccard(given.joint, given.labels, given.n_latents, given.resampling)
+    return {
+        "jaccard_joint": total / given.n_latents,
+        "jaccard_joint_alive": total / _alive(given.joint, given.n_latents, given.resampling),
+    }
+
+
+def _work(sizes: Sizes) -> int:
+    """The counts of all labels, with those of a pair."""
+    return 3 * min(4 * sizes.S * sizes.L * sizes.C, CHUNK_BYTES)
+
+
+CONCEPTS = Metric(
+    "concepts",
+    "Concept alignment: does a latent fire for the same labels in every stream, each encoded alone?",
+    _compute,
+    (
+        Score(
+            "alignment",
+            "Concept alignment above chance",
+            "How alike the labels are that a latent fires for in two streams, each encoded alone, above what shuffled "
+            "samples score: (J - chance) / (1 - chance), 1 is perfect and 0 is chance, over all latents.",
+            "higher",
+            ".3f",
+            lambda found: found.corrected,
+            highlight=True,
+        ),
+        Score(
+            "jaccard_single",
+            "Concept alignment (Jaccard)",
+            "How alike the labels are that a latent fires for in two streams, each encoded alone (Jaccard, 0 to "
+            "1, over all latents, a dead one counting 0).",
+            "higher",
+            ".3f",
+            lambda found: float(found.jaccard.mean()),
+        ),
+        Score(
+            "jaccard_single_alive",
+            "Concept alignment, alive latents",
+            "The same over the latents that fire in at least one stream.",
+            "higher",
+            ".3f",
+            lambda found: float(found.jaccard[found.alive].mean()),
+        ),
+        Score(
+            "jaccard_chance",
+            "Concept alignment by chance",
+            "The same after each stream's samples are shuffled: what firing often earns without any meaning.",
+            "neither",
+            ".3f",
+            lambda found: float(found.chance.mean()),
+        ),
+    ),
+    needs=frozenset({"single", "labels"}),
+    default=True,
+    resample=_resample,
+    work=_work,
+)
+
+CONCEPTS_JOINT = Metric(
+    "concepts_joint",
+    "Concept alignment with all streams encoded together, as the SPARC paper has it.",
+    _compute_joint,
+    (
+        Score(
+            "jaccard_joint",
+            "Concept alignment, encoded jointly",
+            "The same with all streams encoded together: a shared support makes it high by construction, even "
+            "untrained.",
+            "neither",
+            ".3f",
+            lambda found: float(found.jaccard.mean()),
+        ),
+        Score(
+            "jaccard_joint_alive",
+            "Concept alignment, encoded jointly, alive latents",
+            "The same over the latents that fire in at least one stream.",
+            "neither",
+            ".3f",
+            lambda found: float(found.jaccard[found.alive].mean()),
+        ),
+    ),
+    needs=frozenset({"joint", "labels"}),
+    default=True,
+    resample=_resample_joint,
+    work=_work,
+)

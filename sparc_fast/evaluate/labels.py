@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparc_fast.data.formats import FORMATS
 
-__all__ = ["PerSample", "as_groups", "as_ids", "as_labels"]
+__all__ = ["PerSample", "as_groups", "as_ids", "as_labels", "as_named_labels"]
 
 PerSample = Tensor | npt.NDArray[Any] | Sequence[Any] | str | Path | tuple[str | Path, str]
 """A tensor, array or list; or a file, "file:column", or (file, column)."""
@@ -27,22 +27,29 @@ COLUMN = "label"  # the one meant where a file has several
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 
 
-def as_labels(labels: PerSample, leading: Sequence[int]) -> Tensor:
+def as_labels(labels: PerSample, leading: Sequence[int], name: str = "labels") -> Tensor:
     """Which concepts each sample carries, bool [n, C], for inputs with these leading dimensions, n samples flattened.
 
     Given as bool [N, C]; as bool [N], one concept; or as classes [N], a concept for each that occurs, in order:
     integers, -1 for none, or names, "" for none. For inputs [N, T, D] those of a sample are repeated for its T tokens;
     or there are [N, T], or N * T, of them, one a token.
     """
-    given = _Given(labels, "labels", f"bool [N={leading[0]}, C] or [N], or class ids or names [N]", leading)
+    return as_named_labels(labels, leading, name)[0]
+
+
+def as_named_labels(labels: PerSample, leading: Sequence[int], name: str = "labels") -> tuple[Tensor, tuple[str, ...]]:
+    """`as_labels`, and what each concept is called, [C]: its class, or the number of its column of truth values."""
+    given = _Given(labels, name, f"bool [N={leading[0]}, C] or [N], or class ids or names [N]", leading)
     if given.values.dtype == np.bool_:
-        return torch.from_numpy(given.of_samples(truth=True))
+        truth = given.of_samples(truth=True)
+        return torch.from_numpy(truth), tuple(map(str, range(truth.shape[1])))
     classes = given.of_samples()
     is_text = classes.dtype.kind == "U"
     if not is_text and classes.min(initial=0) < -1:
-        raise ValueError(f"labels must be class ids >= 0, or -1 for none, got {classes.min()}{given.where}")
+        raise ValueError(f"{name} must be class ids >= 0, or -1 for none, got {classes.min()}{given.where}")
     names, number = np.unique(classes, return_inverse=True)
-    return torch.from_numpy(number[:, None] == np.flatnonzero(names != ("" if is_text else -1)))
+    some = np.flatnonzero(names != ("" if is_text else -1))
+    return torch.from_numpy(number[:, None] == some), tuple(map(str, names[some]))
 
 
 def as_groups(groups: PerSample, leading: Sequence[int]) -> Tensor:

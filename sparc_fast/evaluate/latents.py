@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .codes import Codes, check_codes, firing_counts
+from .registry import Given, Metric, Score
+from .resampling import drawn_firings
 
-__all__ = ["LatentUse", "latent_use"]
+__all__ = ["LATENTS", "LatentUse", "latent_use"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +54,11 @@ class LatentUse:
         return self.frequency.shape[1] - self.n_alive - self.n_dead
 
     @property
+    def n_alive_in(self) -> tuple[int, ...]:
+        """Latents alive in exactly 0, 1, ... S streams."""
+        return tuple(torch.bincount(self.alive.sum(dim=0), minlength=len(self.streams) + 1).tolist())
+
+    @property
     def dead(self) -> dict[str, int]:
         """Number of dead latents of each stream."""
         return {name: int(n) for name, n in zip(self.streams, (~self.alive).sum(dim=1), strict=True)}
@@ -65,3 +74,77 @@ def latent_use(codes: Codes, n_latents: int) -> LatentUse:
     n_samples = check_codes(codes, n_latents)
     counts = torch.stack([firing_counts(code, n_latents) for code in codes.values()])
     return LatentUse(tuple(codes), counts.cpu().double() / max(n_samples, 1))
+
+
+def _compute(given: Given) -> LatentUse:
+    return LatentUse(given.streams, given.fired.double() / max(given.n_samples, 1))
+
+
+def _details(use: LatentUse) -> Mapping[str, Any]:
+    return {"dead_latents": use.dead, "active_per_sample": use.active_per_sample}
+
+
+def _resample(given: Given, use: LatentUse) -> Mapping[str, Tensor]:
+    resampling = given.resampling
+    assert resampling is not None
+    everywhere, nowhere, fired = resampling.zeros(), resampling.zeros(), resampling.zeros()
+    for some, counts in drawn_firings(list(given.single.values()), given.n_latents, resampling):
+        alive = counts > 0
+        everywhere[some] += alive.all(dim=0).sum(dim=0)
+        nowhere[some] += (~alive.any(dim=0)).sum(dim=0)
+        fired[some] += counts.sum(dim=(0, 1), dtype=torch.float64)
+    n = resampling.zeros()
+    for some, weights in resampling.pieces():
+        n[some] = weights.sum(dim=0, dtype=torch.float64)
+    L = given.n_latents
+    return {
+        "alive": everywhere / L,
+        "mixed": 1 - (everywhere + nowhere) / L,
+        "dead": nowhere / L,
+        "active": fired / (n * len(given.streams)),
+    }
+
+
+LATENTS = Metric(
+    "latents",
+    "Latents that are alive in all streams, in some, or in none, and how many fire for a sample.",
+    _compute,
+    (
+        Score(
+            "alive",
+            "Latents alive in all streams",
+            "Fraction of latents that some sample fires in every stream, each encoded alone.",
+            "higher",
+            ".1%",
+            lambda use: use.n_alive / use.frequency.shape[1],
+        ),
+        Score(
+            "mixed",
+            "Latents alive in some streams only",
+            "Fraction of latents that cannot mean the same in all streams, being silent in some.",
+            "lower",
+            ".1%",
+            lambda use: use.n_mixed / use.frequency.shape[1],
+        ),
+        Score(
+            "dead",
+            "Latents dead in all streams",
+            "Fraction of latents that no sample fires in any stream.",
+            "lower",
+            ".1%",
+            lambda use: use.n_dead / use.frequency.shape[1],
+        ),
+        Score(
+            "active",
+            "Active latents per sample",
+            "Mean number of latents with a value above 0 (L0), over the streams.",
+            "neither",
+            ".1f",
+            lambda use: float(use.frequency.sum(dim=1).mean()),
+        ),
+    ),
+    needs=frozenset({"single"}),
+    default=True,
+    resample=_resample,
+    details=_details,
+)

@@ -2,26 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from . import codes as chunks
 from .codes import StreamCode, check_code, firing_counts, parts
+from .registry import Given, Metric, Row, Score, Sizes
+from .resampling import Resampling
 
 try:
     from sparc_fast import _cpu
 except ImportError:  # installed without the compiled module
     _cpu = None  # type: ignore[assignment]
 
-__all__ = ["Found", "Retrieval", "retrieval_ranks", "retrieval_scores", "retrieval_seconds", "retrieve"]
+__all__ = [
+    "RETRIEVAL",
+    "Found",
+    "Retrieval",
+    "RowSource",
+    "drawn_retrieval",
+    "retrieval_ranks",
+    "retrieval_scores",
+    "retrieval_seconds",
+    "retrieve",
+]
 
+FIGURES = "n", "r1", "r5", "r10", "median_rank", "mrr", "n_candidates"
+LONG = 10  # seconds of retrieval that are announced
 TIE = 1e-6  # cosines closer than this are equal: float32 products of equal rows differ by rounding
-# seconds on one core: for a product that is added up, for a pair that is compared, and for a product by plain PyTorch
+# seconds on one core: for a product that is added up, for a pair that is compared, and for a product by plain PyTorch;
+# of dense rows, for a product and for a pair
 ADDED, COMPARED, GATHERED = 0.8e-9, 0.1e-9, 0.3e-9
+MULTIPLIED, COUNTED = 0.06e-9, 3e-9
+BLOCK, QUERIES = 2048, 512  # dense candidates, and dense queries, that are compared at a time
+
+
+class RowSource(Protocol):
+    """Dense rows [N, D] that need not be in memory: any of them are made when they are asked for."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor | slice, /) -> Tensor: ...
+
+
+Rows = Tensor | RowSource | StreamCode
 
 
 @dataclass(frozen=True)
@@ -41,24 +79,28 @@ class Retrieval:
     median_rank: float
     mrr: float
     n_candidates: int
+    ranks: Tensor | None = field(default=None, repr=False, compare=False)
+    """float64 [n]"""
+    queries: Tensor | None = field(default=None, repr=False, compare=False)
+    """Which samples they are of, int64 [n]; None: all."""
 
     @staticmethod
-    def from_ranks(ranks: Tensor, n_candidates: int | None = None) -> Retrieval:
+    def from_ranks(ranks: Tensor, n_candidates: int | None = None, queries: Tensor | None = None) -> Retrieval:
         """Of one rank a query; there are as many candidates unless another number is given."""
         n = len(ranks)
         n_candidates = n if n_candidates is None else n_candidates
         if n == 0:
             nan = float("nan")
             return Retrieval(0, nan, nan, nan, nan, nan, n_candidates)
-        ranks = ranks.double().sort().values
+        given, ranks = ranks, ranks.double().sort().values
         r1, r5, r10 = (float((ranks <= top).double().mean()) for top in (1, 5, 10))
         median = (ranks[(n - 1) // 2] + ranks[n // 2]) / 2
-        return Retrieval(n, r1, r5, r10, float(median), float((1 / ranks).mean()), n_candidates)
+        return Retrieval(n, r1, r5, r10, float(median), float((1 / ranks).mean()), n_candidates, given, queries)
 
 
 def retrieval_scores(
-    queries: Tensor | StreamCode,
-    candidates: Tensor | StreamCode,
+    queries: Rows,
+    candidates: Rows,
     n_latents: int | None = None,
     groups: Tensor | None = None,
     *,
@@ -74,12 +116,13 @@ def retrieval_scores(
     ranks = _ranks(a, b, groups, chunk)
     if groups is None:
         return Retrieval.from_ranks(ranks)
-    return Retrieval.from_ranks(ranks[a.first_of_copies(groups)], int(b.first_of_copies(groups).sum()))
+    queries = a.first_of_copies(groups).nonzero()[:, 0]
+    return Retrieval.from_ranks(ranks[queries], int(b.first_of_copies(groups).sum()), queries)
 
 
 def retrieval_ranks(
-    queries: Tensor | StreamCode,
-    candidates: Tensor | StreamCode,
+    queries: Rows,
+    candidates: Rows,
     n_latents: int | None = None,
     groups: Tensor | None = None,
     *,
@@ -87,15 +130,16 @@ def retrieval_ranks(
 ) -> Tensor:
     """Exact rank of candidate n for query n by cosine similarity among all N candidates, float64 [N].
 
-    Both are dense [N, D], or both sparse codes over `n_latents`. The rank is 1 + the candidates more similar
-    than the pair itself + half of those equally similar: the mean of the best and the worst rank that
-    breaking ties could give. So constant codes rank (N+1)/2 and earn no R@1. A zero row matches nothing: its
+    Both are dense [N, D], tensors or a `RowSource`, or both sparse codes over `n_latents`. The rank is 1 + the
+    candidates more similar than the pair itself + half of those equally similar: the mean of the best and the worst
+    rank that breaking ties could give. So constant codes rank (N+1)/2 and earn no R@1. A zero row matches nothing: its
     pair ranks inf, and it stands behind every other candidate.
 
     Sparse codes are compared through the latents they share: sum_l n_l m_l products where n_l queries and m_l
     candidates fire latent l, some N^2 k^2 / L, and one look at every pair, on the CPU in O(N k) memory.
-    `retrieval_seconds` tells about how long that takes. Dense rows, and sparse ones where the compiled module is
-    missing, are compared `chunk` queries at a time, in O(chunk (N + L)).
+    `retrieval_seconds` tells about how long that takes. Dense rows are compared some with some: N^2 D products, in O(N)
+    memory beside them. Sparse ones, where the compiled module is missing, are compared `chunk` queries at a time, in
+    O(chunk (N + L)).
 
     groups: integers [N]; any candidate of query n's group is then right. The rank is that of the most similar of them
     among the candidates of other groups: five captions of an image are not in each other's way. Rows of a group that
@@ -106,8 +150,12 @@ def retrieval_ranks(
     return _ranks(*_pair(queries, candidates, n_latents, groups, chunk), chunk)
 
 
-def retrieval_seconds(queries: StreamCode, candidates: StreamCode, n_latents: int) -> float:
-    """About how long `retrieval_ranks` will take for sparse codes with the threads that torch has now."""
+def retrieval_seconds(queries: Rows, candidates: Rows, n_latents: int | None = None) -> float:
+    """About how long `retrieval_ranks` will take on the CPU with the threads that torch has now."""
+    if not isinstance(queries, tuple) or not isinstance(candidates, tuple):
+        N, M, D = len(queries), len(candidates), queries.shape[1] if not isinstance(queries, tuple) else 0
+        return N * M * (MULTIPLIED * D + COUNTED) / torch.get_num_threads()
+    assert n_latents is not None  # of sparse codes
     N, M = len(queries[0]), len(candidates[0])
     if _cpu is None:
         return GATHERED * N * candidates[0].numel() / torch.get_num_threads()
@@ -126,8 +174,8 @@ class Found(NamedTuple):
 
 
 def retrieve(
-    queries: Tensor | StreamCode,
-    candidates: Tensor | StreamCode,
+    queries: Rows,
+    candidates: Rows,
     n_latents: int | None = None,
     *,
     top: int = 10,
@@ -135,27 +183,44 @@ def retrieve(
 ) -> Found:
     """The candidates most similar to each query by cosine, such as the pictures of a text.
 
-    Both are dense, [Q, D] and [M, D], or both sparse codes over `n_latents`. Memory is O(chunk (M + L)).
+    Both are dense, [Q, D] and [M, D], or both sparse codes over `n_latents`. Found exactly, among all: sparse codes as
+    `retrieval_ranks` compares them, in O((Q + M) k + Q top) memory and about half of its time; dense rows, and sparse
+    ones where the compiled module is missing, `chunk` queries at a time in O(chunk (M + L)).
     """
     a, b = _same_kind(queries, candidates, n_latents, chunk)
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
-    device, M = a.given.device, len(b)
-    multiply = b.products(torch.arange(M, device=device))
+    device = a.given.device
     found = torch.full((len(a), top), -1, dtype=torch.int64, device=device)
     cosines = torch.zeros(found.shape, dtype=torch.float32, device=device)
+    if a.indices is None or _cpu is None:
+        _find_by_chunks(found, cosines, a, b, chunk)
+        return Found(found, cosines)
+    found, cosines = found.cpu(), cosines.cpu()
+    sparse = [rows.entries(torch.arange(len(rows), device=device)) for rows in (a, b)]
+    _cpu.find_nearest(found, cosines, *sparse[0], *sparse[1], a.width, torch.get_num_threads())
+    return Found(found.to(device), cosines.to(device))
+
+
+def _find_by_chunks(found: Tensor, cosines: Tensor, a: _Rows, b: _Rows, chunk: int) -> None:
+    """As the compiled function."""
+    device, top = found.device, found.shape[1]
+    multiply = b.products(torch.arange(len(b), device=device))
     for part in torch.split(torch.arange(len(found), device=device), chunk):
-        near, order = multiply(a.columns(part)).sort(dim=0, descending=True, stable=True)
-        near, order = near[:top].T, order[:top].T
-        some = near > 0
-        found[part, : min(top, M)] = order.where(some, -1)
-        cosines[part, : min(top, M)] = near.where(some, 0)
-    return Found(found, cosines)
+        near = multiply(a.columns(part)).T
+        least = near.topk(min(top, len(b)), dim=1).values[:, -1:]
+        query, candidate = ((near >= least) & (near > 0)).nonzero(as_tuple=True)  # with all that equal the last
+        order = near[query, candidate].argsort(descending=True, stable=True)
+        order = order[query[order].argsort(stable=True)]
+        query, candidate = query[order], candidate[order]
+        place = torch.arange(len(query), device=device) - torch.searchsorted(query, query)
+        query, candidate, place = (x[place < top] for x in (query, candidate, place))
+        found[part[query], place], cosines[part[query], place] = candidate, near[query, candidate]
 
 
 def _pair(
-    queries: Tensor | StreamCode,
-    candidates: Tensor | StreamCode,
+    queries: Rows,
+    candidates: Rows,
     n_latents: int | None,
     groups: Tensor | None,
     chunk: int,
@@ -172,9 +237,7 @@ def _pair(
     return a, b, groups
 
 
-def _same_kind(
-    queries: Tensor | StreamCode, candidates: Tensor | StreamCode, n_latents: int | None, chunk: int
-) -> tuple[_Rows, _Rows]:
+def _same_kind(queries: Rows, candidates: Rows, n_latents: int | None, chunk: int) -> tuple[_Rows, _Rows]:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     a, b = (_Rows(rows, n_latents, name) for rows, name in ((queries, "queries"), (candidates, "candidates")))
@@ -195,7 +258,7 @@ def _ranks(a: _Rows, b: _Rows, groups: Tensor | None, chunk: int) -> Tensor:
         places = places[groups[places].argsort(stable=True)]
         first, last = (torch.searchsorted(groups[places], groups, right=right) for right in (False, True))
     last = torch.where(a.zero, first, last)
-    count = _count_by_chunks if a.indices is None or _cpu is None else _count_compiled
+    count = _count_dense if a.indices is None else _count_by_chunks if _cpu is None else _count_compiled
     higher, equal = count(a, b, places, first, last, chunk)
     return torch.where(first < last, 1 + higher + equal.double() / 2, float("inf"))
 
@@ -209,6 +272,40 @@ def _count_compiled(
     mine = (place.cpu().contiguous() for place in (first, last))
     _cpu.count_nearer(own, higher, equal, *sparse, *mine, a.width, TIE, torch.get_num_threads())
     return higher.to(first.device), equal.to(first.device)
+
+
+def _count_dense(a: _Rows, b: _Rows, places: Tensor, first: Tensor, last: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """As the compiled function, of dense rows, of which some are there at a time."""
+    higher, equal = torch.zeros_like(first), torch.zeros_like(first)
+    own = torch.full(first.shape, -float("inf"), dtype=torch.float32, device=first.device)
+    counts = last - first
+    for run in _runs(counts):  # pairs of a query and what is right for it
+        query = torch.repeat_interleave(torch.arange(run.start, run.stop, device=first.device), counts[run])
+        ends = counts[run].cumsum(0)
+        within = torch.arange(len(query), device=first.device) - (ends - counts[run])[query - run.start]
+        for pairs in parts(len(query), 32 * a.width):
+            right = places[first[query[pairs]] + within[pairs]]
+            cosines = (a.unit(query[pairs]) * b.unit(right)).sum(dim=1)
+            own.scatter_reduce_(0, query[pairs], cosines, "amax")
+    for part in torch.split(torch.arange(len(first), device=first.device), max(chunk, QUERIES)):
+        columns = a.columns(part)
+        for block in torch.split(torch.arange(len(places), device=first.device), BLOCK) if len(places) else ():
+            cosines = b.unit(places[block]) @ columns
+            mine = (first[part] <= block[:, None]) & (block[:, None] < last[part])
+            cosines.masked_fill_(mine, -float("inf"))
+            higher[part] += (cosines > own[part] + TIE).sum(dim=0)
+            equal[part] += (cosines >= own[part] - TIE).sum(dim=0)
+    return higher, equal - higher
+
+
+def _runs(counts: Tensor) -> Iterator[slice]:
+    """Runs of queries that have so many pairs together that their numbers stay within a chunk."""
+    ends = counts.cumsum(0).tolist()
+    most, start = max(1, chunks.CHUNK_BYTES // 64), 0
+    while start < len(ends):
+        stop = max(start + 1, bisect_right(ends, (ends[start - 1] if start else 0) + most, start))
+        yield slice(start, stop)
+        start = stop
 
 
 def _count_by_chunks(
@@ -231,10 +328,12 @@ def _count_by_chunks(
 class _Rows:
     """N rows, dense or sparse, that are compared by their directions."""
 
-    def __init__(self, rows: Tensor | StreamCode, n_latents: int | None, name: str) -> None:
+    def __init__(self, rows: Rows, n_latents: int | None, name: str) -> None:
         self.name = name
-        if isinstance(rows, Tensor):
-            if rows.dim() != 2:
+        self.given: Tensor | RowSource
+        self.indices: Tensor | None
+        if not isinstance(rows, tuple):
+            if len(rows.shape) != 2:
                 raise ValueError(f"{name} must be [N, D], got {tuple(rows.shape)}")
             self.given, self.indices = rows, None
             self.width = rows.shape[1]
@@ -296,14 +395,14 @@ class _Rows:
             return unit.T
         dense = unit.new_zeros(self.width, len(part))
         here = torch.arange(len(part), device=part.device)[:, None]
-        return dense.index_put_((self.indices[part].long(), here), unit, accumulate=True)
+        return dense.index_put_((self.indices[part].long().clamp_min(0), here), unit, accumulate=True)
 
     def products(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
         """What multiplies some of them with dense columns: [D or L, columns] -> [rows, columns]."""
         unit = self.unit(rows)
         if self.indices is None:
             return lambda columns: unit @ columns
-        indices = self.indices[rows]
+        indices = self.indices[rows].clamp_min(0)
         return lambda columns: embedding_bag(indices, columns, per_sample_weights=unit, mode="sum")
 
     def first_of_copies(self, groups: Tensor) -> Tensor:
@@ -333,3 +432,116 @@ class _Rows:
             return bits
         latents, order = self.indices[rows].long().masked_fill(values == 0, self.width).sort(dim=1)
         return torch.cat([latents, bits.gather(1, order)], dim=1)
+
+
+def _compute(given: Given) -> dict[tuple[str, str], Retrieval]:
+    """By (query stream, candidate stream)."""
+    codes, n_latents = given.single, given.n_latents
+    pairs = list(permutations(codes, 2))
+    seconds = sum(retrieval_seconds(codes[a], codes[b], n_latents) for a, b in pairs)
+    if seconds > LONG:
+        n = given.n_samples
+        given.say(f"retrieval compares {n:,} codes with as many, {len(pairs)} times: about {seconds:,.0f} seconds")
+    return {(a, b): retrieval_scores(codes[a], codes[b], n_latents, given.groups) for a, b in pairs}
+
+
+def _mean(field: str) -> Callable[[Mapping[Any, Retrieval]], float]:
+    """Over all pairs of streams."""
+
+    def value(found: Mapping[Any, Retrieval]) -> float:
+        return sum(getattr(one, field) for one in found.values()) / len(found) if found else math.nan
+
+    return value
+
+
+def _resample(given: Given, found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Tensor]:
+    assert given.resampling is not None
+    return drawn_retrieval(found, given.resampling)
+
+
+def drawn_retrieval(found: Mapping[Any, Retrieval], resampling: Resampling) -> Mapping[str, Tensor]:
+    """Scores of several retrievals together, each [B]. Queries are drawn; what each is compared with stays."""
+    drawn = {key: resampling.zeros() for key in ("r1", "r5", "r10", "median_rank", "mrr")}
+    for one in found.values():
+        if one.ranks is None:
+            return {}
+        ranks, order = one.ranks.cpu().double().sort()
+        queries = order if one.queries is None else one.queries.cpu()[order]
+        top = torch.stack([*((ranks <= K).double() for K in (1, 5, 10)), 1 / ranks])
+        for some, all_weights in resampling.pieces(40 * len(ranks)):
+            weights = all_weights[queries].double()
+            upto = weights.cumsum(0)
+            n = upto[-1]
+            for key, total in zip(("r1", "r5", "r10", "mrr"), top @ weights, strict=True):
+                drawn[key][some] += total / n
+            middle = torch.stack([((n - 1) / 2).floor(), (n / 2).floor()], dim=1)
+            places = torch.searchsorted(upto.T.contiguous(), middle, right=True).clamp_max(len(ranks) - 1)
+            drawn["median_rank"][some] += ranks[places].mean(dim=1)
+    return {key: values / len(found) for key, values in drawn.items()} if found else {}
+
+
+def _details(found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Any]:
+    def plain(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return {
+        "retrieval": {
+            f"{query} -> {candidate}": {key: plain(getattr(one, key)) for key in FIGURES}
+            for (query, candidate), one in found.items()
+        }
+    }
+
+
+def _rows(models: Mapping[str, Mapping[tuple[str, str], Retrieval]]) -> Iterator[Row]:
+    first = next(iter(models.values()))
+    for (query, candidate), one in first.items():
+        cells = {}
+        for name, found in models.items():
+            if (r := found.get((query, candidate))) is None:
+                continue
+            cells[name] = f"{r.r1:.3f} / {r.r5:.3f} / {r.r10:.3f} · {r.median_rank:.0f} · {r.mrr:.3f}"
+        meaning = (
+            f"R@1 / R@5 / R@10 · median rank · MRR of finding a sample's {candidate} code from its {query} code, "
+            f"among {one.n_candidates} candidates."
+        )
+        yield Row(f"{query} → {candidate}", meaning, "higher", cells, "Retrieval between two streams")
+
+
+def _work(sizes: Sizes) -> int:
+    """Two streams' entries, scales and places."""
+    return sizes.N * (16 * sizes.k + 80) if sizes.S > 1 else 0
+
+
+RETRIEVAL = Metric(
+    "retrieval",
+    "Finding a sample's code in one stream by its code in another, among those of all samples.",
+    _compute,
+    (
+        Score(
+            "r1",
+            "Retrieval R@1",
+            "How often a sample's code in one stream is nearest to its own code in another, over all pairs.",
+            "higher",
+            ".3f",
+            _mean("r1"),
+            highlight=True,
+        ),
+        Score("r5", "Retrieval R@5", "How often it is among the 5 nearest.", "higher", ".3f", _mean("r5")),
+        Score("r10", "Retrieval R@10", "How often it is among the 10 nearest.", "higher", ".3f", _mean("r10")),
+        Score(
+            "median_rank",
+            "Retrieval median rank",
+            "The rank at which half of the samples are found; 1 is best.",
+            "lower",
+            ",.1f",
+            _mean("median_rank"),
+        ),
+        Score("mrr", "Retrieval MRR", "Mean of 1 / rank.", "higher", ".3f", _mean("mrr")),
+    ),
+    needs=frozenset({"single"}),
+    default=True,
+    resample=_resample,
+    details=_details,
+    rows=_rows,
+    work=_work,
+)

@@ -39,7 +39,7 @@ def write_atlas(report: Report, path: str | Path) -> None:
         share, place = energy(code).topk(min(STRONGEST, code[0].shape[1]), dim=1)
         latents = code[1].long().gather(1, place).tolist()
         taken[f"latents of {stream}"] = [
-            ", ".join(report.after.concept(l) or str(l) for l, x in zip(ls, xs, strict=True) if x > 0)
+            ", ".join(dict.fromkeys(report.after.concept(l) or str(l) for l, x in zip(ls, xs, strict=True) if x > 0))
             for ls, xs in zip(latents, share.tolist(), strict=True)
         ]
     places = _principal(report)

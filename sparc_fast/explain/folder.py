@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sparc_fast import data
+from sparc_fast.batch import stack
 from sparc_fast.data.feature_folder import FeatureFolder, Split
-from sparc_fast.evaluate import Carried, Codes, comparison, evaluate, top_samples, words_as_concepts
+from sparc_fast.evaluate import Carried, Codes, Evaluation, comparison, evaluate, top_samples, words_as_concepts
 from sparc_fast.model import SPARC
 from sparc_fast.version import __version__
 
@@ -25,12 +26,13 @@ from .pictures import Pictures, Thumbnails
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["items_of", "report_of"]
+__all__ = ["codes_of", "concepts_of", "items_of", "report_of"]
 
 FEWEST = 5  # samples of a label that may name a latent
 PICTURE = "picture"
 KNOWN = ("id", "picture", "thumbnail", "label", "group", "split")
 ROWS, WORDS = 4096, 256  # encoded together
+WIDER = 8  # times as wide as that of a token is the code of a sample that has as many or more
 STRONGEST, MOST = 8, 0.6  # samples of a latent that are asked for a concept, and their share that must bear it
 
 
@@ -66,6 +68,15 @@ def items_of(folder: FeatureFolder, split: Split = "all", *, labels: bool = True
         held_out=np.array([of_sample == "held_out" for of_sample in splits]) if len(set(splits)) > 1 else None,
         about={**texts, **({"label": labelled} if any(labelled) else {})},
     )
+
+
+def concepts_of(folder: FeatureFolder, split: Split, *, labels: bool = True) -> tuple[Carried, Sequence[str]]:
+    """What latents are named by: labels, or, where there are none, words of the texts that streams read."""
+    read = dict.fromkeys(str(stream.get("column")) for stream in folder.streams.values() if not _sees(stream))
+    texts = {
+        column: [text or "" for text in folder.column(column, split)] for column in read if column in folder.columns
+    }
+    return _concepts(folder, split, texts, labels)
 
 
 def _concepts(
@@ -130,7 +141,9 @@ def report_of(
 ) -> Report:
     """All that a page shows of one model, or of two, the first as what was before, and the samples of a folder.
 
-    Every stream is encoded alone. The table is of the samples kept from training, where there are such.
+    Every stream is encoded alone. The table is of the samples kept from training, where there are such. Of tokens,
+    a latent fires for a sample as it does for that of its tokens that fires it most; the table is then of tokens, and
+    without retrieval, as which token of a picture is that of a text nobody can say.
 
     Args:
         split: which samples are shown.
@@ -143,7 +156,7 @@ def report_of(
         first: concepts whose latents are shown before all others.
 
     Raises:
-        ValueError: models and folder have other streams or widths, or a stream has several rows of a sample.
+        ValueError: models and folder have other streams or widths.
     """
     if len(models) not in (1, 2):
         raise ValueError(f"models must be one, or two to compare, got {len(models)}")
@@ -156,23 +169,17 @@ def report_of(
         widths = {stream: about["width"] for stream, about in folder.streams.items() if stream in streams}
         if dict(model.d_streams) != {stream: widths.get(stream) for stream in streams}:
             raise ValueError(f"{path} must have the streams {dict(model.d_streams)} of {name}, got {widths}")
-    if many := [stream for stream in streams if folder.tokens(stream) > 1]:
-        raise ValueError(f"streams must have one row of a sample, got {folder.tokens(many[0])} of {many[0]!r}")
     kept = items.held_out is not None and bool(items.held_out.any())
-    inputs = _inputs(folder, streams, "held_out" if kept else split)
-    truth = folder.labels("held_out" if kept else split, FEWEST)
-    groups = folder.column("group", "held_out" if kept else split)
-    carried = None if truth is None else torch.from_numpy(truth[0])
-    measured = {**dict(reversed(list(models.items()))), **(beside or {})}
-    evaluations = {name: evaluate(model, inputs, carried, groups=groups) for name, model in measured.items()}
-    del inputs
+    evaluations = _evaluated(
+        {**dict(reversed(list(models.items()))), **(beside or {})}, folder, streams, "held_out" if kept else split
+    )
     reports = []
     for name, model in models.items():
         found = evaluations[name]
         jaccard = found.jaccard_single
         if jaccard is not None:
             jaccard = jaccard.masked_fill(~found.latents_single.alive_in_any, torch.nan)
-        codes = _codes(model, folder, streams, split)
+        codes = codes_of(model, folder, streams, split)
         reports.append(
             ModelReport.of(name, codes, model.n_latents, items, jaccard=jaccard, curves=(curves or {}).get(name))
         )
@@ -243,32 +250,45 @@ def _word_codes(
     return words, codes
 
 
-def _inputs(folder: FeatureFolder, streams: Sequence[str], split: Split) -> dict[str, Tensor]:
-    """Every stream's rows, [N, D_s]."""
+def _evaluated(
+    models: Mapping[str, SPARC], folder: FeatureFolder, streams: Sequence[str], split: Split
+) -> dict[str, Evaluation]:
+    """Of all tokens, where there are such."""
+    T = max(folder.tokens(stream) for stream in streams)
+    truth = folder.labels(split, FEWEST)
+    labels = None if truth is None else torch.from_numpy(truth[0].repeat(T, axis=0))
+    groups = np.unique(np.array(folder.column("group", split)), return_inverse=True)[1].repeat(T)
     with data.open({stream: (folder.path, stream) for stream in streams}, split=split) as files:
-        parts = torch.split(files.rows(0, files.n_rows), list(files.d_streams.values()), dim=1)
-        return dict(zip(files.d_streams, parts, strict=True))
+        return {name: evaluate(model, files, labels, groups=groups, retrieval=T == 1) for name, model in models.items()}
 
 
 @torch.no_grad()
-def _codes(model: SPARC, folder: FeatureFolder, streams: Sequence[str], split: Split) -> Codes:
-    """Of each stream encoded alone, (values [N, k], indices [N, k]) on the CPU."""
+def codes_of(model: SPARC, folder: FeatureFolder, streams: Sequence[str], split: Split) -> Codes:
+    """Of each stream encoded alone, (values [N, k], indices [N, k]) on the CPU; wider where a sample has tokens."""
     device, was_training = model.W_enc.device, model.training
     model.eval()
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {stream: [] for stream in streams}
+    codes = {}
     try:
-        with data.open({stream: (folder.path, stream) for stream in streams}, split=split) as files:
-            for start in range(0, files.n_rows, ROWS):
-                rows = files.rows(start, min(start + ROWS, files.n_rows)).to(device)
-                inputs = dict(
-                    zip(files.d_streams, torch.split(rows, list(files.d_streams.values()), dim=1), strict=True)
-                )
-                for stream in streams:
-                    values, indices = model.encode({stream: inputs[stream]}).stream(stream)
-                    parts[stream].append((values.float().cpu(), indices.cpu()))
+        for stream in streams:
+            T, parts = folder.tokens(stream), []
+            with data.open({stream: (folder.path, stream)}, split=split) as files:
+                step = max(1, ROWS // T) * T
+                for start in range(0, files.n_rows, step):
+                    rows = files.rows(start, min(start + step, files.n_rows)).to(device)
+                    values, indices = model.encode({stream: rows}).stream(stream)
+                    code = values.float(), indices
+                    parts.append([x.cpu() for x in (code if T == 1 else _pooled(*code, T, model.n_latents))])
+            codes[stream] = stack([values for values, _ in parts]), stack([indices for _, indices in parts])
     finally:
         model.train(was_training)
-    return {
-        stream: (torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found]))
-        for stream, found in parts.items()
-    }
+    return codes
+
+
+def _pooled(values: Tensor, indices: Tensor, T: int, n_latents: int) -> tuple[Tensor, Tensor]:
+    """The largest value that each latent has for any of a sample's T tokens: of the latents, those largest."""
+    k = values.shape[1]
+    pooled = torch.zeros(len(values) // T, n_latents, dtype=values.dtype, device=values.device)
+    latents, on = (part.clamp_min(0).reshape(-1, T * k) for part in (indices.long(), values))
+    pooled.scatter_reduce_(1, latents, on, "amax")
+    found = pooled.topk(min(n_latents, k * min(T, WIDER)), dim=1)
+    return found.values, found.indices.to(indices.dtype)

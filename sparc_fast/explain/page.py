@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
+from sparc_fast.sizes import counted
+
 from .contents import Report
 
 __all__ = ["render_page"]
@@ -20,7 +22,9 @@ def render_page(report: Report, pieces: str) -> str:
     )  # fmt: skip
     return environment.get_template("page.html.jinja").render(
         report=report,
+        counted=counted,
         pieces=pieces,
         sections=[(name, list(rows)) for name, rows in groupby(report.table, key=lambda row: row.section)],
+        table_notes=getattr(report.table, "notes", ()),
         table_columns=list(dict.fromkeys(column for row in report.table for column in row.cells)),
     )

@@ -38,7 +38,7 @@ class Pictures(Protocol):
     def write(self, rows: Sequence[int]) -> tuple[str, bytes | str, Sequence[bool]]:
         """Some pictures, row after row of `columns(sheet)`: suffix and content of their file, and which were there.
 
-        Text, of a script, is what the page is given.
+        Text, of a script, is what the page is given. Several threads ask at once.
         """
 
 
@@ -116,7 +116,7 @@ class Thumbnails:
 
     Args:
         n: N.
-        load: a sample's picture, of any size and mode, or None where it has none.
+        load: a sample's picture, of any size and mode, or None where it has none; several threads call it at once.
     """
 
     sheet = 64
@@ -152,5 +152,5 @@ class Thumbnails:
             if picture is not None:
                 sheet.paste(picture, (place % wide * self.side, place // wide * self.side))
         file = io.BytesIO()
-        sheet.save(file, "WEBP", quality=80, method=4)
+        sheet.save(file, "WEBP", quality=80, method=2)  # 4, the default, is half as fast for 8 % fewer bytes
         return "webp", file.getvalue(), [picture is not None for picture in pictures]

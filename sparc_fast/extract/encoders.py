@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from .config import StreamConfig
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Encoder", "FunctionEncoder", "ModelEncoder", "encoder_of", "name_on_hub", "pool"]
+__all__ = ["Encoder", "FunctionEncoder", "ModelEncoder", "Words", "encoder_of", "name_on_hub", "patch_size", "pool"]
 
 BLOCKS = (nn.ModuleList, nn.Sequential)
 PREPROCESSING = "EXIF orientation applied, transparent parts on white, RGB"
@@ -46,6 +46,13 @@ class Encoder(ABC):
     @abstractmethod
     def encode(self, batch: Sequence[Any]) -> Tensor:
         """Rows of prepared pictures, or of texts, float [n, D], or [n, T, D]."""
+
+
+class Words(NamedTuple):
+    """A text's words, and of every token the number of its word, or -1: a mark of the model's, or padding."""
+
+    words: list[str]
+    of_tokens: list[int]
 
 
 class FunctionEncoder(Encoder):
@@ -111,8 +118,20 @@ class ModelEncoder(Encoder):
         with self.precision():
             return self._rows(batch).float().cpu()
 
+    def _rows(self, batch: Sequence[Any]) -> Tensor:
+        return self.run(self.inputs(batch))
+
+    def inputs(self, batch: Sequence[Any]) -> Any:
+        """A batch as `run` takes it: pictures [n, 3, H, W], or what a tokenizer makes of texts."""
+        return self._stack(batch)
+
     @abstractmethod
-    def _rows(self, batch: Sequence[Any]) -> Tensor: ...
+    def run(self, inputs: Any) -> Tensor:
+        """Rows, through which gradients flow."""
+
+    def words(self, texts: Sequence[str]) -> list[Words]:
+        """Of each text its words, and to which each token belongs."""
+        raise ValueError(f"{self.stream.model} must read texts to have words, got a model of pictures")
 
     def _stack(self, batch: Sequence[Tensor]) -> Tensor:
         if len({picture.shape for picture in batch}) > 1:
@@ -177,11 +196,23 @@ class HuggingFaceEncoder(ModelEncoder):
         found: Tensor = self._processor(images=picture, return_tensors="pt")["pixel_values"][0]
         return found
 
-    def _rows(self, batch: Sequence[Any]) -> Tensor:
-        return self._of_pictures(batch) if self.stream.modality == "image" else self._of_texts(batch)
+    def inputs(self, batch: Sequence[Any]) -> Any:
+        if self.stream.modality == "image":
+            return self._stack(batch)
+        return dict(self._tokenizer(list(batch), return_tensors="pt", **self._options).to(self.device))
 
-    def _of_pictures(self, batch: Sequence[Tensor]) -> Tensor:
-        x, plain = self._stack(batch), self.stream.pooling == "model" and not self.stream.layer
+    def run(self, inputs: Any) -> Tensor:
+        return self._of_pictures(inputs) if self.stream.modality == "image" else self._of_texts(inputs)
+
+    def words(self, texts: Sequence[str]) -> list[Words]:
+        return (
+            _words_by(self._tokenizer, texts, **self._options)
+            if self.stream.modality == "text"
+            else super().words(texts)
+        )
+
+    def _of_pictures(self, x: Tensor) -> Tensor:
+        plain = self.stream.pooling == "model" and not self.stream.layer
         if plain and hasattr(self.model, "get_image_features"):
             self.pooled = "get_image_features"
             return _tensor(self.model.get_image_features(pixel_values=x))
@@ -189,8 +220,7 @@ class HuggingFaceEncoder(ModelEncoder):
         found = self._captured(tower, lambda: tower(pixel_values=x).last_hidden_state, self.stream.layer)
         return self._pooled(found, x, tower)
 
-    def _of_texts(self, batch: Sequence[str]) -> Tensor:
-        given = dict(self._tokenizer(list(batch), return_tensors="pt", **self._options).to(self.device))
+    def _of_texts(self, given: Mapping[str, Tensor]) -> Tensor:
         plain = self.stream.pooling == "model" and not self.stream.layer
         if plain and hasattr(self.model, "get_text_features"):
             self.pooled = "get_text_features"
@@ -219,8 +249,8 @@ class TimmEncoder(ModelEncoder):
         found: Tensor = self._transform(picture)
         return found
 
-    def _rows(self, batch: Sequence[Tensor]) -> Tensor:
-        model, x = self.model, self._stack(batch)
+    def run(self, x: Any) -> Tensor:
+        model = self.model
         features = self._captured(model, lambda: model.forward_features(x), self.stream.layer)
         if self.stream.pooling == "model" and not self.stream.layer:
             self.pooled = "forward_head"
@@ -251,12 +281,23 @@ class OpenClipEncoder(ModelEncoder):
         found: Tensor = self._transform(picture)
         return found
 
-    def _rows(self, batch: Sequence[Any]) -> Tensor:
+    def inputs(self, batch: Sequence[Any]) -> Any:
+        return self._stack(batch) if self.stream.modality == "image" else self._tokenizer(list(batch)).to(self.device)
+
+    def words(self, texts: Sequence[str]) -> list[Words]:
+        if self.stream.modality == "image":
+            return super().words(texts)
+        tokenizer = self._tokenizer
+        if (inner := getattr(tokenizer, "tokenizer", None)) is not None:  # one of transformers'
+            length = {"padding": "max_length", "truncation": True, "max_length": tokenizer.context_length}
+            return _words_by(inner, [tokenizer.clean_fn(text) for text in texts], **length)
+        return [_words_by_ends(tokenizer, row) for row in tokenizer(list(texts)).tolist()]
+
+    def run(self, x: Any) -> Tensor:
         model = self.model
         if self.stream.modality == "text":
             self.pooled = "encode_text"
-            return _tensor(model.encode_text(self._tokenizer(list(batch)).to(self.device)))
-        x = self._stack(batch)
+            return _tensor(model.encode_text(x))
         if self.stream.pooling == "model" and not self.stream.layer:
             self.pooled = "encode_image"
             return _tensor(model.encode_image(x))
@@ -297,6 +338,20 @@ class SentenceEncoder(ModelEncoder):
         )
         return found
 
+    def inputs(self, batch: Sequence[Any]) -> Any:
+        if self.model.default_prompt_name:
+            raise ValueError(f"{self.stream.model} must read texts without a prompt to be looked into, got one")
+        given = self.model.tokenize(list(batch))
+        return {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in given.items()}
+
+    def run(self, inputs: Any) -> Tensor:
+        found: Tensor = self.model(dict(inputs))["sentence_embedding"]
+        return found
+
+    def words(self, texts: Sequence[str]) -> list[Words]:
+        length = {"padding": True, "truncation": True, "max_length": self.model.max_seq_length}
+        return _words_by(self.model.tokenizer, [text.strip() for text in texts], **length)
+
 
 _FAMILIES: Mapping[str, Callable[[str, StreamConfig, Path, torch.device], Encoder]] = {
     "timm": TimmEncoder,
@@ -324,6 +379,11 @@ def encoder_of(stream: StreamConfig, folder: Path, device: torch.device) -> Enco
             f"layer, pooling, revision and weights must be left to the function, with model={stream.model!r}"
         )
     return FunctionEncoder.of(stream.model, folder)
+
+
+def is_of_library(stream: StreamConfig) -> bool:
+    """Whether its model is one of a library's, and not a function."""
+    return stream.model.partition(":")[0] in _FAMILIES
 
 
 def name_on_hub(stream: StreamConfig, folder: Path) -> str:
@@ -360,12 +420,60 @@ def blocks_of(tower: nn.Module) -> Sequence[nn.Module]:
     return max(runs, key=len)
 
 
-def _patches(tower: nn.Module, pictures: Tensor) -> int:
-    """How many tokens are patches: the first convolution that steps by its own size cuts the picture up."""
+def patch_size(tower: nn.Module) -> tuple[int, int] | None:
+    """Height and width of patches: the first convolution that steps by its own size cuts the picture up."""
     for m in tower.modules():
         if isinstance(m, nn.Conv2d) and m.stride == m.kernel_size and m.stride[0] > 1:
-            return (pictures.shape[-2] // m.stride[0]) * (pictures.shape[-1] // m.stride[1])
-    return 0
+            return int(m.stride[0]), int(m.stride[1])
+    return None
+
+
+def _patches(tower: nn.Module, pictures: Tensor) -> int:
+    """How many tokens are patches."""
+    size = patch_size(tower)
+    return 0 if size is None else (pictures.shape[-2] // size[0]) * (pictures.shape[-1] // size[1])
+
+
+def _words_by(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[Words]:
+    """As a tokenizer of transformers splits texts before it looks for tokens."""
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer must be one that says where its tokens are, got {type(tokenizer).__name__}")
+    encoded = tokenizer(list(texts), **options)
+    found = []
+    for n, text in enumerate(texts):
+        ends: dict[int, tuple[int, int]] = {}
+        numbers = encoded.word_ids(n)
+        for word, (start, stop) in zip(numbers, encoded.encodings[n].offsets, strict=True):
+            if word is not None:
+                first, last = ends.get(word, (start, stop))
+                ends[word] = min(first, start), max(last, stop)
+        places = {word: place for place, word in enumerate(ends)}
+        words = [text[start:stop].strip() for start, stop in ends.values()]
+        found.append(Words(words, [-1 if word is None else places[word] for word in numbers]))
+    return found
+
+
+def _words_by_ends(tokenizer: Any, row: Sequence[int]) -> Words:
+    """By the marks that CLIP's own tokens have at the end of a word."""
+    words: list[str] = []
+    of_tokens = [-1] * len(row)
+    marks, is_open = set(tokenizer.all_special_ids), False
+    for place, token in enumerate(row):
+        if token in marks:
+            if place:  # the end; padding follows
+                break
+            continue
+        piece = tokenizer.decoder[token]
+        if is_open:
+            words[-1] += piece
+        else:
+            words.append(piece)
+        of_tokens[place] = len(words) - 1
+        is_open = not piece.endswith("</w>")
+    as_text = [
+        bytearray(tokenizer.byte_decoder[c] for c in w.replace("</w>", "")).decode("utf-8", "replace") for w in words
+    ]
+    return Words(as_text, of_tokens)
 
 
 def _tensor(found: Any) -> Tensor:

@@ -59,13 +59,19 @@ def load_picture(picture: str | bytes, root: Path | None) -> Image:
         picture = below(root, picture, "picture").read_bytes()
     try:
         with Image.open(io.BytesIO(picture)) as opened:
-            turned = ImageOps.exif_transpose(opened)
-            if not turned.has_transparency_data:
-                return turned.convert("RGB")
-            seen = turned.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+            return on_white(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         raise ValueError("it is no picture of a kind that can be read") from None
+
+
+def on_white(picture: Image) -> Image:
+    """In RGB, transparent parts on white."""
+    from PIL import Image
+
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    seen = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
 
 
 def thumbnail(picture: Image) -> bytes:

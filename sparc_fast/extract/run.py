@@ -31,6 +31,7 @@ from sparc_fast.data.feature_folder import (
 )
 from sparc_fast.data.readers import require
 from sparc_fast.files import atomic_path, check_folder
+from sparc_fast.sizes import counted
 from sparc_fast.training.run_folder import lock
 from sparc_fast.training.trainer import device_of
 from sparc_fast.version import __version__
@@ -124,7 +125,7 @@ def extract(
         run = _Run(extraction, out, source, models)
         before = run.journal.state.consumed
         if before:
-            say(f"going on behind {before:,} items")
+            say(f"going on behind {counted(before, 'item')}")
         with warnings.catch_warnings():  # here, as threads have them in common
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
             run.through(progress)

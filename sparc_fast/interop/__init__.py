@@ -1,5 +1,5 @@
-"""Other people's models and formats: the research code's classes, `sparc_fast.compat`, and its files."""
+"""Other people's models and formats: the research code and its files, SAELens, crosscoders, the Hubs."""
 
-from . import research_code, research_files
+from . import crosscoders, hub, kernel_hub, research_code, research_files, saelens
 
-__all__ = ["research_code", "research_files"]
+__all__ = ["crosscoders", "hub", "kernel_hub", "research_code", "research_files", "saelens"]

@@ -9,8 +9,6 @@ counts per stream are lost.
 from __future__ import annotations
 
 import json
-import pickle
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,9 @@ from torch import Tensor
 
 from sparc_fast.files import atomic_path
 from sparc_fast.model import SPARC
-from sparc_fast.ops.layout import stream_slices
+
+from .pickled_tensors import load_tensors
+from .stream_weights import stream_weights
 
 __all__ = ["UpstreamConfig", "from_upstream", "read_config", "to_upstream"]
 
@@ -91,7 +91,7 @@ def from_upstream(path: str | Path, config: str | Path | Mapping[str, Any] | Non
         ValueError: the file is not a checkpoint of the research code, or the configuration does not fit it.
     """
     path = Path(path)
-    tensors = _load_tensors(path)
+    tensors = load_tensors(path, "the research code")
     settings = read_config(path.with_name(RUN_CONFIG) if config is None else config)
     d_streams, n_latents = _check_tensors(tensors, path)
     if settings.n_latents not in (None, n_latents):
@@ -147,6 +147,8 @@ def to_upstream(model: SPARC, path: str | Path, *, batch_size: int = 256, fold_c
             "model must not be calibrated: the research code has no calibration of inputs; "
             "fold_calibration (--fold-calibration) puts it into the weights"
         )
+    if model.selection == "batch":
+        raise ValueError('model must have selection "global" or "local" for the research code, got "batch"')
     for name in model.streams:
         if not name or "." in name:
             raise ValueError(f"model must have stream names without a dot for the research code, got {name!r}")
@@ -172,51 +174,16 @@ def to_upstream(model: SPARC, path: str | Path, *, batch_size: int = 256, fold_c
 def _state_dict(model: SPARC, batch_size: int) -> dict[str, Tensor]:
     """A model's weights under the research code's names, in its order and layout."""
     parts: dict[str, list[Tensor]] = {"encoders": [], "decoders": [], "pre_biases": [], "latent_biases": []}
-    for s, cols in enumerate(stream_slices(tuple(model.d_streams.values()))):
-        W_enc, W_dec, pre_bias = model.W_enc[:, cols], model.W_dec[:, cols], model.pre_bias[cols]
-        if model.is_calibrated:
-            # W_enc ((x - mean) / rms - b) = (W_enc / rms) (x - (mean + rms b)),  rms (W_dec z + b) + mean
-            mean, rms, dtype = model.input_mean[cols].double(), model._scales()[s].double(), W_enc.dtype
-            W_enc, W_dec, pre_bias = (
-                (W_enc / rms).to(dtype),
-                (W_dec * rms).to(dtype),
-                (mean + rms * pre_bias).to(dtype),
-            )
-        for name, tensor in zip(parts, (W_enc, W_dec.T, pre_bias, model.latent_bias[s]), strict=True):
-            parts[name].append(tensor.detach().cpu().clone(memory_format=torch.contiguous_format))
+    for stream in model.streams:
+        weights = stream_weights(model, stream)
+        for name, tensor in zip(parts, weights._replace(W_dec=weights.W_dec.T), strict=True):
+            parts[name].append(tensor.clone(memory_format=torch.contiguous_format))
     silent = (model.silence.cpu() + batch_size - 1) // batch_size
     tensors = {f"stats_last_nonzero_{stream}": silent.clone() for stream in model.streams}
     for name, of_streams in parts.items():
         ending = ".weight" if name in ("encoders", "decoders") else ""
         tensors |= {f"{name}.{stream}{ending}": t for stream, t in zip(model.streams, of_streams, strict=True)}
     return tensors
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"path must be a checkpoint of the research code, but there is no file {path}")
-    with path.open("rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickles that are refused anyhow
-        try:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"path must hold tensors alone, but {path} is no checkpoint, or holds other pickled objects; "
-                f"loading those could run code, and is refused: {_reason(error)}"
-            ) from error
-        except Exception as error:  # a foreign file can raise anything
-            raise ValueError(
-                f"path must be a PyTorch checkpoint, but {path} is truncated or foreign: {error}"
-            ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        kind = "other objects beside tensors" if isinstance(tensors, dict) else type(tensors).__name__
-        raise ValueError(f"path must be a state_dict of the research code, but {path} holds {kind}")
-    return tensors
-
-
-def _reason(error: pickle.UnpicklingError) -> str:
-    """What was refused, without the advice how to trust it."""
-    return str(error.__context__ or error).partition(". ")[0]
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, int], int]:

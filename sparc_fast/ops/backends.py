@@ -25,6 +25,21 @@ class Backend(Protocol):
         self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
     ) -> Tensor: ...
 
+    def batch_topk(
+        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+    ) -> Tensor: ...
+
+    def latents_above(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        pre_bias: Tensor,
+        latent_bias: Tensor,
+        threshold: float,
+        k: int,
+        screening: str = "auto",
+    ) -> Tensor: ...
+
     def topk_rows(self, scores: Tensor, k: int) -> Tensor: ...
 
     def support_scores(
@@ -116,8 +131,8 @@ IN_GRAPHS = (
     "weight_gradients",
     "count_silence",
 )
-# these move weights and moments in place, or say how, outside of any graph
-PLAIN = ("gradient_squares", "update_rows", "step_rows", "replay_rows")
+# these move weights and moments in place, or say how, outside of any graph; how wide the first are depends on data
+PLAIN = ("batch_topk", "latents_above", "gradient_squares", "update_rows", "step_rows", "replay_rows")
 
 # results that the reference does not find without looking at data, or at all
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -142,12 +157,16 @@ def available(device: torch.device | str = "cpu") -> tuple[str, ...]:
     return _AVAILABLE.get(torch.device(device).type, ("reference",))
 
 
-def resolve(name: str, device: torch.device) -> Backend:
+def resolve(name: str | Backend, device: torch.device) -> Backend:
     """The backend called `name` for tensors on `device`; "auto" is the fastest of those available there.
+
+    What is a backend already is that one.
 
     Raises:
         ValueError: no such backend, or it cannot run on this device.
     """
+    if not isinstance(name, str):
+        return name
     names = available(device)
     if name == "auto" and FASTER_IN_CUDA and names[:2] == ("triton", "cuda"):
         return _fastest(device)
@@ -176,7 +195,7 @@ def _warn_of_slowness() -> None:
 def _fastest(device: torch.device) -> Backend:
     """Triton's operators, and those that have been measured to be faster in CUDA."""
     cuda = resolve("cuda", device)
-    return _with(resolve("triton", device), {operator: getattr(cuda, operator) for operator in FASTER_IN_CUDA})
+    return replaced(resolve("triton", device), {operator: getattr(cuda, operator) for operator in FASTER_IN_CUDA})
 
 
 def _load(name: str) -> Backend:
@@ -206,15 +225,15 @@ def _in_graphs(implementation: Backend, library: str, device_types: tuple[str, .
     operators = {
         name: _operator(f"{library}::{name}", getattr(implementation, name), device_types) for name in IN_GRAPHS
     }
-    return _with(implementation, operators)
+    return replaced(implementation, operators)
 
 
-def _with(backend: Backend, operators: dict[str, Callable[..., Any]]) -> Backend:
+def replaced(backend: Backend, operators: dict[str, Callable[..., Any]]) -> Backend:
     """A backend with some of its operators replaced."""
     functions = {name: getattr(backend, name) for name in (*IN_GRAPHS, *PLAIN)}
     whole: Any = SimpleNamespace(**{**functions, **operators})
-    replaced: Backend = whole
-    return replaced
+    of_both: Backend = whole
+    return of_both
 
 
 def _operator(name: str, function: Callable[..., Any], device_types: tuple[str, ...]) -> Any:

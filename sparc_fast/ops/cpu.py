@@ -15,12 +15,13 @@ from torch import Tensor
 
 from sparc_fast import _cpu
 from sparc_fast.ops import reference
-from sparc_fast.ops.cpu_topk import dense_rows, global_topk, support_scores, topk_rows
+from sparc_fast.ops.cpu_topk import batch_topk, dense_rows, global_topk, latents_above, support_scores, topk_rows
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import gradient_dtype, wide
 from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
 __all__ = [
+    "batch_topk",
     "count_silence",
     "decode_loss",
     "decoder_gradients",
@@ -28,6 +29,7 @@ __all__ = [
     "global_topk",
     "gradient_squares",
     "invert_indices",
+    "latents_above",
     "replay_rows",
     "sparse_decode",
     "sparse_decode_grad_values",
@@ -63,7 +65,8 @@ def support_values_grad_x(
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor) -> Tensor:
     (rows,) = _stored(W_dec)
-    recons = rows.new_empty(*values.shape[:2], W_dec.shape[1])
+    dtype = values.dtype if values.dtype == torch.bfloat16 else wide(rows).dtype
+    recons = torch.empty(*values.shape[:2], W_dec.shape[1], dtype=dtype, device="cpu")
     operands = _summed(values), _indices(indices), rows, _summed(pre_bias)
     _cpu.sparse_decode(recons, *operands, torch.get_num_threads())
     return _as(recons, values.dtype)

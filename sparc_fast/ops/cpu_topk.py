@@ -6,17 +6,20 @@ without a proof go on to float32, and from there to float64, the specification i
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparc_fast import _cpu
+from sparc_fast.ops import pooled_topk
 from sparc_fast.ops.layout import wide
 from sparc_fast.ops.reference import summed_bias
 
 ROWS, LATENTS = 2048, 2048  # samples and latents of one GEMM
 ROOM, SPARE = 8, 256  # a sample may hold ROOM k + SPARE candidates
+UNLIKE = 8  # times k that a sample may well have where it is not k for each
 # Samples up to which float64 at once is fastest, and from which bfloat16 pays. L = 8192, D = 2560, one Zen 4 core,
 # float64 / float32 / bfloat16 in bare float32 GEMMs: 0.83 / 1.55 / 2.2 for 1 sample, 1.14 / 0.90 / 0.95 for 8,
 # 2.0 / 0.80 / 0.63 for 32, - / 0.71 / 0.51 for 64, - / 1.06 / 0.51 for 1024
@@ -33,6 +36,49 @@ def global_topk(
         for n in range(0, len(x), rows):
             centred = (wide(x[n : n + rows].detach()) - wide(pre_bias.detach())).contiguous()
             indices[n : n + rows] = _support(centred, W, bias, k, _precisions(centred, screening))
+    return indices
+
+
+def batch_topk(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+) -> Tensor:
+    centred, W, bias = _operands(x, W_enc, pre_bias, latent_bias)
+    with torch.autocast("cpu", enabled=False):
+        for dtype in _precisions(centred, screening):
+            if (support := _screened_ragged(centred, W, bias, k, dtype, _cpu.Among.batch)) is not None:
+                return support
+    return pooled_topk.batch_topk(global_topk, support_scores, x, W_enc, pre_bias, latent_bias, k, screening)
+
+
+def latents_above(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, threshold: float, k: int, screening: str = "auto"
+) -> Tensor:
+    centred, W, bias = _operands(x, W_enc, pre_bias, latent_bias)
+    with torch.autocast("cpu", enabled=False):
+        for dtype in _precisions(centred, screening):
+            support = _screened_ragged(centred, W, bias, k, dtype, _cpu.Among.above, threshold)
+            if support is not None:
+                return support
+    return pooled_topk.latents_above(
+        global_topk, support_scores, x, W_enc, pre_bias, latent_bias, threshold, k, screening
+    )
+
+
+def _operands(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    centred = (wide(x.detach()) - wide(pre_bias.detach())).contiguous()
+    return centred, _stored(W_enc.detach(), x.dtype), summed_bias(latent_bias.detach())
+
+
+def _screened_ragged(
+    x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype, among: Any, least: float = -math.inf
+) -> Tensor | None:
+    """As `_screened`, [N, W] with -1 where a sample has fewer latents than others; None if any could not be proven."""
+    screen = _filtered(x, W, bias, k, dtype, among, least)
+    width = screen.settle_ragged(x, W, torch.get_num_threads())
+    if width < 0:
+        return None
+    indices = torch.empty(len(x), max(1, width), dtype=torch.int32, device="cpu")
+    screen.write(indices)
     return indices
 
 
@@ -77,22 +123,31 @@ def _support(x: Tensor, W: Tensor, bias: Tensor, k: int, precisions: list[torch.
 
 def _screened(x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The support [N, k] from a GEMM in this dtype, and bool [N]: where it could not be proven."""
+    N = len(x)
+    screen = _filtered(x, W, bias, k, dtype, _cpu.Among.row)
+    indices, given_up = (
+        torch.empty(N, k, dtype=torch.int32, device="cpu"),
+        torch.empty(N, dtype=torch.bool, device="cpu"),
+    )
+    screen.settle(indices, given_up, x, W, torch.get_num_threads())
+    return indices, given_up
+
+
+def _filtered(
+    x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype, among: Any, least: float = -math.inf
+) -> Any:
+    """The candidates of every sample."""
     (N, D), L, threads = x.shape, len(W), torch.get_num_threads()
     chunk = _chunk(D, L)
     operand, norm, residual = _measured(x, dtype, None)
-    screen = _cpu.Screen(norm, residual, bias, D, k, _capacity(k, L), dtype == torch.bfloat16)
+    capacity = _capacity(k if among == _cpu.Among.row else UNLIKE * k, L)
+    screen = _cpu.Screen(norm, residual, bias, D, k, capacity, dtype == torch.bfloat16, among, least)
     scores, copies = torch.empty(N * chunk, dtype=dtype, device="cpu"), torch.empty(chunk, D, dtype=dtype, device="cpu")
     for first in range(0, L, chunk):
         rows, norm, residual = _measured(W[first : first + chunk], dtype, copies)
         product = torch.mm(operand, rows.T, out=scores[: N * len(rows)].view(N, len(rows)))
         screen.filter(product, first, norm, residual, threads)
-    del scores, copies
-    indices, given_up = (
-        torch.empty(N, k, dtype=torch.int32, device="cpu"),
-        torch.empty(N, dtype=torch.bool, device="cpu"),
-    )
-    screen.settle(indices, given_up, x, W, threads)
-    return indices, given_up
+    return screen
 
 
 def _measured(w: Tensor, dtype: torch.dtype, room: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

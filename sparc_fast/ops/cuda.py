@@ -20,10 +20,12 @@ from torch import Tensor
 
 # operators without a CUDA kernel are Triton's
 from sparc_fast.kernels import (
+    batch_topk,
     count_silence,
     decode_loss,
     decoder_gradients,
     encoder_gradients,
+    latents_above,
     sparse_decode,
     sparse_decode_grad_values,
     support_scores,
@@ -35,6 +37,7 @@ from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samp
 
 OWN = ("global_topk", "invert_indices", "replay_rows", "step_rows", "topk_rows", "update_rows")
 __all__ = [
+    "batch_topk",
     "count_silence",
     "decode_loss",
     "decoder_gradients",
@@ -42,6 +45,7 @@ __all__ = [
     "global_topk",
     "gradient_squares",
     "invert_indices",
+    "latents_above",
     "replay_rows",
     "sparse_decode",
     "sparse_decode_grad_values",

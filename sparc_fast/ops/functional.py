@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.ops import autograd, backends
+from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import stream_slices, wide
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,7 +29,7 @@ def global_topk(
     *,
     screening: str = "auto",
     return_scores: Literal[False] = False,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
 ) -> Tensor: ...
 
 
@@ -42,7 +43,7 @@ def global_topk(
     *,
     screening: str = "auto",
     return_scores: Literal[True],
-    backend: str = "auto",
+    backend: str | Backend = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -55,7 +56,7 @@ def global_topk(
     *,
     screening: str = "auto",
     return_scores: bool = False,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The k latents whose pre-activations, summed over streams, are largest (SPARC, arXiv 2507.06265).
 
@@ -80,7 +81,7 @@ def global_topk(
         every backend and in every batch. A NaN that was chosen is +inf, as it ranks.
     """
     _check_encoder(x, W_enc, pre_bias, latent_bias)
-    _check_k(k, len(W_enc))
+    _check_k(k, W_enc, backend)
     _check_screening(screening)
     with torch.no_grad():
         chosen = backends.resolve(backend, x.device)
@@ -97,11 +98,11 @@ def local_topk(
     *,
     d_streams: Sequence[int],
     screening: str = "auto",
-    backend: str = "auto",
+    backend: str | Backend = "auto",
 ) -> Tensor:
     """The k latents of largest pre-activation of each stream by itself; as `global_topk`, but int32 [N, S, k]."""
     _check_encoder(x, W_enc, pre_bias, latent_bias, d_streams)
-    _check_k(k, len(W_enc))
+    _check_k(k, W_enc, backend)
     _check_screening(screening)
     with torch.no_grad():
         operator = backends.resolve(backend, x.device).global_topk
@@ -110,6 +111,61 @@ def local_topk(
             for s, cols in enumerate(stream_slices(d_streams))
         ]
         return torch.stack(supports, dim=1)
+
+
+def batch_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    *,
+    screening: str = "auto",
+    backend: str | Backend = "auto",
+) -> Tensor:
+    """The k N pairs of sample and latent of largest pre-activation, summed over streams, in a batch of N samples.
+
+    BatchTopK (Bussmann et al., arXiv 2412.06410). Arguments as in `global_topk`; k is the mean over samples.
+
+    Returns:
+        indices, int32 [N, W], ascending in each row, as wide as the sample of most latents; -1, an empty slot, behind
+        the latents of the others. Exact, and the same on every backend, as `global_topk`; equal pre-activations go to
+        the earlier sample, then to the lower latent. No gradient.
+    """
+    _check_encoder(x, W_enc, pre_bias, latent_bias)
+    _check_k(k, W_enc, backend)
+    _check_screening(screening)
+    with torch.no_grad():
+        return backends.resolve(backend, x.device).batch_topk(x, W_enc, pre_bias, latent_bias, k, screening)
+
+
+def latents_above(
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    threshold: float,
+    *,
+    k: int = 64,
+    screening: str = "auto",
+    backend: str | Backend = "auto",
+) -> Tensor:
+    """The latents whose pre-activation, summed over streams, is above a threshold.
+
+    Arguments as in `global_topk`; k, about how many there are a sample, changes the time it takes alone.
+
+    Returns:
+        indices, int32 [N, W], laid out and exact as those of `batch_topk`; a sample's do not depend on others.
+    """
+    _check_encoder(x, W_enc, pre_bias, latent_bias)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if not isinstance(threshold, float | int) or threshold != threshold:
+        raise ValueError(f"threshold must be a number, got {threshold!r}")
+    _check_screening(screening)
+    with torch.no_grad():
+        operator = backends.resolve(backend, x.device).latents_above
+        return operator(x, W_enc, pre_bias, latent_bias, float(threshold), min(k, len(W_enc)), screening)
 
 
 def support_values(
@@ -252,9 +308,9 @@ def _check_encoder(
     _check_together("x", x, W_enc=W_enc, pre_bias=pre_bias, latent_bias=latent_bias)
 
 
-def _check_k(k: int, n_latents: int) -> None:
-    if not 1 <= k <= n_latents:
-        raise ValueError(f"k must be between 1 and n_latents={n_latents}, got {k}")
+def _check_k(k: int, W_enc: Tensor, backend: str | Backend) -> None:
+    if isinstance(backend, str) and not 1 <= k <= len(W_enc):  # else there may be latents elsewhere, too
+        raise ValueError(f"k must be between 1 and n_latents={len(W_enc)}, got {k}")
 
 
 def _check_screening(screening: str) -> None:

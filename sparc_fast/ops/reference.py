@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sparc_fast.ops import pooled_topk
 from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
 from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
@@ -40,6 +41,33 @@ def global_topk(
     backend may look for candidates first; it changes no result, and means nothing here.
     """
     return topk_rows(_scores(wide(x) - wide(pre_bias), W_enc, summed_bias(latent_bias)), k)
+
+
+def batch_topk(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+) -> Tensor:
+    """indices[n] = the latents l of sample n among the k N pairs (n, l) of largest h[n, l] of `global_topk`.
+
+    Equal h goes to the earlier sample, then to the lower latent; NaN ranks with +inf. Ascending in each row, int32
+    [N, W], as wide as the sample of most latents, one slot at least: -1 behind the latents of the others.
+    """
+    h = _ranked(_scores(wide(x) - wide(pre_bias), W_enc, summed_bias(latent_bias)))
+    return pooled_topk.ragged(_every_latent(h), pooled_topk.largest(h, k * len(h)))
+
+
+def latents_above(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, threshold: float, k: int, screening: str = "auto"
+) -> Tensor:
+    """indices[n] = the latents l with h[n, l] of `global_topk` > threshold; laid out as `batch_topk`.
+
+    ``k``, how many of them a sample may have, and ``screening`` change no result, and mean nothing here.
+    """
+    h = _ranked(_scores(wide(x) - wide(pre_bias), W_enc, summed_bias(latent_bias)))
+    return pooled_topk.ragged(_every_latent(h), h > threshold)
+
+
+def _every_latent(h: Tensor) -> Tensor:
+    return torch.arange(h.shape[1], dtype=torch.int32, device=h.device).expand_as(h)
 
 
 def support_scores(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, indices: Tensor) -> Tensor:

@@ -80,6 +80,8 @@ class SparcAdam(torch.optim.Optimizer):
             raise ValueError(f'lazy must be None or "replay", got {lazy!r}')
         if lazy and capturable:
             raise ValueError('capturable must be False with lazy="replay": which rows to replay is read on the host')
+        if capturable and not model._shards.is_whole:
+            raise ValueError("capturable must be False where processes share the latents: how many is read on the host")
         if moments not in ("float32", "bfloat16"):
             raise ValueError(f'moments must be "float32" or "bfloat16", got {moments!r}')
         if moments == "bfloat16" and model.W_enc.dtype == torch.float64:
@@ -98,7 +100,7 @@ class SparcAdam(torch.optim.Optimizer):
         self._seen: dict[Tensor, int] = {}
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "amsgrad": False}
         super().__init__(list(model.parameters()), options)
-        self._behind = Behind(model.n_latents, model.W_dec.device) if lazy and self._trained.decoder else None
+        self._behind = Behind(len(model.W_enc), model.W_dec.device) if lazy and self._trained.decoder else None
         if self._behind is not None:
             model._before_reading_decoder(self.catch_up)
 
@@ -117,11 +119,24 @@ class SparcAdam(torch.optim.Optimizer):
         step and the loss are those of all samples together. What grows with samples is held for one part at a time,
         beside the gradients of both weight matrices, and for moments these twice. `present` is then as many.
         """
-        if (ranks := _processes()) > 1:
+        shards = self.model._shards
+        if shards.is_whole and (ranks := _processes()) > 1:
             raise ValueError(
-                f"SparcAdam must run in one process, got {ranks}, each of which would train a model of its own: wrap "
-                "the model in DistributedDataParallel and give its parameters to torch.optim.Adam instead"
+                f"SparcAdam must run in one process, got {ranks}, each of which would train a model of its own: share "
+                "its latents between them with sparc_fast.distributed.shard, or wrap the model in "
+                "DistributedDataParallel and give its parameters to torch.optim.Adam instead"
             )
+        with shards.agreed("step"):
+            parts, n_own = self._parts(inputs, present)
+        objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, not self.capturable)
+        with self.model._rows_left_behind(), autograd.without_autocast(self.model.W_enc):
+            self._check_trainable()
+            return self._step(parts, n_own, objective)
+
+    def _parts(
+        self, inputs: Inputs | Sequence[Inputs], present: Tensor | Sequence[Tensor | None] | None
+    ) -> tuple[list[tuple[Inputs, Tensor | None]], int]:
+        """(the parts of a batch, and which streams their samples have; how many samples these are together)."""
         given = list(inputs) if isinstance(inputs, Sequence) else [inputs]
         n_samples = self._count_samples(given)
         has = [None] * len(given) if present is None else [present] if isinstance(present, Tensor) else list(present)
@@ -129,13 +144,14 @@ class SparcAdam(torch.optim.Optimizer):
             raise ValueError(f"present must be one tensor for each of {len(given)} parts of a batch, got {len(has)}")
         if self.capturable and any(one is not None for one in has):
             raise ValueError("present must be None with capturable=True: who has which streams is read on the host")
-        parts = list(zip(given, has, strict=True))
-        objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, not self.capturable)
-        with self.model._rows_left_behind(), autograd.without_autocast(self.model.W_enc):
-            self._check_trainable()
-            return self._step(parts, n_samples, objective)
+        if self.model.selection == "batch" and (len(given) > 1 or self.capturable):
+            raise ValueError(
+                'inputs must be one batch, and capturable False, for a model with selection="batch": who fires is '
+                "decided over all samples of a step, and how many latents a sample has is read on the host"
+            )
+        return list(zip(given, has, strict=True)), n_samples
 
-    def _step(self, parts: Sequence[tuple[Inputs, Tensor | None]], n_samples: int, objective: Objective) -> SparcLoss:
+    def _step(self, parts: Sequence[tuple[Inputs, Tensor | None]], n_own: int, objective: Objective) -> SparcLoss:
         model = self.model
         backend = backends.resolve(model.backend, model.W_enc.device)
         parameters = (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)
@@ -144,8 +160,9 @@ class SparcAdam(torch.optim.Optimizer):
         if len(parts) == 1:
             given = model._batch(*parts[0])
             objective = objective.over([given])
-            batch = self._flow(given, n_samples, objective, backend)
+            batch = self._flow(given, given.n_samples, objective, backend)
         else:
+            n_samples = model._shards.samples(n_own)
             batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples)
             objective = objective.over(model._batch(*part) for part in parts)
             for part in parts:
@@ -158,10 +175,11 @@ class SparcAdam(torch.optim.Optimizer):
         """A batch, or a part of one of `n_samples`, through the objective."""
         model = self.model
         parts = objective.choose(given)
+        model._learn_threshold(given)
         among = [AllStreams(model.d_streams, part.batch) for part in parts]
         used = [a.streams(indices) for a, part in zip(among, parts, strict=True) for indices in part.supports.used()]
         supports = stack(used)
-        inverse = backend.invert_indices(supports, model.n_latents)
+        inverse = backend.invert_indices(supports, len(model.W_enc))
         if self._behind is not None:
             self._replay(inverse[0].diff().nonzero()[:, 0], backend)
             parts = [part.with_decoder(columns_of(model.W_dec, part.batch.streams, model.d_streams)) for part in parts]
@@ -180,9 +198,30 @@ class SparcAdam(torch.optim.Optimizer):
         )
         grad_pre_bias = [a.columns(flow.reconstruction.grad_pre_bias) for a, flow in zip(among, flows, strict=True)]
         terms = {part.batch.streams: flow.terms() for part, flow in zip(parts, flows, strict=True)}
-        return OneBatch(
-            given.streams, terms, *fired(parts, flows), samples, sum(grad_pre_bias[1:], grad_pre_bias[0]), supports,
-            given.zero_rows,
+        every = model.d_streams if model._shards.has_replicas else None
+        of_pre_bias = sum(grad_pre_bias[1:], grad_pre_bias[0])
+        one = OneBatch(
+            given.streams, terms, *fired(parts, flows, every), samples, of_pre_bias, supports, given.zero_rows
+        )
+        return self._with_replicas(one, backend)
+
+    def _with_replicas(self, one: OneBatch, backend: backends.Backend) -> OneBatch:
+        """Of all the batch, where replicas have taken other samples of it."""
+        shards = self.model._shards
+        if not shards.has_replicas:
+            return one
+        values, support = shards.of_replicas(one.values, one.support)
+        x, of_values, grad_values, grad_recons, used = shards.of_replicas(
+            one.samples.x, one.samples.values, one.samples.grad_values, one.samples.grad_recons, one.used
+        )
+        inverse = backend.invert_indices(used, len(self.model.W_enc))
+        if self._behind is not None:
+            self._replay(inverse[0].diff().nonzero()[:, 0], backend)
+        samples = Samples(x, one.samples.pre_bias, of_values, grad_values, grad_recons, *inverse)
+        (grad_pre_bias,) = shards.sum_of_replicas(one.grad_pre_bias)
+        return one._replace(
+            terms=shards.terms(one.terms), values=values, support=support, samples=samples, used=used,
+            grad_pre_bias=grad_pre_bias,
         )  # fmt: skip
 
     def _update(
@@ -200,10 +239,11 @@ class SparcAdam(torch.optim.Optimizer):
         step = trained[0]["step"] if self.capturable else int(trained[0]["step"])
         if self._behind is not None:
             self._behind.record(float(lr), *betas, float(eps))
-        adam = AdamStep(lr, betas, eps, step, self.seed)
+        adam = AdamStep(lr, betas, eps, step, self._seed_of_rows)
         for run, rows in of_runs:
             grad_latent_bias, grad_pre_bias = batch.update(rows, run, adam, backend)
             if states[3] is not None:
+                grad_pre_bias = model._shards.sum(grad_pre_bias)
                 grad_pre_bias += batch.grad_pre_bias if run is None else batch.grad_pre_bias[run.columns]
             biases = (model.latent_bias, grad_latent_bias), (model.pre_bias, grad_pre_bias)
             for (bias, grad), of_bias in zip(biases, states[2:], strict=True):
@@ -226,17 +266,18 @@ class SparcAdam(torch.optim.Optimizer):
         Raises:
             FloatingPointError: on a CPU, the norm is NaN or infinite; nothing has moved. Elsewhere asking would wait.
         """
+        shards = self.model._shards
         total = torch.zeros((), dtype=torch.float64, device=self.model.W_enc.device)
         for run, rows in of_runs:
             squares, grad_latent_bias = batch.squared_norm(rows, run, backend)
-            total += squares
+            total += shards.sum(squares)
             if rows.W_enc is None:
                 continue
-            total += grad_latent_bias.double().square().sum()
+            total += shards.sum(grad_latent_bias.double().square().sum())
             if rows.W_dec is not None:
                 of_decoder = batch.grad_pre_bias if run is None else batch.grad_pre_bias[run.columns]
-                grad_pre_bias = reference.pre_bias_gradient(grad_latent_bias, rows.W_enc, rows.d_streams) + of_decoder
-                total += grad_pre_bias.double().square().sum()
+                of_encoder = reference.pre_bias_gradient(grad_latent_bias, rows.W_enc, rows.d_streams)
+                total += (shards.sum(of_encoder) + of_decoder).double().square().sum()
         norm = total.sqrt()
         factor = (most / (norm + 1e-6)).clamp(max=1)
         if total.device.type == "cpu" and not math.isfinite(norm.item()):
@@ -285,7 +326,7 @@ class SparcAdam(torch.optim.Optimizer):
             W_dec = self.model.W_dec
             if self.state[W_dec]:
                 self._state(W_dec)
-                every = torch.arange(self.model.n_latents, device=W_dec.device)
+                every = torch.arange(len(W_dec), device=W_dec.device)
                 self._replay(every, backends.resolve(self.model.backend, W_dec.device))
 
     def _replay(self, latents: Tensor, backend: backends.Backend) -> None:
@@ -298,9 +339,13 @@ class SparcAdam(torch.optim.Optimizer):
             (exact,), moments = of_run.weights, of_run.their_moments
             copy = of_run.copies[1] if of_run.copies else None
             rows = DecoderRows(exact, moments, of_run.d_streams, behind.last_step, copy)
-            backend.replay_rows(rows, latents, behind.history, self.seed)
+            backend.replay_rows(rows, latents, behind.history, self._seed_of_rows)
         if "master" in self.state[W_dec]:
             self._seen[W_dec] = W_dec._version
+
+    @property
+    def _seed_of_rows(self) -> int:
+        return self.model._shards.seed(self.seed)
 
     def _rows(self, parameter: Tensor) -> Tensor:
         """What Adam moves: the parameter, or its float32 master."""

@@ -32,6 +32,7 @@ TRAINED = PHASES[1:]
 """Phases in which there are moments and masters."""
 
 FLOAT, INDEX, LONG = 4, 4, 8  # bytes
+UNLIKE = 4  # times k that the sample of most latents has, where they are not k for each
 KEPT = 2**25  # bytes of a block below which it stays with the allocator: malloc's largest threshold
 GPU_SCORES = 2**25  # bytes that fit a GPU's L2 cache
 
@@ -62,10 +63,12 @@ class Streams:
 class Sizes:
     """The letters: S streams, N samples at a time, L latents, k active, D all widths, W the widest; and bytes."""
 
-    def __init__(self, config: Config, widths: tuple[int, ...], dead: float = 0.0) -> None:
+    def __init__(self, config: Config, widths: tuple[int, ...], dead: float = 0.0, ranks: int = 1) -> None:
         self.S, self.D, self.W = S, D, _ = len(widths), sum(widths), max(widths)
         self.N, self.rows = config.micro_batch, config.batch_size  # `rows` of an optimizer step
-        self.L, self.k = L, _ = config.n_latents, max(config.k, config.k_start)
+        k = max(config.k, config.k_start)
+        k = min(k * UNLIKE, config.n_latents) if config.selection == "batch" else k
+        self.L, self.k, self.ranks = L, _, _ = -(-config.n_latents // ranks), k, ranks  # L of this rank's latents
         self.n_dead = round(dead * L) if config.auxk and config.auxk_coef else 0
         self.k_dead = min(config.auxk, self.n_dead)  # latents of AuxK's support
         self.widest_support = max(self.k, self.k_dead)
@@ -78,7 +81,7 @@ class Sizes:
         self.weights = 2 * L * D + biases  # how many there are
         matrices = 2 - ("encoder" in config.freeze) - ("decoder" in config.freeze)  # of frozen streams they are counted
         self.moments = 2 * (matrices * L * D * moment + biases * FLOAT)  # those of the biases are float32
-        self.batch = self.rows * D * FLOAT  # as the loader gives it
+        self.batch = -(-self.rows // ranks) * D * FLOAT  # as the loader gives it
 
 
 def parts_of(
@@ -90,6 +93,7 @@ def parts_of(
     steps: int,
     on_gpu: bool = False,
     dead: float = 0.5,
+    ranks: int = 1,
 ) -> list[Part]:
     """Every part of a run in the memory where it trains: the process's, or a GPU's.
 
@@ -97,8 +101,9 @@ def parts_of(
         overhead: bytes that are taken before there is a model.
         steps: of the whole run.
         dead: the part of the latents that is dead when AuxK works hardest.
+        ranks: that share the latents; the parts are those of one.
     """
-    sizes = Sizes(config, streams.widths, dead)
+    sizes = Sizes(config, streams.widths, dead, ranks)
     taken = "CUDA's context and libraries" if on_gpu else "process: Python, torch, libraries"
     parts = [Part(taken, overhead), *_kept(config, sizes, steps)]
     if not on_gpu:
@@ -132,15 +137,15 @@ def loader_bytes(config: Config, streams: Streams) -> int:
     return plan.window_rows * (held * needs.row + needs.order) + scratch
 
 
-def host_bytes(config: Config, streams: Streams, overhead: int) -> int:
+def host_bytes(config: Config, streams: Streams, overhead: int, ranks: int = 1) -> int:
     """Of the host beside a GPU: the process, the loader with three page-locked batches, a checkpoint's copies."""
-    batches = 3 * Sizes(config, streams.widths).batch
-    return overhead + loader_bytes(config, streams) + batches + mapped_bytes(config, streams.widths)
+    batches = 3 * Sizes(config, streams.widths, ranks=ranks).batch
+    return overhead + loader_bytes(config, streams) + batches + mapped_bytes(config, streams.widths, ranks)
 
 
-def mapped_bytes(config: Config, widths: tuple[int, ...]) -> int:
+def mapped_bytes(config: Config, widths: tuple[int, ...], ranks: int = 1) -> int:
     """Of a checkpoint's file, while it is read: its pages are in memory, until somebody else needs it."""
-    return sum(part.bytes for part in _kept(config, Sizes(config, widths), 0) if UPDATING in part.phases)
+    return sum(part.bytes for part in _kept(config, Sizes(config, widths, ranks=ranks), 0) if UPDATING in part.phases)
 
 
 def _kept(config: Config, sizes: Sizes, steps: int) -> Iterator[Part]:
@@ -163,6 +168,12 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
     both, and_validating = (RECONSTRUCTING, UPDATING), (RECONSTRUCTING, UPDATING, VALIDATING)
     validates = bool(config.validation_rows or config.validation_data)
     yield Part("batch", sizes.batch)
+    if sizes.ranks > 1:
+        yield Part("exchange: the batch of all ranks", N * D * w, (*STEP, VALIDATING))
+        candidates = (3 * sizes.ranks + 2) * N * sizes.supports * sizes.widest_support * (FLOAT + INDEX)
+        yield Part("exchange: candidates of all ranks", candidates, (CHOOSING, VALIDATING))
+        parts = N * S * D * (2 * FLOAT + -(-g // sizes.ranks))
+        yield Part("exchange: parts of reconstructions, sent and received", parts, (RECONSTRUCTING, VALIDATING))
     if config.calibrate or config.normalize != "none" or w < FLOAT:
         yield Part("batch as the model sees it", N * D * w, (*STEP, VALIDATING))
     if config.loss == "fvu":

@@ -34,6 +34,7 @@ def plan(
     *,
     files: AlignedFiles | None = None,
     dead: float = 0.5,
+    ranks: int = 1,
 ) -> Plan:
     """The memory and time of a run, part by part, and what would change them.
 
@@ -45,6 +46,8 @@ def plan(
         machine: `Machine.here()` by default.
         files: what `sparc_fast.data.open` gave, instead of ``config.data``.
         dead: the part of the latents that are dead when AuxK works hardest: their weights are copied together.
+        ranks: processes that share the latents, each on a machine, or a device, like this one; memory and time are
+            those of one of them, without what it waits for others.
 
     Raises:
         ValueError: the streams' widths are not known, or an argument is out of range.
@@ -52,10 +55,12 @@ def plan(
     """
     if not 0 <= dead <= 1:
         raise ValueError(f"dead must be a number from 0 to 1, got {dead}")
+    if ranks < 1 or -(-config.n_latents // ranks) * (ranks - 1) >= config.n_latents:
+        raise ValueError(f"ranks must be at least 1, and n_latents={config.n_latents} enough for each, got {ranks}")
     streams = _streams(config, d_streams, n_rows, files)
     machine = machine or Machine.here(device_of(config))
     _check_backend(config, machine)
-    found = _outcome(config, streams, machine, dead)
+    found = _outcome(config, streams, machine, dead, ranks)
     return replace(found, changes=tuple(_changes(found)))
 
 
@@ -64,17 +69,18 @@ def device_of(config: Config) -> str:
     return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _outcome(config: Config, streams: Streams, machine: Machine, dead: float) -> Plan:
+def _outcome(config: Config, streams: Streams, machine: Machine, dead: float, ranks: int) -> Plan:
     steps, on_gpu = _steps(config, streams), machine.device == "cuda"
     parts = parts_of(
-        config, streams, threads=machine.threads, overhead=machine.overhead, steps=steps or 0, on_gpu=on_gpu, dead=dead
-    )
+        config, streams, threads=machine.threads, overhead=machine.overhead, steps=steps or 0, on_gpu=on_gpu, dead=dead,
+        ranks=ranks,
+    )  # fmt: skip
     roofs = machine.roofs
-    time = {} if roofs is None else step_costs(config, streams.widths, roofs.faster_type)
+    time = {} if roofs is None else step_costs(config, streams.widths, roofs.faster_type, ranks)
     return Plan(
         config, streams, machine, dead, steps, tuple(parts),
-        host_bytes(config, streams, machine.host_overhead) if on_gpu else None,
-        mapped_bytes(config, streams.widths), time, (),
+        host_bytes(config, streams, machine.host_overhead, ranks) if on_gpu else None,
+        mapped_bytes(config, streams.widths, ranks), time, (), ranks,
     )  # fmt: skip
 
 
@@ -185,4 +191,4 @@ def _change(now: Plan, costs: str, **settings: Any) -> Change | None:
 
 
 def _with(now: Plan, **settings: Any) -> Plan:
-    return _outcome(replace(now.config, **settings), now.streams, now.machine, now.dead)
+    return _outcome(replace(now.config, **settings), now.streams, now.machine, now.dead, now.ranks)

@@ -6,6 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from sparc_fast.distributed.bytes import exchanged_bytes
+from sparc_fast.sizes import counted
 from sparc_fast.training.config import Config
 
 from .machine import Machine
@@ -50,6 +54,8 @@ class Plan:
     """The phases of a step; none where the machine's roofs are not known."""
     changes: tuple[Change, ...]
     """Cheapest first."""
+    ranks: int = 1
+    """That share the latents."""
 
     def __str__(self) -> str:
         return as_text(self, changes=True)
@@ -86,6 +92,15 @@ class Plan:
         return floor / CPU_EFFICIENCY if self.machine.device == "cpu" else floor
 
     @property
+    def received(self) -> dict[str, float]:
+        """What -> bytes that a rank receives of the others in a step."""
+        config, weight = self.config, getattr(torch, self.config.dtype).itemsize
+        supports = len(self.streams.widths) if config.selection == "local" else 1
+        auxk = config.auxk if config.auxk_coef and self.dead else 0
+        sizes = config.batch_size, self.streams.widths, config.k * supports, self.ranks
+        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports)
+
+    @property
     def hours(self) -> float | None:
         """Of all steps; not of reading, validation and checkpoints."""
         if self.steps is None or self.step_seconds is None:
@@ -96,6 +111,8 @@ class Plan:
 def as_text(plan: Plan, changes: bool = False) -> str:
     """The table of parts, the verdict, the time; the changes too where it does not fit, or they are asked for."""
     lines = [*_heading(plan), "", *_memory(plan), "", *_time(plan)]
+    if plan.ranks > 1:
+        lines += ["", *_exchange(plan)]
     if (changes or not plan.fits) and plan.changes:
         lines += ["", *_changes(plan)]
     return "\n".join(lines)
@@ -112,14 +129,15 @@ def show_bytes(number: float) -> str:
 def _heading(plan: Plan) -> Iterator[str]:
     config, machine, streams = plan.config, plan.machine, plan.streams
     widths = ", ".join(f"{name} {reader.width:,}" for name, reader in streams.readers.items())
-    rows = "number of rows not given" if streams.n_rows is None else f"{streams.n_rows:,} rows"
+    rows = "number of rows not given" if streams.n_rows is None else counted(streams.n_rows, "row")
     yield f"L = {config.n_latents:,}, k = {config.k}, D = {sum(streams.widths):,} ({widths}), {rows}"
     yield f"batches of {config.batch_size:,}, {config.dtype}, {config.selection} selection" + ", lazy" * config.lazy
     rates = ""
     if (roofs := machine.roofs) is not None:
         rates = f": copies {roofs.copy / 1e9:,.1f} GB/s, products {roofs.float32 / 1e9:,.0f} GFLOP/s float32, "
         rates += f"{roofs.bfloat16 / 1e9:,.0f} bfloat16"
-    yield f"on {machine.name}, {machine.threads} threads{rates}"
+    shared = f", each of {plan.ranks} ranks with its part of the latents" if plan.ranks > 1 else ""
+    yield f"on {machine.name}, {counted(machine.threads, 'thread')}{rates}{shared}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -158,8 +176,18 @@ def _time(plan: Plan) -> Iterator[str]:
         yield "That share is what four whole steps on two machines reached: 52 to 77 %. Other machines differ."
     else:
         yield _row("a step, at the roofs: the least it can take", _seconds(seconds))
-    if plan.hours is not None:
-        yield f"{plan.steps:,} steps: {_duration(plan.hours)}, without reading, validation and checkpoints."
+    if plan.ranks > 1:
+        yield "Of one rank, without what it waits for the others."
+    if plan.hours is not None and plan.steps is not None:
+        yield f"{counted(plan.steps, 'step')}: {_duration(plan.hours)}, without reading, validation and checkpoints."
+
+
+def _exchange(plan: Plan) -> Iterator[str]:
+    yield f"{'a rank receives in a step':{WIDTH}} {'bytes':>12}"
+    for what, received in plan.received.items():
+        yield _row(what, show_bytes(received))
+    yield _row("all of it", show_bytes(sum(plan.received.values())))
+    yield "It does not grow with the number of latents (docs/distributed.md)."
 
 
 def _duration(hours: float) -> str:

@@ -12,22 +12,23 @@ from .roofline import Cost
 CPU_EFFICIENCY = 0.7
 
 
-def step_costs(config: Config, widths: tuple[int, ...], product: str = "float32") -> dict[str, Cost]:
+def step_costs(config: Config, widths: tuple[int, ...], product: str = "float32", ranks: int = 1) -> dict[str, Cost]:
     """The phases of a step, one after another, and what each cannot do without; latents are used evenly.
 
     Args:
         product: the type in which the encoder may multiply.
+        ranks: that share the latents evenly; the work is that of one, without what it waits for the others.
     """
-    sizes = Sizes(config, widths)
+    sizes = Sizes(config, widths, ranks=ranks)
     S, N, L, D, w = sizes.S, sizes.rows, sizes.L, sizes.D, sizes.weight
     turns = config.accumulate  # in each, all weights are read and, if there are several, their gradients added up
     matrix, batch, gradient = L * D * w, N * D * w, N * D * S * sizes.gradient
 
     def used(n: int) -> float:
         """The part of the latents that n samples use."""
-        return 1 - (1 - sizes.k / L) ** (n * sizes.supports)
+        return 1 - (1 - min(1.0, sizes.k / (L * ranks))) ** (n * sizes.supports)
 
-    rows = N * sizes.k * D  # numbers of the rows that a batch's supports name
+    rows = N * sizes.k * D / ranks  # numbers of the rows that a batch's supports name
     kept = 2 * (2 * sizes.moment + FLOAT) + (w if w < FLOAT else 0)  # bytes of a weight read and written
     # rows left behind are gone through twice when they are used
     decoder = used(N) * (2 - used(N)) if config.lazy else 1.0

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast import checkpoint
+from sparc_fast import checkpoint, distributed
 from sparc_fast.files import atomic_path
 from sparc_fast.model import SPARC
 from sparc_fast.optim import SparcAdam
+from sparc_fast.whole import WHOLE
 
 FORMAT = "sparc_fast.training/1"
 HASHED_TOGETHER = 2**26  # bytes: pieces that threads hash side by side
@@ -45,9 +46,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, state) from `path`; ValueError where the file is not whole, or not ours, or not what was written."""
+    """(tensors, state) from `path`; ValueError where the file is not whole, or not ours, or not what was written.
+
+    Also of the folder that ranks have written together.
+    """
     from safetensors import SafetensorError, safe_open
 
+    if path.is_dir():
+        return distributed.read(path, WHOLE)
     if not path.is_file():
         raise FileNotFoundError(f"path must be a checkpoint of a training run, but there is no file {path}")
     try:
@@ -96,8 +102,8 @@ def tensors_of(model: SPARC, optimizer: SparcAdam) -> dict[str, Tensor]:
 
 def load_tensors(model: SPARC, optimizer: SparcAdam, tensors: Mapping[str, Tensor]) -> None:
     """What `tensors_of` gave, back in place."""
-    model.load_state_dict(_under("model.", tensors))
-    state = {i: _under(f"optimizer.{name}.", tensors) for i, name in enumerate(_parameters(model))}
+    model.load_state_dict(under("model.", tensors))
+    state = {i: under(f"optimizer.{name}.", tensors) for i, name in enumerate(_parameters(model))}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
 
@@ -111,7 +117,9 @@ def load_model(path: str | Path, *, device: torch.device | str | None = None, ba
         FileNotFoundError: there is no such file.
         ValueError: the file is no checkpoint, nor a model, or damaged.
     """
-    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    if path.is_dir() and not distributed.is_checkpoint(path):
+        path = path / "model.safetensors"
     try:
         tensors, state = read(path)
     except ValueError as no_checkpoint:
@@ -119,7 +127,7 @@ def load_model(path: str | Path, *, device: torch.device | str | None = None, ba
             return SPARC.load(path, device=device, backend=backend).eval()
         except ValueError:
             raise no_checkpoint from None
-    of_model = _under("model.", tensors)
+    of_model = under("model.", tensors)
     with torch.random.fork_rng(devices=[]):  # the first weights are thrown away: draw nothing for them
         model = SPARC(**state["model"], dtype=of_model["W_enc"].dtype, device=device, backend=backend)
     model.load_state_dict(of_model)
@@ -129,7 +137,7 @@ def load_model(path: str | Path, *, device: torch.device | str | None = None, ba
 def save_model_of(path: Path, to: Path) -> None:
     """``load_model(path).save(to)`` without a second model in memory: tensors go from file to file."""
     tensors, state = read(path)
-    checkpoint.save(to, _under("model.", tensors), state["model"])
+    checkpoint.save(to, under("model.", tensors), state["model"])
 
 
 def find_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -146,5 +154,5 @@ def _parameters(model: SPARC) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -19,6 +19,7 @@ from sparc_fast.data import AlignedFiles, FeatureFolder
 from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.ids import SUFFIXES as IDS_SUFFIXES
 from sparc_fast.data.shards import is_list_of_files
+from sparc_fast.selection import RULES
 from sparc_fast.sizes import as_bytes, parse_bytes
 
 REQUIRED = MISSING
@@ -223,7 +224,11 @@ class Config:
     )
     n_latents: int = setting(REQUIRED, integer(1), "L, latents of the shared dictionary")
     k: int = setting(REQUIRED, integer(1), "latents kept per sample")
-    selection: str = setting("global", choice("global", "local"), "one support for all streams, or one for each")
+    selection: str = setting(
+        "global",
+        choice(*RULES),
+        "one support for all streams; local: one for each; batch: for all, of k latents a sample on average",
+    )
     auxk: int = setting(64, integer(0), "dead latents that reconstruct the residual; 0 turns AuxK off")
     dead_after: int = setting(256_000, integer(0), "samples without firing after which a latent is dead")
     loss: str = setting(
@@ -292,6 +297,9 @@ class Config:
     reading_threads: int = setting(0, integer(0), "threads that read files; 0: the loader chooses", free=True)
     device: str = setting("auto", text, "auto (a GPU where there is one), cpu, cuda or cuda:1", free=True)
     backend: str = setting("auto", text, "auto, or one of sparc_fast.available_backends()", free=True)
+    replicas: int = setting(
+        1, integer(1), "of torchrun's ranks: each has all latents, and a part of a batch", free=True
+    )
     tensorboard: bool = setting(False, flag, "also write TensorBoard's event files", free=True)
     wandb: str = setting("", text, "also log to this project at Weights & Biases", free=True)
 
@@ -363,6 +371,8 @@ class Config:
             raise ValueError(f"accumulate must be at most batch_size={self.batch_size}, got {self.accumulate}")
         if self.accumulate > 1 and self.lazy and self.moments == "bfloat16":
             raise ValueError(f"accumulate must be 1 with lazy and bfloat16 moments, got {self.accumulate}")
+        if self.accumulate > 1 and self.selection == "batch":
+            raise ValueError(f'accumulate must be 1 with selection="batch", got {self.accumulate}')
         if self.k > self.n_latents:
             raise ValueError(f"k must be between 1 and n_latents={self.n_latents}, got {self.k}")
         if (self.k_start > 0) != (self.k_ramp > 0):

@@ -31,16 +31,13 @@ class Means:
         S = len(streams)
         self.sums = torch.zeros(HEAD + S + 2 * S * S, dtype=torch.float64, device=device)
 
-    def add(self, loss: SparcLoss, present: Tensor | None = None, zero_rows: Tensor | None = None) -> None:
-        """One more step, of samples that have these streams, bool [N, S], by default all of them; and how many rows of
-        each stream were left out of it as zero."""
+    def add(self, loss: SparcLoss, pairs: Tensor | None = None, zero_rows: Tensor | None = None) -> None:
+        """One more step; of samples of which so many have both of two streams, [S, S], by default all of them; and how
+        many rows of each stream were left out of it as zero."""
         one, none = loss.total.new_ones(()), loss.total.new_zeros(())
         has_auxk, has_cross = (one if part is not None else none for part in (loss.auxk, loss.cross))
         head = torch.stack([one, loss.total, has_auxk, none if loss.auxk is None else loss.auxk, has_cross])
-        if present is None:
-            measured = torch.ones_like(loss.nmse)
-        else:
-            measured = (present.T.float() @ present.float() > 0).to(loss.nmse)  # pairs that a sample has
+        measured = torch.ones_like(loss.nmse) if pairs is None else (pairs > 0).to(loss.nmse)
         if loss.cross is None:
             measured = measured.diagonal().diag()
         zero = loss.zero_rows if zero_rows is None else loss.zero_rows + zero_rows.to(loss.zero_rows.device)
@@ -124,6 +121,19 @@ def _keep_until(path: Path, step: int) -> None:
 def _whole_lines(path: Path) -> list[bytes]:
     """All lines but a last one without its end."""
     return [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")] if path.exists() else []
+
+
+class NoMetricsFile:
+    """Of a process beside the one that writes the records of both."""
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class Sink(Protocol):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import platform
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparc_fast import distributed
 from sparc_fast.files import atomic_path
 from sparc_fast.version import __version__
+from sparc_fast.whole import WHOLE, Whole
 
 from . import checkpoints
 from .config import Config
@@ -49,7 +52,7 @@ class RunFolder:
         try:
             lock(handle, self.path)
             for leftover in self.checkpoints.glob(".*"):  # of a process that was killed while it wrote
-                leftover.unlink()
+                _remove(leftover)
             yield
         finally:
             os.close(handle)
@@ -75,35 +78,60 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints here, ascending."""
-        names = (path.name for path in self.checkpoints.glob(f"{PREFIX}*{SUFFIX}"))
-        return sorted(int(number) for name in names if (number := name[len(PREFIX) : -len(SUFFIX)]).isdigit())
+        names = (path.name for path in self.checkpoints.glob(f"{PREFIX}*"))
+        return sorted({int(n) for name in names if (n := name.removeprefix(PREFIX).removesuffix(SUFFIX)).isdigit()})
 
     def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / f"{PREFIX}{step:09d}{SUFFIX}"
+        """A file, or the folder that ranks have written together."""
+        file = self.checkpoints / f"{PREFIX}{step:09d}{SUFFIX}"
+        return folder if (folder := file.with_suffix("")).is_dir() else file
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int, best: int) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        keep: int,
+        best: int,
+        shards: Whole = WHOLE,
+    ) -> None:
         """Write a checkpoint; then delete all but the newest `keep` and that of step `best`."""
         try:
-            checkpoints.write(self.checkpoint(step), tensors, state)
+            file = self.checkpoints / f"{PREFIX}{step:09d}{SUFFIX}"
+            if shards.is_whole:
+                checkpoints.write(file, tensors, state)
+            else:
+                distributed.write(file.with_suffix(""), tensors, state, shards)
         except OSError as error:
             steps = self.steps()
             left = f"the last one, {self.checkpoint(steps[-1]).name}, is whole" if steps else "there is none yet"
             raise OSError(f"{error}; {left}, and the same command goes on from it") from error
-        for old in self.steps()[:-keep]:
+        for old in self.steps()[:-keep] if shards.leads else ():
             if old != best:
-                self.checkpoint(old).unlink()
+                _remove(self.checkpoint(old))
 
-    def newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def newest(self, shards: Whole = WHOLE) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """(tensors, state) of the newest checkpoint that is whole; damaged ones are set aside with a warning."""
-        for step in reversed(self.steps()):
+        for step in reversed(shards.told_by_leader(self.steps())):
             path = self.checkpoint(step)
             try:
-                return checkpoints.read(path)
+                with shards.agreed(f"read {step}"):
+                    return checkpoints.read(path) if shards.is_whole else distributed.read(path, shards)
             except ValueError as error:
-                aside = path.with_suffix(".damaged")
-                path.rename(aside)
-                warnings.warn(f"{error}; it is now {aside.name}, and the one before it is tried", stacklevel=2)
+                if shards.leads:
+                    aside = path.with_suffix(".damaged")
+                    path.rename(aside)
+                    warnings.warn(f"{error}; it is now {aside.name}, and the one before it is tried", stacklevel=2)
         return None
+
+
+def _remove(path: Path) -> None:
+    if not path.is_dir():
+        path.unlink()
+        return
+    gone = path.with_name(f".{path.name}.gone")  # it must not look whole while it is being deleted
+    path.replace(gone)
+    shutil.rmtree(gone)
 
 
 def lock(handle: int, folder: Path, doing: str = "training") -> None:

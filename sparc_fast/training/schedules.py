@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sparc_fast.sizes import counted
+
 from .config import Config
 
 DROPOUT = 1_397_769_556  # keeps these draws apart from the loader's, which have the same seed
@@ -27,8 +29,8 @@ def advice_on_few_steps(config: Config, rows: int) -> str | None:
     proposed = {"batch_size": batch, "epochs": epochs, "lr": max(config.lr, LR_OF_SHORT_RUNS)}
     changes = [f"{name} = {value:g}" for name, value in proposed.items() if value != getattr(config, name)]
     return (
-        f"{steps:,} steps are few for a run: "
-        f"{rows:,} rows in batches of {config.batch_size:,}, {config.epochs:g} epochs. "
+        f"a run of {counted(steps, 'step')} is short: {counted(rows, 'row')} in batches of {config.batch_size:,}, "
+        f"{counted(config.epochs, 'epoch')}. "
         f"{' and '.join(changes)} would make {round(epochs * (rows // batch)):,} of them; nothing is changed for you"
     )
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sparc_fast import distributed
 from sparc_fast.batch import scales
 from sparc_fast.data import AlignedFiles, Loader
 from sparc_fast.data.absence import mark_zero_rows, present_of, without_empty_samples
@@ -24,14 +25,15 @@ from sparc_fast.ops import backends
 from sparc_fast.ops.layout import stream_slices
 from sparc_fast.optim import SparcAdam
 from sparc_fast.version import __version__
+from sparc_fast.whole import Whole
 
-from .checkpoints import find_not_finite, load_model, load_tensors, save_model_of, tensors_of
+from .checkpoints import find_not_finite, load_model, load_tensors, save_model_of, tensors_of, under
 from .config import Config, open_files
-from .metrics import Means, MetricsFile, Record, Sink, TensorBoard, WandB
+from .metrics import Means, MetricsFile, NoMetricsFile, Record, Sink, TensorBoard, WandB
 from .progress import Display
 from .run_folder import RunFolder, Session
 from .schedules import Schedule, advice_on_few_steps
-from .validation import hold_out, validate
+from .validation import hold_out, pairs_of, validate
 
 MEANS = "metrics.sums"
 
@@ -80,8 +82,10 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         progress: Display | None = None,
     ) -> None:
+        self._shared = distributed.is_running()
+        self.leads = not self._shared or distributed.leads()
         self.folder = RunFolder(folder)
-        self._sinks, self._progress = list(sinks), progress or Display()
+        self._sinks, self._progress = list(sinks), (progress if self.leads else None) or Display()
         given = config.with_paths_from(Path.cwd())
         self.config = config = self.folder.going_on(given)
         for name in given.differences(config):
@@ -91,14 +95,16 @@ class Trainer:
         device = device_of(config.device)
         with ExitStack() as opened:
             files, self.validation_files = _open(config, files, validation_files, opened)
-            self.model = _new_model(config, files, device)
+            self.model = _new_model(config, files, device, self._shared)
+            if self._shared:
+                distributed.check_same(self.model._shards, config, files)
             self.optimizer = SparcAdam(
                 self.model, config.lr, (config.beta_1, config.beta_2), config.eps,
                 lazy="replay" if config.lazy else None,
                 moments="bfloat16" if config.moments == "bfloat16" else "float32", seed=config.seed,
                 freeze=config.freeze, max_grad_norm=config.max_grad_norm or None,
             )  # fmt: skip
-            self.loader = opened.enter_context(_new_loader(config, files))
+            self.loader = opened.enter_context(_new_loader(config, files, self.model._shards))
             self.steps = config.steps or max(1, round(config.epochs * len(self.loader)))
             self.schedule = Schedule(config, self.steps)
             self.step = 0
@@ -106,8 +112,10 @@ class Trainer:
             self.best: tuple[int, float] | None = None
             self._means = Means(self.model.streams, device)
             start = None if self.folder.steps() else self._start(model)
-            opened.enter_context(self.folder.locked())
-            self.folder.agree_on(config)
+            with self.model._shards.agreed("begin"):
+                if self.leads:
+                    opened.enter_context(self.folder.locked())
+                    self.folder.agree_on(config)
             if not self._go_on():
                 self._start_from(start or self._start(model))
             self._opened = opened.pop_all()
@@ -124,14 +132,15 @@ class Trainer:
         session = Session(self.step, device, backend)
         how = "error"
         try:
-            with stop_on_signals() as stop, ExitStack() as closing:
+            with stop_on_signals(self._shared) as stop, ExitStack() as closing:
                 self._run(stop, closing)
             how = stop.signal.name if stop.signal and self.step < self.steps else "finished"
         except BaseException as error:
             how = type(error).__name__
             raise
         finally:
-            session.end(self.folder.sessions, self.step, self.config.batch_size, how)
+            if self.leads:
+                session.end(self.folder.sessions, self.step, self.config.batch_size, how)
         return Outcome(self.step, stop.signal if self.step < self.steps else None, self.best)
 
     def close(self) -> None:
@@ -148,9 +157,11 @@ class Trainer:
 
     def _run(self, stop: Stop, closing: ExitStack) -> None:
         config, progress, device = self.config, self._progress, self.model.W_enc.device
-        self._metrics = MetricsFile(self.folder.metrics, self.step)
+        self._metrics: MetricsFile | NoMetricsFile = NoMetricsFile()
+        if self.leads:
+            self._metrics = MetricsFile(self.folder.metrics, self.step)
         closing.callback(self._metrics.close)
-        sinks = [*self._sinks, *self._asked_for()] if self.step < self.steps else []
+        sinks = [*self._sinks, *self._asked_for()] if self.leads and self.step < self.steps else []
         for sink in sinks:
             closing.callback(sink.close)
         self._receivers: list[Any] = [*sinks, progress]
@@ -161,7 +172,7 @@ class Trainer:
             found = calibrate(
                 self.model, self.loader, config.calibration_rows, config.zero_rows, config.whiten, self._uncalibrated
             )
-            for stream, rows in found.items():
+            for stream, rows in found.items() if self.leads else ():
                 _report_zero_rows(self.loader.files, stream, rows, config.zero_rows)
         closing.callback(progress.close)
         progress.start(self.step, self.steps, config.batch_size)
@@ -169,7 +180,7 @@ class Trainer:
         self.model.check_finite = device.type == "cpu"  # the loader has looked; a GPU would wait
         batches = self._batches()
         while self.step < self.steps and stop.signal is None:
-            self._train_on(*next(batches))
+            self._train_on(*next(batches), stop)
             progress.advance(self.step)
             self._after_step(stop)
         if stop.signal is not None and self.step < self.steps:
@@ -179,13 +190,20 @@ class Trainer:
         self.model.eval()
         self.model.save(self.folder.model)
         if self.best is not None:
-            save_model_of(self.folder.checkpoint(self.best[0]), self.folder.best)
+            self._save_best(self.folder.checkpoint(self.best[0]))
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         while True:
             yield from self.loader.batches()
 
-    def _train_on(self, batch: Tensor, present: Tensor | None) -> None:
+    def _save_best(self, path: Path) -> None:
+        if not self._shared:
+            save_model_of(path, self.folder.best)
+            return
+        tensors, state = distributed.read(path, self.model._shards)
+        self.model._shards.save(self.folder.best, under("model.", tensors), state["model"])
+
+    def _train_on(self, batch: Tensor, present: Tensor | None, stop: Stop) -> None:
         step, model = self.step, self.model
         model.k = self.schedule.k(step)
         for group in self.optimizer.param_groups:
@@ -201,10 +219,28 @@ class Trainer:
             self.schedule.support_from(step, model.streams),
             present if parts == 1 or present is None else present.tensor_split(parts),
         )
-        self._means.add(loss, present, None if zero is None else zero.sum(0))
+        zero_rows = None if zero is None else zero.sum(0)
+        pairs = None if present is None else pairs_of(present, len(batch), len(model.streams))
+        if self._shared:
+            pairs, zero_rows = self._of_all(pairs, zero_rows, len(batch), stop)
+        self._means.add(loss, pairs, zero_rows)
         self.step += 1
         if loss.total.device.type == "cpu" and not math.isfinite(loss.total.item()):
             self._diverged("the loss")  # on a GPU this waits until the means are read
+
+    def _of_all(
+        self, pairs: Tensor | None, zero_rows: Tensor | None, n_rows: int, stop: Stop
+    ) -> tuple[Tensor | None, Tensor]:
+        """The counts of all ranks; a signal that one was sent stops all after the same step."""
+        S = len(self.model.streams)
+        here = torch.tensor([pairs is not None, stop.asked], dtype=torch.int64, device="cpu")
+        counts = pairs_of(None, n_rows, S) if pairs is None else pairs
+        zero = torch.zeros(S, dtype=torch.int64, device="cpu") if zero_rows is None else zero_rows
+        each = self.model._shards.each(torch.cat([here, counts.long().reshape(-1).cpu(), zero.cpu()])).cpu()
+        if sent := int(each[:, 1].max()):
+            stop.signal = signal.Signals(sent)
+        total = each.sum(0)
+        return total[2 : 2 + S * S].view(S, S) if total[0] else None, total[2 + S * S :]
 
     def _after_step(self, stop: Stop) -> None:
         config, last = self.config, self.step == self.steps
@@ -224,7 +260,7 @@ class Trainer:
         done = self.step - 1  # steps made before the last one
         return {
             **(self._means.take() or {}),
-            "dead": int(self.model.dead.sum()),
+            "dead": self.model._shards.total(int(self.model.dead.sum())),
             "epoch": self.step / len(self.loader),
             "lr": self.schedule.lr(done),
             "cross_loss_coef": self.schedule.cross_loss_coef(done),
@@ -256,9 +292,10 @@ class Trainer:
 
     def _save(self) -> None:
         tensors = tensors_of(self.model, self.optimizer)
-        if (name := find_not_finite(tensors)) is not None:
-            self._diverged(name)
-        self._metrics.sync()
+        with self.model._shards.agreed("save"):
+            if (name := find_not_finite(tensors)) is not None:
+                self._diverged(name)
+            self._metrics.sync()
         state = {
             "sparc_fast": __version__,
             "step": self.step,
@@ -268,7 +305,9 @@ class Trainer:
             "config": self.config.as_dict(),
         }
         best = -1 if self.best is None else self.best[0]
-        self.folder.save(self.step, {**tensors, MEANS: self._means.sums}, state, self.config.keep, best)
+        self.folder.save(
+            self.step, {**tensors, MEANS: self._means.sums}, state, self.config.keep, best, self.model._shards
+        )
 
     def _start(self, given: SPARC | None) -> SPARC | None:
         """The model to start from, if there is one; ValueError where it does not fit the settings or the data."""
@@ -298,7 +337,7 @@ class Trainer:
 
     def _go_on(self) -> bool:
         """Whether there was a checkpoint to go on from."""
-        found = self.folder.newest()
+        found = self.folder.newest(self.model._shards)
         if found is None:
             return False
         tensors, state = found
@@ -329,10 +368,12 @@ class Stop:
     """Whether somebody asked to stop."""
 
     signal: signal.Signals | None = None
+    asked: int = 0
+    """The number of what this process was sent; ranks that train together stop when all know of it."""
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
+def stop_on_signals(together: bool = False) -> Iterator[Stop]:
     """Turn the first SIGINT or SIGTERM into a request; a second one raises KeyboardInterrupt.
 
     Only the main thread can catch signals; in any other they keep their meaning.
@@ -340,9 +381,11 @@ def stop_on_signals() -> Iterator[Stop]:
     stop = Stop()
 
     def ask(number: int, _: FrameType | None) -> None:
-        if stop.signal is not None:
+        if stop.asked:
             raise KeyboardInterrupt
-        stop.signal = signal.Signals(number)
+        stop.asked = number
+        if not together:
+            stop.signal = signal.Signals(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -371,7 +414,8 @@ def calibrate(
     Returns:
         stream -> numbers in the files of the zero rows that were met, ascending, where there were any.
     """
-    state, d_streams = loader.state_dict(), loader.files.d_streams
+    state, d_streams, part = loader.state_dict(), loader.files.d_streams, loader.part
+    loader.part = (0, 1)  # all ranks measure the same rows, each as one process would
     widths, columns = torch.tensor(list(d_streams.values()), device="cpu"), stream_slices(tuple(d_streams.values()))
     mean, squares, n = torch.zeros(3, sum(d_streams.values()), dtype=torch.float64, device="cpu")
     zero: list[Tensor] = []
@@ -399,6 +443,7 @@ def calibrate(
         if not left:
             break
     loader.load_state_dict(state)
+    loader.part = part
     for stream, cols in zip(d_streams, columns, strict=True):
         if not n[cols.start]:
             raise ValueError(f"data must have rows of {stream!r} that are not zero to be calibrated, got none")
@@ -453,23 +498,24 @@ def _open(
     return files, validation_files
 
 
-def _new_model(config: Config, files: AlignedFiles, device: torch.device) -> SPARC:
+def _new_model(config: Config, files: AlignedFiles, device: torch.device, shared: bool) -> SPARC:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # on the CPU, so that every device begins with the same weights
         model = SPARC(
             files.d_streams, config.n_latents, config.k,
-            selection="local" if config.selection == "local" else "global", auxk=config.auxk,
+            selection=cast(Any, config.selection), auxk=config.auxk,
             dead_after=config.dead_after, normalize=cast(Any, config.normalize),
             loss="fvu" if config.loss == "fvu" else "nmse", backend="auto",
-            dtype=getattr(torch, config.dtype), device="cpu",
+            dtype=getattr(torch, config.dtype), device="meta" if shared else "cpu",
         )  # fmt: skip
+        model = distributed.shard(model, distributed.mesh_of(device, config.replicas)) if shared else model
     backends.resolve(config.backend, device)
     model.backend = config.backend
     return model.to(device) if device.type != "cpu" else model
 
 
-def _new_loader(config: Config, files: AlignedFiles) -> Loader:
+def _new_loader(config: Config, files: AlignedFiles, shards: Whole) -> Loader:
     return Loader(
         files, config.batch_size, memory=config.memory, seed=config.seed, last="drop",
-        n_threads=config.reading_threads or None,
+        n_threads=config.reading_threads or None, part=(shards.rank, shards.ranks),
     )  # fmt: skip

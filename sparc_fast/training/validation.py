@@ -42,10 +42,12 @@ def validate(
         n = pairs_of(present, len(x), S).double().cpu()
         n_pairs += n
         n_rows += len(x)
-        joint += n * model.loss(x, 1.0, 0.0, present=present).nmse.double().cpu()
+        own, has = model._shards.own(x), model._shards.own(present)
+        assert own is not None
+        joint += n * model.loss(own, 1.0, 0.0, present=has).nmse.double().cpu()
         for s, stream in enumerate(model.streams):
-            alone = (stream,) if model.selection == "global" else None
-            nmse = model.loss(x, 1.0, 0.0, support_from=alone, present=present).nmse
+            alone = None if model.selection == "local" else (stream,)
+            nmse = model.loss(own, 1.0, 0.0, support_from=alone, present=has).nmse
             single[s] += n[s] * nmse[s].double().cpu()
     model.train(was_training)
     parts = {

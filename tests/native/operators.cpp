@@ -2,6 +2,7 @@
 // large as their tensors, so that a read or write beside them is seen. Exits with 1 and a line where they disagree.
 #include "operators.h"
 
+#include <numeric>
 #include <unistd.h>
 
 #include <algorithm>
@@ -385,6 +386,45 @@ void check_global_topk(int64_t N, int64_t L, int64_t D, int64_t k, int64_t capac
     }
 }
 
+// The largest scores of a batch, and those above a threshold, of scores that are tied in pairs.
+static void check_ragged(int64_t N, int64_t L, int64_t D, int64_t k, int64_t capacity, int threads) {
+    auto x = Array<float>::random(N, D);
+    auto W = Array<float>::random(L, D);
+    auto bias = Array<double>::random(L);
+    for (int64_t l = 1; l < L; l += 2) {
+        std::copy_n(&W.data[(l - 1) * D], D, &W.data[l * D]);
+        bias.data[l] = bias.data[l - 1];
+    }
+    Array<float> exact(N, L), norm(N), residual(N), row_norm(L), row_residual(L);
+    exact_scores(exact.tensor(2), x.tensor(2), W.tensor(2), bias.tensor(1), threads);
+    measure_rows(norm.tensor(1), residual.tensor(1), Tensor{}, x.tensor(2), threads);
+    measure_rows(row_norm.tensor(1), row_residual.tensor(1), Tensor{}, W.tensor(2), threads);
+    for (const Among among : {Among::batch, Among::above}) {
+        const float least = among == Among::batch ? -INFINITY : 0.25f;
+        Screen screen(norm.tensor(1), residual.tensor(1), bias.tensor(1), D, k, capacity, false, among, least);
+        screen.filter(product<float>(x, W).tensor(2), 0, row_norm.tensor(1), row_residual.tensor(1), threads);
+        const int64_t width = screen.settle_ragged(x.tensor(2), W.tensor(2), threads);
+        if (capacity > L) expect("settle_ragged, given up", width >= 0, 1, 0);
+        if (width < 0) continue;
+        Array<int32_t> indices(N, std::max<int64_t>(1, width));
+        screen.write(indices.tensor(2));
+        const int32_t* place = indices.data.data();
+        std::vector<int64_t> order(N * L);
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(
+            order.begin(), order.end(), [&](int64_t a, int64_t b) { return exact.data[a] > exact.data[b]; });
+        std::vector<uint8_t> fires(N * L);
+        for (int64_t i = 0; i < N * L; ++i)
+            fires[order[i]] = among == Among::batch ? i < N * k : exact.data[order[i]] > least;
+        for (int64_t n = 0; n < N; ++n) {
+            const int32_t* const end = place + indices.size[1];
+            for (int64_t l = 0; l < L; ++l)
+                if (fires[n * L + l]) expect("ragged support", *place++, l, 0);
+            while (place < end) expect("empty slot", *place++, -1, 0);
+        }
+    }
+}
+
 // The scores of all latents, and those of a support. The first sample is infinite.
 template <class A, class E>
 void check_scores(int64_t N, int64_t L, int64_t D, int64_t k, int threads) {
@@ -418,6 +458,7 @@ static void check_selection() {
         check_topk_rows<float>(20011, 7, distinct);
         check_topk_rows<double>(20011, 7, distinct);
     }
+    for (int threads : {1, 3}) check_ragged(9, 40, 37, 3, 104, threads), check_ragged(9, 400, 37, 3, 70, threads);
     for (int threads : {1, 3})
         for (int64_t D : {1, 37, 256, 700}) {  // whole and cut 256 columns
             check_scores<double, double>(9, 5, D, 3, threads);
@@ -501,7 +542,7 @@ static void check_threads() {
 }
 
 // Small integers, whose products are exact, so that ties are ties; a latent that all fire has a column of its own.
-static void check_count_nearer(int64_t Q, int64_t N, int64_t L, int threads) {
+static void check_nearness(int64_t Q, int64_t N, int64_t L, int threads) {
     const auto rows = [&](int64_t count, Array<int64_t>& offsets, std::vector<int32_t>& latents, std::vector<float>& values) {
         for (int64_t n = 0; n < count; ++n) {
             for (int64_t l = 0; l < L; ++l)
@@ -531,6 +572,11 @@ static void check_count_nearer(int64_t Q, int64_t N, int64_t L, int threads) {
     }
     count_nearer(own.tensor(1), higher.tensor(1), equal.tensor(1), query_offsets.tensor(1), a.tensor(1), b.tensor(1),
                  offsets.tensor(1), c.tensor(1), d.tensor(1), first.tensor(1), last.tensor(1), L, 0.5, threads);
+    const int64_t top = 5;
+    Array<int64_t> nearest(Q, top);
+    Array<float> largest(Q, top);
+    find_nearest(nearest.tensor(2), largest.tensor(2), query_offsets.tensor(1), a.tensor(1), b.tensor(1),
+                 offsets.tensor(1), c.tensor(1), d.tensor(1), L, threads);
     std::vector<double> query(L);
     for (int64_t n = 0; n < Q; ++n) {
         std::fill(query.begin(), query.end(), 0);
@@ -550,6 +596,14 @@ static void check_count_nearer(int64_t Q, int64_t N, int64_t L, int threads) {
         expect("count_nearer", higher.data[n], above, 0);
         expect("count_nearer", equal.data[n], same, 0);
         if (best >= 0) expect("count_nearer", own.data[n], best, 0);
+        std::vector<int64_t> order(N);
+        for (int64_t m = 0; m < N; ++m) order[m] = m;
+        std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return product[i] > product[j]; });
+        for (int64_t i = 0; i < top; ++i) {
+            const bool some = i < N && product[order[i]] > 0;
+            expect("find_nearest", nearest.data[n * top + i], some ? order[i] : -1, 0);
+            expect("find_nearest", largest.data[n * top + i], some ? product[order[i]] : 0, 0);
+        }
     }
 }
 
@@ -557,10 +611,10 @@ int main() {
     check_threads();
     check_selection();
     for (int threads : {1, 3}) {
-        check_count_nearer(40, 9000, 6, threads);  // more than a block
-        check_count_nearer(65, 33, 9, threads);
-        check_count_nearer(3, 0, 2, threads);
-        check_count_nearer(0, 3, 2, threads);
+        check_nearness(40, 9000, 6, threads);  // more than a block
+        check_nearness(65, 33, 9, threads);
+        check_nearness(3, 0, 2, threads);
+        check_nearness(0, 3, 2, threads);
     }
     for (int64_t width : {1, 37, 700}) {
         check_loader<double>(width, as_it_is);

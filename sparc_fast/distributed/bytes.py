@@ -1,0 +1,36 @@
+"""What a rank receives in a training step, before it is begun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def exchanged_bytes(
+    n_samples: int,
+    d_streams: Sequence[int],
+    k: int,
+    ranks: int,
+    *,
+    weight: int = 4,
+    auxk: int = 0,
+) -> dict[str, float]:
+    """What -> bytes that each rank receives in a step; nothing of it grows with the number of latents.
+
+    Args:
+        weight: bytes of a weight, which inputs and gradients have too; sums take 4 at least.
+        auxk: latents a sample uses for AuxK, 0 where none is dead: candidates, reconstructions and their gradient then
+            come once more.
+    """
+    N, S, D, others = n_samples, len(d_streams), sum(d_streams), ranks - 1
+    wide, passes = max(weight, 4), 2 if auxk else 1
+    return {
+        "x": N * D * weight * others / ranks,
+        "candidates": N * (k + auxk) * (wide + 4) * others,
+        "reconstructions": passes * N * S * D * wide * others / ranks,
+        "G": passes * N * S * D * weight * others / ranks,
+    }
+
+
+def received_bytes(n_samples: int, d_streams: Sequence[int], k: int, ranks: int, *, weight: int = 4) -> float:
+    """All of `exchanged_bytes`, without AuxK."""
+    return sum(exchanged_bytes(n_samples, d_streams, k, ranks, weight=weight).values())

@@ -1,0 +1,180 @@
+"""What processes tell each other: collectives of torch.distributed on bytes, which every backend has for every dtype.
+
+Sums are made here, in the order of ranks: the same bits in every run, on every number of links.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparc_fast.ops.huge_pages import empty_rows
+
+from .watch import watch
+
+T = TypeVar("T")
+NUMBERS = 8  # that every rank tells of a call, whatever it is: calls that differ are found out
+
+
+class Exchange:
+    """The collectives of a process group, and the bytes that they have brought here."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self._watch = watch()
+        self.received: Counter[str] = Counter()
+        """By what they are."""
+
+    def gather(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
+        """The rows of all ranks, of which each has as many as `counts` says, below each other, [sum counts, ...]."""
+        if self.ranks == 1:
+            return rows
+        most, shape = max(counts), rows.shape[1:]
+        if not most or not shape.numel():
+            return rows.new_empty(sum(counts), *shape)
+        own = rows.contiguous()
+        if len(own) < most:
+            own = torch.cat([own, own.new_zeros(most - len(own), *shape)])
+        all_rows = _empty_like(own, self.ranks * most)
+        self._all_gather(_bytes(all_rows), _bytes(own))
+        self.received[what] += own.nbytes * (self.ranks - 1)
+        if min(counts) == most:
+            return all_rows
+        return torch.cat([part[:n] for part, n in zip(torch.split(all_rows, most), counts, strict=True)])
+
+    def packed(
+        self, numbers: Sequence[int], tensors: Sequence[Tensor], what: str
+    ) -> tuple[list[list[int]], list[list[Tensor]]]:
+        """([rank] -> its numbers, and of each tensor, [rank] -> what it is there), in one message."""
+        told = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(self.device)
+        message = torch.cat([_bytes(told), *(_bytes(tensor.contiguous()) for tensor in tensors)])
+        of_all = self.gather(message[None], [1] * self.ranks, what)
+        pieces = torch.split(of_all, [told.nbytes, *(tensor.nbytes for tensor in tensors)], dim=1)
+        own = [  # copies: each begins where its type may
+            [row.clone().view(like.dtype).view(like.shape) for row in piece]
+            for piece, like in zip(pieces[1:], tensors, strict=True)
+        ]
+        return pieces[0].contiguous().view(torch.int64).tolist(), own
+
+    def deal(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
+        """Of rows [sum counts, ...], every rank's share of them: what all ranks have of this one's, [P, n, ...]."""
+        own, shape = counts[self.rank], rows.shape[1:]
+        if self.ranks == 1:
+            return rows[None]
+        mine = _empty_like(rows, self.ranks * own)
+        size = shape.numel() * rows.itemsize
+        given, taken = [n * size for n in counts], [own * size] * self.ranks
+        with self.with_others():
+            dist.all_to_all_single(_bytes(mine), _bytes(rows.contiguous()), taken, given, group=self.group)
+        self.received[what] += own * size * (self.ranks - 1)
+        return mine.view(self.ranks, own, *shape)
+
+    def sum(self, part: Tensor) -> Tensor:
+        """The sum of all ranks' parts, which are small."""
+        if self.ranks == 1 or not part.numel():
+            return part
+        total, *others = self.gather(part[None], [1] * self.ranks, "sums").unbind()
+        for other in others:
+            total = total + other
+        return total
+
+    def one_of(self, part: Tensor, what: str) -> Tensor:
+        """The sum of all ranks' parts where at most one of them is not 0, bit for bit; in place."""
+        if self.ranks > 1 and part.numel():
+            with self.with_others():
+                dist.all_reduce(_bytes(part), group=self.group)
+            self.received[what] += 2 * part.nbytes * (self.ranks - 1) // self.ranks
+        return part
+
+    def numbers(self, call: int, *numbers: int) -> list[list[int]]:
+        """[rank] -> the numbers of this call there.
+
+        Raises:
+            RuntimeError: a rank makes another call.
+        """
+        own = torch.tensor([[call, *numbers] + [0] * (NUMBERS - 1 - len(numbers))], dtype=torch.int64, device="cpu")
+        of_all = self.gather(own.to(self.device), [1] * self.ranks, "numbers").tolist()
+        for rank, (other, *_) in enumerate(of_all):
+            if other != call:
+                raise RuntimeError(f"ranks must make the same calls in the same order, but rank {rank} made another")
+        return [row[1 : 1 + len(numbers)] for row in of_all]
+
+    def texts(self, text: str) -> list[str]:
+        """[rank] -> its text; for what is said once."""
+        return self.objects(text)
+
+    def objects(self, mine: T) -> list[T]:
+        """[rank] -> what it has."""
+        found: list[T] = [mine] * self.ranks
+        with self.with_others():
+            dist.all_gather_object(found, mine, group=self.group)
+        return found
+
+    @contextmanager
+    def with_others(self) -> Iterator[None]:
+        """ConnectionError names the ranks that are gone, where what is done with all of them here fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            ranks = dist.get_process_group_ranks(self.group)
+            if not (gone := [rank for rank in self._watch.lost() if rank in ranks]):
+                raise
+            which = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} are"
+            raise ConnectionError(f"{which} gone, and rank {self._watch.rank} cannot go on without") from error
+
+    @contextmanager
+    def agreed(self, call: str) -> Iterator[None]:
+        """What fails in one rank here fails in all, and names it."""
+        found: Exception | None = None
+        try:
+            yield
+        except ConnectionError:
+            raise
+        except Exception as error:
+            found = error
+        if any(failed for (failed,) in self.numbers(number_of(call), found is not None)):
+            self.fail(found)
+
+    def fail(self, error: Exception | None) -> None:
+        """Raise this rank's error, or where it has none, the first that another has."""
+        kinds: tuple[type[Exception], ...] = (FloatingPointError, FileNotFoundError, OSError, ValueError, RuntimeError)
+        mine = [kind.__name__ for kind in kinds if isinstance(error, kind)]
+        told = self.texts("" if error is None else f"{(mine or ['RuntimeError'])[0]}:{error}")
+        if error is not None:
+            raise error
+        rank, text = next((rank, text) for rank, text in enumerate(told) if text)
+        name, _, words = text.partition(":")
+        raise next(kind for kind in kinds if kind.__name__ == name)(f"rank {rank}: {words}")
+
+    def _all_gather(self, out: Tensor, own: Tensor) -> None:
+        dist_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+        with self.with_others():
+            dist_gather(out, own, group=self.group)
+
+
+def _empty_like(rows: Tensor, n: int) -> Tensor:
+    """n such rows."""
+    shape = rows.shape[1:]
+    return empty_rows(n, shape.numel(), dtype=rows.dtype, device=rows.device).view(n, *shape)
+
+
+def shares(n: int, ranks: int) -> list[int]:
+    """How many of n samples each rank has, as evenly as can be."""
+    return [(rank + 1) * n // ranks - rank * n // ranks for rank in range(ranks)]
+
+
+def number_of(text: str) -> int:
+    """63 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)

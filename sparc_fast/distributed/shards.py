@@ -1,0 +1,299 @@
+"""A rank's latents among those of all: what it takes from the other ranks, and what it tells them.
+
+Latents are shared out, samples are known to all: every rank has the inputs of the whole batch, and does for it what its
+own latents have to do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import pad
+
+from sparc_fast.batch import Batch
+from sparc_fast.objective import Terms
+from sparc_fast.ops import backends
+from sparc_fast.ops.backends import Backend
+from sparc_fast.ops.layout import gradient_dtype, wide
+from sparc_fast.whole import Whole
+
+from .exchange import Exchange, number_of, shares
+from .model_file import save_model
+
+BATCH, ROWS, NUMBER = 2, 3, 4  # calls, as ranks tell them apart
+DRAWN_TOGETHER = 4096  # rows
+
+
+class Shards(Whole):
+    """Latents [first, last) of L, in equal shares of ceil(L / P); the last rank may have fewer."""
+
+    is_whole = False
+
+    @property
+    def has_replicas(self) -> bool:  # type: ignore[override]
+        return self.replicas is not None
+
+    @property
+    def received(self) -> Counter[str]:
+        """Bytes that came here, by what they are."""
+        exchanges = {id(one): one for one in (self.exchange, self.all, self.replicas) if one is not None}
+        return sum((one.received for one in exchanges.values()), Counter())
+
+    @property
+    def leads(self) -> bool:  # type: ignore[override]
+        return self.rank == 0
+
+    def __init__(self, mesh: DeviceMesh, n_latents: int, device: torch.device) -> None:
+        self.mesh, self.n_latents = mesh, n_latents
+        self.exchange = Exchange(mesh.get_group(mesh.ndim - 1), device)
+        self.replicas = Exchange(mesh.get_group(0), device) if mesh.ndim == 2 else None
+        everybody = distributed.group.WORLD
+        assert everybody is not None
+        self.all = Exchange(everybody, device) if mesh.ndim == 2 else self.exchange
+        self.rank, self.ranks = self.all.rank, self.all.ranks
+        among, parts = self.exchange.rank, self.exchange.ranks
+        share = -(-n_latents // parts)
+        if share * (parts - 1) >= n_latents:
+            raise ValueError(
+                f"n_latents must be enough for {parts} ranks of {share} each, the last of at least one, got {n_latents}"
+            )
+        self.first, self.last = among * share, min((among + 1) * share, n_latents)
+        self._backends: dict[tuple[str, torch.device], Backend] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shards:
+        return self  # a process group has no copy
+
+    def rows(self, n_latents: int) -> slice:
+        return slice(self.first, self.last)
+
+    def draw(self, rows: Tensor, bound: float) -> None:
+        """On the CPU, so that every device and number of ranks begins with the same weights."""
+        for start in range(0, self.n_latents, DRAWN_TOGETHER):
+            n = min(DRAWN_TOGETHER, self.n_latents - start)
+            drawn = torch.empty(n, rows.shape[1], dtype=rows.dtype, device="cpu").uniform_(-bound, bound)
+            here = slice(max(start, self.first), min(start + n, self.last))
+            if here.start < here.stop:
+                own = slice(here.start - self.first, here.stop - self.first)
+                rows[own] = drawn[here.start - start : here.stop - start].to(rows.device)
+
+    def backend(self, name: str, device: torch.device) -> Backend:
+        if (name, device) not in self._backends:
+            of_rows = _OfRows(backends.resolve(name, device), self.exchange)
+            self._backends[name, device] = backends.replaced(
+                of_rows.backend, {"global_topk": of_rows.global_topk, "decode_loss": of_rows.decode_loss}
+            )
+        return self._backends[name, device]
+
+    def compact(self, indices: Tensor) -> Tensor:
+        """A sample's own latents are neighbours in its support, which is ascending: they go to the left."""
+        if indices.device.type != "cpu":  # how many there are is not waited for
+            return indices
+        own = indices >= 0
+        counts = own.sum(-1)
+        width = max(1, int(counts.max())) if counts.numel() else 1
+        if width == indices.shape[-1]:
+            return indices
+        slots = torch.arange(width, device=indices.device)
+        begins = own.int().argmax(-1, keepdim=True)
+        moved = indices.gather(-1, (begins + slots).clamp_(max=indices.shape[-1] - 1))
+        return moved.masked_fill_(slots >= counts[..., None], -1)
+
+    def gathered(self, own: Callable[[], Batch]) -> Batch:
+        exchange = self.exchange
+        try:
+            mine = own()
+        except Exception as error:
+            self.all.numbers(BATCH, 0, 0, 0, 0, 1)
+            self.all.fail(error)
+            raise
+        names, flags = number_of("\0".join(mine.streams)), (mine.present is not None, mine.zero_rows is not None)
+        of_all = self.all.numbers(BATCH, len(mine.x), names, *flags, 0)
+        if any(failed for *_, failed in of_all):
+            self.all.fail(None)
+        for rank, (_, others, *_rest) in enumerate(of_all):
+            if others != of_all[0][1]:
+                raise ValueError(f"inputs must be of the streams that rank 0 has on every rank, got others on {rank}")
+        told = of_all[self.rank - exchange.rank :][: exchange.ranks]
+        counts = [n for n, *_ in told]
+        x = exchange.gather(mine.x.detach(), counts, "x")
+        present, zero_rows = mine.present, mine.zero_rows
+        if any(has for _, _, has, *_ in told):
+            if present is None:
+                present = torch.ones(len(mine.x), len(mine.streams), dtype=torch.bool, device=x.device)
+            present = exchange.gather(present, counts, "present")
+        if any(has for _, _, _, has, _ in of_all):
+            none = torch.zeros(len(mine.streams), dtype=torch.int64, device=x.device)
+            zero_rows = self.all.sum(none if zero_rows is None else zero_rows)
+        first = sum(counts[: exchange.rank])
+        weights = {name: getattr(mine, name).detach() for name in ("W_enc", "W_dec", "pre_bias", "latent_bias")}
+        given, n = slice(first, first + counts[exchange.rank]), sum(n for n, *_ in of_all)
+        return mine._replace(x=x, present=present, zero_rows=zero_rows, given=given, of_batch=n, **weights)
+
+    def agreed(self, call: str) -> AbstractContextManager[None]:
+        return self.all.agreed(call)
+
+    def sum(self, part: Tensor) -> Tensor:
+        return self.exchange.sum(part)
+
+    def total(self, n: int) -> int:
+        return sum(number for (number,) in self.exchange.numbers(NUMBER, n))
+
+    def samples(self, n: int) -> int:
+        return sum(number for (number,) in self.all.numbers(NUMBER, n))
+
+    def of_replicas(self, *tensors: Tensor) -> Sequence[Tensor]:
+        if self.replicas is None:
+            return tensors
+        told = self.replicas.numbers(ROWS, len(tensors[0]), *(tensor.shape[-1] for tensor in tensors))
+        counts = [n for n, *_ in told]
+        widths = [max(each) for each in zip(*(of_rank for _, *of_rank in told), strict=True)]
+        nothing = [0 if tensor.is_floating_point() else -1 for tensor in tensors]
+        filled = [
+            pad(tensor, (0, width - tensor.shape[-1]), value=empty)
+            for tensor, width, empty in zip(tensors, widths, nothing, strict=True)
+        ]
+        return [self.replicas.gather(tensor, counts, "replicas") for tensor in filled]
+
+    def sum_of_replicas(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return tensors if self.replicas is None else [self.replicas.sum(tensor) for tensor in tensors]
+
+    def terms(self, terms: dict[tuple[str, ...], Terms]) -> dict[tuple[str, ...], Terms]:
+        if self.replicas is None:
+            return terms
+        merged: dict[tuple[str, ...], Terms] = {}
+        here = {streams: _on(some, "cpu") for streams, some in terms.items()}
+        for of_replica in self.replicas.objects(here):
+            for streams, some in of_replica.items():
+                before = merged.get(streams)
+                merged[streams] = some._replace(loss=None) if before is None else before.plus(some)
+        return {s: _on(some, self.exchange.device) for s, some in merged.items()}
+
+    def most(self, n: int) -> int:
+        return max(number for (number,) in self.all.numbers(NUMBER, n))
+
+    def codes(self, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        numbers = torch.where(indices < 0, 0, indices + (self.first + 1))  # a slot is of one rank, 0 in all others
+        values = self.exchange.one_of(values.contiguous(), "codes")
+        return values, self.exchange.one_of(numbers, "codes") - 1
+
+    def decode(self, decode: Callable[..., Tensor], values: Tensor, indices: Tensor) -> Tensor:
+        exchange = self.exchange
+        counts = [n for (n,) in exchange.numbers(ROWS, len(values))]
+        dtype = values.dtype
+        values = exchange.gather(values.detach(), counts, "codes")
+        indices = exchange.gather(indices, counts, "codes")
+        own = (indices >= self.first) & (indices < self.last)
+        indices = torch.where(own, indices - self.first, -1)
+        values = torch.where(own[:, None], wide(values), 0)
+        with torch.no_grad():
+            bias: Tensor = decode.keywords["pre_bias"]  # type: ignore[attr-defined]
+            parts = exchange.deal(decode(values, indices, pre_bias=torch.zeros_like(bias)), counts, "reconstructions")
+            total = parts[0]
+            for part in parts[1:]:
+                total = total + part
+            return (total + wide(bias)).to(dtype)
+
+    def own(self, rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else torch.split(rows, shares(len(rows), self.ranks))[self.rank]
+
+    def each(self, numbers: Tensor) -> Tensor:
+        return self.all.gather(numbers[None].to(self.all.device), [1] * self.ranks, "numbers")
+
+    def told_by_leader(self, numbers: list[int]) -> list[int]:
+        told: list[int] = json.loads(self.all.texts(json.dumps(numbers))[0])
+        return told
+
+    def save(self, path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        with self.agreed("save"):
+            if self.replicas is None or self.replicas.rank == 0:
+                save_model(path, tensors, config, self.exchange)
+
+    def seed(self, seed: int) -> int:
+        return seed + (self.exchange.rank << 48)
+
+
+class _OfRows:
+    """Operators on the rows of a rank, by those of a backend on rows that are all there are."""
+
+    def __init__(self, backend: Backend, exchange: Exchange) -> None:
+        self.backend, self.exchange = backend, exchange
+
+    def global_topk(
+        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+    ) -> Tensor:
+        """The support among the rows of all ranks, below each other: -1 where a row is not here.
+
+        Every rank gives its k best rows, if it has so many, with their scores, which are the same bits whoever computes
+        them; the k best of those, ties to the lower row, are the k best of all. They are beside each other in the order
+        of rows, since a rank's rows come before those of the next one.
+        """
+        backend, exchange = self.backend, self.exchange
+        N, own = len(x), min(k, len(W_enc))
+        rows = torch.zeros(N, k, dtype=torch.int32, device=x.device)
+        scores = torch.zeros(N, k, dtype=wide(x).dtype, device=x.device)
+        if own and N:
+            best = backend.global_topk(x, W_enc, pre_bias, latent_bias, own, screening)
+            rows[:, :own], scores[:, :own] = best, backend.support_scores(x, W_enc, pre_bias, latent_bias, best)
+        counts, (all_scores, all_rows) = exchange.packed([len(W_enc)], [scores, rows], "candidates")
+        given, firsts = [min(k, n) for (n,) in counts], [0, *accumulate(n for (n,) in counts)]
+        beside = torch.cat([part[:, :n] for part, n in zip(all_scores, given, strict=True)], dim=1)
+        numbers = torch.cat(
+            [part[:, :n] + first for part, n, first in zip(all_rows, given, firsts, strict=False)], dim=1
+        )
+        best = backend.topk_rows(beside, min(k, sum(given))).long()
+        support = numbers.gather(1, best) - firsts[exchange.rank]
+        return support.masked_fill_((support < 0) | (support >= len(W_enc)), -1)
+
+    def decode_loss(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        pre_bias: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        weights: Sequence[float],
+        d_streams: Sequence[int],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Every rank reconstructs all samples from its own rows, adds up its share of the samples, and compares them.
+
+        The P parts of a reconstruction are rows of a dictionary, each used once with a value of 1: what adds them up,
+        in the order of ranks, and compares them is the backend's own decode_loss.
+        """
+        backend, exchange, P = self.backend, self.exchange, self.exchange.ranks
+        (N, S, _), D = values.shape, W_dec.shape[1]
+        counts = shares(N, P)
+        first, n = sum(counts[: exchange.rank]), counts[exchange.rank]
+        own = slice(first, first + n)
+        no_bias = torch.zeros(D, dtype=pre_bias.dtype, device=pre_bias.device)
+        parts = exchange.deal(
+            backend.sparse_decode(wide(values), indices, W_dec, no_bias), counts, "reconstructions"
+        ).view(P * n * S, D)
+        if n:
+            rows = torch.arange(P * n * S, dtype=torch.int32, device=values.device).view(P, n, S).movedim(0, -1)
+            ones = torch.ones(n, S, P, dtype=parts.dtype, device=values.device)
+            nmse, grad_recons, _, grad_pre_bias = backend.decode_loss(
+                ones, rows.contiguous(), parts, wide(pre_bias), wide(target[own]), scale[own], weights, d_streams
+            )
+        else:
+            nmse, grad_recons, grad_pre_bias = parts.new_zeros(S, S), parts.new_zeros(0, S, D), parts.new_zeros(D)
+        grad_recons = exchange.gather(grad_recons.to(gradient_dtype(values)), counts, "G")
+        grad_values = backend.sparse_decode_grad_values(grad_recons, indices, W_dec)
+        sums = exchange.sum(torch.cat([nmse.reshape(-1), grad_pre_bias]))
+        return sums[: S * S].view(S, S), grad_recons, grad_values, sums[S * S :]
+
+
+def _on(terms: Terms, device: torch.device | str) -> Terms:
+    moved: dict[str, Any] = {
+        name: None if part is None else part.detach().to(device) for name, part in terms._asdict().items()
+    }
+    return Terms(**moved)

@@ -1,0 +1,336 @@
+"""Interventions: take a latent out of one stream's code, or set it, and see what another stream makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparc_fast.codes import SparseLatents
+
+from .codes import CHUNK_BYTES, StreamCode, check_code, check_codes, parts
+from .dictionary import along_rows, dictionary_of
+from .kept_inputs import InputsOnCPU, bytes_of_inputs
+from .probes import linear_probe
+from .purity import class_purity
+from .registry import Batch, Given, Metric, Row, Score, Sizes
+
+if TYPE_CHECKING:
+    from sparc_fast.model import SPARC
+
+__all__ = ["ABLATIONS", "PROBE_ABLATIONS", "Ablations", "Intervention", "intervene", "probe_effects"]
+
+
+class Ablations:
+    """What taking each latent out of one stream's code does to the reconstruction of another, for all latents at once.
+
+    As decoding is linear, x_hat without latent l is x_hat - z[l] d[l], and with the residual r = x - x_hat
+
+        |x - x_hat + z[l] d[l]|^2 - |r|^2 = 2 z[l] r . d[l] + z[l]^2 |d[l]|^2,
+
+    so that L ablations of N samples cost N k D, not N L D. Samples come a batch at a time.
+    """
+
+    def __init__(self, dictionary: Tensor) -> None:
+        """dictionary [L, D]: what a unit of each latent adds to the reconstruction, see `dictionary_of`."""
+        if dictionary.dim() != 2:
+            raise ValueError(f"dictionary must be [L, D], got {list(dictionary.shape)}")
+        self.dictionary = dictionary
+        self.n = 0
+        self._squares, self._moved, self._worse = (
+            torch.zeros(len(dictionary), dtype=torch.float64, device=dictionary.device) for _ in range(3)
+        )
+        for some in parts(len(dictionary), 16 * dictionary.shape[1]):
+            self._squares[some] = dictionary[some].detach().double().square().sum(dim=1)
+        self._fired = torch.zeros(len(dictionary), dtype=torch.int64, device=dictionary.device)
+
+    @torch.no_grad()
+    def add(self, code: StreamCode, residual: Tensor) -> None:
+        """code: of n samples, in the source stream. residual [n, D]: the target's inputs - what is decoded from it."""
+        L, D = self.dictionary.shape
+        check_code(code, L)
+        values, indices = code
+        if residual.shape != (len(values), D):
+            raise ValueError(f"residual must be [N={len(values)}, D={D}], got {list(residual.shape)}")
+        for rows in parts(len(values), 8 * values.shape[1] * (D + 8)):
+            latents, z = indices[rows].long().clamp_min(0), values[rows].double().relu()
+            along = along_rows(self.dictionary, latents, residual[rows]).double()
+            moved = z * z * self._squares[latents]
+            self._moved.scatter_add_(0, latents.flatten(), moved.flatten())
+            self._worse.scatter_add_(0, latents.flatten(), (2 * z * along + moved).flatten())
+            self._fired += torch.bincount(latents[z > 0], minlength=L)
+        self.n += len(values)
+
+    @property
+    def fired(self) -> Tensor:
+        """How many samples fire each latent, [L]: of the others nothing is taken out."""
+        return self._fired
+
+    @property
+    def moved(self) -> Tensor:
+        """Mean squared change of the reconstruction over all samples, float64 [L]."""
+        return self._moved / max(self.n, 1)
+
+    @property
+    def worse(self) -> Tensor:
+        """By how much the mean squared error grows, float64 [L]; below 0 where the target is better off without it."""
+        return self._worse / max(self.n, 1)
+
+    @property
+    def faithful(self) -> Tensor:
+        """worse / moved, [L]: what the target gains by a latent, of what the latent does to it; nan where it is dead.
+
+        1 where the rest of the reconstruction leaves exactly the latent's part to it, 0 where it could be twice or
+        nothing, below 0 where it points away from what is missing: then the latent means something else there.
+        """
+        return torch.where(self._moved > 0, self._worse / self._moved.where(self._moved > 0, 1), torch.nan)
+
+    @property
+    def helpful(self) -> float:
+        """Of the latents that fire, the fraction without which the target is worse; nan where none does."""
+        return float((self._worse > 0)[self._fired > 0].double().mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """Of each of N samples, float64: before and after a latent was set in the source stream.
+
+    moved [N]: the squared change of the target's reconstruction. error_before, error_after [N]: its squared error,
+    None where the target's inputs were not given. logits_before, logits_after [N, C]: a probe's, None without one.
+    """
+
+    moved: Tensor
+    error_before: Tensor | None
+    error_after: Tensor | None
+    logits_before: Tensor | None
+    logits_after: Tensor | None
+
+
+@torch.no_grad()
+def intervene(
+    model: SPARC,
+    codes: SparseLatents,
+    latent: int,
+    value: float,
+    source: str,
+    target: str,
+    *,
+    truth: Tensor | None = None,
+    probe: Callable[[Tensor], Tensor] | None = None,
+) -> Intervention:
+    """Set a latent to a value in the code of the source stream, 0 to take it out, and decode the target stream.
+
+    codes: of N samples. truth [N, D]: the target's inputs in the units of `model.decode`. probe: takes reconstructions
+    [n, D] and gives logits [n, C], such as `Probe.classify` of one fitted on the target's inputs.
+    """
+    N, D = len(codes), model.d_streams[target]
+    if len(codes.shape) != 1:
+        raise ValueError(f"codes must be of N samples, got {list(codes.shape)}")
+    if truth is not None and truth.shape != (N, D):
+        raise ValueError(f"truth must be [N={N}, D={D}], got {list(truth.shape)}")
+    moved: list[Tensor] = []
+    errors: tuple[list[Tensor], list[Tensor]] = [], []
+    logits: tuple[list[Tensor], list[Tensor]] = [], []
+    for rows in parts(N, 64 * D) if N else [slice(0, 0)]:
+        some = codes[rows]
+        both = [model.decode(c, source, target).double() for c in (some, some.set(latent, value, source))]
+        moved.append((both[1] - both[0]).square().sum(dim=1))
+        for when, x_hat in enumerate(both):
+            if truth is not None:
+                errors[when].append((truth[rows].double() - x_hat).square().sum(dim=1))
+            if probe is not None:
+                logits[when].append(probe(x_hat.float()).double())
+    before, after = (torch.cat(found) if found else None for found in errors)
+    told_before, told_after = (torch.cat(found) if found else None for found in logits)
+    return Intervention(torch.cat(moved), before, after, told_before, told_after)
+
+
+def probe_effects(code: StreamCode, dictionary: Tensor, weight: Tensor, concepts: Tensor) -> tuple[Tensor, Tensor]:
+    """What taking each latent out does to a linear probe on the target: mean fall of logits over samples that fire it.
+
+    (that of the latent's own concept, that of all other concepts on average), float64 [L] each; nan for a dead latent
+    or one without a concept. dictionary [L, D] of the target, weight [D, C] of `linear_probe` on it, and concepts [L]
+    the column each latent stands for in the source, -1 for none, such as `class_purity`'s. Exact, as all is linear.
+    """
+    L, C = len(dictionary), weight.shape[1]
+    check_codes({"code": code}, L)
+    if concepts.shape != (L,) or weight.shape[0] != dictionary.shape[1]:
+        raise ValueError(
+            f"weight and concepts must be [D={dictionary.shape[1]}, C] and [L={L}], "
+            f"got {list(weight.shape)} and {list(concepts.shape)}"
+        )
+    total, fired = (torch.zeros(L, dtype=torch.float64, device=dictionary.device) for _ in range(2))
+    for rows in parts(len(code[0]), 40 * code[0].shape[1]):
+        latents, z = code[1][rows].long().clamp_min(0).flatten(), code[0][rows].double().relu().flatten()
+        total.scatter_add_(0, latents, z)
+        fired.scatter_add_(0, latents, (z > 0).double())
+    known = (concepts >= 0) & (fired > 0)
+    mean = torch.where(known, total / fired.clamp_min(1), torch.nan)
+    own, others = (torch.full((L,), torch.nan, dtype=torch.float64, device=dictionary.device) for _ in range(2))
+    for rows in parts(L, 16 * (C + dictionary.shape[1])):
+        effects = dictionary[rows].double() @ weight.double()
+        if C:
+            own[rows] = effects.gather(1, concepts[rows].clamp_min(0)[:, None])[:, 0]
+            others[rows] = (effects.sum(dim=1) - own[rows]) / (C - 1) if C > 1 else torch.nan
+    return mean * own, mean * others
+
+
+class _Watch:
+    """Every latent taken out of every stream's code, for every stream, a batch at a time."""
+
+    def __init__(self, given: Given) -> None:
+        known = {name: dictionary_of(given.model, name) for name in given.streams}
+        self.found = {(s, t): Ablations(known[t]) for s in given.streams for t in given.streams}
+
+    def see(self, batch: Batch) -> None:
+        for (source, target), found in self.found.items():
+            found.add(batch.alone[source].stream(source), batch.truth[target] - batch.decoded(source, target))
+
+
+def _compute(given: Given) -> dict[tuple[str, str], Ablations]:
+    """By (source, target)."""
+    found: dict[tuple[str, str], Ablations] = given.watched["ablations"].found
+    return found
+
+
+def _mean(value: Callable[[Ablations], float], own: bool) -> Callable[[Mapping[tuple[str, str], Ablations]], float]:
+    def mean(found: Mapping[tuple[str, str], Ablations]) -> float:
+        values = [value(one) for (source, target), one in found.items() if (source == target) is own]
+        return sum(values) / len(values) if values else float("nan")
+
+    return mean
+
+
+def _faithful(found: Ablations) -> float:
+    return float(found.faithful.nanmedian())
+
+
+def _details(found: Mapping[tuple[str, str], Ablations]) -> Mapping[str, Any]:
+    def plain(value: float) -> float | None:
+        return value if value == value else None
+
+    return {
+        "ablations": {
+            f"{source} -> {target}": {"helpful": plain(one.helpful), "faithful": plain(_faithful(one))}
+            for (source, target), one in found.items()
+        }
+    }
+
+
+def _rows(models: Mapping[str, Mapping[tuple[str, str], Ablations]]) -> Iterator[Row]:
+    for source, target in next(iter(models.values())):
+        both = {name: found[source, target] for name, found in models.items()}
+        cells = {name: f"{one.helpful:.1%} / {_faithful(one):.3f}" for name, one in both.items()}
+        meaning = (
+            f"Latents of the {source} code without which the {target} reconstruction is worse / how much of what the "
+            "median latent does is right."
+        )
+        yield Row(f"{source} → {target}", meaning, "higher", cells, "Latents taken out of a code")
+
+
+ABLATIONS = Metric(
+    "ablations",
+    "Each latent taken out of one stream's code, encoded alone: is the reconstruction of another stream worse?",
+    _compute,
+    (
+        Score(
+            "ablation_helpful",
+            "Latents that help another stream",
+            "Of the latents that fire in one stream, the fraction without which another stream's reconstruction from "
+            "that code has a larger error, over all pairs.",
+            "higher",
+            ".1%",
+            _mean(lambda one: one.helpful, own=False),
+        ),
+        Score(
+            "ablation_faithful",
+            "What a latent is worth to another stream",
+            "By how much another stream's error grows when a latent is taken out, of how far that moves the "
+            "reconstruction: 1 is all of it, below 0 it means something else there; the median latent.",
+            "higher",
+            ".3f",
+            _mean(_faithful, own=False),
+        ),
+        Score(
+            "ablation_helpful_own",
+            "Latents that help their own stream",
+            "The same fraction for the stream that was encoded.",
+            "higher",
+            ".1%",
+            _mean(lambda one: one.helpful, own=True),
+        ),
+    ),
+    watch=_Watch,
+    details=_details,
+    rows=_rows,
+    kept=lambda sizes: 4 * sizes.L * sizes.D + 32 * sizes.S**2 * sizes.L + 2 * CHUNK_BYTES,
+)
+
+
+def _compute_with_probe(given: Given) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """By (source, target): `probe_effects` of the source's latents on a linear probe on the target's inputs."""
+    assert given.labels is not None  # it is needed
+    inputs: InputsOnCPU = given.watched["probe_ablations"]
+    concepts = dict(zip(given.streams, class_purity(given.single, given.labels, given.n_latents).concept, strict=True))
+    found = {}
+    for target in given.streams:
+        weight = linear_probe(inputs.stream(target), given.labels, groups=given.groups).weight
+        dictionary = dictionary_of(given.model, target).cpu()
+        assert weight is not None  # of dense features
+        for source in given.streams:
+            found[source, target] = probe_effects(given.single[source], dictionary, weight, concepts[source])
+    return {pair: found[pair] for pair in permutations(given.streams, 2)}
+
+
+def _own_concept(found: Mapping[tuple[str, str], tuple[Tensor, Tensor]]) -> float:
+    """Of latents with a concept, over all pairs of streams."""
+    falls = [(own > others)[~(own - others).isnan()].double() for own, others in found.values()]
+    return float(torch.cat(falls).mean()) if falls else float("nan")
+
+
+def _fall(found: Mapping[tuple[str, str], tuple[Tensor, Tensor]]) -> float:
+    return (
+        float(torch.stack([(own - others).nanmean() for own, others in found.values()]).mean())
+        if found
+        else float("nan")
+    )
+
+
+def _work(sizes: Sizes) -> int:
+    """What the linear probe takes, a dictionary, and the counts of some labels."""
+    probe = 16 * sizes.N * sizes.D + 13 * sizes.N * sizes.C + 24 * CHUNK_BYTES
+    return probe + 4 * sizes.L * sizes.D + 64 * sizes.S**2 * sizes.L
+
+
+PROBE_ABLATIONS = Metric(
+    "probe_ablations",
+    "Each latent taken out of one stream's code: does a linear probe on another stream lose the latent's own concept?",
+    _compute_with_probe,
+    (
+        Score(
+            "probe_ablation_own",
+            "Latents that carry their concept to another stream",
+            "Of the latents with a dominant concept in one stream, the fraction that lower its logit of a linear probe "
+            "on another stream's inputs by more than those of other concepts when they are taken out; chance is half.",
+            "higher",
+            ".1%",
+            _own_concept,
+        ),
+        Score(
+            "probe_ablation_fall",
+            "Fall of a concept's logit in another stream",
+            "By how much that logit falls more than those of other concepts, on average.",
+            "higher",
+            ".3f",
+            _fall,
+        ),
+    ),
+    needs=frozenset({"single", "labels"}),
+    watch=InputsOnCPU,
+    kept=bytes_of_inputs,
+    work=_work,
+)

@@ -1,0 +1,174 @@
+"""MonoScore: are the samples that fire a latent alike?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from .codes import CHUNK_BYTES, ByLatent, Codes, by_latent, check_codes, parts
+from .jaccard import above_chance
+from .kept_inputs import InputsOnCPU, bytes_of_inputs
+from .registry import Given, Metric, Score, Sizes
+
+__all__ = ["MONOSEMANTICITY", "Monosemanticity", "mono_score"]
+
+
+@dataclass(frozen=True, eq=False)
+class Monosemanticity:
+    """score: float64 [S, L], in [-1, 1]; nan for a latent that weighs fewer than two samples.
+
+    chance: the mean cosine of two samples, whatever fires for them: a latent that fires at random scores it. It may be
+    far above 0, as embeddings of most models lie in a narrow cone.
+    """
+
+    streams: tuple[str, ...]
+    score: Tensor
+    chance: float
+
+
+def mono_score(codes: Codes, embeddings: Tensor, n_latents: int) -> Monosemanticity:
+    """The mean cosine of the samples' embeddings [N, D] over pairs of samples, weighted by how both fire a latent.
+
+    With a_n the latent's activation scaled so that its least over all samples is 0 and its greatest 1, and p_n the
+    embedding at norm 1 (or 0, where it is 0):
+
+        MS = sum_{n<m} a_n a_m p_n . p_m / sum_{n<m} a_n a_m
+           = (|sum_n a_n p_n|^2 - sum_n a_n^2 |p_n|^2) / ((sum_n a_n)^2 - sum_n a_n^2)
+
+    The first line is the monosemanticity score of Pach et al. (arXiv 2504.02821), the second its sum in time linear in
+    N (arXiv 2602.12403). Embeddings should be of a model that is none of the streams, or a latent is judged by what it
+    was made from. Memory is that of the codes once more, and a chunk.
+    """
+    n = check_codes(codes, n_latents)
+    if embeddings.dim() != 2 or len(embeddings) != n or not embeddings.is_floating_point():
+        raise ValueError(f"embeddings must be [N={n}, D], got {embeddings.dtype} {list(embeddings.shape)}")
+    D, device = embeddings.shape[1], embeddings.device
+    norms = torch.zeros(n, dtype=torch.float64, device=device)
+    for rows in parts(n, 16 * D):
+        norms[rows] = embeddings[rows].double().norm(dim=1)
+    if not norms.isfinite().all():
+        raise ValueError("embeddings must be finite, got NaN or inf")
+    streams = [_scaled(by_latent(code, n_latents), n) for code in codes.values()]
+    together = torch.zeros(len(codes), n_latents, dtype=torch.float64, device=device)
+    of_all = torch.zeros((), dtype=torch.float64, device=device)
+    for columns in parts(D, 16 * n):
+        units = embeddings[:, columns].double() / norms.where(norms > 0, 1)[:, None]
+        of_all += units.sum(dim=0).square().sum()
+        for s, (entries, _) in enumerate(streams):
+            for latents, some in entries.blocks(8 * units.shape[1] + 32):
+                sums = embedding_bag(
+                    entries.samples[some].long(),
+                    units,
+                    entries.offsets[latents.start : latents.stop + 1] - some.start,
+                    per_sample_weights=_weights(streams[s], latents, some),
+                    mode="sum",
+                    include_last_offset=True,
+                )
+                together[s, latents] += sums.square().sum(dim=1)
+    counted = (norms > 0).double()
+    weight, own, squares = torch.zeros(3, len(codes), n_latents, dtype=torch.float64, device=device)
+    for s, (entries, _) in enumerate(streams):
+        for latents, some in entries.blocks(64):
+            a = _weights(streams[s], latents, some)
+            lengths = entries.offsets[latents.start : latents.stop + 1].diff()
+            each = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+            for sums, of_entry in ((weight, a), (squares, a * a), (own, a * a * counted[entries.samples[some].long()])):
+                sums[s, latents] = torch.zeros(len(lengths), dtype=torch.float64, device=device).scatter_add_(
+                    0, each, of_entry
+                )
+    return Monosemanticity(
+        tuple(codes),
+        _ratio(together - own, weight.square() - squares, weight.square()),
+        float(_ratio(of_all - counted.sum(), of_all.new_tensor(n * (n - 1)), of_all.new_tensor(n * n))),
+    )
+
+
+_Scaled = tuple[ByLatent, tuple[Tensor, Tensor]]
+
+
+def _scaled(entries: ByLatent, n: int) -> _Scaled:
+    """With the least and the greatest activation of each latent over all n samples, 0 where one does not fire it."""
+    lengths = entries.offsets.diff()
+    least, greatest = (
+        torch.segment_reduce(entries.values.float(), reduce, lengths=lengths, initial=initial)
+        for reduce, initial in (("min", float("inf")), ("max", 0.0))
+    )
+    return entries, (torch.where(lengths == n, least, 0).double(), greatest.double())
+
+
+def _weights(scaled: _Scaled, latents: slice, some: slice) -> Tensor:
+    """Of some entries, those of these latents: activations scaled to [0, 1]."""
+    entries, bounds = scaled
+    lengths = entries.offsets[latents.start : latents.stop + 1].diff()
+    least, greatest = (torch.repeat_interleave(bound[latents], lengths) for bound in bounds)
+    span = greatest - least
+    return (entries.values[some].float().double() - least) / span.where(span > 0, 1)
+
+
+def _ratio(over: Tensor, under: Tensor, scale: Tensor) -> Tensor:
+    """nan where nothing is below but rounding."""
+    least = 1e-12 * scale
+    return torch.where(under > least, over / under.where(under > least, 1), torch.nan)
+
+
+def _compute(given: Given) -> dict[tuple[str, str], Monosemanticity]:
+    """By (stream whose latents are judged, stream whose inputs judge them)."""
+    inputs: InputsOnCPU = given.watched["monosemanticity"]
+    found = {}
+    for judge in given.streams:
+        judged = {name: code for name, code in given.single.items() if name != judge}
+        if judged:
+            of_all = mono_score(judged, inputs.stream(judge), given.n_latents)
+            for s, name in enumerate(judged):
+                found[name, judge] = Monosemanticity((name,), of_all.score[s : s + 1], of_all.chance)
+    return found
+
+
+def _mean(found: dict[tuple[str, str], Monosemanticity], value: Callable[[Monosemanticity], Tensor]) -> float:
+    return float(torch.stack([value(one).nanmean() for one in found.values()]).mean()) if found else float("nan")
+
+
+def _chance(one: Monosemanticity) -> Tensor:
+    return torch.full_like(one.score[:1], one.chance)
+
+
+def _work(sizes: Sizes) -> int:
+    """The codes once more, latent after latent, and sums over samples."""
+    return 8 * sizes.N * sizes.k * max(1, sizes.S - 1) + 40 * sizes.N + 64 * sizes.S * sizes.L + 3 * CHUNK_BYTES
+
+
+MONOSEMANTICITY = Metric(
+    "monosemanticity",
+    "MonoScore: are the samples that fire a latent, in each stream encoded alone, alike to each other stream's model?",
+    _compute,
+    (
+        Score(
+            "mono_above_chance",
+            "MonoScore above chance",
+            "Mean cosine of the inputs, in another stream, of two samples that fire a latent, weighted by how both do, "
+            "above that of any two: (score - chance) / (1 - chance), over latents and pairs of streams.",
+            "higher",
+            ".3f",
+            lambda found: _mean(found, lambda one: above_chance(one.score, torch.full_like(one.score, one.chance))),
+        ),
+        Score(
+            "mono", "MonoScore", "The same as it is.", "higher", ".3f", lambda found: _mean(found, lambda o: o.score)
+        ),
+        Score(
+            "mono_chance",
+            "MonoScore by chance",
+            "Mean cosine of the inputs of any two samples.",
+            "neither",
+            ".3f",
+            lambda found: _mean(found, _chance),
+        ),
+    ),
+    needs=frozenset({"single"}),
+    watch=InputsOnCPU,
+    kept=bytes_of_inputs,
+    work=_work,
+)

@@ -1,0 +1,465 @@
+"""Linear and MLP probes: what can be read off a stream, its reconstructions, or its latents?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag, softplus
+
+from . import codes as chunks
+from .codes import StreamCode, by_latent, check_code, check_labels, parts
+from .kept_inputs import InputsOnCPU, bytes_of_inputs
+from .probe_1d import split_samples
+from .reconstruction_retrieval import Decoded
+from .registry import Given, Metric, Row, Score, Sizes
+
+__all__ = ["LINEAR_PROBES", "MLP_PROBES", "Probe", "average_precision", "linear_probe", "mlp_probe"]
+
+HIDDEN, DROPOUT, MOST_WEIGHT = (256, 256), (0.3, 0.2), 10.0
+HISTORY = 10  # gradients that L-BFGS keeps
+
+Features = Tensor | StreamCode
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """How well each of C concepts is told for samples that the probe was not fitted on.
+
+    average_precision, f1: float64 [C], nan for a concept that no such sample carries. base: float64 [C], the fraction
+    that carry it, which is the average precision of a random order. classify: logits [n, C] of features alike.
+    weight: of dense features by a linear probe, [D, C], what a logit gains for each unit of a feature; else None.
+    """
+
+    average_precision: Tensor
+    f1: Tensor
+    base: Tensor
+    f1_micro: float
+    """Over all pairs of a sample and a concept."""
+    classify: Callable[[Features], Tensor]
+    weight: Tensor | None = None
+
+    @property
+    def mean_average_precision(self) -> float:
+        """mAP: over the concepts that some sample carries."""
+        return float(self.average_precision.nanmean())
+
+    @property
+    def f1_macro(self) -> float:
+        """Over the same."""
+        return float(self.f1.nanmean())
+
+
+def linear_probe(
+    features: Features,
+    labels: Tensor,
+    n_latents: int | None = None,
+    *,
+    test_share: float = 0.2,
+    groups: Tensor | None = None,
+    strength: float = 1.0,
+    steps: int = 100,
+    seed: int = 0,
+) -> Probe:
+    """A logistic regression for each column of labels bool [N, C], of features [N, D] or a sparse code over n_latents.
+
+    Each has the least sum of log-losses + |w|^2 / (2 strength), by L-BFGS of at most `steps` steps: scikit-learn's
+    LogisticRegression(C=strength), of features that are first centred (not sparse ones) and divided by one number, so
+    that their mean square is 1. A concept's F1 is at the threshold that is best in training. Samples, or whole groups,
+    are split at random. Sparse features stay sparse; memory is bounded by fitting some concepts at a time.
+    """
+    data = _Data(features, labels, n_latents, test_share, groups, seed)
+    width, C = data.width, labels.shape[1]
+    weight = torch.zeros(width, C, dtype=torch.float32, device=labels.device)
+    bias = torch.zeros(C, dtype=torch.float32, device=labels.device)
+    x = data.matrix(data.train)
+    few = max(1, 8 * chunks.CHUNK_BYTES // (4 * ((2 * HISTORY + 6) * width + 4 * len(data.train) + 1)))
+    for start in range(0, C, few):
+        some = slice(start, start + few)
+        weight[:, some], bias[some] = _logistic(x, width, labels[data.train, some].float(), strength, steps)
+
+    def classify(given: Features) -> Tensor:
+        return data.matrix(None, given).times(weight) + bias
+
+    found = data.judge(lambda rows, some: data.matrix(rows).times(weight[:, some]) + bias[some], classify)
+    return replace(found, weight=weight / data.scale) if data.is_dense else found
+
+
+def mlp_probe(
+    features: Features,
+    labels: Tensor,
+    n_latents: int | None = None,
+    *,
+    test_share: float = 0.2,
+    groups: Tensor | None = None,
+    epochs: int = 15,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Probe:
+    """As `linear_probe`, by the SPARC code's probe: 256 and 256 hidden units, ReLU, dropout of 0.3 and 0.2.
+
+    Adam at 1e-3; a concept's n positives weigh (N - n) / n each, from 0.1 to 10, its negatives 1. Unlike there,
+    latents are probed too, the split is the same for all features, and nothing is chosen on the test part. Of a sparse
+    code only the rows of the first layer that a batch uses are touched.
+    """
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
+    data = _Data(features, labels, n_latents, test_share, groups, seed)
+    device, C = labels.device, labels.shape[1]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        torch.manual_seed(seed)
+        first = _FirstLayer(data)
+        rest = nn.Sequential(
+            nn.ReLU(), nn.Dropout(DROPOUT[0]), nn.Linear(*HIDDEN, dtype=torch.float32, device=device),
+            nn.ReLU(), nn.Dropout(DROPOUT[1]), nn.Linear(HIDDEN[-1], max(C, 1), dtype=torch.float32, device=device),
+        )  # fmt: skip
+        positives = labels[data.train].sum(dim=0).float()
+        heavier = ((len(data.train) - positives) / positives.clamp_min(1)).clamp(1 / MOST_WEIGHT, MOST_WEIGHT)
+        kind = torch.optim.SparseAdam if first.is_sparse else torch.optim.Adam
+        optimizers = [kind([first.weight], lr=1e-3), torch.optim.Adam([first.bias, *rest.parameters()], lr=1e-3)]
+        for _ in range(epochs if C else 0):
+            order = torch.randperm(len(data.train), device="cpu").to(device)
+            for batch in torch.split(data.train[order], batch_size):
+                logits = rest(first(data.matrix(batch)))[:, :C]
+                loss = binary_cross_entropy_with_logits(logits, labels[batch].float(), pos_weight=heavier)
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                for optimizer in optimizers:
+                    optimizer.step()  # type: ignore[no-untyped-call]
+    rest.eval()
+
+    @torch.no_grad()
+    def logits_of(x: _Matrix) -> Tensor:
+        logits: Tensor = rest(first(x))[:, :C]
+        return logits
+
+    found = torch.zeros(len(labels), C, dtype=torch.float32, device=device)
+    for some in torch.split(torch.arange(len(labels), device=device), 4096):
+        found[some] = logits_of(data.matrix(some))
+    return data.judge(lambda rows, some: found[rows, some], lambda given: logits_of(data.matrix(None, given)))
+
+
+class _Matrix:
+    """Features of some samples, dense, or those of a code that the training part knows; times a matrix."""
+
+    def __init__(self, dense: Tensor | None, values: Tensor | None = None, indices: Tensor | None = None) -> None:
+        self.dense, self.values, self.indices = dense, values, indices
+        self._turned: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def times(self, weight: Tensor, sparse: bool = False) -> Tensor:
+        """[n, columns] of weight [width, columns]; with gradients of the rows that are used alone."""
+        if self.dense is not None:
+            return self.dense @ weight
+        if weight.shape[1] == 0:
+            return weight.new_zeros(len(self.indices), 0)  # type: ignore[arg-type]
+        found: Tensor = embedding_bag(self.indices, weight, per_sample_weights=self.values, mode="sum", sparse=sparse)  # type: ignore[arg-type]
+        return found
+
+    def turned_times(self, grad: Tensor) -> Tensor:
+        """The transpose, times [n, columns]."""
+        if self.dense is not None:
+            return self.dense.T @ grad
+        assert self._turned is not None
+        offsets, samples, values = self._turned
+        return embedding_bag(samples, grad, offsets, per_sample_weights=values, mode="sum", include_last_offset=True)
+
+    def turn(self, width: int) -> None:
+        """Make ready for `turned_times`."""
+        if self.values is not None and self.indices is not None:
+            entries = by_latent((self.values, self.indices), width)
+            self._turned = entries.offsets, entries.samples.long(), entries.values
+
+
+class _Data:
+    """Features and labels, split, and how features are scaled."""
+
+    def __init__(
+        self,
+        features: Features,
+        labels: Tensor,
+        n_latents: int | None,
+        test_share: float,
+        groups: Tensor | None,
+        seed: int,
+    ) -> None:
+        self.is_dense = isinstance(features, Tensor)
+        self.features, self.labels = features, labels
+        if isinstance(features, Tensor):
+            if features.dim() != 2 or not features.is_floating_point():
+                raise ValueError(f"features must be [N, D], got {features.dtype} {list(features.shape)}")
+            N = len(features)
+        else:
+            if n_latents is None:
+                raise ValueError("n_latents must be given where features are a sparse code, got None")
+            check_code(features, n_latents, "features")
+            N = len(features[0])
+        check_labels(labels, N)
+        if not 0 < test_share < 1:
+            raise ValueError(f"test_share must be between 0 and 1, got {test_share}")
+        part = split_samples(N, (1 - test_share, test_share), groups, seed).to(labels.device)
+        self.train, self.test = ((part == p).nonzero()[:, 0] for p in (0, 1))
+        self.place = torch.zeros(0, dtype=torch.int64, device=labels.device)
+        if isinstance(features, Tensor):
+            self.width = features.shape[1]
+            total = torch.zeros(self.width, dtype=torch.float64, device=labels.device)
+            for rows in parts(len(self.train), 16 * self.width):
+                total += features[self.train[rows]].double().sum(dim=0)
+            self.mean = total / max(len(self.train), 1)
+        else:
+            values, indices = features
+            fires = torch.zeros(int(n_latents or 0), dtype=torch.bool, device=labels.device)
+            for rows in parts(len(self.train), 16 * values.shape[1]):
+                fires[indices[self.train[rows]][values[self.train[rows]] > 0].long()] = True
+            self.place = torch.where(fires, fires.long().cumsum(0) - 1, -1)  # dead in training: without a weight
+            self.width = int(fires.sum())
+            self.mean = torch.zeros((), dtype=torch.float64, device=labels.device)
+        squares, n = 0.0, 0
+        for rows in parts(len(self.train), 16 * self._row_width):
+            own = self._values(self.train[rows]).double() - self.mean
+            squares += float((own if self.is_dense else own.relu()).square().sum())
+            n += int(own.numel() if self.is_dense else (own > 0).sum())
+        self.scale = (squares / n) ** 0.5 if squares else 1.0
+        if not squares < float("inf"):
+            raise ValueError("features must be finite, got NaN or inf")
+
+    @property
+    def _row_width(self) -> int:
+        return int((self.features if isinstance(self.features, Tensor) else self.features[0]).shape[1])
+
+    def _values(self, rows: Tensor) -> Tensor:
+        return (self.features if isinstance(self.features, Tensor) else self.features[0])[rows]
+
+    def matrix(self, rows: Tensor | None, given: Features | None = None) -> _Matrix:
+        """Some samples, or all of other features."""
+        features = self.features if given is None else given
+        if isinstance(features, Tensor) != self.is_dense:
+            raise ValueError("features must be dense or sparse as those that the probe was fitted on")
+        at: Any = slice(None) if rows is None else rows
+        if isinstance(features, Tensor):
+            return _Matrix((features[at].float() - self.mean.float()) / self.scale)
+        values, indices = features[0][at].float().relu() / self.scale, self.place[features[1][at].long()]
+        matrix = _Matrix(None, values.masked_fill(indices < 0, 0), indices.clamp_min(0))
+        if self.width == 0:
+            return _Matrix(values.new_zeros(len(values), 0))
+        return matrix
+
+    def judge(self, logits: Callable[[Tensor, slice], Tensor], classify: Callable[[Features], Tensor]) -> Probe:
+        """By logits of (samples, concepts) in both parts."""
+        C, device = self.labels.shape[1], self.labels.device
+        ap, f1 = (torch.full((C,), torch.nan, dtype=torch.float64, device=device) for _ in range(2))
+        hits = predicted = carried = 0
+        for some in parts(C, 64 * max(len(self.train), len(self.test))):
+            truth = self.labels[self.test, some]
+            threshold = _best_threshold(logits(self.train, some), self.labels[self.train, some])
+            scores = logits(self.test, some)
+            ap[some] = average_precision(scores, truth)
+            chosen = scores >= threshold
+            both, either = (chosen & truth).sum(dim=0), chosen.sum(dim=0) + truth.sum(dim=0)
+            f1[some] = torch.where(truth.any(dim=0), 2 * both / either.clamp_min(1).double(), torch.nan)
+            hits, predicted, carried = hits + int(both.sum()), predicted + int(chosen.sum()), carried + int(truth.sum())
+        base = self.labels[self.test].sum(dim=0, dtype=torch.float64) / max(len(self.test), 1)
+        micro = 2 * hits / (predicted + carried) if carried else float("nan")
+        return Probe(ap, f1, base, micro, classify)
+
+
+class _FirstLayer(nn.Module):
+    """A linear layer whose gradient is sparse where its input is."""
+
+    def __init__(self, data: _Data) -> None:
+        super().__init__()
+        inputs = data.width if data.is_dense else min(data.width, data._row_width)
+        bound = max(inputs, 1) ** -0.5  # torch.nn.Linear's, for as many inputs as are on
+        shape, device = (data.width, HIDDEN[0]), data.labels.device
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(shape[1], dtype=torch.float32, device=device).uniform_(-bound, bound))
+        self.is_sparse = not data.is_dense and data.width > 0
+
+    def forward(self, x: _Matrix) -> Tensor:
+        return x.times(self.weight, sparse=self.is_sparse) + self.bias
+
+
+@torch.no_grad()
+def _logistic(x: _Matrix, width: int, y: Tensor, strength: float, steps: int) -> tuple[Tensor, Tensor]:
+    """Weights [width, C] and biases [C] of the regressions on y [n, C]."""
+    if strength <= 0 or steps < 1:
+        raise ValueError(f"strength must be > 0 and steps at least 1, got {strength} and {steps}")
+    n, C = y.shape
+    x.turn(width)
+    weight, bias = (torch.zeros(size, dtype=torch.float32, device=y.device) for size in ((width, C), (C,)))
+    if n == 0 or C == 0:
+        return weight, bias
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=steps,
+        history_size=HISTORY,
+        tolerance_grad=1e-6 / C,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        logits = x.times(weight) + bias
+        residual = (logits.sigmoid() - y) / n
+        weight.grad = x.turned_times(residual).add_(weight, alpha=1 / (strength * n))
+        bias.grad = residual.sum(dim=0)
+        loss = (softplus(logits) - logits * y).sum(dtype=torch.float64) / n
+        return loss + weight.double().square().sum() / (2 * strength * n)
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return weight, bias
+
+
+def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
+    """Area under precision by recall of each column, float64 [C]; nan without a positive. scores, truth bool [n, C].
+
+    sum over positives of the precision among all that score at least as high, / the positives: samples of equal scores
+    come together, so that constant scores earn the base rate.
+    """
+    positives, taken, hits, _ = _curve(scores, truth)
+    found = torch.where(truth.gather(0, taken[1]), hits / (taken[0] + 1), 0).sum(dim=0)
+    return torch.where(positives > 0, found / positives.clamp_min(1), torch.nan)
+
+
+def _best_threshold(scores: Tensor, truth: Tensor) -> Tensor:
+    """The score of each column from which on F1 is best, the highest of several; infinite without a positive."""
+    if len(scores) == 0:
+        return torch.full((scores.shape[1],), torch.inf, dtype=scores.dtype, device=scores.device)
+    positives, taken, hits, ordered = _curve(scores, truth)
+    best = (2 * hits / (taken[0] + 1 + positives)).argmax(dim=0, keepdim=True)
+    return torch.where(positives > 0, ordered.gather(0, best)[0], torch.inf)
+
+
+def _curve(scores: Tensor, truth: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+    """Positives [C]; and with the scores of each column falling: (the last place of equal scores, the sample), the
+    positives up to there, float64, and the scores, each [n, C]."""
+    ordered, order = scores.sort(dim=0, descending=True, stable=True)
+    n = len(scores)
+    place = torch.arange(n, device=scores.device)[:, None].expand(scores.shape)
+    last = torch.ones_like(truth)
+    last[:-1] = ordered[1:] != ordered[:-1]
+    ends = torch.where(last, place, n).flip(0).cummin(dim=0).values.flip(0) if n else place
+    hits = truth.gather(0, order).cumsum(dim=0).double()
+    return truth.sum(dim=0), (ends, order), hits.gather(0, ends), ordered
+
+
+def _computed(key: str, fit: Callable[..., Probe]) -> Callable[[Given], dict[tuple[str, str, str], Probe]]:
+    def compute(given: Given) -> dict[tuple[str, str, str], Probe]:
+        """By (what, source, target): "raw" inputs and "latents" of a stream, and what one's code "recon"structs."""
+        labels, groups = given.labels, given.groups
+        assert labels is not None  # it is needed
+        inputs: InputsOnCPU = given.watched[key]
+        found = {}
+        for target in given.streams:
+            found["raw", target, target] = fit(inputs.stream(target), labels, groups=groups)
+            found["latents", target, target] = fit(given.single[target], labels, given.n_latents, groups=groups)
+            for source in given.streams:
+                rows = Decoded(given.model, given.single[source], source, target)
+                some = [rows[part].cpu().float() for part in parts(len(rows), 64 * rows.shape[1])]
+                decoded = torch.cat(some) if some else torch.zeros(rows.shape, dtype=torch.float32, device="cpu")
+                found["recon", source, target] = fit(decoded, labels, groups=groups)
+        return found
+
+    return compute
+
+
+def _mean(what: str, own: bool, field: str = "mean_average_precision") -> Callable[[Mapping[Any, Probe]], float]:
+    def value(found: Mapping[tuple[str, str, str], Probe]) -> float:
+        values = [getattr(p, field) for (kind, s, t), p in found.items() if kind == what and (s == t) is own]
+        return sum(values) / len(values) if values else float("nan")
+
+    return value
+
+
+def _detailed(key: str) -> Callable[[Mapping[tuple[str, str, str], Probe]], Mapping[str, Any]]:
+    def plain(value: float) -> float | None:
+        return value if value == value else None
+
+    def details(found: Mapping[tuple[str, str, str], Probe]) -> Mapping[str, Any]:
+        return {
+            key: {
+                f"{what} {source} -> {target}" if what == "recon" else f"{what} {target}": {
+                    "map": plain(one.mean_average_precision),
+                    "f1_macro": plain(one.f1_macro),
+                    "f1_micro": plain(one.f1_micro),
+                }
+                for (what, source, target), one in found.items()
+            }
+        }
+
+    return details
+
+
+def _rowed(section: str) -> Callable[[Mapping[str, Mapping[tuple[str, str, str], Probe]]], Iterator[Row]]:
+    of = {"raw": "the inputs of {t}", "latents": "the latents of {t}", "recon": "{t} as the {s} code reconstructs it"}
+
+    def rows(models: Mapping[str, Mapping[tuple[str, str, str], Probe]]) -> Iterator[Row]:
+        for what, s, t in next(iter(models.values())):
+            found = {name: by_features[what, s, t] for name, by_features in models.items()}
+            cells = {
+                name: f"{one.mean_average_precision:.3f} · {one.f1_macro:.3f} / {one.f1_micro:.3f}"
+                for name, one in found.items()
+            }
+            name = of[what].format(s=s, t=t)
+            yield Row(
+                name[:1].upper() + name[1:], f"mAP · macro / micro F1 of a probe on {name}.", "higher", cells, section
+            )
+
+    return rows
+
+
+def _scores(kind: str, key: str) -> tuple[Score, ...]:
+    means = (
+        ("latents", "latents", True, "latents"),
+        ("raw", "inputs", True, "raw"),
+        ("own reconstructions", "what a stream's own code reconstructs", True, "recon"),
+        ("cross reconstructions", "what another stream's code reconstructs", False, "recon"),
+    )
+    suffixes = ("latents", "raw", "recon", "cross_recon")
+    return tuple(
+        Score(
+            f"{key}_{suffix}",
+            f"{kind} probe on {name}, mAP",
+            f"Mean average precision over concepts of a {kind.lower() if kind != 'MLP' else kind} probe on {what}, on "
+            "samples that it was not fitted on.",
+            "neither" if suffix == "raw" else "higher",
+            ".3f",
+            _mean(which, own),
+        )
+        for (name, what, own, which), suffix in zip(means, suffixes, strict=True)
+    )
+
+
+def _work(sizes: Sizes) -> int:
+    """Features of one stream, decoded and scaled; a code by latent; logits; what fitting some concepts takes."""
+    return 16 * sizes.N * sizes.D + 32 * sizes.N * sizes.k + 13 * sizes.N * sizes.C + 24 * chunks.CHUNK_BYTES
+
+
+LINEAR_PROBES = Metric(
+    "linear_probes",
+    "Linear probes for all concepts on inputs, latents, and reconstructions from own and other codes, held out.",
+    _computed("linear_probes", linear_probe),
+    _scores("Linear", "linear_probe"),
+    needs=frozenset({"single", "labels"}),
+    watch=InputsOnCPU,
+    details=_detailed("linear_probes"),
+    rows=_rowed("Linear probes"),
+    kept=bytes_of_inputs,
+    work=_work,
+)
+
+MLP_PROBES = Metric(
+    "mlp_probes",
+    "The same by the SPARC code's probe, an MLP of two hidden layers.",
+    _computed("mlp_probes", mlp_probe),
+    _scores("MLP", "mlp_probe"),
+    needs=frozenset({"single", "labels"}),
+    watch=InputsOnCPU,
+    details=_detailed("mlp_probes"),
+    rows=_rowed("MLP probes"),
+    kept=bytes_of_inputs,
+    work=lambda sizes: _work(sizes) + 4 * 4 * HIDDEN[0] * sizes.L,
+)

@@ -1,0 +1,147 @@
+"""Retrieval of inputs by reconstructions: the SPARC paper's SelfRecon and CrossReconRecall beside `retrieval`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparc_fast.codes import SparseLatents
+
+from .codes import StreamCode
+from .kept_inputs import InputsOnDevice, bytes_of_inputs
+from .registry import Given, Metric, Row, Score, Sizes
+from .retrieval import LONG, Retrieval, drawn_retrieval, retrieval_scores, retrieval_seconds
+
+if TYPE_CHECKING:
+    from sparc_fast.model import SPARC
+
+__all__ = ["RETRIEVAL_BY_RECONSTRUCTION", "Decoded"]
+
+
+class Decoded:
+    """A stream as another's code reconstructs it, [N, D]: a `RowSource` of which nothing is kept."""
+
+    def __init__(self, model: SPARC, code: StreamCode, source: str, target: str) -> None:
+        self.model, self.code, self.source, self.target = model, code, source, target
+        self.shape = torch.Size([len(code[0]), model.d_streams[target]])
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.W_dec.device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @torch.no_grad()
+    def __getitem__(self, rows: Tensor | slice, /) -> Tensor:
+        """Some rows, decoded now."""
+        rows = rows if isinstance(rows, slice) else rows.to(self.code[0].device)
+        values, indices = (part[rows].to(self.device) for part in self.code)
+        some = SparseLatents(values[:, None], indices, (self.source,), self.model.n_latents)
+        return self.model.decode(some, self.source, self.target)
+
+
+def _compute(given: Given) -> dict[tuple[str, str], Retrieval]:
+    """By (source, target): the stream whose code is decoded, and the one that is reconstructed and looked for."""
+    inputs: InputsOnDevice = given.watched["retrieval_by_reconstruction"]
+    found = {}
+    for target in given.streams:
+        candidates = inputs.stream(target)
+        queries = [Decoded(given.model, given.single[source], source, target) for source in given.streams]
+        seconds = sum(retrieval_seconds(one, candidates) for one in queries) * len(given.streams)
+        if target == given.streams[0] and candidates.device.type == "cpu" and seconds > LONG:
+            n, times = given.n_samples, len(queries) ** 2
+            words = f"retrieval by reconstruction compares {n:,} rows with as many, {times} times"
+            given.say(f"{words}: about {seconds:,.0f} seconds")
+        for one in queries:
+            found[one.source, target] = retrieval_scores(one, candidates, groups=given.groups)
+    return {(s, t): found[s, t] for s in given.streams for t in given.streams}
+
+
+def _mean(field: str, own: bool) -> Callable[[Mapping[tuple[str, str], Retrieval]], float]:
+    def value(found: Mapping[tuple[str, str], Retrieval]) -> float:
+        values = [getattr(one, field) for (source, target), one in found.items() if (source == target) is own]
+        return sum(values) / len(values) if values else math.nan
+
+    return value
+
+
+def _resample(given: Given, found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Tensor]:
+    assert given.resampling is not None
+    own, cross = (
+        drawn_retrieval({pair: one for pair, one in found.items() if (pair[0] == pair[1]) is same}, given.resampling)
+        for same in (True, False)
+    )
+    drawn = {"self_recon_r1": own.get("r1"), "cross_recon_r1": cross.get("r1"), "cross_recon_mrr": cross.get("mrr")}
+    return {key: values for key, values in drawn.items() if values is not None}
+
+
+def _details(found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Any]:
+    def plain(one: Retrieval) -> dict[str, float | None]:
+        figures = {key: getattr(one, key) for key in ("n", "r1", "r5", "r10", "median_rank", "mrr", "n_candidates")}
+        return {key: value if math.isfinite(value) else None for key, value in figures.items()}
+
+    return {"retrieval_by_reconstruction": {f"{s} -> {t}": plain(one) for (s, t), one in found.items()}}
+
+
+def _rows(models: Mapping[str, Mapping[tuple[str, str], Retrieval]]) -> Iterator[Row]:
+    for (source, target), first in next(iter(models.values())).items():
+        cells = {}
+        for name, found in models.items():
+            r = found[source, target]
+            cells[name] = f"{r.r1:.3f} / {r.r5:.3f} / {r.r10:.3f} · {r.median_rank:.0f} · {r.mrr:.3f}"
+        meaning = (
+            f"R@1 / R@5 / R@10 · median rank · MRR of finding a sample's {target} input by what its {source} code "
+            f"reconstructs of it, among {first.n_candidates} inputs."
+        )
+        yield Row(f"{source} → {target}", meaning, "higher", cells, "Retrieval of inputs by reconstructions")
+
+
+def _work(sizes: Sizes) -> int:
+    """What is compared at a time."""
+    return 80 * sizes.N + 2**27
+
+
+RETRIEVAL_BY_RECONSTRUCTION = Metric(
+    "retrieval_by_reconstruction",
+    "Finding a sample's input among all inputs of a stream by its reconstruction, from its own code or another's.",
+    _compute,
+    (
+        Score(
+            "self_recon_r1",
+            "Retrieval of inputs by own reconstruction, R@1",
+            "How often a reconstruction is nearest to the input that it is of (the SPARC paper's SelfRecon).",
+            "higher",
+            ".3f",
+            _mean("r1", own=True),
+        ),
+        Score(
+            "cross_recon_r1",
+            "Retrieval of inputs by cross reconstruction, R@1",
+            "How often what another stream's code reconstructs is nearest to the input of the same sample (the SPARC "
+            "paper's CrossReconRecall).",
+            "higher",
+            ".3f",
+            _mean("r1", own=False),
+        ),
+        Score(
+            "cross_recon_mrr",
+            "Retrieval of inputs by cross reconstruction, MRR",
+            "Mean of 1 / rank.",
+            "higher",
+            ".3f",
+            _mean("mrr", own=False),
+        ),
+    ),
+    needs=frozenset({"single"}),
+    watch=InputsOnDevice,
+    resample=_resample,
+    details=_details,
+    rows=_rows,
+    kept=bytes_of_inputs,
+    work=_work,
+)

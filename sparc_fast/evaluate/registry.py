@@ -1,0 +1,208 @@
+"""Metrics by name: what each needs, how it is computed, and the numbers and rows that it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from sparc_fast.codes import SparseLatents
+
+from .codes import Codes, firing_counts
+
+if TYPE_CHECKING:
+    from sparc_fast.model import SPARC
+
+    from .resampling import Resampling
+
+__all__ = ["Batch", "Better", "Given", "Metric", "Need", "Row", "Score", "Sizes", "Watch", "choose"]
+
+Better = Literal["higher", "lower", "neither"]
+
+Need = Literal["single", "joint", "labels", "hierarchy", "inputs", "train"]
+"""What a metric is computed from: codes of each stream encoded alone; of all encoded together; the concepts of each
+sample; their hierarchy; the samples themselves, once more (`Given.batches`); the training split (`Given.train`)."""
+
+ASKED_OF: Mapping[Need, str] = {"labels": "labels", "hierarchy": "a hierarchy", "train": "training samples"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of a metric: what it is called, means, and how it is written."""
+
+    key: str
+    name: str
+    meaning: str  # one sentence
+    better: Better
+    format: str
+    value: Callable[[Any], float | None]
+    """Of what the metric's `compute` returns; None or nan where it is undefined."""
+    highlight: bool = False  # also shown as a large figure at the top of a page
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison. A column is a model's name."""
+
+    name: str
+    meaning: str  # one sentence
+    better: Better
+    cells: dict[str, str]  # column -> what is written there; a dash where the metric is undefined
+    section: str = ""  # rows of one section stand together under its name
+    highlight: bool = False  # also shown as a large figure at the top of a page
+    key: str = ""  # of the score; "" where a cell holds several figures
+    values: dict[str, float | None] = field(default_factory=dict)  # column -> the score, None where it is undefined
+    intervals: dict[str, float | None] = field(default_factory=dict)  # column -> half the width of its 95 % interval
+
+
+class Sizes(NamedTuple):
+    """Of an evaluation: samples, streams, latents on, latents, labels, all widths together, and resamplings."""
+
+    N: int
+    S: int
+    k: int
+    L: int
+    C: int
+    D: int
+    B: int
+
+
+@dataclass(eq=False)
+class Batch:
+    """Some samples as they pass, on the model's device; encoded and decoded when that is first asked for."""
+
+    model: SPARC
+    inputs: dict[str, Tensor]
+    """Of each stream, [n, D_s]."""
+    rows: slice
+    """Their places among the samples that are evaluated."""
+    weights: Tensor | None = None
+    """float32 [n, B]: how often each is drawn in each of B resamplings; None without."""
+
+    @cached_property
+    def alone(self) -> dict[str, SparseLatents]:
+        """The codes of each stream encoded by itself."""
+        return {name: self.model.encode({name: x}) for name, x in self.inputs.items()}
+
+    @cached_property
+    def together(self) -> SparseLatents:
+        """The codes of all streams encoded together."""
+        return self.model.encode(self.inputs)
+
+    @cached_property
+    def truth(self) -> dict[str, Tensor]:
+        """The inputs in the units of reconstructions."""
+        return self.model.normalized(self.inputs)
+
+    def decoded(self, source: str, target: str) -> Tensor:
+        """A stream as another's code, encoded alone, reconstructs it, [n, D_target]; computed anew each time."""
+        return self.model.decode(self.alone[source], source=source, target=target)
+
+
+class Watch(Protocol):
+    """What looks at each batch as it passes, in order."""
+
+    def see(self, batch: Batch) -> object: ...
+
+
+@dataclass(eq=False)
+class Given:
+    """What metrics are computed from, on the CPU; what none of those chosen needs is not there."""
+
+    model: SPARC
+    n_samples: int
+    batches: Callable[[], Iterator[Batch]]
+    """All samples once more, a batch at a time: each call reads and encodes anew."""
+    single: Codes = field(default_factory=dict)
+    joint: Codes = field(default_factory=dict)
+    labels: Tensor | None = None
+    """bool [N, C]"""
+    groups: Tensor | None = None
+    """int64 [N]"""
+    hierarchy: Any = None
+    train: Given | None = None
+    """The training split, with what the metrics need of it; its own `train` is None."""
+    resampling: Resampling | None = None
+    watched: dict[str, Any] = field(default_factory=dict)
+    """By the metric's key, what its `watch` made, when all batches have passed."""
+    say: Callable[[str], object] = print
+    """Takes a sentence for the user, such as that this will be long."""
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return tuple(self.model.streams)
+
+    @property
+    def n_latents(self) -> int:
+        return self.model.n_latents
+
+    @cached_property
+    def fired(self) -> Tensor:
+        """How many samples fire each latent in each stream encoded alone, int64 [S, L]."""
+        return torch.stack([firing_counts(code, self.n_latents) for code in self.single.values()])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: it costs nothing where it is not asked for.
+
+    To make one of your own: `Metric("mine", "What it tells.", compute, needs={"single"})`, given to
+    `evaluate(..., metrics=("agreement", mine))`. A variant of one that is there is `dataclasses.replace` of it.
+    """
+
+    key: str
+    meaning: str  # one sentence
+    compute: Callable[[Given], Any]
+    """The result, with tensors on the CPU; None where it is undefined."""
+    scores: tuple[Score, ...] = ()
+    needs: frozenset[Need] = frozenset()
+    default: bool = False  # whether `evaluate` computes it unasked; what it needs may then be missing
+    watch: Callable[[Given], Watch] | None = None
+    """Sees all samples as they pass, once, so that it need not hold them; is told of no codes and no results."""
+    resample: Callable[[Given, Any], Mapping[str, Tensor]] | None = None
+    """Score's key -> its value in each resampling of the samples, float64 [B]."""
+    details: Callable[[Any], Mapping[str, Any]] | None = None
+    """More than scores for the JSON, plain."""
+    rows: Callable[[Mapping[str, Any]], Iterable[Row]] | None = None
+    """More rows of a table, of each model's result, each in a section of its own."""
+    kept: Callable[[Sizes], int] | None = None
+    """Bytes that `watch` holds."""
+    work: Callable[[Sizes], int] | None = None
+    """Bytes that `compute` takes beside what is given."""
+
+
+def choose(
+    metrics: Sequence[str | Metric] | None, known: Sequence[Metric], there: Mapping[Need, bool]
+) -> tuple[Metric, ...]:
+    """The metrics of these names, each once; by default the default ones; "all": those whose needs are there.
+
+    Raises:
+        ValueError: a name that nobody has, with those that are near; or one whose needs are not `there`.
+    """
+    if metrics is None:
+        return tuple(metric for metric in known if metric.default)
+    if metrics == "all":
+        return tuple(metric for metric in known if all(there.get(need, True) for need in metric.needs))
+    if isinstance(metrics, str):
+        raise ValueError(f"metrics must be a sequence of names, such as ({metrics!r},), got the text {metrics!r}")
+    by_key = {metric.key: metric for metric in known}
+    chosen: dict[str, Metric] = {}
+    for asked in metrics:
+        if not isinstance(asked, Metric):
+            if asked not in by_key:
+                near = get_close_matches(str(asked), by_key, cutoff=0.4)
+                hint = f" (near: {', '.join(near)})" if near else ""
+                raise ValueError(f"metrics must be of {', '.join(by_key)}, got {asked!r}{hint}")
+            asked = by_key[asked]
+        for need in get_args(Need):
+            if need in asked.needs and not there.get(need, True):
+                raise ValueError(f"metric {asked.key!r} must be given {ASKED_OF[need]}, got none")
+        if asked.key in chosen and chosen[asked.key] is not asked:
+            raise ValueError(f"metrics must have keys of their own, got two of {asked.key!r}")
+        chosen[asked.key] = asked
+    return tuple(chosen.values())

@@ -1,0 +1,95 @@
+"""Supports of as many latents as a sample has, from each sample's best latents and their scores.
+
+Each sample's `m` best latents are found by `global_topk`, and twice as many again for samples of which all that were
+found are in the support, until none might have more. The result is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+Operator = Callable[..., Tensor]
+
+
+def batch_topk(
+    global_topk: Operator, support_scores: Operator, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor,
+    k: int, screening: str = "auto",
+) -> Tensor:  # fmt: skip
+    """`reference.batch_topk` of a backend's other operators."""
+    best = _Best(global_topk, support_scores, (W_enc, pre_bias, latent_bias), screening)
+    indices, scores = best.reaching(x, 2 * k, lambda found: kth_largest(found, k * len(x)))
+    return ragged(indices, largest(scores, k * len(x)))
+
+
+def latents_above(
+    global_topk: Operator, support_scores: Operator, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor,
+    threshold: float, k: int, screening: str = "auto",
+) -> Tensor:  # fmt: skip
+    """`reference.latents_above` of a backend's other operators."""
+    best = _Best(global_topk, support_scores, (W_enc, pre_bias, latent_bias), screening)
+    indices, scores = best.reaching(x, 2 * k, lambda _: threshold)
+    return ragged(indices, scores > threshold)
+
+
+class _Best:
+    """A sample's best latents and their scores."""
+
+    def __init__(
+        self, global_topk: Operator, support_scores: Operator, encoder: tuple[Tensor, Tensor, Tensor], screening: str
+    ) -> None:
+        self.global_topk, self.support_scores, self.encoder, self.screening = (
+            global_topk, support_scores, encoder, screening,
+        )  # fmt: skip
+        self.L = len(encoder[0])
+
+    def __call__(self, x: Tensor, m: int) -> tuple[Tensor, Tensor]:
+        indices = self.global_topk(x, *self.encoder, m, self.screening)
+        return indices, self.support_scores(x, *self.encoder, indices)
+
+    def reaching(self, x: Tensor, m: int, bound: Callable[[Tensor], Any]) -> tuple[Tensor, Tensor]:
+        """[N, W]: of each sample all latents that reach the bound that the scores found so far set, and others.
+
+        -1 of score -inf where a sample has fewer than others.
+        """
+        m = min(m, self.L)
+        indices, scores = self(x, m)
+        rows = torch.arange(len(x), device=x.device)
+        while m < self.L:
+            smallest = scores[rows].where(indices[rows] >= 0, torch.inf).amin(1)
+            rows = rows[smallest >= bound(scores)]  # all that were found reach it, and more may
+            if not len(rows):
+                break
+            wider = min(2 * m, self.L) - indices.shape[1]
+            m += wider
+            indices, scores = pad(indices, (0, wider), value=-1), pad(scores, (0, wider), value=-torch.inf)
+            indices[rows], scores[rows] = self(x[rows], m)
+        return indices, scores
+
+
+def kth_largest(scores: Tensor, k: int) -> Tensor:
+    """Of all of them, [N, W]; inf of none."""
+    if k == 0:
+        return scores.new_tensor(torch.inf)
+    return scores.flatten().kthvalue(scores.numel() - k + 1).values
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """bool [N, W]: so many of the largest, of equal ones those of earlier samples, then of lower latents."""
+    last = kth_largest(scores, count)
+    larger, equal = scores > last, scores == last
+    before = equal.flatten().cumsum(0).view_as(equal)
+    return larger | (equal & (before <= count - larger.sum()))
+
+
+def ragged(indices: Tensor, chosen: Tensor) -> Tensor:
+    """The support of what was chosen, as wide as the largest, one slot at least: -1 behind latents of others."""
+    width = max(1, int(chosen.sum(1).max())) if len(chosen) else 1
+    support = indices.new_full((len(indices), width), -1)
+    samples, slots = chosen.nonzero(as_tuple=True)
+    support[samples, chosen.cumsum(1)[samples, slots] - 1] = indices[samples, slots]
+    return support

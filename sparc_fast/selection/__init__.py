@@ -1,0 +1,48 @@
+"""Which latents fire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from sparc_fast.batch import Batch
+from sparc_fast.ops import functional
+from sparc_fast.ops.backends import Backend
+
+from .batch_topk import Thresholds
+
+__all__ = ["RULES", "Selection", "Thresholds", "select"]
+
+Selection = Literal["global", "local", "batch"]
+RULES: tuple[Selection, ...] = get_args(Selection)
+
+
+def select(
+    rule: Selection,
+    batch: Batch,
+    k: int,
+    *,
+    support_from: Sequence[str] | None = None,
+    thresholds: Thresholds | None = None,
+    backend: str | Backend = "auto",
+) -> Tensor:
+    """The support of a batch; reads no decoder row.
+
+    Of all its streams, [N, k], under "global", of each stream, [N, S, k], under "local". Under "batch" [N, W], -1 where
+    a sample has fewer than others: the largest scores of the batch, or, given `thresholds`, those above.
+    Streams that `support_from` leaves out have no say, but under "local".
+    """
+    if support_from is not None:
+        if rule == "local":
+            raise ValueError("support_from must be None under local selection: each stream chooses its own")
+        batch = batch.of_streams(support_from)
+    operands = (batch.x, batch.W_enc, batch.pre_bias, batch.latent_bias)
+    if rule == "batch":
+        if thresholds is None:
+            return functional.batch_topk(*operands, k, backend=backend)
+        return functional.latents_above(*operands, thresholds.of(batch.streams), k=k, backend=backend)
+    if rule == "global":
+        return functional.global_topk(*operands, k, backend=backend)
+    return functional.local_topk(*operands, k, d_streams=batch.d_streams, backend=backend)

@@ -1,0 +1,99 @@
+"""BatchTopK: k latents a sample on average, where the batch has them (Bussmann et al., arXiv 2412.06410).
+
+In training the k N largest scores of a batch of N samples fire, whosesoever they are. Where it is used, a sample must
+not depend on others, so outside training latents fire whose score is above a threshold, learned as the smallest that
+fires. A score is a sum over the streams that choose: every set of streams has a threshold of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from sparc_fast.batch import Batch
+from sparc_fast.ops import backends, functional
+
+MOST_STREAMS = 8  # 255 sets of them
+MEASURED = 64  # samples of a batch from which a threshold is learned
+EVERY = 4  # steps that a threshold is learned once in
+REMEMBERED = 4  # times that a threshold was learned, over which it is a mean, about
+
+
+class Thresholds:
+    """What is stored with the model: of each set of its streams a threshold, and how often it was learned."""
+
+    def __init__(self, values: Tensor, counts: Tensor, streams: Sequence[str]) -> None:
+        self.values, self.counts, self.streams = values, counts, tuple(streams)
+
+    @staticmethod
+    def empty(n_streams: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+        """float32 [2^S], NaN, and int64 [2^S], 0; the place of a set of streams has their bits."""
+        if n_streams > MOST_STREAMS:
+            raise ValueError(f'selection must not be "batch" with more than {MOST_STREAMS} streams, got {n_streams}')
+        values = torch.full((2**n_streams,), torch.nan, dtype=torch.float32, device=device)
+        return values, torch.zeros(2**n_streams, dtype=torch.int64, device=device)
+
+    def of(self, streams: Sequence[str]) -> float:
+        """The threshold where these streams choose together.
+
+        Raises:
+            ValueError: it was never learned.
+        """
+        value = float(self.values[self._place(streams)])
+        if math.isnan(value):
+            raise ValueError(
+                f"the model must know a threshold for the streams {tuple(streams)} to be used outside training: "
+                "training or model.learn_thresholds(inputs) learns those of all sets of the streams it is given"
+            )
+        return value
+
+    def learn(self, batch: Batch, k: int, backend: str) -> None:
+        """First for every set of the batch's streams, then, in one of some steps, for that learned the fewest times."""
+        sets = list(_sets(batch.streams))
+        counts = self.counts[[self._place(some) for some in sets]]
+        self.counts[0] += 1  # the place of no stream counts the steps
+        if not counts.all():
+            self.learn_all(batch, k, backend)
+        elif int(self.counts[0]) % EVERY == 0:
+            self._learn(batch.of_streams(sets[int(counts.argmin())]), k, backend)
+
+    def learn_all(self, batch: Batch, k: int, backend: str) -> None:
+        """Once more for every set of the batch's streams."""
+        for some in _sets(batch.streams):
+            self._learn(batch.of_streams(some), k, backend)
+
+    def take_over(self, other: Thresholds) -> None:
+        """Those of the sets of streams that both know."""
+        for some in _sets([name for name in self.streams if name in other.streams]):
+            at, there = self._place(some), other._place(some)
+            self.values[at], self.counts[at] = other.values[there], other.counts[there]
+
+    @torch.no_grad()
+    def _learn(self, batch: Batch, k: int, backend: str) -> None:
+        if not len(batch.x):
+            return
+        found, at = _smallest_that_fires(batch, k, backend).to(self.values), self._place(batch.streams)
+        self.counts[at] += 1
+        before = torch.where(self.counts[at] == 1, found, self.values[at])
+        self.values[at] = before + (found - before) / self.counts[at].clamp(max=REMEMBERED)
+
+    def _place(self, streams: Sequence[str]) -> int:
+        return sum(1 << self.streams.index(name) for name in streams)
+
+
+def _sets(streams: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """All of the streams, then each by itself, then the others, which are asked for least."""
+    sizes = dict.fromkeys((len(streams), 1, *range(2, len(streams)))) if streams else ()
+    return (some for size in sizes for some in combinations(streams, size))
+
+
+def _smallest_that_fires(batch: Batch, k: int, backend: str) -> Tensor:
+    """In some samples of a batch; 0 where it is negative, for what fires then has no value."""
+    operands = batch.x[:MEASURED], batch.W_enc, batch.pre_bias, batch.latent_bias
+    support = functional.batch_topk(*operands, k, backend=backend)
+    scores = backends.resolve(backend, batch.x.device).support_scores(*operands, support.clamp(min=0))
+    return scores.masked_fill(support < 0, torch.inf).amin().clamp(min=0)

@@ -1,0 +1,83 @@
+"""Processes of torch.distributed that run one function after another, each on all of them; a hang is a failure."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+class Ranks:
+    """P processes over gloo; ``ranks(function, *arguments)`` gives what the function returned in each."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self._stacks = n, Path(tempfile.mkdtemp())
+        context = mp.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(n):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, n, str(self._stacks), there), daemon=True)
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        end, results = time.monotonic() + timeout, {}
+        while len(results) < self.n and time.monotonic() < end:
+            for rank, pipe in enumerate(self._pipes):
+                if rank not in results and pipe.poll(0.01):
+                    results[rank] = pipe.recv()
+                    if results[rank][0]:  # the others may wait for it
+                        end = min(end, time.monotonic() + 10)
+        failed = "\n".join(f"rank {rank}: {error}" for rank, (error, _) in results.items() if error)
+        if len(results) < self.n:
+            late = [rank for rank in range(self.n) if rank not in results]
+            words = f"ranks {late} have not returned from {function.__name__}\n{failed}\n{self.stacks()}"
+            self.close()
+            raise AssertionError(words)
+        if failed:
+            raise AssertionError(failed)
+        return [results[rank][1] for rank in range(self.n)]
+
+    def stacks(self) -> str:
+        """Where every rank stands."""
+        for process in self._processes:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1)
+        return "\n".join(f"rank {path.name}:\n{path.read_text()}" for path in sorted(self._stacks.glob("[0-9]*")))
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, n: int, folder: str, pipe: Connection) -> None:
+    faulthandler.register(signal.SIGUSR1, (Path(folder) / str(rank)).open("w"), all_threads=True)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=n)
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("", function(*arguments)))
+        except Exception:
+            pipe.send((traceback.format_exc(), None))

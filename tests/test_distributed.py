@@ -1,0 +1,520 @@
+"""Latents shared between processes: the supports of one process bit for bit, its sums to rounding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import sparc_fast as sf
+from sparc_fast.distributed import shard
+from sparc_fast.distributed.bytes import exchanged_bytes
+from sparc_fast.selection import select
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
+]
+WIDTHS = {"a": 16, "b": 7}
+D = sum(WIDTHS.values())
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    processes = Ranks(request.param)
+    yield processes
+    processes.close()
+
+
+def here() -> tuple[int, int]:
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def own(x: Any, uneven: bool = False) -> Any:
+    """This rank's rows: as evenly as can be, or the last rank none and the first all that is left."""
+    rank, n = here()
+    if isinstance(x, dict):
+        return {name: own(part, uneven) for name, part in x.items()}
+    if uneven and n > 1:
+        few = len(x) // (2 * n)
+        sizes = [len(x) - few * (n - 2), *[few] * (n - 2), 0]
+        return x.split(sizes)[rank]
+    return x.tensor_split(n)[rank]
+
+
+def model_of(seed: int = 0, n_latents: int = 50, k: int = 4, **options: Any) -> sf.SPARC:
+    torch.manual_seed(seed)
+    model = sf.SPARC(WIDTHS, n_latents, k, **options)
+    with torch.no_grad():
+        model.latent_bias.uniform_(-0.1, 0.1)
+        model.pre_bias.uniform_(-0.1, 0.1)
+    return model
+
+
+def samples(n: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def hard_model(case: str) -> tuple[sf.SPARC, Tensor]:
+    """(a model, samples) of which the support is hard to tell."""
+    x = samples(13)
+    if case == "random":
+        return model_of(), x
+    if case == "float64":
+        return model_of(dtype=torch.float64), x.double()
+    if case == "bfloat16":
+        return model_of(dtype=torch.bfloat16), x.bfloat16()
+    if case == "local":
+        return model_of(selection="local"), x
+    if case == "k above a share":
+        return model_of(n_latents=13, k=11), x
+    if case == "all latents":
+        return model_of(n_latents=10, k=10), x
+    model = model_of()
+    with torch.no_grad():
+        if case == "all equal":  # equal scores go to the lower latent, on whatever rank
+            model.W_enc.copy_(model.W_enc[:1].expand_as(model.W_enc))
+            model.latent_bias.zero_()
+        elif case == "two values":
+            model.W_enc.copy_(model.W_enc[torch.arange(50) % 2])
+            model.latent_bias.zero_()
+        elif case == "all winners on one rank":
+            model.latent_bias[:, -5:] += 100
+        elif case == "infinities":
+            model.latent_bias[:, ::3] = torch.inf
+            model.latent_bias[:, 1::3] = -torch.inf
+        elif case == "NaN rows":
+            model.check_finite = False
+            x[3], x[7, 2] = torch.nan, torch.nan
+    return model, x
+
+
+CASES = [
+    "random", "float64", "bfloat16", "local", "k above a share", "all latents", "all equal", "two values",
+    "all winners on one rank", "infinities", "NaN rows",
+]  # fmt: skip
+
+
+def supports_differ(case: str, uneven: bool) -> int:
+    whole, x = hard_model(case)
+    sharded = shard(whole)
+    given = sharded._batch(own(x, uneven))
+    assert torch.equal(given.x.view(torch.uint8), x.to(given.x.dtype).view(torch.uint8))
+    expected = select(whole.selection, whole._batch(x), whole.k)
+    found = select(sharded.selection, given, whole.k, backend=sharded._shards.backend("auto", x.device))
+    rows = sharded._shards.rows(whole.n_latents)
+    mine = torch.where((expected >= rows.start) & (expected < rows.stop), expected - rows.start, -1)
+    compact = sharded._shards.compact(found)
+    assert torch.equal(compact[compact >= 0], found[found >= 0])
+    return int((found != mine).sum())
+
+
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+@pytest.mark.parametrize("case", CASES)
+def test_supports_are_those_of_one_process_bit_for_bit(ranks: Ranks, case: str, uneven: bool) -> None:
+    assert ranks(supports_differ, case, uneven) == [0] * ranks.n
+
+
+def draws_differ() -> bool:
+    torch.manual_seed(5)
+    whole = sf.SPARC(WIDTHS, 50, 4)
+    torch.manual_seed(5)
+    mine = shard(sf.SPARC(WIDTHS, 50, 4, device="meta"))
+    rows = mine._shards.rows(50)
+    same = [torch.equal(getattr(mine, name), getattr(whole, name)[rows]) for name in ("W_enc", "W_dec", "silence")]
+    return (
+        all(same) and torch.equal(mine.latent_bias, whole.latent_bias[:, rows]) and mine.pre_bias.device.type == "cpu"
+    )
+
+
+def test_a_model_without_weights_draws_those_of_one_process(ranks: Ranks) -> None:
+    assert all(ranks(draws_differ))
+
+
+def training_model(**options: Any) -> sf.SPARC:
+    settings = {"n_latents": 50, "k": 4, "auxk": 6, "dead_after": 60, "dtype": torch.float64, **options}
+    model = model_of(**settings)
+    with torch.no_grad():
+        model.latent_bias[:, ::3] -= 0.9  # some die
+    return model
+
+
+def weights_of(model: sf.SPARC) -> dict[str, Tensor]:
+    """Whole, on every rank."""
+    mine = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    if model._shards.is_whole:
+        return mine
+    found = []
+    for part in gathered(mine):
+        found.append(part)
+    dims = {"W_enc": 0, "W_dec": 0, "silence": 0, "latent_bias": 1}
+    return {
+        name: torch.cat([part[name] for part in found], dim=dims[name]) if name in dims else mine[name] for name in mine
+    }
+
+
+def gathered(mine: Any) -> list[Any]:
+    found = [None] * here()[1]
+    torch.distributed.all_gather_object(found, mine)
+    return found
+
+
+def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def train_beside(options: dict[str, Any], of_optimizer: dict[str, Any], of_step: dict[str, Any], steps: int) -> Any:
+    """(how far losses and weights of ranks are from those of one process, how many latents were dead, AuxK steps)."""
+    options = dict(options)
+    dtype, absent, parts = options.get("dtype", torch.float64), of_step.pop("absent", False), of_step.pop("parts", 1)
+    whole = training_model(**options)
+    sharded = shard(training_model(**options))
+    optimizers = [sf.SparcAdam(model, 3e-3, **of_optimizer) for model in (whole, sharded)]
+    of_loss, with_auxk, most_dead = 0.0, 0, 0
+    for step in range(steps):
+        x = samples(17, seed=100 + step, dtype=dtype)
+        present = None
+        if absent:
+            present = torch.rand(17, 2, generator=torch.Generator().manual_seed(step)) < 0.6
+            present[:, 0] |= ~present.any(1)
+        most_dead = max(most_dead, int(whole.dead.sum()))
+        given = [(x, present), (own(x, step % 2 == 1), None if present is None else own(present, step % 2 == 1))]
+        if parts > 1:
+            given = [(x.tensor_split(parts), None), (own(x).tensor_split(parts), None)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sparc_fast.optim.sparc_adam._processes", lambda: 1)  # the whole model is this process's own
+            expected, found = (
+                optimizer.step(inputs, present=has, **of_step)
+                for optimizer, (inputs, has) in zip(optimizers, given, strict=True)
+            )
+        with_auxk += expected.auxk is not None
+        for one, other in zip(expected, found, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                of_loss = max(of_loss, float((one - other).abs().max()))
+    ends = weights_of(whole), weights_of(sharded)
+    assert torch.equal(ends[0]["silence"], ends[1]["silence"])
+    return of_loss, farthest(*ends), most_dead, with_auxk
+
+
+TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "global": ({}, {}, {}),
+    "local": ({"selection": "local"}, {}, {}),
+    "fvu": ({"loss": "fvu"}, {}, {}),
+    "replay": ({}, {"lazy": "replay"}, {}),
+    "clipped": ({}, {"max_grad_norm": 0.05}, {}),
+    "accumulated": ({}, {}, {"parts": 3}),
+    "accumulated and clipped": ({}, {"max_grad_norm": 0.05}, {"parts": 3}),
+    "one stream chooses": ({}, {}, {"support_from": ["b"]}),
+    "absent streams": ({}, {}, {"absent": True}),
+    "absent streams, local": ({"selection": "local"}, {}, {"absent": True}),
+    "frozen decoder": ({}, {"freeze": "decoder"}, {}),
+    "frozen stream": ({}, {"freeze": "a", "max_grad_norm": 0.05}, {}),
+    "no cross terms": ({}, {}, {"cross_loss_coef": 0.0}),
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_fifty_steps_are_those_of_one_process_to_1e_12(ranks: Ranks, name: str) -> None:
+    if ranks.n != 3 and name not in ("global", "absent streams, local"):
+        pytest.skip("three ranks are the hardest; each costs its processes")
+    for of_loss, of_weights, most_dead, with_auxk in ranks(train_beside, *TRAININGS[name], 50):
+        assert of_loss < 1e-12
+        assert of_weights < 1e-12
+        assert most_dead > 6
+        assert with_auxk > 20
+
+
+def trained(
+    steps: int, seed: int, options: dict[str, Any], of_optimizer: dict[str, Any]
+) -> tuple[sf.SPARC, list[Tensor]]:
+    model = shard(training_model(seed=seed, **options))
+    optimizer = sf.SparcAdam(model, 3e-3, **of_optimizer)
+    losses = [optimizer.step(own(samples(17, 100 + step).to(model.W_enc.dtype))).total for step in range(steps)]
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    return model, [*losses, *moments]
+
+
+def same_bits_twice(options: dict[str, Any], of_optimizer: dict[str, Any]) -> bool:
+    one, other = (trained(20, 0, options, of_optimizer) for _ in range(2))
+    everything = [[*model.state_dict().values(), *rest] for model, rest in (one, other)]
+    replicated = gathered([one[0].pre_bias.detach(), one[1][0]])
+    return all(torch.equal(a, b) for a, b in zip(*everything, strict=True)) and all(
+        torch.equal(a, b) for rank in replicated for a, b in zip(rank, replicated[0], strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "of_optimizer", [{"max_grad_norm": 0.05}, {"lazy": "replay", "moments": "bfloat16", "seed": 3}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_run_has_the_same_bits_and_what_all_ranks_hold_is_the_same(
+    ranks: Ranks, dtype: torch.dtype, of_optimizer: dict[str, Any]
+) -> None:
+    assert all(ranks(same_bits_twice, {"dtype": dtype}, of_optimizer))
+
+
+def far_from_truth(dtype: torch.dtype) -> list[float]:
+    """How far ranks, and one process, of this type are from a float64 process after a step, in float64."""
+    models = [training_model(dtype=torch.float64), training_model(dtype=dtype), shard(training_model(dtype=dtype))]
+    with torch.no_grad():
+        for name in ("W_enc", "W_dec", "pre_bias", "latent_bias"):
+            getattr(models[0], name).copy_(getattr(models[1], name))
+    x = samples(40, dtype=dtype)
+    grads = []
+    for model in models:
+        optimizer = sf.SparcAdam(model, 1.0, betas=(0.0, 0.0), eps=1.0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sparc_fast.optim.sparc_adam._processes", lambda: 1)
+            optimizer.step(x.double() if model is models[0] else x if model is models[1] else own(x))
+        moments = {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
+        if not model._shards.is_whole:
+            parts = gathered(moments)
+            dims = {"W_enc": 0, "W_dec": 0, "latent_bias": 1}
+            moments = {n: torch.cat([p[n] for p in parts], dims[n]) if n in dims else moments[n] for n in moments}
+        grads.append(moments)
+    truth, *others = grads
+    return [farthest(other, truth) / max(float(t.abs().max()) for t in truth.values()) for other in others]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_as_accurate_as_those_of_one_process(ranks: Ranks, dtype: torch.dtype) -> None:
+    for alone, shared in ranks(far_from_truth, dtype):
+        assert shared <= 2 * alone + torch.finfo(torch.float32).eps
+
+
+def codes_differ(selection: str, absent: bool) -> dict[str, float]:
+    whole = model_of(selection=selection, dtype=torch.float64)
+    sharded = shard(whole)
+    x = samples(23, dtype=torch.float64)
+    present = None
+    if absent:
+        present = torch.rand(23, 2, generator=torch.Generator().manual_seed(3)) < 0.6
+        present[:, 0] |= ~present.any(1)
+    expected = whole.encode(x, present)
+    mine = own(torch.arange(23), uneven=True)
+    found = sharded.encode(x[mine], None if present is None else present[mine])
+    assert torch.equal(found.indices, expected.indices[mine])
+    assert torch.equal(found.values, expected.values[mine])
+    decoded = whole.decode(expected, "a", "b")[mine] - sharded.decode(found, "a", "b")
+    given = {"a": x[:, :16]}
+    translated = whole.translate(given, "a", "b")[mine] - sharded.translate({"a": given["a"][mine]}, "a", "b")
+    losses = (
+        whole.eval().loss(x, present=present),
+        sharded.eval().loss(x[mine], present=None if present is None else present[mine]),
+    )
+    return {
+        "decode": float(decoded.detach().abs().max()) if len(mine) else 0.0,
+        "translate": float(translated.detach().abs().max()) if len(mine) else 0.0,
+        "loss": float((losses[0].total - losses[1].total).detach().abs()),
+    }
+
+
+@pytest.mark.parametrize("absent", [False, True], ids=["all present", "streams absent"])
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_codes_are_those_of_one_process_and_reconstructions_to_rounding(
+    ranks: Ranks, selection: str, absent: bool
+) -> None:
+    for differ in ranks(codes_differ, selection, absent):
+        assert max(differ.values()) < 1e-13
+
+
+def many_samples_differ() -> bool:
+    """More than are encoded together, on one rank alone."""
+    whole = model_of()
+    sharded, x = shard(whole), samples(4500)
+    mine = x if here()[0] == 0 else x[:3]
+    expected, found = whole.encode(mine), sharded.encode(mine)
+    return torch.equal(expected.indices, found.indices) and torch.equal(expected.values, found.values)
+
+
+def test_ranks_may_encode_different_numbers_of_pieces(ranks: Ranks) -> None:
+    assert all(ranks(many_samples_differ))
+
+
+def exchanged(n_latents: int, dtype: torch.dtype) -> dict[str, int]:
+    model = shard(model_of(n_latents=n_latents, dtype=dtype, auxk=0))
+    optimizer = sf.SparcAdam(model)
+    x = samples(360, dtype=dtype)
+    optimizer.step(own(x))
+    before = model._shards.received
+    optimizer.step(own(x))
+    return dict(model._shards.received - before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_exchanges_what_the_formula_says_and_nothing_that_grows_with_latents(
+    ranks: Ranks, dtype: torch.dtype
+) -> None:
+    N, S, k, P, w = 360, 2, 4, ranks.n, dtype.itemsize
+    expected = {
+        "x": N * D * w * (P - 1) / P,
+        "candidates": N * k * 8 * (P - 1),
+        "reconstructions": N * S * D * 4 * (P - 1) / P,
+        "G": N * S * D * w * (P - 1) / P,
+    }
+    assert exchanged_bytes(N, list(WIDTHS.values()), k, P, weight=w) == expected
+    few, many = ranks(exchanged, 50, dtype), ranks(exchanged, 800, dtype)
+    assert few == many
+    for received in few:
+        assert sum(received.values()) == pytest.approx(sum(expected.values()), rel=0.02)
+        for what in expected if P > 1 else ():
+            assert received[what] == pytest.approx(expected[what], rel=0.01)
+
+
+def few_samples_differ() -> float:
+    """Of fewer samples than ranks, and of one that all are given by one rank."""
+    whole, sharded = training_model(), shard(training_model())
+    apart = 0.0
+    for step in range(3):
+        x = samples(2 - step % 2, seed=step, dtype=torch.float64)
+        mine = x if here()[0] == here()[1] - 1 else x[:0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sparc_fast.optim.sparc_adam._processes", lambda: 1)
+            losses = [sf.SparcAdam(model).step(part).total for model, part in ((whole, x), (sharded, mine))]
+        apart = max(apart, float((losses[0] - losses[1]).abs()))
+    return apart
+
+
+def test_there_may_be_fewer_samples_than_ranks(ranks: Ranks) -> None:
+    assert max(ranks(few_samples_differ)) < 1e-13
+
+
+def held() -> tuple[int, int, int]:
+    """Bytes of weights and moments, here and in one process, and of a row of all of them."""
+    model = shard(training_model())
+    optimizer = sf.SparcAdam(model)
+    optimizer.step(own(samples(8, dtype=torch.float64)))
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    here = sum(tensor.nbytes for tensor in (*model.parameters(), *moments))
+    row = 3 * 8 * (2 * D + 2)  # of both matrices and the biases, with two moments each
+    return here, 50 * row + 3 * 8 * D, row
+
+
+def test_a_rank_holds_its_share_of_weights_and_moments(ranks: Ranks) -> None:
+    for here, of_all, row in ranks(held):
+        assert here <= of_all / ranks.n + row + 3 * 8 * D
+
+
+def refused(case: str) -> str:
+    rank, _ = here()
+    model = shard(model_of())
+    optimizer = sf.SparcAdam(model)
+    x = samples(4)
+    try:
+        if case == "NaN":
+            x[2, 3] = torch.nan if rank == 1 else 0.0
+            optimizer.step(x)
+        elif case == "width":
+            optimizer.step(x[:, :-1] if rank == 1 else x)
+        elif case == "other streams":
+            optimizer.step({"a": x[:, :16]} if rank == 1 else x)
+        elif case == "other calls":
+            model.encode(x) if rank == 1 else optimizer.step(x)
+        elif case == "other models":
+            shard(model_of(k=3 if rank == 1 else 4))
+        elif case == "too few latents":
+            shard(model_of(n_latents=here()[1] + 1, k=1)) if here()[1] > 2 else shard(model_of(n_latents=1, k=1))
+        elif case == "selection":
+            shard(model_of(selection="batch"))
+        elif case == "forward":
+            model(x)
+        elif case == "capturable":
+            sf.SparcAdam(model, capturable=True)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+REFUSALS = {
+    "NaN": "must be finite", "width": r"must be \[..., D=23\]", "other streams": "of the streams that rank 0 has",
+    "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
+    "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model", "selection": "must have selection",
+    "capturable": "capturable must be False",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_is_wrong_on_one_rank_is_an_error_on_all(ranks: Ranks, case: str) -> None:
+    if ranks.n == 1:
+        pytest.skip("one rank agrees with itself")
+    said = ranks(refused, case)
+    for rank, text in enumerate(said):
+        assert re.search(REFUSALS[case], text), said
+        if case in ("NaN", "width"):
+            assert text.startswith("inputs" if rank == 1 else "rank 1: inputs")
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    processes = Ranks(4)
+    yield processes
+    processes.close()
+
+
+def replicated(options: dict[str, Any], of_optimizer: dict[str, Any], absent: bool, parts: int) -> dict[str, Any]:
+    """How far two replicas of two ranks are from one process after 50 steps, and whether they have the same bits."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "latents"))
+    whole, sharded = training_model(**options), shard(training_model(**options), mesh)
+    optimizers = [sf.SparcAdam(model, 3e-3, **of_optimizer) for model in (whole, sharded)]
+    of_loss, dead = 0.0, 0
+    for step in range(50):
+        x, present = samples(17, seed=100 + step, dtype=torch.float64), None
+        if absent:
+            present = torch.rand(17, 2, generator=torch.Generator().manual_seed(step)) < 0.6
+            present[:, 0] |= ~present.any(1)
+        dead = max(dead, int(whole.dead.sum()))
+        given = [(x, present), (own(x, step % 2 == 1), None if present is None else own(present, step % 2 == 1))]
+        if parts > 1:
+            given = [(x.tensor_split(parts), None), (own(x).tensor_split(parts), None)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sparc_fast.optim.sparc_adam._processes", lambda: 1)
+            one, other = (o.step(inputs, present=has) for o, (inputs, has) in zip(optimizers, given, strict=True))
+        for a, b in zip(one, other, strict=True):
+            assert (a is None) == (b is None)
+            of_loss = max(of_loss, 0.0 if a is None else float((a - b).abs().max()))
+    x = samples(19, dtype=torch.float64)
+    evaluated = whole.eval().loss(x).total - sharded.eval().loss(own(x, uneven=True)).total
+    mine = {name: tensor.detach().clone() for name, tensor in sharded.state_dict().items()}
+    every = gathered(mine)
+    rows = sharded._shards.rows(whole.n_latents)
+    expected = {
+        name: tensor[rows]
+        if name in ("W_enc", "W_dec", "silence")
+        else tensor[:, rows]
+        if name == "latent_bias"
+        else tensor
+        for name, tensor in whole.state_dict().items()
+    }
+    rank = here()[0]
+    return {
+        "loss": max(of_loss, float(evaluated.detach().abs())),
+        "weights": farthest(mine, expected),
+        "same silence": torch.equal(mine["silence"], expected["silence"]),
+        "same replicas": all(torch.equal(mine[name], every[(rank + 2) % 4][name]) for name in mine),
+        "dead": dead,
+    }
+
+
+REPLICATED: dict[str, tuple[dict[str, Any], dict[str, Any], bool, int]] = {
+    "global": ({}, {}, False, 1),
+    "local, replayed, absent": ({"selection": "local"}, {"lazy": "replay"}, True, 1),
+    "accumulated and clipped": ({}, {"max_grad_norm": 0.05}, False, 3),
+    "clipped, absent": ({}, {"max_grad_norm": 0.05}, True, 1),
+}
+
+
+@pytest.mark.parametrize("name", REPLICATED)
+def test_replicas_are_equal_bit_for_bit_and_train_as_one_process(four: Ranks, name: str) -> None:
+    for found in four(replicated, *REPLICATED[name], timeout=300):
+        assert found["same replicas"]
+        assert found["same silence"]
+        assert found["loss"] < 1e-12
+        assert found["weights"] < 1e-12
+        assert found["dead"] > 6

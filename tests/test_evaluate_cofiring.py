@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operands import seeded
+from test_evaluate_codes import cases, code_of, dense_of
+from torch import Tensor
+
+from sparc_fast.evaluate import (
+    StreamCode,
+    codes,
+    cofiring_iou,
+    energy_share,
+    firing_agreement,
+    firing_entropy,
+)
+
+Case = tuple[dict[str, StreamCode], Tensor, int]
+
+
+def by_definition(case: Case) -> tuple[list[float], list[float]]:
+    streams, _, L = case
+    fires = [(dense_of(code, L) > 0).tolist() for code in streams.values()]
+    N, S = len(fires[0]), len(fires)
+    entropy, iou = [], []
+    for l in range(L):
+        n = [sum(of_stream[i][l] for i in range(N)) for of_stream in fires]
+        some = sum(any(f[i][l] for f in fires) for i in range(N))
+        iou.append(sum(all(f[i][l] for f in fires) for i in range(N)) / some if some else 0.0)
+        if S == 1 or sum(n) == 0:
+            entropy.append(math.nan)
+        else:
+            entropy.append(-sum(c / sum(n) * math.log(c / sum(n)) for c in n if c) / math.log(S))
+    return entropy, iou
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=cases())
+def test_entropy_and_iou_equal_their_definitions(case: Case) -> None:
+    entropy, iou = by_definition(case)
+    streams, _, L = case
+    assert firing_entropy(streams, L).tolist() == pytest.approx(entropy, abs=1e-12, nan_ok=True)
+    assert cofiring_iou(streams, L).tolist() == pytest.approx(iou, abs=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases())
+def test_energy_shares_equal_their_definition(case: Case) -> None:
+    streams, _, L = case
+    energy = torch.stack([dense_of(code, L).double().square().sum(0) for code in streams.values()])
+    torch.testing.assert_close(energy_share(streams, L, relative=False), energy / energy.sum(0), equal_nan=True)
+    total = energy.sum(1, keepdim=True)
+    relative = energy / torch.where(total > 0, total, 1)
+    torch.testing.assert_close(energy_share(streams, L), relative / relative.sum(0), equal_nan=True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(case=cases(), seed=st.integers(0, 2**31))
+def test_they_follow_a_permutation_of_latents_and_ignore_one_of_samples(case: Case, seed: int) -> None:
+    streams, labels, L = case
+    order = torch.randperm(L, generator=seeded(seed))
+    rows = torch.randperm(len(labels), generator=seeded(seed + 1))
+    moved = {name: (values[rows], order[indices[rows].long()]) for name, (values, indices) in streams.items()}
+    for metric in (firing_entropy, cofiring_iou, energy_share):
+        torch.testing.assert_close(metric(moved, L)[..., order], metric(streams, L), equal_nan=True)
+
+
+def test_two_streams_agree_as_their_iou_says() -> None:
+    torch.manual_seed(0)
+    streams = {name: (torch.randn(200, 6), torch.rand(200, 30).argsort(1)[:, :6].int()) for name in "ab"}
+    torch.testing.assert_close(cofiring_iou(streams, 30), firing_agreement(streams, 30))
+
+
+def test_a_latent_of_one_stream_has_entropy_0_and_one_that_takes_turns_has_1_but_no_iou() -> None:
+    #        shared, turns, of a, dead
+    a = code_of([[2.0, 1.0, 1.0, 0.0], [2.0, 0.0, 1.0, 0.0]])
+    b = code_of([[1.0, 0.0, 0.0, 0.0], [1.0, 3.0, 0.0, 0.0]])
+    streams = {"a": a, "b": b}
+    assert firing_entropy(streams, 4)[:3].tolist() == [1, 1, 0]
+    assert firing_entropy(streams, 4)[3].isnan()
+    assert cofiring_iou(streams, 4).tolist() == [1, 0, 0, 0]
+    assert energy_share(streams, 4, relative=False)[0].tolist()[:3] == [0.8, 0.1, 1.0]
+
+
+def test_a_louder_stream_has_no_larger_share() -> None:
+    quiet = (torch.rand(50, 4, generator=seeded(0)), torch.rand(50, 9, generator=seeded(1)).argsort(1)[:, :4])
+    share = energy_share({"quiet": quiet, "loud": (100 * quiet[0], quiet[1])}, 9)
+    torch.testing.assert_close(share, torch.full((2, 9), 0.5, dtype=torch.float64))
+
+
+def test_they_do_not_depend_on_the_chunks_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    streams = {name: (torch.randn(40, 6), torch.rand(40, 9).argsort(1)[:, :6]) for name in "abc"}
+    whole = [metric(streams, 9) for metric in (firing_entropy, cofiring_iou, energy_share)]
+    for n_bytes in (1, 5000, 20000):
+        monkeypatch.setattr(codes, "CHUNK_BYTES", n_bytes)
+        for metric, expected in zip((firing_entropy, cofiring_iou, energy_share), whole, strict=True):
+            torch.testing.assert_close(metric(streams, 9), expected)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operands import seeded
+from test_evaluate_codes import cases, code_of, dense_of
+from torch import Tensor
+
+from sparc_fast.evaluate import StreamCode, class_purity, codes
+
+Case = tuple[dict[str, StreamCode], Tensor, int]
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=cases(), weighted=st.booleans())
+def test_purity_equals_its_definition(case: Case, weighted: bool) -> None:
+    streams, labels, L = case
+    found = class_purity(streams, labels, L, weighted=weighted)
+    N, C = labels.shape
+    labelled = [n for n in range(N) if labels[n].any()]
+    for s, code in enumerate(streams.values()):
+        z = dense_of(code, L).double()
+        weight = (z if weighted else (z > 0).double()).tolist()
+        for l in range(L):
+            total = sum(weight[n][l] for n in labelled)
+            of = [sum(weight[n][l] for n in labelled if labels[n, y]) for y in range(C)]
+            if total == 0:
+                assert found.purity[s, l].isnan()
+                assert (int(found.concept[s, l]), bool(found.base[s, l].isnan())) == (-1, True)
+                continue
+            y = of.index(max(of))
+            assert int(found.concept[s, l]) == y
+            assert float(found.purity[s, l]) == pytest.approx(of[y] / total)
+            assert float(found.base[s, l]) == pytest.approx(int(labels[:, y].sum()) / len(labelled))
+
+
+def test_a_latent_of_one_class_is_pure_one_that_always_fires_is_not_and_a_dead_one_has_no_purity() -> None:
+    labels = torch.eye(4, dtype=torch.bool).repeat(5, 1)
+    code = code_of(torch.cat([labels[:, :1].float(), torch.ones(20, 1), torch.zeros(20, 1)], dim=1).tolist())
+    found = class_purity({"a": code}, labels, 3)
+    assert found.purity[0, :2].tolist() == [1.0, 0.25]
+    assert math.isnan(found.purity[0, 2])
+    assert found.base[0, :2].tolist() == [0.25, 0.25]
+    assert found.concept.tolist() == [[0, 0, -1]]
+
+
+def test_a_latent_that_fires_at_random_has_the_base_rate() -> None:
+    labels = torch.rand(20_000, 3, generator=seeded(0)) < torch.tensor([0.7, 0.4, 0.1])
+    labels = labels[labels.any(1)]
+    noise = (torch.rand(len(labels), 1, generator=seeded(1)) < 0.5).float()
+    found = class_purity({"a": (noise, torch.zeros(noise.shape, dtype=torch.int32))}, labels, 1)
+    assert abs(float(found.purity - found.base)) < 0.02
+
+
+def test_what_fires_strongly_weighs_more() -> None:
+    labels = torch.tensor([[True, False], [False, True], [False, True]])
+    streams = {"a": code_of([[8.0], [1.0], [1.0]])}
+    assert class_purity(streams, labels, 1).purity.tolist() == [[2 / 3]]
+    weighted = class_purity(streams, labels, 1, weighted=True)
+    assert (weighted.purity.tolist(), weighted.concept.tolist()) == ([[0.8]], [[0]])
+
+
+def test_one_concept_in_all_streams_is_consistent() -> None:
+    labels = torch.eye(3, dtype=torch.bool)
+    mine, swapped = labels.float(), labels.float()[:, [1, 0, 2]]
+    streams = {"a": code_of(mine.tolist()), "b": code_of(swapped.tolist())}
+    assert class_purity(streams, labels, 3).consistent.tolist() == [False, False, True]
+    silent = {"a": code_of([[0.0]] * 3), "b": code_of([[0.0]] * 3)}
+    assert class_purity(silent, labels, 1).consistent.tolist() == [False]
+
+
+@settings(max_examples=50, deadline=None)
+@given(case=cases(), seed=st.integers(0, 2**31))
+def test_purity_follows_a_permutation_of_latents_and_ignores_one_of_samples(case: Case, seed: int) -> None:
+    streams, labels, L = case
+    order = torch.randperm(L, generator=seeded(seed))
+    rows = torch.randperm(len(labels), generator=seeded(seed + 1))
+    moved = {name: (values[rows], order[indices[rows].long()]) for name, (values, indices) in streams.items()}
+    found, again = class_purity(streams, labels, L), class_purity(moved, labels[rows], L)
+    assert torch.equal(again.concept[:, order], found.concept)
+    torch.testing.assert_close(again.purity[:, order], found.purity, equal_nan=True)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_purity_does_not_depend_on_the_chunks_of_labels(monkeypatch: pytest.MonkeyPatch, weighted: bool) -> None:
+    torch.manual_seed(0)
+    streams = {name: (torch.randn(40, 6).relu(), torch.rand(40, 9).argsort(1)[:, :6]) for name in "abc"}
+    labels = torch.rand(40, 11) < 0.3
+    whole = class_purity(streams, labels, 9, weighted=weighted)
+    for n_bytes in (1, 200, 2000):
+        monkeypatch.setattr(codes, "CHUNK_BYTES", n_bytes)
+        found = class_purity(streams, labels, 9, weighted=weighted)
+        torch.testing.assert_close(found.purity, whole.purity)
+        assert torch.equal(found.concept, whole.concept)

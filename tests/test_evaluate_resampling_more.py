@@ -1,0 +1,82 @@
+"""Resampled scores of the metrics that are computed when asked for are those of the drawn samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_evaluation import data_of, model_of
+
+from sparc_fast.evaluate import Hierarchy, Retrieval, evaluate
+from sparc_fast.evaluate.jaccard import _shuffles, mean_jaccard
+from sparc_fast.evaluate.resampling import Resampling
+
+
+@pytest.mark.parametrize("memory", ["4GiB", "least"])
+def test_firings_concepts_and_ranks_are_those_of_the_drawn_samples(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    N, B, metrics = 40, 5, ("cofiring", "purity", "retrieval_by_reconstruction")
+    model, (inputs, labels) = model_of(), data_of(N)
+    if memory == "least":
+        monkeypatch.setattr("sparc_fast.evaluate.passing.CHUNK_BYTES", 600)
+        monkeypatch.setattr("sparc_fast.evaluate.passing.LEAST_CHUNK", 1)
+    found = evaluate(model, inputs, labels, metrics=metrics, resamples=B, batch_size=7)
+    drawn = Resampling(N, B).weights(slice(None)).long()
+    for b in range(B):
+        rows = torch.repeat_interleave(torch.arange(N), drawn[:, b])
+        of_drawn = evaluate(
+            model, {name: x[rows] for name, x in inputs.items()}, labels[rows], resamples=0, metrics=metrics[:2]
+        ).scores()
+        for key in ("cofiring_iou", "firing_entropy", "purity", "purity_base", "purity_consistent"):
+            assert float(found.resampled[key][b]) == pytest.approx(of_drawn[key], rel=1e-5), key
+        ranks = {
+            pair: Retrieval.from_ranks(torch.repeat_interleave(one.ranks, drawn[:, b]))
+            for pair, one in found["retrieval_by_reconstruction"].items()
+        }
+        own = [one.r1 for (s, t), one in ranks.items() if s == t]
+        cross = [one.mrr for (s, t), one in ranks.items() if s != t]
+        assert float(found.resampled["self_recon_r1"][b]) == pytest.approx(sum(own) / len(own))
+        assert float(found.resampled["cross_recon_mrr"][b]) == pytest.approx(sum(cross) / len(cross))
+
+
+def test_alignment_by_depth_is_resampled_with_its_shuffle() -> None:
+    N, B = 40, 4
+    model, (inputs, labels) = model_of(), data_of(N)
+    names = [f"c{c}" for c in range(labels.shape[1])]
+    tree = Hierarchy.from_parents(
+        {name: "even" if c % 2 == 0 else "odd" for c, name in enumerate(names)} | {"even": "all", "odd": "all"}
+    )
+    found = evaluate(model, inputs, labels, hierarchy=(tree, names), metrics=("concepts_by_depth",), resamples=B)
+    codes, orders = found.single_codes, _shuffles(3, N)
+    shuffled = {name: (v[o], i[o]) for o, (name, (v, i)) in zip(orders, codes.items(), strict=True)}
+    drawn = Resampling(N, B).weights(slice(None)).long()
+    for b in range(B):
+        rows = torch.repeat_interleave(torch.arange(N), drawn[:, b])
+        expected = []
+        for depth in range(1, tree.max_depth + 1):
+            lifted = tree.at_depth(labels, names, depth)[0]
+            j, chance = (
+                float(mean_jaccard({name: (v[rows], i[rows]) for name, (v, i) in of.items()}, lifted[rows], 20).mean())
+                for of in (codes, shuffled)
+            )
+            expected.append((j - chance) / (1 - chance))
+        assert float(found.resampled["alignment_by_depth"][b]) == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def test_held_out_losses_of_1d_probes_are_drawn() -> None:
+    N, B = 600, 4
+    model, (inputs, labels) = model_of(), data_of(N)
+    found = evaluate(model, inputs, labels, metrics=("probe_1d",), resamples=B)
+    drawn = Resampling(N, B).weights(slice(None)).double()
+    probes = found["probe_1d"]
+    assert all(len(one.concepts) for one in probes.values())
+    for one in probes.values():
+        for (samples, each), loss in zip(one.held_out, one.log_loss, strict=True):
+            assert float(each.mean()) == pytest.approx(float(loss))
+            assert len(samples.unique()) == len(samples)
+    for b in range(B):
+        of_streams = []
+        for one in probes.values():
+            losses = [(each * drawn[samples, b]).sum() / drawn[samples, b].sum() for samples, each in one.held_out]
+            of_streams.append(torch.stack(losses).nanmean())
+        assert float(found.resampled["probe_1d"][b]) == pytest.approx(float(torch.stack(of_streams).mean()), rel=1e-5)

@@ -1,0 +1,109 @@
+"""`torchrun -m sparc_fast train`: one command for one process and many, killed and gone on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import rows
+
+import sparc_fast as sf
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(sys.platform != "linux" or not torch.distributed.is_available(), reason="no torchrun here"),
+]
+STEPS, EVERY = 240, 20
+SETTINGS = f"""
+n_latents = 64
+k = 3
+auxk = 8
+dead_after = 400
+steps = {STEPS}
+batch_size = 32
+lr = 1e-2
+checkpoint_every = {EVERY}
+keep = 1000
+calibration_rows = 500
+device = "cpu"
+"""
+
+
+def start(folder: Path, out: str, ranks: int = 2) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "sparc_fast", "train", str(folder / "train.toml"), "--out", str(folder / out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
+    )
+
+
+def process_of(rank: int, torchrun: int) -> int:
+    """Of a rank, by the variables that its parent gave it."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == torchrun and f"RANK={rank}" in (path / "environ").read_text().split("\0"):
+                return int(path.name)
+        except OSError:
+            continue
+    raise AssertionError(f"torchrun has no rank {rank}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("torchrun")
+    for name, part in rows(2000).items():
+        np.save(folder / f"{name}.npy", part.numpy())
+    (folder / "train.toml").write_text(f"{SETTINGS}\n[data]\na = 'a.npy'\nb = 'b.npy'\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> str:
+    run = start(folder, "whole")
+    printed, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    return printed
+
+
+def test_the_command_of_one_process_trains_on_several_and_speaks_once(folder: Path, finished: str) -> None:
+    assert finished.count("steps done") == 1
+    assert f"{STEPS} steps done" in finished
+    model = sf.SPARC.load(folder / "whole" / "model.safetensors")
+    assert model.W_enc.shape == (64, 500)
+    assert len((folder / "whole" / "sessions.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_to_the_same_bits(
+    folder: Path, finished: str, rank: int
+) -> None:
+    out = f"killed {rank}"
+    run = start(folder, out)
+    try:
+        until = time.monotonic() + 240
+        while not (folder / out / "checkpoints" / f"step-{EVERY:09d}").is_dir():
+            assert time.monotonic() < until
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.02)
+        os.kill(process_of(rank, run.pid), signal.SIGKILL)
+        _, errors = run.communicate(timeout=90)
+    finally:
+        run.kill()
+    assert run.returncode != 0
+    assert f"rank {rank} is gone" in errors or f"rank      : {rank} (local_rank: {rank})" in errors, errors
+    assert not (folder / out / "model.safetensors").exists()
+    again = start(folder, out)
+    _, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (folder / out / name).read_bytes() == (folder / "whole" / name).read_bytes()

@@ -1,0 +1,222 @@
+"""Runs that several processes train together: the run of one process, whoever goes on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from training_runs import config, files
+
+import sparc_fast as sf
+from sparc_fast.training import Trainer, load_model, read_metrics
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
+]
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    ranks = Ranks(3)
+    yield ranks
+    ranks.close()
+
+
+def train(folder: Path, **changes: Any) -> int:
+    """Steps made."""
+    with Trainer(config(**changes), folder, files=files()) as trainer:
+        return trainer.run().step
+
+
+def stopped_at(folder: Path, step: int, rank: int, **changes: Any) -> int:
+    """The same, but that one rank is asked to stop; of several, the others hear of it in the step after."""
+    with Trainer(config(**changes), folder, files=files()) as trainer:
+        made = trainer._train_on
+
+        def asked(*arguments: Any) -> None:
+            made(*arguments)
+            shards = trainer.model._shards
+            if trainer.step == step - (not shards.is_whole) and shards.rank == rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        trainer._train_on = asked  # type: ignore[method-assign]
+        outcome = trainer.run()
+        assert outcome.stopped_by is not None
+        return outcome.step
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def flat(record: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(record, dict):
+        for key, part in record.items():
+            yield from flat(part, f"{name}/{key}")
+    elif record is not None:
+        yield name, record
+
+
+def assert_same_figures(found: list[dict[str, Any]], expected: list[dict[str, Any]], rel: float = 1e-4) -> None:
+    assert [record["step"] for record in found] == [record["step"] for record in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert dict(flat(one)) == pytest.approx(dict(flat(other)), rel=rel, nan_ok=False)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "accumulated and clipped": {"accumulate": 3, "max_grad_norm": 0.5},
+    "lazy, local, fvu": {"lazy": True, "selection": "local", "support_dropout": 0.0, "loss": "fvu"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_of_several_ranks_is_that_of_one_process_to_rounding(two: Ranks, tmp_path: Path, name: str) -> None:
+    with Trainer(config(**VARIANTS[name]), tmp_path / "one", files=files()) as trainer:
+        trainer.run()
+    assert two(train_variant, tmp_path / "two", name, timeout=300) == [40, 40]
+    assert_same_figures(figures(tmp_path / "two"), figures(tmp_path / "one"))
+    for file in ("model.safetensors", "best.safetensors"):
+        one, other = (sf.SPARC.load(tmp_path / folder / file) for folder in ("one", "two"))
+        assert one.config() == other.config()
+        for (key, expected), found in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-4, msg=key)
+    assert len((tmp_path / "two" / "sessions.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
+
+
+def with_replicas(folder: Path) -> list[int]:
+    return [stopped_at(folder, 13, 2, replicas=2), train(folder, replicas=2)]
+
+
+def test_replicas_train_and_go_on_as_one_process(four: Ranks, tmp_path: Path) -> None:
+    with Trainer(config(), tmp_path / "one", files=files()) as trainer:
+        trainer.run()
+    assert four(with_replicas, tmp_path / "four", timeout=400) == [[13, 40]] * 4
+    assert_same_figures(figures(tmp_path / "four"), figures(tmp_path / "one"))
+    for file in ("model.safetensors", "best.safetensors"):
+        one, other = (sf.SPARC.load(tmp_path / folder / file) for folder in ("one", "four"))
+        for (key, expected), found in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-4, msg=key)
+
+
+def refused_replicas(folder: Path, **changes: Any) -> str:
+    try:
+        train(folder, **changes)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def refused_three(folder: Path) -> str:
+    return refused_replicas(folder, replicas=3)
+
+
+def refused_fvu(folder: Path) -> str:
+    return refused_replicas(folder, replicas=2, loss="fvu")
+
+
+def test_replicas_that_cannot_be_are_refused(four: Ranks, tmp_path: Path) -> None:
+    assert all("replicas must divide the number of ranks, 4, got 3" in said for said in four(refused_three, tmp_path))
+    assert all('loss must be "nmse" where the mesh has replicas' in said for said in four(refused_fvu, tmp_path))
+
+
+def train_variant(folder: Path, name: str) -> int:
+    return train(folder, **VARIANTS[name])
+
+
+def test_a_run_goes_on_to_the_same_bits(two: Ranks, tmp_path: Path) -> None:
+    two(train, tmp_path / "whole", timeout=300)
+    assert two(stopped_at, tmp_path / "parts", 13, 1, timeout=300) == [13, 13]
+    assert two(train, tmp_path / "parts", timeout=300) == [40, 40]
+    assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    for file in ("model.safetensors", "best.safetensors"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_checkpoint_is_read_by_any_number_of_ranks(two: Ranks, three: Ranks, tmp_path: Path) -> None:
+    with Trainer(config(), tmp_path / "one", files=files()) as trainer:
+        trainer.run()
+    folder = tmp_path / "many"
+    assert two(stopped_at, folder, 11, 0, timeout=300) == [11, 11]
+    before = load_model(sorted((folder / "checkpoints").iterdir())[-1])
+    assert three(stopped_at, folder, 19, 2, timeout=300) == [19] * 3
+    assert stopped_at(folder, 25, 0) == 25
+    assert two(train, folder, timeout=300) == [40, 40]
+    assert_same_figures(figures(folder), figures(tmp_path / "one"))
+    assert not torch.equal(before.W_enc, sf.SPARC.load(folder / "model.safetensors").W_enc)
+
+
+def test_a_damaged_checkpoint_is_set_aside_by_all(two: Ranks, tmp_path: Path) -> None:
+    two(stopped_at, tmp_path, 13, 1, timeout=300)
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    piece = next(newest.glob("__1_*"))
+    piece.write_bytes(b"?" + piece.read_bytes()[1:])
+    assert two(starts_at, tmp_path) == [10, 10]
+    assert newest.with_suffix(".damaged").is_dir()
+
+
+def starts_at(folder: Path) -> int:
+    with Trainer(config(), folder, files=files()) as trainer:
+        return trainer.step
+
+
+def refused(folder: Path, case: str) -> str:
+    rank = torch.distributed.get_rank()
+    changes: dict[str, Any] = {"lr": 1e-3} if case == "settings" and rank == 1 else {}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if case == "version" and rank == 1:
+                patch.setattr("sparc_fast.distributed.launch.__version__", "0.0.1")
+            with Trainer(config(**changes), folder, files=files(5000 if case == "data" and rank == 1 else 6000)):
+                return ""
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("case", "name"), [("settings", "lr"), ("version", "sparc_fast"), ("data", "data")])
+def test_a_rank_that_is_there_for_something_else_is_refused_by_name(
+    two: Ranks, tmp_path: Path, case: str, name: str
+) -> None:
+    for said in two(refused, tmp_path, case):
+        assert said.startswith(f"every rank must have the {name} of rank 0")
+        assert "rank 1 has" in said
+
+
+def diverges(folder: Path) -> tuple[str, int]:
+    rows = files()
+    try:
+        with Trainer(config(lr=1e20, calibrate=False, max_grad_norm=0.0), folder, files=rows) as trainer:
+            trainer.run()
+    except FloatingPointError as error:
+        return str(error), trainer.step
+    return "", trainer.step
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_at_the_same_step(two: Ranks, tmp_path: Path) -> None:
+    (said, step), (other, same) = two(diverges, tmp_path, timeout=300)
+    assert "was NaN or infinite" in said
+    assert "was NaN or infinite" in other
+    assert step == same
+    assert json.loads((tmp_path / "sessions.jsonl").read_text().splitlines()[-1])["ended"] == "FloatingPointError"
