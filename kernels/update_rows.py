@@ -11,8 +11,9 @@ gradient twice.
 `step_rows` is the same kernels, which read a gradient where there are no values to sum it from.
 
 Adam and the norm are written so that a row's bits depend on the row alone, not on the kernel that computes it
-(`replay_rows` takes the same step in another one): every product that meets a sum is an explicit fma, quotients and
-roots are rounded exactly, and ||w||^2 is a float64 sum of squares cut to a common grain, which no order can change.
+(`replay_rows` takes the same step in another one): every product that meets a sum is an explicit fma, the same
+instructions approximate Adam's root and quotient, and ||w||^2 is a float64 sum of squares cut to a common grain, which
+no order can change.
 """
 
 from __future__ import annotations
@@ -260,14 +261,12 @@ def _constants_kernel(
 
 
 @triton.jit
-def quotient(a, b):
-    """a / b, rounded exactly."""
-    return a / b if a.dtype.primitive_bitwidth == 64 else tl.div_rn(a, b)
-
-
-@triton.jit
 def root(a):
-    return tl.sqrt(a) if a.dtype.primitive_bitwidth == 64 else tl.sqrt_rn(a)
+    """Approximate; a GPU takes what is no normal number for 0, so that is scaled."""
+    scaled = a * 281474976710656.0  # 2^48
+    small = a < smallest(a.dtype)
+    result = tl.sqrt(tl.where(small, scaled, a))
+    return tl.where(small, result * 5.9604644775390625e-08, result)  # 2^-24
 
 
 @triton.jit
@@ -278,7 +277,8 @@ def adam(w, gradient, m, v, constants):
     eps, rate, scale = tl.load(constants + 4), tl.load(constants + 5), tl.load(constants + 6)
     m = tl.fma(m.to(w.dtype), beta_1, rest_1 * gradient)
     v = tl.fma(v.to(w.dtype), beta_2, rest_2 * gradient * gradient)
-    return w - quotient(rate * m, tl.fma(root(v), scale, eps)), m, v
+    inverse = 1 / tl.fma(root(v), scale, eps)
+    return tl.fma(-(rate * m), inverse, w), m, v
 
 
 @triton.jit

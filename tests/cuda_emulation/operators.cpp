@@ -385,7 +385,7 @@ int main(int count, char**) {
     check_divisor(std::numeric_limits<int>::max());
     const UpdateShape updates[] = {
         {{8, 16}, 5, 9, 3, 3, 4, false, false},  // in vectors, one latent in pieces
-        {{264, 16}, 5, 11, 3, 1, 4, true, false, true},  // the same by bulk copies
+        {{16, 8}, 5, 9, 3, 1, 4, true, false, true},  // the same by bulk copies
         {{7, 1, 12}, 4, 10, 3, 2, 3, true, true},
         {{60}, 3, 3, 2, 1, 100, false, true},
         {{9}, 0, 4, 2, 7, 1, false, false},  // no samples
