@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_evaluation import data_of, model_of
 
 from sparc_fast.evaluate import Hierarchy, Retrieval, evaluate
 from sparc_fast.evaluate.jaccard import _shuffles, mean_jaccard
+from sparc_fast.evaluate.probes import average_precision, drawn_average_precision
 from sparc_fast.evaluate.resampling import Resampling
 
 
@@ -80,3 +83,43 @@ def test_held_out_losses_of_1d_probes_are_drawn() -> None:
             losses = [(each * drawn[samples, b]).sum() / drawn[samples, b].sum() for samples, each in one.held_out]
             of_streams.append(torch.stack(losses).nanmean())
         assert float(found.resampled["probe_1d"][b]) == pytest.approx(float(torch.stack(of_streams).mean()), rel=1e-5)
+
+
+def test_probes_rank_the_held_out_samples_that_are_drawn() -> None:
+    N, B = 60, 4
+    model, (inputs, labels) = model_of(), data_of(N)
+    found = evaluate(model, inputs, labels, metrics=("linear_probes", "mlp_probes"), resamples=B)
+    truth = model.normalized(inputs)
+    codes = {name: model.encode({name: x}) for name, x in inputs.items()}
+    drawn = Resampling(N, B).weights(slice(None)).long()
+    for key in ("linear_probe", "mlp_probe"):
+        means: dict[str, list[torch.Tensor]] = {"latents": [], "raw": [], "recon": [], "cross_recon": []}
+        for (what, source, target), probe in found[f"{key}s"].items():
+            held_out, code = probe.held_out, codes[source]
+            features = {"raw": truth[target], "latents": code.stream(source)}.get(what)
+            features = model.decode(code, source, target) if features is None else features
+            logits = probe.classify(features)[held_out]
+            of_draws = []
+            for b in range(B):
+                rows = torch.repeat_interleave(torch.arange(len(held_out)), drawn[held_out, b])
+                of_draws.append(average_precision(logits[rows], labels[held_out][rows]).nanmean())
+            means[what if source == target else f"cross_{what}"].append(torch.stack(of_draws))
+        for suffix, of_probes in means.items():
+            expected = torch.stack(of_probes).mean(dim=0).tolist()
+            assert found.resampled[f"{key}_{suffix}"].tolist() == pytest.approx(expected, rel=1e-4), (key, suffix)
+
+
+@settings(max_examples=100, deadline=None)
+@given(n=st.integers(0, 30), levels=st.integers(1, 30), share=st.floats(0, 1), seed=st.integers(0, 2**31))
+def test_drawn_average_precision_is_that_of_repeated_rows_ties_and_none_drawn_too(
+    n: int, levels: int, share: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(levels, (n,), generator=generator).float()
+    truth = torch.rand(n, generator=generator) < share
+    weights = torch.randint(4, (n, 5), generator=generator)
+    found = drawn_average_precision(scores, truth, weights.float())
+    for b in range(5):
+        rows = torch.repeat_interleave(torch.arange(n), weights[:, b])
+        expected = float(average_precision(scores[rows, None], truth[rows, None])[0])
+        assert float(found[b]) == pytest.approx(expected, rel=1e-5, nan_ok=True)
