@@ -30,7 +30,8 @@ def test_firings_concepts_and_ranks_are_those_of_the_drawn_samples(
         of_drawn = evaluate(
             model, {name: x[rows] for name, x in inputs.items()}, labels[rows], resamples=0, metrics=metrics[:2]
         ).scores()
-        for key in ("cofiring_iou", "firing_entropy", "purity", "purity_base", "purity_consistent"):
+        sums = ("cofiring_iou", "firing_entropy", "largest_energy_share")
+        for key in (*sums, "purity", "purity_weighted", "purity_base", "purity_consistent"):
             assert float(found.resampled[key][b]) == pytest.approx(of_drawn[key], rel=1e-5), key
         ranks = {
             pair: Retrieval.from_ranks(torch.repeat_interleave(one.ranks, drawn[:, b]))
