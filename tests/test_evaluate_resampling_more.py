@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from test_evaluation import data_of, model_of
 
 from sparc_fast.evaluate import Hierarchy, Retrieval, evaluate
 from sparc_fast.evaluate.jaccard import _shuffles, mean_jaccard
+from sparc_fast.evaluate.monosemanticity import drawn_mono_score
 from sparc_fast.evaluate.probes import average_precision, drawn_average_precision
 from sparc_fast.evaluate.resampling import Resampling
 
@@ -124,3 +127,58 @@ def test_drawn_average_precision_is_that_of_repeated_rows_ties_and_none_drawn_to
         rows = torch.repeat_interleave(torch.arange(n), weights[:, b])
         expected = float(average_precision(scores[rows, None], truth[rows, None])[0])
         assert float(found[b]) == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
+def mono_of_pairs(a: torch.Tensor, weights: torch.Tensor, embeddings: torch.Tensor) -> float:
+    """Over pairs of different samples n < m, each w_n w_m times. a [n] and weights [n]: 0 where a latent is silent."""
+    unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
+    if bool((a[weights > 0] > 0).all()):
+        a = a - a[weights > 0].min()
+    n, m = torch.triu_indices(len(a), len(a), 1)
+    times = weights[n] * weights[m] * a[n] * a[m]
+    return float((times * (unit[n] * unit[m]).sum(dim=1)).sum() / times.sum())
+
+
+@pytest.mark.parametrize("memory", ["4GiB", "least"])
+def test_mono_scores_are_of_pairs_of_different_samples_that_are_drawn(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    N, B = 40, 3
+    model, (inputs, labels) = model_of(), data_of(N)
+    if memory == "least":
+        monkeypatch.setattr("sparc_fast.evaluate.passing.CHUNK_BYTES", 600)
+        monkeypatch.setattr("sparc_fast.evaluate.passing.LEAST_CHUNK", 1)
+    found = evaluate(model, inputs, labels, metrics=("monosemanticity",), resamples=B)
+    truth = model.normalized(inputs)
+    drawn = Resampling(N, B).weights(slice(None)).double()
+    dense = {}
+    for name, (values, indices) in found.single_codes.items():
+        dense[name] = torch.zeros(N, 20, dtype=torch.float64).scatter_(1, indices.long(), values.double().relu())
+    for b in range(B):
+        score, chance, above = [], [], []
+        for name, judge in permutations(inputs, 2):
+            of_latents = [mono_of_pairs(dense[name][:, l], drawn[:, b], truth[judge]) for l in range(20)]
+            score.append(float(torch.tensor(of_latents).nanmean()))
+            n, m = torch.triu_indices(N, N, 1)
+            unit = torch.nn.functional.normalize(truth[judge].double(), dim=1)
+            times = drawn[n, b] * drawn[m, b]
+            chance.append(float((times * (unit[n] * unit[m]).sum(dim=1)).sum() / times.sum()))
+            above.append((score[-1] - chance[-1]) / (1 - chance[-1]))
+        for key, values in (("mono", score), ("mono_chance", chance), ("mono_above_chance", above)):
+            assert float(found.resampled[key][b]) == pytest.approx(sum(values) / len(values), rel=1e-5), key
+
+
+@pytest.mark.parametrize("silent", [0, 1, 5])
+def test_a_latent_that_all_drawn_samples_fire_counts_from_the_least_of_them(silent: int) -> None:
+    N, B = 6, 40
+    torch.manual_seed(0)
+    a, embeddings = 0.5 + torch.rand(N), torch.randn(N, 3)
+    a[:silent] = 0
+    embeddings[4] = 0
+    resampling = Resampling(N, B, chunk_bytes=1)
+    drawn, samples = resampling.weights(slice(None)).double(), torch.arange(silent, N)
+    norms = embeddings.double().norm(dim=1)
+    found = drawn_mono_score(samples, a[samples], embeddings, norms, resampling, drawn.sum(0))
+    expected = [mono_of_pairs(a.double(), drawn[:, b], embeddings) for b in range(B)]
+    assert found.tolist() == pytest.approx(expected, nan_ok=True)
+    assert bool(found.isfinite().any()) is (silent < 5)
