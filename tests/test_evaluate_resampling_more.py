@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluation import data_of, model_of
 
-from sparc_fast.evaluate import Hierarchy, Retrieval, evaluate
+from sparc_fast.evaluate import Hierarchy, Retrieval, class_purity, dictionary_of, evaluate, linear_probe, probe_effects
 from sparc_fast.evaluate.jaccard import _shuffles, mean_jaccard
 from sparc_fast.evaluate.monosemanticity import drawn_mono_score
 from sparc_fast.evaluate.probes import average_precision, drawn_average_precision
@@ -182,3 +182,45 @@ def test_a_latent_that_all_drawn_samples_fire_counts_from_the_least_of_them(sile
     expected = [mono_of_pairs(a.double(), drawn[:, b], embeddings) for b in range(B)]
     assert found.tolist() == pytest.approx(expected, nan_ok=True)
     assert bool(found.isfinite().any()) is (silent < 5)
+
+
+@pytest.mark.parametrize("memory", ["4GiB", "least"])
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_ablations_are_those_of_the_drawn_samples(selection: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    N, B = 40, 4
+    model, (inputs, labels) = model_of(selection=selection), data_of(N)
+    if memory == "least":
+        monkeypatch.setattr("sparc_fast.evaluate.passing.CHUNK_BYTES", 600)
+        monkeypatch.setattr("sparc_fast.evaluate.passing.LEAST_CHUNK", 1)
+    found = evaluate(model, inputs, labels, metrics=("ablations",), resamples=B, batch_size=7)
+    drawn = Resampling(N, B).weights(slice(None)).long()
+    for b in range(B):
+        rows = torch.repeat_interleave(torch.arange(N), drawn[:, b])
+        of_drawn = evaluate(
+            model, {name: x[rows] for name, x in inputs.items()}, metrics=("ablations",), resamples=0
+        ).scores()
+        assert {key: float(values[b]) for key, values in found.resampled.items()} == pytest.approx(of_drawn, rel=1e-4)
+
+
+def test_effects_on_a_probe_are_of_the_drawn_samples_the_probe_and_concepts_being_those_of_all() -> None:
+    N, B = 40, 4
+    model, (inputs, labels) = model_of(), data_of(N)
+    found = evaluate(model, inputs, labels, metrics=("probe_ablations",), resamples=B)
+    codes, truth = found.single_codes, model.normalized(inputs)
+    concepts = dict(zip(codes, class_purity(codes, labels, 20).concept, strict=True))
+    drawn = Resampling(N, B).weights(slice(None)).long()
+    for b in range(B):
+        rows = torch.repeat_interleave(torch.arange(N), drawn[:, b])
+        falls = []
+        for source, target in permutations(inputs, 2):
+            values, indices = codes[source]
+            weight = linear_probe(truth[target], labels).weight
+            assert weight is not None
+            dictionary = dictionary_of(model, target)
+            own, others = probe_effects((values[rows], indices[rows]), dictionary, weight, concepts[source])
+            falls.append(own - others)
+        expected = float(torch.stack([fall.nanmean() for fall in falls]).mean())
+        assert float(found.resampled["probe_ablation_fall"][b]) == pytest.approx(expected, rel=1e-4)
+        every = torch.cat(falls)
+        expected = float((every[~every.isnan()] > 0).double().mean())
+        assert float(found.resampled["probe_ablation_own"][b]) == pytest.approx(expected)
