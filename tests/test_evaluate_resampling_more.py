@@ -224,3 +224,46 @@ def test_effects_on_a_probe_are_of_the_drawn_samples_the_probe_and_concepts_bein
         every = torch.cat(falls)
         expected = float((every[~every.isnan()] > 0).double().mean())
         assert float(found.resampled["probe_ablation_own"][b]) == pytest.approx(expected)
+
+
+def test_bridges_are_of_the_drawn_samples() -> None:
+    N, B, widths = 40, 4, {"image": 5, "text": 5, "sound": 5}
+    model, (inputs, _) = model_of(widths), data_of(N, widths)
+    found = evaluate(model, inputs, metrics=("bridge",), resamples=B)
+    drawn = Resampling(N, B).weights(slice(None)).long()
+    for b in range(B):
+        rows = torch.repeat_interleave(torch.arange(N), drawn[:, b])
+        of_drawn = evaluate(
+            model, {name: x[rows] for name, x in inputs.items()}, metrics=("bridge",), resamples=0
+        ).scores()
+        assert float(found.resampled["bridge_shared"][b]) == pytest.approx(of_drawn["bridge_shared"], rel=1e-5)
+
+
+def test_the_papers_alignment_is_of_the_labelled_samples_that_are_drawn() -> None:
+    N, B = 60, 4
+    model, (inputs, labels) = model_of(), data_of(N)
+    names = ["c0", "c1", "c2", "c3", "c4", "c4"]  # two columns of one class count twice
+    parents = {f"c{c}": "even" if c % 2 == 0 else "odd" for c in range(5)}
+    tree = Hierarchy.from_parents(parents | {"even": "all", "odd": "all"})
+    metrics = ("concepts_by_depth_sparc_paper",)
+    found = evaluate(model, inputs, labels, hierarchy=(tree, names), metrics=metrics, resamples=B)
+    drawn = Resampling(N, B).weights(slice(None)).long()
+    assert not labels.any(1).all()
+    for b in range(B):
+        rows = torch.repeat_interleave(torch.arange(N), drawn[:, b])
+        of_drawn = evaluate(
+            model, {name: x[rows] for name, x in inputs.items()}, labels[rows], hierarchy=(tree, names),
+            metrics=metrics, resamples=0,
+        ).scores()  # fmt: skip
+        expected = of_drawn["jaccard_sparc_paper"]
+        assert float(found.resampled["jaccard_sparc_paper"][b]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_score_of_every_metric_has_an_interval() -> None:
+    N, widths = 600, {"image": 5, "text": 5}
+    model, (inputs, labels) = model_of(widths), data_of(N, widths)
+    names = [f"c{c}" for c in range(labels.shape[1])]
+    tree = Hierarchy.from_parents(dict.fromkeys(names, "all"))
+    found = evaluate(model, inputs, labels, hierarchy=(tree, names), metrics="all", resamples=4)
+    assert set(found.intervals()) == {score.key for metric in METRICS for score in metric.scores}
+    assert {key for key, width in found.intervals().items() if width is None} == set()
