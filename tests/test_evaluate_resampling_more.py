@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluation import data_of, model_of
 
-from sparc_fast.evaluate import Hierarchy, Retrieval, class_purity, dictionary_of, evaluate, linear_probe, probe_effects
+from sparc_fast.evaluate import (
+    METRICS,
+    Hierarchy,
+    Retrieval,
+    class_purity,
+    dictionary_of,
+    evaluate,
+    linear_probe,
+    probe_effects,
+)
 from sparc_fast.evaluate.jaccard import _shuffles, mean_jaccard
 from sparc_fast.evaluate.monosemanticity import drawn_mono_score
 from sparc_fast.evaluate.probes import average_precision, drawn_average_precision
@@ -168,14 +177,15 @@ def test_mono_scores_are_of_pairs_of_different_samples_that_are_drawn(
             assert float(found.resampled[key][b]) == pytest.approx(sum(values) / len(values), rel=1e-5), key
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 2**20])  # summed sample after sample, and by pairs at once
 @pytest.mark.parametrize("silent", [0, 1, 5])
-def test_a_latent_that_all_drawn_samples_fire_counts_from_the_least_of_them(silent: int) -> None:
+def test_a_latent_that_all_drawn_samples_fire_counts_from_the_least_of_them(silent: int, chunk_bytes: int) -> None:
     N, B = 6, 40
     torch.manual_seed(0)
-    a, embeddings = 0.5 + torch.rand(N), torch.randn(N, 3)
+    a, embeddings = 0.5 + torch.rand(N), torch.randn(N, 64)
     a[:silent] = 0
     embeddings[4] = 0
-    resampling = Resampling(N, B, chunk_bytes=1)
+    resampling = Resampling(N, B, chunk_bytes=chunk_bytes)
     drawn, samples = resampling.weights(slice(None)).double(), torch.arange(silent, N)
     norms = embeddings.double().norm(dim=1)
     found = drawn_mono_score(samples, a[samples], embeddings, norms, resampling, drawn.sum(0))

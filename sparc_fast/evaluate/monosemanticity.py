@@ -139,7 +139,8 @@ def drawn_mono_score(
     are alike. embeddings [N, D] and their norms, float64 [N], are of all samples. n_drawn [B], if given: how many are
     drawn; where all of them fire the latent, their least activation becomes 0.
     """
-    blocks = list(parts(len(samples), 32 * resampling.n_resamples + 16 * embeddings.shape[1], resampling.chunk_bytes))
+    B, D = resampling.n_resamples, embeddings.shape[1]
+    blocks = list(parts(len(samples), 32 * B + 24 * D, resampling.chunk_bytes))
     firing, weight, squares, own, least = (resampling.zeros() for _ in range(5))
     if n_drawn is not None:
         lowest = torch.full_like(least, torch.inf)
@@ -149,14 +150,18 @@ def drawn_mono_score(
             some = values[rows].double()[:, None].where(weights > 0, torch.inf)
             lowest = torch.minimum(lowest, some.amin(dim=0))
         least = lowest.where((firing == n_drawn) & (firing > 0), 0)
-    sums = torch.zeros(resampling.n_resamples, embeddings.shape[1], dtype=torch.float64, device="cpu")
+    sums = torch.zeros(B, D, dtype=torch.float64, device="cpu")
     for rows in blocks:
         n = samples[rows].long()
         a = resampling.weights(n) * (values[rows].double()[:, None] - least)
         weight += a.sum(dim=0)
         squares += a.square().sum(dim=0)
+        units = embeddings[n].double() / norms[n].where(norms[n] > 0, 1)[:, None]
+        if len(n) == len(samples) and len(n) * (B + D) < B * D:  # all pairs cost less than all sums
+            pairs = (units @ units.T).fill_diagonal_(0)
+            return _ratio((a * (pairs @ a)).sum(dim=0), weight.square() - squares, weight.square())
         own += (norms[n] > 0).double() @ a.square()
-        sums += (a / norms[n].where(norms[n] > 0, 1)[:, None]).T @ embeddings[n].double()
+        sums += a.T @ units
     return _ratio(sums.square().sum(dim=1) - own, weight.square() - squares, weight.square())
 
 
