@@ -231,9 +231,6 @@ def test_effects_on_a_probe_are_of_the_drawn_samples_the_probe_and_concepts_bein
             falls.append(own - others)
         expected = float(torch.stack([fall.nanmean() for fall in falls]).mean())
         assert float(found.resampled["probe_ablation_fall"][b]) == pytest.approx(expected, rel=1e-4)
-        every = torch.cat(falls)
-        expected = float((every[~every.isnan()] > 0).double().mean())
-        assert float(found.resampled["probe_ablation_own"][b]) == pytest.approx(expected)
 
 
 def test_bridges_are_of_the_drawn_samples() -> None:
@@ -269,11 +266,11 @@ def test_the_papers_alignment_is_of_the_labelled_samples_that_are_drawn() -> Non
         assert float(found.resampled["jaccard_sparc_paper"][b]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_score_of_every_metric_has_an_interval() -> None:
+def test_every_score_has_an_interval_but_the_one_that_a_fixed_probe_settles() -> None:
     N, widths = 600, {"image": 5, "text": 5}
     model, (inputs, labels) = model_of(widths), data_of(N, widths)
     names = [f"c{c}" for c in range(labels.shape[1])]
     tree = Hierarchy.from_parents(dict.fromkeys(names, "all"))
     found = evaluate(model, inputs, labels, hierarchy=(tree, names), metrics="all", resamples=4)
     assert set(found.intervals()) == {score.key for metric in METRICS for score in metric.scores}
-    assert {key for key, width in found.intervals().items() if width is None} == set()
+    assert {key for key, width in found.intervals().items() if width is None} == {"probe_ablation_own"}

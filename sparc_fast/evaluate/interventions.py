@@ -350,14 +350,18 @@ def _compute_with_probe(given: Given) -> dict[tuple[str, str], tuple[Tensor, Ten
 
 
 def _resample_with_probe(given: Given, found: Mapping[tuple[str, str], tuple[Tensor, Tensor]]) -> Mapping[str, Tensor]:
-    """Activations are averaged over the samples that are drawn; the probe and the latents' concepts stay."""
+    """Activations are averaged over the samples that are drawn; the probe and the latents' concepts stay.
+
+    Whether a latent lowers its own concept most is up to those alone, whatever samples are drawn, and so how many do
+    has no interval: it would take a probe for each resampling.
+    """
     resampling, L = given.resampling, given.n_latents
     assert resampling is not None
     if not found:
         return {}
     N = max(resampling.n, 1)
     once = torch.ones(resampling.n, 1, dtype=torch.float32, device="cpu")
-    falls, hits, judged = (resampling.zeros() for _ in range(3))
+    falls = resampling.zeros()
     for source, code in given.single.items():
         more = torch.stack([own - others for (of, _), (own, others) in found.items() if of == source])
         fall, n = (torch.zeros(len(more), resampling.n_resamples, dtype=torch.float64, device="cpu") for _ in range(2))
@@ -373,10 +377,8 @@ def _resample_with_probe(given: Given, found: Mapping[tuple[str, str], tuple[Ten
                 drawn = drawn_sums(*of_latents, weights, z) / fired.clamp_min(1)
                 fall[:, some] += each @ (drawn / mean.where(mean > 0, 1)).double()
                 n[:, some] += known.double() @ (fired > 0).double()
-                hits[some] += (each > 0).sum(dim=0).double() @ (fired > 0).double()
         falls += (fall / n).sum(dim=0) / len(found)
-        judged += n.sum(dim=0)
-    return {"probe_ablation_own": hits / judged, "probe_ablation_fall": falls}
+    return {"probe_ablation_fall": falls}
 
 
 def _own_concept(found: Mapping[tuple[str, str], tuple[Tensor, Tensor]]) -> float:
