@@ -426,7 +426,7 @@ def refused(case: str) -> str:
         elif case == "forward":
             model(x)
         elif case == "evaluate":
-            sf.evaluate.evaluate(model, {name: x[:, :1] for name in model.streams})
+            sf.evaluate.evaluate(model, dict.fromkeys(model.streams, x[:, :1]))
         elif case == "capturable":
             sf.SparcAdam(model, capturable=True)
     except (ValueError, RuntimeError) as error:
