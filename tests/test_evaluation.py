@@ -485,8 +485,14 @@ def test_several_seeds_are_a_column_of_their_mean_and_widen_its_interval() -> No
     samples, seeds = 1.96 * float(drawn.std()), 4.303 * 0.1 / math.sqrt(3)
     assert row.values == pytest.approx({"three": 0.5, "one": 0.4})
     assert row.intervals == pytest.approx({"three": math.hypot(samples, seeds), "one": samples})
-    assert rows.notes[0] == "± 95 % interval over samples and up to 3 seeds"
-    assert "within noise in" in rows.notes[1]
+    assert rows.notes[:2] == [
+        "mean ± 95 % interval over samples and up to 3 seeds",
+        "rows without ± are of the first seed",
+    ]
+    assert "within noise in" in rows.notes[2]
+    assert table({"three": runs}).notes == ["mean ± 95 % interval over samples and 3 seeds"]
+    alone = [replace(one, resampled={}) for one in runs]
+    assert table({"three": alone}).notes == ["mean ± 95 % interval over 3 seeds"]
     assert rows[-1].section == "Reconstruction, source to target"
 
 

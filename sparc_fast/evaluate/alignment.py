@@ -90,15 +90,18 @@ def sparc_paper_alignment_by_depth(
     check_labels(labels, check_codes(codes, n_latents))
     columns = hierarchy.nodes(concepts)
     active = torch.stack([firing_counts(code, n_latents) > 0 for code in codes.values()])
-    found = []
-    for depth in range(hierarchy.max_depth + 1):
-        lifted = [hierarchy.lifted(node, depth) for node in columns] if depth else [-1] * len(columns)
-        place = {node: column for column, node in enumerate(sorted(set(lifted)))}
-        times = torch.zeros(len(labels), len(place), dtype=torch.int32, device=labels.device)
-        for column, node in enumerate(lifted):
-            times[:, place[node]] += labels[:, column]
-        found.append(mean_jaccard(codes, times, n_latents, active=active))
-    return torch.stack(found)
+    lifted = (_times(labels, columns, hierarchy, depth) for depth in range(hierarchy.max_depth + 1))
+    return torch.stack([mean_jaccard(codes, times, n_latents, active=active) for times in lifted])
+
+
+def _times(labels: Tensor, columns: Sequence[int], hierarchy: Hierarchy, depth: int) -> Tensor:
+    """How often each sample carries each label at a depth, int32 [N, labels of that depth]."""
+    lifted = [hierarchy.lifted(node, depth) for node in columns] if depth else [-1] * len(columns)
+    place = {node: column for column, node in enumerate(sorted(set(lifted)))}
+    times = torch.zeros(len(labels), len(place), dtype=torch.int32, device=labels.device)
+    for column, node in enumerate(lifted):
+        times[:, place[node]] += labels[:, column]
+    return times
 
 
 def _hierarchy(given: Given) -> tuple[Hierarchy, Sequence[str]]:
@@ -162,6 +165,17 @@ def _compute_sparc_paper(given: Given) -> Tensor:
     return sparc_paper_alignment_by_depth(codes, given.labels[labelled], concepts, hierarchy, given.n_latents)
 
 
+def _resample_sparc_paper(given: Given, found: Tensor) -> Mapping[str, Tensor]:
+    assert given.labels is not None
+    assert given.resampling is not None
+    hierarchy, concepts = _hierarchy(given)
+    labelled = given.labels.any(dim=1)
+    codes = {name: (values[labelled], indices[labelled]) for name, (values, indices) in given.joint.items()}
+    times = _times(given.labels[labelled], hierarchy.nodes(concepts), hierarchy, hierarchy.max_depth)
+    total = drawn_jaccard(codes, times, given.n_latents, given.resampling[labelled])
+    return {"jaccard_sparc_paper": total / given.n_latents}
+
+
 def _rows_sparc_paper(models: Mapping[str, Tensor]) -> Iterator[Row]:
     for depth in range(len(next(iter(models.values())))):
         values: dict[str, float | None] = {name: float(found[depth].mean()) for name, found in models.items()}
@@ -212,6 +226,7 @@ CONCEPTS_BY_DEPTH_SPARC_PAPER = Metric(
         ),
     ),
     needs=frozenset({"joint", "labels", "hierarchy"}),
+    resample=_resample_sparc_paper,
     details=lambda found: {"jaccard_by_depth_sparc_paper": [float(one.mean()) for one in found]},
     rows=_rows_sparc_paper,
     work=_work,

@@ -23,13 +23,15 @@ __all__ = ["BRIDGE", "Bridge", "BridgePair", "bridge_pairs", "bridge_score"]
 class Bridge:
     """Sums over the Bridge matrix B of two streams, float64: see `bridge_score`.
 
-    own [L]: B[l, l]. of_a, of_b [L]: sums of row l and of column l. total: the sum of all.
+    own [L]: B[l, l]. of_a, of_b [L]: sums of row l and of column l. total: the sum of all. of_samples [2, N]: what each
+    sample adds to the sum of own, and to the total, times N.
     """
 
     own: Tensor
     of_a: Tensor
     of_b: Tensor
     total: float
+    of_samples: Tensor
 
     @property
     def shared(self) -> float:
@@ -62,7 +64,10 @@ def bridge_score(a: StreamCode, b: StreamCode, dictionary_a: Tensor, dictionary_
     N, D, device = len(a[0]), dictionary_a.shape[1], dictionary_a.device
     known = [d.to(torch.promote_types(d.dtype, torch.float32)) for d in (dictionary_a, dictionary_b)]
     own, of_a, of_b = (torch.zeros(L, dtype=torch.float64, device=device) for _ in range(3))
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    of_samples = torch.zeros(2, N, dtype=torch.float64, device=device)
+    alike = torch.zeros_like(own)
+    for some in parts(L, 32 * D):
+        alike[some] = (known[0][some].double() * known[1][some].double()).sum(dim=1)
     for rows in parts(N, 8 * (a[0].shape[1] + b[0].shape[1] + 4) * (D + 16)):
         latents = [code[1][rows].long().clamp_min(0).contiguous() for code in (a, b)]
         z = [code[0][rows].double().relu() for code in (a, b)]
@@ -73,12 +78,11 @@ def bridge_score(a: StreamCode, b: StreamCode, dictionary_a: Tensor, dictionary_
         for mine, sums in ((0, of_a), (1, of_b)):
             along = along_rows(known[mine], latents[mine], x[1 - mine]).double()
             sums.scatter_add_(0, latents[mine].flatten(), (z[mine] * along).flatten())
-        total += (x[0].double() * x[1].double()).sum()
-        own.scatter_add_(0, latents[0].flatten(), (z[0] * _at(latents[0], latents[1], z[1])).flatten())
-    for some in parts(L, 32 * D):
-        own[some] *= (known[0][some].double() * known[1][some].double()).sum(dim=1)
+        bridged = z[0] * _at(latents[0], latents[1], z[1]) * alike[latents[0]]
+        own.scatter_add_(0, latents[0].flatten(), bridged.flatten())
+        of_samples[:, rows] = torch.stack([bridged.sum(dim=1), (x[0].double() * x[1].double()).sum(dim=1)])
     n = max(N, 1)
-    return Bridge(own / n, of_a / n, of_b / n, float(total) / n)
+    return Bridge(own / n, of_a / n, of_b / n, float(of_samples[1].sum()) / n, of_samples)
 
 
 def bridge_pairs(
@@ -169,6 +173,20 @@ def _compute(given: Given) -> dict[tuple[str, str], Bridge]:
     return {(a, b): bridge_score(given.single[a], given.single[b], known[a], known[b]) for a, b in pairs}
 
 
+def _resample(given: Given, found: Mapping[tuple[str, str], Bridge]) -> Mapping[str, Tensor]:
+    """Both sums are of the samples that are drawn."""
+    resampling = given.resampling
+    assert resampling is not None
+    if not found:
+        return {}
+    shared = resampling.zeros()
+    for one in found.values():
+        for some, weights in resampling.pieces(8 * resampling.n):
+            own, total = one.of_samples @ weights.double()
+            shared[some] += torch.where(total != 0, own / total.where(total != 0, 1), torch.nan) / len(found)
+    return {"bridge_shared": shared}
+
+
 def _details(found: Mapping[tuple[str, str], Bridge]) -> Mapping[str, Any]:
     return {
         "bridge": {
@@ -179,8 +197,9 @@ def _details(found: Mapping[tuple[str, str], Bridge]) -> Mapping[str, Any]:
 
 
 def _work(sizes: Sizes) -> int:
-    """Dictionaries, sums, and a part of the samples."""
-    return 4 * sizes.L * sizes.D + 64 * sizes.L + 3 * CHUNK_BYTES
+    """Dictionaries, sums of latents and of samples, and a part of the samples."""
+    pairs = sizes.S * (sizes.S - 1) // 2
+    return 4 * sizes.L * sizes.D + 64 * sizes.L + 16 * sizes.N * pairs + 3 * CHUNK_BYTES
 
 
 BRIDGE = Metric(
@@ -199,6 +218,7 @@ BRIDGE = Metric(
         ),
     ),
     needs=frozenset({"single"}),
+    resample=_resample,
     details=_details,
     work=_work,
 )

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .codes import Codes, check_codes, firing_counts, parts
+from .codes import Codes, StreamCode, check_codes, firing_counts, parts
 from .registry import Given, Metric, Score
-from .resampling import drawn_sums, firing_keys, latent_blocks
+from .resampling import Resampling, drawn_sums, firing_entries, latent_blocks
 
 __all__ = ["COFIRING", "Cofiring", "cofiring_iou", "energy_share", "firing_entropy"]
 
@@ -101,23 +101,39 @@ def _resample(given: Given, found: Cofiring) -> Mapping[str, Tensor]:
     resampling, codes = given.resampling, list(given.single.values())
     assert resampling is not None
     S, N, L = len(codes), max(resampling.n, 1), given.n_latents
-    iou, entropy, alive = (resampling.zeros() for _ in range(3))
+    iou, entropy, energy, alive = (resampling.zeros() for _ in range(4))
+    of_streams = torch.stack([_drawn_energy(code, resampling) for code in codes])
     for latents in latent_blocks(codes, L, resampling):
         l = latents.stop - latents.start
-        keys = [firing_keys(code, latents, resampling.chunk_bytes) for code in codes]
+        entries = [firing_entries(code, latents, resampling.chunk_bytes, code[0]) for code in codes]
+        keys, squares = [keys for keys, _ in entries], [each.square() for _, (each,) in entries]
         some_stream, times = torch.unique(torch.cat(keys), return_counts=True)
         keys += [some_stream, some_stream[times == S]]
         offsets = [torch.searchsorted(key, torch.arange(l, device="cpu") * N) for key in keys]
         samples = [key % N for key in keys]
-        for drawn, weights in resampling.pieces(4 * len(keys) * l):
-            *of_streams, union, common = (drawn_sums(x, o, weights) for x, o in zip(samples, offsets, strict=True))
-            counts = torch.stack(of_streams)
+        for drawn, weights in resampling.pieces(4 * (len(keys) + 2 * S) * l):
+            *firings, union, common = (drawn_sums(x, o, weights) for x, o in zip(samples, offsets, strict=True))
+            counts = torch.stack(firings)
             share = counts / counts.sum(dim=0).clamp_min(1)
             iou[drawn] += (common / union.clamp_min(1)).sum(dim=0, dtype=torch.float64)
             entropy[drawn] += torch.special.entr(share).sum(dim=(0, 1), dtype=torch.float64)
             alive[drawn] += (union > 0).sum(dim=0)
-    drawn_scores = {"cofiring_iou": iou / alive}
-    return drawn_scores if S == 1 else {**drawn_scores, "firing_entropy": entropy / alive / math.log(S)}
+            own = torch.stack(
+                [drawn_sums(x, o, weights, e) for x, o, e in zip(samples[:S], offsets[:S], squares, strict=True)]
+            )
+            own /= of_streams[:, None, drawn]
+            energy[drawn] += (own.amax(dim=0) / own.sum(dim=0).where(union > 0, 1)).sum(dim=0, dtype=torch.float64)
+    scores = {"cofiring_iou": iou / alive, "largest_energy_share": energy / alive}
+    return scores if S == 1 else {**scores, "firing_entropy": entropy / alive / math.log(S)}
+
+
+def _drawn_energy(code: StreamCode, resampling: Resampling) -> Tensor:
+    """Of a stream, in each resampling, float32 [B]; 1 where nothing fires."""
+    each = torch.zeros(len(code[0]), dtype=torch.float32, device="cpu")
+    for rows in parts(len(each), 8 * code[0].shape[1]):
+        each[rows] = code[0][rows].float().relu().square().sum(dim=1)
+    total = torch.cat([each @ weights for _, weights in resampling.pieces()])
+    return total.where(total > 0, 1)
 
 
 COFIRING = Metric(

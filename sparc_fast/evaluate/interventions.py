@@ -18,6 +18,7 @@ from .kept_inputs import InputsOnCPU, bytes_of_inputs
 from .probes import linear_probe
 from .purity import class_purity
 from .registry import Batch, Given, Metric, Row, Score, Sizes
+from .resampling import drawn_sums, firing_entries, latent_blocks
 
 if TYPE_CHECKING:
     from sparc_fast.model import SPARC
@@ -49,21 +50,28 @@ class Ablations:
         self._fired = torch.zeros(len(dictionary), dtype=torch.int64, device=dictionary.device)
 
     @torch.no_grad()
-    def add(self, code: StreamCode, residual: Tensor) -> None:
-        """code: of n samples, in the source stream. residual [n, D]: the target's inputs - what is decoded from it."""
+    def add(self, code: StreamCode, residual: Tensor) -> Tensor:
+        """code: of n samples, in the source stream. residual [n, D]: the target's inputs - what is decoded from it.
+
+        Returns float32 [n, k]: by how much each sample's squared error grows without each of its latents.
+        """
         L, D = self.dictionary.shape
         check_code(code, L)
         values, indices = code
         if residual.shape != (len(values), D):
             raise ValueError(f"residual must be [N={len(values)}, D={D}], got {list(residual.shape)}")
+        grown = torch.zeros(values.shape, dtype=torch.float32, device=values.device)
         for rows in parts(len(values), 8 * values.shape[1] * (D + 8)):
             latents, z = indices[rows].long().clamp_min(0), values[rows].double().relu()
             along = along_rows(self.dictionary, latents, residual[rows]).double()
             moved = z * z * self._squares[latents]
             self._moved.scatter_add_(0, latents.flatten(), moved.flatten())
-            self._worse.scatter_add_(0, latents.flatten(), (2 * z * along + moved).flatten())
+            worse = 2 * z * along + moved
+            self._worse.scatter_add_(0, latents.flatten(), worse.flatten())
+            grown[rows] = worse.float()
             self._fired += torch.bincount(latents[z > 0], minlength=L)
         self.n += len(values)
+        return grown
 
     @property
     def fired(self) -> Tensor:
@@ -185,16 +193,63 @@ class _Watch:
     def __init__(self, given: Given) -> None:
         known = {name: dictionary_of(given.model, name) for name in given.streams}
         self.found = {(s, t): Ablations(known[t]) for s in given.streams for t in given.streams}
+        self._grown: dict[tuple[str, str], list[Tensor]] = {pair: [] for pair in self.found}
 
     def see(self, batch: Batch) -> None:
         for (source, target), found in self.found.items():
-            found.add(batch.alone[source].stream(source), batch.truth[target] - batch.decoded(source, target))
+            residual = batch.truth[target] - batch.decoded(source, target)
+            grown = found.add(batch.alone[source].stream(source), residual)
+            if batch.weights is not None:
+                self._grown[source, target].append(grown.cpu())
+
+    def grown(self, source: str, target: str, like: Tensor) -> Tensor:
+        """What `Ablations.add` returned of all samples, in the shape of their code [N, k]; once, it is not kept."""
+        found = torch.zeros(like.shape, dtype=torch.float32, device="cpu")
+        start = 0
+        for some in self._grown.pop((source, target)):
+            found[start : start + len(some), : some.shape[1]] = some
+            start += len(some)
+        return found
 
 
 def _compute(given: Given) -> dict[tuple[str, str], Ablations]:
     """By (source, target)."""
     found: dict[tuple[str, str], Ablations] = given.watched["ablations"].found
     return found
+
+
+def _resample(given: Given, found: Mapping[tuple[str, str], Ablations]) -> Mapping[str, Tensor]:
+    """What each latent does to each sample is summed anew, and the median latent of each resampling its own."""
+    resampling, watched, L = given.resampling, given.watched["ablations"], given.n_latents
+    assert resampling is not None
+    N, S = max(resampling.n, 1), len(given.streams)
+    helpful, own, faithful = (resampling.zeros() for _ in range(3))
+    for source, code in given.single.items():
+        grown = [watched.grown(source, target, code[0]) for target in given.streams]
+        norms = [found[source, target]._squares.float().cpu() for target in given.streams]
+        for some, weights in resampling.pieces(4 * (S + 4) * L):
+            b = weights.shape[1]
+            part = torch.zeros(S, L, b, dtype=torch.float32, device="cpu")
+            helps = torch.zeros(S, b, dtype=torch.float64, device="cpu")
+            alive = torch.zeros(b, dtype=torch.int64, device="cpu")
+            for latents in latent_blocks([code], L, resampling, 1 + S // 4):
+                keys, (z, *worse) = firing_entries(code, latents, resampling.chunk_bytes, code[0], *grown)
+                bags = torch.arange(latents.stop - latents.start, device="cpu") * N
+                of_latents = keys % N, torch.searchsorted(keys, bags), weights
+                fired, energy = drawn_sums(*of_latents) > 0, drawn_sums(*of_latents, z.square())
+                alive += fired.sum(dim=0)
+                for t, (each, norm) in enumerate(zip(worse, norms, strict=True)):
+                    grows, moved = drawn_sums(*of_latents, each), energy * norm[latents, None]
+                    helps[t] += (fired & (grows > 0)).sum(dim=0)
+                    part[t, latents] = torch.where(moved > 0, grows / moved, torch.nan)
+            for t, target in enumerate(given.streams):
+                if target == source:
+                    own[some] += helps[t] / alive / S
+                else:
+                    helpful[some] += helps[t] / alive / (S * (S - 1))
+                    faithful[some] += part[t].nanmedian(dim=0).values.double() / (S * (S - 1))
+    of_own = {"ablation_helpful_own": own}
+    return of_own if S == 1 else {"ablation_helpful": helpful, "ablation_faithful": faithful, **of_own}
 
 
 def _mean(value: Callable[[Ablations], float], own: bool) -> Callable[[Mapping[tuple[str, str], Ablations]], float]:
@@ -232,6 +287,12 @@ def _rows(models: Mapping[str, Mapping[tuple[str, str], Ablations]]) -> Iterator
         yield Row(f"{source} → {target}", meaning, "higher", cells, "Latents taken out of a code")
 
 
+def _kept(sizes: Sizes) -> int:
+    """Dictionaries and sums; for resampling, what each latent does to each sample."""
+    grown = 4 * sizes.N * sizes.k * sizes.S * (sizes.S + 1) if sizes.B else 0
+    return 4 * sizes.L * sizes.D + 32 * sizes.S**2 * sizes.L + 2 * CHUNK_BYTES + grown
+
+
 ABLATIONS = Metric(
     "ablations",
     "Each latent taken out of one stream's code, encoded alone: is the reconstruction of another stream worse?",
@@ -264,10 +325,12 @@ ABLATIONS = Metric(
             _mean(lambda one: one.helpful, own=True),
         ),
     ),
+    needs=frozenset({"single"}),
     watch=_Watch,
+    resample=_resample,
     details=_details,
     rows=_rows,
-    kept=lambda sizes: 4 * sizes.L * sizes.D + 32 * sizes.S**2 * sizes.L + 2 * CHUNK_BYTES,
+    kept=_kept,
 )
 
 
@@ -284,6 +347,36 @@ def _compute_with_probe(given: Given) -> dict[tuple[str, str], tuple[Tensor, Ten
         for source in given.streams:
             found[source, target] = probe_effects(given.single[source], dictionary, weight, concepts[source])
     return {pair: found[pair] for pair in permutations(given.streams, 2)}
+
+
+def _resample_with_probe(given: Given, found: Mapping[tuple[str, str], tuple[Tensor, Tensor]]) -> Mapping[str, Tensor]:
+    """Activations are averaged over the samples that are drawn; the probe and the latents' concepts stay."""
+    resampling, L = given.resampling, given.n_latents
+    assert resampling is not None
+    if not found:
+        return {}
+    N = max(resampling.n, 1)
+    once = torch.ones(resampling.n, 1, dtype=torch.float32, device="cpu")
+    falls, hits, judged = (resampling.zeros() for _ in range(3))
+    for source, code in given.single.items():
+        more = torch.stack([own - others for (of, _), (own, others) in found.items() if of == source])
+        fall, n = (torch.zeros(len(more), resampling.n_resamples, dtype=torch.float64, device="cpu") for _ in range(2))
+        for latents in latent_blocks([code], L, resampling):
+            keys, (z,) = firing_entries(code, latents, resampling.chunk_bytes, code[0])
+            bags = torch.arange(latents.stop - latents.start, device="cpu") * N
+            of_latents = keys % N, torch.searchsorted(keys, bags)
+            mean = drawn_sums(*of_latents, once, z) / drawn_sums(*of_latents, once)
+            known = ~more[:, latents].isnan()
+            each = torch.where(known, more[:, latents], 0)
+            for some, weights in resampling.pieces(24 * len(bags)):
+                fired = drawn_sums(*of_latents, weights)
+                drawn = drawn_sums(*of_latents, weights, z) / fired.clamp_min(1)
+                fall[:, some] += each @ (drawn / mean.where(mean > 0, 1)).double()
+                n[:, some] += known.double() @ (fired > 0).double()
+                hits[some] += (each > 0).sum(dim=0).double() @ (fired > 0).double()
+        falls += (fall / n).sum(dim=0) / len(found)
+        judged += n.sum(dim=0)
+    return {"probe_ablation_own": hits / judged, "probe_ablation_fall": falls}
 
 
 def _own_concept(found: Mapping[tuple[str, str], tuple[Tensor, Tensor]]) -> float:
@@ -331,6 +424,7 @@ PROBE_ABLATIONS = Metric(
     ),
     needs=frozenset({"single", "labels"}),
     watch=InputsOnCPU,
+    resample=_resample_with_probe,
     kept=bytes_of_inputs,
     work=_work,
 )

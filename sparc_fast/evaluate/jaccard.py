@@ -143,7 +143,10 @@ def _compute_joint(given: Given) -> Concepts:
 def drawn_jaccard(
     codes: Codes, labels: Tensor, n_latents: int, resampling: Resampling, shuffled: bool = False
 ) -> Tensor:
-    """The sum over latents of `concept_jaccard` in each resampling, [B]: counts of labels are of the drawn samples."""
+    """The sum over latents of `concept_jaccard` in each resampling, [B]: counts of labels are of the drawn samples.
+
+    labels are bool [N, C], or integers: how often a sample counts as one of the label.
+    """
     of_streams = list(codes.values())
     S, (N, C) = len(of_streams), labels.shape
     pairs = list(combinations(range(S), 2))
@@ -151,7 +154,8 @@ def drawn_jaccard(
     total = resampling.zeros()
     degree = labels.sum(dim=1)
     first = degree.cumsum(0) - degree
-    carried = labels.nonzero()[:, 1]
+    holders, carried = labels.nonzero(as_tuple=True)
+    carried = carried.repeat_interleave(labels[holders, carried].long())
     for latents in latent_blocks(of_streams, n_latents, resampling, int(degree.max()) if N else 0):
         l = latents.stop - latents.start
         cells, samples = [], []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .codes import CHUNK_BYTES, ByLatent, Codes, by_latent, check_codes, parts
 from .jaccard import above_chance
 from .kept_inputs import InputsOnCPU, bytes_of_inputs
 from .registry import Given, Metric, Score, Sizes
+from .resampling import Resampling
 
 __all__ = ["MONOSEMANTICITY", "Monosemanticity", "mono_score"]
 
@@ -128,6 +130,78 @@ def _compute(given: Given) -> dict[tuple[str, str], Monosemanticity]:
     return found
 
 
+def drawn_mono_score(
+    samples: Tensor, values: Tensor, embeddings: Tensor, norms: Tensor, resampling: Resampling, n_drawn: Tensor | None
+) -> Tensor:
+    """MonoScore of a latent with these activations of these samples, [n] each, in each resampling, float64 [B].
+
+    Over pairs of different samples, each pair as often as both are drawn: a sample that is drawn twice is not two that
+    are alike. embeddings [N, D] and their norms, float64 [N], are of all samples. n_drawn [B], if given: how many are
+    drawn; where all of them fire the latent, their least activation becomes 0.
+    """
+    B, D = resampling.n_resamples, embeddings.shape[1]
+    blocks = list(parts(len(samples), 32 * B + 24 * D, resampling.chunk_bytes))
+    firing, weight, squares, own, least = (resampling.zeros() for _ in range(5))
+    if n_drawn is not None:
+        lowest = torch.full_like(least, torch.inf)
+        for rows in blocks:
+            weights = resampling.weights(samples[rows].long())
+            firing += weights.sum(dim=0)
+            some = values[rows].double()[:, None].where(weights > 0, torch.inf)
+            lowest = torch.minimum(lowest, some.amin(dim=0))
+        least = lowest.where((firing == n_drawn) & (firing > 0), 0)
+    sums = torch.zeros(B, D, dtype=torch.float64, device="cpu")
+    for rows in blocks:
+        n = samples[rows].long()
+        a = resampling.weights(n) * (values[rows].double()[:, None] - least)
+        weight += a.sum(dim=0)
+        squares += a.square().sum(dim=0)
+        units = embeddings[n].double() / norms[n].where(norms[n] > 0, 1)[:, None]
+        if len(n) == len(samples) and len(n) * (B + D) < B * D:  # all pairs cost less than all sums
+            pairs = (units @ units.T).fill_diagonal_(0)
+            return _ratio((a * (pairs @ a)).sum(dim=0), weight.square() - squares, weight.square())
+        own += (norms[n] > 0).double() @ a.square()
+        sums += a.T @ units
+    return _ratio(sums.square().sum(dim=1) - own, weight.square() - squares, weight.square())
+
+
+def _resample(given: Given, found: dict[tuple[str, str], Monosemanticity]) -> Mapping[str, Tensor]:
+    """See `drawn_mono_score`."""
+    resampling, inputs = given.resampling, given.watched["monosemanticity"]
+    assert resampling is not None
+    if not found:
+        return {}
+    every = torch.arange(resampling.n, device="cpu")
+    n_drawn = torch.cat([weights.sum(dim=0, dtype=torch.float64) for _, weights in resampling.pieces()])
+    judges = {}
+    for judge in given.streams:
+        embeddings = inputs.stream(judge)
+        norms = torch.zeros(len(embeddings), dtype=torch.float64, device="cpu")
+        for rows in parts(len(embeddings), 16 * embeddings.shape[1]):
+            norms[rows] = embeddings[rows].double().norm(dim=1)
+        chance = drawn_mono_score(every, torch.ones_like(norms), embeddings, norms, resampling, None)
+        judges[judge] = embeddings, norms, chance
+    scores, above, by_chance = (resampling.zeros() for _ in range(3))
+    for name, code in given.single.items():
+        entries = by_latent(code, given.n_latents)
+        bounds = entries.offsets.tolist()
+        of_latents = [slice(*pair) for pair in pairwise(bounds) if pair[1] - pair[0] > 1]
+        for judge, (embeddings, norms, chance) in judges.items():
+            if judge == name:
+                continue
+            total, n = resampling.zeros(), resampling.zeros()
+            for some in of_latents:
+                latent = entries.samples[some], entries.values[some].float()
+                score = drawn_mono_score(*latent, embeddings, norms, resampling, n_drawn)
+                total += score.nan_to_num()
+                n += score.isfinite()
+            scores += total / n
+            above += above_chance(total / n, chance)
+            by_chance += chance
+    drawn = {"mono_above_chance": above, "mono": scores, "mono_chance": by_chance}
+    return {key: values / len(found) for key, values in drawn.items()}
+
+
 def _mean(found: dict[tuple[str, str], Monosemanticity], value: Callable[[Monosemanticity], Tensor]) -> float:
     return float(torch.stack([value(one).nanmean() for one in found.values()]).mean()) if found else float("nan")
 
@@ -169,6 +243,7 @@ MONOSEMANTICITY = Metric(
     ),
     needs=frozenset({"single"}),
     watch=InputsOnCPU,
+    resample=_resample,
     kept=bytes_of_inputs,
     work=_work,
 )

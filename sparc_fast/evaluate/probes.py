@@ -16,6 +16,7 @@ from .kept_inputs import InputsOnCPU, bytes_of_inputs
 from .probe_1d import split_samples
 from .reconstruction_retrieval import Decoded
 from .registry import Given, Metric, Row, Score, Sizes
+from .resampling import drawn_sums
 
 __all__ = ["LINEAR_PROBES", "MLP_PROBES", "Probe", "average_precision", "linear_probe", "mlp_probe"]
 
@@ -31,7 +32,8 @@ class Probe:
 
     average_precision, f1: float64 [C], nan for a concept that no such sample carries. base: float64 [C], the fraction
     that carry it, which is the average precision of a random order. classify: logits [n, C] of features alike.
-    weight: of dense features by a linear probe, [D, C], what a logit gains for each unit of a feature; else None.
+    held_out: int64 [n], those samples. weight: of dense features by a linear probe, [D, C], what a logit gains for each
+    unit of a feature; else None.
     """
 
     average_precision: Tensor
@@ -40,6 +42,7 @@ class Probe:
     f1_micro: float
     """Over all pairs of a sample and a concept."""
     classify: Callable[[Features], Tensor]
+    held_out: Tensor
     weight: Tensor | None = None
 
     @property
@@ -263,7 +266,7 @@ class _Data:
             hits, predicted, carried = hits + int(both.sum()), predicted + int(chosen.sum()), carried + int(truth.sum())
         base = self.labels[self.test].sum(dim=0, dtype=torch.float64) / max(len(self.test), 1)
         micro = 2 * hits / (predicted + carried) if carried else float("nan")
-        return Probe(ap, f1, base, micro, classify)
+        return Probe(ap, f1, base, micro, classify, self.test)
 
 
 class _FirstLayer(nn.Module):
@@ -324,6 +327,25 @@ def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
     return torch.where(positives > 0, found / positives.clamp_min(1), torch.nan)
 
 
+def drawn_average_precision(scores: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+    """`average_precision` of one concept, each sample there as often as drawn, float64 [b]; nan without a positive.
+
+    scores [n], truth bool [n], weights float32 [n, b].
+    """
+    ordered, order = scores.sort(descending=True)
+    level = torch.unique_consecutive(ordered, return_inverse=True)[1]  # of equal scores
+    carried = truth[order]
+    some = torch.unique_consecutive(level[carried])
+    run = torch.searchsorted(some, level)  # what is taken to reach each level with a positive, beyond the one before
+    first = torch.arange(len(some), device=scores.device)
+    positives, all_ = (
+        drawn_sums(order[kept], torch.searchsorted(run[kept], first), weights) for kept in (carried, run < len(some))
+    )
+    hits = positives.cumsum(dim=0)
+    found = (positives * hits / all_.cumsum(dim=0).clamp_min(1)).sum(dim=0, dtype=torch.float64)
+    return found / positives.sum(dim=0, dtype=torch.float64)
+
+
 def _best_threshold(scores: Tensor, truth: Tensor) -> Tensor:
     """The score of each column from which on F1 is best, the highest of several; infinite without a positive."""
     if len(scores) == 0:
@@ -346,29 +368,64 @@ def _curve(scores: Tensor, truth: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]
     return truth.sum(dim=0), (ends, order), hits.gather(0, ends), ordered
 
 
+def _features(given: Given, key: str, of: tuple[str, str, str], samples: slice | Tensor = slice(None)) -> Features:
+    """Of (what, source, target): "raw" inputs and "latents" of a stream, and what one's code "recon"structs."""
+    what, source, target = of
+    if what == "raw":
+        inputs: InputsOnCPU = given.watched[key]
+        return inputs.stream(target)[samples]
+    values, indices = given.single[source]
+    if what == "latents":
+        return values[samples], indices[samples]
+    rows = Decoded(given.model, (values[samples], indices[samples]), source, target)
+    some = [rows[part].cpu().float() for part in parts(len(rows), 64 * rows.shape[1])]
+    return torch.cat(some) if some else torch.zeros(rows.shape, dtype=torch.float32, device="cpu")
+
+
 def _computed(key: str, fit: Callable[..., Probe]) -> Callable[[Given], dict[tuple[str, str, str], Probe]]:
     def compute(given: Given) -> dict[tuple[str, str, str], Probe]:
-        """By (what, source, target): "raw" inputs and "latents" of a stream, and what one's code "recon"structs."""
-        labels, groups = given.labels, given.groups
-        assert labels is not None  # it is needed
-        inputs: InputsOnCPU = given.watched[key]
+        """By what `_features` are of."""
         found = {}
         for target in given.streams:
-            found["raw", target, target] = fit(inputs.stream(target), labels, groups=groups)
-            found["latents", target, target] = fit(given.single[target], labels, given.n_latents, groups=groups)
-            for source in given.streams:
-                rows = Decoded(given.model, given.single[source], source, target)
-                some = [rows[part].cpu().float() for part in parts(len(rows), 64 * rows.shape[1])]
-                decoded = torch.cat(some) if some else torch.zeros(rows.shape, dtype=torch.float32, device="cpu")
-                found["recon", source, target] = fit(decoded, labels, groups=groups)
+            recon = [("recon", source, target) for source in given.streams]
+            for of in [("raw", target, target), ("latents", target, target), *recon]:
+                n_latents = given.n_latents if of[0] == "latents" else None
+                found[of] = fit(_features(given, key, of), given.labels, n_latents, groups=given.groups)
         return found
 
     return compute
 
 
-def _mean(what: str, own: bool, field: str = "mean_average_precision") -> Callable[[Mapping[Any, Probe]], float]:
+def _resampled(key: str) -> Callable[[Given, Mapping[tuple[str, str, str], Probe]], Mapping[str, Tensor]]:
+    def resample(given: Given, found: Mapping[tuple[str, str, str], Probe]) -> Mapping[str, Tensor]:
+        """Held-out samples are drawn, and ranked by the probe as it was fitted."""
+        labels = given.labels
+        assert labels is not None
+        assert given.resampling is not None
+        drawn: dict[str, list[Tensor]] = {}
+        for of, probe in found.items():
+            truth, resampling = labels[probe.held_out], given.resampling[probe.held_out]
+            logits = probe.classify(_features(given, key, of, probe.held_out))
+            total, n = resampling.zeros(), resampling.zeros()
+            for some, weights in resampling.pieces(16 * len(truth)):
+                for concept in truth.any(dim=0).nonzero()[:, 0].tolist():
+                    one = drawn_average_precision(logits[:, concept], truth[:, concept], weights)
+                    total[some] += one.nan_to_num()
+                    n[some] += one.isfinite()
+            drawn.setdefault(_suffix(of), []).append(total / n)
+        return {f"{key[:-1]}_{suffix}": torch.stack(values).mean(dim=0) for suffix, values in drawn.items()}
+
+    return resample
+
+
+def _suffix(of: tuple[str, str, str]) -> str:
+    what, source, target = of
+    return what if source == target else f"cross_{what}"
+
+
+def _mean(suffix: str) -> Callable[[Mapping[tuple[str, str, str], Probe]], float]:
     def value(found: Mapping[tuple[str, str, str], Probe]) -> float:
-        values = [getattr(p, field) for (kind, s, t), p in found.items() if kind == what and (s == t) is own]
+        values = [probe.mean_average_precision for of, probe in found.items() if _suffix(of) == suffix]
         return sum(values) / len(values) if values else float("nan")
 
     return value
@@ -412,13 +469,12 @@ def _rowed(section: str) -> Callable[[Mapping[str, Mapping[tuple[str, str, str],
 
 
 def _scores(kind: str, key: str) -> tuple[Score, ...]:
-    means = (
-        ("latents", "latents", True, "latents"),
-        ("raw", "inputs", True, "raw"),
-        ("own reconstructions", "what a stream's own code reconstructs", True, "recon"),
-        ("cross reconstructions", "what another stream's code reconstructs", False, "recon"),
-    )
-    suffixes = ("latents", "raw", "recon", "cross_recon")
+    means = {
+        "latents": ("latents", "latents"),
+        "raw": ("raw", "inputs"),
+        "recon": ("own reconstructions", "what a stream's own code reconstructs"),
+        "cross_recon": ("cross reconstructions", "what another stream's code reconstructs"),
+    }
     return tuple(
         Score(
             f"{key}_{suffix}",
@@ -427,9 +483,9 @@ def _scores(kind: str, key: str) -> tuple[Score, ...]:
             "samples that it was not fitted on.",
             "neither" if suffix == "raw" else "higher",
             ".3f",
-            _mean(which, own),
+            _mean(suffix),
         )
-        for (name, what, own, which), suffix in zip(means, suffixes, strict=True)
+        for suffix, (name, what) in means.items()
     )
 
 
@@ -445,6 +501,7 @@ LINEAR_PROBES = Metric(
     _scores("Linear", "linear_probe"),
     needs=frozenset({"single", "labels"}),
     watch=InputsOnCPU,
+    resample=_resampled("linear_probes"),
     details=_detailed("linear_probes"),
     rows=_rowed("Linear probes"),
     kept=bytes_of_inputs,
@@ -458,6 +515,7 @@ MLP_PROBES = Metric(
     _scores("MLP", "mlp_probe"),
     needs=frozenset({"single", "labels"}),
     watch=InputsOnCPU,
+    resample=_resampled("mlp_probes"),
     details=_detailed("mlp_probes"),
     rows=_rowed("MLP probes"),
     kept=bytes_of_inputs,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .codes import CHUNK_BYTES, Codes, check_codes, check_labels, label_counts
 from .registry import Given, Metric, Score, Sizes
-from .resampling import drawn_sums, firing_keys, latent_blocks
+from .resampling import drawn_sums, firing_entries, latent_blocks
 
 __all__ = ["PURITY", "Purity", "class_purity"]
 
@@ -70,19 +70,21 @@ def _consistent(found: tuple[Purity, Purity]) -> float:
 
 
 def _resample(given: Given, found: tuple[Purity, Purity]) -> Mapping[str, Tensor]:
-    """Of the plain purity: counts of labels are of the drawn samples, and so are dominant concepts."""
+    """Counts of labels are of the drawn samples, and so are dominant concepts."""
     resampling, labels, codes = given.resampling, given.labels, list(given.single.values())
     assert labels is not None
     assert resampling is not None
     (N, C), S = labels.shape, len(codes)
     degree = labels.sum(dim=1)
     first, carried = degree.cumsum(0) - degree, labels.nonzero()[:, 1]
-    purity, base, fired, same, everywhere = (resampling.zeros() for _ in range(5))
+    purity, heavy, base, fired, same, everywhere = (resampling.zeros() for _ in range(6))
     for latents in latent_blocks(codes, given.n_latents, resampling, int(degree.max()) if N else 0):
         l, cells, holders, labelled = latents.stop - latents.start, [], [], []
+        activations = []
         for code in codes:
-            keys = firing_keys(code, latents, resampling.chunk_bytes)
-            keys = keys[degree[keys % max(N, 1)] > 0]
+            keys, (each,) = firing_entries(code, latents, resampling.chunk_bytes, code[0])
+            kept = degree[keys % max(N, 1)] > 0
+            keys, each = keys[kept], each[kept]
             labelled.append(keys)
             sample = keys % max(N, 1)
             of_key = torch.repeat_interleave(degree[sample])
@@ -90,21 +92,24 @@ def _resample(given: Given, found: tuple[Purity, Purity]) -> Mapping[str, Tensor
             cell, place = ((keys // max(N, 1))[of_key] * C + carried[first[sample[of_key]] + within]).sort(stable=True)
             cells.append(cell)
             holders.append(sample[of_key][place])
+            activations.append((each[of_key][place], each))
         known = [torch.unique_consecutive(cell) for cell in cells]
-        for some, weights in resampling.pieces(32 * sum(map(len, known)) + 40 * S * l):
+        for some, weights in resampling.pieces(32 * sum(map(len, known)) + 56 * S * l):
             concepts, fires = [], []
             rates = labels.T.float() @ weights / weights[degree > 0].sum(dim=0).clamp_min(1)
-            for cell, holder, mine, keys in zip(cells, holders, known, labelled, strict=True):
-                counts = drawn_sums(holder, torch.searchsorted(cell, mine), weights)
-                total = drawn_sums(
-                    keys % max(N, 1), torch.searchsorted(keys, torch.arange(l, device="cpu") * N), weights
-                )
+            for cell, holder, mine, keys, active in zip(cells, holders, known, labelled, activations, strict=True):
+                of_cells = holder, torch.searchsorted(cell, mine), weights
+                of_latents = keys % max(N, 1), torch.searchsorted(keys, torch.arange(l, device="cpu") * N), weights
+                counts, total = drawn_sums(*of_cells), drawn_sums(*of_latents)
                 latent = (mine // max(C, 1))[:, None].expand(counts.shape)
                 most = torch.zeros_like(total).scatter_reduce(0, latent, counts, "amax")
                 column = torch.where(counts == most.gather(0, latent), (mine % max(C, 1))[:, None], C)
                 concept = torch.full(total.shape, C, dtype=torch.int64, device="cpu")
                 concept = concept.scatter_reduce(0, latent, column, "amin").where(total > 0, C)
                 purity[some] += (most / total.clamp_min(1)).sum(dim=0, dtype=torch.float64)
+                weighed, in_all = drawn_sums(*of_cells, active[0]), drawn_sums(*of_latents, active[1])
+                heaviest = torch.zeros_like(in_all).scatter_reduce(0, latent, weighed, "amax")
+                heavy[some] += (heaviest / in_all.where(in_all > 0, 1)).sum(dim=0, dtype=torch.float64)
                 padded = torch.cat([rates, rates.new_zeros(1, rates.shape[1])])
                 base[some] += padded.gather(0, concept).sum(dim=0, dtype=torch.float64)
                 fired[some] += (total > 0).sum(dim=0)
@@ -113,7 +118,12 @@ def _resample(given: Given, found: tuple[Purity, Purity]) -> Mapping[str, Tensor
             alive = torch.stack(fires).all(dim=0)
             everywhere[some] += alive.sum(dim=0)
             same[some] += (alive & (torch.stack(concepts) == concepts[0]).all(dim=0)).sum(dim=0)
-    return {"purity": purity / fired, "purity_base": base / fired, "purity_consistent": same / everywhere}
+    return {
+        "purity": purity / fired,
+        "purity_weighted": heavy / fired,
+        "purity_base": base / fired,
+        "purity_consistent": same / everywhere,
+    }
 
 
 def _work(sizes: Sizes) -> int:

@@ -15,7 +15,7 @@ from sparc_fast.ops.huge_pages import give_back_freed
 
 from .codes import CHUNK_BYTES, StreamCode, firing_counts, parts
 
-__all__ = ["RESAMPLES", "Resampling", "drawn_firings", "drawn_sums", "firing_keys", "latent_blocks"]
+__all__ = ["RESAMPLES", "Resampling", "drawn_firings", "drawn_sums", "firing_entries", "firing_keys", "latent_blocks"]
 
 RESAMPLES = 200  # by default; the width of an interval is then known to 5 %
 
@@ -118,23 +118,45 @@ def latent_blocks(
 
 def firing_keys(code: StreamCode, latents: slice, chunk_bytes: int, order: Tensor | None = None) -> Tensor:
     """(latent - first) * N + sample of all firings of some latents, ascending, int64. order: the sample each row is."""
+    return _keys(code, latents, chunk_bytes, (), order)[0].sort().values
+
+
+def firing_entries(
+    code: StreamCode, latents: slice, chunk_bytes: int, *carried: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`firing_keys`, and in the same order float32 of what each firing carries, [N, k] each, such as its activation."""
+    keys, of_firings = _keys(code, latents, chunk_bytes, carried)
+    keys, place = keys.sort()
+    return keys, tuple(each[place] for each in of_firings)
+
+
+def _keys(
+    code: StreamCode, latents: slice, chunk_bytes: int, carried: Sequence[Tensor], order: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
     values, indices = code
-    N, found = len(values), []
+    N = len(values)
+    found = [torch.zeros(0, dtype=torch.int64, device="cpu")]
+    of_firings = [[torch.zeros(0, dtype=torch.float32, device="cpu")] for _ in carried]
     for rows in parts(N, 64 * values.shape[1], chunk_bytes):
         some = indices[rows]
         mine = (values[rows] > 0) & (some >= latents.start) & (some < latents.stop)
         samples, slots = mine.nonzero(as_tuple=True)
         latent = some[samples, slots].long() - latents.start
         samples += rows.start
+        for kept, each in zip(of_firings, carried, strict=True):
+            kept.append(each[samples, slots].float())
         found.append(latent * N + (samples if order is None else order[samples]))
-    return torch.cat(found).sort().values if found else torch.zeros(0, dtype=torch.int64, device="cpu")
+    return torch.cat(found), [torch.cat(kept) for kept in of_firings]
 
 
-def drawn_sums(samples: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """How often samples[offsets[i] : offsets[i + 1]] are drawn together, float32 [bags, b], exact up to 2^24."""
+def drawn_sums(samples: Tensor, offsets: Tensor, weights: Tensor, each: Tensor | None = None) -> Tensor:
+    """How often samples[offsets[i] : offsets[i + 1]] are drawn together, float32 [bags, b], exact up to 2^24.
+
+    each, float32 of the samples: they count by it.
+    """
     if not len(samples) or not len(weights):
         return weights.new_zeros(len(offsets), weights.shape[1])
-    return embedding_bag(samples, weights, offsets, mode="sum")
+    return embedding_bag(samples, weights, offsets, per_sample_weights=each, mode="sum")
 
 
 def drawn_firings(

@@ -89,6 +89,8 @@ def comparison(evaluations: Mapping[str, Evaluated]) -> Comparison:
         if found and metric.rows is not None:
             for row in metric.rows(found):
                 rows.append(replace(row, cells={name: row.cells.get(name, DASH) for name in evaluations}))
+    if rows.notes and any(len(_runs(evaluated)) > 1 for evaluated in evaluations.values()):
+        rows.notes.insert(1, "rows without ± are of the first seed")
     return rows
 
 
@@ -153,9 +155,13 @@ def _notes(rows: Sequence[Row], runs: Mapping[str, Sequence[Evaluation]]) -> lis
     """What the intervals are of, and for each other column where the first is better, worse, or neither."""
     if not any(width is not None for row in rows for width in row.intervals.values()):
         return []
-    seeds = max(len(of_column) for of_column in runs.values())
-    drawn = next((one.drawn for of_column in runs.values() for one in of_column if one.resampled), "samples")
-    notes = [f"± 95 % interval over {drawn}{f' and up to {seeds} seeds' if seeds > 1 else ', of one seed'}"]
+    n_seeds = {len(of_column) for of_column in runs.values()}
+    over = [one.drawn for of_column in runs.values() for one in of_column if one.resampled][:1]
+    if max(n_seeds) > 1:
+        over.append(f"{'up to ' if len(n_seeds) > 1 else ''}{max(n_seeds)} seeds")
+        notes = [f"mean ± 95 % interval over {' and '.join(over)}"]
+    else:
+        notes = [f"± 95 % interval over {over[0]}, of one seed"]
     (first, ours), *others = runs.items()
     judged = [row for row in rows if row.better != "neither"]
     for name, theirs in others:
