@@ -231,3 +231,11 @@ def test_the_width_command_measures_time_memory_and_loss(tmp_path: Path, capsys:
 def test_time_that_grows_as_the_square_has_exponent_2() -> None:
     narrow, wide = (Row("", "step", f"N512-L{L}", value=seconds) for L, seconds in ((65536, 0.5), (262144, 8.0)))
     assert width.exponent(narrow, wide) == pytest.approx(2)
+
+
+@pytest.mark.distributed
+def test_processes_that_share_latents_are_timed_once_they_train_as_one_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--quick", "--threads", "1", "--op", "distributed"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 processes, 1 thread" in printed
+    assert "of the formula" in printed

@@ -425,6 +425,8 @@ def refused(case: str) -> str:
             shard(model_of(selection="batch"))
         elif case == "forward":
             model(x)
+        elif case == "evaluate":
+            sf.evaluate.evaluate(model, dict.fromkeys(model.streams, x[:, :1]))
         elif case == "capturable":
             sf.SparcAdam(model, capturable=True)
     except (ValueError, RuntimeError) as error:
@@ -436,7 +438,7 @@ REFUSALS = {
     "NaN": "must be finite", "width": r"must be \[..., D=23\]", "other streams": "of the streams that rank 0 has",
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
     "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model", "selection": "must have selection",
-    "capturable": "capturable must be False",
+    "capturable": "capturable must be False", "evaluate": "model must be whole",
 }  # fmt: skip
 
 

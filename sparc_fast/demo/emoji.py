@@ -27,8 +27,8 @@ from sparc_fast.training.progress import Display
 __all__ = ["CONCEPTS", "RUNS", "SETTINGS", "matched_afterwards", "train", "word_latents", "write_choosing"]
 
 SETTINGS: Mapping[str, Any] = {  # docs/demo.md says what was tried, on training emoji alone
-    "n_latents": 1024,
-    "k": 32,
+    "n_latents": 1536,
+    "k": 56,
     "epochs": 40.0,
     "batch_size": 256,
     "lr": 4e-3,
@@ -37,7 +37,7 @@ SETTINGS: Mapping[str, Any] = {  # docs/demo.md says what was tried, on training
 }
 RUNS: Mapping[str, Mapping[str, Any]] = {
     "independent SAEs": {"selection": "local", "cross_loss_coef": 0.0},
-    "SPARC": {"support_dropout": 0.65},
+    "SPARC": {"cross_loss_coef": 2.0, "support_dropout": 0.65},
 }
 CONCEPTS = "cat", "heart", "flag", "train", "hand", "moon"
 """Whose latents the page and the picture begin with, where latents have these names."""

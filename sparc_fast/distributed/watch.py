@@ -1,12 +1,15 @@
 """Which ranks are still there: each says so once a second where all can read it; it is read when an exchange fails.
 
 The error of a broken connection names an address, and reaches the neighbours of the lost rank alone; the others see
-these go, in turn.
+these go, in turn. A host that loses its power or its cable closes no connection: whoever it leaves waiting ends when it
+was silent for long.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -17,7 +20,8 @@ from torch.distributed import distributed_c10d
 
 BEAT = 1.0  # seconds
 SILENT = 4.0  # seconds after which a rank that said nothing is lost
-LOST = "sparc_fast/lost"
+GONE = 30.0  # seconds of silence after which nobody waits any longer
+LOST, ENDED = "sparc_fast/lost", "sparc_fast/ended"
 
 
 class Watch:
@@ -48,9 +52,28 @@ class Watch:
             return [0]
 
     def _run(self) -> None:
+        now = time.monotonic()
+        heard = {rank: (0, now) for rank in range(self.ranks) if rank != self.rank}
         while not self._ended.wait(BEAT):
-            with suppress(RuntimeError):
+            with suppress(RuntimeError):  # the store is gone: an exchange fails, or nobody exchanges any more
                 self._beat()
+                self._end_without(self._silent(heard))
+
+    def _silent(self, heard: dict[int, tuple[int, float]]) -> list[int]:
+        """Ranks that were not heard of for long and did not end; `heard` is when their counts last changed."""
+        now = time.monotonic()
+        for rank, (count, _) in heard.items():
+            if (new := self._count(rank)) != count:
+                heard[rank] = new, now
+        late = [rank for rank, (_, at) in heard.items() if now - at > GONE]
+        return [rank for rank in late if not self._store.check([f"{ENDED}/{rank}"])]
+
+    def _end_without(self, gone: list[int]) -> None:
+        """The thread that waits for them is in a library that nothing interrupts."""
+        if gone:
+            names = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} are"
+            print(f"sparc-fast: {names} gone: silent for {GONE:.0f} seconds", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _beat(self) -> None:
         self._store.add(f"sparc_fast/beat/{self.rank}", 1)
@@ -60,6 +83,8 @@ class Watch:
 
     def _end(self, thread: threading.Thread) -> None:
         self._ended.set()
+        with suppress(RuntimeError):
+            self._store.set(f"{ENDED}/{self.rank}", "")
         thread.join(BEAT)
 
 

@@ -100,6 +100,7 @@ AGREEMENT = Metric(
             "higher",
             ".3f",
             lambda found: found.mean,
+            highlight=True,
         ),
     ),
     needs=frozenset({"single"}),

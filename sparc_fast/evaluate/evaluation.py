@@ -206,6 +206,10 @@ def evaluate(
     Raises:
         ValueError: names the argument, what was expected and what came.
     """
+    if not model._shards.is_whole:
+        raise ValueError(
+            "model must be whole, but ranks share its latents: save it, and evaluate the file in one process"
+        )
     if zero_rows not in ("keep", "absent"):
         raise ValueError(f'zero_rows must be "keep" or "absent", got {zero_rows!r}')
     if batch_size < 1:

@@ -70,10 +70,12 @@ def table(evaluations: Mapping[str, Evaluated]) -> Comparison:
             values = {column: _mean([one.get(score.key) for one in found]) for column, found in scores.items()}
             widths = {column: _width(of_column, score.key) for column, of_column in runs.items()}
             cells = {column: _cell(values[column], widths[column], score.format) for column in runs}
+            first = next(iter(values.values()))
+            highlight = score.highlight and first is not None and first > 0  # what chance explains is no headline
             rows.append(
                 Row(
-                    score.name, score.meaning, score.better, cells, "Over all streams", score.highlight, score.key,
-                    values, widths,
+                    score.name, score.meaning, score.better, cells, "Over all streams", highlight, score.key, values,
+                    widths,
                 )
             )  # fmt: skip
     rows.notes = _notes(rows, runs)
