@@ -70,7 +70,7 @@ def table(evaluations: Mapping[str, Evaluated]) -> Comparison:
             values = {column: _mean([one.get(score.key) for one in found]) for column, found in scores.items()}
             widths = {column: _width(of_column, score.key) for column, of_column in runs.items()}
             cells = {column: _cell(values[column], widths[column], score.format) for column in runs}
-            first = next(iter(values.values()))
+            first = next(iter(values.values()), None)
             highlight = score.highlight and first is not None and first > 0  # what chance explains is no headline
             rows.append(
                 Row(
