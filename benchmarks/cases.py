@@ -179,6 +179,11 @@ class Operands:
     def latent_bias(self) -> Tensor:
         return (self.normal(13, self.shape.S, self.shape.L) / 100).to(self.dtype)
 
+    @property
+    def threshold(self) -> float:
+        """What some latents' scores are above: a deviation and a half of theirs, but for the biases."""
+        return 1.5 * (len(self.d_streams) / 3) ** 0.5
+
     @cached_property
     def scores(self) -> Tensor:
         return self.normal(14, self.shape.N, self.shape.L)
