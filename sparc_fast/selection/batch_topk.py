@@ -7,7 +7,6 @@ fires. A score is a sum over the streams that choose: every set of streams has a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
@@ -31,10 +30,10 @@ class Thresholds:
 
     @staticmethod
     def empty(n_streams: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
-        """float32 [2^S], NaN, and int64 [2^S], 0; the place of a set of streams has their bits."""
+        """Zeros, float32 [2^S] and int64 [2^S]; the place of a set of streams has their bits."""
         if n_streams > MOST_STREAMS:
             raise ValueError(f'selection must not be "batch" with more than {MOST_STREAMS} streams, got {n_streams}')
-        values = torch.full((2**n_streams,), torch.nan, dtype=torch.float32, device=device)
+        values = torch.zeros(2**n_streams, dtype=torch.float32, device=device)
         return values, torch.zeros(2**n_streams, dtype=torch.int64, device=device)
 
     def of(self, streams: Sequence[str]) -> float:
@@ -43,13 +42,13 @@ class Thresholds:
         Raises:
             ValueError: it was never learned.
         """
-        value = float(self.values[self._place(streams)])
-        if math.isnan(value):
+        at = self._place(streams)
+        if not self.counts[at]:
             raise ValueError(
                 f"the model must know a threshold for the streams {tuple(streams)} to be used outside training: "
                 "training or model.learn_thresholds(inputs) learns those of all sets of the streams it is given"
             )
-        return value
+        return float(self.values[at])
 
     def learn(self, batch: Batch, k: int, backend: str) -> None:
         """First for every set of the batch's streams, then, in one of some steps, for that learned the fewest times."""
