@@ -59,21 +59,21 @@ class Ranks:
 
 
 def _serve(rank: int, folder: str, shape: Shape, backend: str, pipe: Connection) -> None:
-    from sparc_fast.distributed import shard
+    from sparc_fast.distributed import received, shard
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
-    ours = Ours(shard(shape.model(backend)))
+    model = shard(shape.model(backend))
+    ours = Ours(model)
     x = shape.inputs().tensor_split(RANKS)[rank].clone()
-    exchange = ours.model._shards.exchange  # type: ignore[attr-defined]
     while True:
         try:
             asked = pipe.recv()
         except EOFError:
             return
-        exchange.received.clear()
+        before = received(model)
         loss = float(ours.step(x))
-        pipe.send(loss if asked == "step" else sum(exchange.received.values()))
+        pipe.send(loss if asked == "step" else sum((received(model) - before).values()))
 
 
 @contextmanager

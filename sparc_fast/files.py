@@ -1,15 +1,17 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all; and small ones are read."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-__all__ = ["atomic_path", "check_folder", "flush"]
+__all__ = ["atomic_path", "check_folder", "flush", "read_object"]
 
 
 @contextmanager
@@ -60,3 +62,14 @@ def flush(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_object(path: Path, argument: str) -> dict[str, Any]:
+    """What a file of one JSON object holds; ValueError names the argument that `path` was given as."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{argument} must be JSON, but {path} is not: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{argument} must hold one JSON object, got {type(content).__name__} in {path}")
+    return content

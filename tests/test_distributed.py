@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import sparc_fast as sf
-from sparc_fast.distributed import shard
+from sparc_fast.distributed import received, shard
 from sparc_fast.distributed.bytes import exchanged_bytes
 from sparc_fast.selection import select
 
@@ -343,9 +343,9 @@ def exchanged(n_latents: int, dtype: torch.dtype) -> dict[str, int]:
     optimizer = sf.SparcAdam(model)
     x = samples(360, dtype=dtype)
     optimizer.step(own(x))
-    before = model._shards.received
+    before = received(model)
     optimizer.step(own(x))
-    return dict(model._shards.received - before)
+    return dict(received(model) - before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -362,10 +362,10 @@ def test_a_step_exchanges_what_the_formula_says_and_nothing_that_grows_with_late
     assert exchanged_bytes(N, list(WIDTHS.values()), k, P, weight=w) == expected
     few, many = ranks(exchanged, 50, dtype), ranks(exchanged, 800, dtype)
     assert few == many
-    for received in few:
-        assert sum(received.values()) == pytest.approx(sum(expected.values()), rel=0.02)
+    for came in few:
+        assert sum(came.values()) == pytest.approx(sum(expected.values()), rel=0.02)
         for what in expected if P > 1 else ():
-            assert received[what] == pytest.approx(expected[what], rel=0.01)
+            assert came[what] == pytest.approx(expected[what], rel=0.01)
 
 
 def few_samples_differ() -> float:

@@ -253,7 +253,7 @@ def test_truncated_foreign_and_missing_files_are_refused(tmp_path: Path) -> None
         from_saelens(folder)
     for content in ("{", "[1]"):
         (folder / "cfg.json").write_text(content)
-        with pytest.raises(ValueError, match="folder must hold a configuration"):
+        with pytest.raises(ValueError, match="folder's configuration must"):
             from_saelens(folder)
     with pytest.raises(FileNotFoundError, match=r"there is no file .*cfg\.json"):
         from_saelens(tmp_path)

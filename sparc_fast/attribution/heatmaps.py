@@ -170,7 +170,12 @@ def heatmaps(
 def _position(grid: Grid, inputs: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         caught: list[Tensor] = []
-        rows = grid.run(inputs, lambda features: caught.append(features) or features)  # type: ignore[func-returns-value]
+
+        def catch(features: Tensor) -> Tensor:
+            caught.append(features)
+            return features
+
+        rows = grid.run(inputs, catch)
         if rows.ndim == 3:  # a row for each patch
             parts = target.score(rows)
             return parts, parts.mean(1)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparc_fast.files import read_object
 from sparc_fast.interop.hub import Card, save_pretrained
 from sparc_fast.interop.kernel_hub import write_kernel
 from sparc_fast.interop.saelens import to_saelens
@@ -98,10 +99,4 @@ def _metadata(texts: Sequence[str]) -> dict[str, Any]:
 def _read(path: Path | None, flag: str) -> dict[str, Any]:
     if path is None:
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{flag} must be JSON, but {path} is not: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{flag} must hold one JSON object, got {type(content).__name__} in {path}")
-    return content
+    return read_object(path, flag)

@@ -11,14 +11,25 @@ import torch
 if TYPE_CHECKING:
     from sparc_fast.distributed.checkpoints import is_checkpoint, read, write
     from sparc_fast.distributed.launch import check_same, leads, mesh_of
-    from sparc_fast.distributed.sharding import shard
+    from sparc_fast.distributed.sharding import received, shard
 
-__all__ = ["check_same", "is_checkpoint", "is_running", "leads", "mesh_of", "read", "shard", "torchrun", "write"]
+__all__ = [
+    "check_same",
+    "is_checkpoint",
+    "is_running",
+    "leads",
+    "mesh_of",
+    "read",
+    "received",
+    "shard",
+    "torchrun",
+    "write",
+]
 
 _PLACES = {
     "checkpoints": ("is_checkpoint", "read", "write"),
     "launch": ("check_same", "leads", "mesh_of"),
-    "sharding": ("shard",),
+    "sharding": ("received", "shard"),
 }
 
 

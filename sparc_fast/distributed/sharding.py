@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -56,6 +58,12 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
         if other != about:
             raise ValueError(f"model must be the same on every rank, but on rank {rank} it is {other}, here {about}")
     return _with_rows(model, shards, device)
+
+
+def received(model: SPARC) -> Counter[str]:
+    """What -> bytes that this rank has received from others since the model was shared."""
+    shards = model._shards
+    return shards.received if isinstance(shards, Shards) else Counter()
 
 
 def _with_rows(model: SPARC, shards: Shards, device: torch.device) -> SPARC:

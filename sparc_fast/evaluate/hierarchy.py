@@ -44,8 +44,7 @@ class Hierarchy:
             clear.update(path)
 
     def _first_twice(self) -> str:
-        seen: set[str] = set()
-        return next(name for name in self.names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        return next(name for i, name in enumerate(self.names) if name in self.names[:i])
 
     @classmethod
     def from_parents(cls, parents: Mapping[str, str | None]) -> Hierarchy:

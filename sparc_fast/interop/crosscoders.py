@@ -8,7 +8,6 @@ decoder weights by which it chooses.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparc_fast.files import read_object
 from sparc_fast.model import SPARC
 
 from .pickled_tensors import load_tensors
@@ -135,13 +135,7 @@ def _settings(path: Path, config: str | Path | Mapping[str, Any] | None) -> Mapp
     file = path / CONFIG if config is None else Path(config)
     if config is None and not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"config must be JSON, but {file} is not: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"config must hold one JSON object, got {type(content).__name__} in {file}")
-    return content
+    return read_object(file, "config")
 
 
 def _check(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], path: Path) -> str:

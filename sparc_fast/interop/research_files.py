@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast.files import atomic_path
+from sparc_fast.files import atomic_path, read_object
 from sparc_fast.model import SPARC
 
 from .pickled_tensors import load_tensors
@@ -232,13 +232,7 @@ def _check_config_beside(path: Path, settings: Mapping[str, Any]) -> None:
 def _read_json(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"config must be a JSON file of the research code, but there is no file {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config must be JSON, but {path} is not: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"config must hold one JSON object, got {type(content).__name__} in {path}")
-    return content
+    return read_object(path, "config")
 
 
 def _files_key(split: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.batch import Normalize
-from sparc_fast.files import atomic_path
+from sparc_fast.files import atomic_path, read_object
 from sparc_fast.model import SPARC
 from sparc_fast.version import __version__
 
@@ -234,13 +234,7 @@ def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"folder must hold a SAE as SAELens saves it, but there is no file {path}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"folder must hold a configuration, but {path} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"folder must hold a configuration, but {path} holds {type(config).__name__}")
-    return config
+    return read_object(path, "folder's configuration")
 
 
 def _read_weights(path: Path, dtype: torch.dtype) -> Tensors:
