@@ -33,7 +33,6 @@ if TEST_DEVICE == "two":
     torch.compile = lambda *_, **__: pytest.skip("torch.compile compiles nothing while operators are watched")
 torch.set_default_device(two_devices.DEVICE if TEST_DEVICE == "two" else TEST_DEVICE)
 
-IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of the processes that share a run
 MOST_WORKERS = 4
 MOST_EXAMPLES = 5  # of a test on a device
 SETTINGS = "_hypothesis_internal_use_settings"  # where a decorated test keeps its own, which no profile overrules
@@ -47,16 +46,23 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this is one of the processes that share a run; its environment would say so to runs inside it too."""
+    return hasattr(config, "workerinput")
+
+
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Callable[[str, Callable[[Path], object]], Path]:
     """A folder by its name, filled by the first process of the run that asks for it."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if IN_WORKER else base
+    base, shares = tmp_path_factory.getbasetemp(), is_worker(pytestconfig)
+    shared = base.parent if shares else base
 
     def made(name: str, fill: Callable[[Path], object]) -> Path:
         folder, unfinished = shared / name, shared / f"unfinished {name}"
         with (shared / f"{name}.lock").open("w") as lock:
-            if IN_WORKER:
+            if shares:
                 import fcntl
 
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -99,7 +105,7 @@ IN_INTERPRETER = {
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite runs in a process a core, and what is asked for by name in one."""
     whole = config.args == config.getini("testpaths") and TEST_DEVICE == "cpu" and not config.option.usepdb
-    if whole and not IN_WORKER and getattr(config.option, "numprocesses", 0) is None:  # 0: no pytest-xdist here
+    if whole and not is_worker(config) and getattr(config.option, "numprocesses", 0) is None:  # 0: no pytest-xdist here
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         config.option.numprocesses, config.option.maxprocesses = "logical", MOST_WORKERS
         config.option.dist = "worksteal"
