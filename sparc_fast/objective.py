@@ -19,7 +19,8 @@ from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
 from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, reconstruct, weighted_sum
 from sparc_fast.ops.layout import stream_slices, wide
-from sparc_fast.selection import Selection, Thresholds
+from sparc_fast.selection import LOCAL, Selection, Thresholds
+from sparc_fast.selection.jumprelu import Jump, JumpGradients, JumpReLU
 from sparc_fast.whole import WHOLE, Whole
 
 Loss = Literal["nmse", "fvu"]
@@ -112,7 +113,7 @@ class SparcLoss(NamedTuple):
     """The objective and its parts; only `total` carries a gradient."""
 
     total: Tensor
-    """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar."""
+    """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar; under JumpReLU also its sparsity penalty."""
     self: Tensor
     """Mean NMSE of each stream reconstructed from itself; FVU here and below where that is the model's loss."""
     cross: Tensor | None
@@ -123,6 +124,8 @@ class SparcLoss(NamedTuple):
     """[S, S], source by target, over the samples that have both; 0 where a pair was not computed."""
     zero_rows: Tensor
     """[S], samples whose input was all zero: in NMSE they count as error 0."""
+    l0: Tensor | None = None
+    """Under JumpReLU, how many latents fire a sample (and stream, if each chooses by itself) on average; else None."""
 
 
 class AmongDead(NamedTuple):
@@ -155,6 +158,8 @@ class Supports(NamedTuple):
 
     indices: Tensor
     dead: AmongDead | None
+    jump: Jump | None = None
+    """Under JumpReLU, which of the indices fire."""
 
     def used(self) -> list[Tensor]:
         return [self.indices] if self.dead is None else [self.indices, self.dead.indices]
@@ -170,12 +175,15 @@ class Terms(NamedTuple):
     """[N, S'], the squared norms of the inputs."""
     loss: Tensor | None = None
     """What nmse adds up to, where that is known or carries the gradient."""
+    fired: Tensor | None = None
+    """Under JumpReLU, how many latents did, [1] or of each stream, [S']."""
 
     def plus(self, other: Terms) -> Terms:
         """Those of both."""
         auxk = [term for term in (self.auxk, other.auxk) if term is not None]
         energy = torch.cat([self.energy, other.energy])
-        return Terms(self.nmse + other.nmse, sum(auxk[1:], auxk[0]) if auxk else None, energy)
+        fired = None if self.fired is None or other.fired is None else self.fired.detach() + other.fired.detach()
+        return Terms(self.nmse + other.nmse, sum(auxk[1:], auxk[0]) if auxk else None, energy, fired=fired)
 
 
 class Flow(NamedTuple):
@@ -184,13 +192,18 @@ class Flow(NamedTuple):
     reconstruction: Reconstruction
     auxk: Reconstruction | None
     energy: Tensor
+    jump: JumpGradients | None = None
+    latent_threshold: Tensor | None = None
 
     def passes(self) -> list[Reconstruction]:
         return [self.reconstruction] if self.auxk is None else [self.reconstruction, self.auxk]
 
     def terms(self) -> Terms:
         auxk = None if self.auxk is None else self.auxk.loss
-        return Terms(self.reconstruction.nmse, auxk, self.energy, self.reconstruction.loss)
+        loss, fired = self.reconstruction.loss, None
+        if self.jump is not None and self.latent_threshold is not None:
+            loss, fired = self.jump.carried(loss, self.latent_threshold)
+        return Terms(self.reconstruction.nmse, auxk, self.energy, loss, fired)
 
 
 class Part(NamedTuple):
@@ -249,6 +262,8 @@ class Objective:
     """For FVU, what `over` finds."""
     thresholds: Thresholds | None = None
     """What latents fire by, where it is not each other."""
+    jumprelu: JumpReLU | None = None
+    """How thresholds are trained, where latents have their own."""
     n_dead: int = 0
     """Where `dead` are numbers, how many there are, with those that are in other processes."""
     shards: Whole = WHOLE
@@ -273,8 +288,17 @@ class Objective:
         return replace(self, support_from=[name for name in self.support_from if name in streams] or None)
 
     def _part(self, batch: Batch) -> Part:
-        indices = self._select(self.selection, batch, self.k, self.support_from)
-        return Part(batch, Supports(indices, None if self.dead is None else self._among(self.dead, batch)), self)
+        dead = None if self.dead is None else self._among(self.dead, batch)
+        if self.jumprelu is not None:
+            jumped = self._jump(self.jumprelu, batch)
+            return Part(batch, Supports(jumped.indices, dead, jumped), self)
+        return Part(batch, Supports(self._select(self.selection, batch, self.k, self.support_from), dead), self)
+
+    def _jump(self, settings: JumpReLU, batch: Batch) -> Jump:
+        assert self.thresholds is not None
+        if self.support_from is not None:
+            selection.check_support_from(self.selection)
+        return settings.jump(batch, self.k, self.thresholds, self.support_from, self.backend)
 
     def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
         S, widths = len(batch.streams), batch.d_streams
@@ -282,18 +306,21 @@ class Objective:
         scale = self._scale(batch, energy, n_samples)
         weights = pair_weights(S, self.cross_loss_coef)
         backend = backends.resolve(self.shards.backend(self.backend, batch.x.device), batch.x.device)
-        first = reconstruct(*batch.operands(), supports.indices, None, scale, weights, widths, backend)
+        jumped = supports.jump
+        fires = None if jumped is None else jumped.fires
+        first = reconstruct(*batch.operands(), supports.indices, None, scale, weights, widths, backend, fires)
+        gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc))
         if supports.dead is None:
-            return Flow(first, None, energy)
+            return Flow(first, None, energy, gradients, batch.latent_threshold)
         residual = self_residual(first.grad_recons, scale, widths)
         if self.spread is None:
             scale = nmse_scale(row_energy(residual, widths), n_samples)
         if supports.dead.any_dead is not None:
             scale = scale * supports.dead.any_dead
         weights = self_weights(S, self.auxk_coef)
-        batch, indices = supports.dead.before(batch)
-        auxk = reconstruct(*batch.operands(), indices, residual, scale, weights, widths, backend)
-        return Flow(first, auxk, energy)
+        before, indices = supports.dead.before(batch)
+        auxk = reconstruct(*before.operands(), indices, residual, scale, weights, widths, backend)
+        return Flow(first, auxk, energy, gradients, batch.latent_threshold)
 
     def compare(self, recons: Tensor, batch: Batch) -> SparcLoss:
         """The loss of given reconstructions [N, S, D], differentiable by them, without AuxK."""
@@ -322,7 +349,22 @@ class Objective:
         were found to be absent.
         """
         loss = self._over_samples(terms, streams)
+        if self.jumprelu is not None:
+            l0, penalty = self.jumprelu.penalty(*self.fired(terms, streams), self.k)
+            loss = loss._replace(total=loss.total + penalty, l0=l0)
         return loss if zero_rows is None else loss._replace(zero_rows=loss.zero_rows + zero_rows)
+
+    def fired(self, terms: Mapping[tuple[str, ...], Terms], streams: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(how many latents fired, in how many samples), each [1] or, where each stream chooses by itself, [S]."""
+        first = next(iter(terms.values()))
+        is_local = self.selection in LOCAL
+        fired, samples = first.energy.new_zeros(2, len(streams) if is_local else 1)
+        for names, some in terms.items():
+            assert some.fired is not None
+            at = [streams.index(name) for name in names] if is_local else [0]
+            fired = fired.index_add(0, torch.tensor(at, device=fired.device), some.fired)
+            samples[at] += len(some.energy)
+        return fired, samples
 
     def _over_samples(self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...]) -> SparcLoss:
         if tuple(terms) == (streams,):
@@ -351,7 +393,7 @@ class Objective:
         )
 
     def _summary(self, terms: Terms) -> SparcLoss:
-        nmse, auxk, energy, total = terms
+        nmse, auxk, energy, total, _ = terms
         S = len(nmse)
         if total is None:
             total = weighted_sum(nmse, pair_weights(S, self.cross_loss_coef))
@@ -365,7 +407,7 @@ class Objective:
 
     def _best(self, batch: Batch, n_latents: int) -> Tensor:
         """AuxK's support: of each sample or, under local selection, each stream of it, as many as may be of so many."""
-        return self._select("local" if self.selection == "local" else "global", batch, min(self.auxk, n_latents))
+        return self._select("local" if self.selection in LOCAL else "global", batch, min(self.auxk, n_latents))
 
     def _select(self, rule: Selection, batch: Batch, k: int, support_from: Sequence[str] | None = None) -> Tensor:
         found = selection.select(

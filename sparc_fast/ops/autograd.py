@@ -102,6 +102,8 @@ class Reconstruction(NamedTuple):
     """[N, S, k]"""
     grad_pre_bias: Tensor
     """[D], the decoder's part; of no use where a residual was reconstructed."""
+    activations: Tensor | None = None
+    """[N, S, k], what values are where latents fire, of a support that has others too."""
 
 
 class ReconstructionLoss(torch.autograd.Function):
@@ -125,8 +127,10 @@ class ReconstructionLoss(torch.autograd.Function):
         weights: Sequence[float],
         d_streams: Sequence[int],
         backend: Backend,
+        fires: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        values = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
+        activations = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
+        values = activations if fires is None else activations * (fires[:, None] if fires.ndim == 2 else fires)
         target, decoder_bias = (x, pre_bias) if residual is None else (residual, torch.zeros_like(pre_bias))
         nmse, grad_recons, grad_values, grad_pre_bias = backend.decode_loss(
             values, indices, W_dec, decoder_bias, target, scale, weights, d_streams
@@ -134,7 +138,7 @@ class ReconstructionLoss(torch.autograd.Function):
         ctx.save_for_backward(x, W_enc, pre_bias, indices, values, grad_recons, grad_values, grad_pre_bias)
         ctx.d_streams, ctx.backend, ctx.decodes_pre_bias = d_streams, backend, residual is None
         ctx.set_materialize_grads(False)
-        parts = nmse, values, grad_recons, grad_values, grad_pre_bias
+        parts = nmse, values, grad_recons, grad_values, grad_pre_bias, *(() if fires is None else (activations,))
         ctx.mark_non_differentiable(*parts)
         return weighted_sum(nmse, weights), *parts
 
@@ -142,7 +146,7 @@ class ReconstructionLoss(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 11
+            return (None,) * 12
         with without_autocast(grad_loss):
             return ReconstructionLoss._gradients(ctx, grad_loss)
 
@@ -158,7 +162,7 @@ class ReconstructionLoss(torch.autograd.Function):
             grad_pre_bias = grad_pre_bias + through_decoder
         grads = (grad_W_enc, grad_W_dec, grad_pre_bias, grad_latent_bias)
         scaled = (grad.mul_(grad_loss).to(x.dtype) for grad in grads)
-        return None, *scaled, *(None,) * 6
+        return None, *scaled, *(None,) * 7
 
 
 def reconstruct(
@@ -173,8 +177,12 @@ def reconstruct(
     weights: Sequence[float],
     d_streams: Sequence[int],
     backend: Backend,
+    fires: Tensor | None = None,
 ) -> Reconstruction:
-    """`ReconstructionLoss` by the names of its results; a residual is reconstructed without the pre-bias."""
+    """`ReconstructionLoss` by the names of its results; a residual is reconstructed without the pre-bias.
+
+    Where `fires`, of the shape of the support, is False, values are 0, as in an empty slot; grad_values are told.
+    """
     for name, data in (("x", x), ("scale", scale), ("residual", residual)):
         if data is not None and data.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -182,7 +190,7 @@ def reconstruct(
             )
     operands = x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale
     with without_autocast(x):
-        parts = ReconstructionLoss.apply(*operands, tuple(weights), tuple(d_streams), backend)  # type: ignore[no-untyped-call]
+        parts = ReconstructionLoss.apply(*operands, tuple(weights), tuple(d_streams), backend, fires)  # type: ignore[no-untyped-call]
     return Reconstruction(*parts)
 
 

@@ -35,6 +35,10 @@ class OneBatch(NamedTuple):
     """The supports that the samples' entries are of."""
     zero_rows: Tensor | None
     """As in `Batch`."""
+    of_threshold: Tensor | None = None
+    """Under JumpReLU, the sums of `JumpGradients.both` of all streams."""
+    grad_threshold: Tensor | None = None
+    """[S, L], made of these when all of the batch is known."""
 
     def update(self, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """A step of the rows, those of a run of streams or all; returns what a backend's `update_rows` does."""
@@ -60,7 +64,11 @@ class OneBatch(NamedTuple):
         factor = factor.to(self.grad_pre_bias.dtype)
         values, grad_values = (wide(part) * factor for part in (self.samples.values, self.samples.grad_values))
         samples = self.samples._replace(values=values, grad_values=grad_values)
-        return self._replace(samples=samples, grad_pre_bias=self.grad_pre_bias * factor)
+        grad_threshold = None if self.grad_threshold is None else self.grad_threshold * factor
+        return self._replace(samples=samples, grad_pre_bias=self.grad_pre_bias * factor, grad_threshold=grad_threshold)
+
+    def with_grad_threshold(self, grad_threshold: Tensor) -> OneBatch:
+        return self._replace(grad_threshold=grad_threshold)
 
     def _of(self, rows: Rows, run: Run | None, backend: Backend) -> Iterator[tuple[Rows, Samples]]:
         """Rows, and the samples that their gradients are sums over."""
@@ -94,6 +102,8 @@ class MicroBatches:
         self._gradients: tuple[Tensor, Tensor, Tensor] | None = None
         self.terms: dict[tuple[str, ...], Terms] = {}
         self.zero_rows: Tensor | None = None
+        self.of_threshold: Tensor | None = None
+        self.grad_threshold: Tensor | None = None
         self._silence = torch.zeros_like(silence)
         self._used = torch.zeros(len(silence), dtype=torch.bool, device=silence.device)
 
@@ -104,6 +114,8 @@ class MicroBatches:
         self.streams = part.streams
         if part.zero_rows is not None:
             self.zero_rows = part.zero_rows if self.zero_rows is None else self.zero_rows + part.zero_rows
+        if part.of_threshold is not None:
+            self.of_threshold = part.of_threshold + (0 if self.of_threshold is None else self.of_threshold)
         gradients = self.backend.weight_gradients(*part.samples, self.d_streams)
         if self._gradients is None:
             self._gradients, self.grad_pre_bias = gradients, part.grad_pre_bias
@@ -140,6 +152,12 @@ class MicroBatches:
         for gradient in self._gradients:
             gradient.mul_(factor)
         self.grad_pre_bias = self.grad_pre_bias * factor
+        if self.grad_threshold is not None:
+            self.grad_threshold = self.grad_threshold * factor
+        return self
+
+    def with_grad_threshold(self, grad_threshold: Tensor) -> MicroBatches:
+        self.grad_threshold = grad_threshold
         return self
 
     def _of(self, run: Run | None) -> tuple[Tensor, Tensor, Tensor]:

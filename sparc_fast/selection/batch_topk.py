@@ -52,7 +52,7 @@ class Thresholds:
 
     def learn(self, batch: Batch, k: int, backend: str) -> None:
         """First for every set of the batch's streams, then, in one of some steps, for that learned the fewest times."""
-        sets = list(_sets(batch.streams))
+        sets = list(self._sets(batch.streams))
         counts = self.counts[[self._place(some) for some in sets]]
         self.counts[0] += 1  # the place of no stream counts the steps
         if not counts.all():
@@ -62,12 +62,12 @@ class Thresholds:
 
     def learn_all(self, batch: Batch, k: int, backend: str) -> None:
         """Once more for every set of the batch's streams."""
-        for some in _sets(batch.streams):
+        for some in self._sets(batch.streams):
             self._learn(batch.of_streams(some), k, backend)
 
     def take_over(self, other: Thresholds) -> None:
         """Those of the sets of streams that both know."""
-        for some in _sets([name for name in self.streams if name in other.streams]):
+        for some in self._sets([name for name in self.streams if name in other.streams]):
             at, there = self._place(some), other._place(some)
             self.values[at], self.counts[at] = other.values[there], other.counts[there]
 
@@ -80,19 +80,27 @@ class Thresholds:
         before = torch.where(self.counts[at] == 1, found, self.values[at])
         self.values[at] = before + (found - before) / self.counts[at].clamp(max=REMEMBERED)
 
+    def _sets(self, streams: Sequence[str]) -> Iterator[tuple[str, ...]]:
+        return sets_of(streams)
+
     def _place(self, streams: Sequence[str]) -> int:
         return sum(1 << self.streams.index(name) for name in streams)
 
 
-def _sets(streams: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def sets_of(streams: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """All of the streams, then each by itself, then the others, which are asked for least."""
     sizes = dict.fromkeys((len(streams), 1, *range(2, len(streams)))) if streams else ()
     return (some for size in sizes for some in combinations(streams, size))
 
 
 def _smallest_that_fires(batch: Batch, k: int, backend: str) -> Tensor:
-    """In some samples of a batch; 0 where it is negative, for what fires then has no value."""
-    operands = batch.x[:MEASURED], batch.W_enc, batch.pre_bias, batch.latent_bias
+    """In some samples of a batch; 0 where it is negative, for what fires then has no value.
+
+    Where latents have thresholds, the smallest that a score is above its latent's, which may be any number.
+    """
+    x, W_enc, pre_bias, bias = batch.scored_by
+    operands = x[:MEASURED], W_enc, pre_bias, bias
     support = functional.batch_topk(*operands, k, backend=backend)
     scores = backends.resolve(backend, batch.x.device).support_scores(*operands, support.clamp(min=0))
-    return scores.masked_fill(support < 0, torch.inf).amin().clamp(min=0)
+    smallest = scores.masked_fill(support < 0, torch.inf).amin()
+    return smallest.clamp(min=0) if batch.latent_threshold is None else smallest
