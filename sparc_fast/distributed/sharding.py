@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sparc_fast.model import SPARC
 from sparc_fast.ops import backends
 from sparc_fast.ops.huge_pages import empty_rows
+from sparc_fast.selection import BY_THRESHOLD
 
 from .shards import Shards
 
@@ -40,8 +41,8 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
         raise RuntimeError("torch.distributed must be initialized to shard a model: start Python with torchrun")
     if not isinstance(model, SPARC) or not model._shards.is_whole:
         raise ValueError("model must be a SPARC that is whole")
-    if model.selection == "batch":
-        raise ValueError('model must have selection "global" or "local" to be shared, got "batch"')
+    if model.selection in BY_THRESHOLD:
+        raise ValueError(f'model must have selection "global" or "local" to be shared, got "{model.selection}"')
     device = model.W_enc.device
     if mesh is None:
         kind = device.type if device.type != "meta" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -32,7 +32,9 @@ class Thresholds:
     def empty(n_streams: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
         """Zeros, float32 [2^S] and int64 [2^S]; the place of a set of streams has their bits."""
         if n_streams > MOST_STREAMS:
-            raise ValueError(f'selection must not be "batch" with more than {MOST_STREAMS} streams, got {n_streams}')
+            raise ValueError(
+                f'selection must not be "batch" or "jumprelu" with more than {MOST_STREAMS} streams, got {n_streams}'
+            )
         values = torch.zeros(2**n_streams, dtype=torch.float32, device=device)
         return values, torch.zeros(2**n_streams, dtype=torch.int64, device=device)
 
@@ -78,7 +80,8 @@ class Thresholds:
         found, at = _smallest_that_fires(batch, k, backend).to(self.values), self._place(batch.streams)
         self.counts[at] += 1
         before = torch.where(self.counts[at] == 1, found, self.values[at])
-        self.values[at] = before + (found - before) / self.counts[at].clamp(max=REMEMBERED)
+        weight = min(len(batch.x) / MEASURED, 1)  # few samples tell little
+        self.values[at] = before + weight * (found - before) / self.counts[at].clamp(max=REMEMBERED)
 
     def _sets(self, streams: Sequence[str]) -> Iterator[tuple[str, ...]]:
         return sets_of(streams)

@@ -189,9 +189,9 @@ NARROWEST = 1e-12
 
 
 def _choices(rule: Rule, batch: Batch, thresholds: Thresholds) -> list[tuple[Batch, float]]:
-    """The streams that choose together, and their offset."""
+    """The streams that choose together, and their offset, which none is where there is no sample to choose for."""
     sets = [batch.streams] if rule == "jumprelu" else [(name,) for name in batch.streams]
-    return [(batch.of_streams(some), thresholds.of(some)) for some in sets]
+    return [(batch.of_streams(some), thresholds.of(some) if len(batch.x) else 0.0) for some in sets]
 
 
 def _side_by_side(of_sets: list[Tensor], rule: Rule) -> Tensor:

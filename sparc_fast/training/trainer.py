@@ -506,6 +506,7 @@ def _new_model(config: Config, files: AlignedFiles, device: torch.device, shared
             selection=cast(Any, config.selection), auxk=config.auxk,
             dead_after=config.dead_after, normalize=cast(Any, config.normalize),
             loss="fvu" if config.loss == "fvu" else "nmse", backend="auto",
+            sparsity_coef=config.sparsity_coef, bandwidth=config.bandwidth,
             dtype=getattr(torch, config.dtype), device="meta" if shared else "cpu",
         )  # fmt: skip
         model = distributed.shard(model, distributed.mesh_of(device, config.replicas)) if shared else model
