@@ -31,7 +31,7 @@ from .batch_topk import EVERY, Thresholds, sets_of
 Rule = Literal["jumprelu", "local_jumprelu"]
 
 SPARSITY_COEF = 4.0
-BANDWIDTH = 0.2
+BANDWIDTH = 0.05
 
 
 class Offsets(Thresholds):
@@ -164,11 +164,11 @@ class JumpReLU(NamedTuple):
         assert batch.latent_threshold is not None
         mean = float(batch.latent_threshold.double().sum(0).mean()) + offset
         width = max(self.bandwidth * abs(mean), NARROWEST)
-        operands = batch.scored_by
-        indices = functional.latents_above(*operands, offset - width / 2, k=k, backend=backend)
-        above = backends.resolve(backend, batch.x.device).support_scores(*operands, indices.clamp(min=0)) - offset
-        above = above.masked_fill(indices < 0, -torch.inf)
-        return indices, above > 0, (above.abs() < width / 2).to(above.dtype) / width
+        operator = backends.resolve(backend, batch.x.device).latents_above
+        least, sure = offset - width / 2, offset + width / 2
+        indices, scores = operator(*batch.scored_by, least, min(k, len(batch.W_enc)), sure=sure)
+        is_near = (scores - offset).abs() < width / 2
+        return indices, scores > offset, is_near.to(scores.dtype) / width
 
     def penalty(self, fired: Tensor, samples: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(mean L0, sparsity_coef (L0 / k - 1)^2), of all streams together or a mean over streams that are there."""
