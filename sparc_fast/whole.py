@@ -18,6 +18,8 @@ from sparc_fast.ops.backends import Backend
 
 if TYPE_CHECKING:
     from sparc_fast.batch import Batch
+    from sparc_fast.data import AlignedFiles
+    from sparc_fast.model import SPARC
     from sparc_fast.objective import Terms
 
 
@@ -100,6 +102,13 @@ class Whole:
     def save(self, path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         """One model file, of tensors of which the rows that are here are given."""
         checkpoint.save(path, tensors, config)
+
+    def together(self, model: SPARC) -> SPARC:
+        """The model, to which all processes give the same samples and of which all have the same results."""
+        return model
+
+    def check_samples(self, inputs: Mapping[str, Tensor] | AlignedFiles) -> None:
+        """ValueError where processes were given others."""
 
     def told_by_leader(self, numbers: list[int]) -> list[int]:
         """The same in all processes, whatever each has seen."""

@@ -338,6 +338,48 @@ def test_ranks_may_encode_different_numbers_of_pieces(ranks: Ranks) -> None:
     assert all(ranks(many_samples_differ))
 
 
+def streams_of(x: Tensor) -> dict[str, Tensor]:
+    return dict(zip(WIDTHS, x.split(list(WIDTHS.values()), dim=1), strict=True))
+
+
+DECODED = ("reconstruction", "retrieval_by_reconstruction")  # sums over ranks; all others are of codes alone
+METRICS = ("concepts", "concepts_joint", "agreement", "cofiring", "purity", "monosemanticity", "retrieval", "latents")
+
+
+def evaluations_differ(options: dict[str, Any], replicas: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Figures that are not those of one process: the same numbers, or to rounding where reconstructions are summed."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "latents")) if replicas else None
+    whole, x = model_of(**options), streams_of(samples(61))
+    sharded = shard(whole, mesh)
+    if whole.selection == "batch":
+        for model in (whole, sharded):
+            model.learn_thresholds(x if model is whole else own(x))
+    labels = torch.rand(61, 4, generator=torch.Generator().manual_seed(2)) < 0.4
+    expected, found = (
+        sf.evaluate.evaluate(
+            model, x, labels, metrics=(*METRICS, *DECODED), batch_size=17, resamples=5, say=lambda _: None
+        )
+        for model in (whole, sharded)
+    )
+    assert sharded.training
+    for one, other in zip(expected.single_codes.values(), found.single_codes.values(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    rounded = {score.key for metric in expected.metrics if metric.key in DECODED for score in metric.scores}
+    figures = [
+        {**each.scores(), **{f"± {key}": width for key, width in each.intervals().items()}}
+        for each in (expected, found)
+    ]
+    return {
+        key: (one, other)
+        for (key, one), other in zip(figures[0].items(), figures[1].values(), strict=True)
+        if one != (pytest.approx(other, rel=1e-4, abs=1e-6) if key.removeprefix("± ") in rounded else other)
+    }
+
+
+def test_an_evaluation_has_the_figures_of_one_process_on_every_rank(ranks: Ranks) -> None:
+    assert ranks(evaluations_differ, {}) == [{}] * ranks.n
+
+
 def exchanged(n_latents: int, dtype: torch.dtype) -> dict[str, int]:
     model = shard(model_of(n_latents=n_latents, dtype=dtype, auxk=0))
     optimizer = sf.SparcAdam(model)
@@ -425,8 +467,13 @@ def refused(case: str) -> str:
             shard(model_of(selection="batch"))
         elif case == "forward":
             model(x)
-        elif case == "evaluate":
-            sf.evaluate.evaluate(model, dict.fromkeys(model.streams, x[:, :1]))
+        elif case == "other samples":
+            sf.evaluate.evaluate(model, streams_of(samples(9, seed=rank)))
+        elif case == "labels":
+            labels = torch.zeros(4 if rank == 1 else 9, 2, dtype=torch.bool)
+            sf.evaluate.evaluate(model, streams_of(samples(9)), labels)
+        elif case == "dictionary":
+            sf.evaluate.evaluate(model, streams_of(samples(9)), metrics=["bridge"])
         elif case == "capturable":
             sf.SparcAdam(model, capturable=True)
     except (ValueError, RuntimeError) as error:
@@ -438,7 +485,9 @@ REFUSALS = {
     "NaN": "must be finite", "width": r"must be \[..., D=23\]", "other streams": "of the streams that rank 0 has",
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
     "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model", "selection": "must have selection",
-    "capturable": "capturable must be False", "evaluate": "model must be whole",
+    "capturable": "capturable must be False", 
+    "other samples": "inputs must be the same on every rank", "labels": "labels must be",
+    "dictionary": "'bridge' must be given a model that is whole",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, distributed
@@ -28,6 +28,11 @@ from sparc_fast.whole import Whole
 
 from .exchange import Exchange, number_of, shares
 from .model_file import save_model
+from .together import Together, fingerprint
+
+if TYPE_CHECKING:
+    from sparc_fast.data import AlignedFiles
+    from sparc_fast.model import SPARC
 
 BATCH, ROWS, NUMBER = 2, 3, 4  # calls, as ranks tell them apart
 DRAWN_TOGETHER = 4096  # rows
@@ -207,6 +212,15 @@ class Shards(Whole):
 
     def each(self, numbers: Tensor) -> Tensor:
         return self.all.gather(numbers[None].to(self.all.device), [1] * self.ranks, "numbers")
+
+    def together(self, model: SPARC) -> SPARC:
+        return cast("SPARC", Together(model, self))
+
+    def check_samples(self, inputs: Mapping[str, Tensor] | AlignedFiles) -> None:
+        told = self.all.texts(fingerprint(inputs))
+        for rank, other in enumerate(told):
+            if other != told[0]:
+                raise ValueError(f"inputs must be the same on every rank, but rank {rank} has others than rank 0")
 
     def told_by_leader(self, numbers: list[int]) -> list[int]:
         told: list[int] = json.loads(self.all.texts(json.dumps(numbers))[0])

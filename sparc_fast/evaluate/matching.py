@@ -76,6 +76,8 @@ def matched(
         ValueError: the model's streams share a support, so their latents cannot be in orders of their own.
         ImportError: SciPy is not installed.
     """
+    if not model._shards.is_whole:
+        raise ValueError("model must be whole to have its latents in another order, but ranks share them")
     if model.selection != "local":
         raise ValueError(f'model must have selection="local", got {model.selection!r}')
     matches = match_latents(codes_alone(model, inputs, batch_size=batch_size, memory=memory), model.n_latents)
