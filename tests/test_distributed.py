@@ -485,7 +485,7 @@ REFUSALS = {
     "NaN": "must be finite", "width": r"must be \[..., D=23\]", "other streams": "of the streams that rank 0 has",
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
     "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model", "selection": "must have selection",
-    "capturable": "capturable must be False", 
+    "capturable": "capturable must be False",
     "other samples": "inputs must be the same on every rank", "labels": "labels must be",
     "dictionary": "'bridge' must be given a model that is whole",
 }  # fmt: skip
