@@ -45,6 +45,8 @@ class Batch(NamedTuple):
 
     of_batch: int | None = None
     """How many samples the batch has, where these are not all of them."""
+    sets: Tensor | None = None
+    """bool [n, S'], all sets of streams that some sample of the batch has, where these samples are not all of them."""
 
     @property
     def n_samples(self) -> int:
@@ -79,11 +81,13 @@ class Batch(NamedTuple):
         """
         if self.present is None:
             return [(None, self)]
-        sets, which = torch.unique(self.present, dim=0, return_inverse=True)
+        others = self.present[:0] if self.sets is None else self.sets
+        sets, which = torch.unique(torch.cat([others, self.present]), dim=0, return_inverse=True)
+        which = which[len(others) :]
         parts: list[tuple[Tensor | None, Batch]] = []
         for i, has in enumerate(sets.tolist()):
             rows = (which == i).nonzero()[:, 0]
-            part = self._replace(x=self.x[rows], leading=(len(rows),), present=None)
+            part = self._replace(x=self.x[rows], leading=(len(rows),), present=None, sets=None)
             parts.append((rows, part.of_streams([name for name, here in zip(self.streams, has, strict=True) if here])))
         return parts
 

@@ -298,10 +298,10 @@ class SPARC(nn.Module):
         if self.selection != "batch":
             raise ValueError(f'selection must be "batch" for thresholds to be learned, got {self.selection!r}')
         for _, part in self._batch(self._tensors(inputs), present).by_presence():
-            self._all_thresholds().learn_all(part, self.k, self.backend)
+            self._all_thresholds().learn_all(part, self.k, self._shards.backend(self.backend, part.x.device))
 
     def _all_thresholds(self) -> Thresholds:
-        return Thresholds(self.threshold, self.threshold_count, self.streams)
+        return Thresholds(self.threshold, self.threshold_count, self.streams, self._shards)
 
     def _thresholds(self) -> Thresholds | None:
         """What latents fire by where they have to beat a threshold, not each other."""
@@ -310,7 +310,7 @@ class SPARC(nn.Module):
     def _learn_threshold(self, given: Batch) -> None:
         if self.selection == "batch" and self.training:
             for _, part in given.by_presence():
-                self._all_thresholds().learn(part, self.k, self.backend)
+                self._all_thresholds().learn(part, self.k, self._shards.backend(self.backend, part.x.device))
 
     def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
         first = 0

@@ -68,6 +68,14 @@ class Whole:
         """How many all processes have together, of which this one has n."""
         return n
 
+    def first(self, rows: Tensor, n: int) -> Tensor:
+        """Those rows here that are among the first n of all processes together."""
+        return rows[:n]
+
+    def least(self, number: Tensor) -> Tensor:
+        """The smallest of all processes' numbers, which are scalars."""
+        return number
+
     def of_replicas(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Samples of all replicas below each other, as `sparc_fast.batch.stack` puts them."""
         return tensors

@@ -72,6 +72,8 @@ def hard_model(case: str) -> tuple[sf.SPARC, Tensor]:
         return model_of(dtype=torch.bfloat16), x.bfloat16()
     if case == "local":
         return model_of(selection="local"), x
+    if case.startswith("batch"):
+        return hard_batch(case)
     if case == "k above a share":
         return model_of(n_latents=13, k=11), x
     if case == "all latents":
@@ -95,9 +97,39 @@ def hard_model(case: str) -> tuple[sf.SPARC, Tensor]:
     return model, x
 
 
+def hard_batch(case: str) -> tuple[sf.SPARC, Tensor]:
+    """The same for BatchTopK."""
+    options: dict[str, Any] = {"k above a share": {"n_latents": 13, "k": 9}, "float64": {"dtype": torch.float64}}
+    model, x = model_of(selection="batch", **options.get(case[7:], {})), samples(13)
+    with torch.no_grad():
+        if case == "batch, all equal":  # equal scores go to the earlier sample, then to the lower latent
+            model.W_enc.zero_()
+            model.latent_bias.zero_()
+        elif case == "batch, two values":
+            model.W_enc.copy_(model.W_enc[torch.arange(50) % 2])
+            model.latent_bias.zero_()
+        elif case == "batch, one sample has all":  # more than any pool of a few times k holds
+            x[5] *= 1e4
+            model.latent_bias.zero_()
+        elif case == "batch, one sample has all, on one rank":
+            x[5] *= 1e4
+            model.latent_bias[:, :-13] = -1e6
+        elif case == "batch, infinities":
+            model.latent_bias[:, ::3] = torch.inf
+            model.latent_bias[:, 1::3] = -torch.inf
+        elif case == "batch, nothing but -infinity":
+            model.latent_bias[:] = -torch.inf
+        elif case == "batch, NaN rows":
+            model.check_finite = False
+            x[3], x[7, 2] = torch.nan, torch.nan
+    return model, x.to(model.W_enc.dtype)
+
+
 CASES = [
     "random", "float64", "bfloat16", "local", "k above a share", "all latents", "all equal", "two values",
-    "all winners on one rank", "infinities", "NaN rows",
+    "all winners on one rank", "infinities", "NaN rows", "batch", "batch, float64", "batch, k above a share",
+    "batch, all equal", "batch, two values", "batch, one sample has all", "batch, one sample has all, on one rank",
+    "batch, infinities", "batch, nothing but -infinity", "batch, NaN rows",
 ]  # fmt: skip
 
 
@@ -463,8 +495,6 @@ def refused(case: str) -> str:
             shard(model_of(k=3 if rank == 1 else 4))
         elif case == "too few latents":
             shard(model_of(n_latents=here()[1] + 1, k=1)) if here()[1] > 2 else shard(model_of(n_latents=1, k=1))
-        elif case == "selection":
-            shard(model_of(selection="batch"))
         elif case == "forward":
             model(x)
         elif case == "other samples":
@@ -484,7 +514,7 @@ def refused(case: str) -> str:
 REFUSALS = {
     "NaN": "must be finite", "width": r"must be \[..., D=23\]", "other streams": "of the streams that rank 0 has",
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
-    "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model", "selection": "must have selection",
+    "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model",
     "capturable": "capturable must be False",
     "other samples": "inputs must be the same on every rank", "labels": "labels must be",
     "dictionary": "'bridge' must be given a model that is whole",

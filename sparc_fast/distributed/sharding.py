@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sparc_fast.model import SPARC
 from sparc_fast.ops import backends
 from sparc_fast.ops.huge_pages import empty_rows
+from sparc_fast.selection import Thresholds
 
 from .shards import Shards
 
@@ -40,8 +41,6 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
         raise RuntimeError("torch.distributed must be initialized to shard a model: start Python with torchrun")
     if not isinstance(model, SPARC) or not model._shards.is_whole:
         raise ValueError("model must be a SPARC that is whole")
-    if model.selection == "batch":
-        raise ValueError('model must have selection "global" or "local" to be shared, got "batch"')
     device = model.W_enc.device
     if mesh is None:
         kind = device.type if device.type != "meta" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,6 +81,11 @@ def _with_rows(model: SPARC, shards: Shards, device: torch.device) -> SPARC:
     sharded.pre_bias = nn.Parameter(_on(model.pre_bias, device))
     sharded.silence = _on(model.silence[rows], device)
     sharded.input_mean, sharded.input_rms = _on(model.input_mean, device), _on(model.input_rms, device)
+    if model.selection == "batch":
+        sharded.threshold, sharded.threshold_count = Thresholds.empty(len(model.streams), device)
+        if has_weights:
+            sharded.threshold.copy_(model.threshold)
+            sharded.threshold_count.copy_(model.threshold_count)
     sharded._shards = shards
     if not has_weights:
         sharded.reset_parameters()

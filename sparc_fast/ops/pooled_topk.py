@@ -21,7 +21,7 @@ def batch_topk(
     k: int, screening: str = "auto",
 ) -> Tensor:  # fmt: skip
     """`reference.batch_topk` of a backend's other operators."""
-    best = _Best(global_topk, support_scores, (W_enc, pre_bias, latent_bias), screening)
+    best = Best(global_topk, support_scores, (W_enc, pre_bias, latent_bias), screening)
     indices, scores = best.reaching(x, 2 * k, lambda found: kth_largest(found, k * len(x)))
     return ragged(indices, largest(scores, k * len(x)))
 
@@ -31,12 +31,12 @@ def latents_above(
     threshold: float, k: int, screening: str = "auto",
 ) -> Tensor:  # fmt: skip
     """`reference.latents_above` of a backend's other operators."""
-    best = _Best(global_topk, support_scores, (W_enc, pre_bias, latent_bias), screening)
+    best = Best(global_topk, support_scores, (W_enc, pre_bias, latent_bias), screening)
     indices, scores = best.reaching(x, 2 * k, lambda _: threshold)
     return ragged(indices, scores > threshold)
 
 
-class _Best:
+class Best:
     """A sample's best latents and their scores."""
 
     def __init__(
@@ -51,19 +51,23 @@ class _Best:
         indices = self.global_topk(x, *self.encoder, m, self.screening)
         return indices, self.support_scores(x, *self.encoder, indices)
 
-    def reaching(self, x: Tensor, m: int, bound: Callable[[Tensor], Any]) -> tuple[Tensor, Tensor]:
+    def reaching(
+        self, x: Tensor, m: int, bound: Callable[[Tensor], Any], anywhere: Callable[[bool], bool] = bool
+    ) -> tuple[Tensor, Tensor]:
         """[N, W]: of each sample all latents that reach the bound that the scores found so far set, and others.
 
-        -1 of score -inf where a sample has fewer than others.
+        -1 of score -inf where a sample has fewer than others. Where processes share the latents, the bound is that of
+        all of their scores, and `anywhere` says whether one of them has more to look for.
         """
         m = min(m, self.L)
         indices, scores = self(x, m)
         rows = torch.arange(len(x), device=x.device)
-        while m < self.L:
+        while anywhere(m < self.L and len(rows) > 0):
             smallest = scores[rows].where(indices[rows] >= 0, torch.inf).amin(1)
             rows = rows[smallest >= bound(scores)]  # all that were found reach it, and more may
-            if not len(rows):
-                break
+            if m == self.L or not len(rows):
+                rows = rows[:0]
+                continue
             wider = min(2 * m, self.L) - indices.shape[1]
             m += wider
             indices, scores = pad(indices, (0, wider), value=-1), pad(scores, (0, wider), value=-torch.inf)
