@@ -17,7 +17,7 @@ from sparc_fast import checkpoint
 from sparc_fast.ops.backends import Backend
 
 if TYPE_CHECKING:
-    from sparc_fast.batch import Batch
+    from sparc_fast.batch import Batch, Moments
     from sparc_fast.data import AlignedFiles
     from sparc_fast.model import SPARC
     from sparc_fast.objective import Terms
@@ -68,7 +68,7 @@ class Whole:
         """How many all processes have together, of which this one has n."""
         return n
 
-    def first(self, rows: Tensor, n: int) -> Tensor:
+    def first_samples(self, rows: Tensor, n: int) -> Tensor:
         """Those rows here that are among the first n of all processes together."""
         return rows[:n]
 
@@ -82,6 +82,10 @@ class Whole:
 
     def sum_of_replicas(self, *tensors: Tensor) -> Sequence[Tensor]:
         return tensors
+
+    def moments(self, moments: dict[str, Moments]) -> dict[str, Moments]:
+        """Of each stream's samples, with those of all replicas."""
+        return moments
 
     def terms(self, terms: dict[tuple[str, ...], Terms]) -> dict[tuple[str, ...], Terms]:
         """Of the objective, of all replicas' samples."""

@@ -238,6 +238,8 @@ def train_beside(options: dict[str, Any], of_optimizer: dict[str, Any], of_step:
 TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "global": ({}, {}, {}),
     "local": ({"selection": "local"}, {}, {}),
+    "batch": ({"selection": "batch"}, {"lazy": "replay"}, {}),
+    "batch, absent streams": ({"selection": "batch"}, {"max_grad_norm": 0.05}, {"absent": True}),
     "fvu": ({"loss": "fvu"}, {}, {}),
     "replay": ({}, {"lazy": "replay"}, {}),
     "clipped": ({}, {"max_grad_norm": 0.05}, {}),
@@ -323,8 +325,14 @@ def test_gradients_are_as_accurate_as_those_of_one_process(ranks: Ranks, dtype: 
 
 def codes_differ(selection: str, absent: bool) -> dict[str, float]:
     whole = model_of(selection=selection, dtype=torch.float64)
-    sharded = shard(whole)
     x = samples(23, dtype=torch.float64)
+    if selection == "batch":
+        learns = shard(whole)
+        learns.learn_thresholds(own(x, uneven=True))
+        whole.learn_thresholds(x)
+        assert torch.equal(learns.threshold, whole.threshold)
+        whole.eval()
+    sharded = shard(whole)
     present = None
     if absent:
         present = torch.rand(23, 2, generator=torch.Generator().manual_seed(3)) < 0.6
@@ -349,7 +357,7 @@ def codes_differ(selection: str, absent: bool) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("absent", [False, True], ids=["all present", "streams absent"])
-@pytest.mark.parametrize("selection", ["global", "local"])
+@pytest.mark.parametrize("selection", ["global", "local", "batch"])
 def test_codes_are_those_of_one_process_and_reconstructions_to_rounding(
     ranks: Ranks, selection: str, absent: bool
 ) -> None:
@@ -588,6 +596,10 @@ REPLICATED: dict[str, tuple[dict[str, Any], dict[str, Any], bool, int]] = {
     "local, replayed, absent": ({"selection": "local"}, {"lazy": "replay"}, True, 1),
     "accumulated and clipped": ({}, {"max_grad_norm": 0.05}, False, 3),
     "clipped, absent": ({}, {"max_grad_norm": 0.05}, True, 1),
+    "batch": ({"selection": "batch"}, {}, False, 1),
+    "batch, replayed, absent": ({"selection": "batch"}, {"lazy": "replay"}, True, 1),
+    "fvu, absent": ({"loss": "fvu"}, {}, True, 1),
+    "fvu, accumulated": ({"loss": "fvu"}, {}, False, 3),
 }
 
 

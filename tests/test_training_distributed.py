@@ -137,13 +137,8 @@ def refused_three(folder: Path) -> str:
     return refused_replicas(folder, replicas=3)
 
 
-def refused_fvu(folder: Path) -> str:
-    return refused_replicas(folder, replicas=2, loss="fvu")
-
-
 def test_replicas_that_cannot_be_are_refused(four: Ranks, tmp_path: Path) -> None:
     assert all("replicas must divide the number of ranks, 4, got 3" in said for said in four(refused_three, tmp_path))
-    assert all('loss must be "nmse" where the mesh has replicas' in said for said in four(refused_fvu, tmp_path))
 
 
 def train_variant(folder: Path, name: str) -> int:

@@ -30,27 +30,26 @@ def batch_topk(
 ) -> Tensor:  # fmt: skip
     """`reference.batch_topk` of all ranks' rows and all replicas' samples, [N, W] of the samples here.
 
-    Those of the rows here, in the slots that they have in one process; -1 in those of other ranks. W is as wide as this
-    replica's sample of most latents.
+    The rows here are in the slots that they have in one process, and -1 in those of other ranks' rows.
     """
     exchange, everybody = shards.exchange, shards.all
     count = k * shards.of_all_replicas(len(x))
     if not count:
         return torch.full((len(x), 1), -1, dtype=torch.int32, device=x.device)
     best = Best(backend.global_topk, backend.support_scores, (W_enc, pre_bias, latent_bias), screening)
-    indices, scores = best.reaching(
-        x, 2 * -(-k // exchange.ranks), lambda found: kth_largest(found, count, everybody)[0],
+    indices, scores, last = best.reaching(
+        x, 2 * -(-k // exchange.ranks), lambda found: kth_largest(found, count, everybody),
         lambda here: any(there for (there,) in everybody.numbers(WIDER, here)),
     )  # fmt: skip
-    last, n_equal = kth_largest(scores, count, everybody)
     larger, equal = scores > last, scores == last
     here = torch.stack([larger.sum(1), equal.sum(1)])
-    n_larger, n_at = exchange.gather(here[None], [1] * exchange.ranks, "candidates").movedim(0, -1)  # [N, P] each
+    n_larger, n_equal = exchange.gather(here[None], [1] * exchange.ranks, "candidates").movedim(0, -1)  # [N, P] each
     # of equal scores those of earlier samples, then of lower latents, which are those of earlier ranks
-    reached = n_at.flatten().cumsum(0).view_as(n_at) + shards.in_replicas_before(int(n_at.sum()), TIES)
-    n_at = torch.minimum(n_at, (n_equal - (reached - n_at)).clamp(min=0))
-    chosen = larger | (equal & (equal.cumsum(1) <= n_at[:, exchange.rank, None]))
-    return _beside(indices, chosen, n_larger + n_at, exchange.rank)
+    left = count - shards.of_all_replicas(int(n_larger.sum())) - shards.in_replicas_before(int(n_equal.sum()), TIES)
+    before = n_equal.flatten().cumsum(0).view_as(n_equal) - n_equal
+    n_equal = torch.minimum(n_equal, (left - before).clamp(min=0))
+    chosen = larger | (equal & (equal.cumsum(1) <= n_equal[:, exchange.rank, None]))
+    return _beside(indices, chosen, n_larger + n_equal, exchange.rank)
 
 
 def latents_above(
@@ -64,11 +63,10 @@ def latents_above(
     return _beside(own, own >= 0, counts, exchange.rank)
 
 
-def kth_largest(scores: Tensor, k: int, exchange: Exchange) -> tuple[Tensor, int]:
-    """(the k-th largest of all ranks' scores, how many that are equal to it are among the k largest).
+def kth_largest(scores: Tensor, k: int, exchange: Exchange) -> Tensor:
+    """The k-th largest of all ranks' scores, which are float32 or float64 as `support_scores` ranks them.
 
-    Scores are float32 or float64 as `support_scores` ranks them. Each rank has as many counts to tell as there are
-    digits, whatever the number of scores.
+    Each rank tells as many counts as there are digits, whatever the number of scores.
     """
     bits = 8 * scores.itemsize
     kind = torch.int32 if bits == 32 else torch.int64
@@ -86,12 +84,13 @@ def kth_largest(scores: Tensor, k: int, exchange: Exchange) -> tuple[Tensor, int
         digit = 2**width - 1 - place
         ordered, found = ordered[digits == digit], found | digit << first
     value = torch.tensor(found - 2 ** (bits - 1), dtype=kind, device=scores.device)
-    return _flip(value, bits).view(scores.dtype), k
+    return _flip(value, bits).view(scores.dtype)
 
 
 def _flip(numbers: Tensor, bits: int) -> Tensor:
     """The bits of floats as integers in the same order, and back."""
-    return numbers ^ ((numbers >> (bits - 1)) & (2 ** (bits - 1) - 1))
+    flipped: Tensor = numbers ^ ((numbers >> (bits - 1)) & (2 ** (bits - 1) - 1))
+    return flipped
 
 
 def _beside(indices: Tensor, chosen: Tensor, counts: Tensor, rank: int) -> Tensor:

@@ -47,8 +47,6 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
         mesh = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("latents",))
     if mesh.ndim > 2 or mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())):
         raise ValueError(f"mesh must be of all ranks in order, latents or replicas by latents, got {mesh}")
-    if mesh.ndim == 2 and model.error == "fvu":
-        raise ValueError('loss must be "nmse" where the mesh has replicas, whose deviations nobody adds up, got "fvu"')
     device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else device
     device = torch.device("cpu") if device.type == "meta" else device
     shards = Shards(mesh, model.n_latents, device)

@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 
-from sparc_fast.batch import Batch
+from sparc_fast.batch import Batch, Moments
 from sparc_fast.objective import Terms
 from sparc_fast.ops import backends
 from sparc_fast.ops.backends import Backend
@@ -95,9 +95,12 @@ class Shards(Whole):
     def backend(self, name: str, device: torch.device) -> Backend:
         if (name, device) not in self._backends:
             of_rows = _OfRows(backends.resolve(name, device), self.exchange)
-            operators = {"global_topk": of_rows.global_topk, "decode_loss": of_rows.decode_loss}
-            over_batch = {one.__name__: partial(one, of_rows.backend, self) for one in (batch_topk, latents_above)}
-            self._backends[name, device] = backends.replaced(of_rows.backend, {**operators, **over_batch})
+            operators: dict[str, Callable[..., Any]] = {
+                "global_topk": of_rows.global_topk, "decode_loss": of_rows.decode_loss,
+                "batch_topk": partial(batch_topk, of_rows.backend, self),
+                "latents_above": partial(latents_above, of_rows.backend, self),
+            }  # fmt: skip
+            self._backends[name, device] = backends.replaced(of_rows.backend, operators)
         return self._backends[name, device]
 
     def compact(self, indices: Tensor) -> Tensor:
@@ -152,7 +155,8 @@ class Shards(Whole):
             return None
         own = torch.unique(present, dim=0) if len(present) else present
         counts = [n for (n,) in self.replicas.numbers(ROWS, len(own))]
-        return torch.unique(self.replicas.gather(own, counts, "present"), dim=0)
+        found: Tensor = torch.unique(self.replicas.gather(own, counts, "present"), dim=0)
+        return found
 
     def of_all_replicas(self, n: int) -> int:
         """How many samples all replicas have, of which this one has n."""
@@ -164,7 +168,7 @@ class Shards(Whole):
             return 0
         return sum(other for (other,) in self.replicas.numbers(call, n)[: self.replicas.rank])
 
-    def first(self, rows: Tensor, n: int) -> Tensor:
+    def first_samples(self, rows: Tensor, n: int) -> Tensor:
         before = self.in_replicas_before(len(rows), ROWS)
         return rows[: max(0, n - before)]
 
@@ -198,6 +202,17 @@ class Shards(Whole):
 
     def sum_of_replicas(self, *tensors: Tensor) -> Sequence[Tensor]:
         return tensors if self.replicas is None else [self.replicas.sum(tensor) for tensor in tensors]
+
+    def moments(self, moments: dict[str, Moments]) -> dict[str, Moments]:
+        if self.replicas is None:
+            return moments
+        merged = {name: Moments(one.columns) for name, one in moments.items()}
+        here = {name: (one.n, one.mean.cpu(), one.spread.cpu()) for name, one in moments.items()}
+        for of_replica in self.replicas.objects(here):
+            for name, (n, mean, spread) in of_replica.items():
+                if n:
+                    merged[name].add_moments(n, mean, spread)
+        return merged
 
     def terms(self, terms: dict[tuple[str, ...], Terms]) -> dict[tuple[str, ...], Terms]:
         if self.replicas is None:

@@ -85,7 +85,7 @@ class Thresholds:
 
     def _smallest_that_fires(self, batch: Batch, k: int, backend: str | Backend) -> Tensor:
         """In some samples of a batch; 0 where it is negative, for what fires then has no value."""
-        x = self._shards.first(batch.x, MEASURED)
+        x = self._shards.first_samples(batch.x, MEASURED)
         operands = x, batch.W_enc, batch.pre_bias, batch.latent_bias
         support = functional.batch_topk(*operands, k, backend=backend)
         scores = backends.resolve(backend, x.device).support_scores(*operands, support.clamp(min=0))
