@@ -19,7 +19,8 @@ from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
 from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, reconstruct, weighted_sum
 from sparc_fast.ops.layout import stream_slices, wide
-from sparc_fast.selection import Selection, Thresholds
+from sparc_fast.selection import Private, Selection, Thresholds
+from sparc_fast.selection import private as private_latents
 from sparc_fast.whole import WHOLE, Whole
 
 Loss = Literal["nmse", "fvu"]
@@ -155,9 +156,12 @@ class Supports(NamedTuple):
 
     indices: Tensor
     dead: AmongDead | None
+    own: int = 0
+    """How many of the last slots are of private latents, whose gradients are summed as of further samples."""
 
     def used(self) -> list[Tensor]:
-        return [self.indices] if self.dead is None else [self.indices, self.dead.indices]
+        first = private_latents.shared_and_own(self.indices, self.own) if self.own else [self.indices]
+        return first if self.dead is None else [*first, self.dead.indices]
 
 
 class Terms(NamedTuple):
@@ -185,8 +189,12 @@ class Flow(NamedTuple):
     auxk: Reconstruction | None
     energy: Tensor
 
-    def passes(self) -> list[Reconstruction]:
-        return [self.reconstruction] if self.auxk is None else [self.reconstruction, self.auxk]
+    def passes(self, part: Part) -> list[Reconstruction]:
+        """As many as supports are used."""
+        first, own = [self.reconstruction], part.supports.own
+        if own:
+            first = private_latents.passes(self.reconstruction, own, part.batch.d_streams)
+        return first if self.auxk is None else [*first, self.auxk]
 
     def terms(self) -> Terms:
         auxk = None if self.auxk is None else self.auxk.loss
@@ -253,6 +261,8 @@ class Objective:
     """Where `dead` are numbers, how many there are, with those that are in other processes."""
     shards: Whole = WHOLE
     """Of the latents, where processes share them."""
+    private: Private | None = None
+    """Latents of one stream each. AuxK looks at all alike: in other streams these have no values."""
 
     def over(self, batches: Iterable[Batch]) -> Objective:
         """The same for a batch, given whole or in parts; NMSE does not look at it, being each sample's own."""
@@ -273,8 +283,10 @@ class Objective:
         return replace(self, support_from=[name for name in self.support_from if name in streams] or None)
 
     def _part(self, batch: Batch) -> Part:
-        indices = self._select(self.selection, batch, self.k, self.support_from)
-        return Part(batch, Supports(indices, None if self.dead is None else self._among(self.dead, batch)), self)
+        indices = self._select(self.selection, batch, self.k, self.support_from, self.private)
+        dead = None if self.dead is None else self._among(self.dead, batch)
+        own = 0 if self.private is None else self.private.slots(batch.streams, apart=indices.ndim == 3)
+        return Part(batch, Supports(indices, dead, own), self)
 
     def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
         S, widths = len(batch.streams), batch.d_streams
@@ -367,9 +379,16 @@ class Objective:
         """AuxK's support: of each sample or, under local selection, each stream of it, as many as may be of so many."""
         return self._select("local" if self.selection == "local" else "global", batch, min(self.auxk, n_latents))
 
-    def _select(self, rule: Selection, batch: Batch, k: int, support_from: Sequence[str] | None = None) -> Tensor:
+    def _select(
+        self,
+        rule: Selection,
+        batch: Batch,
+        k: int,
+        support_from: Sequence[str] | None = None,
+        private: Private | None = None,
+    ) -> Tensor:
         found = selection.select(
-            rule, batch, k, support_from=support_from, thresholds=self.thresholds,
+            rule, batch, k, support_from=support_from, thresholds=self.thresholds, private=private,
             backend=self.shards.backend(self.backend, batch.x.device),
         )  # fmt: skip
         return self.shards.compact(found)

@@ -184,9 +184,11 @@ class SparcAdam(torch.optim.Optimizer):
             self._replay(inverse[0].diff().nonzero()[:, 0], backend)
             parts = [part.with_decoder(columns_of(model.W_dec, part.batch.streams, model.d_streams)) for part in parts]
         flows = [part.measure(n_samples) for part in parts]
-        # what AuxK reconstructed counts as further samples of the same inputs
+        # what private latents and AuxK reconstructed counts as further samples of the same inputs
         passes = [
-            (a, part.batch.x, one) for a, part, flow in zip(among, parts, flows, strict=True) for one in flow.passes()
+            (a, part.batch.x, one)
+            for a, part, flow in zip(among, parts, flows, strict=True)
+            for one in flow.passes(part)
         ]
         samples = Samples(
             stack([a.columns(x) for a, x, _ in passes]),
