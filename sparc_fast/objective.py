@@ -20,7 +20,6 @@ from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, reconstruct, weighted_sum
 from sparc_fast.ops.layout import stream_slices, wide
 from sparc_fast.selection import Private, Selection, Thresholds
-from sparc_fast.selection import private as private_latents
 from sparc_fast.whole import WHOLE, Whole
 
 Loss = Literal["nmse", "fvu"]
@@ -156,12 +155,9 @@ class Supports(NamedTuple):
 
     indices: Tensor
     dead: AmongDead | None
-    own: int = 0
-    """How many of the last slots are of private latents, whose gradients are summed as of further samples."""
 
     def used(self) -> list[Tensor]:
-        first = private_latents.shared_and_own(self.indices, self.own) if self.own else [self.indices]
-        return first if self.dead is None else [*first, self.dead.indices]
+        return [self.indices] if self.dead is None else [self.indices, self.dead.indices]
 
 
 class Terms(NamedTuple):
@@ -189,12 +185,8 @@ class Flow(NamedTuple):
     auxk: Reconstruction | None
     energy: Tensor
 
-    def passes(self, part: Part) -> list[Reconstruction]:
-        """As many as supports are used."""
-        first, own = [self.reconstruction], part.supports.own
-        if own:
-            first = private_latents.passes(self.reconstruction, own, part.batch.d_streams)
-        return first if self.auxk is None else [*first, self.auxk]
+    def passes(self) -> list[Reconstruction]:
+        return [self.reconstruction] if self.auxk is None else [self.reconstruction, self.auxk]
 
     def terms(self) -> Terms:
         auxk = None if self.auxk is None else self.auxk.loss
@@ -284,9 +276,7 @@ class Objective:
 
     def _part(self, batch: Batch) -> Part:
         indices = self._select(self.selection, batch, self.k, self.support_from, self.private)
-        dead = None if self.dead is None else self._among(self.dead, batch)
-        own = 0 if self.private is None else self.private.slots(batch.streams, apart=indices.ndim == 3)
-        return Part(batch, Supports(indices, dead, own), self)
+        return Part(batch, Supports(indices, None if self.dead is None else self._among(self.dead, batch)), self)
 
     def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
         S, widths = len(batch.streams), batch.d_streams

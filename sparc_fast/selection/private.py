@@ -3,8 +3,8 @@
 Each stream fires the best of its own by itself. A private latent has weights of its stream alone: those of the others
 are zeros, and stay zeros, so it has no value in another stream, and whatever decodes it adds nothing there. One support
 of shared and private latents is thus reconstructed in one walk; its errors are exactly those of shared latents alone
-between streams, and of both within one. What a step must not do is to move the zeros: there private latents count as
-samples by themselves, whose gradient is that of their stream's own reconstruction.
+between streams, and of both within one. What a step must not do is to move the zeros: `decoder` keeps
+the gradient out of them, and `SparcAdam` leaves them out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch.nn.functional import pad
 
 from sparc_fast.batch import Batch
 from sparc_fast.ops import functional
-from sparc_fast.ops.autograd import Reconstruction
 from sparc_fast.ops.layout import stream_slices
 from sparc_fast.sizes import is_integer
 
@@ -57,6 +56,7 @@ class Private:
             self.latents[name] = slice(first, first + count)
             first += count
         columns = stream_slices(tuple(d_streams.values()))
+        self.columns = dict(zip(d_streams, columns, strict=True))
         self._elsewhere = [
             (own, cols, s)
             for name, own in self.latents.items()
@@ -81,7 +81,7 @@ class Private:
         for name in counts:
             if name not in streams:
                 raise ValueError(f"private must name streams of {streams}, got {name!r}")
-        given = dict(quotas) if isinstance(quotas, Mapping) else dict.fromkeys(counts, quotas)
+        given: dict[str, Any] = dict(quotas) if isinstance(quotas, Mapping) else dict.fromkeys(counts, quotas)
         if set(given) != set(counts):
             raise ValueError(f"private_k must be one number, or one of each of {tuple(counts)}, got {quotas!r}")
         for name, q in given.items():
@@ -98,11 +98,6 @@ class Private:
         some = slice(0, self.n_shared)
         return batch._replace(W_enc=batch.W_enc[some], latent_bias=batch.latent_bias[:, some].contiguous())
 
-    def slots(self, streams: Sequence[str], apart: bool) -> int:
-        """Of private latents in a support of these streams: one of all together, or of each `apart`."""
-        quotas = [q for name, q in self.quotas.items() if name in streams]
-        return (max if apart else sum)([0, *quotas])
-
     def beside(self, shared: Tensor, batch: Batch, backend: str | Backend) -> Tensor:
         """A support of shared latents, [N, k] or [N, S, k], and in further slots each stream's best private ones."""
         best = {
@@ -112,7 +107,7 @@ class Private:
             return shared
         if shared.ndim == 2:
             return torch.cat([shared, *best.values()], dim=1)
-        width = self.slots(batch.streams, apart=True)
+        width = max(self.quotas[name] for name in best)
         none = shared.new_full((len(shared), width), -1)
         filled = [pad(best[s], (0, width - best[s].shape[1]), value=-1) if s in best else none for s in batch.streams]
         return torch.cat([shared, torch.stack(filled, dim=1)], dim=2)
@@ -121,7 +116,8 @@ class Private:
         some = self.latents[name]
         bias = own.latent_bias[:, some].contiguous()
         found = functional.global_topk(own.x, own.W_enc[some], own.pre_bias, bias, self.quotas[name], backend=backend)
-        return found + some.start
+        own_best: Tensor = found + some.start
+        return own_best
 
     def decoder(self, W_dec: Tensor) -> Tensor:
         """All of the decoder, whose gradient is 0 where a latent is not of a column's stream."""
@@ -151,23 +147,3 @@ class _OwnColumns(torch.autograd.Function):
         for rows, cols, _ in ctx.elsewhere:
             grad[rows, cols] = 0
         return grad, None
-
-
-def shared_and_own(support: Tensor, slots: int) -> list[Tensor]:
-    """The shared part of a support, and its last slots, those of private latents."""
-    return list(support.tensor_split([support.shape[-1] - slots], dim=-1))
-
-
-def passes(of_both: Reconstruction, slots: int, d_streams: Sequence[int]) -> list[Reconstruction]:
-    """What flowed through shared latents, and through private ones: as by two passes over the same samples.
-
-    Private latents reconstruct their own stream alone, so what moves them is the gradient of that.
-    """
-    values, grad_values = (shared_and_own(part, slots) for part in (of_both.values, of_both.grad_values))
-    own = torch.zeros_like(of_both.grad_recons)
-    for s, cols in enumerate(stream_slices(d_streams)):
-        own[:, s, cols] = of_both.grad_recons[:, s, cols]
-    return [
-        of_both._replace(values=values[0], grad_values=grad_values[0]),
-        of_both._replace(values=values[1], grad_values=grad_values[1], grad_recons=own),
-    ]
