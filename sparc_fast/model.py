@@ -161,6 +161,12 @@ class SPARC(nn.Module):
         """stream -> the latents that are its own, of the streams that have some."""
         return {} if self._private is None else dict(self._private.latents)
 
+    def _slots(self, streams: Sequence[str] | None = None) -> int:
+        """Of the support of a sample of these streams, or of all, where a rule gives each sample k latents."""
+        if self._private is None:
+            return self.k
+        return self.k + self._private.slots(streams or self.streams, apart=self.selection == "local")
+
     @property
     def dead(self) -> Tensor:
         """bool [L]: no stream fired this latent in more than `dead_after` training samples."""
@@ -405,6 +411,8 @@ class SPARC(nn.Module):
             if codes.n_latents != self.n_latents:
                 raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
             values, indices = codes.stream(source)
+            if self._private is not None:
+                values = self._private.heard(values, indices, source)
             t = position(target, self.streams, "target")
         cols = self._columns()[t]
         k = values.shape[-1]

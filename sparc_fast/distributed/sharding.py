@@ -42,6 +42,8 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
         raise ValueError("model must be a SPARC that is whole")
     if model.selection == "batch":
         raise ValueError('model must have selection "global" or "local" to be shared, got "batch"')
+    if model.private_latents:
+        raise ValueError(f"model must have no private latents to be shared, got {model.config()['private']}")
     device = model.W_enc.device
     if mesh is None:
         kind = device.type if device.type != "meta" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -44,7 +44,9 @@ class OneBatch(NamedTuple):
         """A step of the rows, those of a run of streams or all; returns what a backend's `update_rows` does."""
         if self.private is not None:
             blocks = private_rows.blocks(self, self.private, rows, run, backend)
-            return private_rows.together((b, b.batch.update(b.rows, b.run, adam, backend)) for b in blocks)
+            return private_rows.together(
+                self.private, ((b, b.batch.update(b.rows, b.run, adam, backend)) for b in blocks)
+            )
         grads = self.grad_pre_bias.new_empty(0), self.grad_pre_bias.new_empty(0)
         for some, samples in self._of(rows, run, backend):
             found = backend.update_rows(some, samples, adam)
@@ -55,7 +57,9 @@ class OneBatch(NamedTuple):
         """(the sum of squares of the rows' gradients, float64, grad_latent_bias), as for `update`."""
         if self.private is not None:
             blocks = private_rows.blocks(self, self.private, rows, run, backend)
-            return private_rows.squared_norm((b, b.batch.squared_norm(b.rows, b.run, backend)) for b in blocks)
+            return private_rows.squared_norm(
+                self.private, ((b, b.batch.squared_norm(b.rows, b.run, backend)) for b in blocks)
+            )
         total = torch.zeros((), dtype=torch.float64, device=self.grad_pre_bias.device)
         grad_latent_bias = self.grad_pre_bias.new_empty(0)
         for some, samples in self._of(rows, run, backend):

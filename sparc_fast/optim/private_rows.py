@@ -64,7 +64,7 @@ def decoder_blocks(
         yield DecoderRows(W_dec, moments, widths, rows.last_step[some], copy), inside
 
 
-def together(found: Iterable[tuple[Block, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+def together(private: Private, found: Iterable[tuple[Block, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
     """(grad_latent_bias, grad_pre_bias) of all blocks, as a backend's `update_rows` gives them; the first has all
     streams."""
     found = list(found)
@@ -73,22 +73,22 @@ def together(found: Iterable[tuple[Block, tuple[Tensor, Tensor]]]) -> tuple[Tens
         return grad_latent_bias, grad_pre_bias
     for block, (_, of_block) in found[1:]:
         grad_pre_bias[block.columns] += of_block
-    return _of_all([(block, of_block) for block, (of_block, _) in found]), grad_pre_bias
+    return _of_all(private, [(block, of_block) for block, (of_block, _) in found]), grad_pre_bias
 
 
-def squared_norm(found: Iterable[tuple[Block, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+def squared_norm(private: Private, found: Iterable[tuple[Block, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
     """(the sum of squares, grad_latent_bias) of all blocks."""
     found = list(found)
     total = torch.stack([squares for _, (squares, _) in found]).sum()
     first, (_, grad_latent_bias) = found[0]
     if first.rows.W_enc is None:
         return total, grad_latent_bias
-    return total, _of_all([(block, of_block) for block, (_, of_block) in found])
+    return total, _of_all(private, [(block, of_block) for block, (_, of_block) in found])
 
 
-def _of_all(found: list[tuple[Block, Tensor]]) -> Tensor:
-    n_latents = max(block.latents.stop for block, _ in found)
-    grad_latent_bias = found[0][1].new_zeros(len(found[0][1]), n_latents)
+def _of_all(private: Private, found: list[tuple[Block, Tensor]]) -> Tensor:
+    """[S, L] of those of blocks; 0 where a latent is another stream's."""
+    grad_latent_bias = found[0][1].new_zeros(len(found[0][1]), private.n_latents)
     for block, of_block in found:
         grad_latent_bias[block.streams, block.latents] = of_block
     return grad_latent_bias

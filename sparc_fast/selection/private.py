@@ -98,6 +98,10 @@ class Private:
         some = slice(0, self.n_shared)
         return batch._replace(W_enc=batch.W_enc[some], latent_bias=batch.latent_bias[:, some].contiguous())
 
+    def slots(self, streams: Sequence[str], apart: bool) -> int:
+        """In a support that these streams share, or, `apart`, in one of each."""
+        return (max if apart else sum)([0, *(q for name, q in self.quotas.items() if name in streams)])
+
     def beside(self, shared: Tensor, batch: Batch, backend: str | Backend) -> Tensor:
         """A support of shared latents, [N, k] or [N, S, k], and in further slots each stream's best private ones."""
         best = {
@@ -107,7 +111,7 @@ class Private:
             return shared
         if shared.ndim == 2:
             return torch.cat([shared, *best.values()], dim=1)
-        width = max(self.quotas[name] for name in best)
+        width = self.slots(batch.streams, apart=True)
         none = shared.new_full((len(shared), width), -1)
         filled = [pad(best[s], (0, width - best[s].shape[1]), value=-1) if s in best else none for s in batch.streams]
         return torch.cat([shared, torch.stack(filled, dim=1)], dim=2)
@@ -118,6 +122,11 @@ class Private:
         found = functional.global_topk(own.x, own.W_enc[some], own.pre_bias, bias, self.quotas[name], backend=backend)
         own_best: Tensor = found + some.start
         return own_best
+
+    def heard(self, values: Tensor, indices: Tensor, source: str) -> Tensor:
+        """Values of a stream's code without those of other streams' latents, which are not its to have."""
+        own = self.latents.get(source, slice(self.n_latents, self.n_latents))
+        return values.masked_fill((indices >= self.n_shared) & ((indices < own.start) | (indices >= own.stop)), 0)
 
     def decoder(self, W_dec: Tensor) -> Tensor:
         """All of the decoder, whose gradient is 0 where a latent is not of a column's stream."""
