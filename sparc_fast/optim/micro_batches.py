@@ -43,10 +43,7 @@ class OneBatch(NamedTuple):
     def update(self, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """A step of the rows, those of a run of streams or all; returns what a backend's `update_rows` does."""
         if self.private is not None:
-            blocks = private_rows.blocks(self, self.private, rows, run, backend)
-            return private_rows.together(
-                self.private, ((b, b.batch.update(b.rows, b.run, adam, backend)) for b in blocks)
-            )
+            return private_rows.update(self, self.private, rows, run, adam, backend)
         grads = self.grad_pre_bias.new_empty(0), self.grad_pre_bias.new_empty(0)
         for some, samples in self._of(rows, run, backend):
             found = backend.update_rows(some, samples, adam)
@@ -56,10 +53,7 @@ class OneBatch(NamedTuple):
     def squared_norm(self, rows: Rows, run: Run | None, backend: Backend) -> tuple[Tensor, Tensor]:
         """(the sum of squares of the rows' gradients, float64, grad_latent_bias), as for `update`."""
         if self.private is not None:
-            blocks = private_rows.blocks(self, self.private, rows, run, backend)
-            return private_rows.squared_norm(
-                self.private, ((b, b.batch.squared_norm(b.rows, b.run, backend)) for b in blocks)
-            )
+            return private_rows.squared_norm(self, self.private, rows, run, backend)
         total = torch.zeros((), dtype=torch.float64, device=self.grad_pre_bias.device)
         grad_latent_bias = self.grad_pre_bias.new_empty(0)
         for some, samples in self._of(rows, run, backend):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparc_fast.ops.backends import Backend
-from sparc_fast.ops.row_step import DecoderRows, Rows
+from sparc_fast.ops.row_step import AdamStep, DecoderRows, Rows
 from sparc_fast.optim.freezing import Run
 from sparc_fast.selection import Private
 
@@ -64,29 +64,31 @@ def decoder_blocks(
         yield DecoderRows(W_dec, moments, widths, rows.last_step[some], copy), inside
 
 
-def together(private: Private, found: Iterable[tuple[Block, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
-    """(grad_latent_bias, grad_pre_bias) of all blocks, as a backend's `update_rows` gives them; the first has all
-    streams."""
-    found = list(found)
-    first, (grad_latent_bias, grad_pre_bias) = found[0]
-    if first.rows.W_enc is None:
+def update(
+    batch: OneBatch, private: Private, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """As `OneBatch.update`, block by block."""
+    found = [(b, b.batch.update(b.rows, b.run, adam, backend)) for b in blocks(batch, private, rows, run, backend)]
+    (_, (grad_latent_bias, grad_pre_bias)), *own = found
+    if rows.W_enc is None:
         return grad_latent_bias, grad_pre_bias
-    for block, (_, of_block) in found[1:]:
-        grad_pre_bias[block.columns] += of_block
-    return _of_all(private, [(block, of_block) for block, (of_block, _) in found]), grad_pre_bias
+    for block, (_, through_encoder) in own:
+        grad_pre_bias[block.columns] += through_encoder
+    return _of_all(private, [(block, bias) for block, (bias, _) in found]), grad_pre_bias
 
 
-def squared_norm(private: Private, found: Iterable[tuple[Block, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
-    """(the sum of squares, grad_latent_bias) of all blocks."""
-    found = list(found)
+def squared_norm(
+    batch: OneBatch, private: Private, rows: Rows, run: Run | None, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """As `OneBatch.squared_norm`, block by block."""
+    found = [(b, b.batch.squared_norm(b.rows, b.run, backend)) for b in blocks(batch, private, rows, run, backend)]
     total = torch.stack([squares for _, (squares, _) in found]).sum()
-    first, (_, grad_latent_bias) = found[0]
-    if first.rows.W_enc is None:
-        return total, grad_latent_bias
-    return total, _of_all(private, [(block, of_block) for block, (_, of_block) in found])
+    if rows.W_enc is None:
+        return total, found[0][1][1]
+    return total, _of_all(private, [(block, bias) for block, (_, bias) in found])
 
 
-def _of_all(private: Private, found: list[tuple[Block, Tensor]]) -> Tensor:
+def _of_all(private: Private, found: Sequence[tuple[Block, Tensor]]) -> Tensor:
     """[S, L] of those of blocks; 0 where a latent is another stream's."""
     grad_latent_bias = found[0][1].new_zeros(len(found[0][1]), private.n_latents)
     for block, of_block in found:
