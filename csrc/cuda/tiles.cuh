@@ -36,6 +36,9 @@ template <int registers>
 void take_registers() {}
 template <int registers>
 void give_registers() {}
+inline void set_unless_under(unsigned& bits, unsigned bit, float value, float limit) {
+    if (!(value < limit)) bits |= bit;
+}
 
 #else
 
@@ -147,6 +150,13 @@ __device__ void take_registers() {
 template <int registers>
 __device__ void give_registers() {
     ON_SM_90A("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+// Sets a bit, by one instruction after the comparison.
+__device__ inline void set_unless_under(unsigned& bits, unsigned bit, float value, float limit) {
+    asm("{\n.reg .pred is;\nsetp.geu.f32 is, %2, %3;\n@is or.b32 %0, %0, %1;\n}"
+        : "+r"(bits)
+        : "r"(bit), "f"(value), "f"(limit));
 }
 
 #endif
