@@ -568,8 +568,8 @@ def _screen(
         samples = x[n : n + rows]
         N_here = len(samples)
         measure(samples, X, of_x, centred=True, copied=True)
-        screened = not copied and selection.screen is not None
-        screened = screened and selection.screen(
+        screen = None if copied else selection.screen
+        screened = screen is not None and screen(
             X[:N_here], W, chunk, scores, narrow_bias, of_w, of_x, candidates, k, bounds
         )
         for first in range(0, 0 if screened else L, chunk):

@@ -14,8 +14,7 @@ void screen_scores(
     SharedMemory memory;
     const SelectionShared shared(memory);
     const auto tighten = [&](int counted_apart) {
-        launch(
-            tighten_kernel, N, 128, memory.bytes(), stream, candidates, tests, samples, bounds, k, counted_apart);
+        launch(tighten_kernel, N, 32, memory.bytes(), stream, candidates, tests, samples, bounds, k, counted_apart);
     };
     tighten(apart);
     const auto kernel =

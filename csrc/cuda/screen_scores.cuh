@@ -42,8 +42,8 @@ __device__ inline float raised(float b) {
 }
 
 // Candidates of one sample after a step: those that cannot be among the k largest are dropped, and the next step's
-// latents will be tested by the k-th largest lower end. Latents were counted `apart`.
-__global__ void __launch_bounds__(128) tighten_kernel(
+// latents will be tested by the k-th largest lower end. Latents were counted `apart`. A warp a sample.
+__global__ void __launch_bounds__(32) tighten_kernel(
     Candidates all, RowTest* tests, SampleNorms samples, Bounds bounds, int k, int apart) {
     SharedMemory memory(shared_memory());
     const SelectionShared shared(memory);
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(128) tighten_kernel(
     __syncthreads();
     Candidate below = count < 0 ? ~Candidate(0) : 0;
     if (count >= k) {
-        below = kth_largest([&](int i) { return candidates.lower(i); }, count, k, shared) - 1;
+        const auto lower = [&](int i) { return candidates.lower(i); };
+        below = kth_largest<false, 8>(lower, count, k, shared) - 1;
         count = drop(candidates, count, below, shared);
     }
     if (threadIdx.x != 0) return;
@@ -294,6 +295,7 @@ __device__ void take_in_tiles(const ScreenArguments& a, const ScreenShared& shar
             }
         }
         wait_for_products<0>();
+        hand_over(sums);
         release(step - 1);
         const int first_row = at.first_sample + warp * 16 + lane / 4;
         const RowTest tests[] = {a.test(first_row), a.test(first_row + 8)};

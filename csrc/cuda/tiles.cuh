@@ -32,6 +32,7 @@ template <int pending>
 void wait_for_products(WHERE) {
     emulation::wait_for_products(pending, where);
 }
+inline void hand_over(float (&)[products_of_thread]) {}
 template <int registers>
 void take_registers() {}
 template <int registers>
@@ -55,9 +56,8 @@ inline void set_unless_under(unsigned& bits, unsigned bit, float value, float li
 // How a matrix is cut into tiles; what lies outside the matrix is 0 in a tile.
 using TileMap = CUtensorMap;
 
-// Of `rows` by `columns` 16-bit numbers, rows `apart` bytes apart, from whole 16 bytes to whole 16 bytes. Through the
-// runtime, so that nothing is linked to the driver's library.
-inline TileMap map_tiles(const void* data, int64_t rows, int64_t columns, int64_t apart, int rows_of_tile) {
+// The driver's, through the runtime, so that nothing is linked to the driver's library.
+inline decltype(&cuTensorMapEncodeTiled) find_map_encoder() {
     void* encode = nullptr;
     cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
@@ -66,10 +66,16 @@ inline TileMap map_tiles(const void* data, int64_t rows, int64_t columns, int64_
     check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &encode, cudaEnableDefault, &found));
 #endif
     if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("CUDA: the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode);
+}
+
+// Of `rows` by `columns` 16-bit numbers, rows `apart` bytes apart, from whole 16 bytes to whole 16 bytes.
+inline TileMap map_tiles(const void* data, int64_t rows, int64_t columns, int64_t apart, int rows_of_tile) {
+    static const auto encode = find_map_encoder();
     TileMap map;
     const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(apart)};
     const cuuint32_t box[] = {cuuint32_t(tile_columns), cuuint32_t(rows_of_tile)}, steps[] = {1, 1};
-    const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
+    const CUresult result = encode(
         &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(data), sizes, strides, box, steps,
         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -140,6 +146,12 @@ __device__ inline void commit_products() { ON_SM_90A("wgmma.commit_group.sync.al
 template <int pending>
 __device__ void wait_for_products() {
     ON_SM_90A("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// After no product is pending, before the sums are read: the compiler must not read them earlier.
+__device__ inline void hand_over(float (&sums)[products_of_thread]) {
+#pragma unroll
+    for (float& sum : sums) asm volatile("" : "+f"(sum)::"memory");
 }
 
 // Registers of a thread, from those that others give. All of four warps do it.
