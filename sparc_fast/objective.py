@@ -19,7 +19,7 @@ from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
 from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, reconstruct, weighted_sum
 from sparc_fast.ops.layout import stream_slices, wide
-from sparc_fast.selection import LOCAL, Selection, Thresholds
+from sparc_fast.selection import LOCAL, Private, Selection, Thresholds
 from sparc_fast.selection.jumprelu import Jump, JumpGradients, JumpReLU
 from sparc_fast.whole import WHOLE, Whole
 
@@ -268,10 +268,12 @@ class Objective:
     """Where `dead` are numbers, how many there are, with those that are in other processes."""
     shards: Whole = WHOLE
     """Of the latents, where processes share them."""
+    private: Private | None = None
+    """Latents of one stream each. AuxK looks at all alike: in other streams these have no values."""
 
     def over(self, batches: Iterable[Batch]) -> Objective:
         """The same for a batch, given whole or in parts; NMSE does not look at it, being each sample's own."""
-        return self if self.loss == "nmse" else replace(self, spread=spread_of(batches))
+        return self if self.loss == "nmse" else replace(self, spread=spread_of(batches, self.shards.moments))
 
     def choose(self, batch: Batch) -> list[Part]:
         """The parts of a batch, with their supports; reads no row of the decoder.
@@ -292,13 +294,17 @@ class Objective:
         if self.jumprelu is not None:
             jumped = self._jump(self.jumprelu, batch)
             return Part(batch, Supports(jumped.indices, dead, jumped), self)
-        return Part(batch, Supports(self._select(self.selection, batch, self.k, self.support_from), dead), self)
+        indices = self._select(self.selection, batch, self.k, self.support_from, self.private)
+        return Part(batch, Supports(indices, dead), self)
 
     def _jump(self, settings: JumpReLU, batch: Batch) -> Jump:
         assert self.thresholds is not None
         if self.support_from is not None:
             selection.check_support_from(self.selection)
-        return settings.jump(batch, self.k, self.thresholds, self.support_from, self.backend)
+        if self.private is None:
+            return settings.jump(batch, self.k, self.thresholds, self.support_from, self.backend)
+        shared = settings.jump(self.private.shared(batch), self.k, self.thresholds, self.support_from, self.backend)
+        return shared.beside(self.private.beside(shared.indices, batch, self.backend))
 
     def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
         S, widths = len(batch.streams), batch.d_streams
@@ -409,9 +415,16 @@ class Objective:
         """AuxK's support: of each sample or, under local selection, each stream of it, as many as may be of so many."""
         return self._select("local" if self.selection in LOCAL else "global", batch, min(self.auxk, n_latents))
 
-    def _select(self, rule: Selection, batch: Batch, k: int, support_from: Sequence[str] | None = None) -> Tensor:
+    def _select(
+        self,
+        rule: Selection,
+        batch: Batch,
+        k: int,
+        support_from: Sequence[str] | None = None,
+        private: Private | None = None,
+    ) -> Tensor:
         found = selection.select(
-            rule, batch, k, support_from=support_from, thresholds=self.thresholds,
+            rule, batch, k, support_from=support_from, thresholds=self.thresholds, private=private,
             backend=self.shards.backend(self.backend, batch.x.device),
         )  # fmt: skip
         return self.shards.compact(found)

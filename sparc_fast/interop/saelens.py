@@ -78,7 +78,11 @@ def _of_jumprelu(config: Fields, tensors: Tensors) -> tuple[Fields, Tensors]:
         raise ValueError(
             f"folder must hold a threshold of each of {config['d_sae']} latents, got {list(threshold.shape)}"
         )
-    if metadata.get("training_architecture") == "batchtopk" and "k" in details and threshold.unique().numel() == 1:
+    if (
+        metadata.get("training_architecture") == "batchtopk"
+        and "k" in details
+        and bool((threshold == threshold[0]).all())
+    ):
         return _batch(k, threshold[0])
     return {"k": max(1, round(k)), "selection": "jumprelu"}, {"latent_threshold": threshold[None], **known_threshold(0)}
 
@@ -143,6 +147,11 @@ def to_saelens(
 
     if model.selection not in WRITERS:
         raise ValueError(f"model must have the selection {' or '.join(WRITERS)}, got {model.selection!r}")
+    if model.private_latents:
+        raise ValueError(
+            "model must have no private latents: a SAE of SAELens chooses among all of its latents alike, not some of "
+            f"these and some of those, got {model.config()['private']}"
+        )
     # in half precision each side would round elsewhere
     dtype = model.W_enc.dtype if model.W_enc.dtype == torch.float64 else torch.float32
     # rows that it normalizes have the norm sqrt(D) there

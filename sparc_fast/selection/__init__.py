@@ -13,8 +13,9 @@ from sparc_fast.ops.backends import Backend
 
 from .batch_topk import Thresholds
 from .jumprelu import Offsets, StreamOffsets, fire
+from .private import Private
 
-__all__ = ["BY_THRESHOLD", "LOCAL", "RULES", "Selection", "Thresholds", "check_support_from", "select"]
+__all__ = ["BY_THRESHOLD", "LOCAL", "RULES", "Private", "Selection", "Thresholds", "check_support_from", "select"]
 
 Selection = Literal["global", "local", "batch", "jumprelu", "local_jumprelu"]
 RULES: tuple[Selection, ...] = get_args(Selection)
@@ -36,6 +37,7 @@ def select(
     *,
     support_from: Sequence[str] | None = None,
     thresholds: Thresholds | None = None,
+    private: Private | None = None,
     backend: str | Backend = "auto",
 ) -> Tensor:
     """The support of a batch; reads no decoder row.
@@ -43,8 +45,14 @@ def select(
     Of all its streams, [N, k], under "global", of each stream, [N, S, k], under "local". Under "batch" [N, W], -1 where
     a sample has fewer than others: the largest scores of the batch, or, given `thresholds`, those above. Under
     "jumprelu" likewise, and under "local_jumprelu" [N, S, W]: those above `thresholds` and that of their latent.
-    Streams that `support_from` leaves out have no say, but under "local" and "local_jumprelu".
+    Streams that `support_from` leaves out have no say, but under "local" and "local_jumprelu". The rule chooses of the
+    latents that are not `private`; each stream's own best of those are in the last slots.
     """
+    if private is not None:
+        shared = select(
+            rule, private.shared(batch), k, support_from=support_from, thresholds=thresholds, backend=backend
+        )
+        return private.beside(shared, batch, backend)
     if support_from is not None:
         check_support_from(rule)
         batch = batch.of_streams(support_from)

@@ -41,7 +41,7 @@ class Offsets(Thresholds):
     Those of the other sets follow the thresholds.
     """
 
-    def learn(self, batch: Batch, k: int, backend: str) -> None:
+    def learn(self, batch: Batch, k: int, backend: str | Backend) -> None:
         """For every set that has none yet, and in one of some steps for that learned the fewest times."""
         sets = list(sets_of(batch.streams))
         counts = self.counts[[self._place(some) for some in sets]]
@@ -61,7 +61,7 @@ class StreamOffsets(Thresholds):
         values = torch.zeros(n_streams, dtype=torch.float32, device=device)
         return values, torch.zeros(n_streams, dtype=torch.int64, device=device)
 
-    def learn(self, batch: Batch, k: int, backend: str) -> None:
+    def learn(self, batch: Batch, k: int, backend: str | Backend) -> None:
         """For every stream that has none yet."""
         for name in batch.streams:
             if not self.counts[self._place((name,))]:
@@ -86,6 +86,15 @@ class Jump(NamedTuple):
     """1 / bandwidth within the band, 0 elsewhere, as indices."""
     choosers: Sequence[int]
     """Positions in the batch of the streams whose thresholds these are."""
+    n_by_threshold: int | None = None
+    """Slots of latents that have thresholds, the first; None of all."""
+
+    def beside(self, indices: Tensor) -> Jump:
+        """The same in a support with further slots, whose latents fire anyway."""
+        more = indices[..., self.indices.shape[-1] :]
+        fires = torch.cat([self.fires, more >= 0], dim=-1)
+        slope = torch.cat([self.slope, self.slope.new_zeros(more.shape)], dim=-1)
+        return self._replace(indices=indices, fires=fires, slope=slope, n_by_threshold=self.indices.shape[-1])
 
     def gradients(self, of: Reconstruction, n_latents: int) -> JumpGradients:
         """What thresholds [S, L] get from what was reconstructed."""
@@ -96,7 +105,8 @@ class Jump(NamedTuple):
         through_values, through_count = (
             self._by_latent(terms, n_streams, n_latents) for terms in (self.slope * grad_fires, self.slope)
         )
-        fired = self.fires.sum((0, -1)) if self.indices.ndim == 3 else self.fires.sum()[None]
+        fires = self.fires[..., : self.n_by_threshold]
+        fired = fires.sum((0, -1)) if fires.ndim == 3 else fires.sum()[None]
         return JumpGradients(fired.to(self.slope.dtype), -through_values, -through_count)
 
     def _by_latent(self, terms: Tensor, n_streams: int, n_latents: int) -> Tensor:
