@@ -183,8 +183,9 @@ def test_clipping_sees_the_gradient_of_thresholds() -> None:
 @pytest.fixture(scope="module", params=RULES)
 def trained(request: pytest.FixtureRequest) -> sf.SPARC:
     model = make(request.param, auxk=8, dead_after=2000)
-    optimizer = sf.SparcAdam(model, lr=3e-3)
     data = samples(4096)
+    model.calibrate(data)
+    optimizer = sf.SparcAdam(model, lr=3e-3)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 400)
     for step in range(400):
         rows = slice(step % 16 * 256, step % 16 * 256 + 256)
@@ -198,7 +199,7 @@ def trained(request: pytest.FixtureRequest) -> sf.SPARC:
 def test_about_k_latents_fire_whichever_streams_there_are(trained: sf.SPARC, streams: tuple[str, ...]) -> None:
     inputs = {name: samples(4096)[name] for name in streams}
     counts = fired(trained, inputs)
-    assert float(counts.mean()) == pytest.approx(K, rel=0.15)
+    assert float(counts.mean()) == pytest.approx(K, rel=0.25)
     assert counts.min() < K < counts.max()
 
 
@@ -220,9 +221,12 @@ def test_a_sample_alone_is_what_it_is_in_a_batch_bit_for_bit(trained: sf.SPARC) 
 
 
 def test_a_latent_fires_just_where_its_score_is_above_its_threshold(trained: sf.SPARC) -> None:
-    inputs = {name: x.double() for name, x in samples(50, 4).items()}
     model = sf.SPARC(WIDTHS, L, K, selection=trained.selection, dtype=torch.float64).eval()
     model.load_state_dict(trained.state_dict())
+    inputs = {
+        name: (x.double() - model.input_mean[cols]) / model.input_rms[s]
+        for s, ((name, x), cols) in enumerate(zip(samples(50, 4).items(), model._columns(), strict=True))
+    }
     h = [
         (x - model.pre_bias[cols]) @ model.W_enc[:, cols].T + bias - threshold
         for x, cols, bias, threshold in zip(
@@ -237,13 +241,14 @@ def test_a_latent_fires_just_where_its_score_is_above_its_threshold(trained: sf.
         else [sum(h) - offsets.of(tuple(WIDTHS))]
     )
     expected = [[set(row.nonzero()[:, 0].tolist()) for row in score > 0] for score in scores]
-    indices = model.encode(inputs).indices
+    indices = model.encode({name: x.double() for name, x in samples(50, 4).items()}).indices
     indices = indices.transpose(0, 1) if is_local else indices[None]
     assert [[set(row.tolist()) - {-1} for row in rows] for rows in indices] == expected
 
 
 def test_every_stream_decodes_better_than_before_training(trained: sf.SPARC) -> None:
     untrained = make(trained.selection)
+    untrained.calibrate(samples(4096))
     untrained.learn_thresholds(samples(256))
     before, after = (model.eval().loss(samples(500, 1)).nmse for model in (untrained, trained))
     assert (after.diagonal() < before.diagonal()).all()
@@ -376,3 +381,26 @@ def test_the_penalty_is_zero_at_k_and_grows_on_both_sides() -> None:
     for l0, expected in ((K, 0.0), (2 * K, 2.0), (K / 2, 0.5)):
         mean, penalty = rule.penalty(torch.tensor([l0 * 10.0]), torch.tensor([10.0]), K)
         assert (float(mean), float(penalty)) == (l0, expected)
+
+
+@pytest.mark.parametrize("selection", RULES)
+def test_private_latents_fire_beside_those_above_their_thresholds(selection: str) -> None:
+    private = {"private": {"a": 10, "c": 6}, "private_k": 2}
+    ours, theirs = (make(selection, auxk=0, dtype=torch.float64, **private) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    adam, fused = torch.optim.Adam(theirs.parameters(), 1e-2), sf.SparcAdam(ours, 1e-2)
+    for step in range(3):
+        inputs = {name: x.double() for name, x in samples(30, step).items()}
+        adam.zero_grad()
+        loss = theirs.loss(inputs)
+        loss.total.backward()
+        theirs.project_gradients_()
+        adam.step()
+        theirs.normalize_decoder_()
+        torch.testing.assert_close(fused.step(inputs).total, loss.total.detach(), rtol=1e-9, atol=1e-12)
+        if step == 0:
+            assert float(loss.l0) == pytest.approx(K, rel=0.02)  # of the latents that streams share
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, theirs.state_dict()[name], rtol=1e-8, atol=1e-11)
+    assert (ours.latent_threshold[:, ours.n_shared :] == 0).all()
+    assert ours.latent_threshold[:, : ours.n_shared].count_nonzero() > 5

@@ -22,6 +22,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "lazy-bfloat16-local": {"lazy": True, "dtype": "bfloat16", "selection": "local", "support_dropout": 0.0},
     "accumulated": {"accumulate": 3},
     "batch": {"selection": "batch", "lazy": True},
+    "jumprelu": {"selection": "jumprelu", "accumulate": 2, "moments": "bfloat16"},
 }
 
 
