@@ -514,6 +514,8 @@ def refused(case: str) -> str:
             sf.evaluate.evaluate(model, streams_of(samples(9)), metrics=["bridge"])
         elif case == "capturable":
             sf.SparcAdam(model, capturable=True)
+        elif case == "thresholds":
+            shard(model_of(selection="jumprelu"))
     except (ValueError, RuntimeError) as error:
         return str(error)
     return ""
@@ -524,6 +526,7 @@ REFUSALS = {
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
     "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model",
     "capturable": "capturable must be False",
+    "thresholds": "model must have no thresholds of latents to be shared, got selection='jumprelu'",
     "other samples": "inputs must be the same on every rank", "labels": "labels must be",
     "dictionary": "'bridge' must be given a model that is whole",
 }  # fmt: skip
