@@ -21,6 +21,7 @@ from sparc_fast.training.config import (
     parse_sources,
     place,
     read_settings,
+    sizes,
     sources,
     with_absolute_paths,
 )
@@ -102,7 +103,7 @@ def _parsed(f: Field[Any], given: Any) -> Any:
     if kind in (sources, identifiers):
         return with_absolute_paths(parse_sources(given, _flag(f)), Path.cwd())
     try:
-        return kind.parse(given)
+        return [kind.parse(one) for one in given] if kind is sizes else kind.parse(given)
     except ValueError:
         raise ValueError(f"{_flag(f)} must be {kind.expected}, got {given!r}") from None
 
@@ -124,6 +125,8 @@ def _arguments(f: Field[Any]) -> dict[str, Any]:
         }
     if kind is names:
         return {"nargs": "+", "action": "extend", "metavar": "NAME", "help": words}
+    if kind is sizes:
+        return {"nargs": "+", "action": "extend", "metavar": "M", "help": words}
     if kind is norms:
         return {"nargs": "+", "action": "extend", "metavar": "HOW or STREAM=HOW", "help": f"{words} ({default})"}
     if kind is flag:

@@ -19,6 +19,7 @@ from sparc_fast.data import AlignedFiles, FeatureFolder
 from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.ids import SUFFIXES as IDS_SUFFIXES
 from sparc_fast.data.shards import is_list_of_files
+from sparc_fast.objective import nested_sizes
 from sparc_fast.selection import RULES
 from sparc_fast.sizes import as_bytes, parse_bytes
 
@@ -111,6 +112,11 @@ def _names(value: Any) -> list[str]:
     return listed
 
 
+def _sizes(value: Any) -> list[int]:
+    listed = [value] if isinstance(value, Integral) else list(value)
+    return [integer(1).convert(size) for size in listed]
+
+
 def _norms(value: Any) -> str | dict[str, str]:
     of_streams = value.values() if isinstance(value, Mapping) else [value]
     if not all(how in ("none", "l2") for how in of_streams):
@@ -166,6 +172,7 @@ sources = Kind(
 identifiers = Kind("the name of a data set in every file, or a table of streams as for data", _identifiers)
 norms = Kind("none or l2, or a table of streams, each none or l2", _norms)
 names = Kind("a list of names", _names)
+sizes = Kind("a list of integers >= 1", _sizes, int)
 place = _checked("a path", (str, Path), lambda _: True, str)
 size = Kind('an integer >= 1, in bytes, or a size such as "4GiB"', lambda value: as_bytes(value, "size"), parse_bytes)
 part = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
@@ -228,6 +235,13 @@ class Config:
         "global",
         choice(*RULES),
         "one support for all streams; local: one for each; batch: for all, of k latents a sample on average",
+    )
+    matryoshka: Sequence[int] = field(
+        default=(),
+        metadata=about(
+            sizes,
+            "sizes of nested dictionaries, ascending, each the first latents; the last is `n_latents`, or left out",
+        ),
     )
     auxk: int = setting(64, integer(0), "dead latents that reconstruct the residual; 0 turns AuxK off")
     dead_after: int = setting(256_000, integer(0), "samples without firing after which a latent is dead")
@@ -375,6 +389,7 @@ class Config:
             raise ValueError(f'accumulate must be 1 with selection="batch", got {self.accumulate}')
         if self.k > self.n_latents:
             raise ValueError(f"k must be between 1 and n_latents={self.n_latents}, got {self.k}")
+        nested_sizes(self.matryoshka, self.n_latents)
         if (self.k_start > 0) != (self.k_ramp > 0):
             raise ValueError(f"k_start and k_ramp must be given together, got {self.k_start} and {self.k_ramp}")
         if self.k_start > self.n_latents:
