@@ -104,7 +104,8 @@ def _nested_decode_loss_kernel(
                     at = start_j + j
                     here = tl.load(support + at, mask=at < k_read, other=-1)
                     its_offsets, its_wanted = locate(support, W_stride, at, k_read, L)
-                    nothing = (p == PREFIXES - 1) & ~its_wanted  # slots of no group are written with the last one's
+                    is_last = tl.zeros_like(at) + p == PREFIXES - 1
+                    nothing = is_last & ~its_wanted  # slots of no group are written with the last one's
                     its_wanted &= (here >= below) & (here < size)
                     its_rows = gather(W_dec, its_offsets, its_wanted, cols, inside)
                     part = dots(tl.zeros([SLOTS, BLOCK_K], SUM), grad, its_rows, SOURCES, TENSOR_CORES, OPERAND)

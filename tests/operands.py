@@ -61,7 +61,7 @@ class Operands:
     def sizes(self) -> list[int]:
         """Of four nested dictionaries, two of them the same, the first perhaps of no latent."""
         L = len(self.W_enc)
-        return [L // 4, L // 2, L // 2, L]
+        return [L // 8, L // 3, L // 3, L]
 
     @property
     def inverse(self) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ def nested_decode_loss(
     )
     _cpu.nested_decode_loss(*results, *operands, weights, d_streams, ends, torch.get_num_threads())
     dtype = gradient_dtype(values)
-    grad_recons = _as(grad_recons, dtype).view(P, N, S, -1)
+    grad_recons = _as(grad_recons, dtype).view(P, N, S, W_dec.shape[1])
     return nmse.view(P, S, S), grad_recons, _as(grad_values, dtype), grad_pre_bias
 
 
