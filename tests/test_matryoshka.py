@@ -178,7 +178,9 @@ def test_every_prefix_has_the_bias_and_only_its_own_latents() -> None:
         errors = []
         for s in range(3):
             recons = (z[:, s] @ model.W_dec + model.pre_bias).split(list(WIDTHS.values()), dim=1)
-            errors.append([float(sf.nmse(recon.detach(), part)) for recon, part in zip(recons, x.values(), strict=True)])
+            errors.append(
+                [float(sf.nmse(recon.detach(), part)) for recon, part in zip(recons, x.values(), strict=True)]
+            )
         nmse = torch.tensor(errors, dtype=torch.float64)
         expected = nmse.diagonal().mean() + (nmse.sum() - nmse.diagonal().sum()) / 6
         assert loss.prefixes is not None
