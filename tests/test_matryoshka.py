@@ -246,7 +246,7 @@ def test_a_prefix_is_a_model_of_the_first_latents(tmp_path: Path) -> None:
     assert torch.equal(sf.SPARC.load(tmp_path / "some.safetensors").encode(x).values, some.encode(x).values)
     assert model.prefix(4).k == 4
     for size in (0, L + 1, 2.5):
-        with pytest.raises(ValueError, match="n_latents must be between 1 and those of the model, 40"):
+        with pytest.raises(ValueError, match="n_latents must be between 1 and those that streams share, 40"):
             model.prefix(size)  # type: ignore[arg-type]
 
 
@@ -273,6 +273,16 @@ def test_sizes_are_saved_with_the_model_and_stay_with_a_stream_more(tmp_path: Pa
 def test_sizes_that_do_not_ascend_within_the_dictionary_are_refused(sizes: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match="matryoshka must be integers that ascend from 1 to n_latents=40, got "):
         make(matryoshka=sizes)
+
+
+def test_private_latents_are_of_one_dictionary() -> None:
+    private = {"private": {"a": 4}, "private_k": 2}
+    with pytest.raises(ValueError, match=r"matryoshka must be left out with private latents, got \(5, 20, 40\)"):
+        make(**private)
+    with pytest.raises(ValueError, match="matryoshka must be left out with private latents"):
+        training_runs.config(matryoshka=[8], **private)
+    shared = make(matryoshka=(), **private).prefix(36)
+    assert not shared.private_latents
 
 
 def test_the_public_loss_takes_sizes_and_refuses_those_that_do_not_end_in_all_latents() -> None:
