@@ -274,6 +274,7 @@ class Config:
             sizes,
             "sizes of nested dictionaries, ascending, each the first latents; the last is `n_latents`, or left out",
         ),
+    )
     private: Mapping[str, int] = field(
         default_factory=dict,
         metadata=about(counts, "how many of the latents belong to one stream alone: a table of streams"),
