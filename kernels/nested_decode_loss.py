@@ -125,7 +125,10 @@ def choice(
     S: int, k: int, L: int, width: int, values: torch.dtype, rows: torch.dtype, aligned: bool
 ) -> dict[str, int]:  # fmt: skip
     # estimated, not measured: as for one dictionary, whose rows are read in the same order
-    return of_one_dictionary(S, k, L, width, values, rows, aligned)
+    chosen = of_one_dictionary(S, k, L, width, values, rows, aligned)
+    if chosen["BLOCK_K"] > 64:  # the gradients that are added up take registers besides
+        chosen["maxnreg"] = 255
+    return chosen
 
 
 def nested_decode_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from operands import DTYPES, Operands, fast_backends, operands, operators_of, se
 from torch import Tensor
 
 import sparc_fast as sf
+from sparc_fast.cli import train
 from sparc_fast.ops import reference
 from sparc_fast.ops.layout import by_group, wide
 from sparc_fast.training import Config
@@ -142,6 +144,15 @@ def test_a_batch_in_parts_and_streams_that_are_absent_are_the_same_batch(selecti
         torch.testing.assert_close(whole.prefixes, other.prefixes, rtol=1e-10, atol=0)
     for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_a_step_that_a_graph_could_capture_is_the_same_step(selection: str) -> None:
+    captured, plain = (make(selection, auxk=0) for _ in range(2))
+    for model, capturable in ((captured, True), (plain, False)):
+        sf.SparcAdam(model, lr=1e-2, capturable=capturable).step(samples(dtype=torch.float32))
+    for one, two in zip(captured.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -389,8 +400,8 @@ def test_a_run_goes_on_bit_for_bit_and_records_every_prefix(tmp_path: Path) -> N
     prefixes = [line["train"]["prefixes"] for line in lines if "train" in line]
     assert all(list(one) == ["8", "24", "64"] for one in prefixes)
     assert all(one["8"] > one["64"] for one in prefixes)
-    train = [line["train"] for line in lines if "train" in line][-1]
-    assert train["loss"] == pytest.approx(sum(train["prefixes"].values()) / 3 + (train["auxk"] or 0) / 32, rel=1e-4)
+    last = [line["train"] for line in lines if "train" in line][-1]
+    assert last["loss"] == pytest.approx(sum(last["prefixes"].values()) / 3 + (last["auxk"] or 0) / 32, rel=1e-4)
     model = sf.SPARC.load(tmp_path / "whole" / "model.safetensors")
     assert model.matryoshka == whole.model.matryoshka == (8, 24, 64)
     assert_equal(
@@ -404,6 +415,16 @@ def test_settings_of_a_run_are_checked(sizes: list[int]) -> None:
         training_runs.config(matryoshka=sizes)
     with pytest.raises(ValueError, match="matryoshka must be a list of integers >= 1, got "):
         Config(n_latents=64, k=3, steps=1, matryoshka=["8"])
+
+
+def test_flags_give_sizes_one_after_the_other() -> None:
+    parser = argparse.ArgumentParser()
+    train.add_settings(parser)
+    flags = ["--n-latents", "64", "--k", "3", "--steps", "1", "--matryoshka"]
+    given = train.settings_of(parser.parse_args([*flags, "8", "24"]))
+    assert Config.of(given).matryoshka == [8, 24]
+    with pytest.raises(ValueError, match="--matryoshka must be a list of integers >= 1, got "):
+        train.settings_of(parser.parse_args([*flags, "8", "many"]))
 
 
 def test_latents_that_processes_share_are_one_dictionary() -> None:
