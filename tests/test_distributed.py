@@ -423,6 +423,8 @@ def refused(case: str) -> str:
             shard(model_of(n_latents=here()[1] + 1, k=1)) if here()[1] > 2 else shard(model_of(n_latents=1, k=1))
         elif case == "selection":
             shard(model_of(selection="batch"))
+        elif case == "private":
+            shard(model_of(private={"a": 4}, private_k=1))
         elif case == "forward":
             model(x)
         elif case == "evaluate":
@@ -438,6 +440,7 @@ REFUSALS = {
     "NaN": "must be finite", "width": r"must be \[..., D=23\]", "other streams": "of the streams that rank 0 has",
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
     "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model", "selection": "must have selection",
+    "private": "must have no private latents",
     "capturable": "capturable must be False", "evaluate": "model must be whole",
 }  # fmt: skip
 
