@@ -331,10 +331,11 @@ class SPARC(nn.Module):
         if self.selection != "batch":
             raise ValueError(f'selection must be "batch" for thresholds to be learned, got {self.selection!r}')
         for _, part in self._batch(self._tensors(inputs), present).by_presence():
-            self._all_thresholds().learn_all(self._of_shared(part), self.k, self.backend)
+            backend = self._shards.backend(self.backend, part.x.device)
+            self._all_thresholds().learn_all(self._of_shared(part), self.k, backend)
 
     def _all_thresholds(self) -> Thresholds:
-        return Thresholds(self.threshold, self.threshold_count, self.streams)
+        return Thresholds(self.threshold, self.threshold_count, self.streams, self._shards)
 
     def _thresholds(self) -> Thresholds | None:
         """What latents fire by where they have to beat a threshold, not each other."""
@@ -343,7 +344,8 @@ class SPARC(nn.Module):
     def _learn_threshold(self, given: Batch) -> None:
         if self.selection == "batch" and self.training:
             for _, part in given.by_presence():
-                self._all_thresholds().learn(self._of_shared(part), self.k, self.backend)
+                backend = self._shards.backend(self.backend, part.x.device)
+                self._all_thresholds().learn(self._of_shared(part), self.k, backend)
 
     def _of_shared(self, given: Batch) -> Batch:
         return given if self._private is None else self._private.shared(given)

@@ -258,7 +258,7 @@ class Objective:
 
     def over(self, batches: Iterable[Batch]) -> Objective:
         """The same for a batch, given whole or in parts; NMSE does not look at it, being each sample's own."""
-        return self if self.loss == "nmse" else replace(self, spread=spread_of(batches))
+        return self if self.loss == "nmse" else replace(self, spread=spread_of(batches, self.shards.moments))
 
     def choose(self, batch: Batch) -> list[Part]:
         """The parts of a batch, with their supports; reads no row of the decoder.

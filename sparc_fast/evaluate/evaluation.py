@@ -182,6 +182,8 @@ def evaluate(
 
     The model runs in eval mode and without gradients, and is left as it was. Inputs pass once, a batch at a time on the
     model's device; sparse codes are kept, on the CPU. Time is linear in N but for retrieval, which compares all pairs.
+    Where ranks share the model's latents, all of them call this with the same arguments, and all have the result: each
+    encodes and decodes its share of every batch, and metrics that need the whole dictionary cannot be had.
 
     Args:
         inputs: of patch tokens, [N, T, D_s], each token is a sample. Or files that `sparc_fast.data.open` opened, of
@@ -207,16 +209,12 @@ def evaluate(
     Raises:
         ValueError: names the argument, what was expected and what came.
     """
-    if not model._shards.is_whole:
-        raise ValueError(
-            "model must be whole, but ranks share its latents: save it, and evaluate the file in one process"
-        )
     if zero_rows not in ("keep", "absent"):
         raise ValueError(f'zero_rows must be "keep" or "absent", got {zero_rows!r}')
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     there: dict[Need, bool] = {"labels": labels is not None, "hierarchy": hierarchy is not None}
-    there["train"] = train is not None
+    there["train"], there["dictionary"] = train is not None, model._shards.is_whole
     chosen = choose(metrics, METRICS, there)
     if metrics is None and not retrieval:
         chosen = tuple(metric for metric in chosen if metric.key != "retrieval")
@@ -226,7 +224,9 @@ def evaluate(
     computed = [metric for metric in chosen if all(there.get(need, True) for need in metric.needs)]
     if resamples and resamples < 2:
         raise ValueError(f"resamples must be at least 2, or 0 for no intervals, got {resamples}")
-    run = Run(model, computed, batch_size, zero_rows, as_bytes(memory, "memory"), memory, resamples)
+    run = Run(
+        model._shards.together(model), computed, batch_size, zero_rows, as_bytes(memory, "memory"), memory, resamples
+    )
     was_training = model.training
     model.eval()
     try:

@@ -77,6 +77,8 @@ def matched(
             private.
         ImportError: SciPy is not installed.
     """
+    if not model._shards.is_whole:
+        raise ValueError("model must be whole to have its latents in another order, but ranks share them")
     if model.selection != "local":
         raise ValueError(f'model must have selection="local", got {model.selection!r}')
     if model.private_latents:

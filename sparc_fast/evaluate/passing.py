@@ -42,7 +42,7 @@ def codes_alone(
 ) -> Codes:
     """The codes of each stream encoded by itself, on the CPU; arguments are those of `evaluate`."""
     codes = Metric("codes", "The codes themselves.", lambda given: given.single, needs=frozenset({"single"}))
-    run = Run(model, (codes,), batch_size, zero_rows, as_bytes(memory, "memory"), memory)
+    run = Run(model._shards.together(model), (codes,), batch_size, zero_rows, as_bytes(memory, "memory"), memory)
     was_training = model.training
     model.eval()
     try:
@@ -111,13 +111,15 @@ class Run:
     ) -> Given:
         """What the metrics are computed from, of these samples; it names labels as the caller does."""
         model = self.model
-        leading = _check_inputs(model, inputs)
-        N = math.prod(leading)
-        truth = None if labels is None else as_labels(labels, leading, labels_name)
-        if groups is None and isinstance(inputs, AlignedFiles) and inputs.groups is not None:
-            groups = np.repeat(np.arange(len(inputs.groups) - 1), np.diff(inputs.groups))
-        group_of = None if groups is None else as_groups(groups, leading)
-        rows = self._rows_at_once(inputs, N, 0 if truth is None else truth.shape[1])
+        with model._shards.agreed("evaluate"):
+            leading = _check_inputs(model, inputs)
+            N = math.prod(leading)
+            truth = None if labels is None else as_labels(labels, leading, labels_name)
+            if groups is None and isinstance(inputs, AlignedFiles) and inputs.groups is not None:
+                groups = np.repeat(np.arange(len(inputs.groups) - 1), np.diff(inputs.groups))
+            group_of = None if groups is None else as_groups(groups, leading)
+            rows = self._rows_at_once(inputs, N, 0 if truth is None else truth.shape[1])
+        model._shards.check_samples(inputs)
         kept: list[Tensor] = []
         resampling = None
         if self.resamples:
@@ -193,7 +195,7 @@ class Run:
         wide = max(4, itemsize)
         # as read and side by side, calibrated, converted, decoded; scores and what selecting takes; the code
         encoded = wide * (5 * sizes.D + 2 * L) + 24 * S * k
-        copies = 4 * min(model.W_enc.numel(), 2**23) + 48 * L + 2 * max((r.pick_scratch for r in readers), default=0)
+        copies = 4 * min(L * sizes.D, 2**23) + 48 * L + 2 * max((r.pick_scratch for r in readers), default=0)
         least = kept + max(work, copies + 2 * (stored + encoded))
         if self.room < least:
             raise ValueError(f"memory must be at least {least} bytes for {N} samples here, got {self.memory}")

@@ -24,11 +24,15 @@ __all__ = ["Batch", "Better", "Given", "Metric", "Need", "Row", "Score", "Sizes"
 
 Better = Literal["higher", "lower", "neither"]
 
-Need = Literal["single", "joint", "labels", "hierarchy", "inputs", "train"]
+Need = Literal["single", "joint", "labels", "hierarchy", "inputs", "train", "dictionary"]
 """What a metric is computed from: codes of each stream encoded alone; of all encoded together; the concepts of each
-sample; their hierarchy; the samples themselves, once more (`Given.batches`); the training split (`Given.train`)."""
+sample; their hierarchy; the samples themselves, once more (`Given.batches`); the training split (`Given.train`); all
+rows of the decoder in one process (`dictionary_of`)."""
 
-ASKED_OF: Mapping[Need, str] = {"labels": "labels", "hierarchy": "a hierarchy", "train": "training samples"}
+ASKED_OF: Mapping[Need, str] = {
+    "labels": "labels", "hierarchy": "a hierarchy", "train": "training samples",
+    "dictionary": "a model that is whole",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
