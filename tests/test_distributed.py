@@ -153,6 +153,85 @@ def test_supports_are_those_of_one_process_bit_for_bit(ranks: Ranks, case: str, 
     assert ranks(supports_differ, case, uneven) == [0] * ranks.n
 
 
+def hot_shard() -> None:
+    """OpenAI's sharded TopK keeps a share of k of each rank, Llamascopium's twice as many as k."""
+    whole, x = hard_model("all winners on one rank")
+    found = shard(whole).encode(own(x))
+    assert (found.indices >= 45).sum() == found.indices.numel()
+    assert torch.equal(found.indices, whole.encode(own(x)).indices)
+
+
+def offset_by_k() -> None:
+    """clt-training's GroupMax numbers a rank's latents from rank k on, not from those of the ranks before."""
+    whole, x = model_of(), samples(13)
+    found, P = shard(whole).encode(own(x)), here()[1]
+    assert int(max(gathered(int(found.indices.max()) if len(found) else 0))) > P * whole.k
+    assert torch.equal(found.indices, whole.encode(own(x)).indices)
+
+
+def four_k_a_sample() -> None:
+    """Its BatchTopK has candidates for 4 k latents a sample."""
+    whole, x = model_of(k=1, selection="batch"), samples(40)
+    x[7] *= 1e5
+    with torch.no_grad():
+        whole.latent_bias.zero_()
+    sharded = shard(whole)
+    expected = select("batch", whole._batch(x), 1)
+    found = select("batch", sharded._batch(own(x)), 1, backend=sharded._shards.backend("auto", x.device))
+    assert (expected >= 0).sum(1).max() > 8
+    assert (found >= 0).sum() == ((expected >= sharded._shards.first) & (expected < sharded._shards.last)).sum()
+
+
+def norm_of_a_rank() -> None:
+    """Another trainer of CLTs clips by each rank's own norm, and the biases that all hold drift apart."""
+    whole, model = training_model(), shard(training_model())
+    optimizers = [sf.SparcAdam(one, 3e-3, max_grad_norm=0.05) for one in (whole, model)]
+    for step in range(20):
+        x = samples(17, 100 + step, torch.float64)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sparc_fast.optim.sparc_adam._processes", lambda: 1)
+            for optimizer, inputs in zip(optimizers, (x, own(x)), strict=True):
+                optimizer.step(inputs)
+    assert all(torch.equal(one, model.pre_bias) for one in gathered(model.pre_bias.detach()))
+    torch.testing.assert_close(model.pre_bias, whole.pre_bias, rtol=0, atol=1e-12)
+
+
+def received_in_float32() -> None:
+    """The same receives into float32, whatever was sent."""
+    model, x = shard(model_of(dtype=torch.bfloat16)), samples(40, dtype=torch.bfloat16)
+    given = model._batch(own(x))
+    assert torch.equal(given.x, x)
+    others = 40 - len(own(x))
+    assert received(model)["x"] in range(others * D * 2, (others + here()[1]) * D * 2)
+
+
+def counted_by_every_rank() -> None:
+    """Counters of dead latents that each rank moves by the whole batch reach their limit P times as early, or late."""
+    model = shard(training_model(dead_after=10**6))
+    optimizer = sf.SparcAdam(model, 0.0)
+    for _ in range(3):
+        optimizer.step(own(samples(17, dtype=torch.float64)))
+    assert set(torch.cat(gathered(model.silence)).tolist()) == {0, 3 * 17}
+
+
+DEFECTS = {
+    function.__name__: function
+    for function in (
+        hot_shard,
+        offset_by_k,
+        four_k_a_sample,
+        norm_of_a_rank,
+        received_in_float32,
+        counted_by_every_rank,
+    )
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_what_goes_wrong_in_other_trainers_goes_right_here(ranks: Ranks, defect: str) -> None:
+    ranks(DEFECTS[defect])
+
+
 def draws_differ() -> bool:
     torch.manual_seed(5)
     whole = sf.SPARC(WIDTHS, 50, 4)
@@ -601,6 +680,34 @@ REPLICATED: dict[str, tuple[dict[str, Any], dict[str, Any], bool, int]] = {
     "fvu, absent": ({"loss": "fvu"}, {}, True, 1),
     "fvu, accumulated": ({"loss": "fvu"}, {}, False, 3),
 }
+
+
+BATCHES = ("batch", "batch, float64", "batch, all equal", "batch, two values", "batch, one sample has all")
+
+
+def supports_of_replicas_differ(uneven: bool) -> list[str]:
+    """Cases in which the batch of all replicas has other pairs of samples and latents than that of one process."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "latents"))
+    wrong = []
+    for case in BATCHES:
+        whole, x = hard_model(case)
+        sharded = shard(whole, mesh)
+        expected = select("batch", whole._batch(x), whole.k)
+        given = sharded._batch(own(x, uneven))
+        found = select("batch", given, whole.k, backend=sharded._shards.backend("auto", x.device))
+        of_replicas = [n for n, *_ in gathered((len(given.x), here()[0]))][::2]
+        first = 0 if here()[0] < 2 else of_replicas[0]
+        expected = expected[first : first + len(found)]
+        rows, width = sharded._shards.rows(whole.n_latents), found.shape[1]
+        mine = torch.where((expected >= rows.start) & (expected < rows.stop), expected - rows.start, -1)
+        if not torch.equal(found, mine[:, :width]) or (mine[:, width:] >= 0).any():
+            wrong.append(case)
+    return wrong
+
+
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+def test_the_batch_of_batch_topk_is_that_of_all_replicas(four: Ranks, uneven: bool) -> None:
+    assert four(supports_of_replicas_differ, uneven) == [[]] * 4
 
 
 @pytest.mark.parametrize("name", REPLICATED)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .shards import Shards
 
 DIGIT = 11  # bits of a score that are told apart at a time
-WIDER, TIES = 5, 6  # calls, as ranks tell them apart
+WIDER, TIES = 7, 8  # calls, as ranks tell them apart
 
 
 def batch_topk(
