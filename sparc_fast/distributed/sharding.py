@@ -41,6 +41,8 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
         raise RuntimeError("torch.distributed must be initialized to shard a model: start Python with torchrun")
     if not isinstance(model, SPARC) or not model._shards.is_whole:
         raise ValueError("model must be a SPARC that is whole")
+    if model.private_latents:
+        raise ValueError(f"model must have no private latents to be shared, got {model.config()['private']}")
     device = model.W_enc.device
     if mesh is None:
         kind = device.type if device.type != "meta" else "cuda" if torch.cuda.is_available() else "cpu"

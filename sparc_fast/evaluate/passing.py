@@ -174,7 +174,7 @@ class Run:
     def _rows_at_once(self, inputs: Mapping[str, Tensor] | AlignedFiles, N: int, n_labels: int) -> _Rows:
         """Such that all of it fits: what is kept, and beside it a batch, and after it what metrics take."""
         model = self.model
-        S, k, L, itemsize = len(model.streams), model.k, model.n_latents, model.W_enc.dtype.itemsize
+        S, k, L, itemsize = len(model.streams), model._slots(), model.n_latents, model.W_enc.dtype.itemsize
         sizes = Sizes(N, S, k, L, n_labels, sum(model.d_streams.values()), self.resamples)
         kept = 2**25 + 2 * N * n_labels  # and what the allocator holds back
         kept += sum(metric.kept(sizes) for metric in self.metrics if metric.kept is not None)
@@ -184,6 +184,8 @@ class Run:
             kept += N * S * k * (itemsize + 4)
         if self._needs("joint"):
             kept += N * k * (S + 4 * (S if model.selection == "local" else 1))
+        if model.n_shared < L:
+            kept += 2 * N * S * k * (itemsize + 4)  # the codes once more, of shared latents
         work = max((metric.work(sizes) for metric in self.metrics if metric.work is not None), default=0)
         work += min(96 * N * k, CHUNK_BYTES) + 96 * S * L  # a part of the work
         if self.resamples:
