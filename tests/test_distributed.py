@@ -499,8 +499,8 @@ def test_an_evaluation_has_the_figures_of_one_process_on_every_rank(ranks: Ranks
     assert ranks(evaluations_differ, {}) == [{}] * ranks.n
 
 
-def exchanged(n_latents: int, dtype: torch.dtype) -> dict[str, int]:
-    model = shard(model_of(n_latents=n_latents, dtype=dtype, auxk=0))
+def exchanged(n_latents: int, dtype: torch.dtype, selection: str = "global") -> dict[str, int]:
+    model = shard(model_of(n_latents=n_latents, dtype=dtype, auxk=0, selection=selection))
     optimizer = sf.SparcAdam(model)
     x = samples(360, dtype=dtype)
     optimizer.step(own(x))
@@ -525,6 +525,18 @@ def test_a_step_exchanges_what_the_formula_says_and_nothing_that_grows_with_late
     assert few == many
     for came in few:
         assert sum(came.values()) == pytest.approx(sum(expected.values()), rel=0.02)
+        for what in expected if P > 1 else ():
+            assert came[what] == pytest.approx(expected[what], rel=0.01)
+
+
+def test_a_step_of_batch_topk_exchanges_counts_and_no_candidates(ranks: Ranks) -> None:
+    S, P, N = len(WIDTHS), ranks.n, 360
+    expected = exchanged_bytes(N, list(WIDTHS.values()), 4, P, over_batch=True)
+    assert expected["candidates"] == N * 8 * (P - 1)
+    looks = 4 * (2**11 + 2**11 + 2**10) * (P - 1)  # how many scores begin with each of the digits
+    few, many = (ranks(exchanged, n_latents, torch.float32, "batch") for n_latents in (50, 800))
+    for came in (*few, *many):
+        assert came.get("sums", 0) < 20 * looks + 1000 * S
         for what in expected if P > 1 else ():
             assert came[what] == pytest.approx(expected[what], rel=0.01)
 
@@ -619,11 +631,9 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(ranks: Ranks, case: str) -
             assert text.startswith("inputs" if rank == 1 else "rank 1: inputs")
 
 
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    processes = Ranks(4)
-    yield processes
-    processes.close()
+def needs_four(ranks: Ranks) -> None:
+    if ranks.n != 4:
+        pytest.skip("two replicas of two ranks are four")
 
 
 def replicated(options: dict[str, Any], of_optimizer: dict[str, Any], absent: bool, parts: int) -> dict[str, Any]:
@@ -706,13 +716,15 @@ def supports_of_replicas_differ(uneven: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
-def test_the_batch_of_batch_topk_is_that_of_all_replicas(four: Ranks, uneven: bool) -> None:
-    assert four(supports_of_replicas_differ, uneven) == [[]] * 4
+def test_the_batch_of_batch_topk_is_that_of_all_replicas(ranks: Ranks, uneven: bool) -> None:
+    needs_four(ranks)
+    assert ranks(supports_of_replicas_differ, uneven) == [[]] * 4
 
 
 @pytest.mark.parametrize("name", REPLICATED)
-def test_replicas_are_equal_bit_for_bit_and_train_as_one_process(four: Ranks, name: str) -> None:
-    for found in four(replicated, *REPLICATED[name], timeout=300):
+def test_replicas_are_equal_bit_for_bit_and_train_as_one_process(ranks: Ranks, name: str) -> None:
+    needs_four(ranks)
+    for found in ranks(replicated, *REPLICATED[name], timeout=300):
         assert found["same replicas"]
         assert found["same silence"]
         assert found["loss"] < 1e-12
