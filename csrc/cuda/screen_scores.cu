@@ -23,7 +23,7 @@ void screen_scores(
     while (apart > 1) {
         apart /= 4;
         ScreenArguments a{};
-        a.N = N, a.D = D, a.apart = apart, a.tests = tests, a.bias = bias, a.norm = norm, a.candidates = candidates;
+        a.N = N, a.L = L, a.D = D, a.apart = apart, a.tests = tests, a.bias = bias, a.norm = norm, a.candidates = candidates;
         a.samples = map_tiles(X.data, N, D, X.stride * 2, tile_samples);
         for (int64_t r = 0; r < 3; ++r) {
             const int64_t first = apart * (r + 1);

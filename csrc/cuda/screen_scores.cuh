@@ -10,18 +10,16 @@
 // A block stays on its multiprocessor and does tile after tile of 128 samples by 256 latents. One thread brings the
 // operands, 64 columns a stage, into a ring of stages; eight warps multiply, each four of them 64 samples, and test what
 // came out. A test of few instructions never fails a latent whose interval passes; for those that it does not fail, the
-// interval decides. Candidates gather in a queue of their warp, and are appended 32 at a time.
+// interval decides, of 32 at a time, which gather in a queue of their warp.
 #pragma once
 #include "candidates.cuh"
 #include "tiles.cuh"
 
 // What the latents of a sample are tested by.
 struct RowTest {
-    SampleBounds sample{};
-    float wide = 0, reach = 0;
-    Candidate below = ~Candidate(0);  // what an upper end must be above; the largest number: the sample is done with
-
-    RowTest() = default;
+    SampleBounds sample;
+    float wide, reach;
+    Candidate below;  // what an upper end must be above; the largest number: the sample is done with
 
     // a + b + E, rounded at each of its steps, is at most 1 + 2^-21 of p ||w|| + q ||w - W|| above a + b + 2^-20 |b|, and
     // 2^-20 |a| and the slack: |a| <= q (||w|| + ||w - W||). So a + raised(b) + wide ||w|| < reach, with its two
@@ -32,7 +30,18 @@ struct RowTest {
         const float more = 0x1p-22f * fabsf(threshold) + 2 * (sample.slack + sample.q * sample.flushed);
         reach = fabsf(threshold) < infinity() ? threshold - more : threshold;
     }
-    __device__ bool is_done() const { return below == ~Candidate(0); }
+};
+
+// What a thread keeps of it while it tests.
+struct QuickTest {
+    float inverse = 0, wide = 0, reach = 0;
+    unsigned open = 0;  // bits of the sample's scores in a part, or none
+
+    __device__ QuickTest(const RowTest* tests, int n, int N) {
+        if (n >= N) return;
+        inverse = tests[n].sample.inverse, wide = tests[n].wide, reach = tests[n].reach;
+        open = tests[n].below == ~Candidate(0) ? 0 : 0x3333;
+    }
 };
 
 // A latent's bias as the test takes it.
@@ -65,22 +74,21 @@ __global__ void __launch_bounds__(32) tighten_kernel(
     tests[n] = RowTest(SampleBounds(samples, n, bounds), below);
 }
 
-constexpr int tile_samples = 2 * product_rows, tile_latents = product_columns;
+constexpr int tile_samples = 2 * product_rows;
+static_assert(tile_latents == product_columns);
 constexpr int stages = 4, multiplying_warps = 8, screen_threads = 32 * multiplying_warps + 128;
 constexpr int part_scores = 16, parts = products_of_thread / part_scores;  // of a thread, tested together
-constexpr int queue_length = 64, appended = 32;
+constexpr int queue_length = 64, taken_in = 32;
 
 // The latents `apart` (4 i + r + 1), for r = 0, 1, 2: those of a step, as three matrices.
 struct ScreenArguments {
     TileMap samples, latents[3];
     int widths[3];  // latents
-    int N, D, apart;
+    int N, L, D, apart;
     const RowTest* tests;
     const float *bias, *norm;
     Candidates candidates;
 
-    // Samples beyond the last are done with.
-    __device__ RowTest test(int n) const { return n < N ? tests[n] : RowTest{}; }
     __host__ __device__ int tiles_of(int r) const { return ceil_div(widths[r], tile_latents); }
     __host__ __device__ int row_tiles() const { return ceil_div(N, tile_samples); }
     __host__ __device__ int tiles() const { return (tiles_of(0) + tiles_of(1) + tiles_of(2)) * row_tiles(); }
@@ -100,37 +108,30 @@ struct ScreenTile {
     __device__ int latent(const ScreenArguments& a, int column) const {
         return a.apart * (4 * (first_latent + column) + residue + 1);
     }
-    __device__ bool has(const ScreenArguments& a, int column) const {
-        return first_latent + column < a.widths[residue];
-    }
 };
 
 struct alignas(tile_alignment) Stage {
     uint16_t samples[tile_samples * tile_columns], latents[tile_latents * tile_columns];
 };
 
-struct Columns {
-    float tested[2 * tile_latents];  // norm and raised bias in turn
-    float bias[tile_latents];
-};
-
-struct QueuedCandidate {
-    int sample, latent, low, high;
+struct alignas(16) QueuedLatent {
+    float product;
+    int sample, latent;
 };
 
 struct ScreenShared {
     Stage* stage;
     float4* scores;          // [multiplying_warps, part_scores / 4, 32]
-    QueuedCandidate* queue;  // [multiplying_warps, queue_length]
-    Columns* columns;        // of this tile and the next
+    QueuedLatent* queue;     // [multiplying_warps, queue_length]
+    float4* columns;         // [2, tile_latents / 2]: of two latents norm and raised bias; of this tile and the next
     uint64_t* barriers;
     size_t bytes;
 
     __host__ __device__ explicit ScreenShared(SharedMemory memory) {
         stage = memory.take<Stage>(stages);
         scores = memory.take<float4>(multiplying_warps * part_scores / 4 * 32);
-        queue = memory.take<QueuedCandidate>(multiplying_warps * queue_length);
-        columns = memory.take<Columns>(2);
+        queue = memory.take<QueuedLatent>(multiplying_warps * queue_length);
+        columns = memory.take<float4>(2 * tile_latents / 2);
         barriers = memory.take<uint64_t>(2 * stages + 2);
         bytes = memory.bytes();
     }
@@ -162,98 +163,88 @@ __device__ inline void bring_tiles(const ScreenArguments& a, const ScreenShared&
     }
 }
 
-// The candidates that a warp has found.
+// The latents of a warp that the quick test does not fail, until there are enough to keep all lanes busy.
 class Queue {
    public:
-    __device__ Queue(QueuedCandidate* entries_, const Candidates& all_) : entries(entries_), all(all_) {}
+    __device__ Queue(QueuedLatent* entries_, const ScreenArguments& a_) : entries(entries_), a(a_) {}
 
-    // A candidate of each lane that has one.
-    __device__ void push(bool has_one, const QueuedCandidate& mine) {
+    // One of each lane that has one.
+    __device__ void push(bool has_one, const QueuedLatent& mine) {
         const unsigned lanes = __ballot_sync(all_lanes, has_one);
         if (has_one) entries[length + __popc(lanes & ((1u << threadIdx.x % 32) - 1))] = mine;
         length += __popc(lanes);
-        if (length >= appended) append(appended);
+        if (length >= taken_in) take_in(taken_in);
     }
-    __device__ void finish() { append(length); }
+    __device__ void finish() { take_in(length); }
 
    private:
-    // The last `count`; those without room are counted.
-    __device__ void append(int count) {
+    // The last `count`: an interval decides which become candidates. Those without room are counted.
+    __device__ void take_in(int count) {
         __syncwarp();
         length -= count;
         if (int(threadIdx.x % 32) < count) {
-            const QueuedCandidate one = entries[length + threadIdx.x % 32];
-            const int slot = atomicAdd(all.counts + one.sample, 1);
-            if (slot < all.capacity) {
-                const RowCandidates row(all, one.sample);
-                row.lows[slot] = one.low, row.highs[slot] = one.high, row.latents[slot] = one.latent;
-            }
+            const QueuedLatent one = entries[length + threadIdx.x % 32];
+            if (one.latent < a.L) append(one, a.tests[one.sample]);
         }
         __syncwarp();
     }
+    __device__ void append(const QueuedLatent& one, const RowTest& test) const {
+        const float norm = __ldg(a.norm + one.latent), bias = __ldg(a.bias + one.latent);
+        const Interval ends = test.sample.of(one.product, bias, norm, test.sample.flushed, 1);
+        const uint32_t high = key_of(ends.upper);
+        if (candidate(high, one.latent) <= test.below) return;
+        const int slot = atomicAdd(a.candidates.counts + one.sample, 1);
+        if (slot >= a.candidates.capacity) return;
+        const RowCandidates row(a.candidates, one.sample);
+        row.lows[slot] = stored(key_of(ends.lower)), row.highs[slot] = stored(high), row.latents[slot] = one.latent;
+    }
 
-    QueuedCandidate* entries;
-    const Candidates& all;
+    QueuedLatent* entries;
+    const ScreenArguments& a;
     int length = 0;
 };
 
-// What a warp knows of its part of a tile.
+// The part of a tile whose sums a thread has: of the samples `row` and row + 8, the columns `column` and the next of
+// each eight.
 struct TileTests {
     const ScreenArguments& a;
     const ScreenTile& at;
-    const Columns& columns;
-    const RowTest (&tests)[2];  // of the two rows whose sums a thread has
-    float4* scores;             // of this thread, 32 apart
-
-    __device__ int row(int lower) const {
-        return at.first_sample + int(threadIdx.x) / 32 * 16 + int(threadIdx.x) % 32 / 4 + 8 * lower;
-    }
+    const float4* columns;  // those of this thread, 4 apart
+    int row, column;
+    const QuickTest (&tests)[2];
+    float4* scores;  // of this thread, 32 apart
 
     // Of 16 scores, a bit for each that the quick test does not fail.
     __device__ unsigned reaching(const float* sums, int part) const {
         unsigned bits = 0;
 #pragma unroll
         for (int g = 0; g < part_scores / 4; ++g) {
-            const float4 two =
-                reinterpret_cast<const float4*>(columns.tested)[(part * part_scores / 4 + g) * 4 + threadIdx.x % 4];
+            const float4 two = columns[(part * part_scores / 4 + g) * 4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const RowTest& test = tests[i / 2];
+                const QuickTest& test = tests[i / 2];
                 const float norm = i % 2 ? two.z : two.x, bias = i % 2 ? two.w : two.y;
-                const float end =
-                    __fmaf_rn(sums[4 * g + i], test.sample.inverse, __fmaf_rn(test.wide, norm, bias));
+                const float end = __fmaf_rn(sums[4 * g + i], test.inverse, __fmaf_rn(test.wide, norm, bias));
                 set_unless_under(bits, 1u << (4 * g + i), end, test.reach);
             }
         }
-        return bits & ~((tests[0].is_done() ? 0x3333u : 0) | (tests[1].is_done() ? 0xccccu : 0));
+        return bits & (tests[0].open | tests[1].open << 2);
     }
 
-    // Finds out by their intervals.
-    __device__ void take_in(const float* sums, int part, unsigned bits, Queue& queue) const {
+    __device__ void push(const float* sums, int part, unsigned bits, Queue& queue) const {
 #pragma unroll
         for (int g = 0; g < part_scores / 4; ++g)
             scores[g * 32] = {sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]};
         for (; __any_sync(all_lanes, bits); bits &= bits - 1) {
-            QueuedCandidate found{};
-            bool passes = false;
+            QueuedLatent one{};
             if (bits) {
-                const int bit = __ffs(bits) - 1, lower = bit / 2 % 2;
-                const int column = (part * part_scores / 4 + bit / 4) * 8 + threadIdx.x % 4 * 2 + bit % 2;
-                const RowTest test = lower ? tests[1] : tests[0];
-                const Interval ends = of(test, column, bit);
-                const uint32_t high = key_of(ends.upper);
-                found = {row(lower), at.latent(a, column), stored(key_of(ends.lower)), stored(high)};
-                passes = at.has(a, column) && candidate(high, found.latent) > test.below;
+                const unsigned bit = __ffs(bits) - 1, group = bit / 4;
+                one.product = reinterpret_cast<const float*>(scores + group * 32)[bit % 4];
+                one.sample = row + int(bit / 2 % 2 * 8);
+                one.latent = at.latent(a, column + (part * part_scores / 4 + group) * 8 + bit % 2);
             }
-            queue.push(passes, found);
+            queue.push(bits, one);
         }
-    }
-
-   private:
-    __device__ Interval of(const RowTest& test, int column, int bit) const {
-        const float product = reinterpret_cast<const float*>(scores + bit / 4 * 32)[bit % 4];
-        const SampleBounds& sample = test.sample;
-        return sample.of(product, columns.bias[column], columns.tested[2 * column], sample.flushed, 1);
     }
 };
 
@@ -261,7 +252,7 @@ struct TileTests {
 template <class Format>
 __device__ void take_in_tiles(const ScreenArguments& a, const ScreenShared& shared) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    Queue queue(shared.queue + warp * queue_length, a.candidates);
+    Queue queue(shared.queue + warp * queue_length, a);
     float sums[products_of_thread];
     unsigned step = 0, turn = 0;
     const auto release = [&](unsigned done) {
@@ -269,11 +260,10 @@ __device__ void take_in_tiles(const ScreenArguments& a, const ScreenShared& shar
     };
     for (int tile = blockIdx.x; tile < a.tiles(); tile += gridDim.x, ++turn) {
         const ScreenTile at(a, tile);
-        Columns& columns = shared.columns[turn % 2];
-        const int mine = threadIdx.x;  // a column
-        const bool there = at.has(a, mine);
-        const float norm = there ? __ldg(a.norm + at.latent(a, mine)) : 0;
-        const float bias = there ? __ldg(a.bias + at.latent(a, mine)) : -infinity();
+        float4* const columns = shared.columns + turn % 2 * tile_latents / 2;
+        const int latent = at.latent(a, threadIdx.x);  // a column a thread
+        const float norm = latent < a.L ? __ldg(a.norm + latent) : 0;
+        const float bias = latent < a.L ? __ldg(a.bias + latent) : -infinity();
         for (int d = 0; d < a.D; d += tile_columns, ++step) {
             const Stage& stage = shared.stage[step % stages];
             shared.full(step).wait(step / stages & 1);
@@ -288,8 +278,8 @@ __device__ void take_in_tiles(const ScreenArguments& a, const ScreenShared& shar
                 wait_for_products<1>();
                 release(step - 1);
             } else {  // of the tile before the last, all have read what is overwritten now
-                columns.tested[2 * mine] = norm, columns.tested[2 * mine + 1] = raised(bias);
-                columns.bias[mine] = bias;
+                float* const mine = reinterpret_cast<float*>(columns) + 2 * threadIdx.x;
+                mine[0] = norm, mine[1] = raised(bias);
                 __syncwarp();
                 if (lane == 0) shared.described(turn).arrive();
             }
@@ -297,15 +287,16 @@ __device__ void take_in_tiles(const ScreenArguments& a, const ScreenShared& shar
         wait_for_products<0>();
         hand_over(sums);
         release(step - 1);
-        const int first_row = at.first_sample + warp * 16 + lane / 4;
-        const RowTest tests[] = {a.test(first_row), a.test(first_row + 8)};
+        const int row = at.first_sample + warp * 16 + lane / 4;
+        const QuickTest tests[] = {{a.tests, row, a.N}, {a.tests, row + 8, a.N}};
         shared.described(turn).wait(turn / 2 & 1);
-        const TileTests tile_tests{a, at, columns, tests, shared.scores + warp * part_scores / 4 * 32 + lane};
+        const TileTests tile_tests{a, at, columns + lane % 4, row, lane % 4 * 2, tests,
+                                   shared.scores + warp * part_scores / 4 * 32 + lane};
 #pragma unroll
         for (int part = 0; part < parts; ++part) {
             const float* const of_part = sums + part * part_scores;
             const unsigned bits = tile_tests.reaching(of_part, part);
-            if (__any_sync(all_lanes, bits)) tile_tests.take_in(of_part, part, bits, queue);
+            if (__any_sync(all_lanes, bits)) tile_tests.push(of_part, part, bits, queue);
         }
     }
     queue.finish();
