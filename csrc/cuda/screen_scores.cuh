@@ -21,9 +21,9 @@ struct RowTest {
     float wide, reach;
     Candidate below;  // what an upper end must be above; the largest number: the sample is done with
 
-    // a + b + E, rounded at each of its steps, is at most 1 + 2^-21 of p ||w|| + q ||w - W|| above a + b + 2^-20 |b|, and
-    // 2^-20 |a| and the slack: |a| <= q (||w|| + ||w - W||). So a + raised(b) + wide ||w|| < reach, with its two
-    // roundings, means that a + b + E is under the threshold. No comparison fails NaN.
+    // a + b + E, rounded at each of its steps, is at most 2^-20 of p ||w|| + |a| + |b|, and twice the slack and
+    // q ||w - W||, above a + b + p ||w||; and |a| <= q (||w|| + ||w - W||). So a + raised(b) < reach - wide M with any
+    // M >= ||w||, each side rounded, means that a + b + E is under the threshold. No comparison fails NaN.
     __device__ RowTest(const SampleBounds& sample_, Candidate below_) : sample(sample_), below(below_) {
         wide = sample.p + 0x1p-20f * (sample.p + sample.q);
         const float threshold = float_of(key_in(below));
@@ -78,6 +78,7 @@ constexpr int tile_samples = 2 * product_rows;
 static_assert(tile_latents == product_columns);
 constexpr int stages = 4, multiplying_warps = 8, screen_threads = 32 * multiplying_warps + 128;
 constexpr int part_scores = 16, parts = products_of_thread / part_scores;  // of a thread, tested together
+static_assert(parts == multiplying_warps && tile_latents == 32 * multiplying_warps);  // a warp describes a part's columns
 constexpr int queue_length = 64, taken_in = 32;
 
 // The latents `apart` (4 i + r + 1), for r = 0, 1, 2: those of a step, as three matrices.
@@ -114,6 +115,15 @@ struct alignas(tile_alignment) Stage {
     uint16_t samples[tile_samples * tile_columns], latents[tile_latents * tile_columns];
 };
 
+// Raised biases of a tile's latents, those of one thread of each 16 side by side; the largest norm of each part.
+struct alignas(16) Columns {
+    float biases[tile_latents], norms[parts];
+
+    __device__ static int place(int column) {
+        return column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
+    }
+};
+
 struct alignas(16) QueuedLatent {
     float product;
     int sample, latent;
@@ -123,7 +133,7 @@ struct ScreenShared {
     Stage* stage;
     float4* scores;          // [multiplying_warps, part_scores / 4, 32]
     QueuedLatent* queue;     // [multiplying_warps, queue_length]
-    float4* columns;         // [2, tile_latents / 2]: of two latents norm and raised bias; of this tile and the next
+    Columns* columns;        // of this tile and the next
     uint64_t* barriers;
     size_t bytes;
 
@@ -131,7 +141,7 @@ struct ScreenShared {
         stage = memory.take<Stage>(stages);
         scores = memory.take<float4>(multiplying_warps * part_scores / 4 * 32);
         queue = memory.take<QueuedLatent>(multiplying_warps * queue_length);
-        columns = memory.take<float4>(2 * tile_latents / 2);
+        columns = memory.take<Columns>(2);
         barriers = memory.take<uint64_t>(2 * stages + 2);
         bytes = memory.bytes();
     }
@@ -209,23 +219,26 @@ class Queue {
 struct TileTests {
     const ScreenArguments& a;
     const ScreenTile& at;
-    const float4* columns;  // those of this thread, 4 apart
+    const Columns& columns;
     int row, column;
     const QuickTest (&tests)[2];
     float4* scores;  // of this thread, 32 apart
 
     // Of 16 scores, a bit for each that the quick test does not fail.
     __device__ unsigned reaching(const float* sums, int part) const {
+        const float4* const biases = reinterpret_cast<const float4*>(columns.biases) + part * 8 + column / 2;
+        const float norm = columns.norms[part];
+        const float reach[] = {__fmaf_rn(-tests[0].wide, norm, tests[0].reach),
+                               __fmaf_rn(-tests[1].wide, norm, tests[1].reach)};
         unsigned bits = 0;
 #pragma unroll
         for (int g = 0; g < part_scores / 4; ++g) {
-            const float4 two = columns[(part * part_scores / 4 + g) * 4];
+            const float4 four = biases[g / 2 * 4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const QuickTest& test = tests[i / 2];
-                const float norm = i % 2 ? two.z : two.x, bias = i % 2 ? two.w : two.y;
-                const float end = __fmaf_rn(sums[4 * g + i], test.inverse, __fmaf_rn(test.wide, norm, bias));
-                set_unless_under(bits, 1u << (4 * g + i), end, test.reach);
+                const float bias = g % 2 ? (i % 2 ? four.w : four.z) : i % 2 ? four.y : four.x;
+                const float end = __fmaf_rn(sums[4 * g + i], tests[i / 2].inverse, bias);
+                set_unless_under(bits, 1u << (4 * g + i), end, reach[i / 2]);
             }
         }
         return bits & (tests[0].open | tests[1].open << 2);
@@ -260,7 +273,7 @@ __device__ void take_in_tiles(const ScreenArguments& a, const ScreenShared& shar
     };
     for (int tile = blockIdx.x; tile < a.tiles(); tile += gridDim.x, ++turn) {
         const ScreenTile at(a, tile);
-        float4* const columns = shared.columns + turn % 2 * tile_latents / 2;
+        Columns& columns = shared.columns[turn % 2];
         const int latent = at.latent(a, threadIdx.x);  // a column a thread
         const float norm = latent < a.L ? __ldg(a.norm + latent) : 0;
         const float bias = latent < a.L ? __ldg(a.bias + latent) : -infinity();
@@ -278,8 +291,8 @@ __device__ void take_in_tiles(const ScreenArguments& a, const ScreenShared& shar
                 wait_for_products<1>();
                 release(step - 1);
             } else {  // of the tile before the last, all have read what is overwritten now
-                float* const mine = reinterpret_cast<float*>(columns) + 2 * threadIdx.x;
-                mine[0] = norm, mine[1] = raised(bias);
+                columns.biases[Columns::place(threadIdx.x)] = raised(bias);
+                columns.norms[warp] = __uint_as_float(__reduce_max_sync(all_lanes, __float_as_uint(norm)));
                 __syncwarp();
                 if (lane == 0) shared.described(turn).arrive();
             }
@@ -290,7 +303,7 @@ __device__ void take_in_tiles(const ScreenArguments& a, const ScreenShared& shar
         const int row = at.first_sample + warp * 16 + lane / 4;
         const QuickTest tests[] = {{a.tests, row, a.N}, {a.tests, row + 8, a.N}};
         shared.described(turn).wait(turn / 2 & 1);
-        const TileTests tile_tests{a, at, columns + lane % 4, row, lane % 4 * 2, tests,
+        const TileTests tile_tests{a, at, columns, row, lane % 4 * 2, tests,
                                    shared.scores + warp * part_scores / 4 * 32 + lane};
 #pragma unroll
         for (int part = 0; part < parts; ++part) {
