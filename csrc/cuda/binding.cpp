@@ -127,9 +127,9 @@ static void define_global_topk(py::module_& m) {
         must(X.type == W.type && X.type != Type::float32 && in_vectors,
              "X and W must both be bfloat16 or float16, in rows of whole 16 bytes");
         must(N >= 1 && L >= 1 && W.size[1] >= 1, "X and W must have rows and columns");
-        const bool is_power = apart >= 1 && (apart & (apart - 1)) == 0 && (apart & 0x55555555) != 0;
-        must(is_power && apart <= L && multiprocessors >= 1, "apart must be a power of 4");
-        narrow(L + 4 * tile_latents * apart, "latents, and those of a tile beyond");
+        const bool is_power = apart >= 1 && (apart & (apart - 1)) == 0;
+        must(is_power && apart < L && multiprocessors >= 1, "apart must be a power of 2 below the latents");
+        narrow(L + 2 * tile_latents * apart, "latents, and those of a tile beyond");
         screen_scores(
             candidates_of(candidates, capacity, N, k), of_samples, of_latents, narrow(N, "samples"), int(L),
             narrow(W.size[1], "columns"), data_of<float>(bias), data_of<float>(w_norm),

@@ -1,11 +1,10 @@
 // The scores of global_topk by tiles, filtered where they are summed: none but those of candidates meet memory.
 // kernels/global_topk.py says what intervals are and why they hold the scores.
 //
-// Of every 4^i-th latent the scores are filtered already (global_topk.cuh). Each step then takes in those of a quarter of
-// that distance, three times as many as before, so that about three k of them pass the k-th largest lower end of those
-// before: there is room for more. A threshold is an end and a latent, below which no latent is among the k largest,
-// wherever it lies. Sorted latents and equal scores are thus met like others. Where there is no room the sample is given
-// up, whatever the order of the threads.
+// Of every 2^i-th latent the scores are filtered already (global_topk.cuh). Each step then takes in those halfway between,
+// as many as before, so that about k of them pass the k-th largest lower end of those before: there is room for more. A
+// threshold is an end and a latent, below which no latent is among the k largest, wherever it lies. Sorted latents and
+// equal scores are thus met like others. Where there is no room the sample is given up, whatever the order of the threads.
 //
 // A block stays on its multiprocessor and does tile after tile of 128 samples by 256 latents. One thread brings the
 // operands, 64 columns a stage, into a ring of stages; eight warps multiply, each four of them 64 samples, and test what
@@ -81,33 +80,30 @@ constexpr int part_scores = 16, parts = products_of_thread / part_scores;  // of
 static_assert(parts == multiplying_warps && tile_latents == 32 * multiplying_warps);  // a warp describes a part's columns
 constexpr int queue_length = 64, taken_in = 32;
 
-// The latents `apart` (4 i + r + 1), for r = 0, 1, 2: those of a step, as three matrices.
+// The latents of a step are `apart` (2 i + 1).
 struct ScreenArguments {
-    TileMap samples, latents[3];
-    int widths[3];  // latents
-    int N, L, D, apart;
+    TileMap samples, latents;
+    int N, L, D, apart, many;  // latents of the step
     const RowTest* tests;
     const float *bias, *norm;
     Candidates candidates;
 
-    __host__ __device__ int tiles_of(int r) const { return ceil_div(widths[r], tile_latents); }
     __host__ __device__ int row_tiles() const { return ceil_div(N, tile_samples); }
-    __host__ __device__ int tiles() const { return (tiles_of(0) + tiles_of(1) + tiles_of(2)) * row_tiles(); }
+    __host__ __device__ int tiles() const { return ceil_div(many, tile_latents) * row_tiles(); }
 };
 
 // Where a tile lies. Tiles that run together share latents, and few latents at a time meet all samples.
 struct ScreenTile {
-    int residue = 0, first_sample, first_latent;
+    int first_sample, first_latent;
 
     __device__ ScreenTile(const ScreenArguments& a, int tile) {
-        const int rows = a.row_tiles();
-        int of_latents = tile / rows;
+        const int rows = a.row_tiles(), of_latents = tile / rows;
         first_sample = (tile - of_latents * rows) * tile_samples;
-        for (; of_latents >= a.tiles_of(residue); ++residue) of_latents -= a.tiles_of(residue);
         first_latent = of_latents * tile_latents;
     }
+    // Beyond the last, L and more.
     __device__ int latent(const ScreenArguments& a, int column) const {
-        return a.apart * (4 * (first_latent + column) + residue + 1);
+        return a.apart * (2 * (first_latent + column) + 1);
     }
 };
 
@@ -168,7 +164,7 @@ __device__ inline void bring_tiles(const ScreenArguments& a, const ScreenShared&
             shared.empty(step).wait((step / stages & 1) ^ 1);
             full.arrive_expecting(sizeof(Stage));
             load_tile(stage.samples, a.samples, d, at.first_sample, full);
-            load_tile(stage.latents, a.latents[at.residue], d, at.first_latent, full);
+            load_tile(stage.latents, a.latents, d, at.first_latent, full);
         }
     }
 }
