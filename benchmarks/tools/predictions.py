@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sparc_fast.ops.gpu_scratch import ROWS
 from sparc_fast.planning.roofline import Cost, Roofline
 
 from .. import cases
@@ -34,8 +35,8 @@ ROOFS = {
 """90 % of the memory's rate; what products of random numbers and gathers from an L2 cache reach."""
 MARKED = 44
 """Rows a sample whose score is settled exactly, counted at shape A on a CPU."""
-PASSING, KEPT = 1.8, 1.9
-"""Latents of a sample, for each of k, that pass in a step by tiles, and those that stay candidates: simulated at A and B."""
+PASSING, STAYING = 1.8, 1.9
+"""Latents of a sample, for each of k, that pass in a step by tiles, and that stay candidates: simulated at A and B."""
 HELD = 8  # columns of a row that a lane has in 16 bytes
 L2_BYTES, SMS = 50 * 2**20, 132
 TILE_ROWS, TILE_LATENTS, TILE_COLUMNS = 128, 256, 64
@@ -121,8 +122,6 @@ def steps_by_tiles(shape: Shape) -> list[int]:
     """How far apart the latents are that each step takes in between; nothing where one product has all of them."""
     from sparc_fast.kernels.global_topk import chunk_length
 
-    from sparc_fast.ops.gpu_scratch import ROWS
-
     apart, chunk = 1, chunk_length(min(shape.N, ROWS), shape.L, L2_BYTES, SMS)
     while math.ceil(shape.L / apart) > chunk:
         apart *= 2
@@ -158,7 +157,8 @@ def _looks(shape: Shape, _: Compiled) -> float:
 
 def _of_steps(shape: Shape) -> int:
     """Times the candidates are tightened."""
-    return len(steps_by_tiles(shape)) + 1
+    steps = steps_by_tiles(shape)
+    return len(steps) + 1 if steps else 0
 
 
 def _gathered(shape: Shape, rows: float) -> float:
@@ -249,24 +249,24 @@ def _rows_of_warps(shape: Shape, mean: float, at_once: int) -> float:
 
 IN_FLIGHT = 4
 KEPT = r"LDG\.E\.NA\.128"
-PRODUCTS = {"HGMMA": 4, "SYNCS": 2}
-DIGITS = 4  # of a score
+PRODUCTS, PRODUCT_UNIT = {"HGMMA": 4, "SYNCS": 2}, "64 columns of a tile"
+DIGITS = 2  # of four, until no more than k / 8 candidates too many reach a threshold
 CUDA = (
     HotPath(
-        "product", "screen_scores_kernel", "64 columns of a tile", lambda c: PRODUCTS, _one,
+        "product", "screen_scores_kernel", PRODUCT_UNIT, lambda c: PRODUCTS, _one,
         lambda shape, c: _warp_tiles(shape) * shape.D / TILE_COLUMNS,
     ),
     HotPath(
-        "filter", "screen_scores_kernel", "a score",
+        "product", "screen_scores_kernel", "a score",
         lambda c: {**PRODUCTS, "^FFMA": 128, r"FSETP\.GEU": 128}, lambda c: 128,
         lambda shape, c: _warp_tiles(shape), without=lambda c: PRODUCTS,
     ),
     HotPath(
-        "filter", "screen_scores_kernel", "32 scores looked at", lambda c: {"POPC": 1, "BREV": 1, "^LDS": 1, "^STS": 1},
-        _one, _looks,
+        "product", "screen_scores_kernel", "32 scores looked at",
+        lambda c: {"POPC": 1, "BREV": 1, "^LDS": 1, "^STS": 1}, _one, _looks,
     ),
     HotPath(
-        "filter", "screen_scores_kernel", "32 latents taken in", lambda c: {"ATOMG": 1, "STG": 3}, _one,
+        "product", "screen_scores_kernel", "32 latents taken in", lambda c: {"ATOMG": 1, "STG": 3}, _one,
         lambda shape, c: shape.N * PASSING * shape.k / 32 * len(steps_by_tiles(shape)),
     ),
     HotPath(
@@ -275,11 +275,11 @@ CUDA = (
     ),
     HotPath(
         "filter", "tighten_kernel", "a digit of 32 candidates", lambda c: {"ATOMS": 1}, _one,
-        lambda shape, c: shape.N * DIGITS * _of_steps(shape) * (PASSING + KEPT) * shape.k / 32,
+        lambda shape, c: shape.N * DIGITS * _of_steps(shape) * (PASSING + STAYING) * shape.k / 32,
     ),
     HotPath(
         "filter", "tighten_kernel", "32 candidates kept", lambda c: {"STG": 3, "BAR": 1, "LDG": 3}, _one,
-        lambda shape, c: shape.N * _of_steps(shape) * (PASSING + KEPT) * shape.k / 32,
+        lambda shape, c: shape.N * _of_steps(shape) * (PASSING + STAYING) * shape.k / 32,
     ),
     HotPath(
         "filter", "filter_scores_kernel", "a score", lambda c: {r"LDG\.E\.EF\.128": 4}, lambda c: 16,
@@ -407,14 +407,14 @@ def counted(shape: Shape, paths: Sequence[HotPath], kernels: Mapping[str, Compil
 
 def product_by_tiles(shape: Shape) -> Cost:
     """The last round of a step keeps few multiprocessors busy; every tile reads its operands from the L2 cache."""
-    steps = steps_by_tiles(shape)
+    steps, whole = steps_by_tiles(shape), costs(shape)["product"]
+    if not steps:
+        return whole
     first = math.ceil(shape.N / TILE_ROWS) * math.ceil(shape.L / 2 ** len(steps) / TILE_LATENTS) / SMS
     rounds_of_tiles = first + sum(math.ceil(_tiles(shape, apart) / SMS) for apart in steps)
-    flops = (
-        2.0 * TILE_ROWS * TILE_LATENTS * shape.D * SMS * rounds_of_tiles if steps else 2.0 * shape.N * shape.L * shape.D
-    )
+    flops = 2.0 * TILE_ROWS * TILE_LATENTS * shape.D * SMS * rounds_of_tiles
     read = _warp_tiles(shape) / WARPS * (TILE_ROWS + TILE_LATENTS) * shape.D * 2
-    return Cost(flops, costs(shape)["product"].bytes, "bfloat16", read)
+    return Cost(flops, whole.bytes, whole.dtype, read)
 
 
 def seconds(shape: Shape, counts: Sequence[Counted], roof: Roofline) -> dict[str, float]:
@@ -449,6 +449,8 @@ def shape_lines(shape: Shape, triton: Sequence[Counted], cuda: Sequence[Counted]
     selected = [sum(column[part] for part in ("product", "filter", "settle")) for column in columns]
     bare = columns[-1]["product"]  # what cuBLAS takes
     yield "| encoder and TopK ÷ cuBLAS's product | " + " | ".join(f"{time / bare:.3g}" for time in selected) + " |"
+    shown = sum(c.seconds for c in cuda if c.path.part == "product" and c.path.unit != PRODUCT_UNIT)
+    yield f"| the same, if no test hid behind other warps' products | | {(selected[1] + shown) / bare:.3g} | | |"
     yield "| **together, on an H200** | " + " | ".join(f"{sum(c.values()) * 1e3:.3g}" for c in columns) + " |"
     others = [sum(seconds(shape, c, ROOFS["H100"]).values()) for c in (triton, cuda)]
     yield "| **together, on an H100** | " + " | ".join(f"{t * 1e3:.3g}" for t in others) + " | | |"

@@ -118,9 +118,9 @@ static void define_global_topk(py::module_& m) {
     define(m, "filter_scores", filter, CANDIDATES
            "scores:f32![N,m] bias:f32![m] w_norm:f32![m] w_residual:f32![m]? w_inverse:f32![m]? x_norm:f32![N] "
            "x_residual:f32![N] x_inverse:f32![N] #capacity #first", memory);
-    const auto screen = +[](CandidateTensors candidates, int64_t capacity, Tensor X, Tensor W, Tensor bias, Tensor w_norm,
-                            Tensors<3> samples, int64_t apart, int k, std::array<float, 3> bounds, int multiprocessors,
-                            Tensor workspace, uintptr_t stream) {
+    const auto screen = +[](CandidateTensors candidates, int64_t capacity, Tensor X, Tensor W, Tensor bias,
+                            Tensor w_norm, Tensors<3> samples, int64_t apart, int k, std::array<float, 3> bounds,
+                            int multiprocessors, Tensor workspace, uintptr_t stream) {
         const int64_t N = X.size[0], L = W.size[0];
         const Matrix of_samples = matrix_of(X), of_latents = matrix_of(W);
         const bool in_vectors = of_samples.aligned() && of_latents.aligned() && of_latents.stride >= W.size[1];

@@ -1,15 +1,16 @@
 // The scores of global_topk by tiles, filtered where they are summed: none but those of candidates meet memory.
 // kernels/global_topk.py says what intervals are and why they hold the scores.
 //
-// Of every 2^i-th latent the scores are filtered already (global_topk.cuh). Each step then takes in those halfway between,
-// as many as before, so that about k of them pass the k-th largest lower end of those before: there is room for more. A
-// threshold is an end and a latent, below which no latent is among the k largest, wherever it lies. Sorted latents and
-// equal scores are thus met like others. Where there is no room the sample is given up, whatever the order of the threads.
+// Of every 2^i-th latent the scores are filtered already (global_topk.cuh). Each step then takes in those halfway
+// between, as many as before, so that about k of them pass the k-th largest lower end of those before: there is room for
+// more. A threshold is an end and a latent, below which no latent is among the k largest, wherever it lies. Sorted
+// latents and equal scores are thus met like others. Where there is no room the sample is given up, whatever the order
+// of the threads.
 //
 // A block stays on its multiprocessor and does tile after tile of 128 samples by 256 latents. One thread brings the
 // operands, 64 columns a stage, into a ring of stages; eight warps multiply, each four of them 64 samples, and test what
-// came out. A test of few instructions never fails a latent whose interval passes; for those that it does not fail, the
-// interval decides, of 32 at a time, which gather in a queue of their warp.
+// came out, while the other four still multiply. A test of three instructions never fails a latent whose interval
+// passes; for those that it does not fail, the interval decides, of 32 at a time, which gather in a queue of their warp.
 #pragma once
 #include "candidates.cuh"
 #include "tiles.cuh"
@@ -50,7 +51,7 @@ __device__ inline float raised(float b) {
 }
 
 // Candidates of one sample after a step: those that cannot be among the k largest are dropped, and the next step's
-// latents will be tested by the k-th largest lower end. Latents were counted `apart`. A warp a sample.
+// latents will be tested by the k-th largest lower end, or one that few more reach. Latents were counted `apart`. A warp a sample.
 __global__ void __launch_bounds__(32) tighten_kernel(
     Candidates all, RowTest* tests, SampleNorms samples, Bounds bounds, int k, int apart) {
     SharedMemory memory(shared_memory());
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(32) tighten_kernel(
     Candidate below = count < 0 ? ~Candidate(0) : 0;
     if (count >= k) {
         const auto lower = [&](int i) { return candidates.lower(i); };
-        below = kth_largest<false, 8>(lower, count, k, shared) - 1;
+        below = kth_largest<false, 8>(lower, count, k, shared, k / 8) - 1;
         count = drop(candidates, count, below, shared);
     }
     if (threadIdx.x != 0) return;
@@ -77,7 +78,7 @@ constexpr int tile_samples = 2 * product_rows;
 static_assert(tile_latents == product_columns);
 constexpr int stages = 4, multiplying_warps = 8, screen_threads = 32 * multiplying_warps + 128;
 constexpr int part_scores = 16, parts = products_of_thread / part_scores;  // of a thread, tested together
-static_assert(parts == multiplying_warps && tile_latents == 32 * multiplying_warps);  // a warp describes a part's columns
+static_assert(parts == multiplying_warps && tile_latents == 32 * parts);  // a warp describes the columns of a part
 constexpr int queue_length = 64, taken_in = 32;
 
 // The latents of a step are `apart` (2 i + 1).
