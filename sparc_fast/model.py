@@ -389,6 +389,9 @@ class SPARC(nn.Module):
     def encode(self, inputs: Inputs | Arrays, present: Tensor | None = None) -> SparseLatents:
         """Sparse codes of any non-empty subset of streams; the support is chosen from the streams given.
 
+        A support that all streams share has the private latents of each in its last slots, which have a value in their
+        own stream alone; one of a stream has its own.
+
         Args:
             inputs: name -> [..., D_s] with equal leading dimensions, or all streams side by side, [..., D]. NumPy
                 arrays are moved to the model's device.

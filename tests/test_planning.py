@@ -104,6 +104,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "widths": (192, 64, 192), "n_rows": 3000, "n_latents": 32768, "k": 8, "batch_size": 512, "steps": 8,
         "support_dropout": 0.5,
     },
+    "private latents": {
+        "widths": (192, 64, 192), "n_rows": 3000, "n_latents": 32768, "k": 8, "batch_size": 1024, "lazy": True,
+        "private": {"stream0": 4096, "stream2": 2048}, "private_k": {"stream0": 8, "stream2": 4},
+        "support_dropout": 0.0,
+    },
 }  # fmt: skip
 
 
