@@ -126,7 +126,7 @@ def choice(
 ) -> dict[str, int]:  # fmt: skip
     # estimated, not measured: as for one dictionary, whose rows are read in the same order
     chosen = of_one_dictionary(S, k, L, width, values, rows, aligned)
-    if chosen["BLOCK_K"] > 64:  # the gradients that are added up take registers besides
+    if chosen["TENSOR_CORES"] or chosen["BLOCK_K"] > 64:  # the gradients that are added up take registers besides
         chosen["maxnreg"] = 255
     return chosen
 
