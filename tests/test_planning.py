@@ -88,6 +88,14 @@ RUNS: dict[str, dict[str, Any]] = {
         "widths": (128, 128), "n_rows": 26000, "n_latents": 4096, "k": 4, "batch_size": 12288, "auxk": 64,
         "dead_after": 0, "concepts": 8,
     },
+    "nested dictionaries": {
+        "widths": (256, 128, 128), "n_rows": 26000, "n_latents": 2048, "k": 16, "batch_size": 8192,
+        "matryoshka": [128, 512, 1024],
+    },
+    "nested dictionaries, AuxK": {
+        "widths": (128, 128), "n_rows": 26000, "n_latents": 4096, "k": 4, "batch_size": 8192, "auxk": 64,
+        "dead_after": 0, "concepts": 8, "matryoshka": [128, 512],
+    },
     "micro-batches": {
         "widths": (256, 128, 128), "n_rows": 26000, "n_latents": 16384, "k": 16, "batch_size": 12288, "accumulate": 6,
         "validation_rows": 1000, "validate_every": 1, "support_dropout": 0.0,

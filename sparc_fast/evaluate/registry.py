@@ -24,15 +24,11 @@ __all__ = ["Batch", "Better", "Given", "Metric", "Need", "Row", "Score", "Sizes"
 
 Better = Literal["higher", "lower", "neither"]
 
-Need = Literal["single", "joint", "labels", "hierarchy", "inputs", "train", "dictionary"]
+Need = Literal["single", "joint", "labels", "hierarchy", "inputs", "train"]
 """What a metric is computed from: codes of each stream encoded alone; of all encoded together; the concepts of each
-sample; their hierarchy; the samples themselves, once more (`Given.batches`); the training split (`Given.train`); all
-rows of the decoder in one process (`dictionary_of`)."""
+sample; their hierarchy; the samples themselves, once more (`Given.batches`); the training split (`Given.train`)."""
 
-ASKED_OF: Mapping[Need, str] = {
-    "labels": "labels", "hierarchy": "a hierarchy", "train": "training samples",
-    "dictionary": "a model that is whole",
-}  # fmt: skip
+ASKED_OF: Mapping[Need, str] = {"labels": "labels", "hierarchy": "a hierarchy", "train": "training samples"}
 
 
 @dataclass(frozen=True)
