@@ -669,6 +669,8 @@ def refused(case: str) -> str:
             shard(model_of(k=3 if rank == 1 else 4))
         elif case == "too few latents":
             shard(model_of(n_latents=here()[1] + 1, k=1)) if here()[1] > 2 else shard(model_of(n_latents=1, k=1))
+        elif case == "private":
+            shard(model_of(private={"a": 4}, private_k=1))
         elif case == "forward":
             model(x)
         elif case == "other samples":
@@ -687,7 +689,7 @@ REFUSALS = {
     "NaN": "must be finite", "width": r"must be \[..., D=23\]", "other streams": "of the streams that rank 0 has",
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
     "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model",
-    "capturable": "capturable must be False",
+    "capturable": "capturable must be False", "private": "must have no private latents",
     "other samples": "inputs must be the same on every rank", "labels": "labels must be",
 }  # fmt: skip
 

@@ -178,7 +178,7 @@ class Metric:
     """The result, with tensors on the CPU; None where it is undefined."""
     scores: tuple[Score, ...] = ()
     needs: frozenset[Need] = frozenset()
-    of_shared: bool = False  # whether it asks if streams agree on a latent: private ones are then none of its latents
+    of_shared: bool = False  # whether it compares streams by their latents: private ones are then none of these
     default: bool = False  # whether `evaluate` computes it unasked; what it needs may then be missing
     watch: Callable[[Given], Watch] | None = None
     """Sees all samples as they pass, once, so that it need not hold them; is told of no codes and no results."""
