@@ -322,8 +322,7 @@ def train_beside(options: dict[str, Any], of_optimizer: dict[str, Any], of_step:
 TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "global": ({}, {}, {}),
     "local": ({"selection": "local"}, {}, {}),
-    "batch": ({"selection": "batch"}, {"lazy": "replay"}, {}),
-    "batch, absent streams": ({"selection": "batch"}, {"max_grad_norm": 0.05}, {"absent": True}),
+    "batch, absent streams": ({"selection": "batch"}, {"lazy": "replay", "max_grad_norm": 0.05}, {"absent": True}),
     "fvu": ({"loss": "fvu"}, {}, {}),
     "replay": ({}, {"lazy": "replay"}, {}),
     "clipped": ({}, {"max_grad_norm": 0.05}, {}),
@@ -760,7 +759,6 @@ REPLICATED: dict[str, tuple[dict[str, Any], dict[str, Any], bool, int]] = {
     "local, replayed, absent": ({"selection": "local"}, {"lazy": "replay"}, True, 1),
     "accumulated and clipped": ({}, {"max_grad_norm": 0.05}, False, 3),
     "clipped, absent": ({}, {"max_grad_norm": 0.05}, True, 1),
-    "batch": ({"selection": "batch"}, {}, False, 1),
     "batch, replayed, absent": ({"selection": "batch"}, {"lazy": "replay"}, True, 1),
     "fvu, absent": ({"loss": "fvu"}, {}, True, 1),
     "fvu, accumulated": ({"loss": "fvu"}, {}, False, 3),
