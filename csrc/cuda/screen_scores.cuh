@@ -51,7 +51,8 @@ __device__ inline float raised(float b) {
 }
 
 // Candidates of one sample after a step: those that cannot be among the k largest are dropped, and the next step's
-// latents will be tested by the k-th largest lower end, or one that few more reach. Latents were counted `apart`. A warp a sample.
+// latents will be tested by the k-th largest lower end, or one that few more reach. Latents were counted `apart`. A warp
+// a sample.
 __global__ void __launch_bounds__(32) tighten_kernel(
     Candidates all, RowTest* tests, SampleNorms samples, Bounds bounds, int k, int apart) {
     SharedMemory memory(shared_memory());
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(32) tighten_kernel(
     Candidate below = count < 0 ? ~Candidate(0) : 0;
     if (count >= k) {
         const auto lower = [&](int i) { return candidates.lower(i); };
-        below = kth_largest<false, 8>(lower, count, k, shared, k / 8) - 1;
+        below = kth_largest<false, 8, 16>(lower, count, k, shared, k / 8) - 1;
         count = drop(candidates, count, below, shared);
     }
     if (threadIdx.x != 0) return;
@@ -289,7 +290,8 @@ __device__ void take_in_tiles(const ScreenArguments& a, const ScreenShared& shar
                 release(step - 1);
             } else {  // of the tile before the last, all have read what is overwritten now
                 columns.biases[Columns::place(threadIdx.x)] = raised(bias);
-                columns.norms[warp] = __uint_as_float(__reduce_max_sync(all_lanes, __float_as_uint(norm)));
+                const unsigned largest = __reduce_max_sync(all_lanes, __float_as_uint(norm));
+                if (lane == 0) columns.norms[warp] = __uint_as_float(largest);
                 __syncwarp();
                 if (lane == 0) shared.described(turn).arrive();
             }
