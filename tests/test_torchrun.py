@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> str:
     run = start(folder, "whole")
-    printed, errors = run.communicate(timeout=300)
+    printed, errors = run.communicate(timeout=600)
     assert run.returncode == 0, errors
     return printed
 
@@ -90,20 +90,20 @@ def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_to_the_same_b
     out = f"killed {rank}"
     run = start(folder, out)
     try:
-        until = time.monotonic() + 240
+        until = time.monotonic() + 600
         while not (folder / out / "checkpoints" / f"step-{EVERY:09d}").is_dir():
             assert time.monotonic() < until
             assert run.poll() is None, run.communicate()
             time.sleep(0.02)
         os.kill(process_of(rank, run.pid), signal.SIGKILL)
-        _, errors = run.communicate(timeout=90)
+        _, errors = run.communicate(timeout=600)
     finally:
         run.kill()
     assert run.returncode != 0
     assert f"rank {rank} is gone" in errors or f"rank      : {rank} (local_rank: {rank})" in errors, errors
     assert not (folder / out / "model.safetensors").exists()
     again = start(folder, out)
-    _, errors = again.communicate(timeout=300)
+    _, errors = again.communicate(timeout=600)
     assert again.returncode == 0, errors
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (folder / out / name).read_bytes() == (folder / "whole" / name).read_bytes()
