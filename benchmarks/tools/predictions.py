@@ -266,8 +266,8 @@ def compiled_triton(shape: Shape) -> dict[str, Compiled]:
     return found
 
 
-def compiled_cuda() -> dict[str, Compiled]:
-    """The same for sm_90a; their code is one for all shapes."""
+def compiled_cuda(machine_code: Sequence[tuple[cuda_resources.CudaResources, str]]) -> dict[str, Compiled]:
+    """The same for sm_90a, of `cuda_resources.machine_code`; their code is one for all shapes."""
     wanted = {
         ("filter_scores_kernel", ""): "filter_scores_kernel",
         ("update_rows_kernel", "BFloat16 BFloat16 whole"): "update_rows_kernel",
@@ -276,8 +276,8 @@ def compiled_cuda() -> dict[str, Compiled]:
     shared = {"update_rows_kernel, staged": 2 * 3 * 1024 * 4}
     return {
         name: Compiled(Code(assembly), r.registers, 2048 + shared.get(name, 0), 128, 0, {})
-        for r, assembly in cuda_resources.machine_code(("global_topk", "update_rows"))
-        if (name := wanted.get((r.kernel, r.types)))
+        for r, assembly in machine_code
+        if r.arch == "90a" and (name := wanted.get((r.kernel, r.types)))
     }
 
 
@@ -369,7 +369,8 @@ def merged(triton: Sequence[Counted], cuda: Sequence[Counted]) -> list[Counted]:
 
 def main(write: bool) -> str:
     """The tables; with `write` also into docs/gpu.md and benchmarks/instructions.json."""
-    own, lines, baseline = compiled_cuda(), [], {}
+    own = compiled_cuda(cuda_resources.machine_code([90], ["global_topk", "update_rows"]))
+    lines, baseline = [], {}
     for shape in (cases.SHAPES[name] for name in "ABCU"):
         triton = compiled_triton(shape)
         of_triton, of_cuda = counted(shape, TRITON, triton), counted(shape, CUDA, own)
