@@ -19,6 +19,7 @@ from sparc_fast.ops.row_step import AdamStep, DecoderRows, Rows, Samples
 from sparc_fast.optim.freezing import Run, Trained
 from sparc_fast.optim.lazy_rows import Behind
 from sparc_fast.optim.micro_batches import MicroBatches, OneBatch
+from sparc_fast.optim.private_rows import decoder_blocks
 
 MomentType = Literal["float32", "bfloat16"]
 
@@ -163,7 +164,7 @@ class SparcAdam(torch.optim.Optimizer):
             batch = self._flow(given, given.n_samples, objective, backend)
         else:
             n_samples = model._shards.samples(n_own)
-            batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples)
+            batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples, model._private)
             objective = objective.over(model._batch(*part) for part in parts)
             for part in parts:
                 batch.add(self._flow(model._batch(*part), n_samples, objective, backend))
@@ -201,8 +202,9 @@ class SparcAdam(torch.optim.Optimizer):
         every = model.d_streams if model._shards.has_replicas else None
         of_pre_bias = sum(grad_pre_bias[1:], grad_pre_bias[0])
         one = OneBatch(
-            given.streams, terms, *fired(parts, flows, every), samples, of_pre_bias, supports, given.zero_rows
-        )
+            given.streams, terms, *fired(parts, flows, every), samples, of_pre_bias, supports, given.zero_rows,
+            model._private,
+        )  # fmt: skip
         return self._with_replicas(one, backend)
 
     def _with_replicas(self, one: OneBatch, backend: backends.Backend) -> OneBatch:
@@ -339,7 +341,8 @@ class SparcAdam(torch.optim.Optimizer):
             (exact,), moments = of_run.weights, of_run.their_moments
             copy = of_run.copies[1] if of_run.copies else None
             rows = DecoderRows(exact, moments, of_run.d_streams, behind.last_step, copy)
-            backend.replay_rows(rows, latents, behind.history, self._seed_of_rows)
+            for some, here in decoder_blocks(rows, run, latents, self.model._private):
+                backend.replay_rows(some, here, behind.history, self._seed_of_rows)
         if "master" in self.state[W_dec]:
             self._seen[W_dec] = W_dec._version
 
