@@ -51,6 +51,7 @@ def operator_of(library: str, name: str) -> Any:
     return getattr(getattr(torch.ops, f"sparc_fast_{library}"), name)
 
 
+@pytest.mark.covering(2)
 @EVERY_LIBRARY
 @pytest.mark.parametrize("local", [False, True], ids=["shared", "per-stream"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -152,6 +152,7 @@ def supports_differ(case: str, uneven: bool) -> int:
     return int((found != mine).sum())
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
 @pytest.mark.parametrize("case", CASES)
 def test_supports_are_those_of_one_process_bit_for_bit(ranks: Ranks, case: str, uneven: bool) -> None:
@@ -372,6 +373,7 @@ def same_bits_twice(options: dict[str, Any], of_optimizer: dict[str, Any]) -> bo
     )
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(
     "of_optimizer", [{"max_grad_norm": 0.05}, {"lazy": "replay", "moments": "bfloat16", "seed": 3}]
 )
@@ -444,6 +446,7 @@ def codes_differ(selection: str, absent: bool) -> dict[str, float]:
     }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("absent", [False, True], ids=["all present", "streams absent"])
 @pytest.mark.parametrize("selection", ["global", "local", "batch"])
 def test_codes_are_those_of_one_process_and_reconstructions_to_rounding(
@@ -797,7 +800,7 @@ def test_the_batch_of_batch_topk_is_that_of_all_replicas(ranks: Ranks, uneven: b
 @pytest.mark.parametrize("name", REPLICATED)
 def test_replicas_are_equal_bit_for_bit_and_train_as_one_process(ranks: Ranks, name: str) -> None:
     needs_four(ranks)
-    for found in ranks(replicated, *REPLICATED[name], timeout=300):
+    for found in ranks(replicated, *REPLICATED[name]):
         assert found["same replicas"]
         assert found["same silence"]
         assert found["loss"] < 1e-12

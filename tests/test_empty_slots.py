@@ -45,6 +45,7 @@ def without(o: Operands, slots: list[int]) -> Operands:
     return replace(one, values=one.values * 0, grad_values=one.grad_values * 0)
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("name", sorted(set(OPERATORS) - {"invert_indices"} - {n for n in OPERATORS if "replay" in n}))
 @pytest.mark.parametrize("slots", EMPTY.values(), ids=EMPTY)
 @SUPPORTS
@@ -66,6 +67,7 @@ def test_results_are_those_of_the_support_without_its_empty_slots(
         compare([result], [same_dtype], [exact])
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(n for n in OPERATORS if "replay" not in n))
 def test_some_samples_may_have_empty_slots_and_others_none(name: str, dtype: torch.dtype, backend: str) -> None:

@@ -62,6 +62,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.covering(3)
 @EVERY_OPERATOR_AND_SUPPORT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", list(CASES))
@@ -108,6 +109,7 @@ def test_results_do_not_depend_on_the_number_of_threads(name: str, case: str, pe
         assert_equal(run(name, o, "cpu"), alone)
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("name", list(OF_SAMPLES))
 @SUPPORTS
 @pytest.mark.parametrize("case", list(CASES))
@@ -130,6 +132,7 @@ def test_results_too_large_for_caches_have_the_same_bits(name: str, widths: tupl
         assert_equal(of_samples(name, o.samples(half), "cpu"), tuple(result[half] for result in batch))
 
 
+@pytest.mark.covering(2)
 @EVERY_OPERATOR
 @pytest.mark.parametrize("case", ["ragged", "several column runs"])
 def test_operands_may_be_slices_of_wider_tensors(name: str, case: str, backend: str) -> None:

@@ -57,6 +57,7 @@ def step(rows: list[Tensor], o: Operands, t: int | Tensor = STEP, lr: float | Te
     return move_rows(KERNELS, rows, o, inverse=inverse.invert_indices(o.indices, len(rows[0])), lr=lr, step=t, **more)
 
 
+@pytest.mark.covering(2)
 @SUPPORTS
 @pytest.mark.parametrize("name", ["weight_gradients", "update_rows"])
 @pytest.mark.parametrize("piece", [1, 4, 7])
@@ -102,6 +103,7 @@ def test_launch_choices_change_no_result_but_by_rounding(monkeypatch: pytest.Mon
     check("update_rows", operands(((64, 48), 6, 10, 3), torch.float32))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("whole_row", [4096, 16], ids=["rows in registers", "rows in memory"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32 moments", "bfloat16 moments"])

@@ -31,8 +31,9 @@ def batches(steps: int) -> list[torch.Tensor]:
     return [torch.randn(4, 9, generator=generator, device=generator.device) for _ in range(steps)]
 
 
-@pytest.mark.parametrize("selection", ["global", "local"])
-@pytest.mark.parametrize("settings", [{}, {"capturable": True}, {"lazy": "replay"}], ids=str)
+@pytest.mark.parametrize(
+    ("selection", "settings"), [("global", {}), ("local", {"capturable": True}), ("local", {"lazy": "replay"})], ids=str
+)
 def test_training_equals_the_reference(selection: str, settings: dict[str, object]) -> None:
     ours, reference = (make(backend, torch.float64, selection=selection) for backend in ("triton", "reference"))
     optimizers = sf.SparcAdam(ours, lr=1e-2, **settings), sf.SparcAdam(reference, lr=1e-2)
@@ -97,8 +98,7 @@ def test_bfloat16_moments_are_those_of_the_reference_lazy_or_not_and_captured() 
         assert (dense[i] != expected[i]).float().mean() < 0.02  # where float32 rounds otherwise
 
 
-@pytest.mark.parametrize("capturable", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "capturable"), [(torch.bfloat16, True), (torch.float16, False)], ids=str)
 def test_narrow_weights_learn_through_float32_masters(dtype: torch.dtype, capturable: bool) -> None:
     model = make("triton", dtype)
     optimizer = sf.SparcAdam(model, lr=1e-3, capturable=capturable)

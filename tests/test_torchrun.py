@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> str:
     run = start(folder, "whole")
-    printed, errors = run.communicate(timeout=300)
+    printed, errors = run.communicate(timeout=600)
     assert run.returncode == 0, errors
     return printed
 
@@ -90,13 +90,13 @@ def killed(folder: Path, out: str, rank: int, restarts: int = 0) -> tuple[int, s
     """(exit status of torchrun, what it and its ranks said), where this one is killed after the first checkpoint."""
     run = start(folder, out, restarts=restarts)
     try:
-        until = time.monotonic() + 240
+        until = time.monotonic() + 600
         while not (folder / out / "checkpoints" / f"step-{EVERY:09d}").is_dir():
             assert time.monotonic() < until
             assert run.poll() is None, run.communicate()
             time.sleep(0.02)
         os.kill(process_of(rank, run.pid), signal.SIGKILL)
-        _, errors = run.communicate(timeout=300 if restarts else 90)
+        _, errors = run.communicate(timeout=600)
     finally:
         run.kill()
     return run.returncode, errors
@@ -115,7 +115,7 @@ def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_to_the_same_b
     assert "rank 0 is gone" in errors or "rank      : 0 (local_rank: 0)" in errors, errors
     assert not (folder / "killed" / "model.safetensors").exists()
     again = start(folder, "killed")
-    _, errors = again.communicate(timeout=300)
+    _, errors = again.communicate(timeout=600)
     assert again.returncode == 0, errors
     assert_same_bits(folder, "killed")
 

@@ -346,8 +346,8 @@ def compiled_triton(shape: Shape) -> dict[str, Compiled]:
     return found
 
 
-def compiled_cuda() -> dict[str, Compiled]:
-    """The same for sm_90a; their code is one for all shapes."""
+def compiled_cuda(machine_code: Sequence[tuple[cuda_resources.CudaResources, str]]) -> dict[str, Compiled]:
+    """The same for sm_90a, of `cuda_resources.machine_code`; their code is one for all shapes."""
     wanted = {
         ("screen_scores_kernel", "BFloat16"): "screen_scores_kernel",
         ("tighten_kernel", ""): "tighten_kernel",
@@ -364,8 +364,8 @@ def compiled_cuda() -> dict[str, Compiled]:
     threads = {"screen_scores_kernel": 384, "tighten_kernel": 32}
     return {
         name: Compiled(Code(assembly), r.registers, 2048 + shared.get(name, 0), threads.get(name, 128), 0, {})
-        for r, assembly in cuda_resources.machine_code(("global_topk", "screen_scores", "update_rows"))
-        if (name := wanted.get((r.kernel, r.types)))
+        for r, assembly in machine_code
+        if r.arch == "90a" and (name := wanted.get((r.kernel, r.types)))
     }
 
 
@@ -477,7 +477,8 @@ def merged(triton: Sequence[Counted], cuda: Sequence[Counted]) -> list[Counted]:
 
 def main(write: bool) -> str:
     """The tables; with `write` also into docs/gpu.md and benchmarks/instructions.json."""
-    own, lines, baseline = compiled_cuda(), [], {}
+    own = compiled_cuda(cuda_resources.machine_code([90], ["global_topk", "screen_scores", "update_rows"]))
+    lines, baseline = [], {}
     for shape in (cases.SHAPES[name] for name in "ABCU"):
         triton = compiled_triton(shape)
         of_triton, of_cuda = counted(shape, TRITON, triton), counted(shape, CUDA, own)
