@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -84,6 +86,20 @@ def fvu_scale(spread: Sequence[Tensor], energy: Tensor, n_samples: int) -> Tenso
     return scale.to(energy.dtype).expand(len(energy), -1).contiguous()
 
 
+def nested_sizes(matryoshka: Sequence[int], n_latents: int) -> tuple[int, ...]:
+    """Sizes of nested dictionaries, of which all latents are the last, named or not; none for that one alone.
+
+    Raises:
+        ValueError: they do not ascend within the dictionary.
+    """
+    sizes = tuple(matryoshka)
+    whole = all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes)
+    if not whole or any(a >= b for a, b in pairwise((0, *sizes))) or max(sizes, default=0) > n_latents:
+        raise ValueError(f"matryoshka must be integers that ascend from 1 to n_latents={n_latents}, got {matryoshka}")
+    sizes = tuple(map(int, sizes)) if n_latents in sizes else (*map(int, sizes), n_latents)
+    return sizes if len(sizes) > 1 else ()
+
+
 def pair_weights(n_streams: int, cross_loss_coef: float) -> tuple[float, ...]:
     """weights[s, s] = 1 / S and weights[s, t] = cross_loss_coef / (S (S - 1)), row-major source by target."""
     S = n_streams
@@ -113,7 +129,8 @@ class SparcLoss(NamedTuple):
     """The objective and its parts; only `total` carries a gradient."""
 
     total: Tensor
-    """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar; under JumpReLU also its sparsity penalty."""
+    """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar; with the mean of `prefixes` where there are some, and
+    under JumpReLU with its sparsity penalty."""
     self: Tensor
     """Mean NMSE of each stream reconstructed from itself; FVU here and below where that is the model's loss."""
     cross: Tensor | None
@@ -124,6 +141,9 @@ class SparcLoss(NamedTuple):
     """[S, S], source by target, over the samples that have both; 0 where a pair was not computed."""
     zero_rows: Tensor
     """[S], samples whose input was all zero: in NMSE they count as error 0."""
+    prefixes: Tensor | None = None
+    """[P], self + cross_loss_coef * cross of each of nested dictionaries, whose mean is in `total`; the parts above are
+    those of the last, which is all latents. None where they are not nested."""
     l0: Tensor | None = None
     """Under JumpReLU, how many latents fire a sample (and stream, if each chooses by itself) on average; else None."""
 
@@ -175,15 +195,25 @@ class Terms(NamedTuple):
     """[N, S'], the squared norms of the inputs."""
     loss: Tensor | None = None
     """What nmse adds up to, where that is known or carries the gradient."""
+    prefixes: Tensor | None = None
+    """[P], of each nested dictionary what its nmse adds up to."""
     fired: Tensor | None = None
     """Under JumpReLU, how many latents did, [1] or of each stream, [S']."""
 
     def plus(self, other: Terms) -> Terms:
         """Those of both."""
-        auxk = [term for term in (self.auxk, other.auxk) if term is not None]
         energy = torch.cat([self.energy, other.energy])
-        fired = None if self.fired is None or other.fired is None else self.fired.detach() + other.fired.detach()
-        return Terms(self.nmse + other.nmse, sum(auxk[1:], auxk[0]) if auxk else None, energy, fired=fired)
+        fired = _sum(*(None if some.fired is None else some.fired.detach() for some in (self, other)))
+        return Terms(
+            self.nmse + other.nmse, _sum(self.auxk, other.auxk), energy, prefixes=_sum(self.prefixes, other.prefixes),
+            fired=fired,
+        )  # fmt: skip
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    """Of those there are."""
+    some = [term for term in terms if term is not None]
+    return sum(some[1:], some[0]) if some else None
 
 
 class Flow(NamedTuple):
@@ -199,11 +229,11 @@ class Flow(NamedTuple):
         return [self.reconstruction] if self.auxk is None else [self.reconstruction, self.auxk]
 
     def terms(self) -> Terms:
-        auxk = None if self.auxk is None else self.auxk.loss
-        loss, fired = self.reconstruction.loss, None
+        auxk, first = None if self.auxk is None else self.auxk.loss, self.reconstruction
+        loss, fired = first.loss, None
         if self.jump is not None and self.latent_threshold is not None:
             loss, fired = self.jump.carried(loss, self.latent_threshold)
-        return Terms(self.reconstruction.nmse, auxk, self.energy, loss, fired)
+        return Terms(first.nmse, auxk, self.energy, loss, first.prefixes, fired)
 
 
 class Part(NamedTuple):
@@ -268,6 +298,8 @@ class Objective:
     """Where `dead` are numbers, how many there are, with those that are in other processes."""
     shards: Whole = WHOLE
     """Of the latents, where processes share them."""
+    sizes: Sequence[int] = ()
+    """Of nested dictionaries, up to all latents: the loss is the mean of theirs."""
     private: Private | None = None
     """Latents of one stream each. AuxK looks at all alike: in other streams these have no values."""
 
@@ -314,11 +346,15 @@ class Objective:
         backend = backends.resolve(self.shards.backend(self.backend, batch.x.device), batch.x.device)
         jumped = supports.jump
         fires = None if jumped is None else jumped.fires
-        first = reconstruct(*batch.operands(), supports.indices, None, scale, weights, widths, backend, fires)
+        operands = *batch.operands(), supports.indices, None, scale
+        first = reconstruct(*operands, weights, widths, backend, self.sizes, fires)
         gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc))
         if supports.dead is None:
             return Flow(first, None, energy, gradients, batch.latent_threshold)
-        residual = self_residual(first.grad_recons, scale, widths)
+        if self.sizes:  # what all latents leave over
+            residual = self_residual(first.grad_recons[-1], scale / len(self.sizes), widths)
+        else:
+            residual = self_residual(first.grad_recons, scale, widths)
         if self.spread is None:
             scale = nmse_scale(row_energy(residual, widths), n_samples)
         if supports.dead.any_dead is not None:
@@ -328,8 +364,16 @@ class Objective:
         auxk = reconstruct(*before.operands(), indices, residual, scale, weights, widths, backend)
         return Flow(first, auxk, energy, gradients, batch.latent_threshold)
 
-    def compare(self, recons: Tensor, batch: Batch) -> SparcLoss:
-        """The loss of given reconstructions [N, S, D], differentiable by them, without AuxK."""
+    def compare(self, recons: Sequence[Tensor], batch: Batch) -> SparcLoss:
+        """The loss of given reconstructions [N, S, D], those of each nested dictionary or one, differentiable by them,
+        without AuxK."""
+        losses = [self._compare(one, batch) for one in recons]
+        if not self.sizes:
+            return losses[0]
+        prefixes = torch.stack([loss.total for loss in losses])
+        return losses[-1]._replace(total=prefixes.mean(), prefixes=prefixes.detach())
+
+    def _compare(self, recons: Tensor, batch: Batch) -> SparcLoss:
         S, columns = len(batch.streams), stream_slices(batch.d_streams)
         energy = row_energy(batch.x, batch.d_streams)
         if self.spread is None:
@@ -396,20 +440,23 @@ class Objective:
             auxk=torch.stack(auxk).sum() if auxk else None,
             nmse=nmse * (n_samples / counts.clamp(min=1)),
             zero_rows=zero_rows,
+            prefixes=_sum(*[loss.prefixes for loss in losses]),
         )
 
     def _summary(self, terms: Terms) -> SparcLoss:
-        nmse, auxk, energy, total, _ = terms
+        nmse, auxk, energy, total, prefixes, _ = terms
         S = len(nmse)
         if total is None:
-            total = weighted_sum(nmse, pair_weights(S, self.cross_loss_coef))
+            total = (
+                prefixes.mean() if prefixes is not None else weighted_sum(nmse, pair_weights(S, self.cross_loss_coef))
+            )
         nmse = nmse.detach()
         itself = torch.eye(S, dtype=torch.bool, device=nmse.device)
         has_cross = S > 1 and self.cross_loss_coef != 0
         cross = nmse.masked_fill(itself, 0).sum() / (S * (S - 1)) if has_cross else None
         if auxk is not None:
             total, auxk = total + auxk, auxk.detach() / self.auxk_coef
-        return SparcLoss(total, nmse.diagonal().mean(), cross, auxk, nmse, (energy < ZERO_ROW).sum(0))
+        return SparcLoss(total, nmse.diagonal().mean(), cross, auxk, nmse, (energy < ZERO_ROW).sum(0), prefixes)
 
     def _best(self, batch: Batch, n_latents: int) -> Tensor:
         """AuxK's support: of each sample or, under local selection, each stream of it, as many as may be of so many."""

@@ -14,7 +14,7 @@ from sparc_fast.model import SPARC
 from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
 from sparc_fast.ops.huge_pages import empty_rows
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import by_group, wide
 from sparc_fast.ops.row_step import AdamStep, DecoderRows, Rows, Samples
 from sparc_fast.optim.freezing import BY_STREAM, Run, Trained
 from sparc_fast.optim.lazy_rows import Behind
@@ -199,14 +199,26 @@ class SparcAdam(torch.optim.Optimizer):
         passes = [
             (a, part.batch.x, one) for a, part, flow in zip(among, parts, flows, strict=True) for one in flow.passes()
         ]
+        values = [a.streams(one.values) for a, _, one in passes]
+        recons = [a.columns(a.streams(one.grad_recons.flatten(0, -3))) for a, _, one in passes]
         samples = Samples(
             stack([a.columns(x) for a, x, _ in passes]),
             model.pre_bias,
-            stack([a.streams(one.values) for a, _, one in passes]),
+            stack(values),
             stack([a.streams(one.grad_values) for a, _, one in passes]),
-            stack([a.columns(a.streams(one.grad_recons)) for a, _, one in passes]),
+            stack(recons),
             *inverse,
         )
+        of_decoder = None
+        if sizes := objective.sizes:
+            nested = [one.prefixes is not None for _, _, one in passes]  # AuxK's is not
+            groups = [by_group(some, sizes) if here else some for some, here in zip(used, nested, strict=True)]
+            repeated = [
+                some.repeat(len(sizes), 1, 1) if here else some for some, here in zip(values, nested, strict=True)
+            ]
+            inverse = backend.invert_indices(stack(groups), len(model.W_enc))
+            of_decoder = samples._replace(values=stack(repeated), offsets=inverse[0], entries=inverse[1])
+            samples = samples._replace(grad_recons=samples.grad_recons[:0])  # what moves W_enc is in grad_values
         grad_pre_bias = [a.columns(flow.reconstruction.grad_pre_bias) for a, flow in zip(among, flows, strict=True)]
         terms = {part.batch.streams: flow.terms() for part, flow in zip(parts, flows, strict=True)}
         every = model.d_streams if model._shards.has_replicas else None
@@ -214,7 +226,7 @@ class SparcAdam(torch.optim.Optimizer):
         of_threshold = [a.rows(flow.jump.both) for a, flow in zip(among, flows, strict=True) if flow.jump is not None]
         one = OneBatch(
             given.streams, terms, *fired(parts, flows, every), samples, of_pre_bias, supports, given.zero_rows,
-            model._private,
+            of_decoder, model._private,
             sum(of_threshold[1:], of_threshold[0]) if of_threshold else None,
         )  # fmt: skip
         return self._with_replicas(one, backend)
