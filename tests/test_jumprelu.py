@@ -404,3 +404,24 @@ def test_private_latents_fire_beside_those_above_their_thresholds(selection: str
         torch.testing.assert_close(tensor, theirs.state_dict()[name], rtol=1e-8, atol=1e-11)
     assert (ours.latent_threshold[:, ours.n_shared :] == 0).all()
     assert ours.latent_threshold[:, : ours.n_shared].count_nonzero() > 5
+
+
+@pytest.mark.parametrize("selection", RULES)
+def test_nested_dictionaries_train_thresholds_by_the_mean_of_their_losses(selection: str) -> None:
+    ours, theirs = (make(selection, auxk=0, dtype=torch.float64, matryoshka=(8, 24)) for _ in range(2))
+    adam, fused = torch.optim.Adam(theirs.parameters(), 1e-2), sf.SparcAdam(ours, 1e-2)
+    for step in range(3):
+        inputs = {name: x.double() for name, x in samples(30, step).items()}
+        adam.zero_grad()
+        loss = theirs.loss(inputs)
+        loss.total.backward()
+        if selection == "jumprelu":
+            penalty = theirs.jumprelu.sparsity_coef * (loss.l0 / K - 1) ** 2
+            torch.testing.assert_close(loss.total.detach(), loss.prefixes.mean() + penalty)
+        theirs.project_gradients_()
+        adam.step()
+        theirs.normalize_decoder_()
+        torch.testing.assert_close(fused.step(inputs).total, loss.total.detach(), rtol=1e-9, atol=1e-12)
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, theirs.state_dict()[name], rtol=1e-8, atol=1e-11)
+    assert torch.equal(ours.prefix(24).latent_threshold, ours.latent_threshold[:, :24])

@@ -2,8 +2,8 @@
 ``python -m benchmarks.experiments.rule_steps``.
 
 CPU time of the process, in turns, so that other work on the machine and a slow spell hit all alike. Weights are
-untrained and calibrated, k is 64, streams are of 1024, 768 and 768, samples Gaussian and new in every step. The learning
-rate is 0: a step does all its work, and every rule keeps the L0 that it begins with.
+untrained, k is 64, streams are of 1024, 768 and 768, samples Gaussian and new in every step. The learning rate is 0: a
+step does all its work, and every rule keeps the L0 that it begins with.
 """
 
 from __future__ import annotations

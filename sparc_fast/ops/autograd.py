@@ -148,15 +148,8 @@ class ReconstructionLoss(torch.autograd.Function):
         ctx.save_for_backward(x, W_enc, pre_bias, indices, values, grad_recons, grad_values, grad_pre_bias)
         ctx.d_streams, ctx.backend, ctx.decodes_pre_bias, ctx.sizes = d_streams, backend, residual is None, sizes
         ctx.set_materialize_grads(False)
-        parts = (
-            nmse,
-            values,
-            grad_recons,
-            grad_values,
-            grad_pre_bias,
-            *prefixes,
-            *(() if fires is None else (activations,)),
-        )
+        more = prefixes if fires is None else (*prefixes, activations)
+        parts = nmse, values, grad_recons, grad_values, grad_pre_bias, *more
         ctx.mark_non_differentiable(*parts)
         return loss, *parts
 
@@ -164,7 +157,7 @@ class ReconstructionLoss(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 12
+            return (None,) * 13
         with without_autocast(grad_loss):
             return ReconstructionLoss._gradients(ctx, grad_loss)
 
@@ -187,7 +180,7 @@ class ReconstructionLoss(torch.autograd.Function):
             grad_pre_bias = grad_pre_bias + through_decoder
         grads = (grad_W_enc, grad_W_dec, grad_pre_bias, grad_latent_bias)
         scaled = (grad.mul_(grad_loss).to(x.dtype) for grad in grads)
-        return None, *scaled, *(None,) * 7
+        return None, *scaled, *(None,) * 8
 
 
 def reconstruct(
@@ -218,8 +211,9 @@ def reconstruct(
     operands = x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale
     with without_autocast(x):
         settings = tuple(weights), tuple(d_streams), backend, tuple(sizes), fires
-        parts = ReconstructionLoss.apply(*operands, *settings)  # type: ignore[no-untyped-call]
-    return Reconstruction(*parts)
+        parts = list(ReconstructionLoss.apply(*operands, *settings))  # type: ignore[no-untyped-call]
+    activations = None if fires is None else parts.pop()
+    return Reconstruction(*parts, activations=activations)
 
 
 def weighted_sum(nmse: Tensor, weights: Sequence[float]) -> Tensor:
