@@ -129,8 +129,8 @@ class SparcLoss(NamedTuple):
     """The objective and its parts; only `total` carries a gradient."""
 
     total: Tensor
-    """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar; with the mean of `prefixes` where there are some. Under
-    JumpReLU its sparsity penalty is in it, too."""
+    """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar; with the mean of `prefixes`, if any, and
+    the sparsity penalty under JumpReLU."""
     self: Tensor
     """Mean NMSE of each stream reconstructed from itself; FVU here and below where that is the model's loss."""
     cross: Tensor | None

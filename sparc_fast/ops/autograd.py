@@ -213,7 +213,8 @@ def reconstruct(
         settings = tuple(weights), tuple(d_streams), backend, tuple(sizes), fires
         parts = list(ReconstructionLoss.apply(*operands, *settings))  # type: ignore[no-untyped-call]
     activations = None if fires is None else parts.pop()
-    return Reconstruction(*parts, activations=activations)
+    found = Reconstruction(*parts)
+    return found._replace(activations=activations)
 
 
 def weighted_sum(nmse: Tensor, weights: Sequence[float]) -> Tensor:
