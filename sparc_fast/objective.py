@@ -412,7 +412,7 @@ class Objective:
         for names, some in terms.items():
             assert some.fired is not None
             at = [streams.index(name) for name in names] if is_local else [0]
-            fired = fired.index_add(0, torch.tensor(at, device=fired.device), some.fired)
+            fired = fired.index_add(0, torch.tensor(at, dtype=torch.int64, device=fired.device), some.fired)
             samples[at] += len(some.energy)
         return fired, samples
 
