@@ -52,7 +52,6 @@ from sparc_fast.kernels.topk_rows import (
 )
 from sparc_fast.ops.gpu_scratch import CANDIDATES, ROOM, ROWS, SPARE
 from sparc_fast.ops.layout import wide
-from sparc_fast.ops.reference import summed_bias
 
 SCORES = 0.64  # of the L2 cache may be scores of one GEMM: they are still there when the filter reads them
 LARGEST_NORM = tl.constexpr(1e18)
@@ -118,6 +117,21 @@ def _device(device: torch.device) -> tuple[int, int]:
         return 2**20, 1
     properties = torch.cuda.get_device_properties(device)
     return properties.L2_cache_size, properties.multi_processor_count
+
+
+@triton.jit
+def _sum_biases(
+    bias, narrow_bias, total, latent_bias, stride_s, stride_l, none_given_up, L, S: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`summed_bias`, the same in float32, and how many samples are given up so far."""
+    l = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for s in range(S):
+        sums += tl.load(latent_bias + s * stride_s + l * stride_l, mask=l < L, other=0).to(tl.float64)
+    tl.store(bias + l, sums, mask=l < L)
+    tl.store(narrow_bias + l, sums.to(tl.float32), mask=l < L)
+    if tl.program_id(0) == 0:
+        tl.store(total, none_given_up)
 
 
 @triton.jit
@@ -509,26 +523,39 @@ def select(
     """
     x, W = dense_rows(x.detach()), dense_rows(W_enc.detach())
     pre_bias, N = pre_bias.detach().contiguous(), len(x)
-    bias = summed_bias(latent_bias.detach())
     indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
     if N == 0:
         return indices
     sums = torch.promote_types(wide(x).dtype, wide(pre_bias).dtype)
-    if torch.float64 in (sums, W.dtype):
+    is_exact = torch.float64 in (sums, W.dtype)
+    bias, narrow_bias, total = _summed(latent_bias.detach(), N if is_exact else 0)
+    if is_exact:
         rows = torch.arange(N, dtype=torch.int32, device=x.device)
-        total = torch.full((1,), N, dtype=torch.int32, device=x.device)
     else:
         rows = torch.empty(N, dtype=torch.int32, device=x.device)
-        total = torch.zeros(1, dtype=torch.int32, device=x.device)
+        dtype = operand_dtype(W, screening)
         with torch.autocast(x.device.type, enabled=False):
-            _screen(x, W, pre_bias, bias, k, operand_dtype(W, screening), indices, rows, total, selection)
+            _screen(x, W, pre_bias, bias, narrow_bias, k, dtype, indices, rows, total, selection)
     _in_full(x, W, pre_bias, bias, k, sums, indices, rows, total)
     return indices
 
 
+def _summed(latent_bias: Tensor, given_up: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(sums of biases, the same in float32, [1] samples given up)."""
+    (S, L), device = latent_bias.shape, latent_bias.device
+    bias = torch.empty(L, dtype=torch.float64, device=device)
+    narrow_bias = torch.empty(L, dtype=torch.float32, device=device)
+    total = torch.empty(1, dtype=torch.int32, device=device)
+    launch(
+        _sum_biases, (triton.cdiv(L, 1024),), bias, narrow_bias, total, latent_bias, *latent_bias.stride(), given_up,
+        L, S=S, BLOCK=1024,
+    )  # fmt: skip
+    return bias, narrow_bias, total
+
+
 def _screen(
-    x: Tensor, W: Tensor, pre_bias: Tensor, bias: Tensor, k: int, dtype: torch.dtype, indices: Tensor, given_up: Tensor,
-    total: Tensor, selection: Selection,
+    x: Tensor, W: Tensor, pre_bias: Tensor, bias: Tensor, narrow_bias: Tensor, k: int, dtype: torch.dtype,
+    indices: Tensor, given_up: Tensor, total: Tensor, selection: Selection,
 ) -> None:  # fmt: skip
     """Writes the supports that the GEMM proves, and the numbers of the other samples into given_up[:total]."""
     (N, D), L, device = x.shape, len(W), x.device
@@ -552,7 +579,6 @@ def _screen(
     # a number of rows that divides by 8 keeps every pointer below aligned, and kernels are compiled once
     X = torch.empty(rows, D, dtype=dtype, device=device)
     scores = torch.empty(rows * chunk, dtype=torch.float32, device=device)
-    narrow_bias = bias.float()
     # norm, residual norm and inverse scale
     of_x = torch.empty(3, rows, dtype=torch.float32, device=device)
     of_w = torch.empty(3 if copied else 1, L, dtype=torch.float32, device=device)

@@ -15,7 +15,7 @@ from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import wide
-from sparc_fast.ops.row_step import AdamStep, DecoderRows, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Rows, Samples
 from sparc_fast.optim.freezing import Run, Trained
 from sparc_fast.optim.lazy_rows import Behind
 from sparc_fast.optim.micro_batches import MicroBatches, OneBatch
@@ -242,16 +242,14 @@ class SparcAdam(torch.optim.Optimizer):
         adam = AdamStep(lr, betas, eps, step, self._seed_of_rows)
         for run, rows in of_runs:
             grad_latent_bias, grad_pre_bias = batch.update(rows, run, adam, backend)
+            biases = []
+            if states[2] is not None:
+                biases.append(self._bias(model.latent_bias, [grad_latent_bias], states[2], run))
             if states[3] is not None:
-                grad_pre_bias = model._shards.sum(grad_pre_bias)
-                grad_pre_bias += batch.grad_pre_bias if run is None else batch.grad_pre_bias[run.columns]
-            biases = (model.latent_bias, grad_latent_bias), (model.pre_bias, grad_pre_bias)
-            for (bias, grad), of_bias in zip(biases, states[2:], strict=True):
-                if of_bias is not None:
-                    exact, mean, square, copy = self._of_run(bias, of_bias, run)
-                    reference.apply_adam(exact, grad, mean, square, lr, betas, eps, step)
-                    if copy is not None:
-                        copy.copy_(exact)
+                through_decoder = batch.grad_pre_bias if run is None else batch.grad_pre_bias[run.columns]
+                both = [model._shards.sum(grad_pre_bias), through_decoder]
+                biases.append(self._bias(model.pre_bias, both, states[3], run))
+            backend.step_biases(biases, adam)
         self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
 
     def _clipped(
@@ -303,6 +301,12 @@ class SparcAdam(torch.optim.Optimizer):
         if "master" in state:
             return state["master"][own], *moments, parameter[there]
         return parameter[there], *moments, None
+
+    def _bias(
+        self, parameter: Tensor, gradients: Sequence[Tensor], state: dict[str, Tensor], run: Run | None
+    ) -> Bias:
+        exact, mean, square, copy = self._of_run(parameter, state, run)
+        return Bias(exact, gradients, [mean, square], copy)
 
     def _rows_of(self, run: Run | None, states: Sequence[dict[str, Tensor] | None]) -> Rows:
         model, nothing = self.model, (None, None, None, None)
