@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -276,7 +277,7 @@ def _is_zero(rows: Tensor) -> Tensor:
 def check_finite(x: Tensor, streams: Sequence[str], d_streams: Sequence[int], first: int = 0) -> None:
     """ValueError names the stream and the first row, counted from `first`, that is not finite; waits for the device."""
     # one sum sees any NaN or inf; where it overflows without them, the slow look below finds no row
-    if x.numel() == 0 or torch.isfinite(x.detach().sum()):
+    if x.numel() == 0 or math.isfinite(x.detach().sum().item()):
         return
     for name, cols in zip(streams, stream_slices(d_streams), strict=True):
         bad = (~torch.isfinite(x[:, cols]).all(1)).nonzero()[:, 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Rows, Samples
 from sparc_fast.optim.freezing import Run, Trained
 from sparc_fast.optim.lazy_rows import Behind
 from sparc_fast.optim.micro_batches import MicroBatches, OneBatch
+from sparc_fast.optim.step_graphs import Made, Quiet, StepGraphs, can_capture
 
 MomentType = Literal["float32", "bfloat16"]
 
@@ -53,6 +54,11 @@ class SparcAdam(torch.optim.Optimizer):
         max_grad_norm: the most that the norm of all gradients together may be, those of loss.total.backward(); they are
             scaled down to it as torch.nn.utils.clip_grad_norm_ does, before the projection. For this the sums of a step
             are made twice, and W_enc is read once more. None: they are not clipped, which costs nothing.
+        graph: on a GPU, steps on whole batches of all streams whose shape stays the same are captured in a CUDA graph and
+            replayed, which launches all of a step at once: the same training, bit for bit, without the time of the host.
+            The graph's scratch stays allocated. What cannot be captured is made as ever: several parts, `present`, zero
+            rows of a calibrated model, ``lazy``, selection="batch", steps while latents are dead, several processes.
+            With ``capturable`` you capture the step yourself.
         seed: of that rounding. The same seed gives the same bits, on any number of threads, lazy or not; it is not
             part of the state.
     """
@@ -70,6 +76,7 @@ class SparcAdam(torch.optim.Optimizer):
         seed: int = 0,
         freeze: str | Collection[str] = (),
         max_grad_norm: float | None = None,
+        graph: bool = True,
     ) -> None:
         if not isinstance(model, SPARC):
             hint = ": it trains one process's model, and exchanges nothing" if hasattr(model, "module") else ""
@@ -95,6 +102,8 @@ class SparcAdam(torch.optim.Optimizer):
         self.capturable = capturable
         self.moments: MomentType = moments
         self.seed = seed
+        self.graph = graph
+        self._graphs, self._quiet = StepGraphs(), Quiet()
         self._trained = Trained.but(freeze, model.d_streams)
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._seen: dict[Tensor, int] = {}
@@ -128,10 +137,13 @@ class SparcAdam(torch.optim.Optimizer):
             )
         with shards.agreed("step"):
             parts, n_own = self._parts(inputs, present)
+        is_fixed = self._is_fixed(parts)
+        if is_fixed and self.model.auxk and auxk_coef and self._quiet.holds(self.model.silence, self.model.dead_after):
+            auxk_coef = 0.0
         objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, not self.capturable)
         with self.model._rows_left_behind(), autograd.without_autocast(self.model.W_enc):
             self._check_trainable()
-            return self._step(parts, n_own, objective)
+            return self._step(parts, n_own, objective, is_fixed)
 
     def _parts(
         self, inputs: Inputs | Sequence[Inputs], present: Tensor | Sequence[Tensor | None] | None
@@ -151,25 +163,81 @@ class SparcAdam(torch.optim.Optimizer):
             )
         return list(zip(given, has, strict=True)), n_samples
 
-    def _step(self, parts: Sequence[tuple[Inputs, Tensor | None]], n_own: int, objective: Objective) -> SparcLoss:
+    def _step(
+        self, parts: Sequence[tuple[Inputs, Tensor | None]], n_own: int, objective: Objective, is_fixed: bool
+    ) -> SparcLoss:
         model = self.model
         backend = backends.resolve(model.backend, model.W_enc.device)
         parameters = (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)
         states = [self._state(p) if self._is_trained(p) else None for p in parameters]
-        batch: OneBatch | MicroBatches
+        trained = [state for state in states if state is not None]
+        lr = self.param_groups[0]["lr"]
+        step = trained[0]["step"] if self.capturable else int(trained[0]["step"]) + 1
+
+        def one_step(batch: OneBatch | MicroBatches, lr: float | Tensor, step: int | Tensor) -> SparcLoss:
+            self._update(batch, states, backend, lr, step)
+            batch.count_silence(model.silence, backend)
+            return objective.summarize(batch.terms, batch.streams, batch.zero_rows)
+
+        def whole_step(given: Batch, lr: float | Tensor, step: int | Tensor) -> SparcLoss:
+            over = objective.over([given])
+            return one_step(self._flow(given, given.n_samples, over, backend), lr, step)
+
         if len(parts) == 1:
             given = model._batch(*parts[0])
-            objective = objective.over([given])
-            batch = self._flow(given, given.n_samples, objective, backend)
+            kind = self._kind(given, objective, states) if is_fixed else None
+            if kind is None:
+                loss = whole_step(given, lr, step)
+            else:
+                of_x: Made = lambda x, lr, step: whole_step(given._replace(x=x), lr, step)  # noqa: E731
+                loss, replayed = self._graphs.make(kind, of_x, given.x, lr, int(step))
+                if replayed:
+                    torch.autograd.graph.increment_version([*self._moved(states), model.silence])
+                    for state in trained:
+                        state["step"] += 1
+            if is_fixed:
+                self._quiet.note(model.silence, given.n_samples)
         else:
             n_samples = model._shards.samples(n_own)
             batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples)
             objective = objective.over(model._batch(*part) for part in parts)
             for part in parts:
                 batch.add(self._flow(model._batch(*part), n_samples, objective, backend))
-        self._update(batch, states, backend)
-        batch.count_silence(model.silence, backend)
-        return objective.summarize(batch.terms, batch.streams, batch.zero_rows)
+            loss = one_step(batch, lr, step)
+        self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
+        return loss
+
+    def _is_fixed(self, parts: Sequence[tuple[Inputs, Tensor | None]]) -> bool:
+        """Whether such a step may read nothing on the host but which samples it gets."""
+        model = self.model
+        is_plain = self.graph and not self.capturable and self._behind is None and model.selection != "batch"
+        is_alone = model._shards.is_whole and not model._shards.has_replicas
+        is_one = len(parts) == 1 and parts[0][1] is None
+        return is_plain and is_alone and is_one and not model.silence.is_inference() and can_capture(model.W_enc.device)
+
+    def _kind(self, given: Batch, objective: Objective, states: Sequence[dict[str, Tensor] | None]) -> Hashable | None:
+        """What a captured step stands on; None where it may not be captured."""
+        model, (group,) = self.model, self.param_groups
+        lr, x = group["lr"], given.x
+        reads = objective.dead is not None or given.present is not None or given.zero_rows is not None
+        if reads or given.streams != model.streams or x.dtype == torch.float64 or not len(x):
+            return None
+        if isinstance(lr, Tensor) and lr.device != x.device:
+            return None
+        matmul = torch.backends.cuda.matmul
+        held = [*self._moved(states), model.silence, *([lr] if isinstance(lr, Tensor) else [])]
+        return (
+            x.shape, x.stride(), x.dtype, given.of_batch, objective.backend, objective.k, objective.cross_loss_coef,
+            None if objective.support_from is None else tuple(objective.support_from), objective.loss,
+            group["betas"], group["eps"], self.max_grad_norm, self._seed_of_rows, matmul.allow_fp16_accumulation,
+            matmul.allow_bf16_reduced_precision_reduction, tuple(tensor.data_ptr() for tensor in held),
+        )  # fmt: skip
+
+    def _moved(self, states: Sequence[dict[str, Tensor] | None]) -> list[Tensor]:
+        """All that a step of these states writes, but the counters of silence."""
+        parameters = self.model.W_enc, self.model.W_dec, self.model.latent_bias, self.model.pre_bias
+        of_states = [state[key] for state in states if state for key in ("exp_avg", "exp_avg_sq", "master") if key in state]
+        return [*parameters, *of_states]
 
     def _flow(self, given: Batch, n_samples: int, objective: Objective, backend: backends.Backend) -> OneBatch:
         """A batch, or a part of one of `n_samples`, through the objective."""
@@ -225,18 +293,24 @@ class SparcAdam(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _update(
-        self, batch: OneBatch | MicroBatches, states: Sequence[dict[str, Tensor] | None], backend: backends.Backend
+        self,
+        batch: OneBatch | MicroBatches,
+        states: Sequence[dict[str, Tensor] | None],
+        backend: backends.Backend,
+        lr: float | Tensor,
+        step: int | Tensor,
     ) -> None:
         model, group = self.model, self.param_groups[0]
-        lr, eps = group["lr"], group["eps"]
+        eps = group["eps"]
         betas: tuple[float, float] = group["betas"]
-        trained = [state for state in states if state is not None]
         of_runs = [(run, self._rows_of(run, states)) for run in self._runs()]
         if self.max_grad_norm is not None:
-            batch = self._clipped(batch, of_runs, backend, self.max_grad_norm)
-        for state in trained:
-            state["step"] += 1
-        step = trained[0]["step"] if self.capturable else int(trained[0]["step"])
+            waits = model.W_enc.device.type == "cpu" and not isinstance(step, Tensor)
+            batch = self._clipped(batch, of_runs, backend, self.max_grad_norm, waits)
+        if self.capturable or not isinstance(step, Tensor):  # else a graph counts, and whoever replays it
+            for state in states:
+                if state is not None:
+                    state["step"] += 1
         if self._behind is not None:
             self._behind.record(float(lr), *betas, float(eps))
         adam = AdamStep(lr, betas, eps, step, self._seed_of_rows)
@@ -250,7 +324,6 @@ class SparcAdam(torch.optim.Optimizer):
                 both = [model._shards.sum(grad_pre_bias), through_decoder]
                 biases.append(self._bias(model.pre_bias, both, states[3], run))
             backend.step_biases(biases, adam)
-        self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
 
     def _clipped(
         self,
@@ -258,11 +331,12 @@ class SparcAdam(torch.optim.Optimizer):
         of_runs: Sequence[tuple[Run | None, Rows]],
         backend: backends.Backend,
         most: float,
+        waits: bool,
     ) -> OneBatch | MicroBatches:
         """The batch with its gradients scaled so that their norm is at most this.
 
         Raises:
-            FloatingPointError: on a CPU, the norm is NaN or infinite; nothing has moved. Elsewhere asking would wait.
+            FloatingPointError: the norm is NaN or infinite, and the host `waits` to hear of it; nothing has moved.
         """
         shards = self.model._shards
         total = torch.zeros((), dtype=torch.float64, device=self.model.W_enc.device)
@@ -278,11 +352,11 @@ class SparcAdam(torch.optim.Optimizer):
                 total += (shards.sum(of_encoder) + of_decoder).double().square().sum()
         norm = total.sqrt()
         factor = (most / (norm + 1e-6)).clamp(max=1)
-        if total.device.type == "cpu" and not math.isfinite(norm.item()):
+        if waits and not math.isfinite(norm.item()):
             raise FloatingPointError(
                 f"gradients must be finite to be clipped, got a norm of {norm.item()}: no step made"
             )
-        return batch if total.device.type == "cpu" and factor.item() == 1 else batch.scaled(factor)
+        return batch if waits and factor.item() == 1 else batch.scaled(factor)
 
     def _runs(self) -> tuple[Run | None, ...]:
         """Streams to train that are neighbours; None: all streams together."""
@@ -393,11 +467,12 @@ class SparcAdam(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
-        mine = ("model", "capturable", "moments", "seed", "max_grad_norm", "_trained", "_names", "_seen", "_behind")
+        mine = ("model", "capturable", "graph", "moments", "seed", "max_grad_norm", "_trained", "_names", "_seen", "_behind")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._graphs, self._quiet = StepGraphs(), Quiet()
         if state.get("_behind") is not None:  # a copy, not a state that is being loaded
             self.model._before_reading_decoder(self.catch_up)
 
