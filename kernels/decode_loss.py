@@ -39,7 +39,7 @@ from sparc_fast.kernels.gather import (
     sum_type,
 )
 from sparc_fast.kernels.launching import column_blocks, dense_rows, launch, next_power_of_2, widths
-from sparc_fast.ops.layout import gradient_dtype, wide
+from sparc_fast.ops.layout import gradient_dtype, wide_type
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -115,9 +115,7 @@ def _decode_loss_kernel(
 
 
 @triton.jit(do_not_specialize=["size", "N"])
-def _sum_parts_kernel(
-    nmse, nmse_parts, total, parts, columns, size, N, S, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _sum_parts_kernel(nmse, nmse_parts, total, parts, columns, size, N, S, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """nmse[s, t] = the sum of nmse_parts[c, s, n] over samples and the chunks c of stream t, in float64, by a program
     a pair; by all others total[i] = sum_c parts[c, i], in order."""
     pair = tl.program_id(0)
@@ -205,7 +203,7 @@ def decode_loss(
         columns, size, N, S, CHUNKS=chunks, BLOCK=1024,
     )  # fmt: skip
     grad_recons = grad_recons.to(dtype)
-    return nmse, grad_recons, grad_values.to(dtype), grad_recons.sum((0, 1), dtype=wide(grad_recons[:0]).dtype)
+    return nmse, grad_recons, grad_values.to(dtype), grad_recons.sum((0, 1), dtype=wide_type(dtype))
 
 
 @cache

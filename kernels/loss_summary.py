@@ -55,11 +55,12 @@ def loss_summary(
     nmse: Tensor, auxk: Tensor | None, energy: Tensor, weights: Sequence[float], auxk_coef: float
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     S, device = len(nmse), nmse.device
+    coef = 1.0 if auxk is None else float(auxk_coef)
     memory = torch.empty(8 * S + (4 + S * S) * nmse.itemsize, dtype=torch.uint8, device=device)
     zero_rows, told = memory[: 8 * S].view(torch.int64), memory[8 * S :].view(nmse.dtype)
     launch(
         _loss_summary_kernel, (1,), zero_rows, told, nmse.contiguous(), auxk, energy.contiguous(),
-        weights_on(tuple(weights), device), float(auxk_coef) if auxk is not None else 1.0, len(energy), S=S, **choice(S),
+        weights_on(tuple(weights), device), coef, len(energy), S=S, **choice(S),
     )  # fmt: skip
     cross = told[2] if has_cross(weights, S) else None
     return told[0], told[1], cross, None if auxk is None else told[3], told[4:].view(S, S), zero_rows

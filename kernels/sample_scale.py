@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparc_fast.kernels.gather import sum_type
 from sparc_fast.kernels.launching import column_blocks, dense_rows, launch, next_power_of_2, widths
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import wide_type
 from sparc_fast.ops.reference import ZERO_ROW
 
 LEAST = tl.constexpr(ZERO_ROW)
@@ -49,7 +49,7 @@ def choice(widest: int) -> dict[str, int]:
 
 def sample_scale(x: Tensor, d_streams: Sequence[int], n_samples: int | None = None) -> tuple[Tensor, Tensor]:
     N, S, chosen = len(x), len(d_streams), choice(max(d_streams))
-    energy = wide(x[:0]).new_empty(N, S)
+    energy = torch.empty(N, S, dtype=wide_type(x.dtype), device=x.device)
     scale, x = torch.empty_like(energy), dense_rows(x)
     streams = column_blocks(widths(d_streams), max(d_streams), x.device)
     launch(

@@ -42,9 +42,8 @@ def _step_biases_kernel(
     )
     if block < blocks:
         _step(a, a_gradient, a_more, a_m, a_v, a_copy, a_size, block, numbers, BLOCK)
-    if b is not None:
-        if block >= blocks:
-            _step(b, b_gradient, b_more, b_m, b_v, b_copy, b_size, block - blocks, numbers, BLOCK)
+    if b is not None and block >= blocks:
+        _step(b, b_gradient, b_more, b_m, b_v, b_copy, b_size, block - blocks, numbers, BLOCK)
 
 
 def choice() -> dict[str, int]:
@@ -73,7 +72,6 @@ def step_biases(biases: Sequence[Bias], adam: AdamStep) -> None:
 
 
 def _operands(one: Bias) -> list[Tensor | int | None]:
-    gradient, more = (*one.gradients, None)[:2]
-    more = None if more is None else more.contiguous()
+    gradient, *more = [part.contiguous() for part in one.gradients]
     copy = None if one.copy is None else one.copy.detach()
-    return [one.bias.detach(), gradient.contiguous(), more, *one.moments, copy, one.bias.numel()]
+    return [one.bias.detach(), gradient, more[0] if more else None, *one.moments, copy, one.bias.numel()]

@@ -42,7 +42,7 @@ from sparc_fast.kernels.segment_sums import (
     tile,
     writers,
 )
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import wide_type
 from sparc_fast.ops.reference import rounding_seed
 from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
 
@@ -70,7 +70,7 @@ def pieces_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
     x, grad_recons = dense_rows(samples.x), dense_rows(samples.grad_recons.detach().flatten(0, 1))
     batch = Entries.of(samples.values, samples.grad_values, samples.offsets, samples.entries)
-    grad_latent_bias = wide(x.new_empty(0)).new_empty(len(rows.d_streams), batch.n_latents)
+    grad_latent_bias = torch.empty(len(rows.d_streams), batch.n_latents, dtype=wide_type(x.dtype), device=x.device)
     grad_pre_bias = grad_latent_bias.new_empty(0)
     numbers, pre_bias = _numbers(rows, adam), samples.pre_bias.detach().contiguous()
     if rows.W_enc is not None:
@@ -104,7 +104,7 @@ class InPlace:
     def __exit__(self, *_: object) -> None:
         changed = [t for t in self.tensors if t is not None]
         for tensor, dense in zip(self.tensors, self.dense, strict=True):
-            if tensor is not None and dense is not None and dense is not tensor:
+            if tensor is not None and dense is not None and dense.data_ptr() != tensor.data_ptr():
                 tensor.copy_(dense)
         torch.autograd.graph.increment_version(changed)
 
@@ -145,7 +145,8 @@ def _update_encoder(
     tiles = triton.cdiv(L, chosen["LATENTS"])  # of latents
     tiles_per_block = max(triton.cdiv(tiles, MOST_BLOCKS), min(8, triton.cdiv(tiles, 256)))
     blocks = triton.cdiv(tiles, tiles_per_block)
-    pre_bias_parts = wide(source.new_empty(0)).new_empty(blocks if summed else 0, D)
+    dtype = wide_type(source.dtype)
+    pre_bias_parts = torch.empty(blocks if summed else 0, D, dtype=dtype, device=source.device)
     copy, _ = rows.copies or (None, None)
     with InPlace(rows.W_enc, *rows.moments[:2], copy) as moved:
         launch(

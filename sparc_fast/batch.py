@@ -105,8 +105,9 @@ class AllStreams:
         self.S, self.D = len(columns), columns[-1].stop
         self.complete = batch.streams == tuple(d_streams)
         self.present = [list(d_streams).index(name) for name in batch.streams]
-        every = torch.arange(self.D, device=batch.x.device)
-        self.present_columns = torch.cat([every[columns[s]] for s in self.present])
+        if not self.complete:
+            every = torch.arange(self.D, device=batch.x.device)
+            self.present_columns = torch.cat([every[columns[s]] for s in self.present])
 
     def columns(self, of_present: Tensor) -> Tensor:
         """[..., D'] -> [..., D]"""

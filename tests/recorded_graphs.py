@@ -91,6 +91,6 @@ def recorded_graphs(optimizer: SparcAdam) -> Iterator[list[int]]:
 
     with (
         mock.patch.object(step_graphs, "capture", captured),
-        mock.patch("sparc_fast.optim.sparc_adam.can_capture", lambda device: True),
+        mock.patch("sparc_fast.optim.sparc_adam.can_capture", return_value=True),
     ):
         yield sizes

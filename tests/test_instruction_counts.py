@@ -17,10 +17,11 @@ pytest.importorskip("triton")
 COUNT = """
 import json
 from sparc_fast.benchmarks import cases
-from sparc_fast.benchmarks.tools import predictions
+from sparc_fast.benchmarks.tools import predictions, step_launches
 
 counted = predictions.instructions(predictions.TRITON, predictions.compiled_triton(cases.A))
 counted |= predictions.instructions((*predictions.CUDA, *predictions.STAGED), predictions.compiled_cuda())
+counted |= predictions.step_counts(*step_launches.count(captured=True))
 print(json.dumps({"counted": counted, "held": json.loads(predictions.BASELINE.read_text()),
                   "compilers": predictions.compilers()}))
 """

@@ -261,7 +261,8 @@ def reconstruction_loss(
     if len(weights) != len(d_streams) ** 2:
         raise ValueError(f"weights must hold {len(d_streams) ** 2} factors, source by target, got {len(weights)}")
     arguments = (x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale)
-    return autograd.reconstruct(*arguments, weights, d_streams, backends.resolve(backend, x.device))[:4]
+    found = autograd.reconstruct(*arguments, weights, d_streams, backends.resolve(backend, x.device))
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor], found[:4])
 
 
 def invert_indices(indices: Tensor, n_latents: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

@@ -54,8 +54,8 @@ class SparcAdam(torch.optim.Optimizer):
         max_grad_norm: the most that the norm of all gradients together may be, those of loss.total.backward(); they are
             scaled down to it as torch.nn.utils.clip_grad_norm_ does, before the projection. For this the sums of a step
             are made twice, and W_enc is read once more. None: they are not clipped, which costs nothing.
-        graph: on a GPU, steps on whole batches of all streams whose shape stays the same are captured in a CUDA graph and
-            replayed, which launches all of a step at once: the same training, bit for bit, without the time of the host.
+        graph: on a GPU, steps on whole batches of all streams whose shape stays the same are captured in a CUDA graph
+            and replayed, which launches all of a step at once: the same training, bit for bit, without the host's time.
             The graph's scratch stays allocated. What cannot be captured is made as ever: several parts, `present`, zero
             rows of a calibrated model, ``lazy``, selection="batch", steps while latents are dead, several processes.
             With ``capturable`` you capture the step yourself.
@@ -236,7 +236,9 @@ class SparcAdam(torch.optim.Optimizer):
     def _moved(self, states: Sequence[dict[str, Tensor] | None]) -> list[Tensor]:
         """All that a step of these states writes, but the counters of silence."""
         parameters = self.model.W_enc, self.model.W_dec, self.model.latent_bias, self.model.pre_bias
-        of_states = [state[key] for state in states if state for key in ("exp_avg", "exp_avg_sq", "master") if key in state]
+        of_states = [
+            state[key] for state in states if state for key in ("exp_avg", "exp_avg_sq", "master") if key in state
+        ]
         return [*parameters, *of_states]
 
     def _flow(self, given: Batch, n_samples: int, objective: Objective, backend: backends.Backend) -> OneBatch:
@@ -376,9 +378,7 @@ class SparcAdam(torch.optim.Optimizer):
             return state["master"][own], *moments, parameter[there]
         return parameter[there], *moments, None
 
-    def _bias(
-        self, parameter: Tensor, gradients: Sequence[Tensor], state: dict[str, Tensor], run: Run | None
-    ) -> Bias:
+    def _bias(self, parameter: Tensor, gradients: Sequence[Tensor], state: dict[str, Tensor], run: Run | None) -> Bias:
         exact, mean, square, copy = self._of_run(parameter, state, run)
         return Bias(exact, gradients, [mean, square], copy)
 
@@ -467,7 +467,18 @@ class SparcAdam(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
-        mine = ("model", "capturable", "graph", "moments", "seed", "max_grad_norm", "_trained", "_names", "_seen", "_behind")
+        mine = (
+            "model",
+            "capturable",
+            "graph",
+            "moments",
+            "seed",
+            "max_grad_norm",
+            "_trained",
+            "_names",
+            "_seen",
+            "_behind",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -94,7 +94,9 @@ class StepGraphs:
             replay, loss = capture(counted, x.device)
         except RuntimeError as error:
             self._met[kind] = -(2**62)
-            warnings.warn(f"a training step could not be captured in a CUDA graph, and is slower: {error}", stacklevel=2)
+            warnings.warn(
+                f"a training step could not be captured in a CUDA graph, and is slower: {error}", stacklevel=2
+            )
             return None
         self._kept[kind] = Captured(variables, replay, loss)
         return self._kept[kind]
@@ -120,9 +122,7 @@ def copied(loss: SparcLoss) -> SparcLoss:
     """Results that the next replay leaves alone; what lies in one piece of memory is copied at once."""
     copies: dict[int, torch.UntypedStorage] = {}
 
-    def copy(part: Tensor | None) -> Tensor | None:
-        if part is None:
-            return None
+    def copy(part: Tensor) -> Tensor:
         storage = part.untyped_storage()
         there = copies.get(storage.data_ptr())
         if there is None:
@@ -131,7 +131,7 @@ def copied(loss: SparcLoss) -> SparcLoss:
         mine = torch.empty(0, dtype=part.dtype, device=part.device)
         return mine.set_(there, part.storage_offset(), part.shape, part.stride())
 
-    return SparcLoss(*map(copy, loss))
+    return loss._replace(**{name: copy(part) for name, part in loss._asdict().items() if part is not None})
 
 
 class Quiet:
@@ -142,7 +142,7 @@ class Quiet:
         self._left = -1
 
     def holds(self, silence: Tensor, dead_after: int) -> bool:
-        """Whether no latent is dead; waits for the device where that is in question, or someone else wrote `silence`."""
+        """Whether no latent is dead; waits for the device where that is in question, or others wrote `silence`."""
         if self._left < 0 or self._seen != (silence.data_ptr(), silence._version):
             self._left = dead_after - int(silence.max()) if len(silence) else 0
             self.note(silence, 0)
