@@ -20,9 +20,9 @@ from sparc_fast.ops.reference import has_cross
 
 @jit(do_not_specialize=["N"])
 def _loss_summary_kernel(
-    zero_rows, told, nmse, auxk, energy, weights, auxk_coef, N, S: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr
+    zero_rows, told, nmse, auxk, energy, weights, N, S: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """told: total, self, cross, AuxK, nmse [S, S]."""
+    """told: total, self, cross, AuxK, nmse [S, S]. Behind the weights is AuxK's coefficient."""
     s, t = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
     inside = (s < S) & (t < S)
     pair = tl.load(nmse + s * S + t, mask=inside, other=0).to(tl.float64)
@@ -31,7 +31,7 @@ def _loss_summary_kernel(
     if auxk is not None:
         part = tl.load(auxk).to(tl.float64)
         total += part
-        tl.store(told + 3, part / auxk_coef)
+        tl.store(told + 3, part / tl.load(weights + S * S))
     tl.store(told, total)
     tl.store(told + 1, tl.sum(tl.sum(tl.where(s == t, pair, 0.0), 1), 0) / S)
     tl.store(told + 2, tl.sum(tl.sum(tl.where(s == t, 0.0, pair), 1), 0) / max(S * (S - 1), 1))
@@ -60,7 +60,7 @@ def loss_summary(
     zero_rows, told = memory[: 8 * S].view(torch.int64), memory[8 * S :].view(nmse.dtype)
     launch(
         _loss_summary_kernel, (1,), zero_rows, told, nmse.contiguous(), auxk, energy.contiguous(),
-        weights_on(tuple(weights), device), coef, len(energy), S=S, **choice(S),
+        weights_on((*weights, coef), device), len(energy), S=S, **choice(S),
     )  # fmt: skip
     cross = told[2] if has_cross(weights, S) else None
     return told[0], told[1], cross, None if auxk is None else told[3], told[4:].view(S, S), zero_rows
