@@ -6,18 +6,21 @@ Both are the same training; what ranks exchange is counted and held against docs
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
+from time import perf_counter
 
 import torch
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from sparc_fast.distributed.bytes import received_bytes
 
-from .cases import SMALL, WIDTHS, Shape
+from .cases import SMALL, TYPES, WIDTHS, Place, Shape
 from .record import Case, Record
-from .steps import Ours, phases
+from .steps import Ours, inputs_of, phases
+from .steps import model as model_of
 
 RANKS = 2
 WIDE = Shape("N1024-L32768", 1024, 32768)
@@ -25,89 +28,92 @@ SHAPES = (WIDE, next(shape for shape in WIDTHS if shape.L == 262144), SMALL)
 
 
 class Ranks:
-    """Processes of one thread each, which step when they are told to."""
+    """Processes of one thread each, on a GPU each where there are GPUs, which step when they are told to."""
 
-    def __init__(self, shape: Shape, backend: str) -> None:
+    def __init__(self, shape: Shape, place: Place, n: int = RANKS, dtype: str = "float32") -> None:
         context, folder = mp.get_context("spawn"), tempfile.mkdtemp()
         self._pipes: list[Connection] = []
         self._processes = []
-        for rank in range(RANKS):
+        for rank in range(n):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, folder, shape, backend, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, n, folder, shape, place, dtype, there), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
             self._processes.append(process)
 
-    def step(self) -> float:
-        """The loss."""
-        return float(self._ask("step")[0])
+    def step(self, times: int = 1) -> float:
+        """The loss of the last of so many steps."""
+        return self._ask(times)[0][0]
 
     def received(self) -> int:
         """Bytes of one more step, of the rank that gets most."""
-        return max(int(of_rank) for of_rank in self._ask("received"))
+        return max(received for _, received in self._ask(1))
 
     def close(self) -> None:
         for process in self._processes:
             process.kill()
             process.join()
 
-    def _ask(self, what: str) -> list[float]:
+    def _ask(self, times: int) -> list[tuple[float, int]]:
         for pipe in self._pipes:
-            pipe.send(what)
+            pipe.send(times)
         return [pipe.recv() for pipe in self._pipes]
 
 
-def _serve(rank: int, folder: str, shape: Shape, backend: str, pipe: Connection) -> None:
+def _serve(rank: int, n: int, folder: str, shape: Shape, place: Place, dtype: str, pipe: Connection) -> None:
     from sparc_fast.distributed import received, shard
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
-    model = shard(shape.model(backend))
+    if place.is_gpu:
+        torch.cuda.set_device(rank)
+    wires = "cpu:gloo,cuda:nccl" if place.is_gpu else "gloo"
+    torch.distributed.init_process_group(wires, init_method=f"file://{folder}/meeting", rank=rank, world_size=n)
+    model = shard(model_of(shape, place, place.role, dtype))
     ours = Ours(model)
-    x = shape.inputs().tensor_split(RANKS)[rank].clone()
+    x = inputs_of(place.role, shape, place, dtype).tensor_split(n)[rank].clone()
     while True:
         try:
-            asked = pipe.recv()
+            times = pipe.recv()
         except EOFError:
             return
         before = received(model)
-        loss = float(ours.step(x))
-        pipe.send(loss if asked == "step" else sum((received(model) - before).values()))
+        losses = [ours.step(x) for _ in range(times)]
+        pipe.send((float(losses[-1]), sum((received(model) - before).values())))
 
 
 @contextmanager
-def ranks(shape: Shape, backend: str) -> Iterator[Ranks]:
-    started = Ranks(shape, backend)
+def ranks(shape: Shape, place: Place, n: int = RANKS, dtype: str = "float32") -> Iterator[Ranks]:
+    started = Ranks(shape, place, n, dtype)
     try:
         yield started
     finally:
         started.close()
 
 
-def same_training(backend: str) -> str | None:
+def same_training(alone: Ours, x: Tensor, together: Ranks, most: float = 1e-5) -> str | None:
     """How three steps of ranks differ from those of one process, if they do."""
-    alone, x = Ours(SMALL.model(backend)), SMALL.inputs()
-    with ranks(SMALL, backend) as together:
-        losses = [(float(alone.step(x)), together.step()) for _ in range(3)]
+    losses = [(float(alone.step(x)), together.step()) for _ in range(3)]
     differ = max(abs(one / other - 1) for one, other in losses)
-    return f"losses differ by {differ:.2g}" if differ > 1e-5 else None
+    return f"losses differ by {differ:.2g}" if differ > most else None
 
 
 def _run(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
     name = record.place.role
-    backend, threads = record.place.backend, torch.get_num_threads()
+    place, threads = record.place, torch.get_num_threads()
     alone, together = f"1 process, {RANKS} threads", f"{RANKS} processes, 1 thread"
     where = ("distributed", shape.name)
     if not record.fits(3 * shape.held_bytes, *where, name, share=0.9):
         return
-    if complaint := same_training(backend):
+    with ranks(SMALL, place) as small:
+        complaint = same_training(Ours(SMALL.model(place.backend)), SMALL.inputs(), small)
+    if complaint:
         record.add(*where, together, error=f"WRONG, not timed: {complaint}")
         return
     torch.set_num_threads(RANKS)
     try:
-        with ranks(shape, backend) as started:
-            ours, x = Ours(shape.model(backend)), shape.inputs()
+        with ranks(shape, place) as started:
+            ours, x = Ours(shape.model(place.backend)), shape.inputs()
             runs = {together: started.step, alone: lambda: ours.step(x)}
             record.race(*where, dtype, runs, seconds, phases(shape), (together,))
             received = started.received()
@@ -115,6 +121,56 @@ def _run(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
         torch.set_num_threads(threads)
     expected = received_bytes(shape.N, shape.d_streams, shape.k, RANKS)
     record.add(*where, "received by a rank", value=received, unit="B", note=f"{received / expected:.3f} of the formula")
+
+
+def on_devices(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
+    """Steps of a rank by itself, and of one on each device where there are several, beside those without ranks.
+
+    A CPU stands in for two devices.
+    """
+    place = record.place
+    wire, devices = ("NCCL", torch.cuda.device_count()) if place.is_gpu else ("gloo", RANKS)
+    where = "step of ranks", shape.name
+    if not record.fits(3 * shape.held_bytes, *where, place.role):
+        return
+    alone, x = Ours(model_of(shape, place, place.role, dtype)), inputs_of(place.role, shape, place, dtype)
+    with ExitStack() as started:
+        shared = {n: started.enter_context(ranks(shape, place, n, dtype)) for n in sorted({1, devices})}
+        names = {n: f"{n} rank{'s' * (n > 1)}, {wire}" for n in shared}
+        runs: dict[str, Callable[[int], object]] = {"no ranks": lambda times: _steps(alone, x, times)}
+        for n, of_ranks in shared.items():
+            fresh = Ours(model_of(shape, place, place.role, dtype))
+            if complaint := same_training(fresh, x, of_ranks, 1e-5 if dtype == "float32" else 1e-2):
+                record.add(*where, names[n], dtype, error=f"WRONG, not timed: {complaint}")
+            else:
+                runs[names[n]] = of_ranks.step
+        for name, taken in _in_turns(runs, seconds).items():
+            record.times(*where, name, dtype, taken=taken, work=phases(shape, dtype), role="ours")
+        for n, of_ranks in shared.items():
+            expected = received_bytes(shape.N, shape.d_streams, shape.k, n, weight=TYPES[dtype].itemsize)
+            record.add(*where, f"received by one of {names[n]}", dtype, value=of_ranks.received(), unit="B",
+                       note=f"{expected:.0f} by the formula")  # fmt: skip
+
+
+def _steps(ours: Ours, x: Tensor, times: int) -> float:
+    losses = [ours.step(x) for _ in range(times)]
+    return float(losses[-1])
+
+
+def _in_turns(runs: Mapping[str, Callable[[int], object]], seconds: float, rounds: int = 3) -> dict[str, list[float]]:
+    """Seconds of a step in each round, several processes' included: by the host's clock."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    times = dict.fromkeys(runs, 1)
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            began = perf_counter()
+            run(times[name])
+            took = (perf_counter() - began) / times[name]
+            if turn:
+                taken[name].append(took)
+            else:  # the first says how many steps fit
+                times[name] = max(1, min(100, int(seconds / rounds / len(runs) / took)))
+    return taken
 
 
 CASE = Case(_run, SHAPES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +46,8 @@ class Batch(NamedTuple):
 
     of_batch: int | None = None
     """How many samples the batch has, where these are not all of them."""
+    sets: Tensor | None = None
+    """bool [n, S'], all sets of streams that some sample of the batch has, where these samples are not all of them."""
 
     @property
     def n_samples(self) -> int:
@@ -80,11 +82,13 @@ class Batch(NamedTuple):
         """
         if self.present is None:
             return [(None, self)]
-        sets, which = torch.unique(self.present, dim=0, return_inverse=True)
+        others = self.present[:0] if self.sets is None else self.sets
+        sets, which = torch.unique(torch.cat([others, self.present]), dim=0, return_inverse=True)
+        which = which[len(others) :]
         parts: list[tuple[Tensor | None, Batch]] = []
         for i, has in enumerate(sets.tolist()):
             rows = (which == i).nonzero()[:, 0]
-            part = self._replace(x=self.x[rows], leading=(len(rows),), present=None)
+            part = self._replace(x=self.x[rows], leading=(len(rows),), present=None, sets=None)
             parts.append((rows, part.of_streams([name for name, here in zip(self.streams, has, strict=True) if here])))
         return parts
 
@@ -314,17 +318,21 @@ class Moments:
     def add(self, piece: Tensor) -> None:
         if not len(piece):
             return
-        x, m = piece.double(), len(piece)
-        of_piece = x.mean(0)
-        spread_of_piece = torch.stack([(x - of_piece)[:, cols].square().sum(1).mean() for cols in self.columns])
+        x = piece.double()
+        mean = x.mean(0)
+        spread = torch.stack([(x - mean)[:, cols].square().sum(1).mean() for cols in self.columns])
+        self.add_moments(len(piece), mean, spread)
+
+    def add_moments(self, n: int, mean: Tensor, spread: Tensor) -> None:
+        """Those of n more samples."""
         if self.n == 0:
-            self.mean, self.spread = of_piece, spread_of_piece
+            self.mean, self.spread = mean, spread
         else:
-            apart, share = of_piece - self.mean, m / (self.n + m)
+            apart, share = mean - self.mean, n / (self.n + n)
             between = torch.stack([apart[cols].square().sum() for cols in self.columns])
-            self.spread = self.spread + (spread_of_piece - self.spread) * share + between * share * (1 - share)
+            self.spread = self.spread + (spread - self.spread) * share + between * share * (1 - share)
             self.mean = self.mean + apart * share
-        self.n += m
+        self.n += n
 
 
 def measure(pieces: Iterable[Tensor], d_streams: Sequence[int], whiten: Whiten = "none") -> tuple[Tensor, Tensor]:
@@ -340,10 +348,13 @@ def measure(pieces: Iterable[Tensor], d_streams: Sequence[int], whiten: Whiten =
     return mean, scales(mean, spread, d_streams)
 
 
-def spread_of(batches: Iterable[Batch]) -> dict[str, Tensor]:
+def spread_of(
+    batches: Iterable[Batch], of_all: Callable[[dict[str, Moments]], dict[str, Moments]] = lambda found: found
+) -> dict[str, Tensor]:
     """stream -> mean_n ||x_s[n] - mean_s||^2 over those samples of some batches that have it, float64.
 
-    0 where that is rounding alone: a stream that does not vary has nothing that an error could be told by.
+    `of_all` adds the samples of other processes. 0 where it is rounding alone: a stream that does not vary has nothing
+    that an error could be told by.
     """
     found: dict[str, Moments] = {}
     for batch in batches:
@@ -352,6 +363,7 @@ def spread_of(batches: Iterable[Batch]) -> dict[str, Tensor]:
             here = batch.x[:, cols] if batch.present is None else batch.x[batch.present[:, s], cols]
             if len(here):
                 moments.add(here)
+    found = of_all(found)
     return {
         name: torch.where(moments.spread > 1e-12 * moments.mean.square().sum(), moments.spread, 0.0).sum()
         for name, moments in found.items()

@@ -22,7 +22,7 @@ from sparc_fast.objective import Loss, Objective, SparcLoss, fired
 from sparc_fast.ops import backends, functional, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import stream_slices
-from sparc_fast.selection import RULES, Selection, Thresholds, select
+from sparc_fast.selection import RULES, Private, Selection, Thresholds, select
 from sparc_fast.whole import WHOLE, Whole
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ class SPARC(nn.Module):
         selection: "global", one support for all streams of a sample; "local", one per stream; "batch", one for all
             streams, of k latents on average: in training the k N largest of a batch, else those above a threshold that
             training learns (BatchTopK, arXiv 2412.06410).
+        private: stream -> how many of the L latents are its own: they fire by its scores alone, and reconstruct it
+            alone, from itself. Those of all streams are the first, `n_shared`, of which the rule chooses k; behind them
+            are each stream's, in the order of the streams (`private_latents`). By default all latents are shared.
+        private_k: how many of its own latents a stream fires for a sample, beside the k; one number, or one a stream.
         auxk: dead latents that reconstruct the residual during training; 0 turns AuxK off.
         dead_after: a latent is dead once no stream fired it for more than this many training samples.
         normalize: "l2" gives every row of inputs unit norm before anything else is done with it; of some streams alone
@@ -86,6 +90,8 @@ class SPARC(nn.Module):
         selection: Selection = "global",
         auxk: int = 64,
         dead_after: int = 256_000,
+        private: Mapping[str, int] | None = None,
+        private_k: int | Mapping[str, int] | None = None,
         normalize: Normalize | Mapping[str, Normalize] = "none",
         loss: Loss = "nmse",
         backend: str = "auto",
@@ -112,6 +118,7 @@ class SPARC(nn.Module):
         self.d_streams = {name: int(width) for name, width in d_streams.items()}
         self.n_latents, self.k, self.selection = n_latents, k, selection
         self.auxk, self.dead_after = auxk, dead_after
+        self._private = Private.of(self.d_streams, n_latents, k, private, private_k)
         self.normalize = batch.normalized_streams(normalize, self.streams)
         if loss not in ("nmse", "fvu"):
             raise ValueError(f'loss must be "nmse" or "fvu", got {loss!r}')
@@ -133,7 +140,7 @@ class SPARC(nn.Module):
         self._shards: Whole = WHOLE
         self._calibration: tuple[tuple[tuple[Tensor, int], ...], bool] = (), False
         self._catch_up: Callable[[], None] | None = None
-        self.register_load_state_dict_post_hook(_look_at_calibration)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
         backends.resolve(backend, self.W_enc.device)
@@ -143,6 +150,22 @@ class SPARC(nn.Module):
     def streams(self) -> tuple[str, ...]:
         """Names of the streams, in the order of their columns."""
         return tuple(self.d_streams)
+
+    @property
+    def n_shared(self) -> int:
+        """How many latents all streams share: the first of all."""
+        return self.n_latents if self._private is None else self._private.n_shared
+
+    @property
+    def private_latents(self) -> dict[str, slice]:
+        """stream -> the latents that are its own, of the streams that have some."""
+        return {} if self._private is None else dict(self._private.latents)
+
+    def _slots(self, streams: Sequence[str] | None = None) -> int:
+        """Of the support of a sample of these streams, or of all, where a rule gives each sample k latents."""
+        if self._private is None:
+            return self.k
+        return self.k + self._private.slots(streams or self.streams, apart=self.selection == "local")
 
     @property
     def dead(self) -> Tensor:
@@ -184,6 +207,16 @@ class SPARC(nn.Module):
     def normalize_decoder_(self) -> None:
         """Give every decoder row unit norm in each stream. Call after each optimizer step."""
         reference.normalize_rows(self.W_dec, tuple(self.d_streams.values()))
+        self._clear_private()
+
+    def _clear_private(self) -> None:
+        """A private latent has no weights in other streams, whatever was written there."""
+        if self._private is not None:
+            self._private.clear(self.W_enc, self.W_dec, self.latent_bias)
+
+    def _decoder(self) -> Tensor:
+        """W_dec, where it is differentiated by: what must stay zero has no gradient."""
+        return self.W_dec if self._private is None else self._private.decoder(self.W_dec)
 
     @torch.no_grad()
     def project_gradients_(self) -> None:
@@ -298,10 +331,11 @@ class SPARC(nn.Module):
         if self.selection != "batch":
             raise ValueError(f'selection must be "batch" for thresholds to be learned, got {self.selection!r}')
         for _, part in self._batch(self._tensors(inputs), present).by_presence():
-            self._all_thresholds().learn_all(part, self.k, self.backend)
+            backend = self._shards.backend(self.backend, part.x.device)
+            self._all_thresholds().learn_all(self._of_shared(part), self.k, backend)
 
     def _all_thresholds(self) -> Thresholds:
-        return Thresholds(self.threshold, self.threshold_count, self.streams)
+        return Thresholds(self.threshold, self.threshold_count, self.streams, self._shards)
 
     def _thresholds(self) -> Thresholds | None:
         """What latents fire by where they have to beat a threshold, not each other."""
@@ -310,7 +344,11 @@ class SPARC(nn.Module):
     def _learn_threshold(self, given: Batch) -> None:
         if self.selection == "batch" and self.training:
             for _, part in given.by_presence():
-                self._all_thresholds().learn(part, self.k, self.backend)
+                backend = self._shards.backend(self.backend, part.x.device)
+                self._all_thresholds().learn(self._of_shared(part), self.k, backend)
+
+    def _of_shared(self, given: Batch) -> Batch:
+        return given if self._private is None else self._private.shared(given)
 
     def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
         first = 0
@@ -375,11 +413,13 @@ class SPARC(nn.Module):
             if codes.n_latents != self.n_latents:
                 raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
             values, indices = codes.stream(source)
+            if self._private is not None:
+                values = self._private.heard(values, indices, source)
             t = position(target, self.streams, "target")
         cols = self._columns()[t]
         k = values.shape[-1]
         decode = partial(
-            functional.sparse_decode, W_dec=self.W_dec[:, cols], pre_bias=self.pre_bias[cols], backend=self.backend
+            functional.sparse_decode, W_dec=self._decoder()[:, cols], pre_bias=self.pre_bias[cols], backend=self.backend
         )
         recons = self._shards.decode(decode, values.reshape(-1, 1, k), indices.reshape(-1, k))
         recons = recons.reshape(*values.shape[:-1], cols.stop - cols.start)
@@ -403,7 +443,7 @@ class SPARC(nn.Module):
             raise ValueError("forward must be of a whole model: where processes share the latents, call loss or decode")
         given = self._batch(inputs)
         values, indices = self._encode(given)
-        recons = functional.sparse_decode(values, indices, self.W_dec, self.pre_bias, backend=self.backend)
+        recons = functional.sparse_decode(values, indices, self._decoder(), self.pre_bias, backend=self.backend)
         self._count_silence(values, indices)
         loss = None
         if given.streams == self.streams:
@@ -476,6 +516,7 @@ class SPARC(nn.Module):
             thresholds=self._thresholds(),
             n_dead=n_dead,
             shards=self._shards,
+            private=self._private,
         )
 
     def _batch(self, inputs: Inputs, present: Tensor | None = None, first: int = 0) -> Batch:
@@ -511,7 +552,7 @@ class SPARC(nn.Module):
         if self.check_finite and may_wait:
             batch.check_finite(x, streams, widths, first)
         W_enc, W_dec, pre_bias = (
-            columns_of(w, streams, self.d_streams) for w in (self.W_enc, self.W_dec, self.pre_bias)
+            columns_of(w, streams, self.d_streams) for w in (self.W_enc, self._decoder(), self.pre_bias)
         )
         latent_bias = self.latent_bias if streams == self.streams else self.latent_bias[positions]
         return Batch(x, streams, widths, leading, W_enc, W_dec, pre_bias, latent_bias, present, left_out)
@@ -522,7 +563,9 @@ class SPARC(nn.Module):
     def _encode(self, given: Batch) -> tuple[Tensor, Tensor]:
         """(values [N, S', k], the support)"""
         backend = self._shards.backend(self.backend, given.x.device)
-        indices = select(self.selection, given, self.k, thresholds=self._thresholds(), backend=backend)
+        indices = select(
+            self.selection, given, self.k, thresholds=self._thresholds(), private=self._private, backend=backend
+        )
         values = functional.support_values(
             given.x, given.W_enc, given.pre_bias, given.latent_bias, indices,
             d_streams=given.d_streams, backend=self.backend,
@@ -634,6 +677,8 @@ class SPARC(nn.Module):
         config = {name: getattr(self, name) for name in names}
         if self.normalize:  # files of models without are what they were
             config["normalize"] = dict(self.normalize)
+        if self._private is not None:
+            config |= {"private": dict(self._private.counts), "private_k": dict(self._private.quotas)}
         return config if self.error == "nmse" else {**config, "loss": self.error}
 
     def extra_repr(self) -> str:
@@ -693,6 +738,11 @@ def _before_loading(model: SPARC, state: Mapping[str, Any], prefix: str, *_: obj
 
 def _look_at_calibration(model: SPARC, *_: object) -> None:
     model.is_calibrated  # noqa: B018  (a compiled model does not look at its buffers)
+
+
+def _after_loading(model: SPARC, *_: object) -> None:
+    model._clear_private()
+    _look_at_calibration(model)
 
 
 def _is_stream(item: tuple[object, object]) -> bool:

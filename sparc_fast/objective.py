@@ -20,7 +20,7 @@ from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, measure, reconstruct
 from sparc_fast.ops.layout import stream_slices, wide
 from sparc_fast.ops.reference import ZERO_ROW, loss_summary, nmse_scale, row_energy, weighted_sum
-from sparc_fast.selection import Selection, Thresholds
+from sparc_fast.selection import Private, Selection, Thresholds
 from sparc_fast.whole import WHOLE, Whole
 
 Loss = Literal["nmse", "fvu"]
@@ -237,10 +237,12 @@ class Objective:
     """Where `dead` are numbers, how many there are, with those that are in other processes."""
     shards: Whole = WHOLE
     """Of the latents, where processes share them."""
+    private: Private | None = None
+    """Latents of one stream each. AuxK looks at all alike: in other streams these have no values."""
 
     def over(self, batches: Iterable[Batch]) -> Objective:
         """The same for a batch, given whole or in parts; NMSE does not look at it, being each sample's own."""
-        return self if self.loss == "nmse" else replace(self, spread=spread_of(batches))
+        return self if self.loss == "nmse" else replace(self, spread=spread_of(batches, self.shards.moments))
 
     def choose(self, batch: Batch) -> list[Part]:
         """The parts of a batch, with their supports; reads no row of the decoder.
@@ -257,7 +259,7 @@ class Objective:
         return replace(self, support_from=[name for name in self.support_from if name in streams] or None)
 
     def _part(self, batch: Batch) -> Part:
-        indices = self._select(self.selection, batch, self.k, self.support_from)
+        indices = self._select(self.selection, batch, self.k, self.support_from, self.private)
         return Part(batch, Supports(indices, None if self.dead is None else self._among(self.dead, batch)), self)
 
     def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
@@ -354,9 +356,16 @@ class Objective:
         """AuxK's support: of each sample or, under local selection, each stream of it, as many as may be of so many."""
         return self._select("local" if self.selection == "local" else "global", batch, min(self.auxk, n_latents))
 
-    def _select(self, rule: Selection, batch: Batch, k: int, support_from: Sequence[str] | None = None) -> Tensor:
+    def _select(
+        self,
+        rule: Selection,
+        batch: Batch,
+        k: int,
+        support_from: Sequence[str] | None = None,
+        private: Private | None = None,
+    ) -> Tensor:
         found = selection.select(
-            rule, batch, k, support_from=support_from, thresholds=self.thresholds,
+            rule, batch, k, support_from=support_from, thresholds=self.thresholds, private=private,
             backend=self.shards.backend(self.backend, batch.x.device),
         )  # fmt: skip
         return self.shards.compact(found)

@@ -240,7 +240,7 @@ def test_all_phases_fit_into_eight_minutes_and_the_first_result_into_four() -> N
     assert measured + 60 <= gpu.BUDGET[False]  # the tests' time, where everything before takes all it may
     assert sum(phase.seconds for phase in phases.values() if phase.quick) <= gpu.BUDGET[True] + 20
     assert list(dict.fromkeys(name.split("-")[0] for name in names)) == [
-        "roofs", "small", "profile", "operators", "step", "rows", "rivals", "tests", "sanitizer", "sweep"
+        "roofs", "small", "profile", "operators", "step", "rows", "rivals", "tests", "ranks", "sanitizer", "sweep"
     ]  # fmt: skip
 
 

@@ -101,11 +101,15 @@ def cuda_calls(module: Any) -> dict[str, list[Any]]:
     take_in = [module.FilterPlan(L, K, capacity), candidates, capacity, scores, 0, [zeros(L), w_norm, zeros(L), ones(L)],
                [x_norm, zeros(N), ones(N)], K, [1e-5, 0.0, 0.0], 0]  # fmt: skip
     module.filter_scores(*take_in)
+    X, of_tiles = floats(N, 8).bfloat16(), floats(L, 8).bfloat16()
+    screened = [candidates, capacity, X, of_tiles, zeros(L), ones(L), [ones(N), zeros(N), ones(N)], 1, K,
+                [1e-5, 0.0, 0.0], 2, room(module.screen_scores_workspace(N)), 0]  # fmt: skip
     samples = [x, floats(N * S, D), pre_bias, floats(N, S, K), floats(N, S, K), offsets, entries]
     step = [[0.1, 0.9, 0.99, 1e-8, 1.0], [floats(1).double(), ones(1).double()], integers(L, **whole)]
     return {
         "topk_rows": [topk, integers(N, K), scores, room(module.topk_rows_workspace(topk, N, K)), 0],
         "filter_scores": take_in,
+        "screen_scores": screened,
         "settle_supports": [candidates, capacity, x, pre_bias, W, zeros(L).double(), 0, x_norm, w_norm, 1e-5, 0.0,
                             integers(N, K), integers(N), integers(1), 0],
         "invert_indices": [integers(L + 1, **whole), integers(N * K, **whole), indices.flatten(),
@@ -211,7 +215,16 @@ def test_a_tensor_of_another_dtype_shape_layout_or_device_is_refused(name: str) 
     check_wrong(name, lambda: calls()[name], call, may_pass)
 
 
-CUDA = ["topk_rows", "filter_scores", "settle_supports", "invert_indices", "update_rows", "step_rows", "replay_rows"]
+CUDA = [
+    "topk_rows",
+    "filter_scores",
+    "screen_scores",
+    "settle_supports",
+    "invert_indices",
+    "update_rows",
+    "step_rows",
+    "replay_rows",
+]
 # scores, x, weights, pre_bias and copies, whose type is their own
 NARROW = {"topk_rows": [2], "settle_supports": [2, 3, 4], "update_rows": [(3, 3), (4, 3), *((5, i) for i in range(5))],
           "step_rows": [(1, 3), (2, 3)], "replay_rows": [(0, 3)]}  # fmt: skip
@@ -290,6 +303,7 @@ def test_what_a_cuda_kernel_writes_shares_no_memory_with_what_else_it_is_given(n
 READ = {
     "topk_rows": {(2,)},
     "filter_scores": {(3,), *((5, i) for i in range(4)), *((6, i) for i in range(3))},
+    "screen_scores": {(2,), (3,), (4,), (5,), *((6, i) for i in range(3))},
     "settle_supports": {(i,) for i in (2, 3, 4, 5, 7, 8)},
     "invert_indices": {(2,)},
     "update_rows": {*((5, i) for i in range(7)), (7, 0), (7, 1)},
@@ -302,7 +316,13 @@ READ = {
 @pytest.mark.skipif(build.COMPILER is None, reason="no g++")
 def test_a_cuda_kernel_refuses_a_workspace_that_is_too_small_and_sizes_beyond_its_integers(cuda: ModuleType) -> None:
     module = cuda._cuda
-    for name, i in (("invert_indices", 3), ("update_rows", 9), ("step_rows", 7), ("replay_rows", 4)):
+    for name, i in (
+        ("screen_scores", 11),
+        ("invert_indices", 3),
+        ("update_rows", 9),
+        ("step_rows", 7),
+        ("replay_rows", 4),
+    ):
         right = cuda_calls(module)[name]
         cuda_call(module, name, replaced(right, (i,), right[i][:-1]))
         with pytest.raises(ValueError, match=r"workspace must be [0-9]+ bytes that begin at whole 16"):

@@ -38,6 +38,14 @@ FAULTS = [
     ("phase", "plain", "more arrivals than a barrier counts at faults.cu:"),
     ("empty", "plain", "wrong result"),
     ("bytes", "plain", "threads wait for others that never come: thread 0 at faults.cu:"),
+    ("tile fence", "plain", "a tile to a barrier before any fence at faults.cu:"),
+    ("tile phase", "plain", "more arrivals than a barrier counts at faults.cu:"),
+    ("tile bytes", "plain", "threads wait for others that never come: thread 0 at faults.cu:"),
+    ("tile edge", "address", "a tile beyond its matrix or its place at faults.cu:"),
+    ("swizzle", "plain", "wrong result"),
+    ("sums fence", "plain", "a product of sums that no fence precedes at faults.cu:"),
+    ("sums early", "plain", "wrong result"),
+    ("tile early", "plain", "wrong result"),
 ]
 
 

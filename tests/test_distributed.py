@@ -72,6 +72,8 @@ def hard_model(case: str) -> tuple[sf.SPARC, Tensor]:
         return model_of(dtype=torch.bfloat16), x.bfloat16()
     if case == "local":
         return model_of(selection="local"), x
+    if case.startswith("batch"):
+        return hard_batch(case)
     if case == "k above a share":
         return model_of(n_latents=13, k=11), x
     if case == "all latents":
@@ -95,9 +97,39 @@ def hard_model(case: str) -> tuple[sf.SPARC, Tensor]:
     return model, x
 
 
+def hard_batch(case: str) -> tuple[sf.SPARC, Tensor]:
+    """The same for BatchTopK."""
+    options: dict[str, Any] = {"k above a share": {"n_latents": 13, "k": 9}, "float64": {"dtype": torch.float64}}
+    model, x = model_of(selection="batch", **options.get(case[7:], {})), samples(13)
+    with torch.no_grad():
+        if case == "batch, all equal":  # equal scores go to the earlier sample, then to the lower latent
+            model.W_enc.zero_()
+            model.latent_bias.zero_()
+        elif case == "batch, two values":
+            model.W_enc.copy_(model.W_enc[torch.arange(50) % 2])
+            model.latent_bias.zero_()
+        elif case == "batch, one sample has all":  # more than any pool of a few times k holds
+            x[5] *= 1e4
+            model.latent_bias.zero_()
+        elif case == "batch, one sample has all, on one rank":
+            x[5] *= 1e4
+            model.latent_bias[:, :-13] = -1e6
+        elif case == "batch, infinities":
+            model.latent_bias[:, ::3] = torch.inf
+            model.latent_bias[:, 1::3] = -torch.inf
+        elif case == "batch, nothing but -infinity":
+            model.latent_bias[:] = -torch.inf
+        elif case == "batch, NaN rows":
+            model.check_finite = False
+            x[3], x[7, 2] = torch.nan, torch.nan
+    return model, x.to(model.W_enc.dtype)
+
+
 CASES = [
     "random", "float64", "bfloat16", "local", "k above a share", "all latents", "all equal", "two values",
-    "all winners on one rank", "infinities", "NaN rows",
+    "all winners on one rank", "infinities", "NaN rows", "batch", "batch, float64", "batch, k above a share",
+    "batch, all equal", "batch, two values", "batch, one sample has all", "batch, one sample has all, on one rank",
+    "batch, infinities", "batch, nothing but -infinity", "batch, NaN rows",
 ]  # fmt: skip
 
 
@@ -206,6 +238,8 @@ def train_beside(options: dict[str, Any], of_optimizer: dict[str, Any], of_step:
 TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "global": ({}, {}, {}),
     "local": ({"selection": "local"}, {}, {}),
+    "batch": ({"selection": "batch"}, {"lazy": "replay"}, {}),
+    "batch, absent streams": ({"selection": "batch"}, {"max_grad_norm": 0.05}, {"absent": True}),
     "fvu": ({"loss": "fvu"}, {}, {}),
     "replay": ({}, {"lazy": "replay"}, {}),
     "clipped": ({}, {"max_grad_norm": 0.05}, {}),
@@ -291,8 +325,14 @@ def test_gradients_are_as_accurate_as_those_of_one_process(ranks: Ranks, dtype: 
 
 def codes_differ(selection: str, absent: bool) -> dict[str, float]:
     whole = model_of(selection=selection, dtype=torch.float64)
-    sharded = shard(whole)
     x = samples(23, dtype=torch.float64)
+    if selection == "batch":
+        learns = shard(whole)
+        learns.learn_thresholds(own(x, uneven=True))
+        whole.learn_thresholds(x)
+        assert torch.equal(learns.threshold, whole.threshold)
+        whole.eval()
+    sharded = shard(whole)
     present = None
     if absent:
         present = torch.rand(23, 2, generator=torch.Generator().manual_seed(3)) < 0.6
@@ -317,7 +357,7 @@ def codes_differ(selection: str, absent: bool) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("absent", [False, True], ids=["all present", "streams absent"])
-@pytest.mark.parametrize("selection", ["global", "local"])
+@pytest.mark.parametrize("selection", ["global", "local", "batch"])
 def test_codes_are_those_of_one_process_and_reconstructions_to_rounding(
     ranks: Ranks, selection: str, absent: bool
 ) -> None:
@@ -336,6 +376,48 @@ def many_samples_differ() -> bool:
 
 def test_ranks_may_encode_different_numbers_of_pieces(ranks: Ranks) -> None:
     assert all(ranks(many_samples_differ))
+
+
+def streams_of(x: Tensor) -> dict[str, Tensor]:
+    return dict(zip(WIDTHS, x.split(list(WIDTHS.values()), dim=1), strict=True))
+
+
+DECODED = ("reconstruction", "retrieval_by_reconstruction")  # sums over ranks; all others are of codes alone
+METRICS = ("concepts", "concepts_joint", "agreement", "cofiring", "purity", "monosemanticity", "retrieval", "latents")
+
+
+def evaluations_differ(options: dict[str, Any], replicas: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Figures that are not those of one process: the same numbers, or to rounding where reconstructions are summed."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "latents")) if replicas else None
+    whole, x = model_of(**options), streams_of(samples(61))
+    sharded = shard(whole, mesh)
+    if whole.selection == "batch":
+        for model in (whole, sharded):
+            model.learn_thresholds(x if model is whole else own(x))
+    labels = torch.rand(61, 4, generator=torch.Generator().manual_seed(2)) < 0.4
+    expected, found = (
+        sf.evaluate.evaluate(
+            model, x, labels, metrics=(*METRICS, *DECODED), batch_size=17, resamples=5, say=lambda _: None
+        )
+        for model in (whole, sharded)
+    )
+    assert sharded.training
+    for one, other in zip(expected.single_codes.values(), found.single_codes.values(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    rounded = {score.key for metric in expected.metrics if metric.key in DECODED for score in metric.scores}
+    figures = [
+        {**each.scores(), **{f"± {key}": width for key, width in each.intervals().items()}}
+        for each in (expected, found)
+    ]
+    return {
+        key: (one, other)
+        for (key, one), other in zip(figures[0].items(), figures[1].values(), strict=True)
+        if one != (pytest.approx(other, rel=1e-4, abs=1e-6) if key.removeprefix("± ") in rounded else other)
+    }
+
+
+def test_an_evaluation_has_the_figures_of_one_process_on_every_rank(ranks: Ranks) -> None:
+    assert ranks(evaluations_differ, {}) == [{}] * ranks.n
 
 
 def exchanged(n_latents: int, dtype: torch.dtype) -> dict[str, int]:
@@ -421,12 +503,15 @@ def refused(case: str) -> str:
             shard(model_of(k=3 if rank == 1 else 4))
         elif case == "too few latents":
             shard(model_of(n_latents=here()[1] + 1, k=1)) if here()[1] > 2 else shard(model_of(n_latents=1, k=1))
-        elif case == "selection":
-            shard(model_of(selection="batch"))
         elif case == "forward":
             model(x)
-        elif case == "evaluate":
-            sf.evaluate.evaluate(model, dict.fromkeys(model.streams, x[:, :1]))
+        elif case == "other samples":
+            sf.evaluate.evaluate(model, streams_of(samples(9, seed=rank)))
+        elif case == "labels":
+            labels = torch.zeros(4 if rank == 1 else 9, 2, dtype=torch.bool)
+            sf.evaluate.evaluate(model, streams_of(samples(9)), labels)
+        elif case == "dictionary":
+            sf.evaluate.evaluate(model, streams_of(samples(9)), metrics=["bridge"])
         elif case == "capturable":
             sf.SparcAdam(model, capturable=True)
     except (ValueError, RuntimeError) as error:
@@ -437,8 +522,10 @@ def refused(case: str) -> str:
 REFUSALS = {
     "NaN": "must be finite", "width": r"must be \[..., D=23\]", "other streams": "of the streams that rank 0 has",
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
-    "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model", "selection": "must have selection",
-    "capturable": "capturable must be False", "evaluate": "model must be whole",
+    "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model",
+    "capturable": "capturable must be False",
+    "other samples": "inputs must be the same on every rank", "labels": "labels must be",
+    "dictionary": "'bridge' must be given a model that is whole",
 }  # fmt: skip
 
 
@@ -509,6 +596,10 @@ REPLICATED: dict[str, tuple[dict[str, Any], dict[str, Any], bool, int]] = {
     "local, replayed, absent": ({"selection": "local"}, {"lazy": "replay"}, True, 1),
     "accumulated and clipped": ({}, {"max_grad_norm": 0.05}, False, 3),
     "clipped, absent": ({}, {"max_grad_norm": 0.05}, True, 1),
+    "batch": ({"selection": "batch"}, {}, False, 1),
+    "batch, replayed, absent": ({"selection": "batch"}, {"lazy": "replay"}, True, 1),
+    "fvu, absent": ({"loss": "fvu"}, {}, True, 1),
+    "fvu, accumulated": ({"loss": "fvu"}, {}, False, 3),
 }
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import Ranks
-from training_runs import config, files
+from training_runs import D, config, files, rows
 
 import sparc_fast as sf
+from sparc_fast import cli
 from sparc_fast.training import Trainer, load_model, read_metrics
 
 pytestmark = [
@@ -133,13 +137,8 @@ def refused_three(folder: Path) -> str:
     return refused_replicas(folder, replicas=3)
 
 
-def refused_fvu(folder: Path) -> str:
-    return refused_replicas(folder, replicas=2, loss="fvu")
-
-
 def test_replicas_that_cannot_be_are_refused(four: Ranks, tmp_path: Path) -> None:
     assert all("replicas must divide the number of ranks, 4, got 3" in said for said in four(refused_three, tmp_path))
-    assert all('loss must be "nmse" where the mesh has replicas' in said for said in four(refused_fvu, tmp_path))
 
 
 def train_variant(folder: Path, name: str) -> int:
@@ -202,6 +201,32 @@ def test_a_rank_that_is_there_for_something_else_is_refused_by_name(
     for said in two(refused, tmp_path, case):
         assert said.startswith(f"every rank must have the {name} of rank 0")
         assert "rank 1 has" in said
+
+
+def evaluated(folder: Path, out: str) -> tuple[int, str]:
+    """(exit status, what it says)."""
+    said = io.StringIO()
+    command = ["eval", str(folder / "model.safetensors"), "--data", str(folder), "--out", str(folder / out)]
+    with redirect_stdout(said), redirect_stderr(said):
+        status = cli.main([*command, "--resamples", "20", "--markdown"])
+    return status, said.getvalue()
+
+
+def test_the_command_eval_has_the_table_of_one_process_and_says_it_once(two: Ranks, tmp_path: Path) -> None:
+    for stream, x in rows(90).items():
+        np.save(tmp_path / f"{stream}.npy", x.numpy())
+    np.save(tmp_path / "labels.npy", np.arange(90)[:, None] % 5 == np.arange(5))
+    torch.manual_seed(0)
+    sf.SPARC(D, 64, 3).save(tmp_path / "model.safetensors")
+    status, said = evaluated(tmp_path, "one.json")
+    assert (status, len(said) > 500) == (0, True)
+    assert two(evaluated, tmp_path, "two.json") == [(0, said), (0, "")]
+    one, other = (
+        {key: x for key, x in flat(json.loads((tmp_path / name).read_text())) if isinstance(x, float)}
+        for name in ("one.json", "two.json")
+    )
+    assert len(one) > 50
+    assert other == pytest.approx(one, rel=1e-4)
 
 
 def diverges(folder: Path) -> tuple[str, int]:

@@ -217,7 +217,7 @@ BRIDGE = Metric(
             lambda found: sum(one.shared for one in found.values()) / len(found) if found else None,
         ),
     ),
-    needs=frozenset({"single"}),
+    needs=frozenset({"single", "dictionary"}),
     resample=_resample,
     details=_details,
     work=_work,

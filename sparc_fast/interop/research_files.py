@@ -149,6 +149,8 @@ def to_upstream(model: SPARC, path: str | Path, *, batch_size: int = 256, fold_c
         )
     if model.selection == "batch":
         raise ValueError('model must have selection "global" or "local" for the research code, got "batch"')
+    if model.private_latents:
+        raise ValueError(f"model must have no private latents for the research code, got {model.config()['private']}")
     for name in model.streams:
         if not name or "." in name:
             raise ValueError(f"model must have stream names without a dot for the research code, got {name!r}")

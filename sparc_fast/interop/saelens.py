@@ -132,6 +132,11 @@ def to_saelens(
 
     if model.selection not in WRITERS:
         raise ValueError(f"model must have the selection {' or '.join(WRITERS)}, got {model.selection!r}")
+    if model.private_latents:
+        raise ValueError(
+            "model must have no private latents: a SAE of SAELens chooses among all of its latents alike, not some of "
+            f"these and some of those, got {model.config()['private']}"
+        )
     # in half precision each side would round elsewhere
     dtype = model.W_enc.dtype if model.W_enc.dtype == torch.float64 else torch.float32
     # rows that it normalizes have the norm sqrt(D) there

@@ -12,7 +12,9 @@ from sparc_fast.objective import Terms
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import stream_slices, wide
 from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
+from sparc_fast.optim import private_rows
 from sparc_fast.optim.freezing import Run
+from sparc_fast.selection import Private
 
 LATENTS_AT_ONCE = 1024
 """Rows of W_enc whose products are in memory at a time."""
@@ -35,9 +37,13 @@ class OneBatch(NamedTuple):
     """The supports that the samples' entries are of."""
     zero_rows: Tensor | None
     """As in `Batch`."""
+    private: Private | None = None
+    """Latents whose rows move in one stream alone."""
 
     def update(self, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """A step of the rows, those of a run of streams or all; returns what a backend's `update_rows` does."""
+        if self.private is not None:
+            return private_rows.update(self, self.private, rows, run, adam, backend)
         grads = self.grad_pre_bias.new_empty(0), self.grad_pre_bias.new_empty(0)
         for some, samples in self._of(rows, run, backend):
             found = backend.update_rows(some, samples, adam)
@@ -46,6 +52,8 @@ class OneBatch(NamedTuple):
 
     def squared_norm(self, rows: Rows, run: Run | None, backend: Backend) -> tuple[Tensor, Tensor]:
         """(the sum of squares of the rows' gradients, float64, grad_latent_bias), as for `update`."""
+        if self.private is not None:
+            return private_rows.squared_norm(self, self.private, rows, run, backend)
         total = torch.zeros((), dtype=torch.float64, device=self.grad_pre_bias.device)
         grad_latent_bias = self.grad_pre_bias.new_empty(0)
         for some, samples in self._of(rows, run, backend):
@@ -89,8 +97,16 @@ class OneBatch(NamedTuple):
 class MicroBatches:
     """What `OneBatch` is, for one that is given in parts: its sums, with both weight gradients [L, D] in memory."""
 
-    def __init__(self, d_streams: tuple[int, ...], silence: Tensor, backend: Backend, n_samples: int) -> None:
+    def __init__(
+        self,
+        d_streams: tuple[int, ...],
+        silence: Tensor,
+        backend: Backend,
+        n_samples: int,
+        private: Private | None = None,
+    ) -> None:
         self.d_streams, self.backend, self.n_samples = d_streams, backend, n_samples
+        self._private = private
         self._gradients: tuple[Tensor, Tensor, Tensor] | None = None
         self.terms: dict[tuple[str, ...], Terms] = {}
         self.zero_rows: Tensor | None = None
@@ -105,6 +121,8 @@ class MicroBatches:
         if part.zero_rows is not None:
             self.zero_rows = part.zero_rows if self.zero_rows is None else self.zero_rows + part.zero_rows
         gradients = self.backend.weight_gradients(*part.samples, self.d_streams)
+        if self._private is not None:
+            self._private.clear(*gradients)
         if self._gradients is None:
             self._gradients, self.grad_pre_bias = gradients, part.grad_pre_bias
         else:

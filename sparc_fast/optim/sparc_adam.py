@@ -19,6 +19,7 @@ from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Rows, Samples
 from sparc_fast.optim.freezing import Run, Trained
 from sparc_fast.optim.lazy_rows import Behind
 from sparc_fast.optim.micro_batches import MicroBatches, OneBatch
+from sparc_fast.optim.private_rows import decoder_blocks
 from sparc_fast.optim.step_graphs import Made, Quiet, StepGraphs, can_capture
 
 MomentType = Literal["float32", "bfloat16"]
@@ -57,7 +58,7 @@ class SparcAdam(torch.optim.Optimizer):
         graph: on a GPU, steps on whole batches of all streams whose shape stays the same are captured in a CUDA graph
             and replayed, which launches all of a step at once: the same training, bit for bit, without the host's time.
             The graph's scratch stays allocated. What cannot be captured is made as ever: several parts, `present`, zero
-            rows of a calibrated model, ``lazy``, selection="batch", steps while latents are dead, several processes.
+            rows of a calibrated model, private latents, ``lazy``, selection="batch", steps while latents are dead, several processes.
             With ``capturable`` you capture the step yourself.
         seed: of that rounding. The same seed gives the same bits, on any number of threads, lazy or not; it is not
             part of the state.
@@ -199,7 +200,7 @@ class SparcAdam(torch.optim.Optimizer):
                 self._quiet.note(model.silence, given.n_samples)
         else:
             n_samples = model._shards.samples(n_own)
-            batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples)
+            batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples, model._private)
             objective = objective.over(model._batch(*part) for part in parts)
             for part in parts:
                 batch.add(self._flow(model._batch(*part), n_samples, objective, backend))
@@ -210,10 +211,18 @@ class SparcAdam(torch.optim.Optimizer):
     def _is_fixed(self, parts: Sequence[tuple[Inputs, Tensor | None]]) -> bool:
         """Whether such a step may read nothing on the host but which samples it gets."""
         model = self.model
-        is_plain = self.graph and not self.capturable and self._behind is None and model.selection != "batch"
+        is_plain = self.graph and not self.capturable and self._behind is None
+        chooses_alike = model.selection != "batch" and model._private is None
         is_alone = model._shards.is_whole and not model._shards.has_replicas
         is_one = len(parts) == 1 and parts[0][1] is None
-        return is_plain and is_alone and is_one and not model.silence.is_inference() and can_capture(model.W_enc.device)
+        return (
+            is_plain
+            and chooses_alike
+            and is_alone
+            and is_one
+            and not model.silence.is_inference()
+            and can_capture(model.W_enc.device)
+        )
 
     def _kind(self, given: Batch, objective: Objective, states: Sequence[dict[str, Tensor] | None]) -> Hashable | None:
         """What a captured step stands on; None where it may not be captured."""
@@ -271,8 +280,9 @@ class SparcAdam(torch.optim.Optimizer):
         every = model.d_streams if model._shards.has_replicas else None
         of_pre_bias = sum(grad_pre_bias[1:], grad_pre_bias[0])
         one = OneBatch(
-            given.streams, terms, *fired(parts, flows, every), samples, of_pre_bias, supports, given.zero_rows
-        )
+            given.streams, terms, *fired(parts, flows, every), samples, of_pre_bias, supports, given.zero_rows,
+            model._private,
+        )  # fmt: skip
         return self._with_replicas(one, backend)
 
     def _with_replicas(self, one: OneBatch, backend: backends.Backend) -> OneBatch:
@@ -417,7 +427,8 @@ class SparcAdam(torch.optim.Optimizer):
             (exact,), moments = of_run.weights, of_run.their_moments
             copy = of_run.copies[1] if of_run.copies else None
             rows = DecoderRows(exact, moments, of_run.d_streams, behind.last_step, copy)
-            backend.replay_rows(rows, latents, behind.history, self._seed_of_rows)
+            for some, here in decoder_blocks(rows, run, latents, self.model._private):
+                backend.replay_rows(some, here, behind.history, self._seed_of_rows)
         if "master" in self.state[W_dec]:
             self._seen[W_dec] = W_dec._version
 

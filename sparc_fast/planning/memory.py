@@ -68,6 +68,9 @@ class Sizes:
         self.N, self.rows = config.micro_batch, config.batch_size  # `rows` of an optimizer step
         k = max(config.k, config.k_start)
         k = min(k * UNLIKE, config.n_latents) if config.selection == "batch" else k
+        q = config.private_k  # beside these, those of each stream's own, all in one support where there is one
+        quotas = [q] * len(config.private) if isinstance(q, int) else q.values()
+        k += (max if config.selection == "local" else sum)([0, *quotas])
         self.L, self.k, self.ranks = L, _, _ = -(-config.n_latents // ranks), k, ranks  # L of this rank's latents
         self.n_dead = round(dead * L) if config.auxk and config.auxk_coef else 0
         self.k_dead = min(config.auxk, self.n_dead)  # latents of AuxK's support

@@ -12,8 +12,9 @@ from sparc_fast.ops import functional
 from sparc_fast.ops.backends import Backend
 
 from .batch_topk import Thresholds
+from .private import Private
 
-__all__ = ["RULES", "Selection", "Thresholds", "select"]
+__all__ = ["RULES", "Private", "Selection", "Thresholds", "select"]
 
 Selection = Literal["global", "local", "batch"]
 RULES: tuple[Selection, ...] = get_args(Selection)
@@ -26,14 +27,21 @@ def select(
     *,
     support_from: Sequence[str] | None = None,
     thresholds: Thresholds | None = None,
+    private: Private | None = None,
     backend: str | Backend = "auto",
 ) -> Tensor:
     """The support of a batch; reads no decoder row.
 
     Of all its streams, [N, k], under "global", of each stream, [N, S, k], under "local". Under "batch" [N, W], -1 where
     a sample has fewer than others: the largest scores of the batch, or, given `thresholds`, those above.
-    Streams that `support_from` leaves out have no say, but under "local".
+    Streams that `support_from` leaves out have no say, but under "local". The rule chooses of the latents that are not
+    `private`; each stream's own best of those are in the last slots.
     """
+    if private is not None:
+        shared = select(
+            rule, private.shared(batch), k, support_from=support_from, thresholds=thresholds, backend=backend
+        )
+        return private.beside(shared, batch, backend)
     if support_from is not None:
         if rule == "local":
             raise ValueError("support_from must be None under local selection: each stream chooses its own")

@@ -12,9 +12,12 @@ from itertools import combinations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparc_fast.batch import Batch
 from sparc_fast.ops import backends, functional
+from sparc_fast.ops.backends import Backend
+from sparc_fast.whole import WHOLE, Whole
 
 MOST_STREAMS = 8  # 255 sets of them
 MEASURED = 64  # samples of a batch from which a threshold is learned
@@ -25,8 +28,8 @@ REMEMBERED = 4  # times that a threshold was learned, over which it is a mean, a
 class Thresholds:
     """What is stored with the model: of each set of its streams a threshold, and how often it was learned."""
 
-    def __init__(self, values: Tensor, counts: Tensor, streams: Sequence[str]) -> None:
-        self.values, self.counts, self.streams = values, counts, tuple(streams)
+    def __init__(self, values: Tensor, counts: Tensor, streams: Sequence[str], shards: Whole = WHOLE) -> None:
+        self.values, self.counts, self.streams, self._shards = values, counts, tuple(streams), shards
 
     @staticmethod
     def empty(n_streams: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
@@ -50,7 +53,7 @@ class Thresholds:
             )
         return float(self.values[at])
 
-    def learn(self, batch: Batch, k: int, backend: str) -> None:
+    def learn(self, batch: Batch, k: int, backend: str | Backend) -> None:
         """First for every set of the batch's streams, then, in one of some steps, for that learned the fewest times."""
         sets = list(_sets(batch.streams))
         counts = self.counts[[self._place(some) for some in sets]]
@@ -60,7 +63,7 @@ class Thresholds:
         elif int(self.counts[0]) % EVERY == 0:
             self._learn(batch.of_streams(sets[int(counts.argmin())]), k, backend)
 
-    def learn_all(self, batch: Batch, k: int, backend: str) -> None:
+    def learn_all(self, batch: Batch, k: int, backend: str | Backend) -> None:
         """Once more for every set of the batch's streams."""
         for some in _sets(batch.streams):
             self._learn(batch.of_streams(some), k, backend)
@@ -72,13 +75,22 @@ class Thresholds:
             self.values[at], self.counts[at] = other.values[there], other.counts[there]
 
     @torch.no_grad()
-    def _learn(self, batch: Batch, k: int, backend: str) -> None:
-        if not len(batch.x):
+    def _learn(self, batch: Batch, k: int, backend: str | Backend) -> None:
+        if not self._shards.samples(len(batch.x)):
             return
-        found, at = _smallest_that_fires(batch, k, backend).to(self.values), self._place(batch.streams)
+        found, at = self._smallest_that_fires(batch, k, backend).to(self.values), self._place(batch.streams)
         self.counts[at] += 1
         before = torch.where(self.counts[at] == 1, found, self.values[at])
         self.values[at] = before + (found - before) / self.counts[at].clamp(max=REMEMBERED)
+
+    def _smallest_that_fires(self, batch: Batch, k: int, backend: str | Backend) -> Tensor:
+        """In some samples of a batch; 0 where it is negative, for what fires then has no value."""
+        x = self._shards.first_samples(batch.x, MEASURED)
+        operands = x, batch.W_enc, batch.pre_bias, batch.latent_bias
+        support = functional.batch_topk(*operands, k, backend=backend)
+        scores = backends.resolve(backend, x.device).support_scores(*operands, support.clamp(min=0))
+        fires = scores.masked_fill(support < 0, torch.inf).flatten()
+        return self._shards.least(pad(fires, (0, 1), value=torch.inf).amin()).clamp(min=0)
 
     def _place(self, streams: Sequence[str]) -> int:
         return sum(1 << self.streams.index(name) for name in streams)
@@ -88,11 +100,3 @@ def _sets(streams: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """All of the streams, then each by itself, then the others, which are asked for least."""
     sizes = dict.fromkeys((len(streams), 1, *range(2, len(streams)))) if streams else ()
     return (some for size in sizes for some in combinations(streams, size))
-
-
-def _smallest_that_fires(batch: Batch, k: int, backend: str) -> Tensor:
-    """In some samples of a batch; 0 where it is negative, for what fires then has no value."""
-    operands = batch.x[:MEASURED], batch.W_enc, batch.pre_bias, batch.latent_bias
-    support = functional.batch_topk(*operands, k, backend=backend)
-    scores = backends.resolve(backend, batch.x.device).support_scores(*operands, support.clamp(min=0))
-    return scores.masked_fill(support < 0, torch.inf).amin().clamp(min=0)

@@ -20,7 +20,7 @@ from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.ids import SUFFIXES as IDS_SUFFIXES
 from sparc_fast.data.shards import is_list_of_files
 from sparc_fast.selection import RULES
-from sparc_fast.sizes import as_bytes, parse_bytes
+from sparc_fast.sizes import as_bytes, is_integer, parse_bytes
 
 REQUIRED = MISSING
 SUPPORT_DROPOUT = 0.5  # docs/training.md has what it wins
@@ -118,6 +118,36 @@ def _norms(value: Any) -> str | dict[str, str]:
     return dict(value) if isinstance(value, Mapping) else str(value)
 
 
+def _counts(value: Any) -> dict[str, int]:
+    if not isinstance(value, Mapping) or not all(isinstance(s, str) and is_integer(n) for s, n in value.items()):
+        raise ValueError
+    if not all(n >= 1 for n in value.values()):
+        raise ValueError
+    return {stream: int(n) for stream, n in value.items()}
+
+
+def _quotas(value: Any) -> int | dict[str, int]:
+    if not is_integer(value):
+        return _counts(value)
+    if value < 0:
+        raise ValueError
+    return int(value)
+
+
+def parse_counts(texts: Sequence[str], flag: str) -> int | dict[str, int]:
+    """One number, or ``stream=number`` of some streams."""
+    named = [text.rpartition("=") for text in texts]
+    try:
+        if len(texts) == 1 and "=" not in texts[0]:
+            return int(texts[0])
+        counts = {stream: int(number) for stream, _, number in named if stream}
+    except ValueError:
+        counts = {}
+    if len(counts) < len(named):
+        raise ValueError(f"{flag} must be a number, or stream=number once for each of some streams, got {list(texts)}")
+    return counts
+
+
 def parse_source(text: str) -> tuple[str, Place | tuple[Place, str]]:
     """(stream, source) of a text ``stream=path`` or ``stream=path#name``; several files are separated by commas.
 
@@ -166,6 +196,8 @@ sources = Kind(
 identifiers = Kind("the name of a data set in every file, or a table of streams as for data", _identifiers)
 norms = Kind("none or l2, or a table of streams, each none or l2", _norms)
 names = Kind("a list of names", _names)
+counts = Kind("a table of streams, each an integer >= 1", _counts)
+quotas = Kind("an integer >= 0, or a table of streams, each an integer >= 1", _quotas)
 place = _checked("a path", (str, Path), lambda _: True, str)
 size = Kind('an integer >= 1, in bytes, or a size such as "4GiB"', lambda value: as_bytes(value, "size"), parse_bytes)
 part = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
@@ -228,6 +260,14 @@ class Config:
         "global",
         choice(*RULES),
         "one support for all streams; local: one for each; batch: for all, of k latents a sample on average",
+    )
+    private: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata=about(counts, "how many of the latents belong to one stream alone: a table of streams"),
+    )
+    private_k: int | Mapping[str, int] = field(
+        default=0,
+        metadata=about(quotas, "how many of its own latents a stream fires beside the k; or a table of streams"),
     )
     auxk: int = setting(64, integer(0), "dead latents that reconstruct the residual; 0 turns AuxK off")
     dead_after: int = setting(256_000, integer(0), "samples without firing after which a latent is dead")
@@ -375,6 +415,12 @@ class Config:
             raise ValueError(f'accumulate must be 1 with selection="batch", got {self.accumulate}')
         if self.k > self.n_latents:
             raise ValueError(f"k must be between 1 and n_latents={self.n_latents}, got {self.k}")
+        if bool(self.private) != bool(self.private_k):
+            raise ValueError(f"private and private_k must be given together, got {self.private} and {self.private_k}")
+        shared = self.n_latents - sum(self.private.values())
+        if self.private and max(self.k, self.k_start) > shared:
+            most = max(self.k, self.k_start)
+            raise ValueError(f"private must leave at least k={most} of n_latents={self.n_latents}, got {self.private}")
         if (self.k_start > 0) != (self.k_ramp > 0):
             raise ValueError(f"k_start and k_ramp must be given together, got {self.k_start} and {self.k_ramp}")
         if self.k_start > self.n_latents:
