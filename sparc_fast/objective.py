@@ -25,9 +25,6 @@ from sparc_fast.whole import WHOLE, Whole
 
 Loss = Literal["nmse", "fvu"]
 
-OUT_OF_REACH = -1e30
-"""A latent bias no pre-activation makes up for; finite, so that bounds around it are."""
-
 
 def nmse(recons: Tensor, x: Tensor) -> Tensor:
     """mean_n ||recons[n] - x[n]||^2 / ||x[n]||^2 over the last dimension; a zero row counts as a sample of error 0.
@@ -352,9 +349,10 @@ class Objective:
     def _backend(self, of: Tensor) -> backends.Backend:
         return backends.resolve(self.shards.backend(self.backend, of.device), of.device)
 
-    def _best(self, batch: Batch, n_latents: int) -> Tensor:
+    def _best(self, batch: Batch, n_latents: int, among: Tensor | None = None) -> Tensor:
         """AuxK's support: of each sample or, under local selection, each stream of it, as many as may be of so many."""
-        return self._select("local" if self.selection == "local" else "global", batch, min(self.auxk, n_latents))
+        rule: Selection = "local" if self.selection == "local" else "global"
+        return self._select(rule, batch, min(self.auxk, n_latents), among=among)
 
     def _select(
         self,
@@ -363,9 +361,10 @@ class Objective:
         k: int,
         support_from: Sequence[str] | None = None,
         private: Private | None = None,
+        among: Tensor | None = None,
     ) -> Tensor:
         found = selection.select(
-            rule, batch, k, support_from=support_from, thresholds=self.thresholds, private=private,
+            rule, batch, k, support_from=support_from, thresholds=self.thresholds, private=private, among=among,
             backend=self.shards.backend(self.backend, batch.x.device),
         )  # fmt: skip
         return self.shards.compact(found)
@@ -375,7 +374,5 @@ class Objective:
         if dead.dtype == torch.int64:
             positions = self._best(batch.encoder_of_latents(dead), self.n_dead)
             return AmongDead(positions, dead, bias, None)
-        # all latents, in which only the dead can win; where fewer than auxk are, others fill up with values of 0
-        bias = bias.masked_fill(~dead, max(OUT_OF_REACH, torch.finfo(bias.dtype).min))
-        positions = self._best(batch._replace(latent_bias=bias), len(dead))
+        positions = self._best(batch, len(dead), dead)  # with empty slots where fewer are dead
         return AmongDead(positions, None, bias, dead.any())

@@ -89,18 +89,33 @@ def test_weights_that_others_write_between_replays_are_trained_on() -> None:
     assert_same(captured, plain)
 
 
-def test_steps_that_read_the_device_are_made_one_call_at_a_time() -> None:
-    plain, captured = (optimizer(dead_after=9) for _ in range(2))
-    given = batches(*[2] * 8)
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_dead_latents_are_revived_in_graphs_too(selection: str) -> None:
+    plain, captured = (optimizer({"graph": g}, dead_after=3, selection=selection) for g in (False, True))
+    elsewhere = optimizer(dead_after=3, selection=selection)
+    given = batches(*[2] * 6)
+    with recorded_graphs(captured) as graphs:
+        expected, found = train(plain, given), train(captured, given)
+    assert len(graphs) == 1
+    for ours, theirs, eager in zip(found, expected, train(elsewhere, given), strict=True):
+        assert all(a is b or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert (ours.auxk is None or ours.auxk == 0) == (eager.auxk is None)
+        torch.testing.assert_close(ours.total, eager.total)
+    assert found[0].auxk is None
+    assert found[-1].auxk > 0
+    assert_same(captured, plain)
+
+
+def test_rows_of_zeros_are_absent_from_steps_made_one_call_at_a_time() -> None:
+    plain, captured = (optimizer({"graph": g}) for g in (False, True))
+    given = batches(*[2] * 5)
     for opt in (plain, captured):
         opt.model.calibrate(batches(40)[0])
-    given[3][:, :6] = 0  # rows of zeros count as absent
-    expected = train(plain, given)
+    given[3][:, :6] = 0
     with recorded_graphs(captured) as graphs:
-        found = train(captured, given)
+        train(plain, given)
+        assert train(captured, given)[3].zero_rows.tolist() == [2, 0]
     assert len(graphs) == 1
-    assert [loss.auxk is None for loss in found] == [loss.auxk is None for loss in expected]
-    assert {loss.auxk is None for loss in found} == {True, False}
     assert_same(captured, plain)
 
 

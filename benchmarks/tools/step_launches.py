@@ -92,7 +92,7 @@ def without_kernels(into: Counted) -> Iterator[None]:
         patched.enter_context(mock.patch.dict(backends._AVAILABLE, {"cpu": ("triton", "reference")}))
         backends.resolve("triton", torch.device("cpu"))
         patched.enter_context(mock.patch.object(JITFunction, "run", run))
-        patched.enter_context(mock.patch("sparc_fast.kernels.global_topk._multiply", multiply))
+        patched.enter_context(mock.patch("sparc_fast.kernels.global_topk.multiply", multiply))
         yield
 
 

@@ -22,7 +22,14 @@ class Backend(Protocol):
     """The vocabulary every backend speaks; `reference` is its specification."""
 
     def global_topk(
-        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        pre_bias: Tensor,
+        latent_bias: Tensor,
+        k: int,
+        screening: str = "auto",
+        among: Tensor | None = None,
     ) -> Tensor: ...
 
     def batch_topk(
@@ -149,7 +156,7 @@ PLAIN = (*RAGGED, "gradient_squares", "update_rows", "step_rows", "replay_rows",
 # results that the reference does not find without looking at data, or at all
 _FAKES: dict[str, Callable[..., Any]] = {
     "count_silence": lambda silence, values, indices: None,
-    "global_topk": lambda x, W_enc, pre_bias, latent_bias, k, screening="auto": x.new_empty(
+    "global_topk": lambda x, W_enc, pre_bias, latent_bias, k, screening="auto", among=None: x.new_empty(
         (len(x), k), dtype=torch.int32
     ),
 }

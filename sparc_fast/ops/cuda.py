@@ -85,11 +85,17 @@ def topk_rows(scores: Tensor, k: int) -> Tensor:
 
 
 def global_topk(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    screening: str = "auto",
+    among: Tensor | None = None,
 ) -> Tensor:
     """int32 [N, k]: Triton's global_topk, with the scores filtered and the supports settled by CUDA kernels."""
     triton = import_module("sparc_fast.kernels.global_topk")
-    support: Tensor = triton.select(x, W_enc, pre_bias, latent_bias, k, screening, _selection(triton, k))
+    support: Tensor = triton.select(x, W_enc, pre_bias, latent_bias, k, screening, _selection(triton, k), among)
     return support
 
 

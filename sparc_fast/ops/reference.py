@@ -23,9 +23,15 @@ from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Gradients, Rows
 
 
 def global_topk(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    screening: str = "auto",
+    among: Tensor | None = None,
 ) -> Tensor:
-    """indices[n] = the k latents l of largest h[n, l].
+    """indices[n] = the k latents l of largest h[n, l], of those that ``among`` says, bool [L], where it is given.
 
     h[n, l] = sum_d (x - pre_bias)[n, d] W_enc[l, d] + sum_s latent_bias[s, l]
 
@@ -37,10 +43,21 @@ def global_topk(
     t[r + 1, i] = t[r, 2 i] + t[r, 2 i + 1],  and so on to  t[8, 0]
     h           = t[8, 0] + ((0 + latent_bias[0, l]) + latent_bias[1, l] + ...)
 
-    Equal h goes to the lower latent; NaN ranks with +inf. Ascending in each row, int32. ``screening`` is how a fast
-    backend may look for candidates first; it changes no result, and means nothing here.
+    Equal h goes to the lower latent; NaN ranks with +inf. Ascending in each row, int32, and -1 behind where there are
+    fewer than k. ``screening`` is how a fast backend may look for candidates first; it changes no result, and means
+    nothing here.
     """
-    return topk_rows(_scores(wide(x) - wide(pre_bias), W_enc, summed_bias(latent_bias)), k)
+    scores = _scores(wide(x) - wide(pre_bias), W_enc, summed_bias(latent_bias))
+    return topk_rows(scores, k) if among is None else _topk_among(scores, k, among)
+
+
+def _topk_among(scores: Tensor, k: int, among: Tensor) -> Tensor:
+    """`topk_rows` of some columns; how many these are is not asked."""
+    order = _ranked(scores).sort(dim=1, descending=True, stable=True).indices
+    chosen = among[order].sort(dim=1, descending=True, stable=True)
+    best = torch.gather(order, 1, chosen.indices[:, :k])
+    found = torch.where(chosen.values[:, :k], best, scores.shape[1]).sort(dim=1).values
+    return torch.where(found < scores.shape[1], found, -1).int()
 
 
 def batch_topk(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -58,8 +59,8 @@ class SparcAdam(torch.optim.Optimizer):
         graph: on a GPU, steps on whole batches of all streams whose shape stays the same are captured in a CUDA graph
             and replayed, which launches all of a step at once: the same training, bit for bit, without the host's time.
             The graph's scratch stays allocated. What cannot be captured is made as ever: several parts, `present`, zero
-            rows of a calibrated model, private latents, ``lazy``, selection="batch", steps while latents are dead, several processes.
-            With ``capturable`` you capture the step yourself.
+            rows of a calibrated model, private latents, ``lazy``, selection="batch", several processes. With
+            ``capturable`` you capture the step yourself.
         seed: of that rounding. The same seed gives the same bits, on any number of threads, lazy or not; it is not
             part of the state.
     """
@@ -141,7 +142,8 @@ class SparcAdam(torch.optim.Optimizer):
         is_fixed = self._is_fixed(parts)
         if is_fixed and self.model.auxk and auxk_coef and self._quiet.holds(self.model.silence, self.model.dead_after):
             auxk_coef = 0.0
-        objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, not self.capturable)
+        reads_host = not self.capturable and not is_fixed
+        objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, reads_host)
         with self.model._rows_left_behind(), autograd.without_autocast(self.model.W_enc):
             self._check_trainable()
             return self._step(parts, n_own, objective, is_fixed)
@@ -182,11 +184,13 @@ class SparcAdam(torch.optim.Optimizer):
 
         def whole_step(given: Batch, lr: float | Tensor, step: int | Tensor) -> SparcLoss:
             over = objective.over([given])
+            if is_fixed and over.dead is not None:
+                over = replace(over, dead=model.dead)  # now, not when this was captured
             return one_step(self._flow(given, given.n_samples, over, backend), lr, step)
 
         if len(parts) == 1:
             given = model._batch(*parts[0])
-            kind = self._kind(given, objective, states) if is_fixed else None
+            kind = self._kind(given, objective, states) if is_fixed and self.graph else None
             if kind is None:
                 loss = whole_step(given, lr, step)
             else:
@@ -211,7 +215,7 @@ class SparcAdam(torch.optim.Optimizer):
     def _is_fixed(self, parts: Sequence[tuple[Inputs, Tensor | None]]) -> bool:
         """Whether such a step may read nothing on the host but which samples it gets."""
         model = self.model
-        is_plain = self.graph and not self.capturable and self._behind is None
+        is_plain = not self.capturable and self._behind is None
         chooses_alike = model.selection != "batch" and model._private is None
         is_alone = model._shards.is_whole and not model._shards.has_replicas
         is_one = len(parts) == 1 and parts[0][1] is None
@@ -228,7 +232,7 @@ class SparcAdam(torch.optim.Optimizer):
         """What a captured step stands on; None where it may not be captured."""
         model, (group,) = self.model, self.param_groups
         lr, x = group["lr"], given.x
-        reads = objective.dead is not None or given.present is not None or given.zero_rows is not None
+        reads = given.present is not None or given.zero_rows is not None
         if reads or given.streams != model.streams or x.dtype == torch.float64 or not len(x):
             return None
         if isinstance(lr, Tensor) and lr.device != x.device:
@@ -238,6 +242,7 @@ class SparcAdam(torch.optim.Optimizer):
         return (
             x.shape, x.stride(), x.dtype, given.of_batch, objective.backend, objective.k, objective.cross_loss_coef,
             None if objective.support_from is None else tuple(objective.support_from), objective.loss,
+            objective.dead is None, objective.auxk, objective.auxk_coef, model.dead_after,
             group["betas"], group["eps"], self.max_grad_norm, self._seed_of_rows, matmul.allow_fp16_accumulation,
             matmul.allow_bf16_reduced_precision_reduction, tuple(tensor.data_ptr() for tensor in held),
         )  # fmt: skip

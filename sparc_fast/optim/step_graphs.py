@@ -20,6 +20,8 @@ from sparc_fast.objective import SparcLoss
 
 MET = 3
 """Steps of a kind that are made one call at a time."""
+LOOKS = 64
+"""Steps in one of which the host looks whether latents are still dead."""
 KEPT = 4
 """Graphs, each with the memory of a step's scratch; those met last."""
 
@@ -139,16 +141,22 @@ class Quiet:
 
     def __init__(self) -> None:
         self._seen: tuple[int, int] | None = None
-        self._left = -1
+        self._left, self._looked = -1, LOOKS
 
     def holds(self, silence: Tensor, dead_after: int) -> bool:
-        """Whether no latent is dead; waits for the device where that is in question, or others wrote `silence`."""
-        if self._left < 0 or self._seen != (silence.data_ptr(), silence._version):
-            self._left = dead_after - int(silence.max()) if len(silence) else 0
-            self.note(silence, 0)
+        """Whether surely no latent is dead; waits for the device where that is in question, or others wrote `silence`.
+
+        While some are, it is asked again in one of LOOKS steps.
+        """
+        is_known = self._seen == (silence.data_ptr(), silence._version)
+        if not is_known or (self._left < 0 and self._looked >= LOOKS):
+            self._left = dead_after - int(silence.max())
+            self._looked = 0
         return self._left >= 0
 
     def note(self, silence: Tensor, samples: int) -> None:
-        """After the latents of so many samples have been counted."""
-        self._left -= samples
+        """After a step, in which the latents of so many samples have been counted."""
+        if self._left >= 0:
+            self._left, self._looked = self._left - samples, LOOKS
+        self._looked += 1
         self._seen = silence.data_ptr(), silence._version
