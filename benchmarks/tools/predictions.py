@@ -213,7 +213,7 @@ CUDA = (
     ),
     HotPath(
         "update, encoder", "update_rows_kernel", "32 terms looked up, encoder",
-        lambda c: {"VOTE": 1, "STS": 1, r"LDG\.E\.64": 1, r"LDG\.E\.U16": 2}, _one,
+        lambda c: {"VOTE": 1, "STS": 1, r"LDG\.E\.64": 1}, _one,
         lambda shape, c: _rows_of_warps(shape, _entries(shape), 32),
     ),
     HotPath(
@@ -227,7 +227,7 @@ CUDA = (
     ),
     HotPath(
         "update, decoder", "update_rows_kernel", "32 terms looked up, decoder",
-        lambda c: {"VOTE": 1, "STS": 1, r"LDG\.E\.64": 1, r"LDG\.E\.U16": 1}, _one,
+        lambda c: {"VOTE": 1, "STS": 1, r"LDG\.E\.64": 1}, _one,
         lambda shape, c: _rows_of_warps(shape, _entries(shape) * shape.S, 32),
     ),
     HotPath(
