@@ -99,7 +99,8 @@ class SparcLoss(NamedTuple):
     cross: Tensor | None
     """Mean NMSE over ordered pairs of streams; None when its coefficient is 0 or one stream is present."""
     auxk: Tensor | None
-    """Mean NMSE of the residuals reconstructed by dead latents; None when none is dead."""
+    """Mean NMSE of the residuals reconstructed by dead latents; None when none is dead, or 0 where the host was not to
+    wait to hear it."""
     nmse: Tensor
     """[S, S], source by target, over the samples that have both; 0 where a pair was not computed."""
     zero_rows: Tensor
