@@ -124,6 +124,19 @@ OPERATORS: dict[str, Operator] = {
         gpu={"embedding_bag, bmm": rivals.decode_by_bags, "dense products": rivals.decode_by_products},
         comparable=lambda o, result: result[:3],
     ),
+    "nested_decode_loss": Operator(
+        lambda o: Cost(
+            2 * _flops(o) * o.shape.S,
+            2 * o.values.nbytes + _rows(o) + o.x.nbytes + len(o.sizes) * o.grad_recons.nbytes,
+            gathered=_gather(o),
+        ),
+        cpu={"decode_loss by autograd, each": rivals.every_dictionary(rivals.decode_by_autograd)},
+        gpu={
+            "embedding_bag, bmm, each": rivals.every_dictionary(rivals.decode_by_bags),
+            "dense products, each": rivals.every_dictionary(rivals.decode_by_products),
+        },
+        comparable=lambda o, result: result[:3],
+    ),
     "invert_indices": Operator(
         lambda o: Cost(0, 12.0 * o.indices.numel() + 8 * o.shape.L),
         cpu={"argsort + bincount": lambda o: lambda: invert(o.indices, o.shape.L)},

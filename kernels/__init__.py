@@ -8,6 +8,7 @@ from .global_topk import global_topk
 from .gradient_squares import gradient_squares
 from .invert_indices import invert_indices
 from .loss_summary import loss_summary
+from .nested_decode_loss import nested_decode_loss
 from .pooled_topk import batch_topk, latents_above
 from .replay_rows import replay_rows
 from .sample_scale import sample_scale
@@ -32,6 +33,7 @@ __all__ = [
     "invert_indices",
     "latents_above",
     "loss_summary",
+    "nested_decode_loss",
     "replay_rows",
     "sample_scale",
     "sparse_decode",

@@ -114,29 +114,32 @@ def _decode_loss_kernel(
         tl.store(parts, products, mask=mine[:, None] & (j < k)[None, :])
 
 
-@triton.jit(do_not_specialize=["size", "N"])
-def _sum_parts_kernel(nmse, nmse_parts, total, parts, columns, size, N, S, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """nmse[s, t] = the sum of nmse_parts[c, s, n] over samples and the chunks c of stream t, in float64, by a program
-    a pair; by all others total[i] = sum_c parts[c, i], in order."""
-    pair = tl.program_id(0)
-    if pair < S * S:
-        s, t = pair // S, pair % S
-        sums = tl.zeros([BLOCK], tl.float64)
-        for chunk in range(CHUNKS):
-            N_read = tl.where(tl.load(columns + chunk * 3 + 2) == t, N, 0)
-            part = nmse_parts + (chunk * S + s).to(tl.int64) * N
-            for start in range(0, N, BLOCK):
-                n = start + tl.arange(0, BLOCK)
-                sums += tl.load(part + n, mask=n < N_read, other=0.0).to(tl.float64)
-        tl.store(nmse + pair, tl.sum(sums, axis=0))
-    else:
-        i = (pair - S * S).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < size
-        total_here = tl.load(parts + i, mask=inside, other=0.0)
-        for _ in range(1, CHUNKS):
-            parts += size
-            total_here += tl.load(parts + i, mask=inside, other=0.0)
-        tl.store(total + i, total_here, mask=inside)
+@triton.jit(do_not_specialize=["size"])
+def _sum_parts_kernel(total, parts, size, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """total[i] = sum_c parts[c, i], in order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    sums = tl.load(parts + i, mask=inside, other=0.0)
+    for _ in range(1, CHUNKS):
+        parts += size
+        sums += tl.load(parts + i, mask=inside, other=0.0)
+    tl.store(total + i, sums, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _nmse_kernel(nmse, parts, columns, N, S, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """nmse[p, s, t] = the sum of parts[p, c, s, n] over samples and the chunks c of stream t, in float64."""
+    s, t, p = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    nmse += p * S * S
+    parts += (p * CHUNKS * S).to(tl.int64) * N
+    sums = tl.zeros([BLOCK_N], tl.float64)
+    for chunk in range(CHUNKS):
+        N_read = tl.where(tl.load(columns + chunk * 3 + 2) == t, N, 0)
+        part = parts + (chunk * S + s).to(tl.int64) * N
+        for start in range(0, N, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            sums += tl.load(part + n, mask=n < N_read, other=0.0).to(tl.float64)
+    tl.store(nmse + s * S + t, tl.sum(sums, axis=0))
 
 
 def choice(
@@ -199,9 +202,9 @@ def decode_loss(
     grad_values = torch.empty(N, S, k, dtype=stored(dtype, device), device=device)
     nmse, size = torch.empty(S, S, dtype=stored_sums, device=device), grad_values.numel()
     launch(
-        _sum_parts_kernel, (S * S + triton.cdiv(size, 1024),), nmse, nmse_parts, grad_values, grad_values_parts,
-        columns, size, N, S, CHUNKS=chunks, BLOCK=1024,
-    )  # fmt: skip
+        _sum_parts_kernel, (triton.cdiv(size, 1024),), grad_values, grad_values_parts, size, CHUNKS=chunks, BLOCK=1024
+    )
+    launch(_nmse_kernel, (S, S, 1), nmse, nmse_parts, columns, N, S, CHUNKS=chunks, BLOCK_N=1024)
     grad_recons = grad_recons.to(dtype)
     return nmse, grad_recons, grad_values.to(dtype), grad_recons.sum((0, 1), dtype=wide_type(dtype))
 

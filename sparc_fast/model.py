@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparc_fast import batch, checkpoint
 from sparc_fast.batch import AllStreams, Arrays, Batch, Inputs, Normalize, Whiten, columns_of, position
 from sparc_fast.codes import SparseLatents
-from sparc_fast.objective import Loss, Objective, SparcLoss, fired
+from sparc_fast.objective import Loss, Objective, SparcLoss, fired, nested_sizes
 from sparc_fast.ops import backends, functional, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import stream_slices
@@ -65,6 +65,9 @@ class SPARC(nn.Module):
         loss: what errors are told by: "nmse", each sample's squared error over its squared norm; or "fvu", all samples'
             squared errors over their squared deviations from the batch's mean, so that rows of tiny norm, of which
             every reconstruction is far off, have no more say than others. `sparc_fast.nmse` and `fvu` say it exactly.
+        matryoshka: sizes of nested dictionaries, ascending, each the first latents (arXiv 2503.17547); all `n_latents`
+            are always the last, named or not. Training minimises the mean of their losses, of what those latents of a
+            sample's support that are in a dictionary reconstruct alone; () has one dictionary.
         backend: "auto", the fastest available for the inputs' device, or a name.
         check_finite: raise on NaN or infinite inputs. On a GPU this waits for the device; under torch.compile
             and in a CUDA graph it is skipped.
@@ -94,6 +97,7 @@ class SPARC(nn.Module):
         private_k: int | Mapping[str, int] | None = None,
         normalize: Normalize | Mapping[str, Normalize] = "none",
         loss: Loss = "nmse",
+        matryoshka: Sequence[int] = (),
         backend: str = "auto",
         check_finite: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -123,6 +127,9 @@ class SPARC(nn.Module):
         if loss not in ("nmse", "fvu"):
             raise ValueError(f'loss must be "nmse" or "fvu", got {loss!r}')
         self.error: Loss = loss
+        self.matryoshka = nested_sizes(matryoshka, n_latents)
+        if self.matryoshka and private:
+            raise ValueError(f"matryoshka must be left out with private latents, got {self.matryoshka}")
         self.backend, self.check_finite = backend, check_finite
 
         S, L, D = len(self.d_streams), n_latents, sum(self.d_streams.values())
@@ -282,9 +289,30 @@ class SPARC(nn.Module):
         return model.train(self.training)
 
     @torch.no_grad()
-    def _take_over(self, other: SPARC) -> None:
-        """Become `other` in the streams that it has, whatever their order; the rest stays."""
-        rows = self._shards.rows(self.n_latents)
+    def prefix(self, n_latents: int, k: int | None = None) -> SPARC:
+        """A model of the first latents alone, which are a dictionary of their own where `matryoshka` has their number.
+
+        Its weights are copies, its dictionaries those of `matryoshka` that fit. It chooses its supports among these
+        latents: k of them, by default as many as this model's, though fewer of its k were among them in training; under
+        ``selection="batch"`` those above this model's threshold, just the ones that it fires of them.
+        """
+        if not self._shards.is_whole:
+            raise ValueError("prefix must be of a whole model, not of latents that processes share")
+        most = self.n_shared
+        if not isinstance(n_latents, Integral) or not 1 <= n_latents <= most:
+            raise ValueError(f"n_latents must be between 1 and those that streams share, {most}, got {n_latents}")
+        sizes = [size for size in self.matryoshka if size <= n_latents]
+        settings = {"n_latents": n_latents, "k": min(self.k, n_latents) if k is None else k, "matryoshka": sizes,
+            "private": None, "private_k": None}  # fmt: skip
+        like: dict[str, Any] = {"dtype": self.W_enc.dtype, "device": self.W_enc.device, "backend": self.backend}
+        model = SPARC(**{**self.config(), **settings}, **like)
+        model._take_over(self, slice(n_latents))
+        return model.train(self.training)
+
+    @torch.no_grad()
+    def _take_over(self, other: SPARC, rows: slice | None = None) -> None:
+        """Become `other`, or these latents of it, in the streams that it has, whatever their order; the rest stays."""
+        rows = self._shards.rows(self.n_latents) if rows is None else rows
         self.silence.copy_(other.silence[rows])
         if self.selection == other.selection == "batch":
             self._all_thresholds().take_over(other._all_thresholds())
@@ -360,6 +388,9 @@ class SPARC(nn.Module):
 
     def encode(self, inputs: Inputs | Arrays, present: Tensor | None = None) -> SparseLatents:
         """Sparse codes of any non-empty subset of streams; the support is chosen from the streams given.
+
+        A support that all streams share has the private latents of each in its last slots, which have a value in their
+        own stream alone; one of a stream has its own.
 
         Args:
             inputs: name -> [..., D_s] with equal leading dimensions, or all streams side by side, [..., D]. NumPy
@@ -447,7 +478,11 @@ class SPARC(nn.Module):
         self._count_silence(values, indices)
         loss = None
         if given.streams == self.streams:
-            loss = self._objective(cross_loss_coef).over([given]).compare(recons, given)
+            nested = [recons]
+            for size in reversed(self.matryoshka[:-1]):
+                some = torch.where(indices < size, indices, -1)
+                nested.append(functional.sparse_decode(values, some, self.W_dec, self.pre_bias, backend=self.backend))
+            loss = self._objective(cross_loss_coef).over([given]).compare(nested[::-1], given)
         named = {
             (source, target): self._uncalibrate(recons[:, s, cols], t).reshape(*given.leading, self.d_streams[target])
             for s, source in enumerate(given.streams)
@@ -466,6 +501,7 @@ class SPARC(nn.Module):
         """The training objective:  mean_s NMSE(s, s) + cross_loss_coef mean_{s != t} NMSE(s, t) + auxk_coef AuxK.
 
         Of a model with ``loss="fvu"``, FVU over the batch in place of NMSE; a stream that does not vary in it has none.
+        Of nested dictionaries (`matryoshka`) the mean over all of them in place of the first two terms.
         Over the streams given: self terms of each, cross terms between every ordered pair of them. AuxK joins in
         training mode while latents are dead: the `auxk` largest of the dead latents reconstruct what each stream's
         own reconstruction left over (Gao et al., arXiv 2406.04093). In training mode the dead counters move.
@@ -516,6 +552,7 @@ class SPARC(nn.Module):
             thresholds=self._thresholds(),
             n_dead=n_dead,
             shards=self._shards,
+            sizes=self.matryoshka,
             private=self._private,
         )
 
@@ -677,6 +714,8 @@ class SPARC(nn.Module):
         config = {name: getattr(self, name) for name in names}
         if self.normalize:  # files of models without are what they were
             config["normalize"] = dict(self.normalize)
+        if self.matryoshka:
+            config["matryoshka"] = list(self.matryoshka)
         if self._private is not None:
             config |= {"private": dict(self._private.counts), "private_k": dict(self._private.quotas)}
         return config if self.error == "nmse" else {**config, "loss": self.error}

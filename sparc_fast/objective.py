@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -64,6 +66,20 @@ def fvu_scale(spread: Sequence[Tensor], energy: Tensor, n_samples: int) -> Tenso
     return scale.to(energy.dtype).expand(len(energy), -1).contiguous()
 
 
+def nested_sizes(matryoshka: Sequence[int], n_latents: int) -> tuple[int, ...]:
+    """Sizes of nested dictionaries, of which all latents are the last, named or not; none for that one alone.
+
+    Raises:
+        ValueError: they do not ascend within the dictionary.
+    """
+    sizes = tuple(matryoshka)
+    whole = all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes)
+    if not whole or any(a >= b for a, b in pairwise((0, *sizes))) or max(sizes, default=0) > n_latents:
+        raise ValueError(f"matryoshka must be integers that ascend from 1 to n_latents={n_latents}, got {matryoshka}")
+    sizes = tuple(map(int, sizes)) if n_latents in sizes else (*map(int, sizes), n_latents)
+    return sizes if len(sizes) > 1 else ()
+
+
 def pair_weights(n_streams: int, cross_loss_coef: float) -> tuple[float, ...]:
     """weights[s, s] = 1 / S and weights[s, t] = cross_loss_coef / (S (S - 1)), row-major source by target."""
     S = n_streams
@@ -93,7 +109,7 @@ class SparcLoss(NamedTuple):
     """The objective and its parts; only `total` carries a gradient."""
 
     total: Tensor
-    """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar."""
+    """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar; with the mean of `prefixes` where there are some."""
     self: Tensor
     """Mean NMSE of each stream reconstructed from itself; FVU here and below where that is the model's loss."""
     cross: Tensor | None
@@ -105,6 +121,9 @@ class SparcLoss(NamedTuple):
     """[S, S], source by target, over the samples that have both; 0 where a pair was not computed."""
     zero_rows: Tensor
     """[S], samples whose input was all zero: in NMSE they count as error 0."""
+    prefixes: Tensor | None = None
+    """[P], self + cross_loss_coef * cross of each of nested dictionaries, whose mean is in `total`; the parts above are
+    those of the last, which is all latents. None where they are not nested."""
 
 
 class AmongDead(NamedTuple):
@@ -152,12 +171,21 @@ class Terms(NamedTuple):
     """[N, S'], the squared norms of the inputs."""
     loss: Tensor | None = None
     """What nmse adds up to, where that is known or carries the gradient."""
+    prefixes: Tensor | None = None
+    """[P], of each nested dictionary what its nmse adds up to."""
 
     def plus(self, other: Terms) -> Terms:
         """Those of both."""
-        auxk = [term for term in (self.auxk, other.auxk) if term is not None]
         energy = torch.cat([self.energy, other.energy])
-        return Terms(self.nmse + other.nmse, sum(auxk[1:], auxk[0]) if auxk else None, energy)
+        return Terms(
+            self.nmse + other.nmse, _sum(self.auxk, other.auxk), energy, prefixes=_sum(self.prefixes, other.prefixes)
+        )
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    """Of those there are."""
+    some = [term for term in terms if term is not None]
+    return sum(some[1:], some[0]) if some else None
 
 
 class Flow(NamedTuple):
@@ -171,8 +199,8 @@ class Flow(NamedTuple):
         return [self.reconstruction] if self.auxk is None else [self.reconstruction, self.auxk]
 
     def terms(self) -> Terms:
-        auxk = None if self.auxk is None else self.auxk.loss
-        return Terms(self.reconstruction.nmse, auxk, self.energy, self.reconstruction.loss)
+        auxk, first = None if self.auxk is None else self.auxk.loss, self.reconstruction
+        return Terms(first.nmse, auxk, self.energy, first.loss, first.prefixes)
 
 
 class Part(NamedTuple):
@@ -235,6 +263,8 @@ class Objective:
     """Where `dead` are numbers, how many there are, with those that are in other processes."""
     shards: Whole = WHOLE
     """Of the latents, where processes share them."""
+    sizes: Sequence[int] = ()
+    """Of nested dictionaries, up to all latents: the loss is the mean of theirs."""
     private: Private | None = None
     """Latents of one stream each. AuxK looks at all alike: in other streams these have no values."""
 
@@ -267,24 +297,38 @@ class Objective:
         if self.spread is not None:
             scale = self._scale(batch, energy, n_samples)
         weights = pair_weights(S, self.cross_loss_coef)
-        through = reconstruct if torch.is_grad_enabled() else measure
-        first = through(*batch.operands(), supports.indices, None, scale, weights, widths, backend)
+        if self.sizes or torch.is_grad_enabled():
+            first = reconstruct(*batch.operands(), supports.indices, None, scale, weights, widths, backend, self.sizes)
+        else:
+            first = measure(*batch.operands(), supports.indices, None, scale, weights, widths, backend)
         if supports.dead is None:
             return Flow(first, None, energy)
-        residual = self_residual(first.grad_recons, scale, widths)
+        if self.sizes:  # what all latents leave over
+            residual = self_residual(first.grad_recons[-1], scale / len(self.sizes), widths)
+        else:
+            residual = self_residual(first.grad_recons, scale, widths)
         if self.spread is None:
             _, scale = backend.sample_scale(residual, widths, n_samples)
         if supports.dead.any_dead is not None:
             scale = scale * supports.dead.any_dead
         weights = self_weights(S, self.auxk_coef)
         batch, indices = supports.dead.before(batch)
+        through = reconstruct if torch.is_grad_enabled() else measure
         auxk = through(*batch.operands(), indices, residual, scale, weights, widths, backend)
         if auxk.loss is None:
             auxk = auxk._replace(loss=weighted_sum(auxk.nmse, weights))
         return Flow(first, auxk, energy)
 
-    def compare(self, recons: Tensor, batch: Batch) -> SparcLoss:
-        """The loss of given reconstructions [N, S, D], differentiable by them, without AuxK."""
+    def compare(self, recons: Sequence[Tensor], batch: Batch) -> SparcLoss:
+        """The loss of given reconstructions [N, S, D], those of each nested dictionary or one, differentiable by them,
+        without AuxK."""
+        losses = [self._compare(one, batch) for one in recons]
+        if not self.sizes:
+            return losses[0]
+        prefixes = torch.stack([loss.total for loss in losses])
+        return losses[-1]._replace(total=prefixes.mean(), prefixes=prefixes.detach())
+
+    def _compare(self, recons: Tensor, batch: Batch) -> SparcLoss:
         S, columns = len(batch.streams), stream_slices(batch.d_streams)
         energy = row_energy(batch.x, batch.d_streams)
         if self.spread is None:
@@ -336,13 +380,16 @@ class Objective:
             auxk=torch.stack(auxk).sum() if auxk else None,
             nmse=nmse * (n_samples / counts.clamp(min=1)),
             zero_rows=zero_rows,
+            prefixes=_sum(*[loss.prefixes for loss in losses]),
         )
 
     def _summary(self, terms: Terms) -> SparcLoss:
-        nmse, auxk, energy, total = terms
+        nmse, auxk, energy, total, prefixes = terms
         summarize = loss_summary if torch.is_grad_enabled() else self._backend(nmse).loss_summary
         weights = pair_weights(len(nmse), self.cross_loss_coef)
-        loss = SparcLoss(*summarize(nmse, auxk, energy, weights, self.auxk_coef))
+        loss = SparcLoss(*summarize(nmse, auxk, energy, weights, self.auxk_coef), prefixes)
+        if total is None and prefixes is not None:
+            total = prefixes.mean()
         if total is not None:  # that of all weights alone carries the gradient
             loss = loss._replace(total=total if auxk is None else total + auxk)
         return loss

@@ -95,6 +95,9 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "decode_loss", decode_loss,
            ">nmse:A[S,S] >grad_recons:T[N,S,D] >grad_values:A[N,S,k] >grad_pre_bias:A[D] values:A[N,S,k] " SUPPORT
            "W_dec:T[L,D] pre_bias:A[D] target:T[N,D] scale:A[N,S] streams");
+    define(m, "nested_decode_loss", nested_decode_loss,  // Q = P S, M = P N
+           ">nmse:A[Q,S] >grad_recons:T[M,S,D] >grad_values:A[N,S,k] >grad_pre_bias:A[D] values:A[N,S,k] " SUPPORT
+           "W_dec:T[L,D] pre_bias:A[D] target:T[N,D] scale:A[N,S] sizes:i64[P] streams");
     define(m, "invert_indices", py::overload_cast<Tensor, Tensor, Tensor, int64_t>(invert_indices),
            ">offsets:i64[L+1] >entries:i64[E] " SUPPORT "#L");
     // R streams of values: where only the decoder is asked for, or moves, its columns need not be theirs

@@ -37,6 +37,8 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
         RuntimeError: torch.distributed is not initialized.
         ValueError: the ranks' models differ, or there are too few latents.
     """
+    if model.matryoshka:
+        raise ValueError(f"model must have one dictionary to be shared, got matryoshka={model.matryoshka}")
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("torch.distributed must be initialized to shard a model: start Python with torchrun")
     if not isinstance(model, SPARC) or not model._shards.is_whole:

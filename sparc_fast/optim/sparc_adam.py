@@ -15,7 +15,7 @@ from sparc_fast.model import SPARC
 from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
 from sparc_fast.ops.huge_pages import empty_rows
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import by_group, wide
 from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Rows, Samples
 from sparc_fast.optim.freezing import Run, Trained
 from sparc_fast.optim.lazy_rows import Behind
@@ -59,8 +59,8 @@ class SparcAdam(torch.optim.Optimizer):
         graph: on a GPU, steps on whole batches of all streams whose shape stays the same are captured in a CUDA graph
             and replayed, which launches all of a step at once: the same training, bit for bit, without the host's time.
             The graph's scratch stays allocated. What cannot be captured is made as ever: several parts, `present`, zero
-            rows of a calibrated model, private latents, ``lazy``, selection="batch", several processes. With
-            ``capturable`` you capture the step yourself.
+            rows of a calibrated model, private latents, matryoshka, ``lazy``, selection="batch", several processes.
+            With ``capturable`` you capture the step yourself.
         seed: of that rounding. The same seed gives the same bits, on any number of threads, lazy or not; it is not
             part of the state.
     """
@@ -216,7 +216,7 @@ class SparcAdam(torch.optim.Optimizer):
         """Whether such a step may read nothing on the host but which samples it gets."""
         model = self.model
         is_plain = not self.capturable and self._behind is None
-        chooses_alike = model.selection != "batch" and model._private is None
+        chooses_alike = model.selection != "batch" and model._private is None and not model.matryoshka
         is_alone = model._shards.is_whole and not model._shards.has_replicas
         is_one = len(parts) == 1 and parts[0][1] is None
         return (
@@ -272,21 +272,33 @@ class SparcAdam(torch.optim.Optimizer):
         passes = [
             (a, part.batch.x, one) for a, part, flow in zip(among, parts, flows, strict=True) for one in flow.passes()
         ]
+        values = [a.streams(one.values) for a, _, one in passes]
+        recons = [a.columns(a.streams(one.grad_recons.flatten(0, -3))) for a, _, one in passes]
         samples = Samples(
             stack([a.columns(x) for a, x, _ in passes]),
             model.pre_bias,
-            stack([a.streams(one.values) for a, _, one in passes]),
+            stack(values),
             stack([a.streams(one.grad_values) for a, _, one in passes]),
-            stack([a.columns(a.streams(one.grad_recons)) for a, _, one in passes]),
+            stack(recons),
             *inverse,
         )
+        of_decoder = None
+        if sizes := objective.sizes:
+            nested = [one.prefixes is not None for _, _, one in passes]  # AuxK's is not
+            groups = [by_group(some, sizes) if here else some for some, here in zip(used, nested, strict=True)]
+            repeated = [
+                some.repeat(len(sizes), 1, 1) if here else some for some, here in zip(values, nested, strict=True)
+            ]
+            inverse = backend.invert_indices(stack(groups), len(model.W_enc))
+            of_decoder = samples._replace(values=stack(repeated), offsets=inverse[0], entries=inverse[1])
+            samples = samples._replace(grad_recons=samples.grad_recons[:0])  # what moves W_enc is in grad_values
         grad_pre_bias = [a.columns(flow.reconstruction.grad_pre_bias) for a, flow in zip(among, flows, strict=True)]
         terms = {part.batch.streams: flow.terms() for part, flow in zip(parts, flows, strict=True)}
         every = model.d_streams if model._shards.has_replicas else None
         of_pre_bias = sum(grad_pre_bias[1:], grad_pre_bias[0])
         one = OneBatch(
             given.streams, terms, *fired(parts, flows, every), samples, of_pre_bias, supports, given.zero_rows,
-            model._private,
+            of_decoder, model._private,
         )  # fmt: skip
         return self._with_replicas(one, backend)
 

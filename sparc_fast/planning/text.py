@@ -98,7 +98,7 @@ class Plan:
         supports = len(self.streams.widths) if config.selection == "local" else 1
         auxk = config.auxk if config.auxk_coef and self.dead else 0
         sizes = config.batch_size, self.streams.widths, config.k * supports, self.ranks
-        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports)
+        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports, over_batch=config.selection == "batch")
 
     @property
     def hours(self) -> float | None:

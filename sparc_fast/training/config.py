@@ -19,6 +19,7 @@ from sparc_fast.data import AlignedFiles, FeatureFolder
 from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.ids import SUFFIXES as IDS_SUFFIXES
 from sparc_fast.data.shards import is_list_of_files
+from sparc_fast.objective import nested_sizes
 from sparc_fast.selection import RULES
 from sparc_fast.sizes import as_bytes, is_integer, parse_bytes
 
@@ -111,6 +112,11 @@ def _names(value: Any) -> list[str]:
     return listed
 
 
+def _sizes(value: Any) -> list[int]:
+    listed = [value] if isinstance(value, Integral) else list(value)
+    return [integer(1).convert(size) for size in listed]
+
+
 def _norms(value: Any) -> str | dict[str, str]:
     of_streams = value.values() if isinstance(value, Mapping) else [value]
     if not all(how in ("none", "l2") for how in of_streams):
@@ -196,6 +202,7 @@ sources = Kind(
 identifiers = Kind("the name of a data set in every file, or a table of streams as for data", _identifiers)
 norms = Kind("none or l2, or a table of streams, each none or l2", _norms)
 names = Kind("a list of names", _names)
+sizes = Kind("a list of integers >= 1", _sizes, int)
 counts = Kind("a table of streams, each an integer >= 1", _counts)
 quotas = Kind("an integer >= 0, or a table of streams, each an integer >= 1", _quotas)
 place = _checked("a path", (str, Path), lambda _: True, str)
@@ -260,6 +267,13 @@ class Config:
         "global",
         choice(*RULES),
         "one support for all streams; local: one for each; batch: for all, of k latents a sample on average",
+    )
+    matryoshka: Sequence[int] = field(
+        default=(),
+        metadata=about(
+            sizes,
+            "sizes of nested dictionaries, ascending, each the first latents; the last is `n_latents`, or left out",
+        ),
     )
     private: Mapping[str, int] = field(
         default_factory=dict,
@@ -415,6 +429,8 @@ class Config:
             raise ValueError(f'accumulate must be 1 with selection="batch", got {self.accumulate}')
         if self.k > self.n_latents:
             raise ValueError(f"k must be between 1 and n_latents={self.n_latents}, got {self.k}")
+        if nested_sizes(self.matryoshka, self.n_latents) and self.private:
+            raise ValueError(f"matryoshka must be left out with private latents, got {self.matryoshka}")
         if bool(self.private) != bool(self.private_k):
             raise ValueError(f"private and private_k must be given together, got {self.private} and {self.private_k}")
         shared = self.n_latents - sum(self.private.values())

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,10 +26,11 @@ HEAD = 5  # steps, their total, steps with AuxK, their auxk, steps with a cross 
 class Means:
     """Sums of losses since the last record, float64 on the device: nothing waits for it until they are read."""
 
-    def __init__(self, streams: tuple[str, ...], device: torch.device) -> None:
-        self.streams = streams
+    def __init__(self, streams: tuple[str, ...], device: torch.device, sizes: Sequence[int] = ()) -> None:
+        """`sizes`: of nested dictionaries, whose losses come last."""
+        self.streams, self.sizes = streams, tuple(sizes)
         S = len(streams)
-        self.sums = torch.zeros(HEAD + S + 2 * S * S, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(HEAD + S + 2 * S * S + len(sizes), dtype=torch.float64, device=device)
 
     def add(self, loss: SparcLoss, pairs: Tensor | None = None, zero_rows: Tensor | None = None) -> None:
         """One more step; of samples of which so many have both of two streams, [S, S], by default all of them; and how
@@ -41,7 +42,8 @@ class Means:
         if loss.cross is None:
             measured = measured.diagonal().diag()
         zero = loss.zero_rows if zero_rows is None else loss.zero_rows + zero_rows.to(loss.zero_rows.device)
-        self.sums += torch.cat([head, zero, loss.nmse.reshape(-1), measured.reshape(-1)])
+        prefixes = [] if loss.prefixes is None else [loss.prefixes]
+        self.sums += torch.cat([head, zero, loss.nmse.reshape(-1), measured.reshape(-1), *prefixes])
 
     def take(self) -> Record | None:
         """The means as plain numbers, and begin anew; None where no step was made."""
@@ -51,7 +53,8 @@ class Means:
             return None
         S = len(self.streams)
         pairs = [(s, t) for s in range(S) for t in range(S)]
-        zero_rows, sums, counts = rest[:S], rest[S : S + S * S], rest[S + S * S :]
+        zero_rows, sums, counts = rest[:S], rest[S : S + S * S], rest[S + S * S : S + 2 * S * S]
+        nested = {str(size): loss / n for size, loss in zip(self.sizes, rest[S + 2 * S * S :], strict=True)}
         nmse = {pair: total / steps if steps else None for pair, total, steps in zip(pairs, sums, counts, strict=True)}
         return {
             "loss": total / n,
@@ -60,6 +63,7 @@ class Means:
             "auxk": auxk / n_auxk if n_auxk else None,
             "nmse": {f"{self.streams[s]} -> {self.streams[t]}": nmse[s, t] for s, t in pairs},
             "zero_rows": int(sum(zero_rows)),
+            **({"prefixes": nested} if nested else {}),
         }
 
     def load(self, sums: Tensor) -> None:
