@@ -21,7 +21,8 @@ from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
 from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, reconstruct, weighted_sum
 from sparc_fast.ops.layout import stream_slices, wide
-from sparc_fast.selection import Private, Selection, Thresholds
+from sparc_fast.selection import LOCAL, Private, Selection, Thresholds
+from sparc_fast.selection.jumprelu import Jump, JumpGradients, JumpReLU
 from sparc_fast.whole import WHOLE, Whole
 
 Loss = Literal["nmse", "fvu"]
@@ -128,7 +129,8 @@ class SparcLoss(NamedTuple):
     """The objective and its parts; only `total` carries a gradient."""
 
     total: Tensor
-    """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar; with the mean of `prefixes` where there are some."""
+    """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar; with the mean of `prefixes`, if any, and
+    the sparsity penalty under JumpReLU."""
     self: Tensor
     """Mean NMSE of each stream reconstructed from itself; FVU here and below where that is the model's loss."""
     cross: Tensor | None
@@ -142,6 +144,8 @@ class SparcLoss(NamedTuple):
     prefixes: Tensor | None = None
     """[P], self + cross_loss_coef * cross of each of nested dictionaries, whose mean is in `total`; the parts above are
     those of the last, which is all latents. None where they are not nested."""
+    l0: Tensor | None = None
+    """Under JumpReLU, how many latents fire a sample (and stream, if each chooses by itself) on average; else None."""
 
 
 class AmongDead(NamedTuple):
@@ -174,6 +178,8 @@ class Supports(NamedTuple):
 
     indices: Tensor
     dead: AmongDead | None
+    jump: Jump | None = None
+    """Under JumpReLU, which of the indices fire."""
 
     def used(self) -> list[Tensor]:
         return [self.indices] if self.dead is None else [self.indices, self.dead.indices]
@@ -191,13 +197,17 @@ class Terms(NamedTuple):
     """What nmse adds up to, where that is known or carries the gradient."""
     prefixes: Tensor | None = None
     """[P], of each nested dictionary what its nmse adds up to."""
+    fired: Tensor | None = None
+    """Under JumpReLU, how many latents did, [1] or of each stream, [S']."""
 
     def plus(self, other: Terms) -> Terms:
         """Those of both."""
         energy = torch.cat([self.energy, other.energy])
+        fired = _sum(*(None if some.fired is None else some.fired.detach() for some in (self, other)))
         return Terms(
-            self.nmse + other.nmse, _sum(self.auxk, other.auxk), energy, prefixes=_sum(self.prefixes, other.prefixes)
-        )
+            self.nmse + other.nmse, _sum(self.auxk, other.auxk), energy, prefixes=_sum(self.prefixes, other.prefixes),
+            fired=fired,
+        )  # fmt: skip
 
 
 def _sum(*terms: Tensor | None) -> Tensor | None:
@@ -212,13 +222,18 @@ class Flow(NamedTuple):
     reconstruction: Reconstruction
     auxk: Reconstruction | None
     energy: Tensor
+    jump: JumpGradients | None = None
+    latent_threshold: Tensor | None = None
 
     def passes(self) -> list[Reconstruction]:
         return [self.reconstruction] if self.auxk is None else [self.reconstruction, self.auxk]
 
     def terms(self) -> Terms:
         auxk, first = None if self.auxk is None else self.auxk.loss, self.reconstruction
-        return Terms(first.nmse, auxk, self.energy, first.loss, first.prefixes)
+        loss, fired = first.loss, None
+        if self.jump is not None and self.latent_threshold is not None:
+            loss, fired = self.jump.carried(loss, self.latent_threshold)
+        return Terms(first.nmse, auxk, self.energy, loss, first.prefixes, fired)
 
 
 class Part(NamedTuple):
@@ -277,6 +292,8 @@ class Objective:
     """For FVU, what `over` finds."""
     thresholds: Thresholds | None = None
     """What latents fire by, where it is not each other."""
+    jumprelu: JumpReLU | None = None
+    """How thresholds are trained, where latents have their own."""
     n_dead: int = 0
     """Where `dead` are numbers, how many there are, with those that are in other processes."""
     shards: Whole = WHOLE
@@ -305,8 +322,21 @@ class Objective:
         return replace(self, support_from=[name for name in self.support_from if name in streams] or None)
 
     def _part(self, batch: Batch) -> Part:
+        dead = None if self.dead is None else self._among(self.dead, batch)
+        if self.jumprelu is not None:
+            jumped = self._jump(self.jumprelu, batch)
+            return Part(batch, Supports(jumped.indices, dead, jumped), self)
         indices = self._select(self.selection, batch, self.k, self.support_from, self.private)
-        return Part(batch, Supports(indices, None if self.dead is None else self._among(self.dead, batch)), self)
+        return Part(batch, Supports(indices, dead), self)
+
+    def _jump(self, settings: JumpReLU, batch: Batch) -> Jump:
+        assert self.thresholds is not None
+        if self.support_from is not None:
+            selection.check_support_from(self.selection)
+        if self.private is None:
+            return settings.jump(batch, self.k, self.thresholds, self.support_from, self.backend)
+        shared = settings.jump(self.private.shared(batch), self.k, self.thresholds, self.support_from, self.backend)
+        return shared.beside(self.private.beside(shared.indices, batch, self.backend))
 
     def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
         S, widths = len(batch.streams), batch.d_streams
@@ -314,9 +344,13 @@ class Objective:
         scale = self._scale(batch, energy, n_samples)
         weights = pair_weights(S, self.cross_loss_coef)
         backend = backends.resolve(self.shards.backend(self.backend, batch.x.device), batch.x.device)
-        first = reconstruct(*batch.operands(), supports.indices, None, scale, weights, widths, backend, self.sizes)
+        jumped = supports.jump
+        fires = None if jumped is None else jumped.fires
+        operands = *batch.operands(), supports.indices, None, scale
+        first = reconstruct(*operands, weights, widths, backend, self.sizes, fires)
+        gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc))
         if supports.dead is None:
-            return Flow(first, None, energy)
+            return Flow(first, None, energy, gradients, batch.latent_threshold)
         if self.sizes:  # what all latents leave over
             residual = self_residual(first.grad_recons[-1], scale / len(self.sizes), widths)
         else:
@@ -326,9 +360,9 @@ class Objective:
         if supports.dead.any_dead is not None:
             scale = scale * supports.dead.any_dead
         weights = self_weights(S, self.auxk_coef)
-        batch, indices = supports.dead.before(batch)
-        auxk = reconstruct(*batch.operands(), indices, residual, scale, weights, widths, backend)
-        return Flow(first, auxk, energy)
+        before, indices = supports.dead.before(batch)
+        auxk = reconstruct(*before.operands(), indices, residual, scale, weights, widths, backend)
+        return Flow(first, auxk, energy, gradients, batch.latent_threshold)
 
     def compare(self, recons: Sequence[Tensor], batch: Batch) -> SparcLoss:
         """The loss of given reconstructions [N, S, D], those of each nested dictionary or one, differentiable by them,
@@ -365,7 +399,22 @@ class Objective:
         were found to be absent.
         """
         loss = self._over_samples(terms, streams)
+        if self.jumprelu is not None:
+            l0, penalty = self.jumprelu.penalty(*self.fired(terms, streams), self.k)
+            loss = loss._replace(total=loss.total + penalty, l0=l0)
         return loss if zero_rows is None else loss._replace(zero_rows=loss.zero_rows + zero_rows)
+
+    def fired(self, terms: Mapping[tuple[str, ...], Terms], streams: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(how many latents fired, in how many samples), each [1] or, where each stream chooses by itself, [S]."""
+        first = next(iter(terms.values()))
+        is_local = self.selection in LOCAL
+        fired, samples = first.energy.new_zeros(2, len(streams) if is_local else 1)
+        for names, some in terms.items():
+            assert some.fired is not None
+            at = [streams.index(name) for name in names] if is_local else [0]
+            fired = fired.index_add(0, torch.tensor(at, device=fired.device), some.fired)
+            samples[at] += len(some.energy)
+        return fired, samples
 
     def _over_samples(self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...]) -> SparcLoss:
         if tuple(terms) == (streams,):
@@ -395,7 +444,7 @@ class Objective:
         )
 
     def _summary(self, terms: Terms) -> SparcLoss:
-        nmse, auxk, energy, total, prefixes = terms
+        nmse, auxk, energy, total, prefixes, _ = terms
         S = len(nmse)
         if total is None:
             total = (
@@ -411,7 +460,7 @@ class Objective:
 
     def _best(self, batch: Batch, n_latents: int) -> Tensor:
         """AuxK's support: of each sample or, under local selection, each stream of it, as many as may be of so many."""
-        return self._select("local" if self.selection == "local" else "global", batch, min(self.auxk, n_latents))
+        return self._select("local" if self.selection in LOCAL else "global", batch, min(self.auxk, n_latents))
 
     def _select(
         self,

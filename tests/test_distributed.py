@@ -683,6 +683,8 @@ def refused(case: str) -> str:
             sf.evaluate.evaluate(model, streams_of(samples(9)), labels)
         elif case == "capturable":
             sf.SparcAdam(model, capturable=True)
+        elif case == "thresholds":
+            shard(model_of(selection="jumprelu"))
     except (ValueError, RuntimeError) as error:
         return str(error)
     return ""
@@ -693,6 +695,7 @@ REFUSALS = {
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
     "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model",
     "capturable": "capturable must be False", "private": "must have no private latents",
+    "thresholds": "model must have no thresholds of latents to be shared, got selection='jumprelu'",
     "other samples": "inputs must be the same on every rank", "labels": "labels must be",
 }  # fmt: skip
 

@@ -54,13 +54,14 @@ def batch_topk(
 
 def latents_above(
     backend: Backend, shards: Shards, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor,
-    threshold: float, k: int, screening: str = "auto",
-) -> Tensor:  # fmt: skip
+    threshold: float, k: int, screening: str = "auto", sure: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`reference.latents_above` of all ranks' rows, laid out as `batch_topk`."""
     exchange = shards.exchange
-    own = backend.latents_above(x, W_enc, pre_bias, latent_bias, threshold, min(k, len(W_enc)), screening)
+    own, scores = backend.latents_above(x, W_enc, pre_bias, latent_bias, threshold, min(k, len(W_enc)), screening, sure)
     counts = exchange.gather((own >= 0).sum(1).int()[None], [1] * exchange.ranks, "candidates").T
-    return _beside(own, own >= 0, counts, exchange.rank)
+    support = _beside(own, own >= 0, counts, exchange.rank)
+    return support, _beside(scores, own >= 0, counts, exchange.rank, -torch.inf)
 
 
 def kth_largest(scores: Tensor, k: int, exchange: Exchange) -> Tensor:
@@ -93,10 +94,10 @@ def _flip(numbers: Tensor, bits: int) -> Tensor:
     return flipped
 
 
-def _beside(indices: Tensor, chosen: Tensor, counts: Tensor, rank: int) -> Tensor:
+def _beside(indices: Tensor, chosen: Tensor, counts: Tensor, rank: int, nothing: float = -1) -> Tensor:
     """What was chosen of the latents here, behind those of earlier ranks; counts [N, P] are how many each rank has."""
     width = max(1, int(counts.sum(1).max())) if len(counts) else 1
-    support = indices.new_full((len(indices), width), -1)
+    support = indices.new_full((len(indices), width), nothing)
     samples, slots = chosen.nonzero(as_tuple=True)
     places = counts[:, :rank].sum(1, keepdim=True) + chosen.cumsum(1) - 1
     support[samples, places[samples, slots]] = indices[samples, slots]

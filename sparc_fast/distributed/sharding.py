@@ -39,6 +39,8 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
     """
     if not isinstance(model, SPARC) or not model._shards.is_whole:
         raise ValueError("model must be a SPARC that is whole")
+    if model.jumprelu is not None:
+        raise ValueError(f"model must have no thresholds of latents to be shared, got selection={model.selection!r}")
     if model.matryoshka:
         raise ValueError(f"model must have one dictionary to be shared, got matryoshka={model.matryoshka}")
     if model.private_latents:

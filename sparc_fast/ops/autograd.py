@@ -104,6 +104,8 @@ class Reconstruction(NamedTuple):
     """[D], the decoder's part; of no use where a residual was reconstructed."""
     prefixes: Tensor | None = None
     """[P], of each nested dictionary what the loss is the mean of; None where they are not nested."""
+    activations: Tensor | None = None
+    """[N, S, k], what values are where latents fire, of a support that has others too."""
 
 
 class ReconstructionLoss(torch.autograd.Function):
@@ -128,8 +130,10 @@ class ReconstructionLoss(torch.autograd.Function):
         d_streams: Sequence[int],
         backend: Backend,
         sizes: Sequence[int],
+        fires: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        values = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
+        activations = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
+        values = activations if fires is None else activations * (fires[:, None] if fires.ndim == 2 else fires)
         target, decoder_bias = (x, pre_bias) if residual is None else (residual, torch.zeros_like(pre_bias))
         operands = values, indices, W_dec, decoder_bias, target, scale, weights, d_streams
         prefixes: tuple[Tensor, ...] = ()
@@ -144,7 +148,8 @@ class ReconstructionLoss(torch.autograd.Function):
         ctx.save_for_backward(x, W_enc, pre_bias, indices, values, grad_recons, grad_values, grad_pre_bias)
         ctx.d_streams, ctx.backend, ctx.decodes_pre_bias, ctx.sizes = d_streams, backend, residual is None, sizes
         ctx.set_materialize_grads(False)
-        parts = nmse, values, grad_recons, grad_values, grad_pre_bias, *prefixes
+        more = prefixes if fires is None else (*prefixes, activations)
+        parts = nmse, values, grad_recons, grad_values, grad_pre_bias, *more
         ctx.mark_non_differentiable(*parts)
         return loss, *parts
 
@@ -152,7 +157,7 @@ class ReconstructionLoss(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 12
+            return (None,) * 13
         with without_autocast(grad_loss):
             return ReconstructionLoss._gradients(ctx, grad_loss)
 
@@ -175,7 +180,7 @@ class ReconstructionLoss(torch.autograd.Function):
             grad_pre_bias = grad_pre_bias + through_decoder
         grads = (grad_W_enc, grad_W_dec, grad_pre_bias, grad_latent_bias)
         scaled = (grad.mul_(grad_loss).to(x.dtype) for grad in grads)
-        return None, *scaled, *(None,) * 7
+        return None, *scaled, *(None,) * 8
 
 
 def reconstruct(
@@ -191,10 +196,12 @@ def reconstruct(
     d_streams: Sequence[int],
     backend: Backend,
     sizes: Sequence[int] = (),
+    fires: Tensor | None = None,
 ) -> Reconstruction:
     """`ReconstructionLoss` by the names of its results; a residual is reconstructed without the pre-bias.
 
-    With ``sizes``, the loss is the mean over nested dictionaries, `nested_decode_loss`.
+    With ``sizes``, the loss is the mean over nested dictionaries, `nested_decode_loss`. Where `fires`, of the shape of
+    the support, is False, values are 0, as in an empty slot; grad_values are told.
     """
     for name, data in (("x", x), ("scale", scale), ("residual", residual)):
         if data is not None and data.requires_grad and torch.is_grad_enabled():
@@ -203,9 +210,11 @@ def reconstruct(
             )
     operands = x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale
     with without_autocast(x):
-        settings = tuple(weights), tuple(d_streams), backend, tuple(sizes)
-        parts = ReconstructionLoss.apply(*operands, *settings)  # type: ignore[no-untyped-call]
-    return Reconstruction(*parts)
+        settings = tuple(weights), tuple(d_streams), backend, tuple(sizes), fires
+        parts = list(ReconstructionLoss.apply(*operands, *settings))  # type: ignore[no-untyped-call]
+    activations = None if fires is None else parts.pop()
+    found = Reconstruction(*parts)
+    return found._replace(activations=activations)
 
 
 def weighted_sum(nmse: Tensor, weights: Sequence[float]) -> Tensor:

@@ -38,7 +38,8 @@ class Backend(Protocol):
         threshold: float,
         k: int,
         screening: str = "auto",
-    ) -> Tensor: ...
+        sure: float | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
 
     def topk_rows(self, scores: Tensor, k: int) -> Tensor: ...
 

@@ -165,7 +165,7 @@ def latents_above(
     _check_screening(screening)
     with torch.no_grad():
         operator = backends.resolve(backend, x.device).latents_above
-        return operator(x, W_enc, pre_bias, latent_bias, float(threshold), min(k, len(W_enc)), screening)
+        return operator(x, W_enc, pre_bias, latent_bias, float(threshold), min(k, len(W_enc)), screening)[0]
 
 
 def support_values(

@@ -56,14 +56,19 @@ def batch_topk(
 
 
 def latents_above(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, threshold: float, k: int, screening: str = "auto"
-) -> Tensor:
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, threshold: float, k: int, screening: str = "auto",
+    sure: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """indices[n] = the latents l with h[n, l] of `global_topk` > threshold; laid out as `batch_topk`.
 
-    ``k``, how many of them a sample may have, and ``screening`` change no result, and mean nothing here.
+    scores[n, j] = h[n, indices[n, j]] where that is at most ``sure``, by default the threshold, and +inf elsewhere: how
+    far above it is, nobody asks; -inf in an empty slot. ``k``, how many latents a sample may have, and ``screening``
+    change no result, and mean nothing here.
     """
     h = _ranked(_scores(wide(x) - wide(pre_bias), W_enc, summed_bias(latent_bias)))
-    return pooled_topk.ragged(_every_latent(h), h > threshold)
+    indices = pooled_topk.ragged(_every_latent(h), h > threshold)
+    scores = h.gather(1, indices.clamp(min=0).long()) if h.shape[1] else h.new_empty(indices.shape)
+    return indices, pooled_topk.told(indices, scores, threshold, sure)
 
 
 def _every_latent(h: Tensor) -> Tensor:

@@ -42,6 +42,10 @@ class OneBatch(NamedTuple):
     over these."""
     private: Private | None = None
     """Latents whose rows move in one stream alone."""
+    of_threshold: Tensor | None = None
+    """Under JumpReLU, the sums of `JumpGradients.both` of all streams."""
+    grad_threshold: Tensor | None = None
+    """[S, L], made of these when all of the batch is known."""
 
     def update(self, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """A step of the rows, those of a run of streams or all; returns what a backend's `update_rows` does."""
@@ -73,7 +77,13 @@ class OneBatch(NamedTuple):
         samples, of_decoder = self.samples._replace(values=values, grad_values=grad_values), self.of_decoder
         if of_decoder is not None:
             of_decoder = of_decoder._replace(values=wide(of_decoder.values) * factor)
-        return self._replace(samples=samples, of_decoder=of_decoder, grad_pre_bias=self.grad_pre_bias * factor)
+        return self._replace(
+            samples=samples, of_decoder=of_decoder, grad_pre_bias=self.grad_pre_bias * factor,
+            grad_threshold=None if self.grad_threshold is None else self.grad_threshold * factor,
+        )  # fmt: skip
+
+    def with_grad_threshold(self, grad_threshold: Tensor) -> OneBatch:
+        return self._replace(grad_threshold=grad_threshold)
 
     def weight_gradients(self, d_streams: tuple[int, ...], backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
         """(grad_W_enc [L, D], grad_W_dec [L, D], grad_latent_bias [S, L])"""
@@ -130,6 +140,8 @@ class MicroBatches:
         self._gradients: tuple[Tensor, Tensor, Tensor] | None = None
         self.terms: dict[tuple[str, ...], Terms] = {}
         self.zero_rows: Tensor | None = None
+        self.of_threshold: Tensor | None = None
+        self.grad_threshold: Tensor | None = None
         self._silence = torch.zeros_like(silence)
         self._used = torch.zeros(len(silence), dtype=torch.bool, device=silence.device)
 
@@ -140,6 +152,8 @@ class MicroBatches:
         self.streams = part.streams
         if part.zero_rows is not None:
             self.zero_rows = part.zero_rows if self.zero_rows is None else self.zero_rows + part.zero_rows
+        if part.of_threshold is not None:
+            self.of_threshold = part.of_threshold + (0 if self.of_threshold is None else self.of_threshold)
         gradients = part.weight_gradients(self.d_streams, self.backend)
         if self._private is not None:
             self._private.clear(*gradients)
@@ -178,6 +192,12 @@ class MicroBatches:
         for gradient in self._gradients:
             gradient.mul_(factor)
         self.grad_pre_bias = self.grad_pre_bias * factor
+        if self.grad_threshold is not None:
+            self.grad_threshold = self.grad_threshold * factor
+        return self
+
+    def with_grad_threshold(self, grad_threshold: Tensor) -> MicroBatches:
+        self.grad_threshold = grad_threshold
         return self
 
     def _of(self, run: Run | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from sparc_fast.data import Reader, budget
 from sparc_fast.objective import nested_sizes
 from sparc_fast.ops import gpu_scratch
+from sparc_fast.selection import BY_THRESHOLD, LOCAL
 from sparc_fast.training.config import Config
 
 ACCURACY = 0.15
@@ -69,15 +70,15 @@ class Sizes:
         self.S, self.D, self.W = S, D, _ = len(widths), sum(widths), max(widths)
         self.N, self.rows = config.micro_batch, config.batch_size  # `rows` of an optimizer step
         k = max(config.k, config.k_start)
-        k = min(k * UNLIKE, config.n_latents) if config.selection == "batch" else k
+        k = min(k * UNLIKE, config.n_latents) if config.selection in BY_THRESHOLD else k
         q = config.private_k  # beside these, those of each stream's own, all in one support where there is one
         quotas = [q] * len(config.private) if isinstance(q, int) else q.values()
-        k += (max if config.selection == "local" else sum)([0, *quotas])
+        k += (max if config.selection in LOCAL else sum)([0, *quotas])
         self.L, self.k, self.ranks = L, _, _ = -(-config.n_latents // ranks), k, ranks  # L of this rank's latents
         self.n_dead = round(dead * L) if config.auxk and config.auxk_coef else 0
         self.k_dead = min(config.auxk, self.n_dead)  # latents of AuxK's support
         self.widest_support = max(self.k, self.k_dead)
-        self.supports = S if config.selection == "local" else 1  # of a sample
+        self.supports = S if config.selection in LOCAL else 1  # of a sample
         self.P = len(nested_sizes(config.matryoshka, config.n_latents)) or 1
         self.passes = 2 if self.n_dead else 1  # of a batch through the model: once more for AuxK
         self.entries = self.passes * self.N * self.supports * self.widest_support  # of a step, stacked
@@ -85,7 +86,8 @@ class Sizes:
         self.decoded = self.P + self.passes - 1
         self.weight, moment = getattr(torch, config.dtype).itemsize, getattr(torch, config.moments).itemsize
         self.gradient = 2 if config.dtype == "bfloat16" else FLOAT  # of a number of the reconstructions' gradient
-        self.moment, biases = moment, D + S * L
+        self.has_thresholds = config.selection in ("jumprelu", "local_jumprelu")
+        self.moment, biases = moment, D + S * L * (1 + self.has_thresholds)
         self.weights = 2 * L * D + biases  # how many there are
         matrices = 2 - ("encoder" in config.freeze) - ("decoder" in config.freeze)  # of frozen streams they are counted
         self.moments = 2 * (matrices * L * D * moment + biases * FLOAT)  # those of the biases are float32
@@ -200,6 +202,10 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
     yield Part("values, and their gradient", 2 * N * S * sizes.k * (FLOAT + narrow), and_validating)
     title = "gradient of the reconstructions: N S D" + " by dictionaries" * (sizes.P > 1)
     yield Part(title, sizes.P * N * S * D * g, and_validating)
+    if sizes.has_thresholds:
+        near = N * sizes.supports * sizes.k * (1 + 2 * FLOAT)
+        of_streams = 2 * N * S * sizes.k * FLOAT
+        yield Part("thresholds: who fires, and their gradient", near + of_streams, (RECONSTRUCTING, VALIDATING))
     if sizes.P > 1:
         of_decoder = sizes.entries // sizes.passes * sizes.decoded
         slots = of_decoder * (2 * INDEX + LONG) + sizes.decoded * N * S * sizes.widest_support * (w + FLOAT)

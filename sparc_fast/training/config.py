@@ -20,7 +20,8 @@ from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.ids import SUFFIXES as IDS_SUFFIXES
 from sparc_fast.data.shards import is_list_of_files
 from sparc_fast.objective import nested_sizes
-from sparc_fast.selection import RULES
+from sparc_fast.selection import LOCAL, RULES
+from sparc_fast.selection.jumprelu import BANDWIDTH, SPARSITY_COEF
 from sparc_fast.sizes import as_bytes, is_integer, parse_bytes
 
 REQUIRED = MISSING
@@ -266,7 +267,8 @@ class Config:
     selection: str = setting(
         "global",
         choice(*RULES),
-        "one support for all streams; local: one for each; batch: for all, of k latents a sample on average",
+        "one support for all streams; local: one for each; batch: for all, of k latents a sample on average; jumprelu "
+        "and local_jumprelu: the same by latents' thresholds",
     )
     matryoshka: Sequence[int] = field(
         default=(),
@@ -287,6 +289,10 @@ class Config:
     dead_after: int = setting(256_000, integer(0), "samples without firing after which a latent is dead")
     loss: str = setting(
         "nmse", choice("nmse", "fvu"), "errors over each sample's squared norm, or over the batch's squared deviations"
+    )
+    sparsity_coef: float = setting(SPARSITY_COEF, not_negative, "under jumprelu, the weight of (L0 / k - 1)^2")
+    bandwidth: float = setting(
+        BANDWIDTH, positive, "under jumprelu, how wide the band of scores is that move thresholds, over their mean"
     )
     dtype: str = setting(
         "float32", choice("float32", "bfloat16", "float16"), "of the weights; Adam's master rows stay float32"
@@ -359,7 +365,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.support_dropout is None:
-            object.__setattr__(self, "support_dropout", 0.0 if self.selection == "local" else SUPPORT_DROPOUT)
+            object.__setattr__(self, "support_dropout", 0.0 if self.selection in LOCAL else SUPPORT_DROPOUT)
         for f in fields(self):
             value = getattr(self, f.name)
             kind = f.metadata["kind"]
@@ -443,7 +449,7 @@ class Config:
             raise ValueError(f"k_start must be at most n_latents={self.n_latents}, got {self.k_start}")
         if self.cross_loss_start > 0 and self.cross_loss_ramp == 0:
             raise ValueError(f"cross_loss_ramp must be > 0 with cross_loss_start={self.cross_loss_start}, got 0")
-        if self.support_dropout and self.selection == "local":
+        if self.support_dropout and self.selection in LOCAL:
             raise ValueError("support_dropout must be 0 under local selection: each stream chooses its own support")
         if self.validation_rows and self.validation_data:
             raise ValueError("validation_rows and validation_data must not both be given: they say the same")

@@ -510,6 +510,7 @@ def _new_model(config: Config, files: AlignedFiles, device: torch.device, shared
             private=config.private or None, private_k=config.private_k or None,
             dead_after=config.dead_after, normalize=cast(Any, config.normalize),
             loss="fvu" if config.loss == "fvu" else "nmse", matryoshka=config.matryoshka, backend="auto",
+            sparsity_coef=config.sparsity_coef, bandwidth=config.bandwidth,
             dtype=getattr(torch, config.dtype), device="meta" if shared else "cpu",
         )  # fmt: skip
         model = distributed.shard(model, distributed.mesh_of(device, config.replicas)) if shared else model
