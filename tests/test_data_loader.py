@@ -96,6 +96,17 @@ def test_the_last_batch_is_kept_short_or_dropped(files: data.AlignedFiles) -> No
         assert torch.equal(seen[0], numbers(list(islice(loader(files, memory, 170), 35))))
 
 
+@pytest.mark.parametrize("batch_size", [2, 170])
+def test_the_parts_of_all_ranks_together_are_the_batches_of_one_process(
+    files: data.AlignedFiles, batch_size: int
+) -> None:
+    for memory in (WINDOWED, RESIDENT):
+        whole = islice(loader(files, memory, batch_size), 36)
+        parts = [islice(loader(files, memory, batch_size, part=(rank, 3)), 36) for rank in range(3)]
+        for batch, *of_ranks in zip(whole, *parts, strict=True):
+            assert torch.equal(torch.cat(of_ranks), batch)
+
+
 def test_the_order_is_of_the_seed_alone(files: data.AlignedFiles) -> None:
     for memory in (WINDOWED, RESIDENT):
         first, threads, other = (

@@ -238,7 +238,7 @@ class Loader:
         return r * n // R, (r + 1) * n // R
 
     def _new_batch(self, n: int) -> Tensor:
-        if n == self._full and not self.pin_memory:
+        if 0 < n == self._full and not self.pin_memory:
             return self._batches.take()
         D = sum(self.files.d_streams.values())
         return torch.empty(
