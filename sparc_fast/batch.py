@@ -45,6 +45,8 @@ class Batch(NamedTuple):
 
     of_batch: int | None = None
     """How many samples the batch has, where these are not all of them."""
+    latent_threshold: Tensor | None = None
+    """[S', L], what latents have to score more than to fire (JumpReLU); None where they have no thresholds."""
     sets: Tensor | None = None
     """bool [n, S'], all sets of streams that some sample of the batch has, where these samples are not all of them."""
 
@@ -54,6 +56,14 @@ class Batch(NamedTuple):
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.x, self.W_enc, self.W_dec, self.pre_bias, self.latent_bias
+
+    @property
+    def scored_by(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The operands of scores; a latent's threshold is taken off, exactly, as a further bias."""
+        bias = self.latent_bias
+        if self.latent_threshold is not None:
+            bias = torch.cat([bias, -self.latent_threshold]).detach()
+        return self.x, self.W_enc, self.pre_bias, bias
 
     def of_streams(self, streams: Sequence[str]) -> Batch:
         """The same batch seen through some of its streams."""
@@ -71,6 +81,7 @@ class Batch(NamedTuple):
             W_dec=_take(self.W_dec, columns),
             pre_bias=_take(self.pre_bias, columns),
             latent_bias=self.latent_bias[positions],
+            latent_threshold=None if self.latent_threshold is None else self.latent_threshold[positions],
         )
 
     def by_presence(self) -> list[tuple[Tensor | None, Batch]]:
@@ -96,8 +107,8 @@ class Batch(NamedTuple):
         return self.encoder_of_latents(latents)._replace(W_dec=self.W_dec[latents])
 
     def encoder_of_latents(self, latents: Tensor) -> Batch:
-        """As `of_latents`, for what does not read the decoder."""
-        return self._replace(W_enc=self.W_enc[latents], latent_bias=self.latent_bias[:, latents])
+        """As `of_latents`, for what does not read the decoder; without thresholds."""
+        return self._replace(W_enc=self.W_enc[latents], latent_bias=self.latent_bias[:, latents], latent_threshold=None)
 
 
 class AllStreams:
@@ -117,6 +128,14 @@ class AllStreams:
             return of_present
         out = of_present.new_zeros(*of_present.shape[:-1], self.D)
         out[..., self.present_columns] = of_present
+        return out
+
+    def rows(self, of_present: Tensor) -> Tensor:
+        """[..., S', j] -> [..., S, j]"""
+        if self.complete:
+            return of_present
+        out = of_present.new_zeros(*of_present.shape[:-2], self.S, of_present.shape[-1])
+        out[..., self.present, :] = of_present
         return out
 
     def streams(self, of_present: Tensor) -> Tensor:

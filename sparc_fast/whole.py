@@ -60,6 +60,14 @@ class Whole:
         """Of all latents, from those of the latents that are here."""
         return part
 
+    def of_latents(self, numbers: Tensor) -> Tensor:
+        """[L, ...] of all latents, from [n, ...] of those that are here."""
+        return numbers
+
+    def of_one(self, part: Tensor) -> Tensor:
+        """Of all processes' parts, of which at most one is not 0 at a place, what is there."""
+        return part
+
     def total(self, n: int) -> int:
         """The same of a number."""
         return n

@@ -63,6 +63,9 @@ def calls() -> dict[str, list[Any]]:
         "sparse_decode_grad_values": [floats(N, S, K), grads, indices, matrix(), 1],
         "decode_loss": [floats(S, S), floats(N, S, D), floats(N, S, K), floats(D), values, indices, matrix(), floats(D),
                         x, floats(N, S), [1.0] * S * S, WIDTHS, 1],
+        "nested_decode_loss": [floats(2 * S, S), floats(2 * N, S, D), floats(N, S, K), floats(D), values, indices, matrix(),
+                               floats(D), x, floats(N, S), [1.0] * S * S, WIDTHS,
+                               torch.tensor([4, L], dtype=torch.int64, device="cpu"), 1],
         "invert_indices": [integers(L + 1), integers(N * K), indices, L],
         "weight_gradients": [matrix(), matrix(), floats(S, L), batch, 1],
         "gradient_squares": [floats(L, **wide), floats(S, L), batch, 1],
@@ -410,16 +413,18 @@ def test_numbers_that_are_places_must_be_places_there_are() -> None:
 @pytest.mark.parametrize(("k", "capacity"), [(0, 70), (L + 1, 80), (K, K + 63), (K, 2**40), (K, 2**62)])
 def test_a_screen_has_room_for_its_candidates_and_for_no_more_than_there_can_be(k: int, capacity: int) -> None:
     with pytest.raises(IndexError, match="capacity in k"):
-        _cpu.Screen(floats(4), floats(4), floats(L, dtype=torch.float64), D, k, capacity, False, _cpu.Among.row, 0.0)
+        _cpu.Screen(
+            floats(4), floats(4), floats(L, dtype=torch.float64), D, k, capacity, False, _cpu.Among.row, 0.0, 0.0
+        )
 
 
 def test_a_ragged_support_is_written_where_there_is_room_for_it() -> None:
     numbers = floats(4), floats(4), floats(L, dtype=torch.float64), D, K, K + 64
     room = torch.zeros(4, L, dtype=torch.int32, device="cpu")
-    rows = _cpu.Screen(*numbers, False, _cpu.Among.row, 0.0)
+    rows = _cpu.Screen(*numbers, False, _cpu.Among.row, 0.0, 0.0)
     with pytest.raises(ValueError, match="no ragged support"):
         rows.settle_ragged(floats(4, D), floats(L, D), 1)
-    above = _cpu.Screen(*numbers, False, _cpu.Among.above, -1.0)
+    above = _cpu.Screen(*numbers, False, _cpu.Among.above, -1.0, 0.0)
     above.filter(floats(4, L).fill_(9.0), 0, floats(L).fill_(0.0), floats(L).fill_(0.0), 1)
     for x, W in ((floats(3, D), floats(L, D)), (floats(4, D), floats(L, D + 1)), (floats(4, D), floats(L - 1, D))):
         with pytest.raises(ValueError, match="settle_ragged"):
@@ -428,7 +433,10 @@ def test_a_ragged_support_is_written_where_there_is_room_for_it() -> None:
     for bad in (room[:, : width - 1], room[:3], room.long(), room[:, ::2]):
         with pytest.raises((ValueError, IndexError), match="write"):
             above.write(bad)
+        with pytest.raises((ValueError, IndexError), match="write_scores"):
+            above.write_scores(bad.float() if bad.dtype == torch.int32 else bad)
     above.write(room)
+    above.write_scores(room.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -24,7 +24,7 @@ EMPTY = {
 }
 SHAPE = (7, 1, 100), 5, 33, 6
 # operators in which a sample's support is read, and what they give for each slot of it
-PER_SLOT = {"support_values": 0, "sparse_decode_grad_values": 0, "decode_loss": 2}
+PER_SLOT = {"support_values": 0, "sparse_decode_grad_values": 0, "decode_loss": 2, "nested_decode_loss": 2}
 
 
 def emptied(o: Operands, slots: list[int], every: int = 1) -> Operands:

@@ -20,13 +20,13 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
 # modules, not the functions of the same names that the package offers
 (
-    count_silence, decode_loss, decoder_gradients, encoder_gradients, inverse, launching, replay_rows, segment_sums,
-    update, gradients,
+    count_silence, decode_loss, decoder_gradients, encoder_gradients, inverse, launching, nested_decode_loss,
+    replay_rows, segment_sums, update, gradients,
 ) = (
     import_module(f"sparc_fast.kernels.{name}")
     for name in (
         "count_silence", "decode_loss", "decoder_gradients", "encoder_gradients", "invert_indices", "launching",
-        "replay_rows", "segment_sums", "update_rows", "weight_gradients",
+        "nested_decode_loss", "replay_rows", "segment_sums", "update_rows", "weight_gradients",
     )
 )  # fmt: skip
 
@@ -274,6 +274,7 @@ def test_what_a_captured_graph_reads_is_kept_for_good() -> None:
         "columns": lambda i: launching.column_blocks((16, 16 + i), 16, device),
         "betas": lambda i: update._settings(0.5 + i / 10000, 0.999, 1e-8, device),
         "weights": lambda i: decode_loss._weights((1.0, float(i)), device),
+        "sizes": lambda i: nested_decode_loss._sizes((1, 2 + i), device),
     }
     for name, make in made.items():
         first = [make(i) for i in range(1000)]

@@ -48,6 +48,24 @@ def test_training_equals_the_reference(selection: str, settings: dict[str, objec
         torch.testing.assert_close(tensor, expected[name], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("selection", ["global", "local"])
+@pytest.mark.parametrize("settings", [{}, {"capturable": True}, {"lazy": "replay"}, {"max_grad_norm": 0.1}], ids=str)
+def test_private_latents_train_as_in_the_reference(selection: str, settings: dict[str, object]) -> None:
+    private = {"private": {"a": 4, "b": 3}, "private_k": {"a": 2, "b": 1}}
+    models = [make(backend, torch.float64, selection=selection, **private) for backend in ("triton", "reference")]
+    clipped = {name: most for name, most in settings.items() if name == "max_grad_norm"}
+    optimizers = sf.SparcAdam(models[0], lr=1e-2, **settings), sf.SparcAdam(models[1], lr=1e-2, **clipped)
+    for x in batches(3):
+        for optimizer in optimizers:
+            optimizer.step(x.double())
+    for name, tensor in models[1].state_dict().items():
+        torch.testing.assert_close(models[0].state_dict()[name], tensor, rtol=1e-7, atol=1e-9)
+    for stream, columns in (("a", slice(6, 9)), ("b", slice(0, 6))):
+        some = models[0].private_latents[stream]
+        assert (models[0].W_dec[some, columns] == 0).all()
+        assert (models[0].W_enc[some, columns] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("freeze", "selection"), [((), "local"), (("decoder",), "global"), (("a",), "local"), (("b", "encoder"), "global")]
 )

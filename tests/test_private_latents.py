@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import training_runs as runs
 from dense import Weights, objective
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +17,13 @@ from operands import fast_backends, seeded
 from torch import Tensor
 
 import sparc_fast as sf
+from sparc_fast.attribution.target import Target
+from sparc_fast.cli import train
+from sparc_fast.evaluate import concept_jaccard, evaluate, firing_agreement, matched
+from sparc_fast.explain import Items, ModelReport
+from sparc_fast.interop.research_files import to_upstream
+from sparc_fast.interop.saelens import to_saelens
+from sparc_fast.training import Config, read_config
 
 WIDTHS = {"a": 12, "b": 7, "c": 5}
 PRIVATE = {"a": 9, "c": 6}
@@ -393,3 +403,104 @@ def test_private_latents_take_what_streams_do_not_share() -> None:
 def test_bad_arguments_are_named(arguments: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         sf.SPARC(WIDTHS, 48, 4, **{"private_k": 1, **arguments})
+
+
+def test_settings_are_tables_in_files_and_stream_and_number_in_flags(tmp_path: Path) -> None:
+    path = tmp_path / "train.toml"
+    path.write_text("n_latents = 48\nk = 4\nsteps = 2\nprivate = {a = 9, c = 6}\nprivate_k = 2\n")
+    assert read_config(path).private == {"a": 9, "c": 6}
+    parser = argparse.ArgumentParser()
+    train.add_settings(parser)
+    given = parser.parse_args([str(path), "--private", "a=5", "c=4", "--private-k", "a=2", "c=1"])
+    config = Config.of(train.settings_of(given))
+    assert (config.private, config.private_k) == ({"a": 5, "c": 4}, {"a": 2, "c": 1})
+    assert Config.of(json.loads(json.dumps(config.as_dict()))) == config
+    assert Config.of(train.settings_of(parser.parse_args([str(path), "--private-k", "3"]))).private_k == 3
+    for flags in (["--private", "a"], ["--private", "a=x"], ["--private", "a=1", "a=2"], ["--private-k", "2", "3"]):
+        with pytest.raises(ValueError, match=f"{flags[0]} must be a number, or stream=number once"):
+            train.settings_of(parser.parse_args([str(path), *flags]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"private": {"a": 0}}, "private must be a table of streams, each an integer >= 1, got"),
+        ({"private": 8}, "private must be a table of streams"),
+        ({"private_k": -1}, "private_k must be an integer >= 0, or a table"),
+        ({"private_k": 0}, "private and private_k must be given together, got {'a': 9} and 0"),
+        ({"private": {}}, "private and private_k must be given together, got {} and 2"),
+        ({"private": {"a": 45}}, "private must leave at least k=4 of n_latents=48, got {'a': 45}"),
+        ({"k_start": 40, "k_ramp": 0.5}, "private must leave at least k=40"),
+    ],
+)
+def test_a_wrong_setting_is_named(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Config(**{"n_latents": 48, "k": 4, "steps": 1, "private": {"a": 9}, "private_k": 2, **changes})
+
+
+def test_a_run_starts_from_a_model_of_the_same_private_latents_alone(tmp_path: Path) -> None:
+    private = {"private": {"a": 12, "b": 9}, "private_k": 2, "steps": 4, "validation_rows": 0}
+    runs.trained(tmp_path / "first", **private)
+    there = str(tmp_path / "first")
+    second = runs.trained(tmp_path / "second", **private, start_from=there).model
+    assert second.private_latents == {"a": slice(43, 55), "b": slice(55, 64)}
+    with pytest.raises(ValueError, match=r"private must be that of start_from, {'a': 12, 'b': 9}, got {}"):
+        runs.trained(tmp_path / "third", steps=4, validation_rows=0, start_from=there)
+
+
+def test_whether_streams_agree_is_asked_of_shared_latents() -> None:
+    model = trained(make(), 40).eval()
+    inputs = samples(300, 77)
+    labels = torch.stack([inputs["a"][:, 0] > 0, inputs["b"][:, 1] > 0.5], dim=1)
+    names = ("agreement", "cofiring", "concepts", "concepts_joint", "latents")
+    found = evaluate(model, inputs, labels, metrics=names, resamples=20)
+    n = model.n_shared
+    for result in (found.agreement, found.alignment, found.jaccard_joint, found["cofiring"].iou):
+        assert len(result) == n
+    codes = {
+        name: (torch.where(indices < n, values, 0), torch.where(indices < n, indices, -1))
+        for name, x in inputs.items()
+        for values, indices in [model.encode({name: x}).stream(name)]
+    }
+    agreement = firing_agreement(codes, n)
+    torch.testing.assert_close(found.agreement, agreement)
+    alive = (found.frequency[:, :n] > 0).any(0)
+    assert found.scores()["agreement"] == pytest.approx(float(agreement[alive].mean()))
+    torch.testing.assert_close(found.jaccard_single, concept_jaccard(codes, labels, n))
+    for key, value in found.scores().items():
+        low, high = found.resampled[key].min(), found.resampled[key].max()
+        assert low - 0.15 * abs(low) <= value <= high + 0.15 * abs(high), key
+    assert found.frequency.shape == (3, 48)
+    for owner, some in model.private_latents.items():
+        for s, name in enumerate(WIDTHS):
+            assert bool((found.frequency[s, some] > 0).any()) == (name == owner)
+
+
+def test_a_page_says_whose_a_private_latent_is() -> None:
+    model = trained(make(), 20).eval()
+    codes = {name: model.encode({name: x}).stream(name) for name, x in samples(30).items()}
+    private = model.private_latents
+    report = ModelReport.of("SPARC", codes, 48, Items([str(n) for n in range(30)]), private=private)
+    for latent, several in enumerate(report.names):
+        owner = [name for name, some in private.items() if some.start <= latent < some.stop]
+        assert [word for word in several if word.startswith("private")] == [f"private to {name}" for name in owner]
+
+
+def test_what_has_no_place_for_private_latents_refuses_them(tmp_path: Path) -> None:
+    model = make("local", torch.float32)
+    with pytest.raises(ValueError, match="no private latents: a SAE of SAELens chooses among all"):
+        to_saelens(model, "a", tmp_path / "sae")
+    with pytest.raises(ValueError, match=r"no private latents for the research code, got {'a': 9, 'c': 6}"):
+        to_upstream(model, tmp_path / "msae_checkpoint.pth")
+    with pytest.raises(ValueError, match="no private latents to be put in another order"):
+        matched(model, samples(9, dtype=torch.float32))
+
+
+def test_attribution_asks_a_stream_of_its_own_latents_alone() -> None:
+    model = trained(make()).eval()
+    x = samples(4)
+    latent = model.private_latents["a"].start
+    of_a, of_b = (Target.of(model, name, latent, 4).score(x[name]) for name in ("a", "b"))
+    z = (x["a"] - model.pre_bias[:12]) @ model.W_enc[latent, :12] + model.latent_bias[0, latent]
+    torch.testing.assert_close(of_a, z.detach())
+    assert (of_b == 0).all()

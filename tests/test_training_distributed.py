@@ -110,12 +110,15 @@ def four() -> Iterator[Ranks]:
     ranks.close()
 
 
+OVER_BATCH = {"selection": "batch", "loss": "fvu"}  # who fires, and what errors are told by, is all replicas' affair
+
+
 def with_replicas(folder: Path) -> list[int]:
-    return [stopped_at(folder, 13, 2, replicas=2), train(folder, replicas=2)]
+    return [stopped_at(folder, 13, 2, replicas=2, **OVER_BATCH), train(folder, replicas=2, **OVER_BATCH)]
 
 
 def test_replicas_train_and_go_on_as_one_process(four: Ranks, tmp_path: Path) -> None:
-    with Trainer(config(), tmp_path / "one", files=files()) as trainer:
+    with Trainer(config(**OVER_BATCH), tmp_path / "one", files=files()) as trainer:
         trainer.run()
     assert four(with_replicas, tmp_path / "four") == [[13, 40]] * 4
     assert_same_figures(figures(tmp_path / "four"), figures(tmp_path / "one"))
@@ -125,16 +128,12 @@ def test_replicas_train_and_go_on_as_one_process(four: Ranks, tmp_path: Path) ->
             torch.testing.assert_close(found, expected, rtol=0, atol=2e-4, msg=key)
 
 
-def refused_replicas(folder: Path, **changes: Any) -> str:
+def refused_three(folder: Path) -> str:
     try:
-        train(folder, **changes)
+        train(folder, replicas=3)
     except ValueError as error:
         return str(error)
     return ""
-
-
-def refused_three(folder: Path) -> str:
-    return refused_replicas(folder, replicas=3)
 
 
 def test_replicas_that_cannot_be_are_refused(four: Ranks, tmp_path: Path) -> None:
@@ -154,7 +153,7 @@ def test_a_run_goes_on_to_the_same_bits(two: Ranks, tmp_path: Path) -> None:
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_a_checkpoint_is_read_by_any_number_of_ranks(two: Ranks, three: Ranks, tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_by_any_number_of_ranks(two: Ranks, three: Ranks, four: Ranks, tmp_path: Path) -> None:
     with Trainer(config(), tmp_path / "one", files=files()) as trainer:
         trainer.run()
     folder = tmp_path / "many"
@@ -162,7 +161,7 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks(two: Ranks, three: Ranks, t
     before = load_model(sorted((folder / "checkpoints").iterdir())[-1])
     assert three(stopped_at, folder, 19, 2) == [19] * 3
     assert stopped_at(folder, 25, 0) == 25
-    assert two(train, folder) == [40, 40]
+    assert four(train, folder) == [40] * 4
     assert_same_figures(figures(folder), figures(tmp_path / "one"))
     assert not torch.equal(before.W_enc, sf.SPARC.load(folder / "model.safetensors").W_enc)
 

@@ -19,19 +19,14 @@ void screen_scores(
     tighten(apart);
     const auto kernel =
         X.type == Floats::bfloat16 ? screen_scores_kernel<BFloat16> : screen_scores_kernel<Float16>;
-    const int64_t row = W.stride * 2;
+    const TileMap of_samples = map_tiles(X.data, N, D, X.stride * 2, tile_samples);
     while (apart > 1) {
-        apart /= 4;
-        ScreenArguments a{};
-        a.N = N, a.D = D, a.apart = apart, a.tests = tests, a.bias = bias, a.norm = norm, a.candidates = candidates;
-        a.samples = map_tiles(X.data, N, D, X.stride * 2, tile_samples);
-        for (int64_t r = 0; r < 3; ++r) {
-            const int64_t first = apart * (r + 1);
-            a.widths[r] = first < L ? int(ceil_div<int64_t>(L - first, 4 * int64_t(apart))) : 0;
-            if (a.widths[r])
-                a.latents[r] = map_tiles(
-                    static_cast<const char*>(W.data) + first * row, a.widths[r], D, 4 * apart * row, tile_latents);
-        }
+        apart /= 2;
+        const int64_t between = apart * W.stride * 2;
+        const int many = ceil_div(L - apart, 2 * apart);
+        const TileMap of_latents =
+            map_tiles(static_cast<const char*>(W.data) + between, many, D, 2 * between, tile_latents);
+        const ScreenArguments a{of_samples, of_latents, N, L, D, apart, many, tests, bias, norm, candidates};
         const int blocks = smaller(multiprocessors, a.tiles());
         launch(kernel, blocks, screen_threads, ScreenShared(SharedMemory()).bytes, stream, a);
         tighten(1);

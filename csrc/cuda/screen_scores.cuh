@@ -1,38 +1,47 @@
 // The scores of global_topk by tiles, filtered where they are summed: none but those of candidates meet memory.
 // kernels/global_topk.py says what intervals are and why they hold the scores.
 //
-// Of every 4^i-th latent the scores are filtered already (global_topk.cuh). Each step then takes in those of a quarter of
-// that distance, three times as many as before, so that about three k of them pass the k-th largest lower end of those
-// before: there is room for more. A threshold is an end and a latent, below which no latent is among the k largest,
-// wherever it lies. Sorted latents and equal scores are thus met like others. Where there is no room the sample is given
-// up, whatever the order of the threads.
+// Of every 2^i-th latent the scores are filtered already (global_topk.cuh). Each step then takes in those halfway
+// between, as many as before, so that about k of them pass the k-th largest lower end of those before: there is room for
+// more. A threshold is an end and a latent, below which no latent is among the k largest, wherever it lies. Sorted
+// latents and equal scores are thus met like others. Where there is no room the sample is given up, whatever the order
+// of the threads.
 //
 // A block stays on its multiprocessor and does tile after tile of 128 samples by 256 latents. One thread brings the
 // operands, 64 columns a stage, into a ring of stages; eight warps multiply, each four of them 64 samples, and test what
-// came out. A test of few instructions never fails a latent whose interval passes; for those that it does not fail, the
-// interval decides. Candidates gather in a queue of their warp, and are appended 32 at a time.
+// came out, while the other four still multiply. A test of three instructions never fails a latent whose interval
+// passes; for those that it does not fail, the interval decides, of 32 at a time, which gather in a queue of their warp.
 #pragma once
 #include "candidates.cuh"
 #include "tiles.cuh"
 
 // What the latents of a sample are tested by.
 struct RowTest {
-    SampleBounds sample{};
-    float wide = 0, reach = 0;
-    Candidate below = ~Candidate(0);  // what an upper end must be above; the largest number: the sample is done with
+    SampleBounds sample;
+    float wide, reach;
+    Candidate below;  // what an upper end must be above; the largest number: the sample is done with
 
-    RowTest() = default;
-
-    // a + b + E, rounded at each of its steps, is at most 1 + 2^-21 of p ||w|| + q ||w - W|| above a + b + 2^-20 |b|, and
-    // 2^-20 |a| and the slack: |a| <= q (||w|| + ||w - W||). So a + raised(b) + wide ||w|| < reach, with its two
-    // roundings, means that a + b + E is under the threshold. No comparison fails NaN.
+    // a + b + E, rounded at each of its steps, is at most 2^-20 of p ||w|| + |a| + |b|, and twice the slack and
+    // q ||w - W||, above a + b + p ||w||; and |a| <= q (||w|| + ||w - W||). So a + raised(b) < reach - wide M with any
+    // M >= ||w||, each side rounded, means that a + b + E is under the threshold. No comparison fails NaN.
     __device__ RowTest(const SampleBounds& sample_, Candidate below_) : sample(sample_), below(below_) {
         wide = sample.p + 0x1p-20f * (sample.p + sample.q);
         const float threshold = float_of(key_in(below));
         const float more = 0x1p-22f * fabsf(threshold) + 2 * (sample.slack + sample.q * sample.flushed);
         reach = fabsf(threshold) < infinity() ? threshold - more : threshold;
     }
-    __device__ bool is_done() const { return below == ~Candidate(0); }
+};
+
+// What a thread keeps of it while it tests.
+struct QuickTest {
+    float inverse = 0, wide = 0, reach = 0;
+    unsigned open = 0;  // bits of the sample's scores in a part, or none
+
+    __device__ QuickTest(const RowTest* tests, int n, int N) {
+        if (n >= N) return;
+        inverse = tests[n].sample.inverse, wide = tests[n].wide, reach = tests[n].reach;
+        open = tests[n].below == ~Candidate(0) ? 0 : 0x3333;
+    }
 };
 
 // A latent's bias as the test takes it.
@@ -42,7 +51,8 @@ __device__ inline float raised(float b) {
 }
 
 // Candidates of one sample after a step: those that cannot be among the k largest are dropped, and the next step's
-// latents will be tested by the k-th largest lower end. Latents were counted `apart`. A warp a sample.
+// latents will be tested by the k-th largest lower end, or one that few more reach. Latents were counted `apart`. A warp
+// a sample.
 __global__ void __launch_bounds__(32) tighten_kernel(
     Candidates all, RowTest* tests, SampleNorms samples, Bounds bounds, int k, int apart) {
     SharedMemory memory(shared_memory());
@@ -57,7 +67,7 @@ __global__ void __launch_bounds__(32) tighten_kernel(
     Candidate below = count < 0 ? ~Candidate(0) : 0;
     if (count >= k) {
         const auto lower = [&](int i) { return candidates.lower(i); };
-        below = kth_largest<false, 8>(lower, count, k, shared) - 1;
+        below = kth_largest<false, 8, 16>(lower, count, k, shared, k / 8) - 1;
         count = drop(candidates, count, below, shared);
     }
     if (threadIdx.x != 0) return;
@@ -65,43 +75,37 @@ __global__ void __launch_bounds__(32) tighten_kernel(
     tests[n] = RowTest(SampleBounds(samples, n, bounds), below);
 }
 
-constexpr int tile_samples = 2 * product_rows, tile_latents = product_columns;
+constexpr int tile_samples = 2 * product_rows;
+static_assert(tile_latents == product_columns);
 constexpr int stages = 4, multiplying_warps = 8, screen_threads = 32 * multiplying_warps + 128;
 constexpr int part_scores = 16, parts = products_of_thread / part_scores;  // of a thread, tested together
-constexpr int queue_length = 64, appended = 32;
+static_assert(parts == multiplying_warps && tile_latents == 32 * parts);  // a warp describes the columns of a part
+constexpr int queue_length = 64, taken_in = 32;
 
-// The latents `apart` (4 i + r + 1), for r = 0, 1, 2: those of a step, as three matrices.
+// The latents of a step are `apart` (2 i + 1).
 struct ScreenArguments {
-    TileMap samples, latents[3];
-    int widths[3];  // latents
-    int N, D, apart;
+    TileMap samples, latents;
+    int N, L, D, apart, many;  // latents of the step
     const RowTest* tests;
     const float *bias, *norm;
     Candidates candidates;
 
-    // Samples beyond the last are done with.
-    __device__ RowTest test(int n) const { return n < N ? tests[n] : RowTest{}; }
-    __host__ __device__ int tiles_of(int r) const { return ceil_div(widths[r], tile_latents); }
     __host__ __device__ int row_tiles() const { return ceil_div(N, tile_samples); }
-    __host__ __device__ int tiles() const { return (tiles_of(0) + tiles_of(1) + tiles_of(2)) * row_tiles(); }
+    __host__ __device__ int tiles() const { return ceil_div(many, tile_latents) * row_tiles(); }
 };
 
 // Where a tile lies. Tiles that run together share latents, and few latents at a time meet all samples.
 struct ScreenTile {
-    int residue = 0, first_sample, first_latent;
+    int first_sample, first_latent;
 
     __device__ ScreenTile(const ScreenArguments& a, int tile) {
-        const int rows = a.row_tiles();
-        int of_latents = tile / rows;
+        const int rows = a.row_tiles(), of_latents = tile / rows;
         first_sample = (tile - of_latents * rows) * tile_samples;
-        for (; of_latents >= a.tiles_of(residue); ++residue) of_latents -= a.tiles_of(residue);
         first_latent = of_latents * tile_latents;
     }
+    // Beyond the last, L and more.
     __device__ int latent(const ScreenArguments& a, int column) const {
-        return a.apart * (4 * (first_latent + column) + residue + 1);
-    }
-    __device__ bool has(const ScreenArguments& a, int column) const {
-        return first_latent + column < a.widths[residue];
+        return a.apart * (2 * (first_latent + column) + 1);
     }
 };
 
@@ -109,19 +113,24 @@ struct alignas(tile_alignment) Stage {
     uint16_t samples[tile_samples * tile_columns], latents[tile_latents * tile_columns];
 };
 
-struct Columns {
-    float tested[2 * tile_latents];  // norm and raised bias in turn
-    float bias[tile_latents];
+// Raised biases of a tile's latents, those of one thread of each 16 side by side; the largest norm of each part.
+struct alignas(16) Columns {
+    float biases[tile_latents], norms[parts];
+
+    __device__ static int place(int column) {
+        return column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
+    }
 };
 
-struct QueuedCandidate {
-    int sample, latent, low, high;
+struct alignas(16) QueuedLatent {
+    float product;
+    int sample, latent;
 };
 
 struct ScreenShared {
     Stage* stage;
     float4* scores;          // [multiplying_warps, part_scores / 4, 32]
-    QueuedCandidate* queue;  // [multiplying_warps, queue_length]
+    QueuedLatent* queue;     // [multiplying_warps, queue_length]
     Columns* columns;        // of this tile and the next
     uint64_t* barriers;
     size_t bytes;
@@ -129,7 +138,7 @@ struct ScreenShared {
     __host__ __device__ explicit ScreenShared(SharedMemory memory) {
         stage = memory.take<Stage>(stages);
         scores = memory.take<float4>(multiplying_warps * part_scores / 4 * 32);
-        queue = memory.take<QueuedCandidate>(multiplying_warps * queue_length);
+        queue = memory.take<QueuedLatent>(multiplying_warps * queue_length);
         columns = memory.take<Columns>(2);
         barriers = memory.take<uint64_t>(2 * stages + 2);
         bytes = memory.bytes();
@@ -157,103 +166,96 @@ __device__ inline void bring_tiles(const ScreenArguments& a, const ScreenShared&
             shared.empty(step).wait((step / stages & 1) ^ 1);
             full.arrive_expecting(sizeof(Stage));
             load_tile(stage.samples, a.samples, d, at.first_sample, full);
-            load_tile(stage.latents, a.latents[at.residue], d, at.first_latent, full);
+            load_tile(stage.latents, a.latents, d, at.first_latent, full);
         }
     }
 }
 
-// The candidates that a warp has found.
+// The latents of a warp that the quick test does not fail, until there are enough to keep all lanes busy.
 class Queue {
    public:
-    __device__ Queue(QueuedCandidate* entries_, const Candidates& all_) : entries(entries_), all(all_) {}
+    __device__ Queue(QueuedLatent* entries_, const ScreenArguments& a_) : entries(entries_), a(a_) {}
 
-    // A candidate of each lane that has one.
-    __device__ void push(bool has_one, const QueuedCandidate& mine) {
+    // One of each lane that has one.
+    __device__ void push(bool has_one, const QueuedLatent& mine) {
         const unsigned lanes = __ballot_sync(all_lanes, has_one);
         if (has_one) entries[length + __popc(lanes & ((1u << threadIdx.x % 32) - 1))] = mine;
         length += __popc(lanes);
-        if (length >= appended) append(appended);
+        if (length >= taken_in) take_in(taken_in);
     }
-    __device__ void finish() { append(length); }
+    __device__ void finish() { take_in(length); }
 
    private:
-    // The last `count`; those without room are counted.
-    __device__ void append(int count) {
+    // The last `count`: an interval decides which become candidates. Those without room are counted.
+    __device__ void take_in(int count) {
         __syncwarp();
         length -= count;
         if (int(threadIdx.x % 32) < count) {
-            const QueuedCandidate one = entries[length + threadIdx.x % 32];
-            const int slot = atomicAdd(all.counts + one.sample, 1);
-            if (slot < all.capacity) {
-                const RowCandidates row(all, one.sample);
-                row.lows[slot] = one.low, row.highs[slot] = one.high, row.latents[slot] = one.latent;
-            }
+            const QueuedLatent one = entries[length + threadIdx.x % 32];
+            if (one.latent < a.L) append(one, a.tests[one.sample]);
         }
         __syncwarp();
     }
+    __device__ void append(const QueuedLatent& one, const RowTest& test) const {
+        const float norm = __ldg(a.norm + one.latent), bias = __ldg(a.bias + one.latent);
+        const Interval ends = test.sample.of(one.product, bias, norm, test.sample.flushed, 1);
+        const uint32_t high = key_of(ends.upper);
+        if (candidate(high, one.latent) <= test.below) return;
+        const int slot = atomicAdd(a.candidates.counts + one.sample, 1);
+        if (slot >= a.candidates.capacity) return;
+        const RowCandidates row(a.candidates, one.sample);
+        row.lows[slot] = stored(key_of(ends.lower)), row.highs[slot] = stored(high), row.latents[slot] = one.latent;
+    }
 
-    QueuedCandidate* entries;
-    const Candidates& all;
+    QueuedLatent* entries;
+    const ScreenArguments& a;
     int length = 0;
 };
 
-// What a warp knows of its part of a tile.
+// The part of a tile whose sums a thread has: of the samples `row` and row + 8, the columns `column` and the next of
+// each eight.
 struct TileTests {
     const ScreenArguments& a;
     const ScreenTile& at;
     const Columns& columns;
-    const RowTest (&tests)[2];  // of the two rows whose sums a thread has
-    float4* scores;             // of this thread, 32 apart
-
-    __device__ int row(int lower) const {
-        return at.first_sample + int(threadIdx.x) / 32 * 16 + int(threadIdx.x) % 32 / 4 + 8 * lower;
-    }
+    int row, column;
+    const QuickTest (&tests)[2];
+    float4* scores;  // of this thread, 32 apart
 
     // Of 16 scores, a bit for each that the quick test does not fail.
     __device__ unsigned reaching(const float* sums, int part) const {
+        const float4* const biases = reinterpret_cast<const float4*>(columns.biases) + part * 8 + column / 2;
+        const float norm = columns.norms[part];
+        const float reach[] = {__fmaf_rn(-tests[0].wide, norm, tests[0].reach),
+                               __fmaf_rn(-tests[1].wide, norm, tests[1].reach)};
         unsigned bits = 0;
 #pragma unroll
         for (int g = 0; g < part_scores / 4; ++g) {
-            const float4 two =
-                reinterpret_cast<const float4*>(columns.tested)[(part * part_scores / 4 + g) * 4 + threadIdx.x % 4];
+            const float4 four = biases[g / 2 * 4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const RowTest& test = tests[i / 2];
-                const float norm = i % 2 ? two.z : two.x, bias = i % 2 ? two.w : two.y;
-                const float end =
-                    __fmaf_rn(sums[4 * g + i], test.sample.inverse, __fmaf_rn(test.wide, norm, bias));
-                set_unless_under(bits, 1u << (4 * g + i), end, test.reach);
+                const float bias = g % 2 ? (i % 2 ? four.w : four.z) : i % 2 ? four.y : four.x;
+                const float end = __fmaf_rn(sums[4 * g + i], tests[i / 2].inverse, bias);
+                set_unless_under(bits, 1u << (4 * g + i), end, reach[i / 2]);
             }
         }
-        return bits & ~((tests[0].is_done() ? 0x3333u : 0) | (tests[1].is_done() ? 0xccccu : 0));
+        return bits & (tests[0].open | tests[1].open << 2);
     }
 
-    // Finds out by their intervals.
-    __device__ void take_in(const float* sums, int part, unsigned bits, Queue& queue) const {
+    __device__ void push(const float* sums, int part, unsigned bits, Queue& queue) const {
 #pragma unroll
         for (int g = 0; g < part_scores / 4; ++g)
             scores[g * 32] = {sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]};
         for (; __any_sync(all_lanes, bits); bits &= bits - 1) {
-            QueuedCandidate found{};
-            bool passes = false;
+            QueuedLatent one{};
             if (bits) {
-                const int bit = __ffs(bits) - 1, lower = bit / 2 % 2;
-                const int column = (part * part_scores / 4 + bit / 4) * 8 + threadIdx.x % 4 * 2 + bit % 2;
-                const RowTest test = lower ? tests[1] : tests[0];
-                const Interval ends = of(test, column, bit);
-                const uint32_t high = key_of(ends.upper);
-                found = {row(lower), at.latent(a, column), stored(key_of(ends.lower)), stored(high)};
-                passes = at.has(a, column) && candidate(high, found.latent) > test.below;
+                const unsigned bit = __ffs(bits) - 1, group = bit / 4;
+                one.product = reinterpret_cast<const float*>(scores + group * 32)[bit % 4];
+                one.sample = row + int(bit / 2 % 2 * 8);
+                one.latent = at.latent(a, column + (part * part_scores / 4 + group) * 8 + bit % 2);
             }
-            queue.push(passes, found);
+            queue.push(bits, one);
         }
-    }
-
-   private:
-    __device__ Interval of(const RowTest& test, int column, int bit) const {
-        const float product = reinterpret_cast<const float*>(scores + bit / 4 * 32)[bit % 4];
-        const SampleBounds& sample = test.sample;
-        return sample.of(product, columns.bias[column], columns.tested[2 * column], sample.flushed, 1);
     }
 };
 
@@ -261,7 +263,7 @@ struct TileTests {
 template <class Format>
 __device__ void take_in_tiles(const ScreenArguments& a, const ScreenShared& shared) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    Queue queue(shared.queue + warp * queue_length, a.candidates);
+    Queue queue(shared.queue + warp * queue_length, a);
     float sums[products_of_thread];
     unsigned step = 0, turn = 0;
     const auto release = [&](unsigned done) {
@@ -270,10 +272,9 @@ __device__ void take_in_tiles(const ScreenArguments& a, const ScreenShared& shar
     for (int tile = blockIdx.x; tile < a.tiles(); tile += gridDim.x, ++turn) {
         const ScreenTile at(a, tile);
         Columns& columns = shared.columns[turn % 2];
-        const int mine = threadIdx.x;  // a column
-        const bool there = at.has(a, mine);
-        const float norm = there ? __ldg(a.norm + at.latent(a, mine)) : 0;
-        const float bias = there ? __ldg(a.bias + at.latent(a, mine)) : -infinity();
+        const int latent = at.latent(a, threadIdx.x);  // a column a thread
+        const float norm = latent < a.L ? __ldg(a.norm + latent) : 0;
+        const float bias = latent < a.L ? __ldg(a.bias + latent) : -infinity();
         for (int d = 0; d < a.D; d += tile_columns, ++step) {
             const Stage& stage = shared.stage[step % stages];
             shared.full(step).wait(step / stages & 1);
@@ -288,8 +289,9 @@ __device__ void take_in_tiles(const ScreenArguments& a, const ScreenShared& shar
                 wait_for_products<1>();
                 release(step - 1);
             } else {  // of the tile before the last, all have read what is overwritten now
-                columns.tested[2 * mine] = norm, columns.tested[2 * mine + 1] = raised(bias);
-                columns.bias[mine] = bias;
+                columns.biases[Columns::place(threadIdx.x)] = raised(bias);
+                const unsigned largest = __reduce_max_sync(all_lanes, __float_as_uint(norm));
+                if (lane == 0) columns.norms[warp] = __uint_as_float(largest);
                 __syncwarp();
                 if (lane == 0) shared.described(turn).arrive();
             }
@@ -297,15 +299,16 @@ __device__ void take_in_tiles(const ScreenArguments& a, const ScreenShared& shar
         wait_for_products<0>();
         hand_over(sums);
         release(step - 1);
-        const int first_row = at.first_sample + warp * 16 + lane / 4;
-        const RowTest tests[] = {a.test(first_row), a.test(first_row + 8)};
+        const int row = at.first_sample + warp * 16 + lane / 4;
+        const QuickTest tests[] = {{a.tests, row, a.N}, {a.tests, row + 8, a.N}};
         shared.described(turn).wait(turn / 2 & 1);
-        const TileTests tile_tests{a, at, columns, tests, shared.scores + warp * part_scores / 4 * 32 + lane};
+        const TileTests tile_tests{a, at, columns, row, lane % 4 * 2, tests,
+                                   shared.scores + warp * part_scores / 4 * 32 + lane};
 #pragma unroll
         for (int part = 0; part < parts; ++part) {
             const float* const of_part = sums + part * part_scores;
             const unsigned bits = tile_tests.reaching(of_part, part);
-            if (__any_sync(all_lanes, bits)) tile_tests.take_in(of_part, part, bits, queue);
+            if (__any_sync(all_lanes, bits)) tile_tests.push(of_part, part, bits, queue);
         }
     }
     queue.finish();

@@ -47,11 +47,11 @@ struct SelectionShared {
 };
 
 // The largest number that at least k of the items at(0) ... at(n - 1) reach. By digits, the highest first; as soon as
-// all items of a digit are among the k largest, a number with zeros behind that digit, which no more than these reach,
-// unless it must be the k-th `itself`. When a thread returns, all have read the items for the last time. Short digits are
-// faster where the items are few.
-template <bool itself = false, int digit_bits = most_digit_bits, class At>
-__device__ auto kth_largest(At at, int n, int k, const SelectionShared& shared) {
+// all items of a digit but `spare` are among the k largest, a number with zeros behind that digit, which no more than
+// k + spare reach, unless it must be the k-th `itself`, or have `least_bits`. When a thread returns, all have read the
+// items for the last time. Short digits are faster where the items are few.
+template <bool itself = false, int digit_bits = most_digit_bits, int least_bits = digit_bits, class At>
+__device__ auto kth_largest(At at, int n, int k, const SelectionShared& shared, int spare = 0) {
     using Item = decltype(at(0));
     constexpr int bits = 8 * sizeof(Item), of_digit = 1 << digit_bits;
     Item known = 0;
@@ -82,6 +82,6 @@ __device__ auto kth_largest(At at, int n, int k, const SelectionShared& shared) 
         __syncthreads();
         known |= Item(*shared.digit) << shift;
         k = *shared.within;
-        if (shift == 0 || (!itself && k == *shared.many)) return known;
+        if (shift == 0 || (!itself && shift <= bits - least_bits && *shared.many - k <= spare)) return known;
     }
 }

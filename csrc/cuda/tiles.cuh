@@ -1,7 +1,6 @@
-// Tiles of matrices of 16-bit floats in shared memory, that copies bring and tensor cores multiply, since sm_90 and on
-// nothing else but sm_90a; or their emulation. A tile is 64 columns, 128 bytes, of some rows. Its 16 bytes lie swizzled:
-// those of row r, column c are exchanged with those of column c ^ r % 8, so that 8 rows are read at once without a
-// conflict. So a tile begins at whole 1024 bytes.
+// Tiles of matrices of 16-bit floats in shared memory, that copies bring and tensor cores multiply, on sm_90a alone; or
+// their emulation. A tile is 64 columns, 128 bytes, of some rows. It lies swizzled: the c-th 16 bytes of row r are the
+// (c ^ r % 8)-th there, so that 8 rows are read at once without a conflict. So a tile begins at whole 1024 bytes.
 #pragma once
 #include "formats.cuh"
 
@@ -65,7 +64,8 @@ inline decltype(&cuTensorMapEncodeTiled) find_map_encoder() {
 #else
     check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &encode, cudaEnableDefault, &found));
 #endif
-    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("CUDA: the driver has no cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess)
+        throw std::runtime_error("CUDA: the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode);
 }
 

@@ -22,6 +22,7 @@ from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import present_of
 from sparc_fast.data.feature_folder import Split
 from sparc_fast.model import SPARC
+from sparc_fast.selection import BY_THRESHOLD, LOCAL
 from sparc_fast.sizes import as_bytes, counted
 from sparc_fast.training.trainer import device_of
 
@@ -120,14 +121,14 @@ def encode_files(
     N, S = files.n_rows, len(streams)
     k = max(model._slots([stream]) for stream in streams) if alone else model._slots(streams)
     encode = _encode_alone if alone else _encode
-    own_support = alone or model.selection == "local"
+    own_support = alone or model.selection in LOCAL
     config = {"streams": list(streams), "n_latents": model.n_latents, **(about or {})}
     read_together, encoded_together = _rows_at_once(model, files, memory)
     was_training = model.training
     model.eval()
     absent = torch.zeros(S, dtype=torch.int64, device="cpu")
     try:
-        if model.selection == "batch":  # how many latents the sample of most has is not known beforehand
+        if model.selection in BY_THRESHOLD:  # how many latents the sample of most has is not known beforehand
             blocks = _blocks(files, streams, zero_rows, read_together, encoded_together)
             k = max((encode(model, x, present).values.shape[-1] for x, present in blocks), default=k)
         tensors = {

@@ -24,6 +24,7 @@ from sparc_fast.training.config import (
     place,
     quotas,
     read_settings,
+    sizes,
     sources,
     with_absolute_paths,
 )
@@ -107,7 +108,7 @@ def _parsed(f: Field[Any], given: Any) -> Any:
     if kind in (sources, identifiers):
         return with_absolute_paths(parse_sources(given, _flag(f)), Path.cwd())
     try:
-        return kind.parse(given)
+        return [kind.parse(one) for one in given] if kind is sizes else kind.parse(given)
     except ValueError:
         raise ValueError(f"{_flag(f)} must be {kind.expected}, got {given!r}") from None
 
@@ -129,6 +130,8 @@ def _arguments(f: Field[Any]) -> dict[str, Any]:
         }
     if kind is names:
         return {"nargs": "+", "action": "extend", "metavar": "NAME", "help": words}
+    if kind is sizes:
+        return {"nargs": "+", "action": "extend", "metavar": "M", "help": words}
     if kind in (counts, quotas):
         shape = "STREAM=N" if kind is counts else "N or STREAM=N"
         return {"nargs": "+", "action": "extend", "metavar": shape, "help": words}

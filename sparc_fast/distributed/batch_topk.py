@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .shards import Shards
 
 DIGIT = 11  # bits of a score that are told apart at a time
-WIDER, TIES = 5, 6  # calls, as ranks tell them apart
+WIDER, TIES = 7, 8  # calls, as ranks tell them apart
 
 
 def batch_topk(
@@ -42,7 +42,7 @@ def batch_topk(
         lambda here: any(there for (there,) in everybody.numbers(WIDER, here)),
     )  # fmt: skip
     larger, equal = scores > last, scores == last
-    here = torch.stack([larger.sum(1), equal.sum(1)])
+    here = torch.stack([larger.sum(1), equal.sum(1)]).int()
     n_larger, n_equal = exchange.gather(here[None], [1] * exchange.ranks, "candidates").movedim(0, -1)  # [N, P] each
     # of equal scores those of earlier samples, then of lower latents, which are those of earlier ranks
     left = count - shards.of_all_replicas(int(n_larger.sum())) - shards.in_replicas_before(int(n_equal.sum()), TIES)
@@ -54,13 +54,14 @@ def batch_topk(
 
 def latents_above(
     backend: Backend, shards: Shards, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor,
-    threshold: float, k: int, screening: str = "auto",
-) -> Tensor:  # fmt: skip
+    threshold: float, k: int, screening: str = "auto", sure: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`reference.latents_above` of all ranks' rows, laid out as `batch_topk`."""
     exchange = shards.exchange
-    own = backend.latents_above(x, W_enc, pre_bias, latent_bias, threshold, min(k, len(W_enc)), screening)
-    counts = exchange.gather((own >= 0).sum(1)[None], [1] * exchange.ranks, "candidates").T
-    return _beside(own, own >= 0, counts, exchange.rank)
+    own, scores = backend.latents_above(x, W_enc, pre_bias, latent_bias, threshold, min(k, len(W_enc)), screening, sure)
+    counts = exchange.gather((own >= 0).sum(1).int()[None], [1] * exchange.ranks, "candidates").T
+    support = _beside(own, own >= 0, counts, exchange.rank)
+    return support, _beside(scores, own >= 0, counts, exchange.rank, -torch.inf)
 
 
 def kth_largest(scores: Tensor, k: int, exchange: Exchange) -> Tensor:
@@ -77,7 +78,7 @@ def kth_largest(scores: Tensor, k: int, exchange: Exchange) -> Tensor:
         digits = (ordered >> first) & (2**width - 1)
         if first + width == bits:
             digits = digits ^ 2 ** (width - 1)  # the sign: negative numbers come first
-        counts = exchange.sum(torch.bincount(digits, minlength=2**width))
+        counts = exchange.sum(torch.bincount(digits, minlength=2**width).int())
         from_top = counts.flip(0).cumsum(0).tolist()
         place = bisect_left(from_top, k)
         k -= from_top[place - 1] if place else 0
@@ -93,10 +94,10 @@ def _flip(numbers: Tensor, bits: int) -> Tensor:
     return flipped
 
 
-def _beside(indices: Tensor, chosen: Tensor, counts: Tensor, rank: int) -> Tensor:
+def _beside(indices: Tensor, chosen: Tensor, counts: Tensor, rank: int, nothing: float = -1) -> Tensor:
     """What was chosen of the latents here, behind those of earlier ranks; counts [N, P] are how many each rank has."""
     width = max(1, int(counts.sum(1).max())) if len(counts) else 1
-    support = indices.new_full((len(indices), width), -1)
+    support = indices.new_full((len(indices), width), nothing)
     samples, slots = chosen.nonzero(as_tuple=True)
     places = counts[:, :rank].sum(1, keepdim=True) + chosen.cumsum(1) - 1
     support[samples, places[samples, slots]] = indices[samples, slots]

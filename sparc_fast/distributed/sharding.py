@@ -37,12 +37,16 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
         RuntimeError: torch.distributed is not initialized.
         ValueError: the ranks' models differ, or there are too few latents.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError("torch.distributed must be initialized to shard a model: start Python with torchrun")
     if not isinstance(model, SPARC) or not model._shards.is_whole:
         raise ValueError("model must be a SPARC that is whole")
+    if model.jumprelu is not None:
+        raise ValueError(f"model must have no thresholds of latents to be shared, got selection={model.selection!r}")
+    if model.matryoshka:
+        raise ValueError(f"model must have one dictionary to be shared, got matryoshka={model.matryoshka}")
     if model.private_latents:
         raise ValueError(f"model must have no private latents to be shared, got {model.config()['private']}")
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("torch.distributed must be initialized to shard a model: start Python with torchrun")
     device = model.W_enc.device
     if mesh is None:
         kind = device.type if device.type != "meta" else "cuda" if torch.cuda.is_available() else "cpu"

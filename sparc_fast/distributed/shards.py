@@ -179,7 +179,15 @@ class Shards(Whole):
         return self.all.agreed(call)
 
     def sum(self, part: Tensor) -> Tensor:
-        return self.exchange.sum(part)
+        return self.exchange.sum(part.to(self.exchange.device)).to(part.device)
+
+    def of_latents(self, numbers: Tensor) -> Tensor:
+        exchange = self.exchange
+        counts = [n for (n,) in exchange.numbers(ROWS, len(numbers))]
+        return exchange.gather(numbers.to(exchange.device), counts, "results").to(numbers.device)
+
+    def of_one(self, part: Tensor) -> Tensor:
+        return self.exchange.one_of(part.to(self.exchange.device).contiguous(), "results").to(part.device)
 
     def total(self, n: int) -> int:
         return sum(number for (number,) in self.exchange.numbers(NUMBER, n))

@@ -183,7 +183,7 @@ def evaluate(
     The model runs in eval mode and without gradients, and is left as it was. Inputs pass once, a batch at a time on the
     model's device; sparse codes are kept, on the CPU. Time is linear in N but for retrieval, which compares all pairs.
     Where ranks share the model's latents, all of them call this with the same arguments, and all have the result: each
-    encodes and decodes its share of every batch, and metrics that need the whole dictionary cannot be had.
+    encodes and decodes its share of every batch.
 
     Args:
         inputs: of patch tokens, [N, T, D_s], each token is a sample. Or files that `sparc_fast.data.open` opened, of
@@ -214,7 +214,7 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     there: dict[Need, bool] = {"labels": labels is not None, "hierarchy": hierarchy is not None}
-    there["train"], there["dictionary"] = train is not None, model._shards.is_whole
+    there["train"] = train is not None
     chosen = choose(metrics, METRICS, there)
     if metrics is None and not retrieval:
         chosen = tuple(metric for metric in chosen if metric.key != "retrieval")

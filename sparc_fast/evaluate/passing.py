@@ -16,6 +16,7 @@ from sparc_fast.codes import SparseLatents
 from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import mark_zero_rows
 from sparc_fast.ops.huge_pages import give_back_freed
+from sparc_fast.selection import LOCAL
 from sparc_fast.sizes import as_bytes
 
 from .codes import CHUNK_BYTES, Codes
@@ -183,7 +184,7 @@ class Run:
         if self._needs("single"):
             kept += N * S * k * (itemsize + 4)
         if self._needs("joint"):
-            kept += N * k * (S + 4 * (S if model.selection == "local" else 1))
+            kept += N * k * (S + 4 * (S if model.selection in LOCAL else 1))
         if model.n_shared < L:
             kept += 2 * N * S * k * (itemsize + 4)  # the codes once more, of shared latents
         work = max((metric.work(sizes) for metric in self.metrics if metric.work is not None), default=0)

@@ -24,15 +24,11 @@ __all__ = ["Batch", "Better", "Given", "Metric", "Need", "Row", "Score", "Sizes"
 
 Better = Literal["higher", "lower", "neither"]
 
-Need = Literal["single", "joint", "labels", "hierarchy", "inputs", "train", "dictionary"]
+Need = Literal["single", "joint", "labels", "hierarchy", "inputs", "train"]
 """What a metric is computed from: codes of each stream encoded alone; of all encoded together; the concepts of each
-sample; their hierarchy; the samples themselves, once more (`Given.batches`); the training split (`Given.train`); all
-rows of the decoder in one process (`dictionary_of`)."""
+sample; their hierarchy; the samples themselves, once more (`Given.batches`); the training split (`Given.train`)."""
 
-ASKED_OF: Mapping[Need, str] = {
-    "labels": "labels", "hierarchy": "a hierarchy", "train": "training samples",
-    "dictionary": "a model that is whole",
-}  # fmt: skip
+ASKED_OF: Mapping[Need, str] = {"labels": "labels", "hierarchy": "a hierarchy", "train": "training samples"}
 
 
 @dataclass(frozen=True)
@@ -182,7 +178,7 @@ class Metric:
     """The result, with tensors on the CPU; None where it is undefined."""
     scores: tuple[Score, ...] = ()
     needs: frozenset[Need] = frozenset()
-    of_shared: bool = False  # whether it asks if streams agree on a latent: private ones are then none of its latents
+    of_shared: bool = False  # whether it compares streams by their latents: private ones are then none of these
     default: bool = False  # whether `evaluate` computes it unasked; what it needs may then be missing
     watch: Callable[[Given], Watch] | None = None
     """Sees all samples as they pass, once, so that it need not hold them; is told of no codes and no results."""

@@ -26,6 +26,7 @@ from sparc_fast.kernels import (
     decoder_gradients,
     encoder_gradients,
     latents_above,
+    nested_decode_loss,
     sparse_decode,
     sparse_decode_grad_values,
     support_scores,
@@ -46,6 +47,7 @@ __all__ = [
     "gradient_squares",
     "invert_indices",
     "latents_above",
+    "nested_decode_loss",
     "replay_rows",
     "sparse_decode",
     "sparse_decode_grad_values",
@@ -109,16 +111,16 @@ def _screen(
     X: Tensor, W: Tensor, chunk: int, scores: Tensor, bias: Tensor, of_w: Tensor, of_x: Tensor, candidates: Any, k: int,
     bounds: tuple[float, float, float],
 ) -> bool:  # fmt: skip
-    """Where the device multiplies tiles, takes in all scores, those of every 4^i-th latent first; else does nothing."""
+    """Where the device multiplies tiles, takes in all scores, those of every 2^i-th latent first; else does nothing."""
     (N, D), L, device, capacity = X.shape, len(W), X.device, candidates.capacity
     in_vectors = D % 8 == 0 and W.stride(0) % 8 == 0 and (X.data_ptr() | W.data_ptr()) % 16 == 0
-    fits = chunk < L <= 2**30 and X.dtype == W.dtype and X.dtype in (torch.bfloat16, torch.float16)
+    apart = 1
+    while -(-L // apart) > chunk:
+        apart *= 2
+    fits = 1 < apart < L and L + 512 * apart < 2**31 and X.dtype == W.dtype != torch.float32
     with _on(device):
         if not (fits and in_vectors and _cuda.screens_scores()):
             return False
-    apart = 4
-    while -(-L // apart) > chunk:
-        apart *= 4
     sampled = W[::apart]
     product = scores[: N * len(sampled)].view(N, len(sampled))
     import_module("sparc_fast.kernels.global_topk").multiply(X, sampled, product)

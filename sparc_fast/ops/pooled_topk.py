@@ -29,12 +29,20 @@ def batch_topk(
 
 def latents_above(
     global_topk: Operator, support_scores: Operator, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor,
-    threshold: float, k: int, screening: str = "auto",
-) -> Tensor:  # fmt: skip
+    threshold: float, k: int, screening: str = "auto", sure: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`reference.latents_above` of a backend's other operators."""
     best = Best(global_topk, support_scores, (W_enc, pre_bias, latent_bias), screening)
     indices, scores, _ = best.reaching(x, 2 * k, lambda _: threshold)
-    return ragged(indices, scores > threshold)
+    chosen = scores > threshold
+    indices, scores = ragged(indices, chosen), ragged(scores, chosen, -torch.inf)
+    return indices, told(indices, scores, threshold, sure)
+
+
+def told(indices: Tensor, scores: Tensor, threshold: float, sure: float | None) -> Tensor:
+    """Scores as `reference.latents_above` tells them."""
+    scores = scores.masked_fill(scores > max(threshold, threshold if sure is None else sure), torch.inf)
+    return scores.masked_fill(indices < 0, -torch.inf)
 
 
 class Best:
@@ -95,10 +103,10 @@ def largest(scores: Tensor, count: int, last: Tensor | None = None) -> Tensor:
     return larger | (equal & (before <= count - larger.sum()))
 
 
-def ragged(indices: Tensor, chosen: Tensor) -> Tensor:
+def ragged(indices: Tensor, chosen: Tensor, nothing: float = -1) -> Tensor:
     """The support of what was chosen, as wide as the largest, one slot at least: -1 behind latents of others."""
     width = max(1, int(chosen.sum(1).max())) if len(chosen) else 1
-    support = indices.new_full((len(indices), width), -1)
+    support = indices.new_full((len(indices), width), nothing)
     samples, slots = chosen.nonzero(as_tuple=True)
     support[samples, chosen.cumsum(1)[samples, slots] - 1] = indices[samples, slots]
     return support

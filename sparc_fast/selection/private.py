@@ -96,7 +96,9 @@ class Private:
     def shared(self, batch: Batch) -> Batch:
         """The batch before the encoder of the latents that streams share."""
         some = slice(0, self.n_shared)
-        return batch._replace(W_enc=batch.W_enc[some], latent_bias=batch.latent_bias[:, some].contiguous())
+        threshold = None if batch.latent_threshold is None else batch.latent_threshold[:, some]
+        bias = batch.latent_bias[:, some].contiguous()
+        return batch._replace(W_enc=batch.W_enc[some], latent_bias=bias, latent_threshold=threshold)
 
     def slots(self, streams: Sequence[str], apart: bool) -> int:
         """In a support that these streams share, or, `apart`, in one of each."""

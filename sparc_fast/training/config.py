@@ -19,7 +19,9 @@ from sparc_fast.data import AlignedFiles, FeatureFolder
 from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.ids import SUFFIXES as IDS_SUFFIXES
 from sparc_fast.data.shards import is_list_of_files
-from sparc_fast.selection import RULES
+from sparc_fast.objective import nested_sizes
+from sparc_fast.selection import LOCAL, RULES
+from sparc_fast.selection.jumprelu import BANDWIDTH, SPARSITY_COEF
 from sparc_fast.sizes import as_bytes, is_integer, parse_bytes
 
 REQUIRED = MISSING
@@ -111,6 +113,11 @@ def _names(value: Any) -> list[str]:
     return listed
 
 
+def _sizes(value: Any) -> list[int]:
+    listed = [value] if isinstance(value, Integral) else list(value)
+    return [integer(1).convert(size) for size in listed]
+
+
 def _norms(value: Any) -> str | dict[str, str]:
     of_streams = value.values() if isinstance(value, Mapping) else [value]
     if not all(how in ("none", "l2") for how in of_streams):
@@ -196,6 +203,7 @@ sources = Kind(
 identifiers = Kind("the name of a data set in every file, or a table of streams as for data", _identifiers)
 norms = Kind("none or l2, or a table of streams, each none or l2", _norms)
 names = Kind("a list of names", _names)
+sizes = Kind("a list of integers >= 1", _sizes, int)
 counts = Kind("a table of streams, each an integer >= 1", _counts)
 quotas = Kind("an integer >= 0, or a table of streams, each an integer >= 1", _quotas)
 place = _checked("a path", (str, Path), lambda _: True, str)
@@ -259,7 +267,15 @@ class Config:
     selection: str = setting(
         "global",
         choice(*RULES),
-        "one support for all streams; local: one for each; batch: for all, of k latents a sample on average",
+        "one support for all streams; local: one for each; batch: for all, of k latents a sample on average; jumprelu "
+        "and local_jumprelu: the same by latents' thresholds",
+    )
+    matryoshka: Sequence[int] = field(
+        default=(),
+        metadata=about(
+            sizes,
+            "sizes of nested dictionaries, ascending, each the first latents; the last is `n_latents`, or left out",
+        ),
     )
     private: Mapping[str, int] = field(
         default_factory=dict,
@@ -273,6 +289,10 @@ class Config:
     dead_after: int = setting(256_000, integer(0), "samples without firing after which a latent is dead")
     loss: str = setting(
         "nmse", choice("nmse", "fvu"), "errors over each sample's squared norm, or over the batch's squared deviations"
+    )
+    sparsity_coef: float = setting(SPARSITY_COEF, not_negative, "under jumprelu, the weight of (L0 / k - 1)^2")
+    bandwidth: float = setting(
+        BANDWIDTH, positive, "under jumprelu, how wide the band of scores is that move thresholds, over their mean"
     )
     dtype: str = setting(
         "float32", choice("float32", "bfloat16", "float16"), "of the weights; Adam's master rows stay float32"
@@ -345,7 +365,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.support_dropout is None:
-            object.__setattr__(self, "support_dropout", 0.0 if self.selection == "local" else SUPPORT_DROPOUT)
+            object.__setattr__(self, "support_dropout", 0.0 if self.selection in LOCAL else SUPPORT_DROPOUT)
         for f in fields(self):
             value = getattr(self, f.name)
             kind = f.metadata["kind"]
@@ -415,6 +435,8 @@ class Config:
             raise ValueError(f'accumulate must be 1 with selection="batch", got {self.accumulate}')
         if self.k > self.n_latents:
             raise ValueError(f"k must be between 1 and n_latents={self.n_latents}, got {self.k}")
+        if nested_sizes(self.matryoshka, self.n_latents) and self.private:
+            raise ValueError(f"matryoshka must be left out with private latents, got {self.matryoshka}")
         if bool(self.private) != bool(self.private_k):
             raise ValueError(f"private and private_k must be given together, got {self.private} and {self.private_k}")
         shared = self.n_latents - sum(self.private.values())
@@ -427,7 +449,7 @@ class Config:
             raise ValueError(f"k_start must be at most n_latents={self.n_latents}, got {self.k_start}")
         if self.cross_loss_start > 0 and self.cross_loss_ramp == 0:
             raise ValueError(f"cross_loss_ramp must be > 0 with cross_loss_start={self.cross_loss_start}, got 0")
-        if self.support_dropout and self.selection == "local":
+        if self.support_dropout and self.selection in LOCAL:
             raise ValueError("support_dropout must be 0 under local selection: each stream chooses its own support")
         if self.validation_rows and self.validation_data:
             raise ValueError("validation_rows and validation_data must not both be given: they say the same")

@@ -110,7 +110,7 @@ class Trainer:
             self.step = 0
             self._uncalibrated = self.model.streams if config.calibrate else ()
             self.best: tuple[int, float] | None = None
-            self._means = Means(self.model.streams, device)
+            self._means = Means(self.model.streams, device, self.model.matryoshka)
             start = None if self.folder.steps() else self._start(model)
             with self.model._shards.agreed("begin"):
                 if self.leads:
@@ -509,7 +509,8 @@ def _new_model(config: Config, files: AlignedFiles, device: torch.device, shared
             selection=cast(Any, config.selection), auxk=config.auxk,
             private=config.private or None, private_k=config.private_k or None,
             dead_after=config.dead_after, normalize=cast(Any, config.normalize),
-            loss="fvu" if config.loss == "fvu" else "nmse", backend="auto",
+            loss="fvu" if config.loss == "fvu" else "nmse", matryoshka=config.matryoshka, backend="auto",
+            sparsity_coef=config.sparsity_coef, bandwidth=config.bandwidth,
             dtype=getattr(torch, config.dtype), device="meta" if shared else "cpu",
         )  # fmt: skip
         model = distributed.shard(model, distributed.mesh_of(device, config.replicas)) if shared else model

@@ -4,10 +4,10 @@
 // a barrier or a warp's vote, so a run can be repeated exactly. CUDA_EMULATION_SCHEDULE chooses the order they run in:
 // 0 first to last, 1 last to first, any other number a shuffled order, in which they also pause at atomics.
 //
-// What stops a launch with an error: a bulk copy to a barrier before a fence, or one that nobody waited for; a product of
-// tiles before a fence of its sums; a barrier that not every thread of the block meets, or at different lines; a vote or
-// shuffle that a lane of its mask never meets; a mask without the lane itself. Sums of products are NaN, and their tiles
-// are unread, until they are waited for. Shared memory starts as rubbish, and
+// What stops a launch with an error: a bulk copy to a barrier before a fence, or one that nobody waited for; a product
+// of tiles before a fence of its sums; a barrier that not every thread of the block meets, or at different lines; a vote
+// or shuffle that a lane of its mask never meets; a mask without the lane itself. Sums of products are NaN, and their
+// tiles are unread, until they are waited for. Shared memory starts as rubbish, and
 // under AddressSanitizer no thread may touch the gaps between its arrays. Under ThreadSanitizer each fibre counts as a
 // thread, of blocks that run at once, and only what orders threads on a GPU orders them here: __syncthreads,
 // __syncwarp, and the end of a launch. So a missing barrier is found whatever the order, and no race is left to luck.

@@ -429,8 +429,8 @@ int main(int count, char**) {
         check_global_topk(problem, true, ++number);
         if (problem.given_up == 0) check_global_topk(problem, false, ++number);
     }
-    check_screen_scores(3, 300, 72, 4, 2, Floats::bfloat16, 1);  // tiles that end within: of samples, latents, columns
-    check_screen_scores(1, 70, 8, 16, 1, Floats::float16, 2);    // in two steps
+    check_screen_scores(3, 700, 72, 2, 2, Floats::bfloat16, 1);  // tiles that end within: of samples, latents, columns
+    check_screen_scores(1, 70, 8, 4, 1, Floats::float16, 2);    // in two steps
     number = 0;
     for (const int n : {0, 1, 77, 300}) {
         for (const int L : {1, 5, 700}) check_invert_indices(n, L, 0, ++number);
