@@ -293,7 +293,14 @@ class _OfRows:
         self.backend, self.exchange = backend, exchange
 
     def global_topk(
-        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        pre_bias: Tensor,
+        latent_bias: Tensor,
+        k: int,
+        screening: str = "auto",
+        among: None = None,
     ) -> Tensor:
         """The support among the rows of all ranks, below each other: -1 where a row is not here.
 

@@ -27,8 +27,22 @@ FEW, MANY = 2, 16
 
 
 def global_topk(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    screening: str = "auto",
+    among: Tensor | None = None,
 ) -> Tensor:
+    if among is not None:
+        latents = among.nonzero()[:, 0]
+        here = min(k, len(latents))
+        found = torch.full((len(x), k), -1, dtype=torch.int32, device="cpu")
+        if here:
+            positions = global_topk(x, W_enc[latents], pre_bias, latent_bias[:, latents], here, screening)
+            found[:, :here] = latents.int()[positions.long()]
+        return found
     W, bias = _stored(W_enc.detach(), x.dtype), summed_bias(latent_bias.detach())
     indices = torch.empty(len(x), k, dtype=torch.int32, device="cpu")
     rows = _samples(k, len(W))
