@@ -196,10 +196,11 @@ class Shards(Whole):
         values = torch.where(own[:, None], wide(values), 0)
         with torch.no_grad():
             bias: Tensor = decode.keywords["pre_bias"]  # type: ignore[attr-defined]
-            parts = exchange.deal(decode(values, indices, pre_bias=torch.zeros_like(bias)), counts, "reconstructions")
-            total = parts[0]
-            for part in parts[1:]:
-                total = total + part
+            own_rows = decode(values, indices, pre_bias=torch.zeros_like(bias))
+            rows, numbers = exchange.deal(own_rows, counts, "reconstructions")
+            total = rows[numbers[0]]
+            for of_rank in numbers[1:]:
+                total = total + rows[of_rank]
             return (total + wide(bias)).to(dtype)
 
     def own(self, rows: Tensor | None) -> Tensor | None:
@@ -275,17 +276,19 @@ class _OfRows:
         first, n = sum(counts[: exchange.rank]), counts[exchange.rank]
         own = slice(first, first + n)
         no_bias = torch.zeros(D, dtype=pre_bias.dtype, device=pre_bias.device)
-        parts = exchange.deal(
+        parts, numbers = exchange.deal(
             backend.sparse_decode(wide(values), indices, W_dec, no_bias), counts, "reconstructions"
-        ).view(P * n * S, D)
+        )
         if n:
-            rows = torch.arange(P * n * S, dtype=torch.int32, device=values.device).view(P, n, S).movedim(0, -1)
+            streams = torch.arange(S, dtype=torch.int32, device=values.device)
+            rows = numbers.T[:, None].int() * S + streams[:, None]
             ones = torch.ones(n, S, P, dtype=parts.dtype, device=values.device)
             nmse, grad_recons, _, grad_pre_bias = backend.decode_loss(
-                ones, rows.contiguous(), parts, wide(pre_bias), wide(target[own]), scale[own], weights, d_streams
+                ones, rows, parts.view(-1, D), wide(pre_bias), wide(target[own]), scale[own], weights, d_streams
             )
         else:
             nmse, grad_recons, grad_pre_bias = parts.new_zeros(S, S), parts.new_zeros(0, S, D), parts.new_zeros(D)
+        del parts  # their memory is what the next of them take
         grad_recons = exchange.gather(grad_recons.to(gradient_dtype(values)), counts, "G")
         grad_values = backend.sparse_decode_grad_values(grad_recons, indices, W_dec)
         sums = exchange.sum(torch.cat([nmse.reshape(-1), grad_pre_bias]))
