@@ -64,7 +64,7 @@ class Exchange:
             [row.clone().view(like.dtype).view(like.shape) for row in piece]
             for piece, like in zip(pieces[1:], tensors, strict=True)
         ]
-        return pieces[0].contiguous().view(torch.int64).tolist(), own
+        return pieces[0].reshape(-1).view(torch.int64).view(self.ranks, -1).tolist(), own
 
     def deal(self, rows: Tensor, counts: Sequence[int], what: str) -> tuple[Tensor, Tensor]:
         """Of rows [sum counts, ...] that every rank has, all ranks' for this one's share of n.

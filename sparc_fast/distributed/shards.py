@@ -10,7 +10,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -233,26 +232,38 @@ class _OfRows:
     ) -> Tensor:
         """The support among the rows of all ranks, below each other: -1 where a row is not here.
 
-        Every rank gives its k best rows, if it has so many, with their scores, which are the same bits whoever computes
+        Every rank gives the scores of its k best rows, if it has so many, which are the same bits whoever computes
         them; the k best of those, ties to the lower row, are the k best of all. They are beside each other in the order
         of rows, since a rank's rows come before those of the next one.
         """
         backend, exchange = self.backend, self.exchange
-        N, own = len(x), min(k, len(W_enc))
+        rows, scores = self._best_rows(x, W_enc, pre_bias, latent_bias, k, screening)
+        counts, (of_ranks,) = exchange.packed([len(W_enc)], [scores], "candidates")
+        given = [min(k, n) for (n,) in counts]
+        beside = torch.cat([part[:, :n] for part, n in zip(of_ranks, given, strict=True)], dim=1)
+        best = backend.topk_rows(beside, min(k, sum(given))).long() - sum(given[: exchange.rank])
+        is_here = (best >= 0) & (best < given[exchange.rank])
+        return torch.where(is_here, rows.gather(1, best.clamp(0, k - 1)), -1)
+
+    def _best_rows(
+        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str
+    ) -> tuple[Tensor, Tensor]:
+        """Rows here among which those of the support are, ascending, and their scores; there is room for k."""
+        backend, exchange, N, own = self.backend, self.exchange, len(x), min(k, len(W_enc))
+        if best_rows := getattr(backend, "best_rows", None):
+
+            def among(ends: Tensor) -> Tensor:
+                of_all = exchange.gather(ends[None], [1] * exchange.ranks, "candidates")
+                return of_all.movedim(0, 1).reshape(len(ends), -1)
+
+            found: tuple[Tensor, Tensor] = best_rows(x, W_enc, pre_bias, latent_bias, k, among, screening)
+            return found
         rows = torch.zeros(N, k, dtype=torch.int32, device=x.device)
         scores = torch.zeros(N, k, dtype=wide(x).dtype, device=x.device)
         if own and N:
             best = backend.global_topk(x, W_enc, pre_bias, latent_bias, own, screening)
             rows[:, :own], scores[:, :own] = best, backend.support_scores(x, W_enc, pre_bias, latent_bias, best)
-        counts, (all_scores, all_rows) = exchange.packed([len(W_enc)], [scores, rows], "candidates")
-        given, firsts = [min(k, n) for (n,) in counts], [0, *accumulate(n for (n,) in counts)]
-        beside = torch.cat([part[:, :n] for part, n in zip(all_scores, given, strict=True)], dim=1)
-        numbers = torch.cat(
-            [part[:, :n] + first for part, n, first in zip(all_rows, given, firsts, strict=False)], dim=1
-        )
-        best = backend.topk_rows(beside, min(k, sum(given))).long()
-        support = numbers.gather(1, best) - firsts[exchange.rank]
-        return support.masked_fill_((support < 0) | (support >= len(W_enc)), -1)
+        return rows, scores
 
     def decode_loss(
         self,
