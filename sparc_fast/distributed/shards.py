@@ -22,7 +22,7 @@ from sparc_fast.batch import Batch
 from sparc_fast.objective import Terms
 from sparc_fast.ops import backends
 from sparc_fast.ops.backends import Backend
-from sparc_fast.ops.layout import gradient_dtype, wide
+from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
 from sparc_fast.whole import Whole
 
 from .exchange import Exchange, number_of, shares
@@ -279,31 +279,50 @@ class _OfRows:
         """Every rank reconstructs all samples from its own rows, adds up its share of the samples, and compares them.
 
         The P parts of a reconstruction are rows of a dictionary, each used once with a value of 1: what adds them up,
-        in the order of ranks, and compares them is the backend's own decode_loss.
+        in the order of ranks, and compares them is the backend's own decode_loss. Where streams are reconstructed from
+        themselves alone, as for AuxK, nothing else is exchanged.
         """
         backend, exchange, P = self.backend, self.exchange, self.exchange.ranks
         (N, S, _), D = values.shape, W_dec.shape[1]
         counts = shares(N, P)
         first, n = sum(counts[: exchange.rank]), counts[exchange.rank]
         own = slice(first, first + n)
+        alone = S > 1 and not any(weight for i, weight in enumerate(weights) if i % (S + 1))
         no_bias = torch.zeros(D, dtype=pre_bias.dtype, device=pre_bias.device)
-        parts, numbers = exchange.deal(
-            backend.sparse_decode(wide(values), indices, W_dec, no_bias), counts, "reconstructions"
-        )
+        recons = backend.sparse_decode(wide(values), indices, W_dec, no_bias)
+        recons = _from_itself(recons, d_streams) if alone else recons
+        parts, numbers = exchange.deal(recons, counts, "reconstructions")
+        del recons
         if n:
-            streams = torch.arange(S, dtype=torch.int32, device=values.device)
-            rows = numbers.T[:, None].int() * S + streams[:, None]
+            rows = numbers.T[:, None].int().expand(n, S, P)
+            if not alone:
+                rows = rows * S + torch.arange(S, dtype=torch.int32, device=values.device)[:, None]
             ones = torch.ones(n, S, P, dtype=parts.dtype, device=values.device)
-            nmse, grad_recons, _, grad_pre_bias = backend.decode_loss(
-                ones, rows, parts.view(-1, D), wide(pre_bias), wide(target[own]), scale[own], weights, d_streams
-            )
+            operands = ones, rows.contiguous(), parts.view(-1, D), wide(pre_bias), wide(target[own]), scale[own]
+            nmse, grad_recons, _, grad_pre_bias = backend.decode_loss(*operands, weights, d_streams)
+            del operands
         else:
             nmse, grad_recons, grad_pre_bias = parts.new_zeros(S, S), parts.new_zeros(0, S, D), parts.new_zeros(D)
         del parts  # their memory is what the next of them take
-        grad_recons = exchange.gather(grad_recons.to(gradient_dtype(values)), counts, "G")
+        grad_recons = grad_recons.to(gradient_dtype(values))
+        grad_recons = exchange.gather(_from_itself(grad_recons, d_streams) if alone else grad_recons, counts, "G")
+        grad_recons = _of_streams(grad_recons, d_streams) if alone else grad_recons
         grad_values = backend.sparse_decode_grad_values(grad_recons, indices, W_dec)
         sums = exchange.sum(torch.cat([nmse.reshape(-1), grad_pre_bias]))
         return sums[: S * S].view(S, S), grad_recons, grad_values, sums[S * S :]
+
+
+def _from_itself(recons: Tensor, d_streams: Sequence[int]) -> Tensor:
+    """[N, D] of [N, S, D]: of each stream, what is reconstructed from itself."""
+    return torch.cat([recons[:, s, cols] for s, cols in enumerate(stream_slices(d_streams))], dim=1)
+
+
+def _of_streams(itself: Tensor, d_streams: Sequence[int]) -> Tensor:
+    """[N, S, D] of [N, D], 0 for other streams."""
+    of_all = itself.new_zeros(len(itself), len(d_streams), itself.shape[1])
+    for s, cols in enumerate(stream_slices(d_streams)):
+        of_all[:, s, cols] = itself[:, cols]
+    return of_all
 
 
 def _on(terms: Terms, device: torch.device | str) -> Terms:

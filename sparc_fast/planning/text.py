@@ -98,7 +98,8 @@ class Plan:
         supports = len(self.streams.widths) if config.selection == "local" else 1
         auxk = config.auxk if config.auxk_coef and self.dead else 0
         sizes = config.batch_size, self.streams.widths, config.k * supports, self.ranks
-        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports)
+        on_gpu = self.machine.device != "cpu"
+        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports, on_gpu=on_gpu)
 
     @property
     def hours(self) -> float | None:
