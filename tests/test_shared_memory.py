@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from ranks import Ranks
 from torch import Tensor
 
 import sparc_fast as sf
-from sparc_fast.distributed import received, shard, shared_memory
+from sparc_fast.distributed import neighbours, received, shard, shared_memory
 from sparc_fast.distributed.bytes import exchanged_bytes
 from sparc_fast.distributed.exchange import Exchange, shares
 from sparc_fast.selection import select
@@ -104,20 +105,23 @@ def test_memory_is_written_again_only_when_no_rank_holds_it(ranks: Ranks) -> Non
 def without_memory(case: str) -> tuple[bool, bool]:
     """(whether there is shared memory, whether rows come as they should)"""
     rank, n = here()
-    one, rows = exchange(), samples(6 * n, 3, 500)
+    rows = samples(6 * n, 3, 500)
     with pytest.MonkeyPatch.context() as patch:
         if case == "other host" and rank == 1:
             patch.setattr(shared_memory, "_place", lambda: "elsewhere")
+            patch.setattr(neighbours, "_connected", refuse)
         if case == "not allowed" and rank == 1:
             patch.setattr("os.open", refuse)
         if case == "no buffers left":
             patch.setattr(shared_memory, "MOST_BUFFERS", 0)
+        one = exchange()
+        assert (one._neighbours is None) == (case == "other host")
         found = one.gather(rows[6 * rank :][:6], [6] * n, "x")
         has = one._memory is not None and bool(one._memory._buffers)
     return has, torch.equal(found, rows)
 
 
-def refuse(*_: object) -> int:
+def refuse(*_: object) -> Any:
     raise PermissionError("not yours")
 
 

@@ -9,7 +9,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from sparc_fast.ops.huge_pages import empty_rows
 
 from . import shared_memory
+from .neighbours import MOST, neighbours
 from .watch import watch
 
 T = TypeVar("T")
@@ -34,6 +34,9 @@ class Exchange:
         self._watch = watch()
         self.received: Counter[str] = Counter()
         """By what they are."""
+        on_cpus = self.ranks > 1 and device.type == "cpu"
+        self._neighbours = neighbours(self) if on_cpus else None
+        self._memory = shared_memory.shared_memory(self) if on_cpus else None
 
     def gather(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
         """The rows of all ranks, of which each has as many as `counts` says, below each other, [sum counts, ...].
@@ -136,7 +139,7 @@ class Exchange:
         """ConnectionError names the ranks that are gone, where what is done with all of them here fails."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             ranks = dist.get_process_group_ranks(self.group)
             if not (gone := [rank for rank in self._watch.lost() if rank in ranks]):
                 raise
@@ -167,14 +170,10 @@ class Exchange:
         name, _, words = text.partition(":")
         raise next(kind for kind in kinds if kind.__name__ == name)(f"rank {rank}: {words}")
 
-    @cached_property
-    def _memory(self) -> shared_memory.SharedMemory | None:
-        return shared_memory.shared_memory(self)
-
     def _shared(self, like: Tensor, n: int) -> Tensor | None:
         """Memory of all ranks for n such rows; None where they share none, or the rows are not worth it."""
         n_bytes = n * like.shape[1:].numel() * like.itemsize
-        if like.device.type != "cpu" or n_bytes < shared_memory.LEAST or self._memory is None:
+        if self._memory is None or n_bytes < shared_memory.LEAST:
             return None
         memory = self._memory.take(n_bytes)
         return None if memory is None else memory.view(like.dtype).view(n, *like.shape[1:])
@@ -200,7 +199,10 @@ class Exchange:
     def _all_gather(self, out: Tensor, own: Tensor) -> None:
         dist_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
         with self.with_others():
-            dist_gather(out, own, group=self.group)
+            if self._neighbours is not None and own.nbytes <= MOST:
+                out.copy_(self._neighbours.gather(own))
+            else:
+                dist_gather(out, own, group=self.group)
 
 
 def _empty_like(rows: Tensor, n: int) -> Tensor:
