@@ -254,7 +254,7 @@ class _OfRows:
 
             def among(ends: Tensor) -> Tensor:
                 of_all = exchange.gather(ends[None], [1] * exchange.ranks, "candidates")
-                return of_all.movedim(0, 1).reshape(len(ends), -1)
+                return of_all.movedim(0, 1).reshape(len(ends), -1).contiguous()
 
             found: tuple[Tensor, Tensor] = best_rows(x, W_enc, pre_bias, latent_bias, k, among, screening)
             return found
