@@ -221,6 +221,11 @@ class Operands:
     def weights(self) -> tuple[float, ...]:
         return pair_weights(self.shape.S, 1.0)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of four nested dictionaries."""
+        return nested_sizes(self.shape.L)
+
     @cached_property
     def inverse(self) -> tuple[Tensor, Tensor]:
         return reference.invert_indices(self.indices, self.shape.L)
@@ -245,6 +250,10 @@ class Operands:
     def touched(self) -> int:
         """Latents that are in some sample's support: the rows a gather cannot avoid."""
         return len(self.indices.unique())
+
+
+def nested_sizes(L: int) -> tuple[int, ...]:
+    return L // 16, L // 4, L // 2, L
 
 
 class Trained:

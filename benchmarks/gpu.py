@@ -30,7 +30,7 @@ from sparc_fast.files import atomic_path
 from sparc_fast.ops import backends
 from sparc_fast.planning.roofline import Roofline
 
-from . import checks, memory, steps, timing
+from . import checks, distributed, memory, steps, timing
 from .cases import SHAPES, TINY, Place, Shape
 from .figures import ON_GPU, faster_in_cuda, launch_choices, reached, to_paste
 from .main import environment, heading
@@ -103,6 +103,11 @@ def tests(record: Record) -> None:
     checks.run_tests(record, checks.test_files())
 
 
+def ranks(record: Record) -> None:
+    """One rank over NCCL, and one on each device where there are several."""
+    distributed.on_devices(record, shape_of(record, "A"), "bfloat16", seconds(record, 6))
+
+
 def sweep(record: Record) -> None:
     from .tools import launch_sweep
 
@@ -162,6 +167,7 @@ PHASES: dict[str, Phase] = {
     "rivals-B": Phase(partial(step_rivals, "B"), 12, "hybrid"),
     "rivals-U": Phase(partial(step_rivals, "U"), 10, "hybrid"),
     "tests": Phase(tests, 120, "triton"),
+    "ranks": Phase(ranks, 60),
     "sanitizer": Phase(checks.run_sanitizer, 60, "triton"),
     "sanitizer-cuda": Phase(checks.run_sanitizer, 60, "cuda"),
     "sweep": Phase(sweep, 120, "triton"),

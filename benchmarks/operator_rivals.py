@@ -6,6 +6,7 @@ On a GPU a dense product is often faster than a gather: every operator has both,
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -132,6 +133,29 @@ def decode_by_autograd(o: Operands) -> Run:
     return lambda: decode_and_compare(o.values, indices, o.W_dec, o.pre_bias, o.x, o.d_streams)
 
 
+def every_dictionary(decode: Callable[[Operands], Run]) -> Callable[[Operands], Run]:
+    """Nested dictionaries one by one, of each the values that are in it; their gradients added up."""
+
+    def prepare(o: Operands) -> Run:
+        parts = []
+        for size in o.sizes:
+            part, inside = copy(o), (o.indices < size)[:, None]
+            vars(part)["values"] = o.values * inside
+            parts.append((decode(part), inside))
+
+        def run() -> tuple[Tensor, Tensor, Tensor]:
+            found = [one() for one, _ in parts]
+            grads = torch.stack([grad for _, grad, _ in found]).div_(len(parts))
+            for p in range(len(parts) - 1, 0, -1):
+                grads[p - 1] += grads[p]
+            of_values = [back * inside for (_, _, back), (_, inside) in zip(found, parts, strict=True)]
+            return torch.stack([nmse for nmse, _, _ in found]), grads, torch.stack(of_values).mean(0)
+
+        return run
+
+    return prepare
+
+
 def sort_and_search(o: Operands) -> Run:
     every = torch.arange(o.shape.L + 1, device=o.device, dtype=o.indices.dtype)
 
@@ -203,8 +227,8 @@ def update_by(gradients: Callable[[Operands], Any]) -> Callable[[Operands], Run]
             project_gradients(own.W_dec.grad, own.W_dec, o.columns)
             adam.step()
             normalize_rows(own.W_dec, o.columns)
-            for copy, p in zip(own.narrow.get("copies", ()), parameters, strict=False):
-                copy.copy_(p)
+            for narrow, p in zip(own.narrow.get("copies", ()), parameters, strict=False):
+                narrow.copy_(p)
             for p in parameters:
                 p.grad = None
             return own

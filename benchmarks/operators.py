@@ -124,6 +124,19 @@ OPERATORS: dict[str, Operator] = {
         gpu={"embedding_bag, bmm": rivals.decode_by_bags, "dense products": rivals.decode_by_products},
         comparable=lambda o, result: result[:3],
     ),
+    "nested_decode_loss": Operator(
+        lambda o: Cost(
+            2 * _flops(o) * o.shape.S,
+            2 * o.values.nbytes + _rows(o) + o.x.nbytes + len(o.sizes) * o.grad_recons.nbytes,
+            gathered=_gather(o),
+        ),
+        cpu={"decode_loss by autograd, each": rivals.every_dictionary(rivals.decode_by_autograd)},
+        gpu={
+            "embedding_bag, bmm, each": rivals.every_dictionary(rivals.decode_by_bags),
+            "dense products, each": rivals.every_dictionary(rivals.decode_by_products),
+        },
+        comparable=lambda o, result: result[:3],
+    ),
     "invert_indices": Operator(
         lambda o: Cost(0, 12.0 * o.indices.numel() + 8 * o.shape.L),
         cpu={"argsort + bincount": lambda o: lambda: invert(o.indices, o.shape.L)},
@@ -214,7 +227,9 @@ def disagreement(got: Any, want: Any, tolerance: float = 1e-4, order: float = ma
         return f"shape {list(got.shape)}, expected {list(want.shape)}"
     if not got.is_floating_point():
         return None if torch.equal(got.long(), want.long()) else f"{int((got != want).sum())} entries differ"
-    norms = [torch.linalg.vector_norm(t, order) for t in (got.double() - want.double(), want.double())]
+    difference = (got.double() - want.double()).masked_fill(got == want, 0)  # infinities that are the same
+    size = want.double().where(want.isfinite(), 0)
+    norms = [torch.linalg.vector_norm(t, order) for t in (difference, size)]
     error = float(norms[0] / norms[1].clamp_min(1e-300))
     of = "largest entry" if order == math.inf else "norm"
     return None if error <= tolerance else f"differs by {error:.2g} of the {of}"

@@ -19,7 +19,7 @@ from sparc_fast.planning.roofline import Cost
 from sparc_fast.planning.time import step_costs
 from sparc_fast.training.config import Config
 
-from .cases import FLOAT, ON_GPU, SINGLE, SMALL, SMALL_SINGLE, STEP, TYPES, C, Place, Shape
+from .cases import FLOAT, ON_GPU, SINGLE, SMALL, SMALL_SINGLE, STEP, TYPES, C, Place, Shape, nested_sizes
 from .figures import GRAPH
 from .operators import disagreement
 from .record import Case, Record
@@ -327,7 +327,36 @@ def _step(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
     compare(record, shape, contenders(record.place, [dtype]), seconds)
 
 
+def rules(shape: Shape) -> dict[str, dict[str, Any]]:
+    """Ways to choose latents, and what is minimised of them, as options of a model."""
+    return {
+        "global": {},
+        "batch": {"selection": "batch"},
+        "4 nested dictionaries": {"matryoshka": nested_sizes(shape.L)},
+    }
+
+
+def _rules(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
+    """A step by each rule, against one under global selection; each must lose what the reference does."""
+    place, runs = record.place, {}
+    for rule, options in rules(shape).items():
+        small = rules(SMALL)[rule]
+        losses = [_losses(Ours(model(SMALL, place, name, "float32", **small))) for name in (place.role, "reference")]
+        if complaint := disagreement(*losses):
+            record.add("rules", shape.name, rule, error=f"WRONG, not timed: {complaint}")
+            continue
+        ours = Ours(model(shape, place, place.role, dtype, **options))
+        runs[rule] = partial(ours.step, inputs_of(place.role, shape, place, dtype))
+    record.race("rules", shape.name, dtype, runs, seconds, phases(shape, dtype), tuple(runs))
+
+
+def _losses(ours: Ours) -> Tensor:
+    x = SMALL.inputs(device=ours.model.W_enc.device)
+    return torch.stack([ours.step(x) for _ in range(3)])
+
+
 CASES = {
+    "rules": Case(_rules, (*STEP, SMALL), (*ON_GPU,)),
     "step": Case(_step, (*STEP, SMALL), (*ON_GPU, C)),
     "sae": Case(_sae, (SINGLE, SMALL_SINGLE)),
 }

@@ -7,6 +7,7 @@ from .encoder_gradients import encoder_gradients
 from .global_topk import global_topk
 from .gradient_squares import gradient_squares
 from .invert_indices import invert_indices
+from .nested_decode_loss import nested_decode_loss
 from .pooled_topk import batch_topk, latents_above
 from .replay_rows import replay_rows
 from .sparse_decode import sparse_decode
@@ -28,6 +29,7 @@ __all__ = [
     "gradient_squares",
     "invert_indices",
     "latents_above",
+    "nested_decode_loss",
     "replay_rows",
     "sparse_decode",
     "sparse_decode_grad_values",

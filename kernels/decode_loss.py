@@ -128,8 +128,10 @@ def _sum_parts_kernel(total, parts, size, CHUNKS: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit(do_not_specialize=["N"])
 def _nmse_kernel(nmse, parts, columns, N, S, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """nmse[s, t] = the sum of parts[c, s, n] over samples and the chunks c of stream t, in float64."""
-    s, t = tl.program_id(0), tl.program_id(1)
+    """nmse[p, s, t] = the sum of parts[p, c, s, n] over samples and the chunks c of stream t, in float64."""
+    s, t, p = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    nmse += p * S * S
+    parts += (p * CHUNKS * S).to(tl.int64) * N
     sums = tl.zeros([BLOCK_N], tl.float64)
     for chunk in range(CHUNKS):
         N_read = tl.where(tl.load(columns + chunk * 3 + 2) == t, N, 0)
@@ -203,7 +205,7 @@ def decode_loss(
         _sum_parts_kernel, (triton.cdiv(size, 1024),), grad_values, grad_values_parts, size, CHUNKS=chunks, BLOCK=1024
     )
     nmse = torch.empty(S, S, dtype=stored_sums, device=device)
-    launch(_nmse_kernel, (S, S), nmse, nmse_parts, columns, N, S, CHUNKS=chunks, BLOCK_N=1024)
+    launch(_nmse_kernel, (S, S, 1), nmse, nmse_parts, columns, N, S, CHUNKS=chunks, BLOCK_N=1024)
     grad_recons = grad_recons.to(dtype)
     return nmse, grad_recons, grad_values.to(dtype), grad_recons.sum((0, 1), dtype=wide(grad_recons[:0]).dtype)
 

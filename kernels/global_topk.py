@@ -429,7 +429,7 @@ def operand_dtype(W: Tensor, screening: str) -> torch.dtype:
     return torch.bfloat16 if W.dtype == torch.bfloat16 or screening == "bf16" or narrow_sums else torch.float16
 
 
-def _multiply(X: Tensor, W: Tensor, out: Tensor) -> None:
+def multiply(X: Tensor, W: Tensor, out: Tensor) -> None:
     """out = X W^T, summed and stored in float32."""
     if not X.is_cuda:
         out.copy_(X.double() @ W.double().T)
@@ -456,6 +456,8 @@ class Selection(NamedTuple):
 
     take_in: Callable[..., None]
     settle: Callable[..., None]
+    screen: Callable[..., bool] | None = None
+    """Takes in the scores of all latents at once, if it does that for such operands."""
 
 
 def _take_in(
@@ -566,14 +568,18 @@ def _screen(
         samples = x[n : n + rows]
         N_here = len(samples)
         measure(samples, X, of_x, centred=True, copied=True)
-        for first in range(0, L, chunk):
+        screen = None if copied else selection.screen
+        screened = screen is not None and screen(
+            X[:N_here], W, chunk, scores, narrow_bias, of_w, of_x, candidates, k, bounds
+        )
+        for first in range(0, 0 if screened else L, chunk):
             weights = W[first : first + chunk]
             m = len(weights)
             if copied:
                 measure(weights, copy, of_w[:, first : first + m], centred=False, copied=True)
                 weights = copy[:m]
             product = scores[: N_here * m].view(N_here, m)
-            _multiply(X[:N_here], weights, product)
+            multiply(X[:N_here], weights, product)
             selection.take_in(product, first, chunk, narrow_bias, of_w, of_x, candidates, k, bounds)
         selection.settle(
             x, pre_bias, W, bias, n, N_here, of_x[0], of_w[0], candidates, k, rounding, bounds[2], indices, given_up,

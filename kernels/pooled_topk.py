@@ -17,7 +17,8 @@ def batch_topk(
 
 
 def latents_above(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, threshold: float, k: int, screening: str = "auto"
-) -> Tensor:
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, threshold: float, k: int, screening: str = "auto",
+    sure: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     encoder = W_enc, pre_bias, latent_bias
-    return pooled_topk.latents_above(global_topk, support_scores, x.detach(), *encoder, threshold, k, screening)
+    return pooled_topk.latents_above(global_topk, support_scores, x.detach(), *encoder, threshold, k, screening, sure)

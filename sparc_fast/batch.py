@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -45,6 +45,10 @@ class Batch(NamedTuple):
 
     of_batch: int | None = None
     """How many samples the batch has, where these are not all of them."""
+    latent_threshold: Tensor | None = None
+    """[S', L], what latents have to score more than to fire (JumpReLU); None where they have no thresholds."""
+    sets: Tensor | None = None
+    """bool [n, S'], all sets of streams that some sample of the batch has, where these samples are not all of them."""
 
     @property
     def n_samples(self) -> int:
@@ -52,6 +56,14 @@ class Batch(NamedTuple):
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.x, self.W_enc, self.W_dec, self.pre_bias, self.latent_bias
+
+    @property
+    def scored_by(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The operands of scores; a latent's threshold is taken off, exactly, as a further bias."""
+        bias = self.latent_bias
+        if self.latent_threshold is not None:
+            bias = torch.cat([bias, -self.latent_threshold]).detach()
+        return self.x, self.W_enc, self.pre_bias, bias
 
     def of_streams(self, streams: Sequence[str]) -> Batch:
         """The same batch seen through some of its streams."""
@@ -69,6 +81,7 @@ class Batch(NamedTuple):
             W_dec=_take(self.W_dec, columns),
             pre_bias=_take(self.pre_bias, columns),
             latent_bias=self.latent_bias[positions],
+            latent_threshold=None if self.latent_threshold is None else self.latent_threshold[positions],
         )
 
     def by_presence(self) -> list[tuple[Tensor | None, Batch]]:
@@ -79,11 +92,13 @@ class Batch(NamedTuple):
         """
         if self.present is None:
             return [(None, self)]
-        sets, which = torch.unique(self.present, dim=0, return_inverse=True)
+        others = self.present[:0] if self.sets is None else self.sets
+        sets, which = torch.unique(torch.cat([others, self.present]), dim=0, return_inverse=True)
+        which = which[len(others) :]
         parts: list[tuple[Tensor | None, Batch]] = []
         for i, has in enumerate(sets.tolist()):
             rows = (which == i).nonzero()[:, 0]
-            part = self._replace(x=self.x[rows], leading=(len(rows),), present=None)
+            part = self._replace(x=self.x[rows], leading=(len(rows),), present=None, sets=None)
             parts.append((rows, part.of_streams([name for name, here in zip(self.streams, has, strict=True) if here])))
         return parts
 
@@ -92,8 +107,8 @@ class Batch(NamedTuple):
         return self.encoder_of_latents(latents)._replace(W_dec=self.W_dec[latents])
 
     def encoder_of_latents(self, latents: Tensor) -> Batch:
-        """As `of_latents`, for what does not read the decoder."""
-        return self._replace(W_enc=self.W_enc[latents], latent_bias=self.latent_bias[:, latents])
+        """As `of_latents`, for what does not read the decoder; without thresholds."""
+        return self._replace(W_enc=self.W_enc[latents], latent_bias=self.latent_bias[:, latents], latent_threshold=None)
 
 
 class AllStreams:
@@ -113,6 +128,14 @@ class AllStreams:
             return of_present
         out = of_present.new_zeros(*of_present.shape[:-1], self.D)
         out[..., self.present_columns] = of_present
+        return out
+
+    def rows(self, of_present: Tensor) -> Tensor:
+        """[..., S', j] -> [..., S, j]"""
+        if self.complete:
+            return of_present
+        out = of_present.new_zeros(*of_present.shape[:-2], self.S, of_present.shape[-1])
+        out[..., self.present, :] = of_present
         return out
 
     def streams(self, of_present: Tensor) -> Tensor:
@@ -312,17 +335,21 @@ class Moments:
     def add(self, piece: Tensor) -> None:
         if not len(piece):
             return
-        x, m = piece.double(), len(piece)
-        of_piece = x.mean(0)
-        spread_of_piece = torch.stack([(x - of_piece)[:, cols].square().sum(1).mean() for cols in self.columns])
+        x = piece.double()
+        mean = x.mean(0)
+        spread = torch.stack([(x - mean)[:, cols].square().sum(1).mean() for cols in self.columns])
+        self.add_moments(len(piece), mean, spread)
+
+    def add_moments(self, n: int, mean: Tensor, spread: Tensor) -> None:
+        """Those of n more samples."""
         if self.n == 0:
-            self.mean, self.spread = of_piece, spread_of_piece
+            self.mean, self.spread = mean, spread
         else:
-            apart, share = of_piece - self.mean, m / (self.n + m)
+            apart, share = mean - self.mean, n / (self.n + n)
             between = torch.stack([apart[cols].square().sum() for cols in self.columns])
-            self.spread = self.spread + (spread_of_piece - self.spread) * share + between * share * (1 - share)
+            self.spread = self.spread + (spread - self.spread) * share + between * share * (1 - share)
             self.mean = self.mean + apart * share
-        self.n += m
+        self.n += n
 
 
 def measure(pieces: Iterable[Tensor], d_streams: Sequence[int], whiten: Whiten = "none") -> tuple[Tensor, Tensor]:
@@ -338,10 +365,13 @@ def measure(pieces: Iterable[Tensor], d_streams: Sequence[int], whiten: Whiten =
     return mean, scales(mean, spread, d_streams)
 
 
-def spread_of(batches: Iterable[Batch]) -> dict[str, Tensor]:
+def spread_of(
+    batches: Iterable[Batch], of_all: Callable[[dict[str, Moments]], dict[str, Moments]] = lambda found: found
+) -> dict[str, Tensor]:
     """stream -> mean_n ||x_s[n] - mean_s||^2 over those samples of some batches that have it, float64.
 
-    0 where that is rounding alone: a stream that does not vary has nothing that an error could be told by.
+    `of_all` adds the samples of other processes. 0 where it is rounding alone: a stream that does not vary has nothing
+    that an error could be told by.
     """
     found: dict[str, Moments] = {}
     for batch in batches:
@@ -350,6 +380,7 @@ def spread_of(batches: Iterable[Batch]) -> dict[str, Tensor]:
             here = batch.x[:, cols] if batch.present is None else batch.x[batch.present[:, s], cols]
             if len(here):
                 moments.add(here)
+    found = of_all(found)
     return {
         name: torch.where(moments.spread > 1e-12 * moments.mean.square().sum(), moments.spread, 0.0).sum()
         for name, moments in found.items()

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from sparc_fast import batch, checkpoint
 from sparc_fast.batch import AllStreams, Arrays, Batch, Inputs, Normalize, Whiten, columns_of, position
 from sparc_fast.codes import SparseLatents
-from sparc_fast.objective import Loss, Objective, SparcLoss, fired
+from sparc_fast.objective import Loss, Objective, SparcLoss, fired, nested_sizes
 from sparc_fast.ops import backends, functional, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import stream_slices
-from sparc_fast.selection import RULES, Selection, Thresholds, select
+from sparc_fast.selection import BY_THRESHOLD, LOCAL, RULES, Private, Selection, Thresholds, select
+from sparc_fast.selection.jumprelu import BANDWIDTH, SPARSITY_COEF, JumpReLU
 from sparc_fast.whole import WHOLE, Whole
 
 if TYPE_CHECKING:
@@ -53,7 +54,13 @@ class SPARC(nn.Module):
         k: latents kept per sample, 1 <= k <= L.
         selection: "global", one support for all streams of a sample; "local", one per stream; "batch", one for all
             streams, of k latents on average: in training the k N largest of a batch, else those above a threshold that
-            training learns (BatchTopK, arXiv 2412.06410).
+            training learns (BatchTopK, arXiv 2412.06410); "jumprelu", those above thresholds of their own, which are
+            trained so that they are k on average (JumpReLU, arXiv 2407.14435), and "local_jumprelu", the same of each
+            stream.
+        private: stream -> how many of the L latents are its own: they fire by its scores alone, and reconstruct it
+            alone, from itself. Those of all streams are the first, `n_shared`, of which the rule chooses k; behind them
+            are each stream's, in the order of the streams (`private_latents`). By default all latents are shared.
+        private_k: how many of its own latents a stream fires for a sample, beside the k; one number, or one a stream.
         auxk: dead latents that reconstruct the residual during training; 0 turns AuxK off.
         dead_after: a latent is dead once no stream fired it for more than this many training samples.
         normalize: "l2" gives every row of inputs unit norm before anything else is done with it; of some streams alone
@@ -61,6 +68,11 @@ class SPARC(nn.Module):
         loss: what errors are told by: "nmse", each sample's squared error over its squared norm; or "fvu", all samples'
             squared errors over their squared deviations from the batch's mean, so that rows of tiny norm, of which
             every reconstruction is far off, have no more say than others. `sparc_fast.nmse` and `fvu` say it exactly.
+        matryoshka: sizes of nested dictionaries, ascending, each the first latents (arXiv 2503.17547); all `n_latents`
+            are always the last, named or not. Training minimises the mean of their losses, of what those latents of a
+            sample's support that are in a dictionary reconstruct alone; () has one dictionary.
+        sparsity_coef: under "jumprelu" and "local_jumprelu", the weight of (L0 / k - 1)^2 in the loss.
+        bandwidth: there, how wide the band of scores is that move thresholds, relative to the mean threshold.
         backend: "auto", the fastest available for the inputs' device, or a name.
         check_finite: raise on NaN or infinite inputs. On a GPU this waits for the device; under torch.compile
             and in a CUDA graph it is skipped.
@@ -71,6 +83,7 @@ class SPARC(nn.Module):
     W_dec: nn.Parameter
     pre_bias: nn.Parameter
     latent_bias: nn.Parameter
+    latent_threshold: nn.Parameter | None
     input_mean: Tensor
     input_rms: Tensor
     silence: Tensor
@@ -86,8 +99,13 @@ class SPARC(nn.Module):
         selection: Selection = "global",
         auxk: int = 64,
         dead_after: int = 256_000,
+        private: Mapping[str, int] | None = None,
+        private_k: int | Mapping[str, int] | None = None,
         normalize: Normalize | Mapping[str, Normalize] = "none",
         loss: Loss = "nmse",
+        matryoshka: Sequence[int] = (),
+        sparsity_coef: float = SPARSITY_COEF,
+        bandwidth: float = BANDWIDTH,
         backend: str = "auto",
         check_finite: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -112,10 +130,21 @@ class SPARC(nn.Module):
         self.d_streams = {name: int(width) for name, width in d_streams.items()}
         self.n_latents, self.k, self.selection = n_latents, k, selection
         self.auxk, self.dead_after = auxk, dead_after
+        self._private = Private.of(self.d_streams, n_latents, k, private, private_k)
         self.normalize = batch.normalized_streams(normalize, self.streams)
         if loss not in ("nmse", "fvu"):
             raise ValueError(f'loss must be "nmse" or "fvu", got {loss!r}')
         self.error: Loss = loss
+        self.matryoshka = nested_sizes(matryoshka, n_latents)
+        if self.matryoshka and private:
+            raise ValueError(f"matryoshka must be left out with private latents, got {self.matryoshka}")
+        if not (math.isfinite(sparsity_coef) and sparsity_coef >= 0 and math.isfinite(bandwidth) and bandwidth > 0):
+            raise ValueError(
+                f"sparsity_coef must be >= 0 and bandwidth > 0, both finite, got {sparsity_coef} and {bandwidth}"
+            )
+        self.jumprelu = None
+        if selection in ("jumprelu", "local_jumprelu"):
+            self.jumprelu = JumpReLU(selection, float(bandwidth), float(sparsity_coef))
         self.backend, self.check_finite = backend, check_finite
 
         S, L, D = len(self.d_streams), n_latents, sum(self.d_streams.values())
@@ -124,16 +153,18 @@ class SPARC(nn.Module):
         self.W_dec = nn.Parameter(empty_rows(L, D, **like))
         self.pre_bias = nn.Parameter(torch.empty(D, **like))
         self.latent_bias = nn.Parameter(torch.empty(S, L, **like))
+        self.latent_threshold = nn.Parameter(torch.empty(S, L, **like)) if self.jumprelu is not None else None
         self.register_buffer("input_mean", torch.zeros(D, dtype=torch.float32, device=device))
         self.register_buffer("input_rms", torch.ones(S, dtype=torch.float32, device=device))
         self.register_buffer("silence", torch.zeros(L, dtype=torch.int64, device=device))
-        if selection == "batch":
-            for name, buffer in zip(("threshold", "threshold_count"), Thresholds.empty(S, device), strict=True):
+        if selection in BY_THRESHOLD:
+            buffers = BY_THRESHOLD[selection].empty(S, device)
+            for name, buffer in zip(("threshold", "threshold_count"), buffers, strict=True):
                 self.register_buffer(name, buffer)
         self._shards: Whole = WHOLE
         self._calibration: tuple[tuple[tuple[Tensor, int], ...], bool] = (), False
         self._catch_up: Callable[[], None] | None = None
-        self.register_load_state_dict_post_hook(_look_at_calibration)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_before_state)  # type: ignore[no-untyped-call]
         backends.resolve(backend, self.W_enc.device)
@@ -143,6 +174,22 @@ class SPARC(nn.Module):
     def streams(self) -> tuple[str, ...]:
         """Names of the streams, in the order of their columns."""
         return tuple(self.d_streams)
+
+    @property
+    def n_shared(self) -> int:
+        """How many latents all streams share: the first of all."""
+        return self.n_latents if self._private is None else self._private.n_shared
+
+    @property
+    def private_latents(self) -> dict[str, slice]:
+        """stream -> the latents that are its own, of the streams that have some."""
+        return {} if self._private is None else dict(self._private.latents)
+
+    def _slots(self, streams: Sequence[str] | None = None) -> int:
+        """Of the support of a sample of these streams, or of all, where a rule gives each sample k latents."""
+        if self._private is None:
+            return self.k
+        return self.k + self._private.slots(streams or self.streams, apart=self.selection in LOCAL)
 
     @property
     def dead(self) -> Tensor:
@@ -176,6 +223,8 @@ class SPARC(nn.Module):
         self.normalize_decoder_()
         self.pre_bias.zero_()
         self.latent_bias.zero_()
+        if self.latent_threshold is not None:
+            self.latent_threshold.zero_()
         self.silence.zero_()
         self.input_mean.zero_()
         self.input_rms.fill_(1)
@@ -184,6 +233,16 @@ class SPARC(nn.Module):
     def normalize_decoder_(self) -> None:
         """Give every decoder row unit norm in each stream. Call after each optimizer step."""
         reference.normalize_rows(self.W_dec, tuple(self.d_streams.values()))
+        self._clear_private()
+
+    def _clear_private(self) -> None:
+        """A private latent has no weights in other streams, whatever was written there."""
+        if self._private is not None:
+            self._private.clear(self.W_enc, self.W_dec, self.latent_bias)
+
+    def _decoder(self) -> Tensor:
+        """W_dec, where it is differentiated by: what must stay zero has no gradient."""
+        return self.W_dec if self._private is None else self._private.decoder(self.W_dec)
 
     @torch.no_grad()
     def project_gradients_(self) -> None:
@@ -249,11 +308,32 @@ class SPARC(nn.Module):
         return model.train(self.training)
 
     @torch.no_grad()
-    def _take_over(self, other: SPARC) -> None:
-        """Become `other` in the streams that it has, whatever their order; the rest stays."""
-        rows = self._shards.rows(self.n_latents)
+    def prefix(self, n_latents: int, k: int | None = None) -> SPARC:
+        """A model of the first latents alone, which are a dictionary of their own where `matryoshka` has their number.
+
+        Its weights are copies, its dictionaries those of `matryoshka` that fit. It chooses its supports among these
+        latents: k of them, by default as many as this model's, though fewer of its k were among them in training; under
+        ``selection="batch"`` those above this model's threshold, just the ones that it fires of them.
+        """
+        if not self._shards.is_whole:
+            raise ValueError("prefix must be of a whole model, not of latents that processes share")
+        most = self.n_shared
+        if not isinstance(n_latents, Integral) or not 1 <= n_latents <= most:
+            raise ValueError(f"n_latents must be between 1 and those that streams share, {most}, got {n_latents}")
+        sizes = [size for size in self.matryoshka if size <= n_latents]
+        settings = {"n_latents": n_latents, "k": min(self.k, n_latents) if k is None else k, "matryoshka": sizes,
+            "private": None, "private_k": None}  # fmt: skip
+        like: dict[str, Any] = {"dtype": self.W_enc.dtype, "device": self.W_enc.device, "backend": self.backend}
+        model = SPARC(**{**self.config(), **settings}, **like)
+        model._take_over(self, slice(n_latents))
+        return model.train(self.training)
+
+    @torch.no_grad()
+    def _take_over(self, other: SPARC, rows: slice | None = None) -> None:
+        """Become `other`, or these latents of it, in the streams that it has, whatever their order; the rest stays."""
+        rows = self._shards.rows(self.n_latents) if rows is None else rows
         self.silence.copy_(other.silence[rows])
-        if self.selection == other.selection == "batch":
+        if self.selection == other.selection and self.selection in BY_THRESHOLD:
             self._all_thresholds().take_over(other._all_thresholds())
         mean, scales = self.input_mean.clone(), list(self._scales())
         for name, theirs, scale in zip(other.streams, other._columns(), other._scales(), strict=True):
@@ -263,6 +343,8 @@ class SPARC(nn.Module):
                 weights[:, mine].copy_(given[rows, theirs])
             self.pre_bias[mine].copy_(other.pre_bias[theirs])
             self.latent_bias[s].copy_(other.latent_bias[other.streams.index(name), rows])
+            if self.latent_threshold is not None and other.latent_threshold is not None:
+                self.latent_threshold[s].copy_(other.latent_threshold[other.streams.index(name), rows])
             mean[mine].copy_(other.input_mean[theirs])
             scales[s] = scale.to(mean.device)
         self._set_calibration(mean, scales)
@@ -293,24 +375,32 @@ class SPARC(nn.Module):
     def learn_thresholds(self, inputs: Inputs | Arrays, present: Tensor | None = None) -> None:
         """Learn the threshold of every set of the streams given once more, from the first samples of these inputs.
 
-        Under ``selection="batch"``, whose training learns them too; other models have none.
+        Under ``selection="batch"`` and JumpReLU, whose training learns them too; other models have none.
         """
-        if self.selection != "batch":
-            raise ValueError(f'selection must be "batch" for thresholds to be learned, got {self.selection!r}')
+        if self.selection not in BY_THRESHOLD:
+            raise ValueError(
+                f"selection must be one of {tuple(BY_THRESHOLD)} for thresholds to be learned, got {self.selection!r}"
+            )
         for _, part in self._batch(self._tensors(inputs), present).by_presence():
-            self._all_thresholds().learn_all(part, self.k, self.backend)
+            backend = self._shards.backend(self.backend, part.x.device)
+            self._all_thresholds().learn_all(self._of_shared(part), self.k, backend)
 
     def _all_thresholds(self) -> Thresholds:
-        return Thresholds(self.threshold, self.threshold_count, self.streams)
+        return BY_THRESHOLD[self.selection](self.threshold, self.threshold_count, self.streams, self._shards)
 
     def _thresholds(self) -> Thresholds | None:
         """What latents fire by where they have to beat a threshold, not each other."""
-        return self._all_thresholds() if self.selection == "batch" and not self.training else None
+        among_each_other = self.selection == "batch" and self.training
+        return self._all_thresholds() if self.selection in BY_THRESHOLD and not among_each_other else None
 
     def _learn_threshold(self, given: Batch) -> None:
-        if self.selection == "batch" and self.training:
+        if self.selection in BY_THRESHOLD and self.training:
             for _, part in given.by_presence():
-                self._all_thresholds().learn(part, self.k, self.backend)
+                backend = self._shards.backend(self.backend, part.x.device)
+                self._all_thresholds().learn(self._of_shared(part), self.k, backend)
+
+    def _of_shared(self, given: Batch) -> Batch:
+        return given if self._private is None else self._private.shared(given)
 
     def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
         first = 0
@@ -322,6 +412,9 @@ class SPARC(nn.Module):
 
     def encode(self, inputs: Inputs | Arrays, present: Tensor | None = None) -> SparseLatents:
         """Sparse codes of any non-empty subset of streams; the support is chosen from the streams given.
+
+        A support that all streams share has the private latents of each in its last slots, which have a value in their
+        own stream alone; one of a stream has its own.
 
         Args:
             inputs: name -> [..., D_s] with equal leading dimensions, or all streams side by side, [..., D]. NumPy
@@ -375,11 +468,13 @@ class SPARC(nn.Module):
             if codes.n_latents != self.n_latents:
                 raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
             values, indices = codes.stream(source)
+            if self._private is not None:
+                values = self._private.heard(values, indices, source)
             t = position(target, self.streams, "target")
         cols = self._columns()[t]
         k = values.shape[-1]
         decode = partial(
-            functional.sparse_decode, W_dec=self.W_dec[:, cols], pre_bias=self.pre_bias[cols], backend=self.backend
+            functional.sparse_decode, W_dec=self._decoder()[:, cols], pre_bias=self.pre_bias[cols], backend=self.backend
         )
         recons = self._shards.decode(decode, values.reshape(-1, 1, k), indices.reshape(-1, k))
         recons = recons.reshape(*values.shape[:-1], cols.stop - cols.start)
@@ -403,11 +498,15 @@ class SPARC(nn.Module):
             raise ValueError("forward must be of a whole model: where processes share the latents, call loss or decode")
         given = self._batch(inputs)
         values, indices = self._encode(given)
-        recons = functional.sparse_decode(values, indices, self.W_dec, self.pre_bias, backend=self.backend)
+        recons = functional.sparse_decode(values, indices, self._decoder(), self.pre_bias, backend=self.backend)
         self._count_silence(values, indices)
         loss = None
         if given.streams == self.streams:
-            loss = self._objective(cross_loss_coef).over([given]).compare(recons, given)
+            nested = [recons]
+            for size in reversed(self.matryoshka[:-1]):
+                some = torch.where(indices < size, indices, -1)
+                nested.append(functional.sparse_decode(values, some, self.W_dec, self.pre_bias, backend=self.backend))
+            loss = self._objective(cross_loss_coef).over([given]).compare(nested[::-1], given)
         named = {
             (source, target): self._uncalibrate(recons[:, s, cols], t).reshape(*given.leading, self.d_streams[target])
             for s, source in enumerate(given.streams)
@@ -426,6 +525,7 @@ class SPARC(nn.Module):
         """The training objective:  mean_s NMSE(s, s) + cross_loss_coef mean_{s != t} NMSE(s, t) + auxk_coef AuxK.
 
         Of a model with ``loss="fvu"``, FVU over the batch in place of NMSE; a stream that does not vary in it has none.
+        Of nested dictionaries (`matryoshka`) the mean over all of them in place of the first two terms.
         Over the streams given: self terms of each, cross terms between every ordered pair of them. AuxK joins in
         training mode while latents are dead: the `auxk` largest of the dead latents reconstruct what each stream's
         own reconstruction left over (Gao et al., arXiv 2406.04093). In training mode the dead counters move.
@@ -440,8 +540,8 @@ class SPARC(nn.Module):
         """
         given = self._batch(inputs, present)
         objective = self._objective(cross_loss_coef, auxk_coef, support_from).over([given])
-        parts = objective.choose(given)
         self._learn_threshold(given)
+        parts = objective.choose(given)
         flows = [part.measure(given.n_samples) for part in parts]
         if self.training:
             every = self.d_streams if self._shards.has_replicas else None
@@ -474,8 +574,11 @@ class SPARC(nn.Module):
             dead,
             self.error,
             thresholds=self._thresholds(),
+            jumprelu=self.jumprelu,
             n_dead=n_dead,
             shards=self._shards,
+            sizes=self.matryoshka,
+            private=self._private,
         )
 
     def _batch(self, inputs: Inputs, present: Tensor | None = None, first: int = 0) -> Batch:
@@ -511,10 +614,17 @@ class SPARC(nn.Module):
         if self.check_finite and may_wait:
             batch.check_finite(x, streams, widths, first)
         W_enc, W_dec, pre_bias = (
-            columns_of(w, streams, self.d_streams) for w in (self.W_enc, self.W_dec, self.pre_bias)
+            columns_of(w, streams, self.d_streams) for w in (self.W_enc, self._decoder(), self.pre_bias)
         )
-        latent_bias = self.latent_bias if streams == self.streams else self.latent_bias[positions]
-        return Batch(x, streams, widths, leading, W_enc, W_dec, pre_bias, latent_bias, present, left_out)
+        latent_bias, latent_threshold = (
+            by_stream if by_stream is None or streams == self.streams else by_stream[positions]
+            for by_stream in (self.latent_bias, self.latent_threshold)
+        )
+        assert latent_bias is not None
+        return Batch(
+            x, streams, widths, leading, W_enc, W_dec, pre_bias, latent_bias, present, left_out,
+            latent_threshold=latent_threshold,
+        )  # fmt: skip
 
     def _tensors(self, inputs: Inputs | Arrays) -> Inputs:
         return batch.as_tensors(inputs, self.W_enc.device)
@@ -522,7 +632,9 @@ class SPARC(nn.Module):
     def _encode(self, given: Batch) -> tuple[Tensor, Tensor]:
         """(values [N, S', k], the support)"""
         backend = self._shards.backend(self.backend, given.x.device)
-        indices = select(self.selection, given, self.k, thresholds=self._thresholds(), backend=backend)
+        indices = select(
+            self.selection, given, self.k, thresholds=self._thresholds(), private=self._private, backend=backend
+        )
         values = functional.support_values(
             given.x, given.W_enc, given.pre_bias, given.latent_bias, indices,
             d_streams=given.d_streams, backend=self.backend,
@@ -634,6 +746,12 @@ class SPARC(nn.Module):
         config = {name: getattr(self, name) for name in names}
         if self.normalize:  # files of models without are what they were
             config["normalize"] = dict(self.normalize)
+        if self.matryoshka:
+            config["matryoshka"] = list(self.matryoshka)
+        if self.jumprelu is not None:
+            config |= {"sparsity_coef": self.jumprelu.sparsity_coef, "bandwidth": self.jumprelu.bandwidth}
+        if self._private is not None:
+            config |= {"private": dict(self._private.counts), "private_k": dict(self._private.quotas)}
         return config if self.error == "nmse" else {**config, "loss": self.error}
 
     def extra_repr(self) -> str:
@@ -693,6 +811,11 @@ def _before_loading(model: SPARC, state: Mapping[str, Any], prefix: str, *_: obj
 
 def _look_at_calibration(model: SPARC, *_: object) -> None:
     model.is_calibrated  # noqa: B018  (a compiled model does not look at its buffers)
+
+
+def _after_loading(model: SPARC, *_: object) -> None:
+    model._clear_private()
+    _look_at_calibration(model)
 
 
 def _is_stream(item: tuple[object, object]) -> bool:

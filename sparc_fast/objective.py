@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,7 +21,8 @@ from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
 from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, reconstruct, weighted_sum
 from sparc_fast.ops.layout import stream_slices, wide
-from sparc_fast.selection import Selection, Thresholds
+from sparc_fast.selection import LOCAL, Private, Selection, Thresholds
+from sparc_fast.selection.jumprelu import Jump, JumpGradients, JumpReLU
 from sparc_fast.whole import WHOLE, Whole
 
 Loss = Literal["nmse", "fvu"]
@@ -83,6 +86,20 @@ def fvu_scale(spread: Sequence[Tensor], energy: Tensor, n_samples: int) -> Tenso
     return scale.to(energy.dtype).expand(len(energy), -1).contiguous()
 
 
+def nested_sizes(matryoshka: Sequence[int], n_latents: int) -> tuple[int, ...]:
+    """Sizes of nested dictionaries, of which all latents are the last, named or not; none for that one alone.
+
+    Raises:
+        ValueError: they do not ascend within the dictionary.
+    """
+    sizes = tuple(matryoshka)
+    whole = all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes)
+    if not whole or any(a >= b for a, b in pairwise((0, *sizes))) or max(sizes, default=0) > n_latents:
+        raise ValueError(f"matryoshka must be integers that ascend from 1 to n_latents={n_latents}, got {matryoshka}")
+    sizes = tuple(map(int, sizes)) if n_latents in sizes else (*map(int, sizes), n_latents)
+    return sizes if len(sizes) > 1 else ()
+
+
 def pair_weights(n_streams: int, cross_loss_coef: float) -> tuple[float, ...]:
     """weights[s, s] = 1 / S and weights[s, t] = cross_loss_coef / (S (S - 1)), row-major source by target."""
     S = n_streams
@@ -112,7 +129,8 @@ class SparcLoss(NamedTuple):
     """The objective and its parts; only `total` carries a gradient."""
 
     total: Tensor
-    """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar."""
+    """self + cross_loss_coef * cross + auxk_coef * auxk, a scalar; with the mean of `prefixes`, if any, and
+    the sparsity penalty under JumpReLU."""
     self: Tensor
     """Mean NMSE of each stream reconstructed from itself; FVU here and below where that is the model's loss."""
     cross: Tensor | None
@@ -123,6 +141,11 @@ class SparcLoss(NamedTuple):
     """[S, S], source by target, over the samples that have both; 0 where a pair was not computed."""
     zero_rows: Tensor
     """[S], samples whose input was all zero: in NMSE they count as error 0."""
+    prefixes: Tensor | None = None
+    """[P], self + cross_loss_coef * cross of each of nested dictionaries, whose mean is in `total`; the parts above are
+    those of the last, which is all latents. None where they are not nested."""
+    l0: Tensor | None = None
+    """Under JumpReLU, how many latents fire a sample (and stream, if each chooses by itself) on average; else None."""
 
 
 class AmongDead(NamedTuple):
@@ -155,6 +178,8 @@ class Supports(NamedTuple):
 
     indices: Tensor
     dead: AmongDead | None
+    jump: Jump | None = None
+    """Under JumpReLU, which of the indices fire."""
 
     def used(self) -> list[Tensor]:
         return [self.indices] if self.dead is None else [self.indices, self.dead.indices]
@@ -170,12 +195,25 @@ class Terms(NamedTuple):
     """[N, S'], the squared norms of the inputs."""
     loss: Tensor | None = None
     """What nmse adds up to, where that is known or carries the gradient."""
+    prefixes: Tensor | None = None
+    """[P], of each nested dictionary what its nmse adds up to."""
+    fired: Tensor | None = None
+    """Under JumpReLU, how many latents did, [1] or of each stream, [S']."""
 
     def plus(self, other: Terms) -> Terms:
         """Those of both."""
-        auxk = [term for term in (self.auxk, other.auxk) if term is not None]
         energy = torch.cat([self.energy, other.energy])
-        return Terms(self.nmse + other.nmse, sum(auxk[1:], auxk[0]) if auxk else None, energy)
+        fired = _sum(*(None if some.fired is None else some.fired.detach() for some in (self, other)))
+        return Terms(
+            self.nmse + other.nmse, _sum(self.auxk, other.auxk), energy, prefixes=_sum(self.prefixes, other.prefixes),
+            fired=fired,
+        )  # fmt: skip
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    """Of those there are."""
+    some = [term for term in terms if term is not None]
+    return sum(some[1:], some[0]) if some else None
 
 
 class Flow(NamedTuple):
@@ -184,13 +222,18 @@ class Flow(NamedTuple):
     reconstruction: Reconstruction
     auxk: Reconstruction | None
     energy: Tensor
+    jump: JumpGradients | None = None
+    latent_threshold: Tensor | None = None
 
     def passes(self) -> list[Reconstruction]:
         return [self.reconstruction] if self.auxk is None else [self.reconstruction, self.auxk]
 
     def terms(self) -> Terms:
-        auxk = None if self.auxk is None else self.auxk.loss
-        return Terms(self.reconstruction.nmse, auxk, self.energy, self.reconstruction.loss)
+        auxk, first = None if self.auxk is None else self.auxk.loss, self.reconstruction
+        loss, fired = first.loss, None
+        if self.jump is not None and self.latent_threshold is not None:
+            loss, fired = self.jump.carried(loss, self.latent_threshold)
+        return Terms(first.nmse, auxk, self.energy, loss, first.prefixes, fired)
 
 
 class Part(NamedTuple):
@@ -249,14 +292,20 @@ class Objective:
     """For FVU, what `over` finds."""
     thresholds: Thresholds | None = None
     """What latents fire by, where it is not each other."""
+    jumprelu: JumpReLU | None = None
+    """How thresholds are trained, where latents have their own."""
     n_dead: int = 0
     """Where `dead` are numbers, how many there are, with those that are in other processes."""
     shards: Whole = WHOLE
     """Of the latents, where processes share them."""
+    sizes: Sequence[int] = ()
+    """Of nested dictionaries, up to all latents: the loss is the mean of theirs."""
+    private: Private | None = None
+    """Latents of one stream each. AuxK looks at all alike: in other streams these have no values."""
 
     def over(self, batches: Iterable[Batch]) -> Objective:
         """The same for a batch, given whole or in parts; NMSE does not look at it, being each sample's own."""
-        return self if self.loss == "nmse" else replace(self, spread=spread_of(batches))
+        return self if self.loss == "nmse" else replace(self, spread=spread_of(batches, self.shards.moments))
 
     def choose(self, batch: Batch) -> list[Part]:
         """The parts of a batch, with their supports; reads no row of the decoder.
@@ -273,8 +322,21 @@ class Objective:
         return replace(self, support_from=[name for name in self.support_from if name in streams] or None)
 
     def _part(self, batch: Batch) -> Part:
-        indices = self._select(self.selection, batch, self.k, self.support_from)
-        return Part(batch, Supports(indices, None if self.dead is None else self._among(self.dead, batch)), self)
+        dead = None if self.dead is None else self._among(self.dead, batch)
+        if self.jumprelu is not None:
+            jumped = self._jump(self.jumprelu, batch)
+            return Part(batch, Supports(jumped.indices, dead, jumped), self)
+        indices = self._select(self.selection, batch, self.k, self.support_from, self.private)
+        return Part(batch, Supports(indices, dead), self)
+
+    def _jump(self, settings: JumpReLU, batch: Batch) -> Jump:
+        assert self.thresholds is not None
+        if self.support_from is not None:
+            selection.check_support_from(self.selection)
+        if self.private is None:
+            return settings.jump(batch, self.k, self.thresholds, self.support_from, self.backend)
+        shared = settings.jump(self.private.shared(batch), self.k, self.thresholds, self.support_from, self.backend)
+        return shared.beside(self.private.beside(shared.indices, batch, self.backend))
 
     def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
         S, widths = len(batch.streams), batch.d_streams
@@ -282,21 +344,36 @@ class Objective:
         scale = self._scale(batch, energy, n_samples)
         weights = pair_weights(S, self.cross_loss_coef)
         backend = backends.resolve(self.shards.backend(self.backend, batch.x.device), batch.x.device)
-        first = reconstruct(*batch.operands(), supports.indices, None, scale, weights, widths, backend)
+        jumped = supports.jump
+        fires = None if jumped is None else jumped.fires
+        operands = *batch.operands(), supports.indices, None, scale
+        first = reconstruct(*operands, weights, widths, backend, self.sizes, fires)
+        gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc))
         if supports.dead is None:
-            return Flow(first, None, energy)
-        residual = self_residual(first.grad_recons, scale, widths)
+            return Flow(first, None, energy, gradients, batch.latent_threshold)
+        if self.sizes:  # what all latents leave over
+            residual = self_residual(first.grad_recons[-1], scale / len(self.sizes), widths)
+        else:
+            residual = self_residual(first.grad_recons, scale, widths)
         if self.spread is None:
             scale = nmse_scale(row_energy(residual, widths), n_samples)
         if supports.dead.any_dead is not None:
             scale = scale * supports.dead.any_dead
         weights = self_weights(S, self.auxk_coef)
-        batch, indices = supports.dead.before(batch)
-        auxk = reconstruct(*batch.operands(), indices, residual, scale, weights, widths, backend)
-        return Flow(first, auxk, energy)
+        before, indices = supports.dead.before(batch)
+        auxk = reconstruct(*before.operands(), indices, residual, scale, weights, widths, backend)
+        return Flow(first, auxk, energy, gradients, batch.latent_threshold)
 
-    def compare(self, recons: Tensor, batch: Batch) -> SparcLoss:
-        """The loss of given reconstructions [N, S, D], differentiable by them, without AuxK."""
+    def compare(self, recons: Sequence[Tensor], batch: Batch) -> SparcLoss:
+        """The loss of given reconstructions [N, S, D], those of each nested dictionary or one, differentiable by them,
+        without AuxK."""
+        losses = [self._compare(one, batch) for one in recons]
+        if not self.sizes:
+            return losses[0]
+        prefixes = torch.stack([loss.total for loss in losses])
+        return losses[-1]._replace(total=prefixes.mean(), prefixes=prefixes.detach())
+
+    def _compare(self, recons: Tensor, batch: Batch) -> SparcLoss:
         S, columns = len(batch.streams), stream_slices(batch.d_streams)
         energy = row_energy(batch.x, batch.d_streams)
         if self.spread is None:
@@ -322,7 +399,22 @@ class Objective:
         were found to be absent.
         """
         loss = self._over_samples(terms, streams)
+        if self.jumprelu is not None:
+            l0, penalty = self.jumprelu.penalty(*self.fired(terms, streams), self.k)
+            loss = loss._replace(total=loss.total + penalty, l0=l0)
         return loss if zero_rows is None else loss._replace(zero_rows=loss.zero_rows + zero_rows)
+
+    def fired(self, terms: Mapping[tuple[str, ...], Terms], streams: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(how many latents fired, in how many samples), each [1] or, where each stream chooses by itself, [S]."""
+        first = next(iter(terms.values()))
+        is_local = self.selection in LOCAL
+        fired, samples = first.energy.new_zeros(2, len(streams) if is_local else 1)
+        for names, some in terms.items():
+            assert some.fired is not None
+            at = [streams.index(name) for name in names] if is_local else [0]
+            fired = fired.index_add(0, torch.tensor(at, device=fired.device), some.fired)
+            samples[at] += len(some.energy)
+        return fired, samples
 
     def _over_samples(self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...]) -> SparcLoss:
         if tuple(terms) == (streams,):
@@ -348,28 +440,38 @@ class Objective:
             auxk=torch.stack(auxk).sum() if auxk else None,
             nmse=nmse * (n_samples / counts.clamp(min=1)),
             zero_rows=zero_rows,
+            prefixes=_sum(*[loss.prefixes for loss in losses]),
         )
 
     def _summary(self, terms: Terms) -> SparcLoss:
-        nmse, auxk, energy, total = terms
+        nmse, auxk, energy, total, prefixes, _ = terms
         S = len(nmse)
         if total is None:
-            total = weighted_sum(nmse, pair_weights(S, self.cross_loss_coef))
+            total = (
+                prefixes.mean() if prefixes is not None else weighted_sum(nmse, pair_weights(S, self.cross_loss_coef))
+            )
         nmse = nmse.detach()
         itself = torch.eye(S, dtype=torch.bool, device=nmse.device)
         has_cross = S > 1 and self.cross_loss_coef != 0
         cross = nmse.masked_fill(itself, 0).sum() / (S * (S - 1)) if has_cross else None
         if auxk is not None:
             total, auxk = total + auxk, auxk.detach() / self.auxk_coef
-        return SparcLoss(total, nmse.diagonal().mean(), cross, auxk, nmse, (energy < ZERO_ROW).sum(0))
+        return SparcLoss(total, nmse.diagonal().mean(), cross, auxk, nmse, (energy < ZERO_ROW).sum(0), prefixes)
 
     def _best(self, batch: Batch, n_latents: int) -> Tensor:
         """AuxK's support: of each sample or, under local selection, each stream of it, as many as may be of so many."""
-        return self._select("local" if self.selection == "local" else "global", batch, min(self.auxk, n_latents))
+        return self._select("local" if self.selection in LOCAL else "global", batch, min(self.auxk, n_latents))
 
-    def _select(self, rule: Selection, batch: Batch, k: int, support_from: Sequence[str] | None = None) -> Tensor:
+    def _select(
+        self,
+        rule: Selection,
+        batch: Batch,
+        k: int,
+        support_from: Sequence[str] | None = None,
+        private: Private | None = None,
+    ) -> Tensor:
         found = selection.select(
-            rule, batch, k, support_from=support_from, thresholds=self.thresholds,
+            rule, batch, k, support_from=support_from, thresholds=self.thresholds, private=private,
             backend=self.shards.backend(self.backend, batch.x.device),
         )  # fmt: skip
         return self.shards.compact(found)

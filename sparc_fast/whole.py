@@ -17,7 +17,9 @@ from sparc_fast import checkpoint
 from sparc_fast.ops.backends import Backend
 
 if TYPE_CHECKING:
-    from sparc_fast.batch import Batch
+    from sparc_fast.batch import Batch, Moments
+    from sparc_fast.data import AlignedFiles
+    from sparc_fast.model import SPARC
     from sparc_fast.objective import Terms
 
 
@@ -58,6 +60,14 @@ class Whole:
         """Of all latents, from those of the latents that are here."""
         return part
 
+    def of_latents(self, numbers: Tensor) -> Tensor:
+        """[L, ...] of all latents, from [n, ...] of those that are here."""
+        return numbers
+
+    def of_one(self, part: Tensor) -> Tensor:
+        """Of all processes' parts, of which at most one is not 0 at a place, what is there."""
+        return part
+
     def total(self, n: int) -> int:
         """The same of a number."""
         return n
@@ -66,12 +76,24 @@ class Whole:
         """How many all processes have together, of which this one has n."""
         return n
 
+    def first_samples(self, rows: Tensor, n: int) -> Tensor:
+        """Those rows here that are among the first n of all processes together."""
+        return rows[:n]
+
+    def least(self, number: Tensor) -> Tensor:
+        """The smallest of all processes' numbers, which are scalars."""
+        return number
+
     def of_replicas(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Samples of all replicas below each other, as `sparc_fast.batch.stack` puts them."""
         return tensors
 
     def sum_of_replicas(self, *tensors: Tensor) -> Sequence[Tensor]:
         return tensors
+
+    def moments(self, moments: dict[str, Moments]) -> dict[str, Moments]:
+        """Of each stream's samples, with those of all replicas."""
+        return moments
 
     def terms(self, terms: dict[tuple[str, ...], Terms]) -> dict[tuple[str, ...], Terms]:
         """Of the objective, of all replicas' samples."""
@@ -100,6 +122,13 @@ class Whole:
     def save(self, path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         """One model file, of tensors of which the rows that are here are given."""
         checkpoint.save(path, tensors, config)
+
+    def together(self, model: SPARC) -> SPARC:
+        """The model, to which all processes give the same samples and of which all have the same results."""
+        return model
+
+    def check_samples(self, inputs: Mapping[str, Tensor] | AlignedFiles) -> None:
+        """ValueError where processes were given others."""
 
     def told_by_leader(self, numbers: list[int]) -> list[int]:
         """The same in all processes, whatever each has seen."""

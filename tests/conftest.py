@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import os
+import pickle
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 
@@ -76,9 +80,32 @@ def made_once(
 
 
 @pytest.fixture(scope="session")
-def cuda(made_once: Callable[..., Path]) -> ModuleType:
+def emulated_kernels(made_once: Callable[..., Path]) -> Callable[[str], list[Path]]:
+    """The objects of the emulated CUDA kernels, by the sanitizer that watches them."""
+
+    def objects(sanitizer: str) -> list[Path]:
+        folder = made_once(f"kernels {sanitizer}", partial(build.compile_kernels, sanitizer=sanitizer))
+        return sorted(folder.glob("*.o"))
+
+    return objects
+
+
+@pytest.fixture(scope="session")
+def cuda(made_once: Callable[..., Path], emulated_kernels: Callable[[str], list[Path]]) -> ModuleType:
     """The CUDA backend with its kernels emulated on the host."""
-    return build.emulated_backend(made_once("cuda", build.emulated_module))
+    kernels = emulated_kernels("plain")
+    return build.emulated_backend(made_once("cuda", partial(build.emulated_module, kernels=kernels)))
+
+
+@pytest.fixture(scope="session")
+def machine_code(made_once: Callable[..., Path]) -> Path:
+    """A pickle of what nvcc makes of the CUDA kernels for every GPU they are meant for."""
+    from sparc_fast.benchmarks.tools import cuda_resources
+
+    def compile_all(folder: Path) -> None:
+        (folder / "pickle").write_bytes(pickle.dumps(cuda_resources.machine_code()))
+
+    return made_once("machine code", compile_all) / "pickle"
 
 
 @pytest.fixture(params=["0", "1", "2", "3"], ids=["first to last", "last to first", "shuffled", "shuffled otherwise"])
@@ -133,6 +160,7 @@ def device_of_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-of-each", action="store_true", help="of each test its first parameters, on every backend")
+    parser.addoption("--every-combination", action="store_true", help="also those that `covering` leaves out")
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
@@ -143,6 +171,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("interpreter")
         if "cuda" in getattr(item, "fixturenames", ()):
             item.add_marker("compilers")
+    named = any("[" in argument for argument in config.args)  # with parameters, which then run
+    if not named and not config.getoption("--every-combination") and not config.getoption("--one-of-each"):
+        _cover(items)
     items.sort(key=lambda item: item.get_closest_marker("compilers") is None)  # what takes longest begins first
     if TEST_DEVICE != "cpu":
         for item in items:
@@ -153,6 +184,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
             first.setdefault((item.path, item.originalname, parameters.get("backend")), item)
         items[:] = first.values()
+
+
+def _cover(items: list[pytest.Item]) -> None:
+    """Of tests marked covering(n), so many that any n parameters still meet in every combination of their values."""
+    grids: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("covering") and isinstance(item, pytest.Function):
+            grids.setdefault((item.path, item.originalname), []).append(item)
+    left_out: set[pytest.Item] = set()
+    for grid in grids.values():
+        covered: set[object] = set()
+        met = {item: _combinations(item) for item in random.Random(0).sample(grid, len(grid))}
+        for new in range(max(map(len, met.values())), 0, -1):
+            for item in [item for item, together in met.items() if len(together - covered) >= new]:
+                if len(met[item] - covered) >= new:
+                    covered |= met.pop(item)
+        left_out.update(met)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _combinations(item: pytest.Item) -> set[object]:
+    values = [(name, repr(value)) for name, value in item.callspec.params.items()]
+    return set(combinations(values, min(len(values), item.get_closest_marker("covering").args[0])))
 
 
 def _cap_examples(item: pytest.Item) -> None:

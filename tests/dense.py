@@ -80,11 +80,18 @@ def objective(
     dead: Tensor | None = None,
     auxk: int = 0,
     auxk_coef: float = 0.0,
+    private: dict[int, tuple[slice, int]] | None = None,
 ) -> Tensor:
-    S = len(inputs)
+    """`private`: position of a stream -> its own latents, behind those of all, and how many of them it fires."""
+    S, private = len(inputs), private or {}
     h = logits(weights, inputs)
-    z = [torch.relu(a) * mask for a, mask in zip(h, masks(h, k, selection), strict=True)]
-    recons = [[z[s] @ weights.W_dec[t] + weights.pre_bias[t] for t in range(S)] for s in range(S)]
+    n_shared = min((own.start for own, _ in private.values()), default=h[0].shape[1])
+    shared = masks([a[:, :n_shared] for a in h], k, selection)
+    z = [torch.relu(a[:, :n_shared]) * mask for a, mask in zip(h, shared, strict=True)]
+    recons = [[z[s] @ weights.W_dec[t][:n_shared] + weights.pre_bias[t] for t in range(S)] for s in range(S)]
+    for s, (own, q) in private.items():
+        code = torch.relu(h[s][:, own]) * masks([h[s][:, own]], q, "local")[0]
+        recons[s][s] = recons[s][s] + code @ weights.W_dec[s][own]
     terms = [[nmse(recons[s][t], inputs[t]) for t in range(S)] for s in range(S)]
     total = sum(terms[s][s] for s in range(S)) / S
     if S > 1:

@@ -58,6 +58,12 @@ class Operands:
         return replace(self, **{name: getattr(self, name)[chosen] for name in of_samples})
 
     @property
+    def sizes(self) -> list[int]:
+        """Of four nested dictionaries, two of them the same, the first perhaps of no latent."""
+        L = len(self.W_enc)
+        return [L // 8, L // 3, L // 3, L]
+
+    @property
     def inverse(self) -> tuple[Tensor, Tensor]:
         return reference.invert_indices(self.indices, len(self.W_enc))
 
@@ -218,6 +224,9 @@ OPERATORS: dict[str, Callable[[Operands, Backend], tuple[Tensor, ...]]] = {
     "sparse_decode_grad_values": lambda o, b: (b.sparse_decode_grad_values(o.grad_recons, o.indices, o.W_dec),),
     "decode_loss": lambda o, b: b.decode_loss(
         o.values, o.indices, o.W_dec, o.pre_bias, o.x, o.scale, o.weights, o.d_streams
+    ),
+    "nested_decode_loss": lambda o, b: b.nested_decode_loss(
+        o.values, o.indices, o.W_dec, o.pre_bias, o.x, o.scale, o.weights, o.d_streams, o.sizes
     ),
     "invert_indices": lambda o, b: b.invert_indices(o.indices, len(o.W_enc)),
     "encoder_gradients": lambda o, b: b.encoder_gradients(

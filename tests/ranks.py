@@ -33,7 +33,7 @@ class Ranks:
             self._pipes.append(here)
             self._processes.append(process)
 
-    def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 600) -> list[Any]:
         for pipe in self._pipes:
             pipe.send((function, arguments))
         end, results = time.monotonic() + timeout, {}

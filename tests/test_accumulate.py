@@ -67,6 +67,7 @@ def assert_same_training(parted: sf.SparcAdam, whole: sf.SparcAdam, rtol: float,
             torch.testing.assert_close(states[0][parameter][key], state[key], rtol=rtol, atol=atol)
 
 
+@pytest.mark.covering(2)
 @EVERY_SELECTION
 @pytest.mark.parametrize("sizes", [[16], [8, 8], [7, 0, 4, 5], [1] * 16], ids=str)
 def test_thirty_steps_on_parts_equal_steps_on_whole_batches_with_auxk_at_work(
@@ -83,6 +84,7 @@ def test_thirty_steps_on_parts_equal_steps_on_whole_batches_with_auxk_at_work(
     assert_same_training(parted, whole, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.covering(2)
 @EVERY_SELECTION
 @EVERY_DTYPE
 def test_one_step_on_parts_is_the_whole_step_in_every_dtype(selection: str, dtype: torch.dtype, backend: str) -> None:
@@ -135,6 +137,7 @@ def test_a_capturable_step_takes_parts_too(selection: str, backend: str) -> None
         torch.testing.assert_close(parted.model.get_parameter(name), p, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.covering(2)
 @EVERY_SELECTION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_no_part_uses_can_be_left_behind_bit_for_bit(

@@ -152,7 +152,7 @@ def test_what_would_change_the_batch_is_refused() -> None:
     model = make()
     with pytest.raises(ValueError, match="inputs must be one batch"):
         sf.SparcAdam(model).step([samples(4), samples(4)])
-    with pytest.raises(ValueError, match="capturable False"):
+    with pytest.raises(ValueError, match="capturable must be False"):
         sf.SparcAdam(model, capturable=True).step(samples(4))
     with pytest.raises(ValueError, match="more than 8 streams"):
         sf.SPARC({f"s{i}": 2 for i in range(9)}, 8, 2, selection="batch")

@@ -243,7 +243,7 @@ def test_outcomes_of_tests_are_counted(record: Record) -> None:
 
 @pytest.mark.interpreter
 def test_the_tests_run_in_processes_of_their_own(record: Record) -> None:
-    record.until = monotonic() + 100
+    record.until = monotonic() + 1000
     checks.run_tests(record, ["tests/test_support_values.py"], workers=1)
     (row,) = record.rows
     assert row.value == 1, row

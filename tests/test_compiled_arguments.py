@@ -63,6 +63,9 @@ def calls() -> dict[str, list[Any]]:
         "sparse_decode_grad_values": [floats(N, S, K), grads, indices, matrix(), 1],
         "decode_loss": [floats(S, S), floats(N, S, D), floats(N, S, K), floats(D), values, indices, matrix(), floats(D),
                         x, floats(N, S), [1.0] * S * S, WIDTHS, 1],
+        "nested_decode_loss": [floats(2 * S, S), floats(2 * N, S, D), floats(N, S, K), floats(D), values, indices, matrix(),
+                               floats(D), x, floats(N, S), [1.0] * S * S, WIDTHS,
+                               torch.tensor([4, L], dtype=torch.int64, device="cpu"), 1],
         "invert_indices": [integers(L + 1), integers(N * K), indices, L],
         "weight_gradients": [matrix(), matrix(), floats(S, L), batch, 1],
         "gradient_squares": [floats(L, **wide), floats(S, L), batch, 1],
@@ -101,11 +104,15 @@ def cuda_calls(module: Any) -> dict[str, list[Any]]:
     take_in = [module.FilterPlan(L, K, capacity), candidates, capacity, scores, 0, [zeros(L), w_norm, zeros(L), ones(L)],
                [x_norm, zeros(N), ones(N)], K, [1e-5, 0.0, 0.0], 0]  # fmt: skip
     module.filter_scores(*take_in)
+    X, of_tiles = floats(N, 8).bfloat16(), floats(L, 8).bfloat16()
+    screened = [candidates, capacity, X, of_tiles, zeros(L), ones(L), [ones(N), zeros(N), ones(N)], 1, K,
+                [1e-5, 0.0, 0.0], 2, room(module.screen_scores_workspace(N)), 0]  # fmt: skip
     samples = [x, floats(N * S, D), pre_bias, floats(N, S, K), floats(N, S, K), offsets, entries]
     step = [[0.1, 0.9, 0.99, 1e-8, 1.0], [floats(1).double(), ones(1).double()], integers(L, **whole)]
     return {
         "topk_rows": [topk, integers(N, K), scores, room(module.topk_rows_workspace(topk, N, K)), 0],
         "filter_scores": take_in,
+        "screen_scores": screened,
         "settle_supports": [candidates, capacity, x, pre_bias, W, zeros(L).double(), 0, x_norm, w_norm, 1e-5, 0.0,
                             integers(N, K), integers(N), integers(1), 0],
         "invert_indices": [integers(L + 1, **whole), integers(N * K, **whole), indices.flatten(),
@@ -211,7 +218,16 @@ def test_a_tensor_of_another_dtype_shape_layout_or_device_is_refused(name: str) 
     check_wrong(name, lambda: calls()[name], call, may_pass)
 
 
-CUDA = ["topk_rows", "filter_scores", "settle_supports", "invert_indices", "update_rows", "step_rows", "replay_rows"]
+CUDA = [
+    "topk_rows",
+    "filter_scores",
+    "screen_scores",
+    "settle_supports",
+    "invert_indices",
+    "update_rows",
+    "step_rows",
+    "replay_rows",
+]
 # scores, x, weights, pre_bias and copies, whose type is their own
 NARROW = {"topk_rows": [2], "settle_supports": [2, 3, 4], "update_rows": [(3, 3), (4, 3), *((5, i) for i in range(5))],
           "step_rows": [(1, 3), (2, 3)], "replay_rows": [(0, 3)]}  # fmt: skip
@@ -290,6 +306,7 @@ def test_what_a_cuda_kernel_writes_shares_no_memory_with_what_else_it_is_given(n
 READ = {
     "topk_rows": {(2,)},
     "filter_scores": {(3,), *((5, i) for i in range(4)), *((6, i) for i in range(3))},
+    "screen_scores": {(2,), (3,), (4,), (5,), *((6, i) for i in range(3))},
     "settle_supports": {(i,) for i in (2, 3, 4, 5, 7, 8)},
     "invert_indices": {(2,)},
     "update_rows": {*((5, i) for i in range(7)), (7, 0), (7, 1)},
@@ -302,7 +319,13 @@ READ = {
 @pytest.mark.skipif(build.COMPILER is None, reason="no g++")
 def test_a_cuda_kernel_refuses_a_workspace_that_is_too_small_and_sizes_beyond_its_integers(cuda: ModuleType) -> None:
     module = cuda._cuda
-    for name, i in (("invert_indices", 3), ("update_rows", 9), ("step_rows", 7), ("replay_rows", 4)):
+    for name, i in (
+        ("screen_scores", 11),
+        ("invert_indices", 3),
+        ("update_rows", 9),
+        ("step_rows", 7),
+        ("replay_rows", 4),
+    ):
         right = cuda_calls(module)[name]
         cuda_call(module, name, replaced(right, (i,), right[i][:-1]))
         with pytest.raises(ValueError, match=r"workspace must be [0-9]+ bytes that begin at whole 16"):
@@ -390,7 +413,9 @@ def test_numbers_that_are_places_must_be_places_there_are() -> None:
 @pytest.mark.parametrize(("k", "capacity"), [(0, 70), (L + 1, 80), (K, K + 63), (K, 2**40), (K, 2**62)])
 def test_a_screen_has_room_for_its_candidates_and_for_no_more_than_there_can_be(k: int, capacity: int) -> None:
     with pytest.raises(IndexError, match="capacity in k"):
-        _cpu.Screen(floats(4), floats(4), floats(L, dtype=torch.float64), D, k, capacity, False, _cpu.Among.row, 0.0)
+        _cpu.Screen(
+            floats(4), floats(4), floats(L, dtype=torch.float64), D, k, capacity, False, _cpu.Among.row, 0.0, 0.0
+        )
 
 
 def test_bounds_of_other_latents_are_of_the_same_rows_and_enough() -> None:
@@ -417,10 +442,10 @@ def test_bounds_of_other_latents_are_of_the_same_rows_and_enough() -> None:
 def test_a_ragged_support_is_written_where_there_is_room_for_it() -> None:
     numbers = floats(4), floats(4), floats(L, dtype=torch.float64), D, K, K + 64
     room = torch.zeros(4, L, dtype=torch.int32, device="cpu")
-    rows = _cpu.Screen(*numbers, False, _cpu.Among.row, 0.0)
+    rows = _cpu.Screen(*numbers, False, _cpu.Among.row, 0.0, 0.0)
     with pytest.raises(ValueError, match="no ragged support"):
         rows.settle_ragged(floats(4, D), floats(L, D), 1)
-    above = _cpu.Screen(*numbers, False, _cpu.Among.above, -1.0)
+    above = _cpu.Screen(*numbers, False, _cpu.Among.above, -1.0, 0.0)
     above.filter(floats(4, L).fill_(9.0), 0, floats(L).fill_(0.0), floats(L).fill_(0.0), 1)
     for x, W in ((floats(3, D), floats(L, D)), (floats(4, D), floats(L, D + 1)), (floats(4, D), floats(L - 1, D))):
         with pytest.raises(ValueError, match="settle_ragged"):
@@ -429,7 +454,10 @@ def test_a_ragged_support_is_written_where_there_is_room_for_it() -> None:
     for bad in (room[:, : width - 1], room[:3], room.long(), room[:, ::2]):
         with pytest.raises((ValueError, IndexError), match="write"):
             above.write(bad)
+        with pytest.raises((ValueError, IndexError), match="write_scores"):
+            above.write_scores(bad.float() if bad.dtype == torch.int32 else bad)
     above.write(room)
+    above.write_scores(room.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -22,18 +22,19 @@ BODIES = {
 }
 """Every kernel's source."""
 SHARED = {name for name, body in BODIES.items() if "shared_memory()" in body or "__shared__" in body}
-COUNTED = {"topk_rows_kernel", "filter_scores_kernel", "settle_supports_kernel", "sort_segments_kernel"}
+COUNTED = {
+    "topk_rows_kernel", "filter_scores_kernel", "tighten_kernel", "settle_supports_kernel", "sort_segments_kernel"
+}  # fmt: skip
 """Kernels whose threads draw places from a counter in shared memory."""
+OF_90A = {"screen_scores_kernel"}
+"""Kernels that trap on any other GPU."""
 
 pytestmark = [pytest.mark.compilers, pytest.mark.skipif(cuda_resources.nvcc() is None, reason="no nvcc")]
 
 
 @pytest.fixture(scope="module")
-def compiled(made_once: Callable[..., Path]) -> list[CudaResources]:
-    def compile_all(folder: Path) -> None:
-        (folder / "resources").write_bytes(pickle.dumps(cuda_resources.resources()))
-
-    return pickle.loads((made_once("compiled", compile_all) / "resources").read_bytes())
+def compiled(machine_code: Path) -> list[CudaResources]:
+    return [resources for resources, _ in pickle.loads(machine_code.read_bytes())]
 
 
 def test_every_kernel_compiles_without_a_spill(
@@ -51,9 +52,17 @@ def test_the_compiler_knows_every_access_to_shared_memory(compiled: list[CudaRes
     """Else each is a generic one, which first finds out which memory is meant."""
     assert not [(r.kernel, r.types, r.arch, r.generic) for r in compiled if r.generic]
     assert {r.kernel for r in compiled if r.count("LDS") and r.count("STS")} == SHARED >= COUNTED
-    for r in compiled:
+    for r in (r for r in compiled if r.arch == "90a" or r.kernel not in OF_90A):
         assert (r.count("LDS") > 0) == (r.count("STS") > 0) == (r.kernel in SHARED), r
         assert (r.count("ATOMS") > 0) == (r.kernel in COUNTED), r
+
+
+def test_tiles_are_brought_by_the_hardware_and_multiplied_by_four_warps_at_once(compiled: list[CudaResources]) -> None:
+    screens = [r for r in compiled if r.kernel in OF_90A]
+    assert {r.types for r in screens} == {"BFloat16", "Float16"}
+    for r in screens:
+        here = r.arch == "90a"
+        assert (r.count("UTMALDG"), r.count("HGMMA")) == ((2, 4) if here else (0, 0)), r
 
 
 def test_an_update_divides_no_integers(compiled: list[CudaResources]) -> None:

@@ -73,8 +73,9 @@ def test_supports_are_exact(N: int, L: int, D: int, k: int, dtype: torch.dtype) 
         assert torch.equal(indices, reference.global_topk(rows, W_enc, pre_bias, bias, k))
 
 
-def test_supports_are_exact_on_hard_samples() -> None:
-    x, W_enc, pre_bias, bias = to_select_from(64, 20000, 60)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_supports_are_exact_on_hard_samples(dtype: torch.dtype) -> None:
+    x, W_enc, pre_bias, bias = to_select_from(64, 20000, 64, dtype)
     W_enc[10000:] = W_enc[:10000]
     x[3], x[5, 2], x[8, 0] = 0, torch.nan, torch.inf
     x[9] *= 1e30

@@ -11,11 +11,6 @@ import pytest
 from cuda_emulation import build
 
 pytestmark = [pytest.mark.compilers, pytest.mark.skipif(build.COMPILER is None, reason="no g++")]
-SANITIZERS = {
-    "plain": ["-O1"],
-    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-g1", "-fsanitize=thread"],
-}
 # what is left out, in which build that is noticed, and what is said then
 FAULTS = [
     ("barrier", "thread", "data race"),
@@ -38,6 +33,14 @@ FAULTS = [
     ("phase", "plain", "more arrivals than a barrier counts at faults.cu:"),
     ("empty", "plain", "wrong result"),
     ("bytes", "plain", "threads wait for others that never come: thread 0 at faults.cu:"),
+    ("tile fence", "plain", "a tile to a barrier before any fence at faults.cu:"),
+    ("tile phase", "plain", "more arrivals than a barrier counts at faults.cu:"),
+    ("tile bytes", "plain", "threads wait for others that never come: thread 0 at faults.cu:"),
+    ("tile edge", "address", "a tile beyond its matrix or its place at faults.cu:"),
+    ("swizzle", "plain", "wrong result"),
+    ("sums fence", "plain", "a product of sums that no fence precedes at faults.cu:"),
+    ("sums early", "plain", "wrong result"),
+    ("tile early", "plain", "wrong result"),
 ]
 
 
@@ -45,13 +48,20 @@ Program = Callable[[str, str], Path]
 
 
 @pytest.fixture(scope="session")
-def program(made_once: Callable[..., Path]) -> Program:
+def program(made_once: Callable[..., Path], emulated_kernels: Callable[[str], list[Path]]) -> Program:
     """By its name and its sanitizer."""
 
     def built(name: str, sanitizer: str) -> Path:
-        sources = [build.HERE / "faults.cu"] if name == "faults" else [*build.KERNELS, build.HERE / "operators.cpp"]
-        flags = SANITIZERS[sanitizer]
-        return made_once(f"{name} {sanitizer}", lambda folder: build.build(folder / name, sources, flags)) / name
+        kernels = emulated_kernels(sanitizer)
+        sources = {"faults": build.HERE / "faults.cu", "operators": build.HERE / "operators.cpp"}
+
+        def fill(folder: Path) -> None:
+            build.compile_all(folder, [sources[name]], sanitizer)
+            runtime = [path for path in kernels if path.stem == build.RUNTIME.stem]
+            objects = runtime if name == "faults" else kernels
+            build.link(folder / name, [*folder.glob("*.o"), *objects], sanitizer)
+
+        return made_once(f"{name} {sanitizer}", fill) / name
 
     return built
 
@@ -69,7 +79,7 @@ def test_a_planted_fault_is_found(fault: str, sanitizer: str, message: str, prog
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("sanitizer", list(SANITIZERS))
+@pytest.mark.parametrize("sanitizer", list(build.SANITIZERS))
 def test_sound_kernels_pass_in_any_order_of_threads(sanitizer: str, program: Program) -> None:
     for schedule in range(4):
         done = run(program("faults", sanitizer), schedule=schedule)

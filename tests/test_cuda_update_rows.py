@@ -38,6 +38,7 @@ def without_triton(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_in_triton", refused)
 
 
+@pytest.mark.covering(3)
 @SUPPORTS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
@@ -96,6 +97,7 @@ def test_a_latent_in_frequent_use_beside_rare_ones(often: int, cuda: ModuleType)
     check_accuracy("update_rows", o, cuda)
 
 
+@pytest.mark.covering(2)
 @SUPPORTS
 @pytest.mark.parametrize("blocks", [1, 2, 7, 1000])
 @pytest.mark.parametrize("name", ["update_rows", "step_rows"])
@@ -112,6 +114,7 @@ def test_neither_the_grid_nor_the_order_of_threads_shows_in_a_bit(
     assert_equal(OPERATORS[name](o, cuda), expected)
 
 
+@pytest.mark.covering(2)
 @SUPPORTS
 @pytest.mark.parametrize("blocks", [1, 7])
 @pytest.mark.parametrize("name", ["update_rows", "update_rows lazily", "step_rows"])

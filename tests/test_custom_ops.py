@@ -37,6 +37,7 @@ def arguments(dtype: torch.dtype, local: bool, N: int = 3, L: int = 12, k: int =
         "sparse_decode": (values, indices, W_dec, pre_bias),
         "sparse_decode_grad_values": (grad_recons, indices, W_dec),
         "decode_loss": (values, indices, W_dec, pre_bias, x, scale, [0.5, 0.0, 1.0, 0.5], D_STREAMS),
+        "nested_decode_loss": (values, indices, W_dec, pre_bias, x, scale, [0.5, 0.0, 1.0, 0.5], D_STREAMS, [4, L]),
         "invert_indices": (indices, L),
         "encoder_gradients": (x, pre_bias, values, grad_values, *inverse, D_STREAMS),
         "decoder_gradients": (values, grad_recons, *inverse),
@@ -50,6 +51,7 @@ def operator_of(library: str, name: str) -> Any:
     return getattr(getattr(torch.ops, f"sparc_fast_{library}"), name)
 
 
+@pytest.mark.covering(2)
 @EVERY_LIBRARY
 @pytest.mark.parametrize("local", [False, True], ids=["shared", "per-stream"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -69,7 +71,9 @@ def test_counters_that_an_operator_changed_have_a_new_version(library: str) -> N
 
 
 @EVERY_LIBRARY
-@pytest.mark.parametrize("name", ["support_values", "sparse_decode", "decode_loss", "global_topk"])
+@pytest.mark.parametrize(
+    "name", ["support_values", "sparse_decode", "decode_loss", "nested_decode_loss", "global_topk"]
+)
 def test_opcheck_finds_nothing_without_samples(name: str, library: str) -> None:
     operator = operator_of(library, name)
     empty = arguments(torch.float32, False, N=0)[name]

@@ -24,7 +24,7 @@ EMPTY = {
 }
 SHAPE = (7, 1, 100), 5, 33, 6
 # operators in which a sample's support is read, and what they give for each slot of it
-PER_SLOT = {"support_values": 0, "sparse_decode_grad_values": 0, "decode_loss": 2}
+PER_SLOT = {"support_values": 0, "sparse_decode_grad_values": 0, "decode_loss": 2, "nested_decode_loss": 2}
 
 
 def emptied(o: Operands, slots: list[int], every: int = 1) -> Operands:
@@ -45,6 +45,7 @@ def without(o: Operands, slots: list[int]) -> Operands:
     return replace(one, values=one.values * 0, grad_values=one.grad_values * 0)
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("name", sorted(set(OPERATORS) - {"invert_indices"} - {n for n in OPERATORS if "replay" in n}))
 @pytest.mark.parametrize("slots", EMPTY.values(), ids=EMPTY)
 @SUPPORTS
@@ -66,6 +67,7 @@ def test_results_are_those_of_the_support_without_its_empty_slots(
         compare([result], [same_dtype], [exact])
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(n for n in OPERATORS if "replay" not in n))
 def test_some_samples_may_have_empty_slots_and_others_none(name: str, dtype: torch.dtype, backend: str) -> None:

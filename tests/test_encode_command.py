@@ -45,6 +45,23 @@ def run(*arguments: object) -> int:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("selection", ["global", "local", "batch"])
+def test_private_latents_have_room_in_the_file(selection: str, tmp_path: Path) -> None:
+    model, x = model_of(selection=selection, private={"a": 9, "b": 7}, private_k={"a": 3, "b": 1}), inputs()
+    if selection == "batch":
+        model.learn_thresholds(x)
+    model.save(tmp_path / "m.safetensors")
+    folder = write(tmp_path / "data", x)
+    for alone in ((), ("--alone",)):
+        assert run(tmp_path / "m.safetensors", "--data", folder, "--out", tmp_path / "codes", *alone) == 0
+        found = sf.SparseLatents.load(tmp_path / "codes" / "codes.safetensors")
+        for name in D:
+            expected = (model.encode({name: x[name]}) if alone else model.encode(x)).dense(name)
+            torch.testing.assert_close(found.dense(name), expected)
+            assert (expected[:, model.private_latents[name]] > 0).any()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("selection", ["global", "local"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_file_holds_what_encode_gives_and_decodes_back(selection: str, dtype: torch.dtype, tmp_path: Path) -> None:

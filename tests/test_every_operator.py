@@ -10,7 +10,20 @@ import torch
 from accuracy import assert_equal, check_accuracy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import CASES, DTYPES, OPERATORS, SUPPORTS, fast_backends, fitting, operands, operators_of, run, sliced
+from operands import (
+    CASES,
+    DTYPES,
+    OPERATORS,
+    SUPPORTS,
+    Operands,
+    fast_backends,
+    fitting,
+    operands,
+    operators_of,
+    run,
+    sliced,
+)
+from torch import Tensor
 
 from sparc_fast.ops import reference
 
@@ -21,7 +34,16 @@ OF_SAMPLES = {
     "sparse_decode": slice(0, 1),
     "sparse_decode_grad_values": slice(0, 1),
     "decode_loss": slice(1, 3),
+    "nested_decode_loss": slice(1, 3),
 }
+
+
+def of_samples(name: str, o: Operands, backend: str) -> tuple[Tensor, ...]:
+    """Samples first; those of nested dictionaries come after a dictionary."""
+    found = run(name, o, backend)[OF_SAMPLES[name]]
+    return tuple(result.transpose(0, 1) if result.ndim == 4 else result for result in found)
+
+
 EVERY_OPERATOR = pytest.mark.parametrize("name", list(OPERATORS))
 # what is given gradients, or nothing but rows, reads no support
 OF_EITHER_SUPPORT = [
@@ -40,6 +62,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.covering(3)
 @EVERY_OPERATOR_AND_SUPPORT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", list(CASES))
@@ -86,28 +109,30 @@ def test_results_do_not_depend_on_the_number_of_threads(name: str, case: str, pe
         assert_equal(run(name, o, "cpu"), alone)
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("name", list(OF_SAMPLES))
 @SUPPORTS
 @pytest.mark.parametrize("case", list(CASES))
 def test_a_sample_alone_equals_the_same_sample_in_a_batch(name: str, case: str, per_stream: bool, backend: str) -> None:
     o = fitting(operands(case, torch.float32, per_stream), backend)
-    batch = run(name, o, backend)[OF_SAMPLES[name]]
+    batch = of_samples(name, o, backend)
     for n in range(min(len(o.x), 20)):
         one = slice(n, n + 1)
-        assert_equal(run(name, o.samples(one), backend)[OF_SAMPLES[name]], tuple(result[one] for result in batch))
+        assert_equal(of_samples(name, o.samples(one), backend), tuple(result[one] for result in batch))
 
 
-@pytest.mark.parametrize("name", ["sparse_decode", "decode_loss"])
+@pytest.mark.parametrize("name", ["sparse_decode", "decode_loss", "nested_decode_loss"])
 @pytest.mark.parametrize("widths", [(1024, 900, 876), (1001, 899, 901)], ids=["aligned rows", "unaligned rows"])
 @pytest.mark.skipif("cpu" not in fast_backends(), reason="the CPU backend is not here")
 def test_results_too_large_for_caches_have_the_same_bits(name: str, widths: tuple[int, ...]) -> None:
     o = operands((widths, 130, 40, 9), torch.float32)
-    batch = run(name, o, "cpu")[OF_SAMPLES[name]]
+    batch = of_samples(name, o, "cpu")
     assert batch[0].nbytes > 2**22  # from there on written past the caches
     for half in (slice(0, 65), slice(65, 130)):
-        assert_equal(run(name, o.samples(half), "cpu")[OF_SAMPLES[name]], tuple(result[half] for result in batch))
+        assert_equal(of_samples(name, o.samples(half), "cpu"), tuple(result[half] for result in batch))
 
 
+@pytest.mark.covering(2)
 @EVERY_OPERATOR
 @pytest.mark.parametrize("case", ["ragged", "several column runs"])
 def test_operands_may_be_slices_of_wider_tensors(name: str, case: str, backend: str) -> None:
@@ -147,7 +172,8 @@ def test_a_latent_may_be_in_a_support_twice(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["support_values", "support_values_grad_x", "sparse_decode", "decode_loss", "invert_indices"]
+    "name",
+    ["support_values", "support_values_grad_x", "sparse_decode", "decode_loss", "nested_decode_loss", "invert_indices"],
 )
 @pytest.mark.parametrize("latent", [-2, 33])
 def test_compiled_operators_never_read_outside_the_dictionary(name: str, latent: int) -> None:

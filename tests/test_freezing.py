@@ -43,6 +43,7 @@ def parts_of(model: sf.SPARC, freeze: object) -> dict[str, tuple[torch.Tensor, b
     return {name: (part.detach().clone(), trained) for name, (part, trained) in parts.items()}
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("way", ["whole", "lazy", "in parts", "local", "lacking streams"])
 @pytest.mark.parametrize("freeze", CHOICES, ids=str)
 def test_what_is_trained_moves_as_by_torch_adam_and_the_rest_not_at_all(freeze: object, way: str, backend: str) -> None:
@@ -84,6 +85,7 @@ def put(model: sf.SPARC, name: str, part: torch.Tensor) -> None:
     tensor[place] = part
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("freeze", ["encoder", "decoder", ["b"], ["a"]], ids=str)

@@ -30,6 +30,7 @@ def no_bias(W_enc: Tensor, streams: int = 1) -> tuple[Tensor, Tensor]:
     return W_enc.new_zeros(W_enc.shape[1]), W_enc.new_zeros(streams, len(W_enc))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("k", [1, 20, 499, 500])
 @pytest.mark.parametrize("kind", SCORES)
 def test_the_largest_of_an_adversarial_row_are_found(kind: str, k: int, backend: str) -> None:
@@ -178,6 +179,7 @@ def test_reduced_matmul_precision_and_autocast_do_not_change_the_support(precisi
 SHAPES = [(3, 40, 1, 5), (4, 90, 17, 9), (5, 300, 257, 20), (3, 60, 700, 7)]  # N, L, D, k
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(("N", "L", "D", "k"), SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_have_the_same_bits_on_every_backend_and_for_a_part_of_the_latents_or_samples(

@@ -27,6 +27,7 @@ def assert_same_gradients(model: sf.SPARC, truth: Weights) -> None:
         torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("selection", ["global", "local", "batch"])
 @pytest.mark.parametrize("widths", [[7], [100, 1], [7, 384, 1], [3, 1, 7, 5], [1, 7, 2, 100, 3]], ids=str)
 @pytest.mark.parametrize("k", [1, 3, 17])

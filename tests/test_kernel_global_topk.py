@@ -90,7 +90,7 @@ def test_a_product_as_wrong_as_the_bound_allows_changes_no_support(seed: int, mo
     torch.manual_seed(seed)
     D = 64
     x, W_enc = torch.randn(2, D).bfloat16(), torch.randn(500, D).bfloat16()
-    plain = kernel._multiply
+    plain = kernel.multiply
 
     def worst(X: Tensor, W: Tensor, out: Tensor) -> None:
         plain(X, W, out)
@@ -99,7 +99,7 @@ def test_a_product_as_wrong_as_the_bound_allows_changes_no_support(seed: int, mo
         # those in the support are underrated, all others overrated
         out += 0.999 * gamma * size * torch.where(torch.zeros_like(out).scatter(1, inside, 1) > 0, -1, 1)
 
-    monkeypatch.setattr(kernel, "_multiply", worst)
+    monkeypatch.setattr(kernel, "multiply", worst)
     inside = expected(x, W_enc, 25).long().to(DEVICE)
     assert torch.equal(support(x, W_enc, 25), inside.int().to(x.device))
 

@@ -20,13 +20,13 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
 # modules, not the functions of the same names that the package offers
 (
-    count_silence, decode_loss, decoder_gradients, encoder_gradients, inverse, launching, replay_rows, segment_sums,
-    update, gradients,
+    count_silence, decode_loss, decoder_gradients, encoder_gradients, inverse, launching, nested_decode_loss,
+    replay_rows, segment_sums, update, gradients,
 ) = (
     import_module(f"sparc_fast.kernels.{name}")
     for name in (
         "count_silence", "decode_loss", "decoder_gradients", "encoder_gradients", "invert_indices", "launching",
-        "replay_rows", "segment_sums", "update_rows", "weight_gradients",
+        "nested_decode_loss", "replay_rows", "segment_sums", "update_rows", "weight_gradients",
     )
 )  # fmt: skip
 
@@ -57,6 +57,7 @@ def step(rows: list[Tensor], o: Operands, t: int | Tensor = STEP, lr: float | Te
     return move_rows(KERNELS, rows, o, inverse=inverse.invert_indices(o.indices, len(rows[0])), lr=lr, step=t, **more)
 
 
+@pytest.mark.covering(2)
 @SUPPORTS
 @pytest.mark.parametrize("name", ["weight_gradients", "update_rows"])
 @pytest.mark.parametrize("piece", [1, 4, 7])
@@ -102,6 +103,7 @@ def test_launch_choices_change_no_result_but_by_rounding(monkeypatch: pytest.Mon
     check("update_rows", operands(((64, 48), 6, 10, 3), torch.float32))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("whole_row", [4096, 16], ids=["rows in registers", "rows in memory"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32 moments", "bfloat16 moments"])
@@ -272,6 +274,7 @@ def test_what_a_captured_graph_reads_is_kept_for_good() -> None:
         "columns": lambda i: launching.column_blocks((16, 16 + i), 16, device),
         "betas": lambda i: update._settings(0.5 + i / 10000, 0.999, 1e-8, device),
         "weights": lambda i: decode_loss._weights((1.0, float(i)), device),
+        "sizes": lambda i: nested_decode_loss._sizes((1, 2 + i), device),
     }
     for name, make in made.items():
         first = [make(i) for i in range(1000)]

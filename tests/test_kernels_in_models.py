@@ -31,8 +31,9 @@ def batches(steps: int) -> list[torch.Tensor]:
     return [torch.randn(4, 9, generator=generator, device=generator.device) for _ in range(steps)]
 
 
-@pytest.mark.parametrize("selection", ["global", "local"])
-@pytest.mark.parametrize("settings", [{}, {"capturable": True}, {"lazy": "replay"}], ids=str)
+@pytest.mark.parametrize(
+    ("selection", "settings"), [("global", {}), ("local", {"capturable": True}), ("local", {"lazy": "replay"})], ids=str
+)
 def test_training_equals_the_reference(selection: str, settings: dict[str, object]) -> None:
     ours, reference = (make(backend, torch.float64, selection=selection) for backend in ("triton", "reference"))
     optimizers = sf.SparcAdam(ours, lr=1e-2, **settings), sf.SparcAdam(reference, lr=1e-2)
@@ -45,6 +46,24 @@ def test_training_equals_the_reference(selection: str, settings: dict[str, objec
     expected = reference.state_dict()
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("selection", ["global", "local"])
+@pytest.mark.parametrize("settings", [{}, {"capturable": True}, {"lazy": "replay"}, {"max_grad_norm": 0.1}], ids=str)
+def test_private_latents_train_as_in_the_reference(selection: str, settings: dict[str, object]) -> None:
+    private = {"private": {"a": 4, "b": 3}, "private_k": {"a": 2, "b": 1}}
+    models = [make(backend, torch.float64, selection=selection, **private) for backend in ("triton", "reference")]
+    clipped = {name: most for name, most in settings.items() if name == "max_grad_norm"}
+    optimizers = sf.SparcAdam(models[0], lr=1e-2, **settings), sf.SparcAdam(models[1], lr=1e-2, **clipped)
+    for x in batches(3):
+        for optimizer in optimizers:
+            optimizer.step(x.double())
+    for name, tensor in models[1].state_dict().items():
+        torch.testing.assert_close(models[0].state_dict()[name], tensor, rtol=1e-7, atol=1e-9)
+    for stream, columns in (("a", slice(6, 9)), ("b", slice(0, 6))):
+        some = models[0].private_latents[stream]
+        assert (models[0].W_dec[some, columns] == 0).all()
+        assert (models[0].W_enc[some, columns] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -79,8 +98,7 @@ def test_bfloat16_moments_are_those_of_the_reference_lazy_or_not_and_captured() 
         assert (dense[i] != expected[i]).float().mean() < 0.02  # where float32 rounds otherwise
 
 
-@pytest.mark.parametrize("capturable", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "capturable"), [(torch.bfloat16, True), (torch.float16, False)], ids=str)
 def test_narrow_weights_learn_through_float32_masters(dtype: torch.dtype, capturable: bool) -> None:
     model = make("triton", dtype)
     optimizer = sf.SparcAdam(model, lr=1e-3, capturable=capturable)

@@ -44,7 +44,14 @@ def make(dtype: torch.dtype, backend: str, per_stream: bool = False) -> Operands
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "operator",
-    ["support_values", "support_values_grad_x", "sparse_decode", "sparse_decode_grad_values", "decode_loss"],
+    [
+        "support_values",
+        "support_values_grad_x",
+        "sparse_decode",
+        "sparse_decode_grad_values",
+        "decode_loss",
+        "nested_decode_loss",
+    ],
 )
 def test_rows_are_gathered_from_any_offset(backend: str, operator: str, dtype: torch.dtype) -> None:
     o = make(dtype, backend)

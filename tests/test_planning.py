@@ -88,6 +88,14 @@ RUNS: dict[str, dict[str, Any]] = {
         "widths": (128, 128), "n_rows": 26000, "n_latents": 4096, "k": 4, "batch_size": 12288, "auxk": 64,
         "dead_after": 0, "concepts": 8,
     },
+    "nested dictionaries": {
+        "widths": (256, 128, 128), "n_rows": 26000, "n_latents": 2048, "k": 16, "batch_size": 8192,
+        "matryoshka": [128, 512, 1024],
+    },
+    "nested dictionaries, AuxK": {
+        "widths": (128, 128), "n_rows": 26000, "n_latents": 4096, "k": 4, "batch_size": 8192, "auxk": 64,
+        "dead_after": 0, "concepts": 8, "matryoshka": [128, 512],
+    },
     "micro-batches": {
         "widths": (256, 128, 128), "n_rows": 26000, "n_latents": 16384, "k": 16, "batch_size": 12288, "accumulate": 6,
         "validation_rows": 1000, "validate_every": 1, "support_dropout": 0.0,
@@ -95,6 +103,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "support dropout, which copies columns": {
         "widths": (192, 64, 192), "n_rows": 3000, "n_latents": 32768, "k": 8, "batch_size": 512, "steps": 8,
         "support_dropout": 0.5,
+    },
+    "private latents": {
+        "widths": (192, 64, 192), "n_rows": 3000, "n_latents": 32768, "k": 8, "batch_size": 1024, "lazy": True,
+        "private": {"stream0": 4096, "stream2": 2048}, "private_k": {"stream0": 8, "stream2": 4},
+        "support_dropout": 0.0,
     },
 }  # fmt: skip
 

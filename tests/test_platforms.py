@@ -59,7 +59,7 @@ def results(compiler: list[str], folder: Path, *emulator: str) -> str:
     objects = compile_all(compiler, PROGRAM, folder, *flags)
     program = folder / "operators"
     subprocess.run([*compiler, "-static", "-pthread", *map(str, objects), "-o", str(program)], check=True)
-    done = subprocess.run([*emulator, str(program)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*emulator, str(program)], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -76,7 +76,29 @@ def test_latents_above_a_threshold_are_those_whose_score_is_above_it(
     scores = reference.support_scores(*o, torch.arange(L, dtype=torch.int32).expand(N, -1))
     expected = [row.nonzero()[:, 0].tolist() for row in scores > threshold]
     for backend in fast_backends():
-        assert as_sets(operators_of(backend).latents_above(*o, threshold, min(k, L), screening)) == expected
+        assert as_sets(operators_of(backend).latents_above(*o, threshold, min(k, L), screening)[0]) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    N=st.integers(0, 40),
+    L=st.integers(1, 120),
+    threshold=st.sampled_from([-1e30, -1.0, 0.0, 2.0]),
+    beyond=st.sampled_from([-1.0, 0.0, 0.5, 1e30]),
+    dtype=st.sampled_from(DTYPES),
+    screening=st.sampled_from(["auto", "bf16", "off"]),
+    seed=st.integers(0, 2**31),
+)
+def test_scores_above_a_threshold_are_exact_as_far_as_somebody_asks(
+    N: int, L: int, threshold: float, beyond: float, dtype: torch.dtype, screening: str, seed: int
+) -> None:
+    o = encoder(N, 12, L, dtype, seed)
+    for backend in fast_backends():
+        indices, scores = operators_of(backend).latents_above(*o, threshold, 1, screening, threshold + beyond)
+        exact = reference.support_scores(*o, indices.clamp(min=0))
+        exact[exact > threshold + max(beyond, 0)] = torch.inf
+        exact[indices < 0] = -torch.inf
+        assert torch.equal(scores, exact)
 
 
 @pytest.mark.parametrize("screening", ["bf16", "off"])
@@ -90,7 +112,7 @@ def test_equal_scores_go_to_the_earlier_sample_then_to_the_lower_latent(backend:
 @pytest.mark.parametrize("screening", ["bf16", "off"])
 def test_a_score_of_the_threshold_is_not_above_it(backend: str, screening: str) -> None:
     o = torch.tensor([[1.0], [2.0], [3.0]]).repeat(8, 1), torch.ones(5, 1), torch.zeros(1), torch.zeros(1, 5)
-    support = operators_of(backend).latents_above(*o, 2.0, 2, screening)
+    support, _ = operators_of(backend).latents_above(*o, 2.0, 2, screening)
     assert as_sets(support)[:3] == [[], [], [0, 1, 2, 3, 4]]
 
 
@@ -109,6 +131,6 @@ def test_nan_ranks_with_infinity(backend: str, screening: str) -> None:
     x[3] = torch.nan
     o = x, torch.randn(10, 4, generator=seeded(1)), torch.zeros(4), torch.zeros(1, 10)
     assert as_sets(operators_of(backend).batch_topk(*o, 1, screening))[3] == list(range(10))
-    assert as_sets(operators_of(backend).latents_above(*o, 1e30, 1, screening)) == [
+    assert as_sets(operators_of(backend).latents_above(*o, 1e30, 1, screening)[0]) == [
         list(range(10)) if n == 3 else [] for n in range(16)
     ]

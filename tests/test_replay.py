@@ -57,6 +57,7 @@ def assert_same(dense: sf.SparcAdam, lazy: sf.SparcAdam) -> None:
         assert all(torch.equal(states[1][parameter][key], state[key]) for key in state), f"moments of {parameter}"
 
 
+@pytest.mark.covering(2)
 @EVERY_SELECTION
 @EVERY_DTYPE
 def test_training_with_auxk_and_a_schedule_is_that_of_the_dense_run(
@@ -118,6 +119,7 @@ def test_batches_without_some_streams_equal_the_dense_run(backend: str) -> None:
     assert_same(dense, lazy)
 
 
+@pytest.mark.covering(2)
 @EVERY_MOMENTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_saved_run_goes_on_as_the_dense_one(dtype: torch.dtype, moments: str, backend: str) -> None:
@@ -150,6 +152,7 @@ def test_weights_loaded_into_a_lazy_run_meet_moments_that_are_up_to_date(backend
     assert_same(dense, lazy)
 
 
+@pytest.mark.covering(2)
 @EVERY_MOMENTS
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
 def test_a_copy_of_a_model_or_of_an_optimizer_stands_on_its_own(duplicate: object, moments: str, backend: str) -> None:
@@ -187,6 +190,7 @@ def test_changed_betas_and_eps_are_replayed_as_they_were(moments: str, backend: 
     assert_same(dense, lazy)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("eps", [1e-8, 0.0])
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=str)

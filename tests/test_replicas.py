@@ -21,7 +21,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         [sys.executable, str(Path(__file__).with_name("replica.py")), str(rank), str(meeting)] for rank in (0, 1)
     ]
     processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-    results = [process.communicate(timeout=120) for process in processes]
+    results = [process.communicate(timeout=600) for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(errors for _, errors in results)
     return [json.loads(printed.splitlines()[-1]) for printed, _ in results]
 

@@ -194,19 +194,53 @@ def test_a_stream_of_a_batchtopk_model_is_a_jumprelu_of_its_threshold(unit_norm:
     torch.testing.assert_close(again.encode({"dino": x["dino"]}).dense("dino"), codes.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_jumprelu_of_several_thresholds_or_of_no_k_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"trained as BatchTopK: .* got thresholds of .*, trained as None"):
-        from_saelens(RECORDED / "jumprelu")
+def test_a_recorded_jumprelu_sae_fires_above_the_threshold_of_each_latent() -> None:
+    model, there = from_saelens(RECORDED / "jumprelu"), load_file(RECORDED / "jumprelu" / "computed.safetensors")
+    assert (model.selection, model.k, model.training) == ("jumprelu", 16, False)
+    assert model.latent_threshold.unique().numel() > 2
+    result = model({"activations": there["x"]})
+    assert (there["codes"] > 0).sum(1).unique().numel() > 2
+    torch.testing.assert_close(result.codes.dense("activations"), there["codes"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.recons["activations", "activations"], there["recons"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_batchtopk_whose_thresholds_were_changed_is_not_read_back_as_one_threshold(tmp_path: Path) -> None:
     folder = recorded("batchtopk_inference", tmp_path)
-    config, weights = files(folder)
+    _, weights = files(folder)
     weights["threshold"][0] += 1
     save_file(weights, folder / "sae_weights.safetensors")
-    with pytest.raises(ValueError, match=r"got thresholds of 0\.1 to 1\.1, trained as batchtopk"):
+    model = from_saelens(folder)
+    assert (model.selection, model.k) == ("jumprelu", round(2.5))
+    assert torch.equal(model.latent_threshold[0], weights["threshold"])
+    save_file({**weights, "threshold": weights["threshold"][:-1]}, folder / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match=r"a threshold of each of 16 latents, got \[15\]"):
         from_saelens(folder)
-    del config["metadata"]["training_architecture_details"]["k"]
-    (folder / "cfg.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="trained as BatchTopK"):
-        from_saelens(folder)
+
+
+@pytest.mark.parametrize("selection", ["jumprelu", "local_jumprelu"])
+@pytest.mark.parametrize("unit_norm", [False, True])
+def test_a_stream_of_a_jumprelu_model_goes_to_saelens_and_comes_back(
+    unit_norm: bool, selection: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = sf.SPARC(D, 24, 3, selection=selection)
+    x = {s: 5 * torch.randn(60, d) + 1 for s, d in D.items()}
+    model.calibrate(x)
+    model.learn_thresholds(x)
+    with torch.no_grad():
+        model.latent_threshold.normal_(std=0.3 * float(model.threshold.max()))
+    to_saelens(model.eval(), tmp_path, "dino", unit_norm=unit_norm)
+    config, weights = files(tmp_path)
+    assert config["architecture"] == "jumprelu"
+    before = (x["dino"].double() - weights["b_dec"]) @ weights["W_enc"].double() + weights["b_enc"]
+    codes = before.relu() * (before > weights["threshold"])
+    ours = model.encode({"dino": x["dino"]})
+    assert (codes > 0).sum(1).unique().numel() > 2
+    size = model.input_rms[1] if unit_norm else 1
+    torch.testing.assert_close(codes.float(), ours.dense("dino") * size, rtol=1e-5, atol=1e-5)
+    again = from_saelens(tmp_path, "dino")
+    assert (again.k, again.selection) == (3, "jumprelu")
+    torch.testing.assert_close(again.encode({"dino": x["dino"]}).dense("dino"), codes.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +299,7 @@ def test_a_stream_that_is_none_and_a_rule_that_saelens_lacks_are_refused(tmp_pat
     with pytest.raises(ValueError, match=r"stream must be one of the streams .* got 'clip'"):
         to_saelens(model, tmp_path / "sae", "clip")
     model.selection = "nested"  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="model must have the selection global or local or batch, got 'nested'"):
+    with pytest.raises(ValueError, match=r"model must have the selection global or local or batch or .*, got 'nested'"):
         to_saelens(model, tmp_path / "sae", "dino")
     assert not (tmp_path / "sae").exists()
 

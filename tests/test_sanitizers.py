@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pybind11
@@ -19,27 +21,44 @@ COMPILER = shutil.which("g++")
 FOUND = sorted([*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/arguments/*.cpp")])
 SOURCES = [path for path in FOUND if path.name != "binding.cpp"]
 # one instruction set, unoptimised, to compile in seconds
-FLAGS = ["-std=c++17", "-O0", "-g1", "-Wno-psabi", "-DSPARC_FAST_BASELINE_ONLY", "-pthread"]
+FLAGS = ["-std=c++17", "-O0", "-g1", "-Wno-psabi", "-DSPARC_FAST_BASELINE_ONLY", "-pthread", "-fPIC"]
 pytestmark = [pytest.mark.compilers, pytest.mark.skipif(COMPILER is None or not SOURCES, reason="no g++ or sources")]
 
 
-def build(sanitizer: str, sources: list[Path], program: Path, *more: str) -> None:
-    flags = [*FLAGS, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc/cpu'}", *more]
-    objects = [str(program.with_name(f"{source.stem}-{i}.o")) for i, source in enumerate(sources)]
+Objects = Callable[[str], list[Path]]
 
-    def compiler(*arguments: str) -> None:
-        subprocess.run([str(COMPILER), *flags, *arguments], check=True)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda pair: compiler("-c", str(pair[0]), "-o", pair[1]), zip(sources, objects, strict=True)))
-    compiler(*objects, "-o", str(program))
+def compiler(*arguments: object) -> None:
+    subprocess.run([str(COMPILER), *FLAGS, *map(str, arguments)], check=True)
+
+
+def flags(sanitizer: str) -> list[str]:
+    return [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc/cpu'}"]
+
+
+@pytest.fixture(scope="session")
+def objects(made_once: Callable[..., Path]) -> Objects:
+    """The compiled operators, by the sanitizer that watches them."""
+
+    def compile_all(folder: Path, sanitizer: str) -> None:
+        def compile_one(source: Path) -> None:
+            compiler(*flags(sanitizer), "-c", source, "-o", folder / f"{source.parent.name}-{source.stem}.o")
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, SOURCES))
+
+    def compiled(sanitizer: str) -> list[Path]:
+        folder = made_once(f"operators under {sanitizer}", partial(compile_all, sanitizer=sanitizer))
+        return sorted(folder.glob("*.o"))
+
+    return compiled
 
 
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_a_sanitizer_finds_nothing(sanitizer: str, tmp_path: Path) -> None:
+def test_a_sanitizer_finds_nothing(sanitizer: str, objects: Objects, tmp_path: Path) -> None:
     program = tmp_path / "operators"
-    build(sanitizer, [*SOURCES, ROOT / "tests/native/operators.cpp"], program)
-    result = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    compiler(*flags(sanitizer), ROOT / "tests/native/operators.cpp", *objects(sanitizer), "-o", program)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -67,16 +86,18 @@ tests.test_a_cuda_kernel_refuses_a_workspace_that_is_too_small_and_sizes_beyond_
 """
 
 
-def test_no_wrong_call_from_python_touches_what_is_not_its_own(tmp_path: Path) -> None:
-    module = tmp_path / "_cpu.so"
+def test_no_wrong_call_from_python_touches_what_is_not_its_own(objects: Objects, tmp_path: Path) -> None:
+    module, sanitizer = tmp_path / "_cpu.so", "address,undefined"
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    build("address", [*SOURCES, ROOT / "csrc/cpu/binding.cpp"], module, "-shared", "-fPIC", *includes)
+    binding = ROOT / "csrc/cpu/binding.cpp"
+    compiler(*flags(sanitizer), *includes, "-shared", binding, *objects(sanitizer), "-o", module)
     run_in_python(WRONG_CALLS, module)
 
 
-def test_no_wrong_call_of_a_cuda_kernel_touches_what_is_not_its_own(tmp_path: Path) -> None:
-    flags = "-fsanitize=address", "-fno-sanitize-recover=all", "-g1"
-    cuda_emulation.emulated_module(tmp_path, *flags, "-Wno-maybe-uninitialized")  # of pybind11, wrongly
+def test_no_wrong_call_of_a_cuda_kernel_touches_what_is_not_its_own(
+    emulated_kernels: Callable[[str], list[Path]], tmp_path: Path
+) -> None:
+    cuda_emulation.emulated_module(tmp_path, emulated_kernels("address"), "address")
     run_in_python(WRONG_CUDA_CALLS, tmp_path / "_cuda.so")
 
 
@@ -91,5 +112,5 @@ def run_in_python(program: str, module: Path) -> None:
         "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-c", program, str(module)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr[-4000:]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,8 +37,9 @@ device = "cpu"
 """
 
 
-def start(folder: Path, out: str, ranks: int = 2) -> subprocess.Popen[str]:
+def start(folder: Path, out: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["--max-restarts", str(restarts)]
     command += ["-m", "sparc_fast", "train", str(folder / "train.toml"), "--out", str(folder / out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -70,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> str:
     run = start(folder, "whole")
-    printed, errors = run.communicate(timeout=300)
+    printed, errors = run.communicate(timeout=600)
     assert run.returncode == 0, errors
     return printed
 
@@ -83,27 +86,45 @@ def test_the_command_of_one_process_trains_on_several_and_speaks_once(folder: Pa
     assert len((folder / "whole" / "sessions.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_to_the_same_bits(
-    folder: Path, finished: str, rank: int
-) -> None:
-    out = f"killed {rank}"
-    run = start(folder, out)
+def killed(folder: Path, out: str, rank: int, restarts: int = 0) -> tuple[int, str]:
+    """(exit status of torchrun, what it and its ranks said), where this one is killed after the first checkpoint."""
+    run = start(folder, out, restarts=restarts)
     try:
-        until = time.monotonic() + 240
+        until = time.monotonic() + 600
         while not (folder / out / "checkpoints" / f"step-{EVERY:09d}").is_dir():
             assert time.monotonic() < until
             assert run.poll() is None, run.communicate()
             time.sleep(0.02)
         os.kill(process_of(rank, run.pid), signal.SIGKILL)
-        _, errors = run.communicate(timeout=90)
+        _, errors = run.communicate(timeout=600)
     finally:
         run.kill()
-    assert run.returncode != 0
-    assert f"rank {rank} is gone" in errors or f"rank      : {rank} (local_rank: {rank})" in errors, errors
-    assert not (folder / out / "model.safetensors").exists()
-    again = start(folder, out)
-    _, errors = again.communicate(timeout=300)
-    assert again.returncode == 0, errors
+    return run.returncode, errors
+
+
+def assert_same_bits(folder: Path, out: str) -> None:
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (folder / out / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
+def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_to_the_same_bits(
+    folder: Path, finished: str
+) -> None:
+    status, errors = killed(folder, "killed", rank=0)
+    assert status != 0
+    assert "rank 0 is gone" in errors or "rank      : 0 (local_rank: 0)" in errors, errors
+    assert not (folder / "killed" / "model.safetensors").exists()
+    again = start(folder, "killed")
+    _, errors = again.communicate(timeout=600)
+    assert again.returncode == 0, errors
+    assert_same_bits(folder, "killed")
+
+
+def test_torchrun_starts_the_ranks_again_which_go_on_to_the_same_bits(folder: Path, finished: str) -> None:
+    status, errors = killed(folder, "restarted", rank=1, restarts=1)
+    assert status == 0, errors
+    assert re.search(r"rank 1 is gone|local_rank: 1\b", errors), errors
+    sessions = (folder / "restarted" / "sessions.jsonl").read_text().splitlines()
+    assert json.loads(sessions[-1])["from_step"] >= EVERY
+    assert json.loads(sessions[-1])["ended"] == "finished"
+    assert_same_bits(folder, "restarted")

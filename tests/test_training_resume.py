@@ -25,7 +25,7 @@ def killed(made_once: Callable[..., Path]) -> tuple[Path, list[list[str]]]:
 
     def train(folder: Path) -> None:
         command = [sys.executable, str(HERE / "training_killer.py"), str(folder), "0"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE, timeout=300)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE, timeout=600)
         assert result.returncode == 0, result.stderr
         (folder / "sessions").write_text(result.stdout)
 

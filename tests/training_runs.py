@@ -22,6 +22,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "lazy-bfloat16-local": {"lazy": True, "dtype": "bfloat16", "selection": "local", "support_dropout": 0.0},
     "accumulated": {"accumulate": 3},
     "batch": {"selection": "batch", "lazy": True},
+    "jumprelu": {"selection": "jumprelu", "accumulate": 2, "moments": "bfloat16"},
+    "private": {"private": {"a": 12, "b": 9}, "private_k": 2, "lazy": True, "moments": "bfloat16"},
 }
 
 

@@ -71,30 +71,29 @@ def cuobjdump() -> str:
     return found
 
 
-def resources(targets: Sequence[int] = tuple(ARCHS), folder: Path = SOURCES) -> list[CudaResources]:
-    """Of every kernel in a folder for each target, by kernel; raises RuntimeError with what nvcc says."""
-    jobs = [(source, ARCHS[target]) for source in sorted(folder.glob("*.cu")) for target in targets]
+def resources(targets: Sequence[int] = tuple(ARCHS)) -> list[CudaResources]:
+    """Of every kernel for each target, by kernel."""
+    return [found for found, _ in machine_code(targets)]
+
+
+def machine_code(
+    targets: Sequence[int] = tuple(ARCHS), sources: Sequence[str] = ("*",)
+) -> list[tuple[CudaResources, str]]:
+    """Of every kernel in these files for each target, by kernel, with what `cuobjdump -sass` prints of it.
+
+    Raises RuntimeError with what nvcc says.
+    """
+    paths = sorted(path for source in sources for path in SOURCES.glob(f"{source}.cu"))
+    jobs = [(path, ARCHS[target]) for path in paths for target in targets]
     with tempfile.TemporaryDirectory() as objects, ThreadPoolExecutor(os.cpu_count()) as pool:
-        each = pool.map(lambda job: list(_compiled(*job, Path(objects))), jobs)
-        return sorted((found for kernels in each for found in kernels), key=lambda r: (r.kernel, r.types, r.arch))
-
-
-def machine_code(sources: Sequence[str], target: int = 90) -> list[tuple[CudaResources, str]]:
-    """Of every kernel in these files for a target, with what `cuobjdump -sass` prints of it."""
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sources:
-            found += _disassembled(SOURCES / f"{source}.cu", ARCHS[target], Path(folder))
-    return found
+        each = pool.map(lambda job: list(_disassembled(*job, Path(objects))), jobs)
+        found = [one for kernels in each for one in kernels]
+    return sorted(found, key=lambda one: (one[0].kernel, one[0].types, one[0].arch))
 
 
 def version() -> str:
     """Of nvcc."""
     return re.findall(r"release [\d.]+, V([\d.]+)", _run(str(nvcc()), "--version"))[0]
-
-
-def _compiled(source: Path, arch: str, folder: Path) -> Iterator[CudaResources]:
-    return (resources for resources, _ in _disassembled(source, arch, folder))
 
 
 def _disassembled(source: Path, arch: str, folder: Path) -> Iterator[tuple[CudaResources, str]]:

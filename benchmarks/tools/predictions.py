@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sparc_fast.ops.gpu_scratch import ROWS
 from sparc_fast.planning.roofline import Cost, Roofline
 
 from .. import cases
@@ -34,7 +35,12 @@ ROOFS = {
 """90 % of the memory's rate; what products of random numbers and gathers from an L2 cache reach."""
 MARKED = 44
 """Rows a sample whose score is settled exactly, counted at shape A on a CPU."""
+PASSING, STAYING = 1.8, 1.9
+"""Latents of a sample, for each of k, that pass in a step by tiles, and that stay candidates: simulated at A and B."""
 HELD = 8  # columns of a row that a lane has in 16 bytes
+L2_BYTES, SMS = 50 * 2**20, 132
+TILE_ROWS, TILE_LATENTS, TILE_COLUMNS = 128, 256, 64
+WARPS, PART = 8, 16  # of a block by tiles; scores of a lane that are tested together
 LINES = re.compile(r"(?<=<!-- predicted -->\n).*?(?=<!-- end -->)", re.DOTALL)
 BASELINE = Path(__file__).resolve().parents[1] / "instructions.json"
 TABLE = Path(__file__).resolve().parents[2] / "docs/gpu.md"
@@ -110,6 +116,49 @@ def rounds(mean: float, at_once: int) -> float:
 def _entries(shape: Shape) -> float:
     """Of a latent, where all are used evenly."""
     return shape.N * shape.k / shape.L
+
+
+def steps_by_tiles(shape: Shape) -> list[int]:
+    """How far apart the latents are that each step takes in between; nothing where one product has all of them."""
+    from sparc_fast.kernels.global_topk import chunk_length
+
+    apart, chunk = 1, chunk_length(min(shape.N, ROWS), shape.L, L2_BYTES, SMS)
+    while math.ceil(shape.L / apart) > chunk:
+        apart *= 2
+    return [2**i for i in reversed(range(apart.bit_length() - 1))]
+
+
+def _tiles(shape: Shape, apart: int) -> int:
+    return math.ceil(shape.N / TILE_ROWS) * math.ceil(shape.L / (2 * apart) / TILE_LATENTS)
+
+
+def _warp_tiles(shape: Shape) -> float:
+    return WARPS * sum(_tiles(shape, apart) for apart in steps_by_tiles(shape))
+
+
+def fullest(mean: float, lanes: int = 32) -> float:
+    """The mean of the largest of so many Poisson numbers."""
+    chance, below, total = math.exp(-mean), 0.0, 0.0
+    for number in range(1, int(mean + 12 * math.sqrt(mean) + 12)):
+        below += chance
+        total += 1 - below**lanes
+        chance *= mean / number
+    return total
+
+
+def _looks(shape: Shape, _: Compiled) -> float:
+    """Times a warp looks at what the quick test left over, one score a lane."""
+    new = [(apart, shape.L / (2 * apart)) for apart in steps_by_tiles(shape)]
+    return sum(
+        _tiles(shape, apart) * WARPS * TILE_LATENTS / 32 * fullest(PART * PASSING * shape.k / latents)
+        for apart, latents in new
+    )
+
+
+def _of_steps(shape: Shape) -> int:
+    """Times the candidates are tightened."""
+    steps = steps_by_tiles(shape)
+    return len(steps) + 1 if steps else 0
 
 
 def _gathered(shape: Shape, rows: float) -> float:
@@ -200,10 +249,41 @@ def _rows_of_warps(shape: Shape, mean: float, at_once: int) -> float:
 
 IN_FLIGHT = 4
 KEPT = r"LDG\.E\.NA\.128"
+PRODUCTS, PRODUCT_UNIT = {"HGMMA": 4, "SYNCS": 2}, "64 columns of a tile"
+DIGITS = 2  # of four, until no more than k / 8 candidates too many reach a threshold
 CUDA = (
     HotPath(
+        "product", "screen_scores_kernel", PRODUCT_UNIT, lambda c: PRODUCTS, _one,
+        lambda shape, c: _warp_tiles(shape) * shape.D / TILE_COLUMNS,
+    ),
+    HotPath(
+        "product", "screen_scores_kernel", "a score",
+        lambda c: {**PRODUCTS, "^FFMA": 128, r"FSETP\.GEU": 128}, lambda c: 128,
+        lambda shape, c: _warp_tiles(shape), without=lambda c: PRODUCTS,
+    ),
+    HotPath(
+        "product", "screen_scores_kernel", "32 scores looked at",
+        lambda c: {"POPC": 1, "BREV": 1, "^LDS": 1, "^STS": 1}, _one, _looks,
+    ),
+    HotPath(
+        "product", "screen_scores_kernel", "32 latents taken in", lambda c: {"ATOMG": 1, "STG": 3}, _one,
+        lambda shape, c: shape.N * PASSING * shape.k / 32 * len(steps_by_tiles(shape)),
+    ),
+    HotPath(
+        "filter", "tighten_kernel", "a digit of a sample", lambda c: {"ATOMS": 1, "BAR": 3}, _one,
+        lambda shape, c: shape.N * DIGITS * _of_steps(shape), without=lambda c: {"ATOMS": 1},
+    ),
+    HotPath(
+        "filter", "tighten_kernel", "a digit of 32 candidates", lambda c: {"ATOMS": 1}, _one,
+        lambda shape, c: shape.N * DIGITS * _of_steps(shape) * (PASSING + STAYING) * shape.k / 32,
+    ),
+    HotPath(
+        "filter", "tighten_kernel", "32 candidates kept", lambda c: {"STG": 3, "BAR": 1, "LDG": 3}, _one,
+        lambda shape, c: shape.N * _of_steps(shape) * (PASSING + STAYING) * shape.k / 32,
+    ),
+    HotPath(
         "filter", "filter_scores_kernel", "a score", lambda c: {r"LDG\.E\.EF\.128": 4}, lambda c: 16,
-        lambda shape, c: shape.N * shape.L / 32 / 16,
+        lambda shape, c: shape.N * shape.L / 2 ** len(steps_by_tiles(shape)) / 32 / 16,
     ),
     HotPath(
         "update, encoder", "update_rows_kernel", "16 bytes gathered, encoder",
@@ -266,18 +346,26 @@ def compiled_triton(shape: Shape) -> dict[str, Compiled]:
     return found
 
 
-def compiled_cuda() -> dict[str, Compiled]:
-    """The same for sm_90a; their code is one for all shapes."""
+def compiled_cuda(machine_code: Sequence[tuple[cuda_resources.CudaResources, str]]) -> dict[str, Compiled]:
+    """The same for sm_90a, of `cuda_resources.machine_code`; their code is one for all shapes."""
     wanted = {
+        ("screen_scores_kernel", "BFloat16"): "screen_scores_kernel",
+        ("tighten_kernel", ""): "tighten_kernel",
         ("filter_scores_kernel", ""): "filter_scores_kernel",
         ("update_rows_kernel", "BFloat16 BFloat16 whole"): "update_rows_kernel",
         ("update_rows_kernel", "BFloat16 BFloat16 whole staged"): "update_rows_kernel, staged",
     }
-    shared = {"update_rows_kernel, staged": 2 * 3 * 1024 * 4}
+    shared = {
+        "update_rows_kernel, staged": 2 * 3 * 1024 * 4,
+        "screen_scores_kernel": 222 * 1024 - 2048,
+        "tighten_kernel": 6 * 1024 + 512,
+        "filter_scores_kernel": 6 * 1024 + 512,
+    }
+    threads = {"screen_scores_kernel": 384, "tighten_kernel": 32}
     return {
-        name: Compiled(Code(assembly), r.registers, 2048 + shared.get(name, 0), 128, 0, {})
-        for r, assembly in cuda_resources.machine_code(("global_topk", "update_rows"))
-        if (name := wanted.get((r.kernel, r.types)))
+        name: Compiled(Code(assembly), r.registers, 2048 + shared.get(name, 0), threads.get(name, 128), 0, {})
+        for r, assembly in machine_code
+        if r.arch == "90a" and (name := wanted.get((r.kernel, r.types)))
     }
 
 
@@ -317,11 +405,26 @@ def counted(shape: Shape, paths: Sequence[HotPath], kernels: Mapping[str, Compil
     return result
 
 
+def product_by_tiles(shape: Shape) -> Cost:
+    """The last round of a step keeps few multiprocessors busy; every tile reads its operands from the L2 cache."""
+    steps, whole = steps_by_tiles(shape), costs(shape)["product"]
+    if not steps:
+        return whole
+    first = math.ceil(shape.N / TILE_ROWS) * math.ceil(shape.L / 2 ** len(steps) / TILE_LATENTS) / SMS
+    rounds_of_tiles = first + sum(math.ceil(_tiles(shape, apart) / SMS) for apart in steps)
+    flops = 2.0 * TILE_ROWS * TILE_LATENTS * shape.D * SMS * rounds_of_tiles
+    read = _warp_tiles(shape) / WARPS * (TILE_ROWS + TILE_LATENTS) * shape.D * 2
+    return Cost(flops, whole.bytes, whole.dtype, read)
+
+
 def seconds(shape: Shape, counts: Sequence[Counted], roof: Roofline) -> dict[str, float]:
     """Of each part of a step."""
+    work = costs(shape)
+    if any(c.path.part == "product" for c in counts):
+        work["product"] = product_by_tiles(shape)
     return {
         part: max(sum(c.seconds for c in counts if c.path.part == part), roof.floor([cost]))
-        for part, cost in costs(shape).items()
+        for part, cost in work.items()
     }
 
 
@@ -343,6 +446,11 @@ def shape_lines(shape: Shape, triton: Sequence[Counted], cuda: Sequence[Counted]
     columns += [{part: roof.floor([cost]) for part, cost in costs(shape).items()} for roof in ROOFS.values()]
     for part in columns[0]:
         yield f"| {part} | " + " | ".join(f"{column[part] * 1e3:.3g}" for column in columns) + " |"
+    selected = [sum(column[part] for part in ("product", "filter", "settle")) for column in columns]
+    bare = columns[-1]["product"]  # what cuBLAS takes
+    yield "| encoder and TopK ÷ cuBLAS's product | " + " | ".join(f"{time / bare:.3g}" for time in selected) + " |"
+    shown = sum(c.seconds for c in cuda if c.path.part == "product" and c.path.unit != PRODUCT_UNIT)
+    yield f"| the same, if no test hid behind other warps' products | | {(selected[1] + shown) / bare:.3g} | | |"
     yield "| **together, on an H200** | " + " | ".join(f"{sum(c.values()) * 1e3:.3g}" for c in columns) + " |"
     others = [sum(seconds(shape, c, ROOFS["H100"]).values()) for c in (triton, cuda)]
     yield "| **together, on an H100** | " + " | ".join(f"{t * 1e3:.3g}" for t in others) + " | | |"
@@ -369,7 +477,8 @@ def merged(triton: Sequence[Counted], cuda: Sequence[Counted]) -> list[Counted]:
 
 def main(write: bool) -> str:
     """The tables; with `write` also into docs/gpu.md and benchmarks/instructions.json."""
-    own, lines, baseline = compiled_cuda(), [], {}
+    own = compiled_cuda(cuda_resources.machine_code([90], ["global_topk", "screen_scores", "update_rows"]))
+    lines, baseline = [], {}
     for shape in (cases.SHAPES[name] for name in "ABCU"):
         triton = compiled_triton(shape)
         of_triton, of_cuda = counted(shape, TRITON, triton), counted(shape, CUDA, own)

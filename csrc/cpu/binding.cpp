@@ -29,13 +29,13 @@ static void add_parts(Arguments&, const AdamStep&) {}
 
 static std::unique_ptr<Screen> make_screen(
     Tensor norm, Tensor residual, Tensor bias, int64_t D, int64_t k, int64_t capacity, bool narrow_scores, Among among,
-    float least) {
+    float least, float sure) {
     static const Signature signature("Screen", "norm:f32[N] residual:f32[N] bias:f64[L] #D #k #capacity");
     signature.check(Arguments(norm, residual, bias, D, k, capacity));
     const int64_t L = bias.size[0];
     if (k < 1 || k > L || capacity < k + 64 || capacity > L + 64)
         throw std::out_of_range("Screen: k must lie in 1 ... n_latents, and capacity in k + 64 ... n_latents + 64");
-    return std::make_unique<Screen>(norm, residual, bias, D, k, capacity, narrow_scores, among, least);
+    return std::make_unique<Screen>(norm, residual, bias, D, k, capacity, narrow_scores, among, least, sure);
 }
 
 static void filter(Screen& screen, Tensor scores, int64_t first, Tensor norm, Tensor residual, int threads) {
@@ -90,6 +90,14 @@ static void write_support(const Screen& screen, Tensor indices) {
     screen.write(indices);
 }
 
+static void write_scores(const Screen& screen, Tensor scores) {
+    static const Signature signature("write_scores", ">scores:f32[N,w]");
+    signature.check(Arguments(scores), {{"N", screen.N}});
+    for (const int64_t count : screen.count)
+        if (count < 0 || count > scores.size[1]) throw std::out_of_range("write_scores: scores must have room for the largest support");
+    screen.write_scores(scores);
+}
+
 #define SUPPORT "indices:i32![N,k|N,S,k] "
 #define ROWS ">W_enc:A[L,D]? >W_dec:A[L,D]? >exp_avg_enc:M[L,D]? >exp_avg_sq_enc:M[L,D]? >exp_avg_dec:M[L,D]? " \
     ">exp_avg_sq_dec:M[L,D]? >copy_enc:bf16[L,D]? >copy_dec:bf16[L,D]? >last_step:i64[L]? "
@@ -116,6 +124,9 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "decode_loss", decode_loss,
            ">nmse:A[S,S] >grad_recons:T[N,S,D] >grad_values:A[N,S,k] >grad_pre_bias:A[D] values:A[N,S,k] " SUPPORT
            "W_dec:T[L,D] pre_bias:A[D] target:T[N,D] scale:A[N,S] streams");
+    define(m, "nested_decode_loss", nested_decode_loss,  // Q = P S, M = P N
+           ">nmse:A[Q,S] >grad_recons:T[M,S,D] >grad_values:A[N,S,k] >grad_pre_bias:A[D] values:A[N,S,k] " SUPPORT
+           "W_dec:T[L,D] pre_bias:A[D] target:T[N,D] scale:A[N,S] sizes:i64[P] streams");
     define(m, "invert_indices", py::overload_cast<Tensor, Tensor, Tensor, int64_t>(invert_indices),
            ">offsets:i64[L+1] >entries:i64[E] " SUPPORT "#L");
     // R streams of values: where only the decoder is asked for, or moves, its columns need not be theirs
@@ -147,7 +158,8 @@ PYBIND11_MODULE(_cpu, m) {
         .def("best_ends", &best_ends, py::call_guard<py::gil_scoped_release>())
         .def("settle_among", &settle_among, py::call_guard<py::gil_scoped_release>())
         .def("settle_ragged", &settle_ragged, py::call_guard<py::gil_scoped_release>())
-        .def("write", &write_support, py::call_guard<py::gil_scoped_release>());
+        .def("write", &write_support, py::call_guard<py::gil_scoped_release>())
+        .def("write_scores", &write_scores, py::call_guard<py::gil_scoped_release>());
     define(m, "exact_scores", exact_scores, ">scores:A[N,L] x:A[N,D] W:T[L,D] bias:f64[L]");
     define(m, "support_scores", support_scores, ">scores:A[N,k] x:A[N,D] W:T[L,D] bias:f64[L] indices:i32![N,k]");
     define(m, "measure_rows", measure_rows, ">norm:f32[n] >residual:f32[n] >copy:bf16[n,D]? w:T[n,D]");

@@ -28,24 +28,9 @@ void decode_loss(
 #else
 #include "gather.h"
 
-namespace SIMD_LEVEL {
+#include "compare.h"
 
-// recon -> gradient, in place, into grad and added to grad_sum; returns the squared error.
-template <class T, class A>
-INLINE A compare(A* recon, const A* bias, const T* target, A factor, T* grad, A* grad_sum, int64_t width, bool large) {
-    const bool past = large && aligned(grad);
-    Vec<A> squares = {};
-    for (int64_t d = 0; d < width; d += lanes<A>) {
-        const int64_t n = width - d;
-        const Vec<A> error = load(recon + d, n) + (load(bias + d, n) - load(target + d, n));
-        squares += error * error;
-        const Vec<A> gradient = factor * error;
-        store(recon + d, gradient, n);
-        store(grad + d, gradient, n, past);
-        store(grad_sum + d, load(grad_sum + d, n) + gradient, n);
-    }
-    return total<A>(squares);
-}
+namespace SIMD_LEVEL {
 
 template <class T>
 void decode_loss(
@@ -87,9 +72,9 @@ void decode_loss(
                 for (int64_t i = 0; i < count; ++i) {
                     const int64_t s = sources[i];
                     const A factor = A(2 * weights[s * S + t]) * scale.at<const A>(n)[t];
-                    errors[(n * S + s) * S + t] += compare(
-                        recons[i], bias, target.at<const T>(n) + run.begin, factor, grad_recons.at<T>(n, s) + run.begin,
-                        grad_sum, width, large);
+                    errors[(n * S + s) * S + t] += compare<false, T, A>(
+                        recons[i], bias, target.at<const T>(n) + run.begin, factor, nullptr,
+                        grad_recons.at<T>(n, s) + run.begin, grad_sum, width, large);
                 }
                 with_streams(count, [&](auto streams) { dots<streams>(rows, recons, width, products); });
             }

@@ -1,5 +1,5 @@
 // The two inner loops of every sparse operator, over rows of a matrix:
-//   combine   sums[s][d] = sum_i coefficients[s][i] row_i[d]
+//   combine   sums[s][d] = sum_i coefficients[s][i] row_i[d]; combine_onto: sums += that
 //   dots      products[s][i] += sum_d vectors[s][d] row_i[d]
 // for S coefficient lists or vectors at once, so that S streams share one read of the rows. Each sum has its own
 // register and a fixed order: it does not depend on what else is computed beside it.
@@ -87,16 +87,29 @@ INLINE void combine_rows(
     });
 }
 
+template <int S>
+constexpr int rows_at_once() {
+    constexpr int fitting = (VECTOR_REGISTERS - 1) / S - 1;
+    return fitting >= 8 ? 8 : fitting >= 4 ? 4 : 2;
+}
+
+// From row i on.
+template <int S, class T, class A>
+INLINE void combine_onto(
+    const RowList<T>& list, const A* const* coefficients, int64_t width, A* const* sums, int64_t i = 0) {
+    constexpr int R = rows_at_once<S>();
+    for (; i + R <= list.count; i += R) combine_rows<S, R, false>(list, coefficients, i, width, sums);
+    for (; i < list.count; ++i) combine_rows<S, 1, false>(list, coefficients, i, width, sums);
+}
+
 template <int S, class T, class A>
 INLINE void combine(const RowList<T>& list, const A* const* coefficients, int64_t width, A* const* sums) {
-    constexpr int fitting = (VECTOR_REGISTERS - 1) / S - 1, R = fitting >= 8 ? 8 : fitting >= 4 ? 4 : 2;
+    constexpr int R = rows_at_once<S>();
     if (list.count >= R)
         combine_rows<S, R, true>(list, coefficients, 0, width, sums);
     else
         combine_rows<S, 1, true>(list, coefficients, 0, width, sums);
-    int64_t i = list.count >= R ? R : 1;
-    for (; i + R <= list.count; i += R) combine_rows<S, R, false>(list, coefficients, i, width, sums);
-    for (; i < list.count; ++i) combine_rows<S, 1, false>(list, coefficients, i, width, sums);
+    combine_onto<S>(list, coefficients, width, sums, list.count >= R ? R : 1);
 }
 
 template <int S, int J, class T, class A>

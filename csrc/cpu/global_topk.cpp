@@ -159,13 +159,14 @@ bool has_bf16_products() {
 
 Screen::Screen(
     Tensor norm, Tensor residual, Tensor bias_, int64_t D, int64_t k_, int64_t capacity_, bool narrow_scores,
-    Among among_, float least_)
+    Among among_, float least_, float sure_)
     : N(norm.size[0]),
       L(bias_.size[0]),
       k(k_),
       capacity(capacity_),
       among(among_),
       least(least_),
+      sure(std::max(least_, sure_)),
       c(std::ldexp(1.f, -22) + (narrow_scores ? std::ldexp(1.f, -8) : 0.f)),
       p(N),
       q(N),
@@ -391,8 +392,9 @@ template <class F>
 void Screen::keep(int64_t n, F chosen) {
     int64_t kept = n * capacity;
     for (int64_t place = n * capacity; place < n * capacity + count[n]; ++place) {
-        latent[kept] = latent[place];
-        kept += chosen(place);
+        const bool is_chosen = chosen(place);
+        latent[kept] = latent[place], lower[kept] = lower[place];
+        kept += is_chosen;
     }
     count[n] = kept - n * capacity;
 }
@@ -434,7 +436,7 @@ void Screen::settle_batch(Tensor x, Tensor W, int threads) {
 void Screen::settle_above(Tensor x, Tensor W, int threads) {
     for (int64_t n = 0; n < N; ++n)
         for (int64_t place = n * capacity; place < n * capacity + count[n]; ++place)
-            if (lower[place] <= least && upper[place] > least) lower[place] = NAN;
+            if (lower[place] <= sure && upper[place] > least) lower[place] = NAN;
     score_marked(x, W, threads);
     for (int64_t n = 0; n < N; ++n) keep(n, [&](int64_t place) { return lower[place] > least; });
 }
@@ -452,4 +454,12 @@ void Screen::write(Tensor indices) const {
         int32_t* const end = std::copy(of_row, of_row + count[n], indices.at<int32_t>(n));
         std::fill(end, indices.at<int32_t>(n) + width, -1);
     }
+}
+
+void Screen::write_scores(Tensor scores) const {
+    for (int64_t n = 0; n < N; ++n)
+        for (int64_t j = 0; j < scores.size[1]; ++j) {
+            const float score = j < count[n] ? lower[n * capacity + j] : -infinity;
+            scores.at<float>(n)[j] = score > sure ? infinity : score + 0.f;
+        }
 }

@@ -50,7 +50,8 @@ class Screen {
 public:
     // norm and residual are those of the rows of x, bias [L] is float64; `capacity` is the room for a row's candidates.
     Screen(Tensor norm, Tensor residual, Tensor bias, int64_t D, int64_t k, int64_t capacity, bool narrow_scores,
-           Among among = Among::row, float least = -std::numeric_limits<float>::infinity());
+           Among among = Among::row, float least = -std::numeric_limits<float>::infinity(),
+           float sure = -std::numeric_limits<float>::infinity());
 
     // Takes in scores [N, m] of latents first ... first + m - 1, whose rows have this norm and residual.
     // Chunks come in the order of latents.
@@ -70,13 +71,15 @@ public:
     // `write` fills indices, the rest of a row with -1.
     int64_t settle_ragged(Tensor x, Tensor W, int threads);
     void write(Tensor indices) const;
+    // The scores of these where they are at most `sure`, infinity where they are above, and -infinity in empty slots.
+    void write_scores(Tensor scores) const;
 
     // Raises the threshold of a row whose room is used up and drops what is below it; false if the row is given up.
     bool compact(int64_t n);
 
     const int64_t N, L, k, capacity;
     const Among among;
-    const float least;                      // what scores must be above
+    const float least, sure;                // what scores must be above; above what nobody asks how large they are
     float c;
     std::vector<float> p, q, bias, slack;   // [N], [N], [L], [L]
     std::vector<double> exact_bias;         // [L]

@@ -181,10 +181,11 @@ INLINE Vec<double> sums_of_groups(const Vec<double>* v, int stride) {
 
 // The dot product of two rows: 256 sums of every 256th product, then neighbours two by two. A product of two float32 is
 // exact in float64, one of two float64 is rounded before it is added: the same bits at every instruction set, and on
-// every backend. A narrow w is also written to `wide`, if any. Meanwhile what lies between `ahead` and `end` comes into
-// cache.
+// every backend. A narrow w is also written to `wide`, if any. Meanwhile the beginning of `then`, the next row, comes into
+// cache, and what lies between `ahead` and `end`.
 template <class T, class E>
-INLINE double dot_of(const T* x, const E* w, int64_t D, double* wide, const char* ahead, const char* end) {
+INLINE double dot_of(
+    const T* x, const T* then, const E* w, int64_t D, double* wide, const char* ahead, const char* end) {
     constexpr int W = lanes<double>, vectors = 256 / W, piece = 64, groups = vectors / W;
     constexpr bool widens = sizeof(E) < sizeof(double);
     Vec<double> sum[vectors] = {};  // in registers where there are 32 of 64 bytes
@@ -206,7 +207,7 @@ INLINE double dot_of(const T* x, const E* w, int64_t D, double* wide, const char
     for (; d + 256 <= D; d += 256) {
         for (const char* stop = end - (end - ahead) * (D - d - 256) / D; ahead < stop; ahead += 64)
             __builtin_prefetch(ahead);
-        add(x + d, x + d + 1024 / sizeof(T), w + d, d, 256);
+        add(x + d, d + 256 < D ? x + d + 256 : then, w + d, d, 256);
     }
     for (; ahead < end; ahead += 64) __builtin_prefetch(ahead);
     if (d < D) {
@@ -214,7 +215,7 @@ INLINE double dot_of(const T* x, const E* w, int64_t D, double* wide, const char
         E weights[256] = {};
         std::copy(x + d, x + D, rest);
         std::copy(w + d, w + D, weights);
-        add(rest, rest, weights, d, D - d);
+        add(rest, then, weights, d, D - d);
     }
     Vec<double> total = sums_of_groups<groups>(sum, groups);
     total = add_neighbours(total, total);
@@ -232,10 +233,11 @@ void exact_dots(
     if (widens) wide.resize((D + 255) / 256 * 32);
     double* const copy = widens ? wide[0].lane : nullptr;
     for (int64_t i = 0; i < count; ++i) {
+        const T* const then = x[std::min(i + 1, count - 1)];
         if (widens && i > 0)
-            dots[i] = dot_of<T, double>(x[i], copy, D, nullptr, part(i), part(i + 1));
+            dots[i] = dot_of<T, double>(x[i], then, copy, D, nullptr, part(i), part(i + 1));
         else
-            dots[i] = dot_of<T, E>(x[i], w, D, copy, part(i), part(i + 1));
+            dots[i] = dot_of<T, E>(x[i], then, w, D, copy, part(i), part(i + 1));
     }
 }
 

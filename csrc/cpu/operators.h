@@ -22,6 +22,12 @@ void decode_loss(
     Tensor W_dec, Tensor pre_bias, Tensor target, Tensor scale, std::vector<double> weights, Widths d_streams,
     int threads);
 
+// nmse is [P S, S], grad_recons [P N, S, D]; sizes [P], int64.
+void nested_decode_loss(
+    Tensor nmse, Tensor grad_recons, Tensor grad_values, Tensor grad_pre_bias, Tensor values, Tensor indices,
+    Tensor W_dec, Tensor pre_bias, Tensor target, Tensor scale, std::vector<double> weights, Widths d_streams,
+    Tensor sizes, int threads);
+
 void invert_indices(Tensor offsets, Tensor entries, Tensor indices, int64_t L);
 
 // The samples of a batch, what flowed through them, and where each latent occurs.

@@ -78,9 +78,10 @@ class Strips {
         for (int64_t c = 0; c < width - d; c += W) combine_block<1>(list, coefficients, c, width - d - c, sum + d);
     }
 
-    // Brings the strip that begins at column d into cache, in one sweep of loads: prefetches would be dropped.
-    void fetch(int64_t d) const {
-        const A *begin = at(0, d), *end = begin + rows * strip_width;
+    // Brings rows first ... last - 1 of the strip that begins at column d into cache, in one sweep of loads: prefetches
+    // would be dropped.
+    void fetch(int64_t first, int64_t last, int64_t d) const {
+        const A *begin = at(first, d), *end = at(0, d) + last * strip_width;
         for (const A* p = begin; p < end; p += 64 / sizeof(A)) *static_cast<const volatile A*>(p);
     }
 
@@ -204,10 +205,17 @@ class SegmentSums {
     void sum_run(
         const Strips<A>& strips, const Terms<A>& terms, int64_t long_offset, int64_t first, int64_t last, A* grad,
         int64_t stride) const {
-        // a sweep reads a row several times as fast as sums read rows at random
-        const bool swept = 4 * (terms.begin(last) - terms.begin(first)) > strips.rows;
+        // a sweep reads a row several times as fast as sums read rows at random; the rows of a latent ascend, and those
+        // of the groups of nested dictionaries lie apart
+        int64_t low = strips.rows, high = 0;
+        for (int64_t l = first; l < last; ++l) {
+            if (!terms.count[l]) continue;
+            low = std::min<int64_t>(low, terms.rows[terms.begin(l)]);
+            high = std::max<int64_t>(high, terms.rows[terms.begin(l) + terms.count[l] - 1] + 1);
+        }
+        const bool swept = 4 * (terms.begin(last) - terms.begin(first)) > high - low;
         for (int64_t d = 0; d < width; d += strip_width) {
-            if (swept) strips.fetch(d);
+            if (swept && low < high) strips.fetch(low, high, d);
             for (int64_t l = first; l < last; ++l)
                 if (!is_long(l)) strips.sum(terms, l, d, grad + (l - first) * stride);
         }

@@ -118,6 +118,27 @@ static void define_global_topk(py::module_& m) {
     define(m, "filter_scores", filter, CANDIDATES
            "scores:f32![N,m] bias:f32![m] w_norm:f32![m] w_residual:f32![m]? w_inverse:f32![m]? x_norm:f32![N] "
            "x_residual:f32![N] x_inverse:f32![N] #capacity #first", memory);
+    const auto screen = +[](CandidateTensors candidates, int64_t capacity, Tensor X, Tensor W, Tensor bias,
+                            Tensor w_norm, Tensors<3> samples, int64_t apart, int k, std::array<float, 3> bounds,
+                            int multiprocessors, Tensor workspace, uintptr_t stream) {
+        const int64_t N = X.size[0], L = W.size[0];
+        const Matrix of_samples = matrix_of(X), of_latents = matrix_of(W);
+        const bool in_vectors = of_samples.aligned() && of_latents.aligned() && of_latents.stride >= W.size[1];
+        must(X.type == W.type && X.type != Type::float32 && in_vectors,
+             "X and W must both be bfloat16 or float16, in rows of whole 16 bytes");
+        must(N >= 1 && L >= 1 && W.size[1] >= 1, "X and W must have rows and columns");
+        const bool is_power = apart >= 1 && (apart & (apart - 1)) == 0;
+        must(is_power && apart < L && multiprocessors >= 1, "apart must be a power of 2 below the latents");
+        narrow(L + 2 * tile_latents * apart, "latents, and those of a tile beyond");
+        screen_scores(
+            candidates_of(candidates, capacity, N, k), of_samples, of_latents, narrow(N, "samples"), int(L),
+            narrow(W.size[1], "columns"), data_of<float>(bias), data_of<float>(w_norm),
+            {data_of<float>(samples[0]), data_of<float>(samples[1]), data_of<float>(samples[2])}, int(apart), k,
+            {bounds[0], bounds[1], bounds[2]}, multiprocessors, room(workspace, screen_scores_workspace(N)), stream);
+    };
+    define(m, "screen_scores", screen, CANDIDATES
+           "X:F[N,D] W:F[L,D] bias:f32![L] w_norm:f32![L] x_norm:f32![N] x_residual:f32![N] x_inverse:f32![N] " ROOM
+           "#capacity #apart", memory);
     const auto settle = +[](CandidateTensors candidates, int64_t capacity, Tensor x, Tensor pre_bias, Tensor W,
                             Tensor bias, int64_t first_row, Tensor x_norm, Tensor w_norm, float rounding, float slack,
                             Tensor indices, Tensor given_up, Tensor total, uintptr_t stream) {
@@ -238,6 +259,8 @@ PYBIND11_MODULE(_cuda, m) {
         .def_readwrite("piece", &UpdatePlan::piece)
         .def_readwrite("stages_rows", &UpdatePlan::stages_rows);
     m.def("topk_rows_workspace", topk_rows_workspace, "plan"_a, "N"_a, "k"_a);
+    m.def("screens_scores", screens_scores);
+    m.def("screen_scores_workspace", screen_scores_workspace, "N"_a);
     m.def("invert_indices_workspace", invert_indices_workspace, "n"_a, "L"_a);
     m.def("update_rows_workspace", update_rows_workspace, "plan"_a, "count"_a, "L"_a, "streams"_a);
     m.def("replay_rows_workspace", replay_rows_workspace, "T"_a);

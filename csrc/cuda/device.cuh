@@ -64,7 +64,7 @@ void launch(
 }
 
 __device__ inline char* shared_memory() {
-    extern __shared__ __align__(16) char memory[];
+    extern __shared__ __align__(1024) char memory[];  // as tiles must begin
     return memory;
 }
 

@@ -13,49 +13,8 @@
 // undecided the score of the specification. Both are summed by a warp: a lane adds up 8 columns of each 256, which are
 // added by halving, neighbours first.
 #pragma once
-#include <cmath>
-
-#include "formats.cuh"
-#include "operators.h"
+#include "candidates.cuh"
 #include "row_part.cuh"
-#include "selection.cuh"
-
-constexpr float largest_norm = 1e18f, unit = 0x1p-22f;
-constexpr uint32_t sign_bit = 0x80000000;
-
-// Keys are kept as signed numbers.
-__device__ inline uint32_t key_from(int32_t stored) { return uint32_t(stored) ^ sign_bit; }
-__device__ inline int32_t stored(uint32_t key) { return int32_t(key ^ sign_bit); }
-
-__device__ inline float infinity() { return __uint_as_float(0x7f800000); }
-
-struct Interval {
-    float lower, upper;  // an upper end may be NaN, which ranks with +inf
-};
-
-// a + b -+ E, where a is x.w up to `bound`, or 0 where a row is zero.
-__device__ inline Interval interval(float a, float b, float bound, float slack, bool zero) {
-    const float size = fabsf(b);
-    float error = bound + (unit * fabsf(a) + slack + unit * (size < largest_norm ? size : 0));
-    if (zero) error = 0;
-    if (size >= largest_norm && size < infinity()) error = __uint_as_float(0x7fffffff);
-    const float lower = a + b - error;
-    return {lower == lower ? lower : -infinity(), a + b + error};
-}
-
-// The candidates of one sample.
-struct RowCandidates {
-    int32_t *lows, *highs, *latents, *places;
-    int capacity;
-
-    __device__ RowCandidates(const Candidates& all, int64_t n) : capacity(all.capacity) {
-        const int64_t place = n * capacity;
-        lows = all.lows + place, highs = all.highs + place;
-        latents = all.latents + place, places = all.places + place;
-    }
-    __device__ Candidate lower(int i) const { return candidate(key_from(lows[i]), latents[i]); }
-    __device__ Candidate upper(int i) const { return candidate(key_from(highs[i]), latents[i]); }
-};
 
 struct Four {
     float of[4];
@@ -76,33 +35,19 @@ struct Four {
 __device__ inline bool on_16_bytes(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 // The scores of a chunk of latents of one sample, as intervals.
-struct RowScores {
+struct RowScores : SampleBounds {
     const float* scores;
     LatentNorms latents;
     int first;  // latent
-    float p, q, whole, inverse, flushed, slack;
     bool scores_aligned, latents_aligned;
 
     __device__ RowScores(
         const float* scores_, int first_, const LatentNorms& latents_, const SampleNorms& samples, int64_t n,
         const Bounds& bounds)
-        : scores(scores_), latents(latents_), first(first_), flushed(bounds.flushed), slack(bounds.slack) {
-        const float rest = samples.residual[n], growth = 1 + 0x1p-20f;
-        whole = samples.norm[n] + rest;
-        p = (rest + bounds.gamma * whole) * growth;
-        q = (1 + bounds.gamma) * whole * growth;
-        inverse = samples.inverse[n];
+        : SampleBounds(samples, n, bounds), scores(scores_), latents(latents_), first(first_) {
         scores_aligned = on_16_bytes(scores);
         latents_aligned = on_16_bytes(latents.bias) && on_16_bytes(latents.norm) && on_16_bytes(latents.residual) &&
                           on_16_bytes(latents.inverse);
-    }
-
-    // How many candidates there are before the first score; below 0, what to do instead.
-    __device__ int start_count() const { return whole != whole ? -2 : q < infinity() ? 0 : -1; }
-
-    __device__ Interval of(float a, float b, float norm, float residual, float scale) const {
-        const bool zero = norm == 0 || (whole == 0 && norm < infinity());
-        return interval(a * (inverse * scale), b, p * norm + q * residual, slack, zero);
     }
     __device__ Interval operator[](int i) const {
         const bool copied = latents.residual;
@@ -162,25 +107,6 @@ __device__ inline int append(
     }
     __syncthreads();
     return *shared.count;
-}
-
-// Drops the candidates whose upper ends are not above `below`; how many are left.
-__device__ inline int drop(
-    const RowCandidates& candidates, int count, Candidate below, const SelectionShared& shared) {
-    __syncthreads();
-    if (threadIdx.x == 0) *shared.kept = 0;
-    for (int begin = 0; begin < count; begin += blockDim.x) {
-        const int i = begin + threadIdx.x;
-        const bool keep = i < count && candidates.upper(i) > below;
-        const int32_t low = keep ? candidates.lows[i] : 0, high = keep ? candidates.highs[i] : 0;
-        const int32_t latent = keep ? candidates.latents[i] : 0;
-        __syncthreads();  // where candidates are put now, all have been read
-        if (!keep) continue;
-        const int slot = atomicAdd(shared.kept, 1);
-        candidates.lows[slot] = low, candidates.highs[slot] = high, candidates.latents[slot] = latent;
-    }
-    __syncthreads();
-    return *shared.kept;
 }
 
 // A threshold is the number just below those that reach it, so that nothing but a candidate above it is kept.

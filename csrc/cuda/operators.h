@@ -66,6 +66,20 @@ void filter_scores(
     FilterPlan plan, Candidates candidates, const float* scores, int64_t N, int64_t first, int64_t chunk,
     LatentNorms latents, SampleNorms samples, int k, Bounds bounds, uintptr_t stream);
 
+// Whether the current device multiplies tiles (tiles.cuh), and so screens scores.
+bool screens_scores();
+
+constexpr int tile_latents = 256;
+
+int64_t screen_scores_workspace(int64_t N);
+
+// Takes in the scores of all latents but every `apart`-th, whose candidates are there, counted 0, 1, ...; apart is a power
+// of 2 below L. X [N, D], the samples, and W [L, D] are both bfloat16 or both float16, in whole 16 bytes. After it candidates are
+// what settle_supports takes. k <= capacity, L + 2 tile_latents apart < 2^31.
+void screen_scores(
+    Candidates candidates, Matrix X, Matrix W, int N, int L, int D, const float* bias, const float* norm,
+    SampleNorms samples, int apart, int k, Bounds bounds, int multiprocessors, void* workspace, uintptr_t stream);
+
 // What scores are summed from.
 struct Operands {
     Matrix x, pre_bias, W;

@@ -23,7 +23,7 @@ __device__ inline Candidate candidate(uint32_t key, uint32_t column) { return Ca
 __device__ inline uint32_t key_in(Candidate candidate) { return uint32_t(candidate >> 32); }
 __device__ inline uint32_t column_in(Candidate candidate) { return ~uint32_t(candidate); }
 
-constexpr int digit_bits = 11, digits = 1 << digit_bits;
+constexpr int most_digit_bits = 11, digits = 1 << most_digit_bits;
 
 // What a block shares to find the k-th largest.
 struct SelectionShared {
@@ -47,16 +47,17 @@ struct SelectionShared {
 };
 
 // The largest number that at least k of the items at(0) ... at(n - 1) reach. By digits, the highest first; as soon as
-// all items of a digit are among the k largest, a number with zeros behind that digit, which no more than these reach,
-// unless it must be the k-th `itself`. When a thread returns, all have read the items for the last time.
-template <bool itself = false, class At>
-__device__ auto kth_largest(At at, int n, int k, const SelectionShared& shared) {
+// all items of a digit but `spare` are among the k largest, a number with zeros behind that digit, which no more than
+// k + spare reach, unless it must be the k-th `itself`, or have `least_bits`. When a thread returns, all have read the
+// items for the last time. Short digits are faster where the items are few.
+template <bool itself = false, int digit_bits = most_digit_bits, int least_bits = digit_bits, class At>
+__device__ auto kth_largest(At at, int n, int k, const SelectionShared& shared, int spare = 0) {
     using Item = decltype(at(0));
-    constexpr int bits = 8 * sizeof(Item);
+    constexpr int bits = 8 * sizeof(Item), of_digit = 1 << digit_bits;
     Item known = 0;
     for (int low = bits - digit_bits;; low -= digit_bits) {
         const int shift = larger(low, 0), width = digit_bits + smaller(low, 0);
-        for (int d = threadIdx.x; d < digits; d += blockDim.x) shared.histogram[d] = 0;
+        for (int d = threadIdx.x; d < of_digit; d += blockDim.x) shared.histogram[d] = 0;
         __syncthreads();
         for (int i = threadIdx.x; i < n; i += blockDim.x) {
             const Item item = at(i);
@@ -66,7 +67,7 @@ __device__ auto kth_largest(At at, int n, int k, const SelectionShared& shared) 
         }
         __syncthreads();
         // a thread has some digits side by side; the first thread has the highest
-        const int each = ceil_div<int>(digits, blockDim.x), highest = digits - 1 - int(threadIdx.x) * each;
+        const int each = ceil_div<int>(of_digit, blockDim.x), highest = of_digit - 1 - int(threadIdx.x) * each;
         const int lowest = larger(highest - each + 1, 0);
         int mine = 0, all;
         for (int d = highest; d >= lowest; --d) mine += shared.histogram[d];
@@ -81,6 +82,6 @@ __device__ auto kth_largest(At at, int n, int k, const SelectionShared& shared) 
         __syncthreads();
         known |= Item(*shared.digit) << shift;
         k = *shared.within;
-        if (shift == 0 || (!itself && k == *shared.many)) return known;
+        if (shift == 0 || (!itself && shift <= bits - least_bits && *shared.many - k <= spare)) return known;
     }
 }

@@ -22,6 +22,7 @@ from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import present_of
 from sparc_fast.data.feature_folder import Split
 from sparc_fast.model import SPARC
+from sparc_fast.selection import BY_THRESHOLD, LOCAL
 from sparc_fast.sizes import as_bytes, counted
 from sparc_fast.training.trainer import device_of
 
@@ -117,16 +118,17 @@ def encode_files(
     widths = {stream: model.d_streams[stream] for stream in streams}
     if (got := {stream: files.d_streams[stream] for stream in streams}) != widths:
         raise ValueError(f"files must have the widths {widths}, got {got}")
-    N, S, k = files.n_rows, len(streams), model.k
+    N, S = files.n_rows, len(streams)
+    k = max(model._slots([stream]) for stream in streams) if alone else model._slots(streams)
     encode = _encode_alone if alone else _encode
-    own_support = alone or model.selection == "local"
+    own_support = alone or model.selection in LOCAL
     config = {"streams": list(streams), "n_latents": model.n_latents, **(about or {})}
     read_together, encoded_together = _rows_at_once(model, files, memory)
     was_training = model.training
     model.eval()
     absent = torch.zeros(S, dtype=torch.int64, device="cpu")
     try:
-        if model.selection == "batch":  # how many latents the sample of most has is not known beforehand
+        if model.selection in BY_THRESHOLD:  # how many latents the sample of most has is not known beforehand
             blocks = _blocks(files, streams, zero_rows, read_together, encoded_together)
             k = max((encode(model, x, present).values.shape[-1] for x, present in blocks), default=k)
         tensors = {
@@ -166,7 +168,7 @@ def _rows_at_once(model: SPARC, files: AlignedFiles, memory: int) -> tuple[int, 
     stored = sum(reader.row_bytes for reader in readers)
     itemsize = max(4, model.W_enc.dtype.itemsize)
     # as read and side by side, calibrated, converted, decoded; scores and what selecting among them takes; the code
-    encoded = itemsize * (5 * sum(model.d_streams.values()) + 2 * model.n_latents) + 24 * len(readers) * model.k
+    encoded = itemsize * (5 * sum(model.d_streams.values()) + 2 * model.n_latents) + 24 * len(readers) * model._slots()
     L, D = model.W_enc.shape
     copies = 4 * min(L * D, 2**23) + 48 * L  # what the selection makes of a chunk of weights, and for each latent
     left = memory - copies - 2 * max(reader.pick_scratch for reader in readers)

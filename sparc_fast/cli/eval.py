@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparc_fast import data
+from sparc_fast import data, distributed
 from sparc_fast.data import AlignedFiles, FeatureFolder
 from sparc_fast.data.feature_folder import Split, is_feature_folder
 from sparc_fast.data.formats import FORMATS
@@ -140,6 +141,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table of `sparc-fast demo` for some models and an untrained one of the first one's shape."""
+    with distributed.torchrun(), ExitStack() as quiet:
+        leads = not distributed.is_running() or distributed.leads()
+        if not leads:  # what is said is said once
+            quiet.enter_context(redirect_stderr(quiet.enter_context(open(os.devnull, "w"))))
+        evaluations, joined, n = _evaluated(arguments)
+        if leads:
+            _show(_by_settings(evaluations, joined), n, arguments)
+    return 0
+
+
+def _evaluated(arguments: argparse.Namespace) -> tuple[dict[str, Evaluation], dict[str, list[str]], int]:
+    """(of each model; which of them are one column; of how many samples)."""
     if arguments.form is None and find_spec("rich") is None:
         raise ImportError("the table needs rich: pip install 'sparc_fast[train]', or ask for --json")
     check_endings(arguments.out)
@@ -169,7 +182,7 @@ def run(arguments: argparse.Namespace) -> int:
         columns = _with_baselines(models, joined, train, arguments)
         for name, model in columns.items():
             found = evaluate(
-                model.to(device), files, labels, metrics=_names(arguments.metrics), groups=groups,
+                _on_device(model, device), files, labels, metrics=_names(arguments.metrics), groups=groups,
                 hierarchy=hierarchy, train=train, train_labels=train_labels, retrieval=not arguments.no_retrieval,
                 resamples=arguments.resamples, zero_rows=arguments.zero_rows, memory=memory,
             )  # fmt: skip
@@ -178,8 +191,12 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"left out for lack of a stream: {left_out:,} of {counted(files.n_rows, 'sample')}", file=sys.stderr)
         if arguments.raw:
             evaluations["raw features"] = _raw(files, groups, memory, arguments)
-    _show(_by_settings(evaluations, joined), found.n_samples, arguments)
-    return 0
+    return evaluations, joined, found.n_samples
+
+
+def _on_device(model: SPARC, device: torch.device) -> SPARC:
+    """The model there, or where ranks share it, this one's latents of it."""
+    return (distributed.shard(model, distributed.mesh_of(device)) if distributed.is_running() else model).to(device)
 
 
 def _show(evaluations: Mapping[str, Evaluated], n: int, arguments: argparse.Namespace) -> None:

@@ -13,14 +13,18 @@ from sparc_fast.sizes import counted
 from sparc_fast.training.config import (
     Config,
     absolute,
+    counts,
     flag,
     identifiers,
     names,
     norms,
+    parse_counts,
     parse_norms,
     parse_sources,
     place,
+    quotas,
     read_settings,
+    sizes,
     sources,
     with_absolute_paths,
 )
@@ -97,12 +101,14 @@ def _parsed(f: Field[Any], given: Any) -> Any:
         return absolute(given, Path.cwd())
     if kind is norms:
         return parse_norms(given, _flag(f))
+    if kind in (counts, quotas):
+        return parse_counts(given, _flag(f))
     if kind is sources and len(given) == 1 and Path(given[0]).is_dir():
         return str(Path(given[0]).resolve())
     if kind in (sources, identifiers):
         return with_absolute_paths(parse_sources(given, _flag(f)), Path.cwd())
     try:
-        return kind.parse(given)
+        return [kind.parse(one) for one in given] if kind is sizes else kind.parse(given)
     except ValueError:
         raise ValueError(f"{_flag(f)} must be {kind.expected}, got {given!r}") from None
 
@@ -124,6 +130,11 @@ def _arguments(f: Field[Any]) -> dict[str, Any]:
         }
     if kind is names:
         return {"nargs": "+", "action": "extend", "metavar": "NAME", "help": words}
+    if kind is sizes:
+        return {"nargs": "+", "action": "extend", "metavar": "M", "help": words}
+    if kind in (counts, quotas):
+        shape = "STREAM=N" if kind is counts else "N or STREAM=N"
+        return {"nargs": "+", "action": "extend", "metavar": shape, "help": words}
     if kind is norms:
         return {"nargs": "+", "action": "extend", "metavar": "HOW or STREAM=HOW", "help": f"{words} ({default})"}
     if kind is flag:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -18,12 +17,11 @@ from sparc_fast.version import __version__
 from sparc_fast.whole import Whole
 
 from .shards import Shards
+from .together import fingerprint
 
 if TYPE_CHECKING:
     from sparc_fast.data import AlignedFiles
     from sparc_fast.training import Config
-
-PROBES = 64  # rows by which data are told from others
 
 
 def leads() -> bool:
@@ -61,7 +59,8 @@ def check_same(shards: Whole, config: Config, files: AlignedFiles) -> None:
     assert isinstance(shards, Shards)
     bound = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata["free"]}
     mine: dict[str, Any] = {
-        "sparc_fast": __version__, "torch": str(torch.__version__), **bound, "data": _fingerprint(files),
+        "sparc_fast": __version__, "torch": str(torch.__version__), **bound,
+        "data": fingerprint(files),
     }  # fmt: skip
     for rank, text in enumerate(told := shards.all.texts(json.dumps(mine, default=str))):
         first, other = json.loads(told[0]), json.loads(text)
@@ -70,13 +69,3 @@ def check_same(shards: Whole, config: Config, files: AlignedFiles) -> None:
             raise ValueError(
                 f"every rank must have the {name} of rank 0, {first[name]!r}, but rank {rank} has {other.get(name)!r}"
             )
-
-
-def _fingerprint(files: AlignedFiles) -> str:
-    """Of the streams, how many rows they have, and some of them."""
-    n = files.n_rows
-    whole = hashlib.sha256(f"{dict(files.d_streams)} {n}".encode())
-    for i in range(min(PROBES, n)):
-        row = i * (n - 1) // max(1, min(PROBES, n) - 1)
-        whole.update(files.rows(row, row + 1).contiguous().numpy().data)
-    return whole.hexdigest()

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sparc_fast.model import SPARC
 from sparc_fast.ops import backends
 from sparc_fast.ops.huge_pages import empty_rows
+from sparc_fast.selection import Thresholds
 
 from .shards import Shards
 
@@ -36,20 +37,22 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
         RuntimeError: torch.distributed is not initialized.
         ValueError: the ranks' models differ, or there are too few latents.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError("torch.distributed must be initialized to shard a model: start Python with torchrun")
     if not isinstance(model, SPARC) or not model._shards.is_whole:
         raise ValueError("model must be a SPARC that is whole")
-    if model.selection == "batch":
-        raise ValueError('model must have selection "global" or "local" to be shared, got "batch"')
+    if model.jumprelu is not None:
+        raise ValueError(f"model must have no thresholds of latents to be shared, got selection={model.selection!r}")
+    if model.matryoshka:
+        raise ValueError(f"model must have one dictionary to be shared, got matryoshka={model.matryoshka}")
+    if model.private_latents:
+        raise ValueError(f"model must have no private latents to be shared, got {model.config()['private']}")
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("torch.distributed must be initialized to shard a model: start Python with torchrun")
     device = model.W_enc.device
     if mesh is None:
         kind = device.type if device.type != "meta" else "cuda" if torch.cuda.is_available() else "cpu"
         mesh = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("latents",))
     if mesh.ndim > 2 or mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())):
         raise ValueError(f"mesh must be of all ranks in order, latents or replicas by latents, got {mesh}")
-    if mesh.ndim == 2 and model.error == "fvu":
-        raise ValueError('loss must be "nmse" where the mesh has replicas, whose deviations nobody adds up, got "fvu"')
     device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else device
     device = torch.device("cpu") if device.type == "meta" else device
     shards = Shards(mesh, model.n_latents, device)
@@ -82,6 +85,11 @@ def _with_rows(model: SPARC, shards: Shards, device: torch.device) -> SPARC:
     sharded.pre_bias = nn.Parameter(_on(model.pre_bias, device))
     sharded.silence = _on(model.silence[rows], device)
     sharded.input_mean, sharded.input_rms = _on(model.input_mean, device), _on(model.input_rms, device)
+    if model.selection == "batch":
+        sharded.threshold, sharded.threshold_count = Thresholds.empty(len(model.streams), device)
+        if has_weights:
+            sharded.threshold.copy_(model.threshold)
+            sharded.threshold_count.copy_(model.threshold_count)
     sharded._shards = shards
     if not has_weights:
         sharded.reset_parameters()

@@ -10,23 +10,30 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 
-from sparc_fast.batch import Batch
+from sparc_fast.batch import Batch, Moments
 from sparc_fast.objective import Terms
 from sparc_fast.ops import backends
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
 from sparc_fast.whole import Whole
 
+from .batch_topk import batch_topk, latents_above
 from .exchange import Exchange, number_of, shares
 from .model_file import save_model
+from .together import Together, fingerprint
+
+if TYPE_CHECKING:
+    from sparc_fast.data import AlignedFiles
+    from sparc_fast.model import SPARC
 
 BATCH, ROWS, NUMBER = 2, 3, 4  # calls, as ranks tell them apart
 DRAWN_TOGETHER = 4096  # rows
@@ -87,9 +94,12 @@ class Shards(Whole):
     def backend(self, name: str, device: torch.device) -> Backend:
         if (name, device) not in self._backends:
             of_rows = _OfRows(backends.resolve(name, device), self.exchange)
-            self._backends[name, device] = backends.replaced(
-                of_rows.backend, {"global_topk": of_rows.global_topk, "decode_loss": of_rows.decode_loss}
-            )
+            operators: dict[str, Callable[..., Any]] = {
+                "global_topk": of_rows.global_topk, "decode_loss": of_rows.decode_loss,
+                "batch_topk": partial(batch_topk, of_rows.backend, self),
+                "latents_above": partial(latents_above, of_rows.backend, self),
+            }  # fmt: skip
+            self._backends[name, device] = backends.replaced(of_rows.backend, operators)
         return self._backends[name, device]
 
     def compact(self, indices: Tensor) -> Tensor:
@@ -124,24 +134,59 @@ class Shards(Whole):
         told = of_all[self.rank - exchange.rank :][: exchange.ranks]
         counts = [n for n, *_ in told]
         x = exchange.gather(mine.x.detach(), counts, "x")
-        present, zero_rows = mine.present, mine.zero_rows
-        if any(has for _, _, has, *_ in told):
+        present, zero_rows, sets = mine.present, mine.zero_rows, None
+        if any(has for _, _, has, *_ in of_all):
             if present is None:
                 present = torch.ones(len(mine.x), len(mine.streams), dtype=torch.bool, device=x.device)
             present = exchange.gather(present, counts, "present")
+            sets = self._sets(present)
         if any(has for _, _, _, has, _ in of_all):
             none = torch.zeros(len(mine.streams), dtype=torch.int64, device=x.device)
             zero_rows = self.all.sum(none if zero_rows is None else zero_rows)
         first = sum(counts[: exchange.rank])
         weights = {name: getattr(mine, name).detach() for name in ("W_enc", "W_dec", "pre_bias", "latent_bias")}
         given, n = slice(first, first + counts[exchange.rank]), sum(n for n, *_ in of_all)
-        return mine._replace(x=x, present=present, zero_rows=zero_rows, given=given, of_batch=n, **weights)
+        return mine._replace(x=x, present=present, sets=sets, zero_rows=zero_rows, given=given, of_batch=n, **weights)
+
+    def _sets(self, present: Tensor) -> Tensor | None:
+        """Of the streams that a sample has, of all replicas, which must go through their parts of a batch together."""
+        if self.replicas is None:
+            return None
+        own = torch.unique(present, dim=0) if len(present) else present
+        counts = [n for (n,) in self.replicas.numbers(ROWS, len(own))]
+        found: Tensor = torch.unique(self.replicas.gather(own, counts, "present"), dim=0)
+        return found
+
+    def of_all_replicas(self, n: int) -> int:
+        """How many samples all replicas have, of which this one has n."""
+        return n if self.replicas is None else sum(other for (other,) in self.replicas.numbers(NUMBER, n))
+
+    def in_replicas_before(self, n: int, call: int) -> int:
+        """The sum of the numbers of the replicas before this one."""
+        if self.replicas is None:
+            return 0
+        return sum(other for (other,) in self.replicas.numbers(call, n)[: self.replicas.rank])
+
+    def first_samples(self, rows: Tensor, n: int) -> Tensor:
+        before = self.in_replicas_before(len(rows), ROWS)
+        return rows[: max(0, n - before)]
+
+    def least(self, number: Tensor) -> Tensor:
+        return self.all.gather(number[None], [1] * self.ranks, "sums").amin()
 
     def agreed(self, call: str) -> AbstractContextManager[None]:
         return self.all.agreed(call)
 
     def sum(self, part: Tensor) -> Tensor:
-        return self.exchange.sum(part)
+        return self.exchange.sum(part.to(self.exchange.device)).to(part.device)
+
+    def of_latents(self, numbers: Tensor) -> Tensor:
+        exchange = self.exchange
+        counts = [n for (n,) in exchange.numbers(ROWS, len(numbers))]
+        return exchange.gather(numbers.to(exchange.device), counts, "results").to(numbers.device)
+
+    def of_one(self, part: Tensor) -> Tensor:
+        return self.exchange.one_of(part.to(self.exchange.device).contiguous(), "results").to(part.device)
 
     def total(self, n: int) -> int:
         return sum(number for (number,) in self.exchange.numbers(NUMBER, n))
@@ -164,6 +209,17 @@ class Shards(Whole):
 
     def sum_of_replicas(self, *tensors: Tensor) -> Sequence[Tensor]:
         return tensors if self.replicas is None else [self.replicas.sum(tensor) for tensor in tensors]
+
+    def moments(self, moments: dict[str, Moments]) -> dict[str, Moments]:
+        if self.replicas is None:
+            return moments
+        merged = {name: Moments(one.columns) for name, one in moments.items()}
+        here = {name: (one.n, one.mean.cpu(), one.spread.cpu()) for name, one in moments.items()}
+        for of_replica in self.replicas.objects(here):
+            for name, (n, mean, spread) in of_replica.items():
+                if n:
+                    merged[name].add_moments(n, mean, spread)
+        return merged
 
     def terms(self, terms: dict[tuple[str, ...], Terms]) -> dict[tuple[str, ...], Terms]:
         if self.replicas is None:
@@ -207,6 +263,15 @@ class Shards(Whole):
 
     def each(self, numbers: Tensor) -> Tensor:
         return self.all.gather(numbers[None].to(self.all.device), [1] * self.ranks, "numbers")
+
+    def together(self, model: SPARC) -> SPARC:
+        return cast("SPARC", Together(model, self))
+
+    def check_samples(self, inputs: Mapping[str, Tensor] | AlignedFiles) -> None:
+        told = self.all.texts(fingerprint(inputs))
+        for rank, other in enumerate(told):
+            if other != told[0]:
+                raise ValueError(f"inputs must be the same on every rank, but rank {rank} has others than rank 0")
 
     def told_by_leader(self, numbers: list[int]) -> list[int]:
         told: list[int] = json.loads(self.all.texts(json.dumps(numbers))[0])

@@ -104,6 +104,7 @@ AGREEMENT = Metric(
         ),
     ),
     needs=frozenset({"single"}),
+    of_shared=True,
     default=True,
     resample=_resample,
 )

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from .codes import CHUNK_BYTES, ByLatent, StreamCode, by_latent, check_codes, parts
-from .dictionary import along_rows, dictionary_of
+from .dictionary import Dictionary, directions
 from .registry import Given, Metric, Score, Sizes
 
 __all__ = ["BRIDGE", "Bridge", "BridgePair", "bridge_pairs", "bridge_score"]
@@ -51,7 +50,9 @@ class BridgePair(NamedTuple):
     score: float
 
 
-def bridge_score(a: StreamCode, b: StreamCode, dictionary_a: Tensor, dictionary_b: Tensor) -> Bridge:
+def bridge_score(
+    a: StreamCode, b: StreamCode, dictionary_a: Tensor | Dictionary, dictionary_b: Tensor | Dictionary
+) -> Bridge:
     """Sums over B[l, m] = E[z_a[l] z_b[m]] d_a[l] . d_b[m], latents that fire together and point alike.
 
     E is over the samples that both codes are of, and d are rows of dictionaries [L, D] in one space, of norm 1. B is
@@ -61,22 +62,21 @@ def bridge_score(a: StreamCode, b: StreamCode, dictionary_a: Tensor, dictionary_
     Rows of other norms count by their norms. Products are float32, or float64 where the dictionaries are.
     """
     L = _check(a, b, dictionary_a, dictionary_b)
-    N, D, device = len(a[0]), dictionary_a.shape[1], dictionary_a.device
-    known = [d.to(torch.promote_types(d.dtype, torch.float32)) for d in (dictionary_a, dictionary_b)]
+    known = [d if isinstance(d, Dictionary) else Dictionary(d) for d in (dictionary_a, dictionary_b)]
+    known = [d.to(torch.promote_types(d.rows.dtype, torch.float32)) for d in known]
+    N, D, device, n_here = len(a[0]), known[0].shape[1], known[0].rows.device, len(known[0].rows)
     own, of_a, of_b = (torch.zeros(L, dtype=torch.float64, device=device) for _ in range(3))
     of_samples = torch.zeros(2, N, dtype=torch.float64, device=device)
-    alike = torch.zeros_like(own)
-    for some in parts(L, 32 * D):
-        alike[some] = (known[0][some].double() * known[1][some].double()).sum(dim=1)
+    alike = torch.zeros(n_here, dtype=torch.float64, device=device)
+    for some in parts(n_here, 32 * D):
+        alike[some] = (known[0].rows[some].double() * known[1].rows[some].double()).sum(dim=1)
+    alike = known[0].of_each(alike)
     for rows in parts(N, 8 * (a[0].shape[1] + b[0].shape[1] + 4) * (D + 16)):
         latents = [code[1][rows].long().clamp_min(0).contiguous() for code in (a, b)]
         z = [code[0][rows].double().relu() for code in (a, b)]
-        x = [
-            embedding_bag(l, d, per_sample_weights=w.to(d.dtype), mode="sum")
-            for l, d, w in zip(latents, known, z, strict=True)
-        ]
+        x = [d.summed(l, w) for l, d, w in zip(latents, known, z, strict=True)]
         for mine, sums in ((0, of_a), (1, of_b)):
-            along = along_rows(known[mine], latents[mine], x[1 - mine]).double()
+            along = known[mine].along(latents[mine], x[1 - mine]).double()
             sums.scatter_add_(0, latents[mine].flatten(), (z[mine] * along).flatten())
         bridged = z[0] * _at(latents[0], latents[1], z[1]) * alike[latents[0]]
         own.scatter_add_(0, latents[0].flatten(), bridged.flatten())
@@ -155,9 +155,9 @@ def _at(latents: Tensor, others: Tensor, values: Tensor) -> Tensor:
     return values.gather(1, order).gather(1, slots).masked_fill(ordered.gather(1, slots) != latents, 0)
 
 
-def _check(a: StreamCode, b: StreamCode, dictionary_a: Tensor, dictionary_b: Tensor) -> int:
+def _check(a: StreamCode, b: StreamCode, dictionary_a: Tensor | Dictionary, dictionary_b: Tensor | Dictionary) -> int:
     shape = tuple(dictionary_a.shape)
-    if dictionary_a.dim() != 2 or dictionary_b.shape != shape:
+    if len(shape) != 2 or dictionary_b.shape != shape:
         raise ValueError(
             f"dictionary_a and dictionary_b must be of one shape [L, D], got {shape} and {tuple(dictionary_b.shape)}"
         )
@@ -169,7 +169,7 @@ def _compute(given: Given) -> dict[tuple[str, str], Bridge]:
     """Of the pairs of streams of one width."""
     widths = given.model.d_streams
     pairs = [(a, b) for a, b in combinations(given.streams, 2) if widths[a] == widths[b]]
-    known = {name: dictionary_of(given.model, name).cpu() for name in {name for pair in pairs for name in pair}}
+    known = {name: directions(given.model, name).to("cpu") for name in {name for pair in pairs for name in pair}}
     return {(a, b): bridge_score(given.single[a], given.single[b], known[a], known[b]) for a, b in pairs}
 
 

@@ -169,5 +169,6 @@ COFIRING = Metric(
         ),
     ),
     needs=frozenset({"single"}),
+    of_shared=True,
     resample=_resample,
 )

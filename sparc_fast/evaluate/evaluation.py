@@ -40,7 +40,8 @@ class Evaluation:
     results: by each metric's key what it found; None where what it needs was missing. `evaluation["agreement"]` is one.
     Those of default metrics have names of their own too, which are None where a metric was not asked for. single_codes:
     each stream encoded alone, where a metric needs them; every metric is of these, but for those called joint (all
-    streams encoded together, the SPARC paper's protocol).
+    streams encoded together, the SPARC paper's protocol). Whether streams agree is asked of the latents they share, the
+    first n_shared of the model.
     """
 
     streams: tuple[str, ...]
@@ -61,7 +62,7 @@ class Evaluation:
 
     @property
     def jaccard_single(self) -> Tensor | None:
-        """Of each latent, [L]; None without labels."""
+        """Of each latent that streams share, [L]; None without labels."""
         return None if (found := self._concepts()) is None else found.jaccard
 
     @property
@@ -81,7 +82,7 @@ class Evaluation:
 
     @property
     def agreement(self) -> Tensor:
-        """Firing agreement of each latent, [L]."""
+        """Firing agreement of each latent that streams share, [L]."""
         found: Agreement = self["agreement"]
         return found.of_latents
 
@@ -181,6 +182,8 @@ def evaluate(
 
     The model runs in eval mode and without gradients, and is left as it was. Inputs pass once, a batch at a time on the
     model's device; sparse codes are kept, on the CPU. Time is linear in N but for retrieval, which compares all pairs.
+    Where ranks share the model's latents, all of them call this with the same arguments, and all have the result: each
+    encodes and decodes its share of every batch.
 
     Args:
         inputs: of patch tokens, [N, T, D_s], each token is a sample. Or files that `sparc_fast.data.open` opened, of
@@ -206,10 +209,6 @@ def evaluate(
     Raises:
         ValueError: names the argument, what was expected and what came.
     """
-    if not model._shards.is_whole:
-        raise ValueError(
-            "model must be whole, but ranks share its latents: save it, and evaluate the file in one process"
-        )
     if zero_rows not in ("keep", "absent"):
         raise ValueError(f'zero_rows must be "keep" or "absent", got {zero_rows!r}')
     if batch_size < 1:
@@ -225,7 +224,9 @@ def evaluate(
     computed = [metric for metric in chosen if all(there.get(need, True) for need in metric.needs)]
     if resamples and resamples < 2:
         raise ValueError(f"resamples must be at least 2, or 0 for no intervals, got {resamples}")
-    run = Run(model, computed, batch_size, zero_rows, as_bytes(memory, "memory"), memory, resamples)
+    run = Run(
+        model._shards.together(model), computed, batch_size, zero_rows, as_bytes(memory, "memory"), memory, resamples
+    )
     was_training = model.training
     model.eval()
     try:
@@ -233,11 +234,12 @@ def evaluate(
         given.hierarchy = hierarchy
         if train is not None and any("train" in metric.needs for metric in computed):
             given.train = replace(run, resamples=0).given(train, train_labels, None, given.say, "train_labels")
-        results = {metric.key: metric.compute(given) if metric in computed else None for metric in chosen}
+        seen = {metric.key: given.of_shared if metric.of_shared else given for metric in computed}
+        results = {metric.key: metric.compute(seen[metric.key]) if metric in computed else None for metric in chosen}
         resampled: dict[str, Tensor] = {}
         for metric in computed if given.resampling is not None and given.n_samples else ():
             if metric.resample is not None and results[metric.key] is not None:
-                resampled.update(metric.resample(given, results[metric.key]))
+                resampled.update(metric.resample(seen[metric.key], results[metric.key]))
     finally:
         model.train(was_training)
     return Evaluation(

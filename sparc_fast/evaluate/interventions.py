@@ -13,7 +13,7 @@ from torch import Tensor
 from sparc_fast.codes import SparseLatents
 
 from .codes import CHUNK_BYTES, StreamCode, check_code, check_codes, parts
-from .dictionary import along_rows, dictionary_of
+from .dictionary import Dictionary, directions
 from .kept_inputs import InputsOnCPU, bytes_of_inputs
 from .probes import linear_probe
 from .purity import class_purity
@@ -36,18 +36,17 @@ class Ablations:
     so that L ablations of N samples cost N k D, not N L D. Samples come a batch at a time.
     """
 
-    def __init__(self, dictionary: Tensor) -> None:
+    def __init__(self, dictionary: Tensor | Dictionary) -> None:
         """dictionary [L, D]: what a unit of each latent adds to the reconstruction, see `dictionary_of`."""
-        if dictionary.dim() != 2:
-            raise ValueError(f"dictionary must be [L, D], got {list(dictionary.shape)}")
-        self.dictionary = dictionary
+        self.dictionary = dictionary if isinstance(dictionary, Dictionary) else Dictionary(dictionary)
         self.n = 0
-        self._squares, self._moved, self._worse = (
-            torch.zeros(len(dictionary), dtype=torch.float64, device=dictionary.device) for _ in range(3)
-        )
-        for some in parts(len(dictionary), 16 * dictionary.shape[1]):
-            self._squares[some] = dictionary[some].detach().double().square().sum(dim=1)
-        self._fired = torch.zeros(len(dictionary), dtype=torch.int64, device=dictionary.device)
+        (L, D), rows = self.dictionary.shape, self.dictionary.rows
+        self._moved, self._worse = (torch.zeros(L, dtype=torch.float64, device=rows.device) for _ in range(2))
+        squares = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        for some in parts(len(rows), 16 * D):
+            squares[some] = rows[some].detach().double().square().sum(dim=1)
+        self._squares = self.dictionary.of_each(squares)
+        self._fired = torch.zeros(L, dtype=torch.int64, device=rows.device)
 
     @torch.no_grad()
     def add(self, code: StreamCode, residual: Tensor) -> Tensor:
@@ -63,7 +62,7 @@ class Ablations:
         grown = torch.zeros(values.shape, dtype=torch.float32, device=values.device)
         for rows in parts(len(values), 8 * values.shape[1] * (D + 8)):
             latents, z = indices[rows].long().clamp_min(0), values[rows].double().relu()
-            along = along_rows(self.dictionary, latents, residual[rows]).double()
+            along = self.dictionary.along(latents, residual[rows]).double()
             moved = z * z * self._squares[latents]
             self._moved.scatter_add_(0, latents.flatten(), moved.flatten())
             worse = 2 * z * along + moved
@@ -157,41 +156,43 @@ def intervene(
     return Intervention(torch.cat(moved), before, after, told_before, told_after)
 
 
-def probe_effects(code: StreamCode, dictionary: Tensor, weight: Tensor, concepts: Tensor) -> tuple[Tensor, Tensor]:
+def probe_effects(
+    code: StreamCode, dictionary: Tensor | Dictionary, weight: Tensor, concepts: Tensor
+) -> tuple[Tensor, Tensor]:
     """What taking each latent out does to a linear probe on the target: mean fall of logits over samples that fire it.
 
     (that of the latent's own concept, that of all other concepts on average), float64 [L] each; nan for a dead latent
     or one without a concept. dictionary [L, D] of the target, weight [D, C] of `linear_probe` on it, and concepts [L]
     the column each latent stands for in the source, -1 for none, such as `class_purity`'s. Exact, as all is linear.
     """
-    L, C = len(dictionary), weight.shape[1]
+    known = dictionary if isinstance(dictionary, Dictionary) else Dictionary(dictionary)
+    (L, D), C, device = known.shape, weight.shape[1], known.rows.device
     check_codes({"code": code}, L)
-    if concepts.shape != (L,) or weight.shape[0] != dictionary.shape[1]:
+    if concepts.shape != (L,) or weight.shape[0] != D:
         raise ValueError(
-            f"weight and concepts must be [D={dictionary.shape[1]}, C] and [L={L}], "
-            f"got {list(weight.shape)} and {list(concepts.shape)}"
+            f"weight and concepts must be [D={D}, C] and [L={L}], got {list(weight.shape)} and {list(concepts.shape)}"
         )
-    total, fired = (torch.zeros(L, dtype=torch.float64, device=dictionary.device) for _ in range(2))
+    total, fired = (torch.zeros(L, dtype=torch.float64, device=device) for _ in range(2))
     for rows in parts(len(code[0]), 40 * code[0].shape[1]):
         latents, z = code[1][rows].long().clamp_min(0).flatten(), code[0][rows].double().relu().flatten()
         total.scatter_add_(0, latents, z)
         fired.scatter_add_(0, latents, (z > 0).double())
-    known = (concepts >= 0) & (fired > 0)
-    mean = torch.where(known, total / fired.clamp_min(1), torch.nan)
-    own, others = (torch.full((L,), torch.nan, dtype=torch.float64, device=dictionary.device) for _ in range(2))
-    for rows in parts(L, 16 * (C + dictionary.shape[1])):
-        effects = dictionary[rows].double() @ weight.double()
+    mean = torch.where((concepts >= 0) & (fired > 0), total / fired.clamp_min(1), torch.nan)
+    own, others = (torch.full((len(known.rows),), torch.nan, dtype=torch.float64, device=device) for _ in range(2))
+    columns = concepts[known.here].clamp_min(0)
+    for rows in parts(len(known.rows), 16 * (C + D)):
+        effects = known.rows[rows].double() @ weight.double()
         if C:
-            own[rows] = effects.gather(1, concepts[rows].clamp_min(0)[:, None])[:, 0]
+            own[rows] = effects.gather(1, columns[rows, None])[:, 0]
             others[rows] = (effects.sum(dim=1) - own[rows]) / (C - 1) if C > 1 else torch.nan
-    return mean * own, mean * others
+    return mean * known.of_each(own), mean * known.of_each(others)
 
 
 class _Watch:
     """Every latent taken out of every stream's code, for every stream, a batch at a time."""
 
     def __init__(self, given: Given) -> None:
-        known = {name: dictionary_of(given.model, name) for name in given.streams}
+        known = {name: directions(given.model, name) for name in given.streams}
         self.found = {(s, t): Ablations(known[t]) for s in given.streams for t in given.streams}
         self._grown: dict[tuple[str, str], list[Tensor]] = {pair: [] for pair in self.found}
 
@@ -342,7 +343,7 @@ def _compute_with_probe(given: Given) -> dict[tuple[str, str], tuple[Tensor, Ten
     found = {}
     for target in given.streams:
         weight = linear_probe(inputs.stream(target), given.labels, groups=given.groups).weight
-        dictionary = dictionary_of(given.model, target).cpu()
+        dictionary = directions(given.model, target).to("cpu")
         assert weight is not None  # of dense features
         for source in given.streams:
             found[source, target] = probe_effects(given.single[source], dictionary, weight, concepts[source])

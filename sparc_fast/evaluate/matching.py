@@ -73,11 +73,16 @@ def matched(
         inputs: training samples {stream: [N, D_s]}, or files that `sparc_fast.data.open` opened.
 
     Raises:
-        ValueError: the model's streams share a support, so their latents cannot be in orders of their own.
+        ValueError: the model's streams share a support, so their latents cannot be in orders of their own; or some are
+            private.
         ImportError: SciPy is not installed.
     """
+    if not model._shards.is_whole:
+        raise ValueError("model must be whole to have its latents in another order, but ranks share them")
     if model.selection != "local":
         raise ValueError(f'model must have selection="local", got {model.selection!r}')
+    if model.private_latents:
+        raise ValueError(f"model must have no private latents to be put in another order, got {model.private_latents}")
     matches = match_latents(codes_alone(model, inputs, batch_size=batch_size, memory=memory), model.n_latents)
     reordered = copy.deepcopy(model)
     columns = torch.split(torch.arange(model.W_enc.shape[1], device="cpu"), list(model.d_streams.values()))

@@ -16,6 +16,7 @@ from sparc_fast.codes import SparseLatents
 from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import mark_zero_rows
 from sparc_fast.ops.huge_pages import give_back_freed
+from sparc_fast.selection import LOCAL
 from sparc_fast.sizes import as_bytes
 
 from .codes import CHUNK_BYTES, Codes
@@ -42,7 +43,7 @@ def codes_alone(
 ) -> Codes:
     """The codes of each stream encoded by itself, on the CPU; arguments are those of `evaluate`."""
     codes = Metric("codes", "The codes themselves.", lambda given: given.single, needs=frozenset({"single"}))
-    run = Run(model, (codes,), batch_size, zero_rows, as_bytes(memory, "memory"), memory)
+    run = Run(model._shards.together(model), (codes,), batch_size, zero_rows, as_bytes(memory, "memory"), memory)
     was_training = model.training
     model.eval()
     try:
@@ -111,13 +112,15 @@ class Run:
     ) -> Given:
         """What the metrics are computed from, of these samples; it names labels as the caller does."""
         model = self.model
-        leading = _check_inputs(model, inputs)
-        N = math.prod(leading)
-        truth = None if labels is None else as_labels(labels, leading, labels_name)
-        if groups is None and isinstance(inputs, AlignedFiles) and inputs.groups is not None:
-            groups = np.repeat(np.arange(len(inputs.groups) - 1), np.diff(inputs.groups))
-        group_of = None if groups is None else as_groups(groups, leading)
-        rows = self._rows_at_once(inputs, N, 0 if truth is None else truth.shape[1])
+        with model._shards.agreed("evaluate"):
+            leading = _check_inputs(model, inputs)
+            N = math.prod(leading)
+            truth = None if labels is None else as_labels(labels, leading, labels_name)
+            if groups is None and isinstance(inputs, AlignedFiles) and inputs.groups is not None:
+                groups = np.repeat(np.arange(len(inputs.groups) - 1), np.diff(inputs.groups))
+            group_of = None if groups is None else as_groups(groups, leading)
+            rows = self._rows_at_once(inputs, N, 0 if truth is None else truth.shape[1])
+        model._shards.check_samples(inputs)
         kept: list[Tensor] = []
         resampling = None
         if self.resamples:
@@ -172,7 +175,7 @@ class Run:
     def _rows_at_once(self, inputs: Mapping[str, Tensor] | AlignedFiles, N: int, n_labels: int) -> _Rows:
         """Such that all of it fits: what is kept, and beside it a batch, and after it what metrics take."""
         model = self.model
-        S, k, L, itemsize = len(model.streams), model.k, model.n_latents, model.W_enc.dtype.itemsize
+        S, k, L, itemsize = len(model.streams), model._slots(), model.n_latents, model.W_enc.dtype.itemsize
         sizes = Sizes(N, S, k, L, n_labels, sum(model.d_streams.values()), self.resamples)
         kept = 2**25 + 2 * N * n_labels  # and what the allocator holds back
         kept += sum(metric.kept(sizes) for metric in self.metrics if metric.kept is not None)
@@ -181,7 +184,9 @@ class Run:
         if self._needs("single"):
             kept += N * S * k * (itemsize + 4)
         if self._needs("joint"):
-            kept += N * k * (S + 4 * (S if model.selection == "local" else 1))
+            kept += N * k * (S + 4 * (S if model.selection in LOCAL else 1))
+        if model.n_shared < L:
+            kept += 2 * N * S * k * (itemsize + 4)  # the codes once more, of shared latents
         work = max((metric.work(sizes) for metric in self.metrics if metric.work is not None), default=0)
         work += min(96 * N * k, CHUNK_BYTES) + 96 * S * L  # a part of the work
         if self.resamples:
@@ -191,7 +196,7 @@ class Run:
         wide = max(4, itemsize)
         # as read and side by side, calibrated, converted, decoded; scores and what selecting takes; the code
         encoded = wide * (5 * sizes.D + 2 * L) + 24 * S * k
-        copies = 4 * min(model.W_enc.numel(), 2**23) + 48 * L + 2 * max((r.pick_scratch for r in readers), default=0)
+        copies = 4 * min(L * sizes.D, 2**23) + 48 * L + 2 * max((r.pick_scratch for r in readers), default=0)
         least = kept + max(work, copies + 2 * (stored + encoded))
         if self.room < least:
             raise ValueError(f"memory must be at least {least} bytes for {N} samples here, got {self.memory}")

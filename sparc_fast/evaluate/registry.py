@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparc_fast.codes import SparseLatents
 
-from .codes import Codes, firing_counts
+from .codes import Codes, StreamCode, firing_counts
 
 if TYPE_CHECKING:
     from sparc_fast.model import SPARC
@@ -132,6 +132,8 @@ class Given:
     """By the metric's key, what its `watch` made, when all batches have passed."""
     say: Callable[[str], object] = print
     """Takes a sentence for the user, such as that this will be long."""
+    first_latents: int | None = None
+    """How many of the model's latents the codes are of, where that is not all."""
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -139,12 +141,27 @@ class Given:
 
     @property
     def n_latents(self) -> int:
-        return self.model.n_latents
+        return self.model.n_latents if self.first_latents is None else self.first_latents
 
     @cached_property
     def fired(self) -> Tensor:
         """How many samples fire each latent in each stream encoded alone, int64 [S, L]."""
         return torch.stack([firing_counts(code, self.n_latents) for code in self.single.values()])
+
+    @cached_property
+    def of_shared(self) -> Given:
+        """The same of the latents that streams share; itself, where these are all."""
+        n = self.model.n_shared
+        if n == self.n_latents:
+            return self
+        codes = [{name: _below(n, *code) for name, code in of.items()} for of in (self.single, self.joint)]
+        return replace(self, single=codes[0], joint=codes[1], first_latents=n)
+
+
+def _below(n: int, values: Tensor, indices: Tensor) -> StreamCode:
+    """A code without its latents from n on: empty slots."""
+    beyond = indices >= n
+    return values.masked_fill(beyond, 0), indices.masked_fill(beyond, -1)
 
 
 @dataclass(frozen=True)
@@ -161,6 +178,7 @@ class Metric:
     """The result, with tensors on the CPU; None where it is undefined."""
     scores: tuple[Score, ...] = ()
     needs: frozenset[Need] = frozenset()
+    of_shared: bool = False  # whether it compares streams by their latents: private ones are then none of these
     default: bool = False  # whether `evaluate` computes it unasked; what it needs may then be missing
     watch: Callable[[Given], Watch] | None = None
     """Sees all samples as they pass, once, so that it need not hold them; is told of no codes and no results."""

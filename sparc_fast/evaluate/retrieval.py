@@ -539,6 +539,7 @@ RETRIEVAL = Metric(
         Score("mrr", "Retrieval MRR", "Mean of 1 / rank.", "higher", ".3f", _mean("mrr")),
     ),
     needs=frozenset({"single"}),
+    of_shared=True,
     default=True,
     resample=_resample,
     details=_details,

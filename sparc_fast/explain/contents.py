@@ -89,13 +89,17 @@ class ModelReport:
         *,
         jaccard: Tensor | None = None,
         curves: Mapping[str, Sequence[float]] | None = None,
+        private: Mapping[str, slice] | None = None,
     ) -> ModelReport:
-        """Of codes on the CPU, its latents named by the items' concepts."""
+        """Of codes on the CPU, its latents named by the items' concepts; those private to a stream say so."""
         named = name_latents(codes, items.known(), items.concepts, n_latents)
+        names: list[tuple[str, ...]] = list(named.several)
+        for stream, some in (private or {}).items():
+            names[some] = [(*several, f"private to {stream}") for several in names[some]]
         return cls(
             name,
             codes,
-            named.several,
+            names,
             named.agreement.numpy(),
             latent_use(codes, n_latents).frequency.mean(0).numpy(),
             None if jaccard is None else jaccard.numpy(),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparc_fast import data
 from sparc_fast.batch import stack
@@ -178,10 +179,21 @@ def report_of(
         found = evaluations[name]
         jaccard = found.jaccard_single
         if jaccard is not None:
-            jaccard = jaccard.masked_fill(~found.latents_single.alive_in_any, torch.nan)
+            silent = ~found.latents_single.alive_in_any
+            jaccard = jaccard.masked_fill(silent[: len(jaccard)], torch.nan)
+            jaccard = pad(jaccard, (0, len(silent) - len(jaccard)), value=torch.nan)  # those of one stream have none
         codes = codes_of(model, folder, streams, split)
+        of_model = (curves or {}).get(name)
         reports.append(
-            ModelReport.of(name, codes, model.n_latents, items, jaccard=jaccard, curves=(curves or {}).get(name))
+            ModelReport.of(
+                name,
+                codes,
+                model.n_latents,
+                items,
+                jaccard=jaccard,
+                curves=of_model,
+                private=model.private_latents,
+            )
         )
     reports[-1] = replace(reports[-1], names=_asked_first(reports[-1], items, first))
     return Report(

@@ -70,7 +70,7 @@ class Card:
             f"# {self.title}",
             f"A sparse autoencoder over {len(streams)} {'stream' if len(streams) == 1 else 'streams'} that share "
             f"{model.n_latents:,} latents, {model.k} of them active a sample ({model.selection} selection): SPARC, "
-            f"{PAPER}, by sparc_fast {__version__}. Inputs are {calibrated}.",
+            f"{PAPER}, by sparc_fast {__version__}. Inputs are {calibrated}.{_private(model)}",
             _table(["stream", "width", "rows normalized"], streams),
             "## Use",
             "\n".join(
@@ -201,6 +201,13 @@ def _hub() -> Any:
     except ImportError as error:
         raise ImportError("the Hugging Face Hub needs huggingface_hub: pip install 'sparc_fast[hub]'") from error
     return huggingface_hub
+
+
+def _private(model: SPARC) -> str:
+    own = [f"{stream} {some.stop - some.start:,}" for stream, some in model.private_latents.items()]
+    return (
+        f" Of the latents these are of one stream alone, and fire beside the others: {', '.join(own)}." if own else ""
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparc_fast.files import atomic_path, read_object
 from sparc_fast.model import SPARC
+from sparc_fast.selection import BY_THRESHOLD
 
 from .pickled_tensors import load_tensors
 from .stream_weights import stream_weights
@@ -147,8 +148,12 @@ def to_upstream(model: SPARC, path: str | Path, *, batch_size: int = 256, fold_c
             "model must not be calibrated: the research code has no calibration of inputs; "
             "fold_calibration (--fold-calibration) puts it into the weights"
         )
-    if model.selection == "batch":
-        raise ValueError('model must have selection "global" or "local" for the research code, got "batch"')
+    if model.selection in BY_THRESHOLD:
+        raise ValueError(
+            f'model must have selection "global" or "local" for the research code, got "{model.selection}"'
+        )
+    if model.private_latents:
+        raise ValueError(f"model must have no private latents for the research code, got {model.config()['private']}")
     for name in model.streams:
         if not name or "." in name:
             raise ValueError(f"model must have stream names without a dot for the research code, got {name!r}")

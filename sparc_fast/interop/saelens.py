@@ -1,7 +1,7 @@
 """SAELens' folders, ``cfg.json`` and ``sae_weights.safetensors``, in the format of its release 6.54: to ours and back.
 
-A stream of a model is a TopK or BatchTopK SAE: by itself it has a support of its own, under global selection too.
-Weights go over bit for bit where nothing needs to be put into them.
+A stream of a model is a TopK, BatchTopK or JumpReLU SAE: by itself it has a support of its own, under global selection
+too. Weights go over bit for bit where nothing needs to be put into them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from sparc_fast.batch import Normalize
 from sparc_fast.files import atomic_path, read_object
 from sparc_fast.model import SPARC
+from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.version import __version__
 
 from .stream_weights import stream_weights
@@ -38,17 +39,22 @@ def _as_topk(model: SPARC, stream: str, unit_norm: bool) -> tuple[Fields, Tensor
 
 
 def _as_jumprelu(model: SPARC, stream: str, unit_norm: bool) -> tuple[Fields, Tensors]:
-    """As SAELens saves its own BatchTopK."""
-    threshold = model._all_thresholds().of((stream,))
-    trained = {"training_architecture": "batchtopk", "training_architecture_details": {"k": model.k}}
-    of_latents = torch.full((model.n_latents,), threshold, dtype=torch.float64, device="cpu")
-    return {"architecture": "jumprelu", "metadata": trained}, {"threshold": of_latents}
+    """A BatchTopK as SAELens saves its own, which has one threshold for all latents."""
+    of_all = model._all_thresholds().of((stream,))
+    trained = "batchtopk" if model.latent_threshold is None else "jumprelu"
+    metadata = {"training_architecture": trained, "training_architecture_details": {"k": model.k}}
+    of_latents = torch.full((model.n_latents,), of_all, dtype=torch.float64, device="cpu")
+    if model.latent_threshold is not None:
+        of_latents += model.latent_threshold[model.streams.index(stream)].detach().double().cpu()
+    return {"architecture": "jumprelu", "metadata": metadata}, {"threshold": of_latents}
 
 
 WRITERS: dict[str, Callable[[SPARC, str, bool], tuple[Fields, Tensors]]] = {
     "global": _as_topk,
     "local": _as_topk,
     "batch": _as_jumprelu,
+    "jumprelu": _as_jumprelu,
+    "local_jumprelu": _as_jumprelu,
 }
 """Selection -> the architecture that one stream is, and what its configuration and weights have besides, the latter in
 the units of codes; these depend on whether decoder rows have unit norm."""
@@ -64,20 +70,29 @@ def _of_batchtopk(config: Fields, tensors: Tensors) -> tuple[Fields, Tensors]:
 
 
 def _of_jumprelu(config: Fields, tensors: Tensors) -> tuple[Fields, Tensors]:
-    """Of one that was trained as BatchTopK: it has one threshold for all latents."""
+    """Of one that was trained as BatchTopK, and has one threshold for all latents, our BatchTopK."""
     threshold, metadata = tensors.pop("threshold"), config.get("metadata") or {}
-    trained, details = metadata.get("training_architecture"), metadata.get("training_architecture_details") or {}
-    lowest, highest = float(threshold.min()), float(threshold.max())
-    if trained != "batchtopk" or "k" not in details or lowest != highest:
+    details = metadata.get("training_architecture_details") or {}
+    k = details.get("k", min(LIKELY, config["d_sae"]))
+    if list(threshold.shape) != [config["d_sae"]]:
         raise ValueError(
-            "folder must hold a JumpReLU that was trained as BatchTopK: a model here has one threshold for all latents "
-            f"and fires k on average, got thresholds of {lowest:.3g} to {highest:.3g}, trained as {trained}"
+            f"folder must hold a threshold of each of {config['d_sae']} latents, got {list(threshold.shape)}"
         )
-    return _batch(details["k"], threshold[0])
+    if (
+        metadata.get("training_architecture") == "batchtopk"
+        and "k" in details
+        and bool((threshold == threshold[0]).all())
+    ):
+        return _batch(k, threshold[0])
+    return {"k": max(1, round(k)), "selection": "jumprelu"}, {"latent_threshold": threshold[None], **known_threshold(0)}
 
 
 def _batch(k: float, threshold: Tensor) -> tuple[Fields, Tensors]:
     return {"k": max(1, round(k)), "selection": "batch"}, known_threshold(float(threshold))
+
+
+LIKELY = 64
+"""The k of a model of which no more is known: training would aim at it, and codes do not depend on it."""
 
 
 READERS: dict[str, Callable[[Fields, Tensors], tuple[Fields, Tensors]]] = {
@@ -109,8 +124,8 @@ def to_saelens(
     *,
     unit_norm: bool = False,
 ) -> None:
-    """Write one stream as a SAE that ``sae_lens.SAE.load_from_disk(folder)`` loads: TopK, or, of a BatchTopK model as
-    it is in eval mode, a JumpReLU of one threshold, as SAELens saves its own.
+    """Write one stream as a SAE that ``sae_lens.SAE.load_from_disk(folder)`` loads: TopK, or JumpReLU, also of a
+    BatchTopK model as it is in eval mode: of one threshold, as SAELens saves its own.
 
     Codes and reconstructions there are those of ``model.encode({stream: x})``, to rounding, calibration included. Where
     the model normalizes the stream's rows, so does SAELens ("constant_norm_rescale"), and its reconstructions are times
@@ -132,6 +147,11 @@ def to_saelens(
 
     if model.selection not in WRITERS:
         raise ValueError(f"model must have the selection {' or '.join(WRITERS)}, got {model.selection!r}")
+    if model.private_latents:
+        raise ValueError(
+            "model must have no private latents: a SAE of SAELens chooses among all of its latents alike, not some of "
+            f"these and some of those, got {model.config()['private']}"
+        )
     # in half precision each side would round elsewhere
     dtype = model.W_enc.dtype if model.W_enc.dtype == torch.float64 else torch.float32
     # rows that it normalizes have the norm sqrt(D) there
@@ -181,7 +201,8 @@ def to_saelens(
 def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
     """The model of one stream that is a SAE of SAELens: same codes, and same reconstructions, to rounding.
 
-    A BatchTopK SAE, also saved as JumpReLU, fires above its threshold in eval mode, in which the model comes.
+    A BatchTopK SAE, also saved as JumpReLU, fires above its threshold in eval mode, in which the model comes. So
+    does a JumpReLU above its latents'; how many that are is not in its folder: set ``model.k`` to train it further.
 
     Of a SAE with ``normalize_activations="constant_norm_rescale"`` the model normalizes rows, and reconstructions are
     of those (`SPARC.normalized`). Inputs of a ``hook_z`` SAE are those of all heads side by side.
@@ -228,7 +249,7 @@ def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
         b_enc = b_enc + W_enc.double() @ b_dec.double()  # our encoder subtracts it
     weights = {"W_enc": W_enc, "W_dec": W_dec, "pre_bias": b_dec, "latent_bias": b_enc[None]}
     model.load_state_dict({**model.state_dict(), **weights, **state})
-    return model.eval() if model.selection == "batch" else model
+    return model.eval() if model.selection in BY_THRESHOLD else model
 
 
 def _read_config(path: Path) -> dict[str, Any]:

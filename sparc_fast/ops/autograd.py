@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparc_fast.ops.backends import Backend
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import by_group, wide
 from sparc_fast.ops.reference import pre_bias_gradient
 
 
@@ -93,15 +93,19 @@ class Reconstruction(NamedTuple):
     loss: Tensor
     """sum_{s, t} weights[s, t] nmse[s, t]: the one that carries a gradient."""
     nmse: Tensor
-    """[S, S], source by target."""
+    """[S, S], source by target; of nested dictionaries, of the last, which is all latents."""
     values: Tensor
     """[N, S, k]"""
     grad_recons: Tensor
-    """[N, S, D]"""
+    """[N, S, D]; of nested dictionaries [P, N, S, D], what moves the latents that each adds."""
     grad_values: Tensor
     """[N, S, k]"""
     grad_pre_bias: Tensor
     """[D], the decoder's part; of no use where a residual was reconstructed."""
+    prefixes: Tensor | None = None
+    """[P], of each nested dictionary what the loss is the mean of; None where they are not nested."""
+    activations: Tensor | None = None
+    """[N, S, k], what values are where latents fire, of a support that has others too."""
 
 
 class ReconstructionLoss(torch.autograd.Function):
@@ -125,24 +129,35 @@ class ReconstructionLoss(torch.autograd.Function):
         weights: Sequence[float],
         d_streams: Sequence[int],
         backend: Backend,
+        sizes: Sequence[int],
+        fires: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        values = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
+        activations = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
+        values = activations if fires is None else activations * (fires[:, None] if fires.ndim == 2 else fires)
         target, decoder_bias = (x, pre_bias) if residual is None else (residual, torch.zeros_like(pre_bias))
-        nmse, grad_recons, grad_values, grad_pre_bias = backend.decode_loss(
-            values, indices, W_dec, decoder_bias, target, scale, weights, d_streams
-        )
+        operands = values, indices, W_dec, decoder_bias, target, scale, weights, d_streams
+        prefixes: tuple[Tensor, ...] = ()
+        if sizes:
+            of_prefixes, grad_recons, grad_values, grad_pre_bias = backend.nested_decode_loss(*operands, sizes)
+            nmse = of_prefixes[-1].clone()  # no view of another's
+            prefixes = (torch.stack([weighted_sum(one, weights) for one in of_prefixes]),)
+            loss = prefixes[0].mean()
+        else:
+            nmse, grad_recons, grad_values, grad_pre_bias = backend.decode_loss(*operands)
+            loss = weighted_sum(nmse, weights)
         ctx.save_for_backward(x, W_enc, pre_bias, indices, values, grad_recons, grad_values, grad_pre_bias)
-        ctx.d_streams, ctx.backend, ctx.decodes_pre_bias = d_streams, backend, residual is None
+        ctx.d_streams, ctx.backend, ctx.decodes_pre_bias, ctx.sizes = d_streams, backend, residual is None, sizes
         ctx.set_materialize_grads(False)
-        parts = nmse, values, grad_recons, grad_values, grad_pre_bias
+        more = prefixes if fires is None else (*prefixes, activations)
+        parts = nmse, values, grad_recons, grad_values, grad_pre_bias, *more
         ctx.mark_non_differentiable(*parts)
-        return weighted_sum(nmse, weights), *parts
+        return loss, *parts
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 11
+            return (None,) * 13
         with without_autocast(grad_loss):
             return ReconstructionLoss._gradients(ctx, grad_loss)
 
@@ -150,15 +165,22 @@ class ReconstructionLoss(torch.autograd.Function):
     def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, pre_bias, indices, values, grad_recons, grad_values, through_decoder = ctx.saved_tensors
         inverse = ctx.backend.invert_indices(indices, len(W_enc))
-        grad_W_enc, grad_W_dec, grad_latent_bias = ctx.backend.weight_gradients(
-            x, pre_bias, values, grad_values, grad_recons, *inverse, ctx.d_streams
-        )
+        of_encoder = x, pre_bias, values, grad_values
+        if ctx.sizes:
+            grad_W_enc, grad_latent_bias = ctx.backend.encoder_gradients(*of_encoder, *inverse, ctx.d_streams)
+            inverse = ctx.backend.invert_indices(by_group(indices, ctx.sizes), len(W_enc))
+            of_groups = values.repeat(len(ctx.sizes), 1, 1), grad_recons.flatten(0, 1)
+            grad_W_dec = ctx.backend.decoder_gradients(*of_groups, *inverse)
+        else:
+            grad_W_enc, grad_W_dec, grad_latent_bias = ctx.backend.weight_gradients(
+                *of_encoder, grad_recons, *inverse, ctx.d_streams
+            )
         grad_pre_bias = pre_bias_gradient(grad_latent_bias, W_enc, ctx.d_streams)
         if ctx.decodes_pre_bias:
             grad_pre_bias = grad_pre_bias + through_decoder
         grads = (grad_W_enc, grad_W_dec, grad_pre_bias, grad_latent_bias)
         scaled = (grad.mul_(grad_loss).to(x.dtype) for grad in grads)
-        return None, *scaled, *(None,) * 6
+        return None, *scaled, *(None,) * 8
 
 
 def reconstruct(
@@ -173,8 +195,14 @@ def reconstruct(
     weights: Sequence[float],
     d_streams: Sequence[int],
     backend: Backend,
+    sizes: Sequence[int] = (),
+    fires: Tensor | None = None,
 ) -> Reconstruction:
-    """`ReconstructionLoss` by the names of its results; a residual is reconstructed without the pre-bias."""
+    """`ReconstructionLoss` by the names of its results; a residual is reconstructed without the pre-bias.
+
+    With ``sizes``, the loss is the mean over nested dictionaries, `nested_decode_loss`. Where `fires`, of the shape of
+    the support, is False, values are 0, as in an empty slot; grad_values are told.
+    """
     for name, data in (("x", x), ("scale", scale), ("residual", residual)):
         if data is not None and data.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -182,8 +210,11 @@ def reconstruct(
             )
     operands = x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale
     with without_autocast(x):
-        parts = ReconstructionLoss.apply(*operands, tuple(weights), tuple(d_streams), backend)  # type: ignore[no-untyped-call]
-    return Reconstruction(*parts)
+        settings = tuple(weights), tuple(d_streams), backend, tuple(sizes), fires
+        parts = list(ReconstructionLoss.apply(*operands, *settings))  # type: ignore[no-untyped-call]
+    activations = None if fires is None else parts.pop()
+    found = Reconstruction(*parts)
+    return found._replace(activations=activations)
 
 
 def weighted_sum(nmse: Tensor, weights: Sequence[float]) -> Tensor:

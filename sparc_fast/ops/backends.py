@@ -38,7 +38,8 @@ class Backend(Protocol):
         threshold: float,
         k: int,
         screening: str = "auto",
-    ) -> Tensor: ...
+        sure: float | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
 
     def topk_rows(self, scores: Tensor, k: int) -> Tensor: ...
 
@@ -74,6 +75,19 @@ class Backend(Protocol):
         scale: Tensor,
         weights: Sequence[float],
         d_streams: Sequence[int],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+    def nested_decode_loss(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        pre_bias: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        weights: Sequence[float],
+        d_streams: Sequence[int],
+        sizes: Sequence[int],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
     def invert_indices(self, indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]: ...
@@ -125,6 +139,7 @@ IN_GRAPHS = (
     "sparse_decode",
     "sparse_decode_grad_values",
     "decode_loss",
+    "nested_decode_loss",
     "invert_indices",
     "encoder_gradients",
     "decoder_gradients",

@@ -39,6 +39,7 @@ __all__ = [
     "gradient_squares",
     "invert_indices",
     "latents_above",
+    "nested_decode_loss",
     "replay_rows",
     "sparse_decode",
     "sparse_decode_grad_values",
@@ -111,6 +112,33 @@ def decode_loss(
     return nmse, _as(grad_recons, dtype), _as(grad_values, dtype), grad_pre_bias
 
 
+def nested_decode_loss(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    pre_bias: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    weights: Sequence[float],
+    d_streams: Sequence[int],
+    sizes: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (rows, target), coefficients = _stored(W_dec, target), _summed(values)
+    N, S, _ = values.shape
+    P = len(sizes)
+    nmse, grad_recons = coefficients.new_empty(P * S, S), rows.new_empty(P * N, S, W_dec.shape[1])
+    grad_values, grad_pre_bias = torch.empty_like(coefficients), coefficients.new_empty(W_dec.shape[1])
+    operands = coefficients, _indices(indices), rows, _summed(pre_bias), target, _summed(scale)
+    results, ends = (
+        (nmse, grad_recons, grad_values, grad_pre_bias),
+        torch.tensor(sizes, dtype=torch.int64, device="cpu"),
+    )
+    _cpu.nested_decode_loss(*results, *operands, weights, d_streams, ends, torch.get_num_threads())
+    dtype = gradient_dtype(values)
+    grad_recons = _as(grad_recons, dtype).view(P, N, S, W_dec.shape[1])
+    return nmse.view(P, S, S), grad_recons, _as(grad_values, dtype), grad_pre_bias
+
+
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     indices = _indices(indices)
     offsets = torch.empty(n_latents + 1, dtype=torch.int64, device="cpu")
@@ -181,6 +209,8 @@ def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, T
     given: tuple[Tensor | None, ...] = operands
     if rows.W_enc is None:  # columns need not be those of the values' streams
         given = None, None, operands[2], None, *operands[4:]
+    elif rows.W_dec is None:
+        given = *operands[:4], None, *operands[5:]
     grad_latent_bias = _sums(samples.x, len(rows.d_streams), len(rows.weights[0]))
     grad_pre_bias = _sums(samples.x, sum(rows.d_streams))
     sums = (None, None) if rows.W_enc is None else (grad_latent_bias, grad_pre_bias)

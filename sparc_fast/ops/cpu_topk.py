@@ -103,22 +103,27 @@ def batch_topk(
     centred, W, bias = _operands(x, W_enc, pre_bias, latent_bias)
     with torch.autocast("cpu", enabled=False):
         for dtype in _precisions(centred, screening):
-            if (support := _screened_ragged(centred, W, bias, k, dtype, _cpu.Among.batch)) is not None:
+            screen = _filtered(centred, W, bias, k, dtype, _cpu.Among.batch)
+            if (support := _ragged(screen, centred, W)) is not None:
                 return support
     return pooled_topk.batch_topk(global_topk, support_scores, x, W_enc, pre_bias, latent_bias, k, screening)
 
 
 def latents_above(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, threshold: float, k: int, screening: str = "auto"
-) -> Tensor:
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, threshold: float, k: int, screening: str = "auto",
+    sure: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     centred, W, bias = _operands(x, W_enc, pre_bias, latent_bias)
+    sure = threshold if sure is None else max(threshold, sure)
     with torch.autocast("cpu", enabled=False):
         for dtype in _precisions(centred, screening):
-            support = _screened_ragged(centred, W, bias, k, dtype, _cpu.Among.above, threshold)
-            if support is not None:
-                return support
+            screen = _filtered(centred, W, bias, k, dtype, _cpu.Among.above, threshold, sure)
+            if (support := _ragged(screen, centred, W)) is not None:
+                scores = torch.empty(support.shape, dtype=torch.float32, device="cpu")
+                screen.write_scores(scores)
+                return support, scores
     return pooled_topk.latents_above(
-        global_topk, support_scores, x, W_enc, pre_bias, latent_bias, threshold, k, screening
+        global_topk, support_scores, x, W_enc, pre_bias, latent_bias, threshold, k, screening, sure
     )
 
 
@@ -127,11 +132,8 @@ def _operands(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor) -
     return centred, _stored(W_enc.detach(), x.dtype), summed_bias(latent_bias.detach())
 
 
-def _screened_ragged(
-    x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype, among: Any, least: float = -math.inf
-) -> Tensor | None:
-    """As `_screened`, [N, W] with -1 where a sample has fewer latents than others; None if any could not be proven."""
-    screen = _filtered(x, W, bias, k, dtype, among, least)
+def _ragged(screen: Any, x: Tensor, W: Tensor) -> Tensor | None:
+    """The support, [N, W] with -1 where a sample has fewer latents than others; None if any could not be proven."""
     width = screen.settle_ragged(x, W, torch.get_num_threads())
     if width < 0:
         return None
@@ -192,14 +194,15 @@ def _screened(x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype) ->
 
 
 def _filtered(
-    x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype, among: Any, least: float = -math.inf
-) -> Any:
+    x: Tensor, W: Tensor, bias: Tensor, k: int, dtype: torch.dtype, among: Any, least: float = -math.inf,
+    sure: float = -math.inf,
+) -> Any:  # fmt: skip
     """The candidates of every sample."""
     (N, D), L, threads = x.shape, len(W), torch.get_num_threads()
     chunk = _chunk(D, L)
     operand, norm, residual = _measured(x, dtype, None)
     capacity = _capacity(k if among == _cpu.Among.row else UNLIKE * k, L)
-    screen = _cpu.Screen(norm, residual, bias, D, k, capacity, dtype == torch.bfloat16, among, least)
+    screen = _cpu.Screen(norm, residual, bias, D, k, capacity, dtype == torch.bfloat16, among, least, sure)
     scores, copies = torch.empty(N * chunk, dtype=dtype, device="cpu"), torch.empty(chunk, D, dtype=dtype, device="cpu")
     for first in range(0, L, chunk):
         rows, norm, residual = _measured(W[first : first + chunk], dtype, copies)

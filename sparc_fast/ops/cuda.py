@@ -26,6 +26,7 @@ from sparc_fast.kernels import (
     decoder_gradients,
     encoder_gradients,
     latents_above,
+    nested_decode_loss,
     sparse_decode,
     sparse_decode_grad_values,
     support_scores,
@@ -46,6 +47,7 @@ __all__ = [
     "gradient_squares",
     "invert_indices",
     "latents_above",
+    "nested_decode_loss",
     "replay_rows",
     "sparse_decode",
     "sparse_decode_grad_values",
@@ -88,7 +90,7 @@ def global_topk(
 
 
 def _selection(triton: Any, k: int) -> Any:
-    return triton.Selection(_take_in, _settle) if k <= _cuda.most_k else triton.TRITON
+    return triton.Selection(_take_in, _settle, _screen) if k <= _cuda.most_k else triton.TRITON
 
 
 def _take_in(
@@ -103,6 +105,33 @@ def _take_in(
             _cuda.FilterPlan(m, k, capacity), candidates[:6], capacity, product, first, latents, samples, k, bounds,
             _stream(device),
         )  # fmt: skip
+
+
+def _screen(
+    X: Tensor, W: Tensor, chunk: int, scores: Tensor, bias: Tensor, of_w: Tensor, of_x: Tensor, candidates: Any, k: int,
+    bounds: tuple[float, float, float],
+) -> bool:  # fmt: skip
+    """Where the device multiplies tiles, takes in all scores, those of every 2^i-th latent first; else does nothing."""
+    (N, D), L, device, capacity = X.shape, len(W), X.device, candidates.capacity
+    in_vectors = D % 8 == 0 and W.stride(0) % 8 == 0 and (X.data_ptr() | W.data_ptr()) % 16 == 0
+    apart = 1
+    while -(-L // apart) > chunk:
+        apart *= 2
+    fits = 1 < apart < L and L + 512 * apart < 2**31 and X.dtype == W.dtype != torch.float32
+    with _on(device):
+        if not (fits and in_vectors and _cuda.screens_scores()):
+            return False
+    sampled = W[::apart]
+    product = scores[: N * len(sampled)].view(N, len(sampled))
+    import_module("sparc_fast.kernels.global_topk").multiply(X, sampled, product)
+    of_sampled = of_w[:, ::apart].contiguous()
+    _take_in(product, 0, chunk, bias[::apart].contiguous(), of_sampled, of_x, candidates, k, bounds)
+    with _on(device):
+        _cuda.screen_scores(
+            candidates[:6], capacity, X, W, bias, of_w[0], [row[:N] for row in of_x], apart, k, bounds,
+            _multiprocessors(device), _bytes(_cuda.screen_scores_workspace(N), device), _stream(device),
+        )  # fmt: skip
+    return True
 
 
 def _settle(

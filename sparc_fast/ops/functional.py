@@ -165,7 +165,7 @@ def latents_above(
     _check_screening(screening)
     with torch.no_grad():
         operator = backends.resolve(backend, x.device).latents_above
-        return operator(x, W_enc, pre_bias, latent_bias, float(threshold), min(k, len(W_enc)), screening)
+        return operator(x, W_enc, pre_bias, latent_bias, float(threshold), min(k, len(W_enc)), screening)[0]
 
 
 def support_values(
@@ -233,6 +233,7 @@ def reconstruction_loss(
     scale: Tensor,
     weights: Sequence[float],
     residual: Tensor | None = None,
+    sizes: Sequence[int] = (),
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The weighted squared errors of all S * S reconstructions, fused with their gradient.
@@ -243,10 +244,13 @@ def reconstruction_loss(
         scale: what each sample's squared error counts in each target stream, [N, S]; 1 / (N ||x_t||^2) gives NMSE.
         weights: S * S factors, row-major [source, target]; pairs of weight 0 cost nothing.
         residual: reconstruct this [N, D] and without the pre-bias, instead of x (AuxK).
+        sizes: of P nested dictionaries, the first latents each, ascending to L (Matryoshka, arXiv 2503.17547): the loss
+            is then the mean of theirs.
 
     Returns:
         loss: scalar; gradients reach W_enc, W_dec, pre_bias and latent_bias.
-        nmse [S, S], values [N, S, k] and grad_recons [N, S, D]: what it was made of, without gradient.
+        nmse [S, S], values [N, S, k] and grad_recons [N, S, D]: what it was made of, without gradient. Of nested
+        dictionaries, nmse is the last one's and grad_recons [P, N, S, D] that of what the latents see that each adds.
     """
     _check_encoder(x, W_enc, pre_bias, latent_bias, d_streams)
     _check_support(indices, x, len(d_streams), len(W_enc))
@@ -260,8 +264,10 @@ def reconstruction_loss(
         raise ValueError(f"scale must be {wide(x).dtype} on {x.device}, got {scale.dtype} on {scale.device}")
     if len(weights) != len(d_streams) ** 2:
         raise ValueError(f"weights must hold {len(d_streams) ** 2} factors, source by target, got {len(weights)}")
+    if sizes and (list(sizes) != sorted(sizes) or sizes[0] < 0 or sizes[-1] != len(W_enc)):
+        raise ValueError(f"sizes must ascend to n_latents={len(W_enc)}, got {tuple(sizes)}")
     arguments = (x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale)
-    return autograd.reconstruct(*arguments, weights, d_streams, backends.resolve(backend, x.device))[:4]
+    return autograd.reconstruct(*arguments, weights, d_streams, backends.resolve(backend, x.device), sizes)[:4]
 
 
 def invert_indices(indices: Tensor, n_latents: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

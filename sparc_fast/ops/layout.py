@@ -1,4 +1,4 @@
-"""How operands lie: the columns of streams, the types of sums and gradients."""
+"""How operands lie: the columns of streams, the groups of nested dictionaries, the types of sums and gradients."""
 
 from __future__ import annotations
 
@@ -23,3 +23,15 @@ def wide(x: Tensor) -> Tensor:
 def gradient_dtype(values: Tensor) -> torch.dtype:
     """What gradients of one sample are stored in: float16 cannot hold them, 1 / N underflows before any loss scale."""
     return torch.float32 if values.dtype == torch.float16 else values.dtype
+
+
+def by_group(indices: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The support of each group of latents, ``sizes[g - 1] <= l < sizes[g]``, below that of the group before.
+
+    [N, k] or [N, S, k] -> [P * N, ...]: row ``g * N + n`` has the slots of sample n that are of group g, where they
+    were; the others are empty.
+    """
+    begins = (0, *sizes[:-1])
+    return torch.cat(
+        [torch.where((indices >= a) & (indices < b), indices, -1) for a, b in zip(begins, sizes, strict=True)]
+    )

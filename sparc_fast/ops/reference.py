@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.ops import pooled_topk
-from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
+from sparc_fast.ops.layout import by_group, gradient_dtype, stream_slices, wide
 from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
 
@@ -56,14 +56,19 @@ def batch_topk(
 
 
 def latents_above(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, threshold: float, k: int, screening: str = "auto"
-) -> Tensor:
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, threshold: float, k: int, screening: str = "auto",
+    sure: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """indices[n] = the latents l with h[n, l] of `global_topk` > threshold; laid out as `batch_topk`.
 
-    ``k``, how many of them a sample may have, and ``screening`` change no result, and mean nothing here.
+    scores[n, j] = h[n, indices[n, j]] where that is at most ``sure``, by default the threshold, and +inf elsewhere: how
+    far above it is, nobody asks; -inf in an empty slot. ``k``, how many latents a sample may have, and ``screening``
+    change no result, and mean nothing here.
     """
     h = _ranked(_scores(wide(x) - wide(pre_bias), W_enc, summed_bias(latent_bias)))
-    return pooled_topk.ragged(_every_latent(h), h > threshold)
+    indices = pooled_topk.ragged(_every_latent(h), h > threshold)
+    scores = h.gather(1, indices.clamp(min=0).long()) if h.shape[1] else h.new_empty(indices.shape)
+    return indices, pooled_topk.told(indices, scores, threshold, sure)
 
 
 def _every_latent(h: Tensor) -> Tensor:
@@ -228,6 +233,46 @@ def decode_loss(
                 grad_recons[:, s, cols] = 2 * weight[s, t] * scale[:, t, None] * error_st
     grad_recons = grad_recons.to(gradient_dtype(values))
     return nmse, grad_recons, sparse_decode_grad_values(grad_recons, indices, W_dec), wide(grad_recons).sum((0, 1))
+
+
+def nested_decode_loss(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    pre_bias: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    weights: Sequence[float],
+    d_streams: Sequence[int],
+    sizes: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`decode_loss` of P nested dictionaries at once, the first m_0 <= m_1 <= ... <= m_{P-1} = L latents: the mean.
+
+    m = ``sizes``, and g(l) is the first p with l < m_p: the group of latents that prefix p adds; x = ``target``.
+
+    E[p, n, s, d]           = sum_{j: I[n, s, j] < m_p} values[n, s, j] W_dec[I[n, s, j], d] + pre_bias[d] - x[n, d]
+    nmse[p, s, t]           = sum_n scale[n, t] sum_{d in t} E[p, n, s, d]^2
+    loss                    = 1 / P sum_p sum_{s, t} weights[s, t] nmse[p, s, t]
+    grad_recons[g, n, s, d] = 2 / P weights[s, t] scale[n, t] sum_{p >= g} E[p, n, s, d],  t = s(d): what moves group g
+    grad_values[n, s, j]    = dloss/dvalues = sum_d grad_recons[g(l), n, s, d] W_dec[l, d],  l = I[n, s, j]
+    grad_pre_bias[d]        = dloss/dpre_bias = sum_{n, s} grad_recons[0, n, s, d]
+
+    Returns nmse [P, S, S], grad_recons [P, N, S, D], grad_values [N, S, k] and grad_pre_bias [D], in the types of
+    `decode_loss`. Matryoshka (Bussmann et al., arXiv 2503.17547).
+    """
+    P, shares, dtype = len(sizes), [weight / len(sizes) for weight in weights], gradient_dtype(values)
+    losses = []
+    for size in sizes:
+        of_prefix = torch.where(indices < size, indices, -1)
+        losses.append(decode_loss(wide(values), of_prefix, W_dec, pre_bias, target, scale, shares, d_streams))
+    of_groups = [losses[-1][1]]
+    for _, of_prefix, _, _ in reversed(losses[:-1]):
+        of_groups.append(of_groups[-1] + of_prefix)
+    grad_recons = torch.stack(of_groups[::-1]).to(dtype)
+    groups = by_group(indices, sizes)
+    grad_values = wide(sparse_decode_grad_values(grad_recons.flatten(0, 1), groups, W_dec)).view(P, *values.shape)
+    nmse = torch.stack([of_prefix for of_prefix, _, _, _ in losses])
+    return nmse, grad_recons, grad_values.sum(0).to(dtype), wide(grad_recons[0]).sum((0, 1))
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,17 @@ class Rows(NamedTuple):
     def of_decoder(self) -> Rows:
         return self._replace(W_enc=None, moments=[None, None, *self.moments[2:]], copies=self._copy(1))
 
+    def block(self, latents: slice, columns: slice, d_streams: Sequence[int]) -> Rows:
+        """Those of some latents in the columns of some streams, of these widths."""
+
+        def some(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else rows[latents, columns]
+
+        copies = self.copies and [some(copy) for copy in self.copies]
+        last_step = None if self.last_step is None else self.last_step[latents]
+        moments = [some(moment) for moment in self.moments]
+        return Rows(some(self.W_enc), some(self.W_dec), moments, d_streams, copies, last_step)
+
     def _copy(self, matrix: int) -> Sequence[Tensor | None] | None:
         return self.copies and [copy if i == matrix else None for i, copy in enumerate(self.copies)]
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from sparc_fast.ops.layout import stream_slices
 
 PARTS = ("encoder", "decoder")
+BY_STREAM = ("latent_bias", "latent_threshold")
+"""Parameters [S, L], of the encoder."""
 
 
 class Run(NamedTuple):
@@ -54,14 +56,14 @@ class Trained(NamedTuple):
 
     def has(self, name: str) -> bool:
         """Whether anything is trained of the model's parameter of this name."""
-        parts = {"W_enc": self.encoder, "latent_bias": self.encoder, "W_dec": self.decoder}
+        parts = dict.fromkeys(("W_enc", *BY_STREAM), self.encoder) | {"W_dec": self.decoder}
         return parts.get(name, self.encoder and self.decoder)
 
     def of(self, name: str, parameter: Tensor) -> Tensor:
         """What is trained of it; a copy where that is not all."""
         if self.everything:
             return parameter
-        if name == "latent_bias":
+        if name in BY_STREAM:
             return torch.cat([parameter[run.streams] for run in self.runs])
         return torch.cat([parameter[..., run.columns] for run in self.runs], dim=-1)
 

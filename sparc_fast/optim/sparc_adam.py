@@ -14,11 +14,13 @@ from sparc_fast.model import SPARC
 from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
 from sparc_fast.ops.huge_pages import empty_rows
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import by_group, wide
 from sparc_fast.ops.row_step import AdamStep, DecoderRows, Rows, Samples
-from sparc_fast.optim.freezing import Run, Trained
+from sparc_fast.optim.freezing import BY_STREAM, Run, Trained
 from sparc_fast.optim.lazy_rows import Behind
 from sparc_fast.optim.micro_batches import MicroBatches, OneBatch
+from sparc_fast.optim.private_rows import decoder_blocks
+from sparc_fast.selection import BY_THRESHOLD
 
 MomentType = Literal["float32", "bfloat16"]
 
@@ -144,18 +146,24 @@ class SparcAdam(torch.optim.Optimizer):
             raise ValueError(f"present must be one tensor for each of {len(given)} parts of a batch, got {len(has)}")
         if self.capturable and any(one is not None for one in has):
             raise ValueError("present must be None with capturable=True: who has which streams is read on the host")
-        if self.model.selection == "batch" and (len(given) > 1 or self.capturable):
+        rule = self.model.selection
+        if self.capturable and rule in BY_THRESHOLD:
             raise ValueError(
-                'inputs must be one batch, and capturable False, for a model with selection="batch": who fires is '
-                "decided over all samples of a step, and how many latents a sample has is read on the host"
+                f'capturable must be False for a model with selection="{rule}": how many latents a sample has is read '
+                "on the host"
+            )
+        if rule == "batch" and len(given) > 1:
+            raise ValueError(
+                'inputs must be one batch for a model with selection="batch": who fires is decided over all samples of '
+                "a step"
             )
         return list(zip(given, has, strict=True)), n_samples
 
     def _step(self, parts: Sequence[tuple[Inputs, Tensor | None]], n_own: int, objective: Objective) -> SparcLoss:
         model = self.model
         backend = backends.resolve(model.backend, model.W_enc.device)
-        parameters = (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias)
-        states = [self._state(p) if self._is_trained(p) else None for p in parameters]
+        parameters = (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias, model.latent_threshold)
+        states = [self._state(p) if p is not None and self._is_trained(p) else None for p in parameters]
         batch: OneBatch | MicroBatches
         if len(parts) == 1:
             given = model._batch(*parts[0])
@@ -163,10 +171,13 @@ class SparcAdam(torch.optim.Optimizer):
             batch = self._flow(given, given.n_samples, objective, backend)
         else:
             n_samples = model._shards.samples(n_own)
-            batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples)
+            batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples, model._private)
             objective = objective.over(model._batch(*part) for part in parts)
             for part in parts:
                 batch.add(self._flow(model._batch(*part), n_samples, objective, backend))
+        if objective.jumprelu is not None and batch.of_threshold is not None:
+            counts = objective.fired(batch.terms, model.streams)
+            batch = batch.with_grad_threshold(objective.jumprelu.gradient(batch.of_threshold, *counts, objective.k))
         self._update(batch, states, backend)
         batch.count_silence(model.silence, backend)
         return objective.summarize(batch.terms, batch.streams, batch.zero_rows)
@@ -174,8 +185,8 @@ class SparcAdam(torch.optim.Optimizer):
     def _flow(self, given: Batch, n_samples: int, objective: Objective, backend: backends.Backend) -> OneBatch:
         """A batch, or a part of one of `n_samples`, through the objective."""
         model = self.model
-        parts = objective.choose(given)
         model._learn_threshold(given)
+        parts = objective.choose(given)
         among = [AllStreams(model.d_streams, part.batch) for part in parts]
         used = [a.streams(indices) for a, part in zip(among, parts, strict=True) for indices in part.supports.used()]
         supports = stack(used)
@@ -188,21 +199,36 @@ class SparcAdam(torch.optim.Optimizer):
         passes = [
             (a, part.batch.x, one) for a, part, flow in zip(among, parts, flows, strict=True) for one in flow.passes()
         ]
+        values = [a.streams(one.values) for a, _, one in passes]
+        recons = [a.columns(a.streams(one.grad_recons.flatten(0, -3))) for a, _, one in passes]
         samples = Samples(
             stack([a.columns(x) for a, x, _ in passes]),
             model.pre_bias,
-            stack([a.streams(one.values) for a, _, one in passes]),
+            stack(values),
             stack([a.streams(one.grad_values) for a, _, one in passes]),
-            stack([a.columns(a.streams(one.grad_recons)) for a, _, one in passes]),
+            stack(recons),
             *inverse,
         )
+        of_decoder = None
+        if sizes := objective.sizes:
+            nested = [one.prefixes is not None for _, _, one in passes]  # AuxK's is not
+            groups = [by_group(some, sizes) if here else some for some, here in zip(used, nested, strict=True)]
+            repeated = [
+                some.repeat(len(sizes), 1, 1) if here else some for some, here in zip(values, nested, strict=True)
+            ]
+            inverse = backend.invert_indices(stack(groups), len(model.W_enc))
+            of_decoder = samples._replace(values=stack(repeated), offsets=inverse[0], entries=inverse[1])
+            samples = samples._replace(grad_recons=samples.grad_recons[:0])  # what moves W_enc is in grad_values
         grad_pre_bias = [a.columns(flow.reconstruction.grad_pre_bias) for a, flow in zip(among, flows, strict=True)]
         terms = {part.batch.streams: flow.terms() for part, flow in zip(parts, flows, strict=True)}
         every = model.d_streams if model._shards.has_replicas else None
         of_pre_bias = sum(grad_pre_bias[1:], grad_pre_bias[0])
+        of_threshold = [a.rows(flow.jump.both) for a, flow in zip(among, flows, strict=True) if flow.jump is not None]
         one = OneBatch(
-            given.streams, terms, *fired(parts, flows, every), samples, of_pre_bias, supports, given.zero_rows
-        )
+            given.streams, terms, *fired(parts, flows, every), samples, of_pre_bias, supports, given.zero_rows,
+            of_decoder, model._private,
+            sum(of_threshold[1:], of_threshold[0]) if of_threshold else None,
+        )  # fmt: skip
         return self._with_replicas(one, backend)
 
     def _with_replicas(self, one: OneBatch, backend: backends.Backend) -> OneBatch:
@@ -245,8 +271,11 @@ class SparcAdam(torch.optim.Optimizer):
             if states[3] is not None:
                 grad_pre_bias = model._shards.sum(grad_pre_bias)
                 grad_pre_bias += batch.grad_pre_bias if run is None else batch.grad_pre_bias[run.columns]
-            biases = (model.latent_bias, grad_latent_bias), (model.pre_bias, grad_pre_bias)
-            for (bias, grad), of_bias in zip(biases, states[2:], strict=True):
+            biases = [(model.latent_bias, grad_latent_bias), (model.pre_bias, grad_pre_bias)]
+            if model.latent_threshold is not None and batch.grad_threshold is not None:
+                of_run = batch.grad_threshold if run is None else batch.grad_threshold[run.streams]
+                biases.append((model.latent_threshold, of_run))
+            for (bias, grad), of_bias in zip(biases, states[2:], strict=False):
                 if of_bias is not None:
                     exact, mean, square, copy = self._of_run(bias, of_bias, run)
                     reference.apply_adam(exact, grad, mean, square, lr, betas, eps, step)
@@ -274,6 +303,9 @@ class SparcAdam(torch.optim.Optimizer):
             if rows.W_enc is None:
                 continue
             total += shards.sum(grad_latent_bias.double().square().sum())
+            if batch.grad_threshold is not None:
+                of_run = batch.grad_threshold if run is None else batch.grad_threshold[run.streams]
+                total += of_run.double().square().sum()
             if rows.W_dec is not None:
                 of_decoder = batch.grad_pre_bias if run is None else batch.grad_pre_bias[run.columns]
                 of_encoder = reference.pre_bias_gradient(grad_latent_bias, rows.W_enc, rows.d_streams)
@@ -297,7 +329,7 @@ class SparcAdam(torch.optim.Optimizer):
         there: Any = ...
         own: Any = ...
         if run is not None:
-            is_by_stream = parameter is self.model.latent_bias
+            is_by_stream = self._names[parameter] in BY_STREAM
             there, own = (run.streams, run.own_streams) if is_by_stream else ((..., run.columns), (..., run.own))
         moments = state["exp_avg"][own], state["exp_avg_sq"][own]
         if "master" in state:
@@ -339,7 +371,8 @@ class SparcAdam(torch.optim.Optimizer):
             (exact,), moments = of_run.weights, of_run.their_moments
             copy = of_run.copies[1] if of_run.copies else None
             rows = DecoderRows(exact, moments, of_run.d_streams, behind.last_step, copy)
-            backend.replay_rows(rows, latents, behind.history, self._seed_of_rows)
+            for some, here in decoder_blocks(rows, run, latents, self.model._private):
+                backend.replay_rows(some, here, behind.history, self._seed_of_rows)
         if "master" in self.state[W_dec]:
             self._seen[W_dec] = W_dec._version
 

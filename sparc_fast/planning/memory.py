@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from sparc_fast.data import Reader, budget
+from sparc_fast.objective import nested_sizes
 from sparc_fast.ops import gpu_scratch
+from sparc_fast.selection import BY_THRESHOLD, LOCAL
 from sparc_fast.training.config import Config
 
 ACCURACY = 0.15
@@ -61,23 +63,31 @@ class Streams:
 
 
 class Sizes:
-    """The letters: S streams, N samples at a time, L latents, k active, D all widths, W the widest; and bytes."""
+    """The letters: S streams, N samples at a time, L latents, k active, D all widths, W the widest, P dictionaries; and
+    bytes."""
 
     def __init__(self, config: Config, widths: tuple[int, ...], dead: float = 0.0, ranks: int = 1) -> None:
         self.S, self.D, self.W = S, D, _ = len(widths), sum(widths), max(widths)
         self.N, self.rows = config.micro_batch, config.batch_size  # `rows` of an optimizer step
         k = max(config.k, config.k_start)
-        k = min(k * UNLIKE, config.n_latents) if config.selection == "batch" else k
+        k = min(k * UNLIKE, config.n_latents) if config.selection in BY_THRESHOLD else k
+        q = config.private_k  # beside these, those of each stream's own, all in one support where there is one
+        quotas = [q] * len(config.private) if isinstance(q, int) else q.values()
+        k += (max if config.selection in LOCAL else sum)([0, *quotas])
         self.L, self.k, self.ranks = L, _, _ = -(-config.n_latents // ranks), k, ranks  # L of this rank's latents
         self.n_dead = round(dead * L) if config.auxk and config.auxk_coef else 0
         self.k_dead = min(config.auxk, self.n_dead)  # latents of AuxK's support
         self.widest_support = max(self.k, self.k_dead)
-        self.supports = S if config.selection == "local" else 1  # of a sample
+        self.supports = S if config.selection in LOCAL else 1  # of a sample
+        self.P = len(nested_sizes(config.matryoshka, config.n_latents)) or 1
         self.passes = 2 if self.n_dead else 1  # of a batch through the model: once more for AuxK
         self.entries = self.passes * self.N * self.supports * self.widest_support  # of a step, stacked
+        # of the decoder, which nested dictionaries show every sample once for each
+        self.decoded = self.P + self.passes - 1
         self.weight, moment = getattr(torch, config.dtype).itemsize, getattr(torch, config.moments).itemsize
         self.gradient = 2 if config.dtype == "bfloat16" else FLOAT  # of a number of the reconstructions' gradient
-        self.moment, biases = moment, D + S * L
+        self.has_thresholds = config.selection in ("jumprelu", "local_jumprelu")
+        self.moment, biases = moment, D + S * L * (1 + self.has_thresholds)
         self.weights = 2 * L * D + biases  # how many there are
         matrices = 2 - ("encoder" in config.freeze) - ("decoder" in config.freeze)  # of frozen streams they are counted
         self.moments = 2 * (matrices * L * D * moment + biases * FLOAT)  # those of the biases are float32
@@ -171,6 +181,8 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
     if sizes.ranks > 1:
         yield Part("exchange: the batch of all ranks", N * D * w, (*STEP, VALIDATING))
         candidates = (3 * sizes.ranks + 2) * N * sizes.supports * sizes.widest_support * (FLOAT + INDEX)
+        if config.selection == "batch":  # a rank's own, and which of them fire
+            candidates = 4 * N * 2 * -(-config.k // sizes.ranks) * (FLOAT + INDEX)
         yield Part("exchange: candidates of all ranks", candidates, (CHOOSING, VALIDATING))
         parts = N * S * D * (2 * FLOAT + -(-g // sizes.ranks))
         yield Part("exchange: parts of reconstructions, sent and received", parts, (RECONSTRUCTING, VALIDATING))
@@ -188,12 +200,21 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
     yield Part("supports, and their inverse", supports + LONG * (sizes.entries + 2 * sizes.L), and_validating)
     narrow = w if w < FLOAT else 0
     yield Part("values, and their gradient", 2 * N * S * sizes.k * (FLOAT + narrow), and_validating)
-    yield Part("gradient of the reconstructions: N S D", N * S * D * g, and_validating)
+    title = "gradient of the reconstructions: N S D" + " by dictionaries" * (sizes.P > 1)
+    yield Part(title, sizes.P * N * S * D * g, and_validating)
+    if sizes.has_thresholds:
+        near = N * sizes.supports * sizes.k * (1 + 2 * FLOAT)
+        of_streams = 2 * N * S * sizes.k * FLOAT
+        yield Part("thresholds: who fires, and their gradient", near + of_streams, (RECONSTRUCTING, VALIDATING))
+    if sizes.P > 1:
+        of_decoder = sizes.entries // sizes.passes * sizes.decoded
+        slots = of_decoder * (2 * INDEX + LONG) + sizes.decoded * N * S * sizes.widest_support * (w + FLOAT)
+        yield Part("dictionaries: supports of their own latents, values, inverse", slots, (UPDATING,))
     if sizes.n_dead:
         yield Part("AuxK: weights of the dead latents", sizes.n_dead * (D + S) * w, (CHOOSING,))
         second = N * D * w + N * S * (D * g + 2 * sizes.k_dead * FLOAT)
         yield Part("AuxK: residual, and the second pass over it", second, (RECONSTRUCTING,))
-        stacks = 2 * N * (D * w + S * (D * g + 2 * sizes.widest_support * FLOAT))
+        stacks = N * (2 * (D * w + 2 * S * sizes.widest_support * FLOAT) + sizes.decoded * S * D * g)
         yield Part("AuxK: both passes in one batch", stacks, both)
 
 
@@ -211,9 +232,11 @@ def _cpu_scratch(config: Config, sizes: Sizes, widths: tuple[int, ...], threads:
         apart = D - min(widths[1:-1])  # streams that are not neighbours are copied together
         kept = STEP if L * apart * sizes.weight < KEPT else (CHOOSING,)
         yield Part("columns of the streams that choose", (2 * L + N) * apart * sizes.weight, kept)
-    sums = N * S * S * LONG + -(-N // _cpu.BLOCK_SAMPLES) * D * FLOAT
+    sums = N * S * S * sizes.P * LONG + -(-N // _cpu.BLOCK_SAMPLES) * D * FLOAT
     yield Part("errors, and sums of the pre-bias's gradient", sums, (RECONSTRUCTING, VALIDATING))
-    strips = sizes.passes * N * (1 + S) * -(-sizes.W // _cpu.STRIP_WIDTH) * _cpu.STRIP_WIDTH * FLOAT
+    of_batch, of_gradient = sizes.passes * N, sizes.decoded * N * S
+    rows = of_batch + of_gradient if sizes.P == 1 else max(of_batch, of_gradient)  # those of one matrix after the other
+    strips = rows * -(-sizes.W // _cpu.STRIP_WIDTH) * _cpu.STRIP_WIDTH * FLOAT
     yield Part("update: batch and gradient in strips", strips, (UPDATING,))
     of_decoder = S if sizes.supports == 1 else 1
     terms = sizes.entries * (S + of_decoder) * (INDEX + FLOAT) + INDEX * (S + 1) * L
@@ -230,8 +253,9 @@ def _gpu_scratch(sizes: Sizes, widths: tuple[int, ...]) -> Iterator[Part]:
     chunk = min(L, max(256, GPU_SCORES // (4 * rows)))
     topk = 4 * rows * chunk + 16 * rows * capacity + 2 * (rows + chunk) * D + (3 * FLOAT + FLOAT + LONG) * L
     yield Part("support: scores, candidates", topk, (CHOOSING, VALIDATING))
-    yield Part("supports being sorted", 24 * sizes.entries, (RECONSTRUCTING,))
+    sorted_entries = sizes.entries // sizes.passes * sizes.decoded if sizes.P > 1 else sizes.entries
+    yield Part("supports being sorted", 24 * sorted_entries, (RECONSTRUCTING,))
     chunks = sum(-(-width // 128) for width in widths)
-    yield Part("sums by chunks of columns", chunks * N * S * (1 + sizes.k) * FLOAT, (RECONSTRUCTING, VALIDATING))
+    yield Part("sums by chunks of columns", chunks * N * S * (sizes.P + sizes.k) * FLOAT, (RECONSTRUCTING, VALIDATING))
     pieces = -(-sizes.entries // gpu_scratch.PIECE) * 2 * D * FLOAT
     yield Part("update: sums of long latents", pieces + 1024 * D * FLOAT + 4 * S * L * FLOAT, (UPDATING,))

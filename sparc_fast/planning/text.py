@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sparc_fast.distributed.bytes import exchanged_bytes
+from sparc_fast.selection import LOCAL
 from sparc_fast.sizes import counted
 from sparc_fast.training.config import Config
 
@@ -95,11 +96,11 @@ class Plan:
     def received(self) -> dict[str, float]:
         """What -> bytes that a rank receives of the others in a step."""
         config, weight = self.config, getattr(torch, self.config.dtype).itemsize
-        supports = len(self.streams.widths) if config.selection == "local" else 1
+        supports = len(self.streams.widths) if config.selection in LOCAL else 1
         auxk = config.auxk if config.auxk_coef and self.dead else 0
         sizes = config.batch_size, self.streams.widths, config.k * supports, self.ranks
-        on_gpu = self.machine.device != "cpu"
-        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports, on_gpu=on_gpu)
+        how = {"on_gpu": self.machine.device != "cpu", "over_batch": config.selection == "batch"}
+        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports, **how)
 
     @property
     def hours(self) -> float | None:

@@ -12,9 +12,12 @@ from itertools import combinations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparc_fast.batch import Batch
 from sparc_fast.ops import backends, functional
+from sparc_fast.ops.backends import Backend
+from sparc_fast.whole import WHOLE, Whole
 
 MOST_STREAMS = 8  # 255 sets of them
 MEASURED = 64  # samples of a batch from which a threshold is learned
@@ -25,14 +28,16 @@ REMEMBERED = 4  # times that a threshold was learned, over which it is a mean, a
 class Thresholds:
     """What is stored with the model: of each set of its streams a threshold, and how often it was learned."""
 
-    def __init__(self, values: Tensor, counts: Tensor, streams: Sequence[str]) -> None:
-        self.values, self.counts, self.streams = values, counts, tuple(streams)
+    def __init__(self, values: Tensor, counts: Tensor, streams: Sequence[str], shards: Whole = WHOLE) -> None:
+        self.values, self.counts, self.streams, self._shards = values, counts, tuple(streams), shards
 
     @staticmethod
     def empty(n_streams: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
         """Zeros, float32 [2^S] and int64 [2^S]; the place of a set of streams has their bits."""
         if n_streams > MOST_STREAMS:
-            raise ValueError(f'selection must not be "batch" with more than {MOST_STREAMS} streams, got {n_streams}')
+            raise ValueError(
+                f'selection must not be "batch" or "jumprelu" with more than {MOST_STREAMS} streams, got {n_streams}'
+            )
         values = torch.zeros(2**n_streams, dtype=torch.float32, device=device)
         return values, torch.zeros(2**n_streams, dtype=torch.int64, device=device)
 
@@ -50,9 +55,9 @@ class Thresholds:
             )
         return float(self.values[at])
 
-    def learn(self, batch: Batch, k: int, backend: str) -> None:
+    def learn(self, batch: Batch, k: int, backend: str | Backend) -> None:
         """First for every set of the batch's streams, then, in one of some steps, for that learned the fewest times."""
-        sets = list(_sets(batch.streams))
+        sets = list(self._sets(batch.streams))
         counts = self.counts[[self._place(some) for some in sets]]
         self.counts[0] += 1  # the place of no stream counts the steps
         if not counts.all():
@@ -60,39 +65,49 @@ class Thresholds:
         elif int(self.counts[0]) % EVERY == 0:
             self._learn(batch.of_streams(sets[int(counts.argmin())]), k, backend)
 
-    def learn_all(self, batch: Batch, k: int, backend: str) -> None:
+    def learn_all(self, batch: Batch, k: int, backend: str | Backend) -> None:
         """Once more for every set of the batch's streams."""
-        for some in _sets(batch.streams):
+        for some in self._sets(batch.streams):
             self._learn(batch.of_streams(some), k, backend)
 
     def take_over(self, other: Thresholds) -> None:
         """Those of the sets of streams that both know."""
-        for some in _sets([name for name in self.streams if name in other.streams]):
+        for some in self._sets([name for name in self.streams if name in other.streams]):
             at, there = self._place(some), other._place(some)
             self.values[at], self.counts[at] = other.values[there], other.counts[there]
 
     @torch.no_grad()
-    def _learn(self, batch: Batch, k: int, backend: str) -> None:
-        if not len(batch.x):
+    def _learn(self, batch: Batch, k: int, backend: str | Backend) -> None:
+        if not self._shards.samples(len(batch.x)):
             return
-        found, at = _smallest_that_fires(batch, k, backend).to(self.values), self._place(batch.streams)
+        found, at = self._smallest_that_fires(batch, k, backend).to(self.values), self._place(batch.streams)
         self.counts[at] += 1
         before = torch.where(self.counts[at] == 1, found, self.values[at])
-        self.values[at] = before + (found - before) / self.counts[at].clamp(max=REMEMBERED)
+        weight = min(self._shards.samples(len(batch.x)) / MEASURED, 1)  # few samples tell little
+        self.values[at] = before + weight * (found - before) / self.counts[at].clamp(max=REMEMBERED)
+
+    def _sets(self, streams: Sequence[str]) -> Iterator[tuple[str, ...]]:
+        return sets_of(streams)
+
+    def _smallest_that_fires(self, batch: Batch, k: int, backend: str | Backend) -> Tensor:
+        """In some samples of a batch; 0 where it is negative, for what fires then has no value.
+
+        Where latents have thresholds, the smallest that a score is above its latent's, which may be any number.
+        """
+        every, W_enc, pre_bias, bias = batch.scored_by
+        x = self._shards.first_samples(every, MEASURED)
+        operands = x, W_enc, pre_bias, bias
+        support = functional.batch_topk(*operands, k, backend=backend)
+        scores = backends.resolve(backend, x.device).support_scores(*operands, support.clamp(min=0))
+        fires = scores.masked_fill(support < 0, torch.inf).flatten()
+        smallest = self._shards.least(pad(fires, (0, 1), value=torch.inf).amin())
+        return smallest.clamp(min=0) if batch.latent_threshold is None else smallest
 
     def _place(self, streams: Sequence[str]) -> int:
         return sum(1 << self.streams.index(name) for name in streams)
 
 
-def _sets(streams: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def sets_of(streams: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """All of the streams, then each by itself, then the others, which are asked for least."""
     sizes = dict.fromkeys((len(streams), 1, *range(2, len(streams)))) if streams else ()
     return (some for size in sizes for some in combinations(streams, size))
-
-
-def _smallest_that_fires(batch: Batch, k: int, backend: str) -> Tensor:
-    """In some samples of a batch; 0 where it is negative, for what fires then has no value."""
-    operands = batch.x[:MEASURED], batch.W_enc, batch.pre_bias, batch.latent_bias
-    support = functional.batch_topk(*operands, k, backend=backend)
-    scores = backends.resolve(backend, batch.x.device).support_scores(*operands, support.clamp(min=0))
-    return scores.masked_fill(support < 0, torch.inf).amin().clamp(min=0)

@@ -19,8 +19,10 @@ from sparc_fast.data import AlignedFiles, FeatureFolder
 from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.ids import SUFFIXES as IDS_SUFFIXES
 from sparc_fast.data.shards import is_list_of_files
-from sparc_fast.selection import RULES
-from sparc_fast.sizes import as_bytes, parse_bytes
+from sparc_fast.objective import nested_sizes
+from sparc_fast.selection import LOCAL, RULES
+from sparc_fast.selection.jumprelu import BANDWIDTH, SPARSITY_COEF
+from sparc_fast.sizes import as_bytes, is_integer, parse_bytes
 
 REQUIRED = MISSING
 SUPPORT_DROPOUT = 0.5  # docs/training.md has what it wins
@@ -111,11 +113,46 @@ def _names(value: Any) -> list[str]:
     return listed
 
 
+def _sizes(value: Any) -> list[int]:
+    listed = [value] if isinstance(value, Integral) else list(value)
+    return [integer(1).convert(size) for size in listed]
+
+
 def _norms(value: Any) -> str | dict[str, str]:
     of_streams = value.values() if isinstance(value, Mapping) else [value]
     if not all(how in ("none", "l2") for how in of_streams):
         raise ValueError
     return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+def _counts(value: Any) -> dict[str, int]:
+    if not isinstance(value, Mapping) or not all(isinstance(s, str) and is_integer(n) for s, n in value.items()):
+        raise ValueError
+    if not all(n >= 1 for n in value.values()):
+        raise ValueError
+    return {stream: int(n) for stream, n in value.items()}
+
+
+def _quotas(value: Any) -> int | dict[str, int]:
+    if not is_integer(value):
+        return _counts(value)
+    if value < 0:
+        raise ValueError
+    return int(value)
+
+
+def parse_counts(texts: Sequence[str], flag: str) -> int | dict[str, int]:
+    """One number, or ``stream=number`` of some streams."""
+    named = [text.rpartition("=") for text in texts]
+    try:
+        if len(texts) == 1 and "=" not in texts[0]:
+            return int(texts[0])
+        counts = {stream: int(number) for stream, _, number in named if stream}
+    except ValueError:
+        counts = {}
+    if len(counts) < len(named):
+        raise ValueError(f"{flag} must be a number, or stream=number once for each of some streams, got {list(texts)}")
+    return counts
 
 
 def parse_source(text: str) -> tuple[str, Place | tuple[Place, str]]:
@@ -166,6 +203,9 @@ sources = Kind(
 identifiers = Kind("the name of a data set in every file, or a table of streams as for data", _identifiers)
 norms = Kind("none or l2, or a table of streams, each none or l2", _norms)
 names = Kind("a list of names", _names)
+sizes = Kind("a list of integers >= 1", _sizes, int)
+counts = Kind("a table of streams, each an integer >= 1", _counts)
+quotas = Kind("an integer >= 0, or a table of streams, each an integer >= 1", _quotas)
 place = _checked("a path", (str, Path), lambda _: True, str)
 size = Kind('an integer >= 1, in bytes, or a size such as "4GiB"', lambda value: as_bytes(value, "size"), parse_bytes)
 part = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
@@ -227,12 +267,32 @@ class Config:
     selection: str = setting(
         "global",
         choice(*RULES),
-        "one support for all streams; local: one for each; batch: for all, of k latents a sample on average",
+        "one support for all streams; local: one for each; batch: for all, of k latents a sample on average; jumprelu "
+        "and local_jumprelu: the same by latents' thresholds",
+    )
+    matryoshka: Sequence[int] = field(
+        default=(),
+        metadata=about(
+            sizes,
+            "sizes of nested dictionaries, ascending, each the first latents; the last is `n_latents`, or left out",
+        ),
+    )
+    private: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata=about(counts, "how many of the latents belong to one stream alone: a table of streams"),
+    )
+    private_k: int | Mapping[str, int] = field(
+        default=0,
+        metadata=about(quotas, "how many of its own latents a stream fires beside the k; or a table of streams"),
     )
     auxk: int = setting(64, integer(0), "dead latents that reconstruct the residual; 0 turns AuxK off")
     dead_after: int = setting(256_000, integer(0), "samples without firing after which a latent is dead")
     loss: str = setting(
         "nmse", choice("nmse", "fvu"), "errors over each sample's squared norm, or over the batch's squared deviations"
+    )
+    sparsity_coef: float = setting(SPARSITY_COEF, not_negative, "under jumprelu, the weight of (L0 / k - 1)^2")
+    bandwidth: float = setting(
+        BANDWIDTH, positive, "under jumprelu, how wide the band of scores is that move thresholds, over their mean"
     )
     dtype: str = setting(
         "float32", choice("float32", "bfloat16", "float16"), "of the weights; Adam's master rows stay float32"
@@ -305,7 +365,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.support_dropout is None:
-            object.__setattr__(self, "support_dropout", 0.0 if self.selection == "local" else SUPPORT_DROPOUT)
+            object.__setattr__(self, "support_dropout", 0.0 if self.selection in LOCAL else SUPPORT_DROPOUT)
         for f in fields(self):
             value = getattr(self, f.name)
             kind = f.metadata["kind"]
@@ -375,13 +435,21 @@ class Config:
             raise ValueError(f'accumulate must be 1 with selection="batch", got {self.accumulate}')
         if self.k > self.n_latents:
             raise ValueError(f"k must be between 1 and n_latents={self.n_latents}, got {self.k}")
+        if nested_sizes(self.matryoshka, self.n_latents) and self.private:
+            raise ValueError(f"matryoshka must be left out with private latents, got {self.matryoshka}")
+        if bool(self.private) != bool(self.private_k):
+            raise ValueError(f"private and private_k must be given together, got {self.private} and {self.private_k}")
+        shared = self.n_latents - sum(self.private.values())
+        if self.private and max(self.k, self.k_start) > shared:
+            most = max(self.k, self.k_start)
+            raise ValueError(f"private must leave at least k={most} of n_latents={self.n_latents}, got {self.private}")
         if (self.k_start > 0) != (self.k_ramp > 0):
             raise ValueError(f"k_start and k_ramp must be given together, got {self.k_start} and {self.k_ramp}")
         if self.k_start > self.n_latents:
             raise ValueError(f"k_start must be at most n_latents={self.n_latents}, got {self.k_start}")
         if self.cross_loss_start > 0 and self.cross_loss_ramp == 0:
             raise ValueError(f"cross_loss_ramp must be > 0 with cross_loss_start={self.cross_loss_start}, got 0")
-        if self.support_dropout and self.selection == "local":
+        if self.support_dropout and self.selection in LOCAL:
             raise ValueError("support_dropout must be 0 under local selection: each stream chooses its own support")
         if self.validation_rows and self.validation_data:
             raise ValueError("validation_rows and validation_data must not both be given: they say the same")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparc_fast.model import SPARC
 from sparc_fast.optim.sparc_adam import MomentType, SparcAdam
+from sparc_fast.selection import LOCAL
 
 Curves = dict[str, list[float]]
 
@@ -51,7 +52,7 @@ def train(
         raise ValueError(f"steps and batch_size must be >= 1, got {steps} and {batch_size}")
     if not 0 <= support_dropout < 1:
         raise ValueError(f"support_dropout must be in [0, 1), got {support_dropout}")
-    if support_dropout and model.selection == "local":
+    if support_dropout and model.selection in LOCAL:
         raise ValueError("support_dropout must be 0 under local selection: each stream chooses its own support")
     if not 0 <= warmup <= 1 or curve_points < 1:
         raise ValueError(f"warmup must be in [0, 1] and curve_points >= 1, got {warmup} and {curve_points}")

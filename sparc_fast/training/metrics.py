@@ -6,7 +6,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,10 +26,11 @@ HEAD = 5  # steps, their total, steps with AuxK, their auxk, steps with a cross 
 class Means:
     """Sums of losses since the last record, float64 on the device: nothing waits for it until they are read."""
 
-    def __init__(self, streams: tuple[str, ...], device: torch.device) -> None:
-        self.streams = streams
+    def __init__(self, streams: tuple[str, ...], device: torch.device, sizes: Sequence[int] = ()) -> None:
+        """`sizes`: of nested dictionaries, whose losses come last."""
+        self.streams, self.sizes = streams, tuple(sizes)
         S = len(streams)
-        self.sums = torch.zeros(HEAD + S + 2 * S * S, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(HEAD + S + 2 * S * S + len(sizes) + 1, dtype=torch.float64, device=device)
 
     def add(self, loss: SparcLoss, pairs: Tensor | None = None, zero_rows: Tensor | None = None) -> None:
         """One more step; of samples of which so many have both of two streams, [S, S], by default all of them; and how
@@ -41,17 +42,20 @@ class Means:
         if loss.cross is None:
             measured = measured.diagonal().diag()
         zero = loss.zero_rows if zero_rows is None else loss.zero_rows + zero_rows.to(loss.zero_rows.device)
-        self.sums += torch.cat([head, zero, loss.nmse.reshape(-1), measured.reshape(-1)])
+        prefixes = [] if loss.prefixes is None else [loss.prefixes]
+        l0 = none if loss.l0 is None else loss.l0
+        self.sums += torch.cat([head, zero, loss.nmse.reshape(-1), measured.reshape(-1), *prefixes, l0[None]])
 
     def take(self) -> Record | None:
         """The means as plain numbers, and begin anew; None where no step was made."""
-        n, total, n_auxk, auxk, _, *rest = self.sums.tolist()
+        n, total, n_auxk, auxk, _, *rest, l0 = self.sums.tolist()
         self.sums.zero_()
         if n == 0:
             return None
         S = len(self.streams)
         pairs = [(s, t) for s in range(S) for t in range(S)]
-        zero_rows, sums, counts = rest[:S], rest[S : S + S * S], rest[S + S * S :]
+        zero_rows, sums, counts = rest[:S], rest[S : S + S * S], rest[S + S * S : S + 2 * S * S]
+        nested = {str(size): loss / n for size, loss in zip(self.sizes, rest[S + 2 * S * S :], strict=True)}
         nmse = {pair: total / steps if steps else None for pair, total, steps in zip(pairs, sums, counts, strict=True)}
         return {
             "loss": total / n,
@@ -60,15 +64,17 @@ class Means:
             "auxk": auxk / n_auxk if n_auxk else None,
             "nmse": {f"{self.streams[s]} -> {self.streams[t]}": nmse[s, t] for s, t in pairs},
             "zero_rows": int(sum(zero_rows)),
+            **({"prefixes": nested} if nested else {}),
+            **({"l0": l0 / n} if l0 else {}),  # where it is not k for each
         }
 
     def load(self, sums: Tensor) -> None:
         """Go on from those of a checkpoint."""
         self.sums[: len(sums)] = sums
-        if len(sums) < len(self.sums):  # of a version that counted no pairs: every step had all
-            S = len(self.streams)
+        S = len(self.streams)
+        if len(sums) == HEAD + S + S * S:  # of a version that counted no pairs: every step had all
             of_pairs = torch.where(torch.eye(S, dtype=torch.bool, device=sums.device), sums[0], sums[4])
-            self.sums[len(sums) :] = of_pairs.reshape(-1)
+            self.sums[len(sums) : len(sums) + S * S] = of_pairs.reshape(-1)
 
     def is_finite(self) -> bool:
         """Whether every loss since the last record was finite; waits for the device."""

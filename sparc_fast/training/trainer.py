@@ -110,7 +110,7 @@ class Trainer:
             self.step = 0
             self._uncalibrated = self.model.streams if config.calibrate else ()
             self.best: tuple[int, float] | None = None
-            self._means = Means(self.model.streams, device)
+            self._means = Means(self.model.streams, device, self.model.matryoshka)
             start = None if self.folder.steps() else self._start(model)
             with self.model._shards.agreed("begin"):
                 if self.leads:
@@ -322,6 +322,9 @@ class Trainer:
             raise ValueError(f"data must have the streams of start_from, {start.d_streams}, got {model.d_streams}")
         if start.n_latents != model.n_latents:
             raise ValueError(f"n_latents must be that of start_from, {start.n_latents}, got {model.n_latents}")
+        if start.private_latents != model.private_latents:
+            was, now = start.config().get("private", {}), model.config().get("private", {})
+            raise ValueError(f"private must be that of start_from, {was}, got {now}")
         for name in start.streams:
             if start.normalize.get(name) != model.normalize.get(name):
                 was, now = start.normalize.get(name, "none"), model.normalize.get(name, "none")
@@ -504,8 +507,10 @@ def _new_model(config: Config, files: AlignedFiles, device: torch.device, shared
         model = SPARC(
             files.d_streams, config.n_latents, config.k,
             selection=cast(Any, config.selection), auxk=config.auxk,
+            private=config.private or None, private_k=config.private_k or None,
             dead_after=config.dead_after, normalize=cast(Any, config.normalize),
-            loss="fvu" if config.loss == "fvu" else "nmse", backend="auto",
+            loss="fvu" if config.loss == "fvu" else "nmse", matryoshka=config.matryoshka, backend="auto",
+            sparsity_coef=config.sparsity_coef, bandwidth=config.bandwidth,
             dtype=getattr(torch, config.dtype), device="meta" if shared else "cpu",
         )  # fmt: skip
         model = distributed.shard(model, distributed.mesh_of(device, config.replicas)) if shared else model

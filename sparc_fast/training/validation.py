@@ -16,6 +16,7 @@ from sparc_fast.data.readers import Spans
 from sparc_fast.data.shuffle import Rows
 from sparc_fast.data.views import PiecesReader
 from sparc_fast.model import SPARC
+from sparc_fast.selection import LOCAL
 
 BLOCKS = 64  # held-out blocks at most: enough of them to see every region of a sorted file
 
@@ -46,7 +47,7 @@ def validate(
         assert own is not None
         joint += n * model.loss(own, 1.0, 0.0, present=has).nmse.double().cpu()
         for s, stream in enumerate(model.streams):
-            alone = None if model.selection == "local" else (stream,)
+            alone = None if model.selection in LOCAL else (stream,)
             nmse = model.loss(own, 1.0, 0.0, support_from=alone, present=has).nmse
             single[s] += n[s] * nmse[s].double().cpu()
     model.train(was_training)

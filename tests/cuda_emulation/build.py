@@ -19,36 +19,50 @@ ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests/cuda_emulation"
 COMPILER = shutil.which("g++")
 KERNELS = sorted(ROOT.glob("csrc/cuda/*.cu"))
-FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DSPARC_FAST_EMULATE_CUDA"]
+RUNTIME = HERE / "runtime.cpp"
+SANITIZERS = {
+    "plain": ["-O1"],
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+}
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS += ["-DSPARC_FAST_EMULATE_CUDA"]
 INCLUDES = [f"-I{HERE}", f"-I{ROOT / 'csrc/cuda'}"]
 
 
-def build(target: Path, sources: Sequence[Path], flags: Sequence[str] = (), link: Sequence[str] = ()) -> Path:
-    """The target, linked from CUDA or C++ sources and the emulation, which no sanitizer looks into."""
+def _compiler(*arguments: object) -> None:
+    done = subprocess.run([str(COMPILER), *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:4000]
 
-    def run(*arguments: object) -> None:
-        done = subprocess.run([str(COMPILER), *map(str, arguments)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[:4000]
 
-    def compiled(source: Path) -> Path:
-        result = target.with_name(f"{target.stem}-{source.stem}.o")
-        special = ["-O2", "-g1"] if source.name == "runtime.cpp" else flags
-        run(*FLAGS, *INCLUDES, *special, "-x", "c++", "-c", source, "-o", result)
-        return result
+def compile_all(folder: Path, sources: Sequence[Path], sanitizer: str = "plain", flags: Sequence[str] = ()) -> None:
+    """An object of each CUDA or C++ source in the folder."""
+
+    def compile_one(source: Path) -> None:
+        # no sanitizer looks into the emulation itself
+        watched = ["-O2", "-g1"] if source == RUNTIME else [*SANITIZERS[sanitizer], *flags]
+        _compiler(*FLAGS, *INCLUDES, *watched, "-x", "c++", "-c", source, "-o", folder / f"{source.stem}.o")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, [*sources, HERE / "runtime.cpp"]))
-    run(*objects, *flags, *link, "-o", target)
-    return target
+        list(pool.map(compile_one, sources))
 
 
-def emulated_module(folder: Path, *sanitizer: str) -> None:
+def compile_kernels(folder: Path, sanitizer: str) -> None:
+    compile_all(folder, [*KERNELS, RUNTIME], sanitizer)
+
+
+def link(target: Path, objects: Sequence[Path], sanitizer: str, *flags: str) -> None:
+    _compiler(*objects, *SANITIZERS[sanitizer], *flags, "-o", target)
+
+
+def emulated_module(folder: Path, kernels: Sequence[Path], sanitizer: str = "plain") -> None:
     """`_cuda.so` in the folder: what sparc_fast._cuda is, with kernels that run on the host."""
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    sources = [*KERNELS, ROOT / "csrc/cuda/binding.cpp", *ROOT.glob("csrc/arguments/*.cpp")]
-    build(folder / "_cuda.so", sources, ["-O1", "-fvisibility=hidden", *sanitizer, *includes], ["-shared"])
+    sources = [ROOT / "csrc/cuda/binding.cpp", *ROOT.glob("csrc/arguments/*.cpp")]
+    compile_all(folder, sources, sanitizer, [*includes, "-Wno-maybe-uninitialized"])  # of pybind11, wrongly
+    link(folder / "_cuda.so", [*folder.glob("*.o"), *kernels], sanitizer, "-shared")
 
 
 def emulated_backend(folder: Path) -> ModuleType:

@@ -4,8 +4,10 @@
 // a barrier or a warp's vote, so a run can be repeated exactly. CUDA_EMULATION_SCHEDULE chooses the order they run in:
 // 0 first to last, 1 last to first, any other number a shuffled order, in which they also pause at atomics.
 //
-// What stops a launch with an error: a bulk copy to a barrier before a fence, or one that nobody waited for; a barrier that not every thread of the block meets, or at different lines; a vote
-// or shuffle that a lane of its mask never meets; a mask without the lane itself. Shared memory starts as rubbish, and
+// What stops a launch with an error: a bulk copy to a barrier before a fence, or one that nobody waited for; a product
+// of tiles before a fence of its sums; a barrier that not every thread of the block meets, or at different lines; a vote
+// or shuffle that a lane of its mask never meets; a mask without the lane itself. Sums of products are NaN, and their
+// tiles are unread, until they are waited for. Shared memory starts as rubbish, and
 // under AddressSanitizer no thread may touch the gaps between its arrays. Under ThreadSanitizer each fibre counts as a
 // thread, of blocks that run at once, and only what orders threads on a GPU orders them here: __syncthreads,
 // __syncwarp, and the end of a launch. So a missing barrier is found whatever the order, and no race is left to luck.
@@ -24,6 +26,7 @@
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static  // the blocks of a launch find what the one before left
 
 struct dim3 {
@@ -71,6 +74,23 @@ void fence_transactions();
 void arrive(const uint64_t* at, unsigned bytes, Where where);
 void wait_for_phase(const uint64_t* at, unsigned parity, Where where);
 void bulk_copy(void* to, const void* from, unsigned bytes, const uint64_t* at, Where where);
+
+// A matrix of 16-bit numbers, cut into tiles of 64 columns.
+struct TileMap {
+    const char* data;
+    int64_t rows, columns, apart;
+    int rows_of_tile;
+    bool swizzled;
+};
+TileMap map_tiles(const void* data, int64_t rows, int64_t columns, int64_t apart, int rows_of_tile);
+void load_tile(void* to, const TileMap& map, int column, int row, const uint64_t* at, Where where);
+uint32_t in_shared(const void* p);  // what a descriptor takes for an address
+
+// Products of tiles by 128 threads, each its own part of the sums when it waits.
+void begin_products();
+void multiply(float (&sums)[128], uint64_t a, uint64_t b, bool adds, float (*value)(uint16_t), Where where);
+void commit_products();
+void wait_for_products(unsigned pending, Where where);
 
 template <class T>
 uint64_t packed(T value) {

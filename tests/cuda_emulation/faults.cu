@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "device.cuh"
+#include "tiles.cuh"
 
 constexpr int threads = 64, capacity = 16;
 
@@ -140,7 +140,7 @@ __global__ void swap_kernel(int* out, bool fault) {
     out[threadIdx.x] = __shfl_xor_sync(fault && threadIdx.x % 2 ? 0x55555555u : all_lanes, int(threadIdx.x), 16);
 }
 
-enum class Flaw { fence, phase, empty, bytes };
+enum class Flaw { fence, phase, empty, bytes, tile_edge, swizzle, sums_fence, sums_early, tile_early };
 constexpr int rows = 4, stages = 2;
 alignas(16) static int numbers[rows * threads];
 
@@ -178,11 +178,92 @@ __global__ void staged_kernel(int* out, bool fault) {
     out[threadIdx.x] = sum;
 }
 
+// A B^T, of matrices that end within tiles: a producer brings them, four warps multiply.
+constexpr int multipliers = 128, rows_of_a = 50, rows_of_b = 250, columns = 280, columns_in_memory = 288;
+alignas(16) static uint16_t matrix_a[rows_of_a * columns_in_memory], matrix_b[rows_of_b * columns_in_memory];
+
+struct alignas(tile_alignment) Tiles {
+    uint16_t a[product_rows * tile_columns], b[product_columns * tile_columns];
+};
+
+struct TileShared {
+    Tiles* tiles;
+    uint64_t* barriers;
+
+    explicit TileShared(SharedMemory&& memory)
+        : tiles(memory.take<Tiles>(stages)), barriers(memory.take<uint64_t>(2 * stages)), bytes(memory.bytes()) {}
+    size_t bytes;
+};
+
+template <Flaw flaw>
+__global__ void multiply_kernel(int* out, bool fault) {
+    const TileShared shared{SharedMemory(shared_memory())};
+    const auto has = [=](Flaw what) { return fault && flaw == what; };
+    const auto full = [=](int step) { return TransactionBarrier{shared.barriers + step % stages}; };
+    const auto empty = [=](int step) { return TransactionBarrier{shared.barriers + stages + step % stages}; };
+    const auto tiles = [=](int step) -> Tiles& { return shared.tiles[step % stages]; };
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < stages; ++s) full(s).begin(1), empty(s).begin(multipliers / 32);
+        if (!has(Flaw::fence)) fence_barriers();
+    }
+    __syncthreads();
+    constexpr int steps = ceil_div(columns, tile_columns), in_bytes = columns_in_memory * 2;
+    if (threadIdx.x >= multipliers) {
+        TileMap a = map_tiles(matrix_a, rows_of_a, columns, in_bytes, product_rows);
+        TileMap b = map_tiles(matrix_b, rows_of_b + has(Flaw::tile_edge), columns, in_bytes, product_columns);
+        b.swizzled = !has(Flaw::swizzle);
+        for (int step = 0; step < steps && threadIdx.x == multipliers; ++step) {
+            empty(step).wait((step / stages & 1) ^ 1);
+            full(step).arrive_expecting(sizeof(Tiles) - (has(Flaw::bytes) ? 128 : 0));
+            load_tile(tiles(step).a, a, step * tile_columns, 0, full(step));
+            load_tile(tiles(step).b, b, step * tile_columns, 0, full(step));
+        }
+        return;
+    }
+    const auto release = [=](int step) {
+        if (threadIdx.x % 32 == 0) empty(step).arrive();
+    };
+    float sums[products_of_thread];
+    for (int step = 0; step < steps; ++step) {
+        full(step).wait((step / stages & 1) ^ has(Flaw::phase));
+        if (!has(Flaw::sums_fence)) begin_products();
+        const uint64_t a = descriptor(tiles(step).a), b = descriptor(tiles(step).b);
+        for (int d = 0; d < tile_columns / product_depth; ++d)
+            multiply<BFloat16>(sums, a + d * next_columns, b + d * next_columns, step > 0 || d > 0);
+        commit_products();
+        if (has(Flaw::tile_early)) release(step);
+        if (step == 0) continue;
+        wait_for_products<1>();
+        if (!has(Flaw::tile_early)) release(step - 1);
+    }
+    if (!has(Flaw::sums_early)) wait_for_products<0>();
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+    for (int i = 0; i < products_of_thread; ++i) {
+        const int r = row + i % 4 / 2 * 8, c = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (r < rows_of_a && c < rows_of_b) out[r * rows_of_b + c] = int(sums[i]);
+    }
+}
+
+static std::vector<int> multiplied() {
+    const auto number = [](int i) { return float(i * 7 % 5 - 2); };
+    for (int i = 0; i < rows_of_a * columns_in_memory; ++i) matrix_a[i] = BFloat16::word(number(i + i / 31));
+    for (int i = 0; i < rows_of_b * columns_in_memory; ++i) matrix_b[i] = BFloat16::word(number(i + i / 57));
+    std::vector<int> values(rows_of_a * rows_of_b);
+    for (int r = 0; r < rows_of_a; ++r)
+        for (int c = 0; c < rows_of_b; ++c)
+            for (int d = 0; d < columns; ++d)
+                values[r * rows_of_b + c] += int(
+                    BFloat16::value(matrix_a[r * columns_in_memory + d]) *
+                    BFloat16::value(matrix_b[c * columns_in_memory + d]));
+    return values;
+}
+
 struct Case {
     const char* name;
     void (*kernel)(int*, bool);
     int64_t blocks;
     std::vector<int> expected;
+    int threads = ::threads;
 };
 
 static std::vector<int> same(int value, int count) { return std::vector<int>(count, value); }
@@ -216,9 +297,10 @@ static std::string failure(const Case& chosen, bool fault) {
     SharedMemory memory;
     memory.take<int>(threads), memory.take<int>(1), memory.take<int>(1);
     memory.take<int4>(stages * threads / 4), memory.take<uint64_t>(2 * stages);
+    const size_t bytes = chosen.threads == threads ? memory.bytes() : TileShared(SharedMemory()).bytes;
     std::vector<int> out(chosen.expected.size());
     try {
-        launch(chosen.kernel, chosen.blocks, threads, memory.bytes(), 0, out.data(), fault);
+        launch(chosen.kernel, chosen.blocks, chosen.threads, bytes, 0, out.data(), fault);
     } catch (const std::runtime_error& error) {
         return error.what();
     }
@@ -226,7 +308,7 @@ static std::string failure(const Case& chosen, bool fault) {
 }
 
 int main(int count, char** arguments) {
-    const std::vector<Case> cases{
+    std::vector<Case> cases{
         {"barrier", turn_kernel, 1, turned(threads)},
         {"warp barrier", turn_in_warp_kernel, 1, turned(32)},
         {"clear", sum_kernel, 1, {threads * (threads - 1) / 2}},
@@ -248,6 +330,18 @@ int main(int count, char** arguments) {
         {"empty", staged_kernel<Flaw::empty>, 1, summed()},
         {"bytes", staged_kernel<Flaw::bytes>, 1, summed()},
     };
+    const std::vector<int> product = multiplied();
+    const auto add = [&](const char* name, void (*kernel)(int*, bool)) {
+        cases.push_back({name, kernel, 1, product, multipliers + 32});
+    };
+    add("tile fence", multiply_kernel<Flaw::fence>);
+    add("tile phase", multiply_kernel<Flaw::phase>);
+    add("tile bytes", multiply_kernel<Flaw::bytes>);
+    add("tile edge", multiply_kernel<Flaw::tile_edge>);
+    add("swizzle", multiply_kernel<Flaw::swizzle>);
+    add("sums fence", multiply_kernel<Flaw::sums_fence>);
+    add("sums early", multiply_kernel<Flaw::sums_early>);
+    add("tile early", multiply_kernel<Flaw::tile_early>);
     int failures = 0, run = 0;
     for (const Case& chosen : cases) {
         if (count > 1 && std::string(arguments[1]) != chosen.name) continue;

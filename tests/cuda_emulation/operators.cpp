@@ -82,6 +82,8 @@ static std::vector<uint16_t> bfloat16_of(const std::vector<float>& wide) {
     return narrow;
 }
 
+static uint16_t half_of(float value) { return __half_as_ushort(__float2half_rn(value)); }
+
 struct Problem {
     int L, D, k, capacity, chunk, threads, sample;
     float residual;  // how far the products may be from the scores, in lengths of a sample
@@ -137,6 +139,59 @@ static void check_global_topk(const Problem& problem, bool copied, int number) {
         for (int l = 0; l < L; ++l) scores[n * L + l] += n == 1 ? NAN : bias[l];
         const std::vector<int32_t> exact = largest(&scores[n * L], L, k);
         expect(std::equal(exact.begin(), exact.end(), &indices[n * k]), "global_topk", number);
+    }
+}
+
+// All scores by tiles, after the filter has taken in every `apart`-th latent. Sample 1 holds NaN.
+static void check_screen_scores(int N, int L, int D, int apart, int blocks, Floats type, int number) {
+    constexpr int k = 5, capacity = 60;
+    const auto word = [&](float value) { return type == Floats::bfloat16 ? bfloat16_of({value})[0] : half_of(value); };
+    const int sampled = (L + apart - 1) / apart;
+    std::vector<float> X(N * D), W(L * D), bias(L), norm(L), scores(N * L);
+    for (float& v : X) v = float(generator() % 5) - 2;
+    for (float& v : W) v = float(generator() % 3) - 1;
+    for (float& b : bias) b = float(generator() % 9) / 8;
+    if (N > 1) X[D] = NAN;
+    std::vector<double> wide_bias(bias.begin(), bias.end());
+    std::vector<float> x_norm(N), rest(N), one(N, 1), pre_bias(D);
+    const auto norm_of = [&](const float* row) { return std::sqrt(std::inner_product(row, row + D, row, 1e-3f)); };
+    for (int n = 0; n < N; ++n) x_norm[n] = norm_of(&X[n * D]);
+    for (int l = 0; l < L; ++l) norm[l] = norm_of(&W[l * D]);
+    for (int n = 0; n < N; ++n)
+        for (int l = 0; l < L; ++l)
+            for (int d = 0; d < D; ++d) scores[n * L + l] += X[n * D + d] * W[l * D + d];
+    std::vector<uint16_t> narrow_X, narrow_W;
+    for (const float v : X) narrow_X.push_back(word(v));
+    for (const float v : W) narrow_W.push_back(word(v));
+    narrow_X.shrink_to_fit(), narrow_W.shrink_to_fit();
+    std::vector<int32_t> counts(N), thresholds(N), lows(N * capacity), highs(lows), latents(lows), places(lows);
+    const Candidates candidates{counts.data(), thresholds.data(), lows.data(),   highs.data(),
+                                latents.data(), places.data(),    capacity};
+    const SampleNorms samples{x_norm.data(), rest.data(), one.data()};
+    const Bounds bounds{float(D) * 0x1p-22f, 0, 0x1p-100f};
+    std::vector<float> first, first_bias, first_norm;
+    for (int l = 0; l < L; l += apart) first_bias.push_back(bias[l]), first_norm.push_back(norm[l]);
+    for (int n = 0; n < N; ++n)
+        for (int l = 0; l < L; l += apart) first.push_back(scores[n * L + l]);
+    filter_scores(
+        {32, 0}, candidates, first.data(), N, 0, sampled, {first_bias.data(), first_norm.data(), nullptr, nullptr},
+        samples, k, bounds, 0);
+    std::vector<char> workspace(screen_scores_workspace(N));
+    screen_scores(
+        candidates, {narrow_X.data(), D, type}, {narrow_W.data(), D, type}, N, L, D, bias.data(), norm.data(), samples,
+        apart, k, bounds, blocks, workspace.data(), 0);
+    std::vector<int32_t> indices(N * k, -1), given_up(N, -1);
+    int32_t total = 0;
+    const Operands operands{{X.data(), D, Floats::float32}, {pre_bias.data(), 1, Floats::float32},
+                            {narrow_W.data(), D, type}, wide_bias.data(), D};
+    settle_supports(
+        candidates, operands, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack, indices.data(),
+        given_up.data(), &total, 0);
+    expect(total == 0, "samples given up by tiles", number);
+    for (int n = 0; n < N; ++n) {
+        for (int l = 0; l < L; ++l) scores[n * L + l] += bias[l];
+        const std::vector<int32_t> exact = largest(&scores[n * L], L, k);
+        expect(std::equal(exact.begin(), exact.end(), &indices[n * k]), "screen_scores", number);
     }
 }
 
@@ -374,6 +429,8 @@ int main(int count, char**) {
         check_global_topk(problem, true, ++number);
         if (problem.given_up == 0) check_global_topk(problem, false, ++number);
     }
+    check_screen_scores(3, 700, 72, 2, 2, Floats::bfloat16, 1);  // tiles that end within: of samples, latents, columns
+    check_screen_scores(1, 70, 8, 4, 1, Floats::float16, 2);    // in two steps
     number = 0;
     for (const int n : {0, 1, 77, 300}) {
         for (const int L : {1, 5, 700}) check_invert_indices(n, L, 0, ++number);

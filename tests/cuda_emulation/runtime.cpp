@@ -4,6 +4,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <iterator>
 #include <stdexcept>
@@ -32,6 +33,7 @@ namespace emulation {
 namespace {
 
 constexpr size_t stack_bytes = 256 << 10, page = 4096;
+constexpr uint32_t shared_begin = 1024;  // what shared memory is aligned to, and its first address in descriptors
 constexpr unsigned no_order = 1;  // ThreadSanitizer: a switch orders nothing
 
 // Where ThreadSanitizer keeps what happened before.
@@ -43,6 +45,14 @@ struct Order {
     void acquire() {
         if (__tsan_acquire) __tsan_acquire(&at);
     }
+};
+
+// A product of tiles that is begun; `group` is how many were committed before it.
+struct Product {
+    uint64_t a, b;
+    bool adds;
+    float (*value)(uint16_t);
+    unsigned group;
 };
 
 struct Fibre {
@@ -58,6 +68,10 @@ struct Fibre {
     bool voted;  // the vote it waits for is complete
     const uint64_t* phase_of;
     unsigned parity;
+    Product products[16];
+    unsigned pending, groups;
+    float *sums, held[128];  // where sums go, and what they are
+    bool fenced;
 };
 
 struct Copy {
@@ -65,6 +79,8 @@ struct Copy {
     const char* from;
     unsigned bytes;
     const uint64_t* barrier;
+    TileMap tile;  // without rows: it is of single bytes
+    int column, row;
 };
 
 // An mbarrier.
@@ -149,6 +165,7 @@ void prepare(Fibre& fibre, unsigned i) {
     if (__tsan_create_fiber && !fibre.tsan) fibre.tsan = __tsan_create_fiber(0);
     fibre.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     fibre.state = Fibre::ready;
+    fibre.pending = fibre.groups = fibre.fenced = 0;
     getcontext(&fibre.context);
     fibre.context.uc_stack.ss_sp = fibre.stack + page;
     fibre.context.uc_stack.ss_size = stack_bytes;
@@ -183,6 +200,67 @@ void move(char* to, const char* from, unsigned bytes) {
     for (unsigned i = 0; i < bytes; ++i) const_cast<volatile char*>(to)[i] = from ? from[i] : char(0xa5);
 }
 
+// Where 16 bytes of a tile lie that would lie there.
+char* swizzled(uint32_t address, bool is) {
+    return shared_memory() + (is ? address ^ (address >> 7 & 7) << 4 : address) - shared_begin;
+}
+
+void move_tile(const Copy& copy) {
+    const TileMap& tile = copy.tile;
+    for (int r = 0; r < tile.rows_of_tile; ++r)
+        for (int c = 0; c < 64; c += 8) {
+            char* const to = swizzled(in_shared(copy.to) + r * 128 + c * 2, tile.swizzled);
+            const bool is_row = copy.row + r < tile.rows;
+            const char* const from = tile.data + (copy.row + r) * tile.apart + (copy.column + c) * 2;
+            const int64_t inside = is_row ? std::clamp<int64_t>(tile.columns - copy.column - c, 0, 8) * 2 : 0;
+            move(to, from, inside);
+            for (int i = inside; i < 16; ++i) const_cast<volatile char*>(to)[i] = 0;
+        }
+}
+
+// 16 columns of a row of the tile that a descriptor describes.
+void read_row(float (&numbers)[16], uint64_t tile, int row, float (*value)(uint16_t)) {
+    const uint32_t begin = (tile & 0x3fff) << 4, apart = (tile >> 32 & 0x3fff) << 4;
+    for (int half = 0; half < 2; ++half) {
+        const char* const from = swizzled(begin + row / 8 * apart + row % 8 * 128 + half * 16, tile >> 62 == 1);
+        for (int i = 0; i < 8; ++i) {
+            uint16_t word;
+            __builtin_memcpy(&word, from + 2 * i, 2);
+            numbers[8 * half + i] = value(word);
+        }
+    }
+}
+
+// As tensor cores may add: 16 products and the sum so far, each cut to 24 bits of the largest.
+float cut_sum(float sum, const float (&a)[16], const float (&b)[16]) {
+    double terms[17], largest = 0, plain = 0;
+    for (int i = 0; i < 17; ++i) {
+        terms[i] = i < 16 ? double(a[i]) * b[i] : sum;
+        largest = std::max(largest, std::abs(terms[i])), plain += terms[i];
+    }
+    if (!(std::abs(plain) < HUGE_VAL) || largest == 0) return float(plain);
+    const int unit = std::ilogb(largest) - 23;
+    const double scale = std::ldexp(1.0, -unit);
+    int64_t total = 0;
+    for (const double term : terms) total += int64_t(term * scale);
+    return float(std::ldexp(double(total), unit));
+}
+
+// The sums of the thread that runs.
+void multiply_now(const Product& product) {
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 % 4 * 16 + lane / 4;
+    float a[2][16], b[16];
+    for (int half = 0; half < 2; ++half) read_row(a[half], product.a, first + 8 * half, product.value);
+    for (int j = 0; j < 32; ++j)
+        for (int i = 0; i < 2; ++i) {
+            read_row(b, product.b, 8 * j + lane % 4 * 2 + i, product.value);
+            for (int half = 0; half < 2; ++half) {
+                float& sum = current->held[4 * j + 2 * half + i];
+                sum = cut_sum(product.adds ? sum : 0, a[half], b);
+            }
+        }
+}
+
 Transactions* transactions_at(const uint64_t* at) {
     for (unsigned i = 0; i < set_up; ++i)
         if (transactions[i].at == at) return &transactions[i];
@@ -206,7 +284,7 @@ bool deliver() {
     Copy& next = copies[schedule > 1 ? shuffle() % on_their_way : 0];
     const Copy copy = next;
     next = copies[--on_their_way];
-    move(copy.to, copy.from, copy.bytes);
+    copy.tile.rows ? move_tile(copy) : move(copy.to, copy.from, copy.bytes);
     Transactions& of = *transactions_at(copy.barrier);
     of.bytes -= copy.bytes;
     end_phase(of);
@@ -254,7 +332,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
         const unsigned at = schedule == 1 ? blocks - 1 - b : b;
         blockIdx = {at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y};
         // new memory for each block: two of them never share it
-        std::vector<char> rubbish(shared_bytes + 16, char(0xa5));
+        std::vector<char> rubbish(shared_bytes + shared_begin, char(0xa5));
         rubbish.swap(shared);
         if (__tsan_create_fiber) retired.push_back(std::move(rubbish));
         const size_t team = __tsan_create_fiber ? b : 0;
@@ -270,7 +348,10 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
     if (!error.empty()) throw std::runtime_error(error);
 }
 
-char* shared_memory() { return shared.data() + (16 - reinterpret_cast<uintptr_t>(shared.data()) % 16) % 16; }
+char* shared_memory() {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(shared.data());
+    return shared.data() + (shared_begin - begin % shared_begin) % shared_begin;
+}
 
 void forbid(const void* begin, size_t bytes) {
     if (__asan_poison_memory_region) __asan_poison_memory_region(begin, bytes);
@@ -387,7 +468,59 @@ void bulk_copy(void* to, const void* from, unsigned bytes, const uint64_t* at, W
         fail("a bulk copy beyond an array at " + described(where));
     if (on_their_way == std::size(copies)) fail("too many copies at once");
     move(static_cast<char*>(to), nullptr, bytes);  // nobody may read there any more
-    copies[on_their_way++] = {static_cast<char*>(to), static_cast<const char*>(from), bytes, at};
+    copies[on_their_way++] = {static_cast<char*>(to), static_cast<const char*>(from), bytes, at, {}, 0, 0};
+}
+
+uint32_t in_shared(const void* p) {
+    return uint32_t(static_cast<const char*>(p) - shared_memory()) + shared_begin;
+}
+
+TileMap map_tiles(const void* data, int64_t rows, int64_t columns, int64_t apart, int rows_of_tile) {
+    const bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && apart % 16 == 0 && apart < int64_t(1) << 40;
+    if (!fits || rows < 1 || columns < 1 || rows_of_tile < 1 || rows_of_tile > 256)
+        throw std::runtime_error("no tiles of such a matrix");
+    return {static_cast<const char*>(data), rows, columns, apart, rows_of_tile, true};
+}
+
+void load_tile(void* to, const TileMap& map, int column, int row, const uint64_t* at, Where where) {
+    const unsigned bytes = map.rows_of_tile * 128;
+    if (!known(at, where).fenced) fail("a tile to a barrier before any fence at " + described(where));
+    if (in_shared(to) % 1024) fail("a tile that does not begin at whole 1024 bytes at " + described(where));
+    bool outside = __asan_region_is_poisoned && __asan_region_is_poisoned(to, bytes);
+    const int64_t width = std::min<int64_t>(map.columns - column, 64) * 2;
+    for (int64_t r = row; r < std::min<int64_t>(map.rows, row + map.rows_of_tile) && __asan_region_is_poisoned; ++r)
+        outside |= width > 0 && __asan_region_is_poisoned(
+            const_cast<char*>(map.data + r * map.apart + column * 2), width) != nullptr;
+    if (outside) fail("a tile beyond its matrix or its place at " + described(where));
+    if (on_their_way == std::size(copies)) fail("too many copies at once");
+    move(static_cast<char*>(to), nullptr, bytes);
+    copies[on_their_way++] = {static_cast<char*>(to), nullptr, bytes, at, map, column, row};
+}
+
+void begin_products() { current->fenced = true; }
+
+void multiply(float (&sums)[128], uint64_t a, uint64_t b, bool adds, float (*value)(uint16_t), Where where) {
+    Fibre& self = *current;
+    meet(Vote::values, ~0u, 0, where);
+    if (!self.fenced) fail("a product of sums that no fence precedes at " + described(where));
+    if (self.pending == std::size(self.products)) fail("too many products at once at " + described(where));
+    if (self.pending && self.sums != sums) fail("products of two threads' sums at " + described(where));
+    if (!self.pending) std::copy_n(sums, 128, self.held);
+    self.sums = sums;
+    std::fill_n(sums, 128, NAN);
+    self.products[self.pending++] = {a, b, adds, value, self.groups};
+}
+
+void commit_products() { ++current->groups; }
+
+void wait_for_products(unsigned pending, Where where) {
+    Fibre& self = *current;
+    unsigned done = 0;
+    while (done < self.pending && self.products[done].group + pending < self.groups) multiply_now(self.products[done++]);
+    self.pending -= done;
+    for (unsigned i = 0; i < self.pending; ++i) self.products[i] = self.products[i + done];
+    if (done && !self.pending) std::copy_n(self.held, 128, self.sums), self.fenced = false;
+    meet(Vote::values, ~0u, 0, where);
 }
 
 }  // namespace emulation

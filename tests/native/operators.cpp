@@ -192,6 +192,40 @@ void check(
         values.tensor(3), index, W_dec.tensor(2), pre_bias.tensor(1), x.tensor(2), scale.tensor(2), weights, d_streams,
         threads);
 
+    // of nested dictionaries: none of them, some, and all latents
+    const int64_t P = 3, sizes[P] = {0, L / 2, L};
+    Array<A> nested_nmse(P * S, S), nested_grad_values(N, S, k), nested_grad_pre_bias(D);
+    Array<T> nested_grad_recons(P * N, S, D);
+    Array<int64_t> ends(P);
+    std::copy_n(sizes, P, ends.data.begin());
+    nested_decode_loss(
+        nested_nmse.tensor(2), nested_grad_recons.tensor(3), nested_grad_values.tensor(3), nested_grad_pre_bias.tensor(1),
+        values.tensor(3), index, W_dec.tensor(2), pre_bias.tensor(1), x.tensor(2), scale.tensor(2), weights, d_streams,
+        ends.tensor(1), threads);
+    for (int64_t n = 0; n < N; ++n)
+        for (int64_t s = 0; s < S; ++s) {
+            std::vector<double> back(k);
+            for (int64_t d = 0; d < D; ++d) {
+                const int64_t t = stream_of[d];
+                double gradient = 0;
+                for (int64_t p = P; p-- > 0;) {
+                    double error = pre_bias(d) - x(n, d);
+                    for (int64_t j = 0; j < k; ++j)
+                        if (I(n, s, j) < sizes[p]) error += values(n, s, j) * weight_of(W_dec, I(n, s, j), d);
+                    gradient += 2 * weights[s * S + t] / P * scale(n, t) * error;
+                    expect("nested_decode_loss, grad_recons", nested_grad_recons(p * N + n, s, d), gradient, 2 * tolerance);
+                    for (int64_t j = 0; j < k; ++j)
+                        if (I(n, s, j) >= (p ? sizes[p - 1] : 0) && I(n, s, j) < sizes[p])
+                            back[j] += gradient * weight_of(W_dec, I(n, s, j), d);
+                }
+            }
+            for (int64_t j = 0; j < k; ++j)
+                expect("nested_decode_loss, grad_values", nested_grad_values(n, s, j), back[j], 10 * tolerance);
+        }
+    for (int64_t s = 0; s < S; ++s)
+        for (int64_t t = 0; t < S; ++t)
+            expect("nested_decode_loss, nmse", nested_nmse((P - 1) * S + s, t), nmse(s, t), tolerance);
+
     std::vector<double> expected_nmse(S * S), expected_grad_pre_bias(D);
     for (int64_t n = 0; n < N; ++n) {
         for (int64_t d = 0; d < D; ++d) {

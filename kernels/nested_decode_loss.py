@@ -1,0 +1,181 @@
+"""`decode_loss` of nested dictionaries at once, from one gather of each sample's rows.
+
+E[p, n, s, d]           = sum_{j: I[n, s, j] < m_p} values[n, s, j] W_dec[I[n, s, j], d] + pre_bias[d] - target[n, d]
+nmse[p, s, t]           = sum_n scale[n, t] sum_{d in t} E[p, n, s, d]^2
+grad_recons[g, n, s, d] = 2 / P weights[s, t] scale[n, t] sum_{p >= g} E[p, n, s, d],  t = s(d)
+grad_values[n, s, j]    = sum_d grad_recons[g(l), n, s, d] W_dec[l, d],  l = I[n, s, j],  m_{g(l) - 1} <= l < m_{g(l)}
+grad_pre_bias[d]        = sum_{n, s} grad_recons[0, n, s, d]
+
+A program does what one of `decode_loss` does, for the last dictionary first: while the rows of a block of columns are
+kept, the errors of every dictionary come from them, and gradients are added up on the way to the first, each going back
+through the rows of its own group. Supports too long to be kept are gathered again for every dictionary, of each as much
+as it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparc_fast.kernels.decode_loss import _nmse_kernel, _sum_parts_kernel, _weights
+from sparc_fast.kernels.decode_loss import choice as of_one_dictionary
+from sparc_fast.kernels.gather import coefficients, combine, dots, gather, locate, operand_type, stored, sum_type
+from sparc_fast.kernels.launching import column_blocks, dense_rows, launch, next_power_of_2, widths
+from sparc_fast.ops.layout import gradient_dtype, wide
+
+
+@triton.jit(do_not_specialize=["N"])
+def _nested_decode_loss_kernel(
+    nmse_parts, grad_recons, grad_values_parts,
+    values, indices, W_dec, pre_bias, target, scale, weights, sizes, columns, W_stride, target_stride, N, S, k, L, D,
+    PER_STREAM: tl.constexpr, KEPT: tl.constexpr, ALIGNED: tl.constexpr, SUM: tl.constexpr, OPERAND: tl.constexpr,
+    TENSOR_CORES: tl.constexpr, SOURCES: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PREFIXES: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    n, chunk, first = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * SOURCES
+    begin = tl.multiple_of(tl.load(columns + chunk * 3), ALIGNED)
+    end = tl.multiple_of(tl.load(columns + chunk * 3 + 1), ALIGNED)
+    t = tl.load(columns + chunk * 3 + 2)
+    slots = tl.arange(0, SLOTS)
+    sources = first + slots
+    mine = (slots < SOURCES) & (sources < S)
+    weight = tl.load(weights + sources * S + t, mask=mine, other=0.0)
+    counts = weight != 0  # decided in float64: what is tiny still counts
+    k_read = tl.where(tl.max(counts.to(tl.int32), axis=0) > 0, k, 0)  # no row, where no source counts
+    support = indices + ((n * S + first) * k if PER_STREAM else n * k)
+    values += n * S * k
+    grad_values_parts += (chunk.to(tl.int64) * N + n) * S * k
+
+    sample_scale = tl.load(scale + n * S + t).to(SUM)
+    factor = tl.where(counts, (2 * weight / PREFIXES).to(SUM) * sample_scale, 0.0)
+    j = tl.arange(0, BLOCK_K)
+    prefixes = tl.arange(0, BLOCK_P)
+    parts = grad_values_parts + sources[:, None] * k + j[None, :]
+
+    if KEPT:
+        latents = tl.load(support + j, mask=j < k_read, other=-1)
+        offsets, wanted = locate(support, W_stride, j, k_read, L)
+        value = coefficients(values, sources, mine, k, j, wanted)
+    squares = tl.zeros([SLOTS, BLOCK_P], SUM)
+    products = tl.zeros([SLOTS, BLOCK_K], SUM)
+    for start in range(begin, end, BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)
+        inside = cols < end
+        if KEPT:
+            rows = gather(W_dec, offsets, wanted, cols, inside)
+        bias = tl.load(pre_bias + cols, mask=inside, other=0.0).to(SUM)
+        bias -= tl.load(target + n * target_stride + cols, mask=inside, other=0.0).to(SUM)
+        total = tl.zeros([SLOTS, BLOCK_D], SUM)  # of the gradients of this prefix and those after it
+        for back in range(PREFIXES):
+            p = PREFIXES - 1 - back
+            size = tl.load(sizes + p)
+            below = tl.load(sizes + p - 1, mask=p > 0, other=0)
+            error = tl.zeros([SLOTS, BLOCK_D], SUM)
+            if KEPT:
+                of_prefix = tl.where((latents < size)[None, :], value, 0.0)
+                error = combine(error, of_prefix, rows, SOURCES, TENSOR_CORES, OPERAND)
+            else:
+                for start_j in range(0, k, BLOCK_K):
+                    at = start_j + j
+                    here = tl.load(support + at, mask=at < k_read, other=-1)
+                    its_offsets, its_wanted = locate(support, W_stride, at, k_read, L)
+                    its_wanted &= here < size
+                    its_rows = gather(W_dec, its_offsets, its_wanted, cols, inside)
+                    its_value = coefficients(values, sources, mine, k, at, its_wanted)
+                    error = combine(error, its_value, its_rows, SOURCES, TENSOR_CORES, OPERAND)
+            # a pair of weight 0 is not computed: nothing it holds, NaN or not, goes on from here
+            error = tl.where(counts[:, None] & inside[None, :], error + bias[None, :], 0.0)
+            squares += tl.where((prefixes == p)[None, :], tl.sum(error * error, axis=1)[:, None], 0.0)
+            total += factor[:, None] * error
+            grad = total.to(grad_recons.dtype.element_ty)  # grad_values comes from the gradient as it is stored
+            out = grad_recons + ((p * N + n) * S + sources)[:, None] * D + cols[None, :]
+            tl.store(out, grad, mask=mine[:, None] & inside[None, :])
+            if KEPT:
+                part = dots(tl.zeros([SLOTS, BLOCK_K], SUM), grad, rows, SOURCES, TENSOR_CORES, OPERAND)
+                products += tl.where(((latents >= below) & (latents < size))[None, :], part, 0.0)
+            else:
+                for start_j in range(0, k, BLOCK_K):
+                    at = start_j + j
+                    here = tl.load(support + at, mask=at < k_read, other=-1)
+                    its_offsets, its_wanted = locate(support, W_stride, at, k_read, L)
+                    is_last = tl.zeros_like(at) + p == PREFIXES - 1
+                    nothing = is_last & ~its_wanted  # slots of no group are written with the last one's
+                    its_wanted &= (here >= below) & (here < size)
+                    its_rows = gather(W_dec, its_offsets, its_wanted, cols, inside)
+                    part = dots(tl.zeros([SLOTS, BLOCK_K], SUM), grad, its_rows, SOURCES, TENSOR_CORES, OPERAND)
+                    part = tl.where(its_wanted[None, :], part, 0.0)
+                    written = (at < k) & (its_wanted | nothing)
+                    tl.store(parts + start_j, part, mask=mine[:, None] & written[None, :])
+    squares = tl.where(counts[:, None], sample_scale * squares, 0.0)
+    chunks = tl.num_programs(1)
+    at_part = (prefixes[None, :] * chunks + chunk).to(tl.int64) * S + sources[:, None]
+    tl.store(nmse_parts + at_part * N + n, squares, mask=mine[:, None] & (prefixes < PREFIXES)[None, :])
+    if KEPT:
+        products = tl.where(wanted[None, :], products, 0.0)  # where there is no row, whatever the gradient is
+        tl.store(parts, products, mask=mine[:, None] & (j < k)[None, :])
+
+
+def choice(
+    S: int, k: int, L: int, width: int, values: torch.dtype, rows: torch.dtype, aligned: bool
+) -> dict[str, int]:  # fmt: skip
+    # estimated, not measured: as for one dictionary, whose rows are read in the same order
+    chosen = of_one_dictionary(S, k, L, width, values, rows, aligned)
+    if chosen["TENSOR_CORES"] or chosen["BLOCK_K"] > 64:  # the gradients that are added up take registers besides
+        chosen["maxnreg"] = 255
+    return chosen
+
+
+def nested_decode_loss(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    pre_bias: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    weights: Sequence[float],
+    d_streams: Sequence[int],
+    sizes: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (N, S, k), (L, D), P, device = values.shape, W_dec.shape, len(sizes), values.device
+    sums, dtype = sum_type(values, W_dec, pre_bias, target), gradient_dtype(values)
+    stored_sums = torch.float64 if sums == tl.float64 else torch.float32
+    per_stream = indices.ndim == 3
+    aligned = all(d % 16 == 0 for d in d_streams)
+    chosen = choice(1 if per_stream else S, k, L, max(d_streams), values.dtype, W_dec.dtype, aligned)
+    columns = column_blocks(widths(d_streams), chosen.pop("CHUNK"), device)
+    chunks = len(columns)
+
+    nmse_parts = torch.empty(P, chunks, S, N, dtype=stored_sums, device=device)
+    grad_values_parts = torch.empty(chunks, N, S, k, dtype=stored_sums, device=device)
+    grad_recons = torch.empty(P, N, S, D, dtype=stored(dtype, device), device=device)
+    rows, target = dense_rows(W_dec), dense_rows(target)
+    launch(
+        _nested_decode_loss_kernel, (N, chunks, triton.cdiv(S, chosen["SOURCES"])),
+        nmse_parts, grad_recons, grad_values_parts,
+        values.contiguous(), indices.contiguous(), rows, pre_bias.contiguous(), target, scale.contiguous(),
+        _weights(tuple(weights), device), _sizes(tuple(sizes), device), columns, rows.stride(0), target.stride(0), N, S,
+        k, L, D, PER_STREAM=per_stream, ALIGNED=math.gcd(16, *d_streams), SUM=sums, OPERAND=operand_type(values),
+        PREFIXES=P, BLOCK_P=next_power_of_2(P), **chosen,
+    )  # fmt: skip
+
+    grad_values = torch.empty(N, S, k, dtype=stored(dtype, device), device=device)
+    size = grad_values.numel()
+    launch(
+        _sum_parts_kernel, (triton.cdiv(size, 1024),), grad_values, grad_values_parts, size, CHUNKS=chunks, BLOCK=1024
+    )
+    nmse = torch.empty(P, S, S, dtype=stored_sums, device=device)
+    launch(_nmse_kernel, (S, S, P), nmse, nmse_parts, columns, N, S, CHUNKS=chunks, BLOCK_N=1024)
+    grad_recons = grad_recons.to(dtype)
+    return nmse, grad_recons, grad_values.to(dtype), grad_recons[0].sum((0, 1), dtype=wide(grad_recons[:0]).dtype)
+
+
+@cache
+def _sizes(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept for good, as a captured CUDA graph goes on reading it."""
+    return torch.tensor(sizes, dtype=torch.int64, device=device)

@@ -1,0 +1,120 @@
+"""Rows of private latents move in their stream alone: block by block, as if each were a model of one stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparc_fast.ops.backends import Backend
+from sparc_fast.ops.row_step import AdamStep, DecoderRows, Rows
+from sparc_fast.optim.freezing import Run
+from sparc_fast.selection import Private
+
+if TYPE_CHECKING:
+    from sparc_fast.optim.micro_batches import OneBatch
+
+
+class Block(NamedTuple):
+    """Latents of the same streams, and what moves their rows."""
+
+    latents: slice
+    streams: slice
+    """Among those of the rows that it is a block of; so are the columns."""
+    columns: slice
+    rows: Rows
+    run: Run | None
+    batch: OneBatch
+
+
+def blocks(batch: OneBatch, private: Private, rows: Rows, run: Run | None, backend: Backend) -> Iterator[Block]:
+    """The rows of a run of streams, or of all: those of shared latents, then those of each stream's own."""
+    shared = slice(0, private.n_shared)
+    columns = slice(0, sum(rows.d_streams))
+    samples = batch.samples._replace(offsets=batch.samples.offsets[: private.n_shared + 1])
+    used = batch.used.masked_fill(batch.used >= private.n_shared, -1) if run is not None else batch.used
+    of_shared = batch._replace(samples=samples, used=used, private=None)
+    whole = slice(0, len(rows.d_streams))
+    yield Block(shared, whole, columns, rows.block(shared, columns, rows.d_streams), run, of_shared)
+    for s, stream, here in _own(private, run):
+        latents, width = private.latents[stream], here.stop - here.start
+        one = slice(s, s + 1)
+        first = 0 if run is None else run.streams.start
+        yield Block(
+            latents, slice(s - first, s - first + 1), here, rows.block(latents, here, (width,)), None,
+            _of_stream(batch, latents, one, private.columns[stream], backend),
+        )  # fmt: skip
+
+
+def decoder_blocks(
+    rows: DecoderRows, run: Run | None, latents: Tensor, private: Private | None
+) -> Iterator[tuple[DecoderRows, Tensor]]:
+    """The decoder's rows in the same blocks, with those of some latents that each has."""
+    if private is None:
+        yield rows, latents
+        return
+    shared = slice(0, private.n_shared), slice(0, sum(rows.d_streams)), rows.d_streams
+    own = [(private.latents[name], here, (here.stop - here.start,)) for _, name, here in _own(private, run)]
+    for some, here, widths in (shared, *own):
+        W_dec, *moments = (part[some, here] for part in (rows.W_dec, *rows.moments))
+        copy = None if rows.copy is None else rows.copy[some, here]
+        inside = latents[(latents >= some.start) & (latents < some.stop)] - some.start
+        yield DecoderRows(W_dec, moments, widths, rows.last_step[some], copy), inside
+
+
+def update(
+    batch: OneBatch, private: Private, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """As `OneBatch.update`, block by block."""
+    found = [(b, b.batch.update(b.rows, b.run, adam, backend)) for b in blocks(batch, private, rows, run, backend)]
+    (_, (grad_latent_bias, grad_pre_bias)), *own = found
+    if rows.W_enc is None:
+        return grad_latent_bias, grad_pre_bias
+    for block, (_, through_encoder) in own:
+        grad_pre_bias[block.columns] += through_encoder
+    return _of_all(private, [(block, bias) for block, (bias, _) in found]), grad_pre_bias
+
+
+def squared_norm(
+    batch: OneBatch, private: Private, rows: Rows, run: Run | None, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """As `OneBatch.squared_norm`, block by block."""
+    found = [(b, b.batch.squared_norm(b.rows, b.run, backend)) for b in blocks(batch, private, rows, run, backend)]
+    total = torch.stack([squares for _, (squares, _) in found]).sum()
+    if rows.W_enc is None:
+        return total, found[0][1][1]
+    return total, _of_all(private, [(block, bias) for block, (_, bias) in found])
+
+
+def _of_all(private: Private, found: Sequence[tuple[Block, Tensor]]) -> Tensor:
+    """[S, L] of those of blocks; 0 where a latent is another stream's."""
+    grad_latent_bias = found[0][1].new_zeros(len(found[0][1]), private.n_latents)
+    for block, of_block in found:
+        grad_latent_bias[block.streams, block.latents] = of_block
+    return grad_latent_bias
+
+
+def _own(private: Private, run: Run | None) -> Iterator[tuple[int, str, slice]]:
+    """(its place in the model, its name, its columns in the run) of each stream of a run that has private latents."""
+    for s, (name, columns) in enumerate(private.columns.items()):
+        if name not in private.latents or (run is not None and not run.streams.start <= s < run.streams.stop):
+            continue
+        first = 0 if run is None else run.columns.start
+        yield s, name, slice(columns.start - first, columns.stop - first)
+
+
+def _of_stream(batch: OneBatch, latents: slice, one: slice, columns: slice, backend: Backend) -> OneBatch:
+    """The batch as a model of this stream and these latents alone sees it."""
+    samples = batch.samples
+    used = batch.used if batch.used.ndim == 2 else batch.used[:, one.start]
+    inside = (used >= latents.start) & (used < latents.stop)
+    own = torch.where(inside, used - latents.start, -1)
+    offsets, entries = backend.invert_indices(own, latents.stop - latents.start)
+    samples = samples._replace(
+        x=samples.x[:, columns], pre_bias=samples.pre_bias[columns], values=samples.values[:, one],
+        grad_values=samples.grad_values[:, one], grad_recons=samples.grad_recons[:, one, columns],
+        offsets=offsets, entries=entries,
+    )  # fmt: skip
+    return batch._replace(samples=samples, used=own, private=None)
