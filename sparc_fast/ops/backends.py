@@ -167,6 +167,7 @@ IN_GRAPHS = (
 RAGGED = ("batch_topk", "latents_above")  # how wide their results are depends on data
 # these move weights and moments in place, or say how, outside of any graph of torch.compile
 PLAIN = (*RAGGED, "gradient_squares", "update_rows", "step_rows", "replay_rows", "step_biases", "loss_summary")
+OPTIONAL = ("best_rows",)  # what others do in several steps
 
 # results that the reference does not find without looking at data, or at all
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -264,7 +265,8 @@ def _in_graphs(implementation: Backend, library: str, device_types: tuple[str, .
 
 def replaced(backend: Backend, operators: dict[str, Callable[..., Any]]) -> Backend:
     """A backend with some of its operators replaced."""
-    functions = {name: getattr(backend, name) for name in (*IN_GRAPHS, *PLAIN)}
+    has = [name for name in OPTIONAL if hasattr(backend, name)]
+    functions = {name: getattr(backend, name) for name in (*IN_GRAPHS, *PLAIN, *has)}
     whole: Any = SimpleNamespace(**{**functions, **operators})
     of_both: Backend = whole
     return of_both

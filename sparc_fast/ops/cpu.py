@@ -15,7 +15,15 @@ from torch import Tensor
 
 from sparc_fast import _cpu
 from sparc_fast.ops import reference
-from sparc_fast.ops.cpu_topk import batch_topk, dense_rows, global_topk, latents_above, support_scores, topk_rows
+from sparc_fast.ops.cpu_topk import (
+    batch_topk,
+    best_rows,
+    dense_rows,
+    global_topk,
+    latents_above,
+    support_scores,
+    topk_rows,
+)
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import gradient_dtype, wide
 from sparc_fast.ops.reference import loss_summary, sample_scale, step_biases
@@ -23,6 +31,7 @@ from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samp
 
 __all__ = [
     "batch_topk",
+    "best_rows",
     "count_silence",
     "decode_loss",
     "decoder_gradients",
