@@ -99,8 +99,8 @@ class Plan:
         supports = len(self.streams.widths) if config.selection in LOCAL else 1
         auxk = config.auxk if config.auxk_coef and self.dead else 0
         return exchanged_bytes(
-            config.batch_size, self.streams.widths, config.k * supports, self.ranks, weight=weight, auxk=auxk * supports,
-            on_gpu=self.machine.device != "cpu", over_batch=config.selection == "batch",
+            config.batch_size, self.streams.widths, config.k * supports, self.ranks, weight=weight,
+            auxk=auxk * supports, on_gpu=self.machine.device != "cpu", over_batch=config.selection == "batch",
         )  # fmt: skip
 
     @property
