@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparc_fast import SPARC
-from sparc_fast.objective import nmse_scale, pair_weights, row_energy
+from sparc_fast.objective import pair_weights
 from sparc_fast.ops import reference
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
-from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
+from sparc_fast.ops.reference import nmse_scale, row_energy
+from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Gradients, Rows, Samples
 from sparc_fast.planning.process_memory import available_bytes
 
 FLOAT = 4  # bytes of a float32
@@ -217,6 +218,22 @@ class Operands:
     def scale(self) -> Tensor:
         return nmse_scale(row_energy(self.x, self.d_streams))
 
+    @property
+    def energy(self) -> Tensor:
+        return row_energy(self.x, self.d_streams)
+
+    @cached_property
+    def nmse(self) -> Tensor:
+        return self.normal(19, self.shape.S, self.shape.S).abs()
+
+    @property
+    def auxk(self) -> Tensor:
+        return self.nmse[0, 0]
+
+    @property
+    def auxk_coef(self) -> float:
+        return 1 / 32
+
     @cached_property
     def weights(self) -> tuple[float, ...]:
         return pair_weights(self.shape.S, 1.0)
@@ -303,6 +320,18 @@ def _step_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Calla
     return run
 
 
+def _step_biases(b: Any, o: Operands) -> Callable[[], Tensor]:
+    own = [wide(bias).clone() for bias in (o.latent_bias, o.pre_bias)]
+    copies = [None if bias.dtype == o.dtype else bias.to(o.dtype) for bias in own]
+    biases = [Bias(w, [w / 10], [w * 0, w * 0 + 1e-6], copy) for w, copy in zip(own, copies, strict=True)]
+
+    def run() -> Tensor:
+        b.step_biases(biases, AdamStep(**ADAM, step=1000))
+        return own[0]
+
+    return run
+
+
 def _replay_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Callable[[], Tensor]:
     """Ten skipped steps of every second latent."""
     own = Trained(o, moments)
@@ -331,6 +360,7 @@ CALLS: dict[str, Callable[[Any, Operands], Callable[[], Any]]] = {
     "update_rows": _update_rows,
     "step_rows": _step_rows,
     "replay_rows": _replay_rows,
+    "step_biases": _step_biases,
 }
 # the same operators with Adam's moments in bfloat16, which other machine code does
 NARROW_MOMENTS = {

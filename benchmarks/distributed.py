@@ -1,23 +1,31 @@
 """A training step of processes that share the latents, on a core each, against one process on as many threads.
 
-Both are the same training; what ranks exchange is counted and held against docs/distributed.md.
+Both are the same training. Beside the time by the clock, which whatever else runs changes, stands what processors
+spent. What ranks exchange is counted and held against docs/distributed.md. Memory is a rank's peak in its steps, memory
+that it shares included, less what it held once a tiny model had made a step.
 """
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
-from time import perf_counter
+from statistics import median
+from time import perf_counter, process_time
+from typing import NamedTuple
 
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
 from sparc_fast.distributed.bytes import received_bytes
+from sparc_fast.ops.huge_pages import give_back_freed
+from sparc_fast.planning.process_memory import forget_peak, resident
 
-from .cases import SMALL, TYPES, WIDTHS, Place, Shape
+from .cases import FLOAT, SMALL, TYPES, WIDTHS, Place, Shape
 from .record import Case, Record
 from .steps import Ours, inputs_of, phases
 from .steps import model as model_of
@@ -25,6 +33,15 @@ from .steps import model as model_of
 RANKS = 2
 WIDE = Shape("N1024-L32768", 1024, 32768)
 SHAPES = (WIDE, next(shape for shape in WIDTHS if shape.L == 262144), SMALL)
+
+
+class Steps(NamedTuple):
+    """Of a rank."""
+
+    loss: float
+    received: int
+    processor_seconds: float
+    memory: int
 
 
 class Ranks:
@@ -44,18 +61,26 @@ class Ranks:
 
     def step(self, times: int = 1) -> float:
         """The loss of the last of so many steps."""
-        return self._ask(times)[0][0]
+        return self._ask(times)[0].loss
 
     def received(self) -> int:
         """Bytes of one more step, of the rank that gets most."""
-        return max(received for _, received in self._ask(1))
+        return max(of_rank.received for of_rank in self._ask(1))
+
+    def processor_seconds(self) -> float:
+        """Of one more step, of all ranks together."""
+        return sum(of_rank.processor_seconds for of_rank in self._ask(1))
+
+    def memory(self) -> int:
+        """Bytes of the rank that took most at its peak."""
+        return max(of_rank.memory for of_rank in self._ask(1))
 
     def close(self) -> None:
         for process in self._processes:
             process.kill()
             process.join()
 
-    def _ask(self, times: int) -> list[tuple[float, int]]:
+    def _ask(self, times: int) -> list[Steps]:
         for pipe in self._pipes:
             pipe.send(times)
         return [pipe.recv() for pipe in self._pipes]
@@ -69,17 +94,26 @@ def _serve(rank: int, n: int, folder: str, shape: Shape, place: Place, dtype: st
         torch.cuda.set_device(rank)
     wires = "cpu:gloo,cuda:nccl" if place.is_gpu else "gloo"
     torch.distributed.init_process_group(wires, init_method=f"file://{folder}/meeting", rank=rank, world_size=n)
+    tiny = replace(SMALL, N=8)
+    Ours(shard(model_of(tiny, place, place.role, dtype))).step(inputs_of(place.role, tiny, place, dtype))
+    gc.collect()
+    give_back_freed()
+    base = resident("VmRSS")
     model = shard(model_of(shape, place, place.role, dtype))
     ours = Ours(model)
     x = inputs_of(place.role, shape, place, dtype).tensor_split(n)[rank].clone()
+    gc.collect()
+    give_back_freed()
+    forget_peak()
     while True:
         try:
             times = pipe.recv()
         except EOFError:
             return
-        before = received(model)
+        before, began = received(model), process_time()
         losses = [ours.step(x) for _ in range(times)]
-        pipe.send((float(losses[-1]), sum((received(model) - before).values())))
+        loss, spent = float(losses[-1]), process_time() - began
+        pipe.send(Steps(loss, sum((received(model) - before).values()), spent, resident("VmHWM") - base))
 
 
 @contextmanager
@@ -116,11 +150,24 @@ def _run(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
             ours, x = Ours(shape.model(place.backend)), shape.inputs()
             runs = {together: started.step, alone: lambda: ours.step(x)}
             record.race(*where, dtype, runs, seconds, phases(shape), (together,))
-            received = started.received()
+            spent = [(_processor_seconds(ours, x), started.processor_seconds()) for _ in range(9 if seconds else 1)]
+            received, held = started.received(), started.memory()
     finally:
         torch.set_num_threads(threads)
+    ratio = median(one / ranks for one, ranks in spent)
+    note = f"of one process over all ranks: {median(one for one, _ in spent) * 1e3:.0f} ms"
+    record.add(*where, "processor time", value=ratio, unit="×", note=note)
     expected = received_bytes(shape.N, shape.d_streams, shape.k, RANKS)
     record.add(*where, "received by a rank", value=received, unit="B", note=f"{received / expected:.3f} of the formula")
+    share = 3 * FLOAT * 2 * shape.L * shape.D / RANKS
+    buffers = f"its share of weights and moments {share / 1e6:.1f} MB, all else {(held - share) / 1e6:.1f}"
+    record.add(*where, "memory of a rank", value=held, unit="B", note=buffers)
+
+
+def _processor_seconds(ours: Ours, x: torch.Tensor) -> float:
+    began = process_time()
+    ours.step(x)
+    return process_time() - began
 
 
 def on_devices(record: Record, shape: Shape, dtype: str, seconds: float) -> None:

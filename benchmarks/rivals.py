@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparc_fast import SPARC, nmse
-from sparc_fast.objective import nmse_scale, pair_weights, row_energy
+from sparc_fast.objective import pair_weights
 from sparc_fast.ops.layout import stream_slices
+from sparc_fast.ops.reference import nmse_scale, row_energy
 
 
 class Dense(nn.Module):

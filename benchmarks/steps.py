@@ -332,6 +332,7 @@ def rules(shape: Shape) -> dict[str, dict[str, Any]]:
     return {
         "global": {},
         "batch": {"selection": "batch"},
+        "jumprelu": {"selection": "jumprelu"},
         "4 nested dictionaries": {"matryoshka": nested_sizes(shape.L)},
     }
 

@@ -7,11 +7,14 @@ from .encoder_gradients import encoder_gradients
 from .global_topk import global_topk
 from .gradient_squares import gradient_squares
 from .invert_indices import invert_indices
+from .loss_summary import loss_summary
 from .nested_decode_loss import nested_decode_loss
 from .pooled_topk import batch_topk, latents_above
 from .replay_rows import replay_rows
+from .sample_scale import sample_scale
 from .sparse_decode import sparse_decode
 from .sparse_decode_grad_values import sparse_decode_grad_values
+from .step_biases import step_biases
 from .support_scores import support_scores
 from .support_values import support_values
 from .support_values_grad_x import support_values_grad_x
@@ -29,10 +32,13 @@ __all__ = [
     "gradient_squares",
     "invert_indices",
     "latents_above",
+    "loss_summary",
     "nested_decode_loss",
     "replay_rows",
+    "sample_scale",
     "sparse_decode",
     "sparse_decode_grad_values",
+    "step_biases",
     "step_rows",
     "support_scores",
     "support_values",

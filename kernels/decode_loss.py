@@ -39,7 +39,7 @@ from sparc_fast.kernels.gather import (
     sum_type,
 )
 from sparc_fast.kernels.launching import column_blocks, dense_rows, launch, next_power_of_2, widths
-from sparc_fast.ops.layout import gradient_dtype, wide
+from sparc_fast.ops.layout import gradient_dtype, wide_type
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -195,22 +195,21 @@ def decode_loss(
         _decode_loss_kernel, (N, chunks, triton.cdiv(S, chosen["SOURCES"])),
         nmse_parts, grad_recons, grad_values_parts,
         values.contiguous(), indices.contiguous(), rows, pre_bias.contiguous(), target, scale.contiguous(),
-        _weights(tuple(weights), device), columns, rows.stride(0), target.stride(0), N, S, k, L, D,
+        weights_on(tuple(weights), device), columns, rows.stride(0), target.stride(0), N, S, k, L, D,
         PER_STREAM=per_stream, ALIGNED=math.gcd(16, *d_streams), SUM=sums, OPERAND=operand_type(values), **chosen,
     )  # fmt: skip
 
     grad_values = torch.empty(N, S, k, dtype=stored(dtype, device), device=device)
-    size = grad_values.numel()
+    nmse, size = torch.empty(S, S, dtype=stored_sums, device=device), grad_values.numel()
     launch(
         _sum_parts_kernel, (triton.cdiv(size, 1024),), grad_values, grad_values_parts, size, CHUNKS=chunks, BLOCK=1024
     )
-    nmse = torch.empty(S, S, dtype=stored_sums, device=device)
     launch(_nmse_kernel, (S, S, 1), nmse, nmse_parts, columns, N, S, CHUNKS=chunks, BLOCK_N=1024)
     grad_recons = grad_recons.to(dtype)
-    return nmse, grad_recons, grad_values.to(dtype), grad_recons.sum((0, 1), dtype=wide(grad_recons[:0]).dtype)
+    return nmse, grad_recons, grad_values.to(dtype), grad_recons.sum((0, 1), dtype=wide_type(dtype))
 
 
 @cache
-def _weights(weights: tuple[float, ...], device: torch.device) -> Tensor:
+def weights_on(weights: tuple[float, ...], device: torch.device) -> Tensor:
     """Kept for good, as a captured CUDA graph goes on reading it: 512 bytes of the device for all ever used."""
     return torch.tensor(weights, dtype=torch.float64, device=device)

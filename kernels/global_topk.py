@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,6 @@ from sparc_fast.kernels.topk_rows import (
 )
 from sparc_fast.ops.gpu_scratch import CANDIDATES, ROOM, ROWS, SPARE
 from sparc_fast.ops.layout import wide
-from sparc_fast.ops.reference import summed_bias
 
 SCORES = 0.64  # of the L2 cache may be scores of one GEMM: they are still there when the filter reads them
 LARGEST_NORM = tl.constexpr(1e18)
@@ -121,6 +120,54 @@ def _device(device: torch.device) -> tuple[int, int]:
 
 
 @triton.jit
+def _sum_biases(
+    bias, narrow_bias, total, latent_bias, stride_s, stride_l, none_given_up, L, S: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`summed_bias`, the same in float32, and how many samples are given up so far."""
+    l = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for s in range(S):
+        sums += tl.load(latent_bias + s * stride_s + l * stride_l, mask=l < L, other=0).to(tl.float64)
+    tl.store(bias + l, sums, mask=l < L)
+    tl.store(narrow_bias + l, sums.to(tl.float32), mask=l < L)
+    if tl.program_id(0) == 0:
+        tl.store(total, none_given_up)
+
+
+@triton.jit
+def _list_latents(listed, many, among, L, BLOCK: tl.constexpr):
+    """The latents that `among` says, ascending, and how many these are: a single program."""
+    count = 0
+    for start in range(0, L, BLOCK):
+        l = start + tl.arange(0, BLOCK)
+        here = tl.load(among + l, mask=l < L, other=0).to(tl.int32)
+        tl.store(listed + count + tl.cumsum(here, axis=0) - here, l, mask=here > 0)
+        count += tl.sum(here, axis=0)
+    tl.store(many, count)
+
+
+@triton.jit(do_not_specialize=["first"])
+def _multiply_listed(
+    scores, X, W, many, first, N, D, chunk,
+    OPERAND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """scores[n, j] = X[n] . W[j] for as many of a chunk's rows of W as there are; tiles beyond these end at once."""
+    n, j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    here = tl.load(many) - first
+    if tl.program_id(0) * BLOCK_L < here:
+        of_x, of_w = X + n.to(tl.int64)[:, None] * D, W + j.to(tl.int64)[:, None] * D
+        sums = tl.zeros([BLOCK_N, BLOCK_L], tl.float32)
+        for d in range(0, D, BLOCK_D):
+            column = d + tl.arange(0, BLOCK_D)
+            inside = (column < D)[None, :]
+            x = tl.load(of_x + column[None, :], mask=(n < N)[:, None] & inside, other=0)
+            w = tl.load(of_w + column[None, :], mask=(j < here)[:, None] & inside, other=0)
+            sums = tl.dot(x.to(OPERAND), tl.trans(w).to(OPERAND), sums, input_precision="ieee")
+        to = scores + n.to(tl.int64)[:, None] * chunk + j[None, :]
+        tl.store(to, sums, mask=(n < N)[:, None] & (j < chunk)[None, :])
+
+
+@triton.jit
 def _norm_above(squares, growth, flushed, inverse, largest):
     """At least the root of a sum of squares taken in float32; 0 only of a row that is all zero; NaN stays."""
     norm = growth * (tl.sqrt(squares) * growth + flushed) * inverse
@@ -128,20 +175,28 @@ def _norm_above(squares, growth, flushed, inverse, largest):
     return tl.where((largest == 0) & (norm < LARGEST_NORM), 0.0, norm)
 
 
-@triton.jit(do_not_specialize=["N", "growth", "flushed"])
+@triton.jit(do_not_specialize=["first", "N", "growth", "flushed"])
 def _measure(
-    v, stride, pre_bias, copy, norm, residual, inverse_scale, N, D, growth, flushed,
+    v, stride, pre_bias, copy, norm, residual, inverse_scale, listed, many, first, N, D, growth, flushed,
     CENTRED: tl.constexpr, COPIED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Copies rows of v (minus pre_bias), and bounds their norms and what the copy took from them."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    wanted = row < N
-    place = row.to(tl.int64)[:, None]
+    """Copies rows of v (minus pre_bias), and bounds their norms and what the copy took from them.
+
+    Where rows are listed, those that are listed from `first` on, of as many as there are.
+    """
+    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, width = at, D
+    if listed is not None:
+        N = tl.minimum(N, tl.load(many) - first)
+        row = tl.load(listed + first + at, mask=at < N, other=0)
+        width = tl.where(tl.program_id(0) * ROWS < N, D, 0)
+    wanted = at < N
+    place, to = row.to(tl.int64)[:, None], at.to(tl.int64)[:, None]
     inverse = tl.full((ROWS,), 1.0, tl.float32)
     scale = inverse
     if SCALED:
         largest = tl.zeros((ROWS,), tl.float32)
-        for d in range(0, D, BLOCK_D):
+        for d in range(0, width, BLOCK_D):
             column = d + tl.arange(0, BLOCK_D)
             inside = wanted[:, None] & (column < D)[None, :]
             number = tl.load(v + place * stride + column[None, :], mask=inside, other=0).to(tl.float32)
@@ -155,7 +210,7 @@ def _measure(
     squares = tl.zeros((ROWS, BLOCK_D), tl.float32)
     lost = tl.zeros((ROWS, BLOCK_D), tl.float32)
     largest = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for d in range(0, D, BLOCK_D):
+    for d in range(0, width, BLOCK_D):
         column = d + tl.arange(0, BLOCK_D)
         inside = wanted[:, None] & (column < D)[None, :]
         number = tl.load(v + place * stride + column[None, :], mask=inside, other=0).to(tl.float32)
@@ -166,7 +221,7 @@ def _measure(
         squares += number * number
         if COPIED:
             rounded = number.to(copy.dtype.element_ty)
-            tl.store(copy + place * D + column[None, :], rounded, mask=inside)
+            tl.store(copy + to * D + column[None, :], rounded, mask=inside)
             rest = number - rounded.to(tl.float32)
             lost += rest * rest
     highest = tl.max(largest, axis=1)
@@ -191,10 +246,10 @@ def _interval(a, b, bound, slack, zero):
 @triton.jit(do_not_specialize=["k", "capacity", "gamma", "flushed", "slack"])
 def _filter(
     scores, first, chunk, bias, w_norm, w_residual, w_inverse, x_norm, x_residual, x_inverse, counts, thresholds,
-    lows, highs, latents, k, capacity, gamma, flushed, slack,
+    lows, highs, latents, listed, many, k, capacity, gamma, flushed, slack,
     COPIED: tl.constexpr, TOP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Takes in the scores of latents first ... first + chunk - 1 of one sample."""
+    """Takes in the scores of latents first ... first + chunk - 1 of one sample, or of those so listed."""
     row = tl.program_id(0)
     place = row.to(tl.int64)
     rest = tl.load(x_residual + row)
@@ -210,10 +265,15 @@ def _filter(
     lows += place * capacity
     highs += place * capacity
     latents += place * capacity
-    for start in range(0, chunk, COLUMNS):
+    here = chunk
+    if listed is not None:
+        here = tl.minimum(chunk, tl.load(many) - first)
+    for start in range(0, here, COLUMNS):
         lane = start + tl.arange(0, COLUMNS)
-        valid = lane < chunk
+        valid = lane < here
         latent = first + lane
+        if listed is not None:
+            latent = tl.load(listed + latent, mask=valid, other=0)
         a = tl.load(scores + place * chunk + lane, mask=valid, other=0)
         b = tl.load(bias + latent, mask=valid, other=0)
         norm = tl.load(w_norm + latent, mask=valid, other=0)
@@ -308,7 +368,7 @@ def _mark(above, below, lows, highs, places, count, TOP: tl.constexpr, BLOCK: tl
 @triton.jit(do_not_specialize=["first_row", "k", "capacity", "rounding", "slack"])
 def _settle(
     x, x_stride, pre_bias, W, W_stride, bias, first_row, D, x_norm, w_norm, counts, lows, highs, latents, places, k,
-    capacity, rounding, slack, indices, given_up, total,
+    capacity, rounding, slack, indices, given_up, total, listed, many,
     R: tl.constexpr, EXACT_R: tl.constexpr, BLOCK_D: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The support of one sample from its candidates, or its number among those given up."""
@@ -326,7 +386,11 @@ def _settle(
     elif count == -2:  # every score is NaN
         for start in range(0, k, BLOCK):
             lane = start + tl.arange(0, BLOCK)
-            tl.store(indices + lane, lane, mask=lane < k)
+            if listed is None:
+                tl.store(indices + lane, lane, mask=lane < k)
+            else:
+                inside = lane < tl.minimum(k, tl.load(many))
+                tl.store(indices + lane, tl.load(listed + lane, mask=inside, other=0), mask=inside)
     else:
         if count > k:
             # the k-th score is between these: intervals around it become narrow by a sum in float32
@@ -376,7 +440,7 @@ def _settle(
 @triton.jit(do_not_specialize=["L", "k", "capacity"])
 def _score_in_full(
     x, x_stride, pre_bias, W, W_stride, bias, L, D, k, capacity, total, rows, keys, latents, part_keys, part_latents,
-    part_counts, indices,
+    part_counts, indices, among,
     SUM: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The k largest exact scores of the samples given up; where these are few, of parts, which `merge_parts` joins."""
@@ -396,6 +460,8 @@ def _score_in_full(
         for start in range(begin, end, R):
             latent = start + tl.arange(0, R)
             wanted = latent < end
+            if among is not None:
+                wanted = wanted & (tl.load(among + latent, mask=wanted, other=0) != 0)
             key = sortable(
                 exact_scores(x + row * x_stride, pre_bias, W, W_stride, bias, latent, wanted, D, SUM, R, BLOCK_D)
             )
@@ -408,8 +474,8 @@ def _score_in_full(
         if parts == 1:
             for start in range(0, k, BLOCK):
                 lane = start + tl.arange(0, BLOCK)
-                name = tl.load(part_latents + lane, mask=lane < k, other=0)
-                tl.store(indices + row * k + lane, name, mask=lane < k)
+                name = tl.load(part_latents + lane, mask=lane < written, other=0)
+                tl.store(indices + row * k + lane, name, mask=lane < written)
             tl.debug_barrier()
 
 
@@ -451,6 +517,10 @@ class Candidates(NamedTuple):
     capacity: int
 
 
+Listed = tuple[Tensor | None, Tensor | None]
+"""The latents to choose among, int32 [L], and how many of these there are, int32 [1]; or neither."""
+
+
 class Selection(NamedTuple):
     """How the kernels that select are launched: Triton's here, or another backend's on the same tensors."""
 
@@ -462,13 +532,13 @@ class Selection(NamedTuple):
 
 def _take_in(
     product: Tensor, first: int, chunk: int, bias: Tensor, of_w: Tensor, of_x: Tensor, candidates: Candidates, k: int,
-    bounds: tuple[float, float, float],
+    bounds: tuple[float, float, float], listed: Listed = (None, None),
 ) -> None:  # fmt: skip
     """The scores of latents from `first` on; no product is longer than `chunk`. of_w has one row where W is no copy."""
     counts, thresholds, lows, highs, latents, _, capacity = candidates
     launch(
         _filter, (len(product),), product, first, product.shape[1], bias, *of_w.expand(3, -1), *of_x, counts,
-        thresholds, lows, highs, latents, k, capacity, *bounds, COPIED=len(of_w) == 3, TOP=TOP[torch.float32],
+        thresholds, lows, highs, latents, *listed, k, capacity, *bounds, COPIED=len(of_w) == 3, TOP=TOP[torch.float32],
         **filter_choice(chunk),
     )  # fmt: skip
 
@@ -476,13 +546,14 @@ def _take_in(
 def _settle_rows(
     x: Tensor, pre_bias: Tensor, W: Tensor, bias: Tensor, first_row: int, N: int, x_norm: Tensor, w_norm: Tensor,
     candidates: Candidates, k: int, rounding: float, slack: float, indices: Tensor, given_up: Tensor, total: Tensor,
+    listed: Listed = (None, None),
 ) -> None:  # fmt: skip
     """The supports of N samples from first_row on."""
     D, (counts, _, lows, highs, latents, places, capacity) = x.shape[1], candidates
     launch(
         _settle, (N,), x, x.stride(0), pre_bias, W, W.stride(0), bias, first_row, D, x_norm, w_norm, counts, lows,
-        highs, latents, places, k, capacity, rounding, slack, indices, given_up, total, TOP=TOP[torch.float32],
-        **settle_choice(D, capacity, W.element_size()),
+        highs, latents, places, k, capacity, rounding, slack, indices, given_up, total, *listed,
+        TOP=TOP[torch.float32], **settle_choice(D, capacity, W.element_size()),
     )  # fmt: skip
 
 
@@ -495,15 +566,22 @@ def dense_rows(tensor: Tensor) -> Tensor:
 
 
 def global_topk(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    screening: str = "auto",
+    among: Tensor | None = None,
 ) -> Tensor:
     """int32 [N, k], the support of each sample."""
-    return select(x, W_enc, pre_bias, latent_bias, k, screening, TRITON)
+    return select(x, W_enc, pre_bias, latent_bias, k, screening, TRITON, among)
 
 
 def select(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str, selection: Selection
-) -> Tensor:
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str, selection: Selection,
+    among: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """global_topk by these kernels.
 
     Scratch at N = 4096, k = 64: 32 MB of scores, 50 MB of candidates (16 bytes for each of 8 k + 256), the copy of x,
@@ -511,26 +589,66 @@ def select(
     """
     x, W = dense_rows(x.detach()), dense_rows(W_enc.detach())
     pre_bias, N = pre_bias.detach().contiguous(), len(x)
-    bias = summed_bias(latent_bias.detach())
     indices = torch.empty(N, k, dtype=torch.int32, device=x.device)
+    if among is not None:
+        among = among.detach().contiguous().view(torch.uint8)
+        indices.fill_(-1)
     if N == 0:
         return indices
     sums = torch.promote_types(wide(x).dtype, wide(pre_bias).dtype)
-    if torch.float64 in (sums, W.dtype):
+    is_exact = torch.float64 in (sums, W.dtype)
+    bias, narrow_bias, total = _summed(latent_bias.detach(), N if is_exact else 0)
+    if is_exact:
         rows = torch.arange(N, dtype=torch.int32, device=x.device)
-        total = torch.full((1,), N, dtype=torch.int32, device=x.device)
     else:
         rows = torch.empty(N, dtype=torch.int32, device=x.device)
-        total = torch.zeros(1, dtype=torch.int32, device=x.device)
+        dtype = operand_dtype(W, screening)
         with torch.autocast(x.device.type, enabled=False):
-            _screen(x, W, pre_bias, bias, k, operand_dtype(W, screening), indices, rows, total, selection)
-    _in_full(x, W, pre_bias, bias, k, sums, indices, rows, total)
+            _screen(x, W, pre_bias, bias, narrow_bias, k, dtype, indices, rows, total, selection, among)
+    _in_full(x, W, pre_bias, bias, k, sums, indices, rows, total, among)
     return indices
 
 
+def _summed(latent_bias: Tensor, given_up: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(sums of biases, the same in float32, [1] samples given up)."""
+    (S, L), device = latent_bias.shape, latent_bias.device
+    bias = torch.empty(L, dtype=torch.float64, device=device)
+    narrow_bias = torch.empty(L, dtype=torch.float32, device=device)
+    total = torch.empty(1, dtype=torch.int32, device=device)
+    launch(
+        _sum_biases, (triton.cdiv(L, 1024),), bias, narrow_bias, total, latent_bias, *latent_bias.stride(), given_up,
+        L, S=S, BLOCK=1024,
+    )  # fmt: skip
+    return bias, narrow_bias, total
+
+
+def _listed(among: Tensor) -> Listed:
+    listed = torch.empty(len(among), dtype=torch.int32, device=among.device)
+    many = torch.empty(1, dtype=torch.int32, device=among.device)
+    launch(_list_latents, (1,), listed, many, among, len(among), BLOCK=4096, num_warps=16)
+    return listed, many
+
+
+def multiply_choice(dtype: torch.dtype) -> dict[str, int]:
+    # estimated, not measured: what Triton's own matrix product takes on a Hopper GPU
+    block_d = 64 if dtype.itemsize == 2 else 32
+    return {"BLOCK_N": 128, "BLOCK_L": 128, "BLOCK_D": block_d, "num_warps": 8, "num_stages": 3}
+
+
+def _multiply_rows(X: Tensor, W: Tensor, product: Tensor, listed: Listed, first: int) -> None:
+    """As `_multiply`, of the rows that are listed: how many there are is on the device."""
+    (N, m), chosen = product.shape, multiply_choice(X.dtype)
+    wide_operands = not X.is_cuda or X.dtype == torch.float32  # the interpreter cannot multiply bfloat16
+    operand = tl.float32 if wide_operands else tl.bfloat16 if X.dtype == torch.bfloat16 else tl.float16
+    launch(
+        _multiply_listed, (triton.cdiv(m, chosen["BLOCK_L"]), triton.cdiv(N, chosen["BLOCK_N"])), product, X, W,
+        listed[1], first, N, X.shape[1], m, OPERAND=operand, **chosen,
+    )  # fmt: skip
+
+
 def _screen(
-    x: Tensor, W: Tensor, pre_bias: Tensor, bias: Tensor, k: int, dtype: torch.dtype, indices: Tensor, given_up: Tensor,
-    total: Tensor, selection: Selection,
+    x: Tensor, W: Tensor, pre_bias: Tensor, bias: Tensor, narrow_bias: Tensor, k: int, dtype: torch.dtype,
+    indices: Tensor, given_up: Tensor, total: Tensor, selection: Selection, among: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes the supports that the GEMM proves, and the numbers of the other samples into given_up[:total]."""
     (N, D), L, device = x.shape, len(W), x.device
@@ -542,19 +660,22 @@ def _screen(
     Du = math.ldexp(D, -22)
     bounds = Du / (1 - Du) if Du < 1 else math.inf, flushed, math.ldexp(4 * (D + 8), -126)
     rounding = math.ldexp(triton.cdiv(D, settle_choice(D, capacity, W.element_size())["BLOCK_D"]) + 64, -23)
-    copied, scaled = W.dtype != dtype, dtype == torch.float16
+    listed: Listed = (None, None) if among is None else _listed(among)
+    copied, scaled = W.dtype != dtype or among is not None, dtype == torch.float16
 
-    def measure(v: Tensor, copy: Tensor, numbers: Tensor, centred: bool, copied: bool) -> None:
+    def measure(
+        v: Tensor, copy: Tensor, numbers: Tensor, centred: bool, copied: bool, rows: int, listed: Listed = (None, None),
+        first: int = 0,
+    ) -> None:  # fmt: skip
         launched = measure_choice(D)
         launch(
-            _measure, (triton.cdiv(len(v), launched["ROWS"]),), v, v.stride(0), pre_bias, copy, *numbers, len(v), D,
-            growth, flushed, CENTRED=centred, COPIED=copied, SCALED=scaled and copied, **launched,
+            _measure, (triton.cdiv(rows, launched["ROWS"]),), v, v.stride(0), pre_bias, copy, *numbers, *listed, first,
+            rows, D, growth, flushed, CENTRED=centred, COPIED=copied, SCALED=scaled and copied, **launched,
         )  # fmt: skip
 
     # a number of rows that divides by 8 keeps every pointer below aligned, and kernels are compiled once
     X = torch.empty(rows, D, dtype=dtype, device=device)
     scores = torch.empty(rows * chunk, dtype=torch.float32, device=device)
-    narrow_bias = bias.float()
     # norm, residual norm and inverse scale
     of_x = torch.empty(3, rows, dtype=torch.float32, device=device)
     of_w = torch.empty(3 if copied else 1, L, dtype=torch.float32, device=device)
@@ -563,11 +684,11 @@ def _screen(
     lows, highs, latents, places = torch.empty(4, rows * capacity, dtype=torch.int32, device=device)
     candidates = Candidates(counts, thresholds, lows, highs, latents, places, capacity)
     if not copied:
-        measure(W, W, of_w.expand(3, L), centred=False, copied=False)
+        measure(W, W, of_w.expand(3, L), centred=False, copied=False, rows=L)
     for n in range(0, N, rows):
         samples = x[n : n + rows]
         N_here = len(samples)
-        measure(samples, X, of_x, centred=True, copied=True)
+        measure(samples, X, of_x, centred=True, copied=True, rows=N_here)
         screen = None if copied else selection.screen
         screened = screen is not None and screen(
             X[:N_here], W, chunk, scores, narrow_bias, of_w, of_x, candidates, k, bounds
@@ -575,13 +696,19 @@ def _screen(
         for first in range(0, 0 if screened else L, chunk):
             weights = W[first : first + chunk]
             m = len(weights)
-            if copied:
-                measure(weights, copy, of_w[:, first : first + m], centred=False, copied=True)
-                weights = copy[:m]
             product = scores[: N_here * m].view(N_here, m)
+            if among is not None:
+                measure(W, copy, of_w, centred=False, copied=True, rows=m, listed=listed, first=first)
+                _multiply_rows(X[:N_here], copy, product, listed, first)
+                _take_in(product, first, chunk, narrow_bias, of_w, of_x, candidates, k, bounds, listed)
+                continue
+            if copied:
+                measure(weights, copy, of_w[:, first : first + m], centred=False, copied=True, rows=m)
+                weights = copy[:m]
             multiply(X[:N_here], weights, product)
             selection.take_in(product, first, chunk, narrow_bias, of_w, of_x, candidates, k, bounds)
-        selection.settle(
+        settle = selection.settle if among is None else partial(_settle_rows, listed=listed)
+        settle(
             x, pre_bias, W, bias, n, N_here, of_x[0], of_w[0], candidates, k, rounding, bounds[2], indices, given_up,
             total,
         )  # fmt: skip
@@ -589,7 +716,7 @@ def _screen(
 
 def _in_full(
     x: Tensor, W: Tensor, pre_bias: Tensor, bias: Tensor, k: int, sums: torch.dtype, indices: Tensor, rows: Tensor,
-    total: Tensor,
+    total: Tensor, among: Tensor | None,
 ) -> None:  # fmt: skip
     """The supports of the samples rows[:total]."""
     (N, D), L, device = x.shape, len(W), x.device
@@ -605,7 +732,7 @@ def _in_full(
     launched = full_choice(D, W.element_size())
     launch(
         _score_in_full, (most,), x, x.stride(0), pre_bias, W, W.stride(0), bias, L, D, k, capacity, total, rows, keys,
-        latents, part_keys, part_latents, part_counts, indices,
+        latents, part_keys, part_latents, part_counts, indices, among,
         SUM=tl.float64 if sums == torch.float64 else tl.float32, TOP=TOP[sums],
         # products of float64 are rounded before they are added, those of float32 are exact
         enable_fp_fusion=sums != torch.float64, **launched,

@@ -20,15 +20,23 @@ def choice(n_latents: int) -> dict[str, int]:
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
-    keys = indices.detach().reshape(-1)
-    keys = torch.where((keys < 0) | (keys > n_latents), n_latents, keys)
-    keys = keys.to(torch.int32)  # half as many passes of the sort
+    indices = indices.detach().reshape(-1)
+    keys = torch.empty(len(indices), dtype=torch.int32, device=indices.device)  # half as many passes as of int64
+    block = 1024
+    launch(_keys_kernel, (triton.cdiv(len(keys), block),), keys, indices, n_latents, len(keys), BLOCK=block)
     keys, entries = torch.sort(keys, stable=True)
     offsets = torch.empty(n_latents + 1, dtype=torch.int64, device=indices.device)
     chosen = choice(n_latents)
     grid = (triton.cdiv(n_latents + 1, chosen["BLOCK_L"]),)
     launch(_offsets_kernel, grid, offsets, keys, n_latents + 1, len(keys), len(keys).bit_length(), **chosen)
     return offsets, entries
+
+
+@triton.jit(do_not_specialize=["length"])
+def _keys_kernel(keys, indices, L, length, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    latent = tl.load(indices + at, mask=at < length, other=0)
+    tl.store(keys + at, tl.where((latent < 0) | (latent > L), L, latent).to(tl.int32), mask=at < length)
 
 
 @triton.jit(do_not_specialize=["length", "bits"])

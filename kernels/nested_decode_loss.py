@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.decode_loss import _nmse_kernel, _sum_parts_kernel, _weights
+from sparc_fast.kernels.decode_loss import _nmse_kernel, _sum_parts_kernel, weights_on
 from sparc_fast.kernels.decode_loss import choice as of_one_dictionary
 from sparc_fast.kernels.gather import coefficients, combine, dots, gather, locate, operand_type, stored, sum_type
 from sparc_fast.kernels.launching import column_blocks, dense_rows, launch, next_power_of_2, widths
@@ -159,8 +159,8 @@ def nested_decode_loss(
         _nested_decode_loss_kernel, (N, chunks, triton.cdiv(S, chosen["SOURCES"])),
         nmse_parts, grad_recons, grad_values_parts,
         values.contiguous(), indices.contiguous(), rows, pre_bias.contiguous(), target, scale.contiguous(),
-        _weights(tuple(weights), device), _sizes(tuple(sizes), device), columns, rows.stride(0), target.stride(0), N, S,
-        k, L, D, PER_STREAM=per_stream, ALIGNED=math.gcd(16, *d_streams), SUM=sums, OPERAND=operand_type(values),
+        weights_on(tuple(weights), device), _sizes(tuple(sizes), device), columns, rows.stride(0), target.stride(0), N,
+        S, k, L, D, PER_STREAM=per_stream, ALIGNED=math.gcd(16, *d_streams), SUM=sums, OPERAND=operand_type(values),
         PREFIXES=P, BLOCK_P=next_power_of_2(P), **chosen,
     )  # fmt: skip
 

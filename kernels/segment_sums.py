@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sparc_fast.kernels.launching import column_blocks, launch, next_power_of_2, widths
 from sparc_fast.ops.gpu_scratch import PIECE  # of a support per stream, PIECE entries of each stream
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import wide_type
 
 
 def tile(d_streams: Sequence[int], dtype: torch.dtype, widest: int, rows: int) -> dict[str, int]:
@@ -106,8 +106,9 @@ class Pieces(NamedTuple):
 def encoder_pieces(x: Tensor, pre_bias: Tensor, batch: Entries, columns: Columns, choice: dict[str, int]) -> Pieces:
     constants = {**batch.constants, "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32}
     slots = triton.cdiv(len(batch.entries), constants["PIECE"])
-    D, S, like = x.shape[1], constants["S"], wide(x.new_empty(0))
-    pieces = Pieces(like.new_empty(max(slots, 1), D), like.new_empty(max(slots, 1), S))
+    widths = x.shape[1], constants["S"]
+    D, dtype = x.shape[1], wide_type(x.dtype)
+    pieces = Pieces(*(torch.empty(max(slots, 1), width, dtype=dtype, device=x.device) for width in widths))
     if slots > 1:  # the first slot is never taken
         grid = (triton.cdiv(slots, choice["LATENTS"]), len(columns.table))
         launch(
@@ -123,7 +124,7 @@ def decoder_pieces(grad_recons: Tensor, batch: Entries, columns: Columns, choice
     constants = batch.constants
     slots = triton.cdiv(len(batch.entries), constants["PIECE"])
     D = grad_recons.shape[1]
-    rows = wide(batch.values.new_empty(0)).new_empty(max(slots, 1), D)
+    rows = torch.empty(max(slots, 1), D, dtype=wide_type(batch.values.dtype), device=grad_recons.device)
     if slots > 1:
         grid = (triton.cdiv(slots, choice["LATENTS"]), len(columns.table))
         launch(

@@ -42,7 +42,7 @@ from sparc_fast.kernels.segment_sums import (
     tile,
     writers,
 )
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import wide_type
 from sparc_fast.ops.reference import rounding_seed
 from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
 
@@ -70,11 +70,11 @@ def pieces_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
     x, grad_recons = dense_rows(samples.x), dense_rows(samples.grad_recons.detach().flatten(0, 1))
     batch = Entries.of(samples.values, samples.grad_values, samples.offsets, samples.entries)
-    grad_latent_bias = wide(x.new_empty(0)).new_empty(len(rows.d_streams), batch.n_latents)
+    grad_latent_bias = torch.empty(len(rows.d_streams), batch.n_latents, dtype=wide_type(x.dtype), device=x.device)
     grad_pre_bias = grad_latent_bias.new_empty(0)
     numbers, pre_bias = _numbers(rows, adam), samples.pre_bias.detach().contiguous()
     if rows.W_enc is not None:
-        grad_pre_bias = -_update_encoder(rows, numbers, grad_latent_bias, x, pre_bias, batch).sum(0)
+        grad_pre_bias = _update_encoder(rows, numbers, grad_latent_bias, x, pre_bias, batch).sum(0)
     if rows.W_dec is not None:
         _update_decoder(rows, numbers, grad_recons, batch)
     return grad_latent_bias, grad_pre_bias
@@ -104,7 +104,7 @@ class InPlace:
     def __exit__(self, *_: object) -> None:
         changed = [t for t in self.tensors if t is not None]
         for tensor, dense in zip(self.tensors, self.dense, strict=True):
-            if tensor is not None and dense is not None and dense is not tensor:
+            if tensor is not None and dense is not None and dense.data_ptr() != tensor.data_ptr():
                 tensor.copy_(dense)
         torch.autograd.graph.increment_version(changed)
 
@@ -116,9 +116,9 @@ Numbers = tuple[Tensor, Tensor | None, Tensor]
 def _numbers(rows: Rows, adam: AdamStep) -> Numbers:
     W, moments = rows.weights[0], rows.their_moments
     device = W.device
-    step = _scalar(adam.step, torch.float64, device)
+    step = scalar(adam.step, torch.float64, device)
     constants, noise = adam_constants(
-        _scalar(adam.lr, torch.float64, device), _settings(*adam.betas, adam.eps, device), step, 1,
+        scalar(adam.lr, torch.float64, device), settings_on(*adam.betas, adam.eps, device), step, 1,
         W.dtype, rounding_seed(W, moments, adam.seed),
     )  # fmt: skip
     return constants, noise, step
@@ -132,7 +132,7 @@ def _update_encoder(
     rows: Rows, numbers: Numbers, grad_latent_bias: Tensor | None, source: Tensor, pre_bias: Tensor | None,
     batch: Entries | Tensor,
 ) -> Tensor:  # fmt: skip
-    """Returns rows of D that add up to -grad_pre_bias, none where gradients are given, which are then the source."""
+    """Returns rows of D that add up to grad_pre_bias, none where gradients are given, which are then the source."""
     assert rows.W_enc is not None
     L, D = rows.W_enc.shape
     chosen = encoder_choice(rows.d_streams, source.dtype)
@@ -145,7 +145,8 @@ def _update_encoder(
     tiles = triton.cdiv(L, chosen["LATENTS"])  # of latents
     tiles_per_block = max(triton.cdiv(tiles, MOST_BLOCKS), min(8, triton.cdiv(tiles, 256)))
     blocks = triton.cdiv(tiles, tiles_per_block)
-    pre_bias_parts = wide(source.new_empty(0)).new_empty(blocks if summed else 0, D)
+    dtype = wide_type(source.dtype)
+    pre_bias_parts = torch.empty(blocks if summed else 0, D, dtype=dtype, device=source.device)
     copy, _ = rows.copies or (None, None)
     with InPlace(rows.W_enc, *rows.moments[:2], copy) as moved:
         launch(
@@ -219,15 +220,25 @@ def grain(width: int) -> float:
     return 2.0 * next_power_of_2(width)
 
 
-def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     # full() puts a number on the device without a copy from the host, which would wait
     return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
 
 
 @cache
-def _settings(beta_1: float, beta_2: float, eps: float, device: torch.device) -> Tensor:
+def settings_on(beta_1: float, beta_2: float, eps: float, device: torch.device) -> Tensor:
     """Kept for good, as a captured CUDA graph goes on reading it: 512 bytes of the device for all betas ever used."""
     return torch.tensor([beta_1, beta_2, eps], dtype=torch.float64, device=device)
+
+
+@triton.jit
+def adam_numbers(lr, beta_1, beta_2, eps, step, TYPE: tl.constexpr):
+    """What `adam` is told by, worked out in float64 and rounded once."""
+    rate = lr / (1 - tl.exp(step * tl.log(beta_1)))
+    scale = 1 / tl.sqrt(1 - tl.exp(step * tl.log(beta_2)))
+    rest_1, rest_2 = 1 - beta_1, 1 - beta_2
+    return (beta_1.to(TYPE), beta_2.to(TYPE), rest_1.to(TYPE), rest_2.to(TYPE), eps.to(TYPE), rate.to(TYPE),
+            scale.to(TYPE))  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["steps", "seed_low", "seed_high"])
@@ -241,16 +252,10 @@ def _constants_kernel(
     beta_1 = tl.load(settings + i * stride_settings, mask=live, other=0.5)
     beta_2 = tl.load(settings + i * stride_settings + 1, mask=live, other=0.5)
     eps = tl.load(settings + i * stride_settings + 2, mask=live, other=0)
-    rate = tl.load(lr + i * stride_lr, mask=live, other=0) / (1 - tl.exp(step * tl.log(beta_1)))
-    scale = 1 / tl.sqrt(1 - tl.exp(step * tl.log(beta_2)))
-    at = constants + i * 7
-    tl.store(at, beta_1, mask=live)
-    tl.store(at + 1, beta_2, mask=live)
-    tl.store(at + 2, 1 - beta_1, mask=live)
-    tl.store(at + 3, 1 - beta_2, mask=live)
-    tl.store(at + 4, eps, mask=live)
-    tl.store(at + 5, rate, mask=live)
-    tl.store(at + 6, scale, mask=live)
+    lr = tl.load(lr + i * stride_lr, mask=live, other=0)
+    numbers = adam_numbers(lr, beta_1, beta_2, eps, step, constants.dtype.element_ty)
+    for n in tl.static_range(7):
+        tl.store(constants + i * 7 + n, numbers[n], mask=live)
     if noise is not None:
         nothing = tl.zeros([BLOCK], tl.uint32)
         a, b = absorb(nothing, nothing, nothing + seed_low.to(tl.uint32, bitcast=True))
@@ -275,6 +280,13 @@ def adam(w, gradient, m, v, constants):
     beta_1, beta_2 = tl.load(constants), tl.load(constants + 1)
     rest_1, rest_2 = tl.load(constants + 2), tl.load(constants + 3)
     eps, rate, scale = tl.load(constants + 4), tl.load(constants + 5), tl.load(constants + 6)
+    return adam_by(w, gradient, m, v, (beta_1, beta_2, rest_1, rest_2, eps, rate, scale))
+
+
+@triton.jit
+def adam_by(w, gradient, m, v, numbers):
+    """The same, by `adam_numbers`."""
+    beta_1, beta_2, rest_1, rest_2, eps, rate, scale = numbers
     m = tl.fma(m.to(w.dtype), beta_1, rest_1 * gradient)
     v = tl.fma(v.to(w.dtype), beta_2, rest_2 * gradient * gradient)
     inverse = 1 / tl.fma(root(v), scale, eps)
@@ -412,7 +424,7 @@ def _update_encoder_kernel(
             gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
             bias = add_bias_pieces(bias, begin, end, piece_bias, stream, S, PIECE)
             tl.store(grad_latent_bias + stream.to(tl.int64) * L + l, bias, mask=l < writes)
-            part += bias[:, None] * w.to(SUM)
+            part -= bias[:, None] * w.to(SUM)
         w, m, v = adam(w, gradient.to(w.dtype), m, v, constants)
         m, v = rounded_moments(m, v, noise, 0, 0, l, columns)
         tl.store(W + at * stride_W + columns[None, :], w, mask=mask, eviction_policy="evict_first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -119,8 +120,9 @@ class AllStreams:
         self.S, self.D = len(columns), columns[-1].stop
         self.complete = batch.streams == tuple(d_streams)
         self.present = [list(d_streams).index(name) for name in batch.streams]
-        every = torch.arange(self.D, device=batch.x.device)
-        self.present_columns = torch.cat([every[columns[s]] for s in self.present])
+        if not self.complete:
+            every = torch.arange(self.D, device=batch.x.device)
+            self.present_columns = torch.cat([every[columns[s]] for s in self.present])
 
     def columns(self, of_present: Tensor) -> Tensor:
         """[..., D'] -> [..., D]"""
@@ -299,7 +301,7 @@ def _is_zero(rows: Tensor) -> Tensor:
 def check_finite(x: Tensor, streams: Sequence[str], d_streams: Sequence[int], first: int = 0) -> None:
     """ValueError names the stream and the first row, counted from `first`, that is not finite; waits for the device."""
     # one sum sees any NaN or inf; where it overflows without them, the slow look below finds no row
-    if x.numel() == 0 or torch.isfinite(x.detach().sum()):
+    if x.numel() == 0 or math.isfinite(x.detach().sum().item()):
         return
     for name, cols in zip(streams, stream_slices(d_streams), strict=True):
         bad = (~torch.isfinite(x[:, cols]).all(1)).nonzero()[:, 0]

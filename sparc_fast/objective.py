@@ -19,18 +19,14 @@ from torch import Tensor
 from sparc_fast import selection
 from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
 from sparc_fast.ops import backends
-from sparc_fast.ops.autograd import Reconstruction, reconstruct, weighted_sum
+from sparc_fast.ops.autograd import Reconstruction, measure, reconstruct
 from sparc_fast.ops.layout import stream_slices, wide
+from sparc_fast.ops.reference import ZERO_ROW, loss_summary, nmse_scale, row_energy, weighted_sum
 from sparc_fast.selection import LOCAL, Private, Selection, Thresholds
 from sparc_fast.selection.jumprelu import Jump, JumpGradients, JumpReLU
 from sparc_fast.whole import WHOLE, Whole
 
 Loss = Literal["nmse", "fvu"]
-
-ZERO_ROW = 1e-20
-"""A row of smaller squared norm counts as a zero row: relative to nothing, no error can be told."""
-OUT_OF_REACH = -1e30
-"""A latent bias no pre-activation makes up for; finite, so that bounds around it are."""
 
 
 def nmse(recons: Tensor, x: Tensor) -> Tensor:
@@ -59,21 +55,6 @@ def fvu(recons: Tensor, x: Tensor) -> Tensor:
 def _check_same_shape(recons: Tensor, x: Tensor) -> None:
     if recons.shape != x.shape or x.ndim == 0:
         raise ValueError(f"recons must have the shape of x, {list(x.shape)}, got {list(recons.shape)}")
-
-
-def row_energy(x: Tensor, d_streams: Sequence[int]) -> Tensor:
-    """energy[n, t] = ||x[n, t]||^2 of each stream, [N, S]."""
-    return torch.stack([wide(x[:, cols]).square().sum(1) for cols in stream_slices(d_streams)], dim=1)
-
-
-def nmse_scale(energy: Tensor, n_samples: int | None = None) -> Tensor:
-    """scale[n, t] = 1 / (N energy[n, t]), and 0 for zero rows: what makes squared errors NMSE.
-
-    N is `n_samples`, where these rows are only a part of those that the mean is taken over.
-    """
-    counted = energy >= ZERO_ROW
-    N = len(energy) if n_samples is None else n_samples
-    return torch.where(counted, 1 / energy.where(counted, 1.0) / max(N, 1), 0.0)
 
 
 def fvu_scale(spread: Sequence[Tensor], energy: Tensor, n_samples: int) -> Tensor:
@@ -136,7 +117,8 @@ class SparcLoss(NamedTuple):
     cross: Tensor | None
     """Mean NMSE over ordered pairs of streams; None when its coefficient is 0 or one stream is present."""
     auxk: Tensor | None
-    """Mean NMSE of the residuals reconstructed by dead latents; None when none is dead."""
+    """Mean NMSE of the residuals reconstructed by dead latents; None when none is dead, or 0 where the host was not to
+    wait to hear it."""
     nmse: Tensor
     """[S, S], source by target, over the samples that have both; 0 where a pair was not computed."""
     zero_rows: Tensor
@@ -231,7 +213,7 @@ class Flow(NamedTuple):
     def terms(self) -> Terms:
         auxk, first = None if self.auxk is None else self.auxk.loss, self.reconstruction
         loss, fired = first.loss, None
-        if self.jump is not None and self.latent_threshold is not None:
+        if loss is not None and self.jump is not None and self.latent_threshold is not None:
             loss, fired = self.jump.carried(loss, self.latent_threshold)
         return Terms(first.nmse, auxk, self.energy, loss, first.prefixes, fired)
 
@@ -340,14 +322,18 @@ class Objective:
 
     def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
         S, widths = len(batch.streams), batch.d_streams
-        energy = row_energy(batch.x, widths)
-        scale = self._scale(batch, energy, n_samples)
+        backend = self._backend(batch.x)
+        energy, scale = backend.sample_scale(batch.x, widths, n_samples)
+        if self.spread is not None:
+            scale = self._scale(batch, energy, n_samples)
         weights = pair_weights(S, self.cross_loss_coef)
-        backend = backends.resolve(self.shards.backend(self.backend, batch.x.device), batch.x.device)
         jumped = supports.jump
         fires = None if jumped is None else jumped.fires
-        operands = *batch.operands(), supports.indices, None, scale
-        first = reconstruct(*operands, weights, widths, backend, self.sizes, fires)
+        operands = *batch.operands(), supports.indices, None, scale, weights, widths, backend
+        if self.sizes or jumped is not None or torch.is_grad_enabled():
+            first = reconstruct(*operands, self.sizes, fires)
+        else:
+            first = measure(*operands)
         gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc))
         if supports.dead is None:
             return Flow(first, None, energy, gradients, batch.latent_threshold)
@@ -356,12 +342,15 @@ class Objective:
         else:
             residual = self_residual(first.grad_recons, scale, widths)
         if self.spread is None:
-            scale = nmse_scale(row_energy(residual, widths), n_samples)
+            _, scale = backend.sample_scale(residual, widths, n_samples)
         if supports.dead.any_dead is not None:
             scale = scale * supports.dead.any_dead
         weights = self_weights(S, self.auxk_coef)
         before, indices = supports.dead.before(batch)
-        auxk = reconstruct(*before.operands(), indices, residual, scale, weights, widths, backend)
+        through = reconstruct if torch.is_grad_enabled() else measure
+        auxk = through(*before.operands(), indices, residual, scale, weights, widths, backend)
+        if auxk.loss is None:
+            auxk = auxk._replace(loss=weighted_sum(auxk.nmse, weights))
         return Flow(first, auxk, energy, gradients, batch.latent_threshold)
 
     def compare(self, recons: Sequence[Tensor], batch: Batch) -> SparcLoss:
@@ -412,7 +401,7 @@ class Objective:
         for names, some in terms.items():
             assert some.fired is not None
             at = [streams.index(name) for name in names] if is_local else [0]
-            fired = fired.index_add(0, torch.tensor(at, device=fired.device), some.fired)
+            fired = fired.index_add(0, torch.tensor(at, dtype=torch.int64, device=fired.device), some.fired)
             samples[at] += len(some.energy)
         return fired, samples
 
@@ -445,22 +434,22 @@ class Objective:
 
     def _summary(self, terms: Terms) -> SparcLoss:
         nmse, auxk, energy, total, prefixes, _ = terms
-        S = len(nmse)
-        if total is None:
-            total = (
-                prefixes.mean() if prefixes is not None else weighted_sum(nmse, pair_weights(S, self.cross_loss_coef))
-            )
-        nmse = nmse.detach()
-        itself = torch.eye(S, dtype=torch.bool, device=nmse.device)
-        has_cross = S > 1 and self.cross_loss_coef != 0
-        cross = nmse.masked_fill(itself, 0).sum() / (S * (S - 1)) if has_cross else None
-        if auxk is not None:
-            total, auxk = total + auxk, auxk.detach() / self.auxk_coef
-        return SparcLoss(total, nmse.diagonal().mean(), cross, auxk, nmse, (energy < ZERO_ROW).sum(0), prefixes)
+        summarize = loss_summary if torch.is_grad_enabled() else self._backend(nmse).loss_summary
+        weights = pair_weights(len(nmse), self.cross_loss_coef)
+        loss = SparcLoss(*summarize(nmse, auxk, energy, weights, self.auxk_coef), prefixes)
+        if total is None and prefixes is not None:
+            total = prefixes.mean()
+        if total is not None:  # that of all weights alone carries the gradient
+            loss = loss._replace(total=total if auxk is None else total + auxk)
+        return loss
 
-    def _best(self, batch: Batch, n_latents: int) -> Tensor:
+    def _backend(self, of: Tensor) -> backends.Backend:
+        return backends.resolve(self.shards.backend(self.backend, of.device), of.device)
+
+    def _best(self, batch: Batch, n_latents: int, among: Tensor | None = None) -> Tensor:
         """AuxK's support: of each sample or, under local selection, each stream of it, as many as may be of so many."""
-        return self._select("local" if self.selection in LOCAL else "global", batch, min(self.auxk, n_latents))
+        rule: Selection = "local" if self.selection in LOCAL else "global"
+        return self._select(rule, batch, min(self.auxk, n_latents), among=among)
 
     def _select(
         self,
@@ -469,9 +458,10 @@ class Objective:
         k: int,
         support_from: Sequence[str] | None = None,
         private: Private | None = None,
+        among: Tensor | None = None,
     ) -> Tensor:
         found = selection.select(
-            rule, batch, k, support_from=support_from, thresholds=self.thresholds, private=private,
+            rule, batch, k, support_from=support_from, thresholds=self.thresholds, private=private, among=among,
             backend=self.shards.backend(self.backend, batch.x.device),
         )  # fmt: skip
         return self.shards.compact(found)
@@ -481,7 +471,5 @@ class Objective:
         if dead.dtype == torch.int64:
             positions = self._best(batch.encoder_of_latents(dead), self.n_dead)
             return AmongDead(positions, dead, bias, None)
-        # all latents, in which only the dead can win; where fewer than auxk are, others fill up with values of 0
-        bias = bias.masked_fill(~dead, max(OUT_OF_REACH, torch.finfo(bias.dtype).min))
-        positions = self._best(batch._replace(latent_bias=bias), len(dead))
+        positions = self._best(batch, len(dead), dead)  # with empty slots where fewer are dead
         return AmongDead(positions, None, bias, dead.any())

@@ -173,7 +173,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("compilers")
     named = any("[" in argument for argument in config.args)  # with parameters, which then run
     if not named and not config.getoption("--every-combination") and not config.getoption("--one-of-each"):
-        _cover(items)
+        config.hook.pytest_deselected(items=_cover(items))
     items.sort(key=lambda item: item.get_closest_marker("compilers") is None)  # what takes longest begins first
     if TEST_DEVICE != "cpu":
         for item in items:
@@ -186,8 +186,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = first.values()
 
 
-def _cover(items: list[pytest.Item]) -> None:
-    """Of tests marked covering(n), so many that any n parameters still meet in every combination of their values."""
+def _cover(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Of tests marked covering(n), so many that any n parameters still meet in every combination of their values.
+
+    Returns what was taken out.
+    """
     grids: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("covering") and isinstance(item, pytest.Function):
@@ -202,6 +205,7 @@ def _cover(items: list[pytest.Item]) -> None:
                     covered |= met.pop(item)
         left_out.update(met)
     items[:] = [item for item in items if item not in left_out]
+    return left_out
 
 
 def _combinations(item: pytest.Item) -> set[object]:

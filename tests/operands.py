@@ -12,7 +12,7 @@ from torch import Tensor
 from sparc_fast.ops import backends, reference
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import wide
-from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Gradients, Rows, Samples
 
 # d_streams, N, L, k
 CASES = {
@@ -215,6 +215,32 @@ def count_silence(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
     return (silence,)
 
 
+def step_biases(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
+    """Both biases, of which one has two gradients and one a narrower copy, and their moments."""
+    generator = seeded(2)
+    moved = []
+    for bias, count in ((o.latent_bias, 1), (o.pre_bias, 2)):
+        w = wide(bias).clone()
+        gradients, moments = (
+            [torch.rand(w.shape, generator=generator).to(w.dtype) for _ in range(n)] for n in (count, 2)
+        )
+        moved.append(Bias(w, gradients, moments, bias.clone() if bias.dtype != w.dtype else None))
+    backend.step_biases(moved, AdamStep(0.01, (0.9, 0.999), 1e-8, STEP))
+    for one in moved:
+        assert one.copy is None or torch.equal(one.copy, one.bias.to(one.copy.dtype))
+    return tuple(tensor for one in moved for tensor in (one.bias, *one.moments))
+
+
+def loss_summary(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
+    S = len(o.d_streams)
+    energy, nmse = wide(o.scale).clone(), wide(o.grad_values).square().sum() + torch.arange(S * S).view(S, S)
+    energy[1::3, 0] = 0
+    with_auxk = backend.loss_summary(nmse, nmse.sum(), energy, o.weights, 0.5)
+    without = backend.loss_summary(nmse, None, energy, o.weights, 0.0)
+    assert without[3] is None
+    return tuple(part for part in (*with_auxk, *without) if part is not None)
+
+
 OPERATORS: dict[str, Callable[[Operands, Backend], tuple[Tensor, ...]]] = {
     "support_values": lambda o, b: (b.support_values(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices, o.d_streams),),
     "support_values_grad_x": lambda o, b: (
@@ -248,6 +274,9 @@ OPERATORS: dict[str, Callable[[Operands, Backend], tuple[Tensor, ...]]] = {
     "replay_rows": replay_rows,
     "replay_rows, bfloat16 moments": lambda o, b: replay_rows(o, b, narrow=True),
     "count_silence": count_silence,
+    "step_biases": step_biases,
+    "sample_scale": lambda o, b: b.sample_scale(o.x, o.d_streams),
+    "loss_summary": loss_summary,
 }
 
 

@@ -418,6 +418,27 @@ def test_a_screen_has_room_for_its_candidates_and_for_no_more_than_there_can_be(
         )
 
 
+def test_bounds_of_other_latents_are_of_the_same_rows_and_enough() -> None:
+    numbers = floats(4), floats(4), floats(L, dtype=torch.float64), D, K, K + 64
+    rows = _cpu.Screen(*numbers, False, _cpu.Among.row, 0.0)
+    for bad in (floats(3, K), floats(4, K + 1), floats(4, K, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="best_ends"):
+            rows.best_ends(bad, 1)
+    results = torch.zeros(4, K, dtype=torch.int32, device="cpu"), floats(4, K), torch.zeros(4, dtype=torch.bool)
+    operands = floats(4, D), floats(L, D)
+    for k_all in (K - 1, 2 * K + 1):
+        with pytest.raises(IndexError, match="k_all must lie in k"):
+            rows.settle_among(*results, floats(4, 2 * K), k_all, *operands, 1)
+    for ends, x in ((floats(3, 2 * K), operands[0]), (floats(4, 2 * K), floats(4, D + 1))):
+        with pytest.raises(ValueError, match="settle_among"):
+            rows.settle_among(*results, ends, 2 * K, x, operands[1], 1)
+    above = _cpu.Screen(*numbers, False, _cpu.Among.above, -1.0)
+    with pytest.raises(ValueError, match="the k must be each row's"):
+        above.best_ends(floats(4, K), 1)
+    with pytest.raises(ValueError, match="the k must be each row's"):
+        above.settle_among(*results, floats(4, 2 * K), 2 * K, *operands, 1)
+
+
 def test_a_ragged_support_is_written_where_there_is_room_for_it() -> None:
     numbers = floats(4), floats(4), floats(L, dtype=torch.float64), D, K, K + 64
     room = torch.zeros(4, L, dtype=torch.int32, device="cpu")

@@ -12,6 +12,7 @@ from accuracy import assert_equal, check_accuracy
 from operands import SUPPORTS, Operands, move_rows, operands, rows_to_update
 from torch import Tensor
 
+import sparc_fast as sf
 from sparc_fast.ops import reference
 from sparc_fast.ops.layout import stream_slices, wide
 from sparc_fast.ops.row_step import DecoderRows
@@ -206,6 +207,22 @@ def test_a_graph_moves_rows_as_eager_steps_do(operands_on_the_gpu: None) -> None
         assert count == t
         step(eager)
         assert_equal(captured, eager)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_training_in_graphs_has_the_bits_of_training_without(backend: str) -> None:
+    given, trained = normal(12, 256, 96).bfloat16(), []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        model = sf.SPARC({"a": 64, "b": 32}, 2048, 16, dead_after=1500, dtype=torch.bfloat16, backend=backend)
+        optimizer = sf.SparcAdam(model.cuda(), lr=1e-3, graph=graph)
+        losses = [optimizer.step(x) for x in given]
+        assert bool(optimizer._graphs._kept) == graph
+        trained.append((model.state_dict(), losses))
+    (plain, expected), (captured, found) = trained
+    assert all(torch.equal(captured[name], plain[name]) for name in plain)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(a is b or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_graph_replays_with_new_numbers() -> None:

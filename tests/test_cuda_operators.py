@@ -27,6 +27,7 @@ def check(cuda: ModuleType, scores: Tensor, k: int) -> None:
 ROWS = {**SCORES, "the largest at the sampled places": lambda L: normal(L) + 9.0 * (torch.arange(L) % (L // 16) < 32)}
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", list(ROWS))
 @pytest.mark.parametrize("in_steps", [False, True], ids=["at once", "in steps"])

@@ -244,3 +244,32 @@ def test_scores_that_are_nan_come_back_as_infinity_and_zeros_as_plus_zero(backen
     found = functional.global_topk(*operands, 4, return_scores=True, backend=backend)[1]
     assert found.tolist() == [[inf, -inf, 0.0, 1.0]]
     assert not found.signbit()[0, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_among_some_latents_the_best_of_those_are_chosen_and_slots_stay_empty(dtype: torch.dtype, backend: str) -> None:
+    generator = seeded(3)
+    N, L, D, k = 5, 70, 24, 4
+    x, W = (torch.randn(n, D, generator=generator).to(dtype) for n in (N, L))
+    bias, pre_bias = torch.randn(2, L, generator=generator).to(dtype), torch.zeros(D, dtype=dtype)
+    x[3] = torch.nan
+    W[::3] = W[0]  # ties go to the lower latent
+    for many in (L, 40, 3, 0):
+        among = torch.zeros(L, dtype=torch.bool)
+        among[torch.randperm(L, generator=generator)[:many]] = True
+        found = functional.global_topk(x, W, pre_bias, bias, k, among=among, backend=backend)
+        latents, here = among.nonzero()[:, 0], min(k, many)
+        expected = torch.full((N, k), -1, dtype=torch.int32)
+        if here:
+            best = functional.global_topk(x, W[latents], pre_bias, bias[:, latents], here, backend="reference")
+            expected[:, :here] = latents[best.long()].int()
+        assert torch.equal(found, expected)
+
+
+def test_what_to_choose_among_must_say_it_of_every_latent() -> None:
+    x, W = torch.zeros(2, 3), torch.zeros(4, 3)
+    for among in (torch.ones(3, dtype=torch.bool), torch.ones(4)):
+        with pytest.raises(ValueError, match=r"among must be bool \[4\] on "):
+            functional.global_topk(x, W, x[0], torch.zeros(1, 4), 2, among=among)
+    with pytest.raises(ValueError, match="return_scores must be False with among"):
+        functional.global_topk(x, W, x[0], torch.zeros(1, 4), 2, among=W[:, 0] > 0, return_scores=True)

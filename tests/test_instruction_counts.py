@@ -19,11 +19,12 @@ COUNT = """
 import json, pickle, sys
 from pathlib import Path
 from sparc_fast.benchmarks import cases
-from sparc_fast.benchmarks.tools import predictions
+from sparc_fast.benchmarks.tools import predictions, step_launches
 
 counted = predictions.instructions(predictions.TRITON, predictions.compiled_triton(cases.A))
 compiled_cuda = predictions.compiled_cuda(pickle.loads(Path(sys.argv[1]).read_bytes()))
 counted |= predictions.instructions((*predictions.CUDA, *predictions.STAGED), compiled_cuda)
+counted |= predictions.step_counts(*step_launches.count(captured=True))
 print(json.dumps({"counted": counted, "held": json.loads(predictions.BASELINE.read_text()),
                   "compilers": predictions.compilers()}))
 """

@@ -51,6 +51,7 @@ def check_accuracy(name: str, o: Operands) -> None:
     compare(run(name, o), OPERATORS[name](o, reference), OPERATORS[name](o.to(torch.float64), reference))
 
 
+@pytest.mark.covering(2)
 @SUPPORTS
 @pytest.mark.parametrize("name", ["sparse_decode", "sparse_decode_grad_values", "decode_loss", "nested_decode_loss"])
 @pytest.mark.parametrize("slots", [4, 16], ids=["multiply-adds", "tensor cores"])
@@ -101,6 +102,7 @@ def test_a_latent_that_does_not_exist_contributes_nothing(name: str, latent: int
     assert_equal(got, expected)
 
 
+@pytest.mark.covering(2)
 @EVERY_OPERATOR
 @SUPPORTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -272,8 +272,8 @@ def test_what_a_captured_graph_reads_is_kept_for_good() -> None:
     device = torch.device(DEVICE)
     made: dict[str, Callable[[int], Tensor]] = {
         "columns": lambda i: launching.column_blocks((16, 16 + i), 16, device),
-        "betas": lambda i: update._settings(0.5 + i / 10000, 0.999, 1e-8, device),
-        "weights": lambda i: decode_loss._weights((1.0, float(i)), device),
+        "betas": lambda i: update.settings_on(0.5 + i / 10000, 0.999, 1e-8, device),
+        "weights": lambda i: decode_loss.weights_on((1.0, float(i)), device),
         "sizes": lambda i: nested_decode_loss._sizes((1, 2 + i), device),
     }
     for name, make in made.items():

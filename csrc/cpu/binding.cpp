@@ -54,6 +54,27 @@ static void settle(Screen& screen, Tensor indices, Tensor given_up, Tensor x, Te
     screen.settle(indices, given_up, x, W, threads);
 }
 
+static void best_ends(Screen& screen, Tensor ends, int threads) {
+    static const Signature signature("best_ends", ">ends:f32[N,k]");
+    signature.check(Arguments(ends), {{"N", screen.N}, {"k", screen.k}});
+    if (screen.among != Among::row) throw std::invalid_argument("best_ends: the k must be each row's");
+    screen.best_ends(ends, threads);
+}
+
+static void settle_among(
+    Screen& screen, Tensor indices, Tensor scores, Tensor given_up, Tensor ends, int64_t k_all, Tensor x, Tensor W,
+    int threads) {
+    static const Signature signature(
+        "settle_among",
+        ">indices:i32[N,k] >scores:f32[N,k] >given_up:bool[N] ends:f32[N,m] #k_all x:f32[N,D] W:T[L,D]");
+    signature.check(Arguments(indices, scores, given_up, ends, k_all, x, W),
+                    {{"N", screen.N}, {"k", screen.k}, {"L", screen.L}, {"D", x.size[1]}});
+    if (screen.among != Among::row) throw std::invalid_argument("settle_among: the k must be each row's");
+    if (k_all < screen.k || k_all > ends.size[1])
+        throw std::out_of_range("settle_among: k_all must lie in k ... the number of ends of a row");
+    screen.settle_among(indices, scores, given_up, ends, k_all, x, W, threads);
+}
+
 static int64_t settle_ragged(Screen& screen, Tensor x, Tensor W, int threads) {
     static const Signature signature("settle_ragged", "x:f32[N,D] W:T[L,D]");
     signature.check(Arguments(x, W), {{"N", screen.N}, {"L", screen.L}, {"D", x.size[1]}});
@@ -134,6 +155,8 @@ PYBIND11_MODULE(_cpu, m) {
         .def(py::init(&make_screen))
         .def("filter", &filter, py::call_guard<py::gil_scoped_release>())
         .def("settle", &settle, py::call_guard<py::gil_scoped_release>())
+        .def("best_ends", &best_ends, py::call_guard<py::gil_scoped_release>())
+        .def("settle_among", &settle_among, py::call_guard<py::gil_scoped_release>())
         .def("settle_ragged", &settle_ragged, py::call_guard<py::gil_scoped_release>())
         .def("write", &write_support, py::call_guard<py::gil_scoped_release>())
         .def("write_scores", &write_scores, py::call_guard<py::gil_scoped_release>());

@@ -318,12 +318,16 @@ void Screen::score_marked(Tensor x, Tensor W, int threads) {
     W.item_size == 2 ? score(bf16{}) : score(float{});
 }
 
-void Screen::choose(int64_t n, int32_t* indices) const {
+void Screen::choose(int64_t n, int32_t* indices, float* scores) const {
     const float* score = &lower[n * capacity];
     const float kth = kth_largest(score, count[n], k);
     int64_t room = k - std::count_if(score, score + count[n], [&](float s) { return s > kth; });
-    for (int64_t i = 0; i < count[n]; ++i)
-        if (score[i] > kth || (score[i] == kth && room-- > 0)) *indices++ = latent[n * capacity + i];
+    for (int64_t i = 0; i < count[n]; ++i) {
+        if (score[i] > kth || (score[i] == kth && room-- > 0)) {
+            *indices++ = latent[n * capacity + i];
+            if (scores) *scores++ = score[i] + 0.f;
+        }
+    }
 }
 
 void Screen::settle(Tensor indices, Tensor given_up, Tensor x, Tensor W, int threads) {
@@ -340,6 +344,46 @@ void Screen::settle(Tensor indices, Tensor given_up, Tensor x, Tensor W, int thr
     each_row([&](int64_t n, std::vector<float>&) {
         given_up.at<uint8_t>(0)[n] = count[n] < 0;
         if (count[n] >= 0) choose(n, indices.at<int32_t>(n));
+    });
+}
+
+void Screen::best_ends(Tensor ends, int threads) {
+    parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+            if (count[n] > 0) prune(n);
+            float *const first = ends.at<float>(n), *const last = first + k;
+            const float *const low = &lower[n * capacity], *const low_end = low + std::max<int64_t>(count[n], 0);
+            float* const filled = count[n] <= k ? std::copy(low, low_end, first)
+                : std::copy_if(low, low_end, first, [&](float l) { return l > threshold[n]; });
+            std::fill(filled, last, count[n] < k ? -infinity : threshold[n]);
+        }
+    });
+}
+
+void Screen::settle_among(
+    Tensor indices, Tensor scores, Tensor given_up, Tensor ends, int64_t k_all, Tensor x, Tensor W, int threads) {
+    const auto each_row = [&](auto f) {
+        parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
+            for (int64_t n = begin; n < end; ++n) f(n);
+        });
+    };
+    each_row([&](int64_t n) {
+        if (count[n] < 0) return;
+        threshold[n] = std::max(threshold[n], kth_largest(ends.at<const float>(n), ends.size[1], k_all));
+        drop_below(n);
+        std::fill_n(&lower[n * capacity], count[n], NAN);
+    });
+    score_marked(x, W, threads);
+    each_row([&](int64_t n) {
+        given_up.at<uint8_t>(0)[n] = count[n] < 0;
+        if (count[n] < 0) return;
+        const int64_t found = std::min(k, count[n]);
+        if (found == k) return choose(n, indices.at<int32_t>(n), scores.at<float>(n));
+        std::copy_n(&latent[n * capacity], found, indices.at<int32_t>(n));
+        std::transform(&lower[n * capacity], &lower[n * capacity] + found, scores.at<float>(n),
+                       [](float score) { return score + 0.f; });
+        std::fill_n(indices.at<int32_t>(n) + found, k - found, -1);
+        std::fill_n(scores.at<float>(n) + found, k - found, -infinity);
     });
 }
 

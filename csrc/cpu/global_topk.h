@@ -60,6 +60,13 @@ public:
     // Writes the support of each row into indices, or 1 into given_up.
     void settle(Tensor indices, Tensor given_up, Tensor x, Tensor W, int threads);
 
+    // Where others hold further latents of the same rows: ends[n] = the k largest lower ends of row n, in no order, -inf
+    // where there are fewer; and from all that hold some, ends [N, m], of which k_all are looked for: the k best
+    // latents that may be among these, with their scores as ranked, and -1 and -inf for the rest.
+    void best_ends(Tensor ends, int threads);
+    void settle_among(Tensor indices, Tensor scores, Tensor given_up, Tensor ends, int64_t k_all, Tensor x, Tensor W,
+                      int threads);
+
     // The same where rows have as many latents as they have. The most that one has, or -1 if a row was given up; then
     // `write` fills indices, the rest of a row with -1.
     int64_t settle_ragged(Tensor x, Tensor W, int threads);
@@ -94,5 +101,5 @@ private:
     void keep(int64_t n, F chosen);
     void mark_ambiguous(int64_t n);
     void score_marked(Tensor x, Tensor W, int threads);
-    void choose(int64_t n, int32_t* indices) const;
+    void choose(int64_t n, int32_t* indices, float* scores = nullptr) const;
 };

@@ -4,8 +4,9 @@
 //          values > 0, else 0
 // decoder: sum over entries (n, j) and streams s of  values[n, s, j] grad_recons[n, s, d]
 //
-// A warp looks up 32 terms at once, one a lane, lists those whose coefficient is not 0 in shared memory, and reads their
-// rows; no barrier is needed. Of a latent with more than `piece` entries the first `piece` are summed where the sum is wanted. Every
+// What each entry adds, a row and a coefficient, is listed in the order of entries beforehand: all warps of a latent need
+// it. A warp reads 32 terms at once, one a lane, puts those whose coefficient is not 0 side by side in shared memory, and
+// reads their rows; no barrier is needed. Of a latent with more than `piece` entries the first `piece` are summed where the sum is wanted. Every
 // further piece was summed beforehand, by another block, into a row of scratch, and these rows are added in order: so a
 // latent that every sample uses keeps no block busy, and the grid shows in no bit. The row of a piece is the number of
 // its first entry / piece: first entries of pieces lie at least `piece` apart, so no two have one row.
@@ -27,12 +28,25 @@ class Divisor {
     uint64_t magic;
 };
 
-// A batch whose entries are looked up without a division.
-struct IndexedBatch : Batch {
-    Divisor by_k, by_streams, by_sources;  // sources: terms that an entry is to a decoder row
+struct alignas(8) Term {
+    unsigned row;
+    float coefficient;
+};
 
-    explicit IndexedBatch(const Batch& batch)
-        : Batch(batch), by_k(k), by_streams(streams.count), by_sources(per_stream ? 1 : streams.count) {}
+// A batch whose entries are looked up without a division, and the list of their terms.
+struct IndexedBatch : Batch {
+    Divisor by_k, by_streams;
+    int sources;          // terms that an entry is to a decoder row
+    Term* encoder_terms;  // [S, count]
+    Term* decoder_terms;  // [count, sources]
+
+    IndexedBatch(const Batch& batch, Term* encoder_terms_, Term* decoder_terms_)
+        : Batch(batch),
+          by_k(k),
+          by_streams(streams.count),
+          sources(per_stream ? 1 : streams.count),
+          encoder_terms(encoder_terms_),
+          decoder_terms(decoder_terms_) {}
 };
 
 // Sums of the pieces beyond the first of every latent.
@@ -42,26 +56,30 @@ struct PieceSums {
     Divisor piece;            // entries
 };
 
-struct Term {
-    unsigned row;
-    float coefficient;
-};
-
-// Of one entry in stream s: a row of x.
-__device__ inline Term encoder_term(const IndexedBatch& batch, int s, int64_t entry) {
+// Of the entry at a position in stream s: a row of x.
+__device__ inline Term encoder_term(const IndexedBatch& batch, int s, int64_t position, int64_t row) {
     const int S = batch.streams.count;
-    const int64_t position = batch.entries[entry], row = batch.by_k.quotient(position);
     const int64_t n = batch.per_stream ? batch.by_streams.quotient(row) : row;
     if (batch.per_stream && row - n * S != s) return {0, 0};
     const int64_t at = batch.per_stream ? position : position + (n * (S - 1) + s) * batch.k;
     return {unsigned(n), value_at(batch.values, at) > 0 ? value_at(batch.grad_values, at) : 0};
 }
 
-// Of one entry and one of its sources: a row of grad_recons.
-__device__ inline Term decoder_term(const IndexedBatch& batch, int64_t entry, int source) {
-    const int64_t position = batch.entries[entry], row = batch.by_k.quotient(position);
+// Of the same and one of its sources: a row of grad_recons.
+__device__ inline Term decoder_term(const IndexedBatch& batch, int source, int64_t position, int64_t row) {
     const int64_t from = batch.per_stream ? row : row * batch.streams.count + source;
     return {unsigned(from), value_at(batch.values, position + (from - row) * batch.k)};
+}
+
+// A thread an entry.
+__global__ void __launch_bounds__(256) list_terms_kernel(IndexedBatch batch) {
+    const int64_t entry = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (entry >= batch.count) return;
+    const int64_t position = batch.entries[entry], row = batch.by_k.quotient(position);
+    for (int s = 0; s < batch.streams.count; ++s)
+        batch.encoder_terms[s * batch.count + entry] = encoder_term(batch, s, position, row);
+    for (int source = 0; source < batch.sources; ++source)
+        batch.decoder_terms[entry * batch.sources + source] = decoder_term(batch, source, position, row);
 }
 
 // Rows that are read at once, 64 bytes of a thread; estimated, not measured.
@@ -97,15 +115,15 @@ __device__ void add_rows(
 
 // sum += coefficient * centred(row's column) of terms 0 ... count - 1 in order; returns the sum of coefficients. Called
 // by whole warps, each of which has room for 32 terms at `room`.
-template <class Format, bool whole, class TermAt, class Centred>
+template <class Format, bool whole, class Centred>
 __device__ float add_terms(
-    float (&sum)[held], const Matrix& matrix, const Columns<whole>& columns, Term* room, int count, TermAt term_at,
+    float (&sum)[held], const Matrix& matrix, const Columns<whole>& columns, Term* room, const Term* terms, int count,
     Centred centred) {
     const Kept kept;
     const int lane = threadIdx.x % 32;
     float coefficients = 0;
     for (int first = 0; first < count; first += 32) {
-        const Term mine = first + lane < count ? term_at(first + lane) : Term{0, 0};
+        const Term mine = first + lane < count ? terms[first + lane] : Term{0, 0};
         const unsigned used = __ballot_sync(all_lanes, mine.coefficient != 0);
         __syncwarp();  // all have read the terms before
         if (mine.coefficient != 0) room[__popc(used & ((1u << lane) - 1))] = mine;
@@ -130,7 +148,7 @@ __device__ float encoder_sum(
     float (&sum)[held], const IndexedBatch& batch, int s, const Columns<whole>& columns, Term* room,
     const float (&centre)[held], int64_t begin, int64_t end) {
     return add_terms<X>(
-        sum, batch.x, columns, room, int(end - begin), [&](int i) { return encoder_term(batch, s, begin + i); },
+        sum, batch.x, columns, room, batch.encoder_terms + s * batch.count + begin, int(end - begin),
         [&](float value, int i) { return __fsub_rn(value, centre[i]); });
 }
 
@@ -138,14 +156,9 @@ template <class G, bool whole>
 __device__ void decoder_sum(
     float (&sum)[held], const IndexedBatch& batch, const Columns<whole>& columns, Term* room, int64_t begin,
     int64_t end) {
-    const int sources = batch.by_sources;
-    const auto term_at = [&](int i) {
-        const int entry = int(batch.by_sources.quotient(i));
-        return decoder_term(batch, begin + entry, i - entry * sources);
-    };
     add_terms<G>(
-        sum, batch.grad_recons, columns, room, int(end - begin) * sources, term_at,
-        [](float value, int) { return value; });
+        sum, batch.grad_recons, columns, room, batch.decoder_terms + begin * batch.sources,
+        int(end - begin) * batch.sources, [](float value, int) { return value; });
 }
 
 // Adds what the further pieces of entries begin ... end sum up to.

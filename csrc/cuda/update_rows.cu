@@ -23,6 +23,7 @@ struct UpdateWorkspace {
     Counters* counters;
     Piece* pieces;
     float *encoder_pieces, *decoder_pieces, *bias_pieces, *pre_bias_parts;
+    Term *encoder_terms, *decoder_terms;
     int64_t bytes;
 
     UpdateWorkspace(void* begin, const UpdatePlan& plan, int64_t count, int L, const Streams& streams)
@@ -44,6 +45,8 @@ struct UpdateWorkspace {
         take(decoder_pieces, slots * stride_of(streams));
         take(bias_pieces, slots * streams.count);
         take(pre_bias_parts, parts * stride_of(streams));
+        take(encoder_terms, count * streams.count);
+        take(decoder_terms, count * streams.count);
         bytes = int64_t(next - reinterpret_cast<uintptr_t>(begin));
     }
 };
@@ -106,7 +109,9 @@ void update_rows(
     const auto update = [&](auto x, auto g) {
         using X = decltype(x);
         using G = decltype(g);
-        const SummedGradients<X, G> gradients{IndexedBatch(batch), pieces, grad_latent_bias};
+        const SummedGradients<X, G> gradients{
+            IndexedBatch(batch, room.encoder_terms, room.decoder_terms), pieces, grad_latent_bias};
+        launch(list_terms_kernel, ceil_div<int64_t>(batch.count, 256), 256, 0, stream, static_cast<const IndexedBatch&>(gradients));
         if (room.slots) {
             SharedMemory memory;
             memory.take<Term>(most_threads);

@@ -13,6 +13,7 @@ def exchanged_bytes(
     *,
     weight: int = 4,
     auxk: int = 0,
+    on_gpu: bool = False,
     over_batch: bool = False,
 ) -> dict[str, float]:
     """What -> bytes that each rank receives in a step; nothing of it grows with the number of latents.
@@ -20,16 +21,18 @@ def exchanged_bytes(
     Args:
         weight: bytes of a weight, which inputs and gradients have too; sums take 4 at least.
         auxk: latents a sample uses for AuxK, 0 where none is dead: candidates, reconstructions and their gradient then
-            come once more.
+            come once more, of each stream from itself.
+        on_gpu: where all candidates are scored at once, and bounds of their scores are not exchanged before.
         over_batch: with BatchTopK, candidates are counts: of a sample's scores above the last that fires, and at it.
     """
     N, S, D, others = n_samples, len(d_streams), sum(d_streams), ranks - 1
-    wide, passes = max(weight, 4), 2 if auxk else 1
+    wide, rows = max(weight, 4), S + (1 if auxk else 0)
+    candidate = wide + (0 if on_gpu else 4)
     return {
         "x": N * D * weight * others / ranks,
-        "candidates": N * ((2 * 4 if over_batch else k * (wide + 4)) + auxk * (wide + 4)) * others,
-        "reconstructions": passes * N * S * D * wide * others / ranks,
-        "G": passes * N * S * D * weight * others / ranks,
+        "candidates": N * ((2 * 4 if over_batch else k * candidate) + auxk * candidate) * others,
+        "reconstructions": N * rows * D * wide * others / ranks,
+        "G": N * rows * D * weight * others / ranks,
     }
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sparc_fast.ops.huge_pages import empty_rows
 
+from . import shared_memory
+from .neighbours import MOST, neighbours
 from .watch import watch
 
 T = TypeVar("T")
@@ -32,23 +34,26 @@ class Exchange:
         self._watch = watch()
         self.received: Counter[str] = Counter()
         """By what they are."""
+        on_cpus = self.ranks > 1 and device.type == "cpu"
+        self._neighbours = neighbours(self) if on_cpus else None
+        self._memory = shared_memory.shared_memory(self) if on_cpus else None
 
     def gather(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
-        """The rows of all ranks, of which each has as many as `counts` says, below each other, [sum counts, ...]."""
+        """The rows of all ranks, of which each has as many as `counts` says, below each other, [sum counts, ...].
+
+        To be read only: ranks of one host have them in one place.
+        """
         if self.ranks == 1:
             return rows
-        most, shape = max(counts), rows.shape[1:]
-        if not most or not shape.numel():
+        shape = rows.shape[1:]
+        if not any(counts) or not shape.numel():
             return rows.new_empty(sum(counts), *shape)
-        own = rows.contiguous()
-        if len(own) < most:
-            own = torch.cat([own, own.new_zeros(most - len(own), *shape)])
-        all_rows = _empty_like(own, self.ranks * most)
-        self._all_gather(_bytes(all_rows), _bytes(own))
-        self.received[what] += own.nbytes * (self.ranks - 1)
-        if min(counts) == most:
-            return all_rows
-        return torch.cat([part[:n] for part, n in zip(torch.split(all_rows, most), counts, strict=True)])
+        if (shared := self._shared(rows, sum(counts))) is not None:
+            first = sum(counts[: self.rank])
+            shared[first : first + len(rows)] = rows
+            self._meet((len(shared) - len(rows)) * shape.numel() * rows.itemsize, what)
+            return shared
+        return self._by_message(rows, counts, what)
 
     def packed(
         self, numbers: Sequence[int], tensors: Sequence[Tensor], what: str
@@ -62,20 +67,30 @@ class Exchange:
             [row.clone().view(like.dtype).view(like.shape) for row in piece]
             for piece, like in zip(pieces[1:], tensors, strict=True)
         ]
-        return pieces[0].contiguous().view(torch.int64).tolist(), own
+        return pieces[0].reshape(-1).view(torch.int64).view(self.ranks, -1).tolist(), own
 
-    def deal(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
-        """Of rows [sum counts, ...], every rank's share of them: what all ranks have of this one's, [P, n, ...]."""
-        own, shape = counts[self.rank], rows.shape[1:]
-        if self.ranks == 1:
-            return rows[None]
-        mine = _empty_like(rows, self.ranks * own)
+    def deal(self, rows: Tensor, counts: Sequence[int], what: str) -> tuple[Tensor, Tensor]:
+        """Of rows [sum counts, ...] that every rank has, all ranks' for this one's share of n.
+
+        Returns (rows, numbers [P, n]): where among the rows those of each rank for each of the share are. To be read
+        only.
+        """
+        n, shape, N, P = counts[self.rank], rows.shape[1:], sum(counts), self.ranks
+        own = torch.arange(n, device=rows.device)
+        if P == 1:
+            return rows, own[None]
+        each = torch.arange(P, device=rows.device)[:, None]
         size = shape.numel() * rows.itemsize
-        given, taken = [n * size for n in counts], [own * size] * self.ranks
+        if (shared := self._shared(rows, P * N)) is not None:
+            shared[self.rank * N : (self.rank + 1) * N] = rows
+            self._meet(n * size * (P - 1), what)
+            return shared, each * N + sum(counts[: self.rank]) + own
+        mine = _empty_like(rows, P * n)
+        given, taken = [n * size for n in counts], [n * size] * P
         with self.with_others():
             dist.all_to_all_single(_bytes(mine), _bytes(rows.contiguous()), taken, given, group=self.group)
-        self.received[what] += own * size * (self.ranks - 1)
-        return mine.view(self.ranks, own, *shape)
+        self.received[what] += n * size * (P - 1)
+        return mine, each * n + own
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of all ranks' parts, which are small."""
@@ -101,7 +116,8 @@ class Exchange:
             RuntimeError: a rank makes another call.
         """
         own = torch.tensor([[call, *numbers] + [0] * (NUMBERS - 1 - len(numbers))], dtype=torch.int64, device="cpu")
-        of_all = self.gather(own.to(self.device), [1] * self.ranks, "numbers").tolist()
+        own = own.to(self.device)
+        of_all = (self._by_message(own, [1] * self.ranks, "numbers") if self.ranks > 1 else own).tolist()
         for rank, (other, *_) in enumerate(of_all):
             if other != call:
                 raise RuntimeError(f"ranks must make the same calls in the same order, but rank {rank} made another")
@@ -123,7 +139,7 @@ class Exchange:
         """ConnectionError names the ranks that are gone, where what is done with all of them here fails."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             ranks = dist.get_process_group_ranks(self.group)
             if not (gone := [rank for rank in self._watch.lost() if rank in ranks]):
                 raise
@@ -154,10 +170,39 @@ class Exchange:
         name, _, words = text.partition(":")
         raise next(kind for kind in kinds if kind.__name__ == name)(f"rank {rank}: {words}")
 
+    def _shared(self, like: Tensor, n: int) -> Tensor | None:
+        """Memory of all ranks for n such rows; None where they share none, or the rows are not worth it."""
+        n_bytes = n * like.shape[1:].numel() * like.itemsize
+        if self._memory is None or n_bytes < shared_memory.LEAST:
+            return None
+        memory = self._memory.take(n_bytes)
+        return None if memory is None else memory.view(like.dtype).view(n, *like.shape[1:])
+
+    def _meet(self, n_bytes: int, what: str) -> None:
+        """With all ranks, of which the others have written so many bytes for this one."""
+        assert self._memory is not None
+        self._memory.meet()
+        self.received[what] += n_bytes
+
+    def _by_message(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
+        most, shape = max(counts), rows.shape[1:]
+        own = rows.contiguous()
+        if len(own) < most:
+            own = torch.cat([own, own.new_zeros(most - len(own), *shape)])
+        all_rows = _empty_like(own, self.ranks * most)
+        self._all_gather(_bytes(all_rows), _bytes(own))
+        self.received[what] += own.nbytes * (self.ranks - 1)
+        if min(counts) == most:
+            return all_rows
+        return torch.cat([part[:n] for part, n in zip(torch.split(all_rows, most), counts, strict=True)])
+
     def _all_gather(self, out: Tensor, own: Tensor) -> None:
         dist_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
         with self.with_others():
-            dist_gather(out, own, group=self.group)
+            if self._neighbours is not None and own.nbytes <= MOST:
+                out.copy_(self._neighbours.gather(own))
+            else:
+                dist_gather(out, own, group=self.group)
 
 
 def _empty_like(rows: Tensor, n: int) -> Tensor:

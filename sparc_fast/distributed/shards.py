@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +23,7 @@ from sparc_fast.batch import Batch, Moments
 from sparc_fast.objective import Terms
 from sparc_fast.ops import backends
 from sparc_fast.ops.backends import Backend
-from sparc_fast.ops.layout import gradient_dtype, wide
+from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
 from sparc_fast.whole import Whole
 
 from .batch_topk import batch_topk, latents_above
@@ -252,10 +251,11 @@ class Shards(Whole):
         values = torch.where(own[:, None], wide(values), 0)
         with torch.no_grad():
             bias: Tensor = decode.keywords["pre_bias"]  # type: ignore[attr-defined]
-            parts = exchange.deal(decode(values, indices, pre_bias=torch.zeros_like(bias)), counts, "reconstructions")
-            total = parts[0]
-            for part in parts[1:]:
-                total = total + part
+            own_rows = decode(values, indices, pre_bias=torch.zeros_like(bias))
+            rows, numbers = exchange.deal(own_rows, counts, "reconstructions")
+            total = rows[numbers[0]]
+            for of_rank in numbers[1:]:
+                total = total + rows[of_rank]
             return (total + wide(bias)).to(dtype)
 
     def own(self, rows: Tensor | None) -> Tensor | None:
@@ -293,30 +293,49 @@ class _OfRows:
         self.backend, self.exchange = backend, exchange
 
     def global_topk(
-        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        pre_bias: Tensor,
+        latent_bias: Tensor,
+        k: int,
+        screening: str = "auto",
+        among: None = None,
     ) -> Tensor:
         """The support among the rows of all ranks, below each other: -1 where a row is not here.
 
-        Every rank gives its k best rows, if it has so many, with their scores, which are the same bits whoever computes
+        Every rank gives the scores of its k best rows, if it has so many, which are the same bits whoever computes
         them; the k best of those, ties to the lower row, are the k best of all. They are beside each other in the order
         of rows, since a rank's rows come before those of the next one.
         """
         backend, exchange = self.backend, self.exchange
-        N, own = len(x), min(k, len(W_enc))
+        rows, scores = self._best_rows(x, W_enc, pre_bias, latent_bias, k, screening)
+        counts, (of_ranks,) = exchange.packed([len(W_enc)], [scores], "candidates")
+        given = [min(k, n) for (n,) in counts]
+        beside = torch.cat([part[:, :n] for part, n in zip(of_ranks, given, strict=True)], dim=1)
+        best = backend.topk_rows(beside, min(k, sum(given))).long() - sum(given[: exchange.rank])
+        is_here = (best >= 0) & (best < given[exchange.rank])
+        return torch.where(is_here, rows.gather(1, best.clamp(0, k - 1)), -1)
+
+    def _best_rows(
+        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str
+    ) -> tuple[Tensor, Tensor]:
+        """Rows here among which those of the support are, ascending, and their scores; there is room for k."""
+        backend, exchange, N, own = self.backend, self.exchange, len(x), min(k, len(W_enc))
+        if best_rows := getattr(backend, "best_rows", None):
+
+            def among(ends: Tensor) -> Tensor:
+                of_all = exchange.gather(ends[None], [1] * exchange.ranks, "candidates")
+                return of_all.movedim(0, 1).reshape(len(ends), -1).contiguous()
+
+            found: tuple[Tensor, Tensor] = best_rows(x, W_enc, pre_bias, latent_bias, k, among, screening)
+            return found
         rows = torch.zeros(N, k, dtype=torch.int32, device=x.device)
         scores = torch.zeros(N, k, dtype=wide(x).dtype, device=x.device)
         if own and N:
             best = backend.global_topk(x, W_enc, pre_bias, latent_bias, own, screening)
             rows[:, :own], scores[:, :own] = best, backend.support_scores(x, W_enc, pre_bias, latent_bias, best)
-        counts, (all_scores, all_rows) = exchange.packed([len(W_enc)], [scores, rows], "candidates")
-        given, firsts = [min(k, n) for (n,) in counts], [0, *accumulate(n for (n,) in counts)]
-        beside = torch.cat([part[:, :n] for part, n in zip(all_scores, given, strict=True)], dim=1)
-        numbers = torch.cat(
-            [part[:, :n] + first for part, n, first in zip(all_rows, given, firsts, strict=False)], dim=1
-        )
-        best = backend.topk_rows(beside, min(k, sum(given))).long()
-        support = numbers.gather(1, best) - firsts[exchange.rank]
-        return support.masked_fill_((support < 0) | (support >= len(W_enc)), -1)
+        return rows, scores
 
     def decode_loss(
         self,
@@ -332,29 +351,50 @@ class _OfRows:
         """Every rank reconstructs all samples from its own rows, adds up its share of the samples, and compares them.
 
         The P parts of a reconstruction are rows of a dictionary, each used once with a value of 1: what adds them up,
-        in the order of ranks, and compares them is the backend's own decode_loss.
+        in the order of ranks, and compares them is the backend's own decode_loss. Where streams are reconstructed from
+        themselves alone, as for AuxK, nothing else is exchanged.
         """
         backend, exchange, P = self.backend, self.exchange, self.exchange.ranks
         (N, S, _), D = values.shape, W_dec.shape[1]
         counts = shares(N, P)
         first, n = sum(counts[: exchange.rank]), counts[exchange.rank]
         own = slice(first, first + n)
+        alone = S > 1 and not any(weight for i, weight in enumerate(weights) if i % (S + 1))
         no_bias = torch.zeros(D, dtype=pre_bias.dtype, device=pre_bias.device)
-        parts = exchange.deal(
-            backend.sparse_decode(wide(values), indices, W_dec, no_bias), counts, "reconstructions"
-        ).view(P * n * S, D)
+        recons = backend.sparse_decode(wide(values), indices, W_dec, no_bias)
+        recons = _from_itself(recons, d_streams) if alone else recons
+        parts, numbers = exchange.deal(recons, counts, "reconstructions")
+        del recons
         if n:
-            rows = torch.arange(P * n * S, dtype=torch.int32, device=values.device).view(P, n, S).movedim(0, -1)
+            rows = numbers.T[:, None].int().expand(n, S, P)
+            if not alone:
+                rows = rows * S + torch.arange(S, dtype=torch.int32, device=values.device)[:, None]
             ones = torch.ones(n, S, P, dtype=parts.dtype, device=values.device)
-            nmse, grad_recons, _, grad_pre_bias = backend.decode_loss(
-                ones, rows.contiguous(), parts, wide(pre_bias), wide(target[own]), scale[own], weights, d_streams
-            )
+            operands = ones, rows.contiguous(), parts.view(-1, D), wide(pre_bias), wide(target[own]), scale[own]
+            nmse, grad_recons, _, grad_pre_bias = backend.decode_loss(*operands, weights, d_streams)
+            del operands
         else:
             nmse, grad_recons, grad_pre_bias = parts.new_zeros(S, S), parts.new_zeros(0, S, D), parts.new_zeros(D)
-        grad_recons = exchange.gather(grad_recons.to(gradient_dtype(values)), counts, "G")
+        del parts  # their memory is what the next of them take
+        grad_recons = grad_recons.to(gradient_dtype(values))
+        grad_recons = exchange.gather(_from_itself(grad_recons, d_streams) if alone else grad_recons, counts, "G")
+        grad_recons = _of_streams(grad_recons, d_streams) if alone else grad_recons
         grad_values = backend.sparse_decode_grad_values(grad_recons, indices, W_dec)
         sums = exchange.sum(torch.cat([nmse.reshape(-1), grad_pre_bias]))
         return sums[: S * S].view(S, S), grad_recons, grad_values, sums[S * S :]
+
+
+def _from_itself(recons: Tensor, d_streams: Sequence[int]) -> Tensor:
+    """[N, D] of [N, S, D]: of each stream, what is reconstructed from itself."""
+    return torch.cat([recons[:, s, cols] for s, cols in enumerate(stream_slices(d_streams))], dim=1)
+
+
+def _of_streams(itself: Tensor, d_streams: Sequence[int]) -> Tensor:
+    """[N, S, D] of [N, D], 0 for other streams."""
+    of_all = itself.new_zeros(len(itself), len(d_streams), itself.shape[1])
+    for s, cols in enumerate(stream_slices(d_streams)):
+        of_all[:, s, cols] = itself[:, cols]
+    return of_all
 
 
 def _on(terms: Terms, device: torch.device | str) -> Terms:

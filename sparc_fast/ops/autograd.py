@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import by_group, wide
-from sparc_fast.ops.reference import pre_bias_gradient
+from sparc_fast.ops.reference import pre_bias_gradient, weighted_sum
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
@@ -90,8 +90,8 @@ class SparseDecode(torch.autograd.Function):
 class Reconstruction(NamedTuple):
     """What a batch was reconstructed to on a support: the loss, and what it and its gradient are made of."""
 
-    loss: Tensor
-    """sum_{s, t} weights[s, t] nmse[s, t]: the one that carries a gradient."""
+    loss: Tensor | None
+    """sum_{s, t} weights[s, t] nmse[s, t]: the one that carries a gradient; None where it was only measured."""
     nmse: Tensor
     """[S, S], source by target; of nested dictionaries, of the last, which is all latents."""
     values: Tensor
@@ -183,6 +183,28 @@ class ReconstructionLoss(torch.autograd.Function):
         return None, *scaled, *(None,) * 8
 
 
+def measure(
+    x: Tensor,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    indices: Tensor,
+    residual: Tensor | None,
+    scale: Tensor,
+    weights: Sequence[float],
+    d_streams: Sequence[int],
+    backend: Backend,
+) -> Reconstruction:
+    """What `reconstruct` finds, without the loss, of which nothing is to be differentiated."""
+    values = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
+    target, decoder_bias = (x, pre_bias) if residual is None else (residual, torch.zeros_like(pre_bias))
+    nmse, grad_recons, grad_values, grad_pre_bias = backend.decode_loss(
+        values, indices, W_dec, decoder_bias, target, scale, weights, d_streams
+    )
+    return Reconstruction(None, nmse, values, grad_recons, grad_values, grad_pre_bias)
+
+
 def reconstruct(
     x: Tensor,
     W_enc: Tensor,
@@ -215,9 +237,3 @@ def reconstruct(
     activations = None if fires is None else parts.pop()
     found = Reconstruction(*parts)
     return found._replace(activations=activations)
-
-
-def weighted_sum(nmse: Tensor, weights: Sequence[float]) -> Tensor:
-    """sum_{s, t} weights[s, t] nmse[s, t], without those of weight 0; nothing is copied to the device for it."""
-    terms = [value * weight for value, weight in zip(nmse.reshape(-1), weights, strict=True) if weight]
-    return torch.stack(terms).sum() if terms else nmse.sum() * 0

@@ -15,14 +15,21 @@ import torch
 from torch import Tensor
 
 from sparc_fast.ops import reference
-from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Gradients, Rows, Samples
 
 
 class Backend(Protocol):
     """The vocabulary every backend speaks; `reference` is its specification."""
 
     def global_topk(
-        self, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        pre_bias: Tensor,
+        latent_bias: Tensor,
+        k: int,
+        screening: str = "auto",
+        among: Tensor | None = None,
     ) -> Tensor: ...
 
     def batch_topk(
@@ -127,6 +134,16 @@ class Backend(Protocol):
 
     def replay_rows(self, rows: DecoderRows, latents: Tensor, history: Tensor, seed: int | None = None) -> None: ...
 
+    def step_biases(self, biases: Sequence[Bias], adam: AdamStep) -> None: ...
+
+    def sample_scale(
+        self, x: Tensor, d_streams: Sequence[int], n_samples: int | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def loss_summary(
+        self, nmse: Tensor, auxk: Tensor | None, energy: Tensor, weights: Sequence[float], auxk_coef: float
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]: ...
+
     def count_silence(self, silence: Tensor, values: Tensor, indices: Tensor) -> None: ...
 
 
@@ -145,15 +162,17 @@ IN_GRAPHS = (
     "decoder_gradients",
     "weight_gradients",
     "count_silence",
+    "sample_scale",
 )
 RAGGED = ("batch_topk", "latents_above")  # how wide their results are depends on data
-# these move weights and moments in place, or say how, outside of any graph
-PLAIN = (*RAGGED, "gradient_squares", "update_rows", "step_rows", "replay_rows")
+# these move weights and moments in place, or say how, outside of any graph of torch.compile
+PLAIN = (*RAGGED, "gradient_squares", "update_rows", "step_rows", "replay_rows", "step_biases", "loss_summary")
+OPTIONAL = ("best_rows",)  # what others do in several steps
 
 # results that the reference does not find without looking at data, or at all
 _FAKES: dict[str, Callable[..., Any]] = {
     "count_silence": lambda silence, values, indices: None,
-    "global_topk": lambda x, W_enc, pre_bias, latent_bias, k, screening="auto": x.new_empty(
+    "global_topk": lambda x, W_enc, pre_bias, latent_bias, k, screening="auto", among=None: x.new_empty(
         (len(x), k), dtype=torch.int32
     ),
 }
@@ -246,7 +265,8 @@ def _in_graphs(implementation: Backend, library: str, device_types: tuple[str, .
 
 def replaced(backend: Backend, operators: dict[str, Callable[..., Any]]) -> Backend:
     """A backend with some of its operators replaced."""
-    functions = {name: getattr(backend, name) for name in (*IN_GRAPHS, *PLAIN)}
+    has = [name for name in OPTIONAL if hasattr(backend, name)]
+    functions = {name: getattr(backend, name) for name in (*IN_GRAPHS, *PLAIN, *has)}
     whole: Any = SimpleNamespace(**{**functions, **operators})
     of_both: Backend = whole
     return of_both

@@ -15,13 +15,23 @@ from torch import Tensor
 
 from sparc_fast import _cpu
 from sparc_fast.ops import reference
-from sparc_fast.ops.cpu_topk import batch_topk, dense_rows, global_topk, latents_above, support_scores, topk_rows
+from sparc_fast.ops.cpu_topk import (
+    batch_topk,
+    best_rows,
+    dense_rows,
+    global_topk,
+    latents_above,
+    support_scores,
+    topk_rows,
+)
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import gradient_dtype, wide
+from sparc_fast.ops.reference import loss_summary, sample_scale, step_biases
 from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
 __all__ = [
     "batch_topk",
+    "best_rows",
     "count_silence",
     "decode_loss",
     "decoder_gradients",
@@ -30,10 +40,13 @@ __all__ = [
     "gradient_squares",
     "invert_indices",
     "latents_above",
+    "loss_summary",
     "nested_decode_loss",
     "replay_rows",
+    "sample_scale",
     "sparse_decode",
     "sparse_decode_grad_values",
+    "step_biases",
     "step_rows",
     "support_scores",
     "support_values",

@@ -7,6 +7,7 @@ without a proof go on to float32, and from there to float64, the specification i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from sparc_fast.ops.reference import summed_bias
 
 ROWS, LATENTS = 2048, 2048  # samples and latents of one GEMM
 ROOM, SPARE = 8, 256  # a sample may hold ROOM k + SPARE candidates
+ROOM_AT_ONCE = 2**25 // 12  # candidates of all samples that are screened together
 UNLIKE = 8  # times k that a sample may well have where it is not k for each
 # Samples up to which float64 at once is fastest, and from which bfloat16 pays. L = 8192, D = 2560, one Zen 4 core,
 # float64 / float32 / bfloat16 in bare float32 GEMMs: 0.83 / 1.55 / 2.2 for 1 sample, 1.14 / 0.90 / 0.95 for 8,
@@ -27,8 +29,22 @@ FEW, MANY = 2, 16
 
 
 def global_topk(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    screening: str = "auto",
+    among: Tensor | None = None,
 ) -> Tensor:
+    if among is not None:
+        latents = among.nonzero()[:, 0]
+        here = min(k, len(latents))
+        found = torch.full((len(x), k), -1, dtype=torch.int32, device="cpu")
+        if here:
+            positions = global_topk(x, W_enc[latents], pre_bias, latent_bias[:, latents], here, screening)
+            found[:, :here] = latents.int()[positions.long()]
+        return found
     W, bias = _stored(W_enc.detach(), x.dtype), summed_bias(latent_bias.detach())
     indices = torch.empty(len(x), k, dtype=torch.int32, device="cpu")
     rows = _samples(k, len(W))
@@ -37,6 +53,62 @@ def global_topk(
             centred = (wide(x[n : n + rows].detach()) - wide(pre_bias.detach())).contiguous()
             indices[n : n + rows] = _support(centred, W, bias, k, _precisions(centred, screening))
     return indices
+
+
+def best_rows(
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    among: Callable[[Tensor], Tensor],
+    screening: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The rows here that may be in the support among those of all processes: (rows int32, scores), both [N, k].
+
+    Ascending, k at most, those that are as good as any other here; -1 and -inf for the rest of a sample. Few more are
+    scored than where one process holds all rows.
+
+    Args:
+        k: of all processes' rows.
+        among: float32 [n, k], that many scores here are no less than these -> [n, m], the same of all processes. Each
+            calls it as often, with as many samples.
+    """
+    W, bias, own = _stored(W_enc.detach(), x.dtype), summed_bias(latent_bias.detach()), min(k, len(W_enc))
+    rows = torch.full((len(x), k), -1, dtype=torch.int32, device="cpu")
+    scores = torch.full((len(x), k), -math.inf, dtype=wide(x).dtype, device="cpu")
+    at_once = _samples(k, 2**31)  # whatever the rows here, which other processes may have more of
+    with torch.autocast("cpu", enabled=False):
+        for n in range(0, len(x), at_once):
+            centred = (wide(x[n : n + at_once].detach()) - wide(pre_bias.detach())).contiguous()
+            found = _best(centred, W, bias, own, k, among, _precisions(centred, screening) if own else [])
+            rows[n : n + at_once, :own], scores[n : n + at_once, :own] = found
+    return rows, scores
+
+
+def _best(
+    x: Tensor, W: Tensor, bias: Tensor, own: int, k: int, among: Callable[[Tensor], Tensor],
+    precisions: list[torch.dtype],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`best_rows` of few enough samples, of as many rows as there can be here."""
+    N, threads = len(x), torch.get_num_threads()
+    indices = torch.full((N, own), -1, dtype=torch.int32, device="cpu")
+    scores = torch.full((N, own), -math.inf, dtype=x.dtype, device="cpu")
+    ends = torch.full((N, own), -math.inf, dtype=torch.float32, device="cpu")
+    unproven = torch.ones(N, dtype=torch.bool, device="cpu")
+    screen = _filtered(x, W, bias, own, precisions[0], _cpu.Among.row) if precisions else None
+    if screen is not None:
+        screen.best_ends(ends, threads)
+    of_all = among(torch.nn.functional.pad(ends, (0, k - own), value=-math.inf))
+    if screen is not None:
+        screen.settle_among(indices, scores, unproven, of_all, k, x, W, threads)
+    rest = unproven.nonzero()[:, 0]
+    if own and len(rest):
+        best = _support(x[rest], W, bias, own, precisions[1:])
+        of_best = torch.empty(best.shape, dtype=x.dtype, device="cpu")
+        _cpu.support_scores(of_best, x[rest], W, bias, best, threads)
+        indices[rest], scores[rest] = best, of_best
+    return indices, scores
 
 
 def batch_topk(
@@ -185,7 +257,7 @@ def _capacity(k: int, n_latents: int) -> int:
 
 
 def _samples(k: int, n_latents: int) -> int:
-    return max(1, min(ROWS, 2**25 // (12 * _capacity(k, n_latents))))
+    return max(1, min(ROWS, ROOM_AT_ONCE // _capacity(k, n_latents)))
 
 
 def _chunk(D: int, n_latents: int) -> int:

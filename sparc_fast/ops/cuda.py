@@ -26,9 +26,12 @@ from sparc_fast.kernels import (
     decoder_gradients,
     encoder_gradients,
     latents_above,
+    loss_summary,
     nested_decode_loss,
+    sample_scale,
     sparse_decode,
     sparse_decode_grad_values,
+    step_biases,
     support_scores,
     support_values,
     support_values_grad_x,
@@ -47,10 +50,13 @@ __all__ = [
     "gradient_squares",
     "invert_indices",
     "latents_above",
+    "loss_summary",
     "nested_decode_loss",
     "replay_rows",
+    "sample_scale",
     "sparse_decode",
     "sparse_decode_grad_values",
+    "step_biases",
     "step_rows",
     "support_scores",
     "support_values",
@@ -81,11 +87,17 @@ def topk_rows(scores: Tensor, k: int) -> Tensor:
 
 
 def global_topk(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    screening: str = "auto",
+    among: Tensor | None = None,
 ) -> Tensor:
     """int32 [N, k]: Triton's global_topk, with the scores filtered and the supports settled by CUDA kernels."""
     triton = import_module("sparc_fast.kernels.global_topk")
-    support: Tensor = triton.select(x, W_enc, pre_bias, latent_bias, k, screening, _selection(triton, k))
+    support: Tensor = triton.select(x, W_enc, pre_bias, latent_bias, k, screening, _selection(triton, k), among)
     return support
 
 

@@ -28,6 +28,7 @@ def global_topk(
     k: int,
     *,
     screening: str = "auto",
+    among: Tensor | None = None,
     return_scores: Literal[False] = False,
     backend: str | Backend = "auto",
 ) -> Tensor: ...
@@ -42,6 +43,7 @@ def global_topk(
     k: int,
     *,
     screening: str = "auto",
+    among: Tensor | None = None,
     return_scores: Literal[True],
     backend: str | Backend = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -55,6 +57,7 @@ def global_topk(
     k: int,
     *,
     screening: str = "auto",
+    among: Tensor | None = None,
     return_scores: bool = False,
     backend: str | Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -69,12 +72,14 @@ def global_topk(
         screening: "bf16" looks for candidates with a bfloat16 matrix product whose error is bounded sample by sample,
             and goes on in float32, then float64, where that proves nothing; "off" begins with float32; "auto" takes
             the faster. The support is the same.
+        among: bool [L], the latents to choose among; all by default. How many these are is not asked of a device.
         return_scores: also return what the latents were chosen by, for shards or chunks of latents to be merged by
             (score descending, latent ascending).
         backend: "auto" or one of `sparc_fast.available_backends(x.device)`.
 
     Returns:
-        indices, int32 [N, k], ascending in each row. The support is exact: pre-activations are ranked by
+        indices, int32 [N, k], ascending in each row, with -1, empty slots, behind them where `among` says fewer than k.
+        The support is exact: pre-activations are ranked by
         their float64 sums, rounded once; equal ones go to the lower latent; NaN ranks with +inf. It depends on
         neither the batch, the thread count nor the backend. No gradient.
         With ``return_scores``, (indices, scores): [N, k], float32, or float64 for float64 inputs; the same bits on
@@ -83,9 +88,12 @@ def global_topk(
     _check_encoder(x, W_enc, pre_bias, latent_bias)
     _check_k(k, W_enc, backend)
     _check_screening(screening)
+    _check_among(among, W_enc)
+    if among is not None and return_scores:
+        raise ValueError("return_scores must be False with among: an empty slot has no score")
     with torch.no_grad():
         chosen = backends.resolve(backend, x.device)
-        indices = chosen.global_topk(x, W_enc, pre_bias, latent_bias, k, screening)
+        indices = chosen.global_topk(x, W_enc, pre_bias, latent_bias, k, screening, among)
         return (indices, chosen.support_scores(x, W_enc, pre_bias, latent_bias, indices)) if return_scores else indices
 
 
@@ -98,16 +106,18 @@ def local_topk(
     *,
     d_streams: Sequence[int],
     screening: str = "auto",
+    among: Tensor | None = None,
     backend: str | Backend = "auto",
 ) -> Tensor:
     """The k latents of largest pre-activation of each stream by itself; as `global_topk`, but int32 [N, S, k]."""
     _check_encoder(x, W_enc, pre_bias, latent_bias, d_streams)
     _check_k(k, W_enc, backend)
     _check_screening(screening)
+    _check_among(among, W_enc)
     with torch.no_grad():
         operator = backends.resolve(backend, x.device).global_topk
         supports = [
-            operator(x[:, cols], W_enc[:, cols], pre_bias[cols], latent_bias[s : s + 1], k, screening)
+            operator(x[:, cols], W_enc[:, cols], pre_bias[cols], latent_bias[s : s + 1], k, screening, among)
             for s, cols in enumerate(stream_slices(d_streams))
         ]
         return torch.stack(supports, dim=1)
@@ -267,7 +277,8 @@ def reconstruction_loss(
     if sizes and (list(sizes) != sorted(sizes) or sizes[0] < 0 or sizes[-1] != len(W_enc)):
         raise ValueError(f"sizes must ascend to n_latents={len(W_enc)}, got {tuple(sizes)}")
     arguments = (x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale)
-    return autograd.reconstruct(*arguments, weights, d_streams, backends.resolve(backend, x.device), sizes)[:4]
+    found = autograd.reconstruct(*arguments, weights, d_streams, backends.resolve(backend, x.device), sizes)
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor], found[:4])
 
 
 def invert_indices(indices: Tensor, n_latents: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -317,6 +328,14 @@ def _check_encoder(
 def _check_k(k: int, W_enc: Tensor, backend: str | Backend) -> None:
     if isinstance(backend, str) and not 1 <= k <= len(W_enc):  # else there may be latents elsewhere, too
         raise ValueError(f"k must be between 1 and n_latents={len(W_enc)}, got {k}")
+
+
+def _check_among(among: Tensor | None, W_enc: Tensor) -> None:
+    if among is None:
+        return
+    if among.dtype != torch.bool or among.shape != W_enc.shape[:1] or among.device != W_enc.device:
+        got = f"{among.dtype} {list(among.shape)} on {among.device}"
+        raise ValueError(f"among must be bool [{len(W_enc)}] on {W_enc.device}, got {got}")
 
 
 def _check_screening(screening: str) -> None:

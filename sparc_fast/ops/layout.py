@@ -17,7 +17,12 @@ def stream_slices(d_streams: Sequence[int]) -> list[slice]:
 
 def wide(x: Tensor) -> Tensor:
     """x in the type its sums are taken in."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.to(wide_type(x.dtype))
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums of numbers of this type are taken in."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def gradient_dtype(values: Tensor) -> torch.dtype:

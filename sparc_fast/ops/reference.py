@@ -19,13 +19,19 @@ from torch import Tensor
 
 from sparc_fast.ops import pooled_topk
 from sparc_fast.ops.layout import by_group, gradient_dtype, stream_slices, wide
-from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Gradients, Rows, Samples
 
 
 def global_topk(
-    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    screening: str = "auto",
+    among: Tensor | None = None,
 ) -> Tensor:
-    """indices[n] = the k latents l of largest h[n, l].
+    """indices[n] = the k latents l of largest h[n, l], of those that ``among`` says, bool [L], where it is given.
 
     h[n, l] = sum_d (x - pre_bias)[n, d] W_enc[l, d] + sum_s latent_bias[s, l]
 
@@ -37,10 +43,21 @@ def global_topk(
     t[r + 1, i] = t[r, 2 i] + t[r, 2 i + 1],  and so on to  t[8, 0]
     h           = t[8, 0] + ((0 + latent_bias[0, l]) + latent_bias[1, l] + ...)
 
-    Equal h goes to the lower latent; NaN ranks with +inf. Ascending in each row, int32. ``screening`` is how a fast
-    backend may look for candidates first; it changes no result, and means nothing here.
+    Equal h goes to the lower latent; NaN ranks with +inf. Ascending in each row, int32, and -1 behind where there are
+    fewer than k. ``screening`` is how a fast backend may look for candidates first; it changes no result, and means
+    nothing here.
     """
-    return topk_rows(_scores(wide(x) - wide(pre_bias), W_enc, summed_bias(latent_bias)), k)
+    scores = _scores(wide(x) - wide(pre_bias), W_enc, summed_bias(latent_bias))
+    return topk_rows(scores, k) if among is None else _topk_among(scores, k, among)
+
+
+def _topk_among(scores: Tensor, k: int, among: Tensor) -> Tensor:
+    """`topk_rows` of some columns; how many these are is not asked."""
+    order = _ranked(scores).sort(dim=1, descending=True, stable=True).indices
+    chosen = among[order].sort(dim=1, descending=True, stable=True)
+    best = torch.gather(order, 1, chosen.indices[:, :k])
+    found = torch.where(chosen.values[:, :k], best, scores.shape[1]).sort(dim=1).values
+    return torch.where(found < scores.shape[1], found, -1).int()
 
 
 def batch_topk(
@@ -619,3 +636,68 @@ def _entries_of_stream(offsets: Tensor, entries: Tensor, shape: torch.Size, s: i
         return latents, entries // k, entries % k
     mine = torch.argsort((entries // k % S != s).int(), stable=True)[: N * k]
     return latents[mine], entries[mine] // (S * k), entries[mine] % k
+
+
+ZERO_ROW = 1e-20
+"""A row of smaller squared norm counts as a zero row: relative to nothing, no error can be told."""
+
+
+def row_energy(x: Tensor, d_streams: Sequence[int]) -> Tensor:
+    """energy[n, t] = ||x[n, t]||^2 of each stream, [N, S]."""
+    return torch.stack([wide(x[:, cols]).square().sum(1) for cols in stream_slices(d_streams)], dim=1)
+
+
+def nmse_scale(energy: Tensor, n_samples: int | None = None) -> Tensor:
+    """scale[n, t] = 1 / (N energy[n, t]), and 0 for zero rows: what makes squared errors NMSE.
+
+    N is `n_samples`, where these rows are only a part of those that the mean is taken over.
+    """
+    counted = energy >= ZERO_ROW
+    N = len(energy) if n_samples is None else n_samples
+    return torch.where(counted, 1 / energy.where(counted, 1.0) / max(N, 1), 0.0)
+
+
+def sample_scale(x: Tensor, d_streams: Sequence[int], n_samples: int | None = None) -> tuple[Tensor, Tensor]:
+    """(energy [N, S] of `row_energy`, scale [N, S] of `nmse_scale`)."""
+    energy = row_energy(x, d_streams)
+    return energy, nmse_scale(energy, n_samples)
+
+
+def weighted_sum(nmse: Tensor, weights: Sequence[float]) -> Tensor:
+    """sum_{s, t} weights[s, t] nmse[s, t], without those of weight 0; nothing is copied to the device for it."""
+    terms = [value * weight for value, weight in zip(nmse.reshape(-1), weights, strict=True) if weight]
+    return torch.stack(terms).sum() if terms else nmse.sum() * 0
+
+
+def loss_summary(
+    nmse: Tensor, auxk: Tensor | None, energy: Tensor, weights: Sequence[float], auxk_coef: float
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """What a loss is told by, from nmse [S, S] and energy [N, S].
+
+    total     = sum_{s, t} weights[s, t] nmse[s, t] + auxk
+    self      = mean_s nmse[s, s]
+    cross     = mean_{s != t} nmse[s, t];  None where no such pair has a weight
+    auxk      = auxk / auxk_coef, or None
+    nmse
+    zero_rows = [S], samples whose energy is below ZERO_ROW
+    """
+    S = len(nmse)
+    total, nmse = weighted_sum(nmse, weights), nmse.detach()
+    if auxk is not None:
+        total, auxk = total + auxk, auxk.detach() / auxk_coef
+    itself = torch.eye(S, dtype=torch.bool, device=nmse.device)
+    cross = nmse.masked_fill(itself, 0).sum() / (S * (S - 1)) if has_cross(weights, S) else None
+    return total, nmse.diagonal().mean(), cross, auxk, nmse, (energy < ZERO_ROW).sum(0)
+
+
+def has_cross(weights: Sequence[float], S: int) -> bool:
+    """Whether some weight [S, S] is of two streams."""
+    return any(weight != 0 for i, weight in enumerate(weights) if i % (S + 1))
+
+
+def step_biases(biases: Sequence[Bias], adam: AdamStep) -> None:
+    """A step of Adam of each bias in place, by the sum of its gradients, and its copy."""
+    for bias, gradients, (mean, square), copy in biases:
+        apply_adam(bias, sum(gradients[1:], gradients[0]), mean, square, adam.lr, adam.betas, adam.eps, adam.step)
+        if copy is not None:
+            copy.copy_(bias)

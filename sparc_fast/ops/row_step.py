@@ -64,6 +64,18 @@ class DecoderRows(NamedTuple):
     copy: Tensor | None = None
 
 
+class Bias(NamedTuple):
+    """A bias of whatever shape, changed in place."""
+
+    bias: Tensor
+    gradients: Sequence[Tensor]
+    """One or two, of which the gradient is the sum."""
+    moments: Sequence[Tensor]
+    """Adam's first and second."""
+    copy: Tensor | None = None
+    """In a narrower type, kept equal to it."""
+
+
 class Samples(NamedTuple):
     """N samples of all streams, what flowed through them, and where each latent is: gradients are sums over them.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,11 +16,12 @@ from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import by_group, wide
-from sparc_fast.ops.row_step import AdamStep, DecoderRows, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Rows, Samples
 from sparc_fast.optim.freezing import BY_STREAM, Run, Trained
 from sparc_fast.optim.lazy_rows import Behind
 from sparc_fast.optim.micro_batches import MicroBatches, OneBatch
 from sparc_fast.optim.private_rows import decoder_blocks
+from sparc_fast.optim.step_graphs import Made, Quiet, StepGraphs, can_capture
 from sparc_fast.selection import BY_THRESHOLD
 
 MomentType = Literal["float32", "bfloat16"]
@@ -46,7 +48,7 @@ class SparcAdam(torch.optim.Optimizer):
             when they are next read: bit for bit the same training, with less memory traffic where latents are many.
             Whoever reads ``model.W_dec`` gets rows that are up to date, which costs the steps that all others missed.
         capturable: as in torch.optim.Adam: the step count stays on the device, ``lr`` may be a tensor there, and a step
-            reads nothing on the host, so that a CUDA graph can capture it. AuxK then passes over all latents.
+            reads nothing on the host, so that a CUDA graph can capture it.
         moments: "bfloat16" keeps Adam's moments of W_enc and W_dec in half the memory, rounded up or down at random so
             that they are right on average; to the nearest, moments that change by less than a rounding would stand
             still. Rows move by the moments before they are rounded. "float32" keeps them as torch.optim.Adam does.
@@ -55,6 +57,11 @@ class SparcAdam(torch.optim.Optimizer):
         max_grad_norm: the most that the norm of all gradients together may be, those of loss.total.backward(); they are
             scaled down to it as torch.nn.utils.clip_grad_norm_ does, before the projection. For this the sums of a step
             are made twice, and W_enc is read once more. None: they are not clipped, which costs nothing.
+        graph: on a GPU, steps on whole batches of all streams whose shape stays the same are captured in a CUDA graph
+            and replayed, which launches all of a step at once: the same training, bit for bit, without the host's time.
+            The graph's scratch stays allocated. What cannot be captured is made as ever: several parts, `present`, zero
+            rows of a calibrated model, private latents, matryoshka, ``lazy``, selection="batch", several processes.
+            With ``capturable`` you capture the step yourself.
         seed: of that rounding. The same seed gives the same bits, on any number of threads, lazy or not; it is not
             part of the state.
     """
@@ -72,6 +79,7 @@ class SparcAdam(torch.optim.Optimizer):
         seed: int = 0,
         freeze: str | Collection[str] = (),
         max_grad_norm: float | None = None,
+        graph: bool = True,
     ) -> None:
         if not isinstance(model, SPARC):
             hint = ": it trains one process's model, and exchanges nothing" if hasattr(model, "module") else ""
@@ -97,6 +105,8 @@ class SparcAdam(torch.optim.Optimizer):
         self.capturable = capturable
         self.moments: MomentType = moments
         self.seed = seed
+        self.graph = graph
+        self._graphs, self._quiet = StepGraphs(), Quiet()
         self._trained = Trained.but(freeze, model.d_streams)
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._seen: dict[Tensor, int] = {}
@@ -130,10 +140,14 @@ class SparcAdam(torch.optim.Optimizer):
             )
         with shards.agreed("step"):
             parts, n_own = self._parts(inputs, present)
-        objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, not self.capturable)
+        is_fixed = self._is_fixed(parts)
+        if is_fixed and self.model.auxk and auxk_coef and self._quiet.holds(self.model.silence, self.model.dead_after):
+            auxk_coef = 0.0
+        reads_host = not self.capturable and not is_fixed
+        objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, reads_host)
         with self.model._rows_left_behind(), autograd.without_autocast(self.model.W_enc):
             self._check_trainable()
-            return self._step(parts, n_own, objective)
+            return self._step(parts, n_own, objective, is_fixed)
 
     def _parts(
         self, inputs: Inputs | Sequence[Inputs], present: Tensor | Sequence[Tensor | None] | None
@@ -159,28 +173,97 @@ class SparcAdam(torch.optim.Optimizer):
             )
         return list(zip(given, has, strict=True)), n_samples
 
-    def _step(self, parts: Sequence[tuple[Inputs, Tensor | None]], n_own: int, objective: Objective) -> SparcLoss:
+    def _step(
+        self, parts: Sequence[tuple[Inputs, Tensor | None]], n_own: int, objective: Objective, is_fixed: bool
+    ) -> SparcLoss:
         model = self.model
         backend = backends.resolve(model.backend, model.W_enc.device)
         parameters = (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias, model.latent_threshold)
         states = [self._state(p) if p is not None and self._is_trained(p) else None for p in parameters]
-        batch: OneBatch | MicroBatches
+        trained = [state for state in states if state is not None]
+        lr = self.param_groups[0]["lr"]
+        step = trained[0]["step"] if self.capturable else int(trained[0]["step"]) + 1
+
+        def one_step(batch: OneBatch | MicroBatches, lr: float | Tensor, step: int | Tensor) -> SparcLoss:
+            if objective.jumprelu is not None and batch.of_threshold is not None:
+                counts = objective.fired(batch.terms, model.streams)
+                batch = batch.with_grad_threshold(objective.jumprelu.gradient(batch.of_threshold, *counts, objective.k))
+            self._update(batch, states, backend, lr, step)
+            batch.count_silence(model.silence, backend)
+            return objective.summarize(batch.terms, batch.streams, batch.zero_rows)
+
+        def whole_step(given: Batch, lr: float | Tensor, step: int | Tensor) -> SparcLoss:
+            over = objective.over([given])
+            if is_fixed and over.dead is not None:
+                over = replace(over, dead=model.dead)  # now, not when this was captured
+            return one_step(self._flow(given, given.n_samples, over, backend), lr, step)
+
         if len(parts) == 1:
             given = model._batch(*parts[0])
-            objective = objective.over([given])
-            batch = self._flow(given, given.n_samples, objective, backend)
+            kind = self._kind(given, objective, states) if is_fixed and self.graph else None
+            if kind is None:
+                loss = whole_step(given, lr, step)
+            else:
+                of_x: Made = lambda x, lr, step: whole_step(given._replace(x=x), lr, step)  # noqa: E731
+                loss, replayed = self._graphs.make(kind, of_x, given.x, lr, int(step))
+                if replayed:
+                    torch.autograd.graph.increment_version([*self._moved(states), model.silence])
+                    for state in trained:
+                        state["step"] += 1
+            if is_fixed:
+                self._quiet.note(model.silence, given.n_samples)
         else:
             n_samples = model._shards.samples(n_own)
             batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples, model._private)
             objective = objective.over(model._batch(*part) for part in parts)
             for part in parts:
                 batch.add(self._flow(model._batch(*part), n_samples, objective, backend))
-        if objective.jumprelu is not None and batch.of_threshold is not None:
-            counts = objective.fired(batch.terms, model.streams)
-            batch = batch.with_grad_threshold(objective.jumprelu.gradient(batch.of_threshold, *counts, objective.k))
-        self._update(batch, states, backend)
-        batch.count_silence(model.silence, backend)
-        return objective.summarize(batch.terms, batch.streams, batch.zero_rows)
+            loss = one_step(batch, lr, step)
+        self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
+        return loss
+
+    def _is_fixed(self, parts: Sequence[tuple[Inputs, Tensor | None]]) -> bool:
+        """Whether such a step may read nothing on the host but which samples it gets."""
+        model = self.model
+        is_plain = not self.capturable and self._behind is None
+        chooses_alike = model.selection in ("global", "local") and model._private is None and not model.matryoshka
+        is_alone = model._shards.is_whole and not model._shards.has_replicas
+        is_one = len(parts) == 1 and parts[0][1] is None
+        return (
+            is_plain
+            and chooses_alike
+            and is_alone
+            and is_one
+            and not model.silence.is_inference()
+            and can_capture(model.W_enc.device)
+        )
+
+    def _kind(self, given: Batch, objective: Objective, states: Sequence[dict[str, Tensor] | None]) -> Hashable | None:
+        """What a captured step stands on; None where it may not be captured."""
+        model, (group,) = self.model, self.param_groups
+        lr, x = group["lr"], given.x
+        reads = given.present is not None or given.zero_rows is not None
+        if reads or given.streams != model.streams or x.dtype == torch.float64 or not len(x):
+            return None
+        if isinstance(lr, Tensor) and lr.device != x.device:
+            return None
+        matmul = torch.backends.cuda.matmul
+        held = [*self._moved(states), model.silence, *([lr] if isinstance(lr, Tensor) else [])]
+        return (
+            x.shape, x.stride(), x.dtype, given.of_batch, objective.backend, objective.k, objective.cross_loss_coef,
+            None if objective.support_from is None else tuple(objective.support_from), objective.loss,
+            objective.dead is None, objective.auxk, objective.auxk_coef, model.dead_after,
+            group["betas"], group["eps"], self.max_grad_norm, self._seed_of_rows, matmul.allow_fp16_accumulation,
+            matmul.allow_bf16_reduced_precision_reduction, tuple(tensor.data_ptr() for tensor in held),
+        )  # fmt: skip
+
+    def _moved(self, states: Sequence[dict[str, Tensor] | None]) -> list[Tensor]:
+        """All that a step of these states writes, but the counters of silence."""
+        parameters = self.model.W_enc, self.model.W_dec, self.model.latent_bias, self.model.pre_bias
+        of_states = [
+            state[key] for state in states if state for key in ("exp_avg", "exp_avg_sq", "master") if key in state
+        ]
+        return [*parameters, *of_states]
 
     def _flow(self, given: Batch, n_samples: int, objective: Objective, backend: backends.Backend) -> OneBatch:
         """A batch, or a part of one of `n_samples`, through the objective."""
@@ -251,37 +334,40 @@ class SparcAdam(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _update(
-        self, batch: OneBatch | MicroBatches, states: Sequence[dict[str, Tensor] | None], backend: backends.Backend
+        self,
+        batch: OneBatch | MicroBatches,
+        states: Sequence[dict[str, Tensor] | None],
+        backend: backends.Backend,
+        lr: float | Tensor,
+        step: int | Tensor,
     ) -> None:
         model, group = self.model, self.param_groups[0]
-        lr, eps = group["lr"], group["eps"]
+        eps = group["eps"]
         betas: tuple[float, float] = group["betas"]
-        trained = [state for state in states if state is not None]
         of_runs = [(run, self._rows_of(run, states)) for run in self._runs()]
         if self.max_grad_norm is not None:
-            batch = self._clipped(batch, of_runs, backend, self.max_grad_norm)
-        for state in trained:
-            state["step"] += 1
-        step = trained[0]["step"] if self.capturable else int(trained[0]["step"])
+            waits = model.W_enc.device.type == "cpu" and not isinstance(step, Tensor)
+            batch = self._clipped(batch, of_runs, backend, self.max_grad_norm, waits)
+        if self.capturable or not isinstance(step, Tensor):  # else a graph counts, and whoever replays it
+            for state in states:
+                if state is not None:
+                    state["step"] += 1
         if self._behind is not None:
             self._behind.record(float(lr), *betas, float(eps))
         adam = AdamStep(lr, betas, eps, step, self._seed_of_rows)
         for run, rows in of_runs:
             grad_latent_bias, grad_pre_bias = batch.update(rows, run, adam, backend)
+            biases = []
+            if states[2] is not None:
+                biases.append(self._bias(model.latent_bias, [grad_latent_bias], states[2], run))
             if states[3] is not None:
-                grad_pre_bias = model._shards.sum(grad_pre_bias)
-                grad_pre_bias += batch.grad_pre_bias if run is None else batch.grad_pre_bias[run.columns]
-            biases = [(model.latent_bias, grad_latent_bias), (model.pre_bias, grad_pre_bias)]
-            if model.latent_threshold is not None and batch.grad_threshold is not None:
+                through_decoder = batch.grad_pre_bias if run is None else batch.grad_pre_bias[run.columns]
+                both = [model._shards.sum(grad_pre_bias), through_decoder]
+                biases.append(self._bias(model.pre_bias, both, states[3], run))
+            if model.latent_threshold is not None and batch.grad_threshold is not None and states[4] is not None:
                 of_run = batch.grad_threshold if run is None else batch.grad_threshold[run.streams]
-                biases.append((model.latent_threshold, of_run))
-            for (bias, grad), of_bias in zip(biases, states[2:], strict=False):
-                if of_bias is not None:
-                    exact, mean, square, copy = self._of_run(bias, of_bias, run)
-                    reference.apply_adam(exact, grad, mean, square, lr, betas, eps, step)
-                    if copy is not None:
-                        copy.copy_(exact)
-        self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
+                biases.append(self._bias(model.latent_threshold, [of_run], states[4], run))
+            backend.step_biases(biases, adam)
 
     def _clipped(
         self,
@@ -289,11 +375,12 @@ class SparcAdam(torch.optim.Optimizer):
         of_runs: Sequence[tuple[Run | None, Rows]],
         backend: backends.Backend,
         most: float,
+        waits: bool,
     ) -> OneBatch | MicroBatches:
         """The batch with its gradients scaled so that their norm is at most this.
 
         Raises:
-            FloatingPointError: on a CPU, the norm is NaN or infinite; nothing has moved. Elsewhere asking would wait.
+            FloatingPointError: the norm is NaN or infinite, and the host `waits` to hear of it; nothing has moved.
         """
         shards = self.model._shards
         total = torch.zeros((), dtype=torch.float64, device=self.model.W_enc.device)
@@ -312,11 +399,11 @@ class SparcAdam(torch.optim.Optimizer):
                 total += (shards.sum(of_encoder) + of_decoder).double().square().sum()
         norm = total.sqrt()
         factor = (most / (norm + 1e-6)).clamp(max=1)
-        if total.device.type == "cpu" and not math.isfinite(norm.item()):
+        if waits and not math.isfinite(norm.item()):
             raise FloatingPointError(
                 f"gradients must be finite to be clipped, got a norm of {norm.item()}: no step made"
             )
-        return batch if total.device.type == "cpu" and factor.item() == 1 else batch.scaled(factor)
+        return batch if waits and factor.item() == 1 else batch.scaled(factor)
 
     def _runs(self) -> tuple[Run | None, ...]:
         """Streams to train that are neighbours; None: all streams together."""
@@ -335,6 +422,10 @@ class SparcAdam(torch.optim.Optimizer):
         if "master" in state:
             return state["master"][own], *moments, parameter[there]
         return parameter[there], *moments, None
+
+    def _bias(self, parameter: Tensor, gradients: Sequence[Tensor], state: dict[str, Tensor], run: Run | None) -> Bias:
+        exact, mean, square, copy = self._of_run(parameter, state, run)
+        return Bias(exact, gradients, [mean, square], copy)
 
     def _rows_of(self, run: Run | None, states: Sequence[dict[str, Tensor] | None]) -> Rows:
         model, nothing = self.model, (None, None, None, None)
@@ -422,11 +513,23 @@ class SparcAdam(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
-        mine = ("model", "capturable", "moments", "seed", "max_grad_norm", "_trained", "_names", "_seen", "_behind")
+        mine = (
+            "model",
+            "capturable",
+            "graph",
+            "moments",
+            "seed",
+            "max_grad_norm",
+            "_trained",
+            "_names",
+            "_seen",
+            "_behind",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._graphs, self._quiet = StepGraphs(), Quiet()
         if state.get("_behind") is not None:  # a copy, not a state that is being loaded
             self.model._before_reading_decoder(self.catch_up)
 

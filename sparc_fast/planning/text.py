@@ -99,7 +99,8 @@ class Plan:
         supports = len(self.streams.widths) if config.selection in LOCAL else 1
         auxk = config.auxk if config.auxk_coef and self.dead else 0
         sizes = config.batch_size, self.streams.widths, config.k * supports, self.ranks
-        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports, over_batch=config.selection == "batch")
+        how = {"on_gpu": self.machine.device != "cpu", "over_batch": config.selection == "batch"}
+        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports, **how)
 
     @property
     def hours(self) -> float | None:

@@ -38,6 +38,7 @@ def select(
     support_from: Sequence[str] | None = None,
     thresholds: Thresholds | None = None,
     private: Private | None = None,
+    among: Tensor | None = None,
     backend: str | Backend = "auto",
 ) -> Tensor:
     """The support of a batch; reads no decoder row.
@@ -46,7 +47,8 @@ def select(
     a sample has fewer than others: the largest scores of the batch, or, given `thresholds`, those above. Under
     "jumprelu" likewise, and under "local_jumprelu" [N, S, W]: those above `thresholds` and that of their latent.
     Streams that `support_from` leaves out have no say, but under "local" and "local_jumprelu". The rule chooses of the
-    latents that are not `private`; each stream's own best of those are in the last slots.
+    latents that are not `private`; each stream's own best of those are in the last slots. Under "global" and "local" it
+    may be told `among` which, bool [L].
     """
     if private is not None:
         shared = select(
@@ -65,8 +67,8 @@ def select(
             return functional.batch_topk(*operands, k, backend=backend)
         return functional.latents_above(*operands, thresholds.of(batch.streams), k=k, backend=backend)
     if rule == "global":
-        return functional.global_topk(*operands, k, backend=backend)
-    return functional.local_topk(*operands, k, d_streams=batch.d_streams, backend=backend)
+        return functional.global_topk(*operands, k, among=among, backend=backend)
+    return functional.local_topk(*operands, k, d_streams=batch.d_streams, among=among, backend=backend)
 
 
 def check_support_from(rule: Selection) -> None:

@@ -390,23 +390,41 @@ void check_global_topk(int64_t N, int64_t L, int64_t D, int64_t k, int64_t capac
     Array<bf16> narrow_x(N, D);
     measure_rows(norm.tensor(1), residual.tensor(1), narrow ? narrow_x.tensor(2) : Tensor{}, x.tensor(2), threads);
     Screen screen(norm.tensor(1), residual.tensor(1), bias.tensor(1), D, k, capacity, narrow);
-    for (int64_t first = 0; first < L; first += chunk) {
-        const int64_t m = std::min(chunk, L - first);
-        Array<E> rows(m, D);
-        Array<bf16> narrow_rows(m, D);
-        Array<float> row_norm(m), row_residual(m);
-        std::copy_n(&W.data[first * D], m * D, rows.data.begin());
-        measure_rows(
-            row_norm.tensor(1), row_residual.tensor(1), narrower ? narrow_rows.tensor(2) : Tensor{}, rows.tensor(2),
-            threads);
-        auto scores = narrower ? product<Score>(narrow_x, narrow_rows)
-                      : narrow ? product<Score>(narrow_x, rows)
-                               : product<Score>(x, rows);
-        screen.filter(scores.tensor(2), first, row_norm.tensor(1), row_residual.tensor(1), threads);
-    }
+    const auto filter = [&](Screen& screen) {
+        for (int64_t first = 0; first < L; first += chunk) {
+            const int64_t m = std::min(chunk, L - first);
+            Array<E> rows(m, D);
+            Array<bf16> narrow_rows(m, D);
+            Array<float> row_norm(m), row_residual(m);
+            std::copy_n(&W.data[first * D], m * D, rows.data.begin());
+            measure_rows(
+                row_norm.tensor(1), row_residual.tensor(1), narrower ? narrow_rows.tensor(2) : Tensor{}, rows.tensor(2),
+                threads);
+            auto scores = narrower ? product<Score>(narrow_x, narrow_rows)
+                          : narrow ? product<Score>(narrow_x, rows)
+                                   : product<Score>(x, rows);
+            screen.filter(scores.tensor(2), first, row_norm.tensor(1), row_residual.tensor(1), threads);
+        }
+    };
+    filter(screen);
     Array<int32_t> indices(N, k);
     Array<uint8_t> given_up(N);
     screen.settle(indices.tensor(2), given_up.tensor(1), x.tensor(2), W.tensor(2), threads);
+    Screen again(norm.tensor(1), residual.tensor(1), bias.tensor(1), D, k, capacity, narrow);
+    filter(again);
+    Array<int32_t> among(N, k);
+    Array<float> ends(N, k), best(N, k);
+    Array<uint8_t> unproven(N);
+    again.best_ends(ends.tensor(2), threads);
+    again.settle_among(
+        among.tensor(2), best.tensor(2), unproven.tensor(1), ends.tensor(2), k, x.tensor(2), W.tensor(2), threads);
+    for (int64_t n = 0; n < N; ++n) {
+        expect("settle_among, given_up", unproven.data[n], given_up.data[n], 0);
+        for (int64_t j = n * k; !given_up.data[n] && j < (n + 1) * k; ++j) {
+            expect("settle_among", among.data[j], indices.data[j], 0);
+            expect("settle_among, scores", best.data[j], exact(n, indices.data[j]), 0);
+        }
+    }
     for (int64_t n = 0; n < N; ++n) {
         if (n == 0 || capacity > L) expect("global_topk, given_up", given_up.data[n], n == 0, 0);
         for (int64_t l = 0; n > 0 && l < L; ++l) {
