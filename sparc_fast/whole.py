@@ -76,6 +76,10 @@ class Whole:
         """How many all processes have together, of which this one has n."""
         return n
 
+    def of_all_replicas(self, n: int) -> int:
+        """How many samples of a batch all replicas have, of which this one has n."""
+        return n
+
     def first_samples(self, rows: Tensor, n: int) -> Tensor:
         """Those rows here that are among the first n of all processes together."""
         return rows[:n]

@@ -78,12 +78,12 @@ class Thresholds:
 
     @torch.no_grad()
     def _learn(self, batch: Batch, k: int, backend: str | Backend) -> None:
-        if not self._shards.samples(len(batch.x)):
+        if not (n_samples := self._shards.of_all_replicas(len(batch.x))):
             return
         found, at = self._smallest_that_fires(batch, k, backend).to(self.values), self._place(batch.streams)
         self.counts[at] += 1
         before = torch.where(self.counts[at] == 1, found, self.values[at])
-        weight = min(self._shards.samples(len(batch.x)) / MEASURED, 1)  # few samples tell little
+        weight = min(n_samples / MEASURED, 1)  # few samples tell little
         self.values[at] = before + weight * (found - before) / self.counts[at].clamp(max=REMEMBERED)
 
     def _sets(self, streams: Sequence[str]) -> Iterator[tuple[str, ...]]:
