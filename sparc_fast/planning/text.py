@@ -98,10 +98,9 @@ class Plan:
         config, weight = self.config, getattr(torch, self.config.dtype).itemsize
         supports = len(self.streams.widths) if config.selection in LOCAL else 1
         auxk = config.auxk if config.auxk_coef and self.dead else 0
-        return exchanged_bytes(
-            config.batch_size, self.streams.widths, config.k * supports, self.ranks, weight=weight,
-            auxk=auxk * supports, on_gpu=self.machine.device != "cpu", over_batch=config.selection == "batch",
-        )  # fmt: skip
+        sizes = config.batch_size, self.streams.widths, config.k * supports, self.ranks
+        on_gpu, over_batch = self.machine.device != "cpu", config.selection == "batch"
+        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports, on_gpu=on_gpu, over_batch=over_batch)
 
     @property
     def hours(self) -> float | None:
