@@ -420,7 +420,7 @@ def test_a_screen_has_room_for_its_candidates_and_for_no_more_than_there_can_be(
 
 def test_bounds_of_other_latents_are_of_the_same_rows_and_enough() -> None:
     numbers = floats(4), floats(4), floats(L, dtype=torch.float64), D, K, K + 64
-    rows = _cpu.Screen(*numbers, False, _cpu.Among.row, 0.0)
+    rows = _cpu.Screen(*numbers, False, _cpu.Among.row, 0.0, 0.0)
     for bad in (floats(3, K), floats(4, K + 1), floats(4, K, dtype=torch.float64)):
         with pytest.raises(ValueError, match="best_ends"):
             rows.best_ends(bad, 1)
@@ -432,7 +432,7 @@ def test_bounds_of_other_latents_are_of_the_same_rows_and_enough() -> None:
     for ends, x in ((floats(3, 2 * K), operands[0]), (floats(4, 2 * K), floats(4, D + 1))):
         with pytest.raises(ValueError, match="settle_among"):
             rows.settle_among(*results, ends, 2 * K, x, operands[1], 1)
-    above = _cpu.Screen(*numbers, False, _cpu.Among.above, -1.0)
+    above = _cpu.Screen(*numbers, False, _cpu.Among.above, -1.0, 0.0)
     with pytest.raises(ValueError, match="the k must be each row's"):
         above.best_ends(floats(4, K), 1)
     with pytest.raises(ValueError, match="the k must be each row's"):
