@@ -205,7 +205,9 @@ def test_a_score_is_summed_in_the_order_of_samples_given_up(
     found = cuda.global_topk(*operands[:3], operands[3].float(), 20)
     assert given_up == [0]
     in_full, every = torch.empty_like(found), torch.zeros(1, dtype=torch.int32)
-    kernel._in_full(*operands[:3], operands[3][0], 20, torch.float32, in_full, every, torch.ones(1, dtype=torch.int32))
+    kernel._in_full(
+        *operands[:3], operands[3][0], 20, torch.float32, in_full, every, torch.ones(1, dtype=torch.int32), None
+    )
     assert torch.equal(found, in_full)
 
 

@@ -46,7 +46,7 @@ def given_up(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     in_full = kernel._in_full
 
     def counted(*args: object) -> None:
-        totals.append(int(args[-1]))  # type: ignore[call-overload]
+        totals.append(int(args[-2]))  # type: ignore[call-overload]
         in_full(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(kernel, "_in_full", counted)
@@ -80,7 +80,7 @@ def test_no_rows_break_the_bound(
     every, total = (torch.arange(2, dtype=torch.int32, device=DEVICE), torch.tensor([2], dtype=torch.int32))
     x, W_enc, pre_bias, bias = operands
     kernel._in_full(
-        x, W_enc, pre_bias, bias.sum(0, dtype=torch.float64), k, torch.float32, in_full, every, total.to(DEVICE)
+        x, W_enc, pre_bias, bias.sum(0, dtype=torch.float64), k, torch.float32, in_full, every, total.to(DEVICE), None
     )
     assert torch.equal(found, in_full)
 

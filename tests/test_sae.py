@@ -377,7 +377,7 @@ def test_auxk_chooses_from_the_rows_of_dead_latents_alone(backend: str, monkeypa
         model.silence.zero_()
         model.silence[:n_dead] = 1
         model.loss(batch(8), auxk_coef=0.5)
-    assert rows == [model.n_latents, 1, model.n_latents, 3, model.n_latents, 17]
+    assert rows == [1, model.n_latents, 3, model.n_latents, 17, model.n_latents]
 
 
 def test_auxk_joins_the_loss_of_float16_weights_whose_residual_is_float32(backend: str) -> None:

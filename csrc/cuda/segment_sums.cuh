@@ -71,17 +71,6 @@ __device__ inline Term decoder_term(const IndexedBatch& batch, int source, int64
     return {unsigned(from), value_at(batch.values, position + (from - row) * batch.k)};
 }
 
-// A thread an entry.
-__global__ void __launch_bounds__(256) list_terms_kernel(IndexedBatch batch) {
-    const int64_t entry = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (entry >= batch.count) return;
-    const int64_t position = batch.entries[entry], row = batch.by_k.quotient(position);
-    for (int s = 0; s < batch.streams.count; ++s)
-        batch.encoder_terms[s * batch.count + entry] = encoder_term(batch, s, position, row);
-    for (int source = 0; source < batch.sources; ++source)
-        batch.decoder_terms[entry * batch.sources + source] = decoder_term(batch, source, position, row);
-}
-
 // Rows that are read at once, 64 bytes of a thread; estimated, not measured.
 template <class Format>
 constexpr int in_flight = 8 / sizeof(typename Format::Word);

@@ -154,6 +154,17 @@ class StagedRows {
     unsigned asked = 0, loaded = 0;
 };
 
+// A thread an entry.
+__global__ void __launch_bounds__(256, 4) list_terms_kernel(const __grid_constant__ IndexedBatch batch) {
+    const int64_t entry = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (entry >= batch.count) return;
+    const int64_t position = batch.entries[entry], row = batch.by_k.quotient(position);
+    for (int s = 0; s < batch.streams.count; ++s)
+        batch.encoder_terms[s * batch.count + entry] = encoder_term(batch, s, position, row);
+    for (int source = 0; source < batch.sources; ++source)
+        batch.decoder_terms[entry * batch.sources + source] = decoder_term(batch, source, position, row);
+}
+
 __global__ void __launch_bounds__(256) list_pieces_kernel(
     Piece* pieces, Counters* counters, const int64_t* offsets, int L, int piece) {
     const int64_t l = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;

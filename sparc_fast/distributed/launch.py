@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from sparc_fast.version import __version__
 from sparc_fast.whole import Whole
@@ -43,7 +45,11 @@ def joined() -> Iterator[None]:
     """A rank of torch.distributed while this lasts, as torchrun says."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    # torchrun keeps its store when it starts ranks again, in which those before left addresses
+    store, rank, ranks = next(rendezvous("env://"))
+    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    wires = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(wires, store=store, rank=rank, world_size=ranks)
     try:
         yield
     finally:
