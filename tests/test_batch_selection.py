@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operands import seeded
 from torch import Tensor
 
 import sparc_fast as sf
@@ -23,7 +24,7 @@ def make(**arguments: object) -> sf.SPARC:
 
 def samples(n: int, seed: int = 1) -> dict[str, Tensor]:
     """Streams that see the same few of 20 concepts, some samples more than others, each in directions of its own."""
-    g, of_concepts = (torch.Generator().manual_seed(number) for number in (seed, 0))
+    g, of_concepts = (seeded(number) for number in (seed, 0))
     seen = torch.rand(n, 20, generator=g) * (torch.rand(n, 20, generator=g) < 0.2)
     seen[:, 0] += 0.1
     return {name: seen @ torch.randn(20, width, generator=of_concepts) for name, width in WIDTHS.items()}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import fast_backends
+from operands import fast_backends, seeded
 from test_batch_selection import samples
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def with_thresholds(model: sf.SPARC, inputs: dict[str, Tensor], seed: int = 0) -
     """As after some training: each latent has its own."""
     model.learn_thresholds(inputs)
     with torch.no_grad():
-        noise = torch.randn(model.latent_threshold.shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(model.latent_threshold.shape, generator=seeded(seed))
         model.latent_threshold.copy_(0.3 * float(model.threshold.max()) * noise / len(WIDTHS))
     return model
 
@@ -126,7 +126,7 @@ def test_a_step_equals_torch_adam(n: int, k: int, seed: int, selection: str, bac
     adam, fused = torch.optim.Adam(theirs.parameters(), 1e-2), sf.SparcAdam(ours, 1e-2)
     for step in range(4):
         inputs = {name: x.double() for name, x in samples(n, seed + step).items()}
-        present = torch.rand(n, 3, generator=torch.Generator().manual_seed(seed + step)) < 0.7
+        present = torch.rand(n, 3, generator=seeded(seed + step)) < 0.7
         present[:, step % 3] = True
         adam.zero_grad()
         loss = theirs.loss(inputs, present=present)
@@ -154,7 +154,7 @@ def test_a_batch_in_parts_is_the_whole_batch(
     parted.learn_thresholds(first)
     for step in range(5):
         inputs = {name: x.double() for name, x in samples(40, step).items()}
-        present = torch.rand(40, 3, generator=torch.Generator().manual_seed(step)) < 0.8
+        present = torch.rand(40, 3, generator=seeded(step)) < 0.8
         present[:, 0] = True
         parts = [{name: x[rows] for name, x in inputs.items()} for rows in (slice(0, 7), slice(7, 40))]
         a, b = one.step(inputs, present=present), many.step(parts, present=[present[:7], present[7:]])

@@ -228,7 +228,7 @@ def test_fvu_is_told_of_every_prefix() -> None:
 
 
 def test_training_puts_what_matters_first() -> None:
-    data = training_runs.rows(512)
+    data = {name: x.to(torch.get_default_device()) for name, x in training_runs.rows(512).items()}
     losses = []
     for sizes in ((), (8, 24)):
         torch.manual_seed(0)

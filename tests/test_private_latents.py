@@ -463,10 +463,10 @@ def test_whether_streams_agree_is_asked_of_shared_latents() -> None:
         for values, indices in [model.encode({name: x}).stream(name)]
     }
     agreement = firing_agreement(codes, n)
-    torch.testing.assert_close(found.agreement, agreement)
+    torch.testing.assert_close(found.agreement, agreement.cpu())
     alive = (found.frequency[:, :n] > 0).any(0)
     assert found.scores()["agreement"] == pytest.approx(float(agreement[alive].mean()))
-    torch.testing.assert_close(found.jaccard_single, concept_jaccard(codes, labels, n))
+    torch.testing.assert_close(found.jaccard_single, concept_jaccard(codes, labels, n).cpu())
     for key, value in found.scores().items():
         low, high = found.resampled[key].min(), found.resampled[key].max()
         assert low - 0.15 * abs(low) <= value <= high + 0.15 * abs(high), key
@@ -478,7 +478,7 @@ def test_whether_streams_agree_is_asked_of_shared_latents() -> None:
 
 def test_a_page_says_whose_a_private_latent_is() -> None:
     model = trained(make(), 20).eval()
-    codes = {name: model.encode({name: x}).stream(name) for name, x in samples(30).items()}
+    codes = {name: model.encode({name: x}).to("cpu").stream(name) for name, x in samples(30).items()}
     private = model.private_latents
     report = ModelReport.of("SPARC", codes, 48, Items([str(n) for n in range(30)]), private=private)
     for latent, several in enumerate(report.names):
