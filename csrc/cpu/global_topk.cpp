@@ -198,12 +198,21 @@ void Screen::filter(Tensor scores, int64_t first, Tensor norm, Tensor residual, 
     const auto take = [&](auto type) {
         using T = const decltype(type);
         if (among == Among::batch && first == 0 && chunk.size >= k) {
-            std::vector<float> lower_ends_of_all(N * chunk.size);
+            // of each row's 2 k largest lower ends: hardly a row has more of the batch's k N
+            const int64_t some = std::min(chunk.size, 2 * k);
+            std::vector<float> largest(N * some);
             parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
-                for (int64_t n = begin; n < end; ++n)
-                    lower_ends(*this, n, scores.at<T>(n), chunk, &lower_ends_of_all[n * chunk.size]);
+                std::vector<float> lowers(chunk.size);
+                for (int64_t n = begin; n < end; ++n) {
+                    lower_ends(*this, n, scores.at<T>(n), chunk, lowers.data());
+                    const float last = kth_largest(lowers.data(), chunk.size, some);
+                    float* of_row = &largest[n * some];
+                    for (const float low : lowers)
+                        if (low > last) *of_row++ = low;
+                    std::fill(of_row, &largest[n * some] + some, last);
+                }
             });
-            bound_batch(lower_ends_of_all.data(), lower_ends_of_all.size(), N * k + N * k / 8);
+            bound_batch(largest.data(), largest.size(), N * k + N * k / 8);
         }
         parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
             Above<float> above;
