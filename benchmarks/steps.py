@@ -327,26 +327,31 @@ def _step(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
     compare(record, shape, contenders(record.place, [dtype]), seconds)
 
 
-def rules(shape: Shape) -> dict[str, dict[str, Any]]:
-    """Ways to choose latents, and what is minimised of them, as options of a model."""
+def rules(shape: Shape) -> dict[str, tuple[Shape, dict[str, Any]]]:
+    """Ways to choose latents, and what is minimised of them: a shape in which as many fire, and options of a model."""
+    own, private = shape.k // 8, {f"stream{s}": shape.L // 16 for s in range(shape.S)}
     return {
-        "global": {},
-        "batch": {"selection": "batch"},
-        "jumprelu": {"selection": "jumprelu"},
-        "4 nested dictionaries": {"matryoshka": nested_sizes(shape.L)},
+        "global": (shape, {}),
+        "batch": (shape, {"selection": "batch"}),
+        "jumprelu": (shape, {"selection": "jumprelu"}),
+        "4 nested dictionaries": (shape, {"matryoshka": nested_sizes(shape.L)}),
+        "an eighth private": (replace(shape, k=shape.k - own), {"private": private, "private_k": own}),
     }
 
 
 def _rules(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
-    """A step by each rule, against one under global selection; each must lose what the reference does."""
+    """A step by each rule, against one under global selection; each must lose what the reference does.
+
+    The learning rate is 0: a step does all its work, and every rule keeps the L0 that it begins with.
+    """
     place, runs = record.place, {}
-    for rule, options in rules(shape).items():
-        small = rules(SMALL)[rule]
-        losses = [_losses(Ours(model(SMALL, place, name, "float32", **small))) for name in (place.role, "reference")]
+    for rule, (sized, options) in rules(shape).items():
+        small, of_small = rules(SMALL)[rule]
+        losses = [_losses(Ours(model(small, place, name, "float32", **of_small))) for name in (place.role, "reference")]
         if complaint := disagreement(*losses):
             record.add("rules", shape.name, rule, error=f"WRONG, not timed: {complaint}")
             continue
-        ours = Ours(model(shape, place, place.role, dtype, **options))
+        ours = Ours(model(sized, place, place.role, dtype, **options), lr=0.0)
         runs[rule] = partial(ours.step, inputs_of(place.role, shape, place, dtype))
     record.race("rules", shape.name, dtype, runs, seconds, phases(shape, dtype), tuple(runs))
 

@@ -1,9 +1,8 @@
-"""What do private latents cost, and give? ``python -m benchmarks.experiments.private step glyphs``.
+"""What do private latents give? ``python -m benchmarks.experiments.private``.
 
-``step``: a training step with an eighth of k for each stream's own latents, a sixteenth of all latents each, in turns
-with a step of as many latents that are all shared. ``glyphs``: the demo's training with all of k shared, and with some
-of it each stream's own; then, on characters kept from training, the errors of streams encoded alone and together, and
-what the demo's table says. A line each.
+The demo's training on the built-in glyphs with all of k shared, and with some of it each stream's own; then, on
+characters kept from training, the errors of streams encoded alone and together, and what the demo's table says. A line
+each; ``python -m benchmarks --op rules`` says what they cost.
 """
 
 from __future__ import annotations
@@ -11,15 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
-from statistics import median
 
 import torch
 
-from sparc_fast import SPARC, SparcAdam
-from sparc_fast.benchmarks.cases import STEP, Shape
-from sparc_fast.benchmarks.steps import CPU
-from sparc_fast.benchmarks.timing import Clock
+from sparc_fast import SPARC
 from sparc_fast.demo.experiment import Settings
 from sparc_fast.demo.glyphs import Glyphs, glyphs
 from sparc_fast.evaluate import evaluate
@@ -30,31 +24,16 @@ SPLITS = ((1024, 12, 0, 0), (1024, 10, 64, 2), (1024, 8, 128, 4), (640, 8, 0, 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time or train what is named; the exit status is 0."""
-    parser = argparse.ArgumentParser(prog="private", description=__doc__)
-    parser.add_argument("what", nargs="+", choices=("step", "glyphs"))
-    parser.add_argument("--seconds", type=float, default=60, help="for each shape of a step")
+    """Train and measure each; the exit status is 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments.private", description=__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    given = parser.parse_args(argv)
-    for shape in STEP if "step" in given.what else ():
-        print(f"step, {shape.name}: {timed(shape, given.seconds)}", flush=True)
-    data = glyphs() if "glyphs" in given.what else None
-    for seed in given.seeds if data is not None else ():
+    given, data = parser.parse_args(argv), glyphs()
+    for seed in given.seeds:
         for L, k, own, own_k in SPLITS:
-            print(f"glyphs, seed {seed}, L {L}, k {k}, own {own}, {own_k}: {measured(data, seed, L, k, own, own_k)}")
+            print(
+                f"seed {seed}, L {L}, k {k}, own {own}, {own_k}: {measured(data, seed, L, k, own, own_k)}", flush=True
+            )
     return 0
-
-
-def timed(shape: Shape, seconds: float) -> str:
-    """Milliseconds of a step with all latents shared and with some private, and the ratio of the medians."""
-    own, x = shape.k // 8, shape.inputs()
-    private = {f"stream{s}": shape.L // 16 for s in range(shape.S)}
-    split = Shape(shape.name, shape.N, shape.L, shape.k - own, shape.d_streams)
-    models = {"shared": shape.model(auxk=0), "private": split.model(auxk=0, private=private, private_k=own)}
-    runs = {name: partial(SparcAdam(model).step, x) for name, model in models.items()}
-    taken = {name: median(times) for name, times in Clock(CPU).steps(runs, seconds).items()}
-    told = ", ".join(f"{name} {time * 1e3:.0f} ms" for name, time in taken.items())
-    return f"{told}, ratio {taken['private'] / taken['shared']:.3f}"
 
 
 def measured(data: Glyphs, seed: int, n_latents: int, k: int, own: int, own_k: int) -> str:
