@@ -329,7 +329,7 @@ def _step(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
 
 def rules(shape: Shape) -> dict[str, tuple[Shape, dict[str, Any]]]:
     """Ways to choose latents, and what is minimised of them: a shape in which as many fire, and options of a model."""
-    own, private = shape.k // 8, {f"stream{s}": shape.L // 16 for s in range(shape.S)}
+    own, private = max(1, shape.k // 8), {f"stream{s}": shape.L // 16 for s in range(shape.S)}
     return {
         "global": (shape, {}),
         "batch": (shape, {"selection": "batch"}),
