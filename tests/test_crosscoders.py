@@ -163,7 +163,9 @@ def test_one_without_a_threshold_fires_above_zero(tmp_path: Path) -> None:
     torch.testing.assert_close(code.dense("layers").double(), activations, rtol=1e-5, atol=2e-5)
     ours = model.decode(code, "layers", "layers").view_as(x)
     torch.testing.assert_close(ours.double(), recons, rtol=1e-5, atol=5e-5)
-    with pytest.raises(ValueError, match=r"topk must be False for .*, which has no k: every latent above 0 fires there"):
+    with pytest.raises(
+        ValueError, match=r"topk must be False for .*, which has no k: every latent above 0 fires there"
+    ):
         from_crosscoder(tmp_path / "plain", topk=True)
 
 
