@@ -289,6 +289,8 @@ def test_a_missing_piece_is_said_on_the_page(desktop: Browser, report: Report, t
     desktop.log()
     desktop.visit("latent=12")
     assert desktop.value("view.querySelector('h1').textContent") == "Latent 12 is dead"
+    desktop.visit("latent=13")
+    assert desktop.value("view.querySelector('h1').textContent") == "There is no latent 13"
 
 
 def test_a_private_latent_shows_its_stream_and_names_the_silent_ones(

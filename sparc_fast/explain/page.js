@@ -176,7 +176,8 @@ const way = (label, ...steps) =>
   el("nav", { className: "way", "aria-label": label }, el("a", { href: "#latents" }, "← All latents"), el("span", {}, steps));
 const heading = (...children) => el("h1", { tabIndex: -1 }, ...children);
 const kicker = (...children) => el("p", { className: "kicker" }, ...children);
-const dead = (id) => [way("Latents"), heading(`Latent ${id} is dead`), el("p", {}, "No sample fires it.")];
+const dead = (id) => (id < data.latents ? [way("Latents"), heading(`Latent ${id} is dead`), el("p", {}, "No sample fires it.")]
+  : [way("Latents"), heading(`There is no latent ${id}`)]);
 
 async function latentPage(id) {
   if (!places.has(id)) return dead(id);
