@@ -467,6 +467,7 @@ class SPARC(nn.Module):
         with self._shards.agreed("decode"):
             if codes.n_latents != self.n_latents:
                 raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
+            position(source, codes.streams, "source")
             values, indices = codes.stream(source)
             if self._private is not None:
                 values = self._private.heard(values, indices, source)
