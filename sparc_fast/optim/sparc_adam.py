@@ -176,6 +176,7 @@ class SparcAdam(torch.optim.Optimizer):
             for batch in batches:
                 now, coming = coming, optimizer.send(batch)
                 optimizer.step(now)
+            optimizer.step(coming)
 
         All ranks call it together. One process has nothing to send. It takes memory for the samples of one batch, or of
         its first part, more.
@@ -583,6 +584,18 @@ class SparcAdam(torch.optim.Optimizer):
             master.copy_(torch.where(trained == master.to(parameter.dtype), master, trained))
         return state
 
+    def _all_states(self) -> None:
+        """Those that the first step makes are there."""
+        with self.model._rows_left_behind():
+            for parameter in filter(self._is_trained, self._names):
+                self._state(parameter)
+
+    def _all_current(self) -> None:
+        """The decoder's rows were written as its steps say."""
+        if self._behind is not None:
+            state = self.state[self.model.W_dec]
+            self._behind.all_current(int(state["step"]) if state else 0)
+
     def state_dict(self) -> dict[str, Any]:
         """As on any optimizer; decoder rows are brought up to date first."""
         self.catch_up()
@@ -611,9 +624,7 @@ class SparcAdam(torch.optim.Optimizer):
                     device = torch.device("cpu") if key == "step" and not self.capturable else parameter.device
                     dtype = self._moment_dtype(parameter) if key in ("exp_avg", "exp_avg_sq") else value.dtype
                     self.state[parameter][key] = value.to(device, dtype, copy=True)
-            if self._behind is not None:
-                state = self.state[self.model.W_dec]
-                self._behind.all_current(int(state["step"]) if state else 0)
+            self._all_current()
 
     def _checked(self, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """The state of a parameter, if it is one; ValueError says what is not."""
