@@ -199,8 +199,9 @@ class SparcAdam(torch.optim.Optimizer):
             return one_step(self._flow(given, given.n_samples, over, backend), lr, step)
 
         if len(parts) == 1:
-            given = model._batch(*parts[0])
-            kind = self._kind(given, objective, states) if is_fixed and self.graph else None
+            captures = is_fixed and self.graph
+            given = model._batch(*parts[0], into=self._graphs.inputs if captures else None)
+            kind = self._kind(given, objective, states) if captures else None
             if kind is None:
                 loss = whole_step(given, lr, step)
             else:
