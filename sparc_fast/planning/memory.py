@@ -272,6 +272,8 @@ def _gpu_scratch(sizes: Sizes) -> Iterator[Part]:
     yield Part("supports being sorted", 24 * sorted_entries, (RECONSTRUCTING,))
     chunks = sum(-(-width // 128) for width in sizes.widths)
     yield Part("sums by chunks of columns", chunks * N * S * (sizes.P + sizes.k) * FLOAT, (RECONSTRUCTING, VALIDATING))
+    terms = sizes.entries * (FLOAT * (S + (S if sizes.supports == 1 else 1)) + 2 * INDEX)
+    yield Part("update: terms of the sums", terms, (UPDATING,))
     pieces = -(-sizes.entries // gpu_scratch.PIECE) * 2 * D * FLOAT
     yield Part("update: sums of long latents", pieces + 1024 * D * FLOAT + 4 * S * L * FLOAT, (UPDATING,))
 
