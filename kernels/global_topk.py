@@ -38,6 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparc_fast.kernels.gather import widened
 from sparc_fast.kernels.launching import launch, next_power_of_2
 from sparc_fast.kernels.topk_rows import (
     REGISTERS,
@@ -363,7 +364,7 @@ def exact_scores(
         centred -= tl.load(pre_bias + column, mask=inside, other=0).to(SUM)
         place = latent.to(tl.int64)[:, None] * W_stride + column[None, :]
         w = tl.load(W + place, mask=wanted[:, None] & inside[None, :], other=0)
-        sums += w.to(tl.float64) * centred.to(tl.float64)[None, :]
+        sums += widened(w, tl.float64) * centred.to(tl.float64)[None, :]
     width: tl.constexpr = BLOCK_D // 16
     # within 16 neighbours, then over these
     parts = tl.reshape(sums, (R, width, 16))
@@ -402,7 +403,7 @@ def _float32_dots(x, pre_bias, W, W_stride, latent, wanted, D, R: tl.constexpr, 
         centred -= tl.load(pre_bias + column, mask=inside, other=0).to(tl.float32)
         place = latent.to(tl.int64)[:, None] * W_stride + column[None, :]
         w = tl.load(W + place, mask=wanted[:, None] & inside[None, :], other=0)
-        sums += w.to(tl.float32) * centred[None, :]
+        sums += widened(w, tl.float32) * centred[None, :]
     return tl.sum(sums, axis=1)
 
 
