@@ -51,6 +51,10 @@ class Batch(NamedTuple):
     sets: Tensor | None = None
     """bool [n, S'], all sets of streams that some sample of the batch has, where these samples are not all of them."""
 
+    @classmethod
+    def of(cls, samples: BatchSamples, **weights: Any) -> Batch:
+        return cls(**samples._asdict(), **weights)
+
     @property
     def n_samples(self) -> int:
         return len(self.x) if self.of_batch is None else self.of_batch
@@ -110,6 +114,20 @@ class Batch(NamedTuple):
     def encoder_of_latents(self, latents: Tensor) -> Batch:
         """As `of_latents`, for what does not read the decoder; without thresholds."""
         return self._replace(W_enc=self.W_enc[latents], latent_bias=self.latent_bias[:, latents], latent_threshold=None)
+
+
+class BatchSamples(NamedTuple):
+    """The fields of a `Batch` that are no weights."""
+
+    x: Tensor
+    streams: tuple[str, ...]
+    d_streams: tuple[int, ...]
+    leading: tuple[int, ...]
+    present: Tensor | None = None
+    zero_rows: Tensor | None = None
+    given: slice = slice(None)
+    of_batch: int | None = None
+    sets: Tensor | None = None
 
 
 class AllStreams:
