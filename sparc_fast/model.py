@@ -582,29 +582,25 @@ class SPARC(nn.Module):
             private=self._private,
         )
 
-    def _batch(self, inputs: Inputs, present: Tensor | None = None, first: int = 0) -> Batch:
-        """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights.
+    def _batch(
+        self, inputs: Inputs, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
+    ) -> Batch:
+        """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights;
+        `into` is memory that they may take, if they need some.
 
         With those of all processes that share the latents.
         """
-        return self._begin_batch(inputs, present, first)()
+        return self._begin_batch(inputs, present, first, into)()
 
     def _begin_batch(
-        self,
-        inputs: Inputs,
-        present: Tensor | None = None,
-        first: int = 0,
-        into: Callable[[], Tensor | None] = lambda: None,
+        self, inputs: Inputs, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
     ) -> Callable[[], Batch]:
-        """`_batch` when it is called; the samples of other processes come meanwhile. Samples that are copied are copied
-        `into` memory that somebody has for them by then."""
+        """`_batch` when it is called; the samples of other processes come meanwhile."""
         samples = self._shards.begin_batch(partial(self._own_samples, inputs, present, first, into))
         return lambda: self._with_weights(samples())
 
-    def _own_samples(
-        self, inputs: Inputs, present: Tensor | None, first: int, into: Callable[[], Tensor | None]
-    ) -> BatchSamples:
-        streams, x, leading = batch.side_by_side(inputs, self.d_streams, into())
+    def _own_samples(self, inputs: Inputs, present: Tensor | None, first: int, into: Tensor | None) -> BatchSamples:
+        streams, x, leading = batch.side_by_side(inputs, self.d_streams, into)
         positions = [self.streams.index(name) for name in streams]
         widths = tuple(self.d_streams[name] for name in streams)
         is_zero = None
