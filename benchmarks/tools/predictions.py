@@ -39,6 +39,8 @@ MARKED = 12
 is left of the samples without it, 16, and at its worst, where samples are centred, 44."""
 PASSING, STAYING = 1.2, 1.2
 """Latents of a sample, for each of k, that pass in a step by tiles, and that stay candidates: simulated at A and B."""
+LISTED = 3.6
+"""Fours of scores of a sample one of which passes, for each of k ln(L / k): simulated at A, B, C and U."""
 HELD = 8  # columns of a row that a lane has in 16 bytes
 L2_BYTES, SMS = 50 * 2**20, 132
 TILE_ROWS, TILE_LATENTS, TILE_COLUMNS = 128, 256, 64
@@ -180,6 +182,19 @@ def _scores(compiled: Compiled) -> int:
     return int(compiled.constants["COLUMNS"]) // compiled.threads
 
 
+def _taken(compiled: Compiled) -> int:
+    return int(compiled.constants["BLOCK"]) // compiled.threads
+
+
+def _tiles_taken(shape: Shape, compiled: Compiled) -> float:
+    """Times a sample's fours of scores are taken in, a last part of each chunk's besides."""
+    from sparc_fast.kernels.global_topk import chunk_length
+
+    fours = LISTED * shape.k * math.log(shape.L / shape.k)
+    chunks = shape.L / chunk_length(min(shape.N, ROWS), shape.L, L2_BYTES, SMS)
+    return shape.N * (4 * fours / compiled.constants["BLOCK"] + chunks / 2)
+
+
 def _rows_of_sources(compiled: Compiled) -> int:
     return int(compiled.constants["ROWS"]) * int(compiled.constants["SOURCES"])
 
@@ -212,8 +227,12 @@ TRITON = (
         lambda shape, c: shape.L * shape.D / HELD / 32 / _tile("ROWS")(c),
     ),
     HotPath(
-        "filter", "_filter", "a score", lambda c: {WIDE_LOADS: 6}, _scores,
+        "filter", "_filter", "a score", lambda c: {WIDE_LOADS: 3 * _scores(c) // 4, "^STG": _scores(c) // 4}, _scores,
         lambda shape, c: shape.N * shape.L / 32 / _scores(c),
+    ),
+    HotPath(
+        "filter", "_filter", "a score taken in", lambda c: {WIDE_LOADS: 3 * _taken(c) // 4, "^STG": 3 * _taken(c)},
+        _taken, lambda shape, c: _tiles_taken(shape, c) * c.threads / 32,
     ),
     HotPath(
         "settle", "_settle", "16 bytes gathered", lambda c: {WIDE_LOADS: _settled(c)}, _settled,
