@@ -32,7 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bfloat16, local": {
         "n_latents": 32768, "k": 16, "batch_size": 2048, "dtype": "bfloat16", "moments": "bfloat16", "selection": "local",
     },
-    "BatchTopK": {"n_latents": 16384, "k": 16, "batch_size": 8192, "selection": "batch"},
+    "BatchTopK": {"n_latents": 16384, "k": 8, "batch_size": 8192, "selection": "batch"},
 }  # fmt: skip
 
 
