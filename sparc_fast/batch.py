@@ -206,14 +206,21 @@ def _as_tensor(x: Any, device: torch.device) -> Any:
     return torch.from_numpy(native).to(device)
 
 
-def side_by_side(inputs: Inputs, d_streams: Mapping[str, int]) -> tuple[tuple[str, ...], Tensor, tuple[int, ...]]:
-    """(streams given, their samples [N, D'] as they came, leading dimensions)."""
+def side_by_side(
+    inputs: Inputs, d_streams: Mapping[str, int], into: Tensor | None = None
+) -> tuple[tuple[str, ...], Tensor, tuple[int, ...]]:
+    """(streams given, their samples [N, D'] as they came, leading dimensions). What is copied is copied `into` this,
+    where it has the place."""
     parts = streams_of(inputs, d_streams)
     leading = tuple(next(iter(parts.values())).shape[:-1])
     if isinstance(inputs, Tensor):
         return tuple(parts), inputs.reshape(-1, inputs.shape[-1]), leading
     flat = [part.reshape(-1, d_streams[name]) for name, part in parts.items()]
-    return tuple(parts), torch.cat(flat, dim=1), leading
+    if into is not None:
+        alike = all(part.dtype == into.dtype and part.device == into.device for part in flat)
+        if not alike or into.shape != (len(flat[0]), sum(part.shape[1] for part in flat)):
+            into = None
+    return tuple(parts), torch.cat(flat, dim=1, out=into), leading
 
 
 def streams_of(inputs: Inputs, d_streams: Mapping[str, int]) -> dict[str, Tensor]:

@@ -467,6 +467,7 @@ class SPARC(nn.Module):
         with self._shards.agreed("decode"):
             if codes.n_latents != self.n_latents:
                 raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
+            position(source, codes.streams, "source")
             values, indices = codes.stream(source)
             if self._private is not None:
                 values = self._private.heard(values, indices, source)
@@ -581,20 +582,25 @@ class SPARC(nn.Module):
             private=self._private,
         )
 
-    def _batch(self, inputs: Inputs, present: Tensor | None = None, first: int = 0) -> Batch:
-        """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights.
+    def _batch(
+        self, inputs: Inputs, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
+    ) -> Batch:
+        """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights;
+        `into` is memory that they may take, if they need some.
 
         With those of all processes that share the latents.
         """
-        return self._begin_batch(inputs, present, first)()
+        return self._begin_batch(inputs, present, first, into)()
 
-    def _begin_batch(self, inputs: Inputs, present: Tensor | None = None, first: int = 0) -> Callable[[], Batch]:
+    def _begin_batch(
+        self, inputs: Inputs, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
+    ) -> Callable[[], Batch]:
         """`_batch` when it is called; the samples of other processes come meanwhile."""
-        samples = self._shards.begin_batch(partial(self._own_samples, inputs, present, first))
+        samples = self._shards.begin_batch(partial(self._own_samples, inputs, present, first, into))
         return lambda: self._with_weights(samples())
 
-    def _own_samples(self, inputs: Inputs, present: Tensor | None, first: int) -> BatchSamples:
-        streams, x, leading = batch.side_by_side(inputs, self.d_streams)
+    def _own_samples(self, inputs: Inputs, present: Tensor | None, first: int, into: Tensor | None) -> BatchSamples:
+        streams, x, leading = batch.side_by_side(inputs, self.d_streams, into)
         positions = [self.streams.index(name) for name in streams]
         widths = tuple(self.d_streams[name] for name in streams)
         is_zero = None

@@ -30,9 +30,15 @@ MomentType = Literal["float32", "bfloat16"]
 class Coming:
     """The parts of a batch, of which other ranks are sent the next while one is worked on."""
 
-    def __init__(self, model: SPARC, parts: Sequence[tuple[Inputs, Tensor | None]], n_samples: int) -> None:
+    def __init__(
+        self,
+        model: SPARC,
+        parts: Sequence[tuple[Inputs, Tensor | None]],
+        n_samples: int,
+        into: Tensor | None = None,
+    ) -> None:
         self.parts, self.n_samples, self._model = parts, n_samples, model
-        self._first = model._begin_batch(*parts[0])
+        self._first = model._begin_batch(*parts[0], into=into)
 
     def batches(self) -> Iterator[Batch]:
         coming = self._first
@@ -152,7 +158,7 @@ class SparcAdam(torch.optim.Optimizer):
                 "its latents between them with sparc_fast.distributed.shard, or wrap the model in "
                 "DistributedDataParallel and give its parameters to torch.optim.Adam instead"
             )
-        coming = inputs if isinstance(inputs, Coming) else self.send(inputs, present)
+        coming = inputs if isinstance(inputs, Coming) else self._sent(inputs, present, self._graphs.inputs)
         is_fixed = self._is_fixed(coming.parts)
         if is_fixed and self.model.auxk and auxk_coef and self._quiet.holds(self.model.silence, self.model.dead_after):
             auxk_coef = 0.0
@@ -181,10 +187,19 @@ class SparcAdam(torch.optim.Optimizer):
         All ranks call it together. One process has nothing to send. It takes memory for the samples of one batch, or of
         its first part, more.
         """
+        return self._sent(inputs, present)
+
+    def _sent(
+        self,
+        inputs: Inputs | Sequence[Inputs],
+        present: Tensor | Sequence[Tensor | None] | None,
+        into: Tensor | None = None,
+    ) -> Coming:
+        """`into`: where samples of one part that are copied may be, if a step takes them before others are sent."""
         with self.model._shards.agreed("step"):
             parts, n_samples = self._parts(inputs, present)
         with autograd.without_autocast(self.model.W_enc):
-            return Coming(self.model, parts, n_samples)
+            return Coming(self.model, parts, n_samples, into if len(parts) == 1 else None)
 
     def _parts(
         self, inputs: Inputs | Sequence[Inputs], present: Tensor | Sequence[Tensor | None] | None
