@@ -334,7 +334,7 @@ class Objective:
             first = reconstruct(*operands, self.sizes, fires)
         else:
             first = measure(*operands)
-        gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc))
+        gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc), self.shards)
         if supports.dead is None:
             return Flow(first, None, energy, gradients, batch.latent_threshold)
         if self.sizes:  # what all latents leave over

@@ -103,7 +103,7 @@ class Shards(Whole):
         return self._backends[name, device]
 
     def compact(self, indices: Tensor) -> Tensor:
-        """A sample's own latents are neighbours in its support, which is ascending: they go to the left."""
+        """A sample's own latents go to the left, in their order."""
         if indices.device.type != "cpu":  # how many there are is not waited for
             return indices
         own = indices >= 0
@@ -111,10 +111,9 @@ class Shards(Whole):
         width = max(1, int(counts.max())) if counts.numel() else 1
         if width == indices.shape[-1]:
             return indices
-        slots = torch.arange(width, device=indices.device)
-        begins = own.int().argmax(-1, keepdim=True)
-        moved = indices.gather(-1, (begins + slots).clamp_(max=indices.shape[-1] - 1))
-        return moved.masked_fill_(slots >= counts[..., None], -1)
+        places = torch.where(own, own.cumsum(-1) - 1, width)  # others go behind the last, which is cut off
+        moved = indices.new_full((*indices.shape[:-1], width + 1), -1)
+        return moved.scatter_(-1, places, indices)[..., :width].contiguous()
 
     def gathered(self, own: Callable[[], Batch]) -> Batch:
         exchange = self.exchange
@@ -144,7 +143,9 @@ class Shards(Whole):
             none = torch.zeros(len(mine.streams), dtype=torch.int64, device=x.device)
             zero_rows = self.all.sum(none if zero_rows is None else zero_rows)
         first = sum(counts[: exchange.rank])
-        weights = {name: getattr(mine, name).detach() for name in ("W_enc", "W_dec", "pre_bias", "latent_bias")}
+        names_of_weights = "W_enc", "W_dec", "pre_bias", "latent_bias", "latent_threshold"
+        weights: dict[str, Any] = {name: getattr(mine, name) for name in names_of_weights}
+        weights = {name: None if W is None else W.detach() for name, W in weights.items()}
         given, n = slice(first, first + counts[exchange.rank]), sum(n for n, *_ in of_all)
         return mine._replace(x=x, present=present, sets=sets, zero_rows=zero_rows, given=given, of_batch=n, **weights)
 

@@ -392,7 +392,7 @@ class SparcAdam(torch.optim.Optimizer):
             total += shards.sum(grad_latent_bias.double().square().sum())
             if batch.grad_threshold is not None:
                 of_run = batch.grad_threshold if run is None else batch.grad_threshold[run.streams]
-                total += of_run.double().square().sum()
+                total += shards.sum(of_run.double().square().sum())
             if rows.W_dec is not None:
                 of_decoder = batch.grad_pre_bias if run is None else batch.grad_pre_bias[run.columns]
                 of_encoder = reference.pre_bias_gradient(grad_latent_bias, rows.W_enc, rows.d_streams)

@@ -183,6 +183,8 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
         candidates = (3 * sizes.ranks + 2) * N * sizes.supports * sizes.widest_support * (FLOAT + INDEX)
         if config.selection == "batch":  # a rank's own, and which of them fire
             candidates = 4 * N * 2 * -(-config.k // sizes.ranks) * (FLOAT + INDEX)
+        if sizes.has_thresholds:
+            candidates = 0
         yield Part("exchange: candidates of all ranks", candidates, (CHOOSING, VALIDATING))
         parts = N * S * D * (2 * FLOAT + -(-g // sizes.ranks))
         yield Part("exchange: parts of reconstructions, sent and received", parts, (RECONSTRUCTING, VALIDATING))

@@ -99,8 +99,9 @@ class Plan:
         supports = len(self.streams.widths) if config.selection in LOCAL else 1
         auxk = config.auxk if config.auxk_coef and self.dead else 0
         sizes = config.batch_size, self.streams.widths, config.k * supports, self.ranks
-        on_gpu, over_batch = self.machine.device != "cpu", config.selection == "batch"
-        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports, on_gpu=on_gpu, over_batch=over_batch)
+        on_gpu = self.machine.device != "cpu"
+        counts = {"batch": 2, "jumprelu": 0, "local_jumprelu": 0}.get(config.selection)
+        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports, on_gpu=on_gpu, counts=counts)
 
     @property
     def hours(self) -> float | None:
