@@ -391,6 +391,11 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"parts": 3},
     ),
     "local jumprelu, absent streams": ({"selection": "local_jumprelu"}, {}, {"absent": True}),
+    "nested": ({"matryoshka": [7, 20]}, {}, {}),
+    "nested, four": ({"matryoshka": [3, 7, 20]}, {"lazy": "replay", "max_grad_norm": 0.05}, {"absent": True}),
+    "nested, local, accumulated": ({"matryoshka": [20], "selection": "local"}, {"max_grad_norm": 0.05}, {"parts": 3}),
+    "nested, jumprelu": ({"matryoshka": [7, 20], "selection": "jumprelu", "loss": "fvu"}, {}, {}),
+    "nested, batch": ({"matryoshka": [7, 20], "selection": "batch"}, {"freeze": "a", "max_grad_norm": 0.05}, {}),
     "fvu": ({"loss": "fvu"}, {}, {}),
     "replay": ({}, {"lazy": "replay"}, {}),
     "clipped": ({}, {"max_grad_norm": 0.05}, {}),
@@ -407,7 +412,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_fifty_steps_are_those_of_one_process_to_1e_12(ranks: Ranks, name: str) -> None:
-    if ranks.n != 3 and name not in ("global", "absent streams, local"):
+    if ranks.n != 3 and name not in ("global", "absent streams, local", "nested"):
         pytest.skip("three ranks are the hardest; each costs its processes")
     for of_loss, of_weights, most_dead, with_auxk in ranks(train_beside, *TRAININGS[name], 50):
         assert of_loss < 1e-12
@@ -454,6 +459,7 @@ def test_the_same_run_has_the_same_bits_however_late_a_rank_is_and_what_all_hold
 RULES: dict[str, dict[str, Any]] = {
     "jumprelu": {"selection": "jumprelu"},
     "local_jumprelu": {"selection": "local_jumprelu"},
+    "nested": {"matryoshka": [7, 20]},
 }
 
 
@@ -636,8 +642,8 @@ def test_metrics_of_directions_need_no_row_of_another_rank(ranks: Ranks) -> None
         assert max(apart.values()) < 1e-6, apart
 
 
-def exchanged(n_latents: int, dtype: torch.dtype, selection: str = "global") -> dict[str, int]:
-    model = shard(model_of(n_latents=n_latents, dtype=dtype, auxk=0, selection=selection))
+def exchanged(n_latents: int, dtype: torch.dtype, selection: str = "global", **options: Any) -> dict[str, int]:
+    model = shard(model_of(n_latents=n_latents, dtype=dtype, auxk=0, selection=selection, **options))
     optimizer = sf.SparcAdam(model)
     x = samples(360, dtype=dtype)
     optimizer.step(own(x))
@@ -664,6 +670,20 @@ def test_a_step_exchanges_what_the_formula_says_and_nothing_that_grows_with_late
         assert sum(came.values()) == pytest.approx(sum(expected.values()), rel=0.02)
         for what in expected if P > 1 else ():
             assert came[what] == pytest.approx(expected[what], rel=0.01)
+
+
+def exchanged_nested(n_latents: int, sizes: list[int]) -> dict[str, int]:
+    return exchanged(n_latents, torch.float32, matryoshka=sizes)
+
+
+def test_a_step_of_nested_dictionaries_exchanges_what_ranks_have_of_each_group(ranks: Ranks) -> None:
+    few, many = (ranks(exchanged_nested, 50 * times, [7 * times, 20 * times]) for times in (1, 16))
+    assert few == many
+    expected = exchanged_bytes(360, list(WIDTHS.values()), 4, ranks.n, sizes=(7, 20, 50))
+    plain = exchanged_bytes(360, list(WIDTHS.values()), 4, ranks.n)
+    for what in expected if ranks.n > 1 else ():
+        assert max(came[what] for came in few) == pytest.approx(expected[what], rel=0.01)
+        assert sum(came[what] for came in few) < 0.7 * 3 * ranks.n * plain[what]  # if each were told of each group
 
 
 @pytest.mark.parametrize(("rule", "counts"), [("batch", 2), ("jumprelu", 0), ("local_jumprelu", 0)])
@@ -875,6 +895,8 @@ REPLICATED: dict[str, tuple[dict[str, Any], dict[str, Any], bool, int]] = {
         False,
         3,
     ),
+    "nested, absent": ({"matryoshka": [7, 20, 30]}, {}, True, 1),
+    "nested, accumulated": ({"matryoshka": [7, 20]}, {"max_grad_norm": 0.05}, False, 3),
     "fvu, absent": ({"loss": "fvu"}, {}, True, 1),
     "fvu, accumulated": ({"loss": "fvu"}, {}, False, 3),
 }

@@ -28,7 +28,9 @@ from sparc_fast.whole import Whole
 
 from .batch_topk import batch_topk, latents_above
 from .exchange import Exchange, number_of, shares
+from .layout import rows_of, sizes_here
 from .model_file import save_model
+from .nested import nested_decode_loss
 from .together import Together, fingerprint
 
 if TYPE_CHECKING:
@@ -72,7 +74,8 @@ class Shards(Whole):
             raise ValueError(
                 f"n_latents must be enough for {parts} ranks of {share} each, the last of at least one, got {n_latents}"
             )
-        self.first, self.last = among * share, min((among + 1) * share, n_latents)
+        own = rows_of(n_latents, among, parts)
+        self.first, self.last = own.start, own.stop
         self._backends: dict[tuple[str, torch.device], Backend] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shards:
@@ -98,9 +101,13 @@ class Shards(Whole):
                 "global_topk": of_rows.global_topk, "decode_loss": of_rows.decode_loss,
                 "batch_topk": partial(batch_topk, of_rows.backend, self),
                 "latents_above": partial(latents_above, of_rows.backend, self),
+                "nested_decode_loss": partial(nested_decode_loss, of_rows.backend, self),
             }  # fmt: skip
             self._backends[name, device] = backends.replaced(of_rows.backend, operators)
         return self._backends[name, device]
+
+    def nested(self, sizes: Sequence[int]) -> Sequence[int]:
+        return sizes_here(sizes, self.exchange.rank, self.exchange.ranks) if sizes else sizes
 
     def compact(self, indices: Tensor) -> Tensor:
         """A sample's own latents go to the left, in their order."""

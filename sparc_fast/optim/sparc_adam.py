@@ -292,14 +292,14 @@ class SparcAdam(torch.optim.Optimizer):
             stack(recons),
             *inverse,
         )
-        of_decoder = None
-        if sizes := objective.sizes:
+        of_decoder = groups = None
+        if sizes := model._shards.nested(objective.sizes):
             nested = [one.prefixes is not None for _, _, one in passes]  # AuxK's is not
-            groups = [by_group(some, sizes) if here else some for some, here in zip(used, nested, strict=True)]
+            groups = stack([by_group(some, sizes) if here else some for some, here in zip(used, nested, strict=True)])
             repeated = [
                 some.repeat(len(sizes), 1, 1) if here else some for some, here in zip(values, nested, strict=True)
             ]
-            inverse = backend.invert_indices(stack(groups), len(model.W_enc))
+            inverse = backend.invert_indices(groups, len(model.W_enc))
             of_decoder = samples._replace(values=stack(repeated), offsets=inverse[0], entries=inverse[1])
             samples = samples._replace(grad_recons=samples.grad_recons[:0])  # what moves W_enc is in grad_values
         grad_pre_bias = [a.columns(flow.reconstruction.grad_pre_bias) for a, flow in zip(among, flows, strict=True)]
@@ -312,25 +312,33 @@ class SparcAdam(torch.optim.Optimizer):
             of_decoder, model._private,
             sum(of_threshold[1:], of_threshold[0]) if of_threshold else None,
         )  # fmt: skip
-        return self._with_replicas(one, backend)
+        return self._with_replicas(one, groups, backend)
 
-    def _with_replicas(self, one: OneBatch, backend: backends.Backend) -> OneBatch:
-        """Of all the batch, where replicas have taken other samples of it."""
+    def _with_replicas(self, one: OneBatch, groups: Tensor | None, backend: backends.Backend) -> OneBatch:
+        """Of all the batch, where replicas have taken other samples of it; `groups` are the supports of the decoder."""
         shards = self.model._shards
         if not shards.has_replicas:
             return one
         values, support = shards.of_replicas(one.values, one.support)
-        x, of_values, grad_values, grad_recons, used = shards.of_replicas(
-            one.samples.x, one.samples.values, one.samples.grad_values, one.samples.grad_recons, one.used
+        x, of_values, grad_values, used = shards.of_replicas(
+            one.samples.x, one.samples.values, one.samples.grad_values, one.used
         )
         inverse = backend.invert_indices(used, len(self.model.W_enc))
         if self._behind is not None:
             self._replay(inverse[0].diff().nonzero()[:, 0], backend)
+        (grad_recons,) = shards.of_replicas(one.samples.grad_recons)
         samples = Samples(x, one.samples.pre_bias, of_values, grad_values, grad_recons, *inverse)
+        of_decoder = one.of_decoder
+        if of_decoder is not None and groups is not None:
+            nested = shards.of_replicas(of_decoder.values, of_decoder.grad_recons, groups)
+            inverse = backend.invert_indices(nested[2], len(self.model.W_enc))
+            of_decoder = samples._replace(
+                values=nested[0], grad_recons=nested[1], offsets=inverse[0], entries=inverse[1]
+            )
         (grad_pre_bias,) = shards.sum_of_replicas(one.grad_pre_bias)
         return one._replace(
             terms=shards.terms(one.terms), values=values, support=support, samples=samples, used=used,
-            grad_pre_bias=grad_pre_bias,
+            grad_pre_bias=grad_pre_bias, of_decoder=of_decoder,
         )  # fmt: skip
 
     def _update(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from sparc_fast.data import Reader, budget
+from sparc_fast.distributed.layout import groups_of, told_groups
 from sparc_fast.objective import nested_sizes
 from sparc_fast.ops import gpu_scratch
 from sparc_fast.selection import BY_THRESHOLD, LOCAL
@@ -79,7 +80,12 @@ class Sizes:
         self.k_dead = min(config.auxk, self.n_dead)  # latents of AuxK's support
         self.widest_support = max(self.k, self.k_dead)
         self.supports = S if config.selection in LOCAL else 1  # of a sample
-        self.P = len(nested_sizes(config.matryoshka, config.n_latents)) or 1
+        nested = nested_sizes(config.matryoshka, config.n_latents)
+        self.P = max([1, *(len(told) for told in told_groups(nested, ranks))]) if nested else 1  # told of, by any rank
+        # of a reconstruction, those of a rank and its share of all ranks'
+        n_groups = [len(own) for own in groups_of(nested, ranks)] if nested else [1] * ranks
+        self.parts = max(n_groups) + -(-sum(n_groups) // ranks)
+        self.dictionaries = len(nested) or 1
         self.passes = 2 if self.n_dead else 1  # of a batch through the model: once more for AuxK
         self.entries = self.passes * self.N * self.supports * self.widest_support  # of a step, stacked
         # of the decoder, which nested dictionaries show every sample once for each
@@ -186,7 +192,7 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
         if sizes.has_thresholds:
             candidates = 0
         yield Part("exchange: candidates of all ranks", candidates, (CHOOSING, VALIDATING))
-        parts = N * S * D * (2 * FLOAT + -(-g // sizes.ranks))
+        parts = N * S * D * (sizes.parts * FLOAT + sizes.dictionaries * -(-g // sizes.ranks))
         yield Part("exchange: parts of reconstructions, sent and received", parts, (RECONSTRUCTING, VALIDATING))
     if config.calibrate or config.normalize != "none" or w < FLOAT:
         yield Part("batch as the model sees it", N * D * w, (*STEP, VALIDATING))

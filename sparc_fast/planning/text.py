@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sparc_fast.distributed.bytes import exchanged_bytes
+from sparc_fast.objective import nested_sizes
 from sparc_fast.selection import LOCAL
 from sparc_fast.sizes import counted
 from sparc_fast.training.config import Config
@@ -101,7 +102,8 @@ class Plan:
         sizes = config.batch_size, self.streams.widths, config.k * supports, self.ranks
         on_gpu = self.machine.device != "cpu"
         counts = {"batch": 2, "jumprelu": 0, "local_jumprelu": 0}.get(config.selection)
-        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports, on_gpu=on_gpu, counts=counts)
+        nested = nested_sizes(config.matryoshka, config.n_latents)
+        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports, on_gpu=on_gpu, counts=counts, sizes=nested)
 
     @property
     def hours(self) -> float | None:
