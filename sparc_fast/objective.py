@@ -318,7 +318,7 @@ class Objective:
         if self.private is None:
             return settings.jump(batch, self.k, self.thresholds, self.support_from, self.backend)
         shared = settings.jump(self.private.shared(batch), self.k, self.thresholds, self.support_from, self.backend)
-        return shared.beside(self.private.beside(shared.indices, batch, self.backend))
+        return shared.beside(self.private.beside(shared.indices, batch, self._backend(batch.x)))
 
     def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
         S, widths = len(batch.streams), batch.d_streams

@@ -28,6 +28,11 @@ pytestmark = [
 ]
 WIDTHS = {"a": 16, "b": 7}
 D = sum(WIDTHS.values())
+PRIVATE: dict[str, Any] = {"private": {"a": 9, "b": 6}, "private_k": {"a": 3, "b": 2}}
+MOST_PRIVATE: dict[str, Any] = {
+    "private": {"a": 26, "b": 18},
+    "private_k": {"a": 2, "b": 3},
+}  # ranks have no shared ones
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
@@ -59,6 +64,7 @@ def model_of(seed: int = 0, n_latents: int = 50, k: int = 4, **options: Any) -> 
     with torch.no_grad():
         model.latent_bias.uniform_(-0.1, 0.1)
         model.pre_bias.uniform_(-0.1, 0.1)
+    model._clear_private()
     return model
 
 
@@ -79,8 +85,10 @@ def hard_model(case: str) -> tuple[sf.SPARC, Tensor]:
         return model_of(selection="local"), x
     if case.startswith("batch"):
         return hard_batch(case)
-    if "jumprelu" in case:
+    if case.startswith(("jumprelu", "local_jumprelu")):
         return hard_jump(case)
+    if case.startswith(("private", "most private")):
+        return hard_private(case)
     if case == "k above a share":
         return model_of(n_latents=13, k=11), x
     if case == "all latents":
@@ -149,12 +157,26 @@ def hard_jump(case: str) -> tuple[sf.SPARC, Tensor]:
     return model, x.to(model.W_enc.dtype)
 
 
+def hard_private(case: str) -> tuple[sf.SPARC, Tensor]:
+    """The same for latents of one stream each, of which there may be nearly all."""
+    about, _, rule = case.partition(", ")
+    of_each = MOST_PRIVATE if about == "most private" else PRIVATE
+    model, x = model_of(selection=rule or "global", **of_each), samples(13)
+    if rule in ("jumprelu", "local_jumprelu"):
+        model.learn_thresholds(x)
+    with torch.no_grad():
+        x[4] *= 1e4
+    return model, x
+
+
 CASES = [
     "random", "float64", "bfloat16", "local", "k above a share", "all latents", "all equal", "two values",
     "all winners on one rank", "infinities", "NaN rows", "batch", "batch, float64", "batch, k above a share",
     "batch, all equal", "batch, two values", "batch, one sample has all", "batch, one sample has all, on one rank",
     "batch, infinities", "batch, nothing but -infinity", "batch, NaN rows", "jumprelu", "jumprelu, float64",
-    "jumprelu, all equal", "jumprelu, one sample has all", "local_jumprelu",
+    "jumprelu, all equal", "jumprelu, one sample has all", "local_jumprelu", "private", "private, local",
+    "private, batch", "private, local_jumprelu", "most private", "most private, local", "most private, batch",
+    "most private, jumprelu",
 ]  # fmt: skip
 
 
@@ -164,7 +186,14 @@ def supports_differ(case: str, uneven: bool) -> int:
     given = sharded._batch(own(x, uneven))
     assert torch.equal(given.x.view(torch.uint8), x.to(given.x.dtype).view(torch.uint8))
     expected, found = (
-        select(model.selection, inputs, model.k, thresholds=model._thresholds(), backend=backend)
+        select(
+            model.selection,
+            inputs,
+            model.k,
+            thresholds=model._thresholds(),
+            private=model._private_here,
+            backend=backend,
+        )
         for model, inputs, backend in (
             (whole, whole._batch(x), "auto"),
             (sharded, given, sharded._shards.backend("auto", x.device)),
@@ -310,6 +339,7 @@ def training_model(learned: bool = False, **options: Any) -> sf.SPARC:
     model = model_of(**settings)
     with torch.no_grad():
         model.latent_bias[:, ::3] -= 0.9  # some die
+    model._clear_private()
     if learned:
         model.learn_thresholds(samples(40, dtype=torch.float64))
     return model
@@ -396,6 +426,14 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "nested, local, accumulated": ({"matryoshka": [20], "selection": "local"}, {"max_grad_norm": 0.05}, {"parts": 3}),
     "nested, jumprelu": ({"matryoshka": [7, 20], "selection": "jumprelu", "loss": "fvu"}, {}, {}),
     "nested, batch": ({"matryoshka": [7, 20], "selection": "batch"}, {"freeze": "a", "max_grad_norm": 0.05}, {}),
+    "private": (PRIVATE, {}, {}),
+    "private, local": ({**PRIVATE, "selection": "local"}, {"lazy": "replay", "max_grad_norm": 0.05}, {"absent": True}),
+    "private, batch": ({**PRIVATE, "selection": "batch"}, {"freeze": "a", "max_grad_norm": 0.05}, {}),
+    "private, jumprelu": ({**PRIVATE, "selection": "jumprelu", "loss": "fvu"}, {}, {"absent": True}),
+    "private, accumulated": (PRIVATE, {"max_grad_norm": 0.05, "freeze": "b"}, {"parts": 3}),
+    "private, most": (MOST_PRIVATE, {"max_grad_norm": 0.05}, {"absent": True}),
+    "private, most, batch": ({**MOST_PRIVATE, "selection": "batch"}, {"lazy": "replay", "freeze": "a"}, {}),
+    "private, most, jumprelu": ({**MOST_PRIVATE, "selection": "local_jumprelu"}, {"freeze": "encoder"}, {}),
     "fvu": ({"loss": "fvu"}, {}, {}),
     "replay": ({}, {"lazy": "replay"}, {}),
     "clipped": ({}, {"max_grad_norm": 0.05}, {}),
@@ -412,7 +450,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_fifty_steps_are_those_of_one_process_to_1e_12(ranks: Ranks, name: str) -> None:
-    if ranks.n != 3 and name not in ("global", "absent streams, local", "nested"):
+    if ranks.n != 3 and name not in ("global", "absent streams, local", "nested", "private"):
         pytest.skip("three ranks are the hardest; each costs its processes")
     for of_loss, of_weights, most_dead, with_auxk in ranks(train_beside, *TRAININGS[name], 50):
         assert of_loss < 1e-12
@@ -460,6 +498,7 @@ RULES: dict[str, dict[str, Any]] = {
     "jumprelu": {"selection": "jumprelu"},
     "local_jumprelu": {"selection": "local_jumprelu"},
     "nested": {"matryoshka": [7, 20]},
+    "private": PRIVATE,
 }
 
 
@@ -499,10 +538,10 @@ def test_gradients_are_as_accurate_as_those_of_one_process(ranks: Ranks, dtype: 
         assert shared <= 2 * alone + torch.finfo(torch.float32).eps
 
 
-def codes_differ(selection: str, absent: bool) -> dict[str, float]:
-    whole = model_of(selection=selection, dtype=torch.float64)
+def codes_differ(options: dict[str, Any], absent: bool) -> dict[str, float]:
+    whole = model_of(dtype=torch.float64, **options)
     x = samples(23, dtype=torch.float64)
-    if selection in BY_THRESHOLD:
+    if whole.selection in BY_THRESHOLD:
         learns = shard(whole)
         learns.learn_thresholds(own(x, uneven=True))
         whole.learn_thresholds(x)
@@ -532,13 +571,21 @@ def codes_differ(selection: str, absent: bool) -> dict[str, float]:
     }
 
 
+CODES: dict[str, dict[str, Any]] = {
+    **{rule: {"selection": rule} for rule in ("global", "local", "batch", "jumprelu", "local_jumprelu")},
+    "private": PRIVATE,
+    "most private, local": {**MOST_PRIVATE, "selection": "local"},
+    "most private, batch": {**MOST_PRIVATE, "selection": "batch"},
+    "most private, jumprelu": {**MOST_PRIVATE, "selection": "jumprelu"},
+    "nested": {"matryoshka": [7, 20]},
+}
+
+
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("absent", [False, True], ids=["all present", "streams absent"])
-@pytest.mark.parametrize("selection", ["global", "local", "batch", "jumprelu", "local_jumprelu"])
-def test_codes_are_those_of_one_process_and_reconstructions_to_rounding(
-    ranks: Ranks, selection: str, absent: bool
-) -> None:
-    for differ in ranks(codes_differ, selection, absent):
+@pytest.mark.parametrize("rule", CODES)
+def test_codes_are_those_of_one_process_and_reconstructions_to_rounding(ranks: Ranks, rule: str, absent: bool) -> None:
+    for differ in ranks(codes_differ, CODES[rule], absent):
         assert max(differ.values()) < 1e-13
 
 
@@ -797,8 +844,6 @@ def refused(case: str) -> str:
             shard(model_of(k=3 if rank == 1 else 4))
         elif case == "too few latents":
             shard(model_of(n_latents=here()[1] + 1, k=1)) if here()[1] > 2 else shard(model_of(n_latents=1, k=1))
-        elif case == "private":
-            shard(model_of(private={"a": 4}, private_k=1))
         elif case == "forward":
             model(x)
         elif case == "other samples":
@@ -817,7 +862,7 @@ REFUSALS = {
     "NaN": "must be finite", "width": r"must be \[..., D=23\]", "other streams": "of the streams that rank 0 has",
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
     "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model",
-    "capturable": "capturable must be False", "private": "must have no private latents",
+    "capturable": "capturable must be False",
     "other samples": "inputs must be the same on every rank", "labels": "labels must be",
 }  # fmt: skip
 
@@ -897,6 +942,8 @@ REPLICATED: dict[str, tuple[dict[str, Any], dict[str, Any], bool, int]] = {
     ),
     "nested, absent": ({"matryoshka": [7, 20, 30]}, {}, True, 1),
     "nested, accumulated": ({"matryoshka": [7, 20]}, {"max_grad_norm": 0.05}, False, 3),
+    "private, absent": ({**PRIVATE, "selection": "local"}, {"max_grad_norm": 0.05}, True, 1),
+    "private, most, accumulated": (MOST_PRIVATE, {"lazy": "replay"}, False, 3),
     "fvu, absent": ({"loss": "fvu"}, {}, True, 1),
     "fvu, accumulated": ({"loss": "fvu"}, {}, False, 3),
 }

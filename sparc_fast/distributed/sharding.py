@@ -39,8 +39,6 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
     """
     if not isinstance(model, SPARC) or not model._shards.is_whole:
         raise ValueError("model must be a SPARC that is whole")
-    if model.private_latents:
-        raise ValueError(f"model must have no private latents to be shared, got {model.config()['private']}")
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("torch.distributed must be initialized to shard a model: start Python with torchrun")
     device = model.W_enc.device

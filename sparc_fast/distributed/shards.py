@@ -120,7 +120,7 @@ class Shards(Whole):
             return indices
         places = torch.where(own, own.cumsum(-1) - 1, width)  # others go behind the last, which is cut off
         moved = indices.new_full((*indices.shape[:-1], width + 1), -1)
-        return moved.scatter_(-1, places, indices)[..., :width].contiguous()
+        return moved.scatter_(-1, places, indices).narrow_copy(-1, 0, width)
 
     def gathered(self, own: Callable[[], Batch]) -> Batch:
         exchange = self.exchange

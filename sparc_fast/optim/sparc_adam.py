@@ -214,7 +214,9 @@ class SparcAdam(torch.optim.Optimizer):
                 self._quiet.note(model.silence, given.n_samples)
         else:
             n_samples = model._shards.samples(n_own)
-            batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples, model._private)
+            batch = MicroBatches(
+                tuple(model.d_streams.values()), model.silence, backend, n_samples, model._private_here
+            )
             objective = objective.over(model._batch(*part) for part in parts)
             for part in parts:
                 batch.add(self._flow(model._batch(*part), n_samples, objective, backend))
@@ -309,7 +311,7 @@ class SparcAdam(torch.optim.Optimizer):
         of_threshold = [a.rows(flow.jump.both) for a, flow in zip(among, flows, strict=True) if flow.jump is not None]
         one = OneBatch(
             given.streams, terms, *fired(parts, flows, every), samples, of_pre_bias, supports, given.zero_rows,
-            of_decoder, model._private,
+            of_decoder, model._private_here,
             sum(of_threshold[1:], of_threshold[0]) if of_threshold else None,
         )  # fmt: skip
         return self._with_replicas(one, groups, backend)
@@ -470,7 +472,7 @@ class SparcAdam(torch.optim.Optimizer):
             (exact,), moments = of_run.weights, of_run.their_moments
             copy = of_run.copies[1] if of_run.copies else None
             rows = DecoderRows(exact, moments, of_run.d_streams, behind.last_step, copy)
-            for some, here in decoder_blocks(rows, run, latents, self.model._private):
+            for some, here in decoder_blocks(rows, run, latents, self.model._private_here):
                 backend.replay_rows(some, here, behind.history, self._seed_of_rows)
         if "master" in self.state[W_dec]:
             self._seen[W_dec] = W_dec._version

@@ -26,6 +26,7 @@ from sparc_fast.ops import backends, functional
 from sparc_fast.ops.autograd import Reconstruction
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import wide
+from sparc_fast.ops.pooled_topk import nothing
 from sparc_fast.whole import Whole
 
 from .batch_topk import EVERY, Thresholds, sets_of
@@ -185,7 +186,8 @@ class JumpReLU(NamedTuple):
         width = max(self.bandwidth * abs(mean), NARROWEST)
         operator = backends.resolve(backend, batch.x.device).latents_above
         least, sure = offset - width / 2, offset + width / 2
-        indices, scores = operator(*batch.scored_by, least, min(k, len(batch.W_enc)), sure=sure)
+        n = len(batch.W_enc)
+        indices, scores = operator(*batch.scored_by, least, min(k, n), sure=sure) if n else nothing(batch.x)
         is_near = (scores - offset).abs() < width / 2
         return indices, scores > offset, is_near.to(scores.dtype) / width
 
