@@ -123,7 +123,8 @@ def check_step(name: str, place: Place) -> str | None:
 def phases(shape: Shape, dtype: str = "float32", moments: str = "float32") -> list[Cost]:
     """What a step cannot do without, counted as `sparc-fast plan` counts."""
     config = Config(n_latents=shape.L, k=shape.k, batch_size=shape.N, steps=1, auxk=0, dtype=dtype, moments=moments)
-    return [replace(cost, dtype=dtype) for cost in step_costs(config, shape.d_streams).values()]
+    d_streams = {f"stream{s}": width for s, width in enumerate(shape.d_streams)}
+    return [replace(cost, dtype=dtype) for cost in step_costs(config, d_streams).values()]
 
 
 def contenders(place: Place, dtypes: Sequence[str]) -> list[tuple[str, str]]:

@@ -12,7 +12,8 @@ the block's part of grad_values. Supports too long to be kept are gathered a sec
 each stream has its own support, the sources of a sample are programs of their own. Columns are the slow axis of the
 grid, so that what all samples gather at a time can stay in the L2 cache.
 
-The chunks' parts of nmse, [chunks, S, N], and of grad_values, [chunks, N, S, k], are written out and summed in order.
+The chunks' parts of nmse, [chunks, S, N], and of grad_values, [chunks, N, S, k], are written out; a second kernel sums
+them, and the rows of grad_recons, in order.
 """
 
 from __future__ import annotations
@@ -114,32 +115,71 @@ def _decode_loss_kernel(
         tl.store(parts, products, mask=mine[:, None] & (j < k)[None, :])
 
 
-@triton.jit(do_not_specialize=["size"])
-def _sum_parts_kernel(total, parts, size, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """total[i] = sum_c parts[c, i], in order."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    sums = tl.load(parts + i, mask=inside, other=0.0)
-    for _ in range(1, CHUNKS):
-        parts += size
-        sums += tl.load(parts + i, mask=inside, other=0.0)
-    tl.store(total + i, sums, mask=inside)
+@triton.jit(do_not_specialize=["N", "size"])
+def _finish_kernel(
+    nmse, grad_values, grad_pre_bias, nmse_parts, grad_values_parts, grad_recons, columns, N, S, D, size,
+    PREFIXES: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What is summed over samples or chunks, each in an order that the shape decides. The longest sums come first:
+
+    grad_pre_bias[d] = sum_r grad_recons[r, d] over N S rows
+    nmse[p, s, t]    = the sum of parts[p, c, s, n] over samples and the chunks c of stream t, in float64
+    grad_values[i]   = sum_c parts[c, i]
+    """
+    of_bias, of_nmse = tl.cdiv(D, BLOCK_D), PREFIXES * S * S
+    program = tl.program_id(0)
+    if program < of_bias:
+        cols = program * BLOCK_D + tl.arange(0, BLOCK_D)
+        sums = tl.zeros([ROWS, BLOCK_D], grad_pre_bias.dtype.element_ty)
+        for start in range(0, N * S, ROWS):
+            row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+            inside = (row < N * S) & (cols < D)[None, :]
+            sums += tl.load(grad_recons + row * D + cols[None, :], mask=inside, other=0.0).to(sums.dtype)
+        tl.store(grad_pre_bias + cols, tl.sum(sums, axis=0), mask=cols < D)
+    elif program < of_bias + of_nmse:
+        pair = program - of_bias
+        p, s, t = pair // (S * S), pair // S % S, pair % S
+        parts = nmse_parts + (p * CHUNKS * S).to(tl.int64) * N
+        sums = tl.zeros([BLOCK], tl.float64)
+        for chunk in range(CHUNKS):
+            N_read = tl.where(tl.load(columns + chunk * 3 + 2) == t, N, 0)
+            part = parts + (chunk * S + s).to(tl.int64) * N
+            for start in range(0, N, BLOCK):
+                n = start + tl.arange(0, BLOCK)
+                sums += tl.load(part + n, mask=n < N_read, other=0.0).to(tl.float64)
+        tl.store(nmse + pair, tl.sum(sums, axis=0))
+    else:
+        i = (program - of_bias - of_nmse).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        parts, inside = grad_values_parts + i, i < size
+        sums = tl.load(parts, mask=inside, other=0.0)
+        for _ in range(1, CHUNKS):
+            parts += size
+            sums += tl.load(parts, mask=inside, other=0.0)
+        tl.store(grad_values + i, sums, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])
-def _nmse_kernel(nmse, parts, columns, N, S, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """nmse[p, s, t] = the sum of parts[p, c, s, n] over samples and the chunks c of stream t, in float64."""
-    s, t, p = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    nmse += p * S * S
-    parts += (p * CHUNKS * S).to(tl.int64) * N
-    sums = tl.zeros([BLOCK_N], tl.float64)
-    for chunk in range(CHUNKS):
-        N_read = tl.where(tl.load(columns + chunk * 3 + 2) == t, N, 0)
-        part = parts + (chunk * S + s).to(tl.int64) * N
-        for start in range(0, N, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            sums += tl.load(part + n, mask=n < N_read, other=0.0).to(tl.float64)
-    tl.store(nmse + s * S + t, tl.sum(sums, axis=0))
+def finish_choice() -> dict[str, int]:
+    # estimated, not measured: 32 KB of rows in flight a program, in lines of 32 bytes, so that there is a program for
+    # every multiprocessor
+    return {"BLOCK": 1024, "ROWS": 1024, "BLOCK_D": 16, "num_warps": 8}
+
+
+def finish(
+    nmse_parts: Tensor, grad_values_parts: Tensor, grad_recons: Tensor, columns: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(nmse [P, S, S], grad_values [N, S, k], grad_pre_bias [D]) from parts [P, chunks, S, N] and [chunks, N, S, k] and
+    the rows of the first [N, S, D] in grad_recons."""
+    (P, chunks, S, N), D, device = nmse_parts.shape, grad_recons.shape[-1], nmse_parts.device
+    grad_values = torch.empty(grad_values_parts.shape[1:], dtype=stored(dtype, device), device=device)
+    nmse = torch.empty(P, S, S, dtype=nmse_parts.dtype, device=device)
+    grad_pre_bias = torch.empty(D, dtype=wide_type(dtype), device=device)
+    size, chosen = grad_values.numel(), finish_choice()
+    programs = triton.cdiv(D, chosen["BLOCK_D"]) + P * S * S + triton.cdiv(size, chosen["BLOCK"])
+    launch(
+        _finish_kernel, (programs,), nmse, grad_values, grad_pre_bias, nmse_parts, grad_values_parts, grad_recons,
+        columns, N, S, D, size, PREFIXES=P, CHUNKS=chunks, **chosen,
+    )  # fmt: skip
+    return nmse, grad_values.to(dtype), grad_pre_bias
 
 
 def choice(
@@ -199,14 +239,8 @@ def decode_loss(
         PER_STREAM=per_stream, ALIGNED=math.gcd(16, *d_streams), SUM=sums, OPERAND=operand_type(values), **chosen,
     )  # fmt: skip
 
-    grad_values = torch.empty(N, S, k, dtype=stored(dtype, device), device=device)
-    nmse, size = torch.empty(S, S, dtype=stored_sums, device=device), grad_values.numel()
-    launch(
-        _sum_parts_kernel, (triton.cdiv(size, 1024),), grad_values, grad_values_parts, size, CHUNKS=chunks, BLOCK=1024
-    )
-    launch(_nmse_kernel, (S, S, 1), nmse, nmse_parts, columns, N, S, CHUNKS=chunks, BLOCK_N=1024)
-    grad_recons = grad_recons.to(dtype)
-    return nmse, grad_recons, grad_values.to(dtype), grad_recons.sum((0, 1), dtype=wide_type(dtype))
+    nmse, grad_values, grad_pre_bias = finish(nmse_parts[None], grad_values_parts, grad_recons, columns, dtype)
+    return nmse[0], grad_recons.to(dtype), grad_values, grad_pre_bias
 
 
 @cache

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparc_fast.kernels.gather import sum_type
 from sparc_fast.kernels.launching import dense_rows, launch
 from sparc_fast.kernels.segment_sums import (
     Columns,
@@ -17,17 +18,16 @@ from sparc_fast.kernels.segment_sums import (
     add_pieces,
     column_block,
     decoder_pieces,
-    decoder_sums,
     of_blocks,
     segment,
     tile,
+    weighted_rows,
 )
-from sparc_fast.ops.layout import wide
 
 
 def choice(D: int, dtype: torch.dtype) -> dict[str, int]:
     # estimated, not measured: 3 blocks of 1024 columns of grad_recons of 4096 samples, 25 MB, stay in a cache of 50 MB
-    return tile([D], dtype, widest=1024, rows=8)
+    return tile([D], dtype, widest=1024, rows=4)
 
 
 def decoder_gradients(values: Tensor, grad_recons: Tensor, offsets: Tensor, entries: Tensor) -> Tensor:
@@ -36,35 +36,36 @@ def decoder_gradients(values: Tensor, grad_recons: Tensor, offsets: Tensor, entr
 
 def decoder_sums_of(grad_recons: Tensor, batch: Entries, *, squares: bool) -> Tensor:
     """The gradient [L, D], or the sums of its squares over blocks of columns, [blocks, L]."""
-    grad_recons, values = dense_rows(grad_recons.detach().flatten(0, 1)), batch.values
+    assert batch.decoder is not None
+    grad_recons, coefficients = dense_rows(grad_recons.detach().flatten(0, 1)), batch.decoder.coefficients
     D, L = grad_recons.shape[1], batch.n_latents
     chosen = choice(D, grad_recons.dtype)
-    columns = Columns.of([D], chosen["BLOCK_D"], values.device)
+    columns = Columns.of([D], chosen["BLOCK_D"], grad_recons.device)
     pieces = decoder_pieces(grad_recons, batch, columns, chosen)
-    found = of_blocks(columns, L) if squares else wide(values.new_empty(0)).new_empty(L, D)
+    found = of_blocks(columns, L) if squares else coefficients.new_empty(L, D)
     launch(
         _decoder_gradients_kernel, (triton.cdiv(L, chosen["LATENTS"]), len(columns.table)), found, grad_recons,
-        grad_recons.stride(0), batch.values, batch.offsets, batch.entries, pieces.rows, columns.table, L, D,
-        SQUARES=squares, ALIGN=columns.ALIGN, **batch.constants, **chosen,
+        grad_recons.stride(0), batch.offsets, *batch.decoder, batch.length, pieces.rows, columns.table, L, D,
+        SOURCES=len(coefficients), PIECE=batch.PIECE, SUM=sum_type(coefficients), SQUARES=squares,
+        ALIGN=columns.ALIGN, **chosen,
     )  # fmt: skip
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _decoder_gradients_kernel(
-    grad_W_dec, grad_recons, stride_recons, values, offsets, entries, piece_rows, table, L, D,
-    SQUARES: tl.constexpr,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
-    SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_W_dec, grad_recons, stride_recons, offsets, rows, coefficients, length, piece_rows, table, L, D,
+    SOURCES: tl.constexpr, PIECE: tl.constexpr, SUM: tl.constexpr, SQUARES: tl.constexpr, ALIGN: tl.constexpr,
+    LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, _ = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
     inside = columns < last
     l = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
     begin, end = segment(offsets, l, L)
-    gradient = decoder_sums(
-        begin, tl.minimum(begin + PIECE, end), columns, inside, grad_recons, stride_recons, values, entries,
-        S, K, PER_STREAM, ROWS, POSITION, SUM,
+    gradient, _ = weighted_rows(
+        begin, tl.minimum(begin + PIECE, end), columns, inside, grad_recons, stride_recons, None, rows, coefficients,
+        length, SOURCES, ROWS, SUM,
     )  # fmt: skip
     gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
     if SQUARES:

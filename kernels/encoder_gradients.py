@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparc_fast.kernels.gather import sum_type
 from sparc_fast.kernels.launching import dense_rows, launch
 from sparc_fast.kernels.segment_sums import (
     Columns,
@@ -21,10 +22,10 @@ from sparc_fast.kernels.segment_sums import (
     add_pieces,
     column_block,
     encoder_pieces,
-    encoder_sums,
     of_blocks,
     segment,
     tile,
+    weighted_rows,
     writers,
 )
 from sparc_fast.ops.layout import wide
@@ -44,7 +45,7 @@ def encoder_gradients(
     entries: Tensor,
     d_streams: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    batch = Entries.of(values, grad_values, offsets, entries)
+    batch = Entries.of(values, grad_values, offsets, entries, decoder=False)
     return encoder_sums_of(x, pre_bias, batch, d_streams, squares=False)
 
 
@@ -60,20 +61,21 @@ def encoder_sums_of(
     grad_latent_bias = wide(x.new_empty(0)).new_empty(S, L)
     found = grad_latent_bias.new_empty(L, D) if not squares else of_blocks(columns, L)
     grid = (triton.cdiv(L, chosen["LATENTS"]), len(columns.table))
-    constants = {**batch.constants, "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32}
+    assert batch.encoder is not None
     launch(
-        _encoder_gradients_kernel, grid, found, grad_latent_bias, x, x.stride(0), pre_bias, *batch, *pieces,
-        columns.table, L, D, SQUARES=squares, ALIGN=columns.ALIGN, **constants, **chosen,
+        _encoder_gradients_kernel, grid, found, grad_latent_bias, x, x.stride(0), pre_bias, batch.offsets,
+        *batch.encoder, batch.length, *pieces, columns.table, L, D, S=S, PIECE=batch.PIECE, SUM=sum_type(x),
+        SQUARES=squares, ALIGN=columns.ALIGN, **chosen,
     )  # fmt: skip
     return found, grad_latent_bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _encoder_gradients_kernel(
-    grad_W_enc, grad_latent_bias, x, stride_x, pre_bias, values, grad_values, offsets, entries, piece_rows, piece_bias,
-    table, L, D, SQUARES: tl.constexpr,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
-    SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_W_enc, grad_latent_bias, x, stride_x, pre_bias, offsets, rows, coefficients, length, piece_rows, piece_bias,
+    table, L, D,
+    S: tl.constexpr, PIECE: tl.constexpr, SUM: tl.constexpr, SQUARES: tl.constexpr, ALIGN: tl.constexpr,
+    LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, stream = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
@@ -81,9 +83,9 @@ def _encoder_gradients_kernel(
     l = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
     begin, end = segment(offsets, l, L)
     centre = tl.load(pre_bias + columns, mask=inside, other=0).to(SUM)
-    gradient, bias = encoder_sums(
-        begin, tl.minimum(begin + PIECE, end), stream, columns, inside, centre, x, stride_x, values, grad_values,
-        entries, S, K, PER_STREAM, ROWS, POSITION, SUM,
+    gradient, bias = weighted_rows(
+        begin, tl.minimum(begin + PIECE, end), columns, inside, x, stride_x, centre, rows,
+        coefficients + stream.to(tl.int64) * length, length, 1, ROWS, SUM,
     )  # fmt: skip
     gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
     bias = add_bias_pieces(bias, begin, end, piece_bias, stream, S, PIECE)

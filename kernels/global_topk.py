@@ -18,6 +18,9 @@ infinite: no sum that is bounded can overflow. An infinite or NaN E makes the in
 of rows times a power of two, which brings their largest number to [1, 2): no number is out of range, and what becomes
 too small is in ||x - X||. Rounding is monotone, so [a + b - E, a + b + E] also holds the rounded score.
 
+Samples and weights that are both bfloat16 need not be copies of what is centred: screened_operands.py says which x and
+b these are then, and what more p holds.
+
 The filter (topk_rows.py says how) keeps, sample by sample, what may be among the k largest. In the end those whose
 lower end is above all but k upper ends are in the support; of the others, the ambiguous, those around the k-th get a
 sum in float32, whose sums are short: ||x|| ||w|| (D / BLOCK_D + 64) 2^-23 is its E. What is still ambiguous gets the
@@ -39,6 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparc_fast.kernels.launching import launch, next_power_of_2
+from sparc_fast.kernels.screened_operands import LARGEST_NORM, fits, norm_above, prepare
 from sparc_fast.kernels.topk_rows import (
     REGISTERS,
     TOP,
@@ -54,7 +58,6 @@ from sparc_fast.ops.gpu_scratch import CANDIDATES, ROOM, ROWS, SPARE
 from sparc_fast.ops.layout import wide
 
 SCORES = 0.64  # of the L2 cache may be scores of one GEMM: they are still there when the filter reads them
-LARGEST_NORM = tl.constexpr(1e18)
 
 
 def measure_choice(D: int) -> dict[str, int]:
@@ -167,14 +170,6 @@ def _multiply_listed(
         tl.store(to, sums, mask=(n < N)[:, None] & (j < chunk)[None, :])
 
 
-@triton.jit
-def _norm_above(squares, growth, flushed, inverse, largest):
-    """At least the root of a sum of squares taken in float32; 0 only of a row that is all zero; NaN stays."""
-    norm = growth * (tl.sqrt(squares) * growth + flushed) * inverse
-    norm = tl.where(norm >= LARGEST_NORM, float("inf"), norm)
-    return tl.where((largest == 0) & (norm < LARGEST_NORM), 0.0, norm)
-
-
 @triton.jit(do_not_specialize=["first", "N", "growth", "flushed"])
 def _measure(
     v, stride, pre_bias, copy, norm, residual, inverse_scale, listed, many, first, N, D, growth, flushed,
@@ -225,9 +220,9 @@ def _measure(
             rest = number - rounded.to(tl.float32)
             lost += rest * rest
     highest = tl.max(largest, axis=1)
-    tl.store(norm + row, _norm_above(tl.sum(squares, axis=1), growth, flushed, inverse, highest), mask=wanted)
+    tl.store(norm + row, norm_above(tl.sum(squares, axis=1), growth, flushed, inverse, highest), mask=wanted)
     if COPIED:
-        rest = _norm_above(tl.sum(lost, axis=1), growth, flushed, inverse, highest)
+        rest = norm_above(tl.sum(lost, axis=1), growth, flushed, inverse, highest)
         tl.store(residual + row, tl.where(rest == rest, rest, float("inf")), mask=wanted)
         tl.store(inverse_scale + row, inverse, mask=wanted)
 
@@ -597,29 +592,34 @@ def select(
         return indices
     sums = torch.promote_types(wide(x).dtype, wide(pre_bias).dtype)
     is_exact = torch.float64 in (sums, W.dtype)
-    bias, narrow_bias, total = _summed(latent_bias.detach(), N if is_exact else 0)
+    latent_bias, biases = latent_bias.detach(), _biases(len(W), x.device)
     if is_exact:
         rows = torch.arange(N, dtype=torch.int32, device=x.device)
+        _sum(latent_bias, biases, N)
     else:
         rows = torch.empty(N, dtype=torch.int32, device=x.device)
         dtype = operand_dtype(W, screening)
         with torch.autocast(x.device.type, enabled=False):
-            _screen(x, W, pre_bias, bias, narrow_bias, k, dtype, indices, rows, total, selection, among)
-    _in_full(x, W, pre_bias, bias, k, sums, indices, rows, total, among)
+            _screen(x, W, pre_bias, latent_bias, biases, k, dtype, indices, rows, selection, among)
+    _in_full(x, W, pre_bias, biases[0], k, sums, indices, rows, biases[2], among)
     return indices
 
 
-def _summed(latent_bias: Tensor, given_up: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(sums of biases, the same in float32, [1] samples given up)."""
-    (S, L), device = latent_bias.shape, latent_bias.device
+Biases = tuple[Tensor, Tensor, Tensor]
+"""Their sums over streams, float64 [L]; what belongs to a product, float32 [L]; [1], how many samples are given up."""
+
+
+def _biases(L: int, device: torch.device) -> Biases:
     bias = torch.empty(L, dtype=torch.float64, device=device)
-    narrow_bias = torch.empty(L, dtype=torch.float32, device=device)
-    total = torch.empty(1, dtype=torch.int32, device=device)
+    return bias, bias.new_empty(L, dtype=torch.float32), bias.new_empty(1, dtype=torch.int32)
+
+
+def _sum(latent_bias: Tensor, biases: Biases, given_up: int) -> None:
+    (S, L), (bias, narrow_bias, total) = latent_bias.shape, biases
     launch(
         _sum_biases, (triton.cdiv(L, 1024),), bias, narrow_bias, total, latent_bias, *latent_bias.stride(), given_up,
         L, S=S, BLOCK=1024,
     )  # fmt: skip
-    return bias, narrow_bias, total
 
 
 def _listed(among: Tensor) -> Listed:
@@ -647,11 +647,11 @@ def _multiply_rows(X: Tensor, W: Tensor, product: Tensor, listed: Listed, first:
 
 
 def _screen(
-    x: Tensor, W: Tensor, pre_bias: Tensor, bias: Tensor, narrow_bias: Tensor, k: int, dtype: torch.dtype,
-    indices: Tensor, given_up: Tensor, total: Tensor, selection: Selection, among: Tensor | None,
+    x: Tensor, W: Tensor, pre_bias: Tensor, latent_bias: Tensor, biases: Biases, k: int, dtype: torch.dtype,
+    indices: Tensor, given_up: Tensor, selection: Selection, among: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes the supports that the GEMM proves, and the numbers of the other samples into given_up[:total]."""
-    (N, D), L, device = x.shape, len(W), x.device
+    (N, D), L, device, (bias, narrow_bias, total) = x.shape, len(W), x.device, biases
     capacity = min(ROOM * k + SPARE, L)
     blocks = -(-N // max(1, min(ROWS, CANDIDATES // (16 * capacity))))
     rows = -(-N // blocks // 8) * 8
@@ -676,22 +676,30 @@ def _screen(
     # a number of rows that divides by 8 keeps every pointer below aligned, and kernels are compiled once
     X = torch.empty(rows, D, dtype=dtype, device=device)
     scores = torch.empty(rows * chunk, dtype=torch.float32, device=device)
-    # norm, residual norm and inverse scale
-    of_x = torch.empty(3, rows, dtype=torch.float32, device=device)
+    # norm, residual norm and inverse scale, and the norm of what is centred
+    of_x = torch.empty(4, rows, dtype=torch.float32, device=device)
+    together = among is None and fits(x, W, dtype)
+    of_product, size = of_x[:3], of_x[3 if together else 0]
     of_w = torch.empty(3 if copied else 1, L, dtype=torch.float32, device=device)
     copy = torch.empty(chunk, D, dtype=dtype, device=device) if copied else W
     counts, thresholds = torch.empty(2, rows, dtype=torch.int32, device=device)
     lows, highs, latents, places = torch.empty(4, rows * capacity, dtype=torch.int32, device=device)
     candidates = Candidates(counts, thresholds, lows, highs, latents, places, capacity)
-    if not copied:
-        measure(W, W, of_w.expand(3, L), centred=False, copied=False, rows=L)
+    if not together:
+        _sum(latent_bias, biases, 0)
+        if not copied:
+            measure(W, W, of_w.expand(3, L), centred=False, copied=False, rows=L)
     for n in range(0, N, rows):
         samples = x[n : n + rows]
         N_here = len(samples)
-        measure(samples, X, of_x, centred=True, copied=True, rows=N_here)
+        if together:
+            numbers = growth, flushed, rounding
+            prepare(biases, of_w[0], X, of_x, x, W, pre_bias, latent_bias, n, N_here, *numbers)
+        else:
+            measure(samples, X, of_product, centred=True, copied=True, rows=N_here)
         screen = None if copied else selection.screen
         screened = screen is not None and screen(
-            X[:N_here], W, chunk, scores, narrow_bias, of_w, of_x, candidates, k, bounds
+            X[:N_here], W, chunk, scores, narrow_bias, of_w, of_product, candidates, k, bounds
         )
         for first in range(0, 0 if screened else L, chunk):
             weights = W[first : first + chunk]
@@ -700,16 +708,16 @@ def _screen(
             if among is not None:
                 measure(W, copy, of_w, centred=False, copied=True, rows=m, listed=listed, first=first)
                 _multiply_rows(X[:N_here], copy, product, listed, first)
-                _take_in(product, first, chunk, narrow_bias, of_w, of_x, candidates, k, bounds, listed)
+                _take_in(product, first, chunk, narrow_bias, of_w, of_product, candidates, k, bounds, listed)
                 continue
             if copied:
                 measure(weights, copy, of_w[:, first : first + m], centred=False, copied=True, rows=m)
                 weights = copy[:m]
             multiply(X[:N_here], weights, product)
-            selection.take_in(product, first, chunk, narrow_bias, of_w, of_x, candidates, k, bounds)
+            selection.take_in(product, first, chunk, narrow_bias, of_w, of_product, candidates, k, bounds)
         settle = selection.settle if among is None else partial(_settle_rows, listed=listed)
         settle(
-            x, pre_bias, W, bias, n, N_here, of_x[0], of_w[0], candidates, k, rounding, bounds[2], indices, given_up,
+            x, pre_bias, W, bias, n, N_here, size, of_w[0], candidates, k, rounding, bounds[2], indices, given_up,
             total,
         )  # fmt: skip
 

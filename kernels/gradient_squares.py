@@ -17,7 +17,7 @@ def gradient_squares(
     samples: Samples, d_streams: Sequence[int], encoder: bool = True, decoder: bool = True
 ) -> tuple[Tensor, Tensor]:
     x, pre_bias, values, grad_values, grad_recons, offsets, entries = samples
-    batch = Entries.of(values, grad_values, offsets, entries)
+    batch = Entries.of(values, grad_values if encoder else None, offsets, entries, decoder)
     squares = torch.zeros(batch.n_latents, dtype=torch.float64, device=values.device)
     grad_latent_bias = values.new_empty(0)
     if encoder:

@@ -46,6 +46,6 @@ def widths(d_streams: Sequence[int]) -> tuple[int, ...]:
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """x with its columns side by side in memory; rows may lie apart."""
+    """x with its columns side by side in memory; rows may lie apart, but by less than kernels multiply in 32 bits."""
     x = x.detach()
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 and x.stride(0) < 2**31 else x.contiguous()

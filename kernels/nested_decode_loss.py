@@ -23,11 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.decode_loss import _nmse_kernel, _sum_parts_kernel, weights_on
 from sparc_fast.kernels.decode_loss import choice as of_one_dictionary
+from sparc_fast.kernels.decode_loss import finish, weights_on
 from sparc_fast.kernels.gather import coefficients, combine, dots, gather, locate, operand_type, stored, sum_type
 from sparc_fast.kernels.launching import column_blocks, dense_rows, launch, next_power_of_2, widths
-from sparc_fast.ops.layout import gradient_dtype, wide
+from sparc_fast.ops.layout import gradient_dtype
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -164,15 +164,8 @@ def nested_decode_loss(
         PREFIXES=P, BLOCK_P=next_power_of_2(P), **chosen,
     )  # fmt: skip
 
-    grad_values = torch.empty(N, S, k, dtype=stored(dtype, device), device=device)
-    size = grad_values.numel()
-    launch(
-        _sum_parts_kernel, (triton.cdiv(size, 1024),), grad_values, grad_values_parts, size, CHUNKS=chunks, BLOCK=1024
-    )
-    nmse = torch.empty(P, S, S, dtype=stored_sums, device=device)
-    launch(_nmse_kernel, (S, S, P), nmse, nmse_parts, columns, N, S, CHUNKS=chunks, BLOCK_N=1024)
-    grad_recons = grad_recons.to(dtype)
-    return nmse, grad_recons, grad_values.to(dtype), grad_recons[0].sum((0, 1), dtype=wide(grad_recons[:0]).dtype)
+    nmse, grad_values, grad_pre_bias = finish(nmse_parts, grad_values_parts, grad_recons, columns, dtype)
+    return nmse, grad_recons.to(dtype), grad_values, grad_pre_bias
 
 
 @cache

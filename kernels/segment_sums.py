@@ -3,24 +3,26 @@
 encoder:  sum over entries (n, j) of l in stream s of  grad_z[n, s, j] (x - pre_bias)[n, d]
 decoder:  sum over entries (n, j) of l and streams s of  values[n, s, j] grad_recons[n, s, d]
 
-A program sums LATENTS latents over BLOCK_D columns of one stream, entries ascending, ROWS of them in flight. Of a
-latent with more than PIECE entries it sums the first PIECE; each further piece of PIECE entries is summed beforehand by
-a program of its own into a row of scratch, and these rows are added in order. So a latent that every sample uses does
-not keep one program busy, and the order of a sum depends on the entries alone. The row of a piece is its first position
-in `entries` // PIECE: first positions lie at least PIECE apart, so no two pieces share a row, and nobody lists them.
-Scratch is one row of D sums for every PIECE entries.
+What every entry adds, a row and its coefficients, is listed beforehand, in the order of entries, as all programs of a
+latent need it. A program sums LATENTS latents over BLOCK_D columns of one stream, term after term, those of ROWS
+entries in flight. Of a latent with more than PIECE entries it sums the first PIECE; each further piece of PIECE
+entries is summed beforehand by a program of its own into a row of scratch, and these rows are added in order. So a
+latent that every sample uses does not keep one program busy, and the order of a sum depends on the entries alone. The
+row of a piece is its first position in `entries` // PIECE: first positions lie at least PIECE apart, so no two pieces
+share a row, and nobody lists them. Scratch is one row of D sums for every PIECE entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparc_fast.kernels.gather import sum_type
 from sparc_fast.kernels.launching import column_blocks, launch, next_power_of_2, widths
 from sparc_fast.ops.gpu_scratch import PIECE  # of a support per stream, PIECE entries of each stream
 from sparc_fast.ops.layout import wide_type
@@ -35,7 +37,7 @@ def tile(d_streams: Sequence[int], dtype: torch.dtype, widest: int, rows: int) -
     if any(d % 16 for d in d_streams):  # and so are the addresses of columns that cannot be read 16 bytes at once
         columns, rows = 4, max(rows // 2, 1)
     if triton.knobs.runtime.interpret:  # where a program costs milliseconds, whatever it does
-        latents, rows = min(max(8192 // block, 1), 64), 16
+        latents, rows = min(max(8192 // block, 1), 64), 1
     warps = min(max(block * latents // (32 * columns), 1), 16)
     per_thread = block * latents // (warps * 32)  # more columns a thread leave registers for fewer entries in flight
     return {
@@ -47,36 +49,52 @@ def tile(d_streams: Sequence[int], dtype: torch.dtype, widest: int, rows: int) -
     }
 
 
-class Entries(NamedTuple):
-    """The inverse index of a batch with values [N, S, k], and what its coefficients are read from."""
+class Terms(NamedTuple):
+    """What each entry adds to the sum of its latent: `coefficients[s, i]` times row `rows[i] + s` of a matrix."""
 
-    values: Tensor
-    grad_values: Tensor | None
+    rows: Tensor
+    coefficients: Tensor
+
+
+class Entries(NamedTuple):
+    """A batch with values [N, S, k] by latent: where the entries of each begin, and what every entry adds, in order."""
+
     offsets: Tensor
-    entries: Tensor
+    encoder: Terms | None
+    """Rows of x, a coefficient for each stream."""
+    decoder: Terms | None
+    """Rows of grad_recons [N * S, D], a coefficient for each source."""
+    PIECE: int
 
     @classmethod
-    def of(cls, values: Tensor, grad_values: Tensor | None, offsets: Tensor, entries: Tensor) -> Entries:
-        grad_values = None if grad_values is None else grad_values.detach().contiguous()
-        return cls(values.detach().contiguous(), grad_values, offsets.contiguous(), entries.contiguous())
+    def of(
+        cls, values: Tensor, grad_values: Tensor | None, offsets: Tensor, entries: Tensor, decoder: bool = True
+    ) -> Entries:
+        """With terms of an encoder where there are gradients of values."""
+        (N, S, k), length, device = values.shape, len(entries), values.device
+        per_stream = length != N * k
+
+        def terms(sums: int) -> Terms:
+            rows = torch.empty(length, dtype=torch.int32, device=device)
+            return Terms(rows, torch.empty(sums, length, dtype=wide_type(values.dtype), device=device))
+
+        encoder = None if grad_values is None else terms(S)
+        of_decoder = terms(1 if per_stream else S) if decoder else None
+        launch(
+            _terms_kernel, (triton.cdiv(length, 256),), *(encoder or (None, None)), *(of_decoder or (None, None)),
+            values.detach().contiguous(), None if grad_values is None else grad_values.detach().contiguous(),
+            entries.contiguous(), length, S=S, K=k, PER_STREAM=per_stream, SUM=sum_type(values), BLOCK=256,
+        )  # fmt: skip
+        return cls(offsets.contiguous(), encoder, of_decoder, PIECE * S if per_stream else PIECE)
 
     @property
     def n_latents(self) -> int:
         return len(self.offsets) - 1
 
     @property
-    def constants(self) -> dict[str, Any]:
-        N, S, k = self.values.shape
-        per_stream = len(self.entries) != N * k
-        return {
-            "S": S,
-            "K": k,  # known to the compiler, so that dividing by it is a multiplication or a shift
-            "PER_STREAM": per_stream,
-            "PIECE": PIECE * S if per_stream else PIECE,
-            # positions of real batches fit 32 bits
-            "POSITION": tl.int32 if self.values.numel() < 2**31 else tl.int64,
-            "SUM": tl.float64 if self.values.dtype == torch.float64 else tl.float32,
-        }
+    def length(self) -> int:
+        terms = self.encoder or self.decoder
+        return 0 if terms is None else len(terms.rows)
 
 
 class Columns(NamedTuple):
@@ -104,35 +122,57 @@ class Pieces(NamedTuple):
 
 
 def encoder_pieces(x: Tensor, pre_bias: Tensor, batch: Entries, columns: Columns, choice: dict[str, int]) -> Pieces:
-    constants = {**batch.constants, "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32}
-    slots = triton.cdiv(len(batch.entries), constants["PIECE"])
-    widths = x.shape[1], constants["S"]
-    D, dtype = x.shape[1], wide_type(x.dtype)
-    pieces = Pieces(*(torch.empty(max(slots, 1), width, dtype=dtype, device=x.device) for width in widths))
-    if slots > 1:  # the first slot is never taken
-        grid = (triton.cdiv(slots, choice["LATENTS"]), len(columns.table))
-        launch(
-            _encoder_pieces_kernel, grid, *pieces, x, x.stride(0), pre_bias, *batch, columns.table, slots,
-            batch.n_latents, batch.n_latents.bit_length() + 1, D,
-            ALIGN=columns.ALIGN, **constants, **choice,
-        )  # fmt: skip
-    return pieces
+    assert batch.encoder is not None
+    return _pieces(x, pre_bias, batch, batch.encoder, columns, choice)
 
 
 def decoder_pieces(grad_recons: Tensor, batch: Entries, columns: Columns, choice: dict[str, int]) -> Pieces:
     """grad_recons as rows [N * S, D]."""
-    constants = batch.constants
-    slots = triton.cdiv(len(batch.entries), constants["PIECE"])
-    D = grad_recons.shape[1]
-    rows = torch.empty(max(slots, 1), D, dtype=wide_type(batch.values.dtype), device=grad_recons.device)
-    if slots > 1:
+    assert batch.decoder is not None
+    return _pieces(grad_recons, None, batch, batch.decoder, columns, choice)
+
+
+def _pieces(
+    source: Tensor, centre: Tensor | None, batch: Entries, terms: Terms, columns: Columns, choice: dict[str, int]
+) -> Pieces:
+    sums, length = terms.coefficients.shape
+    slots, D, dtype = triton.cdiv(length, batch.PIECE), source.shape[1], wide_type(source.dtype)
+    rows = torch.empty(max(slots, 1), D, dtype=dtype, device=source.device)
+    bias = None if centre is None else torch.empty(max(slots, 1), sums, dtype=dtype, device=source.device)
+    if slots > 1:  # the first slot is never taken
         grid = (triton.cdiv(slots, choice["LATENTS"]), len(columns.table))
         launch(
-            _decoder_pieces_kernel, grid, rows, grad_recons, grad_recons.stride(0), batch.values, batch.offsets,
-            batch.entries, columns.table, slots, batch.n_latents, batch.n_latents.bit_length() + 1, D,
-            ALIGN=columns.ALIGN, **constants, **choice,
+            _pieces_kernel, grid, rows, bias, source, source.stride(0), centre, batch.offsets, *terms, length,
+            columns.table, slots, batch.n_latents, batch.n_latents.bit_length() + 1, D, S=sums, PIECE=batch.PIECE,
+            SUM=sum_type(source), ALIGN=columns.ALIGN, **choice,
         )  # fmt: skip
-    return Pieces(rows, None)
+    return Pieces(rows, bias)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _terms_kernel(
+    encoder_rows, encoder_coefficients, decoder_rows, decoder_coefficients, values, grad_values, entries, length,
+    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < length
+    p = tl.load(entries + i, mask=inside, other=0)
+    row = p // K  # K is known to the compiler, so this is a multiplication or a shift
+    n = row // S if PER_STREAM else row
+    if encoder_rows is not None:
+        tl.store(encoder_rows + i, n.to(tl.int32), mask=inside)
+    if decoder_rows is not None:
+        tl.store(decoder_rows + i, (row if PER_STREAM else n * S).to(tl.int32), mask=inside)
+    for s in range(S):
+        at = p if PER_STREAM else p + (n * (S - 1) + s) * K
+        mine = inside & (row - n * S == s) if PER_STREAM else inside
+        value = tl.load(values + at, mask=mine, other=0).to(SUM)
+        to = s * length.to(tl.int64) + i
+        if encoder_rows is not None:
+            coefficient = tl.load(grad_values + at, mask=mine, other=0).to(SUM)
+            tl.store(encoder_coefficients + to, tl.where(value > 0, coefficient, 0.0), mask=inside)
+        if decoder_rows is not None:
+            tl.store(decoder_coefficients + (i if PER_STREAM else to), value, mask=mine)
 
 
 @triton.jit
@@ -157,59 +197,41 @@ def segment(offsets, l, L):
 
 
 @triton.jit
-def encoder_sums(
-    begin, end, stream, columns, inside, centre, x, stride_x, values, grad_values, entries,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, ROWS: tl.constexpr, POSITION: tl.constexpr,
-    SUM: tl.constexpr,
-):  # fmt: skip
-    """Gradient [LATENTS, BLOCK_D] and bias gradient [LATENTS] from entries begin : end of one stream."""
-    gradient = tl.zeros([begin.shape[0], columns.shape[0]], SUM)
-    bias = tl.zeros([begin.shape[0]], SUM)
-    count = (end - begin).to(tl.int32)
-    rows = tl.arange(0, ROWS)
-    for i in range(0, tl.max(count, 0), ROWS):
-        live = (i + rows)[None, :] < count[:, None]
-        p = tl.load(entries + begin[:, None] + (i + rows)[None, :], mask=live, other=0).to(POSITION)
-        n = p // K
-        if PER_STREAM:
-            live &= n % S == stream
-            at = p
-            n = n // S
-        else:
-            at = p + (n * (S - 1) + stream) * K
-        value = tl.load(values + at, mask=live, other=0).to(SUM)
-        coefficient = tl.load(grad_values + at, mask=live, other=0).to(SUM)
-        coefficient = tl.where(value > 0, coefficient, 0.0)
-        used = (coefficient != 0)[:, :, None] & inside[None, None, :]
-        at_x = x + n.to(tl.int64)[:, :, None] * stride_x + columns[None, None, :]
-        row = tl.load(at_x, mask=used, other=0, eviction_policy="evict_last").to(SUM)
-        gradient += tl.sum(coefficient[:, :, None] * (row - centre[None, None, :]), 1)
-        bias += tl.sum(coefficient, 1)
-    return gradient, bias
+def widened(numbers, TYPE: tl.constexpr):
+    """bfloat16 by its bits, in half the instructions."""
+    if numbers.dtype == tl.bfloat16:
+        numbers = (numbers.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return numbers.to(TYPE)
 
 
 @triton.jit
-def decoder_sums(
-    begin, end, columns, inside, grad_recons, stride_recons, values, entries,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, ROWS: tl.constexpr, POSITION: tl.constexpr,
-    SUM: tl.constexpr,
+def weighted_rows(
+    begin, end, columns, inside, source, stride, centre, rows, coefficients, length, SOURCES: tl.constexpr,
+    ROWS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Gradient [LATENTS, BLOCK_D] from entries begin : end: one row of grad_recons [N * S, D] an entry and source."""
-    SOURCES: tl.constexpr = 1 if PER_STREAM else S  # of one entry
-    gradient = tl.zeros([begin.shape[0], columns.shape[0]], SUM)
-    count = (end - begin).to(tl.int32) * SOURCES
-    rows = tl.arange(0, ROWS)
+    """[LATENTS, BLOCK_D] and [LATENTS], sums over entries begin : end and sources s, one after another, of
+    coefficients[s, entry] (source[rows[entry] + s] - centre)  and of the coefficients."""
+    total = tl.zeros([begin.shape[0], columns.shape[0]], SUM)
+    weight = tl.zeros([begin.shape[0]], SUM)
+    count = (end - begin).to(tl.int32)
+    rows += begin
+    coefficients += begin
+    source += columns[None, :]
+    step = tl.cast(stride, tl.uint32).to(tl.int64)  # no number has a sign, so they multiply in one instruction
     for i in range(0, tl.max(count, 0), ROWS):
-        pair = i + rows
-        live = pair[None, :] < count[:, None]
-        p = tl.load(entries + begin[:, None] + (pair // SOURCES)[None, :], mask=live, other=0).to(POSITION)
-        n, s = p // K, (pair % SOURCES)[None, :]
-        coefficient = tl.load(values + p + (n * (SOURCES - 1) + s) * K, mask=live, other=0).to(SUM)
-        used = (coefficient != 0)[:, :, None] & inside[None, None, :]
-        at_recons = grad_recons + (n * SOURCES + s).to(tl.int64)[:, :, None] * stride_recons + columns[None, None, :]
-        row = tl.load(at_recons, mask=used, other=0, eviction_policy="evict_last").to(SUM)
-        gradient += tl.sum(coefficient[:, :, None] * row, 1)
-    return gradient
+        left = count - i
+        for r in tl.static_range(ROWS):  # without a branch, so that all are read before the first is added
+            at = tl.load(rows + i + r, mask=r < left, other=0).to(tl.uint32).to(tl.int64)[:, None] * step
+            for s in tl.static_range(SOURCES):
+                coefficient = tl.load(coefficients + s * length.to(tl.int64) + i + r, mask=r < left, other=0).to(SUM)
+                used = (coefficient != 0)[:, None] & inside[None, :]
+                row = tl.load(source + s * stride + at, mask=used, other=0, eviction_policy="evict_last")
+                row = widened(row, SUM)
+                if centre is not None:
+                    row -= centre[None, :]
+                total = tl.fma(coefficient[:, None], row, total)
+                weight += coefficient
+    return total, weight
 
 
 @triton.jit
@@ -253,42 +275,28 @@ def piece_of_slot(slot, slots, offsets, L, bits, PIECE: tl.constexpr):
     return tl.where(is_piece, first, 0), tl.where(is_piece, tl.minimum(first + PIECE, end), 0)
 
 
-@triton.jit(do_not_specialize=["slots"])
-def _encoder_pieces_kernel(
-    piece_rows, piece_bias, x, stride_x, pre_bias, values, grad_values, offsets, entries, table, slots, L, bits, D,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
-    SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit(do_not_specialize=["length", "slots"])
+def _pieces_kernel(
+    piece_rows, piece_bias, source, stride, pre_bias, offsets, rows, coefficients, length, table, slots, L, bits, D,
+    S: tl.constexpr, PIECE: tl.constexpr, SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, stream = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
     inside = columns < last
     slot = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
     begin, end = piece_of_slot(slot, slots, offsets, L, bits, PIECE)
-    centre = tl.load(pre_bias + columns, mask=inside, other=0).to(SUM)
-    gradient, bias = encoder_sums(
-        begin, end, stream, columns, inside, centre, x, stride_x, values, grad_values, entries,
-        S, K, PER_STREAM, ROWS, POSITION, SUM,
-    )  # fmt: skip
     taken = begin < end
+    if pre_bias is None:
+        sums, _ = weighted_rows(
+            begin, end, columns, inside, source, stride, None, rows, coefficients, length, S, ROWS, SUM
+        )
+    else:
+        centre = tl.load(pre_bias + columns, mask=inside, other=0).to(SUM)
+        coefficients += stream.to(tl.int64) * length
+        sums, weight = weighted_rows(
+            begin, end, columns, inside, source, stride, centre, rows, coefficients, length, 1, ROWS, SUM
+        )
+        tl.store(piece_bias + slot * S + stream, weight, mask=taken)
     at = piece_rows + slot.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(at, gradient, mask=taken[:, None] & inside[None, :])
-    tl.store(piece_bias + slot * S + stream, bias, mask=taken)
-
-
-@triton.jit(do_not_specialize=["slots"])
-def _decoder_pieces_kernel(
-    piece_rows, grad_recons, stride_recons, values, offsets, entries, table, slots, L, bits, D,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
-    SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    first, last, _ = column_block(table, tl.program_id(1), ALIGN)
-    columns = first + tl.arange(0, BLOCK_D)
-    inside = columns < last
-    slot = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
-    begin, end = piece_of_slot(slot, slots, offsets, L, bits, PIECE)
-    gradient = decoder_sums(
-        begin, end, columns, inside, grad_recons, stride_recons, values, entries,
-        S, K, PER_STREAM, ROWS, POSITION, SUM,
-    )  # fmt: skip
-    at = piece_rows + slot.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(at, gradient, mask=(begin < end)[:, None] & inside[None, :])
+    tl.store(at, sums, mask=taken[:, None] & inside[None, :])

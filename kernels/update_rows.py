@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparc_fast.kernels.gather import sum_type
 from sparc_fast.kernels.launching import dense_rows, launch, next_power_of_2
 from sparc_fast.kernels.segment_sums import (
     Columns,
@@ -35,11 +36,10 @@ from sparc_fast.kernels.segment_sums import (
     add_pieces,
     column_block,
     decoder_pieces,
-    decoder_sums,
     encoder_pieces,
-    encoder_sums,
     segment,
     tile,
+    weighted_rows,
     writers,
 )
 from sparc_fast.ops.layout import wide_type
@@ -59,17 +59,20 @@ def encoder_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, in
 def decoder_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
     # estimated, not measured: a row of grad_recons for each source, so twice as many in flight
     widest = next_power_of_2(WHOLE_ROW) if max(d_streams) <= WHOLE_ROW else min(WHOLE_ROW, 1024)
-    return tile(d_streams, dtype, widest, rows=8)
+    return tile(d_streams, dtype, widest, rows=4)
 
 
 def pieces_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
     # estimated, not measured: as the decoder's, whose pieces these are
-    return tile(d_streams, dtype, widest=1024, rows=8)
+    return tile(d_streams, dtype, widest=1024, rows=4)
 
 
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
     x, grad_recons = dense_rows(samples.x), dense_rows(samples.grad_recons.detach().flatten(0, 1))
-    batch = Entries.of(samples.values, samples.grad_values, samples.offsets, samples.entries)
+    grad_values = None if rows.W_enc is None else samples.grad_values
+    batch = Entries.of(
+        samples.values, grad_values, samples.offsets, samples.entries, decoder=rows.W_dec is not None
+    )  # fmt: skip
     grad_latent_bias = torch.empty(len(rows.d_streams), batch.n_latents, dtype=wide_type(x.dtype), device=x.device)
     grad_pre_bias = grad_latent_bias.new_empty(0)
     numbers, pre_bias = _numbers(rows, adam), samples.pre_bias.detach().contiguous()
@@ -124,24 +127,24 @@ def _numbers(rows: Rows, adam: AdamStep) -> Numbers:
     return constants, noise, step
 
 
-# what is a constant of `Entries` where gradients are given, and a Tensor of the latents that are used has its place
-GIVEN = {"S": 1, "K": 1, "PER_STREAM": False, "PIECE": 1, "POSITION": tl.int32}
-
-
 def _update_encoder(
     rows: Rows, numbers: Numbers, grad_latent_bias: Tensor | None, source: Tensor, pre_bias: Tensor | None,
     batch: Entries | Tensor,
 ) -> Tensor:  # fmt: skip
-    """Returns rows of D that add up to grad_pre_bias, none where gradients are given, which are then the source."""
+    """Returns rows of D that add up to grad_pre_bias; none where gradients are given, which are then the source, and
+    the batch says which latents are used."""
     assert rows.W_enc is not None
     L, D = rows.W_enc.shape
     chosen = encoder_choice(rows.d_streams, source.dtype)
     columns = Columns.of(rows.d_streams, chosen["BLOCK_D"], source.device)
-    sums: tuple[Tensor | None, ...] = None, None, None, None, None, None
-    constants, summed = GIVEN, isinstance(batch, Entries)
+    sums: tuple[Tensor | int | None, ...] = None, None, None, 0, None, None
+    S, piece, summed = 1, 1, isinstance(batch, Entries)
     if isinstance(batch, Entries):
-        sums = *batch, *encoder_pieces(source, pre_bias, batch, columns, chosen)
-        constants = batch.constants
+        assert batch.encoder is not None
+        assert pre_bias is not None
+        pieces = encoder_pieces(source, pre_bias, batch, columns, chosen)
+        sums = batch.offsets, *batch.encoder, batch.length, *pieces
+        S, piece = len(batch.encoder.coefficients), batch.PIECE
     tiles = triton.cdiv(L, chosen["LATENTS"])  # of latents
     tiles_per_block = max(triton.cdiv(tiles, MOST_BLOCKS), min(8, triton.cdiv(tiles, 256)))
     blocks = triton.cdiv(tiles, tiles_per_block)
@@ -152,7 +155,7 @@ def _update_encoder(
         launch(
             _update_encoder_kernel, (blocks, len(columns.table)), *moved, *numbers[:2], grad_latent_bias,
             pre_bias_parts if summed else None, tiles_per_block, source, source.stride(0), pre_bias, *sums,
-            columns.table, L, D, ALIGN=columns.ALIGN, **{**constants, "SUM": _sum_type(source)}, **chosen,
+            columns.table, L, D, S=S, PIECE=piece, SUM=sum_type(source), ALIGN=columns.ALIGN, **chosen,
         )  # fmt: skip
     return pre_bias_parts
 
@@ -163,27 +166,25 @@ def _update_decoder(rows: Rows, numbers: Numbers, source: Tensor, batch: Entries
     width, (L, D) = max(rows.d_streams), rows.W_dec.shape
     chosen, of_pieces = (choice(rows.d_streams, source.dtype) for choice in (decoder_choice, pieces_choice))
     streams = Columns.of(rows.d_streams, width, source.device)
-    sums: tuple[Tensor | None, ...] = None, batch, None, None
-    constants = {**GIVEN, "SUM": _sum_type(source)}
+    sums: tuple[Any, ...] = batch, None, None, 0, None
+    sources, piece = 1, 1
     if isinstance(batch, Entries):
+        assert batch.decoder is not None
         columns = Columns.of(rows.d_streams, of_pieces["BLOCK_D"], source.device)
-        sums = batch.values, batch.offsets, batch.entries, decoder_pieces(source, batch, columns, of_pieces).rows
-        constants = batch.constants
+        pieces = decoder_pieces(source, batch, columns, of_pieces)
+        sums = batch.offsets, *batch.decoder, batch.length, pieces.rows
+        sources, piece = len(batch.decoder.coefficients), batch.PIECE
     whole = chosen["BLOCK_D"] >= width
     _, copy = rows.copies or (None, None)
     with InPlace(rows.W_dec, *rows.moments[2:], copy) as moved:
         launch(
             _update_decoder_kernel if whole else _update_wide_decoder_kernel,
             (triton.cdiv(L, chosen["LATENTS"]), len(rows.d_streams)), *moved, *numbers, rows.last_step, source,
-            source.stride(0), *sums, streams.table, L, D, GRAIN=grain(width), ALIGN=streams.ALIGN, **constants,
-            **chosen,
+            source.stride(0), *sums, streams.table, L, D, SOURCES=sources, PIECE=piece, SUM=sum_type(source),
+            GRAIN=grain(width), ALIGN=streams.ALIGN, **chosen,
         )  # fmt: skip
     if rows.last_step is not None:
         torch.autograd.graph.increment_version([rows.last_step])
-
-
-def _sum_type(source: Tensor) -> tl.dtype:
-    return tl.float64 if source.dtype == torch.float64 else tl.float32
 
 
 def adam_constants(
@@ -389,19 +390,20 @@ def rounded_moments(m, v, noise, t, MATRIX: tl.constexpr, l, columns):
     return m, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _update_encoder_kernel(
     W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, grad_latent_bias,
-    pre_bias_parts, tiles_per_block, source, stride_source, pre_bias, values, grad_values, offsets, entries, piece_rows,
+    pre_bias_parts, tiles_per_block, source, stride_source, pre_bias, offsets, rows, coefficients, length, piece_rows,
     piece_bias, table, L, D,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
-    SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    S: tl.constexpr, PIECE: tl.constexpr, SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, stream = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
     inside = columns < last
-    if values is not None:
+    if rows is not None:
         centre = tl.load(pre_bias + columns, mask=inside, other=0).to(SUM)
+        coefficients += stream.to(tl.int64) * length
         writes = writers(table, stream, L)
         part = tl.zeros([LATENTS, BLOCK_D], SUM)
     block = tl.program_id(0)
@@ -413,13 +415,13 @@ def _update_encoder_kernel(
         w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
         m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
         v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
-        if values is None:
+        if rows is None:
             gradient = tl.load(source + at * stride_source + columns[None, :], mask=mask, other=0)
         else:
             begin, end = segment(offsets, l, L)
-            gradient, bias = encoder_sums(
-                begin, tl.minimum(begin + PIECE, end), stream, columns, inside, centre, source, stride_source, values,
-                grad_values, entries, S, K, PER_STREAM, ROWS, POSITION, SUM,
+            gradient, bias = weighted_rows(
+                begin, tl.minimum(begin + PIECE, end), columns, inside, source, stride_source, centre, rows,
+                coefficients, length, 1, ROWS, SUM,
             )  # fmt: skip
             gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
             bias = add_bias_pieces(bias, begin, end, piece_bias, stream, S, PIECE)
@@ -431,14 +433,14 @@ def _update_encoder_kernel(
         tl.store(M + at * stride_M + columns[None, :], m, mask=mask, eviction_policy="evict_first")
         tl.store(V + at * stride_V + columns[None, :], v, mask=mask, eviction_policy="evict_first")
         store_copy(copy, at * stride_copy + columns[None, :], w, mask)
-    if values is not None:
+    if rows is not None:
         tl.store(pre_bias_parts + block.to(tl.int64) * D + columns, tl.sum(part, 0), mask=inside)
 
 
 @triton.jit
-def entries_of(offsets, l, L, values):
-    """`segment`. Without values, offsets are 1 for latents that are used: one entry, which nobody reads."""
-    if values is None:
+def entries_of(offsets, l, L, rows):
+    """`segment`. Without terms to sum, offsets are 1 for latents that are used: one entry, which nobody reads."""
+    if rows is None:
         begin, end = tl.zeros_like(l).to(tl.int64), tl.load(offsets + l, mask=l < L, other=0).to(tl.int64)
     else:
         begin, end = segment(offsets, l, L)
@@ -447,18 +449,17 @@ def entries_of(offsets, l, L, values):
 
 @triton.jit
 def decoder_gradient(
-    l, begin, end, columns, inside, source, stride_source, values, entries, piece_rows, L, D,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr,
-    POSITION: tl.constexpr, SUM: tl.constexpr,
+    l, begin, end, columns, inside, source, stride_source, rows, coefficients, length, piece_rows, L, D,
+    SOURCES: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """[LATENTS, BLOCK_D], summed over entries begin : end, or read."""
-    if values is None:
+    if rows is None:
         at = source + l.to(tl.int64)[:, None] * stride_source + columns[None, :]
         gradient = tl.load(at, mask=(l < L)[:, None] & inside[None, :], other=0)
     else:
-        gradient = decoder_sums(
-            begin, tl.minimum(begin + PIECE, end), columns, inside, source, stride_source, values, entries,
-            S, K, PER_STREAM, ROWS, POSITION, SUM,
+        gradient, _ = weighted_rows(
+            begin, tl.minimum(begin + PIECE, end), columns, inside, source, stride_source, None, rows, coefficients,
+            length, SOURCES, ROWS, SUM,
         )  # fmt: skip
         gradient = add_pieces(gradient, begin, end, piece_rows, D, columns, inside, PIECE)
     return gradient
@@ -476,27 +477,26 @@ def latents_to_update(l, begin, end, L, first, step, last_step):
     return updated
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _update_decoder_kernel(
     W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, step, last_step, source,
-    stride_source, values, offsets, entries, piece_rows, table, L, D,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
-    SUM: tl.constexpr, GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    stride_source, offsets, rows, coefficients, length, piece_rows, table, L, D,
+    SOURCES: tl.constexpr, PIECE: tl.constexpr, SUM: tl.constexpr, GRAIN: tl.constexpr, ALIGN: tl.constexpr,
+    LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, _ = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
     inside = columns < last
     l = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
-    begin, end = entries_of(offsets, l, L, values)
+    begin, end = entries_of(offsets, l, L, rows)
     mask = latents_to_update(l, begin, end, L, first, step, last_step)[:, None] & inside[None, :]
     at = l.to(tl.int64)[:, None]
     w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
     m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
     v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0, eviction_policy="evict_first")
     gradient = decoder_gradient(
-        l, begin, end, columns, inside, source, stride_source, values, entries, piece_rows, L, D,
-        S, K, PER_STREAM, PIECE, ROWS, POSITION, SUM,
+        l, begin, end, columns, inside, source, stride_source, rows, coefficients, length, piece_rows, L, D,
+        SOURCES, PIECE, ROWS, SUM,
     ).to(w.dtype)  # fmt: skip
     along = tl.sum(gradient * w, 1) / not_zero(tl.sum(w * w, 1), w.dtype)
     gradient -= along[:, None] * w
@@ -531,17 +531,16 @@ def scale_wide_rows(W, at, stride_W, copy, stride_copy, factor, updated, first, 
         store_copy(copy, at * stride_copy + columns[None, :], w, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _update_wide_decoder_kernel(
     W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, step, last_step, source,
-    stride_source, values, offsets, entries, piece_rows, table, L, D,
-    S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, PIECE: tl.constexpr, POSITION: tl.constexpr,
-    SUM: tl.constexpr, GRAIN: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    stride_source, offsets, rows, coefficients, length, piece_rows, table, L, D,
+    SOURCES: tl.constexpr, PIECE: tl.constexpr, SUM: tl.constexpr, GRAIN: tl.constexpr, ALIGN: tl.constexpr,
+    LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first, last, _ = column_block(table, tl.program_id(1), ALIGN)
     l = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
-    begin, end = entries_of(offsets, l, L, values)
+    begin, end = entries_of(offsets, l, L, rows)
     updated = latents_to_update(l, begin, end, L, first, step, last_step)
     at = l.to(tl.int64)[:, None]
     gw = tl.zeros([LATENTS], W.dtype.element_ty)
@@ -552,8 +551,8 @@ def _update_wide_decoder_kernel(
         mask = updated[:, None] & inside[None, :]
         w = tl.load(W + at * stride_W + columns[None, :], mask=mask, other=0)
         gradient = decoder_gradient(
-            l, begin, end, columns, inside, source, stride_source, values, entries, piece_rows, L, D,
-            S, K, PER_STREAM, PIECE, ROWS, POSITION, SUM,
+            l, begin, end, columns, inside, source, stride_source, rows, coefficients, length, piece_rows, L, D,
+            SOURCES, PIECE, ROWS, SUM,
         ).to(w.dtype)  # fmt: skip
         gw += tl.sum(gradient * w, 1)
         ww += tl.sum(w * w, 1)
@@ -567,8 +566,8 @@ def _update_wide_decoder_kernel(
         m = tl.load(M + at * stride_M + columns[None, :], mask=mask, other=0)
         v = tl.load(V + at * stride_V + columns[None, :], mask=mask, other=0)
         gradient = decoder_gradient(
-            l, begin, end, columns, inside, source, stride_source, values, entries, piece_rows, L, D,
-            S, K, PER_STREAM, PIECE, ROWS, POSITION, SUM,
+            l, begin, end, columns, inside, source, stride_source, rows, coefficients, length, piece_rows, L, D,
+            SOURCES, PIECE, ROWS, SUM,
         ).to(w.dtype)  # fmt: skip
         gradient -= along[:, None] * w
         w, m, v = adam(w, gradient, m, v, constants)

@@ -51,6 +51,10 @@ class Batch(NamedTuple):
     sets: Tensor | None = None
     """bool [n, S'], all sets of streams that some sample of the batch has, where these samples are not all of them."""
 
+    @classmethod
+    def of(cls, samples: BatchSamples, **weights: Any) -> Batch:
+        return cls(**samples._asdict(), **weights)
+
     @property
     def n_samples(self) -> int:
         return len(self.x) if self.of_batch is None else self.of_batch
@@ -110,6 +114,20 @@ class Batch(NamedTuple):
     def encoder_of_latents(self, latents: Tensor) -> Batch:
         """As `of_latents`, for what does not read the decoder; without thresholds."""
         return self._replace(W_enc=self.W_enc[latents], latent_bias=self.latent_bias[:, latents], latent_threshold=None)
+
+
+class BatchSamples(NamedTuple):
+    """The fields of a `Batch` that are no weights."""
+
+    x: Tensor
+    streams: tuple[str, ...]
+    d_streams: tuple[int, ...]
+    leading: tuple[int, ...]
+    present: Tensor | None = None
+    zero_rows: Tensor | None = None
+    given: slice = slice(None)
+    of_batch: int | None = None
+    sets: Tensor | None = None
 
 
 class AllStreams:
@@ -188,14 +206,21 @@ def _as_tensor(x: Any, device: torch.device) -> Any:
     return torch.from_numpy(native).to(device)
 
 
-def side_by_side(inputs: Inputs, d_streams: Mapping[str, int]) -> tuple[tuple[str, ...], Tensor, tuple[int, ...]]:
-    """(streams given, their samples [N, D'] as they came, leading dimensions)."""
+def side_by_side(
+    inputs: Inputs, d_streams: Mapping[str, int], into: Tensor | None = None
+) -> tuple[tuple[str, ...], Tensor, tuple[int, ...]]:
+    """(streams given, their samples [N, D'] as they came, leading dimensions). What is copied is copied `into` this,
+    where it has the place."""
     parts = streams_of(inputs, d_streams)
     leading = tuple(next(iter(parts.values())).shape[:-1])
     if isinstance(inputs, Tensor):
         return tuple(parts), inputs.reshape(-1, inputs.shape[-1]), leading
     flat = [part.reshape(-1, d_streams[name]) for name, part in parts.items()]
-    return tuple(parts), torch.cat(flat, dim=1), leading
+    if into is not None:
+        alike = all(part.dtype == into.dtype and part.device == into.device for part in flat)
+        if not alike or into.shape != (len(flat[0]), sum(part.shape[1] for part in flat)):
+            into = None
+    return tuple(parts), torch.cat(flat, dim=1, out=into), leading
 
 
 def streams_of(inputs: Inputs, d_streams: Mapping[str, int]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from sparc_fast import batch, checkpoint
-from sparc_fast.batch import AllStreams, Arrays, Batch, Inputs, Normalize, Whiten, columns_of, position
+from sparc_fast.batch import AllStreams, Arrays, Batch, BatchSamples, Inputs, Normalize, Whiten, columns_of, position
 from sparc_fast.codes import SparseLatents
 from sparc_fast.objective import Loss, Objective, SparcLoss, fired, nested_sizes
 from sparc_fast.ops import backends, functional, reference
@@ -476,6 +476,7 @@ class SPARC(nn.Module):
         with self._shards.agreed("decode"):
             if codes.n_latents != self.n_latents:
                 raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
+            position(source, codes.streams, "source")
             values, indices = codes.stream(source)
             if self._private is not None:
                 values = self._private.heard(values, indices, source)
@@ -590,15 +591,25 @@ class SPARC(nn.Module):
             private=self._private_here,
         )
 
-    def _batch(self, inputs: Inputs, present: Tensor | None = None, first: int = 0) -> Batch:
-        """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights.
+    def _batch(
+        self, inputs: Inputs, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
+    ) -> Batch:
+        """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights;
+        `into` is memory that they may take, if they need some.
 
         With those of all processes that share the latents.
         """
-        return self._shards.gathered(partial(self._own_batch, inputs, present, first))
+        return self._begin_batch(inputs, present, first, into)()
 
-    def _own_batch(self, inputs: Inputs, present: Tensor | None, first: int) -> Batch:
-        streams, x, leading = batch.side_by_side(inputs, self.d_streams)
+    def _begin_batch(
+        self, inputs: Inputs, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
+    ) -> Callable[[], Batch]:
+        """`_batch` when it is called; the samples of other processes come meanwhile."""
+        samples = self._shards.begin_batch(partial(self._own_samples, inputs, present, first, into))
+        return lambda: self._with_weights(samples())
+
+    def _own_samples(self, inputs: Inputs, present: Tensor | None, first: int, into: Tensor | None) -> BatchSamples:
+        streams, x, leading = batch.side_by_side(inputs, self.d_streams, into)
         positions = [self.streams.index(name) for name in streams]
         widths = tuple(self.d_streams[name] for name in streams)
         is_zero = None
@@ -622,6 +633,10 @@ class SPARC(nn.Module):
                 present, left_out = None if has.all() else has, (~has).sum(0)
         if self.check_finite and may_wait:
             batch.check_finite(x, streams, widths, first)
+        return BatchSamples(x, streams, widths, leading, present, left_out)
+
+    def _with_weights(self, samples: BatchSamples) -> Batch:
+        streams, positions = samples.streams, [self.streams.index(name) for name in samples.streams]
         W_enc, W_dec, pre_bias = (
             columns_of(w, streams, self.d_streams) for w in (self.W_enc, self._decoder(), self.pre_bias)
         )
@@ -629,11 +644,11 @@ class SPARC(nn.Module):
             by_stream if by_stream is None or streams == self.streams else by_stream[positions]
             for by_stream in (self.latent_bias, self.latent_threshold)
         )
-        assert latent_bias is not None
-        return Batch(
-            x, streams, widths, leading, W_enc, W_dec, pre_bias, latent_bias, present, left_out,
-            latent_threshold=latent_threshold,
-        )  # fmt: skip
+        weights = {"W_enc": W_enc, "W_dec": W_dec, "pre_bias": pre_bias, "latent_bias": latent_bias}
+        weights["latent_threshold"] = latent_threshold
+        if not self._shards.is_whole:  # nothing is differentiated by them
+            weights = {name: None if part is None else part.detach() for name, part in weights.items()}
+        return Batch.of(samples, **weights)
 
     def _tensors(self, inputs: Inputs | Arrays) -> Inputs:
         return batch.as_tensors(inputs, self.W_enc.device)

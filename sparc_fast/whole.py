@@ -17,7 +17,7 @@ from sparc_fast import checkpoint
 from sparc_fast.ops.backends import Backend
 
 if TYPE_CHECKING:
-    from sparc_fast.batch import Batch, Moments
+    from sparc_fast.batch import BatchSamples, Moments
     from sparc_fast.data import AlignedFiles
     from sparc_fast.model import SPARC
     from sparc_fast.objective import Terms
@@ -52,9 +52,9 @@ class Whole:
         """A support without the slots that no sample needs here."""
         return indices
 
-    def gathered(self, own: Callable[[], Batch]) -> Batch:
-        """The batch of all processes' samples, each process's made by `own`."""
-        return own()
+    def begin_batch(self, own: Callable[[], BatchSamples]) -> Callable[[], BatchSamples]:
+        """The samples of all processes, each process's made by `own`, when it is called; they come meanwhile."""
+        return own
 
     def agreed(self, call: str) -> AbstractContextManager[None]:
         """What fails in one process here fails in all, which must make the same call."""

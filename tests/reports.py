@@ -81,6 +81,18 @@ def a_report(seed: int = 0) -> Report:
     )
 
 
+def with_a_private_latent(report: Report) -> tuple[Report, int, str]:
+    """(the report where the latent of a place in its list is private to a stream, the latent, the stream)."""
+    latent, stream = 2, "name"
+    codes = {
+        s: (values if s == stream else values.masked_fill(indices == latent, 0), indices)
+        for s, (values, indices) in report.after.codes.items()
+    }
+    private = {stream: slice(latent, latent + 1)}
+    after = ModelReport.of("after", codes, report.n_latents, report.items, private=private)
+    return replace(report, before=None, after=after), latent, stream
+
+
 def hostile(report: Report) -> Report:
     """Every text that can come from outside is as bad as text can be."""
     items = report.items

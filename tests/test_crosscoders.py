@@ -152,11 +152,34 @@ def test_by_default_what_is_above_the_threshold_fires(
         torch.testing.assert_close(ours.double(), recons, rtol=1e-5, atol=5e-5)
 
 
-def test_one_without_k_or_threshold_is_refused(tmp_path: Path) -> None:
-    plain = {name: tensor for name, tensor in crosscoder().items() if name not in ("k", "threshold")}
-    for topk in (False, True):
-        with pytest.raises(ValueError, match="has no k and threshold: every latent above 0 fires"):
-            from_crosscoder(write(plain, tmp_path / "plain"), topk=topk)
+def test_one_without_a_threshold_fires_above_zero(tmp_path: Path) -> None:
+    there = crosscoder()
+    plain = {name: tensor for name, tensor in there.items() if name not in ("k", "threshold")}
+    model = from_crosscoder(write(plain, tmp_path / "plain", {"dict_class": "CrossCoder"}))
+    x = 2 * torch.randn(N, LAYERS, D) + 1
+    activations, recons = computed(there, x, list(range(LAYERS)), threshold=0.0)
+    assert activations.count_nonzero(1).max() > K
+    code = model.encode({"layers": x.flatten(1)})
+    torch.testing.assert_close(code.dense("layers").double(), activations, rtol=1e-5, atol=2e-5)
+    ours = model.decode(code, "layers", "layers").view_as(x)
+    torch.testing.assert_close(ours.double(), recons, rtol=1e-5, atol=5e-5)
+    with pytest.raises(
+        ValueError, match=r"topk must be False for .*, which has no k: every latent above 0 fires there"
+    ):
+        from_crosscoder(tmp_path / "plain", topk=True)
+
+
+def test_the_folder_of_a_training_run_is_read(tmp_path: Path) -> None:
+    there, alphas = crosscoder("MIXED", reads=2), {"code_normalization_alpha_sae": 0.5}
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(there, run / "model_final.pt")
+    trainer = {"dict_class": "BatchTopKCrossCoder", **alphas, "dict_class_kwargs": {"encoder_layers": [0, 2]}}
+    (run / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+    expected = from_crosscoder(write(there, tmp_path / "saved", {"encoder_layers": [0, 2], **alphas}))
+    read = from_crosscoder(run)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor), name
 
 
 def test_what_no_model_here_can_be_is_refused_with_the_reason(tmp_path: Path) -> None:

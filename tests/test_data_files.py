@@ -255,6 +255,9 @@ def test_a_missing_file_and_an_unknown_suffix_are_named(tmp_path: Path) -> None:
     for sources in ({}, [1], {"": "a.npy"}, {3: "a.npy"}):
         with pytest.raises(ValueError, match="sources must map the name of at least one stream to its file"):
             data.open(sources)  # type: ignore[arg-type]
+    (tmp_path / "file.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"to its file, or be a folder of features, got .*file\.npy"):
+        data.open(tmp_path / "file.npy")
     with pytest.raises(ValueError, match="source of 'a' must be a path"):
         data.open({"a": 3})  # type: ignore[dict-item]
 

@@ -228,7 +228,7 @@ def test_tables_are_printed_and_written_in_every_format(
     assert float(by_key["r1", "run"]["value"]) == found["run"]["scores"]["r1"]
     assert float(by_key["r1", "run"]["half_width_95"]) == found["run"]["intervals"]["r1"]
     assert by_key["nmse_self", "untrained"]["better"] == "lower"
-    assert r"\textbf{Reconstruction, source to target}" in files[2].read_text()
+    assert r"\textbf{Reconstruction: NMSE / R\textsuperscript{2}}" in files[2].read_text()
     made = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert made == [f"{name}.{ending}" for name in ("latents", "r2", "retrieval") for ending in ("png", "svg")]
     assert all(path.stat().st_size > 5000 for path in (tmp_path / "plots").iterdir())

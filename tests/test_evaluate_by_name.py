@@ -107,8 +107,9 @@ def test_every_metric_has_its_rows_in_a_table_of_two_models(evaluated: dict[str,
     rows = comparison(evaluated)
     sections = {row.section for row in rows}
     for section in (
-        "Concept alignment by depth", "The SPARC paper's Jaccard by depth", "Linear probes", "MLP probes",
-        "Retrieval of inputs by reconstructions", "Latents taken out of a code",
+        "Concept alignment by depth: above chance (as it is)", "The SPARC paper's Jaccard by depth",
+        "Linear probes: mAP · macro / micro F1", "MLP probes: mAP · macro / micro F1",
+        "Retrieval of inputs: R@1 / R@5 / R@10 · median rank · MRR", "Latents taken out: worse without / right",
     ):  # fmt: skip
         assert section in sections
     assert all(set(row.cells) == {"aligned", "crossed"} for row in rows)

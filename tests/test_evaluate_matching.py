@@ -75,13 +75,19 @@ def sae(selection: str = "local") -> sf.SPARC:
     with torch.no_grad():
         model.latent_bias.normal_(0, 0.1)
         model.pre_bias.normal_(0, 0.1)
+        if model.latent_threshold is not None:
+            model.latent_threshold.normal_(0, 0.1)
     return model
 
 
-def test_a_matched_model_has_the_codes_of_the_first_under_new_names_and_its_reconstructions() -> None:
-    model = sae()
+@pytest.mark.parametrize("selection", ["local", "local_jumprelu"])
+def test_a_matched_model_has_the_codes_of_the_first_under_new_names_and_its_reconstructions(selection: str) -> None:
+    model = sae(selection)
     inputs = {name: torch.randn(200, width) for name, width in model.d_streams.items()}
     model.calibrate(inputs)
+    if selection != "local":
+        model.learn_thresholds(inputs)
+        model.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = matched(model, inputs)
     codes = {name: model.encode({name: x}).stream(name) for name, x in inputs.items()}
@@ -103,7 +109,7 @@ def test_a_matched_model_has_the_codes_of_the_first_under_new_names_and_its_reco
 def test_what_cannot_be_matched_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sae("global")
     inputs = {name: torch.randn(5, width) for name, width in model.d_streams.items()}
-    with pytest.raises(ValueError, match="model must have selection=\"local\", got 'global'"):
+    with pytest.raises(ValueError, match="model must have selection 'local' or 'local_jumprelu', got 'global'"):
         matched(model, inputs)
     monkeypatch.setattr("sparc_fast.evaluate.matching.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs SciPy: pip install 'sparc_fast\[evaluate\]'"):

@@ -493,7 +493,7 @@ def test_several_seeds_are_a_column_of_their_mean_and_widen_its_interval() -> No
     assert table({"three": runs}).notes == ["mean ± 95 % interval over samples and 3 seeds"]
     alone = [replace(one, resampled={}) for one in runs]
     assert table({"three": alone}).notes == ["mean ± 95 % interval over 3 seeds"]
-    assert rows[-1].section == "Reconstruction, source to target"
+    assert rows[-1].section == "Reconstruction: NMSE / R²"
 
 
 def test_the_table_of_no_models_has_no_columns() -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from reports import CONCEPTS, HOSTILE, OF_CONCEPT, STREAMS, a_report, hostile
+from reports import CONCEPTS, HOSTILE, OF_CONCEPT, STREAMS, a_report, hostile, with_a_private_latent
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 from sparc_fast import explain
-from sparc_fast.explain import Ink, Items, Report, Stream, Thumbnails, choose_latents, write_report
+from sparc_fast.explain import Ink, Items, Latent, Report, Stream, Thumbnails, choose_latents, write_report
 from sparc_fast.explain.latents import Shown, tops_of
 from sparc_fast.explain.page import render_page
 from sparc_fast.explain.pictures import columns
@@ -274,6 +274,18 @@ def test_a_latent_whose_samples_lack_its_concept_is_not_chosen(report):
     names = list(report.after.names)
     names[first] = (next(concept for concept in CONCEPTS if concept not in names[first]),)
     assert first not in choose_latents(replace(report, after=replace(report.after, names=names)))
+
+
+def test_a_private_latent_has_the_frequency_of_its_stream_and_no_agreement(report, tmp_path):
+    report, latent, stream = with_a_private_latent(report)
+    model, (values, indices) = report.after, report.after.codes[stream]
+    assert model.names[latent][-1] == "private to name"
+    assert model.frequency[latent] == pytest.approx(((indices == latent) & (values > 0)).sum().item() / len(values))
+    assert np.isnan(model.agreement[latent])
+    index = pieces(write_report(report, tmp_path), "index")
+    place = index["ids"].index(latent)
+    assert [index["stats"][i][place] for i in (0, 1)] == [None, pytest.approx(model.frequency[latent])]
+    assert "agreement" not in repr(Latent(report, latent))
 
 
 # --- relations ---

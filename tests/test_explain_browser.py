@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reports import CONCEPTS, HOSTILE, a_report, hostile
+from reports import CONCEPTS, HOSTILE, a_report, hostile, with_a_private_latent
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -289,6 +289,22 @@ def test_a_missing_piece_is_said_on_the_page(desktop: Browser, report: Report, t
     desktop.log()
     desktop.visit("latent=12")
     assert desktop.value("view.querySelector('h1').textContent") == "Latent 12 is dead"
+    desktop.visit("latent=13")
+    assert desktop.value("view.querySelector('h1').textContent") == "There is no latent 13"
+
+
+def test_a_private_latent_shows_its_stream_and_names_the_silent_ones(
+    desktop: Browser, report: Report, tmp_path: Path
+) -> None:
+    report, latent, stream = with_a_private_latent(report)
+    desktop.open(write_report(report, tmp_path))
+    desktop.visit(f"latent={latent}")
+    labels = "[...view.querySelectorAll('.model .label > bdi')].map((node) => node.textContent)"
+    assert desktop.value(labels) == [stream]
+    others = ", ".join(name for name in report.streams if name != stream)
+    text = desktop.value("view.querySelector('.model').textContent")
+    assert text.endswith(f"never fires in {others}")
+    assert "mixed" not in text
 
 
 def test_the_words_of_a_text_are_those_that_python_finds(desktop: Browser, page: Path) -> None:

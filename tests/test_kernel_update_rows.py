@@ -75,6 +75,33 @@ def test_a_latent_in_every_sample_beside_rare_ones_is_summed_in_pieces() -> None
 
 
 @SUPPORTS
+def test_the_bits_of_a_gradient_do_not_show_how_many_rows_were_in_flight(
+    per_stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    o = on_device(operands(((20, 16), 30, 9, 4), torch.float32, per_stream))
+    inverse_index = inverse.invert_indices(o.indices, len(o.W_enc))
+    tile, found = segment_sums.tile, []
+    for rows, latents in ((1, 1), (4, 1), (2, 4)):
+        chosen = {"ROWS": rows, "LATENTS": latents}
+        for module in (encoder_gradients, decoder_gradients):
+            monkeypatch.setattr(module, "tile", lambda *args, chosen=chosen, **more: tile(*args, **more) | chosen)
+        found.append(
+            KERNELS.weight_gradients(
+                o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *inverse_index, o.d_streams
+            )
+        )  # fmt: skip
+    assert_equal(found[0], found[1])
+    assert_equal(found[0], found[2])
+
+
+def test_rows_farther_apart_than_32_bits_count_are_copied() -> None:
+    far = torch.empty_strided((2, 16), (2**31, 1), dtype=torch.float32, device="meta")
+    assert launching.dense_rows(far).stride(0) == 16
+    near = torch.randn(3, 20)[:, :16]
+    assert launching.dense_rows(near).data_ptr() == near.data_ptr()
+
+
+@SUPPORTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_streams_too_wide_for_registers_go_through_memory(
     dtype: torch.dtype, per_stream: bool, monkeypatch: pytest.MonkeyPatch

@@ -271,6 +271,32 @@ def test_micro_batches_multiply_all_rows_of_a_step_and_add_up_gradients() -> Non
         assert parted[phase].bytes > cost.bytes
 
 
+def test_nested_dictionaries_write_and_read_a_gradient_each() -> None:
+    plain, nested = (planned(matryoshka=sizes).time for sizes in ([], [1024, 8192]))
+    choosing, *others = plain
+    assert nested[choosing] == plain[choosing]
+    for phase in others:
+        assert nested[phase].flops == plain[phase].flops
+        assert nested[phase].bytes == plain[phase].bytes + 2 * 4 * 4096 * len(WIDTHS) * sum(WIDTHS.values())
+
+
+def test_private_latents_are_multiplied_and_updated_in_their_stream_alone() -> None:
+    plain, private = planned().time, planned(private={"clip": 32768}, private_k=8).time
+    choosing, reconstructing, updating = plain
+    assert private[choosing].flops == 2 * 4096 * (32768 * 1792 + 32768 * 768)
+    assert private[choosing].bytes < plain[choosing].bytes
+    assert private[updating].bytes < plain[updating].bytes
+    assert private[updating].flops - plain[updating].flops == 4 * 4096 * 8 * 768
+    assert private[reconstructing].flops == plain[reconstructing].flops * (32 + 8) / 32
+    with pytest.raises(ValueError, match=r"private must name streams of .*'dino', 'clip'.*, got 'text'"):
+        planned(private={"text": 64}, private_k=8)
+
+
+@pytest.mark.parametrize("selection", ["batch", "jumprelu"])
+def test_time_goes_by_the_mean_number_of_latents_that_fire(selection: str) -> None:
+    assert planned(selection=selection).time == planned().time
+
+
 # ---- the command
 
 
@@ -449,6 +475,30 @@ def test_a_gpu_that_is_not_here_is_planned_from_what_is_said_of_it(
     rates = ["--copy-rate", "3e12", "--float32-rate", "4e13", "--bfloat16-rate", "7e14"]
     assert cli.main([*command, "--machine-memory", "80GB", *rates]) == 0
     assert "at the roofs: the least it can take" in capsys.readouterr().out
+
+
+def test_steps_captured_on_a_gpu_keep_their_scratch() -> None:
+    gpu = replace(MACHINE, device="cuda", memory=2**36)
+    settings = {"validation_rows": 4096, "validate_every": 1, "support_dropout": 0.0, "auxk": 0}
+
+    def on_gpu(**changes: Any) -> Plan:
+        return plan(config(**{**settings, **changes}), WIDTHS, 10**6, gpu)
+
+    batch, one = 4 * 4096 * sum(WIDTHS.values()), on_gpu()
+    for other in ({"lazy": True}, {"accumulate": 2}, {"selection": "batch"}, {"private": {"dino": 64}, "private_k": 2}):
+        assert not bytes_of(on_gpu(**other), "captured steps")
+    scratch = bytes_of(one, "captured steps: scratch of all")
+    assert bytes_of(one, "captured steps: samples of 1 graph") == batch
+    assert bytes_of(one, "captured steps: scratch of those not replayed") == 0
+    named = {"batch", "batch as", "weights", "Adam's", "CUDA's", "captured"}
+    flows = [part for part in one.parts if not part.name.startswith(tuple(named))]
+    assert scratch == max(sum(p.bytes for p in flows if phase in p.phases) for phase in memory.STEP)
+    # who chooses is drawn among three sets of two streams, and with AuxK latents are dead or not: four are kept
+    for changes, graphs in (({"support_dropout": 0.3}, 3), ({"support_dropout": 0.3, "auxk": 8}, 4), ({"auxk": 8}, 2)):
+        found = on_gpu(**changes)
+        assert bytes_of(found, f"captured steps: samples of {graphs} graphs") == graphs * batch
+        whole = bytes_of(found, "captured steps: scratch of all")
+        assert bytes_of(found, "captured steps: scratch of those") == whole // graphs * (graphs - 1)
 
 
 def test_sizes_are_read_and_shown() -> None:

@@ -125,6 +125,14 @@ def test_one_sample_may_take_all_of_a_batchs_latents(backend: str, screening: st
     assert (counts[7], counts.sum()) == (96, 96)
 
 
+@pytest.mark.parametrize("loud", [slice(0, None, 4), slice(1, None, 4), slice(0, 9)])
+def test_it_does_not_matter_which_samples_have_most_of_a_batchs_scores(backend: str, loud: slice) -> None:
+    x, W, *biases = encoder(256, 12, 300, torch.float32, seed=0)
+    x[loud] *= 100
+    o = x, W, *biases
+    assert as_sets(operators_of(backend).batch_topk(*o, 6, "bf16")) == by_sorting(o, 6)
+
+
 @pytest.mark.parametrize("screening", ["bf16", "off"])
 def test_nan_ranks_with_infinity(backend: str, screening: str) -> None:
     x = torch.randn(16, 4, generator=seeded(0))

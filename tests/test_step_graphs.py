@@ -151,3 +151,25 @@ def test_a_learning_rate_of_the_device_is_read_at_every_replay() -> None:
                 opt.step(x)
     assert len(graphs) == 1
     assert_same(captured, plain)
+
+
+def test_streams_given_apart_are_put_side_by_side_where_the_graph_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, captured = (optimizer({"graph": g}) for g in (False, True))
+    given = [{"a": x[:, :6], "b": x[:, 6:]} for x in batches(4, 4, 4, 3, 4, 4)]
+    places: list[int] = []
+    batch_of = captured.model._batch
+
+    def noted(*args: object, **kwargs: object) -> object:
+        batch = batch_of(*args, **kwargs)  # type: ignore[arg-type]
+        places.append(batch.x.data_ptr())
+        return batch
+
+    monkeypatch.setattr(captured.model, "_batch", noted)
+    with recorded_graphs(captured) as graphs:
+        for x in given:
+            plain.step(x)
+            captured.step(x)
+    assert len(graphs) == 1
+    assert captured._graphs.inputs is not None
+    assert [place == captured._graphs.inputs.data_ptr() for place in places] == [False, False, True, False, True, True]
+    assert_same(captured, plain)

@@ -179,6 +179,10 @@ def _scores(compiled: Compiled) -> int:
     return int(compiled.constants["COLUMNS"]) // compiled.threads
 
 
+def _rows_of_sources(compiled: Compiled) -> int:
+    return int(compiled.constants["ROWS"]) * int(compiled.constants["SOURCES"])
+
+
 def _tile(rows: str) -> Callable[[Compiled], int]:
     """16 bytes of a thread in a tile of gathered rows."""
     return lambda c: int(c.constants[rows]) * int(c.constants["BLOCK_D"]) // HELD // c.threads
@@ -231,8 +235,8 @@ TRITON = (
     ),
     HotPath(
         "update, decoder", "_update_decoder_kernel", "16 bytes gathered",
-        lambda c: {GATHER: c.constants["ROWS"]}, _constant("ROWS"),
-        lambda shape, c: _latent_blocks(shape, c) * rounds(_entries(shape) * shape.S, c.constants["ROWS"]),
+        lambda c: {GATHER: _rows_of_sources(c)}, _rows_of_sources,
+        lambda shape, c: _latent_blocks(shape, c) * rounds(_entries(shape), c.constants["ROWS"]),
     ),
     HotPath(
         "update, decoder", "_update_decoder_kernel", "8 weights", lambda c: MOVED, _one,

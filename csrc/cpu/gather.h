@@ -93,13 +93,12 @@ constexpr int rows_at_once() {
     return fitting >= 8 ? 8 : fitting >= 4 ? 4 : 2;
 }
 
-// From row i on.
-template <int S, class T, class A>
+// From row i on, R at a time, then half as many.
+template <int S, int R = rows_at_once<S>(), class T, class A>
 INLINE void combine_onto(
     const RowList<T>& list, const A* const* coefficients, int64_t width, A* const* sums, int64_t i = 0) {
-    constexpr int R = rows_at_once<S>();
     for (; i + R <= list.count; i += R) combine_rows<S, R, false>(list, coefficients, i, width, sums);
-    for (; i < list.count; ++i) combine_rows<S, 1, false>(list, coefficients, i, width, sums);
+    if constexpr (R > 1) combine_onto<S, R / 2>(list, coefficients, width, sums, i);
 }
 
 template <int S, class T, class A>
@@ -131,12 +130,12 @@ INLINE void dots_block(const RowList<T>& list, const A* const* vectors, int64_t 
     }
 }
 
-template <int S, class T, class A>
-INLINE void dots(const RowList<T>& list, const A* const* vectors, int64_t width, A* const* products) {
-    constexpr int J = S == 1 ? 8 : VECTOR_REGISTERS / 8;
-    int64_t i = 0;
+// From row i on, J at a time, then half as many.
+template <int S, int J = S == 1 ? 8 : VECTOR_REGISTERS / 8, class T, class A>
+INLINE void dots(
+    const RowList<T>& list, const A* const* vectors, int64_t width, A* const* products, int64_t i = 0) {
     for (; i + J <= list.count; i += J) dots_block<S, J>(list, vectors, width, i, products);
-    for (; i < list.count; ++i) dots_block<S, 1>(list, vectors, width, i, products);
+    if constexpr (J > 1) dots<S, J / 2>(list, vectors, width, products, i);
 }
 
 // Calls f with std::integral_constant<int, S> for S = 1 ... most_streams.

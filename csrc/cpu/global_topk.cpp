@@ -33,6 +33,8 @@ struct alignas(64) Line {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 constexpr double largest_norm = 1e18;
+// Of a batch, from which a first bound is guessed.
+constexpr int64_t sampled_rows = 64;
 
 template <class T>
 static Squares squares(const T* w, int64_t D, bf16* copy) {
@@ -197,50 +199,74 @@ void Screen::filter(Tensor scores, int64_t first, Tensor norm, Tensor residual, 
     const Chunk chunk{first, scores.size[1], norm.at<const float>(0), residual.at<const float>(0)};
     const auto take = [&](auto type) {
         using T = const decltype(type);
-        if (among == Among::batch && first == 0 && chunk.size >= k) {
-            // of each row's 2 k largest lower ends: hardly a row has more of the batch's k N
-            const int64_t some = std::min(chunk.size, 2 * k);
-            std::vector<float> largest(N * some);
+        const auto screen_all = [&] {
             parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
-                std::vector<float> lowers(chunk.size);
-                for (int64_t n = begin; n < end; ++n) {
-                    lower_ends(*this, n, scores.at<T>(n), chunk, lowers.data());
-                    const float last = kth_largest(lowers.data(), chunk.size, some);
-                    float* of_row = &largest[n * some];
-                    for (const float low : lowers)
-                        if (low > last) *of_row++ = low;
-                    std::fill(of_row, &largest[n * some] + some, last);
-                }
+                Above<float> above;
+                std::vector<float> lowers;
+                for (int64_t n = begin; n < end; ++n) screen(*this, n, scores.at<T>(n), chunk, above, lowers);
             });
-            bound_batch(largest.data(), largest.size(), N * k + N * k / 8);
+        };
+        if (among != Among::batch || first > 0 || chunk.size < k) return screen_all();
+        const int64_t given = std::min<int64_t>(N, sampled_rows);
+        std::vector<float> lowers(given * chunk.size);
+        for (int64_t i = 0; i < given; ++i)
+            lower_ends(*this, i * N / given, scores.at<T>(i * N / given), chunk, &lowers[i * chunk.size]);
+        // a guess is a bound once k N lower ends were seen to reach it
+        const std::vector<int64_t> before = count;
+        for (int64_t rank = given * k / 2 * 3;; rank *= 2) {
+            const bool all = rank >= int64_t(lowers.size());
+            const float guess = all ? -infinity : kth_largest(lowers.data(), lowers.size(), rank, rank + rank / 8);
+            std::fill(threshold.begin(), threshold.end(), guess);
+            screen_all();
+            if (all || number_reaching(guess) >= N * k) return;
+            count = before;
         }
-        parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
-            Above<float> above;
-            std::vector<float> lowers;
-            for (int64_t n = begin; n < end; ++n)
-                screen(*this, n, scores.at<const decltype(type)>(n), chunk, above, lowers);
-        });
     };
     scores.item_size == 2 ? take(bf16{}) : take(float{});
-    if (among != Among::batch) return;
-    const std::vector<float> all = of_candidates([&](int64_t place) { return lower[place]; });
-    bound_batch(all.data(), all.size(), N * k + N * k / 64);
+    if (among == Among::batch) bound_batch(N * k + N * k / 64, threads);
 }
 
-// Raises the threshold of all rows to a lower end that k N of these reach, and at most so many.
-void Screen::bound_batch(const float* lower_ends, int64_t count, int64_t at_most) {
-    if (N == 0 || count < N * k) return;
-    const float kth = kth_largest(lower_ends, count, N * k, at_most);
-    for (float& of_row : threshold) of_row = std::max(of_row, kth);
+int64_t Screen::number_reaching(float end) const {
+    int64_t found = 0;
+    for (int64_t n = 0; n < N; ++n) {
+        const float* const low = &lower[n * capacity];
+        found += std::count_if(low, low + std::max<int64_t>(count[n], 0), [&](float low) { return low >= end; });
+    }
+    return found;
+}
+
+// Raises the threshold of all rows to a lower end that k N of these reach, and at most so many; drops what is below.
+void Screen::bound_batch(int64_t at_most, int threads) {
+    const std::vector<float> all = of_candidates(threads, [&](int64_t place) { return lower[place]; });
+    if (N == 0 || int64_t(all.size()) < N * k) return;
+    const float kth = kth_largest(all.data(), all.size(), N * k, at_most);
+    parallel_runs(N, 64, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+            threshold[n] = std::max(threshold[n], kth);
+            drop_below(n);
+        }
+    });
+}
+
+// f(place, i) for every candidate, the i-th of all, row by row.
+template <class F>
+void Screen::each_candidate(int threads, F f) const {
+    std::vector<int64_t> offsets(N + 1);
+    for (int64_t n = 0; n < N; ++n) offsets[n + 1] = offsets[n] + std::max<int64_t>(count[n], 0);
+    parallel_runs(N, 64, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n)
+            for (int64_t i = offsets[n]; i < offsets[n + 1]; ++i) f(n * capacity + i - offsets[n], i);
+    });
 }
 
 // value(place) of every candidate, row by row.
 template <class F>
-std::vector<float> Screen::of_candidates(F value) const {
-    std::vector<float> all;
-    for (int64_t n = 0; n < N; ++n)
-        for (int64_t place = n * capacity; place < n * capacity + count[n]; ++place) all.push_back(value(place));
-    return all;
+std::vector<float> Screen::of_candidates(int threads, F value) const {
+    int64_t all = 0;
+    for (const int64_t of_row : count) all += std::max<int64_t>(of_row, 0);
+    std::vector<float> values(all);
+    each_candidate(threads, [&](int64_t place, int64_t i) { values[i] = value(place); });
+    return values;
 }
 
 void Screen::prune(int64_t n) {
@@ -250,6 +276,7 @@ void Screen::prune(int64_t n) {
 }
 
 void Screen::drop_below(int64_t n) {
+    if (count[n] < 0) return;
     float *low = &lower[n * capacity], *high = &upper[n * capacity];
     int32_t* latents = &latent[n * capacity];
     int64_t kept = 0;
@@ -413,29 +440,22 @@ void Screen::settle_batch(Tensor x, Tensor W, int threads) {
     const auto kth = [&](const std::vector<float>& values, int64_t rank) {
         return rank <= int64_t(values.size()) ? kth_largest(values.data(), values.size(), rank) : -infinity;
     };
-    const auto each = [&](auto f) {
-        for (int64_t n = 0; n < N; ++n)
-            for (int64_t place = n * capacity; place < n * capacity + count[n]; ++place) f(place);
-    };
-    const auto drop = [&] {
-        const std::vector<float> low = of_candidates([&](int64_t place) { return lower[place]; });
-        bound_batch(low.data(), low.size(), room);
-        for (int64_t n = 0; n < N; ++n) drop_below(n);
-    };
-    drop();
+    bound_batch(room, threads);
     // as mark_near_kth and mark_ambiguous, of all rows together
-    const float centre = kth(of_candidates([&](int64_t place) {
+    const float centre = kth(of_candidates(threads, [&](int64_t place) {
         return upper[place] < infinity ? lower[place] / 2 + upper[place] / 2 : lower[place];
     }), room);
-    each([&](int64_t place) { if (lower[place] < centre && upper[place] > centre) lower[place] = NAN; });
+    each_candidate(threads, [&](int64_t place, int64_t) {
+        if (lower[place] < centre && upper[place] > centre) lower[place] = NAN;
+    });
     score_marked(x, W, threads);
-    drop();
-    const float rival = kth(of_candidates([&](int64_t place) { return upper[place]; }), room + 1);
-    each([&](int64_t place) {
+    bound_batch(room, threads);
+    const float rival = kth(of_candidates(threads, [&](int64_t place) { return upper[place]; }), room + 1);
+    each_candidate(threads, [&](int64_t place, int64_t) {
         lower[place] = lower[place] > rival ? infinity : lower[place] < upper[place] ? NAN : lower[place];
     });
     score_marked(x, W, threads);
-    const std::vector<float> scores = of_candidates([&](int64_t place) { return lower[place]; });
+    const std::vector<float> scores = of_candidates(threads, [&](int64_t place) { return lower[place]; });
     const float last = kth(scores, room);
     int64_t ties = room - std::count_if(scores.begin(), scores.end(), [&](float s) { return s > last; });
     for (int64_t n = 0; n < N; ++n)
@@ -443,11 +463,13 @@ void Screen::settle_batch(Tensor x, Tensor W, int threads) {
 }
 
 void Screen::settle_above(Tensor x, Tensor W, int threads) {
-    for (int64_t n = 0; n < N; ++n)
-        for (int64_t place = n * capacity; place < n * capacity + count[n]; ++place)
-            if (lower[place] <= sure && upper[place] > least) lower[place] = NAN;
+    each_candidate(threads, [&](int64_t place, int64_t) {
+        if (lower[place] <= sure && upper[place] > least) lower[place] = NAN;
+    });
     score_marked(x, W, threads);
-    for (int64_t n = 0; n < N; ++n) keep(n, [&](int64_t place) { return lower[place] > least; });
+    parallel_runs(N, 64, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) keep(n, [&](int64_t place) { return lower[place] > least; });
+    });
 }
 
 int64_t Screen::settle_ragged(Tensor x, Tensor W, int threads) {

@@ -91,9 +91,12 @@ public:
 private:
     void prune(int64_t n);
     void drop_below(int64_t n);
-    void bound_batch(const float* lower_ends, int64_t count, int64_t at_most);
+    int64_t number_reaching(float end) const;
+    void bound_batch(int64_t at_most, int threads);
     template <class F>
-    std::vector<float> of_candidates(F value) const;
+    void each_candidate(int threads, F f) const;
+    template <class F>
+    std::vector<float> of_candidates(int threads, F value) const;
     void mark_near_kth(int64_t n, std::vector<float>& centres);
     void settle_batch(Tensor x, Tensor W, int threads);
     void settle_above(Tensor x, Tensor W, int threads);

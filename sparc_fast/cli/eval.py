@@ -46,6 +46,7 @@ from sparc_fast.evaluate.plots import check_plots
 from sparc_fast.evaluate.resampling import RESAMPLES
 from sparc_fast.evaluate.table import Evaluated
 from sparc_fast.model import SPARC
+from sparc_fast.selection import LOCAL
 from sparc_fast.sizes import as_bytes, counted
 from sparc_fast.training import Config, load_model
 from sparc_fast.training.config import parse_sources
@@ -320,7 +321,7 @@ def _with_baselines(
     columns: dict[str, SPARC] = {}
     for name, model in models.items():
         columns[name] = model
-        if model.selection != "local" or len(model.streams) < 2:
+        if model.selection not in LOCAL or len(model.streams) < 2:
             continue
         if train is None:
             print(f"give --train-data to see {name} with its latents matched afterwards", file=sys.stderr)

@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sparc_fast.sizes import counted
+
 from .feature_folder import FeatureFolder, Split, is_feature_folder, samples_and_tokens
 from .formats import open_reader, where_and_name
 from .ids import Ids, check_equal, check_lengths, ids_of_streams
@@ -62,6 +64,10 @@ class AlignedFiles:
 
     def __len__(self) -> int:
         return self.n_rows
+
+    def __repr__(self) -> str:
+        widths = ", ".join(f"{stream} {width:,}" for stream, width in self.d_streams.items())
+        return f"AlignedFiles({counted(self.n_rows, 'row')}: {widths})"
 
     def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows start <= n < stop of all streams side by side, [stop - start, D], in `dtype`."""
@@ -136,11 +142,13 @@ def open(
         FileNotFoundError: a file is missing.
         ImportError: h5py or pyarrow, which HDF5 and Parquet or Arrow need, is missing.
     """
-    if isinstance(sources, str | Path):
+    if isinstance(sources, str | Path) and not Path(sources).is_file():
         folder = FeatureFolder(sources)
         sources = {stream: (folder.path, stream) for stream in folder.streams}
     if not isinstance(sources, Mapping) or not sources or not all(isinstance(s, str) and s for s in sources):
-        raise ValueError(f"sources must map the name of at least one stream to its file, got {sources!r}")
+        raise ValueError(
+            f"sources must map the name of at least one stream to its file, or be a folder of features, got {sources!r}"
+        )
     readers: dict[str, Reader] = {}
     try:
         for stream, source in sources.items():

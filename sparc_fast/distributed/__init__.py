@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from sparc_fast.distributed.checkpoints import is_checkpoint, read, write
+    from sparc_fast.distributed.checkpoints import State, is_checkpoint, read, write
     from sparc_fast.distributed.launch import check_same, leads, mesh_of
     from sparc_fast.distributed.sharding import received, shard
 
 __all__ = [
+    "State",
     "check_same",
     "is_checkpoint",
     "is_running",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 _PLACES = {
-    "checkpoints": ("is_checkpoint", "read", "write"),
+    "checkpoints": ("State", "is_checkpoint", "read", "write"),
     "launch": ("check_same", "leads", "mesh_of"),
     "sharding": ("received", "shard"),
 }

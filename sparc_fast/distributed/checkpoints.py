@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +24,61 @@ from sparc_fast.whole import Whole
 from .model_file import DIMENSIONS
 from .shards import Shards
 
+if TYPE_CHECKING:
+    from sparc_fast.model import SPARC
+    from sparc_fast.optim import SparcAdam
+
 FORMAT = "sparc_fast.sharded/1"
 STATE = "state.json"
+
+
+class State:
+    """A model, and an optimizer on it, for `torch.distributed.checkpoint`; any number of ranks reads what it wrote.
+
+    What has latents is a DTensor, sharded along them, on the memory that it has in training; what all ranks hold, and
+    everything in one process, is a plain tensor. All ranks call it together::
+
+        dcp.save({"training": State(model, optimizer)}, checkpoint_id=folder)
+        dcp.load({"training": State(model, optimizer)}, checkpoint_id=folder)  # into those that are there
+    """
+
+    def __init__(self, model: SPARC, optimizer: SparcAdam | None = None) -> None:
+        if optimizer is not None and optimizer.model is not model:
+            raise ValueError("optimizer must be of the model, got one of another")
+        self._model, self._optimizer = model, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """``model.<parameter or buffer>`` and ``optimizer.<parameter>.<step, exp_avg, exp_avg_sq or master>``."""
+        tensors, shards = self._tensors(), self._model._shards
+        return _distributed(tensors, shards) if isinstance(shards, Shards) else dict(tensors)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """What `state_dict` gave, of as many ranks.
+
+        Raises:
+            ValueError: it is of another model.
+        """
+        tensors = self._tensors()
+        given = {name: _local(state_dict[name]) for name in tensors if name in state_dict}
+        for name, tensor in tensors.items():
+            if name not in given or given[name].shape != tensor.shape:
+                got = list(given[name].shape) if name in given else "none"
+                raise ValueError(f"state_dict must hold {name} {list(tensor.shape)} of this rank, got {got}")
+        with self._model._rows_left_behind():
+            for name, tensor in tensors.items():
+                tensor.copy_(given[name])
+            if self._optimizer is not None:
+                self._optimizer._all_current()
+
+    @torch.no_grad()
+    def _tensors(self) -> dict[str, Tensor]:
+        from sparc_fast.training.checkpoints import tensors_of
+
+        if self._optimizer is None:
+            return {f"model.{name}": tensor for name, tensor in self._model.state_dict().items()}
+        self._optimizer._all_states()
+        return tensors_of(self._model, self._optimizer)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -148,6 +201,12 @@ def _distributed(tensors: Mapping[str, Tensor], shards: Shards) -> dict[str, Any
             tensor, shards.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
         )
     return found
+
+
+def _local(tensor: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return torch.as_tensor(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
 
 
 def _digest(path: Path) -> str:

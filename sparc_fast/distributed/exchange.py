@@ -1,15 +1,17 @@
 """What processes tell each other: collectives of torch.distributed on bytes, which every backend has for every dtype.
 
-Sums are made here, in the order of ranks: the same bits in every run, on every number of links.
+Sums are made here, in the order of ranks: the same bits in every run, on every number of links. What is begun comes
+while a rank works, and is waited for when what that returned is called; all ranks begin, and wait, in the same order.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from itertools import chain, repeat
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,17 @@ T = TypeVar("T")
 NUMBERS = 8  # that every rank tells of a call, whatever it is: calls that differ are found out
 
 
+class Room(NamedTuple):
+    """Where rows of all ranks come to."""
+
+    rows: Tensor
+    is_shared: bool
+    """Whether it is memory of all ranks, to which each writes its own."""
+
+    def part(self, first: int, n: int) -> Room:
+        return self._replace(rows=self.rows[first : first + n])
+
+
 class Exchange:
     """The collectives of a process group, and the bytes that they have brought here."""
 
@@ -35,7 +48,9 @@ class Exchange:
         self.received: Counter[str] = Counter()
         """By what they are."""
         on_cpus = self.ranks > 1 and device.type == "cpu"
-        self._neighbours = neighbours(self) if on_cpus else None
+        self._neighbours = neighbours(self) if self.ranks > 1 else None
+        by_hosts = self._neighbours is not None or "cpu" in dist.get_backend_config(group)
+        self._of_numbers = torch.device("cpu") if by_hosts else device  # a host waits for no device then
         self._memory = shared_memory.shared_memory(self) if on_cpus else None
 
     def gather(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
@@ -43,17 +58,29 @@ class Exchange:
 
         To be read only: ranks of one host have them in one place.
         """
+        return self.begin_gather(rows, counts, what)()
+
+    def begin_gather(
+        self, rows: Tensor, counts: Sequence[int], what: str, room: Room | None = None
+    ) -> Callable[[], Tensor]:
+        """`gather`, into `room` where there is some."""
+        shape, n = rows.shape[1:], sum(counts)
         if self.ranks == 1:
-            return rows
-        shape = rows.shape[1:]
-        if not any(counts) or not shape.numel():
-            return rows.new_empty(sum(counts), *shape)
-        if (shared := self._shared(rows, sum(counts))) is not None:
-            first = sum(counts[: self.rank])
-            shared[first : first + len(rows)] = rows
-            self._meet((len(shared) - len(rows)) * shape.numel() * rows.itemsize, what)
-            return shared
-        return self._by_message(rows, counts, what)
+            return lambda: rows
+        if not n or not shape.numel():
+            return lambda: rows.new_empty(n, *shape)
+        room = self.room(rows, n) if room is None else room
+        if not room.is_shared:
+            return self._begin_by_message(rows, counts, what, room.rows)
+        first = sum(counts[: self.rank])
+        room.rows[first : first + len(rows)] = rows
+        self.received[what] += (n - len(rows)) * shape.numel() * rows.itemsize
+        return self._begin_meeting(room.rows)
+
+    def room(self, like: Tensor, n: int) -> Room:
+        """For n rows like these."""
+        shared = self._shared(like, n)
+        return Room(_empty_like(like, n) if shared is None else shared, shared is not None)
 
     def packed(
         self, numbers: Sequence[int], tensors: Sequence[Tensor], what: str
@@ -79,22 +106,36 @@ class Exchange:
         Returns (rows, numbers [sum parts, n]): where among the rows each part, in the order of ranks, of each of the
         share is. To be read only.
         """
+        return self.begin_deal(rows, counts, what, parts)()
+
+    def begin_deal(
+        self, rows: Tensor, counts: Sequence[int], what: str, parts: Sequence[int] | None = None
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """`deal`; what `rows` are is not to change until it is there."""
         n, shape, N, P = counts[self.rank], rows.shape[1:], sum(counts), self.ranks
         parts = [1] * P if parts is None else parts
-        size, total = shape.numel() * rows.itemsize, sum(parts)
-        if (shared := self._shared(rows, total * N)) is not None:
-            begin = sum(parts[: self.rank]) * N
-            shared[begin : begin + len(rows)] = rows
-            self._meet(n * size * (total - parts[self.rank]), what)
-            begins = [sum(parts[:rank]) * N + parts[rank] * sum(counts[: self.rank]) for rank in range(P)]
-            return shared, self._numbers(begins, parts, n)
-        mine = rows if P == 1 else _empty_like(rows, total * n)
+        before = [sum(parts[:rank]) for rank in range(P + 1)]
+        if P == 1:
+            return lambda: (rows, self._numbers([0], parts, n))
+        size = shape.numel() * rows.itemsize
+        self.received[what] += n * size * (before[P] - parts[self.rank])
+        if (shared := self._shared(rows, before[P] * N)) is not None:
+            shared[before[self.rank] * N : before[self.rank + 1] * N] = rows
+            met = self._begin_meeting(shared)
+            first = sum(counts[: self.rank])
+            begins = [before[rank] * N + parts[rank] * first for rank in range(P)]
+            return lambda: (met(), self._numbers(begins, parts, n))
+        sent, mine = _bytes(rows.contiguous()), _empty_like(rows, before[P] * n)
         given, taken = [parts[self.rank] * m * size for m in counts], [m * n * size for m in parts]
-        if P > 1:
-            with self.with_others():
-                dist.all_to_all_single(_bytes(mine), _bytes(rows.contiguous()), taken, given, group=self.group)
-            self.received[what] += n * size * (total - parts[self.rank])
-        return mine, self._numbers([sum(parts[:rank]) * n for rank in range(P)], parts, n)
+        with self.with_others():
+            work = dist.all_to_all_single(_bytes(mine), sent, taken, given, group=self.group, async_op=True)
+        dealt = self._waiting_for(work, sent)
+
+        def wait() -> tuple[Tensor, Tensor]:
+            dealt()
+            return mine, self._numbers([before[rank] * n for rank in range(P)], parts, n)
+
+        return wait
 
     def _numbers(self, begins: Sequence[int], parts: Sequence[int], n: int) -> Tensor:
         """[sum parts, n] of rows that begin there, rank by rank, part below part."""
@@ -111,18 +152,17 @@ class Exchange:
         if P == 1:
             return rows[_slice(mine)]
         size = rows.shape[2:].numel() * rows.itemsize
+        self.received[what] += len(mine) * (N - n) * size
         if (shared := self._shared(rows.flatten(0, 1), G * N)) is not None:
-            of_all = shared.view(G, N, *shape)
-            first = sum(counts[: self.rank])
+            of_all, first = shared.view(G, N, *shape), sum(counts[: self.rank])
             of_all[:, first : first + n] = rows
-            self._meet(len(mine) * (N - n) * size, what)
+            self._begin_meeting(shared)()
             return of_all[_slice(mine)]
         sent = torch.cat([rows[_slice(some)].flatten(0, 1) for some in wanted])
         found = _empty_like(sent, len(mine) * N)
         given, taken = [len(some) * n * size for some in wanted], [len(mine) * m * size for m in counts]
         with self.with_others():
             dist.all_to_all_single(_bytes(found), _bytes(sent), taken, given, group=self.group)
-        self.received[what] += len(mine) * (N - n) * size
         pieces = torch.split(found, [len(mine) * m for m in counts])
         return torch.cat([piece.view(len(mine), -1, *shape) for piece in pieces], dim=1)
 
@@ -149,13 +189,26 @@ class Exchange:
         Raises:
             RuntimeError: a rank makes another call.
         """
+        return self.begin_numbers(call, *numbers)()
+
+    def begin_numbers(self, call: int, *numbers: int) -> Callable[[], list[list[int]]]:
+        """`numbers`."""
         own = torch.tensor([[call, *numbers] + [0] * (NUMBERS - 1 - len(numbers))], dtype=torch.int64, device="cpu")
-        own = own.to(self.device)
-        of_all = (self._by_message(own, [1] * self.ranks, "numbers") if self.ranks > 1 else own).tolist()
-        for rank, (other, *_) in enumerate(of_all):
-            if other != call:
-                raise RuntimeError(f"ranks must make the same calls in the same order, but rank {rank} made another")
-        return [row[1 : 1 + len(numbers)] for row in of_all]
+        own = own.to(self._of_numbers)
+        told: Callable[[], Tensor] = lambda: own  # noqa: E731
+        if self.ranks > 1:
+            told = self._begin_by_message(own, [1] * self.ranks, "numbers", own.new_empty(self.ranks, NUMBERS))
+
+        def wait() -> list[list[int]]:
+            of_all = told().tolist()
+            for rank, (other, *_) in enumerate(of_all):
+                if other != call:
+                    raise RuntimeError(
+                        f"ranks must make the same calls in the same order, but rank {rank} made another"
+                    )
+            return [row[1 : 1 + len(numbers)] for row in of_all]
+
+        return wait
 
     def texts(self, text: str) -> list[str]:
         """[rank] -> its text; for what is said once."""
@@ -212,31 +265,59 @@ class Exchange:
         memory = self._memory.take(n_bytes)
         return None if memory is None else memory.view(like.dtype).view(n, *like.shape[1:])
 
-    def _meet(self, n_bytes: int, what: str) -> None:
-        """With all ranks, of which the others have written so many bytes for this one."""
+    def _begin_meeting(self, shared: Tensor) -> Callable[[], Tensor]:
+        """With all ranks, which have then written what they had for that memory."""
         assert self._memory is not None
-        self._memory.meet()
-        self.received[what] += n_bytes
+        met = self._memory.begin_meeting()
 
-    def _by_message(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
+        def wait() -> Tensor:
+            met()
+            return shared
+
+        return wait
+
+    def _begin_by_message(self, rows: Tensor, counts: Sequence[int], what: str, out: Tensor) -> Callable[[], Tensor]:
         most, shape = max(counts), rows.shape[1:]
         own = rows.contiguous()
         if len(own) < most:
             own = torch.cat([own, own.new_zeros(most - len(own), *shape)])
-        all_rows = _empty_like(own, self.ranks * most)
-        self._all_gather(_bytes(all_rows), _bytes(own))
+        is_even = min(counts) == most
+        all_rows = out if is_even else _empty_like(own, self.ranks * most)
+        arrived = self._begin_all_gather(_bytes(all_rows), _bytes(own))
         self.received[what] += own.nbytes * (self.ranks - 1)
-        if min(counts) == most:
-            return all_rows
-        return torch.cat([part[:n] for part, n in zip(torch.split(all_rows, most), counts, strict=True)])
 
-    def _all_gather(self, out: Tensor, own: Tensor) -> None:
+        def wait() -> Tensor:
+            arrived()
+            if not is_even:
+                parts = zip(torch.split(all_rows, most), counts, strict=True)
+                torch.cat([part[:n] for part, n in parts], out=out)
+            return out
+
+        return wait
+
+    def _begin_all_gather(self, out: Tensor, own: Tensor) -> Callable[[], object]:
         dist_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
         with self.with_others():
-            if self._neighbours is not None and own.nbytes <= MOST:
-                out.copy_(self._neighbours.gather(own))
-            else:
-                dist_gather(out, own, group=self.group)
+            if self._neighbours is None or own.nbytes > MOST or own.device.type != "cpu":
+                return self._waiting_for(dist_gather(out, own, group=self.group, async_op=True), own)
+            arrived = self._neighbours.begin_gather(own)
+
+        def wait() -> None:
+            with self.with_others():
+                out.copy_(arrived())
+
+        return wait
+
+    def _waiting_for(self, work: dist.Work | None, sent: Tensor) -> Callable[[], Tensor]:
+        """Until it is done, what is sent stays."""
+
+        def wait() -> Tensor:
+            if work is not None:
+                with self.with_others():
+                    work.wait()
+            return sent
+
+        return wait
 
 
 def _empty_like(rows: Tensor, n: int) -> Tensor:
@@ -248,6 +329,16 @@ def _empty_like(rows: Tensor, n: int) -> Tensor:
 def shares(n: int, ranks: int) -> list[int]:
     """How many of n samples each rank has, as evenly as can be."""
     return [(rank + 1) * n // ranks - rank * n // ranks for rank in range(ranks)]
+
+
+def in_turn(pieces: Iterable[Iterator[object]]) -> None:
+    """Go through pieces of work, each a stage behind the one before it: what one has begun comes while others work."""
+    going: list[Iterator[object]] = []
+    ended = object()
+    for new in chain(([piece] for piece in pieces), repeat([])):
+        going = [piece for piece in (*new, *going) if next(piece, ended) is not ended]
+        if not new and not going:
+            return
 
 
 def number_of(text: str) -> int:

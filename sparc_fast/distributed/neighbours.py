@@ -9,7 +9,8 @@ from __future__ import annotations
 import secrets
 import socket
 import sys
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .exchange import Exchange
 
 MOST = 4096
-"""Bytes of a message, which a socket takes though nobody reads it yet."""
+"""Bytes of a message, of which a socket takes several though nobody reads them yet."""
 CONNECTING = 20.0  # seconds
 
 
@@ -30,11 +31,12 @@ class Neighbours:
 
     def __init__(self, rank: int, others: Mapping[int, socket.socket]) -> None:
         self._rank, self._others = rank, others
+        self._coming: deque[bytearray] = deque()
         for other in others.values():
             other.settimeout(default_pg_timeout.total_seconds())
 
-    def gather(self, own: Tensor) -> Tensor:
-        """The same few bytes of all ranks, one after another, uint8.
+    def begin_gather(self, own: Tensor) -> Callable[[], Tensor]:
+        """The same few bytes of all ranks, one after another, uint8; when it is called, it waits for them.
 
         Raises:
             OSError: a rank is gone, or silent for long.
@@ -43,14 +45,21 @@ class Neighbours:
         for other in self._others.values():
             other.sendall(mine)
         found = bytearray(len(mine) * (len(self._others) + 1))
-        places = memoryview(found)
-        for rank in range(len(self._others) + 1):
-            place = places[rank * len(mine) : (rank + 1) * len(mine)]
-            if rank == self._rank:
-                place[:] = mine
-            else:
-                _receive(self._others[rank], place)
-        return torch.frombuffer(found, dtype=torch.uint8)
+        found[self._rank * len(mine) : (self._rank + 1) * len(mine)] = mine
+        self._coming.append(found)
+
+        def wait() -> Tensor:
+            while any(one is found for one in self._coming):  # what was sent before comes before
+                self._receive(self._coming[0])
+                self._coming.popleft()
+            return torch.frombuffer(found, dtype=torch.uint8)
+
+        return wait
+
+    def _receive(self, found: bytearray) -> None:
+        places, n = memoryview(found), len(found) // (len(self._others) + 1)
+        for rank, other in sorted(self._others.items()):
+            _receive(other, places[rank * n : (rank + 1) * n])
 
 
 def neighbours(exchange: Exchange) -> Neighbours | None:

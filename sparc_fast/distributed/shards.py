@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 
-from sparc_fast.batch import Batch, Moments
+from sparc_fast.batch import BatchSamples, Moments
 from sparc_fast.objective import Terms
 from sparc_fast.ops import backends
 from sparc_fast.ops.backends import Backend
@@ -27,7 +27,7 @@ from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
 from sparc_fast.whole import Whole
 
 from .batch_topk import batch_topk, latents_above
-from .exchange import Exchange, number_of, shares
+from .exchange import Exchange, in_turn, number_of, shares
 from .layout import rows_of, sizes_here
 from .model_file import save_model
 from .nested import nested_decode_loss
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 BATCH, ROWS, NUMBER = 2, 3, 4  # calls, as ranks tell them apart
 DRAWN_TOGETHER = 4096  # rows
+PIECES, LEAST = 4, 256  # of a batch that are exchanged apart, and samples of each, at least
 
 
 class Shards(Whole):
@@ -122,25 +123,35 @@ class Shards(Whole):
         moved = indices.new_full((*indices.shape[:-1], width + 1), -1)
         return moved.scatter_(-1, places, indices).narrow_copy(-1, 0, width)
 
-    def gathered(self, own: Callable[[], Batch]) -> Batch:
-        exchange = self.exchange
+    def begin_batch(self, own: Callable[[], BatchSamples]) -> Callable[[], BatchSamples]:
+        exchange, failed = self.exchange, None
         try:
             mine = own()
         except Exception as error:
-            self.all.numbers(BATCH, 0, 0, 0, 0, 1)
-            self.all.fail(error)
-            raise
-        names, flags = number_of("\0".join(mine.streams)), (mine.present is not None, mine.zero_rows is not None)
-        of_all = self.all.numbers(BATCH, len(mine.x), names, *flags, 0)
-        if any(failed for *_, failed in of_all):
-            self.all.fail(None)
+            failed = error
+        if failed is not None:
+            of_all = self.all.numbers(BATCH, 0, 0, 0, 0, 1)
+        else:
+            flags = mine.present is not None, mine.zero_rows is not None, 0
+            of_all = self.all.numbers(BATCH, len(mine.x), number_of("\0".join(mine.streams)), *flags)
+        if any(has_failed for *_, has_failed in of_all):
+            return partial(self._fail, failed)
         for rank, (_, others, *_rest) in enumerate(of_all):
             if others != of_all[0][1]:
                 raise ValueError(f"inputs must be of the streams that rank 0 has on every rank, got others on {rank}")
-        told = of_all[self.rank - exchange.rank :][: exchange.ranks]
-        counts = [n for n, *_ in told]
-        x = exchange.gather(mine.x.detach(), counts, "x")
-        present, zero_rows, sets = mine.present, mine.zero_rows, None
+        counts = [n for n, *_ in of_all[self.rank - exchange.rank :][: exchange.ranks]]
+        x = exchange.begin_gather(mine.x.detach(), counts, "x")
+        return lambda: self._of_all(mine, x(), of_all, counts)
+
+    def _fail(self, error: Exception | None) -> BatchSamples:
+        self.all.fail(error)
+        raise AssertionError("a rank has failed")
+
+    def _of_all(
+        self, mine: BatchSamples, x: Tensor, of_all: Sequence[Sequence[int]], counts: Sequence[int]
+    ) -> BatchSamples:
+        """The samples x of this replica, by what was told of those of each rank."""
+        exchange, present, zero_rows, sets = self.exchange, mine.present, mine.zero_rows, None
         if any(has for _, _, has, *_ in of_all):
             if present is None:
                 present = torch.ones(len(mine.x), len(mine.streams), dtype=torch.bool, device=x.device)
@@ -150,11 +161,8 @@ class Shards(Whole):
             none = torch.zeros(len(mine.streams), dtype=torch.int64, device=x.device)
             zero_rows = self.all.sum(none if zero_rows is None else zero_rows)
         first = sum(counts[: exchange.rank])
-        names_of_weights = "W_enc", "W_dec", "pre_bias", "latent_bias", "latent_threshold"
-        weights: dict[str, Any] = {name: getattr(mine, name) for name in names_of_weights}
-        weights = {name: None if W is None else W.detach() for name, W in weights.items()}
-        given, n = slice(first, first + counts[exchange.rank]), sum(n for n, *_ in of_all)
-        return mine._replace(x=x, present=present, sets=sets, zero_rows=zero_rows, given=given, of_batch=n, **weights)
+        given, n = slice(first, first + len(mine.x)), sum(n for n, *_ in of_all)
+        return mine._replace(x=x, present=present, sets=sets, zero_rows=zero_rows, given=given, of_batch=n)
 
     def _sets(self, present: Tensor) -> Tensor | None:
         """Of the streams that a sample has, of all replicas, which must go through their parts of a batch together."""
@@ -360,36 +368,65 @@ class _OfRows:
 
         The P parts of a reconstruction are rows of a dictionary, each used once with a value of 1: what adds them up,
         in the order of ranks, and compares them is the backend's own decode_loss. Where streams are reconstructed from
-        themselves alone, as for AuxK, nothing else is exchanged.
+        themselves alone, as for AuxK, nothing else is exchanged. Samples go through it in pieces, not streams, which
+        read the same rows of the decoder: what is exchanged of one piece comes while others are worked on.
         """
         backend, exchange, P = self.backend, self.exchange, self.exchange.ranks
         (N, S, _), D = values.shape, W_dec.shape[1]
-        counts = shares(N, P)
-        first, n = sum(counts[: exchange.rank]), counts[exchange.rank]
-        own = slice(first, first + n)
         alone = S > 1 and not any(weight for i, weight in enumerate(weights) if i % (S + 1))
         no_bias = torch.zeros(D, dtype=pre_bias.dtype, device=pre_bias.device)
-        recons = backend.sparse_decode(wide(values), indices, W_dec, no_bias)
-        recons = _from_itself(recons, d_streams) if alone else recons
-        parts, numbers = exchange.deal(recons, counts, "reconstructions")
-        del recons
-        if n:
-            rows = numbers.T[:, None].int().expand(n, S, P)
-            if not alone:
-                rows = rows * S + torch.arange(S, dtype=torch.int32, device=values.device)[:, None]
-            ones = torch.ones(n, S, P, dtype=parts.dtype, device=values.device)
-            operands = ones, rows.contiguous(), parts.view(-1, D), wide(pre_bias), wide(target[own]), scale[own]
-            nmse, grad_recons, _, grad_pre_bias = backend.decode_loss(*operands, weights, d_streams)
-            del operands
-        else:
-            nmse, grad_recons, grad_pre_bias = parts.new_zeros(S, S), parts.new_zeros(0, S, D), parts.new_zeros(D)
-        del parts  # their memory is what the next of them take
-        grad_recons = grad_recons.to(gradient_dtype(values))
-        grad_recons = exchange.gather(_from_itself(grad_recons, d_streams) if alone else grad_recons, counts, "G")
-        grad_recons = _of_streams(grad_recons, d_streams) if alone else grad_recons
-        grad_values = backend.sparse_decode_grad_values(grad_recons, indices, W_dec)
-        sums = exchange.sum(torch.cat([nmse.reshape(-1), grad_pre_bias]))
-        return sums[: S * S].view(S, S), grad_recons, grad_values, sums[S * S :]
+        pieces, dtype = _pieces(N, P), gradient_dtype(values)
+        like = torch.empty(0, *((D,) if alone else (S, D)), dtype=dtype, device=values.device)
+        room = exchange.room(like, N) if len(pieces) > 1 else None
+        sums: list[Tensor] = []
+        of_pieces: list[tuple[Tensor, Tensor]] = []
+
+        def stages(piece: slice) -> Iterator[None]:
+            counts = shares(piece.stop - piece.start, P)
+            first, n = piece.start + sum(counts[: exchange.rank]), counts[exchange.rank]
+            own = slice(first, first + n)
+            recons = backend.sparse_decode(wide(values[piece]), indices[piece], W_dec, no_bias)
+            recons = _from_itself(recons, d_streams) if alone else recons
+            dealt = exchange.begin_deal(recons, counts, "reconstructions")
+            del recons
+            yield
+            parts, numbers = dealt()
+            if n:
+                rows = numbers.T[:, None].int().expand(n, S, P)
+                if not alone:
+                    rows = rows * S + torch.arange(S, dtype=torch.int32, device=values.device)[:, None]
+                ones = torch.ones(n, S, P, dtype=parts.dtype, device=values.device)
+                operands = ones, rows.contiguous(), parts.view(-1, D), wide(pre_bias), wide(target[own]), scale[own]
+                nmse, grad_recons, _, grad_pre_bias = backend.decode_loss(*operands, weights, d_streams)
+                del operands
+            else:
+                nmse, grad_recons, grad_pre_bias = parts.new_zeros(S, S), parts.new_zeros(0, S, D), parts.new_zeros(D)
+            del parts, dealt  # their memory is what the next of them take
+            sums.append(torch.cat([nmse.reshape(-1), grad_pre_bias]))
+            grad_recons = grad_recons.to(dtype)
+            grad_recons = _from_itself(grad_recons, d_streams) if alone else grad_recons
+            into = None if room is None else room.part(piece.start, piece.stop - piece.start)
+            gathered = exchange.begin_gather(grad_recons, counts, "G", into)
+            del grad_recons
+            yield
+            grad_recons = gathered()
+            grad_recons = _of_streams(grad_recons, d_streams) if alone else grad_recons
+            grad_values = backend.sparse_decode_grad_values(grad_recons, indices[piece], W_dec)
+            of_pieces.append((grad_recons if room is None else grad_recons[:0], grad_values))
+
+        in_turn(stages(piece) for piece in pieces)
+        (grad_recons, grad_values), total = of_pieces[0], exchange.sum(sum(sums[1:], sums[0]))
+        if room is not None:
+            grad_recons = _of_streams(room.rows, d_streams) if alone else room.rows
+            grad_values = torch.cat([of_piece for _, of_piece in of_pieces])
+        return total[: S * S].view(S, S), grad_recons, grad_values, total[S * S :]
+
+
+def _pieces(n: int, ranks: int) -> list[slice]:
+    """Of n samples, each but the last of as many for every rank."""
+    n_pieces = min(PIECES, max(1, n // LEAST)) if ranks > 1 else 1
+    step = max(1, -(-n // (n_pieces * ranks))) * ranks
+    return [slice(start, min(start + step, n)) for start in range(0, max(n, 1), step)]
 
 
 def _from_itself(recons: Tensor, d_streams: Sequence[int]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,8 @@ class SharedMemory:
         self._exchange = exchange
         self._buffers: list[_Buffer] = []
         self._held = 0
-        """Bits, of the buffers that some rank held when all last met."""
+        """Bits, of the buffers that some rank held when all last met, and of those lent since."""
+        self._begun = self._met = 0  # meetings
 
     def take(self, n_bytes: int) -> Tensor | None:
         """The same free memory, uint8 [n_bytes], on all ranks, which ask together; None where there is none."""
@@ -44,14 +46,24 @@ class SharedMemory:
             number = len(self._buffers)
             self._buffers.append(_Buffer(memory, size))
         self._held |= 1 << number
-        return self._buffers[number].lent(n_bytes)
+        return self._buffers[number].lent(n_bytes, self._begun)
 
-    def meet(self) -> None:
-        """Wait until all ranks are here: what they wrote can be read."""
+    def begin_meeting(self) -> Callable[[], None]:
+        """Tell all ranks that this one has written; to wait is until all have, and what they wrote can be read."""
         held = sum(1 << i for i, buffer in enumerate(self._buffers) if buffer.is_held)
-        self._held = 0
-        for (of_rank,) in self._exchange.numbers(MEETING, held):
-            self._held |= of_rank
+        self._begun += 1
+        number, told = self._begun, self._exchange.begin_numbers(MEETING, held)
+
+        def wait() -> None:
+            of_ranks = told()
+            if number <= self._met:  # a later one is more up to date
+                return
+            self._met = number
+            self._held = sum(1 << i for i, buffer in enumerate(self._buffers) if buffer.lent_in >= number)
+            for (of_rank,) in of_ranks:
+                self._held |= of_rank
+
+        return wait
 
     def _map(self, size: int) -> mmap.mmap | None:
         """New memory of the first rank, opened by all; None where one of them cannot."""
@@ -76,8 +88,11 @@ class _Buffer:
     def __init__(self, memory: mmap.mmap, size: int) -> None:
         self._memory, self.size = memory, size
         self._window: weakref.ref[memoryview] | None = None
+        self.lent_in = 0
+        """How many meetings had been begun."""
 
-    def lent(self, n_bytes: int) -> Tensor:
+    def lent(self, n_bytes: int, meetings: int) -> Tensor:
+        self.lent_in = meetings
         window = memoryview(self._memory)  # which lives as long as a tensor is on it
         self._window = weakref.ref(window)
         return torch.frombuffer(window, dtype=torch.uint8, count=n_bytes)

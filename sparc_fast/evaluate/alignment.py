@@ -153,7 +153,7 @@ def _rows(models: Mapping[str, tuple[Concepts, ...]]) -> Iterator[Row]:
             name: f"{found[depth].corrected:.3f} ({found[depth].jaccard.mean():.3f})" for name, found in models.items()
         }
         meaning = f"Concept alignment above chance, and as it is, of labels lifted to depth {depth} of their hierarchy."
-        section = "Concept alignment by depth"
+        section = "Concept alignment by depth: above chance (as it is)"
         yield Row(f"Depth {depth}", meaning, "higher", cells, section, values=values)
 
 

@@ -285,7 +285,7 @@ def _rows(models: Mapping[str, Mapping[tuple[str, str], Ablations]]) -> Iterator
             f"Latents of the {source} code without which the {target} reconstruction is worse / how much of what the "
             "median latent does is right."
         )
-        yield Row(f"{source} → {target}", meaning, "higher", cells, "Latents taken out of a code")
+        yield Row(f"{source} → {target}", meaning, "higher", cells, "Latents taken out: worse without / right")
 
 
 def _kept(sizes: Sizes) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.data import AlignedFiles
+from sparc_fast.selection import LOCAL
 
 from .codes import Codes, check_codes, firings, parts
 from .passing import codes_alone
@@ -69,7 +70,7 @@ def matched(
     Its reconstructions of a stream from itself are the same, and all that compares streams finds latents matched.
 
     Args:
-        model: of local selection, in which streams share nothing but the numbers of latents.
+        model: of selection "local" or "local_jumprelu", in which streams share nothing but the numbers of latents.
         inputs: training samples {stream: [N, D_s]}, or files that `sparc_fast.data.open` opened.
 
     Raises:
@@ -79,8 +80,8 @@ def matched(
     """
     if not model._shards.is_whole:
         raise ValueError("model must be whole to have its latents in another order, but ranks share them")
-    if model.selection != "local":
-        raise ValueError(f'model must have selection="local", got {model.selection!r}')
+    if model.selection not in LOCAL:
+        raise ValueError(f"model must have selection {' or '.join(map(repr, LOCAL))}, got {model.selection!r}")
     if model.private_latents:
         raise ValueError(f"model must have no private latents to be put in another order, got {model.private_latents}")
     matches = match_latents(codes_alone(model, inputs, batch_size=batch_size, memory=memory), model.n_latents)
@@ -91,6 +92,8 @@ def matched(
         for new, old in ((reordered.W_enc, model.W_enc), (reordered.W_dec, model.W_dec)):
             new[:, mine] = old[match, mine]
         reordered.latent_bias[s] = model.latent_bias[s, match]
+        if reordered.latent_threshold is not None and model.latent_threshold is not None:
+            reordered.latent_threshold[s] = model.latent_threshold[s, match]
     return reordered
 
 

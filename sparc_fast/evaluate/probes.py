@@ -461,9 +461,7 @@ def _rowed(section: str) -> Callable[[Mapping[str, Mapping[tuple[str, str, str],
                 for name, one in found.items()
             }
             name = of[what].format(s=s, t=t)
-            yield Row(
-                name[:1].upper() + name[1:], f"mAP · macro / micro F1 of a probe on {name}.", "higher", cells, section
-            )
+            yield Row(name[:1].upper() + name[1:], f"A probe on {name}.", "higher", cells, section)
 
     return rows
 
@@ -503,7 +501,7 @@ LINEAR_PROBES = Metric(
     watch=InputsOnCPU,
     resample=_resampled("linear_probes"),
     details=_detailed("linear_probes"),
-    rows=_rowed("Linear probes"),
+    rows=_rowed("Linear probes: mAP · macro / micro F1"),
     kept=bytes_of_inputs,
     work=_work,
 )
@@ -517,7 +515,7 @@ MLP_PROBES = Metric(
     watch=InputsOnCPU,
     resample=_resampled("mlp_probes"),
     details=_detailed("mlp_probes"),
-    rows=_rowed("MLP probes"),
+    rows=_rowed("MLP probes: mAP · macro / micro F1"),
     kept=bytes_of_inputs,
     work=lambda sizes: _work(sizes) + 4 * 4 * HIDDEN[0] * sizes.L,
 )

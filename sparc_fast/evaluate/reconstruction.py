@@ -195,8 +195,8 @@ def _rows(models: Mapping[str, Reconstructed]) -> Iterator[Row]:
     for s, source in enumerate(streams):
         for t, target in enumerate(streams):
             cells = {name: f"{found.nmse[s, t]:.3f} / {found.r2[s, t]:.3f}" for name, found in models.items()}
-            meaning = f"NMSE / R² of {target} reconstructed from the {source} code alone."
-            yield Row(f"{source} → {target}", meaning, "neither", cells, "Reconstruction, source to target")
+            meaning = f"{target} reconstructed from the {source} code alone."
+            yield Row(f"{source} → {target}", meaning, "neither", cells, "Reconstruction: NMSE / R²")
 
 
 RECONSTRUCTION = Metric(

@@ -14,7 +14,7 @@ from sparc_fast.codes import SparseLatents
 from .codes import StreamCode
 from .kept_inputs import InputsOnDevice, bytes_of_inputs
 from .registry import Given, Metric, Row, Score, Sizes
-from .retrieval import LONG, Retrieval, drawn_retrieval, retrieval_scores, retrieval_seconds
+from .retrieval import CELL, LONG, Retrieval, drawn_retrieval, retrieval_scores, retrieval_seconds
 
 if TYPE_CHECKING:
     from sparc_fast.model import SPARC
@@ -90,15 +90,12 @@ def _details(found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Any]:
 
 def _rows(models: Mapping[str, Mapping[tuple[str, str], Retrieval]]) -> Iterator[Row]:
     for (source, target), first in next(iter(models.values())).items():
-        cells = {}
-        for name, found in models.items():
-            r = found[source, target]
-            cells[name] = f"{r.r1:.3f} / {r.r5:.3f} / {r.r10:.3f} · {r.median_rank:.0f} · {r.mrr:.3f}"
+        cells = {name: found[source, target].cell for name, found in models.items()}
         meaning = (
-            f"R@1 / R@5 / R@10 · median rank · MRR of finding a sample's {target} input by what its {source} code "
-            f"reconstructs of it, among {first.n_candidates} inputs."
+            f"Finding a sample's {target} input by what its {source} code reconstructs of it, among "
+            f"{first.n_candidates} inputs."
         )
-        yield Row(f"{source} → {target}", meaning, "higher", cells, "Retrieval of inputs by reconstructions")
+        yield Row(f"{source} → {target}", meaning, "higher", cells, f"Retrieval of inputs: {CELL}")
 
 
 def _work(sizes: Sizes) -> int:

@@ -42,6 +42,7 @@ TIE = 1e-6  # cosines closer than this are equal: float32 products of equal rows
 # of dense rows, for a product and for a pair
 ADDED, COMPARED, GATHERED = 0.8e-9, 0.1e-9, 0.3e-9
 MULTIPLIED, COUNTED = 0.06e-9, 3e-9
+CELL = "R@1 / R@5 / R@10 · median rank · MRR"
 BLOCK, QUERIES = 2048, 512  # dense candidates, and dense queries, that are compared at a time
 
 
@@ -83,6 +84,11 @@ class Retrieval:
     """float64 [n]"""
     queries: Tensor | None = field(default=None, repr=False, compare=False)
     """Which samples they are of, int64 [n]; None: all."""
+
+    @property
+    def cell(self) -> str:
+        """In a table, under CELL."""
+        return f"{self.r1:.3f} / {self.r5:.3f} / {self.r10:.3f} · {self.median_rank:.0f} · {self.mrr:.3f}"
 
     @staticmethod
     def from_ranks(ranks: Tensor, n_candidates: int | None = None, queries: Tensor | None = None) -> Retrieval:
@@ -495,16 +501,10 @@ def _details(found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Any]:
 def _rows(models: Mapping[str, Mapping[tuple[str, str], Retrieval]]) -> Iterator[Row]:
     first = next(iter(models.values()))
     for (query, candidate), one in first.items():
-        cells = {}
-        for name, found in models.items():
-            if (r := found.get((query, candidate))) is None:
-                continue
-            cells[name] = f"{r.r1:.3f} / {r.r5:.3f} / {r.r10:.3f} · {r.median_rank:.0f} · {r.mrr:.3f}"
-        meaning = (
-            f"R@1 / R@5 / R@10 · median rank · MRR of finding a sample's {candidate} code from its {query} code, "
-            f"among {one.n_candidates} candidates."
-        )
-        yield Row(f"{query} → {candidate}", meaning, "higher", cells, "Retrieval between two streams")
+        pairs = {name: found.get((query, candidate)) for name, found in models.items()}
+        cells = {name: pair.cell for name, pair in pairs.items() if pair is not None}
+        meaning = f"Finding a sample's {candidate} code from its {query} code, among {one.n_candidates} candidates."
+        yield Row(f"{query} → {candidate}", meaning, "higher", cells, f"Retrieval: {CELL}")
 
 
 def _work(sizes: Sizes) -> int:

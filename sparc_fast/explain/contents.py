@@ -74,8 +74,8 @@ class ModelReport:
     name: str  # "SPARC"
     codes: Codes  # stream -> (values [N, k], indices [N, k]), each encoded alone
     names: Sequence[Sequence[str]]  # [L] the concepts that describe the latent, the best first
-    agreement: npt.NDArray[np.floating]  # [L] 0..1: do the streams fire it on the same samples
-    frequency: npt.NDArray[np.floating]  # [L] share of the samples that fire it
+    agreement: npt.NDArray[np.floating]  # [L] 0..1: do the streams fire it on the same samples; NaN = one has it alone
+    frequency: npt.NDArray[np.floating]  # [L] share of the samples that fire it, mean of the streams that have it
     jaccard: npt.NDArray[np.floating] | None = None  # [L] 0..1: alike concepts in every stream; NaN = silent
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # "step" and any of "loss", "self", …
 
@@ -91,17 +91,23 @@ class ModelReport:
         curves: Mapping[str, Sequence[float]] | None = None,
         private: Mapping[str, slice] | None = None,
     ) -> ModelReport:
-        """Of codes on the CPU, its latents named by the items' concepts; those private to a stream say so."""
+        """Of codes on the CPU, its latents named by the items' concepts.
+
+        Those private to a stream say so: their frequency is that stream's, and there is no agreement of theirs.
+        """
         named = name_latents(codes, items.known(), items.concepts, n_latents)
         names: list[tuple[str, ...]] = list(named.several)
+        of_streams = latent_use(codes, n_latents).frequency
+        agreement, frequency = named.agreement.clone(), of_streams.mean(0)
         for stream, some in (private or {}).items():
             names[some] = [(*several, f"private to {stream}") for several in names[some]]
+            agreement[some], frequency[some] = torch.nan, of_streams[list(codes).index(stream), some]
         return cls(
             name,
             codes,
             names,
-            named.agreement.numpy(),
-            latent_use(codes, n_latents).frequency.mean(0).numpy(),
+            agreement.numpy(),
+            frequency.numpy(),
             None if jaccard is None else jaccard.numpy(),
             curves or {},
         )

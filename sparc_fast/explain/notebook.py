@@ -9,6 +9,7 @@ from functools import cached_property
 from html import escape
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from sparc_fast.sizes import is_integer
@@ -60,8 +61,10 @@ class Latent:
     def __repr__(self) -> str:
         model, n = self.model, self.number
         names = ", ".join(model.names[n]) or "no name"
-        use = f"agreement {float(model.agreement[n]):.2f}, fires for {float(model.frequency[n]):.2%} of the samples"
-        return f"Latent {n} of {model.name}: {names} ({use})"
+        agreement = "" if np.isnan(model.agreement[n]) else f"agreement {float(model.agreement[n]):.2f}, "
+        return (
+            f"Latent {n} of {model.name}: {names} ({agreement}fires for {float(model.frequency[n]):.2%} of the samples)"
+        )
 
     def _repr_html_(self) -> str:
         streams = self.report.streams

@@ -38,15 +38,21 @@ const after = () => data.models.length - 1;
 /** One model's view of a latent: every stream, the concept its samples share, and the samples. */
 function model(id, { models }, side, entries, detailed = false, heading = null) {
   const { stats, streams } = models[side];
+  const silent = data.streams.filter((_, s) => !streams[s][0].length);
   const rows = data.streams.map(({ name, about }, s) => {
-    const shared = streams[s][3];
+    const [{ length }, , , shared] = streams[s];
+    if (detailed && !length) return null;
     const kind = !shared ? "mixed" : shared === nameOf(id) ? "bears" : "";
-    const concept = data.named ? el("b", { className: kind }, shared || "mixed") : null;
+    const concept = data.named && length ? el("b", { className: kind }, shared || "mixed") : null;
     const label = el("div", { className: "label", title: about }, el("bdi", {}, name), concept);
     const count = detailed ? Infinity : drawn(s) ? OVERVIEW.pictures : OVERVIEW.texts;
     return el("div", { className: `stream${drawn(s) ? "" : " texts"}` }, label,
       samples(s, streams[s], entries, nameOf(id), count, detailed));
   });
+  if (detailed && silent.length) {
+    const those = silent.flatMap(({ name }, i) => [i ? ", " : "", el("bdi", {}, name)]);
+    rows.push(el("div", { className: "stream" }, el("p", { className: "small" }, "never fires in ", those)));
+  }
   const when = data.models.length === 1 ? "" : ["Before: ", "After: "][side];
   const head = heading ?? [when, el("bdi", {}, data.models[side].name)];
   return el("div", { className: `model ${SIDES[sideOf(side)]}` },
@@ -166,11 +172,12 @@ async function show() {
 
 // Pages: #latent=3, #latents=3,7 compared, #sample=12
 
-const home = () => el("a", { href: "#latents" }, "← All latents");
-const way = (label, ...steps) => el("nav", { className: "way", "aria-label": label }, home(), el("span", {}, steps));
+const way = (label, ...steps) =>
+  el("nav", { className: "way", "aria-label": label }, el("a", { href: "#latents" }, "← All latents"), el("span", {}, steps));
 const heading = (...children) => el("h1", { tabIndex: -1 }, ...children);
 const kicker = (...children) => el("p", { className: "kicker" }, ...children);
-const dead = (id) => [home(), heading(`Latent ${id} is dead`), el("p", {}, "No sample fires it.")];
+const dead = (id) => (id < data.latents ? [way("Latents"), heading(`Latent ${id} is dead`), el("p", {}, "No sample fires it.")]
+  : [way("Latents"), heading(`There is no latent ${id}`)]);
 
 async function latentPage(id) {
   if (!places.has(id)) return dead(id);
@@ -221,7 +228,7 @@ async function pairPage(a, b) {
 }
 
 async function samplePage(n) {
-  if (!(n < data.samples)) return [home(), heading(`There is no sample ${n}`)];
+  if (!(n < data.samples)) return [way("Samples"), heading(`There is no sample ${n}`)];
   const sample = (await loadAll("samples", [n])).get(n);
   const near = sample.near.flat(2);
   const entries = await loadAll("texts", [n, ...near]);
@@ -286,7 +293,7 @@ async function route() {
 /** A page that says what is missing. */
 function failed(error) {
   console.error(error);
-  return [home(), heading("This cannot be shown"), el("p", {}, `${error.message}. The page needs the folder that it was written with.`)];
+  return [way("Latents"), heading("This cannot be shown"), el("p", {}, `${error.message}. The page needs the folder that it was written with.`)];
 }
 
 // Everything

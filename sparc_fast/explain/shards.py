@@ -42,8 +42,7 @@ class Shards:
         self.report, self.words = report, Shown(report)
         self.tops = [tops_of(report, model) for model in report.models]
         alive: npt.NDArray[np.bool_] = np.any(self.tops[-1].rows >= 0, axis=(0, 2))
-        self.agreement = np.nan_to_num(report.after.agreement)
-        ranked = np.lexsort((np.arange(len(alive)), -self.agreement))
+        ranked = np.lexsort((np.arange(len(alive)), -np.nan_to_num(report.after.agreement)))
         self.latents = ranked[alive[ranked]]  # in the order of the page
         self.chosen = choose_latents(report, self.tops)
         self.rows = self._order()  # the row of each number
@@ -122,9 +121,8 @@ class Shards:
         after, used = self.report.after, dict[str, int]()
         names = [[used.setdefault(name, len(used)) for name in after.names[latent]] for latent in self.latents.tolist()]
         jaccard = np.full(self.report.n_latents, np.nan) if after.jaccard is None else after.jaccard
-        stats = [
-            [_number(x) for x in column[self.latents].tolist()] for column in (self.agreement, after.frequency, jaccard)
-        ]
+        columns = after.agreement, after.frequency, jaccard
+        stats = [[_number(x) for x in column[self.latents].tolist()] for column in columns]
         return {"ids": self.latents.tolist(), "names": names, "words": list(used), "stats": stats}
 
     def vocabulary(self) -> dict[str, Any]:

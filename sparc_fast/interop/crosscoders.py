@@ -1,4 +1,7 @@
-"""Crosscoders of dictionary_learning (the fork that has `BatchTopKCrossCoder`) as models, where the mathematics agrees.
+"""Crosscoders of dictionary_learning as models, where the mathematics agrees.
+
+They are `CrossCoder` and `BatchTopKCrossCoder` in dictionary.py of the fork github.com/science-of-finetuning, with the
+files that its mixin and its trainSAE write; saprmarks/dictionary_learning has the first, without norms and statistics.
 
 A crosscoder has one activation a latent, relu(sum over layers), that all layers are reconstructed from. So it is a
 model of one stream, its layers side by side; and of a stream a layer only where its encoder reads one layer, since a
@@ -19,11 +22,12 @@ from sparc_fast.files import read_object
 from sparc_fast.model import SPARC
 
 from .pickled_tensors import load_tensors
-from .thresholds import known_threshold
+from .thresholds import LIKELY_K, known_threshold
 
 __all__ = ["from_crosscoder"]
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
+WEIGHTS = ("model.safetensors", "model_final.pt")  # as save_pretrained and as trainSAE write them
 NORMALIZATIONS = {1: "CROSSCODER", 2: "SAE", 3: "MIXED", 4: "NONE", 5: "DECOUPLED"}
 COMPILED = "_orig_mod."  # before the names of a model that was saved while it was compiled
 EPSILON = 1e-8  # of its `denormalize_activations`
@@ -48,13 +52,14 @@ def from_crosscoder(
     """The model of a crosscoder: its activations and reconstructions, to rounding.
 
     Args:
-        path: a state_dict (``.pt``, ``.safetensors``), or a folder with ``model.safetensors`` and ``config.json``.
+        path: a state_dict (``.pt``, ``.safetensors``), or the folder of ``save_pretrained`` or of a training run.
             Pickled objects other than tensors are never loaded.
         config: ``config.json`` or its content; by default the one in the folder. It says what weights do not:
             ``encoder_layers`` and, of MIXED normalization, the shares. Of weights that do not say it either, the
             normalization is CROSSCODER, as it is there.
         topk: the k largest activations of each sample fire, as ``encode(x, use_threshold=False)`` has it of one sample.
-            By default what is above the threshold does, as there: a BatchTopK model, in eval mode.
+            By default what is above the threshold does, as there: a BatchTopK model, in eval mode. A crosscoder without
+            one fires above 0; how many that are is not in its files: set ``model.k`` to train it further.
         streams: names of the layers, where the encoder reads one of them: ``model.translate`` goes from that to any. Of
             other crosscoders the model has one stream, "layers": ``x.flatten(1)`` of x [N, layers, D].
 
@@ -66,11 +71,8 @@ def from_crosscoder(
     tensors = _read(path)
     settings = _settings(path, config)
     normalization = _check(tensors, settings, path)
-    if "k" not in tensors or not (topk or "threshold" in tensors):
-        raise ValueError(
-            f"path must be a BatchTopK crosscoder, but {path} has no k and threshold: every latent above 0 fires, and "
-            "a model here fires k on average"
-        )
+    if topk and "k" not in tensors:
+        raise ValueError(f"topk must be False for {path}, which has no k: every latent above 0 fires there, got True")
     W_enc, W_dec, b_dec = (tensors[name].double() for name in ("encoder.weight", "decoder.weight", "decoder.bias"))
     layers, L, D = W_dec.shape
     reads = _layers_read(settings, len(W_enc), layers, path)
@@ -92,12 +94,12 @@ def from_crosscoder(
     widths = {name: layers * D // len(names) for name in names}
     bias = W_dec.new_zeros(len(names), L)
     bias[0 if len(names) == 1 else reads[0]] = latent_bias
-    state = {} if topk else known_threshold(float(tensors["threshold"]), len(names))
+    state = {} if topk else known_threshold(float(tensors.get("threshold", 0)), len(names))
     with torch.random.fork_rng(devices=[]):  # the first weights are thrown away: draw nothing for them
         model = SPARC(
             widths,
             L,
-            int(tensors["k"]),
+            int(tensors.get("k", min(LIKELY_K, L))),
             selection="global" if topk else "batch",
             dtype=tensors["encoder.weight"].dtype,
         )
@@ -113,7 +115,7 @@ def from_crosscoder(
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
-        path = path / WEIGHTS
+        path = next((file for name in WEIGHTS if (file := path / name).is_file()), path / WEIGHTS[0])
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -130,12 +132,13 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _settings(path: Path, config: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any]:
-    if isinstance(config, Mapping):
-        return config
-    file = path / CONFIG if config is None else Path(config)
-    if config is None and not file.is_file():
-        return {}
-    return read_object(file, "config")
+    if not isinstance(config, Mapping):
+        file = path / CONFIG if config is None else Path(config)
+        if config is None and not file.is_file():
+            return {}
+        config = read_object(file, "config")
+    of_run = config.get("trainer", config)  # which has what its crosscoder was made with
+    return {**of_run, **of_run.get("dict_class_kwargs", {})}
 
 
 def _check(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], path: Path) -> str:

@@ -22,7 +22,7 @@ from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.version import __version__
 
 from .stream_weights import stream_weights
-from .thresholds import known_threshold
+from .thresholds import LIKELY_K, known_threshold
 
 __all__ = ["from_saelens", "is_saelens", "to_saelens"]
 
@@ -73,7 +73,7 @@ def _of_jumprelu(config: Fields, tensors: Tensors) -> tuple[Fields, Tensors]:
     """Of one that was trained as BatchTopK, and has one threshold for all latents, our BatchTopK."""
     threshold, metadata = tensors.pop("threshold"), config.get("metadata") or {}
     details = metadata.get("training_architecture_details") or {}
-    k = details.get("k", min(LIKELY, config["d_sae"]))
+    k = details.get("k", min(LIKELY_K, config["d_sae"]))
     if list(threshold.shape) != [config["d_sae"]]:
         raise ValueError(
             f"folder must hold a threshold of each of {config['d_sae']} latents, got {list(threshold.shape)}"
@@ -89,10 +89,6 @@ def _of_jumprelu(config: Fields, tensors: Tensors) -> tuple[Fields, Tensors]:
 
 def _batch(k: float, threshold: Tensor) -> tuple[Fields, Tensors]:
     return {"k": max(1, round(k)), "selection": "batch"}, known_threshold(float(threshold))
-
-
-LIKELY = 64
-"""The k of a model of which no more is known: training would aim at it, and codes do not depend on it."""
 
 
 READERS: dict[str, Callable[[Fields, Tensors], tuple[Fields, Tensors]]] = {

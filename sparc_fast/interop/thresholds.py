@@ -6,7 +6,10 @@ from torch import Tensor
 
 from sparc_fast.selection.batch_topk import REMEMBERED, Thresholds
 
-__all__ = ["known_threshold"]
+__all__ = ["LIKELY_K", "known_threshold"]
+
+LIKELY_K = 64
+"""The k of a model of which no more is known: training would aim at it, and codes do not depend on it."""
 
 
 def known_threshold(threshold: float, n_streams: int = 1) -> dict[str, Tensor]:

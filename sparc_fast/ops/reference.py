@@ -275,7 +275,7 @@ def nested_decode_loss(
     grad_pre_bias[d]        = dloss/dpre_bias = sum_{n, s} grad_recons[0, n, s, d]
 
     Returns nmse [P, S, S], grad_recons [P, N, S, D], grad_values [N, S, k] and grad_pre_bias [D], in the types of
-    `decode_loss`. Matryoshka (Bussmann et al., arXiv 2503.17547).
+    `decode_loss`. Matryoshka (Bussmann et al., arXiv 2503.17547, who add them up).
     """
     P, shares, dtype = len(sizes), [weight / len(sizes) for weight in weights], gradient_dtype(values)
     losses = []

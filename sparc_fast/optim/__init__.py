@@ -1,5 +1,5 @@
 """The fused optimizer."""
 
-from sparc_fast.optim.sparc_adam import SparcAdam
+from sparc_fast.optim.sparc_adam import Coming, SparcAdam
 
-__all__ = ["SparcAdam"]
+__all__ = ["Coming", "SparcAdam"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -25,6 +25,27 @@ from sparc_fast.optim.step_graphs import Made, Quiet, StepGraphs, can_capture
 from sparc_fast.selection import BY_THRESHOLD
 
 MomentType = Literal["float32", "bfloat16"]
+
+
+class Coming:
+    """The parts of a batch, of which other ranks are sent the next while one is worked on."""
+
+    def __init__(
+        self,
+        model: SPARC,
+        parts: Sequence[tuple[Inputs, Tensor | None]],
+        n_samples: int,
+        into: Tensor | None = None,
+    ) -> None:
+        self.parts, self.n_samples, self._model = parts, n_samples, model
+        self._first = model._begin_batch(*parts[0], into=into)
+
+    def batches(self) -> Iterator[Batch]:
+        coming = self._first
+        for part in self.parts[1:]:
+            given, coming = coming(), self._model._begin_batch(*part)
+            yield given
+        yield coming()
 
 
 class SparcAdam(torch.optim.Optimizer):
@@ -119,7 +140,7 @@ class SparcAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        inputs: Inputs | Sequence[Inputs],
+        inputs: Inputs | Sequence[Inputs] | Coming,
         cross_loss_coef: float = 1.0,
         auxk_coef: float = 1 / 32,
         support_from: Sequence[str] | None = None,
@@ -131,23 +152,54 @@ class SparcAdam(torch.optim.Optimizer):
         step and the loss are those of all samples together. What grows with samples is held for one part at a time,
         beside the gradients of both weight matrices, and for moments these twice. `present` is then as many.
         """
-        shards = self.model._shards
-        if shards.is_whole and (ranks := _processes()) > 1:
+        if self.model._shards.is_whole and (ranks := _processes()) > 1:
             raise ValueError(
                 f"SparcAdam must run in one process, got {ranks}, each of which would train a model of its own: share "
                 "its latents between them with sparc_fast.distributed.shard, or wrap the model in "
                 "DistributedDataParallel and give its parameters to torch.optim.Adam instead"
             )
-        with shards.agreed("step"):
-            parts, n_own = self._parts(inputs, present)
-        is_fixed = self._is_fixed(parts)
+        coming = inputs if isinstance(inputs, Coming) else self._sent(inputs, present, self._graphs.inputs)
+        is_fixed = self._is_fixed(coming.parts)
         if is_fixed and self.model.auxk and auxk_coef and self._quiet.holds(self.model.silence, self.model.dead_after):
             auxk_coef = 0.0
         reads_host = not self.capturable and not is_fixed
         objective = self.model._objective(cross_loss_coef, auxk_coef, support_from, reads_host)
         with self.model._rows_left_behind(), autograd.without_autocast(self.model.W_enc):
             self._check_trainable()
-            return self._step(parts, n_own, objective, is_fixed)
+            return self._step(coming, objective, is_fixed)
+
+    @torch.no_grad()
+    def send(
+        self,
+        inputs: Inputs | Sequence[Inputs],
+        present: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> Coming:
+        """What to give to a later `step` in place of inputs and `present`, which other ranks are sent meanwhile.
+
+        Called before the step that comes first, so that samples are exchanged while that works::
+
+            coming = optimizer.send(next(batches))
+            for batch in batches:
+                now, coming = coming, optimizer.send(batch)
+                optimizer.step(now)
+            optimizer.step(coming)
+
+        All ranks call it together. One process has nothing to send. It takes memory for the samples of one batch, or of
+        its first part, more.
+        """
+        return self._sent(inputs, present)
+
+    def _sent(
+        self,
+        inputs: Inputs | Sequence[Inputs],
+        present: Tensor | Sequence[Tensor | None] | None,
+        into: Tensor | None = None,
+    ) -> Coming:
+        """`into`: where samples of one part that are copied may be, if a step takes them before others are sent."""
+        with self.model._shards.agreed("step"):
+            parts, n_samples = self._parts(inputs, present)
+        with autograd.without_autocast(self.model.W_enc):
+            return Coming(self.model, parts, n_samples, into if len(parts) == 1 else None)
 
     def _parts(
         self, inputs: Inputs | Sequence[Inputs], present: Tensor | Sequence[Tensor | None] | None
@@ -173,9 +225,7 @@ class SparcAdam(torch.optim.Optimizer):
             )
         return list(zip(given, has, strict=True)), n_samples
 
-    def _step(
-        self, parts: Sequence[tuple[Inputs, Tensor | None]], n_own: int, objective: Objective, is_fixed: bool
-    ) -> SparcLoss:
+    def _step(self, coming: Coming, objective: Objective, is_fixed: bool) -> SparcLoss:
         model = self.model
         backend = backends.resolve(model.backend, model.W_enc.device)
         parameters = (model.W_enc, model.W_dec, model.latent_bias, model.pre_bias, model.latent_threshold)
@@ -198,8 +248,8 @@ class SparcAdam(torch.optim.Optimizer):
                 over = replace(over, dead=model.dead)  # now, not when this was captured
             return one_step(self._flow(given, given.n_samples, over, backend), lr, step)
 
-        if len(parts) == 1:
-            given = model._batch(*parts[0])
+        if len(coming.parts) == 1:
+            (given,) = coming.batches()
             kind = self._kind(given, objective, states) if is_fixed and self.graph else None
             if kind is None:
                 loss = whole_step(given, lr, step)
@@ -213,13 +263,12 @@ class SparcAdam(torch.optim.Optimizer):
             if is_fixed:
                 self._quiet.note(model.silence, given.n_samples)
         else:
-            n_samples = model._shards.samples(n_own)
-            batch = MicroBatches(
-                tuple(model.d_streams.values()), model.silence, backend, n_samples, model._private_here
-            )
-            objective = objective.over(model._batch(*part) for part in parts)
-            for part in parts:
-                batch.add(self._flow(model._batch(*part), n_samples, objective, backend))
+            n_samples = model._shards.samples(coming.n_samples)
+            widths, private = tuple(model.d_streams.values()), model._private_here
+            batch = MicroBatches(widths, model.silence, backend, n_samples, private)
+            objective = objective.over(coming.batches())
+            for given in coming.batches():
+                batch.add(self._flow(given, n_samples, objective, backend))
             loss = one_step(batch, lr, step)
         self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
         return loss
@@ -559,6 +608,18 @@ class SparcAdam(torch.optim.Optimizer):
             master.copy_(torch.where(trained == master.to(parameter.dtype), master, trained))
         return state
 
+    def _all_states(self) -> None:
+        """Those that the first step makes are there."""
+        with self.model._rows_left_behind():
+            for parameter in filter(self._is_trained, self._names):
+                self._state(parameter)
+
+    def _all_current(self) -> None:
+        """The decoder's rows were written as its steps say."""
+        if self._behind is not None:
+            state = self.state[self.model.W_dec]
+            self._behind.all_current(int(state["step"]) if state else 0)
+
     def state_dict(self) -> dict[str, Any]:
         """As on any optimizer; decoder rows are brought up to date first."""
         self.catch_up()
@@ -587,9 +648,7 @@ class SparcAdam(torch.optim.Optimizer):
                     device = torch.device("cpu") if key == "step" and not self.capturable else parameter.device
                     dtype = self._moment_dtype(parameter) if key in ("exp_avg", "exp_avg_sq") else value.dtype
                     self.state[parameter][key] = value.to(device, dtype, copy=True)
-            if self._behind is not None:
-                state = self.state[self.model.W_dec]
-                self._behind.all_current(int(state["step"]) if state else 0)
+            self._all_current()
 
     def _checked(self, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """The state of a parameter, if it is one; ValueError says what is not."""

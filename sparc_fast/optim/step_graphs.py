@@ -54,6 +54,8 @@ class StepGraphs:
         self._met: dict[Hashable, int] = {}
         self._kept: dict[Hashable, Captured] = {}
         self._held: dict[int, tuple[float, int]] = {}  # what lr and step hold, by the graph
+        self.inputs: Tensor | None = None
+        """Where the graph that was replayed last reads samples: whoever writes the next ones there spares a copy."""
 
     def make(self, kind: Hashable, step: Made, x: Tensor, lr: float | Tensor, number: int) -> tuple[SparcLoss, bool]:
         """The step's loss, and whether it was replayed."""
@@ -69,7 +71,9 @@ class StepGraphs:
         if held[1] != number - 1:
             variables.step.fill_(number - 1)
         self._held[id(variables)] = (0.0 if isinstance(lr, Tensor) else lr), number
-        variables.x.copy_(x)
+        if x.data_ptr() != variables.x.data_ptr():
+            variables.x.copy_(x)
+        self.inputs = variables.x
         replay()
         return copied(loss), True
 

@@ -16,7 +16,9 @@ from sparc_fast.data import Reader, budget
 from sparc_fast.distributed.layout import groups_of, told_groups
 from sparc_fast.objective import nested_sizes
 from sparc_fast.ops import gpu_scratch
+from sparc_fast.optim.step_graphs import KEPT as KEPT_GRAPHS
 from sparc_fast.selection import BY_THRESHOLD, LOCAL
+from sparc_fast.sizes import counted
 from sparc_fast.training.config import Config
 
 ACCURACY = 0.15
@@ -59,27 +61,32 @@ class Streams:
     """Rows that are trained on; None where that is not known."""
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        return tuple(reader.width for reader in self.readers.values())
+    def d_streams(self) -> dict[str, int]:
+        return {name: reader.width for name, reader in self.readers.items()}
 
 
 class Sizes:
     """The letters: S streams, N samples at a time, L latents, k active, D all widths, W the widest, P dictionaries; and
     bytes."""
 
-    def __init__(self, config: Config, widths: tuple[int, ...], dead: float = 0.0, ranks: int = 1) -> None:
-        self.S, self.D, self.W = S, D, _ = len(widths), sum(widths), max(widths)
+    def __init__(self, config: Config, d_streams: Mapping[str, int], dead: float = 0.0, ranks: int = 1) -> None:
+        self.widths = tuple(d_streams.values())
+        self.S, self.D, self.W = S, D, _ = len(self.widths), sum(self.widths), max(self.widths)
         self.N, self.rows = config.micro_batch, config.batch_size  # `rows` of an optimizer step
-        k = max(config.k, config.k_start)
+        self.k_mean = k = max(config.k, config.k_start)
         k = min(k * UNLIKE, config.n_latents) if config.selection in BY_THRESHOLD else k
         q = config.private_k  # beside these, those of each stream's own, all in one support where there is one
-        quotas = [q] * len(config.private) if isinstance(q, int) else q.values()
-        k += (max if config.selection in LOCAL else sum)([0, *quotas])
+        quotas = dict.fromkeys(config.private, q) if isinstance(q, int) else q
+        self.slots = (max if config.selection in LOCAL else sum)([0, *quotas.values()])
+        self.private = [(count, quotas[name], d_streams[name]) for name, count in config.private.items()]
+        k += self.slots
         self.L, self.k, self.ranks = L, _, _ = -(-config.n_latents // ranks), k, ranks  # L of this rank's latents
         self.n_dead = round(dead * L) if config.auxk and config.auxk_coef else 0
         self.k_dead = min(config.auxk, self.n_dead)  # latents of AuxK's support
         self.widest_support = max(self.k, self.k_dead)
         self.supports = S if config.selection in LOCAL else 1  # of a sample
+        # columns of streams that choose and are not neighbours, which are copied together
+        self.apart = D - min(self.widths[1:-1]) if config.support_dropout and S > 2 else 0
         nested = nested_sizes(config.matryoshka, config.n_latents)
         self.P = max([1, *(len(told) for told in told_groups(nested, ranks))]) if nested else 1  # told of, by any rank
         # of a reconstruction, those of a rank and its share of all ranks'
@@ -119,15 +126,17 @@ def parts_of(
         dead: the part of the latents that is dead when AuxK works hardest.
         ranks: that share the latents; the parts are those of one.
     """
-    sizes = Sizes(config, streams.widths, dead, ranks)
+    sizes = Sizes(config, streams.d_streams, dead, ranks)
     taken = "CUDA's context and libraries" if on_gpu else "process: Python, torch, libraries"
     parts = [Part(taken, overhead), *_kept(config, sizes, steps)]
     if not on_gpu:
         parts.append(Part("loader: windows and orders of rows", loader_bytes(config, streams)))
         measuring = 5 * sizes.batch * config.calibrate
         parts.append(Part("measuring: one more batch, two in float64", measuring, (CALIBRATING,)))
-    parts += _batch(config, sizes)
-    parts += _gpu_scratch(sizes, streams.widths) if on_gpu else _cpu_scratch(config, sizes, streams.widths, threads)
+    step = [*_batch(config, sizes), *(_gpu_scratch(sizes) if on_gpu else _cpu_scratch(config, sizes, threads))]
+    parts += [*_inputs(config, sizes), *step]
+    if on_gpu and _is_captured(config, sizes):
+        parts += _captured(config, sizes, step)
     return [part for part in parts if part.bytes and part.phases]
 
 
@@ -155,13 +164,14 @@ def loader_bytes(config: Config, streams: Streams) -> int:
 
 def host_bytes(config: Config, streams: Streams, overhead: int, ranks: int = 1) -> int:
     """Of the host beside a GPU: the process, the loader with three page-locked batches, a checkpoint's copies."""
-    batches = 3 * Sizes(config, streams.widths, ranks=ranks).batch
-    return overhead + loader_bytes(config, streams) + batches + mapped_bytes(config, streams.widths, ranks)
+    batches = 3 * Sizes(config, streams.d_streams, ranks=ranks).batch
+    return overhead + loader_bytes(config, streams) + batches + mapped_bytes(config, streams.d_streams, ranks)
 
 
-def mapped_bytes(config: Config, widths: tuple[int, ...], ranks: int = 1) -> int:
+def mapped_bytes(config: Config, d_streams: Mapping[str, int], ranks: int = 1) -> int:
     """Of a checkpoint's file, while it is read: its pages are in memory, until somebody else needs it."""
-    return sum(part.bytes for part in _kept(config, Sizes(config, widths, ranks=ranks), 0) if UPDATING in part.phases)
+    sizes = Sizes(config, d_streams, ranks=ranks)
+    return sum(part.bytes for part in _kept(config, sizes, 0) if UPDATING in part.phases)
 
 
 def _kept(config: Config, sizes: Sizes, steps: int) -> Iterator[Part]:
@@ -178,14 +188,23 @@ def _kept(config: Config, sizes: Sizes, steps: int) -> Iterator[Part]:
         yield Part("masters held against a matrix of weights", (1 + 2 * FLOAT) * sizes.L * sizes.D, (GOING_ON,))
 
 
-def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
-    """What flows through a step, whatever computes it."""
-    S, N, D, w, g = sizes.S, sizes.N, sizes.D, sizes.weight, sizes.gradient
-    both, and_validating = (RECONSTRUCTING, UPDATING), (RECONSTRUCTING, UPDATING, VALIDATING)
+def _inputs(config: Config, sizes: Sizes) -> Iterator[Part]:
+    """What a step is given, and validation."""
+    N, D, w = sizes.N, sizes.D, sizes.weight
     validates = bool(config.validation_rows or config.validation_data)
     yield Part("batch", sizes.batch)
     if sizes.ranks > 1:
         yield Part("exchange: the batch of all ranks", N * D * w, (*STEP, VALIDATING))
+    if config.calibrate or config.normalize != "none" or w < FLOAT:
+        yield Part("batch as the model sees it", N * D * w, (*STEP, VALIDATING))
+    yield Part("batch of held-out rows", N * D * FLOAT * validates, (VALIDATING,))
+
+
+def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
+    """What flows through a step, whatever computes it."""
+    S, N, D, w, g = sizes.S, sizes.N, sizes.D, sizes.weight, sizes.gradient
+    both, and_validating = (RECONSTRUCTING, UPDATING), (RECONSTRUCTING, UPDATING, VALIDATING)
+    if sizes.ranks > 1:
         candidates = (3 * sizes.ranks + 2) * N * sizes.supports * sizes.widest_support * (FLOAT + INDEX)
         if config.selection == "batch":  # a rank's own, and which of them fire
             candidates = 4 * N * 2 * -(-config.k // sizes.ranks) * (FLOAT + INDEX)
@@ -194,11 +213,8 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
         yield Part("exchange: candidates of all ranks", candidates, (CHOOSING, VALIDATING))
         parts = N * S * D * (sizes.parts * FLOAT + sizes.dictionaries * -(-g // sizes.ranks))
         yield Part("exchange: parts of reconstructions, sent and received", parts, (RECONSTRUCTING, VALIDATING))
-    if config.calibrate or config.normalize != "none" or w < FLOAT:
-        yield Part("batch as the model sees it", N * D * w, (*STEP, VALIDATING))
     if config.loss == "fvu":
         yield Part("deviations of a stream, in float64", 3 * LONG * N * sizes.W, (CHOOSING,))
-    yield Part("batch of held-out rows", N * D * FLOAT * validates, (VALIDATING,))
     if config.accumulate > 1:
         gradients = FLOAT * (2 * sizes.L * D + S * sizes.L)
         yield Part("gradients of the weights, summed over micro-batches", gradients, STEP)
@@ -226,7 +242,7 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
         yield Part("AuxK: both passes in one batch", stacks, both)
 
 
-def _cpu_scratch(config: Config, sizes: Sizes, widths: tuple[int, ...], threads: int) -> Iterator[Part]:
+def _cpu_scratch(config: Config, sizes: Sizes, threads: int) -> Iterator[Part]:
     from sparc_fast import _cpu  # which need not be there, nor what imports it
     from sparc_fast.ops import cpu_topk
 
@@ -236,10 +252,8 @@ def _cpu_scratch(config: Config, sizes: Sizes, widths: tuple[int, ...], threads:
     yield Part("support: scores, candidates", topk, (*STEP, VALIDATING))
     if config.dtype == "float16":
         yield Part("float16 weights widened to be read", FLOAT * L * D, (CHOOSING, RECONSTRUCTING, VALIDATING))
-    if config.support_dropout and S > 2:
-        apart = D - min(widths[1:-1])  # streams that are not neighbours are copied together
-        kept = STEP if L * apart * sizes.weight < KEPT else (CHOOSING,)
-        yield Part("columns of the streams that choose", (2 * L + N) * apart * sizes.weight, kept)
+    kept = STEP if sizes.apart * L * sizes.weight < KEPT else (CHOOSING,)
+    yield Part("columns of the streams that choose", (2 * L + N) * sizes.apart * sizes.weight, kept)
     sums = N * S * S * sizes.P * LONG + -(-N // _cpu.BLOCK_SAMPLES) * D * FLOAT
     yield Part("errors, and sums of the pre-bias's gradient", sums, (RECONSTRUCTING, VALIDATING))
     of_batch, of_gradient = sizes.passes * N, sizes.decoded * N * S
@@ -253,9 +267,10 @@ def _cpu_scratch(config: Config, sizes: Sizes, widths: tuple[int, ...], threads:
     yield Part("update: gradients of some rows", runs + 256 * D * FLOAT + 4 * S * L * FLOAT, (UPDATING,))
 
 
-def _gpu_scratch(sizes: Sizes, widths: tuple[int, ...]) -> Iterator[Part]:
+def _gpu_scratch(sizes: Sizes) -> Iterator[Part]:
     """What the Triton kernels' launchers allocate, from their code."""
     S, N, L, D = sizes.S, sizes.N, sizes.L, sizes.D
+    yield Part("columns of the streams that choose", (2 * L + N) * sizes.apart * sizes.weight, (CHOOSING,))
     capacity = min(gpu_scratch.ROOM * sizes.widest_support + gpu_scratch.SPARE, L)
     rows = min(N, gpu_scratch.ROWS, max(1, gpu_scratch.CANDIDATES // (16 * capacity)))
     chunk = min(L, max(256, GPU_SCORES // (4 * rows)))
@@ -263,7 +278,26 @@ def _gpu_scratch(sizes: Sizes, widths: tuple[int, ...]) -> Iterator[Part]:
     yield Part("support: scores, candidates", topk, (CHOOSING, VALIDATING))
     sorted_entries = sizes.entries // sizes.passes * sizes.decoded if sizes.P > 1 else sizes.entries
     yield Part("supports being sorted", 24 * sorted_entries, (RECONSTRUCTING,))
-    chunks = sum(-(-width // 128) for width in widths)
+    chunks = sum(-(-width // 128) for width in sizes.widths)
     yield Part("sums by chunks of columns", chunks * N * S * (sizes.P + sizes.k) * FLOAT, (RECONSTRUCTING, VALIDATING))
+    terms = sizes.entries * (FLOAT * (S + (S if sizes.supports == 1 else 1)) + 2 * INDEX)
+    yield Part("update: terms of the sums", terms, (UPDATING,))
     pieces = -(-sizes.entries // gpu_scratch.PIECE) * 2 * D * FLOAT
     yield Part("update: sums of long latents", pieces + 1024 * D * FLOAT + 4 * S * L * FLOAT, (UPDATING,))
+
+
+def _is_captured(config: Config, sizes: Sizes) -> bool:
+    """Whether `SparcAdam` captures steps of complete samples in CUDA graphs."""
+    is_plain = config.selection in ("global", "local") and not (config.private or config.matryoshka or config.lazy)
+    return is_plain and config.accumulate == 1 and sizes.ranks == 1
+
+
+def _captured(config: Config, sizes: Sizes, step: Iterable[Part]) -> Iterator[Part]:
+    """Beside what the graph that is replayed takes: samples of each, and what the others keep for themselves."""
+    choices = 2**sizes.S - 1 if config.support_dropout else 1  # of streams that choose
+    graphs = min(KEPT_GRAPHS, choices * (1 + bool(config.auxk and config.auxk_coef)))
+    scratch = max(bytes for phase, bytes in totals(step).items() if phase in STEP)
+    samples = graphs * sizes.N * sizes.D * sizes.weight
+    yield Part(f"captured steps: samples of {counted(graphs, 'graph')}", samples, (*STEP, VALIDATING))
+    yield Part("captured steps: scratch of those not replayed", (graphs - 1) * scratch, STEP)
+    yield Part("captured steps: scratch of all", graphs * scratch, (VALIDATING,))

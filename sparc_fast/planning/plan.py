@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparc_fast.data import AlignedFiles, Reader
 from sparc_fast.ops import backends
+from sparc_fast.selection.private import Private
 from sparc_fast.training.config import Config, open_files, streams_of
 from sparc_fast.training.validation import hold_out
 
@@ -58,6 +59,7 @@ def plan(
     if ranks < 1 or -(-config.n_latents // ranks) * (ranks - 1) >= config.n_latents:
         raise ValueError(f"ranks must be at least 1, and n_latents={config.n_latents} enough for each, got {ranks}")
     streams = _streams(config, d_streams, n_rows, files)
+    Private.of(streams.d_streams, config.n_latents, config.k, config.private, config.private_k or None)  # or an error
     machine = machine or Machine.here(device_of(config))
     _check_backend(config, machine)
     found = _outcome(config, streams, machine, dead, ranks)
@@ -76,11 +78,11 @@ def _outcome(config: Config, streams: Streams, machine: Machine, dead: float, ra
         ranks=ranks,
     )  # fmt: skip
     roofs = machine.roofs
-    time = {} if roofs is None else step_costs(config, streams.widths, roofs.faster_type, ranks)
+    time = {} if roofs is None else step_costs(config, streams.d_streams, roofs.faster_type, ranks)
     return Plan(
         config, streams, machine, dead, steps, tuple(parts),
         host_bytes(config, streams, machine.host_overhead, ranks) if on_gpu else None,
-        mapped_bytes(config, streams.widths, ranks), time, (), ranks,
+        mapped_bytes(config, streams.d_streams, ranks), time, (), ranks,
     )  # fmt: skip
 
 

@@ -97,9 +97,9 @@ class Plan:
     def received(self) -> dict[str, float]:
         """What -> bytes that a rank receives of the others in a step."""
         config, weight = self.config, getattr(torch, self.config.dtype).itemsize
-        supports = len(self.streams.widths) if config.selection in LOCAL else 1
+        supports = len(self.streams.readers) if config.selection in LOCAL else 1
         auxk = config.auxk if config.auxk_coef and self.dead else 0
-        sizes = config.batch_size, self.streams.widths, config.k * supports, self.ranks
+        sizes = config.batch_size, tuple(self.streams.d_streams.values()), config.k * supports, self.ranks
         on_gpu = self.machine.device != "cpu"
         counts = {"batch": 2, "jumprelu": 0, "local_jumprelu": 0}.get(config.selection)
         nested = nested_sizes(config.matryoshka, config.n_latents)
@@ -133,9 +133,9 @@ def show_bytes(number: float) -> str:
 
 def _heading(plan: Plan) -> Iterator[str]:
     config, machine, streams = plan.config, plan.machine, plan.streams
-    widths = ", ".join(f"{name} {reader.width:,}" for name, reader in streams.readers.items())
+    widths = ", ".join(f"{name} {width:,}" for name, width in streams.d_streams.items())
     rows = "number of rows not given" if streams.n_rows is None else counted(streams.n_rows, "row")
-    yield f"L = {config.n_latents:,}, k = {config.k}, D = {sum(streams.widths):,} ({widths}), {rows}"
+    yield f"L = {config.n_latents:,}, k = {config.k}, D = {sum(streams.d_streams.values()):,} ({widths}), {rows}"
     yield f"batches of {config.batch_size:,}, {config.dtype}, {config.selection} selection" + ", lazy" * config.lazy
     rates = ""
     if (roofs := machine.roofs) is not None:

@@ -6,8 +6,9 @@ stream chooses by itself, score and thresholds are its own.
 
 Whether a latent fires has no gradient by its threshold. In its place stands that of a step as wide as a band around the
 threshold: 1 / bandwidth within it. So samples within the band move the threshold, by what the latent's value would do
-for the reconstruction, and by the sparsity penalty (L0 / k - 1)^2, which holds k latents a sample on average, as the
-paper's appendix on a target sparsity has it.
+for the reconstruction (the paper has the threshold for the value there: within the band they are about equal, but in
+several streams values differ), and by the sparsity penalty. That is (L0 / k - 1)^2, L0 of the batch, as the trainer of
+dictionary_learning has it in place of the paper's L0: it holds k latents a sample on average.
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ import math
 import signal
 import threading
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from sparc_fast.data.absence import mark_zero_rows, present_of, without_empty_sa
 from sparc_fast.model import SPARC
 from sparc_fast.ops import backends
 from sparc_fast.ops.layout import stream_slices
-from sparc_fast.optim import SparcAdam
+from sparc_fast.optim import Coming, SparcAdam
 from sparc_fast.version import __version__
 from sparc_fast.whole import Whole
 
@@ -180,10 +182,11 @@ class Trainer:
         self.model.check_finite = device.type == "cpu"  # the loader has looked; a GPU would wait
         batches = self._batches()
         while self.step < self.steps and stop.signal is None:
-            self._train_on(*next(batches), stop)
+            self._train_on(next(batches), stop)
             progress.advance(self.step)
             self._after_step(stop)
         if stop.signal is not None and self.step < self.steps:
+            self.loader.load_state_dict(self._loader_state)  # ranks were sent what comes next
             progress.say(f"stopped by {stop.signal.name} after step {self.step:,}; the same command goes on from there")
             return
         self.model.k, self.model.check_finite = config.k, True
@@ -192,9 +195,29 @@ class Trainer:
         if self.best is not None:
             self._save_best(self.folder.checkpoint(self.best[0]))
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        while True:
-            yield from self.loader.batches()
+    def _batches(self) -> Iterator[_Sent]:
+        """Of the steps that are left; of ranks, which are sent each before the step on the one before it."""
+        given = (batch for _ in count() for batch in self.loader.batches())
+        ahead = 1 if self._shared else 0
+        sent: deque[_Sent] = deque()
+        for step in range(self.step, self.steps):
+            while len(sent) <= min(ahead, self.steps - step - 1):
+                sent.append(self._send(*next(given)))
+            self._loader_state = sent[0].loader_state
+            yield sent.popleft()
+
+    def _send(self, batch: Tensor, present: Tensor | None) -> _Sent:
+        model, parts = self.model, self.config.accumulate
+        present, zero = present_of(batch, present, model.d_streams, self.config.zero_rows)
+        batch, present = without_empty_samples(batch, present)
+        inputs = batch.to(model.W_enc.device, non_blocking=True)
+        coming = self.optimizer.send(
+            inputs if parts == 1 else inputs.tensor_split(parts),
+            present if parts == 1 or present is None else present.tensor_split(parts),
+        )
+        zero_rows = None if zero is None else zero.sum(0)
+        pairs = None if present is None else pairs_of(present, len(batch), len(model.streams))
+        return _Sent(coming, pairs, zero_rows, self.loader.state_dict())
 
     def _save_best(self, path: Path) -> None:
         if not self._shared:
@@ -203,26 +226,20 @@ class Trainer:
         tensors, state = distributed.read(path, self.model._shards)
         self.model._shards.save(self.folder.best, under("model.", tensors), state["model"])
 
-    def _train_on(self, batch: Tensor, present: Tensor | None, stop: Stop) -> None:
+    def _train_on(self, sent: _Sent, stop: Stop) -> None:
         step, model = self.step, self.model
         model.k = self.schedule.k(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(step)
-        present, zero = present_of(batch, present, model.d_streams, self.config.zero_rows)
-        batch, present = without_empty_samples(batch, present)
-        parts = self.config.accumulate
-        inputs = batch.to(model.W_enc.device, non_blocking=True)
         loss = self.optimizer.step(
-            inputs if parts == 1 else inputs.tensor_split(parts),
+            sent.batch,
             self.schedule.cross_loss_coef(step),
             self.config.auxk_coef,
             self.schedule.support_from(step, model.streams),
-            present if parts == 1 or present is None else present.tensor_split(parts),
         )
-        zero_rows = None if zero is None else zero.sum(0)
-        pairs = None if present is None else pairs_of(present, len(batch), len(model.streams))
+        pairs, zero_rows = sent.pairs, sent.zero_rows
         if self._shared:
-            pairs, zero_rows = self._of_all(pairs, zero_rows, len(batch), stop)
+            pairs, zero_rows = self._of_all(pairs, zero_rows, sent.batch.n_samples, stop)
         self._means.add(loss, pairs, zero_rows)
         self.step += 1
         if loss.total.device.type == "cpu" and not math.isfinite(loss.total.item()):
@@ -300,7 +317,7 @@ class Trainer:
             "sparc_fast": __version__,
             "step": self.step,
             "best": self.best,
-            "loader": self.loader.state_dict(),
+            "loader": self._loader_state,
             "model": {**self.model.config(), "k": self.config.k, "check_finite": True},
             "config": self.config.as_dict(),
         }
@@ -364,6 +381,16 @@ class Trainer:
             f"{what} was NaN or infinite by step {self.step}: {left}. "
             "A lower lr, a longer warmup or a look at the data (sparc_fast.data.open(..., scan=True)) may help"
         )
+
+
+class _Sent(NamedTuple):
+    """A batch for a step."""
+
+    batch: Coming
+    pairs: Tensor | None
+    zero_rows: Tensor | None
+    loader_state: dict[str, Any]
+    """Behind it."""
 
 
 @dataclass
