@@ -87,6 +87,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {},
     "accumulated and clipped": {"accumulate": 3, "max_grad_norm": 0.5},
     "lazy, local, fvu": {"lazy": True, "selection": "local", "support_dropout": 0.0, "loss": "fvu"},
+    "jumprelu, nested": {"selection": "jumprelu", "matryoshka": (9, 30)},
+    "private": {"private": {"a": 12, "b": 25}, "private_k": 2, "lazy": True},
 }
 
 
@@ -145,6 +147,10 @@ def train_variant(folder: Path, name: str) -> int:
     return train(folder, **VARIANTS[name])
 
 
+def variant_stopped_at(folder: Path, step: int, rank: int, name: str) -> int:
+    return stopped_at(folder, step, rank, **VARIANTS[name])
+
+
 def test_a_run_goes_on_to_the_same_bits(two: Ranks, tmp_path: Path) -> None:
     two(train, tmp_path / "whole")
     assert two(stopped_at, tmp_path / "parts", 13, 1) == [13, 13]
@@ -154,15 +160,18 @@ def test_a_run_goes_on_to_the_same_bits(two: Ranks, tmp_path: Path) -> None:
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_a_checkpoint_is_read_by_any_number_of_ranks(two: Ranks, three: Ranks, four: Ranks, tmp_path: Path) -> None:
-    with Trainer(config(), tmp_path / "one", files=files()) as trainer:
+@pytest.mark.parametrize("name", ["dense", "jumprelu, nested", "private"])
+def test_a_checkpoint_is_read_by_any_number_of_ranks(
+    two: Ranks, three: Ranks, four: Ranks, tmp_path: Path, name: str
+) -> None:
+    with Trainer(config(**VARIANTS[name]), tmp_path / "one", files=files()) as trainer:
         trainer.run()
     folder = tmp_path / "many"
-    assert two(stopped_at, folder, 11, 0) == [11, 11]
+    assert two(variant_stopped_at, folder, 11, 0, name) == [11, 11]
     before = load_model(sorted((folder / "checkpoints").iterdir())[-1])
-    assert three(stopped_at, folder, 19, 2) == [19] * 3
-    assert stopped_at(folder, 25, 0) == 25
-    assert four(train, folder) == [40] * 4
+    assert three(variant_stopped_at, folder, 19, 2, name) == [19] * 3
+    assert stopped_at(folder, 25, 0, **VARIANTS[name]) == 25
+    assert four(train_variant, folder, name) == [40] * 4
     assert_same_figures(figures(folder), figures(tmp_path / "one"))
     assert not torch.equal(before.W_enc, sf.SPARC.load(folder / "model.safetensors").W_enc)
 

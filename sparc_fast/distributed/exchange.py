@@ -98,38 +98,75 @@ class Exchange:
         ]
         return pieces[0].reshape(-1).view(torch.int64).view(self.ranks, -1).tolist(), own
 
-    def deal(self, rows: Tensor, counts: Sequence[int], what: str) -> tuple[Tensor, Tensor]:
+    def deal(
+        self, rows: Tensor, counts: Sequence[int], what: str, parts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Of rows [sum counts, ...] that every rank has, all ranks' for this one's share of n.
 
-        Returns (rows, numbers [P, n]): where among the rows those of each rank for each of the share are. To be read
-        only.
-        """
-        return self.begin_deal(rows, counts, what)()
+        Or each rank has several `parts` of every row: of the first rank's share, part below part, then of the next.
 
-    def begin_deal(self, rows: Tensor, counts: Sequence[int], what: str) -> Callable[[], tuple[Tensor, Tensor]]:
+        Returns (rows, numbers [sum parts, n]): where among the rows each part, in the order of ranks, of each of the
+        share is. To be read only.
+        """
+        return self.begin_deal(rows, counts, what, parts)()
+
+    def begin_deal(
+        self, rows: Tensor, counts: Sequence[int], what: str, parts: Sequence[int] | None = None
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
         """`deal`; what `rows` are is not to change until it is there."""
         n, shape, N, P = counts[self.rank], rows.shape[1:], sum(counts), self.ranks
-        own = torch.arange(n, device=rows.device)
+        parts = [1] * P if parts is None else parts
+        before = [sum(parts[:rank]) for rank in range(P + 1)]
         if P == 1:
-            return lambda: (rows, own[None])
-        each = torch.arange(P, device=rows.device)[:, None]
+            return lambda: (rows, self._numbers([0], parts, n))
         size = shape.numel() * rows.itemsize
-        self.received[what] += n * size * (P - 1)
-        if (shared := self._shared(rows, P * N)) is not None:
-            shared[self.rank * N : (self.rank + 1) * N] = rows
+        self.received[what] += n * size * (before[P] - parts[self.rank])
+        if (shared := self._shared(rows, before[P] * N)) is not None:
+            shared[before[self.rank] * N : before[self.rank + 1] * N] = rows
             met = self._begin_meeting(shared)
-            return lambda: (met(), each * N + sum(counts[: self.rank]) + own)
-        sent, mine = _bytes(rows.contiguous()), _empty_like(rows, P * n)
-        given, taken = [n * size for n in counts], [n * size] * P
+            first = sum(counts[: self.rank])
+            begins = [before[rank] * N + parts[rank] * first for rank in range(P)]
+            return lambda: (met(), self._numbers(begins, parts, n))
+        sent, mine = _bytes(rows.contiguous()), _empty_like(rows, before[P] * n)
+        given, taken = [parts[self.rank] * m * size for m in counts], [m * n * size for m in parts]
         with self.with_others():
             work = dist.all_to_all_single(_bytes(mine), sent, taken, given, group=self.group, async_op=True)
         dealt = self._waiting_for(work, sent)
 
         def wait() -> tuple[Tensor, Tensor]:
             dealt()
-            return mine, each * n + own
+            return mine, self._numbers([before[rank] * n for rank in range(P)], parts, n)
 
         return wait
+
+    def _numbers(self, begins: Sequence[int], parts: Sequence[int], n: int) -> Tensor:
+        """[sum parts, n] of rows that begin there, rank by rank, part below part."""
+        each = [begin + part * n for begin, m in zip(begins, parts, strict=True) for part in range(m)]
+        first = torch.tensor(each, dtype=torch.int64, device="cpu").to(self.device)
+        return first[:, None] + torch.arange(n, device=self.device)
+
+    def hand(self, rows: Tensor, counts: Sequence[int], wanted: Sequence[Sequence[int]], what: str) -> Tensor:
+        """Of [G, n, ...], groups of this rank's share of n, to each rank those of all shares that it wants.
+
+        Returns those that are `wanted` here, [W, sum counts, ...]. To be read only.
+        """
+        mine, N, P, (G, n, *shape) = wanted[self.rank], sum(counts), self.ranks, rows.shape
+        if P == 1:
+            return rows[_slice(mine)]
+        size = rows.shape[2:].numel() * rows.itemsize
+        self.received[what] += len(mine) * (N - n) * size
+        if (shared := self._shared(rows.flatten(0, 1), G * N)) is not None:
+            of_all, first = shared.view(G, N, *shape), sum(counts[: self.rank])
+            of_all[:, first : first + n] = rows
+            self._begin_meeting(shared)()
+            return of_all[_slice(mine)]
+        sent = torch.cat([rows[_slice(some)].flatten(0, 1) for some in wanted])
+        found = _empty_like(sent, len(mine) * N)
+        given, taken = [len(some) * n * size for some in wanted], [len(mine) * m * size for m in counts]
+        with self.with_others():
+            dist.all_to_all_single(_bytes(found), _bytes(sent), taken, given, group=self.group)
+        pieces = torch.split(found, [len(mine) * m for m in counts])
+        return torch.cat([piece.view(len(mine), -1, *shape) for piece in pieces], dim=1)
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of all ranks' parts, which are small."""
@@ -312,6 +349,12 @@ def in_turn(pieces: Iterable[Iterator[object]]) -> None:
 def number_of(text: str) -> int:
     """63 bits, the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _slice(numbers: Sequence[int]) -> slice | list[int]:
+    """Which are neighbours are looked at where they are, others are copied."""
+    few = slice(numbers[0], numbers[-1] + 1)
+    return few if few.stop - few.start == len(numbers) else list(numbers)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from sparc_fast.data import Reader, budget
 from sparc_fast.distributed.bytes import piece_size
+from sparc_fast.distributed.layout import groups_of, told_groups
 from sparc_fast.objective import nested_sizes
 from sparc_fast.ops import gpu_scratch
 from sparc_fast.optim.step_graphs import KEPT as KEPT_GRAPHS
@@ -87,7 +88,12 @@ class Sizes:
         self.supports = S if config.selection in LOCAL else 1  # of a sample
         # columns of streams that choose and are not neighbours, which are copied together
         self.apart = D - min(self.widths[1:-1]) if config.support_dropout and S > 2 else 0
-        self.P = len(nested_sizes(config.matryoshka, config.n_latents)) or 1
+        nested = nested_sizes(config.matryoshka, config.n_latents)
+        self.P = max([1, *(len(told) for told in told_groups(nested, ranks))]) if nested else 1  # told of, by any rank
+        # of a reconstruction, those of a rank and its share of all ranks'
+        n_groups = [len(own) for own in groups_of(nested, ranks)] if nested else [1] * ranks
+        self.parts = max(n_groups) + -(-sum(n_groups) // ranks)
+        self.dictionaries = len(nested) or 1
         self.passes = 2 if self.n_dead else 1  # of a batch through the model: once more for AuxK
         self.entries = self.passes * self.N * self.supports * self.widest_support  # of a step, stacked
         # of the decoder, which nested dictionaries show every sample once for each
@@ -238,7 +244,13 @@ def _exchanged(config: Config, sizes: Sizes) -> Iterator[Part]:
     candidates = (3 * ranks + 2) * N * sizes.supports * sizes.widest_support * (FLOAT + INDEX)
     if config.selection == "batch":  # a rank's own, and which of them fire
         candidates = 4 * N * 2 * -(-config.k // ranks) * (FLOAT + INDEX)
+    if sizes.has_thresholds:
+        candidates = 0
     yield Part("exchange: candidates of all ranks", candidates, (CHOOSING, VALIDATING))
+    if sizes.dictionaries > 1:
+        parts = N * S * D * (sizes.parts * FLOAT + sizes.dictionaries * -(-sizes.gradient // ranks))
+        yield Part("exchange: parts of reconstructions, sent and received", parts, (RECONSTRUCTING, VALIDATING))
+        return
     n = piece_size(N) * S * D  # numbers of a piece; three are coming, to be read and free again
     piece = FLOAT * n + 3 * FLOAT * (n + n * (ranks - 1) // ranks) + sizes.gradient * n // ranks
     yield Part("exchange: reconstructions in pieces, sent and received", piece, (RECONSTRUCTING, UPDATING, VALIDATING))
