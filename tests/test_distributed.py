@@ -424,6 +424,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "nested": ({"matryoshka": [7, 20]}, {}, {}),
     "nested, four": ({"matryoshka": [3, 7, 20]}, {"lazy": "replay", "max_grad_norm": 0.05}, {"absent": True}),
     "nested, local, accumulated": ({"matryoshka": [20], "selection": "local"}, {"max_grad_norm": 0.05}, {"parts": 3}),
+    "nested, on other backends": ({"matryoshka": [7, 20], "selection": "batch", "backend": "reference"}, {}, {}),
     "nested, jumprelu": ({"matryoshka": [7, 20], "selection": "jumprelu", "loss": "fvu"}, {}, {}),
     "nested, batch": ({"matryoshka": [7, 20], "selection": "batch"}, {"freeze": "a", "max_grad_norm": 0.05}, {}),
     "private": (PRIVATE, {}, {}),
@@ -431,6 +432,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "private, batch": ({**PRIVATE, "selection": "batch"}, {"freeze": "a", "max_grad_norm": 0.05}, {}),
     "private, jumprelu": ({**PRIVATE, "selection": "jumprelu", "loss": "fvu"}, {}, {"absent": True}),
     "private, accumulated": (PRIVATE, {"max_grad_norm": 0.05, "freeze": "b"}, {"parts": 3}),
+    "private, most, on other backends": ({**MOST_PRIVATE, "backend": "reference"}, {"max_grad_norm": 0.05}, {}),
     "private, most": (MOST_PRIVATE, {"max_grad_norm": 0.05}, {"absent": True}),
     "private, most, batch": ({**MOST_PRIVATE, "selection": "batch"}, {"lazy": "replay", "freeze": "a"}, {}),
     "private, most, jumprelu": ({**MOST_PRIVATE, "selection": "local_jumprelu"}, {"freeze": "encoder"}, {}),
@@ -717,6 +719,19 @@ def test_a_step_exchanges_what_the_formula_says_and_nothing_that_grows_with_late
         assert sum(came.values()) == pytest.approx(sum(expected.values()), rel=0.02)
         for what in expected if P > 1 else ():
             assert came[what] == pytest.approx(expected[what], rel=0.01)
+
+
+def exchanged_private(n_latents: int) -> dict[str, int]:
+    return exchanged(n_latents, torch.float32, **PRIVATE)
+
+
+def test_a_step_of_private_latents_exchanges_candidates_for_each_stream(ranks: Ranks) -> None:
+    few, many = ranks(exchanged_private, 50), ranks(exchanged_private, 800)
+    expected = exchanged_bytes(360, list(WIDTHS.values()), 4, ranks.n, private_k=5)
+    assert few == many
+    for came in few if ranks.n > 1 else ():
+        for what, n_bytes in expected.items():
+            assert came[what] == pytest.approx(n_bytes, rel=0.01)
 
 
 def exchanged_nested(n_latents: int, sizes: list[int]) -> dict[str, int]:
