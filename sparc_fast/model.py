@@ -756,13 +756,13 @@ class SPARC(nn.Module):
     def from_pretrained(
         cls, name: str | Path, *, device: torch.device | str | None = None, backend: str = "auto", **options: Any
     ) -> SPARC:
-        """The model of a folder that `save_pretrained` wrote, or of a repository of the Hugging Face Hub.
+        """The model of a folder that `save_pretrained` wrote, or of a repository of the Hugging Face Hub, in eval mode.
 
         The options are huggingface_hub's: revision, token, cache_dir, force_download, local_files_only.
         """
         from sparc_fast.interop import hub
 
-        return cls.load(hub.fetch(name, **options), device=device, backend=backend)
+        return cls.load(hub.fetch(name, **options), device=device, backend=backend).eval()
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments that are part of the model, as plain data."""

@@ -1,10 +1,17 @@
-"""What a rank receives in a training step, before it is begun."""
+"""What a rank receives in a training step, before it is begun, and in what pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from .layout import groups_of, told_groups
+
+PIECES, LEAST, MOST = 4, 256, 1024
+
+
+def piece_size(n_samples: int) -> int:
+    """Of how many samples the reconstructions are exchanged together: a quarter, but 256 to 1024."""
+    return min(max(-(-n_samples // PIECES), LEAST), MOST, max(n_samples, 1))
 
 
 def exchanged_bytes(

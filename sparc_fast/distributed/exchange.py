@@ -24,6 +24,7 @@ from .neighbours import MOST, neighbours
 from .watch import watch
 
 T = TypeVar("T")
+MEETING = 6  # a call, as ranks tell them apart
 NUMBERS = 8  # that every rank tells of a call, whatever it is: calls that differ are found out
 
 
@@ -51,6 +52,7 @@ class Exchange:
         self._neighbours = neighbours(self) if self.ranks > 1 else None
         by_hosts = self._neighbours is not None or "cpu" in dist.get_backend_config(group)
         self._of_numbers = torch.device("cpu") if by_hosts else device  # a host waits for no device then
+        self._memory: shared_memory.SharedMemory | None = None
         self._memory = shared_memory.shared_memory(self) if on_cpus else None
 
     def gather(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
@@ -192,20 +194,24 @@ class Exchange:
         return self.begin_numbers(call, *numbers)()
 
     def begin_numbers(self, call: int, *numbers: int) -> Callable[[], list[list[int]]]:
-        """`numbers`."""
-        own = torch.tensor([[call, *numbers] + [0] * (NUMBERS - 1 - len(numbers))], dtype=torch.int64, device="cpu")
+        """`numbers`; with them goes which shared memory a rank holds."""
+        number, held = (0, 0) if self._memory is None else self._memory.held()
+        told = [call, *numbers, *[0] * (NUMBERS - 2 - len(numbers)), held]
+        own = torch.tensor([told], dtype=torch.int64, device="cpu")
         own = own.to(self._of_numbers)
-        told: Callable[[], Tensor] = lambda: own  # noqa: E731
+        arrived: Callable[[], Tensor] = lambda: own  # noqa: E731
         if self.ranks > 1:
-            told = self._begin_by_message(own, [1] * self.ranks, "numbers", own.new_empty(self.ranks, NUMBERS))
+            arrived = self._begin_by_message(own, [1] * self.ranks, "numbers", own.new_empty(self.ranks, NUMBERS))
 
         def wait() -> list[list[int]]:
-            of_all = told().tolist()
+            of_all = arrived().tolist()
             for rank, (other, *_) in enumerate(of_all):
                 if other != call:
                     raise RuntimeError(
                         f"ranks must make the same calls in the same order, but rank {rank} made another"
                     )
+            if self._memory is not None:
+                self._memory.heard(number, (row[-1] for row in of_all))
             return [row[1 : 1 + len(numbers)] for row in of_all]
 
         return wait
@@ -267,8 +273,7 @@ class Exchange:
 
     def _begin_meeting(self, shared: Tensor) -> Callable[[], Tensor]:
         """With all ranks, which have then written what they had for that memory."""
-        assert self._memory is not None
-        met = self._memory.begin_meeting()
+        met = self.begin_numbers(MEETING)
 
         def wait() -> Tensor:
             met()

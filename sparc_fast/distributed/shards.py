@@ -27,6 +27,7 @@ from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
 from sparc_fast.whole import Whole
 
 from .batch_topk import batch_topk, latents_above
+from .bytes import piece_size
 from .exchange import Exchange, in_turn, number_of, shares
 from .layout import rows_of, sizes_here
 from .model_file import save_model
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 BATCH, ROWS, NUMBER = 2, 3, 4  # calls, as ranks tell them apart
 DRAWN_TOGETHER = 4096  # rows
-PIECES, LEAST = 4, 256  # of a batch that are exchanged apart, and samples of each, at least
 
 
 class Shards(Whole):
@@ -424,8 +424,8 @@ class _OfRows:
 
 def _pieces(n: int, ranks: int) -> list[slice]:
     """Of n samples, each but the last of as many for every rank."""
-    n_pieces = min(PIECES, max(1, n // LEAST)) if ranks > 1 else 1
-    step = max(1, -(-n // (n_pieces * ranks))) * ranks
+    size = piece_size(n) if ranks > 1 else max(n, 1)
+    step = -(-size // ranks) * ranks
     return [slice(start, min(start + step, n)) for start in range(0, max(n, 1), step)]
 
 
