@@ -763,9 +763,9 @@ def test_a_step_of_latents_above_a_threshold_exchanges_counts_and_no_candidates(
             assert came.get(what, 0) == pytest.approx(expected[what], rel=0.01)
 
 
-def few_samples_differ() -> float:
+def few_samples_differ(options: dict[str, Any]) -> float:
     """Of fewer samples than ranks, and of one that all are given by one rank."""
-    whole, sharded = training_model(), shard(training_model())
+    whole, sharded = training_model(**options), shard(training_model(**options))
     apart = 0.0
     for step in range(3):
         x = samples(2 - step % 2, seed=step, dtype=torch.float64)
@@ -777,8 +777,9 @@ def few_samples_differ() -> float:
     return apart
 
 
-def test_there_may_be_fewer_samples_than_ranks(ranks: Ranks) -> None:
-    assert max(ranks(few_samples_differ)) < 1e-13
+@pytest.mark.parametrize("rule", ["global", *RULES])
+def test_there_may_be_fewer_samples_than_ranks(ranks: Ranks, rule: str) -> None:
+    assert max(ranks(few_samples_differ, RULES.get(rule, {}))) < 1e-13
 
 
 def held() -> tuple[int, int, int]:
