@@ -95,9 +95,10 @@ def render_headline(report: Report, shards: Shards, n: int = 6) -> bytes:
         y = TOP + i * block
         rule(y - GAP / 2)
         write(40, y + 20, _short(report.after.concept(latent), 2 * WORD), 10, INK, "bold")
-        write(40, y + 64, f"agreement {report.after.agreement[latent]:.2f}", 7, SOFT)
-        write(40, y + 94, f"frequency {report.after.frequency[latent]:.1%}", 7, SOFT)
-        write(40, y + 124, f"latent {latent}", 7, SOFT)
+        agreement, frequency = report.after.agreement[latent], report.after.frequency[latent]
+        told = [f"agreement {agreement:.2f}"] * (not np.isnan(agreement))
+        for j, line in enumerate([*told, f"frequency {frequency:.1%}", f"latent {latent}"]):
+            write(40, y + 64 + 30 * j, line, 7, SOFT)
         for x, tops in zip(COLUMNS, shards.tops, strict=False):
             draw(tops, latent, x, y)
 
