@@ -130,24 +130,23 @@ def _finish_kernel(
     program = tl.program_id(0)
     if program < of_bias:
         cols = program * BLOCK_D + tl.arange(0, BLOCK_D)
-        sums = tl.zeros([ROWS, BLOCK_D], grad_pre_bias.dtype.element_ty)
-        for start in range(0, N * S, ROWS):
-            row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-            inside = (row < N * S) & (cols < D)[None, :]
-            sums += tl.load(grad_recons + row * D + cols[None, :], mask=inside, other=0.0).to(sums.dtype)
-        tl.store(grad_pre_bias + cols, tl.sum(sums, axis=0), mask=cols < D)
+        of_rows = tl.zeros([ROWS, BLOCK_D], grad_pre_bias.dtype.element_ty)
+        for first in range(0, N * S, ROWS):
+            row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+            mask = (row < N * S) & (cols < D)[None, :]
+            of_rows += tl.load(grad_recons + row * D + cols[None, :], mask=mask, other=0.0).to(of_rows.dtype)
+        tl.store(grad_pre_bias + cols, tl.sum(of_rows, axis=0), mask=cols < D)
     elif program < of_bias + of_nmse:
         pair = program - of_bias
         p, s, t = pair // (S * S), pair // S % S, pair % S
-        parts = nmse_parts + (p * CHUNKS * S).to(tl.int64) * N
-        sums = tl.zeros([BLOCK], tl.float64)
+        of_samples = tl.zeros([BLOCK], tl.float64)
         for chunk in range(CHUNKS):
             N_read = tl.where(tl.load(columns + chunk * 3 + 2) == t, N, 0)
-            part = parts + (chunk * S + s).to(tl.int64) * N
+            of_chunk = nmse_parts + ((p * CHUNKS + chunk) * S + s).to(tl.int64) * N
             for start in range(0, N, BLOCK):
                 n = start + tl.arange(0, BLOCK)
-                sums += tl.load(part + n, mask=n < N_read, other=0.0).to(tl.float64)
-        tl.store(nmse + pair, tl.sum(sums, axis=0))
+                of_samples += tl.load(of_chunk + n, mask=n < N_read, other=0.0).to(tl.float64)
+        tl.store(nmse + pair, tl.sum(of_samples, axis=0))
     else:
         i = (program - of_bias - of_nmse).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         parts, inside = grad_values_parts + i, i < size

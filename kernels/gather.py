@@ -14,11 +14,25 @@ L2_BYTES = 40_000_000
 
 
 @triton.jit
+def widened(numbers, TYPE: tl.constexpr):
+    """bfloat16 by its bits, in half the instructions."""
+    if numbers.dtype == tl.bfloat16:
+        numbers = (numbers.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return numbers.to(TYPE)
+
+
+@triton.jit
+def times(row, stride):
+    """row * stride, in 64 bits; that neither has a sign, nor 64 bits, spares three of four multiplications."""
+    return row.to(tl.uint32).to(tl.int64) * tl.cast(stride, tl.uint32).to(tl.int64)
+
+
+@triton.jit
 def locate(indices, W_stride, j, limit, L):
     """Where the rows indices[j] of W begin, and which there are: j < limit and a latent 0 .. L - 1."""
-    latents = tl.load(indices + j, mask=j < limit, other=-1).to(tl.int64)
+    latents = tl.load(indices + j, mask=j < limit, other=-1)
     wanted = (latents >= 0) & (latents < L)
-    return tl.where(wanted, latents, 0) * W_stride, wanted
+    return times(tl.where(wanted, latents, 0), W_stride), wanted
 
 
 @triton.jit
@@ -40,7 +54,7 @@ def combine(recons, value, rows, SOURCES: tl.constexpr, TENSOR_CORES: tl.constex
         recons = tl.dot(value.to(OPERAND), rows.to(OPERAND), recons, input_precision="ieee")
     else:
         slots = tl.arange(0, value.shape[0])[:, None]
-        wide = rows.to(recons.dtype)
+        wide = widened(rows, recons.dtype)
         for i in tl.static_range(SOURCES):
             of_source = tl.sum(tl.where(slots == i, value.to(recons.dtype), 0.0), axis=0)
             recons += tl.where(slots == i, tl.sum(of_source[:, None] * wide, axis=0)[None, :], 0.0)
@@ -54,7 +68,7 @@ def dots(products, grad, rows, SOURCES: tl.constexpr, TENSOR_CORES: tl.constexpr
         products = tl.dot(grad.to(OPERAND), tl.trans(rows).to(OPERAND), products, input_precision="ieee")
     else:
         slots = tl.arange(0, grad.shape[0])[:, None]
-        wide = rows.to(products.dtype)
+        wide = widened(rows, products.dtype)
         for i in tl.static_range(SOURCES):
             of_source = tl.sum(tl.where(slots == i, grad.to(products.dtype), 0.0), axis=0)
             products += tl.where(slots == i, tl.sum(of_source[None, :] * wide, axis=1)[None, :], 0.0)

@@ -41,6 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparc_fast.kernels.gather import widened
 from sparc_fast.kernels.launching import launch, next_power_of_2
 from sparc_fast.kernels.screened_operands import LARGEST_NORM, fits, norm_above, prepare
 from sparc_fast.kernels.topk_rows import (
@@ -51,6 +52,7 @@ from sparc_fast.kernels.topk_rows import (
     kth_largest,
     merge_choice,
     merge_parts,
+    number_of,
     sortable,
     take,
 )
@@ -66,10 +68,14 @@ def measure_choice(D: int) -> dict[str, int]:
     return {"ROWS": 4 if block == 512 else 64, "BLOCK_D": block, "num_warps": 4}
 
 
-def filter_choice(chunk: int) -> dict[str, int]:
-    # estimated, not measured: 8 scores and 2 candidates a thread keep the registers few
-    block = min(2048, max(16, next_power_of_2(chunk)))
-    return {"COLUMNS": block, "BLOCK": min(block, 512), "num_warps": 8 if block > 512 else 2, "maxnreg": REGISTERS}
+def filter_choice(chunk: int, capacity: int, rows: int) -> dict[str, int]:
+    # estimated, not measured: 16 scores a thread, 4 where they are taken in. A sample's warp alone needs no barrier;
+    # where there are not samples for all warps, a sample has four
+    warps = 1 if rows >= 2048 else 4
+    fours = 1 << capacity.bit_length() - 1  # as many may pass at once as there is room for their places
+    columns = max(min(512 * warps, next_power_of_2(chunk), 4 * fours), 16)
+    block = min(columns, 128 * warps)
+    return {"COLUMNS": columns, "BLOCK": block, "num_warps": max(block // 128, 1), "maxnreg": REGISTERS}
 
 
 def settle_choice(D: int, capacity: int, item_size: int) -> dict[str, int]:
@@ -238,15 +244,61 @@ def _interval(a, b, bound, slack, zero):
     return sortable(tl.where(lower == lower, lower, float("-inf"))), sortable(a + b + error)
 
 
+@triton.jit
+def _of_latents(
+    scores, first, lane, valid, bias, w_norm, w_residual, w_inverse, listed, inverse, p, q, flushed,
+    COPIED: tl.constexpr,
+):  # fmt: skip
+    """(latent, a, b, ||w||, p ||w|| + q ||w - W||) at these lanes of a chunk."""
+    latent = first + lane
+    if listed is not None:
+        latent = tl.load(listed + latent, mask=valid, other=0)
+    a = tl.load(scores + lane, mask=valid, other=0) * inverse
+    b = tl.load(bias + latent, mask=valid, other=0)
+    norm = tl.load(w_norm + latent, mask=valid, other=0)
+    residual = flushed
+    if COPIED:
+        a *= tl.load(w_inverse + latent, mask=valid, other=1)
+        residual = tl.load(w_residual + latent, mask=valid, other=0)
+    return latent, a, b, norm, p * norm + q * residual
+
+
+@triton.jit
+def _take_fours(
+    scores, first, here, places, staged, bias, w_norm, w_residual, w_inverse, listed, inverse, p, q, flushed, slack,
+    is_zero, count, threshold, lows, highs, latents, k, capacity,
+    COPIED: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`take` of the fours of neighbours that are listed."""
+    tl.debug_barrier()  # places are read by other threads than wrote them
+    for start in range(0, staged, BLOCK // 4):
+        at = start + tl.arange(0, BLOCK // 4)
+        four = tl.multiple_of(tl.load(places + at, mask=at < staged, other=0), 4)
+        lane = four[:, None] + tl.arange(0, 4)[None, :]
+        valid = (at < staged)[:, None] & (lane < here)
+        latent, a, b, norm, bound = _of_latents(
+            scores, first, lane, valid, bias, w_norm, w_residual, w_inverse, listed, inverse, p, q, flushed, COPIED
+        )  # fmt: skip
+        lower, upper = _interval(a, b, bound, slack, (norm < tl.where(is_zero, float("inf"), 0)) | (norm == 0))
+        count, threshold = take(
+            lower.reshape(BLOCK), upper.reshape(BLOCK), latent.reshape(BLOCK), valid.reshape(BLOCK), count, threshold,
+            lows, highs, latents, k, capacity, False, TOP, BLOCK,
+        )  # fmt: skip
+    tl.debug_barrier()
+    return count, threshold
+
+
 @triton.jit(do_not_specialize=["k", "capacity", "gamma", "flushed", "slack"])
 def _filter(
     scores, first, chunk, bias, w_norm, w_residual, w_inverse, x_norm, x_residual, x_inverse, counts, thresholds,
-    lows, highs, latents, listed, many, k, capacity, gamma, flushed, slack,
+    lows, highs, latents, places, listed, many, k, capacity, gamma, flushed, slack,
     COPIED: tl.constexpr, TOP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Takes in the scores of latents first ... first + chunk - 1 of one sample, or of those so listed."""
-    row = tl.program_id(0)
-    place = row.to(tl.int64)
+    """Takes in the scores of latents first ... first + chunk - 1 of one sample, or of those so listed.
+
+    Most have an upper end below the threshold: fours of neighbours that all have are passed over, the others listed.
+    """
+    row = tl.program_id(0).to(tl.int64)
     rest = tl.load(x_residual + row)
     whole = tl.load(x_norm + row) + rest
     p = (rest + gamma * whole) * (1 + 2.0**-20)
@@ -257,33 +309,39 @@ def _filter(
     start_count = tl.where(whole != whole, -2, tl.where(q < float("inf"), 0, -1))
     count = tl.where(first == 0, start_count, count)
     threshold = tl.where(first == 0, -TOP, threshold)
-    lows += place * capacity
-    highs += place * capacity
-    latents += place * capacity
+    scores += row * chunk
+    lows += row * capacity
+    highs += row * capacity
+    latents += row * capacity
+    places += row * capacity
     here = chunk
     if listed is not None:
         here = tl.minimum(chunk, tl.load(many) - first)
+    here = tl.where(count < 0, 0, here)
+    fours = 4 * tl.arange(0, COLUMNS // 4)
+    staged, limit = 0, number_of(threshold)
     for start in range(0, here, COLUMNS):
-        lane = start + tl.arange(0, COLUMNS)
+        lane = start + fours[:, None] + tl.arange(0, 4)[None, :]
         valid = lane < here
-        latent = first + lane
-        if listed is not None:
-            latent = tl.load(listed + latent, mask=valid, other=0)
-        a = tl.load(scores + place * chunk + lane, mask=valid, other=0)
-        b = tl.load(bias + latent, mask=valid, other=0)
-        norm = tl.load(w_norm + latent, mask=valid, other=0)
-        if COPIED:
-            a *= inverse * tl.load(w_inverse + latent, mask=valid, other=1)
-            residual = tl.load(w_residual + latent, mask=valid, other=0)
-        else:
-            a *= inverse
-            residual = flushed
-        zero = (norm < tl.where(whole == 0, float("inf"), 0)) | (norm == 0)
-        lower, upper = _interval(a, b, p * norm + q * residual, slack, zero)
-        count, threshold = take(
-            lower, upper, latent, valid, count, threshold, lows, highs, latents, k, capacity, False, TOP,
-            BLOCK,
+        _, a, b, _, bound = _of_latents(
+            scores, first, lane, valid, bias, w_norm, w_residual, w_inverse, listed, inverse, p, q, flushed, COPIED
         )  # fmt: skip
+        # an upper end as of `_interval`, or a higher one
+        size = tl.abs(b)
+        end = a + b + (bound + (2.0**-22 * tl.abs(a) + slack + 2.0**-22 * tl.minimum(size, LARGEST_NORM)))
+        passes = valid & ((size >= LARGEST_NORM) | ~(end <= limit))
+        four_passes = tl.max(passes.to(tl.int32), axis=1)
+        passing = tl.sum(four_passes, axis=0)
+        if passing > 0:
+            slot = staged + tl.cumsum(four_passes, axis=0) - 1
+            tl.store(places + slot, start + fours, mask=four_passes > 0)
+            staged += passing
+        if (staged + COLUMNS // 4 > capacity) | (start + COLUMNS >= here):
+            count, threshold = _take_fours(
+                scores, first, here, places, staged, bias, w_norm, w_residual, w_inverse, listed, inverse, p, q,
+                flushed, slack, whole == 0, count, threshold, lows, highs, latents, k, capacity, COPIED, TOP, BLOCK,
+            )  # fmt: skip
+            staged, limit = 0, tl.where(count < 0, float("inf"), number_of(threshold))
     tl.store(counts + row, count)
     tl.store(thresholds + row, threshold)
 
@@ -301,7 +359,7 @@ def exact_scores(
         centred -= tl.load(pre_bias + column, mask=inside, other=0).to(SUM)
         place = latent.to(tl.int64)[:, None] * W_stride + column[None, :]
         w = tl.load(W + place, mask=wanted[:, None] & inside[None, :], other=0)
-        sums += w.to(tl.float64) * centred.to(tl.float64)[None, :]
+        sums += widened(w, tl.float64) * centred.to(tl.float64)[None, :]
     width: tl.constexpr = BLOCK_D // 16
     # within 16 neighbours, then over these
     parts = tl.reshape(sums, (R, width, 16))
@@ -340,7 +398,7 @@ def _float32_dots(x, pre_bias, W, W_stride, latent, wanted, D, R: tl.constexpr, 
         centred -= tl.load(pre_bias + column, mask=inside, other=0).to(tl.float32)
         place = latent.to(tl.int64)[:, None] * W_stride + column[None, :]
         w = tl.load(W + place, mask=wanted[:, None] & inside[None, :], other=0)
-        sums += w.to(tl.float32) * centred[None, :]
+        sums += widened(w, tl.float32) * centred[None, :]
     return tl.sum(sums, axis=1)
 
 
@@ -530,11 +588,11 @@ def _take_in(
     bounds: tuple[float, float, float], listed: Listed = (None, None),
 ) -> None:  # fmt: skip
     """The scores of latents from `first` on; no product is longer than `chunk`. of_w has one row where W is no copy."""
-    counts, thresholds, lows, highs, latents, _, capacity = candidates
+    counts, thresholds, lows, highs, latents, places, capacity = candidates
     launch(
         _filter, (len(product),), product, first, product.shape[1], bias, *of_w.expand(3, -1), *of_x, counts,
-        thresholds, lows, highs, latents, *listed, k, capacity, *bounds, COPIED=len(of_w) == 3, TOP=TOP[torch.float32],
-        **filter_choice(chunk),
+        thresholds, lows, highs, latents, places, *listed, k, capacity, *bounds, COPIED=len(of_w) == 3,
+        TOP=TOP[torch.float32], **filter_choice(chunk, capacity, len(product)),
     )  # fmt: skip
 
 

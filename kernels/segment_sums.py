@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.gather import sum_type
+from sparc_fast.kernels.gather import sum_type, times, widened
 from sparc_fast.kernels.launching import column_blocks, launch, next_power_of_2, widths
 from sparc_fast.ops.gpu_scratch import PIECE  # of a support per stream, PIECE entries of each stream
 from sparc_fast.ops.layout import wide_type
@@ -197,14 +197,6 @@ def segment(offsets, l, L):
 
 
 @triton.jit
-def widened(numbers, TYPE: tl.constexpr):
-    """bfloat16 by its bits, in half the instructions."""
-    if numbers.dtype == tl.bfloat16:
-        numbers = (numbers.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return numbers.to(TYPE)
-
-
-@triton.jit
 def weighted_rows(
     begin, end, columns, inside, source, stride, centre, rows, coefficients, length, SOURCES: tl.constexpr,
     ROWS: tl.constexpr, SUM: tl.constexpr,
@@ -217,11 +209,10 @@ def weighted_rows(
     rows += begin
     coefficients += begin
     source += columns[None, :]
-    step = tl.cast(stride, tl.uint32).to(tl.int64)  # no number has a sign, so they multiply in one instruction
     for i in range(0, tl.max(count, 0), ROWS):
         left = count - i
         for r in tl.static_range(ROWS):  # without a branch, so that all are read before the first is added
-            at = tl.load(rows + i + r, mask=r < left, other=0).to(tl.uint32).to(tl.int64)[:, None] * step
+            at = times(tl.load(rows + i + r, mask=r < left, other=0), stride)[:, None]
             for s in tl.static_range(SOURCES):
                 coefficient = tl.load(coefficients + s * length.to(tl.int64) + i + r, mask=r < left, other=0).to(SUM)
                 used = (coefficient != 0)[:, None] & inside[None, :]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.gather import L2_BYTES, gather, locate, stored, sum_type
+from sparc_fast.kernels.gather import L2_BYTES, gather, locate, stored, sum_type, widened
 from sparc_fast.kernels.launching import column_blocks, dense_rows, launch, next_power_of_2, widths
 
 
@@ -51,7 +51,8 @@ def _support_values_kernel(
             inside = cols < end
             centred = tl.load(x + cols, mask=inside, other=0.0).to(SUM)
             centred -= tl.load(pre_bias + cols, mask=inside, other=0.0).to(SUM)
-            products += gather(W_enc, offsets, wanted, cols, inside).to(SUM) * centred[None, :]
+            rows = gather(W_enc, offsets, wanted, cols, inside)
+            products += widened(rows, SUM) * centred[None, :]
         sums = tl.where(wanted, tl.sum(products, axis=1), 0.0)  # where there is no row, whatever the sample is
         if WHOLE:
             _activate(values, sums, latent_bias, indices, n, s, S, k, j, L, PER_STREAM)

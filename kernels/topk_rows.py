@@ -56,6 +56,12 @@ def sortable(value):
 
 
 @triton.jit
+def number_of(key):
+    """The float32 of a key of `sortable`; NaN of those beyond the keys of numbers."""
+    return tl.where(key < 0, -key | -(2**31), key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def kth_largest(keys, count, k, TOP: tl.constexpr, BLOCK: tl.constexpr):
     """The k-th largest of keys[:count], the least if there are fewer."""
     lanes = tl.arange(0, BLOCK)
@@ -92,7 +98,7 @@ def raised(
 ):  # fmt: skip
     """A higher threshold that at least k lower ends of candidates and newcomers reach, and few upper ends."""
     lanes = tl.arange(0, BLOCK)
-    goal = k + (capacity - k) // 2
+    goal = k + (capacity - k) // 8  # so that it is long until the next time
     low, high = threshold, tl.full((), TOP, lower.dtype)
     while low < high - 1:
         guess = (low >> 1) + (high >> 1) + (low & high & 1)

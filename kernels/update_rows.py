@@ -48,7 +48,7 @@ from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
 
 WHOLE_ROW = 4096  # columns of a stream up to which the decoder's row stays in registers
 MOST_BLOCKS = 4096  # of latents
-CUTS = tl.constexpr(triton.knobs.runtime.interpret)  # Triton's interpreter cuts off to bfloat16 where a GPU rounds
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def encoder_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
@@ -57,9 +57,9 @@ def encoder_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, in
 
 
 def decoder_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
-    # estimated, not measured: a row of grad_recons for each source, so twice as many in flight
+    # estimated, not measured: an entry has a row of grad_recons for each source
     widest = next_power_of_2(WHOLE_ROW) if max(d_streams) <= WHOLE_ROW else min(WHOLE_ROW, 1024)
-    return tile(d_streams, dtype, widest, rows=4)
+    return tile(d_streams, dtype, widest, rows=4 if len(d_streams) == 1 else 2)
 
 
 def pieces_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
@@ -268,11 +268,22 @@ def _constants_kernel(
 
 @triton.jit
 def root(a):
-    """Approximate; a GPU takes what is no normal number for 0, so that is scaled."""
-    scaled = a * 281474976710656.0  # 2^48
-    small = a < smallest(a.dtype)
-    result = tl.sqrt(tl.where(small, scaled, a))
-    return tl.where(small, result * 5.9604644775390625e-08, result)  # 2^-24
+    """Of float32 approximate, at most one unit in the last place off, also below the normal numbers."""
+    if INTERPRETED or a.dtype == tl.float64:
+        result = tl.sqrt(a)
+    else:
+        result = tl.inline_asm_elementwise("sqrt.approx.f32 $0, $1;", "=f,f", [a], a.dtype, is_pure=True, pack=1)
+    return result
+
+
+@triton.jit
+def reciprocal(a):
+    """Of float32 approximate, as far off; of numbers beyond 2^126, and below the normal ones, of infinity and 0."""
+    if INTERPRETED or a.dtype == tl.float64:
+        result = 1 / a
+    else:
+        result = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [a], a.dtype, is_pure=True, pack=1)
+    return result
 
 
 @triton.jit
@@ -290,7 +301,7 @@ def adam_by(w, gradient, m, v, numbers):
     beta_1, beta_2, rest_1, rest_2, eps, rate, scale = numbers
     m = tl.fma(m.to(w.dtype), beta_1, rest_1 * gradient)
     v = tl.fma(v.to(w.dtype), beta_2, rest_2 * gradient * gradient)
-    inverse = 1 / tl.fma(root(v), scale, eps)
+    inverse = reciprocal(tl.fma(root(v), scale, eps))
     return tl.fma(-(rate * m), inverse, w), m, v
 
 
@@ -331,17 +342,24 @@ def inverse_norm(total, TYPE: tl.constexpr):
 
 
 @triton.jit
+def largest_size(w):
+    """[LATENTS], by bits: as integers sizes are in the same order, NaN above all, and a warp has their maximum at
+    once."""
+    bits = tl.abs(w).to(tl.int64 if w.dtype == tl.float64 else tl.int32, bitcast=True)
+    return tl.max(bits, 1).to(w.dtype, bitcast=True)
+
+
+@triton.jit
 def unit_norm(w, GRAIN: tl.constexpr):
     """Whole rows w [LATENTS, BLOCK_D] / ||w||."""
-    squares = squares_of(w)
-    total = sum_of_squares(squares, tl.max(squares, 1) * GRAIN, w.dtype)
+    total = sum_of_squares(squares_of(w), squares_of(largest_size(w)) * GRAIN, w.dtype)
     return w * inverse_norm(total, w.dtype)[:, None]
 
 
 @triton.jit
 def to_bfloat16(w):
-    """Rounded to nearest even."""
-    if not CUTS:
+    """Rounded to nearest even, where Triton's interpreter cuts off."""
+    if not INTERPRETED:
         return w.to(tl.float32).to(tl.bfloat16)
     bits = w.to(tl.float32).to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -477,6 +495,11 @@ def latents_to_update(l, begin, end, L, first, step, last_step):
     return updated
 
 
+@triton.jit
+def added(a, b, c, d):
+    return a + c, b + d
+
+
 @triton.jit(do_not_specialize=["length"])
 def _update_decoder_kernel(
     W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, step, last_step, source,
@@ -498,8 +521,8 @@ def _update_decoder_kernel(
         l, begin, end, columns, inside, source, stride_source, rows, coefficients, length, piece_rows, L, D,
         SOURCES, PIECE, ROWS, SUM,
     ).to(w.dtype)  # fmt: skip
-    along = tl.sum(gradient * w, 1) / not_zero(tl.sum(w * w, 1), w.dtype)
-    gradient -= along[:, None] * w
+    gw, ww = tl.reduce((gradient * w, w * w), 1, added)
+    gradient -= (gw / not_zero(ww, w.dtype))[:, None] * w
     w, m, v = adam(w, gradient, m, v, constants)
     m, v = rounded_moments(m, v, noise, 0, 1, l, columns)
     w = unit_norm(tl.where(mask, w, 0.0), GRAIN)

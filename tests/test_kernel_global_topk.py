@@ -143,6 +143,22 @@ def test_candidates_that_do_not_fit_are_never_dropped(
     assert torch.equal(support(x, W_enc, 40), expected(x, W_enc, 40))
 
 
+@pytest.mark.parametrize(("columns", "block"), [(16, 16), (128, 32), (512, 512)], ids=str)
+@pytest.mark.parametrize("screening", SCREENINGS)
+def test_scores_taken_in_by_tiles_of_any_size_are_all_looked_at(
+    screening: str, columns: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {"COLUMNS": columns, "BLOCK": block}
+    monkeypatch.setattr(kernel, "filter_choice", lambda chunk, capacity, rows: chosen)
+    small(monkeypatch, 301)  # no multiple of four
+    torch.manual_seed(0)
+    x, W_enc, bias = torch.randn(2, 24), torch.randn(800, 24), torch.randn(2, 800)
+    W_enc[400:420] = W_enc[7]
+    bias[0, 5::90], bias[1, 9] = -inf, inf
+    bias[0, 500], bias[1, 501:503] = 2e18, -2e18
+    assert torch.equal(support(x, W_enc, 20, screening, bias), expected(x, W_enc, 20, bias))
+
+
 def test_only_samples_without_a_proof_are_scored_in_full(given_up: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, 512)
     torch.manual_seed(0)
