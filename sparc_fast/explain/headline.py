@@ -21,6 +21,7 @@ TOP, PICTURE, TEXT_LINE, GAP = 176, 54, 30, 44  # pixels
 COLUMNS = (262, 946)  # where before and after begin
 LABEL = 146  # the stream's name, before its samples
 SHOWN, TEXTS, LETTERS, WORD, FOOT = 8, 2, 36, 11, 40
+LEAST = 112  # of a latent: what is told of it
 
 
 def render_headline(report: Report, shards: Shards, n: int = 6) -> bytes:
@@ -31,7 +32,7 @@ def render_headline(report: Report, shards: Shards, n: int = 6) -> bytes:
     chosen, words, items = shards.chosen[:n], shards.words, report.items
     pictured = {name: stream.picture for name, stream in report.streams.items() if stream.text is None}
     heights = {name: PICTURE + 6 if pictured.get(name) else TEXTS * TEXT_LINE + 8 for name in report.streams}
-    block = sum(heights.values()) + GAP
+    block = max(sum(heights.values()), LEAST) + GAP
     height = TOP + len(chosen) * block + (FOOT if report.attribution else 10)
     written = _font_has()
     figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
