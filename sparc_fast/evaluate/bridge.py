@@ -50,6 +50,7 @@ class BridgePair(NamedTuple):
     score: float
 
 
+@torch.no_grad()
 def bridge_score(
     a: StreamCode, b: StreamCode, dictionary_a: Tensor | Dictionary, dictionary_b: Tensor | Dictionary
 ) -> Bridge:
@@ -85,6 +86,7 @@ def bridge_score(
     return Bridge(own / n, of_a / n, of_b / n, float(of_samples[1].sum()) / n, of_samples)
 
 
+@torch.no_grad()
 def bridge_pairs(
     a: StreamCode, b: StreamCode, dictionary_a: Tensor, dictionary_b: Tensor, top: int = 100
 ) -> list[BridgePair]:
