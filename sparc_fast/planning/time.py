@@ -36,7 +36,7 @@ def step_costs(
         return 1 - (1 - min(1.0, (sizes.k_mean + sizes.slots) / (L * ranks))) ** (n * sizes.supports)
 
     # numbers of the rows that a batch's supports name, those of private latents whole and in their stream
-    shared, private = (N * slots * D / ranks for slots in (sizes.k_mean, sizes.slots))
+    shared, private = N * sizes.k_mean * D / ranks, N * sizes.slots * D / ranks
     own = N * sum(quota * width for _, quota, width in sizes.private) / ranks
     kept = 2 * (2 * sizes.moment + FLOAT) + (w if w < FLOAT else 0)  # bytes of a weight read and written
     # rows left behind are gone through twice when they are used
