@@ -424,6 +424,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "nested": ({"matryoshka": [7, 20]}, {}, {}),
     "nested, four": ({"matryoshka": [3, 7, 20]}, {"lazy": "replay", "max_grad_norm": 0.05}, {"absent": True}),
     "nested, local, accumulated": ({"matryoshka": [20], "selection": "local"}, {"max_grad_norm": 0.05}, {"parts": 3}),
+    "nested, on other backends": ({"matryoshka": [7, 20], "selection": "batch", "backend": "reference"}, {}, {}),
     "nested, jumprelu": ({"matryoshka": [7, 20], "selection": "jumprelu", "loss": "fvu"}, {}, {}),
     "nested, batch": ({"matryoshka": [7, 20], "selection": "batch"}, {"freeze": "a", "max_grad_norm": 0.05}, {}),
     "private": (PRIVATE, {}, {}),
@@ -431,6 +432,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "private, batch": ({**PRIVATE, "selection": "batch"}, {"freeze": "a", "max_grad_norm": 0.05}, {}),
     "private, jumprelu": ({**PRIVATE, "selection": "jumprelu", "loss": "fvu"}, {}, {"absent": True}),
     "private, accumulated": (PRIVATE, {"max_grad_norm": 0.05, "freeze": "b"}, {"parts": 3}),
+    "private, most, on other backends": ({**MOST_PRIVATE, "backend": "reference"}, {"max_grad_norm": 0.05}, {}),
     "private, most": (MOST_PRIVATE, {"max_grad_norm": 0.05}, {"absent": True}),
     "private, most, batch": ({**MOST_PRIVATE, "selection": "batch"}, {"lazy": "replay", "freeze": "a"}, {}),
     "private, most, jumprelu": ({**MOST_PRIVATE, "selection": "local_jumprelu"}, {"freeze": "encoder"}, {}),
@@ -719,6 +721,19 @@ def test_a_step_exchanges_what_the_formula_says_and_nothing_that_grows_with_late
             assert came[what] == pytest.approx(expected[what], rel=0.01)
 
 
+def exchanged_private(n_latents: int) -> dict[str, int]:
+    return exchanged(n_latents, torch.float32, **PRIVATE)
+
+
+def test_a_step_of_private_latents_exchanges_candidates_for_each_stream(ranks: Ranks) -> None:
+    few, many = ranks(exchanged_private, 50), ranks(exchanged_private, 800)
+    expected = exchanged_bytes(360, list(WIDTHS.values()), 4, ranks.n, private_k=5)
+    assert few == many
+    for came in few if ranks.n > 1 else ():
+        for what, n_bytes in expected.items():
+            assert came[what] == pytest.approx(n_bytes, rel=0.01)
+
+
 def exchanged_nested(n_latents: int, sizes: list[int]) -> dict[str, int]:
     return exchanged(n_latents, torch.float32, matryoshka=sizes)
 
@@ -748,9 +763,9 @@ def test_a_step_of_latents_above_a_threshold_exchanges_counts_and_no_candidates(
             assert came.get(what, 0) == pytest.approx(expected[what], rel=0.01)
 
 
-def few_samples_differ() -> float:
+def few_samples_differ(options: dict[str, Any]) -> float:
     """Of fewer samples than ranks, and of one that all are given by one rank."""
-    whole, sharded = training_model(), shard(training_model())
+    whole, sharded = training_model(**options), shard(training_model(**options))
     apart = 0.0
     for step in range(3):
         x = samples(2 - step % 2, seed=step, dtype=torch.float64)
@@ -762,8 +777,9 @@ def few_samples_differ() -> float:
     return apart
 
 
-def test_there_may_be_fewer_samples_than_ranks(ranks: Ranks) -> None:
-    assert max(ranks(few_samples_differ)) < 1e-13
+@pytest.mark.parametrize("rule", ["global", *RULES])
+def test_there_may_be_fewer_samples_than_ranks(ranks: Ranks, rule: str) -> None:
+    assert max(ranks(few_samples_differ, RULES.get(rule, {}))) < 1e-13
 
 
 def held() -> tuple[int, int, int]:

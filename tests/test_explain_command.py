@@ -20,7 +20,7 @@ from PIL import Image
 
 from sparc_fast import SPARC, cli, data
 from sparc_fast.data.feature_folder import FeatureFolder, write_items, write_manifest
-from sparc_fast.explain import items_of, report_of
+from sparc_fast.explain import choose_latents, items_of, report_of
 
 N, KINDS = 60, ["kitten", "rocket", "boat"]
 EVIL = '</script><img src=x onerror="alert(1)">'
@@ -219,6 +219,15 @@ def test_a_model_of_thresholds_is_explained(selection, folder, tmp_path):
     command = ["explain", str(tmp_path / "model.safetensors"), "--data", str(folder), "--out", str(tmp_path / "page")]
     assert cli.main(command) == 0
     assert start(tmp_path / "page")["alive"] > 0
+
+
+def test_a_model_of_one_stream_has_latents_to_show_and_no_agreement(tmp_path):
+    features = write_folder(tmp_path / "features")
+    model = SPARC({"eye": 6}, n_latents=24, k=4)
+    report = report_of({"one": model}, features)
+    assert np.isnan(report.after.agreement).all()
+    assert report.after.jaccard is None
+    assert choose_latents(report)
 
 
 def test_what_does_not_fit_is_one_clear_error(folder, runs, tmp_path, capsys):

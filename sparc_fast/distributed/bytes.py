@@ -24,6 +24,7 @@ def exchanged_bytes(
     auxk: int = 0,
     on_gpu: bool = False,
     counts: int | None = None,
+    private_k: int = 0,
     sizes: Sequence[int] = (),
 ) -> dict[str, float]:
     """What -> bytes that each rank receives in a step; nothing of it grows with the number of latents.
@@ -35,6 +36,7 @@ def exchanged_bytes(
         on_gpu: where all candidates are scored at once, and bounds of their scores are not exchanged before.
         counts: of a sample, which it has for candidates where latents do not fire by each other: 2 with BatchTopK, of
             its scores above the last that fires, and at it; 0 with JumpReLU.
+        private_k: latents of their own that all streams fire for a sample together, each chosen like the k.
         sizes: of nested dictionaries, the last of all latents. A rank is sent the parts of others in every group of
             latents that they have some of, and the gradients of the groups that it has some of, and of the last; the
             bytes are those of the rank that receives most.
@@ -46,9 +48,10 @@ def exchanged_bytes(
         n_groups = [len(some) for some in groups_of(sizes, ranks)]
         parts, gradients = sum(n_groups) - min(n_groups), max(map(len, told_groups(sizes, ranks)))
     candidate = wide + (0 if on_gpu else 4)
+    chosen = k * candidate if counts is None else 4 * counts
     return {
         "x": N * D * weight * others / ranks,
-        "candidates": N * ((k * candidate if counts is None else 4 * counts) + auxk * candidate) * others,
+        "candidates": N * (chosen + (auxk + private_k) * candidate) * others,
         "reconstructions": N * (S * parts + of_auxk * others) * D * wide / ranks,
         "G": N * (S * gradients + of_auxk) * D * weight * others / ranks,
     }

@@ -219,7 +219,7 @@ BRIDGE = Metric(
             lambda found: sum(one.shared for one in found.values()) / len(found) if found else None,
         ),
     ),
-    needs=frozenset({"single"}),
+    needs=frozenset({"single", "pairs"}),
     resample=_resample,
     details=_details,
     work=_work,

@@ -169,7 +169,7 @@ COFIRING = Metric(
             lambda found: found.mean(found.energy.amax(dim=0)),
         ),
     ),
-    needs=frozenset({"single"}),
+    needs=frozenset({"single", "pairs"}),
     of_shared=True,
     resample=_resample,
 )

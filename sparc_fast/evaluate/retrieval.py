@@ -541,7 +541,7 @@ RETRIEVAL = Metric(
         ),
         Score("mrr", "Retrieval MRR", "Mean of 1 / rank.", "higher", ".3f", _mean("mrr")),
     ),
-    needs=frozenset({"single"}),
+    needs=frozenset({"single", "pairs"}),
     of_shared=True,
     default=True,
     resample=_resample,

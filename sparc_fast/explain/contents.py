@@ -100,6 +100,8 @@ class ModelReport:
         names: list[tuple[str, ...]] = list(named.several)
         of_streams = latent_use(codes, n_latents).frequency
         agreement, frequency = named.agreement.clone(), of_streams.mean(0)
+        if len(codes) == 1:
+            agreement[:] = torch.nan
         for stream, some in (private or {}).items():
             names[some] = [(*several, f"private to {stream}") for several in names[some]]
             agreement[some], frequency[some] = torch.nan, of_streams[list(codes).index(stream), some]

@@ -15,7 +15,7 @@ from sparc_fast.sizes import counted
 from sparc_fast.training.config import Config
 
 from .machine import Machine
-from .memory import ACCURACY, Part, Streams, totals
+from .memory import ACCURACY, Part, Sizes, Streams, totals
 from .roofline import Cost
 from .time import CPU_EFFICIENCY
 
@@ -103,7 +103,10 @@ class Plan:
         on_gpu = self.machine.device != "cpu"
         counts = {"batch": 2, "jumprelu": 0, "local_jumprelu": 0}.get(config.selection)
         nested = nested_sizes(config.matryoshka, config.n_latents)
-        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports, on_gpu=on_gpu, counts=counts, sizes=nested)
+        return exchanged_bytes(
+            *sizes, weight=weight, auxk=auxk * supports, on_gpu=on_gpu, counts=counts,
+            private_k=sum(quota for _, quota, _ in Sizes(config, self.streams.d_streams).private), sizes=nested,
+        )  # fmt: skip
 
     @property
     def hours(self) -> float | None:
