@@ -24,6 +24,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bfloat16, lazy": ({"dtype": torch.bfloat16}, {"lazy": "replay", "moments": "bfloat16"}),
     "local, frozen": ({"selection": "local"}, {"freeze": "encoder"}),
     "batch": ({"selection": "batch"}, {}),
+    "jumprelu, private": ({"selection": "jumprelu", "private": {"a": 12, "b": 9}, "private_k": 2}, {}),
     "jumprelu, nested": ({"selection": "jumprelu", "matryoshka": [7, 20]}, {}),
     "private": ({"private": {"a": 9, "b": 20}, "private_k": 2}, {"lazy": "replay"}),
 }
