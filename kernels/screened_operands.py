@@ -51,9 +51,10 @@ def _are_multiplied_as_they_are(x, stride, pre_bias, N, D, LOOKED_AT: tl.constex
 def _prepare(
     bias, narrow_bias, none_given_up, w_norm, X, norm, residual, inverse, size, x, stride, W, W_stride, pre_bias,
     latent_bias, stride_s, stride_l, first, here, N, L, D, growth, flushed, rounding,
-    S: tl.constexpr, LOOKED_AT: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    S: tl.constexpr, LOOKED_AT: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of L latents, TILES times ROWS a program, then of the samples first ... first + here - 1."""
+    """Of L latents, TILES times ROWS a program; then of SAMPLES a program, those from `first` to first + here."""
     program, of_latents = tl.program_id(0), tl.cdiv(L, TILES * ROWS)
     as_they_are = _are_multiplied_as_they_are(x, stride, pre_bias, N, D, LOOKED_AT, BLOCK_D)
     if program < of_latents:
@@ -81,13 +82,13 @@ def _prepare(
             tl.store(narrow_bias + l, (sums - of_centre).to(tl.float32), mask=l < L)
             tl.store(w_norm + l, norm_above(tl.sum(squares, axis=1), growth, flushed, 1.0, highest), mask=l < L)
     else:
-        n = (program - of_latents) * ROWS + tl.arange(0, ROWS)
+        n = (program - of_latents) * SAMPLES + tl.arange(0, SAMPLES)
         place = (first + n).to(tl.int64)[:, None] * stride
-        squares = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        centred_squares = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        lost = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        largest = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        largest_centred = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        squares = tl.zeros((SAMPLES, BLOCK_D), tl.float32)
+        centred_squares = tl.zeros((SAMPLES, BLOCK_D), tl.float32)
+        lost = tl.zeros((SAMPLES, BLOCK_D), tl.float32)
+        largest = tl.zeros((SAMPLES, BLOCK_D), tl.float32)
+        largest_centred = tl.zeros((SAMPLES, BLOCK_D), tl.float32)
         centre_squares = tl.zeros((BLOCK_D,), tl.float32)
         largest_centre = tl.zeros((BLOCK_D,), tl.float32)
         for d in range(0, D, BLOCK_D):
@@ -114,14 +115,17 @@ def _prepare(
         rest = tl.where(as_they_are, growth * (rounding * of_centre + 2.0**-23 * of_centred), rest)
         tl.store(norm + n, norm_above(tl.sum(squares, axis=1), growth, flushed, 1.0, highest), mask=n < here)
         tl.store(residual + n, tl.where(rest == rest, rest, float("inf")), mask=n < here)
-        tl.store(inverse + n, tl.full((ROWS,), 1.0, tl.float32), mask=n < here)
+        tl.store(inverse + n, tl.full((SAMPLES,), 1.0, tl.float32), mask=n < here)
         tl.store(size + n, of_centred, mask=n < here)
 
 
 def choice(D: int) -> dict[str, int]:
-    # estimated, not measured: 16 numbers a thread, loaded 16 bytes at once; what all look at is an eighth of a program
-    block = min(512, max(16, next_power_of_2(D)))
-    return {"LOOKED_AT": 4, "TILES": 8, "ROWS": 4 if block == 512 else 64, "BLOCK_D": block, "num_warps": 4}
+    # estimated, not measured: 32 bytes of W in flight a thread, in rows of a warp; what all look at is an eighth of a
+    # program
+    block = min(256, max(16, next_power_of_2(D)))
+    rows = min(2048 // block, 64)
+    sizes = {"ROWS": rows, "SAMPLES": max(rows // 2, 1), "BLOCK_D": block}
+    return {"LOOKED_AT": 4, "TILES": 8, **sizes, "num_warps": 4, "maxnreg": 96}
 
 
 def fits(x: Tensor, W: Tensor, dtype: torch.dtype) -> bool:
@@ -139,7 +143,7 @@ def prepare(
     ``biases`` are their sums in float64, those that belong to X in float32, and how many samples are given up: none.
     """
     (N, D), L, chosen = x.shape, 0 if first else len(W), choice(x.shape[1])
-    programs = triton.cdiv(L, chosen["TILES"] * chosen["ROWS"]) + triton.cdiv(here, chosen["ROWS"])
+    programs = triton.cdiv(L, chosen["TILES"] * chosen["ROWS"]) + triton.cdiv(here, chosen["SAMPLES"])
     launch(
         _prepare, (programs,), *biases, w_norm, X, *of_x, x, x.stride(0), W, W.stride(0), pre_bias, latent_bias,
         *latent_bias.stride(), first, here, N, L, D, growth, flushed, rounding, S=len(latent_bias), **chosen,

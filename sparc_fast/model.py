@@ -185,6 +185,13 @@ class SPARC(nn.Module):
         """stream -> the latents that are its own, of the streams that have some."""
         return {} if self._private is None else dict(self._private.latents)
 
+    @property
+    def _private_here(self) -> Private | None:
+        """Among the latents whose weights are here."""
+        if self._private is None or self._shards.is_whole:
+            return self._private
+        return self._private.within(self._shards.rows(self.n_latents))
+
     def _slots(self, streams: Sequence[str] | None = None) -> int:
         """Of the support of a sample of these streams, or of all, where a rule gives each sample k latents."""
         if self._private is None:
@@ -237,12 +244,13 @@ class SPARC(nn.Module):
 
     def _clear_private(self) -> None:
         """A private latent has no weights in other streams, whatever was written there."""
-        if self._private is not None:
-            self._private.clear(self.W_enc, self.W_dec, self.latent_bias)
+        if (private := self._private_here) is not None:
+            private.clear(self.W_enc, self.W_dec, self.latent_bias)
 
     def _decoder(self) -> Tensor:
         """W_dec, where it is differentiated by: what must stay zero has no gradient."""
-        return self.W_dec if self._private is None else self._private.decoder(self.W_dec)
+        private = self._private_here
+        return self.W_dec if private is None else private.decoder(self.W_dec)
 
     @torch.no_grad()
     def project_gradients_(self) -> None:
@@ -400,7 +408,8 @@ class SPARC(nn.Module):
                 self._all_thresholds().learn(self._of_shared(part), self.k, backend)
 
     def _of_shared(self, given: Batch) -> Batch:
-        return given if self._private is None else self._private.shared(given)
+        private = self._private_here
+        return given if private is None else private.shared(given)
 
     def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
         first = 0
@@ -579,7 +588,7 @@ class SPARC(nn.Module):
             n_dead=n_dead,
             shards=self._shards,
             sizes=self.matryoshka,
-            private=self._private,
+            private=self._private_here,
         )
 
     def _batch(
@@ -648,7 +657,7 @@ class SPARC(nn.Module):
         """(values [N, S', k], the support)"""
         backend = self._shards.backend(self.backend, given.x.device)
         indices = select(
-            self.selection, given, self.k, thresholds=self._thresholds(), private=self._private, backend=backend
+            self.selection, given, self.k, thresholds=self._thresholds(), private=self._private_here, backend=backend
         )
         values = functional.support_values(
             given.x, given.W_enc, given.pre_bias, given.latent_bias, indices,
@@ -747,13 +756,13 @@ class SPARC(nn.Module):
     def from_pretrained(
         cls, name: str | Path, *, device: torch.device | str | None = None, backend: str = "auto", **options: Any
     ) -> SPARC:
-        """The model of a folder that `save_pretrained` wrote, or of a repository of the Hugging Face Hub.
+        """The model of a folder that `save_pretrained` wrote, or of a repository of the Hugging Face Hub, in eval mode.
 
         The options are huggingface_hub's: revision, token, cache_dir, force_download, local_files_only.
         """
         from sparc_fast.interop import hub
 
-        return cls.load(hub.fetch(name, **options), device=device, backend=backend)
+        return cls.load(hub.fetch(name, **options), device=device, backend=backend).eval()
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments that are part of the model, as plain data."""

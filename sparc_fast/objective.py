@@ -318,7 +318,7 @@ class Objective:
         if self.private is None:
             return settings.jump(batch, self.k, self.thresholds, self.support_from, self.backend)
         shared = settings.jump(self.private.shared(batch), self.k, self.thresholds, self.support_from, self.backend)
-        return shared.beside(self.private.beside(shared.indices, batch, self.backend))
+        return shared.beside(self.private.beside(shared.indices, batch, self._backend(batch.x)))
 
     def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
         S, widths = len(batch.streams), batch.d_streams
@@ -334,7 +334,7 @@ class Objective:
             first = reconstruct(*operands, self.sizes, fires)
         else:
             first = measure(*operands)
-        gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc))
+        gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc), self.shards)
         if supports.dead is None:
             return Flow(first, None, energy, gradients, batch.latent_threshold)
         if self.sizes:  # what all latents leave over

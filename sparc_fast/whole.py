@@ -44,6 +44,10 @@ class Whole:
         """The operators whose results depend on latents that are elsewhere, too."""
         return name
 
+    def nested(self, sizes: Sequence[int]) -> Sequence[int]:
+        """Of nested dictionaries of these sizes, where the groups of latents end that grad_recons are of, here."""
+        return sizes
+
     def compact(self, indices: Tensor) -> Tensor:
         """A support without the slots that no sample needs here."""
         return indices

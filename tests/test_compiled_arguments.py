@@ -116,7 +116,7 @@ def cuda_calls(module: Any) -> dict[str, list[Any]]:
         "settle_supports": [candidates, capacity, x, pre_bias, W, zeros(L).double(), 0, x_norm, w_norm, 1e-5, 0.0,
                             integers(N, K), integers(N), integers(1), 0],
         "invert_indices": [integers(L + 1, **whole), integers(N * K, **whole), indices.flatten(),
-                           room(module.invert_indices_workspace(N * K, L)), 0],
+                           room(module.invert_indices_workspace(N * K, L)), False, 0],
         "update_rows": [update, floats(S, L), floats(D), rows(), rows(), samples, *step,
                         room(module.update_rows_workspace(update, N * K, L, streams)), streams, 0],
         "step_rows": [update, rows(), rows(), [floats(L, D), floats(L, D), offsets[1:] > offsets[:-1]], *step,

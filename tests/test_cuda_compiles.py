@@ -23,7 +23,8 @@ BODIES = {
 """Every kernel's source."""
 SHARED = {name for name, body in BODIES.items() if "shared_memory()" in body or "__shared__" in body}
 COUNTED = {
-    "topk_rows_kernel", "filter_scores_kernel", "tighten_kernel", "settle_supports_kernel", "sort_segments_kernel"
+    "topk_rows_kernel", "filter_scores_kernel", "tighten_kernel", "settle_supports_kernel", "sort_segments_kernel",
+    "invert_few_kernel",
 }  # fmt: skip
 """Kernels whose threads draw places from a counter in shared memory."""
 OF_90A = {"screen_scores_kernel"}

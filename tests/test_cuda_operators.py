@@ -124,21 +124,38 @@ def check_inverse(cuda: ModuleType, indices: Tensor, L: int) -> None:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(N=st.integers(0, 60), k=st.integers(1, 20), L=st.integers(1, 700), order=st.integers(0, 4))
-def test_inverse_indices_equal_the_reference_at_any_shape(N: int, k: int, L: int, order: int, cuda: ModuleType) -> None:
+@given(
+    N=st.integers(0, 60),
+    k=st.integers(1, 20),
+    L=st.integers(1, 700),
+    order=st.integers(0, 4),
+    few=st.sampled_from([-1, 2**15]),
+)
+def test_inverse_indices_equal_the_reference_at_any_shape(
+    N: int, k: int, L: int, order: int, few: int, cuda: ModuleType
+) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CUDA_EMULATION_SCHEDULE", str(order))
+        patched.setattr(cuda, "FEW", few)
         check_inverse(cuda, torch.randint(0, L, (N, k), generator=seeded(N), dtype=torch.int32), L)
 
 
+@pytest.mark.parametrize("few", [-1, 2**15])
 @pytest.mark.parametrize("often", [33, 2048, 2049, 9000])
-def test_a_latent_in_frequent_use_has_its_entries_in_order(often: int, schedule: None, cuda: ModuleType) -> None:
+def test_a_latent_in_frequent_use_has_its_entries_in_order(
+    often: int, few: int, schedule: None, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "FEW", few)
     indices = torch.randint(0, 500, (12000,), generator=seeded(0), dtype=torch.int32)
     indices[torch.randperm(12000, generator=seeded(1))[:often]] = 499
     check_inverse(cuda, indices.view(-1, 3), 500)
 
 
-def test_latents_outside_the_dictionary_are_in_no_segment(cuda: ModuleType) -> None:
+@pytest.mark.parametrize("few", [-1, 2**15])
+def test_latents_outside_the_dictionary_are_in_no_segment(
+    few: int, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "FEW", few)
     indices = torch.tensor([[0, 33, 2], [-1, 2, 32], [2**31 - 1, -(2**31), 0]])
     for kind in (torch.int32, torch.int64):
         chosen = indices.to(kind)

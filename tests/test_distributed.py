@@ -20,7 +20,7 @@ import sparc_fast as sf
 from sparc_fast.distributed import received, shard
 from sparc_fast.distributed.bytes import exchanged_bytes
 from sparc_fast.planning.process_memory import forget_peak, resident
-from sparc_fast.selection import select
+from sparc_fast.selection import BY_THRESHOLD, select
 
 pytestmark = [
     pytest.mark.distributed,
@@ -28,6 +28,11 @@ pytestmark = [
 ]
 WIDTHS = {"a": 16, "b": 7}
 D = sum(WIDTHS.values())
+PRIVATE: dict[str, Any] = {"private": {"a": 9, "b": 6}, "private_k": {"a": 3, "b": 2}}
+MOST_PRIVATE: dict[str, Any] = {
+    "private": {"a": 26, "b": 18},
+    "private_k": {"a": 2, "b": 3},
+}  # ranks have no shared ones
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
@@ -59,6 +64,7 @@ def model_of(seed: int = 0, n_latents: int = 50, k: int = 4, **options: Any) -> 
     with torch.no_grad():
         model.latent_bias.uniform_(-0.1, 0.1)
         model.pre_bias.uniform_(-0.1, 0.1)
+    model._clear_private()
     return model
 
 
@@ -79,6 +85,10 @@ def hard_model(case: str) -> tuple[sf.SPARC, Tensor]:
         return model_of(selection="local"), x
     if case.startswith("batch"):
         return hard_batch(case)
+    if case.startswith(("jumprelu", "local_jumprelu")):
+        return hard_jump(case)
+    if case.startswith(("private", "most private")):
+        return hard_private(case)
     if case == "k above a share":
         return model_of(n_latents=13, k=11), x
     if case == "all latents":
@@ -130,11 +140,43 @@ def hard_batch(case: str) -> tuple[sf.SPARC, Tensor]:
     return model, x.to(model.W_enc.dtype)
 
 
+def hard_jump(case: str) -> tuple[sf.SPARC, Tensor]:
+    """The same for JumpReLU, as after some training."""
+    rule, _, about = case.partition(", ")
+    model, x = model_of(selection=rule, dtype=torch.float64 if about == "float64" else torch.float32), samples(13)
+    with torch.no_grad():
+        if about == "all equal":
+            model.W_enc.zero_()
+            model.latent_bias.zero_()
+        elif about == "one sample has all":
+            x[5] *= 1e4
+    model.learn_thresholds(x)
+    if about != "all equal":
+        with torch.no_grad():
+            model.latent_threshold.uniform_(-0.2, 0.2)
+    return model, x.to(model.W_enc.dtype)
+
+
+def hard_private(case: str) -> tuple[sf.SPARC, Tensor]:
+    """The same for latents of one stream each, of which there may be nearly all."""
+    about, _, rule = case.partition(", ")
+    of_each = MOST_PRIVATE if about == "most private" else PRIVATE
+    model, x = model_of(selection=rule or "global", **of_each), samples(13)
+    if rule in ("jumprelu", "local_jumprelu"):
+        model.learn_thresholds(x)
+    with torch.no_grad():
+        x[4] *= 1e4
+    return model, x
+
+
 CASES = [
     "random", "float64", "bfloat16", "local", "k above a share", "all latents", "all equal", "two values",
     "all winners on one rank", "infinities", "NaN rows", "batch", "batch, float64", "batch, k above a share",
     "batch, all equal", "batch, two values", "batch, one sample has all", "batch, one sample has all, on one rank",
-    "batch, infinities", "batch, nothing but -infinity", "batch, NaN rows",
+    "batch, infinities", "batch, nothing but -infinity", "batch, NaN rows", "jumprelu", "jumprelu, float64",
+    "jumprelu, all equal", "jumprelu, one sample has all", "local_jumprelu", "private", "private, local",
+    "private, batch", "private, local_jumprelu", "most private", "most private, local", "most private, batch",
+    "most private, jumprelu",
 ]  # fmt: skip
 
 
@@ -143,8 +185,20 @@ def supports_differ(case: str, uneven: bool) -> int:
     sharded = shard(whole)
     given = sharded._batch(own(x, uneven))
     assert torch.equal(given.x.view(torch.uint8), x.to(given.x.dtype).view(torch.uint8))
-    expected = select(whole.selection, whole._batch(x), whole.k)
-    found = select(sharded.selection, given, whole.k, backend=sharded._shards.backend("auto", x.device))
+    expected, found = (
+        select(
+            model.selection,
+            inputs,
+            model.k,
+            thresholds=model._thresholds(),
+            private=model._private_here,
+            backend=backend,
+        )
+        for model, inputs, backend in (
+            (whole, whole._batch(x), "auto"),
+            (sharded, given, sharded._shards.backend("auto", x.device)),
+        )
+    )
     rows = sharded._shards.rows(whole.n_latents)
     mine = torch.where((expected >= rows.start) & (expected < rows.stop), expected - rows.start, -1)
     compact = sharded._shards.compact(found)
@@ -157,6 +211,32 @@ def supports_differ(case: str, uneven: bool) -> int:
 @pytest.mark.parametrize("case", CASES)
 def test_supports_are_those_of_one_process_bit_for_bit(ranks: Ranks, case: str, uneven: bool) -> None:
     assert ranks(supports_differ, case, uneven) == [0] * ranks.n
+
+
+def bands_differ(rule: str) -> int:
+    """In how many samples and latents here."""
+    whole, x = hard_jump(rule)
+    sharded = shard(whole)
+    rows, differ, near = sharded._shards.rows(whole.n_latents), 0, 0
+    jumps = [
+        model._objective(1.0).choose(model._batch(part))[0].supports.jump
+        for model, part in ((whole, x), (sharded, own(x)))
+    ]
+    for part in ("fires", "slope"):
+        dense = []
+        for jump, n in zip(jumps, (whole.n_latents, rows.stop - rows.start), strict=True):
+            into = torch.zeros(*jump.indices.shape[:-1], n + 1)
+            at = jump.indices.long().where(jump.indices >= 0, n)
+            dense.append(into.scatter_(-1, at, getattr(jump, part).float())[..., :-1])
+        differ += int((dense[0][..., rows] != dense[1]).sum())
+        near = int((dense[0] > 0).sum())
+    assert near > 5
+    return differ
+
+
+@pytest.mark.parametrize("rule", ["jumprelu", "local_jumprelu"])
+def test_latents_near_their_thresholds_are_those_of_one_process_bit_for_bit(ranks: Ranks, rule: str) -> None:
+    assert ranks(bands_differ, rule) == [0] * ranks.n
 
 
 def hot_shard() -> None:
@@ -254,11 +334,14 @@ def test_a_model_without_weights_draws_those_of_one_process(ranks: Ranks) -> Non
     assert all(ranks(draws_differ))
 
 
-def training_model(**options: Any) -> sf.SPARC:
+def training_model(learned: bool = False, **options: Any) -> sf.SPARC:
     settings = {"n_latents": 50, "k": 4, "auxk": 6, "dead_after": 60, "dtype": torch.float64, **options}
     model = model_of(**settings)
     with torch.no_grad():
         model.latent_bias[:, ::3] -= 0.9  # some die
+    model._clear_private()
+    if learned:
+        model.learn_thresholds(samples(40, dtype=torch.float64))
     return model
 
 
@@ -270,7 +353,7 @@ def weights_of(model: sf.SPARC) -> dict[str, Tensor]:
     found = []
     for part in gathered(mine):
         found.append(part)
-    dims = {"W_enc": 0, "W_dec": 0, "silence": 0, "latent_bias": 1}
+    dims = {"W_enc": 0, "W_dec": 0, "silence": 0, "latent_bias": 1, "latent_threshold": 1}
     return {
         name: torch.cat([part[name] for part in found], dim=dims[name]) if name in dims else mine[name] for name in mine
     }
@@ -324,6 +407,35 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "global": ({}, {}, {}),
     "local": ({"selection": "local"}, {}, {}),
     "batch, absent streams": ({"selection": "batch"}, {"lazy": "replay", "max_grad_norm": 0.05}, {"absent": True}),
+    "jumprelu": ({"selection": "jumprelu"}, {}, {}),
+    "jumprelu, absent streams": (
+        {"selection": "jumprelu"},
+        {"lazy": "replay", "max_grad_norm": 0.05},
+        {"absent": True},
+    ),
+    "jumprelu, one stream chooses": ({"selection": "jumprelu", "loss": "fvu"}, {}, {"support_from": ["b"]}),
+    # what is learned from a part's first samples is of others here
+    "local jumprelu, accumulated": (
+        {"selection": "local_jumprelu", "learned": True},
+        {"max_grad_norm": 0.05},
+        {"parts": 3},
+    ),
+    "local jumprelu, absent streams": ({"selection": "local_jumprelu"}, {}, {"absent": True}),
+    "nested": ({"matryoshka": [7, 20]}, {}, {}),
+    "nested, four": ({"matryoshka": [3, 7, 20]}, {"lazy": "replay", "max_grad_norm": 0.05}, {"absent": True}),
+    "nested, local, accumulated": ({"matryoshka": [20], "selection": "local"}, {"max_grad_norm": 0.05}, {"parts": 3}),
+    "nested, on other backends": ({"matryoshka": [7, 20], "selection": "batch", "backend": "reference"}, {}, {}),
+    "nested, jumprelu": ({"matryoshka": [7, 20], "selection": "jumprelu", "loss": "fvu"}, {}, {}),
+    "nested, batch": ({"matryoshka": [7, 20], "selection": "batch"}, {"freeze": "a", "max_grad_norm": 0.05}, {}),
+    "private": (PRIVATE, {}, {}),
+    "private, local": ({**PRIVATE, "selection": "local"}, {"lazy": "replay", "max_grad_norm": 0.05}, {"absent": True}),
+    "private, batch": ({**PRIVATE, "selection": "batch"}, {"freeze": "a", "max_grad_norm": 0.05}, {}),
+    "private, jumprelu": ({**PRIVATE, "selection": "jumprelu", "loss": "fvu"}, {}, {"absent": True}),
+    "private, accumulated": (PRIVATE, {"max_grad_norm": 0.05, "freeze": "b"}, {"parts": 3}),
+    "private, most, on other backends": ({**MOST_PRIVATE, "backend": "reference"}, {"max_grad_norm": 0.05}, {}),
+    "private, most": (MOST_PRIVATE, {"max_grad_norm": 0.05}, {"absent": True}),
+    "private, most, batch": ({**MOST_PRIVATE, "selection": "batch"}, {"lazy": "replay", "freeze": "a"}, {}),
+    "private, most, jumprelu": ({**MOST_PRIVATE, "selection": "local_jumprelu"}, {"freeze": "encoder"}, {}),
     "fvu": ({"loss": "fvu"}, {}, {}),
     "replay": ({}, {"lazy": "replay"}, {}),
     "clipped": ({}, {"max_grad_norm": 0.05}, {}),
@@ -340,7 +452,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_fifty_steps_are_those_of_one_process_to_1e_12(ranks: Ranks, name: str) -> None:
-    if ranks.n != 3 and name not in ("global", "absent streams, local"):
+    if ranks.n != 3 and name not in ("global", "absent streams, local", "nested", "private"):
         pytest.skip("three ranks are the hardest; each costs its processes")
     for of_loss, of_weights, most_dead, with_auxk in ranks(train_beside, *TRAININGS[name], 50):
         assert of_loss < 1e-12
@@ -384,6 +496,21 @@ def test_the_same_run_has_the_same_bits_however_late_a_rank_is_and_what_all_hold
     assert all(ranks(same_bits_twice, {"dtype": dtype}, of_optimizer))
 
 
+RULES: dict[str, dict[str, Any]] = {
+    "jumprelu": {"selection": "jumprelu"},
+    "local_jumprelu": {"selection": "local_jumprelu"},
+    "nested": {"matryoshka": [7, 20]},
+    "private": PRIVATE,
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_has_the_same_bits_in_every_run(ranks: Ranks, rule: str) -> None:
+    if ranks.n != 3:
+        pytest.skip("three ranks are the hardest; each costs its processes")
+    assert all(ranks(same_bits_twice, {**RULES[rule], "dtype": torch.float32}, {"max_grad_norm": 0.05}))
+
+
 def far_from_truth(dtype: torch.dtype) -> list[float]:
     """How far ranks, and one process, of this type are from a float64 process after a step, in float64."""
     models = [training_model(dtype=torch.float64), training_model(dtype=dtype), shard(training_model(dtype=dtype))]
@@ -413,10 +540,10 @@ def test_gradients_are_as_accurate_as_those_of_one_process(ranks: Ranks, dtype: 
         assert shared <= 2 * alone + torch.finfo(torch.float32).eps
 
 
-def codes_differ(selection: str, absent: bool) -> dict[str, float]:
-    whole = model_of(selection=selection, dtype=torch.float64)
+def codes_differ(options: dict[str, Any], absent: bool) -> dict[str, float]:
+    whole = model_of(dtype=torch.float64, **options)
     x = samples(23, dtype=torch.float64)
-    if selection == "batch":
+    if whole.selection in BY_THRESHOLD:
         learns = shard(whole)
         learns.learn_thresholds(own(x, uneven=True))
         whole.learn_thresholds(x)
@@ -446,13 +573,21 @@ def codes_differ(selection: str, absent: bool) -> dict[str, float]:
     }
 
 
+CODES: dict[str, dict[str, Any]] = {
+    **{rule: {"selection": rule} for rule in ("global", "local", "batch", "jumprelu", "local_jumprelu")},
+    "private": PRIVATE,
+    "most private, local": {**MOST_PRIVATE, "selection": "local"},
+    "most private, batch": {**MOST_PRIVATE, "selection": "batch"},
+    "most private, jumprelu": {**MOST_PRIVATE, "selection": "jumprelu"},
+    "nested": {"matryoshka": [7, 20]},
+}
+
+
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("absent", [False, True], ids=["all present", "streams absent"])
-@pytest.mark.parametrize("selection", ["global", "local", "batch"])
-def test_codes_are_those_of_one_process_and_reconstructions_to_rounding(
-    ranks: Ranks, selection: str, absent: bool
-) -> None:
-    for differ in ranks(codes_differ, selection, absent):
+@pytest.mark.parametrize("rule", CODES)
+def test_codes_are_those_of_one_process_and_reconstructions_to_rounding(ranks: Ranks, rule: str, absent: bool) -> None:
+    for differ in ranks(codes_differ, CODES[rule], absent):
         assert max(differ.values()) < 1e-13
 
 
@@ -477,10 +612,20 @@ DECODED = ("reconstruction", "retrieval_by_reconstruction", "ablations")  # sums
 METRICS = ("concepts", "concepts_joint", "agreement", "cofiring", "purity", "monosemanticity", "retrieval", "latents")
 
 
+def ready_model(options: dict[str, Any]) -> sf.SPARC:
+    """As after some training."""
+    model = model_of(**options)
+    if model.latent_threshold is not None:
+        model.learn_thresholds(samples(40))
+        with torch.no_grad():
+            model.latent_threshold.uniform_(-0.2, 0.2)
+    return model
+
+
 def evaluations_differ(options: dict[str, Any], replicas: bool = False) -> dict[str, tuple[Any, Any]]:
     """Figures that are not those of one process: the same numbers, or to rounding where reconstructions are summed."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "latents")) if replicas else None
-    whole, x = model_of(**options), streams_of(samples(61))
+    whole, x = ready_model(options), streams_of(samples(61))
     sharded = shard(whole, mesh)
     if whole.selection == "batch":
         for model in (whole, sharded):
@@ -511,6 +656,13 @@ def test_an_evaluation_has_the_figures_of_one_process_on_every_rank(ranks: Ranks
     assert ranks(evaluations_differ, {}) == [{}] * ranks.n
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_an_evaluation_of_every_rule_has_the_figures_of_one_process(ranks: Ranks, rule: str) -> None:
+    if ranks.n != 3:
+        pytest.skip("three ranks are the hardest; each costs its processes")
+    assert ranks(evaluations_differ, RULES[rule]) == [{}] * 3
+
+
 def directions_differ() -> dict[str, float]:
     """How far what is told of all rows of the decoder is from one process's: none of them is exchanged."""
     torch.manual_seed(0)
@@ -539,8 +691,8 @@ def test_metrics_of_directions_need_no_row_of_another_rank(ranks: Ranks) -> None
         assert max(apart.values()) < 1e-6, apart
 
 
-def exchanged(n_latents: int, dtype: torch.dtype, selection: str = "global") -> dict[str, int]:
-    model = shard(model_of(n_latents=n_latents, dtype=dtype, auxk=0, selection=selection))
+def exchanged(n_latents: int, dtype: torch.dtype, selection: str = "global", **options: Any) -> dict[str, int]:
+    model = shard(model_of(n_latents=n_latents, dtype=dtype, auxk=0, selection=selection, **options))
     optimizer = sf.SparcAdam(model)
     x = samples(360, dtype=dtype)
     optimizer.step(own(x))
@@ -569,21 +721,51 @@ def test_a_step_exchanges_what_the_formula_says_and_nothing_that_grows_with_late
             assert came[what] == pytest.approx(expected[what], rel=0.01)
 
 
-def test_a_step_of_batch_topk_exchanges_counts_and_no_candidates(ranks: Ranks) -> None:
+def exchanged_private(n_latents: int) -> dict[str, int]:
+    return exchanged(n_latents, torch.float32, **PRIVATE)
+
+
+def test_a_step_of_private_latents_exchanges_candidates_for_each_stream(ranks: Ranks) -> None:
+    few, many = ranks(exchanged_private, 50), ranks(exchanged_private, 800)
+    expected = exchanged_bytes(360, list(WIDTHS.values()), 4, ranks.n, private_k=5)
+    assert few == many
+    for came in few if ranks.n > 1 else ():
+        for what, n_bytes in expected.items():
+            assert came[what] == pytest.approx(n_bytes, rel=0.01)
+
+
+def exchanged_nested(n_latents: int, sizes: list[int]) -> dict[str, int]:
+    return exchanged(n_latents, torch.float32, matryoshka=sizes)
+
+
+def test_a_step_of_nested_dictionaries_exchanges_what_ranks_have_of_each_group(ranks: Ranks) -> None:
+    few, many = (ranks(exchanged_nested, 50 * times, [7 * times, 20 * times]) for times in (1, 16))
+    assert few == many
+    expected = exchanged_bytes(360, list(WIDTHS.values()), 4, ranks.n, sizes=(7, 20, 50))
+    plain = exchanged_bytes(360, list(WIDTHS.values()), 4, ranks.n)
+    for what in expected if ranks.n > 1 else ():
+        assert max(came[what] for came in few) == pytest.approx(expected[what], rel=0.01)
+        assert sum(came[what] for came in few) < 0.7 * 3 * ranks.n * plain[what]  # if each were told of each group
+
+
+@pytest.mark.parametrize(("rule", "counts"), [("batch", 2), ("jumprelu", 0), ("local_jumprelu", 0)])
+def test_a_step_of_latents_above_a_threshold_exchanges_counts_and_no_candidates(
+    ranks: Ranks, rule: str, counts: int
+) -> None:
     S, P, N = len(WIDTHS), ranks.n, 360
-    expected = exchanged_bytes(N, list(WIDTHS.values()), 4, P, over_batch=True)
-    assert expected["candidates"] == N * 8 * (P - 1)
+    expected = exchanged_bytes(N, list(WIDTHS.values()), 4, P, counts=counts)
+    assert expected["candidates"] == N * 4 * counts * (P - 1)
     looks = 4 * (2**11 + 2**11 + 2**10) * (P - 1)  # how many scores begin with each of the digits
-    few, many = (ranks(exchanged, n_latents, torch.float32, "batch") for n_latents in (50, 800))
+    few, many = (ranks(exchanged, n_latents, torch.float32, rule) for n_latents in (50, 800))
     for came in (*few, *many):
         assert came.get("sums", 0) < 20 * looks + 1000 * S
         for what in expected if P > 1 else ():
-            assert came[what] == pytest.approx(expected[what], rel=0.01)
+            assert came.get(what, 0) == pytest.approx(expected[what], rel=0.01)
 
 
-def few_samples_differ() -> float:
+def few_samples_differ(options: dict[str, Any]) -> float:
     """Of fewer samples than ranks, and of one that all are given by one rank."""
-    whole, sharded = training_model(), shard(training_model())
+    whole, sharded = training_model(**options), shard(training_model(**options))
     apart = 0.0
     for step in range(3):
         x = samples(2 - step % 2, seed=step, dtype=torch.float64)
@@ -595,8 +777,9 @@ def few_samples_differ() -> float:
     return apart
 
 
-def test_there_may_be_fewer_samples_than_ranks(ranks: Ranks) -> None:
-    assert max(ranks(few_samples_differ)) < 1e-13
+@pytest.mark.parametrize("rule", ["global", *RULES])
+def test_there_may_be_fewer_samples_than_ranks(ranks: Ranks, rule: str) -> None:
+    assert max(ranks(few_samples_differ, RULES.get(rule, {}))) < 1e-13
 
 
 def held() -> tuple[int, int, int]:
@@ -615,23 +798,28 @@ def test_a_rank_holds_its_share_of_weights_and_moments(ranks: Ranks) -> None:
         assert here <= of_all / ranks.n + row + 3 * 8 * D
 
 
-def saved_in_pieces(folder: Path) -> int:
+def saved_in_pieces(folder: Path, options: dict[str, Any]) -> int:
     """How many pieces of another's rows the first rank was sent at a time."""
     sent, receive = [], torch.distributed.recv
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparc_fast.distributed.model_file.PIECE", 3 * D * 4)
         patch.setattr(torch.distributed, "recv", lambda rows, **more: sent.append(len(rows)) or receive(rows, **more))
-        shard(model_of()).save(folder / f"{here()[1]}.safetensors")
+        shard(ready_model(options)).save(folder / f"{here()[1]}.safetensors")
     assert all(n <= 3 * D * 4 for n in sent)
     return len(sent)
 
 
-def test_a_model_file_is_written_a_piece_at_a_time_and_is_that_of_one_process(ranks: Ranks, tmp_path: Path) -> None:
-    first, *others = ranks(saved_in_pieces, tmp_path)
+@pytest.mark.parametrize("rule", ["global", *RULES])
+def test_a_model_file_is_written_a_piece_at_a_time_and_is_that_of_one_process(
+    ranks: Ranks, rule: str, tmp_path: Path
+) -> None:
+    options = RULES.get(rule, {})
+    first, *others = ranks(saved_in_pieces, tmp_path, options)
     assert (first > 2 * (ranks.n - 1), others) == (ranks.n > 1, [0] * (ranks.n - 1))
-    found = sf.SPARC.load(tmp_path / f"{ranks.n}.safetensors").state_dict()
-    for name, tensor in model_of().state_dict().items():
-        assert torch.equal(found[name], tensor)
+    found, expected = sf.SPARC.load(tmp_path / f"{ranks.n}.safetensors"), ready_model(options)
+    assert found.config() == expected.config()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor)
 
 
 def peak(n_latents: int) -> int:
@@ -672,8 +860,6 @@ def refused(case: str) -> str:
             shard(model_of(k=3 if rank == 1 else 4))
         elif case == "too few latents":
             shard(model_of(n_latents=here()[1] + 1, k=1)) if here()[1] > 2 else shard(model_of(n_latents=1, k=1))
-        elif case == "private":
-            shard(model_of(private={"a": 4}, private_k=1))
         elif case == "forward":
             model(x)
         elif case == "other samples":
@@ -683,8 +869,6 @@ def refused(case: str) -> str:
             sf.evaluate.evaluate(model, streams_of(samples(9)), labels)
         elif case == "capturable":
             sf.SparcAdam(model, capturable=True)
-        elif case == "thresholds":
-            shard(model_of(selection="jumprelu"))
     except (ValueError, RuntimeError) as error:
         return str(error)
     return ""
@@ -694,8 +878,7 @@ REFUSALS = {
     "NaN": "must be finite", "width": r"must be \[..., D=23\]", "other streams": "of the streams that rank 0 has",
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
     "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model",
-    "capturable": "capturable must be False", "private": "must have no private latents",
-    "thresholds": "model must have no thresholds of latents to be shared, got selection='jumprelu'",
+    "capturable": "capturable must be False",
     "other samples": "inputs must be the same on every rank", "labels": "labels must be",
 }  # fmt: skip
 
@@ -747,7 +930,7 @@ def replicated(options: dict[str, Any], of_optimizer: dict[str, Any], absent: bo
         name: tensor[rows]
         if name in ("W_enc", "W_dec", "silence")
         else tensor[:, rows]
-        if name == "latent_bias"
+        if name in ("latent_bias", "latent_threshold")
         else tensor
         for name, tensor in whole.state_dict().items()
     }
@@ -766,6 +949,17 @@ REPLICATED: dict[str, tuple[dict[str, Any], dict[str, Any], bool, int]] = {
     "accumulated and clipped": ({}, {"max_grad_norm": 0.05}, False, 3),
     "clipped, absent": ({}, {"max_grad_norm": 0.05}, True, 1),
     "batch, replayed, absent": ({"selection": "batch"}, {"lazy": "replay"}, True, 1),
+    "jumprelu, replayed, absent": ({"selection": "jumprelu"}, {"lazy": "replay"}, True, 1),
+    "local jumprelu, accumulated": (
+        {"selection": "local_jumprelu", "learned": True},
+        {"max_grad_norm": 0.05},
+        False,
+        3,
+    ),
+    "nested, absent": ({"matryoshka": [7, 20, 30]}, {}, True, 1),
+    "nested, accumulated": ({"matryoshka": [7, 20]}, {"max_grad_norm": 0.05}, False, 3),
+    "private, absent": ({**PRIVATE, "selection": "local"}, {"max_grad_norm": 0.05}, True, 1),
+    "private, most, accumulated": (MOST_PRIVATE, {"lazy": "replay"}, False, 3),
     "fvu, absent": ({"loss": "fvu"}, {}, True, 1),
     "fvu, accumulated": ({"loss": "fvu"}, {}, False, 3),
 }

@@ -24,6 +24,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bfloat16, lazy": ({"dtype": torch.bfloat16}, {"lazy": "replay", "moments": "bfloat16"}),
     "local, frozen": ({"selection": "local"}, {"freeze": "encoder"}),
     "batch": ({"selection": "batch"}, {}),
+    "jumprelu, nested": ({"selection": "jumprelu", "matryoshka": [7, 20]}, {}),
+    "private": ({"private": {"a": 9, "b": 20}, "private_k": 2}, {"lazy": "replay"}),
 }
 
 
@@ -79,7 +81,7 @@ def saved(folder: Path, variant: str) -> tuple[dict[str, Tensor], dict[str, Tens
     names = [name for name, value in of_ranks.items() if isinstance(value, DTensor)]
     for name in names:
         (placement,) = of_ranks[name].placements
-        assert placement == Shard(1 if "latent_bias" in name else 0)
+        assert placement == Shard(1 if "latent_bias" in name or "latent_threshold" in name else 0)
     assert of_ranks["model.W_dec"].to_local().data_ptr() == model.W_dec.data_ptr()
     then = whole(of_ranks)
     train(optimizer, range(5, 9))

@@ -70,6 +70,21 @@ def test_the_table_has_a_column_for_every_model_and_an_untrained_one(
         assert words in printed
 
 
+@pytest.mark.parametrize("selection", ["batch", "jumprelu", "local_jumprelu"])
+def test_a_model_of_thresholds_stands_beside_an_untrained_one_that_fires_as_many_latents(
+    selection: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = sf.SPARC(D, 64, 3, selection=selection)  # type: ignore[arg-type]
+    x = {stream: x[:400] for stream, x in rows(400 + N).items()}
+    model.calibrate(x)
+    model.learn_thresholds(x)
+    model.save(tmp_path / "model.safetensors")
+    assert run(f"run={tmp_path / 'model.safetensors'}", "--data", folder / "held_out", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    for name in ("run", "untrained"):
+        assert found[name]["scores"]["active"] == pytest.approx(3, rel=0.3), name
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_the_table_can_be_read_on_every_terminal(folder: Path, encoding: str) -> None:
     words = ["eval", str(folder / "run"), "--data", str(folder / "held_out")]

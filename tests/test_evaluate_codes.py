@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from operands import seeded
 from torch import Tensor
 
+import sparc_fast as sf
 from sparc_fast.evaluate import (
     Ablations,
     Codes,
@@ -23,10 +24,12 @@ from sparc_fast.evaluate import (
     firing_agreement,
     latent_use,
     linear_probe,
+    mlp_probe,
     mono_score,
     name_latents,
     probe_1d,
     retrieval_ranks,
+    retrieve,
     top_samples,
 )
 
@@ -99,16 +102,17 @@ def test_labels_of_the_wrong_type_or_shape_are_refused(labels: Tensor) -> None:
         name_latents({"a": GOOD}, labels, ["word"], 2)
 
 
-def test_slots_that_hold_no_latent_change_nothing() -> None:
+def two_streams() -> dict[str, StreamCode]:
     generator = seeded(0)
-    streams = {
+    return {
         name: (torch.randn(40, 4, generator=generator), torch.rand(40, 12, generator=generator).argsort(1)[:, :4].int())
         for name in "ab"
     }
-    padded = {
-        name: (torch.cat([values, torch.zeros(40, 2)], 1), torch.cat([indices, torch.full((40, 2), -1).int()], 1))
-        for name, (values, indices) in streams.items()
-    }
+
+
+def of_two_streams() -> dict[str, Callable[[Codes], Tensor]]:
+    """Metrics of codes of 40 samples and 12 latents."""
+    generator = seeded(1)
     labels = torch.rand(40, 3, generator=generator) < 0.4
     x = torch.randn(40, 5, generator=generator)
     dictionary = torch.randn(12, 5, generator=generator).double()
@@ -118,7 +122,7 @@ def test_slots_that_hold_no_latent_change_nothing() -> None:
         found.add(code, x)
         return found.worse
 
-    metrics: dict[str, Callable[[dict[str, StreamCode]], Tensor]] = {
+    return {
         "jaccard": lambda c: concept_jaccard(c, labels, 12),
         "agreement": lambda c: firing_agreement(c, 12),
         "iou": lambda c: cofiring_iou(c, 12),
@@ -130,7 +134,36 @@ def test_slots_that_hold_no_latent_change_nothing() -> None:
         "ablations": lambda c: ablated(c["a"]),
         "1-D": lambda c: probe_1d(c["a"], labels, 12, fewest=5).log_loss,
         "linear": lambda c: linear_probe(c["a"], labels, 12).average_precision,
+        "MLP": lambda c: mlp_probe(c["a"], labels, 12, epochs=1).average_precision,
         "ranks": lambda c: retrieval_ranks(c["a"], c["b"], 12),
+        "nearest": lambda c: retrieve(c["a"], c["b"], 12, top=3).cosines,
+        "top": lambda c: top_samples(c, 12, 3).values,
     }
-    for name, metric in metrics.items():
+
+
+def test_slots_that_hold_no_latent_change_nothing() -> None:
+    streams = two_streams()
+    padded = {
+        name: (torch.cat([values, torch.zeros(40, 2)], 1), torch.cat([indices, torch.full((40, 2), -1).int()], 1))
+        for name, (values, indices) in streams.items()
+    }
+    for name, metric in of_two_streams().items():
         torch.testing.assert_close(metric(padded), metric(streams), equal_nan=True, msg=name)
+
+
+@pytest.mark.filterwarnings("error")
+def test_codes_that_autograd_follows_are_measured_like_others() -> None:
+    streams = two_streams()
+    followed = {name: (values.clone().requires_grad_(), indices) for name, (values, indices) in streams.items()}
+    for name, metric in of_two_streams().items():
+        found = metric(followed)
+        assert not found.requires_grad, name
+        torch.testing.assert_close(found, metric(streams), rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_what_is_no_code_is_named() -> None:
+    code = sf.SPARC({"a": 3}, 4, 2).encode({"a": torch.randn(5, 3)})
+    with pytest.raises(ValueError, match=r"codes must map streams to .*code\.stream.*, got SparseLatents"):
+        firing_agreement(code, 4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"codes\['a'\] must be \(values, indices\), .* got Tensor"):
+        firing_agreement({"a": code.dense("a")}, 4)  # type: ignore[dict-item]

@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 from sparc_fast import explain
-from sparc_fast.explain import Ink, Items, Latent, Report, Stream, Thumbnails, choose_latents, write_report
+from sparc_fast.explain import Ink, Items, Latent, ModelReport, Report, Stream, Thumbnails, choose_latents, write_report
 from sparc_fast.explain.latents import Shown, tops_of
 from sparc_fast.explain.page import render_page
 from sparc_fast.explain.pictures import columns
@@ -274,6 +274,13 @@ def test_a_latent_whose_samples_lack_its_concept_is_not_chosen(report):
     names = list(report.after.names)
     names[first] = (next(concept for concept in CONCEPTS if concept not in names[first]),)
     assert first not in choose_latents(replace(report, after=replace(report.after, names=names)))
+
+
+def test_codes_come_as_encode_gives_them(report):
+    followed = {s: (values.clone().requires_grad_(), indices) for s, (values, indices) in report.after.codes.items()}
+    after = ModelReport.of("after", followed, report.n_latents, report.items)
+    assert after.names == report.after.names
+    assert Shards(replace(report, after=after)).chosen
 
 
 def test_a_private_latent_has_the_frequency_of_its_stream_and_no_agreement(report, tmp_path):

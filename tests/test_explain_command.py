@@ -18,9 +18,9 @@ pytest.importorskip("pyarrow")
 
 from PIL import Image
 
-from sparc_fast import SPARC, cli
+from sparc_fast import SPARC, cli, data
 from sparc_fast.data.feature_folder import FeatureFolder, write_items, write_manifest
-from sparc_fast.explain import items_of, report_of
+from sparc_fast.explain import choose_latents, items_of, report_of
 
 N, KINDS = 60, ["kitten", "rocket", "boat"]
 EVIL = '</script><img src=x onerror="alert(1)">'
@@ -208,6 +208,26 @@ def test_a_picture_outside_the_folder_is_refused_by_name(tmp_path, runs, capsys,
     error = capsys.readouterr().err
     assert re.search(rf"picture must stay below .*, got '{re.escape(path)}'", error)
     assert not (tmp_path / "page" / "index.html").exists()
+
+
+@pytest.mark.parametrize("selection", ["batch", "local_jumprelu"])
+def test_a_model_of_thresholds_is_explained(selection, folder, tmp_path):
+    model = SPARC({"eye": 6, "ear": 5}, n_latents=24, k=4, selection=selection)
+    with data.open(folder) as files:
+        model.learn_thresholds(files.rows(0, N))
+    model.save(tmp_path / "model.safetensors")
+    command = ["explain", str(tmp_path / "model.safetensors"), "--data", str(folder), "--out", str(tmp_path / "page")]
+    assert cli.main(command) == 0
+    assert start(tmp_path / "page")["alive"] > 0
+
+
+def test_a_model_of_one_stream_has_latents_to_show_and_no_agreement(tmp_path):
+    features = write_folder(tmp_path / "features")
+    model = SPARC({"eye": 6}, n_latents=24, k=4)
+    report = report_of({"one": model}, features)
+    assert np.isnan(report.after.agreement).all()
+    assert report.after.jaccard is None
+    assert choose_latents(report)
 
 
 def test_what_does_not_fit_is_one_clear_error(folder, runs, tmp_path, capsys):

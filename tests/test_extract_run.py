@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_one_that_is_stopped_while_it_finishes_ends_in_the_same_bytes(where: str
         raise KeyboardInterrupt
 
     (tmp_path / "stopped" / ".partial").mkdir(parents=True)
-    run._keep(tmp_path / "stopped" / ".partial" / "extraction.json", run._settings(described), tmp_path / "stopped")
+    run._keep(tmp_path / "stopped" / ".partial", run._settings(described), tmp_path / "stopped")
     with monkeypatch.context() as patched:
         patched.setattr(f"sparc_fast.extract.run.{where}", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -236,9 +237,18 @@ def test_a_folder_goes_on_only_with_the_settings_it_was_begun_with(tmp_path: Pat
     again = extract(read_extraction(settings_file), tmp_path / "features")
     assert (again.items, again.before) == (9, 9)
     with pytest.raises(
-        ValueError, match=r"out must be a new folder, or go on as it was begun; .* has another batch_size"
+        ValueError, match=r"out must be a new folder, or go on as it was begun; .* has other batch_size"
     ):
         extract(read_extraction(settings_file, batch_size=3), tmp_path / "features")
+
+
+def test_settings_that_failed_before_a_batch_was_written_may_be_put_right(tmp_path: Path) -> None:
+    settings_file = begin(tmp_path, 9)
+    described = read_extraction(settings_file)
+    wrong = {name: replace(stream, model="extraction:nothing") for name, stream in described.streams.items()}
+    with pytest.raises(ValueError, match="model must name a function of its module"):
+        extract(replace(described, streams=wrong), tmp_path / "features")
+    assert extract(described, tmp_path / "features").items == 9
 
 
 def test_a_source_that_changed_under_a_killed_extraction_is_an_error(tmp_path: Path) -> None:

@@ -105,7 +105,9 @@ def test_a_function_runs_only_from_settings_that_are_named(
     monkeypatch.chdir(work)  # where hf:vit is
     assert look(work, tmp_path, "--heatmap", "p2", models=False) == 1
     said = capsys.readouterr().err
-    assert "settings must be given, the file that names extraction:colours: a function runs from no folder" in said
+    assert (
+        "settings (--models) must be given, the file that names extraction:colours: a folder runs no function" in said
+    )
 
 
 def test_another_model_than_that_of_the_features_is_refused(work: Path, tmp_path: Path) -> None:

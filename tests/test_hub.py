@@ -55,6 +55,18 @@ def test_a_folder_comes_back_as_the_same_model(model: sf.SPARC, tmp_path: Path) 
     assert 'from_pretrained("mine")' in (tmp_path / "mine" / "README.md").read_text()
 
 
+def test_a_batchtopk_model_comes_back_with_thresholds_in_eval_mode(tmp_path: Path) -> None:
+    model = sf.SPARC(D, 12, 3, selection="batch")
+    inputs = {name: torch.randn(20, width) for name, width in D.items()}
+    model.learn_thresholds(inputs)
+    model.save_pretrained(tmp_path / "model")
+    found = sf.SPARC.from_pretrained(str(tmp_path / "model"))
+    whole = found.encode(inputs)
+    one = found.encode({name: x[:1] for name, x in inputs.items()})
+    assert torch.equal(whole.dense("dino")[:1], one.dense("dino"))  # whoever else is in the batch
+    assert "3 of them active a sample on average (batch selection)" in (tmp_path / "model" / "README.md").read_text()
+
+
 def test_the_card_says_what_was_given_and_what_the_model_is(model: sf.SPARC, tmp_path: Path) -> None:
     (tmp_path / "figure.png").write_bytes(b"\x89PNG")
     found = evaluate(model, batch())

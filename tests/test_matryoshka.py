@@ -427,13 +427,6 @@ def test_flags_give_sizes_one_after_the_other() -> None:
         train.settings_of(parser.parse_args([*flags, "8", "many"]))
 
 
-def test_latents_that_processes_share_are_one_dictionary() -> None:
-    from sparc_fast.distributed import shard
-
-    with pytest.raises(ValueError, match=r"model must have one dictionary to be shared, got matryoshka=\(5, 20, 40\)"):
-        shard(make())
-
-
 def test_sums_are_wide() -> None:
     found = nested(operands("ragged", torch.bfloat16), [10, 33], "reference")
     assert [part.dtype for part in found] == [torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]

@@ -288,6 +288,9 @@ def test_private_latents_are_multiplied_and_updated_in_their_stream_alone() -> N
     assert private[updating].bytes < plain[updating].bytes
     assert private[updating].flops - plain[updating].flops == 4 * 4096 * 8 * 768
     assert private[reconstructing].flops == plain[reconstructing].flops * (32 + 8) / 32
+    plans = [plan(config(private={"clip": 32768}, private_k=8), WIDTHS, 10**6, MACHINE, ranks=r) for r in (1, 4)]
+    whole, share = (sum(cost.flops for cost in found.time.values()) for found in plans)
+    assert share == whole / 4
     with pytest.raises(ValueError, match=r"private must name streams of .*'dino', 'clip'.*, got 'text'"):
         planned(private={"text": 64}, private_k=8)
 

@@ -45,19 +45,19 @@ def samples(n: int, seed: int = 1, width: int = D) -> Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
 
 
-def model_of(n_latents: int = 60, k: int = 4, auxk: int = 3) -> sf.SPARC:
+def model_of(n_latents: int = 60, k: int = 4, auxk: int = 3, matryoshka: tuple[int, ...] = ()) -> sf.SPARC:
     torch.manual_seed(0)
-    model = sf.SPARC(WIDTHS, n_latents, k, auxk=auxk, dead_after=20)
+    model = sf.SPARC(WIDTHS, n_latents, k, auxk=auxk, dead_after=20, matryoshka=matryoshka)
     with torch.no_grad():
         model.latent_bias[:, ::5] = -100  # dead soon
     return model
 
 
-def trained(least: int) -> tuple[list[Tensor], int]:
+def trained(least: int, matryoshka: tuple[int, ...]) -> tuple[list[Tensor], int]:
     """(what a rank holds after some steps, how many buffers of shared memory it used)"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_memory, "LEAST", least)
-        model = shard(model_of())
+        model = shard(model_of(matryoshka=matryoshka))
         optimizer = sf.SparcAdam(model, 1e-2)
         for step in range(6):
             optimizer.step(samples(31, step).tensor_split(here()[1])[here()[0]])
@@ -65,13 +65,14 @@ def trained(least: int) -> tuple[list[Tensor], int]:
     return [part.detach() for part in model.parameters()], 0 if memory is None else len(memory._buffers)
 
 
-def memory_differs() -> tuple[bool, int, int]:
-    (through_memory, used), (by_message, none) = trained(1), trained(2**60)
+def memory_differs(matryoshka: tuple[int, ...]) -> tuple[bool, int, int]:
+    (through_memory, used), (by_message, none) = trained(1, matryoshka), trained(2**60, matryoshka)
     return any(not torch.equal(a, b) for a, b in zip(through_memory, by_message, strict=True)), used, none
 
 
-def test_training_has_the_same_bits_through_memory_and_by_message(ranks: Ranks) -> None:
-    for differs, used, none in ranks(memory_differs):
+@pytest.mark.parametrize("matryoshka", [(), (7, 20, 40)], ids=["one dictionary", "nested"])
+def test_training_has_the_same_bits_through_memory_and_by_message(ranks: Ranks, matryoshka: tuple[int, ...]) -> None:
+    for differs, used, none in ranks(memory_differs, matryoshka):
         assert not differs
         assert used > 0
         assert none == 0

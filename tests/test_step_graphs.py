@@ -157,14 +157,14 @@ def test_streams_given_apart_are_put_side_by_side_where_the_graph_reads_them(mon
     plain, captured = (optimizer({"graph": g}) for g in (False, True))
     given = [{"a": x[:, :6], "b": x[:, 6:]} for x in batches(4, 4, 4, 3, 4, 4)]
     places: list[int] = []
-    batch_of = captured.model._batch
+    with_weights = captured.model._with_weights
 
-    def noted(*args: object, **kwargs: object) -> object:
-        batch = batch_of(*args, **kwargs)  # type: ignore[arg-type]
+    def noted(samples: object) -> object:
+        batch = with_weights(samples)  # type: ignore[arg-type]
         places.append(batch.x.data_ptr())
         return batch
 
-    monkeypatch.setattr(captured.model, "_batch", noted)
+    monkeypatch.setattr(captured.model, "_with_weights", noted)
     with recorded_graphs(captured) as graphs:
         for x in given:
             plain.step(x)

@@ -37,10 +37,11 @@ device = "cpu"
 """
 
 
-def start(folder: Path, out: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen[str]:
+def start(folder: Path, out: str, *settings: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["--max-restarts", str(restarts)]
     command += ["-m", "sparc_fast", "train", str(folder / "train.toml"), "--out", str(folder / out)]
+    command += settings
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
@@ -84,6 +85,26 @@ def test_the_command_of_one_process_trains_on_several_and_speaks_once(folder: Pa
     model = sf.SPARC.load(folder / "whole" / "model.safetensors")
     assert model.W_enc.shape == (64, 500)
     assert len((folder / "whole" / "sessions.jsonl").read_text().splitlines()) == 1
+
+
+RULES = {
+    "jumprelu": ("--selection", "jumprelu", "--matryoshka", "9", "30"),
+    "private": ("--private", "a=12", "b=25", "--private-k", "2"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_trains_on_several_processes_as_on_one(folder: Path, rule: str) -> None:
+    settings = *RULES[rule], "--steps", "20", "--support-dropout", "0"
+    run = start(folder, f"{rule} of three", *settings, ranks=3)
+    _, errors = run.communicate(timeout=600)
+    assert run.returncode == 0, errors
+    alone = [sys.executable, "-m", "sparc_fast", "train", str(folder / "train.toml"), "--out", str(folder / rule)]
+    subprocess.run([*alone, *settings], check=True, capture_output=True, cwd=folder, timeout=600)
+    model, expected = (sf.SPARC.load(folder / out / "model.safetensors") for out in (f"{rule} of three", rule))
+    assert model.config() == expected.config()
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
 
 
 def killed(folder: Path, out: str, rank: int, restarts: int = 0) -> tuple[int, str]:

@@ -34,9 +34,10 @@ ROOFS = {
     "H200": Roofline(copy=4.3e12, float32=59e12, bfloat16=790e12, gather=9.7e12),
 }
 """90 % of the memory's rate; what products of random numbers and gathers from an L2 cache reach."""
-MARKED = 44
-"""Rows a sample whose score is settled exactly, counted at shape A on a CPU."""
-PASSING, STAYING = 1.8, 1.9
+MARKED = 12
+"""Rows a sample whose score is settled exactly, counted at shapes A and B on a CPU; where pre_bias is as long as what
+is left of the samples without it, 16, and at its worst, where samples are centred, 44."""
+PASSING, STAYING = 1.2, 1.2
 """Latents of a sample, for each of k, that pass in a step by tiles, and that stay candidates: simulated at A and B."""
 LISTED = 3.6
 """Fours of scores of a sample one of which passes, for each of k ln(L / k): simulated at A, B, C and U."""
@@ -221,6 +222,11 @@ MOVED = {r"LDG\.E\.EF\.128": 6, r"STG\.E\.EF\.128": 6}
 
 TRITON = (
     HotPath(
+        "norms and biases", "_prepare", "16 bytes of W",
+        lambda c: {WIDE_LOADS: _tile("ROWS")(c), "^FMNMX": HELD * _tile("ROWS")(c)}, _tile("ROWS"),
+        lambda shape, c: shape.L * shape.D / HELD / 32 / _tile("ROWS")(c),
+    ),
+    HotPath(
         "filter", "_filter", "a score", lambda c: {WIDE_LOADS: 3 * _scores(c) // 4, "^STG": _scores(c) // 4}, _scores,
         lambda shape, c: shape.N * shape.L / 32 / _scores(c),
     ),
@@ -398,12 +404,15 @@ def costs(shape: Shape) -> dict[str, Cost]:
     N, L, D, S, k = shape.N, shape.L, shape.D, shape.S, shape.k
     row, used = 2.0 * N * D, (1 - math.exp(-_entries(shape))) * L * D * 2
     moved = 26.0 * L * D  # a weight and its moments read and written, and its copy written
+    parts = 4.0 * N * S * k * D / 512  # of grad_values, by chunks of columns
     return {
+        "norms and biases": Cost(bytes=2.0 * L * D + 2 * row),
         "product": Cost(2.0 * N * L * D, 2.0 * L * D + row, "bfloat16"),
         "filter": Cost(),
         "settle": Cost(gathered=row * MARKED),
         "support_values": Cost(bytes=used + row, gathered=row * k),
         "decode_loss": Cost(bytes=used + row * (1 + S), gathered=row * k),
+        "sums of decode_loss": Cost(bytes=row * S + parts),
         "invert_indices": Cost(bytes=12.0 * N * k + 8 * L),
         "update, encoder": Cost(bytes=moved + row, gathered=row * k),
         "update, decoder": Cost(bytes=moved + row * S, gathered=row * k * S),
@@ -470,7 +479,8 @@ def shape_lines(shape: Shape, triton: Sequence[Counted], cuda: Sequence[Counted]
     columns += [{part: roof.floor([cost]) for part, cost in costs(shape).items()} for roof in ROOFS.values()]
     for part in columns[0]:
         yield f"| {part} | " + " | ".join(f"{column[part] * 1e3:.3g}" for column in columns) + " |"
-    selected = [sum(column[part] for part in ("product", "filter", "settle")) for column in columns]
+    parts = "norms and biases", "product", "filter", "settle"
+    selected = [sum(column[part] for part in parts) for column in columns]
     bare = columns[-1]["product"]  # what cuBLAS takes
     yield "| encoder and TopK ÷ cuBLAS's product | " + " | ".join(f"{time / bare:.3g}" for time in selected) + " |"
     shown = sum(c.seconds for c in cuda if c.path.part == "product" and c.path.unit != PRODUCT_UNIT)

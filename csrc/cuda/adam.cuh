@@ -11,8 +11,14 @@ struct AdamConstants {
     int64_t step;
 };
 
-// The constants of one step, and counters[0 ... count) = 0 for kernels that follow.
-void adam_constants(AdamConstants* constants, AdamStep step, int* counters, int count, uintptr_t stream);
+// Worked out in float64 and rounded once.
+__device__ inline AdamConstants constants_of(AdamStep step) {
+    if (step.lr_at) step.lr = *step.lr_at;
+    if (step.step_at) step.step = *step.step_at;
+    const double rate = step.lr / (1 - pow(step.beta_1, step.step)), scale = 1 / sqrt(1 - pow(step.beta_2, step.step));
+    return {float(step.beta_1), float(step.beta_2), float(1 - step.beta_1), float(1 - step.beta_2),
+            float(step.eps),    float(rate),        float(scale),           int64_t(step.step)};
+}
 
 // Those of steps 1 ... T, each with its own (lr, beta_1, beta_2, eps) in history [T, 4].
 void adam_constants(AdamConstants* constants, const double* history, int64_t T, uintptr_t stream);

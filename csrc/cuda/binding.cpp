@@ -158,10 +158,11 @@ static void define_global_topk(py::module_& m) {
 }
 
 static void define_invert_indices(py::module_& m) {
-    const auto run = +[](Tensor offsets, Tensor entries, Tensor indices, Tensor workspace, uintptr_t stream) {
+    const auto run = +[](Tensor offsets, Tensor entries, Tensor indices, Tensor workspace, bool few,
+                         uintptr_t stream) {
         const int64_t n = narrow(indices.size[0], "entries"), L = narrow(offsets.size[0], "latents") - 1;
         invert_indices(
-            data_of<int64_t>(offsets), data_of<int64_t>(entries), data_of<int32_t>(indices), n, L,
+            data_of<int64_t>(offsets), data_of<int64_t>(entries), data_of<int32_t>(indices), n, L, few,
             room(workspace, invert_indices_workspace(n, L)), stream);
     };
     define(m, "invert_indices", run, ">offsets:i64![L+1] >entries:i64![n] indices:i32![n] " ROOM, memory);

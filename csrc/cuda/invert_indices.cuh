@@ -5,6 +5,8 @@
 // threads came, so that at last every segment is sorted: up to 32 entries by a warp, up to `segment_room` by a block in
 // shared memory. A segment longer than that, of a latent which nearly every sample uses, is written once more by a
 // block that reads all indices in order: there are few such latents, since their entries add up to n.
+//
+// Few positions are read by every block, each for 256 latents, and all of that is one kernel.
 #pragma once
 #include "block.cuh"
 #include "operators.h"
@@ -123,36 +125,35 @@ __device__ inline void write_segment(
     }
 }
 
+struct Segment {
+    int64_t begin;
+    int length;
+};
+
 // The shared memory of a block that sorts segments.
 struct SegmentsShared {
     int* room;      // [segment_room]
     int* longer;    // [256]: latents that are too much for a warp
     int* many;      // of these
     int* of_warps;  // [32]
-    size_t bytes;
 
-    __host__ __device__ explicit SegmentsShared(SharedMemory memory) {
+    __host__ __device__ explicit SegmentsShared(SharedMemory& memory) {
         room = memory.take<int>(segment_room);
         longer = memory.take<int>(256);
         many = memory.take<int>(1);
         of_warps = memory.take<int>(32);
-        bytes = memory.bytes();
     }
 };
 
-// A warp has 32 latents side by side, and the warps of a block have latents far apart, as those in frequent use may
-// stand together.
-__global__ void __launch_bounds__(256) sort_segments_kernel(
-    int64_t* entries, const int64_t* offsets, const int32_t* __restrict__ indices, int n, int L) {
-    const SegmentsShared shared{SharedMemory(shared_memory())};
+// Sorts the segments that the block's threads have, of latents l: segment_of(l) is where one begins and how long it is.
+template <class SegmentOf>
+__device__ void sort_segments(
+    int64_t* entries, int l, SegmentOf segment_of, const int32_t* __restrict__ indices, int n, int L,
+    const SegmentsShared& shared) {
     if (threadIdx.x == 0) *shared.many = 0;
     __syncthreads();
-    const auto end_of = [=](int64_t l) { return l == L ? int64_t(n) : offsets[l + 1]; };
-    const int lane = threadIdx.x % 32;
-    const int64_t l = (int64_t(threadIdx.x / 32) * gridDim.x + blockIdx.x) * 32 + lane;
-    const int64_t begin = l <= L ? offsets[l] : 0;
-    const int length = l <= L ? int(end_of(l) - begin) : 0;
-    if (length > 32) shared.longer[atomicAdd(shared.many, 1)] = int(l);
+    const auto [begin, length] = l <= L ? segment_of(l) : Segment{0, 0};
+    if (length > 32) shared.longer[atomicAdd(shared.many, 1)] = l;
     for (unsigned left = __ballot_sync(all_lanes, length > 1 && length <= 32); left; left &= left - 1) {
         const int owner = __ffs(left) - 1;
         sort_in_warp(entries + __shfl_sync(all_lanes, begin, owner), __shfl_sync(all_lanes, length, owner));
@@ -160,11 +161,70 @@ __global__ void __launch_bounds__(256) sort_segments_kernel(
     __syncthreads();
     for (int i = 0; i < *shared.many; ++i) {
         const int latent = shared.longer[i];
-        int64_t* const segment = entries + offsets[latent];
-        const int64_t many = end_of(latent) - offsets[latent];
-        if (many <= segment_room)
-            sort_segment(segment, int(many), shared.room);
+        const Segment segment = segment_of(latent);
+        if (segment.length <= segment_room)
+            sort_segment(entries + segment.begin, segment.length, shared.room);
         else
-            write_segment(segment, latent, indices, n, L, shared.of_warps);
+            write_segment(entries + segment.begin, latent, indices, n, L, shared.of_warps);
     }
+}
+
+// A warp has 32 latents side by side, and the warps of a block have latents far apart, as those in frequent use may
+// stand together.
+__global__ void __launch_bounds__(256) sort_segments_kernel(
+    int64_t* entries, const int64_t* offsets, const int32_t* __restrict__ indices, int n, int L) {
+    SharedMemory memory(shared_memory());
+    const SegmentsShared shared(memory);
+    const int64_t l = (int64_t(threadIdx.x / 32) * gridDim.x + blockIdx.x) * 32 + threadIdx.x % 32;
+    const auto segment_of = [=](int l) {
+        const int64_t begin = offsets[l];
+        return Segment{begin, int((l == L ? int64_t(n) : offsets[l + 1]) - begin)};
+    };
+    sort_segments(entries, int(smaller<int64_t>(l, L + 1)), segment_of, indices, n, L, shared);
+}
+
+// The shared memory of a block that does all.
+struct InvertShared : SegmentsShared {
+    int *counts, *ends;  // [256], of the latents
+    int64_t* sums;       // [32]
+    size_t bytes;
+
+    __host__ __device__ explicit InvertShared(SharedMemory memory) : SegmentsShared(memory) {
+        counts = memory.take<int>(256);
+        ends = memory.take<int>(256);
+        sums = memory.take<int64_t>(32);
+        bytes = memory.bytes();
+    }
+};
+
+// A thread has a latent, of which it writes the offset: how many positions are of latents before the block's is counted
+// along with the block's own.
+__global__ void __launch_bounds__(256) invert_few_kernel(
+    int64_t* offsets, int64_t* entries, const int32_t* __restrict__ indices, int n, int L) {
+    const InvertShared shared{SharedMemory(shared_memory())};
+    const int me = threadIdx.x, first = blockIdx.x * 256, l = first + me;
+    shared.counts[me] = 0;
+    __syncthreads();
+    int64_t below = 0, earlier, all;
+    for (int p = me; p < n; p += 256) {
+        const int among = bucket(indices[p], L) - first;
+        if (among < 0) ++below;
+        if (uint32_t(among) < 256) atomicAdd(&shared.counts[among], 1);
+    }
+    sum_before(below, shared.sums, earlier);
+    __syncthreads();
+    const int64_t begin = earlier + sum_before<int64_t>(shared.counts[me], shared.sums, all);
+    if (l <= L) offsets[l] = begin;
+    shared.ends[me] = int(begin);
+    __syncthreads();
+    for (int p = me; p < n; p += 256) {
+        const int among = bucket(indices[p], L) - first;
+        if (uint32_t(among) < 256) entries[atomicAdd(&shared.ends[among], 1)] = p;
+    }
+    __syncthreads();
+    const auto segment_of = [=](int l) {
+        const int count = shared.counts[l - first];
+        return Segment{shared.ends[l - first] - count, count};
+    };
+    sort_segments(entries, l, segment_of, indices, n, L, shared);
 }

@@ -19,9 +19,7 @@ static int latents_of_tile(int L) { return larger(8, ceil_div(L, 2048)); }
 struct UpdateWorkspace {
     int64_t slots;  // for sums of pieces; no latent can have more entries than a piece where there are no more in all
     int parts;
-    AdamConstants* constants;
-    Counters* counters;
-    Piece* pieces;
+    UpdateLists lists;
     float *encoder_pieces, *decoder_pieces, *bias_pieces, *pre_bias_parts;
     Term *encoder_terms, *decoder_terms;
     int64_t bytes;
@@ -38,9 +36,10 @@ struct UpdateWorkspace {
             array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(next);
             next += ceil_div<int64_t>(count * sizeof(*array), 16) * 16;
         };
-        take(constants, 1);
-        take(counters, 1);
-        take(pieces, slots);
+        take(lists.constants, 1);
+        take(lists.next_tile, 1);
+        take(lists.pieces, slots);
+        lists.slots = int(slots);
         take(encoder_pieces, slots * stride_of(streams));
         take(decoder_pieces, slots * stride_of(streams));
         take(bias_pieces, slots * streams.count);
@@ -53,10 +52,6 @@ struct UpdateWorkspace {
 
 int64_t update_rows_workspace(UpdatePlan plan, int64_t count, int L, const Streams& streams) {
     return UpdateWorkspace(nullptr, plan, count, L, streams).bytes;
-}
-
-static void work_out(const UpdateWorkspace& room, const AdamStep& step, uintptr_t stream) {
-    adam_constants(room.constants, step, &room.counters->pieces, sizeof(Counters) / sizeof(int), stream);
 }
 
 template <class Source>
@@ -74,8 +69,7 @@ static void move_rows(
         gradients,
         encoder,
         decoder,
-        room.constants,
-        room.counters,
+        room.lists,
         pre_bias_parts,
         last_step,
         Divisor(room.parts),
@@ -101,7 +95,6 @@ void update_rows(
     UpdatePlan plan, float* grad_latent_bias, float* grad_pre_bias, const Rows& encoder, const Rows& decoder,
     const Batch& batch, const AdamStep& step, int64_t* last_step, void* workspace, uintptr_t stream) {
     const UpdateWorkspace room(workspace, plan, batch.count, batch.L, batch.streams);
-    work_out(room, step, stream);
     const auto matrix = [&](float* data) { return Matrix{data, stride_of(batch.streams), Floats::float32}; };
     const PieceSums pieces{
         matrix(room.encoder_pieces), matrix(room.decoder_pieces), room.bias_pieces, Divisor(plan.piece)};
@@ -111,18 +104,18 @@ void update_rows(
         using G = decltype(g);
         const SummedGradients<X, G> gradients{
             IndexedBatch(batch, room.encoder_terms, room.decoder_terms), pieces, grad_latent_bias};
-        launch(list_terms_kernel, ceil_div<int64_t>(batch.count, 256), 256, 0, stream, static_cast<const IndexedBatch&>(gradients));
+        const int64_t listing = larger<int64_t>(batch.count, room.slots ? batch.L + 1 : 1);
+        launch(
+            list_terms_kernel, ceil_div<int64_t>(listing, 256), 256, 0, stream,
+            static_cast<const IndexedBatch&>(gradients), room.lists, step, pieces.piece);
         if (room.slots) {
             SharedMemory memory;
             memory.take<Term>(most_threads);
-            launch(
-                list_pieces_kernel, ceil_div(batch.L, 256), 256, 0, stream, room.pieces, room.counters, batch.offsets,
-                batch.L, plan.piece);
             const auto sum_pieces = all_whole(batch.streams, aligned) ? sum_pieces_kernel<true, X, G>
                                                                       : sum_pieces_kernel<false, X, G>;
             launch(
-                sum_pieces, plan.blocks, threads_for(batch.streams), memory.bytes(), stream, gradients, room.pieces,
-                room.counters, aligned);
+                sum_pieces, plan.blocks, threads_for(batch.streams), memory.bytes(), stream, gradients, room.lists,
+                aligned);
         }
         move_rows(plan, room, gradients, aligned, encoder, decoder, grad_pre_bias, last_step, stream);
     };
@@ -143,7 +136,7 @@ void step_rows(
     UpdatePlan plan, const Rows& encoder, const Rows& decoder, const Gradients& gradients, const AdamStep& step,
     int64_t* last_step, void* workspace, uintptr_t stream) {
     const UpdateWorkspace room(workspace, plan, 0, gradients.L, gradients.streams);
-    work_out(room, step, stream);
+    launch(begin_step_kernel, 1, 32, 0, stream, room.lists, step);
     GivenGradients given{gradients};
     if (!last_step) given.used = nullptr;  // every row is moved, by whatever its gradient is
     const bool aligned = gradients.W_enc.aligned() && gradients.W_dec.aligned();

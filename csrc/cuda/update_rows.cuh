@@ -5,19 +5,23 @@
 // grad_recons that are gathered stay in the L2 cache, while weights and moments stream by. A block takes a tile, then
 // the next that nobody has taken; it first moves the tile's encoder rows, which gives one row of what is summed to
 // grad_pre_bias, then its decoder rows. Tiles depend on the number of latents alone, so who took which shows nowhere.
-// Latents with many entries have been summed in pieces by then (segment_sums.cuh); the list of pieces is in whatever
-// order the threads came.
+// Latents with many entries have been summed in pieces by then (segment_sums.cuh). A kernel before both lists what they
+// look up: constants, terms and pieces.
 #pragma once
 #include "decoder_row.cuh"
 #include "segment_sums.cuh"
 
-// Entries begin ... end of one latent.
+// Entries begin ... end of one latent; no entry, where no piece has the slot.
 struct Piece {
     int64_t begin, end;
 };
 
-struct Counters {
-    int pieces, next_tile;
+// What is listed for the kernels of a step.
+struct UpdateLists {
+    AdamConstants* constants;
+    int* next_tile;  // that no block has taken, behind the first of each
+    Piece* pieces;   // [slots]
+    int slots;
 };
 
 // What `SummedGradients` is, where gradients are given. The next row is on its way while this one is moved.
@@ -46,8 +50,7 @@ template <class Source>
 struct UpdateArguments {
     Source gradients;
     Rows encoder, decoder;
-    const AdamConstants* constants;
-    Counters* counters;
+    UpdateLists lists;
     Matrix pre_bias_parts;  // [parts, D]: -grad_pre_bias of the latents of a tile, if there is one
     int64_t* last_step;
     Divisor parts;  // tiles of a stream
@@ -154,24 +157,38 @@ class StagedRows {
     unsigned asked = 0, loaded = 0;
 };
 
-// A thread an entry.
-__global__ void __launch_bounds__(256, 4) list_terms_kernel(const __grid_constant__ IndexedBatch batch) {
+__device__ inline void begin_step(const UpdateLists& lists, const AdamStep& step) {
+    *lists.constants = constants_of(step);
+    *lists.next_tile = 0;
+}
+
+__global__ void __launch_bounds__(32) begin_step_kernel(UpdateLists lists, AdamStep step) {
+    if (threadIdx.x == 0) begin_step(lists, step);
+}
+
+// Writes the slots whose numbers times `piece` are entries of latent l, or of none, with l == L: each has at most the
+// first piece that begins there.
+__device__ inline void list_pieces(const UpdateLists& lists, const Batch& batch, int l, const Divisor& piece) {
+    const int64_t begin = batch.offsets[l], end = l < batch.L ? batch.offsets[l + 1] : batch.count;
+    for (int64_t slot = piece.quotient(begin + piece - 1); slot * piece < end; ++slot) {
+        const int64_t first = begin + piece.quotient(slot * piece - begin + piece - 1) * piece;
+        const bool is_piece = l < batch.L && first > begin && first < end;
+        lists.pieces[slot] = is_piece ? Piece{first, smaller<int64_t>(first + piece, end)} : Piece{0, 0};
+    }
+}
+
+// A thread an entry and, where there are pieces, a latent.
+__global__ void __launch_bounds__(256, 4) list_terms_kernel(
+    const __grid_constant__ IndexedBatch batch, UpdateLists lists, AdamStep step, Divisor piece) {
     const int64_t entry = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (entry == 0) begin_step(lists, step);
+    if (lists.slots && entry <= batch.L) list_pieces(lists, batch, int(entry), piece);
     if (entry >= batch.count) return;
     const int64_t position = batch.entries[entry], row = batch.by_k.quotient(position);
     for (int s = 0; s < batch.streams.count; ++s)
         batch.encoder_terms[s * batch.count + entry] = encoder_term(batch, s, position, row);
     for (int source = 0; source < batch.sources; ++source)
         batch.decoder_terms[entry * batch.sources + source] = decoder_term(batch, source, position, row);
-}
-
-__global__ void __launch_bounds__(256) list_pieces_kernel(
-    Piece* pieces, Counters* counters, const int64_t* offsets, int L, int piece) {
-    const int64_t l = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (l >= L) return;
-    const int64_t end = offsets[l + 1];
-    for (int64_t begin = offsets[l] + piece; begin < end; begin += piece)
-        pieces[atomicAdd(&counters->pieces, 1)] = {begin, smaller(begin + piece, end)};
 }
 
 // Of one stream.
@@ -196,14 +213,16 @@ __device__ void sum_piece(
 // A block does a piece of one stream, then another.
 template <bool whole, class X, class G>
 __global__ void __launch_bounds__(most_threads, 1) sum_pieces_kernel(
-    SummedGradients<X, G> gradients, const Piece* pieces, const Counters* counters, bool aligned) {
+    SummedGradients<X, G> gradients, UpdateLists lists, bool aligned) {
     SharedMemory memory(shared_memory());
     Term* const room = memory.take<Term>(most_threads) + threadIdx.x / 32 * 32;
-    const int many = counters->pieces, S = gradients.streams.count;
-    int64_t i = blockIdx.x;  // of the pieces of all streams; from the first of this one
-    for (int s = 0; s < S; ++s, i -= many) {
+    int64_t i = blockIdx.x;  // of the slots of all streams; from the first of this one
+    for (int s = 0; s < gradients.streams.count; ++s, i -= lists.slots) {
         const Stream stream(gradients.streams, s, aligned);
-        for (; i < many; i += gridDim.x) sum_piece<whole>(gradients, s, stream, pieces[i], room);
+        for (; i < lists.slots; i += gridDim.x) {
+            const Piece piece = lists.pieces[i];
+            if (piece.begin < piece.end) sum_piece<whole>(gradients, s, stream, piece, room);
+        }
     }
 }
 
@@ -228,7 +247,7 @@ __device__ void update_encoder(
 #pragma unroll
             for (int i = 0; i < held; ++i) {
                 of_pre_bias[i] = __fmaf_rn(bias, row.w[i], of_pre_bias[i]);
-                row.w[i] = adam(row.w[i], gradient[i], row.m[i], row.v[i], *a.constants);
+                row.w[i] = adam(row.w[i], gradient[i], row.m[i], row.v[i], *a.lists.constants);
             }
             store(row, a.encoder, l, columns);
             store_copy(row.w, a.encoder.copy, l, columns);
@@ -245,7 +264,7 @@ __device__ void update_decoder(
     const bool has_entries = a.gradients.has_entries(l);
     if (a.last_step) {
         if (!has_entries) return;
-        if (stream.begin == 0 && threadIdx.x == 0) a.last_step[l] = a.constants->step;
+        if (stream.begin == 0 && threadIdx.x == 0) a.last_step[l] = a.lists.constants->step;
     }
     float products[2] = {0, 0}, gradient[held];
     if (stream.in_registers()) {
@@ -258,7 +277,7 @@ __device__ void update_decoder(
             multiply(products, gradient, row.w);
             project(gradient, row.w, along_of(products, sums));
         }
-        step_in_registers(row, gradient, columns, *a.constants, sums);
+        step_in_registers(row, gradient, columns, *a.lists.constants, sums);
         store(row, a.decoder, l, columns);
         store_copy(row.w, a.decoder.copy, l, columns);
         return;
@@ -275,7 +294,7 @@ __device__ void update_decoder(
     const auto gradient_at = [&](float (&gradient)[held], const Columns<whole>& columns) {
         a.gradients.decoder(gradient, columns, room, l);
     };
-    step_in_memory<whole>(a.decoder, l, stream, *a.constants, along, sums, gradient_at);
+    step_in_memory<whole>(a.decoder, l, stream, *a.lists.constants, along, sums, gradient_at);
 }
 
 // Staged rows are in registers, all of them whole, and none is left behind.
@@ -292,7 +311,7 @@ __global__ void __launch_bounds__(most_threads, 1) update_rows_kernel(UpdateArgu
         for (int l = first; l < last; ++l)
             update_decoder<whole>(a, stream, l, l + 1 == last, sums, shared.room(), ahead);
         __syncthreads();  // all have read the number of this tile
-        if (threadIdx.x == 0) *shared.tile = int(gridDim.x) + atomicAdd(&a.counters->next_tile, 1);
+        if (threadIdx.x == 0) *shared.tile = int(gridDim.x) + atomicAdd(a.lists.next_tile, 1);
         __syncthreads();
     }
 }

@@ -69,7 +69,9 @@ def _encoder(
     if of_emoji is not None:
         return emoji_encoder(of_emoji, device)
     if not is_told and not is_of_library(config):
-        raise ValueError(f"settings must be given, the file that names {config.model}: a function runs from no folder")
+        raise ValueError(
+            f"settings (--models) must be given, the file that names {config.model}: a folder runs no function"
+        )
     if on_hub := name_on_hub(config, place):
         say(f"{on_hub} is a name on a hub, and fetched from there unless it was cached")
     return encoder_of(config, place, device)

@@ -46,7 +46,7 @@ from sparc_fast.evaluate.plots import check_plots
 from sparc_fast.evaluate.resampling import RESAMPLES
 from sparc_fast.evaluate.table import Evaluated
 from sparc_fast.model import SPARC
-from sparc_fast.selection import LOCAL
+from sparc_fast.selection import BY_THRESHOLD, LOCAL
 from sparc_fast.sizes import as_bytes, counted
 from sparc_fast.training import Config, load_model
 from sparc_fast.training.config import parse_sources
@@ -56,6 +56,7 @@ __all__ = ["add_arguments", "add_joining", "load", "model_file", "open_joined", 
 
 MODEL, LABELS = "model.safetensors", "labels.npy"
 AFTERWARDS = ", matched"
+PLACES, SOME = 4, 64  # of the files, and samples at each, from which an untrained model's thresholds are learned
 FEWEST = 5  # samples that must carry a label of the items: a concept of fewer says little
 
 
@@ -180,7 +181,7 @@ def _evaluated(arguments: argparse.Namespace) -> tuple[dict[str, Evaluation], di
             print(files.matched, file=sys.stderr, flush=True)
         hierarchy = _hierarchy(arguments, files.n_rows)
         train, train_labels = _training_samples(arguments, first, opened)
-        columns = _with_baselines(models, joined, train, arguments)
+        columns = _with_baselines(models, joined, train, files, arguments)
         for name, model in columns.items():
             found = evaluate(
                 _on_device(model, device), files, labels, metrics=_names(arguments.metrics), groups=groups,
@@ -315,7 +316,7 @@ def _same_columns(
 
 def _with_baselines(
     models: Mapping[str, SPARC], joined: Mapping[str, Sequence[str]], train: AlignedFiles | None,
-    arguments: argparse.Namespace,
+    files: AlignedFiles, arguments: argparse.Namespace,
 ) -> dict[str, SPARC]:  # fmt: skip
     """Beside independent SAEs the same with their latents matched afterwards, and an untrained model."""
     columns: dict[str, SPARC] = {}
@@ -330,7 +331,9 @@ def _with_baselines(
         else:
             columns[name + AFTERWARDS] = matched(model, train, memory=arguments.memory)
     first = next(iter(models.values()))
-    columns["untrained (2)" if "untrained" in models else "untrained"] = untrained(first, arguments.seed)
+    columns["untrained (2)" if "untrained" in models else "untrained"] = untrained(
+        first, arguments.seed, files if train is None else train
+    )
     return columns
 
 
@@ -385,13 +388,18 @@ def load(path: Path) -> SPARC:
             raise no_model from None
 
 
-def untrained(trained: SPARC, seed: int) -> SPARC:
-    """Random weights, and the calibration of the model that it stands beside."""
+def untrained(trained: SPARC, seed: int, files: AlignedFiles | None = None) -> SPARC:
+    """Random weights, and the calibration of the model that it stands beside; thresholds are learned from the files."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = {**trained.config(), "check_finite": True}
         model = SPARC(**config, dtype=trained.W_enc.dtype)
     model.load_state_dict({name: getattr(trained, name) for name in ("input_mean", "input_rms")}, strict=False)
+    if files is not None and model.selection in BY_THRESHOLD:
+        for start in range(0, files.n_rows, max(SOME, files.n_rows // PLACES)):
+            some = slice(start, start + SOME)
+            present = None if files.present is None else files.present[some]
+            model.learn_thresholds(files.rows(start, min(some.stop, files.n_rows)), present)
     return model
 
 

@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparc_fast import data
 from sparc_fast.data.feature_folder import FeatureFolder, is_feature_folder
 from sparc_fast.files import check_folder
+from sparc_fast.model import SPARC
+from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.sizes import counted
 from sparc_fast.training.run_folder import RunFolder
 
@@ -108,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
         models,
         arguments.data,
         split=arguments.split,
-        beside={"untrained (2)" if "untrained" in models else "untrained": untrained(after, 0).to(device)},
+        beside={"untrained (2)" if "untrained" in models else "untrained": _untrained(after, arguments).to(device)},
         words=_text_encoders(arguments.words, list(after.streams), device),
         curves={name: curves(path) for name, path in paths},
         labels=not arguments.no_labels,
@@ -125,6 +128,13 @@ def run(arguments: argparse.Namespace) -> int:
         show = f"embedding-atlas {shlex.quote(str(arguments.atlas))} --x projection_x --y projection_y"
         print(f"{arguments.atlas}: pip install embedding-atlas, then {show}")
     return 0
+
+
+def _untrained(after: SPARC, arguments: argparse.Namespace) -> SPARC:
+    if after.selection not in BY_THRESHOLD or not set(after.streams) <= set(FeatureFolder(arguments.data).streams):
+        return untrained(after, 0)
+    with data.open({name: (arguments.data, name) for name in after.streams}, split=arguments.split) as files:
+        return untrained(after, 0, files)
 
 
 def _look(arguments: argparse.Namespace, device: str | torch.device) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.ops.backends import Backend
-from sparc_fast.ops.pooled_topk import Best
+from sparc_fast.ops.pooled_topk import Best, nothing
 
 from .exchange import Exchange
 
@@ -41,7 +41,7 @@ def batch_topk(
         x, 2 * -(-k // exchange.ranks), lambda found: kth_largest(found, count, everybody),
         lambda here: any(there for (there,) in everybody.numbers(WIDER, here)),
     )  # fmt: skip
-    larger, equal = scores > last, scores == last
+    larger, equal = scores > last, (scores == last) & (indices >= 0)
     here = torch.stack([larger.sum(1), equal.sum(1)]).int()
     n_larger, n_equal = exchange.gather(here[None], [1] * exchange.ranks, "candidates").movedim(0, -1)  # [N, P] each
     # of equal scores those of earlier samples, then of lower latents, which are those of earlier ranks
@@ -58,7 +58,8 @@ def latents_above(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`reference.latents_above` of all ranks' rows, laid out as `batch_topk`."""
     exchange = shards.exchange
-    own, scores = backend.latents_above(x, W_enc, pre_bias, latent_bias, threshold, min(k, len(W_enc)), screening, sure)
+    operands, n = (x, W_enc, pre_bias, latent_bias), len(W_enc)
+    own, scores = backend.latents_above(*operands, threshold, min(k, n), screening, sure) if n else nothing(x)
     counts = exchange.gather((own >= 0).sum(1).int()[None], [1] * exchange.ranks, "candidates").T
     support = _beside(own, own >= 0, counts, exchange.rank)
     return support, _beside(scores, own >= 0, counts, exchange.rank, -torch.inf)

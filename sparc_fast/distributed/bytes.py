@@ -1,8 +1,17 @@
-"""What a rank receives in a training step, before it is begun."""
+"""What a rank receives in a training step, before it is begun, and in what pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from .layout import groups_of, told_groups
+
+PIECES, LEAST, MOST = 4, 256, 1024
+
+
+def piece_size(n_samples: int) -> int:
+    """Of how many samples the reconstructions are exchanged together: a quarter, but 256 to 1024."""
+    return min(max(-(-n_samples // PIECES), LEAST), MOST, max(n_samples, 1))
 
 
 def exchanged_bytes(
@@ -14,7 +23,9 @@ def exchanged_bytes(
     weight: int = 4,
     auxk: int = 0,
     on_gpu: bool = False,
-    over_batch: bool = False,
+    counts: int | None = None,
+    private_k: int = 0,
+    sizes: Sequence[int] = (),
 ) -> dict[str, float]:
     """What -> bytes that each rank receives in a step; nothing of it grows with the number of latents.
 
@@ -23,16 +34,26 @@ def exchanged_bytes(
         auxk: latents a sample uses for AuxK, 0 where none is dead: candidates, reconstructions and their gradient then
             come once more, of each stream from itself.
         on_gpu: where all candidates are scored at once, and bounds of their scores are not exchanged before.
-        over_batch: with BatchTopK, candidates are counts: of a sample's scores above the last that fires, and at it.
+        counts: of a sample, which it has for candidates where latents do not fire by each other: 2 with BatchTopK, of
+            its scores above the last that fires, and at it; 0 with JumpReLU.
+        private_k: latents of their own that all streams fire for a sample together, each chosen like the k.
+        sizes: of nested dictionaries, the last of all latents. A rank is sent the parts of others in every group of
+            latents that they have some of, and the gradients of the groups that it has some of, and of the last; the
+            bytes are those of the rank that receives most.
     """
     N, S, D, others = n_samples, len(d_streams), sum(d_streams), ranks - 1
-    wide, rows = max(weight, 4), S + (1 if auxk else 0)
+    wide, of_auxk = max(weight, 4), 1 if auxk else 0
+    parts, gradients = others, 1
+    if sizes:
+        n_groups = [len(some) for some in groups_of(sizes, ranks)]
+        parts, gradients = sum(n_groups) - min(n_groups), max(map(len, told_groups(sizes, ranks)))
     candidate = wide + (0 if on_gpu else 4)
+    chosen = k * candidate if counts is None else 4 * counts
     return {
         "x": N * D * weight * others / ranks,
-        "candidates": N * ((2 * 4 if over_batch else k * candidate) + auxk * candidate) * others,
-        "reconstructions": N * rows * D * wide * others / ranks,
-        "G": N * rows * D * weight * others / ranks,
+        "candidates": N * (chosen + (auxk + private_k) * candidate) * others,
+        "reconstructions": N * (S * parts + of_auxk * others) * D * wide / ranks,
+        "G": N * (S * gradients + of_auxk) * D * weight * others / ranks,
     }
 
 

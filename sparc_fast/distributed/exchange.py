@@ -24,6 +24,7 @@ from .neighbours import MOST, neighbours
 from .watch import watch
 
 T = TypeVar("T")
+MEETING = 6  # a call, as ranks tell them apart
 NUMBERS = 8  # that every rank tells of a call, whatever it is: calls that differ are found out
 
 
@@ -51,6 +52,7 @@ class Exchange:
         self._neighbours = neighbours(self) if self.ranks > 1 else None
         by_hosts = self._neighbours is not None or "cpu" in dist.get_backend_config(group)
         self._of_numbers = torch.device("cpu") if by_hosts else device  # a host waits for no device then
+        self._memory: shared_memory.SharedMemory | None = None
         self._memory = shared_memory.shared_memory(self) if on_cpus else None
 
     def gather(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
@@ -96,38 +98,75 @@ class Exchange:
         ]
         return pieces[0].reshape(-1).view(torch.int64).view(self.ranks, -1).tolist(), own
 
-    def deal(self, rows: Tensor, counts: Sequence[int], what: str) -> tuple[Tensor, Tensor]:
+    def deal(
+        self, rows: Tensor, counts: Sequence[int], what: str, parts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Of rows [sum counts, ...] that every rank has, all ranks' for this one's share of n.
 
-        Returns (rows, numbers [P, n]): where among the rows those of each rank for each of the share are. To be read
-        only.
-        """
-        return self.begin_deal(rows, counts, what)()
+        Or each rank has several `parts` of every row: of the first rank's share, part below part, then of the next.
 
-    def begin_deal(self, rows: Tensor, counts: Sequence[int], what: str) -> Callable[[], tuple[Tensor, Tensor]]:
+        Returns (rows, numbers [sum parts, n]): where among the rows each part, in the order of ranks, of each of the
+        share is. To be read only.
+        """
+        return self.begin_deal(rows, counts, what, parts)()
+
+    def begin_deal(
+        self, rows: Tensor, counts: Sequence[int], what: str, parts: Sequence[int] | None = None
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
         """`deal`; what `rows` are is not to change until it is there."""
         n, shape, N, P = counts[self.rank], rows.shape[1:], sum(counts), self.ranks
-        own = torch.arange(n, device=rows.device)
+        parts = [1] * P if parts is None else parts
+        before = [sum(parts[:rank]) for rank in range(P + 1)]
         if P == 1:
-            return lambda: (rows, own[None])
-        each = torch.arange(P, device=rows.device)[:, None]
+            return lambda: (rows, self._numbers([0], parts, n))
         size = shape.numel() * rows.itemsize
-        self.received[what] += n * size * (P - 1)
-        if (shared := self._shared(rows, P * N)) is not None:
-            shared[self.rank * N : (self.rank + 1) * N] = rows
+        self.received[what] += n * size * (before[P] - parts[self.rank])
+        if (shared := self._shared(rows, before[P] * N)) is not None:
+            shared[before[self.rank] * N : before[self.rank + 1] * N] = rows
             met = self._begin_meeting(shared)
-            return lambda: (met(), each * N + sum(counts[: self.rank]) + own)
-        sent, mine = _bytes(rows.contiguous()), _empty_like(rows, P * n)
-        given, taken = [n * size for n in counts], [n * size] * P
+            first = sum(counts[: self.rank])
+            begins = [before[rank] * N + parts[rank] * first for rank in range(P)]
+            return lambda: (met(), self._numbers(begins, parts, n))
+        sent, mine = _bytes(rows.contiguous()), _empty_like(rows, before[P] * n)
+        given, taken = [parts[self.rank] * m * size for m in counts], [m * n * size for m in parts]
         with self.with_others():
             work = dist.all_to_all_single(_bytes(mine), sent, taken, given, group=self.group, async_op=True)
         dealt = self._waiting_for(work, sent)
 
         def wait() -> tuple[Tensor, Tensor]:
             dealt()
-            return mine, each * n + own
+            return mine, self._numbers([before[rank] * n for rank in range(P)], parts, n)
 
         return wait
+
+    def _numbers(self, begins: Sequence[int], parts: Sequence[int], n: int) -> Tensor:
+        """[sum parts, n] of rows that begin there, rank by rank, part below part."""
+        each = [begin + part * n for begin, m in zip(begins, parts, strict=True) for part in range(m)]
+        first = torch.tensor(each, dtype=torch.int64, device="cpu").to(self.device)
+        return first[:, None] + torch.arange(n, device=self.device)
+
+    def hand(self, rows: Tensor, counts: Sequence[int], wanted: Sequence[Sequence[int]], what: str) -> Tensor:
+        """Of [G, n, ...], groups of this rank's share of n, to each rank those of all shares that it wants.
+
+        Returns those that are `wanted` here, [W, sum counts, ...]. To be read only.
+        """
+        mine, N, P, (G, n, *shape) = wanted[self.rank], sum(counts), self.ranks, rows.shape
+        if P == 1:
+            return rows[_slice(mine)]
+        size = rows.shape[2:].numel() * rows.itemsize
+        self.received[what] += len(mine) * (N - n) * size
+        if (shared := self._shared(rows.flatten(0, 1), G * N)) is not None:
+            of_all, first = shared.view(G, N, *shape), sum(counts[: self.rank])
+            of_all[:, first : first + n] = rows
+            self._begin_meeting(shared)()
+            return of_all[_slice(mine)]
+        sent = torch.cat([rows[_slice(some)].flatten(0, 1) for some in wanted])
+        found = _empty_like(sent, len(mine) * N)
+        given, taken = [len(some) * n * size for some in wanted], [len(mine) * m * size for m in counts]
+        with self.with_others():
+            dist.all_to_all_single(_bytes(found), _bytes(sent), taken, given, group=self.group)
+        pieces = torch.split(found, [len(mine) * m for m in counts])
+        return torch.cat([piece.view(len(mine), -1, *shape) for piece in pieces], dim=1)
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of all ranks' parts, which are small."""
@@ -155,20 +194,24 @@ class Exchange:
         return self.begin_numbers(call, *numbers)()
 
     def begin_numbers(self, call: int, *numbers: int) -> Callable[[], list[list[int]]]:
-        """`numbers`."""
-        own = torch.tensor([[call, *numbers] + [0] * (NUMBERS - 1 - len(numbers))], dtype=torch.int64, device="cpu")
+        """`numbers`; with them goes which shared memory a rank holds."""
+        number, held = (0, 0) if self._memory is None else self._memory.held()
+        told = [call, *numbers, *[0] * (NUMBERS - 2 - len(numbers)), held]
+        own = torch.tensor([told], dtype=torch.int64, device="cpu")
         own = own.to(self._of_numbers)
-        told: Callable[[], Tensor] = lambda: own  # noqa: E731
+        arrived: Callable[[], Tensor] = lambda: own  # noqa: E731
         if self.ranks > 1:
-            told = self._begin_by_message(own, [1] * self.ranks, "numbers", own.new_empty(self.ranks, NUMBERS))
+            arrived = self._begin_by_message(own, [1] * self.ranks, "numbers", own.new_empty(self.ranks, NUMBERS))
 
         def wait() -> list[list[int]]:
-            of_all = told().tolist()
+            of_all = arrived().tolist()
             for rank, (other, *_) in enumerate(of_all):
                 if other != call:
                     raise RuntimeError(
                         f"ranks must make the same calls in the same order, but rank {rank} made another"
                     )
+            if self._memory is not None:
+                self._memory.heard(number, (row[-1] for row in of_all))
             return [row[1 : 1 + len(numbers)] for row in of_all]
 
         return wait
@@ -230,8 +273,7 @@ class Exchange:
 
     def _begin_meeting(self, shared: Tensor) -> Callable[[], Tensor]:
         """With all ranks, which have then written what they had for that memory."""
-        assert self._memory is not None
-        met = self._memory.begin_meeting()
+        met = self.begin_numbers(MEETING)
 
         def wait() -> Tensor:
             met()
@@ -307,6 +349,12 @@ def in_turn(pieces: Iterable[Iterator[object]]) -> None:
 def number_of(text: str) -> int:
     """63 bits, the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _slice(numbers: Sequence[int]) -> slice | list[int]:
+    """Which are neighbours are looked at where they are, others are copied."""
+    few = slice(numbers[0], numbers[-1] + 1)
+    return few if few.stop - few.start == len(numbers) else list(numbers)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

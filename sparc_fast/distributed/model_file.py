@@ -14,7 +14,7 @@ from sparc_fast import checkpoint
 
 from .exchange import Exchange
 
-DIMENSIONS = {"W_enc": 0, "W_dec": 0, "silence": 0, "latent_bias": 1}
+DIMENSIONS = {"W_enc": 0, "W_dec": 0, "silence": 0, "latent_bias": 1, "latent_threshold": 1}
 """Of these parameters and buffers, and of their optimizer's state, the dimension of latents; others all ranks hold."""
 PIECE = 2**26  # bytes that are sent together
 
@@ -27,7 +27,8 @@ def save_model(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[
     """
     own = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     counts = [n for (n,) in exchange.numbers(0, len(own["silence"]))]
-    own["latent_bias"] = exchange.gather(own["latent_bias"].T, counts, "files").T
+    for name in (name for name in own if DIMENSIONS.get(name) == 1):
+        own[name] = exchange.gather(own[name].T, counts, "files").T
     with exchange.agreed("save"):
         pieces = _pieces(own, counts, exchange)
         if exchange.rank:

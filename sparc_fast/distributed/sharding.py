@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sparc_fast.model import SPARC
 from sparc_fast.ops import backends
 from sparc_fast.ops.huge_pages import empty_rows
-from sparc_fast.selection import Thresholds
+from sparc_fast.selection import BY_THRESHOLD
 
 from .shards import Shards
 
@@ -39,12 +39,6 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
     """
     if not isinstance(model, SPARC) or not model._shards.is_whole:
         raise ValueError("model must be a SPARC that is whole")
-    if model.jumprelu is not None:
-        raise ValueError(f"model must have no thresholds of latents to be shared, got selection={model.selection!r}")
-    if model.matryoshka:
-        raise ValueError(f"model must have one dictionary to be shared, got matryoshka={model.matryoshka}")
-    if model.private_latents:
-        raise ValueError(f"model must have no private latents to be shared, got {model.config()['private']}")
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("torch.distributed must be initialized to shard a model: start Python with torchrun")
     device = model.W_enc.device
@@ -80,13 +74,16 @@ def _with_rows(model: SPARC, shards: Shards, device: torch.device) -> SPARC:
         if has_weights:
             own.copy_(getattr(model, name)[rows])
         setattr(sharded, name, nn.Parameter(own))
-    bias = model.latent_bias.new_empty(len(model.streams), n, device=device)
-    sharded.latent_bias = nn.Parameter(bias.copy_(model.latent_bias[:, rows]) if has_weights else bias)
+    for name in ("latent_bias", "latent_threshold"):
+        if (by_stream := getattr(model, name)) is not None:
+            own = by_stream.new_empty(len(model.streams), n, device=device)
+            setattr(sharded, name, nn.Parameter(own.copy_(by_stream[:, rows]) if has_weights else own))
     sharded.pre_bias = nn.Parameter(_on(model.pre_bias, device))
     sharded.silence = _on(model.silence[rows], device)
     sharded.input_mean, sharded.input_rms = _on(model.input_mean, device), _on(model.input_rms, device)
-    if model.selection == "batch":
-        sharded.threshold, sharded.threshold_count = Thresholds.empty(len(model.streams), device)
+    if model.selection in BY_THRESHOLD:
+        empty = BY_THRESHOLD[model.selection].empty
+        sharded.threshold, sharded.threshold_count = empty(len(model.streams), device)
         if has_weights:
             sharded.threshold.copy_(model.threshold)
             sharded.threshold_count.copy_(model.threshold_count)

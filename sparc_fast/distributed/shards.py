@@ -27,8 +27,11 @@ from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
 from sparc_fast.whole import Whole
 
 from .batch_topk import batch_topk, latents_above
+from .bytes import piece_size
 from .exchange import Exchange, in_turn, number_of, shares
+from .layout import rows_of, sizes_here
 from .model_file import save_model
+from .nested import nested_decode_loss
 from .together import Together, fingerprint
 
 if TYPE_CHECKING:
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
 
 BATCH, ROWS, NUMBER = 2, 3, 4  # calls, as ranks tell them apart
 DRAWN_TOGETHER = 4096  # rows
-PIECES, LEAST = 4, 256  # of a batch that are exchanged apart, and samples of each, at least
 
 
 class Shards(Whole):
@@ -73,7 +75,8 @@ class Shards(Whole):
             raise ValueError(
                 f"n_latents must be enough for {parts} ranks of {share} each, the last of at least one, got {n_latents}"
             )
-        self.first, self.last = among * share, min((among + 1) * share, n_latents)
+        own = rows_of(n_latents, among, parts)
+        self.first, self.last = own.start, own.stop
         self._backends: dict[tuple[str, torch.device], Backend] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shards:
@@ -99,12 +102,16 @@ class Shards(Whole):
                 "global_topk": of_rows.global_topk, "decode_loss": of_rows.decode_loss,
                 "batch_topk": partial(batch_topk, of_rows.backend, self),
                 "latents_above": partial(latents_above, of_rows.backend, self),
+                "nested_decode_loss": partial(nested_decode_loss, of_rows.backend, self),
             }  # fmt: skip
             self._backends[name, device] = backends.replaced(of_rows.backend, operators)
         return self._backends[name, device]
 
+    def nested(self, sizes: Sequence[int]) -> Sequence[int]:
+        return sizes_here(sizes, self.exchange.rank, self.exchange.ranks) if sizes else sizes
+
     def compact(self, indices: Tensor) -> Tensor:
-        """A sample's own latents are neighbours in its support, which is ascending: they go to the left."""
+        """A sample's own latents go to the left, in their order."""
         if indices.device.type != "cpu":  # how many there are is not waited for
             return indices
         own = indices >= 0
@@ -112,10 +119,9 @@ class Shards(Whole):
         width = max(1, int(counts.max())) if counts.numel() else 1
         if width == indices.shape[-1]:
             return indices
-        slots = torch.arange(width, device=indices.device)
-        begins = own.int().argmax(-1, keepdim=True)
-        moved = indices.gather(-1, (begins + slots).clamp_(max=indices.shape[-1] - 1))
-        return moved.masked_fill_(slots >= counts[..., None], -1)
+        places = torch.where(own, own.cumsum(-1) - 1, width)  # others go behind the last, which is cut off
+        moved = indices.new_full((*indices.shape[:-1], width + 1), -1)
+        return moved.scatter_(-1, places, indices).narrow_copy(-1, 0, width)
 
     def begin_batch(self, own: Callable[[], BatchSamples]) -> Callable[[], BatchSamples]:
         exchange, failed = self.exchange, None
@@ -418,8 +424,8 @@ class _OfRows:
 
 def _pieces(n: int, ranks: int) -> list[slice]:
     """Of n samples, each but the last of as many for every rank."""
-    n_pieces = min(PIECES, max(1, n // LEAST)) if ranks > 1 else 1
-    step = max(1, -(-n // (n_pieces * ranks))) * ranks
+    size = piece_size(n) if ranks > 1 else max(n, 1)
+    step = -(-size // ranks) * ranks
     return [slice(start, min(start + step, n)) for start in range(0, max(n, 1), step)]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ LEAST = 4096
 """Bytes; fewer come with a message as soon as word of them would."""
 MOST_BUFFERS = 62
 """Which of them are held is one number."""
-MEMORY, MEETING = 5, 6  # calls, as ranks tell them apart
+MEMORY = 5  # a call, as ranks tell them apart
 
 
 class SharedMemory:
@@ -33,8 +33,8 @@ class SharedMemory:
         self._exchange = exchange
         self._buffers: list[_Buffer] = []
         self._held = 0
-        """Bits, of the buffers that some rank held when all last met, and of those lent since."""
-        self._begun = self._met = 0  # meetings
+        """Bits, of the buffers that some rank held when all last told, and of those lent since."""
+        self._told = self._heard = 0
 
     def take(self, n_bytes: int) -> Tensor | None:
         """The same free memory, uint8 [n_bytes], on all ranks, which ask together; None where there is none."""
@@ -46,24 +46,21 @@ class SharedMemory:
             number = len(self._buffers)
             self._buffers.append(_Buffer(memory, size))
         self._held |= 1 << number
-        return self._buffers[number].lent(n_bytes, self._begun)
+        return self._buffers[number].lent(n_bytes, self._told)
 
-    def begin_meeting(self) -> Callable[[], None]:
-        """Tell all ranks that this one has written; to wait is until all have, and what they wrote can be read."""
-        held = sum(1 << i for i, buffer in enumerate(self._buffers) if buffer.is_held)
-        self._begun += 1
-        number, told = self._begun, self._exchange.begin_numbers(MEETING, held)
+    def held(self) -> tuple[int, int]:
+        """(number, bits): the number of what a rank tells all, from 1 on, and which buffers it holds then."""
+        self._told += 1
+        return self._told, sum(1 << i for i, buffer in enumerate(self._buffers) if buffer.is_held)
 
-        def wait() -> None:
-            of_ranks = told()
-            if number <= self._met:  # a later one is more up to date
-                return
-            self._met = number
-            self._held = sum(1 << i for i, buffer in enumerate(self._buffers) if buffer.lent_in >= number)
-            for (of_rank,) in of_ranks:
-                self._held |= of_rank
-
-        return wait
+    def heard(self, number: int, of_ranks: Iterable[int]) -> None:
+        """What all ranks held when they told that number."""
+        if number <= self._heard:  # a later one is more up to date
+            return
+        self._heard = number
+        self._held = sum(1 << i for i, buffer in enumerate(self._buffers) if buffer.lent_after >= number)
+        for of_rank in of_ranks:
+            self._held |= of_rank
 
     def _map(self, size: int) -> mmap.mmap | None:
         """New memory of the first rank, opened by all; None where one of them cannot."""
@@ -88,11 +85,11 @@ class _Buffer:
     def __init__(self, memory: mmap.mmap, size: int) -> None:
         self._memory, self.size = memory, size
         self._window: weakref.ref[memoryview] | None = None
-        self.lent_in = 0
-        """How many meetings had been begun."""
+        self.lent_after = 0
+        """The number of what was told last."""
 
-    def lent(self, n_bytes: int, meetings: int) -> Tensor:
-        self.lent_in = meetings
+    def lent(self, n_bytes: int, told: int) -> Tensor:
+        self.lent_after = told
         window = memoryview(self._memory)  # which lives as long as a tensor is on it
         self._window = weakref.ref(window)
         return torch.frombuffer(window, dtype=torch.uint8, count=n_bytes)

@@ -103,7 +103,7 @@ AGREEMENT = Metric(
             highlight=True,
         ),
     ),
-    needs=frozenset({"single"}),
+    needs=frozenset({"single", "pairs"}),
     of_shared=True,
     default=True,
     resample=_resample,

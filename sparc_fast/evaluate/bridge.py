@@ -50,6 +50,7 @@ class BridgePair(NamedTuple):
     score: float
 
 
+@torch.no_grad()
 def bridge_score(
     a: StreamCode, b: StreamCode, dictionary_a: Tensor | Dictionary, dictionary_b: Tensor | Dictionary
 ) -> Bridge:
@@ -85,6 +86,7 @@ def bridge_score(
     return Bridge(own / n, of_a / n, of_b / n, float(of_samples[1].sum()) / n, of_samples)
 
 
+@torch.no_grad()
 def bridge_pairs(
     a: StreamCode, b: StreamCode, dictionary_a: Tensor, dictionary_b: Tensor, top: int = 100
 ) -> list[BridgePair]:
@@ -217,7 +219,7 @@ BRIDGE = Metric(
             lambda found: sum(one.shared for one in found.values()) / len(found) if found else None,
         ),
     ),
-    needs=frozenset({"single"}),
+    needs=frozenset({"single", "pairs"}),
     resample=_resample,
     details=_details,
     work=_work,

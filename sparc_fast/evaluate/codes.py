@@ -26,6 +26,8 @@ CHUNK_BYTES = 2**26  # that a chunk of work may hold at once
 
 
 def check_code(code: StreamCode, n_latents: int, name: str = "code") -> None:
+    if not isinstance(code, Sequence) or len(code) != 2:
+        raise ValueError(f"{name} must be (values, indices), as code.stream(name) gives it, got {type(code).__name__}")
     values, indices = code
     if values.dim() != 2 or indices.shape != values.shape:
         raise ValueError(
@@ -43,6 +45,11 @@ def check_code(code: StreamCode, n_latents: int, name: str = "code") -> None:
 
 def check_codes(codes: Codes, n_latents: int) -> int:
     """Check every stream's code; return the number of samples they share."""
+    if not isinstance(codes, Mapping):
+        raise ValueError(
+            "codes must map streams to (values, indices), as {name: code.stream(name) for name in code.streams}, got "
+            f"{type(codes).__name__}"
+        )
     if not codes:
         raise ValueError("codes must hold at least one stream, got none")
     for name, code in codes.items():
@@ -103,6 +110,7 @@ class ByLatent(NamedTuple):
             start = stop
 
 
+@torch.no_grad()
 def by_latent(code: StreamCode, n_latents: int) -> ByLatent:
     """A code the other way round, in memory of about its own size."""
     values, indices = code
@@ -146,7 +154,7 @@ def label_counts(
                     cells = indices[n].long() * some.shape[1] + carried[pairs, None]
                     on = values[n] > 0
                     cells = cells[on]
-                    each = values[n][on].to(kind) if weighted else torch.ones_like(cells, dtype=kind)
+                    each = values[n][on].detach().to(kind) if weighted else torch.ones_like(cells, dtype=kind)
                     if times is not None:
                         each *= times[pairs, None].expand(on.shape)[on]
                     counts[s].scatter_add_(0, cells, each)

@@ -51,6 +51,7 @@ def cofiring_iou(codes: Codes, n_latents: int) -> Tensor:
     return every.double() / some.clamp_min(1)
 
 
+@torch.no_grad()
 def energy_share(codes: Codes, n_latents: int, *, relative: bool = True) -> Tensor:
     """The part of a latent's energy that is in each stream, float64 [S, L], each column adding up to 1; nan if dead.
 
@@ -168,7 +169,7 @@ COFIRING = Metric(
             lambda found: found.mean(found.energy.amax(dim=0)),
         ),
     ),
-    needs=frozenset({"single"}),
+    needs=frozenset({"single", "pairs"}),
     of_shared=True,
     resample=_resample,
 )

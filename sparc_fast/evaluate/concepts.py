@@ -225,6 +225,7 @@ class TopSamples:
     values: Tensor
 
 
+@torch.no_grad()
 def top_samples(codes: Codes, n_latents: int, n: int, latents: Tensor | None = None) -> TopSamples:
     """The n samples with the largest activation of each latent in each stream (ties: lower sample first).
 

@@ -81,10 +81,10 @@ class Evaluation:
         return None if (found := self._concepts("concepts_joint")) is None else found.jaccard
 
     @property
-    def agreement(self) -> Tensor:
-        """Firing agreement of each latent that streams share, [L]."""
-        found: Agreement = self["agreement"]
-        return found.of_latents
+    def agreement(self) -> Tensor | None:
+        """Firing agreement of each latent that streams share, [L]; None of one stream."""
+        found: Agreement | None = self["agreement"]
+        return None if found is None else found.of_latents
 
     @property
     def latents_single(self) -> LatentUse:
@@ -214,7 +214,7 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     there: dict[Need, bool] = {"labels": labels is not None, "hierarchy": hierarchy is not None}
-    there["train"] = train is not None
+    there |= {"train": train is not None, "pairs": len(model.streams) > 1}
     chosen = choose(metrics, METRICS, there)
     if metrics is None and not retrieval:
         chosen = tuple(metric for metric in chosen if metric.key != "retrieval")

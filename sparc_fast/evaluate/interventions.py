@@ -156,6 +156,7 @@ def intervene(
     return Intervention(torch.cat(moved), before, after, told_before, told_after)
 
 
+@torch.no_grad()
 def probe_effects(
     code: StreamCode, dictionary: Tensor | Dictionary, weight: Tensor, concepts: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -177,6 +177,10 @@ class _Matrix:
             self._turned = entries.offsets, entries.samples.long(), entries.values
 
 
+def _detached(features: Features) -> Features:
+    return features.detach() if isinstance(features, Tensor) else (features[0].detach(), features[1])
+
+
 class _Data:
     """Features and labels, split, and how features are scaled."""
 
@@ -190,7 +194,6 @@ class _Data:
         seed: int,
     ) -> None:
         self.is_dense = isinstance(features, Tensor)
-        self.features, self.labels = features, labels
         if isinstance(features, Tensor):
             if features.dim() != 2 or not features.is_floating_point():
                 raise ValueError(f"features must be [N, D], got {features.dtype} {list(features.shape)}")
@@ -201,6 +204,7 @@ class _Data:
             check_code(features, n_latents, "features")
             N = len(features[0])
         check_labels(labels, N)
+        self.features, self.labels = _detached(features), labels
         if not 0 < test_share < 1:
             raise ValueError(f"test_share must be between 0 and 1, got {test_share}")
         part = split_samples(N, (1 - test_share, test_share), groups, seed).to(labels.device)
@@ -210,7 +214,7 @@ class _Data:
             self.width = features.shape[1]
             total = torch.zeros(self.width, dtype=torch.float64, device=labels.device)
             for rows in parts(len(self.train), 16 * self.width):
-                total += features[self.train[rows]].double().sum(dim=0)
+                total += self._values(self.train[rows]).double().sum(dim=0)
             self.mean = total / max(len(self.train), 1)
         else:
             values, indices = features
@@ -238,7 +242,7 @@ class _Data:
 
     def matrix(self, rows: Tensor | None, given: Features | None = None) -> _Matrix:
         """Some samples, or all of other features."""
-        features = self.features if given is None else given
+        features = self.features if given is None else _detached(given)
         if isinstance(features, Tensor) != self.is_dense:
             raise ValueError("features must be dense or sparse as those that the probe was fitted on")
         at: Any = slice(None) if rows is None else rows

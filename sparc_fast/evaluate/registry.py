@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ __all__ = ["Batch", "Better", "Given", "Metric", "Need", "Row", "Score", "Sizes"
 
 Better = Literal["higher", "lower", "neither"]
 
-Need = Literal["single", "joint", "labels", "hierarchy", "inputs", "train"]
-"""What a metric is computed from: codes of each stream encoded alone; of all encoded together; the concepts of each
-sample; their hierarchy; the samples themselves, once more (`Given.batches`); the training split (`Given.train`)."""
+Need = Literal["single", "joint", "pairs", "labels", "hierarchy", "inputs", "train"]
+"""What a metric is computed from: codes of each stream encoded alone; of all encoded together; two streams or more; the
+concepts of each sample; their hierarchy; the samples themselves, once more (`Given.batches`); the training split
+(`Given.train`)."""
 
 ASKED_OF: Mapping[Need, str] = {"labels": "labels", "hierarchy": "a hierarchy", "train": "training samples"}
 
@@ -217,9 +218,9 @@ def choose(
                 hint = f" (near: {', '.join(near)})" if near else ""
                 raise ValueError(f"metrics must be of {', '.join(by_key)}, got {asked!r}{hint}")
             asked = by_key[asked]
-        for need in get_args(Need):
+        for need, what in ASKED_OF.items():
             if need in asked.needs and not there.get(need, True):
-                raise ValueError(f"metric {asked.key!r} must be given {ASKED_OF[need]}, got none")
+                raise ValueError(f"metric {asked.key!r} must be given {what}, got none")
         if asked.key in chosen and chosen[asked.key] is not asked:
             raise ValueError(f"metrics must have keys of their own, got two of {asked.key!r}")
         chosen[asked.key] = asked

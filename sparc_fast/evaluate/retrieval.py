@@ -104,6 +104,7 @@ class Retrieval:
         return Retrieval(n, r1, r5, r10, float(median), float((1 / ranks).mean()), n_candidates, given, queries)
 
 
+@torch.no_grad()
 def retrieval_scores(
     queries: Rows,
     candidates: Rows,
@@ -126,6 +127,7 @@ def retrieval_scores(
     return Retrieval.from_ranks(ranks[queries], int(b.first_of_copies(groups).sum()), queries)
 
 
+@torch.no_grad()
 def retrieval_ranks(
     queries: Rows,
     candidates: Rows,
@@ -179,6 +181,7 @@ class Found(NamedTuple):
     """float32 [Q, top]"""
 
 
+@torch.no_grad()
 def retrieve(
     queries: Rows,
     candidates: Rows,
@@ -538,7 +541,7 @@ RETRIEVAL = Metric(
         ),
         Score("mrr", "Retrieval MRR", "Mean of 1 / rank.", "higher", ".3f", _mean("mrr")),
     ),
-    needs=frozenset({"single"}),
+    needs=frozenset({"single", "pairs"}),
     of_shared=True,
     default=True,
     resample=_resample,

@@ -27,7 +27,7 @@ class Stream:
     picture: str | None = None  # which of their pictures
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Items:
     """What is known of N samples."""
 
@@ -67,7 +67,7 @@ class Items:
         return Carried.from_labels(none) if self.carried is None else self.carried
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ModelReport:
     """One model, over L latents."""
 
@@ -91,14 +91,17 @@ class ModelReport:
         curves: Mapping[str, Sequence[float]] | None = None,
         private: Mapping[str, slice] | None = None,
     ) -> ModelReport:
-        """Of codes on the CPU, its latents named by the items' concepts.
+        """Of its codes, its latents named by the items' concepts.
 
         Those private to a stream say so: their frequency is that stream's, and there is no agreement of theirs.
         """
+        codes = {stream: (values.detach().cpu(), indices.cpu()) for stream, (values, indices) in codes.items()}
         named = name_latents(codes, items.known(), items.concepts, n_latents)
         names: list[tuple[str, ...]] = list(named.several)
         of_streams = latent_use(codes, n_latents).frequency
         agreement, frequency = named.agreement.clone(), of_streams.mean(0)
+        if len(codes) == 1:
+            agreement[:] = torch.nan
         for stream, some in (private or {}).items():
             names[some] = [(*several, f"private to {stream}") for several in names[some]]
             agreement[some], frequency[some] = torch.nan, of_streams[list(codes).index(stream), some]
@@ -117,7 +120,7 @@ class ModelReport:
         return self.names[latent][0] if self.names[latent] else ""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """A model over N samples, beside another one, which is shown as what was before."""
 

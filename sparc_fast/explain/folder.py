@@ -167,7 +167,7 @@ def report_of(
     for name, model in models.items():
         if list(model.streams) != streams:
             raise ValueError(f"models must have the same streams, got {streams} and {list(model.streams)} in {name}")
-        widths = {stream: about["width"] for stream, about in folder.streams.items() if stream in streams}
+        widths = {stream: about["width"] for stream, about in folder.streams.items()}
         if dict(model.d_streams) != {stream: widths.get(stream) for stream in streams}:
             raise ValueError(f"{path} must have the streams {dict(model.d_streams)} of {name}, got {widths}")
     kept = items.held_out is not None and bool(items.held_out.any())

@@ -21,6 +21,7 @@ TOP, PICTURE, TEXT_LINE, GAP = 176, 54, 30, 44  # pixels
 COLUMNS = (262, 946)  # where before and after begin
 LABEL = 146  # the stream's name, before its samples
 SHOWN, TEXTS, LETTERS, WORD, FOOT = 8, 2, 36, 11, 40
+LEAST = 112  # of a latent: what is told of it
 
 
 def render_headline(report: Report, shards: Shards, n: int = 6) -> bytes:
@@ -31,7 +32,7 @@ def render_headline(report: Report, shards: Shards, n: int = 6) -> bytes:
     chosen, words, items = shards.chosen[:n], shards.words, report.items
     pictured = {name: stream.picture for name, stream in report.streams.items() if stream.text is None}
     heights = {name: PICTURE + 6 if pictured.get(name) else TEXTS * TEXT_LINE + 8 for name in report.streams}
-    block = sum(heights.values()) + GAP
+    block = max(sum(heights.values()), LEAST) + GAP
     height = TOP + len(chosen) * block + (FOOT if report.attribution else 10)
     written = _font_has()
     figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
@@ -95,9 +96,10 @@ def render_headline(report: Report, shards: Shards, n: int = 6) -> bytes:
         y = TOP + i * block
         rule(y - GAP / 2)
         write(40, y + 20, _short(report.after.concept(latent), 2 * WORD), 10, INK, "bold")
-        write(40, y + 64, f"agreement {report.after.agreement[latent]:.2f}", 7, SOFT)
-        write(40, y + 94, f"frequency {report.after.frequency[latent]:.1%}", 7, SOFT)
-        write(40, y + 124, f"latent {latent}", 7, SOFT)
+        agreement, frequency = report.after.agreement[latent], report.after.frequency[latent]
+        told = [f"agreement {agreement:.2f}"] * (not np.isnan(agreement))
+        for j, line in enumerate([*told, f"frequency {frequency:.1%}", f"latent {latent}"]):
+            write(40, y + 64 + 30 * j, line, 7, SOFT)
         for x, tops in zip(COLUMNS, shards.tops, strict=False):
             draw(tops, latent, x, y)
 

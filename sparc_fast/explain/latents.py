@@ -102,7 +102,9 @@ def choose_latents(report: Report, tops: Sequence[Tops] = (), n: int = 12, shown
     words, model = Shown(report), report.after
     after, streams = tops[-1], range(len(report.streams))
     alive = np.stack([(of_model.rows[:, :, :shown] >= 0).sum(2) for of_model in tops])  # [models, S, L]
-    measured = [model.agreement] if model.jaccard is None else [model.agreement, np.nan_to_num(model.jaccard)]
+    measured = [model.agreement if len(streams) > 1 else np.ones_like(model.agreement)]
+    if model.jaccard is not None:
+        measured.append(np.nan_to_num(model.jaccard))
     quality = np.nan_to_num(np.mean(measured, axis=0)) * (alive[0].min(0) / shown) * (alive.min((0, 1)) > 0)
     for latent in np.flatnonzero(quality).tolist():
         concept = model.concept(latent)

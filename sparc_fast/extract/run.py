@@ -39,7 +39,7 @@ from sparc_fast.version import __version__
 from .config import Extraction
 from .encoders import Encoder, encoder_of, name_on_hub
 from .items import Failure, Item, as_line, load_picture, split_of, thumbnail
-from .journal import Journal
+from .journal import JOURNAL, Journal
 from .sources import Source, open_source
 
 __all__ = ["Extracted", "extract"]
@@ -119,7 +119,7 @@ def extract(
                 raise ValueError("source must be given, in the settings or as items, got none")
             source = open_source(extraction.source, extraction.folder, extraction.texts)
         (out / PARTIAL).mkdir(exist_ok=True)
-        _keep(out / PARTIAL / SETTINGS, settings, out)
+        _keep(out / PARTIAL, settings, out)
         device = torch.device(device_of(extraction.device))
         models = _encoders(extraction, device, say) if encoders is None else encoders(device)
         run = _Run(extraction, out, source, models)
@@ -320,10 +320,13 @@ def _settings(extraction: Extraction) -> dict[str, Any]:
     return settings
 
 
-def _keep(path: Path, settings: Mapping[str, Any], out: Path) -> None:
-    """Keep the settings, or hold them against those that the folder was begun with."""
-    if path.is_file():
-        _agree(json.loads(path.read_text(encoding="utf-8")), settings, out)
+def _keep(folder: Path, settings: Mapping[str, Any], out: Path) -> None:
+    """Keep the settings, or hold them against those by which a batch was written."""
+    path, journal = folder / SETTINGS, folder / JOURNAL
+    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if journal.is_file() and journal.stat().st_size:
+        _agree(there, settings, out)
+    if there == settings:
         return
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(settings), encoding="utf-8")
@@ -333,7 +336,7 @@ def _agree(there: Any, settings: Mapping[str, Any], out: Path) -> None:
     if there == settings:
         return
     differ = [name for name in settings if not isinstance(there, Mapping) or there.get(name) != settings[name]]
-    raise ValueError(f"out must be a new folder, or go on as it was begun; {out} has another {', '.join(differ)}")
+    raise ValueError(f"out must be a new folder, or go on as it was begun; {out} has other {', '.join(differ)}")
 
 
 @contextmanager

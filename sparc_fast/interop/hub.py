@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sparc_fast.checkpoint import FORMAT
 from sparc_fast.files import atomic_path
 from sparc_fast.model import SPARC
+from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -63,14 +64,16 @@ class Card:
             "datasets": list(self.datasets),
         }
         streams = [[name, f"{width:,}", model.normalize.get(name, "none")] for name, width in model.d_streams.items()]
+        first = model.streams[0]
+        usually = " on average" if model.selection in BY_THRESHOLD else ""
         calibrated = "centred and scaled by the model" if model.is_calibrated else "taken as they are"
         parts = [
             # JSON is YAML
             "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in about.items() if value), "---"]),
             f"# {self.title}",
             f"A sparse autoencoder over {len(streams)} {'stream' if len(streams) == 1 else 'streams'} that share "
-            f"{model.n_latents:,} latents, {model.k} of them active a sample ({model.selection} selection): SPARC, "
-            f"{PAPER}, by sparc_fast {__version__}. Inputs are {calibrated}.{_private(model)}",
+            f"{model.n_latents:,} latents, {model.k} of them active a sample{usually} ({model.selection} selection): "
+            f"SPARC, {PAPER}, by sparc_fast {__version__}. Inputs are {calibrated}.{_private(model)}",
             _table(["stream", "width", "rows normalized"], streams),
             "## Use",
             "\n".join(
@@ -79,8 +82,8 @@ class Card:
                     "import sparc_fast as sf",
                     "",
                     f"model = sf.SPARC.from_pretrained({json.dumps(repository)})  # pip install 'sparc_fast[hub]'",
-                    f"codes = model.encode({{{json.dumps(model.streams[0])}: x}})  "
-                    f"# x [N, {model.d_streams[model.streams[0]]}]; values and indices of {model.k} latents a sample",
+                    f"codes = model.encode({{{json.dumps(first)}: x}})  "
+                    f"# x [N, {model.d_streams[first]}]; values and indices of {model.k} latents a sample{usually}",
                     "```",
                 ]
             ),

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sparc_fast.ops.layout import wide
+
 Operator = Callable[..., Tensor]
 T = TypeVar("T", float, Tensor)
 
@@ -57,6 +59,8 @@ class Best:
         self.L = len(encoder[0])
 
     def __call__(self, x: Tensor, m: int) -> tuple[Tensor, Tensor]:
+        if not self.L:
+            return nothing(x)
         indices = self.global_topk(x, *self.encoder, m, self.screening)
         return indices, self.support_scores(x, *self.encoder, indices)
 
@@ -83,6 +87,12 @@ class Best:
             m += wider
             indices, scores = pad(indices, (0, wider), value=-1), pad(scores, (0, wider), value=-torch.inf)
             indices[rows], scores[rows] = self(x[rows], m)
+
+
+def nothing(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Supports of samples where there is no latent, one empty slot wide, and their scores."""
+    indices = torch.full((len(x), 1), -1, dtype=torch.int32, device=x.device)
+    return indices, torch.full((len(x), 1), -torch.inf, dtype=wide(x).dtype, device=x.device)
 
 
 def kth_largest(scores: Tensor, k: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.ops.backends import Backend
+from sparc_fast.ops.layout import wide_type
 from sparc_fast.ops.row_step import AdamStep, DecoderRows, Rows
 from sparc_fast.optim.freezing import Run
 from sparc_fast.selection import Private
@@ -30,14 +31,15 @@ class Block(NamedTuple):
 
 
 def blocks(batch: OneBatch, private: Private, rows: Rows, run: Run | None, backend: Backend) -> Iterator[Block]:
-    """The rows of a run of streams, or of all: those of shared latents, then those of each stream's own."""
-    shared = slice(0, private.n_shared)
-    columns = slice(0, sum(rows.d_streams))
-    samples = batch.samples._replace(offsets=batch.samples.offsets[: private.n_shared + 1])
-    used = batch.used.masked_fill(batch.used >= private.n_shared, -1) if run is not None else batch.used
-    of_shared = batch._replace(samples=samples, used=used, private=None)
-    whole = slice(0, len(rows.d_streams))
-    yield Block(shared, whole, columns, rows.block(shared, columns, rows.d_streams), run, of_shared)
+    """The rows of a run of streams, or of all: those of shared latents, then those of each stream's own, if any."""
+    if private.n_shared:
+        shared = slice(0, private.n_shared)
+        columns = slice(0, sum(rows.d_streams))
+        samples = batch.samples._replace(offsets=batch.samples.offsets[: private.n_shared + 1])
+        used = batch.used.masked_fill(batch.used >= private.n_shared, -1) if run is not None else batch.used
+        of_shared = batch._replace(samples=samples, used=used, private=None)
+        whole = slice(0, len(rows.d_streams))
+        yield Block(shared, whole, columns, rows.block(shared, columns, rows.d_streams), run, of_shared)
     for s, stream, here in _own(private, run):
         latents, width = private.latents[stream], here.stop - here.start
         one = slice(s, s + 1)
@@ -57,7 +59,7 @@ def decoder_blocks(
         return
     shared = slice(0, private.n_shared), slice(0, sum(rows.d_streams)), rows.d_streams
     own = [(private.latents[name], here, (here.stop - here.start,)) for _, name, here in _own(private, run)]
-    for some, here, widths in (shared, *own):
+    for some, here, widths in (block for block in (shared, *own) if block[0].start < block[0].stop):
         W_dec, *moments = (part[some, here] for part in (rows.W_dec, *rows.moments))
         copy = None if rows.copy is None else rows.copy[some, here]
         inside = latents[(latents >= some.start) & (latents < some.stop)] - some.start
@@ -69,12 +71,11 @@ def update(
 ) -> tuple[Tensor, Tensor]:
     """As `OneBatch.update`, block by block."""
     found = [(b, b.batch.update(b.rows, b.run, adam, backend)) for b in blocks(batch, private, rows, run, backend)]
-    (_, (grad_latent_bias, grad_pre_bias)), *own = found
-    if rows.W_enc is None:
-        return grad_latent_bias, grad_pre_bias
-    for block, (_, through_encoder) in own:
-        grad_pre_bias[block.columns] += through_encoder
-    return _of_all(private, [(block, bias) for block, (bias, _) in found]), grad_pre_bias
+    grad_pre_bias = _sums(batch, sum(rows.d_streams))
+    if rows.W_enc is not None:
+        for block, (_, through_encoder) in found:
+            grad_pre_bias[block.columns] += through_encoder
+    return _of_all(batch, private, rows, [(block, bias) for block, (bias, _) in found]), grad_pre_bias
 
 
 def squared_norm(
@@ -82,24 +83,28 @@ def squared_norm(
 ) -> tuple[Tensor, Tensor]:
     """As `OneBatch.squared_norm`, block by block."""
     found = [(b, b.batch.squared_norm(b.rows, b.run, backend)) for b in blocks(batch, private, rows, run, backend)]
-    total = torch.stack([squares for _, (squares, _) in found]).sum()
-    if rows.W_enc is None:
-        return total, found[0][1][1]
-    return total, _of_all(private, [(block, bias) for block, (_, bias) in found])
+    squares = [torch.zeros((), dtype=torch.float64, device=batch.used.device), *(of_rows for _, (of_rows, _) in found)]
+    return torch.stack(squares).sum(), _of_all(batch, private, rows, [(block, bias) for block, (_, bias) in found])
 
 
-def _of_all(private: Private, found: Sequence[tuple[Block, Tensor]]) -> Tensor:
-    """[S, L] of those of blocks; 0 where a latent is another stream's."""
-    grad_latent_bias = found[0][1].new_zeros(len(found[0][1]), private.n_latents)
-    for block, of_block in found:
+def _of_all(batch: OneBatch, private: Private, rows: Rows, found: Sequence[tuple[Block, Tensor]]) -> Tensor:
+    """[S, L] of those of blocks; 0 where a latent is another stream's. Of no use where the encoder stays."""
+    grad_latent_bias = _sums(batch, len(rows.d_streams), private.n_latents)
+    for block, of_block in found if rows.W_enc is not None else ():
         grad_latent_bias[block.streams, block.latents] = of_block
     return grad_latent_bias
+
+
+def _sums(batch: OneBatch, *shape: int) -> Tensor:
+    x = batch.samples.x
+    return torch.zeros(shape, dtype=wide_type(x.dtype), device=x.device)
 
 
 def _own(private: Private, run: Run | None) -> Iterator[tuple[int, str, slice]]:
     """(its place in the model, its name, its columns in the run) of each stream of a run that has private latents."""
     for s, (name, columns) in enumerate(private.columns.items()):
-        if name not in private.latents or (run is not None and not run.streams.start <= s < run.streams.stop):
+        own = private.latents.get(name, slice(0, 0))
+        if own.start == own.stop or (run is not None and not run.streams.start <= s < run.streams.stop):
             continue
         first = 0 if run is None else run.columns.start
         yield s, name, slice(columns.start - first, columns.stop - first)

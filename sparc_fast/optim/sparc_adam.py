@@ -264,7 +264,8 @@ class SparcAdam(torch.optim.Optimizer):
                 self._quiet.note(model.silence, given.n_samples)
         else:
             n_samples = model._shards.samples(coming.n_samples)
-            batch = MicroBatches(tuple(model.d_streams.values()), model.silence, backend, n_samples, model._private)
+            widths, private = tuple(model.d_streams.values()), model._private_here
+            batch = MicroBatches(widths, model.silence, backend, n_samples, private)
             objective = objective.over(coming.batches())
             for given in coming.batches():
                 batch.add(self._flow(given, n_samples, objective, backend))
@@ -342,14 +343,14 @@ class SparcAdam(torch.optim.Optimizer):
             stack(recons),
             *inverse,
         )
-        of_decoder = None
-        if sizes := objective.sizes:
+        of_decoder = groups = None
+        if sizes := model._shards.nested(objective.sizes):
             nested = [one.prefixes is not None for _, _, one in passes]  # AuxK's is not
-            groups = [by_group(some, sizes) if here else some for some, here in zip(used, nested, strict=True)]
+            groups = stack([by_group(some, sizes) if here else some for some, here in zip(used, nested, strict=True)])
             repeated = [
                 some.repeat(len(sizes), 1, 1) if here else some for some, here in zip(values, nested, strict=True)
             ]
-            inverse = backend.invert_indices(stack(groups), len(model.W_enc))
+            inverse = backend.invert_indices(groups, len(model.W_enc))
             of_decoder = samples._replace(values=stack(repeated), offsets=inverse[0], entries=inverse[1])
             samples = samples._replace(grad_recons=samples.grad_recons[:0])  # what moves W_enc is in grad_values
         grad_pre_bias = [a.columns(flow.reconstruction.grad_pre_bias) for a, flow in zip(among, flows, strict=True)]
@@ -359,28 +360,36 @@ class SparcAdam(torch.optim.Optimizer):
         of_threshold = [a.rows(flow.jump.both) for a, flow in zip(among, flows, strict=True) if flow.jump is not None]
         one = OneBatch(
             given.streams, terms, *fired(parts, flows, every), samples, of_pre_bias, supports, given.zero_rows,
-            of_decoder, model._private,
+            of_decoder, model._private_here,
             sum(of_threshold[1:], of_threshold[0]) if of_threshold else None,
         )  # fmt: skip
-        return self._with_replicas(one, backend)
+        return self._with_replicas(one, groups, backend)
 
-    def _with_replicas(self, one: OneBatch, backend: backends.Backend) -> OneBatch:
-        """Of all the batch, where replicas have taken other samples of it."""
+    def _with_replicas(self, one: OneBatch, groups: Tensor | None, backend: backends.Backend) -> OneBatch:
+        """Of all the batch, where replicas have taken other samples of it; `groups` are the supports of the decoder."""
         shards = self.model._shards
         if not shards.has_replicas:
             return one
         values, support = shards.of_replicas(one.values, one.support)
-        x, of_values, grad_values, grad_recons, used = shards.of_replicas(
-            one.samples.x, one.samples.values, one.samples.grad_values, one.samples.grad_recons, one.used
+        x, of_values, grad_values, used = shards.of_replicas(
+            one.samples.x, one.samples.values, one.samples.grad_values, one.used
         )
         inverse = backend.invert_indices(used, len(self.model.W_enc))
         if self._behind is not None:
             self._replay(inverse[0].diff().nonzero()[:, 0], backend)
+        (grad_recons,) = shards.of_replicas(one.samples.grad_recons)
         samples = Samples(x, one.samples.pre_bias, of_values, grad_values, grad_recons, *inverse)
+        of_decoder = one.of_decoder
+        if of_decoder is not None and groups is not None:
+            nested = shards.of_replicas(of_decoder.values, of_decoder.grad_recons, groups)
+            inverse = backend.invert_indices(nested[2], len(self.model.W_enc))
+            of_decoder = samples._replace(
+                values=nested[0], grad_recons=nested[1], offsets=inverse[0], entries=inverse[1]
+            )
         (grad_pre_bias,) = shards.sum_of_replicas(one.grad_pre_bias)
         return one._replace(
             terms=shards.terms(one.terms), values=values, support=support, samples=samples, used=used,
-            grad_pre_bias=grad_pre_bias,
+            grad_pre_bias=grad_pre_bias, of_decoder=of_decoder,
         )  # fmt: skip
 
     def _update(
@@ -442,7 +451,7 @@ class SparcAdam(torch.optim.Optimizer):
             total += shards.sum(grad_latent_bias.double().square().sum())
             if batch.grad_threshold is not None:
                 of_run = batch.grad_threshold if run is None else batch.grad_threshold[run.streams]
-                total += of_run.double().square().sum()
+                total += shards.sum(of_run.double().square().sum())
             if rows.W_dec is not None:
                 of_decoder = batch.grad_pre_bias if run is None else batch.grad_pre_bias[run.columns]
                 of_encoder = reference.pre_bias_gradient(grad_latent_bias, rows.W_enc, rows.d_streams)
@@ -512,7 +521,7 @@ class SparcAdam(torch.optim.Optimizer):
             (exact,), moments = of_run.weights, of_run.their_moments
             copy = of_run.copies[1] if of_run.copies else None
             rows = DecoderRows(exact, moments, of_run.d_streams, behind.last_step, copy)
-            for some, here in decoder_blocks(rows, run, latents, self.model._private):
+            for some, here in decoder_blocks(rows, run, latents, self.model._private_here):
                 backend.replay_rows(some, here, behind.history, self._seed_of_rows)
         if "master" in self.state[W_dec]:
             self._seen[W_dec] = W_dec._version

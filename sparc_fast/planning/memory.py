@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from sparc_fast.data import Reader, budget
+from sparc_fast.distributed.bytes import piece_size
+from sparc_fast.distributed.layout import groups_of, told_groups
 from sparc_fast.objective import nested_sizes
 from sparc_fast.ops import gpu_scratch
 from sparc_fast.optim.step_graphs import KEPT as KEPT_GRAPHS
@@ -86,7 +88,12 @@ class Sizes:
         self.supports = S if config.selection in LOCAL else 1  # of a sample
         # columns of streams that choose and are not neighbours, which are copied together
         self.apart = D - min(self.widths[1:-1]) if config.support_dropout and S > 2 else 0
-        self.P = len(nested_sizes(config.matryoshka, config.n_latents)) or 1
+        nested = nested_sizes(config.matryoshka, config.n_latents)
+        self.P = max([1, *(len(told) for told in told_groups(nested, ranks))]) if nested else 1  # told of, by any rank
+        # of a reconstruction, those of a rank and its share of all ranks'
+        n_groups = [len(own) for own in groups_of(nested, ranks)] if nested else [1] * ranks
+        self.parts = max(n_groups) + -(-sum(n_groups) // ranks)
+        self.dictionaries = len(nested) or 1
         self.passes = 2 if self.n_dead else 1  # of a batch through the model: once more for AuxK
         self.entries = self.passes * self.N * self.supports * self.widest_support  # of a step, stacked
         # of the decoder, which nested dictionaries show every sample once for each
@@ -188,9 +195,11 @@ def _inputs(config: Config, sizes: Sizes) -> Iterator[Part]:
     validates = bool(config.validation_rows or config.validation_data)
     yield Part("batch", sizes.batch)
     if sizes.ranks > 1:
-        yield Part("exchange: the batch of all ranks", N * D * w, (*STEP, VALIDATING))
+        yield Part("exchange: the next batch", sizes.batch, STEP)
+        batches = 2 if config.accumulate == 1 else 3  # worked on, and coming: the next part, and that of the next batch
+        yield Part("exchange: batches of all ranks, N D each", batches * N * D * w, (*STEP, VALIDATING))
     if config.calibrate or config.normalize != "none" or w < FLOAT:
-        yield Part("batch as the model sees it", N * D * w, (*STEP, VALIDATING))
+        yield Part("batch as the model sees it", N * D * w // sizes.ranks, (*STEP, VALIDATING))
     yield Part("batch of held-out rows", N * D * FLOAT * validates, (VALIDATING,))
 
 
@@ -199,12 +208,7 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
     S, N, D, w, g = sizes.S, sizes.N, sizes.D, sizes.weight, sizes.gradient
     both, and_validating = (RECONSTRUCTING, UPDATING), (RECONSTRUCTING, UPDATING, VALIDATING)
     if sizes.ranks > 1:
-        candidates = (3 * sizes.ranks + 2) * N * sizes.supports * sizes.widest_support * (FLOAT + INDEX)
-        if config.selection == "batch":  # a rank's own, and which of them fire
-            candidates = 4 * N * 2 * -(-config.k // sizes.ranks) * (FLOAT + INDEX)
-        yield Part("exchange: candidates of all ranks", candidates, (CHOOSING, VALIDATING))
-        parts = N * S * D * (2 * FLOAT + -(-g // sizes.ranks))
-        yield Part("exchange: parts of reconstructions, sent and received", parts, (RECONSTRUCTING, VALIDATING))
+        yield from _exchanged(config, sizes)
     if config.loss == "fvu":
         yield Part("deviations of a stream, in float64", 3 * LONG * N * sizes.W, (CHOOSING,))
     if config.accumulate > 1:
@@ -232,6 +236,24 @@ def _batch(config: Config, sizes: Sizes) -> Iterator[Part]:
         yield Part("AuxK: residual, and the second pass over it", second, (RECONSTRUCTING,))
         stacks = N * (2 * (D * w + 2 * S * sizes.widest_support * FLOAT) + sizes.decoded * S * D * g)
         yield Part("AuxK: both passes in one batch", stacks, both)
+
+
+def _exchanged(config: Config, sizes: Sizes) -> Iterator[Part]:
+    """What ranks send each other, or on one host write for each other: memory that they share is in each of them."""
+    S, N, D, ranks = sizes.S, sizes.N, sizes.D, sizes.ranks
+    candidates = (3 * ranks + 2) * N * sizes.supports * sizes.widest_support * (FLOAT + INDEX)
+    if config.selection == "batch":  # a rank's own, and which of them fire
+        candidates = 4 * N * 2 * -(-config.k // ranks) * (FLOAT + INDEX)
+    if sizes.has_thresholds:
+        candidates = 0
+    yield Part("exchange: candidates of all ranks", candidates, (CHOOSING, VALIDATING))
+    if sizes.dictionaries > 1:
+        parts = N * S * D * (sizes.parts * FLOAT + sizes.dictionaries * -(-sizes.gradient // ranks))
+        yield Part("exchange: parts of reconstructions, sent and received", parts, (RECONSTRUCTING, VALIDATING))
+        return
+    n = piece_size(N) * S * D  # numbers of a piece; three are coming, to be read and free again
+    piece = FLOAT * n + 3 * FLOAT * (n + n * (ranks - 1) // ranks) + sizes.gradient * n // ranks
+    yield Part("exchange: reconstructions in pieces, sent and received", piece, (RECONSTRUCTING, UPDATING, VALIDATING))
 
 
 def _cpu_scratch(config: Config, sizes: Sizes, threads: int) -> Iterator[Part]:

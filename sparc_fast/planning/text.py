@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from sparc_fast.distributed.bytes import exchanged_bytes
+from sparc_fast.objective import nested_sizes
 from sparc_fast.selection import LOCAL
 from sparc_fast.sizes import counted
 from sparc_fast.training.config import Config
 
 from .machine import Machine
-from .memory import ACCURACY, Part, Streams, totals
+from .memory import ACCURACY, Part, Sizes, Streams, totals
 from .roofline import Cost
 from .time import CPU_EFFICIENCY
 
@@ -99,8 +100,13 @@ class Plan:
         supports = len(self.streams.readers) if config.selection in LOCAL else 1
         auxk = config.auxk if config.auxk_coef and self.dead else 0
         sizes = config.batch_size, tuple(self.streams.d_streams.values()), config.k * supports, self.ranks
-        on_gpu, over_batch = self.machine.device != "cpu", config.selection == "batch"
-        return exchanged_bytes(*sizes, weight=weight, auxk=auxk * supports, on_gpu=on_gpu, over_batch=over_batch)
+        on_gpu = self.machine.device != "cpu"
+        counts = {"batch": 2, "jumprelu": 0, "local_jumprelu": 0}.get(config.selection)
+        nested = nested_sizes(config.matryoshka, config.n_latents)
+        return exchanged_bytes(
+            *sizes, weight=weight, auxk=auxk * supports, on_gpu=on_gpu, counts=counts,
+            private_k=sum(quota for _, quota, _ in Sizes(config, self.streams.d_streams).private), sizes=nested,
+        )  # fmt: skip
 
     @property
     def hours(self) -> float | None:

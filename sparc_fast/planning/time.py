@@ -29,15 +29,15 @@ def step_costs(
     turns = config.accumulate  # in each, all weights are read and, if there are several, their gradients added up
     matrix, batch, gradient = L * D * w, N * D * w, sizes.P * N * D * S * sizes.gradient
     # of a matrix; private latents have those of their stream alone
-    weights = L * D - sum(count * (D - width) for count, _, width in sizes.private)
+    weights = L * D - sum(count * (D - width) for count, _, width in sizes.private) / ranks
 
     def used(n: int) -> float:
         """The part of the latents that n samples use."""
         return 1 - (1 - min(1.0, (sizes.k_mean + sizes.slots) / (L * ranks))) ** (n * sizes.supports)
 
     # numbers of the rows that a batch's supports name, those of private latents whole and in their stream
-    shared, private = N * sizes.k_mean * D / ranks, N * sizes.slots * D
-    own = N * sum(quota * width for _, quota, width in sizes.private)
+    shared, private = N * sizes.k_mean * D / ranks, N * sizes.slots * D / ranks
+    own = N * sum(quota * width for _, quota, width in sizes.private) / ranks
     kept = 2 * (2 * sizes.moment + FLOAT) + (w if w < FLOAT else 0)  # bytes of a weight read and written
     # rows left behind are gone through twice when they are used
     decoder = used(N) * (2 - used(N)) if config.lazy else 1.0

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from sparc_fast.batch import Batch
 from sparc_fast.ops import backends, functional
 from sparc_fast.ops.backends import Backend
+from sparc_fast.ops.layout import wide
 from sparc_fast.whole import WHOLE, Whole
 
 MOST_STREAMS = 8  # 255 sets of them
@@ -29,7 +30,7 @@ class Thresholds:
     """What is stored with the model: of each set of its streams a threshold, and how often it was learned."""
 
     def __init__(self, values: Tensor, counts: Tensor, streams: Sequence[str], shards: Whole = WHOLE) -> None:
-        self.values, self.counts, self.streams, self._shards = values, counts, tuple(streams), shards
+        self.values, self.counts, self.streams, self.shards = values, counts, tuple(streams), shards
 
     @staticmethod
     def empty(n_streams: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
@@ -78,7 +79,7 @@ class Thresholds:
 
     @torch.no_grad()
     def _learn(self, batch: Batch, k: int, backend: str | Backend) -> None:
-        if not (n_samples := self._shards.of_all_replicas(len(batch.x))):
+        if not (n_samples := self.shards.of_all_replicas(len(batch.x))):
             return
         found, at = self._smallest_that_fires(batch, k, backend).to(self.values), self._place(batch.streams)
         self.counts[at] += 1
@@ -95,12 +96,14 @@ class Thresholds:
         Where latents have thresholds, the smallest that a score is above its latent's, which may be any number.
         """
         every, W_enc, pre_bias, bias = batch.scored_by
-        x = self._shards.first_samples(every, MEASURED)
+        x = self.shards.first_samples(every, MEASURED)
         operands = x, W_enc, pre_bias, bias
         support = functional.batch_topk(*operands, k, backend=backend)
-        scores = backends.resolve(backend, x.device).support_scores(*operands, support.clamp(min=0))
-        fires = scores.masked_fill(support < 0, torch.inf).flatten()
-        smallest = self._shards.least(pad(fires, (0, 1), value=torch.inf).amin())
+        fires = torch.empty(0, dtype=wide(x).dtype, device=x.device)
+        if len(W_enc):
+            scores = backends.resolve(backend, x.device).support_scores(*operands, support.clamp(min=0))
+            fires = scores.masked_fill(support < 0, torch.inf).flatten()
+        smallest = self.shards.least(pad(fires, (0, 1), value=torch.inf).amin())
         return smallest.clamp(min=0) if batch.latent_threshold is None else smallest
 
     def _place(self, streams: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ dictionary_learning has it in place of the paper's L0: it holds k latents a samp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,8 @@ from sparc_fast.ops import backends, functional
 from sparc_fast.ops.autograd import Reconstruction
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import wide
+from sparc_fast.ops.pooled_topk import nothing
+from sparc_fast.whole import Whole
 
 from .batch_topk import EVERY, Thresholds, sets_of
 
@@ -97,27 +100,28 @@ class Jump(NamedTuple):
         slope = torch.cat([self.slope, self.slope.new_zeros(more.shape)], dim=-1)
         return self._replace(indices=indices, fires=fires, slope=slope, n_by_threshold=self.indices.shape[-1])
 
-    def gradients(self, of: Reconstruction, n_latents: int) -> JumpGradients:
-        """What thresholds [S, L] get from what was reconstructed."""
+    def gradients(self, of: Reconstruction, n_latents: int, shards: Whole) -> JumpGradients:
+        """What thresholds [S, L] get from what was reconstructed, of all replicas' samples."""
         assert of.activations is not None
         grad_fires, n_streams = wide(of.activations) * of.grad_values, of.activations.shape[1]
         if self.indices.ndim == 2:
             grad_fires = grad_fires.sum(1)
+        indices, slope, of_values = shards.of_replicas(self.indices, self.slope, self.slope * grad_fires)
         through_values, through_count = (
-            self._by_latent(terms, n_streams, n_latents) for terms in (self.slope * grad_fires, self.slope)
+            self._by_latent(terms, indices, slope > 0, n_streams, n_latents) for terms in (of_values, slope)
         )
         fires = self.fires[..., : self.n_by_threshold]
         fired = fires.sum((0, -1)) if fires.ndim == 3 else fires.sum()[None]
-        return JumpGradients(fired.to(self.slope.dtype), -through_values, -through_count)
+        return JumpGradients(shards.sum(fired).to(self.slope.dtype), -through_values, -through_count)
 
-    def _by_latent(self, terms: Tensor, n_streams: int, n_latents: int) -> Tensor:
+    def _by_latent(self, terms: Tensor, indices: Tensor, where: Tensor, n_streams: int, n_latents: int) -> Tensor:
         """The sum of each latent's terms within the band, [S, L]."""
         total = terms.new_zeros(n_streams, n_latents)
-        if self.indices.ndim == 2:
-            total[list(self.choosers)] = _sums(terms, self.indices, self.slope > 0, n_latents)
+        if indices.ndim == 2:
+            total[list(self.choosers)] = _sums(terms, indices, where, n_latents)
         else:
             for row, s in enumerate(self.choosers):
-                total[s] = _sums(terms[:, row], self.indices[:, row], self.slope[:, row] > 0, n_latents)
+                total[s] = _sums(terms[:, row], indices[:, row], where[:, row], n_latents)
         return total
 
 
@@ -165,19 +169,26 @@ class JumpReLU(NamedTuple):
     def jump(
         self, batch: Batch, k: int, thresholds: Thresholds, streams: Sequence[str] | None, backend: str | Backend
     ) -> Jump:
-        """What fires of the streams that choose together, which `streams` may name, or of each by itself."""
+        """What fires of the streams that choose together, which `streams` may name, or of each by itself.
+
+        Of the latents that are here, by a backend that knows of no others: no latent's score depends on them.
+        """
         choosing = batch if streams is None else batch.of_streams(streams)
-        found = [self._near(*choice, k, backend) for choice in _choices(self.rule, choosing, thresholds)]
+        choices, shards = _choices(self.rule, choosing, thresholds), thresholds.shards
+        found = [self._near(*choice, k, backend, shards) for choice in choices]
         indices, fires, slope = (_side_by_side(list(of_sets), self.rule) for of_sets in zip(*found, strict=True))
         return Jump(indices, fires, slope, [batch.streams.index(name) for name in choosing.streams])
 
-    def _near(self, batch: Batch, offset: float, k: int, backend: str | Backend) -> tuple[Tensor, Tensor, Tensor]:
+    def _near(
+        self, batch: Batch, offset: float, k: int, backend: str | Backend, shards: Whole
+    ) -> tuple[Tensor, Tensor, Tensor]:
         assert batch.latent_threshold is not None
-        mean = float(batch.latent_threshold.double().sum(0).mean()) + offset
+        mean = mean_of_latents(batch.latent_threshold, shards) + offset
         width = max(self.bandwidth * abs(mean), NARROWEST)
         operator = backends.resolve(backend, batch.x.device).latents_above
         least, sure = offset - width / 2, offset + width / 2
-        indices, scores = operator(*batch.scored_by, least, min(k, len(batch.W_enc)), sure=sure)
+        n = len(batch.W_enc)
+        indices, scores = operator(*batch.scored_by, least, min(k, n), sure=sure) if n else nothing(batch.x)
         is_near = (scores - offset).abs() < width / 2
         return indices, scores > offset, is_near.to(scores.dtype) / width
 
@@ -202,7 +213,20 @@ NARROWEST = 1e-12
 def _choices(rule: Rule, batch: Batch, thresholds: Thresholds) -> list[tuple[Batch, float]]:
     """The streams that choose together, and their offset, which none is where there is no sample to choose for."""
     sets = [batch.streams] if rule == "jumprelu" else [(name,) for name in batch.streams]
-    return [(batch.of_streams(some), thresholds.of(some) if len(batch.x) else 0.0) for some in sets]
+    n_samples = thresholds.shards.of_all_replicas(len(batch.x))
+    return [(batch.of_streams(some), thresholds.of(some) if n_samples else 0.0) for some in sets]
+
+
+def mean_of_latents(of_streams: Tensor, shards: Whole) -> float:
+    """The mean over latents of the sum over streams, of [S, L]; the same bits however processes share the latents."""
+    first, *others = of_streams.double().unbind()
+    numbers = sum(others, first)
+    n, largest = shards.total(len(numbers)), pad(numbers.abs(), (0, 1)).amax()
+    bound = -float(shards.least(-largest))
+    if bound == 0 or not math.isfinite(bound):
+        return bound
+    unit = math.ldexp(1.0, math.frexp(bound)[1] + n.bit_length() - 62)  # a sum of integers has no order
+    return int(shards.sum((numbers / unit).round().long().sum()[None])) * unit / n
 
 
 def _side_by_side(of_sets: list[Tensor], rule: Rule) -> Tensor:

@@ -10,6 +10,7 @@ the gradient out of them, and `SparcAdam` leaves them out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,12 +58,6 @@ class Private:
             first += count
         columns = stream_slices(tuple(d_streams.values()))
         self.columns = dict(zip(d_streams, columns, strict=True))
-        self._elsewhere = [
-            (own, cols, s)
-            for name, own in self.latents.items()
-            for s, (other, cols) in enumerate(zip(d_streams, columns, strict=True))
-            if other != name
-        ]
 
     @classmethod
     def of(
@@ -93,6 +88,29 @@ class Private:
             )
         return cls(d_streams, n_latents, counts, given)
 
+    def within(self, rows: slice) -> Private:
+        """The same where just these latents are: none of those of all streams may be among them, or of one."""
+
+        first, n = int(rows.start), int(rows.stop - rows.start)
+
+        def place(latent: int) -> int:
+            return min(max(latent - first, 0), n)
+
+        here = copy(self)
+        here.n_latents, here.n_shared = n, place(self.n_shared)
+        here.latents = {name: slice(place(own.start), place(own.stop)) for name, own in self.latents.items()}
+        return here
+
+    @property
+    def _elsewhere(self) -> list[tuple[slice, slice, int]]:
+        """(private latents, columns of a stream that is not theirs, its place)"""
+        return [
+            (own, cols, s)
+            for name, own in self.latents.items()
+            for s, (other, cols) in enumerate(self.columns.items())
+            if other != name
+        ]
+
     def shared(self, batch: Batch) -> Batch:
         """The batch before the encoder of the latents that streams share."""
         some = slice(0, self.n_shared)
@@ -122,8 +140,7 @@ class Private:
         some = self.latents[name]
         bias = own.latent_bias[:, some].contiguous()
         found = functional.global_topk(own.x, own.W_enc[some], own.pre_bias, bias, self.quotas[name], backend=backend)
-        own_best: Tensor = found + some.start
-        return own_best
+        return torch.where(found < 0, -1, found + some.start)  # where processes share the latents, others have them
 
     def heard(self, values: Tensor, indices: Tensor, source: str) -> Tensor:
         """Values of a stream's code without those of other streams' latents, which are not its to have."""

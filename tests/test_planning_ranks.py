@@ -1,0 +1,68 @@
+"""What `sparc-fast plan --ranks` says a rank holds beside its share of weights and moments is what it takes."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import Ranks
+
+from sparc_fast.ops.huge_pages import give_back_freed
+from sparc_fast.planning import Machine, Roofline, memory, plan
+from sparc_fast.planning.process_memory import forget_peak, resident
+from sparc_fast.training import Config, Trainer
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
+    pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc"),
+]
+MACHINE = Machine("a machine", "cpu", 2**36, 0, 0, 1, Roofline(copy=2e10, float32=1e11, bfloat16=4e11))
+WIDTHS = (256, 128, 128)
+
+RUNS: dict[str, dict[str, Any]] = {
+    "many samples, few latents": {"n_latents": 2048, "k": 16, "batch_size": 16384, "calibrate": False},
+    "few samples, many latents": {"n_latents": 65536, "k": 16, "batch_size": 64},
+    "accumulated": {"n_latents": 16384, "k": 16, "batch_size": 12288, "accumulate": 3},
+    "bfloat16, local": {
+        "n_latents": 32768, "k": 16, "batch_size": 2048, "dtype": "bfloat16", "moments": "bfloat16", "selection": "local",
+    },
+    "BatchTopK": {"n_latents": 16384, "k": 8, "batch_size": 8192, "selection": "batch"},
+}  # fmt: skip
+
+
+def taken(settings: dict[str, Any], folder: str) -> int:
+    """Bytes of a run's peak beyond what a rank holds once it has trained a tiny model."""
+    tiny = {**settings, "n_latents": 64, "k": 4, "batch_size": 64, "accumulate": 1}
+    for name, changes in (("tiny", tiny), ("run", settings)):
+        gc.collect()
+        give_back_freed()
+        before = resident("VmRSS")
+        forget_peak()
+        with Trainer(Config(**changes), Path(folder) / name) as trainer:
+            trainer.run()
+        del trainer
+    return resident("VmHWM") - before
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_peak_of_a_rank_is_within_15_percent_of_what_is_planned(name: str, tmp_path: Path) -> None:
+    settings = {"steps": 3, "auxk": 0, "lr": 1e-3, "memory": 2**28, **RUNS[name], "data": {}}
+    random = np.random.default_rng(0)
+    for s, width in enumerate(WIDTHS):
+        np.save(tmp_path / f"{s}.npy", random.standard_normal((34000, width), dtype=np.float32))
+        settings["data"][f"stream{s}"] = str(tmp_path / f"{s}.npy")
+    found = plan(Config(**settings), machine=MACHINE, dead=1.0, ranks=2)
+    two = Ranks(2)
+    try:
+        measured = two(taken, settings, str(tmp_path))
+    finally:
+        two.close()
+    for bytes in measured:
+        assert found.peak == pytest.approx(bytes, rel=memory.ACCURACY), f"{found}"
+        assert bytes > 2**27
