@@ -138,7 +138,7 @@ void check_step(const Batch& batch, const Gradients& gradients, int threads) {
     for (int64_t l = 0; l < L; ++l)
         for (int64_t s = 0, column = 0; s < S; column += batch.d_streams[s++]) {
             double norm = 0;
-            for (int64_t d = 0; d < batch.d_streams[s]; ++d) norm += std::pow(W_dec(l, column + d), 2);
+            for (int64_t d = 0; d < batch.d_streams[s]; ++d) norm += W_dec(l, column + d) * W_dec(l, column + d);
             expect("update_rows, norm", norm, 1, 1e-4);
         }
 }
