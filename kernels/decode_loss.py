@@ -47,8 +47,8 @@ from sparc_fast.ops.layout import gradient_dtype, wide_type
 def _decode_loss_kernel(
     nmse_parts, grad_recons, grad_values_parts,
     values, indices, W_dec, pre_bias, target, scale, weights, columns, W_stride, target_stride, N, S, k, L, D,
-    PER_STREAM: tl.constexpr, KEPT: tl.constexpr, ALIGNED: tl.constexpr, SUM: tl.constexpr, OPERAND: tl.constexpr,
-    TENSOR_CORES: tl.constexpr, SOURCES: tl.constexpr, SLOTS: tl.constexpr,
+    PER_STREAM: tl.constexpr, KEPT: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, SUM: tl.constexpr,
+    OPERAND: tl.constexpr, TENSOR_CORES: tl.constexpr, SOURCES: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     n, chunk, first = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * SOURCES
@@ -77,7 +77,7 @@ def _decode_loss_kernel(
     products = tl.zeros([SLOTS, BLOCK_K], SUM)
     for start in range(begin, end, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
-        inside = cols < end
+        inside = (cols < end) | EVEN  # where all blocks are whole, the compiler need not look
         error = tl.zeros([SLOTS, BLOCK_D], SUM)
         if KEPT:
             rows = gather(W_dec, offsets, wanted, cols, inside)
@@ -115,46 +115,59 @@ def _decode_loss_kernel(
         tl.store(parts, products, mask=mine[:, None] & (j < k)[None, :])
 
 
+@triton.jit
+def _sum_rows(total, rows, many, D, block, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """total[d] = sum_r rows[r, d] for the columns of a block."""
+    cols = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    sums = tl.zeros([ROWS, BLOCK_D], total.dtype.element_ty)
+    for start in range(0, many, ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside = (row < many) & (cols < D)[None, :]
+        sums += tl.load(rows + row * D + cols[None, :], mask=inside, other=0.0).to(sums.dtype)
+    tl.store(total + cols, tl.sum(sums, axis=0), mask=cols < D)
+
+
+@triton.jit
+def _sum_samples(nmse, parts, columns, pair, N, S, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """nmse[p, s, t] = the sum of parts[p, c, s, n] over samples and the chunks c of stream t, in float64."""
+    p, s, t = pair // (S * S), pair // S % S, pair % S
+    parts += (p * CHUNKS * S).to(tl.int64) * N
+    sums = tl.zeros([BLOCK], tl.float64)
+    for chunk in range(CHUNKS):
+        N_read = tl.where(tl.load(columns + chunk * 3 + 2) == t, N, 0)
+        part = parts + (chunk * S + s).to(tl.int64) * N
+        for start in range(0, N, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            sums += tl.load(part + n, mask=n < N_read, other=0.0).to(tl.float64)
+    tl.store(nmse + pair, tl.sum(sums, axis=0))
+
+
+@triton.jit
+def _sum_chunks(total, parts, size, block, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """total[i] = sum_c parts[c, i] for a block of these."""
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    sums = tl.load(parts + i, mask=inside, other=0.0)
+    for _ in range(1, CHUNKS):
+        parts += size
+        sums += tl.load(parts + i, mask=inside, other=0.0)
+    tl.store(total + i, sums, mask=inside)
+
+
 @triton.jit(do_not_specialize=["N", "size"])
 def _finish_kernel(
     nmse, grad_values, grad_pre_bias, nmse_parts, grad_values_parts, grad_recons, columns, N, S, D, size,
     PREFIXES: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What is summed over samples or chunks, each in an order that the shape decides. The longest sums come first:
-
-    grad_pre_bias[d] = sum_r grad_recons[r, d] over N S rows
-    nmse[p, s, t]    = the sum of parts[p, c, s, n] over samples and the chunks c of stream t, in float64
-    grad_values[i]   = sum_c parts[c, i]
-    """
+    """What is summed over samples or chunks, each in an order that the shape decides. The longest sums come first."""
     of_bias, of_nmse = tl.cdiv(D, BLOCK_D), PREFIXES * S * S
     program = tl.program_id(0)
     if program < of_bias:
-        cols = program * BLOCK_D + tl.arange(0, BLOCK_D)
-        of_rows = tl.zeros([ROWS, BLOCK_D], grad_pre_bias.dtype.element_ty)
-        for first in range(0, N * S, ROWS):
-            row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-            mask = (row < N * S) & (cols < D)[None, :]
-            of_rows += tl.load(grad_recons + row * D + cols[None, :], mask=mask, other=0.0).to(of_rows.dtype)
-        tl.store(grad_pre_bias + cols, tl.sum(of_rows, axis=0), mask=cols < D)
+        _sum_rows(grad_pre_bias, grad_recons, N * S, D, program, ROWS, BLOCK_D)
     elif program < of_bias + of_nmse:
-        pair = program - of_bias
-        p, s, t = pair // (S * S), pair // S % S, pair % S
-        of_samples = tl.zeros([BLOCK], tl.float64)
-        for chunk in range(CHUNKS):
-            N_read = tl.where(tl.load(columns + chunk * 3 + 2) == t, N, 0)
-            of_chunk = nmse_parts + ((p * CHUNKS + chunk) * S + s).to(tl.int64) * N
-            for start in range(0, N, BLOCK):
-                n = start + tl.arange(0, BLOCK)
-                of_samples += tl.load(of_chunk + n, mask=n < N_read, other=0.0).to(tl.float64)
-        tl.store(nmse + pair, tl.sum(of_samples, axis=0))
+        _sum_samples(nmse, nmse_parts, columns, program - of_bias, N, S, CHUNKS, BLOCK)
     else:
-        i = (program - of_bias - of_nmse).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        parts, inside = grad_values_parts + i, i < size
-        sums = tl.load(parts, mask=inside, other=0.0)
-        for _ in range(1, CHUNKS):
-            parts += size
-            sums += tl.load(parts, mask=inside, other=0.0)
-        tl.store(grad_values + i, sums, mask=inside)
+        _sum_chunks(grad_values, grad_values_parts, size, program - of_bias - of_nmse, CHUNKS, BLOCK)
 
 
 def finish_choice() -> dict[str, int]:
@@ -207,6 +220,11 @@ def choice(
     }
 
 
+def are_whole(d_streams: Sequence[int], chosen: dict[str, int]) -> bool:
+    """Whether no stream ends in the middle of a block of columns."""
+    return all(d % chosen["BLOCK_D"] == 0 for d in d_streams)
+
+
 def decode_loss(
     values: Tensor,
     indices: Tensor,
@@ -235,7 +253,8 @@ def decode_loss(
         nmse_parts, grad_recons, grad_values_parts,
         values.contiguous(), indices.contiguous(), rows, pre_bias.contiguous(), target, scale.contiguous(),
         weights_on(tuple(weights), device), columns, rows.stride(0), target.stride(0), N, S, k, L, D,
-        PER_STREAM=per_stream, ALIGNED=math.gcd(16, *d_streams), SUM=sums, OPERAND=operand_type(values), **chosen,
+        PER_STREAM=per_stream, ALIGNED=math.gcd(16, *d_streams), EVEN=are_whole(d_streams, chosen), SUM=sums,
+        OPERAND=operand_type(values), **chosen,
     )  # fmt: skip
 
     nmse, grad_values, grad_pre_bias = finish(nmse_parts[None], grad_values_parts, grad_recons, columns, dtype)

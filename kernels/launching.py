@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **choice: Any) -> None:
-    """kernel[grid](*args, **choice) on the device of the first tensor; an empty grid starts nothing."""
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, enable_fp_fusion: bool = True, **choice: Any) -> None:
+    """kernel[grid](*args, **choice) on the device of the first tensor; an empty grid starts nothing.
+
+    A product and the sum it meets may be one instruction, whatever this version of Triton does unless it is told.
+    """
     if 0 in grid:
         return
+    choice["enable_fp_fusion"] = enable_fp_fusion
     tensor = next(arg for arg in args if isinstance(arg, Tensor))
     if tensor.is_cuda:
         with torch.cuda.device(tensor.device):

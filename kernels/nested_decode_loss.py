@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparc_fast.kernels.decode_loss import are_whole, finish, weights_on
 from sparc_fast.kernels.decode_loss import choice as of_one_dictionary
-from sparc_fast.kernels.decode_loss import finish, weights_on
 from sparc_fast.kernels.gather import coefficients, combine, dots, gather, locate, operand_type, stored, sum_type
 from sparc_fast.kernels.launching import column_blocks, dense_rows, launch, next_power_of_2, widths
 from sparc_fast.ops.layout import gradient_dtype
@@ -34,8 +34,8 @@ from sparc_fast.ops.layout import gradient_dtype
 def _nested_decode_loss_kernel(
     nmse_parts, grad_recons, grad_values_parts,
     values, indices, W_dec, pre_bias, target, scale, weights, sizes, columns, W_stride, target_stride, N, S, k, L, D,
-    PER_STREAM: tl.constexpr, KEPT: tl.constexpr, ALIGNED: tl.constexpr, SUM: tl.constexpr, OPERAND: tl.constexpr,
-    TENSOR_CORES: tl.constexpr, SOURCES: tl.constexpr, SLOTS: tl.constexpr,
+    PER_STREAM: tl.constexpr, KEPT: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, SUM: tl.constexpr,
+    OPERAND: tl.constexpr, TENSOR_CORES: tl.constexpr, SOURCES: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PREFIXES: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     n, chunk, first = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * SOURCES
@@ -66,7 +66,7 @@ def _nested_decode_loss_kernel(
     products = tl.zeros([SLOTS, BLOCK_K], SUM)
     for start in range(begin, end, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
-        inside = cols < end
+        inside = (cols < end) | EVEN  # where all blocks are whole, the compiler need not look
         if KEPT:
             rows = gather(W_dec, offsets, wanted, cols, inside)
         bias = tl.load(pre_bias + cols, mask=inside, other=0.0).to(SUM)
@@ -160,8 +160,8 @@ def nested_decode_loss(
         nmse_parts, grad_recons, grad_values_parts,
         values.contiguous(), indices.contiguous(), rows, pre_bias.contiguous(), target, scale.contiguous(),
         weights_on(tuple(weights), device), _sizes(tuple(sizes), device), columns, rows.stride(0), target.stride(0), N,
-        S, k, L, D, PER_STREAM=per_stream, ALIGNED=math.gcd(16, *d_streams), SUM=sums, OPERAND=operand_type(values),
-        PREFIXES=P, BLOCK_P=next_power_of_2(P), **chosen,
+        S, k, L, D, PER_STREAM=per_stream, ALIGNED=math.gcd(16, *d_streams), EVEN=are_whole(d_streams, chosen),
+        SUM=sums, OPERAND=operand_type(values), PREFIXES=P, BLOCK_P=next_power_of_2(P), **chosen,
     )  # fmt: skip
 
     nmse, grad_values, grad_pre_bias = finish(nmse_parts, grad_values_parts, grad_recons, columns, dtype)

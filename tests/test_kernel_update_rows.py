@@ -94,6 +94,14 @@ def test_the_bits_of_a_gradient_do_not_show_how_many_rows_were_in_flight(
     assert_equal(found[0], found[2])
 
 
+def test_products_are_fused_with_sums_whatever_triton_does_unless_told() -> None:
+    started: list[dict[str, object]] = []
+    kernel = {(2,): lambda *args, **options: started.append(options)}
+    launching.launch(kernel, (2,), torch.zeros(1), num_warps=2)
+    launching.launch(kernel, (2,), torch.zeros(1), enable_fp_fusion=False)
+    assert started == [{"num_warps": 2, "enable_fp_fusion": True}, {"enable_fp_fusion": False}]
+
+
 def test_rows_farther_apart_than_32_bits_count_are_copied() -> None:
     far = torch.empty_strided((2, 16), (2**31, 1), dtype=torch.float32, device="meta")
     assert launching.dense_rows(far).stride(0) == 16
