@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 
 import two_devices
 from cuda_emulation import build
+from native import build as native
 from operands import fast_backends
 
 from sparc_fast.ops import backends
@@ -77,6 +78,32 @@ def made_once(
         return folder
 
     return made
+
+
+@pytest.fixture(scope="session")
+def native_objects(made_once: Callable[..., Path]) -> Callable[[str], list[Path]]:
+    """The CPU's operators, by the sanitizer that watches them."""
+
+    def objects(sanitizer: str) -> list[Path]:
+        folder = made_once(f"operators under {sanitizer}", partial(native.compile_operators, sanitizer=sanitizer))
+        return sorted(folder.glob("*.o"))
+
+    return objects
+
+
+@pytest.fixture(scope="session")
+def native_results(
+    made_once: Callable[..., Path], native_objects: Callable[[str], list[Path]]
+) -> Callable[[str], tuple[int, str]]:
+    """(exit status, what is printed) of native/operators.cpp, by the sanitizer that watches it."""
+
+    def results(sanitizer: str) -> tuple[int, str]:
+        objects = native_objects(sanitizer)
+        fill = partial(native.run_program, objects=objects, sanitizer=sanitizer)
+        folder = made_once(f"results under {sanitizer}", fill)
+        return int((folder / "status").read_text()), (folder / "printed").read_text()
+
+    return results
 
 
 @pytest.fixture(scope="session")
@@ -174,7 +201,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     named = any("[" in argument for argument in config.args)  # with parameters, which then run
     if not named and not config.getoption("--every-combination") and not config.getoption("--one-of-each"):
         config.hook.pytest_deselected(items=_cover(items))
-    items.sort(key=lambda item: item.get_closest_marker("compilers") is None)  # what takes longest begins first
+    # what takes longest begins first
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("long", "compilers")])
     if TEST_DEVICE != "cpu":
         for item in items:
             _cap_examples(item)

@@ -142,7 +142,7 @@ def test_operands_may_be_slices_of_wider_tensors(name: str, case: str, backend: 
 
 @EVERY_OPERATOR_AND_SUPPORT
 def test_supports_may_be_int64(name: str, per_stream: bool, backend: str) -> None:
-    o = operands("ragged", torch.float32, per_stream)
+    o = fitting(operands("ragged", torch.float32, per_stream), backend)
     assert_equal(run(name, replace(o, indices=o.indices.long()), backend), run(name, o, backend))
 
 
@@ -166,7 +166,7 @@ def test_no_samples_give_empty_results(name: str, per_stream: bool, backend: str
     "name", sorted(name for name in OPERATORS if not name.startswith(("invert", "count", "replay")))
 )
 def test_a_latent_may_be_in_a_support_twice(name: str, backend: str) -> None:
-    o = operands("ragged", torch.float32)
+    o = fitting(operands("ragged", torch.float32), backend)
     o.indices[:, 1] = o.indices[:, 0]
     check_accuracy(name, o, operators_of(backend))
 

@@ -62,6 +62,7 @@ def test_either_way_to_multiply_is_accurate(
     check_accuracy(name, operands(CASE, torch.bfloat16, per_stream))
 
 
+@pytest.mark.covering(2)
 @LOSSES
 @SUPPORTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -121,6 +122,7 @@ def test_what_is_not_a_number_stays_in_its_sample(name: str, per_stream: bool, d
     assert not all(torch.isfinite(a).all() for a in got) or name == "support_values_grad_x"
 
 
+@pytest.mark.covering(2)
 @LOSSES
 @SUPPORTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

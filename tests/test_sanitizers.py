@@ -3,63 +3,32 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pybind11
 import pytest
 from cuda_emulation import build as cuda_emulation
+from native import build as native
 
 ROOT = Path(__file__).parent.parent
-COMPILER = shutil.which("g++")
-FOUND = sorted([*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/arguments/*.cpp")])
-SOURCES = [path for path in FOUND if path.name != "binding.cpp"]
-# one instruction set, unoptimised, to compile in seconds
-FLAGS = ["-std=c++17", "-O0", "-g1", "-Wno-psabi", "-DSPARC_FAST_BASELINE_ONLY", "-pthread", "-fPIC"]
-pytestmark = [pytest.mark.compilers, pytest.mark.skipif(COMPILER is None or not SOURCES, reason="no g++ or sources")]
+pytestmark = [
+    pytest.mark.compilers,
+    pytest.mark.skipif(native.COMPILER is None or not native.SOURCES, reason="no g++ or sources"),
+]
 
 
 Objects = Callable[[str], list[Path]]
 
 
-def compiler(*arguments: object) -> None:
-    subprocess.run([str(COMPILER), *FLAGS, *map(str, arguments)], check=True)
-
-
-def flags(sanitizer: str) -> list[str]:
-    return [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc/cpu'}"]
-
-
-@pytest.fixture(scope="session")
-def objects(made_once: Callable[..., Path]) -> Objects:
-    """The compiled operators, by the sanitizer that watches them."""
-
-    def compile_all(folder: Path, sanitizer: str) -> None:
-        def compile_one(source: Path) -> None:
-            compiler(*flags(sanitizer), "-c", source, "-o", folder / f"{source.parent.name}-{source.stem}.o")
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, SOURCES))
-
-    def compiled(sanitizer: str) -> list[Path]:
-        folder = made_once(f"operators under {sanitizer}", partial(compile_all, sanitizer=sanitizer))
-        return sorted(folder.glob("*.o"))
-
-    return compiled
-
-
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_a_sanitizer_finds_nothing(sanitizer: str, objects: Objects, tmp_path: Path) -> None:
-    program = tmp_path / "operators"
-    compiler(*flags(sanitizer), ROOT / "tests/native/operators.cpp", *objects(sanitizer), "-o", program)
-    result = subprocess.run([program], capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_a_sanitizer_finds_nothing(sanitizer: str, native_results: Callable[[str], tuple[int, str]]) -> None:
+    status, printed = native_results(sanitizer)
+    assert status == 0, printed
+    assert printed.startswith("results ")
 
 
 WRONG_CALLS = """
@@ -86,11 +55,11 @@ tests.test_a_cuda_kernel_refuses_a_workspace_that_is_too_small_and_sizes_beyond_
 """
 
 
-def test_no_wrong_call_from_python_touches_what_is_not_its_own(objects: Objects, tmp_path: Path) -> None:
+def test_no_wrong_call_from_python_touches_what_is_not_its_own(native_objects: Objects, tmp_path: Path) -> None:
     module, sanitizer = tmp_path / "_cpu.so", "address,undefined"
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     binding = ROOT / "csrc/cpu/binding.cpp"
-    compiler(*flags(sanitizer), *includes, "-shared", binding, *objects(sanitizer), "-o", module)
+    native.compiler(sanitizer, *includes, "-shared", binding, *native_objects(sanitizer), "-o", module)
     run_in_python(WRONG_CALLS, module)
 
 
@@ -104,7 +73,7 @@ def test_no_wrong_call_of_a_cuda_kernel_touches_what_is_not_its_own(
 def run_in_python(program: str, module: Path) -> None:
     # the C++ library with it, or the sanitizer does not find what exceptions are thrown with
     found = [
-        subprocess.run([str(COMPILER), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        subprocess.run([str(native.COMPILER), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
         for name in ("libasan.so", "libstdc++.so")
     ]
     environment = {

@@ -18,12 +18,14 @@ from sparc_fast.benchmarks import checks
 from sparc_fast.training.in_memory import train
 
 ROOT = Path(__file__).parents[1]
-# not those that take a second and more: runs of many steps, and what Triton's interpreter is slow at
+# not those that take a second and more: runs of many steps, and what Triton's interpreter is slow at; nor processes of
+# their own, in which there is one device
 SLOW = [
     "hundred", "100_steps", "fifty", "thirty", "memory", "thread", "left_behind", "replaying", "schedule", "figures",
     "bit_for_bit", "bfloat16_moments", "alone", "long_rows", "no_rows_break", "without_a_proof", "misjudges", "bad_row",
     "cancellation", "wider_matrix", "halves", "equals_decoding", "narrow_weights", "takes_parts_too", "whole_step",
-    "parts_without", "without_a_say", "moves_nothing",
+    "parts_without", "without_a_say", "moves_nothing", "about_k_latents", "puts_what_matters", "cannot_be_imported",
+    "several_versions", "without_triton", "sixty", "steps_on_samples",
 ]  # fmt: skip
 QUICK = " and ".join(f"not {word}" for word in SLOW)
 
@@ -144,6 +146,7 @@ def test_what_is_saved_on_the_device_is_loaded_there(x: Tensor, tmp_path: Path) 
 
 
 @pytest.mark.interpreter
+@pytest.mark.long
 @pytest.mark.skipif("SPARC_FAST_TEST_DEVICE" in os.environ, reason="this is such a run")
 def test_one_of_each_test_that_runs_on_a_gpu_passes_on_two_devices() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--one-of-each", "-k", QUICK]

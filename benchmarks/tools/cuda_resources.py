@@ -84,7 +84,8 @@ def machine_code(
     Raises RuntimeError with what nvcc says.
     """
     paths = sorted(path for source in sources for path in SOURCES.glob(f"{source}.cu"))
-    jobs = [(path, ARCHS[target]) for path in paths for target in targets]
+    # the host's part, which is the same for all, once
+    jobs = [(path, ARCHS[target], target == targets[0]) for path in paths for target in targets]
     with tempfile.TemporaryDirectory() as objects, ThreadPoolExecutor(os.cpu_count()) as pool:
         each = pool.map(lambda job: list(_disassembled(*job, Path(objects))), jobs)
         found = [one for kernels in each for one in kernels]
@@ -96,10 +97,10 @@ def version() -> str:
     return re.findall(r"release [\d.]+, V([\d.]+)", _run(str(nvcc()), "--version"))[0]
 
 
-def _disassembled(source: Path, arch: str, folder: Path) -> Iterator[tuple[CudaResources, str]]:
-    target = folder / f"{source.stem}-{arch}.o"
+def _disassembled(source: Path, arch: str, host: bool, folder: Path) -> Iterator[tuple[CudaResources, str]]:
+    target = folder / f"{source.stem}-{arch}.{'o' if host else 'cubin'}"
     gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    said = _run(str(nvcc()), *FLAGS, gencode, "-c", str(source), "-o", str(target))
+    said = _run(str(nvcc()), *FLAGS, gencode, "-c" if host else "-cubin", str(source), "-o", str(target))
     functions = {text.split()[0]: text for text in _run(cuobjdump(), "-sass", str(target)).split("Function : ")[1:]}
     for name, *bytes_, registers in ENTRY.findall(said):
         opcodes = Counter(OPCODE.findall(functions[name]))
