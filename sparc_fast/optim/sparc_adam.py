@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -41,10 +42,11 @@ class Coming:
         self._first = model._begin_batch(*parts[0], into=into)
 
     def batches(self) -> Iterator[Batch]:
-        coming = self._first
+        coming, here = self._first, deque[Batch]()  # which no variable holds while it is worked on
         for part in self.parts[1:]:
-            given, coming = coming(), self._model._begin_batch(*part)
-            yield given
+            here.append(coming())
+            coming = self._model._begin_batch(*part)
+            yield here.popleft()
         yield coming()
 
 
@@ -267,8 +269,9 @@ class SparcAdam(torch.optim.Optimizer):
             widths, private = tuple(model.d_streams.values()), model._private_here
             batch = MicroBatches(widths, model.silence, backend, n_samples, private)
             objective = objective.over(coming.batches())
-            for given in coming.batches():
-                batch.add(self._flow(given, n_samples, objective, backend))
+            batches = coming.batches()
+            for _ in coming.parts:
+                batch.add(self._flow(next(batches), n_samples, objective, backend))
             loss = one_step(batch, lr, step)
         self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
         return loss

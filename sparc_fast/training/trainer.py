@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, cast
@@ -197,7 +197,7 @@ class Trainer:
 
     def _batches(self) -> Iterator[_Sent]:
         """Of the steps that are left; of ranks, which are sent each before the step on the one before it."""
-        given = (batch for _ in count() for batch in self.loader.batches())
+        given = chain.from_iterable(self.loader.batches() for _ in count())
         ahead = 1 if self._shared else 0
         sent: deque[_Sent] = deque()
         for step in range(self.step, self.steps):
