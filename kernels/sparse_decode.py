@@ -53,10 +53,10 @@ def _sparse_decode_kernel(
 
 
 def choice(S: int, k: int, L: int, width: int, values: torch.dtype, rows: torch.dtype) -> dict[str, int]:
-    # estimated, not measured: 32 KB of rows in flight a program, 64 registers a thread to hold them
+    # estimated, not measured: 32 KB of rows in flight a program, 32 to 64 numbers a thread
     block_k = min(max(next_power_of_2(k), 16), 64)
     block_d = block_columns(L, width, rows.itemsize, min(256, 32768 // (block_k * rows.itemsize)))
-    warps = min(max(block_k * block_d * rows.itemsize // 8192, 1), 8)
+    warps = min(max(block_k * block_d * rows.itemsize // 4096, 1), 8)
     return {"BLOCK_K": block_k, "BLOCK_D": block_d, "num_warps": warps, **arithmetic(S, values, rows)}
 
 
