@@ -29,7 +29,7 @@ DEVICE = kernel_device()
 def prepared(
     x: Tensor, W: Tensor, pre_bias: Tensor, latent_bias: Tensor, first: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(X, of_x, float32 biases, ||w||) on the host, of the samples from `first` on."""
+    """(X, of_x, float32 biases, ||w||) where x is, of the samples from `first` on."""
     D, L, here = x.shape[1], len(W), len(x) - first
     biases = kernel._biases(L, DEVICE)
     X = torch.empty(here, D, dtype=torch.bfloat16, device=DEVICE)
@@ -38,16 +38,16 @@ def prepared(
     numbers = 1 + math.ldexp(D + 48, -24), math.ldexp(math.sqrt(D), -63), math.ldexp(D / 256 + 64, -23)
     operands = [o.to(DEVICE) for o in (x, W, pre_bias, latent_bias)]
     prepare(biases, w_norm, X, of_x, *operands, first, here, *numbers)
-    return X.cpu(), of_x.cpu(), biases[1].cpu(), w_norm.cpu()
+    return X.to(x.device), of_x.to(x.device), biases[1].to(x.device), w_norm.to(x.device)
 
 
 @pytest.mark.parametrize("away", [0.0, 0.5, 2.0, 4.0, 100.0])
 @pytest.mark.parametrize("D", [3, 300])
 def test_a_product_and_its_bias_are_no_farther_from_the_score_than_the_bound(D: int, away: float) -> None:
-    torch.manual_seed(0)
-    pre_bias = (away * torch.randn(D)).bfloat16()
-    x, W = (torch.randn(70, D) + pre_bias.float()).bfloat16(), torch.randn(90, D).bfloat16()
-    latent_bias = torch.randn(3, 90).bfloat16()
+    g = seeded(0)
+    pre_bias = (away * torch.randn(D, generator=g)).bfloat16()
+    x, W = (torch.randn(70, D, generator=g) + pre_bias.float()).bfloat16(), torch.randn(90, D, generator=g).bfloat16()
+    latent_bias = torch.randn(3, 90, generator=g).bfloat16()
     X, (norm, residual, inverse, size), bias, w_norm = prepared(x, W, pre_bias, latent_bias)
     centred = (x.float() - pre_bias.float()).double()
     exact = centred @ W.double().T + latent_bias.double().sum(0)
@@ -62,9 +62,9 @@ def test_a_product_and_its_bias_are_no_farther_from_the_score_than_the_bound(D: 
 
 @pytest.mark.parametrize(("away", "as_they_are"), [(0.0, True), (2.0, True), (4.0, False), (nan, False)])
 def test_samples_far_from_zero_are_centred_and_others_keep_every_bit(away: float, as_they_are: bool) -> None:
-    torch.manual_seed(0)
-    pre_bias = torch.full((40,), away).bfloat16()
-    x, W = (torch.randn(9, 40) + pre_bias.nan_to_num().float()).bfloat16(), torch.randn(50, 40).bfloat16()
+    g = seeded(0)
+    pre_bias, W = torch.full((40,), away).bfloat16(), torch.randn(50, 40, generator=g).bfloat16()
+    x = (torch.randn(9, 40, generator=g) + pre_bias.nan_to_num().float()).bfloat16()
     X, of_x, *_ = prepared(x, W, pre_bias, torch.zeros(1, 50).bfloat16())
     assert torch.equal(X, x) == as_they_are
     later, of_later, *_ = prepared(x, W, pre_bias, torch.zeros(1, 50).bfloat16(), first=4)
@@ -73,7 +73,7 @@ def test_samples_far_from_zero_are_centred_and_others_keep_every_bit(away: float
 
 
 def test_a_row_of_zeros_without_a_centre_has_no_error() -> None:
-    x, W = torch.zeros(2, 20).bfloat16(), torch.randn(6, 20).bfloat16()
+    x, W = torch.zeros(2, 20).bfloat16(), torch.randn(6, 20, generator=seeded(0)).bfloat16()
     W[3] = 0
     _, of_x, _, w_norm = prepared(x, W, torch.zeros(20).bfloat16(), torch.zeros(1, 6).bfloat16())
     assert of_x[:2].eq(0).all()

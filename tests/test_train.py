@@ -52,10 +52,10 @@ def test_every_sample_is_seen_once_an_epoch() -> None:
     seen: list[torch.Tensor] = []
 
     class Watched(sf.SPARC):
-        def _batch(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-            batch = super()._batch(*args, **kwargs)
-            seen.append(batch.x)
-            return batch
+        def _own_samples(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            samples = super()._own_samples(*args, **kwargs)
+            seen.append(samples.x)
+            return samples
 
     train(Watched({"a": 20, "b": 15}, 16, 2, auxk=0), inputs, steps=5, batch_size=20)
     rows = torch.cat(seen)
