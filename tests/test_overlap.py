@@ -60,7 +60,7 @@ def model_of(**options: Any) -> sf.SPARC:
 
 def by_way(patch: pytest.MonkeyPatch, way: str, least: int = 4) -> None:
     """Exchange through memory that ranks share, by messages through sockets where they are small, or through gloo."""
-    patch.setattr(sizes, "LEAST", least)  # samples of a piece
+    patch.setattr(sizes, "TOGETHER", least)  # samples of a piece
     patch.setattr(shared_memory, "LEAST", 1 if way == "memory" else 2**60)
     if way == "gloo":
         patch.setattr(exchanges, "neighbours", lambda exchange: None)
@@ -194,7 +194,7 @@ def gradients_differ(weights: list[float]) -> list[bool]:
     found = []
     for least in (4, 2**60):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sizes, "LEAST", least)
+            patch.setattr(sizes, "TOGETHER", least)
             found.append(backend.decode_loss(*operands, weights, tuple(WIDTHS.values())))
     (nmse, *_, bias), (other, *_, other_bias) = found
     torch.testing.assert_close((nmse, bias), (other, other_bias), rtol=1e-5, atol=1e-5)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from .layout import groups_of, told_groups
 
-PIECES, LEAST, MOST = 4, 256, 1024
+TOGETHER = 1024
+"""Samples whose reconstructions are exchanged together, at most; fewer would cost more than they hide."""
 
 
 def piece_size(n_samples: int) -> int:
-    """Of how many samples the reconstructions are exchanged together: a quarter, but 256 to 1024."""
-    return min(max(-(-n_samples // PIECES), LEAST), MOST, max(n_samples, 1))
+    return min(TOGETHER, max(n_samples, 1))
 
 
 def exchanged_bytes(
