@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 # what a rank needs, loaded once in a process without threads that ranks are then forked from
 LOADED = [
     "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor", "sparc_fast.cli", "sparc_fast.distributed",

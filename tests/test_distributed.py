@@ -362,7 +362,7 @@ def gathered(mine: Any) -> list[Any]:
 
 
 def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+    return float(torch.stack([(one[name].double() - other[name].double()).abs().max() for name in one]).max())
 
 
 def train_beside(
@@ -408,12 +408,11 @@ def train_beside(
                 of_losses += [] if one is None else [float((one - other).abs().max())]
     whole = {name: tensor.detach() for name, tensor in models[1].state_dict().items()}
     shares = [[rank[3] for rank in of_ranks[first : first + size[1]]] for first in range(0, here()[1], size[1])]
+    held_by = [model for replica in shares for model in as_held(replica)]
     return {
-        "losses": max(of_losses),
-        "weights": max(farthest(held, whole) for ranks in shares for held in as_held(ranks)),
-        "same silence": all(
-            torch.equal(held["silence"], whole["silence"]) for held in map(as_held, shares) for held in held
-        ),
+        "losses": float(torch.tensor(of_losses).max()),
+        "weights": float(torch.tensor([farthest(model, whole) for model in held_by]).max()),
+        "same silence": all(torch.equal(model["silence"], whole["silence"]) for model in held_by),
         "same replicas": all(rank[2] == of_ranks[number % size[1]][2] for number, rank in enumerate(of_ranks)),
         "dead": most_dead,
         "with AuxK": sum(loss.auxk is not None for loss in losses[1]),
