@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import Ranks
 from training_runs import rows
 
 import sparc_fast as sf
+from sparc_fast import cli
 
 pytestmark = [
     pytest.mark.distributed,
@@ -37,11 +40,11 @@ device = "cpu"
 """
 
 
-def start(folder: Path, out: str, *settings: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def start(folder: Path, out: str, restarts: int = 0) -> subprocess.Popen[str]:
+    """With two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", str(restarts)]
     command += ["-m", "sparc_fast", "train", str(folder / "train.toml"), "--out", str(folder / out)]
-    command += settings
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
@@ -72,6 +75,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    ranks = Ranks(3)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
 def finished(folder: Path) -> str:
     run = start(folder, "whole")
     printed, errors = run.communicate(timeout=600)
@@ -93,14 +110,15 @@ RULES = {
 }
 
 
+def command(folder: Path, out: str, *settings: str) -> int:
+    return cli.main(["train", str(folder / "train.toml"), "--out", str(folder / out), "--progress", "none", *settings])
+
+
 @pytest.mark.parametrize("rule", RULES)
-def test_every_rule_trains_on_several_processes_as_on_one(folder: Path, rule: str) -> None:
+def test_every_rule_trains_on_several_processes_as_on_one(folder: Path, three: Ranks, rule: str) -> None:
     settings = *RULES[rule], "--steps", "20", "--support-dropout", "0"
-    run = start(folder, f"{rule} of three", *settings, ranks=3)
-    _, errors = run.communicate(timeout=600)
-    assert run.returncode == 0, errors
-    alone = [sys.executable, "-m", "sparc_fast", "train", str(folder / "train.toml"), "--out", str(folder / rule)]
-    subprocess.run([*alone, *settings], check=True, capture_output=True, cwd=folder, timeout=600)
+    assert three(command, folder, f"{rule} of three", *settings) == [0, 0, 0]
+    assert command(folder, rule, *settings) == 0
     model, expected = (sf.SPARC.load(folder / out / "model.safetensors") for out in (f"{rule} of three", rule))
     assert model.config() == expected.config()
     for name, tensor in expected.state_dict().items():
@@ -129,15 +147,13 @@ def assert_same_bits(folder: Path, out: str) -> None:
 
 
 def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_to_the_same_bits(
-    folder: Path, finished: str
+    folder: Path, two: Ranks, finished: str
 ) -> None:
     status, errors = killed(folder, "killed", rank=0)
     assert status != 0
     assert "rank 0 is gone" in errors or "rank      : 0 (local_rank: 0)" in errors, errors
     assert not (folder / "killed" / "model.safetensors").exists()
-    again = start(folder, "killed")
-    _, errors = again.communicate(timeout=600)
-    assert again.returncode == 0, errors
+    assert two(command, folder, "killed") == [0, 0]
     assert_same_bits(folder, "killed")
 
 
