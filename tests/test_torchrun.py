@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -125,41 +128,63 @@ def test_every_rule_trains_on_several_processes_as_on_one(folder: Path, three: R
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
 
 
-def killed(folder: Path, out: str, rank: int, restarts: int = 0) -> tuple[int, str]:
-    """(exit status of torchrun, what it and its ranks said), where this one is killed after the first checkpoint."""
-    run = start(folder, out, restarts=restarts)
-    try:
-        until = time.monotonic() + 600
-        while not (folder / out / "checkpoints" / f"step-{EVERY:09d}").is_dir():
-            assert time.monotonic() < until
-            assert run.poll() is None, run.communicate()
-            time.sleep(0.02)
-        os.kill(process_of(rank, run.pid), signal.SIGKILL)
-        _, errors = run.communicate(timeout=600)
-    finally:
-        run.kill()
-    return run.returncode, errors
-
-
 def assert_same_bits(folder: Path, out: str) -> None:
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (folder / out / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
 
+def until_there(folder: Path, out: str) -> Iterator[None]:
+    """While there is no checkpoint."""
+    until = time.monotonic() + 600
+    while not (folder / out / "checkpoints" / f"step-{EVERY:09d}").is_dir():
+        assert time.monotonic() < until
+        yield time.sleep(0.02)
+
+
+def killed(folder: Path, out: str) -> None:
+    """Rank 0 is killed after the first checkpoint; the other writes down how the command ended."""
+
+    def kill() -> None:
+        for _ in until_there(folder, out):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if torch.distributed.get_rank() == 0:
+        threading.Thread(target=kill, daemon=True).start()
+    with redirect_stderr(io.StringIO()) as errors:
+        status = command(folder, out)
+    (folder / "ended").write_text(f"{status} {errors.getvalue()}")
+
+
 def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_to_the_same_bits(
     folder: Path, two: Ranks, finished: str
 ) -> None:
-    status, errors = killed(folder, "killed", rank=0)
-    assert status != 0
-    assert "rank 0 is gone" in errors or "rank      : 0 (local_rank: 0)" in errors, errors
+    some, ended, until = Ranks(2), folder / "ended", time.monotonic() + 600
+    try:
+        with pytest.raises(EOFError):
+            some(killed, folder, "killed")
+        while not (ended.exists() and ended.read_text()) and time.monotonic() < until:
+            time.sleep(0.1)
+    finally:
+        some.close()
+    assert re.fullmatch(r"1 sparc-fast: rank 0 is gone, .*\n", ended.read_text())
     assert not (folder / "killed" / "model.safetensors").exists()
     assert two(command, folder, "killed") == [0, 0]
+    sessions = (folder / "killed" / "sessions.jsonl").read_text().splitlines()
+    assert json.loads(sessions[-1])["from_step"] >= EVERY
     assert_same_bits(folder, "killed")
 
 
 def test_torchrun_starts_the_ranks_again_which_go_on_to_the_same_bits(folder: Path, finished: str) -> None:
-    status, errors = killed(folder, "restarted", rank=1, restarts=1)
-    assert status == 0, errors
+    run = start(folder, "restarted", restarts=1)
+    try:
+        for _ in until_there(folder, "restarted"):
+            assert run.poll() is None, run.communicate()
+        os.kill(process_of(1, run.pid), signal.SIGKILL)
+        _, errors = run.communicate(timeout=600)
+    finally:
+        run.kill()
+    assert run.returncode == 0, errors
     assert re.search(r"rank 1 is gone|local_rank: 1\b", errors), errors
     sessions = (folder / "restarted" / "sessions.jsonl").read_text().splitlines()
     assert json.loads(sessions[-1])["from_step"] >= EVERY
