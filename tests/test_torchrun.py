@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import signal
@@ -22,6 +21,7 @@ from training_runs import rows
 
 import sparc_fast as sf
 from sparc_fast import cli
+from sparc_fast.training import read_metrics
 
 pytestmark = [
     pytest.mark.distributed,
@@ -43,11 +43,11 @@ device = "cpu"
 """
 
 
-def start(folder: Path, out: str, restarts: int = 0) -> subprocess.Popen[str]:
-    """With two ranks."""
+def start(folder: Path, out: str) -> subprocess.Popen[str]:
+    """With two ranks, which are started again once."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", str(restarts)]
-    command += ["-m", "sparc_fast", "train", str(folder / "train.toml"), "--out", str(folder / out)]
+    command += ["--max-restarts", "1", "-m", "sparc_fast", "train", str(folder / "train.toml")]
+    command += ["--out", str(folder / out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
@@ -64,6 +64,18 @@ def process_of(rank: int, torchrun: int) -> int:
         except OSError:
             continue
     raise AssertionError(f"torchrun has no rank {rank}")
+
+
+def command(folder: Path, out: str, *settings: str) -> int:
+    return cli.main(["train", str(folder / "train.toml"), "--out", str(folder / out), "--progress", "none", *settings])
+
+
+def until_there(folder: Path, out: str) -> Iterator[None]:
+    """While there is no checkpoint."""
+    until = time.monotonic() + 600
+    while not (folder / out / "checkpoints" / f"step-{EVERY:09d}").is_dir():
+        assert time.monotonic() < until
+        yield time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -92,29 +104,38 @@ def three() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path) -> str:
-    run = start(folder, "whole")
-    printed, errors = run.communicate(timeout=600)
+def finished(folder: Path, two: Ranks) -> Path:
+    """Of a run that nobody disturbed."""
+    assert two(command, folder, "whole") == [0, 0]
+    return folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def restarted(folder: Path) -> tuple[str, str]:
+    """What torchrun and the ranks that it started print and say, one of which was killed after the first checkpoint."""
+    run = start(folder, "restarted")
+    try:
+        for _ in until_there(folder, "restarted"):
+            assert run.poll() is None, run.communicate()
+        os.kill(process_of(1, run.pid), signal.SIGKILL)
+        printed, errors = run.communicate(timeout=600)
+    finally:
+        run.kill()
     assert run.returncode == 0, errors
-    return printed
+    return printed, errors
 
 
-def test_the_command_of_one_process_trains_on_several_and_speaks_once(folder: Path, finished: str) -> None:
-    assert finished.count("steps done") == 1
-    assert f"{STEPS} steps done" in finished
-    model = sf.SPARC.load(folder / "whole" / "model.safetensors")
-    assert model.W_enc.shape == (64, 500)
-    assert len((folder / "whole" / "sessions.jsonl").read_text().splitlines()) == 1
+def test_the_command_of_one_process_trains_on_several_and_speaks_once(folder: Path, restarted: tuple[str, str]) -> None:
+    printed, _ = restarted
+    assert printed.count("steps done") == 1
+    assert f"{STEPS} steps done" in printed
+    assert sf.SPARC.load(folder / "restarted" / "model.safetensors").W_enc.shape == (64, 500)
 
 
 RULES = {
     "jumprelu": ("--selection", "jumprelu", "--matryoshka", "9", "30"),
     "private": ("--private", "a=12", "b=25", "--private-k", "2"),
 }
-
-
-def command(folder: Path, out: str, *settings: str) -> int:
-    return cli.main(["train", str(folder / "train.toml"), "--out", str(folder / out), "--progress", "none", *settings])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -133,14 +154,6 @@ def assert_same_bits(folder: Path, out: str) -> None:
         assert (folder / out / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
 
-def until_there(folder: Path, out: str) -> Iterator[None]:
-    """While there is no checkpoint."""
-    until = time.monotonic() + 600
-    while not (folder / out / "checkpoints" / f"step-{EVERY:09d}").is_dir():
-        assert time.monotonic() < until
-        yield time.sleep(0.02)
-
-
 def killed(folder: Path, out: str) -> None:
     """Rank 0 is killed after the first checkpoint; the other writes down how the command ended."""
 
@@ -157,7 +170,7 @@ def killed(folder: Path, out: str) -> None:
 
 
 def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_to_the_same_bits(
-    folder: Path, two: Ranks, finished: str
+    folder: Path, two: Ranks, finished: Path
 ) -> None:
     some, ended, until = Ranks(2), folder / "ended", time.monotonic() + 600
     try:
@@ -170,23 +183,16 @@ def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_to_the_same_b
     assert re.fullmatch(r"1 sparc-fast: rank 0 is gone, .*\n", ended.read_text())
     assert not (folder / "killed" / "model.safetensors").exists()
     assert two(command, folder, "killed") == [0, 0]
-    sessions = (folder / "killed" / "sessions.jsonl").read_text().splitlines()
-    assert json.loads(sessions[-1])["from_step"] >= EVERY
+    assert read_metrics(folder / "killed" / "sessions.jsonl")[-1]["from_step"] >= EVERY
     assert_same_bits(folder, "killed")
 
 
-def test_torchrun_starts_the_ranks_again_which_go_on_to_the_same_bits(folder: Path, finished: str) -> None:
-    run = start(folder, "restarted", restarts=1)
-    try:
-        for _ in until_there(folder, "restarted"):
-            assert run.poll() is None, run.communicate()
-        os.kill(process_of(1, run.pid), signal.SIGKILL)
-        _, errors = run.communicate(timeout=600)
-    finally:
-        run.kill()
-    assert run.returncode == 0, errors
+def test_torchrun_starts_the_ranks_again_which_go_on_to_the_same_bits(
+    folder: Path, restarted: tuple[str, str], finished: Path
+) -> None:
+    _, errors = restarted
     assert re.search(r"rank 1 is gone|local_rank: 1\b", errors), errors
-    sessions = (folder / "restarted" / "sessions.jsonl").read_text().splitlines()
-    assert json.loads(sessions[-1])["from_step"] >= EVERY
-    assert json.loads(sessions[-1])["ended"] == "finished"
+    session = read_metrics(folder / "restarted" / "sessions.jsonl")[-1]
+    assert session["from_step"] >= EVERY
+    assert session["ended"] == "finished"
     assert_same_bits(folder, "restarted")
