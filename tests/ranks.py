@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,24 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# what a rank needs, loaded once in a process without threads that ranks are then forked from
+import sparc_fast
+
 LOADED = [
     "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor", "sparc_fast.cli", "sparc_fast.distributed",
     "sparc_fast.evaluate", "sparc_fast.ops.cpu", "sparc_fast.training", "pytest",
 ]  # fmt: skip
+
+
+def _context() -> Any:
+    """Where it can be, ranks are forked from a process that has no threads and has loaded once what each needs."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context, here = mp.get_context("forkserver"), Path.cwd()
+    context.set_forkserver_preload(LOADED)
+    os.chdir(Path(sparc_fast.__file__).parents[1])  # it finds first what is where it begins
+    ensure_running()
+    os.chdir(here)
+    return context
 
 
 class Ranks:
@@ -29,8 +43,7 @@ class Ranks:
 
     def __init__(self, n: int) -> None:
         self.n, self._stacks = n, Path(tempfile.mkdtemp())
-        context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
-        context.set_forkserver_preload(LOADED)
+        context = _context()
         self._pipes, self._processes = [], []
         for rank in range(n):
             here, there = context.Pipe()
