@@ -85,8 +85,7 @@ def _details(use: LatentUse) -> Mapping[str, Any]:
 
 
 def _resample(given: Given, use: LatentUse) -> Mapping[str, Tensor]:
-    resampling = given.resampling
-    assert resampling is not None
+    resampling = given.draws
     everywhere, nowhere, fired = resampling.zeros(), resampling.zeros(), resampling.zeros()
     for some, counts in drawn_firings(list(given.single.values()), given.n_latents, resampling):
         alive = counts > 0

@@ -167,8 +167,7 @@ def drawn_mono_score(
 
 def _resample(given: Given, found: dict[tuple[str, str], Monosemanticity]) -> Mapping[str, Tensor]:
     """See `drawn_mono_score`."""
-    resampling, inputs = given.resampling, given.watched["monosemanticity"]
-    assert resampling is not None
+    resampling, inputs = given.draws, given.watched["monosemanticity"]
     if not found:
         return {}
     every = torch.arange(resampling.n, device="cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -180,9 +179,9 @@ def _cross(matrix: Tensor) -> float:
 
 
 def _details(found: Reconstructed) -> Mapping[str, Any]:
-    def by_pair(matrix: Tensor) -> dict[str, float | None]:
+    def by_pair(matrix: Tensor) -> dict[str, float]:
         return {
-            f"{source} -> {target}": value if math.isfinite(value := float(matrix[s, t])) else None
+            f"{source} -> {target}": float(matrix[s, t])
             for s, source in enumerate(found.streams)
             for t, target in enumerate(found.streams)
         }
