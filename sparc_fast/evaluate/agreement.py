@@ -94,9 +94,7 @@ AGREEMENT = Metric(
             "Firing agreement",
             "Of the samples that fire a latent in either of two streams, the fraction that fire it in both, each "
             "encoded alone, over alive latents.",
-            "higher",
-            ".3f",
-            lambda found: found.mean,
+            value=lambda found: found.mean,
             highlight=True,
         ),
     ),

@@ -204,9 +204,7 @@ BRIDGE = Metric(
             "Likeness carried by shared latents",
             "The part of the dot products of two streams' reconstructions, each from its own code, that each latent "
             "contributes with itself; of pairs of streams of one width, which must be of one space.",
-            "higher",
-            ".3f",
-            mean_over_pairs("shared"),
+            value=mean_over_pairs("shared"),
         ),
     ),
     needs=frozenset({"single", "pairs"}),

@@ -478,9 +478,8 @@ def _scores(kind: str, key: str) -> tuple[Score, ...]:
             f"{kind} probe on {name}, mAP",
             f"Mean average precision over concepts of a {kind.lower() if kind != 'MLP' else kind} probe on {what}, on "
             "samples that it was not fitted on.",
-            "neither" if suffix == "raw" else "higher",
-            ".3f",
-            _mean(suffix),
+            better="neither" if suffix == "raw" else "higher",
+            value=_mean(suffix),
         )
         for suffix, (name, what) in means.items()
     )

@@ -39,9 +39,9 @@ class Score:
     key: str
     name: str
     meaning: str  # one sentence
-    better: Better
-    format: str
-    value: Callable[[Any], float | None]
+    better: Better = "higher"
+    format: str = ".3f"
+    value: Callable[[Any], float | None] = float
     """Of what the metric's `compute` returns; None or nan where it is undefined."""
     highlight: bool = False  # also shown as a large figure at the top of a page
 
