@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -202,8 +203,10 @@ def _as_tensor(x: Any, device: torch.device) -> Any:
         return x
     if x.dtype.kind not in "fiu":
         raise ValueError(f"inputs must be arrays of real numbers, got {x.dtype}")
-    native = x.astype(x.dtype.newbyteorder("="), order="C", copy=not x.flags.writeable)  # as torch takes them
-    return torch.from_numpy(native).to(device)
+    native = x.astype(x.dtype.newbyteorder("="), order="C", copy=False)  # as torch takes them
+    with warnings.catch_warnings():  # of memory that may not be written, as of a file that is mapped: nobody writes it
+        warnings.filterwarnings("ignore", "The given NumPy array is not writ")
+        return torch.from_numpy(native).to(device)
 
 
 def side_by_side(

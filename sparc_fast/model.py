@@ -258,9 +258,9 @@ class SPARC(nn.Module):
         if self.W_dec.grad is not None:
             reference.project_gradients(self.W_dec.grad, self.W_dec, tuple(self.d_streams.values()))
 
-    def normalized(self, inputs: Inputs) -> dict[str, Tensor]:
+    def normalized(self, inputs: Inputs | Arrays) -> dict[str, Tensor]:
         """The streams given, [..., D_s], in the units of reconstructions: with unit norm where `normalize` says so."""
-        parts = batch.streams_of(inputs, self.d_streams)
+        parts = batch.streams_of(self._tensors(inputs), self.d_streams)
         return {name: self._unit_rows(x.flatten(0, -2), (name,)).view_as(x) for name, x in parts.items()}
 
     def _unit_rows(self, x: Tensor, streams: Sequence[str]) -> Tensor:
@@ -499,7 +499,7 @@ class SPARC(nn.Module):
                 raise ValueError(f"inputs must hold the source stream {source!r}, got {tuple(parts)}")
         return self.decode(self.encode({source: parts[source]}), source, target)
 
-    def forward(self, inputs: Inputs, cross_loss_coef: float = 1.0) -> SparcOutput:
+    def forward(self, inputs: Inputs | Arrays, cross_loss_coef: float = 1.0) -> SparcOutput:
         """Codes, every reconstruction, and (when all streams are given) the differentiable reconstruction loss.
 
         `loss` computes the same objective, and AuxK, without keeping the reconstructions: train with that.
@@ -526,7 +526,7 @@ class SPARC(nn.Module):
 
     def loss(
         self,
-        inputs: Inputs,
+        inputs: Inputs | Arrays,
         cross_loss_coef: float = 1.0,
         auxk_coef: float = 1 / 32,
         support_from: Sequence[str] | None = None,
@@ -592,7 +592,7 @@ class SPARC(nn.Module):
         )
 
     def _batch(
-        self, inputs: Inputs, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
+        self, inputs: Inputs | Arrays, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
     ) -> Batch:
         """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights;
         `into` is memory that they may take, if they need some.
@@ -602,14 +602,16 @@ class SPARC(nn.Module):
         return self._begin_batch(inputs, present, first, into)()
 
     def _begin_batch(
-        self, inputs: Inputs, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
+        self, inputs: Inputs | Arrays, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
     ) -> Callable[[], Batch]:
         """`_batch` when it is called; the samples of other processes come meanwhile."""
         samples = self._shards.begin_batch(partial(self._own_samples, inputs, present, first, into))
         return lambda: self._with_weights(samples())
 
-    def _own_samples(self, inputs: Inputs, present: Tensor | None, first: int, into: Tensor | None) -> BatchSamples:
-        streams, x, leading = batch.side_by_side(inputs, self.d_streams, into)
+    def _own_samples(
+        self, inputs: Inputs | Arrays, present: Tensor | None, first: int, into: Tensor | None
+    ) -> BatchSamples:
+        streams, x, leading = batch.side_by_side(self._tensors(inputs), self.d_streams, into)
         positions = [self.streams.index(name) for name in streams]
         widths = tuple(self.d_streams[name] for name in streams)
         is_zero = None

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from sparc_fast.data import AlignedFiles
 from sparc_fast.sizes import as_bytes
 
 from .agreement import Agreement
@@ -19,7 +18,7 @@ from .jaccard import Concepts
 from .labels import PerSample
 from .latents import LatentUse
 from .metrics import METRICS
-from .passing import Run, to_stderr
+from .passing import Run, Samples, to_stderr
 from .reconstruction import Reconstructed
 from .registry import Metric, Need, choose
 from .resampling import RESAMPLES
@@ -163,13 +162,13 @@ def half_width(resampled: Tensor | None) -> float | None:
 @torch.no_grad()
 def evaluate(
     model: SPARC,
-    inputs: Mapping[str, Tensor] | AlignedFiles,
+    inputs: Samples,
     labels: PerSample | None = None,
     *,
     metrics: Sequence[str | Metric] | None = None,
     groups: PerSample | None = None,
     hierarchy: Any = None,
-    train: Mapping[str, Tensor] | AlignedFiles | None = None,
+    train: Samples | None = None,
     train_labels: PerSample | None = None,
     batch_size: int = 1024,
     retrieval: bool = True,
@@ -186,8 +185,9 @@ def evaluate(
     encodes and decodes its share of every batch.
 
     Args:
-        inputs: of patch tokens, [N, T, D_s], each token is a sample. Or files that `sparc_fast.data.open` opened, of
-            which samples that lack a stream are left out; rows of one identifier, with ``repeated="all"``, are a group.
+        inputs: tensors or NumPy arrays; of patch tokens, [N, T, D_s], each token is a sample. Or files that
+            `sparc_fast.data.open` opened, of which samples that lack a stream are left out; rows of one identifier,
+            with ``repeated="all"``, are a group.
         labels: the concepts each sample carries, bool [N, C] or [N], or its class, ids (-1: none) or names [N]: a
             tensor, array or list, a .npy file, or a column of a CSV, Parquet, Arrow or HDF5 file, "labels.csv:column"
             or (path, column), by default its only column or the one called "label". For [N, T, D_s] one a sample or

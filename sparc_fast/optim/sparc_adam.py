@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparc_fast.batch import AllStreams, Batch, Inputs, columns_of, stack, streams_of
+from sparc_fast.batch import AllStreams, Arrays, Batch, Inputs, columns_of, stack, streams_of
 from sparc_fast.model import SPARC
 from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
@@ -142,7 +142,7 @@ class SparcAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        inputs: Inputs | Sequence[Inputs] | Coming,
+        inputs: Inputs | Arrays | Sequence[Inputs | Arrays] | Coming,
         cross_loss_coef: float = 1.0,
         auxk_coef: float = 1 / 32,
         support_from: Sequence[str] | None = None,
@@ -173,7 +173,7 @@ class SparcAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def send(
         self,
-        inputs: Inputs | Sequence[Inputs],
+        inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
         present: Tensor | Sequence[Tensor | None] | None = None,
     ) -> Coming:
         """What to give to a later `step` in place of inputs and `present`, which other ranks are sent meanwhile.
@@ -193,7 +193,7 @@ class SparcAdam(torch.optim.Optimizer):
 
     def _sent(
         self,
-        inputs: Inputs | Sequence[Inputs],
+        inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
         present: Tensor | Sequence[Tensor | None] | None,
         into: Tensor | None = None,
     ) -> Coming:
@@ -204,10 +204,12 @@ class SparcAdam(torch.optim.Optimizer):
             return Coming(self.model, parts, n_samples, into if len(parts) == 1 else None)
 
     def _parts(
-        self, inputs: Inputs | Sequence[Inputs], present: Tensor | Sequence[Tensor | None] | None
+        self,
+        inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
+        present: Tensor | Sequence[Tensor | None] | None,
     ) -> tuple[list[tuple[Inputs, Tensor | None]], int]:
         """(the parts of a batch, and which streams their samples have; how many samples these are together)."""
-        given = list(inputs) if isinstance(inputs, Sequence) else [inputs]
+        given = [self.model._tensors(part) for part in (inputs if isinstance(inputs, Sequence) else [inputs])]
         n_samples = self._count_samples(given)
         has = [None] * len(given) if present is None else [present] if isinstance(present, Tensor) else list(present)
         if len(has) != len(given):
