@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -445,6 +445,11 @@ def calibrate(x: Tensor, mean: Tensor, rms: Sequence[Tensor], d_streams: Sequenc
     """(x_s - mean_s) / rms_s of every stream, its rms one number or one a column, in float32 or wider."""
     parts = [(x[:, cols] - mean[cols]) / rms[s] for s, cols in enumerate(stream_slices(d_streams))]
     return torch.cat(parts, dim=1)
+
+
+def as_names(given: str | Collection[str]) -> tuple[str, ...]:
+    """Names, of which there may be one alone; what are none are told by whoever looks them up."""
+    return tuple(given) if isinstance(given, Collection) and not isinstance(given, str) else (given,)
 
 
 def position(name: str, streams: Sequence[str], argument: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -145,6 +145,8 @@ def open(
     if isinstance(sources, str | Path) and not Path(sources).is_file():
         folder = FeatureFolder(sources)
         sources = {stream: (folder.path, stream) for stream in folder.streams}
+    if split not in get_args(Split):
+        raise ValueError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
     if not isinstance(sources, Mapping) or not sources or not all(isinstance(s, str) and s for s in sources):
         raise ValueError(
             f"sources must map the name of at least one stream to its file, or be a folder of features, got {sources!r}"

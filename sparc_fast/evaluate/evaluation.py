@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from sparc_fast.sizes import as_bytes
+from sparc_fast.sizes import as_bytes, is_integer
 
 from .agreement import Agreement
 from .codes import Codes
@@ -18,7 +18,7 @@ from .jaccard import Concepts
 from .labels import PerSample
 from .latents import LatentUse
 from .metrics import METRICS
-from .passing import Run, Samples, to_stderr
+from .passing import Run, Samples, check_model, to_stderr
 from .reconstruction import Reconstructed
 from .registry import Metric, Need, choose
 from .resampling import RESAMPLES
@@ -211,8 +211,11 @@ def evaluate(
     """
     if zero_rows not in ("keep", "absent"):
         raise ValueError(f'zero_rows must be "keep" or "absent", got {zero_rows!r}')
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_model(model)
+    if not is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    if not is_integer(resamples) or resamples < 0 or resamples == 1:
+        raise ValueError(f"resamples must be at least 2, or 0 for no intervals, got {resamples!r}")
     there: dict[Need, bool] = {"labels": labels is not None, "hierarchy": hierarchy is not None}
     there |= {"train": train is not None, "pairs": len(model.streams) > 1}
     chosen = choose(metrics, METRICS, there)
@@ -222,8 +225,6 @@ def evaluate(
     if both and train is not None and train_labels is None and labels is not None:
         raise ValueError(f"train_labels must be given for {', '.join(both)}, got None")
     computed = [metric for metric in chosen if all(there.get(need, True) for need in metric.needs)]
-    if resamples and resamples < 2:
-        raise ValueError(f"resamples must be at least 2, or 0 for no intervals, got {resamples}")
     run = Run(
         model._shards.together(model), computed, batch_size, zero_rows, as_bytes(memory, "memory"), memory, resamples
     )

@@ -28,7 +28,7 @@ from .resampling import Resampling
 if TYPE_CHECKING:
     from ..model import SPARC
 
-__all__ = ["Run", "Samples", "codes_alone", "to_stderr"]
+__all__ = ["Run", "Samples", "check_model", "codes_alone", "to_stderr"]
 
 Samples = Mapping[str, Tensor] | Arrays | AlignedFiles
 """stream -> its rows, tensors or NumPy arrays, or files that were opened."""
@@ -46,6 +46,7 @@ def codes_alone(
     memory: int | str = "4GiB",
 ) -> Codes:
     """The codes of each stream encoded by itself, on the CPU; arguments are those of `evaluate`."""
+    check_model(model)
     codes = Metric("codes", "The codes themselves.", lambda given: given.single, needs=frozenset({"single"}))
     run = Run(model._shards.together(model), (codes,), batch_size, zero_rows, as_bytes(memory, "memory"), memory)
     was_training = model.training
@@ -54,6 +55,14 @@ def codes_alone(
         return run.given(inputs, None, None, to_stderr).single
     finally:
         model.train(was_training)
+
+
+def check_model(model: SPARC) -> None:
+    """ValueError where it is none; a file of one is not read here."""
+    from sparc_fast.model import SPARC
+
+    if not isinstance(model, SPARC):
+        raise ValueError(f"model must be a SPARC, got {type(model).__name__}")
 
 
 def to_stderr(words: str) -> None:
