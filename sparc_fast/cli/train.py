@@ -140,4 +140,4 @@ def _arguments(f: Field[Any]) -> dict[str, Any]:
     if kind is flag:
         return {"action": argparse.BooleanOptionalAction, "help": words}
     shown = "" if default in (MISSING, "", None) else f" ({default})"
-    return {"metavar": "X", "help": words + shown}
+    return {"metavar": f"{{{','.join(kind.words)}}}" if kind.words else "X", "help": words + shown}

@@ -186,7 +186,7 @@ def _aligned(
     counts = {stream: reader.n_rows for stream, reader in readers.items()}
     if join is not None:
         if ids is None:
-            raise ValueError(f"ids must be given to join by, got None with join={join!r}")
+            raise ValueError(f"ids must be given for join to match rows by, got join {join!r} without ids")
         found = ids_of_streams(ids, sources, of_all=True, split=split)
         check_lengths(found, counts)
         return AlignedFiles(*join_by(found, readers, join, repeated))
@@ -194,7 +194,7 @@ def _aligned(
         listed = ", ".join(f"{n} in {stream!r}" for stream, n in counts.items())
         raise ValueError(
             f"sources must have equally many rows, row n being the same sample in each, got {listed}; "
-            "rows in another order, or missing, are joined by ids= and join="
+            "rows in another order, or missing, are matched by ids and join (on the command line --ids and --join)"
         )
     if ids is not None:
         found = ids_of_streams(ids, sources, of_all=False, split=split)
