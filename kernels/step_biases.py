@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparc_fast.kernels.adam import adam_by, adam_numbers, scalar, settings_on
 from sparc_fast.kernels.launching import launch
-from sparc_fast.kernels.update_rows import adam_by, adam_numbers, scalar, settings_on, store_copy
+from sparc_fast.kernels.update_rows import store_copy
 from sparc_fast.ops import reference
 from sparc_fast.ops.row_step import AdamStep, Bias
 
