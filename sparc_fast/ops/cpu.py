@@ -25,7 +25,7 @@ from sparc_fast.ops.cpu_topk import (
     topk_rows,
 )
 from sparc_fast.ops.huge_pages import empty_rows
-from sparc_fast.ops.layout import gradient_dtype, wide
+from sparc_fast.ops.layout import gradient_dtype, wide, wide_type
 from sparc_fast.ops.reference import loss_summary, sample_scale, step_biases
 from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
@@ -79,7 +79,7 @@ def support_values_grad_x(
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor) -> Tensor:
     (rows,) = _stored(W_dec)
-    dtype = values.dtype if values.dtype == torch.bfloat16 else wide(rows).dtype
+    dtype = values.dtype if values.dtype == torch.bfloat16 else wide_type(rows.dtype)
     recons = torch.empty(*values.shape[:2], W_dec.shape[1], dtype=dtype, device="cpu")
     operands = _summed(values), _indices(indices), rows, _summed(pre_bias)
     _cpu.sparse_decode(recons, *operands, torch.get_num_threads())

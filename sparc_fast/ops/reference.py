@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.ops import pooled_topk
-from sparc_fast.ops.layout import by_group, gradient_dtype, stream_slices, wide
+from sparc_fast.ops.layout import by_group, gradient_dtype, stream_slices, wide, wide_type
 from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Gradients, Rows, Samples
 
 
@@ -237,7 +237,7 @@ def decode_loss(
     in the type of `gradient_dtype`.
     """
     S = len(d_streams)
-    weight = torch.tensor(weights, dtype=wide(values).dtype, device=values.device).view(S, S)
+    weight = torch.tensor(weights, dtype=wide_type(values.dtype), device=values.device).view(S, S)
     error = _decode(wide(values), indices, W_dec) + (wide(pre_bias) - wide(target))[:, None]
     scale = wide(scale)
     nmse = torch.zeros(S, S, dtype=error.dtype, device=error.device)
