@@ -441,10 +441,10 @@ class SparcAdam(torch.optim.Optimizer):
         counted: Tensor | None,
     ) -> SparcLoss:
         """What is left of a step when its rows have moved; `counted`, the number of the step, grows where given."""
-        silence, shards, finish = self.model.silence, self.model._shards, getattr(backend, "finish_step", None)
+        silence, shards = self.model.silence, self.model._shards
         is_alone = shards.is_whole and not shards.has_replicas
-        if finish and is_alone and isinstance(batch, OneBatch) and tuple(batch.terms) == (batch.streams,):
-            at_once = partial(finish, biases, adam, silence, batch.values, batch.support, counted)
+        if is_alone and isinstance(batch, OneBatch) and tuple(batch.terms) == (batch.streams,):
+            at_once = partial(backend.finish_step, biases, adam, silence, batch.values, batch.support, counted)
             return objective.summarize(batch.terms, batch.streams, batch.zero_rows, at_once)
         backend.step_biases(biases, adam)
         batch.count_silence(silence, backend)
