@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from sparc_fast.ops.layout import stream_slices, wide
 from sparc_fast.ops.reference import ZERO_ROW, loss_summary, nmse_scale, row_energy, weighted_sum
 from sparc_fast.selection import LOCAL, Private, Selection, Thresholds
 from sparc_fast.selection.jumprelu import Jump, JumpGradients, JumpReLU
+from sparc_fast.sizes import is_integer
 from sparc_fast.whole import WHOLE, Whole
 
 Loss = Literal["nmse", "fvu"]
@@ -76,8 +76,8 @@ def nested_sizes(matryoshka: Sequence[int], n_latents: int) -> tuple[int, ...]:
     Raises:
         ValueError: they do not ascend within the dictionary.
     """
-    sizes = tuple(matryoshka)
-    whole = all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes)
+    sizes = tuple(matryoshka) if isinstance(matryoshka, Iterable) else (matryoshka,)
+    whole = isinstance(matryoshka, Iterable) and all(map(is_integer, sizes))
     if not whole or any(a >= b for a, b in pairwise((0, *sizes))) or max(sizes, default=0) > n_latents:
         raise ValueError(f"matryoshka must be integers that ascend from 1 to n_latents={n_latents}, got {matryoshka}")
     sizes = tuple(map(int, sizes)) if n_latents in sizes else (*map(int, sizes), n_latents)

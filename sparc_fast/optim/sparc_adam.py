@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparc_fast.batch import AllStreams, Batch, Inputs, columns_of, stack, streams_of
+from sparc_fast.batch import AllStreams, Arrays, Batch, Inputs, columns_of, stack, streams_of
 from sparc_fast.model import SPARC
 from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
@@ -25,6 +25,7 @@ from sparc_fast.optim.micro_batches import MicroBatches, OneBatch
 from sparc_fast.optim.private_rows import decoder_blocks
 from sparc_fast.optim.step_graphs import Made, Quiet, StepGraphs, can_capture
 from sparc_fast.selection import BY_THRESHOLD
+from sparc_fast.sizes import is_integer, is_number
 
 MomentType = Literal["float32", "bfloat16"]
 
@@ -111,8 +112,10 @@ class SparcAdam(torch.optim.Optimizer):
         if not isinstance(model, SPARC):
             hint = ": it trains one process's model, and exchanges nothing" if hasattr(model, "module") else ""
             raise ValueError(f"model must be a SPARC, got {type(model).__name__}{hint}")
-        if not lr >= 0 or not eps >= 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"lr and eps must be >= 0 and betas in [0, 1), got lr={lr}, eps={eps}, betas={betas}")
+        if not (_is_number(lr) and lr >= 0 and _is_number(eps) and eps >= 0 and _are_betas(betas)):
+            raise ValueError(
+                f"lr and eps must be numbers >= 0 and betas two in [0, 1), got lr={lr!r}, eps={eps!r}, betas={betas!r}"
+            )
         if lazy not in (None, "replay"):
             raise ValueError(f'lazy must be None or "replay", got {lazy!r}')
         if lazy and capturable:
@@ -123,15 +126,15 @@ class SparcAdam(torch.optim.Optimizer):
             raise ValueError(f'moments must be "float32" or "bfloat16", got {moments!r}')
         if moments == "bfloat16" and model.W_enc.dtype == torch.float64:
             raise ValueError('moments must be "float32" for a float64 model, whose moments are float64, got "bfloat16"')
-        if not isinstance(seed, int):
+        if not is_integer(seed):
             raise ValueError(f"seed must be an integer, got {seed!r}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
+        if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
+            raise ValueError(f"max_grad_norm must be a number > 0 or None, got {max_grad_norm!r}")
         self.model = model
         self.max_grad_norm = max_grad_norm
         self.capturable = capturable
         self.moments: MomentType = moments
-        self.seed = seed
+        self.seed = int(seed)
         self.graph = graph
         self._graphs, self._quiet = StepGraphs(), Quiet()
         self._trained = Trained.but(freeze, model.d_streams)
@@ -146,7 +149,7 @@ class SparcAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        inputs: Inputs | Sequence[Inputs] | Coming,
+        inputs: Inputs | Arrays | Sequence[Inputs | Arrays] | Coming,
         cross_loss_coef: float = 1.0,
         auxk_coef: float = 1 / 32,
         support_from: Sequence[str] | None = None,
@@ -178,7 +181,7 @@ class SparcAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def send(
         self,
-        inputs: Inputs | Sequence[Inputs],
+        inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
         present: Tensor | Sequence[Tensor | None] | None = None,
     ) -> Coming:
         """What to give to a later `step` in place of inputs and `present`, which other ranks are sent meanwhile.
@@ -198,17 +201,23 @@ class SparcAdam(torch.optim.Optimizer):
         coming, shards = self._given(inputs, present), self.model._shards
         return coming if shards.is_whole and not shards.has_replicas else coming.begin()
 
-    def _given(self, inputs: Inputs | Sequence[Inputs], present: Tensor | Sequence[Tensor | None] | None) -> Coming:
+    def _given(
+        self,
+        inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
+        present: Tensor | Sequence[Tensor | None] | None,
+    ) -> Coming:
         with self.model._shards.agreed("step"):
             return Coming(self.model, *self._parts(inputs, present))
 
     def _parts(
-        self, inputs: Inputs | Sequence[Inputs], present: Tensor | Sequence[Tensor | None] | None
+        self,
+        inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
+        present: Tensor | Sequence[Tensor | None] | None,
     ) -> tuple[list[tuple[Inputs, Tensor | None]], int]:
         """(the parts of a batch, and which streams their samples have; how many samples these are together)."""
-        given = list(inputs) if isinstance(inputs, Sequence) else [inputs]
+        given = [self.model._tensors(part) for part in (inputs if isinstance(inputs, Sequence) else [inputs])]
         n_samples = self._count_samples(given)
-        has = [None] * len(given) if present is None else [present] if isinstance(present, Tensor) else list(present)
+        has = [None] * len(given) if present is None else list(present) if isinstance(present, Sequence) else [present]
         if len(has) != len(given):
             raise ValueError(f"present must be one tensor for each of {len(given)} parts of a batch, got {len(has)}")
         if self.capturable and any(one is not None for one in has):
@@ -690,6 +699,16 @@ class SparcAdam(torch.optim.Optimizer):
                 got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"state_dict must hold a float {key} {shape} of {name}, got {got}")
         return {key: torch.as_tensor(state[key]) for key in shapes}
+
+
+def _is_number(value: Any) -> bool:
+    return is_number(value) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _are_betas(values: Any) -> bool:
+    return (
+        isinstance(values, Sequence) and len(values) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in values)
+    )
 
 
 def _processes() -> int:
