@@ -7,7 +7,7 @@ one part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -27,6 +27,9 @@ from sparc_fast.sizes import is_integer
 from sparc_fast.whole import WHOLE, Whole
 
 Loss = Literal["nmse", "fvu"]
+
+Summarize = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]]
+"""What has the operands and results of `loss_summary`."""
 
 
 def nmse(recons: Tensor, x: Tensor) -> Tensor:
@@ -380,14 +383,18 @@ class Objective:
         return fvu_scale([self.spread[name] for name in batch.streams], energy, n_samples)
 
     def summarize(
-        self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...], zero_rows: Tensor | None = None
+        self,
+        terms: Mapping[tuple[str, ...], Terms],
+        streams: tuple[str, ...],
+        zero_rows: Tensor | None = None,
+        by: Summarize | None = None,
     ) -> SparcLoss:
         """The loss of a batch of these streams, from the terms of its samples that have the same ones.
 
         A sample's loss is that of the streams it has; the batch's is the mean over samples. `zero_rows` are those that
-        were found to be absent.
+        were found to be absent. `by` is called in place of `loss_summary`, once where all samples have all streams.
         """
-        loss = self._over_samples(terms, streams)
+        loss = self._over_samples(terms, streams, by)
         if self.jumprelu is not None:
             l0, penalty = self.jumprelu.penalty(*self.fired(terms, streams), self.k)
             loss = loss._replace(total=loss.total + penalty, l0=l0)
@@ -405,9 +412,11 @@ class Objective:
             samples[at] += len(some.energy)
         return fired, samples
 
-    def _over_samples(self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...]) -> SparcLoss:
+    def _over_samples(
+        self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...], by: Summarize | None
+    ) -> SparcLoss:
         if tuple(terms) == (streams,):
-            return self._summary(terms[streams])
+            return self._summary(terms[streams], by)
         whole = {name: s for s, name in enumerate(streams)}
         first = next(iter(terms.values())).nmse.detach()
         nmse, counts = first.new_zeros(2, len(streams), len(streams))
@@ -432,9 +441,9 @@ class Objective:
             prefixes=_sum(*[loss.prefixes for loss in losses]),
         )
 
-    def _summary(self, terms: Terms) -> SparcLoss:
+    def _summary(self, terms: Terms, by: Summarize | None = None) -> SparcLoss:
         nmse, auxk, energy, total, prefixes, _ = terms
-        summarize = loss_summary if torch.is_grad_enabled() else self._backend(nmse).loss_summary
+        summarize = by or (loss_summary if torch.is_grad_enabled() else self._backend(nmse).loss_summary)
         weights = pair_weights(len(nmse), self.cross_loss_coef)
         loss = SparcLoss(*summarize(nmse, auxk, energy, weights, self.auxk_coef), prefixes)
         if total is None and prefixes is not None:

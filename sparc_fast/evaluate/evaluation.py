@@ -143,12 +143,21 @@ class Evaluation:
             summary["intervals"] = self.intervals()
         for metric in self.metrics:
             if metric.details is not None and (result := self.results[metric.key]) is not None:
-                summary.update(metric.details(result))
+                summary.update(_plain(metric.details(result)))
         return summary
 
     def _concepts(self, key: str = "concepts") -> Concepts | None:
         found: Concepts | None = self.results.get(key)
         return found
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, which knows no NaN and no infinity."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def half_width(resampled: Tensor | None) -> float | None:

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -245,9 +246,9 @@ class SparcAdam(torch.optim.Optimizer):
             if objective.jumprelu is not None and batch.of_threshold is not None:
                 counts = objective.fired(batch.terms, model.streams)
                 batch = batch.with_grad_threshold(objective.jumprelu.gradient(batch.of_threshold, *counts, objective.k))
-            self._update(batch, states, backend, lr, step)
-            batch.count_silence(model.silence, backend)
-            return objective.summarize(batch.terms, batch.streams, batch.zero_rows)
+            biases, adam = self._update(batch, states, backend, lr, step)
+            counted = step if isinstance(step, Tensor) and not self.capturable else None
+            return self._finish(batch, biases, adam, backend, objective, counted)
 
         def whole_step(given: Batch, lr: float | Tensor, step: int | Tensor) -> SparcLoss:
             over = objective.over([given])
@@ -407,7 +408,8 @@ class SparcAdam(torch.optim.Optimizer):
         backend: backends.Backend,
         lr: float | Tensor,
         step: int | Tensor,
-    ) -> None:
+    ) -> tuple[list[Bias], AdamStep]:
+        """A step of the rows; returns the biases that are left to move, and how."""
         model, group = self.model, self.param_groups[0]
         eps = group["eps"]
         betas: tuple[float, float] = group["betas"]
@@ -422,9 +424,9 @@ class SparcAdam(torch.optim.Optimizer):
         if self._behind is not None:
             self._behind.record(float(lr), *betas, float(eps))
         adam = AdamStep(lr, betas, eps, step, self._seed_of_rows)
+        biases = []
         for run, rows in of_runs:
             grad_latent_bias, grad_pre_bias = batch.update(rows, run, adam, backend)
-            biases = []
             if states[2] is not None:
                 biases.append(self._bias(model.latent_bias, [grad_latent_bias], states[2], run))
             if states[3] is not None:
@@ -434,7 +436,28 @@ class SparcAdam(torch.optim.Optimizer):
             if model.latent_threshold is not None and batch.grad_threshold is not None and states[4] is not None:
                 of_run = batch.grad_threshold if run is None else batch.grad_threshold[run.streams]
                 biases.append(self._bias(model.latent_threshold, [of_run], states[4], run))
-            backend.step_biases(biases, adam)
+        return biases, adam
+
+    def _finish(
+        self,
+        batch: OneBatch | MicroBatches,
+        biases: list[Bias],
+        adam: AdamStep,
+        backend: backends.Backend,
+        objective: Objective,
+        counted: Tensor | None,
+    ) -> SparcLoss:
+        """What is left of a step when its rows have moved; `counted`, the number of the step, grows where given."""
+        silence, shards, finish = self.model.silence, self.model._shards, getattr(backend, "finish_step", None)
+        is_alone = shards.is_whole and not shards.has_replicas
+        if finish and is_alone and isinstance(batch, OneBatch) and tuple(batch.terms) == (batch.streams,):
+            at_once = partial(finish, biases, adam, silence, batch.values, batch.support, counted)
+            return objective.summarize(batch.terms, batch.streams, batch.zero_rows, at_once)
+        backend.step_biases(biases, adam)
+        batch.count_silence(silence, backend)
+        if counted is not None:
+            counted.add_(1)
+        return objective.summarize(batch.terms, batch.streams, batch.zero_rows)
 
     def _clipped(
         self,
