@@ -21,6 +21,8 @@ from sparc_fast.distributed import received, shard
 from sparc_fast.distributed.bytes import exchanged_bytes
 from sparc_fast.planning.process_memory import forget_peak, resident
 from sparc_fast.selection import BY_THRESHOLD, select
+from sparc_fast.selection.jumprelu import means_of_latents
+from sparc_fast.whole import WHOLE
 
 pytestmark = [
     pytest.mark.distributed,
@@ -713,6 +715,32 @@ def test_metrics_of_directions_need_no_row_of_another_rank(ranks: Ranks) -> None
         assert max(apart.values()) < 1e-6, apart
 
 
+def means_of_thresholds(n_latents: int) -> tuple[list[float], list[float], int]:
+    """(the means of one process, those of ranks, how often these exchange something for them)."""
+    whole = model_of(n_latents=n_latents, selection="local_jumprelu")
+    with torch.no_grad():
+        whole.latent_threshold.normal_()
+        whole.latent_threshold[0, :3] = torch.tensor([1e5, -1e-5, 3.0])
+    sharded = shard(whole)
+    own, exchange = sharded.latent_threshold.detach(), sharded._shards.exchange
+    with pytest.MonkeyPatch.context() as patch:
+        calls, gather, numbers = [], exchange.gather, exchange.numbers
+        patch.setattr(exchange, "gather", lambda *given: (calls.append("rows"), gather(*given))[1])
+        patch.setattr(exchange, "numbers", lambda *given: (calls.append("numbers"), numbers(*given))[1])
+        found = means_of_latents([own[:1], own[1:], own], sharded._shards)
+    everything = whole.latent_threshold.detach()
+    return means_of_latents([everything[:1], everything[1:], everything], WHOLE), found, len(calls)
+
+
+@pytest.mark.parametrize("n_latents", [50, 53])
+def test_the_mean_thresholds_of_all_streams_are_exchanged_together_and_are_the_bits_of_one_process(
+    ranks: Ranks, n_latents: int
+) -> None:
+    for expected, found, calls in ranks(means_of_thresholds, n_latents):
+        assert found == expected
+        assert calls == (2 if ranks.n > 1 else 1)
+
+
 def exchanged(n_latents: int, dtype: torch.dtype, selection: str = "global", **options: Any) -> dict[str, int]:
     model = shard(model_of(n_latents=n_latents, dtype=dtype, auxk=0, selection=selection, **options))
     optimizer = sf.SparcAdam(model)
@@ -891,6 +919,8 @@ def refused(case: str) -> str:
             sf.evaluate.evaluate(model, streams_of(samples(9)), labels)
         elif case == "capturable":
             sf.SparcAdam(model, capturable=True)
+        elif case == "prefix":
+            model.prefix(7)
     except (ValueError, RuntimeError) as error:
         return str(error)
     return ""
@@ -901,6 +931,7 @@ REFUSALS = {
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
     "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model",
     "capturable": "capturable must be False",
+    "prefix": r"prefix must be of a whole model, .*: save the model, and take SPARC.load\(path\).prefix\(7\)",
     "other samples": "inputs must be the same on every rank", "labels": "labels must be",
 }  # fmt: skip
 

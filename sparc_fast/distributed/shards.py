@@ -207,6 +207,10 @@ class Shards(Whole):
     def total(self, n: int) -> int:
         return sum(number for (number,) in self.exchange.numbers(NUMBER, n))
 
+    def of_ranks(self, numbers: Tensor) -> Tensor:
+        exchange = self.exchange
+        return exchange.gather(numbers[None].to(exchange.device), [1] * exchange.ranks, "sums").to(numbers.device)
+
     def samples(self, n: int) -> int:
         return sum(number for (number,) in self.all.numbers(NUMBER, n))
 
