@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,6 +22,7 @@ from sparc_fast import distributed
 from sparc_fast.batch import scales
 from sparc_fast.data import AlignedFiles, Loader
 from sparc_fast.data.absence import mark_zero_rows, present_of, without_empty_samples
+from sparc_fast.files import Closing
 from sparc_fast.model import SPARC
 from sparc_fast.ops import backends
 from sparc_fast.ops.layout import stream_slices
@@ -52,7 +53,7 @@ class Outcome:
     """(step, validation figure) of the best checkpoint; None without validation."""
 
 
-class Trainer:
+class Trainer(Closing):
     """Train a SPARC in a folder; in a folder where a run was interrupted, go on with it.
 
     What a run computes is a function of its configuration and data: killed at any moment and started again with the
@@ -148,14 +149,6 @@ class Trainer:
     def close(self) -> None:
         """Close what was opened, and let others train in the folder."""
         self._opened.close()
-
-    def __enter__(self) -> Trainer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _run(self, stop: Stop, closing: ExitStack) -> None:
         config, progress, device = self.config, self._progress, self.model.W_enc.device
