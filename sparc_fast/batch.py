@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -202,8 +203,10 @@ def _as_tensor(x: Any, device: torch.device) -> Any:
         return x
     if x.dtype.kind not in "fiu":
         raise ValueError(f"inputs must be arrays of real numbers, got {x.dtype}")
-    native = x.astype(x.dtype.newbyteorder("="), order="C", copy=not x.flags.writeable)  # as torch takes them
-    return torch.from_numpy(native).to(device)
+    native = x.astype(x.dtype.newbyteorder("="), order="C", copy=False)  # as torch takes them
+    with warnings.catch_warnings():  # of memory that may not be written, as of a file that is mapped: nobody writes it
+        warnings.filterwarnings("ignore", "The given NumPy array is not writ")
+        return torch.from_numpy(native).to(device)
 
 
 def side_by_side(
@@ -442,6 +445,11 @@ def calibrate(x: Tensor, mean: Tensor, rms: Sequence[Tensor], d_streams: Sequenc
     """(x_s - mean_s) / rms_s of every stream, its rms one number or one a column, in float32 or wider."""
     parts = [(x[:, cols] - mean[cols]) / rms[s] for s, cols in enumerate(stream_slices(d_streams))]
     return torch.cat(parts, dim=1)
+
+
+def as_names(given: str | Collection[str]) -> tuple[str, ...]:
+    """Names, of which there may be one alone; what are none are told by whoever looks them up."""
+    return tuple(given) if isinstance(given, Collection) and not isinstance(given, str) else (given,)
 
 
 def position(name: str, streams: Sequence[str], argument: str) -> int:

@@ -17,13 +17,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# what a rank needs, loaded once in a process without threads that ranks are then forked from
+LOADED = [
+    "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor", "sparc_fast.cli", "sparc_fast.distributed",
+    "sparc_fast.evaluate", "sparc_fast.ops.cpu", "sparc_fast.training", "pytest",
+]  # fmt: skip
+
 
 class Ranks:
     """P processes over gloo; ``ranks(function, *arguments)`` gives what the function returned in each."""
 
     def __init__(self, n: int) -> None:
         self.n, self._stacks = n, Path(tempfile.mkdtemp())
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
+        context.set_forkserver_preload(LOADED)
         self._pipes, self._processes = [], []
         for rank in range(n):
             here, there = context.Pipe()

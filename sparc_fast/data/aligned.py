@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -137,6 +137,8 @@ def open(
     if isinstance(sources, str | Path) and not Path(sources).is_file():
         folder = FeatureFolder(sources)
         sources = {stream: (folder.path, stream) for stream in folder.streams}
+    if split not in get_args(Split):
+        raise ValueError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
     if not isinstance(sources, Mapping) or not sources or not all(isinstance(s, str) and s for s in sources):
         raise ValueError(
             f"sources must map the name of at least one stream to its file, or be a folder of features, got {sources!r}"
@@ -176,7 +178,7 @@ def _aligned(
     counts = {stream: reader.n_rows for stream, reader in readers.items()}
     if join is not None:
         if ids is None:
-            raise ValueError(f"ids must be given to join by, got None with join={join!r}")
+            raise ValueError(f"ids must be given for join to match rows by, got join {join!r} without ids")
         found = ids_of_streams(ids, sources, of_all=True, split=split)
         check_lengths(found, counts)
         return AlignedFiles(*join_by(found, readers, join, repeated))
@@ -184,7 +186,7 @@ def _aligned(
         listed = ", ".join(f"{n} in {stream!r}" for stream, n in counts.items())
         raise ValueError(
             f"sources must have equally many rows, row n being the same sample in each, got {listed}; "
-            "rows in another order, or missing, are joined by ids= and join="
+            "rows in another order, or missing, are matched by ids and join (on the command line --ids and --join)"
         )
     if ids is not None:
         found = ids_of_streams(ids, sources, of_all=False, split=split)

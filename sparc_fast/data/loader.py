@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
@@ -90,6 +90,8 @@ class Loader(Closing):
         pin_memory: bool | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> None:
+        if not isinstance(files, AlignedFiles):
+            raise ValueError(f"files must be what sparc_fast.data.open gave, got {type(files).__name__}")
         n_threads = budget.default_threads() if n_threads is None else n_threads
         memory = as_bytes(memory, "memory")
         for name, value, least in (("batch_size", batch_size, 1), ("memory", memory, 1), ("n_threads", n_threads, 1),
@@ -104,6 +106,10 @@ class Loader(Closing):
         if pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory must be False or None where there is no CUDA device, got True")
         check_dtype(dtype)
+        if not (
+            isinstance(part, Sequence) and len(part) == 2 and all(map(is_integer, part)) and 0 <= part[0] < part[1]
+        ):
+            raise ValueError(f"part must be (r, R), integers 0 <= r < R, got {part!r}")
         self.files, self.batch_size, self.memory, self.last = files, batch_size, memory, last
         self.dtype, self.check_finite, self.n_threads = dtype, check_finite, n_threads
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory

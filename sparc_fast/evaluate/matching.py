@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparc_fast.data import AlignedFiles
 from sparc_fast.selection import LOCAL
 
 from .codes import Codes, check_codes, firings, parts, runs
-from .passing import codes_alone
+from .passing import Samples, codes_alone
 
 if TYPE_CHECKING:
     from ..model import SPARC
@@ -62,16 +60,14 @@ def rename_latents(codes: Codes, matches: Tensor) -> Codes:
 
 
 @torch.no_grad()
-def matched(
-    model: SPARC, inputs: Mapping[str, Tensor] | AlignedFiles, *, batch_size: int = 1024, memory: int | str = "4GiB"
-) -> SPARC:
+def matched(model: SPARC, inputs: Samples, *, batch_size: int = 1024, memory: int | str = "4GiB") -> SPARC:
     """The same independent SAEs with each stream's latents in another order: those of `match_latents` on these inputs.
 
     Its reconstructions of a stream from itself are the same, and all that compares streams finds latents matched.
 
     Args:
         model: of selection "local" or "local_jumprelu", in which streams share nothing but the numbers of latents.
-        inputs: training samples {stream: [N, D_s]}, or files that `sparc_fast.data.open` opened.
+        inputs: training samples {stream: [N, D_s]}, tensors or NumPy arrays, or files that `sparc_fast.data.open` gave.
 
     Raises:
         ValueError: the model's streams share a support, so their latents cannot be in orders of their own; or some are

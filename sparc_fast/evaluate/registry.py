@@ -226,6 +226,8 @@ def choose(
         return tuple(metric for metric in known if all(there.get(need, True) for need in metric.needs))
     if isinstance(metrics, str):
         raise ValueError(f"metrics must be a sequence of names, such as ({metrics!r},), got the text {metrics!r}")
+    if not isinstance(metrics, Iterable):
+        raise ValueError(f"metrics must be a sequence of names, got {metrics!r}")
     by_key = {metric.key: metric for metric in known}
     chosen: dict[str, Metric] = {}
     for asked in metrics:

@@ -167,7 +167,7 @@ IN_GRAPHS = (
 RAGGED = ("batch_topk", "latents_above")  # how wide their results are depends on data
 # these move weights and moments in place, or say how, outside of any graph of torch.compile
 PLAIN = (*RAGGED, "gradient_squares", "update_rows", "step_rows", "replay_rows", "step_biases", "loss_summary")
-OPTIONAL = ("best_rows",)  # what others do in several steps
+OPTIONAL = ("best_rows", "finish_step")  # what others do in several steps
 
 # results that the reference does not find without looking at data, or at all
 _FAKES: dict[str, Callable[..., Any]] = {

@@ -74,7 +74,9 @@ def number(expected: str, fits: Callable[[float], bool]) -> Kind:
 
 
 def choice(*names: str) -> Kind:
-    return _checked(f"one of {', '.join(names)}", str, names.__contains__, str)
+    return replace(
+        _checked(f"one of {', '.join(names)}", str, names.__contains__, str), metavar=f"{{{','.join(names)}}}"
+    )
 
 
 def _sources(value: Any, suffixes: Collection[str] = tuple(FORMATS)) -> dict[str, Place | tuple[Place, str]]:
@@ -317,7 +319,9 @@ class Config:
 
     steps: int = setting(0, integer(0), "optimizer steps; or give `epochs`")
     epochs: float = setting(0.0, not_negative, "passes over the data; or give `steps`")
-    batch_size: int = setting(4096, integer(1), "rows of an optimizer step; the rows that an epoch has over wait")
+    batch_size: int = setting(
+        4096, integer(1), "rows of an optimizer step; the rows that an epoch has over are left out"
+    )
     accumulate: int = setting(1, integer(1), "micro-batches in which the rows of a step pass through the model")
     seed: int = setting(0, integer(0), "of first weights, shuffling, support dropout and rounding")
 
@@ -427,7 +431,7 @@ class Config:
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(f"steps or epochs must be given, and only one, got {self.steps} and {self.epochs}")
         if self.join != "none" and not self.ids:
-            raise ValueError(f"ids must be given with join={self.join!r}, got none")
+            raise ValueError(f"ids must be given for join to match rows by, got join {self.join!r} without ids")
         if self.join == "none" and self.repeated != "none":
             raise ValueError(f"join must be inner or outer with repeated={self.repeated!r}, got none")
         if self.whiten != "none" and not self.calibrate:

@@ -85,6 +85,13 @@ class Trainer(Closing):
         sinks: Sequence[Sink] = (),
         progress: Display | None = None,
     ) -> None:
+        if not isinstance(config, Config):
+            raise ValueError(f"config must be a Config, such as read_config gives, got {type(config).__name__}")
+        if not isinstance(model, SPARC | None):
+            raise ValueError(f"model must be a SPARC, got {type(model).__name__}")
+        for name, some in (("files", files), ("validation_files", validation_files)):
+            if not isinstance(some, AlignedFiles | None):
+                raise ValueError(f"{name} must be what sparc_fast.data.open gave, got {type(some).__name__}")
         self._shared = distributed.is_running()
         self.leads = not self._shared or distributed.leads()
         self.folder = RunFolder(folder)
