@@ -86,6 +86,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "few samples, many latents": {
         "widths": (128, 64), "n_rows": 2000, "n_latents": 65536, "k": 16, "batch_size": 64,
     },
+    "many latents, held-out rows, the best of which comes from its checkpoint": {
+        "widths": (128, 64), "n_rows": 2000, "n_latents": 65536, "k": 16, "batch_size": 64, "validation_rows": 500,
+        "validate_every": 1,
+    },
     "many samples, few latents, held-out rows": {
         "widths": (256, 128, 128), "n_rows": 26000, "n_latents": 1024, "k": 16, "batch_size": 12288,
         "validation_rows": 1000, "validate_every": 1,
