@@ -49,14 +49,13 @@ def in_fork(function: Callable[..., Result], *arguments: Any) -> Result:
 class Ranks:
     """P processes over gloo; ``ranks(function, *arguments)`` gives what the function returned in each."""
 
-    def __init__(self, n: int, enter: Callable[[int], None] | None = None) -> None:
-        """`enter(rank)` is called in each before they meet."""
+    def __init__(self, n: int) -> None:
         self.n, self._stacks = n, Path(tempfile.mkdtemp())
         of_ranks = context()
         self._pipes, self._processes = [], []
         for rank in range(n):
             here, there = of_ranks.Pipe()
-            process = of_ranks.Process(target=_serve, args=(rank, n, str(self._stacks), there, enter), daemon=True)
+            process = of_ranks.Process(target=_serve, args=(rank, n, str(self._stacks), there), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
@@ -90,24 +89,13 @@ class Ranks:
         time.sleep(1)
         return "\n".join(f"rank {path.name}:\n{path.read_text()}" for path in sorted(self._stacks.glob("[0-9]*")))
 
-    def kill(self, rank: int) -> None:
-        self._processes[rank].kill()
-
-    def status(self, rank: int, timeout: float = 600) -> int | None:
-        """With which it exits; None if it does not."""
-        self._processes[rank].join(timeout)
-        status: int | None = self._processes[rank].exitcode
-        return status
-
     def close(self) -> None:
         for process in self._processes:
             process.kill()
             process.join()
 
 
-def _serve(rank: int, n: int, folder: str, pipe: Connection, enter: Callable[[int], None] | None) -> None:
-    if enter is not None:
-        enter(rank)
+def _serve(rank: int, n: int, folder: str, pipe: Connection) -> None:
     faulthandler.register(signal.SIGUSR1, (Path(folder) / str(rank)).open("w"), all_threads=True)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

@@ -8,17 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import redirect_stderr
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ranks import Ranks
+from ranks import context
 from training_runs import rows
 
 import sparc_fast as sf
@@ -77,66 +76,67 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, host: int, namespace: str, out: str, *settings: str) -> subprocess.Popen[str]:
-    command = ["ip", "netns", "exec", namespace, sys.executable, "-m", "torch.distributed.run"]
-    command += ["--nnodes", "2", "--node-rank", str(host), "--nproc-per-node", "2"]
-    command += ["--master-addr", "10.213.0.1", "--master-port", "29517", "-m", "sparc_fast", "train"]
-    command += [str(folder / "train.toml"), "--out", str(folder / out), *settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
-    )
+def train(rank: int, names: list[str], folder: Path, out: str, settings: Sequence[str]) -> None:
+    """The command as torchrun starts it, on the host that has this rank, two of them each."""
+    libc, place = ctypes.CDLL(None, use_errno=True), divmod(rank, 2)
+    with open(f"/run/netns/{names[place[0]]}") as network:
+        assert libc.setns(network.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+    of_torchrun = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": place[1], "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": place[0]}
+    os.environ |= {name: str(number) for name, number in of_torchrun.items()}
+    os.environ |= {"MASTER_ADDR": "10.213.0.1", "MASTER_PORT": "29517", "TORCHELASTIC_RUN_ID": "none"}
+    os.environ["GLOO_SOCKET_IFNAME"] = "cable"
+    torch.set_num_threads(1)
+    with (folder / f"{out} of {rank}").open("w", buffering=1) as said, redirect_stdout(said), redirect_stderr(said):
+        os._exit(cli.main(["train", str(folder / "train.toml"), "--out", str(folder / out), *settings]))
 
 
-def test_two_hosts_with_a_replica_each_train_the_model_of_one_process(folder: Path, hosts: list[str]) -> None:
-    runs = [start(folder, host, name, "replicas", "--replicas", "2") for host, name in enumerate(hosts)]
-    try:
-        ended = [run.communicate(timeout=600) for run in runs]
-    finally:
-        for run in runs:
-            with run:  # which closes its pipes
-                run.kill()
-    assert [run.returncode for run in runs] == [0, 0], ended
-    assert "".join(printed for printed, _ in ended).count("steps done") == 1
+@pytest.fixture
+def start(folder: Path, hosts: list[str]) -> Iterator[Callable[..., list[Any]]]:
+    """Starts a run of four ranks, which are returned."""
+    started = []
+
+    def on_both(out: str, *settings: str) -> list[Any]:
+        for rank in range(4):
+            started.append(context().Process(target=train, args=(rank, hosts, folder, out, settings), daemon=True))
+            started[-1].start()
+        return started
+
+    yield on_both
+    for rank in started:
+        rank.kill()
+
+
+def ended(ranks: list[Any]) -> list[int | None]:
+    """With which status each exits."""
+    for rank in ranks:
+        rank.join(600)
+    return [rank.exitcode for rank in ranks]
+
+
+def test_two_hosts_with_a_replica_each_train_the_model_of_one_process(
+    folder: Path, start: Callable[..., list[Any]]
+) -> None:
+    status = ended(start("replicas", "--replicas", "2"))
+    said = [(folder / f"replicas of {rank}").read_text() for rank in range(4)]
+    assert status == [0, 0, 0, 0], said
+    assert "".join(said).count("steps done") == 1
     assert cli.main(["train", str(folder / "train.toml"), "--out", str(folder / "alone")]) == 0
     model, expected = (sf.SPARC.load(folder / out / "model.safetensors") for out in ("replicas", "alone"))
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
 
 
-def enter_host(names: list[str], rank: int) -> None:
-    """The network of the host that has this rank, two of them each."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "cable"
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open(f"/run/netns/{names[rank // 2]}") as network:
-        assert libc.setns(network.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
-
-
-def train_on(folder: Path) -> None:
-    """Until a host is gone, which ends the process; what the command says is written down."""
-    command = ["train", str(folder / "train.toml"), "--out", str(folder / "cut"), "--progress", "none"]
-    with (folder / f"said by {torch.distributed.get_rank()}").open("w", buffering=1) as errors, redirect_stderr(errors):
-        os._exit(cli.main([*command, "--replicas", "2", "--steps", "1000000"]))
-
-
-def test_a_host_that_is_gone_ends_the_other_by_name(folder: Path, hosts: list[str]) -> None:
-    four, until = Ranks(4, partial(enter_host, hosts)), time.monotonic() + 600
-
-    def cut() -> None:
-        while not (folder / "cut" / "checkpoints" / "step-000000020").is_dir() and time.monotonic() < until:
-            time.sleep(0.05)
-        ip("-n", hosts[1], "link", "set", "cable", "down")
-        for rank in (2, 3):
-            four.kill(rank)
-
-    cutting = threading.Thread(target=cut)
-    cutting.start()
-    try:
-        with pytest.raises(EOFError):
-            four(train_on, folder)
-        cutting.join()
-        assert [four.status(rank) for rank in range(2)] == [1, 1]
-    finally:
-        four.close()
-    said = [(folder / f"said by {rank}").read_text() for rank in range(2)]
-    assert re.search("ranks? [23].* gone", "".join(said)), said
+def test_a_host_that_is_gone_ends_the_other_by_name(
+    folder: Path, hosts: list[str], start: Callable[..., list[Any]]
+) -> None:
+    ranks, until = start("cut", "--replicas", "2", "--steps", "1000000"), time.monotonic() + 600
+    while not (folder / "cut" / "checkpoints" / "step-000000020").is_dir():
+        assert time.monotonic() < until
+        assert all(rank.is_alive() for rank in ranks)
+        time.sleep(0.05)
+    ip("-n", hosts[1], "link", "set", "cable", "down")
+    for rank in ranks[2:]:
+        rank.kill()
+    assert ended(ranks[:1]) == [1]  # upon which torchrun ends those beside it
+    said = (folder / "cut of 0").read_text()
+    assert re.search("ranks? [23].* gone", said), said
