@@ -23,6 +23,7 @@ FLAGS = ["-std=c++17", "-O0", "-g1", "-Wno-psabi", "-DSPARC_FAST_BASELINE_ONLY",
 
 def compiler(sanitizer: str, *arguments: object) -> None:
     watched = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc/cpu'}"]
+    watched += ["-DSPARC_FAST_FLOAT32_ONLY"] * (sanitizer == "thread")
     subprocess.run([str(COMPILER), *FLAGS, *watched, *map(str, arguments)], check=True)
 
 
