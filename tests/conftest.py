@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
 import random
@@ -29,6 +30,10 @@ from operands import fast_backends
 
 from sparc_fast.ops import backends
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import triton_interpreter
+
+    triton_interpreter.make_faster()
 torch.set_num_threads(1)  # shapes are tiny; tests of threads set their own number
 # SPARC_FAST_TEST_DEVICE=cuda runs the operators' tests on a GPU, =two on memory that keeps to the rules of one
 TEST_DEVICE = os.environ.get("SPARC_FAST_TEST_DEVICE", "cpu")
@@ -174,7 +179,7 @@ def pytest_configure(config: pytest.Config) -> None:
 ON_THE_HOST = {
     "test_benchmarks", "test_benchmarks_gpu", "test_cli", "test_convert", "test_data_files", "test_data_loader",
     "test_eval_command", "test_glyph_files", "test_glyphs", "test_report", "test_screening", "test_simd_levels",
-    "test_crosscoders", "test_export_command", "test_hub", "test_interop", "test_saelens",
+    "test_crosscoders", "test_docs", "test_export_command", "test_hub", "test_interop", "test_saelens",
 }  # fmt: skip
 
 

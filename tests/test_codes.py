@@ -287,3 +287,12 @@ def test_numpy_arrays_are_encoded_as_the_tensors_they_are(dtype: str) -> None:
     assert torch.equal(model.input_mean, other.input_mean)
     with pytest.raises(ValueError, match="inputs must be arrays of real numbers, got <U1"):
         model.encode({"a": np.array([["x"]])})
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_array_that_may_not_be_written_is_read_where_it_lies(tmp_path: Path) -> None:
+    """So is a mapped file, which may be larger than memory."""
+    np.save(tmp_path / "a.npy", np.ones((5, 3), np.float32))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    tensors = batch.as_tensors({"a": mapped}, torch.device("cpu"))
+    assert tensors["a"].data_ptr() == mapped.ctypes.data

@@ -252,6 +252,9 @@ def test_a_missing_file_and_an_unknown_suffix_are_named(tmp_path: Path) -> None:
         data.open({"a": tmp_path / "nothing.npy"})
     with pytest.raises(ValueError, match=r"source of 'a' must end in one of \.h5, .*, got .*file\.csv"):
         data.open({"a": tmp_path / "file.csv"})
+    for name, instead in (("a.csv", "Parquet with a column of lists"), ("a.npz", "a .npy file for each array")):
+        with pytest.raises(ValueError, match=f"got .*{name}: save it as .*{instead}"):
+            data.open({"a": tmp_path / name})
     for sources in ({}, [1], {"": "a.npy"}, {3: "a.npy"}):
         with pytest.raises(ValueError, match="sources must map the name of at least one stream to its file"):
             data.open(sources)  # type: ignore[arg-type]
@@ -323,7 +326,9 @@ def test_ids_can_lie_beside_the_rows_in_every_file(tmp_path: Path) -> None:
         data.open(sources, ids="name")
     torch.save({"features": rows, "id": [f"sample {n}" for n in range(20)]}, tmp_path / "c.pt")
     np.save(tmp_path / "d.npy", rows.numpy())
-    with pytest.raises(ValueError, match="must be given without a name, as it holds a single array, got 'id'"):
+    with pytest.raises(
+        ValueError, match=r"ids must map streams to identifiers where a file has rows alone, as .*d\.npy, got 'id'"
+    ):
         data.open({**sources, "d": tmp_path / "d.npy"}, ids="id")
     with pytest.raises(ValueError, match=r"ids in .*c\.pt must be given as \(path, name .*, got the path alone"):
         data.open(sources, ids={"a": np.arange(20), "c": tmp_path / "c.pt"})

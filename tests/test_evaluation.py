@@ -513,6 +513,18 @@ def test_the_summary_is_strict_json_even_where_scores_are_undefined() -> None:
     assert summary["active_per_sample"] == {"a": 1.0, "b": 1.0}
 
 
+def test_numpy_arrays_are_evaluated_as_the_tensors_they_are() -> None:
+    (x, labels), model = data_of(60), model_of()
+    arrays = {name: part.numpy(force=True) for name, part in x.items()}
+    found, expected = (
+        evaluate(model, given, labels, train=given, train_labels=labels, metrics="all", resamples=0)
+        for given in (arrays, x)
+    )
+    assert found.scores() == expected.scores()
+    with pytest.raises(ValueError, match=r"inputs\['text'\] must be a tensor \[N, D=5\], got list"):
+        evaluate(model, {**arrays, "text": arrays["text"].tolist()})
+
+
 def test_a_model_that_normalizes_is_measured_against_unit_rows() -> None:
     torch.manual_seed(0)
     model = sf.SPARC({"a": 6, "b": 4}, 16, 3, normalize="l2")

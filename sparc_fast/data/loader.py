@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparc_fast.ops.huge_pages import empty_rows
+from sparc_fast.files import Closing
+from sparc_fast.ops.huge_pages import empty_rows, give_back_freed, lent
 from sparc_fast.sizes import as_bytes, is_integer
 
 from . import budget
 from .aligned import AlignedFiles, check_dtype
 from .prefetch import Job, Reading
 from .readers import _cpu
-from .recycling import Recycled
 from .shuffle import Rows, Shuffling
 
 __all__ = ["LastBatch", "Loader", "Window"]
@@ -41,7 +40,7 @@ class Window(NamedTuple):
         return self.start + len(self.order)
 
 
-class Loader:
+class Loader(Closing):
     """Batches of all streams side by side, [batch_size, D], from files of any size, shuffled anew in every epoch.
 
     ``for batch in loader`` is one epoch, or what is left of it; the next ``for`` is the next epoch. Where samples lack
@@ -90,6 +89,8 @@ class Loader:
         pin_memory: bool | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> None:
+        if not isinstance(files, AlignedFiles):
+            raise ValueError(f"files must be what sparc_fast.data.open gave, got {type(files).__name__}")
         n_threads = budget.default_threads() if n_threads is None else n_threads
         memory = as_bytes(memory, "memory")
         for name, value, least in (("batch_size", batch_size, 1), ("memory", memory, 1), ("n_threads", n_threads, 1),
@@ -104,6 +105,10 @@ class Loader:
         if pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory must be False or None where there is no CUDA device, got True")
         check_dtype(dtype)
+        if not (
+            isinstance(part, Sequence) and len(part) == 2 and all(map(is_integer, part)) and 0 <= part[0] < part[1]
+        ):
+            raise ValueError(f"part must be (r, R), integers 0 <= r < R, got {part!r}")
         self.files, self.batch_size, self.memory, self.last = files, batch_size, memory, last
         self.dtype, self.check_finite, self.n_threads = dtype, check_finite, n_threads
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -112,8 +117,6 @@ class Loader:
         self._needs = budget.Needs.of(self._readers, batch_size, dtype, n_threads)
         self._plan = budget.make_plan(self._readers, self._needs, memory, seed, shuffle)
         self._epoch = self._row = 0
-        self._full = len(range(*self._own(batch_size)))
-        self._batches = Recycled((self._full, sum(files.d_streams.values())), dtype)
         self._window: Window | None = None
         self._next: tuple[Window, Reading] | None = None
         self._spare: list[list[Tensor]] = []
@@ -191,15 +194,7 @@ class Loader:
             self._next[1].stop()
         self._window, self._next, self._dealt = None, None, None
         self._spare = []
-        self._batches.forget()
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        give_back_freed()
 
     @property
     def _rows_of_epoch(self) -> int:
@@ -238,12 +233,10 @@ class Loader:
         return r * n // R, (r + 1) * n // R
 
     def _new_batch(self, n: int) -> Tensor:
-        if 0 < n == self._full and not self.pin_memory:
-            return self._batches.take()
         D = sum(self.files.d_streams.values())
-        return torch.empty(
-            n, D, dtype=self.dtype, device="cpu", pin_memory=self.pin_memory
-        )  # torch keeps pinned memory
+        if self.pin_memory:  # which torch keeps
+            return torch.empty(n, D, dtype=self.dtype, device="cpu", pin_memory=True)
+        return lent(n, D, dtype=self.dtype)
 
     def _window_at(self, epoch: int, row: int) -> Window:
         """The window with that row of the epoch; when it is a new one, the one after it starts being read."""
