@@ -302,7 +302,7 @@ with sf.data.open({name: f"{name}.npy" for name in model.streams}) as files:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak anew")
 def test_files_larger_than_memory_are_evaluated_within_it(tmp_path: Path) -> None:
-    memory, N = 160 * 2**20, 90_000
+    memory, N = 115 * 2**20, 50_000
     block = np.random.default_rng(0).standard_normal((1000, 768)).astype(np.float16)
     for name, width in (("a", 768), ("b", 512)):
         np.save(tmp_path / f"{name}.npy", np.tile(block[:, :width], (N // 1000, 1)))
