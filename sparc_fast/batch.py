@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sparc_fast import arrays
 from sparc_fast.ops.layout import stream_slices, wide
 
 Inputs = Mapping[str, Tensor] | Tensor
@@ -203,10 +203,7 @@ def _as_tensor(x: Any, device: torch.device) -> Any:
         return x
     if x.dtype.kind not in "fiu":
         raise ValueError(f"inputs must be arrays of real numbers, got {x.dtype}")
-    native = x.astype(x.dtype.newbyteorder("="), order="C", copy=False)  # as torch takes them
-    with warnings.catch_warnings():  # of memory that may not be written, as of a file that is mapped: nobody writes it
-        warnings.filterwarnings("ignore", "The given NumPy array is not writ")
-        return torch.from_numpy(native).to(device)
+    return arrays.as_tensor(x).to(device)
 
 
 def side_by_side(

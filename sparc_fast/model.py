@@ -121,7 +121,7 @@ class SPARC(nn.Module):
             )
         n_latents, k, auxk, dead_after = int(n_latents), int(k), int(auxk), int(dead_after)
         if dtype not in functional.FLOATS:
-            raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+            raise ValueError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
         if not 1 <= k <= n_latents:
             raise ValueError(f"k must be between 1 and n_latents={n_latents}, got {k}")
         if not isinstance(backend, str):
