@@ -302,7 +302,9 @@ class SPARC(nn.Module):
             raise ValueError(
                 f"inputs must hold samples of every stream {self.streams} to calibrate, got {n} of {given}"
             )
-        mean, rms = batch.measure(self._finite_pieces(inputs), tuple(self.d_streams.values()), whiten)
+        widths = tuple(self.d_streams.values())
+        pieces = ((x, ~batch.zero_rows(x, widths)) for x in self._finite_pieces(inputs))
+        mean, rms, _ = batch.measure(pieces, widths, whiten)
         self._calibrate_streams(mean, rms, self.streams if streams is None else batch.as_names(streams))
 
     @torch.no_grad()

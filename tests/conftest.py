@@ -113,11 +113,11 @@ def native_results(
 
 @pytest.fixture(scope="session")
 def emulated_kernels(made_once: Callable[..., Path]) -> Callable[[str], list[Path]]:
-    """The objects of the emulated CUDA kernels, by the sanitizer that watches them."""
+    """The objects of the emulated CUDA kernels and of the emulation, by the sanitizer that watches the kernels."""
 
     def objects(sanitizer: str) -> list[Path]:
         folder = made_once(f"kernels {sanitizer}", partial(build.compile_kernels, sanitizer=sanitizer))
-        return sorted(folder.glob("*.o"))
+        return sorted([*folder.glob("*.o"), *made_once("emulation", build.compile_runtime).glob("*.o")])
 
     return objects
 

@@ -370,7 +370,7 @@ def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 def train_beside(
     options: dict[str, Any], of_optimizer: dict[str, Any], of_step: dict[str, Any], replicas: int = 1
 ) -> dict[str, Any] | None:
-    """How far what ranks hold and are told is from one process, which the first trains beside and tells of, 24 steps on."""
+    """How far what ranks hold and are told is from one process, which the first trains beside and tells of, 16 steps on."""
     dtype, absent, parts = options.get("dtype", torch.float64), of_step.pop("absent", False), of_step.pop("parts", 1)
     size = replicas, here()[1] // replicas
     mesh = init_device_mesh("cpu", size, mesh_dim_names=("replicas", "latents")) if replicas > 1 else None
@@ -378,7 +378,7 @@ def train_beside(
     optimizers = [sf.SparcAdam(model, 3e-3, **of_optimizer) for model in models]
     losses: list[list[Any]] = [[] for _ in models]
     most_dead, bits = 0, []
-    for step in range(24):
+    for step in range(16):
         x, present = samples(17, seed=100 + step, dtype=dtype), None
         if absent:
             present = torch.rand(17, 2, generator=torch.Generator().manual_seed(step)) < 0.6
@@ -482,7 +482,7 @@ def test_training_is_that_of_one_process_to_1e_12(ranks: Ranks, name: str) -> No
         pytest.skip("three ranks are the hardest; each costs its processes")
     told = ranks(train_beside, *TRAININGS[name])[0]
     assert_that_of_one_process(told)
-    assert told["with AuxK"] > 12
+    assert told["with AuxK"] > 8
 
 
 def trained(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparc_fast.files import Closing
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.sizes import as_bytes, is_integer
 
@@ -41,7 +41,7 @@ class Window(NamedTuple):
         return self.start + len(self.order)
 
 
-class Loader:
+class Loader(Closing):
     """Batches of all streams side by side, [batch_size, D], from files of any size, shuffled anew in every epoch.
 
     ``for batch in loader`` is one epoch, or what is left of it; the next ``for`` is the next epoch. Where samples lack
@@ -198,14 +198,6 @@ class Loader:
         self._window, self._next, self._dealt = None, None, None
         self._spare = []
         self._batches.forget()
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def _rows_of_epoch(self) -> int:
