@@ -18,6 +18,7 @@ from sparc_fast.ops.layout import stream_slices, wide
 
 Inputs = Mapping[str, Tensor] | Tensor
 Arrays = Mapping[str, npt.NDArray[Any]] | npt.NDArray[Any]
+Presence = Tensor | npt.NDArray[np.bool_]
 Normalize = Literal["l2", "none"]
 Whiten = Literal["none", "diag"]
 
@@ -262,9 +263,11 @@ def _is_real(dtype: torch.dtype) -> bool:
 
 
 def check_present(
-    present: Tensor, streams: Sequence[str], leading: tuple[int, ...], device: torch.device
+    present: Presence, streams: Sequence[str], leading: tuple[int, ...], device: torch.device
 ) -> Tensor | None:
     """Which of the streams each sample has, [N, S'] on `device`; None where each has them all."""
+    if isinstance(present, np.ndarray):
+        present = arrays.as_tensor(present)
     if not isinstance(present, Tensor) or present.dtype != torch.bool:
         got = present.dtype if isinstance(present, Tensor) else type(present).__name__
         raise ValueError(f"present must be a bool tensor, a column for each of the streams {tuple(streams)}, got {got}")
