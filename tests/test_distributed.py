@@ -370,7 +370,7 @@ def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 def train_beside(
     options: dict[str, Any], of_optimizer: dict[str, Any], of_step: dict[str, Any], replicas: int = 1
 ) -> dict[str, Any] | None:
-    """How far what ranks hold and are told is from one process, which the first trains beside and tells of, 16 steps on."""
+    """How far what ranks hold and are told is from one process, which the first trains beside and tells of, 50 steps on."""
     dtype, absent, parts = options.get("dtype", torch.float64), of_step.pop("absent", False), of_step.pop("parts", 1)
     size = replicas, here()[1] // replicas
     mesh = init_device_mesh("cpu", size, mesh_dim_names=("replicas", "latents")) if replicas > 1 else None
@@ -378,7 +378,7 @@ def train_beside(
     optimizers = [sf.SparcAdam(model, 3e-3, **of_optimizer) for model in models]
     losses: list[list[Any]] = [[] for _ in models]
     most_dead, bits = 0, []
-    for step in range(16):
+    for step in range(50):
         x, present = samples(17, seed=100 + step, dtype=dtype), None
         if absent:
             present = torch.rand(17, 2, generator=torch.Generator().manual_seed(step)) < 0.6
@@ -477,12 +477,12 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_training_is_that_of_one_process_to_1e_12(ranks: Ranks, name: str) -> None:
+def test_fifty_steps_are_those_of_one_process_to_1e_12(ranks: Ranks, name: str) -> None:
     if ranks.n != 3 and name not in ("global", "absent streams, local", "nested", "private"):
         pytest.skip("three ranks are the hardest; each costs its processes")
     told = ranks(train_beside, *TRAININGS[name])[0]
     assert_that_of_one_process(told)
-    assert told["with AuxK"] > 8
+    assert told["with AuxK"] > 20
 
 
 def trained(

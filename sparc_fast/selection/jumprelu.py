@@ -107,21 +107,22 @@ class Jump(NamedTuple):
         if self.indices.ndim == 2:
             grad_fires = grad_fires.sum(1)
         indices, slope, of_values = shards.of_replicas(self.indices, self.slope, self.slope * grad_fires)
-        through_values, through_count = (
-            self._by_latent(terms, indices, slope > 0, n_streams, n_latents) for terms in (of_values, slope)
-        )
+        through_values, through_count = self._by_latent((of_values, slope), indices, slope > 0, n_streams, n_latents)
         fires = self.fires[..., : self.n_by_threshold]
         fired = fires.sum((0, -1)) if fires.ndim == 3 else fires.sum()[None]
         return JumpGradients(shards.sum(fired).to(self.slope.dtype), -through_values, -through_count)
 
-    def _by_latent(self, terms: Tensor, indices: Tensor, where: Tensor, n_streams: int, n_latents: int) -> Tensor:
-        """The sum of each latent's terms within the band, [S, L]."""
-        total = terms.new_zeros(n_streams, n_latents)
+    def _by_latent(
+        self, terms: Sequence[Tensor], indices: Tensor, where: Tensor, n_streams: int, n_latents: int
+    ) -> Tensor:
+        """The sums of each latent's terms within the band, [T, S, L] of T tensors of terms."""
+        total = terms[0].new_zeros(len(terms), n_streams, n_latents)
         if indices.ndim == 2:
-            total[list(self.choosers)] = _sums(terms, indices, where, n_latents)
+            total[:, list(self.choosers)] = _sums(terms, indices, where, n_latents)[:, None]
         else:
             for row, s in enumerate(self.choosers):
-                total[s] = _sums(terms[:, row], indices[:, row], where[:, row], n_latents)
+                of_row = [one[:, row] for one in terms]
+                total[:, s] = _sums(of_row, indices[:, row], where[:, row], n_latents)
         return total
 
 
@@ -257,12 +258,16 @@ def _side_by_side(of_sets: list[Tensor], rule: Rule) -> Tensor:
     return torch.stack([pad(one, (0, width - one.shape[1]), value=nothing) for one in of_sets], dim=1)
 
 
-def _sums(terms: Tensor, indices: Tensor, where: Tensor, n_latents: int) -> Tensor:
-    """[L], in the same order of summation every time."""
-    latents, total = indices[where].long(), terms.new_zeros(n_latents)
-    if terms.device.type == "cpu":
-        return total.index_add_(0, latents, terms[where])
-    return total.index_put_((latents,), terms[where], accumulate=True)  # sorts there, where index_add_ is atomic
+def _sums(terms: Sequence[Tensor], indices: Tensor, where: Tensor, n_latents: int) -> Tensor:
+    """[T, L], in the same order of summation every time."""
+    places = where.reshape(-1).nonzero()[:, 0]
+    latents, total = indices.reshape(-1)[places].long(), terms[0].new_zeros(len(terms), n_latents)
+    for of_latents, one in zip(total, terms, strict=True):
+        if total.device.type == "cpu":
+            of_latents.index_add_(0, latents, one.reshape(-1)[places])
+        else:  # sorts there, where index_add_ is atomic
+            of_latents.index_put_((latents,), one.reshape(-1)[places], accumulate=True)
+    return total
 
 
 class _WithGradient(torch.autograd.Function):
