@@ -353,22 +353,20 @@ def in_pieces(
 
 
 class Moments:
-    """Mean [D] and mean squared deviation of samples [n, D] that come in pieces, in float64, on some columns together.
+    """Mean [D] and mean squared deviation [D] of samples [n, D] that come in pieces, in float64.
 
-    Pieces are combined as in Chan et al., 1979.
+    Pieces are combined as in Chan et al., 1979, so they equal the measurement in one piece to rounding.
     """
 
-    def __init__(self, columns: Sequence[slice]) -> None:
-        self.columns, self.n = columns, 0
+    def __init__(self) -> None:
+        self.n = 0
         self.mean = self.spread = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, piece: Tensor) -> None:
-        if not len(piece):
-            return
-        x = piece.double()
-        mean = x.mean(0)
-        spread = torch.stack([(x - mean)[:, cols].square().sum(1).mean() for cols in self.columns])
-        self.add_moments(len(piece), mean, spread)
+        if len(piece):
+            x = piece.double()
+            mean = x.mean(0)
+            self.add_moments(len(x), mean, (x - mean).square_().mean(0))
 
     def add_moments(self, n: int, mean: Tensor, spread: Tensor) -> None:
         """Those of n more samples."""
@@ -376,23 +374,24 @@ class Moments:
             self.mean, self.spread = mean, spread
         else:
             apart, share = mean - self.mean, n / (self.n + n)
-            between = torch.stack([apart[cols].square().sum() for cols in self.columns])
-            self.spread = self.spread + (spread - self.spread) * share + between * share * (1 - share)
+            self.spread = self.spread + (spread - self.spread) * share + apart.square() * (share * (1 - share))
             self.mean = self.mean + apart * share
         self.n += n
 
 
-def measure(pieces: Iterable[Tensor], d_streams: Sequence[int], whiten: Whiten = "none") -> tuple[Tensor, Tensor]:
-    """(mean [D], what `scales` says) of samples [n, D] in pieces, in float64; zero rows of a stream are none."""
-    streams = [Moments(stream_slices([1] * width if whiten == "diag" else [width])) for width in d_streams]
-    for piece in pieces:
-        is_zero = zero_rows(piece, d_streams)
+def measure(
+    pieces: Iterable[tuple[Tensor, Tensor | None]], d_streams: Sequence[int], whiten: str = "none"
+) -> tuple[Tensor, Tensor, list[int]]:
+    """(mean [D], what `scales` says, n of each stream) of samples [n, D] in pieces, with which streams count [n, S]."""
+    streams = [Moments() for _ in d_streams]
+    for piece, counts in pieces:
         for s, cols in enumerate(stream_slices(d_streams)):
             rows = piece[:, cols]
-            streams[s].add(rows[~is_zero[:, s]] if bool(is_zero[:, s].any()) else rows)
+            streams[s].add(rows if counts is None or bool(counts[:, s].all()) else rows[counts[:, s]])
     mean = torch.cat([moments.mean.expand(width) for moments, width in zip(streams, d_streams, strict=True)])
-    spread = torch.cat([moments.spread.expand(len(moments.columns)) for moments in streams])
-    return mean, scales(mean, spread, d_streams)
+    spreads = [moments.spread.expand(width) for moments, width in zip(streams, d_streams, strict=True)]
+    spread = torch.cat(spreads) if whiten == "diag" else torch.stack([each.sum() for each in spreads])
+    return mean, scales(mean, spread, d_streams), [moments.n for moments in streams]
 
 
 def spread_of(
@@ -406,15 +405,14 @@ def spread_of(
     found: dict[str, Moments] = {}
     for batch in batches:
         for s, (name, cols) in enumerate(zip(batch.streams, stream_slices(batch.d_streams), strict=True)):
-            moments = found.setdefault(name, Moments([slice(None)]))
+            moments = found.setdefault(name, Moments())
             here = batch.x[:, cols] if batch.present is None else batch.x[batch.present[:, s], cols]
-            if len(here):
-                moments.add(here)
-    found = of_all(found)
-    return {
-        name: torch.where(moments.spread > 1e-12 * moments.mean.square().sum(), moments.spread, 0.0).sum()
-        for name, moments in found.items()
-    }
+            moments.add(here)
+    varying = {}
+    for name, moments in of_all(found).items():
+        spread = moments.spread.sum()
+        varying[name] = torch.where(spread > 1e-12 * moments.mean.square().sum(), spread, 0.0)
+    return varying
 
 
 def scales(mean: Tensor, spread: Tensor, d_streams: Sequence[int]) -> Tensor:

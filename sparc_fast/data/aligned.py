@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sparc_fast.files import Closing
 from sparc_fast.sizes import counted
 
 from .feature_folder import FeatureFolder, Split, is_feature_folder, samples_and_tokens
@@ -37,7 +37,7 @@ class Scan(NamedTuple):
     """Rows that are 0 throughout, which have no direction to reconstruct."""
 
 
-class AlignedFiles:
+class AlignedFiles(Closing):
     """Streams in their files: row n of every stream is the same sample. `open` makes it."""
 
     def __init__(
@@ -98,14 +98,6 @@ class AlignedFiles:
         """Close the files."""
         for reader in self.readers.values():
             reader.close()
-
-    def __enter__(self) -> AlignedFiles:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open(

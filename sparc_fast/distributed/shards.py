@@ -207,6 +207,10 @@ class Shards(Whole):
     def total(self, n: int) -> int:
         return sum(number for (number,) in self.exchange.numbers(NUMBER, n))
 
+    def of_ranks(self, numbers: Tensor) -> Tensor:
+        exchange = self.exchange
+        return exchange.gather(numbers[None].to(exchange.device), [1] * exchange.ranks, "sums").to(numbers.device)
+
     def samples(self, n: int) -> int:
         return sum(number for (number,) in self.all.numbers(NUMBER, n))
 
@@ -229,7 +233,7 @@ class Shards(Whole):
     def moments(self, moments: dict[str, Moments]) -> dict[str, Moments]:
         if self.replicas is None:
             return moments
-        merged = {name: Moments(one.columns) for name, one in moments.items()}
+        merged = {name: Moments() for name in moments}
         here = {name: (one.n, one.mean.cpu(), one.spread.cpu()) for name, one in moments.items()}
         for of_replica in self.replicas.objects(here):
             for name, (n, mean, spread) in of_replica.items():
