@@ -42,8 +42,6 @@ def finish_step(
     biases: Sequence[Bias], adam: AdamStep, silence: Tensor, values: Tensor, indices: Tensor, counted: Tensor | None,
     nmse: Tensor, auxk: Tensor | None, energy: Tensor, weights: Sequence[float], auxk_coef: float,
 ) -> Summary:  # fmt: skip
-    """`step_biases`, `count_silence` of values and indices, and what `loss_summary` returns of the others; `counted`,
-    the number of the step on the device, grows by 1 where it is given."""
     values, indices = values.detach().contiguous(), indices.contiguous()
     N, S, k = values.shape
     if biases and are_dense(biases):

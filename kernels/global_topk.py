@@ -56,7 +56,7 @@ from sparc_fast.kernels.topk_rows import (
     take,
 )
 from sparc_fast.ops.gpu_scratch import CANDIDATES, ROOM, ROWS, SPARE
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import wide_type
 
 SCORES = 0.64  # of the L2 cache may be scores of one GEMM: they are still there when the filter reads them
 
@@ -656,7 +656,7 @@ def select(
         indices.fill_(-1)
     if N == 0:
         return indices
-    sums = torch.promote_types(wide(x).dtype, wide(pre_bias).dtype)
+    sums = torch.promote_types(wide_type(x.dtype), wide_type(pre_bias.dtype))
     is_exact = torch.float64 in (sums, W.dtype)
     latent_bias, biases = latent_bias.detach(), _biases(len(W), x.device)
     if is_exact:

@@ -23,12 +23,12 @@ FORMAT = "sparc_fast.SPARC/1"
 NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int32: "I32",
     torch.float32: "F32",
     torch.float64: "F64",
-    torch.int32: "I32",
     torch.int64: "I64",
 }
-"""What safetensors calls them."""
+"""What safetensors calls them; the last come first in its files."""
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], form: str = FORMAT) -> None:
@@ -50,15 +50,18 @@ def save_in_parts(
 ) -> Iterator[Callable[[str, Tensor], None]]:
     """As `save`, for tensors of these dtypes and shapes that come row by row: ``write(name, rows)`` goes on with one.
 
+    The file has the bytes that safetensors would write.
+
     Raises:
         ValueError: when the block ends, rows are missing; no file is written.
     """
     header: dict[str, Any] = {"__metadata__": {form: json.dumps(dict(config))}}
     end = 0
-    for name, (dtype, shape) in tensors.items():
+    places = {dtype: place for place, dtype in enumerate(reversed(NAMES))}
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (places[item[1][0]], item[0])):
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary, temporary.open("r+b") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -140,7 +140,10 @@ class SPARC(nn.Module):
         self.error: Loss = loss
         self.matryoshka = nested_sizes(matryoshka, n_latents)
         if self.matryoshka and private:
-            raise ValueError(f"matryoshka must be left out with private latents, got {self.matryoshka}")
+            raise ValueError(
+                "matryoshka must be left out with private latents, which are the last and in no smaller dictionary, "
+                f"got {self.matryoshka}"
+            )
         are_finite = all(is_number(one) and math.isfinite(one) for one in (sparsity_coef, bandwidth))
         if not are_finite or sparsity_coef < 0 or bandwidth <= 0:
             raise ValueError(
@@ -330,7 +333,10 @@ class SPARC(nn.Module):
         ``selection="batch"`` those above this model's threshold, just the ones that it fires of them.
         """
         if not self._shards.is_whole:
-            raise ValueError("prefix must be of a whole model, not of latents that processes share")
+            raise ValueError(
+                "prefix must be of a whole model, not of latents that processes share: save the model, and take "
+                f"SPARC.load(path).prefix({n_latents})"
+            )
         most = self.n_shared
         if not isinstance(n_latents, Integral) or not 1 <= n_latents <= most:
             raise ValueError(f"n_latents must be between 1 and those that streams share, {most}, got {n_latents}")

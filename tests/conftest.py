@@ -113,11 +113,11 @@ def native_results(
 
 @pytest.fixture(scope="session")
 def emulated_kernels(made_once: Callable[..., Path]) -> Callable[[str], list[Path]]:
-    """The objects of the emulated CUDA kernels, by the sanitizer that watches them."""
+    """The objects of the emulated CUDA kernels and of the emulation, by the sanitizer that watches the kernels."""
 
     def objects(sanitizer: str) -> list[Path]:
         folder = made_once(f"kernels {sanitizer}", partial(build.compile_kernels, sanitizer=sanitizer))
-        return sorted(folder.glob("*.o"))
+        return sorted([*folder.glob("*.o"), *made_once("emulation", build.compile_runtime).glob("*.o")])
 
     return objects
 
@@ -179,7 +179,7 @@ def pytest_configure(config: pytest.Config) -> None:
 ON_THE_HOST = {
     "test_benchmarks", "test_benchmarks_gpu", "test_cli", "test_convert", "test_data_files", "test_data_loader",
     "test_eval_command", "test_glyph_files", "test_glyphs", "test_report", "test_screening", "test_simd_levels",
-    "test_crosscoders", "test_export_command", "test_hub", "test_interop", "test_saelens",
+    "test_crosscoders", "test_docs", "test_export_command", "test_hub", "test_interop", "test_saelens",
 }  # fmt: skip
 
 

@@ -182,8 +182,9 @@ def test_batches_are_the_callers_own(files: data.AlignedFiles, keep: Callable[[T
         assert all((part == copy).all() for part, copy in kept)
 
 
-def test_memory_that_a_batch_has_left_is_used_again(files: data.AlignedFiles) -> None:
-    made = loader(files)
+def test_memory_that_a_batch_has_left_is_used_again(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.zeros((4096, 1024), np.float32))
+    made = data.Loader(data.open({"rows": str(tmp_path / "rows.npy")}), 1024)
     addresses = {batch.data_ptr() for _ in range(3) for batch in made}
     assert len(addresses) <= 3
     assert all(address % 64 == 0 for address in addresses), "rows of whole vectors should not straddle cache lines"

@@ -153,7 +153,10 @@ def test_a_learning_rate_of_the_device_is_read_at_every_replay() -> None:
     assert_same(captured, plain)
 
 
-def test_streams_given_apart_are_put_side_by_side_where_the_graph_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["given", "sent"])
+def test_streams_given_apart_are_put_side_by_side_where_the_graph_reads_them(
+    ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, captured = (optimizer({"graph": g}) for g in (False, True))
     given = [{"a": x[:, :6], "b": x[:, 6:]} for x in batches(4, 4, 4, 3, 4, 4)]
     places: list[int] = []
@@ -166,9 +169,11 @@ def test_streams_given_apart_are_put_side_by_side_where_the_graph_reads_them(mon
 
     monkeypatch.setattr(captured.model, "_with_weights", noted)
     with recorded_graphs(captured) as graphs:
-        for x in given:
+        coming = captured.send(given[0])
+        for x, after in zip(given, [*given[1:], given[0]], strict=True):
             plain.step(x)
-            captured.step(x)
+            now, coming = coming, captured.send(after)
+            captured.step(now if ahead else x)
     assert len(graphs) == 1
     assert captured._graphs.inputs is not None
     assert [place == captured._graphs.inputs.data_ptr() for place in places] == [False, False, True, False, True, True]

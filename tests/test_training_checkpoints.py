@@ -49,6 +49,7 @@ def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:
 
 def test_large_tensors_are_hashed_in_pieces_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "HASHED_TOGETHER", 16)
+    monkeypatch.setattr(checkpoints, "AT_ONCE", 6)
     checkpoints.write(tmp_path / "c", tensors(), STATE)
     checkpoints.read(tmp_path / "c")
     content = bytearray((tmp_path / "c").read_bytes())

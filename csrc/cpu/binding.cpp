@@ -5,6 +5,7 @@
 #include "../arguments/python.h"
 #include "global_topk.h"
 #include "huge_pages.h"
+#include "lent_memory.h"
 #include "level.h"
 #include "loader.h"
 #include "operators.h"
@@ -169,6 +170,12 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "read_spans", read_spans, ">out:any![n,D]");
     define(m, "gather_rows", gather_rows, ">out:any[n,D] buffer:any[m,D] rows:i64[n]");
     define(m, "prefer_huge_pages", prefer_huge_pages, "tensor:any![a|a,b|a,b,c]");
+    py::class_<LentMemory>(m, "LentMemory", py::buffer_protocol())
+        .def(py::init<size_t>())
+        .def_buffer([](LentMemory& memory) {
+            return py::buffer_info(static_cast<uint8_t*>(memory.data()), py::ssize_t(memory.size()));
+        });
+    m.def("let_memory_go", let_memory_go);
     m.attr("STRIP_WIDTH") = strip_width;
     m.attr("RUN_BYTES") = run_bytes;
     m.attr("BLOCK_SAMPLES") = block_samples;

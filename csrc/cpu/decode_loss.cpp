@@ -43,7 +43,6 @@ void decode_loss(
     std::vector<double> errors(N * S * S);  // [N, source, target]
     std::vector<A> grad_sums(blocks * D);   // [blocks of samples, D]
     const bool large = grad_recons.bytes() >= beyond_caches;
-    if (large) prefer_huge_pages(grad_recons);
     each_block(d_streams, support, block_samples, threads, [&](const Columns& run, const Block& block) {
         const int64_t t = run.stream, width = run.end - run.begin;
         const A* bias = pre_bias.at<const A>(run.begin);

@@ -177,9 +177,9 @@ Screen::Screen(
       exact_bias(bias_.at<const double>(0), bias_.at<const double>(0) + L),
       threshold(N, least_),
       count(N),
-      lower(new float[N * capacity]),
-      upper(new float[N * capacity]),
-      latent(new int32_t[N * capacity]) {
+      lower(N * capacity),
+      upper(N * capacity),
+      latent(N * capacity) {
     const double Du = std::ldexp(D, -23), gamma = Du < 1 ? Du / (1 - Du) : infinity, grow = 1 + std::ldexp(1, -20);
     for (int64_t n = 0; n < N; ++n) {
         const double rest = residual.at<const float>(0)[n], copy = norm.at<const float>(0)[n] + rest;

@@ -24,9 +24,9 @@
 #pragma once
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <vector>
 
+#include "scratch.h"
 #include "tensor.h"
 
 // For each row of w (float32 or bfloat16): norm >= ||w||, residual >= ||w - copy||, where copy = bfloat16(w);
@@ -85,8 +85,8 @@ public:
     std::vector<double> exact_bias;         // [L]
     std::vector<float> threshold;           // [N]
     std::vector<int64_t> count;             // [N], -1: given up
-    std::unique_ptr<float[]> lower, upper;  // [N, capacity]
-    std::unique_ptr<int32_t[]> latent;      // [N, capacity], ascending
+    Scratch<float> lower, upper;            // [N, capacity]
+    Scratch<int32_t> latent;                // [N, capacity], ascending
 
 private:
     void prune(int64_t n);

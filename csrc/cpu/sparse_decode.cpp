@@ -37,7 +37,6 @@ void sparse_decode(
     int threads) {
     using A = sum_t<T>;
     const bool large = recons.bytes() >= beyond_caches;
-    if (large) prefer_huge_pages(recons);
     each_block({W_dec.size[1]}, support, few_samples, threads, [&](const auto& run, const auto& block) {
         const int64_t width = run.end - run.begin;
         const A* bias = pre_bias.at<const A>(run.begin);

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from sparc_fast.files import Closing
-from sparc_fast.ops.huge_pages import empty_rows
+from sparc_fast.ops.huge_pages import empty_rows, give_back_freed, lent
 from sparc_fast.sizes import as_bytes, is_integer
 
 from . import budget
 from .aligned import AlignedFiles, check_dtype
 from .prefetch import Job, Reading
 from .readers import _cpu
-from .recycling import Recycled
 from .shuffle import Rows, Shuffling
 
 __all__ = ["LastBatch", "Loader", "Window"]
@@ -118,8 +117,6 @@ class Loader(Closing):
         self._needs = budget.Needs.of(self._readers, batch_size, dtype, n_threads)
         self._plan = budget.make_plan(self._readers, self._needs, memory, seed, shuffle)
         self._epoch = self._row = 0
-        self._full = len(range(*self._own(batch_size)))
-        self._batches = Recycled((self._full, sum(files.d_streams.values())), dtype)
         self._window: Window | None = None
         self._next: tuple[Window, Reading] | None = None
         self._spare: list[list[Tensor]] = []
@@ -197,7 +194,7 @@ class Loader(Closing):
             self._next[1].stop()
         self._window, self._next, self._dealt = None, None, None
         self._spare = []
-        self._batches.forget()
+        give_back_freed()
 
     @property
     def _rows_of_epoch(self) -> int:
@@ -236,12 +233,10 @@ class Loader(Closing):
         return r * n // R, (r + 1) * n // R
 
     def _new_batch(self, n: int) -> Tensor:
-        if 0 < n == self._full and not self.pin_memory:
-            return self._batches.take()
         D = sum(self.files.d_streams.values())
-        return torch.empty(
-            n, D, dtype=self.dtype, device="cpu", pin_memory=self.pin_memory
-        )  # torch keeps pinned memory
+        if self.pin_memory:  # which torch keeps
+            return torch.empty(n, D, dtype=self.dtype, device="cpu", pin_memory=True)
+        return lent(n, D, dtype=self.dtype)
 
     def _window_at(self, epoch: int, row: int) -> Window:
         """The window with that row of the epoch; when it is a new one, the one after it starts being read."""

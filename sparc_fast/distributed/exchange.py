@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparc_fast.ops.huge_pages import empty_rows
+from sparc_fast.ops.huge_pages import lent
 
 from . import shared_memory
 from .neighbours import MOST, neighbours
@@ -328,7 +328,7 @@ class Exchange:
 def _empty_like(rows: Tensor, n: int) -> Tensor:
     """n such rows."""
     shape = rows.shape[1:]
-    return empty_rows(n, shape.numel(), dtype=rows.dtype, device=rows.device).view(n, *shape)
+    return lent(n, *shape, dtype=rows.dtype, device=rows.device)
 
 
 def shares(n: int, ranks: int) -> list[int]:

@@ -24,10 +24,10 @@ from sparc_fast.ops.cpu_topk import (
     support_scores,
     topk_rows,
 )
-from sparc_fast.ops.huge_pages import empty_rows
-from sparc_fast.ops.layout import gradient_dtype, wide
+from sparc_fast.ops.huge_pages import lent
+from sparc_fast.ops.layout import gradient_dtype, wide, wide_type
 from sparc_fast.ops.reference import loss_summary, sample_scale, step_biases
-from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Gradients, Rows, Samples
 
 __all__ = [
     "batch_topk",
@@ -36,6 +36,7 @@ __all__ = [
     "decode_loss",
     "decoder_gradients",
     "encoder_gradients",
+    "finish_step",
     "global_topk",
     "gradient_squares",
     "invert_indices",
@@ -71,7 +72,7 @@ def support_values_grad_x(
     grad_values: Tensor, values: Tensor, indices: Tensor, W_enc: Tensor, d_streams: Sequence[int]
 ) -> Tensor:
     (rows,) = _stored(W_enc)
-    grad_x = rows.new_empty(len(values), W_enc.shape[1])
+    grad_x = lent(len(values), W_enc.shape[1], dtype=rows.dtype)
     operands = _summed(grad_values), _summed(values), _indices(indices), rows
     _cpu.support_values_grad_x(grad_x, *operands, d_streams, torch.get_num_threads())
     return _as(grad_x, W_enc.dtype)
@@ -79,8 +80,8 @@ def support_values_grad_x(
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor) -> Tensor:
     (rows,) = _stored(W_dec)
-    dtype = values.dtype if values.dtype == torch.bfloat16 else wide(rows).dtype
-    recons = torch.empty(*values.shape[:2], W_dec.shape[1], dtype=dtype, device="cpu")
+    dtype = values.dtype if values.dtype == torch.bfloat16 else wide_type(rows.dtype)
+    recons = lent(*values.shape[:2], W_dec.shape[1], dtype=dtype)
     operands = _summed(values), _indices(indices), rows, _summed(pre_bias)
     _cpu.sparse_decode(recons, *operands, torch.get_num_threads())
     return _as(recons, values.dtype)
@@ -107,8 +108,8 @@ def decode_loss(
     (rows, target), coefficients = _stored(W_dec, target), _summed(values)
     N, S, _ = values.shape
     nmse = coefficients.new_empty(S, S)
-    grad_recons = rows.new_empty(N, S, W_dec.shape[1])
-    grad_values, grad_pre_bias = torch.empty_like(coefficients), coefficients.new_empty(W_dec.shape[1])
+    grad_recons = lent(N, S, W_dec.shape[1], dtype=rows.dtype)
+    grad_values, grad_pre_bias = _sums(coefficients, *coefficients.shape), coefficients.new_empty(W_dec.shape[1])
     operands = coefficients, _indices(indices), rows, _summed(pre_bias), target, _summed(scale)
     results = nmse, grad_recons, grad_values, grad_pre_bias
     _cpu.decode_loss(*results, *operands, weights, d_streams, torch.get_num_threads())
@@ -130,8 +131,8 @@ def nested_decode_loss(
     (rows, target), coefficients = _stored(W_dec, target), _summed(values)
     N, S, _ = values.shape
     P = len(sizes)
-    nmse, grad_recons = coefficients.new_empty(P * S, S), rows.new_empty(P * N, S, W_dec.shape[1])
-    grad_values, grad_pre_bias = torch.empty_like(coefficients), coefficients.new_empty(W_dec.shape[1])
+    nmse, grad_recons = coefficients.new_empty(P * S, S), lent(P * N, S, W_dec.shape[1], dtype=rows.dtype)
+    grad_values, grad_pre_bias = _sums(coefficients, *coefficients.shape), coefficients.new_empty(W_dec.shape[1])
     operands = coefficients, _indices(indices), rows, _summed(pre_bias), target, _summed(scale)
     results, ends = (
         (nmse, grad_recons, grad_values, grad_pre_bias),
@@ -146,7 +147,7 @@ def nested_decode_loss(
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     indices = _indices(indices)
     offsets = torch.empty(n_latents + 1, dtype=torch.int64, device="cpu")
-    entries = torch.empty(indices.numel(), dtype=torch.int64, device="cpu")
+    entries = lent(indices.numel(), dtype=torch.int64)
     _cpu.invert_indices(offsets, entries, indices, n_latents)
     return offsets, entries
 
@@ -187,7 +188,7 @@ def weight_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     operands = _batch(x, pre_bias, values, grad_values, grad_recons, offsets, entries)
     grad_W_enc, grad_latent_bias = _gradients_like(x, offsets, x.shape[1], len(d_streams))
-    grad_W_dec = empty_rows(*grad_W_enc.shape, dtype=grad_W_enc.dtype)
+    grad_W_dec = lent(*grad_W_enc.shape, dtype=grad_W_enc.dtype)
     batch = _cpu.Batch(*operands, d_streams)
     _cpu.weight_gradients(grad_W_enc, grad_W_dec, grad_latent_bias, batch, torch.get_num_threads())
     return grad_W_enc, grad_W_dec, grad_latent_bias
@@ -292,6 +293,26 @@ def count_silence(silence: Tensor, values: Tensor, indices: Tensor) -> None:
     torch.autograd.graph.increment_version([silence])
 
 
+def finish_step(
+    biases: Sequence[Bias],
+    adam: AdamStep,
+    silence: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    counted: Tensor | None,
+    nmse: Tensor,
+    auxk: Tensor | None,
+    energy: Tensor,
+    weights: Sequence[float],
+    auxk_coef: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    step_biases(biases, adam)
+    count_silence(silence, values, indices)
+    if counted is not None:
+        counted.add_(1)
+    return loss_summary(nmse, auxk, energy, weights, auxk_coef)
+
+
 def _batch(
     x: Tensor,
     pre_bias: Tensor,
@@ -310,11 +331,11 @@ def _gradients_like(x: Tensor, offsets: Tensor, D: int, S: int) -> tuple[Tensor,
     """Room for the gradients of [L, D] weights and an [S, L] bias."""
     L = len(offsets) - 1
     bias = _sums(x, S, L)
-    return empty_rows(L, D, dtype=bias.dtype), bias
+    return lent(L, D, dtype=bias.dtype), bias
 
 
 def _sums(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32, device="cpu")
+    return lent(*shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
 def _stored(*tensors: Tensor) -> list[Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sparc_fast import _cpu
 from sparc_fast.ops import pooled_topk
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.huge_pages import lent
+from sparc_fast.ops.layout import wide, wide_type
 from sparc_fast.ops.reference import summed_bias
 
 ROWS, LATENTS = 2048, 2048  # samples and latents of one GEMM
@@ -50,7 +51,7 @@ def global_topk(
     rows = _samples(k, len(W))
     with torch.autocast("cpu", enabled=False):
         for n in range(0, len(x), rows):
-            centred = (wide(x[n : n + rows].detach()) - wide(pre_bias.detach())).contiguous()
+            centred = _centred(x[n : n + rows], pre_bias)
             indices[n : n + rows] = _support(centred, W, bias, k, _precisions(centred, screening))
     return indices
 
@@ -76,11 +77,11 @@ def best_rows(
     """
     W, bias, own = _stored(W_enc.detach(), x.dtype), summed_bias(latent_bias.detach()), min(k, len(W_enc))
     rows = torch.full((len(x), k), -1, dtype=torch.int32, device="cpu")
-    scores = torch.full((len(x), k), -math.inf, dtype=wide(x).dtype, device="cpu")
+    scores = torch.full((len(x), k), -math.inf, dtype=wide_type(x.dtype), device="cpu")
     at_once = _samples(k, 2**31)  # whatever the rows here, which other processes may have more of
     with torch.autocast("cpu", enabled=False):
         for n in range(0, len(x), at_once):
-            centred = (wide(x[n : n + at_once].detach()) - wide(pre_bias.detach())).contiguous()
+            centred = _centred(x[n : n + at_once], pre_bias)
             found = _best(centred, W, bias, own, k, among, _precisions(centred, screening) if own else [])
             rows[n : n + at_once, :own], scores[n : n + at_once, :own] = found
     return rows, scores
@@ -133,7 +134,7 @@ def latents_above(
         for dtype in _precisions(centred, screening):
             screen = _filtered(centred, W, bias, k, dtype, _cpu.Among.above, threshold, sure)
             if (support := _ragged(screen, centred, W)) is not None:
-                scores = torch.empty(support.shape, dtype=torch.float32, device="cpu")
+                scores = lent(*support.shape, dtype=torch.float32)
                 screen.write_scores(scores)
                 return support, scores
     return pooled_topk.latents_above(
@@ -142,8 +143,12 @@ def latents_above(
 
 
 def _operands(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    centred = (wide(x.detach()) - wide(pre_bias.detach())).contiguous()
-    return centred, _stored(W_enc.detach(), x.dtype), summed_bias(latent_bias.detach())
+    return _centred(x, pre_bias), _stored(W_enc.detach(), x.dtype), summed_bias(latent_bias.detach())
+
+
+def _centred(x: Tensor, pre_bias: Tensor) -> Tensor:
+    x, pre_bias = wide(x.detach()), wide(pre_bias.detach())
+    return torch.sub(x, pre_bias, out=lent(*x.shape, dtype=torch.result_type(x, pre_bias)))
 
 
 def _ragged(screen: Any, x: Tensor, W: Tensor) -> Tensor | None:
@@ -151,14 +156,14 @@ def _ragged(screen: Any, x: Tensor, W: Tensor) -> Tensor | None:
     width = screen.settle_ragged(x, W, torch.get_num_threads())
     if width < 0:
         return None
-    indices = torch.empty(len(x), max(1, width), dtype=torch.int32, device="cpu")
+    indices = lent(len(x), max(1, width), dtype=torch.int32)
     screen.write(indices)
     return indices
 
 
 def support_scores(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, indices: Tensor) -> Tensor:
-    centred = (wide(x.detach()) - wide(pre_bias.detach())).contiguous()
-    scores = torch.empty(indices.shape, dtype=centred.dtype, device="cpu")
+    centred = _centred(x, pre_bias)
+    scores = lent(*indices.shape, dtype=centred.dtype)
     W, latents = _stored(W_enc.detach(), x.dtype), indices.to(torch.int32).contiguous()
     _cpu.support_scores(scores, centred, W, summed_bias(latent_bias.detach()), latents, torch.get_num_threads())
     return scores
@@ -217,7 +222,7 @@ def _filtered(
     operand, norm, residual = _measured(x, dtype, None)
     capacity = _capacity(k if among == _cpu.Among.row else UNLIKE * k, L)
     screen = _cpu.Screen(norm, residual, bias, D, k, capacity, dtype == torch.bfloat16, among, least, sure)
-    scores, copies = torch.empty(N * chunk, dtype=dtype, device="cpu"), torch.empty(chunk, D, dtype=dtype, device="cpu")
+    scores, copies = lent(N * chunk, dtype=dtype), lent(chunk, D, dtype=dtype)
     for first in range(0, L, chunk):
         rows, norm, residual = _measured(W[first : first + chunk], dtype, copies)
         product = torch.mm(operand, rows.T, out=scores[: N * len(rows)].view(N, len(rows)))
@@ -230,7 +235,7 @@ def _measured(w: Tensor, dtype: torch.dtype, room: Tensor | None) -> tuple[Tenso
     norm, residual = torch.empty(2, len(w), dtype=torch.float32, device="cpu").unbind()
     copy = None
     if dtype != w.dtype:
-        copy = torch.empty(w.shape, dtype=dtype, device="cpu") if room is None else room[: len(w)]
+        copy = lent(*w.shape, dtype=dtype) if room is None else room[: len(w)]
         if dtype == torch.float32:
             copy.copy_(w)
     rounded = copy if dtype == torch.bfloat16 else None
@@ -243,7 +248,7 @@ def _exact(x: Tensor, W: Tensor, bias: Tensor, k: int) -> Tensor:
     best, latents = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int32, device="cpu")
     for first in range(0, len(W), LATENTS):
         rows = W[first : first + LATENTS]
-        h = x.new_empty(len(x), len(rows))
+        h = lent(len(x), len(rows), dtype=x.dtype)
         _cpu.exact_scores(h, x, rows, bias[first : first + LATENTS], torch.get_num_threads())
         numbers = torch.arange(first, first + len(rows), dtype=torch.int32, device="cpu").expand_as(h)
         best, latents = torch.cat([best, h], dim=1), torch.cat([latents, numbers], dim=1)

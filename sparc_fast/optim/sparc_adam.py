@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -33,17 +33,20 @@ MomentType = Literal["float32", "bfloat16"]
 class Coming:
     """The parts of a batch, of which other ranks are sent the next while one is worked on."""
 
-    def __init__(
-        self,
-        model: SPARC,
-        parts: Sequence[tuple[Inputs, Tensor | None]],
-        n_samples: int,
-        into: Tensor | None = None,
-    ) -> None:
+    def __init__(self, model: SPARC, parts: Sequence[tuple[Inputs, Tensor | None]], n_samples: int) -> None:
         self.parts, self.n_samples, self._model = parts, n_samples, model
-        self._first = model._begin_batch(*parts[0], into=into)
+        self._first: Callable[[], Batch] | None = None
+
+    def begin(self, into: Tensor | None = None) -> Coming:
+        """Sends the first part, if it has not been sent. `into`: where samples of one part that are copied may be, if a
+        step takes them before others are sent."""
+        if self._first is None:
+            with autograd.without_autocast(self._model.W_enc):
+                self._first = self._model._begin_batch(*self.parts[0], into=into if len(self.parts) == 1 else None)
+        return self
 
     def batches(self) -> Iterator[Batch]:
+        assert self._first is not None
         coming, here = self._first, deque[Batch]()  # which no variable holds while it is worked on
         for part in self.parts[1:]:
             here.append(coming())
@@ -164,7 +167,8 @@ class SparcAdam(torch.optim.Optimizer):
                 "its latents between them with sparc_fast.distributed.shard, or wrap the model in "
                 "DistributedDataParallel and give its parameters to torch.optim.Adam instead"
             )
-        coming = inputs if isinstance(inputs, Coming) else self._sent(inputs, present, self._graphs.inputs)
+        coming = inputs if isinstance(inputs, Coming) else self._given(inputs, present)
+        coming.begin(self._graphs.inputs)
         is_fixed = self._is_fixed(coming.parts)
         if is_fixed and self.model.auxk and auxk_coef and self._quiet.holds(self.model.silence, self.model.dead_after):
             auxk_coef = 0.0
@@ -190,22 +194,20 @@ class SparcAdam(torch.optim.Optimizer):
                 optimizer.step(now)
             optimizer.step(coming)
 
-        All ranks call it together. One process has nothing to send. It takes memory for the samples of one batch, or of
-        its first part, more.
+        All ranks call it together. It takes memory for the samples of one batch, or of its first part, more. One
+        process has nothing to send: its samples must stay as they are until the step, which looks whether they are
+        finite.
         """
-        return self._sent(inputs, present)
+        coming, shards = self._given(inputs, present), self.model._shards
+        return coming if shards.is_whole and not shards.has_replicas else coming.begin()
 
-    def _sent(
+    def _given(
         self,
         inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
         present: Tensor | Sequence[Tensor | None] | None,
-        into: Tensor | None = None,
     ) -> Coming:
-        """`into`: where samples of one part that are copied may be, if a step takes them before others are sent."""
         with self.model._shards.agreed("step"):
-            parts, n_samples = self._parts(inputs, present)
-        with autograd.without_autocast(self.model.W_enc):
-            return Coming(self.model, parts, n_samples, into if len(parts) == 1 else None)
+            return Coming(self.model, *self._parts(inputs, present))
 
     def _parts(
         self,
@@ -448,10 +450,10 @@ class SparcAdam(torch.optim.Optimizer):
         counted: Tensor | None,
     ) -> SparcLoss:
         """What is left of a step when its rows have moved; `counted`, the number of the step, grows where given."""
-        silence, shards, finish = self.model.silence, self.model._shards, getattr(backend, "finish_step", None)
+        silence, shards = self.model.silence, self.model._shards
         is_alone = shards.is_whole and not shards.has_replicas
-        if finish and is_alone and isinstance(batch, OneBatch) and tuple(batch.terms) == (batch.streams,):
-            at_once = partial(finish, biases, adam, silence, batch.values, batch.support, counted)
+        if is_alone and isinstance(batch, OneBatch) and tuple(batch.terms) == (batch.streams,):
+            at_once = partial(backend.finish_step, biases, adam, silence, batch.values, batch.support, counted)
             return objective.summarize(batch.terms, batch.streams, batch.zero_rows, at_once)
         backend.step_biases(biases, adam)
         batch.count_silence(silence, backend)

@@ -107,21 +107,22 @@ class Jump(NamedTuple):
         if self.indices.ndim == 2:
             grad_fires = grad_fires.sum(1)
         indices, slope, of_values = shards.of_replicas(self.indices, self.slope, self.slope * grad_fires)
-        through_values, through_count = (
-            self._by_latent(terms, indices, slope > 0, n_streams, n_latents) for terms in (of_values, slope)
-        )
+        through_values, through_count = self._by_latent((of_values, slope), indices, slope > 0, n_streams, n_latents)
         fires = self.fires[..., : self.n_by_threshold]
         fired = fires.sum((0, -1)) if fires.ndim == 3 else fires.sum()[None]
         return JumpGradients(shards.sum(fired).to(self.slope.dtype), -through_values, -through_count)
 
-    def _by_latent(self, terms: Tensor, indices: Tensor, where: Tensor, n_streams: int, n_latents: int) -> Tensor:
-        """The sum of each latent's terms within the band, [S, L]."""
-        total = terms.new_zeros(n_streams, n_latents)
+    def _by_latent(
+        self, terms: Sequence[Tensor], indices: Tensor, where: Tensor, n_streams: int, n_latents: int
+    ) -> Tensor:
+        """The sums of each latent's terms within the band, [T, S, L] of T tensors of terms."""
+        total = terms[0].new_zeros(len(terms), n_streams, n_latents)
         if indices.ndim == 2:
-            total[list(self.choosers)] = _sums(terms, indices, where, n_latents)
+            total[:, list(self.choosers)] = _sums(terms, indices, where, n_latents)[:, None]
         else:
             for row, s in enumerate(self.choosers):
-                total[s] = _sums(terms[:, row], indices[:, row], where[:, row], n_latents)
+                of_row = [one[:, row] for one in terms]
+                total[:, s] = _sums(of_row, indices[:, row], where[:, row], n_latents)
         return total
 
 
@@ -174,17 +175,16 @@ class JumpReLU(NamedTuple):
         Of the latents that are here, by a backend that knows of no others: no latent's score depends on them.
         """
         choosing = batch if streams is None else batch.of_streams(streams)
-        choices, shards = _choices(self.rule, choosing, thresholds), thresholds.shards
-        found = [self._near(*choice, k, backend, shards) for choice in choices]
+        choices = _choices(self.rule, choosing, thresholds)
+        means = means_of_latents([_thresholds_of(part) for part, _ in choices], thresholds.shards)
+        found = [self._near(*choice, mean, k, backend) for choice, mean in zip(choices, means, strict=True)]
         indices, fires, slope = (_side_by_side(list(of_sets), self.rule) for of_sets in zip(*found, strict=True))
         return Jump(indices, fires, slope, [batch.streams.index(name) for name in choosing.streams])
 
     def _near(
-        self, batch: Batch, offset: float, k: int, backend: str | Backend, shards: Whole
+        self, batch: Batch, offset: float, mean: float, k: int, backend: str | Backend
     ) -> tuple[Tensor, Tensor, Tensor]:
-        assert batch.latent_threshold is not None
-        mean = mean_of_latents(batch.latent_threshold, shards) + offset
-        width = max(self.bandwidth * abs(mean), NARROWEST)
+        width = max(self.bandwidth * abs(mean + offset), NARROWEST)
         operator = backends.resolve(backend, batch.x.device).latents_above
         least, sure = offset - width / 2, offset + width / 2
         n = len(batch.W_enc)
@@ -217,16 +217,38 @@ def _choices(rule: Rule, batch: Batch, thresholds: Thresholds) -> list[tuple[Bat
     return [(batch.of_streams(some), thresholds.of(some) if n_samples else 0.0) for some in sets]
 
 
-def mean_of_latents(of_streams: Tensor, shards: Whole) -> float:
-    """The mean over latents of the sum over streams, of [S, L]; the same bits however processes share the latents."""
-    first, *others = of_streams.double().unbind()
-    numbers = sum(others, first)
-    n, largest = shards.total(len(numbers)), pad(numbers.abs(), (0, 1)).amax()
-    bound = -float(shards.least(-largest))
-    if bound == 0 or not math.isfinite(bound):
-        return bound
-    unit = math.ldexp(1.0, math.frexp(bound)[1] + n.bit_length() - 62)  # a sum of integers has no order
-    return int(shards.sum((numbers / unit).round().long().sum()[None])) * unit / n
+def _thresholds_of(batch: Batch) -> Tensor:
+    assert batch.latent_threshold is not None
+    return batch.latent_threshold
+
+
+def means_of_latents(several: Sequence[Tensor], shards: Whole) -> list[float]:
+    """Of each [S, L] the mean over latents of the sum over streams; the same bits however processes share the latents.
+
+    All are exchanged together: first how large they are, then their sums.
+    """
+    numbers = torch.stack([_sum_of_streams(of_streams.double()) for of_streams in several])
+    largest = pad(numbers.abs(), (0, 1)).amax(1)
+    told = shards.of_ranks(torch.cat([torch.full_like(largest[:1], numbers.shape[1]), largest]))
+    n, bounds = int(told[:, 0].sum()), told[:, 1:].amax(0).tolist()
+    # a sum of integers has no order
+    units = [
+        math.ldexp(1.0, math.frexp(bound)[1] + n.bit_length() - 62) if _has_mean(bound) else 1.0 for bound in bounds
+    ]
+    integers = (numbers / numbers.new_tensor(units)[:, None]).round().long().sum(1)
+    sums = shards.sum(integers).tolist()
+    return [
+        total * unit / n if _has_mean(bound) else bound for total, unit, bound in zip(sums, units, bounds, strict=True)
+    ]
+
+
+def _has_mean(bound: float) -> bool:
+    return bound != 0 and math.isfinite(bound)
+
+
+def _sum_of_streams(numbers: Tensor) -> Tensor:
+    first, *others = numbers.unbind()
+    return sum(others, first)
 
 
 def _side_by_side(of_sets: list[Tensor], rule: Rule) -> Tensor:
@@ -236,12 +258,16 @@ def _side_by_side(of_sets: list[Tensor], rule: Rule) -> Tensor:
     return torch.stack([pad(one, (0, width - one.shape[1]), value=nothing) for one in of_sets], dim=1)
 
 
-def _sums(terms: Tensor, indices: Tensor, where: Tensor, n_latents: int) -> Tensor:
-    """[L], in the same order of summation every time."""
-    latents, total = indices[where].long(), terms.new_zeros(n_latents)
-    if terms.device.type == "cpu":
-        return total.index_add_(0, latents, terms[where])
-    return total.index_put_((latents,), terms[where], accumulate=True)  # sorts there, where index_add_ is atomic
+def _sums(terms: Sequence[Tensor], indices: Tensor, where: Tensor, n_latents: int) -> Tensor:
+    """[T, L], in the same order of summation every time."""
+    places = where.reshape(-1).nonzero()[:, 0]
+    latents, total = indices.reshape(-1)[places].long(), terms[0].new_zeros(len(terms), n_latents)
+    for of_latents, one in zip(total, terms, strict=True):
+        if total.device.type == "cpu":
+            of_latents.index_add_(0, latents, one.reshape(-1)[places])
+        else:  # sorts there, where index_add_ is atomic
+            of_latents.index_put_((latents,), one.reshape(-1)[places], accumulate=True)
+    return total
 
 
 class _WithGradient(torch.autograd.Function):

@@ -445,7 +445,10 @@ class Config:
         if self.k > self.n_latents:
             raise ValueError(f"k must be between 1 and n_latents={self.n_latents}, got {self.k}")
         if nested_sizes(self.matryoshka, self.n_latents) and self.private:
-            raise ValueError(f"matryoshka must be left out with private latents, got {self.matryoshka}")
+            raise ValueError(
+                "matryoshka must be left out with private latents, which are the last and in no smaller dictionary, "
+                f"got {self.matryoshka}"
+            )
         if bool(self.private) != bool(self.private_k):
             raise ValueError(f"private and private_k must be given together, got {self.private} and {self.private_k}")
         shared = self.n_latents - sum(self.private.values())
