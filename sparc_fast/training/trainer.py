@@ -24,6 +24,7 @@ from sparc_fast.data import AlignedFiles, Loader
 from sparc_fast.data.absence import mark_zero_rows, present_of, without_empty_samples
 from sparc_fast.model import SPARC
 from sparc_fast.ops import backends
+from sparc_fast.ops.huge_pages import give_back_freed
 from sparc_fast.ops.layout import stream_slices
 from sparc_fast.optim import Coming, SparcAdam
 from sparc_fast.version import __version__
@@ -289,6 +290,7 @@ class Trainer:
         config = self.config
         assert self.validation_files is not None
         self.model.k = config.k
+        give_back_freed()  # steps have lent each other more than validation takes
         found = validate(
             self.model, self.validation_files, config.micro_batch, config.cross_loss_coef, config.zero_rows
         )
