@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -14,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sparc_fast import arrays
 from sparc_fast.ops.layout import stream_slices, wide
 
 Inputs = Mapping[str, Tensor] | Tensor
 Arrays = Mapping[str, npt.NDArray[Any]] | npt.NDArray[Any]
+Presence = Tensor | npt.NDArray[np.bool_]
 Normalize = Literal["l2", "none"]
 Whiten = Literal["none", "diag"]
 
@@ -203,10 +204,7 @@ def _as_tensor(x: Any, device: torch.device) -> Any:
         return x
     if x.dtype.kind not in "fiu":
         raise ValueError(f"inputs must be arrays of real numbers, got {x.dtype}")
-    native = x.astype(x.dtype.newbyteorder("="), order="C", copy=False)  # as torch takes them
-    with warnings.catch_warnings():  # of memory that may not be written, as of a file that is mapped: nobody writes it
-        warnings.filterwarnings("ignore", "The given NumPy array is not writ")
-        return torch.from_numpy(native).to(device)
+    return arrays.as_tensor(x).to(device)
 
 
 def side_by_side(
@@ -265,9 +263,11 @@ def _is_real(dtype: torch.dtype) -> bool:
 
 
 def check_present(
-    present: Tensor, streams: Sequence[str], leading: tuple[int, ...], device: torch.device
+    present: Presence, streams: Sequence[str], leading: tuple[int, ...], device: torch.device
 ) -> Tensor | None:
     """Which of the streams each sample has, [N, S'] on `device`; None where each has them all."""
+    if isinstance(present, np.ndarray):
+        present = arrays.as_tensor(present)
     if not isinstance(present, Tensor) or present.dtype != torch.bool:
         got = present.dtype if isinstance(present, Tensor) else type(present).__name__
         raise ValueError(f"present must be a bool tensor, a column for each of the streams {tuple(streams)}, got {got}")

@@ -20,6 +20,7 @@ from sparc_fast.files import atomic_path
 __all__ = ["FORMAT", "load", "save", "save_in_parts"]
 
 FORMAT = "sparc_fast.SPARC/1"
+LOAD_MODEL = ": sparc_fast.training.load_model reads a run's folder and its checkpoints"
 NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -90,6 +91,8 @@ def load(path: str | Path, form: str = FORMAT) -> tuple[dict[str, Tensor], dict[
 
     expected = f"path must be {'a model' if form == FORMAT else 'codes'} saved by sparc_fast"
 
+    if Path(path).is_dir():
+        raise FileNotFoundError(f"{expected}, but {path} is a folder{LOAD_MODEL if form == FORMAT else ''}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{expected}, but there is no file {path}")
     try:
@@ -99,7 +102,10 @@ def load(path: str | Path, form: str = FORMAT) -> tuple[dict[str, Tensor], dict[
     except SafetensorError as error:
         raise ValueError(f"{expected}, but {path} is truncated or foreign: {error}") from error
     if form not in metadata:
-        raise ValueError(f"{expected} ({form}), but {path} says {sorted(metadata)}")
+        of_run = (
+            LOAD_MODEL if form == FORMAT and any(name.startswith("sparc_fast.training/") for name in metadata) else ""
+        )
+        raise ValueError(f"{expected} ({form}), but {path} says {sorted(metadata)}{of_run}")
     try:
         config = json.loads(metadata[form])
     except json.JSONDecodeError as error:

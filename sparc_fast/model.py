@@ -16,7 +16,18 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from sparc_fast import batch, checkpoint
-from sparc_fast.batch import AllStreams, Arrays, Batch, BatchSamples, Inputs, Normalize, Whiten, columns_of, position
+from sparc_fast.batch import (
+    AllStreams,
+    Arrays,
+    Batch,
+    BatchSamples,
+    Inputs,
+    Normalize,
+    Presence,
+    Whiten,
+    columns_of,
+    position,
+)  # fmt: skip
 from sparc_fast.codes import SparseLatents
 from sparc_fast.objective import Loss, Objective, SparcLoss, fired, nested_sizes
 from sparc_fast.ops import backends, functional, reference
@@ -121,7 +132,7 @@ class SPARC(nn.Module):
             )
         n_latents, k, auxk, dead_after = int(n_latents), int(k), int(auxk), int(dead_after)
         if dtype not in functional.FLOATS:
-            raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+            raise ValueError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
         if not 1 <= k <= n_latents:
             raise ValueError(f"k must be between 1 and n_latents={n_latents}, got {k}")
         if not isinstance(backend, str):
@@ -392,7 +403,7 @@ class SPARC(nn.Module):
         self._set_calibration(means, kept)
 
     @torch.no_grad()
-    def learn_thresholds(self, inputs: Inputs | Arrays, present: Tensor | None = None) -> None:
+    def learn_thresholds(self, inputs: Inputs | Arrays, present: Presence | None = None) -> None:
         """Learn the threshold of every set of the streams given once more, from the first samples of these inputs.
 
         Under ``selection="batch"`` and JumpReLU, whose training learns them too; other models have none.
@@ -431,7 +442,7 @@ class SPARC(nn.Module):
             first += len(x)
             yield self._unit_rows(x, streams)
 
-    def encode(self, inputs: Inputs | Arrays, present: Tensor | None = None) -> SparseLatents:
+    def encode(self, inputs: Inputs | Arrays, present: Presence | None = None) -> SparseLatents:
         """Sparse codes of any non-empty subset of streams; the support is chosen from the streams given.
 
         A support that all streams share has the private latents of each in its last slots, which have a value in their
@@ -459,7 +470,7 @@ class SPARC(nn.Module):
                 return self._encode_in_pieces(inputs, present, n_samples).reshape(*leading)
         return self._encode_together(inputs, present)
 
-    def _encode_in_pieces(self, inputs: Inputs, present: Tensor | None, n_samples: int) -> SparseLatents:
+    def _encode_in_pieces(self, inputs: Inputs, present: Presence | None, n_samples: int) -> SparseLatents:
         """Beside the inputs it takes what a piece does: autograd, if it is on, encodes each again on its way back."""
         codes, first = [], 0
         for piece in batch.in_pieces(inputs, self.d_streams, batch.PIECE, n_samples):
@@ -473,7 +484,7 @@ class SPARC(nn.Module):
             first += n
         return SparseLatents.cat(codes)
 
-    def _encode_together(self, inputs: Inputs, present: Tensor | None, first: int = 0) -> SparseLatents:
+    def _encode_together(self, inputs: Inputs, present: Presence | None, first: int = 0) -> SparseLatents:
         given = self._batch(inputs, present, first)
         parts = [(rows, part, self._encode(part)) for rows, part in given.by_presence()]
         if given.present is None:
@@ -544,7 +555,7 @@ class SPARC(nn.Module):
         cross_loss_coef: float = 1.0,
         auxk_coef: float = 1 / 32,
         support_from: Sequence[str] | None = None,
-        present: Tensor | None = None,
+        present: Presence | None = None,
     ) -> SparcLoss:
         """The training objective:  mean_s NMSE(s, s) + cross_loss_coef mean_{s != t} NMSE(s, t) + auxk_coef AuxK.
 
@@ -611,7 +622,7 @@ class SPARC(nn.Module):
         )
 
     def _batch(
-        self, inputs: Inputs | Arrays, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
+        self, inputs: Inputs | Arrays, present: Presence | None = None, first: int = 0, into: Tensor | None = None
     ) -> Batch:
         """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights;
         `into` is memory that they may take, if they need some.
@@ -621,25 +632,25 @@ class SPARC(nn.Module):
         return self._begin_batch(inputs, present, first, into)()
 
     def _begin_batch(
-        self, inputs: Inputs | Arrays, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
+        self, inputs: Inputs | Arrays, present: Presence | None = None, first: int = 0, into: Tensor | None = None
     ) -> Callable[[], Batch]:
         """`_batch` when it is called; the samples of other processes come meanwhile."""
         samples = self._shards.begin_batch(partial(self._own_samples, inputs, present, first, into))
         return lambda: self._with_weights(samples())
 
     def _own_samples(
-        self, inputs: Inputs | Arrays, present: Tensor | None, first: int, into: Tensor | None
+        self, inputs: Inputs | Arrays, present: Presence | None, first: int, into: Tensor | None
     ) -> BatchSamples:
         streams, x, leading = batch.side_by_side(self._tensors(inputs), self.d_streams, into)
         positions = [self.streams.index(name) for name in streams]
         widths = tuple(self.d_streams[name] for name in streams)
-        is_zero = None
+        is_zero = has = None
         if present is not None:
-            present = batch.check_present(present, streams, leading, x.device)
+            has = batch.check_present(present, streams, leading, x.device)
         elif self.is_calibrated:
             is_zero = batch.zero_rows(x, widths)
-        if present is not None:
-            x = batch.without_absent(x, present, widths)
+        if has is not None:
+            x = batch.without_absent(x, has, widths)
         x = self._unit_rows(x, streams)
         if self.is_calibrated:
             mean = columns_of(self.input_mean, streams, self.d_streams)
@@ -650,11 +661,11 @@ class SPARC(nn.Module):
         if is_zero is not None and not (may_wait and not is_zero.any()):
             x = batch.without_absent(x, ~is_zero, widths)  # 0, not -mean / rms: no error is told of it
             if may_wait:
-                has = ~is_zero | is_zero.all(1, keepdim=True)
-                present, left_out = None if has.all() else has, (~has).sum(0)
+                found = ~is_zero | is_zero.all(1, keepdim=True)
+                has, left_out = None if found.all() else found, (~found).sum(0)
         if self.check_finite and may_wait:
             batch.check_finite(x, streams, widths, first)
-        return BatchSamples(x, streams, widths, leading, present, left_out)
+        return BatchSamples(x, streams, widths, leading, has, left_out)
 
     def _with_weights(self, samples: BatchSamples) -> Batch:
         streams, positions = samples.streams, [self.streams.index(name) for name in samples.streams]

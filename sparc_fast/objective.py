@@ -18,7 +18,7 @@ from torch import Tensor
 from sparc_fast import selection
 from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
 from sparc_fast.ops import backends
-from sparc_fast.ops.autograd import Reconstruction, measure, reconstruct
+from sparc_fast.ops.autograd import Reconstruction, compare, reconstruct
 from sparc_fast.ops.layout import stream_slices, wide
 from sparc_fast.ops.reference import ZERO_ROW, loss_summary, nmse_scale, row_energy, weighted_sum
 from sparc_fast.selection import LOCAL, Private, Selection, Thresholds
@@ -336,7 +336,7 @@ class Objective:
         if self.sizes or jumped is not None or torch.is_grad_enabled():
             first = reconstruct(*operands, self.sizes, fires)
         else:
-            first = measure(*operands)
+            first = compare(*operands)
         gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc), self.shards)
         if supports.dead is None:
             return Flow(first, None, energy, gradients, batch.latent_threshold)
@@ -350,7 +350,7 @@ class Objective:
             scale = scale * supports.dead.any_dead
         weights = self_weights(S, self.auxk_coef)
         before, indices = supports.dead.before(batch)
-        through = reconstruct if torch.is_grad_enabled() else measure
+        through = reconstruct if torch.is_grad_enabled() else compare
         auxk = through(*before.operands(), indices, residual, scale, weights, widths, backend)
         if auxk.loss is None:
             auxk = auxk._replace(loss=weighted_sum(auxk.nmse, weights))

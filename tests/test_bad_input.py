@@ -45,7 +45,8 @@ def test_k_outside_the_latents(k: int) -> None:
         ({"d_streams": {0: 4}}, "d_streams must name at least one stream.*got {0: 4}"),
         ({"d_streams": {"a": 4.0}}, "each an integer width >= 1, got {'a': 4.0}"),
         ({"k": 2.5}, "n_latents, k, auxk and dead_after must be integers, got 9, 2.5"),
-        ({"dtype": torch.complex64}, "dtype must be float32, bfloat16, float16 or float64, got torch.complex64"),
+        ({"dtype": torch.complex64}, "dtype must be torch.float32, bfloat16, float16 or float64, got torch.complex64"),
+        ({"dtype": "float32"}, "dtype must be torch.float32, bfloat16, float16 or float64, got 'float32'"),
         ({"backend": "abacus"}, "backend must be one of 'auto', .*'reference'.* for cpu tensors, got 'abacus'"),
     ],
 )

@@ -101,3 +101,13 @@ def test_help_and_plan_can_be_read_on_every_terminal(encoding: str, monkeypatch:
     times = "×" if encoding == "cp1252" else "x"
     assert f"samples {times} concepts" in " ".join(printed.split())
     assert error.endswith("got lambda > \\u6f22.pth and x.pth\n")
+
+
+@pytest.mark.parametrize(("flag", "meant"), [("--selction", "--selection"), ("--nlatents=3", "--n-latents")])
+def test_a_flag_that_is_not_known_is_said_beside_the_one_that_may_be_meant(
+    flag: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--out", "x", flag])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {flag}; did you mean {meant}?\n")

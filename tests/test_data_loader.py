@@ -351,7 +351,7 @@ def test_too_little_memory_says_how_much_is_needed_and_that_suffices(files: data
         ({"seed": -1}, "seed must be an integer >= 0, got -1"),
         ({"n_threads": 0}, "n_threads must be an integer >= 1, got 0"),
         ({"last": "fold"}, 'last must be "keep" or "drop", got \'fold\''),
-        ({"dtype": torch.int32}, "dtype must be float32, bfloat16, float16 or float64"),
+        ({"dtype": torch.int32}, "dtype must be torch.float32, bfloat16, float16 or float64"),
         (
             {"batch_size": N + 1, "last": "drop"},
             f"files must hold at least one batch, got {N} rows for batch_size {N + 1}",

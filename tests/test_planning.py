@@ -392,14 +392,17 @@ def test_files_say_what_flags_would_and_the_same_file_of_settings_trains_and_pla
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "d_streams must give the width of every stream, or data name their files"),
+        ([], "d_streams (--d-streams) must give the width of every stream, or data (--data) name their files"),
         (["--data", "a=/nowhere/a.npy"], "there is none at /nowhere/a.npy; widths of data to come are given by d_str"),
         (["--data", "a=a.npy", "--d-streams", "b=3"], "d_streams must name the streams of data, ['a'], got ['b']"),
         (["--d-streams", "a"], "--d-streams must be stream=width, got 'a'"),
         (["--d-streams", "a=0"], "each an integer width >= 1, got {'a': 0}"),
         (["--d-streams", "a=3", "--rows", "many"], "--rows must be a number, got 'many'"),
-        (["--d-streams", "a=3", "--rows", "20"], "n_rows must be at least a batch beside the held-out rows, got 20"),
-        (["--rows", "20"], "n_rows must be left to the files where d_streams is, got 20"),
+        (
+            ["--d-streams", "a=3", "--rows", "20"],
+            "n_rows (--rows) must be at least a batch beside the held-out rows, got 20",
+        ),
+        (["--rows", "20"], "n_rows (--rows) must be left to the files where d_streams is, got 20"),
         (["--d-streams", "a=3", "--machine-memory", "much"], "--machine-memory must be a size such as 80GiB or 64GB"),
         (["--d-streams", "a=3", "--copy-rate", "1e9"], "must be given together, got ['copy']"),
         (["--d-streams", "a=3", "--dead", "2"], "dead must be a number from 0 to 1, got 2.0"),

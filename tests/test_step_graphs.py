@@ -159,12 +159,12 @@ def test_streams_given_apart_are_put_side_by_side_where_the_graph_reads_them(
 ) -> None:
     plain, captured = (optimizer({"graph": g}) for g in (False, True))
     given = [{"a": x[:, :6], "b": x[:, 6:]} for x in batches(2, 2, 2, 3, 2, 2)]
-    places: list[int] = []
+    samples_of: list[Tensor] = []  # all kept, so that none has the place of another
     with_weights = captured.model._with_weights
 
     def noted(samples: object) -> object:
         batch = with_weights(samples)  # type: ignore[arg-type]
-        places.append(batch.x.data_ptr())
+        samples_of.append(batch.x)
         return batch
 
     monkeypatch.setattr(captured.model, "_with_weights", noted)
@@ -176,5 +176,6 @@ def test_streams_given_apart_are_put_side_by_side_where_the_graph_reads_them(
             captured.step(now if ahead else x)
     assert len(graphs) == 1
     assert captured._graphs.inputs is not None
-    assert [place == captured._graphs.inputs.data_ptr() for place in places] == [False, False, True, False, True, True]
+    place = captured._graphs.inputs.data_ptr()
+    assert [x.data_ptr() == place for x in samples_of] == [False, False, True, False, True, True]
     assert_same(captured, plain)

@@ -171,11 +171,12 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "gather_rows", gather_rows, ">out:any[n,D] buffer:any[m,D] rows:i64[n]");
     define(m, "prefer_huge_pages", prefer_huge_pages, "tensor:any![a|a,b|a,b,c]");
     py::class_<LentMemory>(m, "LentMemory", py::buffer_protocol())
-        .def(py::init<size_t>())
+        .def(py::init<size_t, bool>())
         .def_buffer([](LentMemory& memory) {
             return py::buffer_info(static_cast<uint8_t*>(memory.data()), py::ssize_t(memory.size()));
         });
     m.def("let_memory_go", let_memory_go);
+    m.attr("SPARE_MEMORY") = spare_memory;
     m.attr("STRIP_WIDTH") = strip_width;
     m.attr("RUN_BYTES") = run_bytes;
     m.attr("BLOCK_SAMPLES") = block_samples;

@@ -23,37 +23,48 @@ constexpr bool is_kept = false;  // so that who uses what is not theirs any more
 constexpr bool is_kept = true;
 #endif
 
-// What nobody has.
+// What nobody has. With all that is lent it is little more than was asked for at once of late: `spare_memory`.
 class Kept {
    public:
-    // The smallest that fits without much waste, of equal ones the last that was used, which may be in cache; or none.
-    void* take(size_t& bytes) {
+    // The smallest that fits, of equal ones the last that was used, which may be in cache; or none. What is had for long
+    // must fit without much waste. The caller has so many bytes then, which count.
+    void* take(size_t& bytes, bool for_long) {
         const std::lock_guard lock(mutex);
-        ++takes;
+        asked += bytes;
         auto best = pieces.end();
         for (auto piece = pieces.begin(); piece != pieces.end(); ++piece) {
-            const bool fits = bytes <= piece->bytes && piece->bytes <= bytes + bytes / 2;
+            const bool fits = bytes <= piece->bytes && (!for_long || piece->bytes <= bytes + bytes / 4);
             if (fits && (best == pieces.end() || piece->bytes <= best->bytes)) best = piece;
         }
         void* found = nullptr;
         if (best != pieces.end()) {
             found = best->data, bytes = best->bytes;
-            pieces.erase(best);
+            remove(best);
         }
-        drop([&](const Piece& piece) { return takes - piece.since > others_before_let_go; });
+        lent += bytes;
+        if (++takes % others_before_let_go == 0) most_before = most, most = 0;
+        most = std::max(most, asked);
+        while (!pieces.empty() && takes - pieces.front().since > others_before_let_go) drop(pieces.begin());
+        const size_t room = std::max(most, most_before) + spare_memory;
+        while (!pieces.empty() && lent + idle > room) drop(least_beyond(lent + idle - room));
         return found;
     }
 
-    void keep(void* data, size_t bytes) noexcept try {
+    void keep(void* data, size_t bytes, size_t of_these) noexcept {
         const std::lock_guard lock(mutex);
-        pieces.push_back({data, bytes, takes});
-    } catch (const std::bad_alloc&) {
-        std::free(data);
+        lent -= std::min(lent, bytes);  // a child of a fork has never heard of what it was left
+        asked -= std::min(asked, of_these);
+        try {
+            pieces.push_back({data, bytes, takes});
+            idle += bytes;
+        } catch (const std::bad_alloc&) {
+            std::free(data);
+        }
     }
 
     void let_go() {
         const std::lock_guard lock(mutex);
-        drop([](const Piece&) { return true; });
+        while (!pieces.empty()) drop(pieces.end() - 1);
     }
 
    private:
@@ -62,17 +73,29 @@ class Kept {
         size_t bytes;
         int64_t since;
     };
+    using Place = std::vector<Piece>::iterator;
 
-    template <class F>
-    void drop(F is_dropped) {
-        const auto first = std::stable_partition(
-            pieces.begin(), pieces.end(), [&](const Piece& piece) { return !is_dropped(piece); });
-        std::for_each(first, pieces.end(), [](const Piece& piece) { std::free(piece.data); });
-        pieces.erase(first, pieces.end());
+    // The smallest of at least so many bytes, or the largest.
+    Place least_beyond(size_t bytes) {
+        return std::min_element(pieces.begin(), pieces.end(), [&](const Piece& a, const Piece& b) {
+            const bool enough = a.bytes >= bytes, also = b.bytes >= bytes;
+            return enough && also ? a.bytes < b.bytes : enough || also ? enough : a.bytes > b.bytes;
+        });
+    }
+
+    void drop(Place place) {
+        std::free(place->data);
+        remove(place);
+    }
+
+    void remove(Place place) {
+        idle -= place->bytes;
+        pieces.erase(place);
     }
 
     std::mutex mutex;
     std::vector<Piece> pieces;  // those that came last at the end
+    size_t lent = 0, idle = 0, asked = 0, most = 0, most_before = 0;
     int64_t takes = 0;
 };
 
@@ -94,10 +117,10 @@ size_t in_pages(size_t bytes, size_t page) { return (bytes + page - 1) / page * 
 
 }  // namespace
 
-LentMemory::LentMemory(size_t asked) : bytes(in_pages(std::max<size_t>(asked, 1), 64)) {
+LentMemory::LentMemory(size_t n, bool for_long) : bytes(in_pages(std::max<size_t>(n, 1), 64)) {
     const size_t page = is_large(bytes) ? size_t(2) << 20 : 64;
-    bytes = in_pages(bytes, page);
-    memory = is_large(bytes) ? kept()->take(bytes) : nullptr;
+    asked = bytes = in_pages(bytes, page);
+    memory = is_large(bytes) ? kept()->take(bytes, for_long) : nullptr;
     if (memory) return;
     memory = std::aligned_alloc(page, bytes);
     if (!memory) throw std::bad_alloc();
@@ -107,11 +130,11 @@ LentMemory::LentMemory(size_t asked) : bytes(in_pages(std::max<size_t>(asked, 1)
 }
 
 LentMemory::LentMemory(LentMemory&& other) noexcept
-    : bytes(other.bytes), memory(std::exchange(other.memory, nullptr)) {}
+    : asked(other.asked), bytes(other.bytes), memory(std::exchange(other.memory, nullptr)) {}
 
 LentMemory::~LentMemory() {
     if (memory && is_kept && is_large(bytes))
-        kept()->keep(memory, bytes);
+        kept()->keep(memory, bytes, asked);
     else
         std::free(memory);
 }

@@ -4,21 +4,24 @@
 
 // Bytes from which memory is kept for others.
 constexpr size_t large_memory = size_t(1) << 20;
-// What so many others did not fit into is given back to the system.
+// What so many others did not fit into is given back to the system; and whatever is more than this beyond what was lent
+// at once of late.
 constexpr int others_before_let_go = 256;
+constexpr size_t spare_memory = size_t(16) << 20;
 
 // Uninitialised memory, if it is large in huge pages where the system grants them.
 class LentMemory {
    public:
-    explicit LentMemory(size_t bytes);
+    // What is not had `for_long` may be part of a larger piece.
+    LentMemory(size_t n, bool for_long);
     LentMemory(LentMemory&& other) noexcept;
     ~LentMemory();
 
     void* data() const { return memory; }
-    size_t size() const { return bytes; }  // what was asked for, or more
+    size_t size() const { return bytes; }  // n or more
 
    private:
-    size_t bytes;
+    size_t asked, bytes;
     void* memory;
 };
 

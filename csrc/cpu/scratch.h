@@ -12,7 +12,7 @@ constexpr int64_t block_samples = 16;   // of a task of decode_loss, and of one 
 template <class A>
 class Scratch {
    public:
-    explicit Scratch(int64_t count) : memory(count * sizeof(A)) {}
+    explicit Scratch(int64_t count) : memory(count * sizeof(A), false) {}
 
     A& operator[](int64_t i) const { return static_cast<A*>(memory.data())[i]; }
 

@@ -159,7 +159,7 @@ def _look(arguments: argparse.Namespace, device: str | torch.device) -> int:
     )  # fmt: skip
     about = str(folder.manifest.get("attribution") or "")
     page = attribution.write_heatmaps(looked, arguments.out, attribution=about)
-    print(f"{page}: {len(looked)} samples, {len(encoders)} streams")
+    print(f"{page}: {counted(len(looked), 'sample')}, {counted(len(encoders), 'stream')}")
     return 0
 
 

@@ -206,7 +206,7 @@ def _tokens(source: Source, stream: str) -> int:
 
 def check_dtype(dtype: torch.dtype) -> None:
     if dtype not in FLOATS:
-        raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        raise ValueError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
 
 
 def blocks(reader: Reader, bytes_at_once: int) -> Iterator[tuple[int, int]]:

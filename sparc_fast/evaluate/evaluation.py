@@ -32,7 +32,7 @@ __all__ = ["Evaluation", "evaluate", "half_width"]
 Z = 1.96  # normal quantile of the 95 % interval
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
     """Metrics of one model on one set of samples, on the CPU.
 
@@ -53,6 +53,15 @@ class Evaluation:
     """By each score's key its value in each resampling of the samples, float64 [B]."""
     drawn: str = "samples"
     """What is drawn in a resampling: "samples", or "groups" of them."""
+
+    def __repr__(self) -> str:
+        """The scores, one a line."""
+        lines = [f"Evaluation of {self.n_latents:,} latents on {self.n_samples:,} samples of {', '.join(self.streams)}"]
+        found = self.scores()
+        for score in (score for metric in self.metrics for score in metric.scores):
+            if (value := found[score.key]) is not None:
+                lines.append(f"  {score.name}: {value:{score.format}}")
+        return "\n".join(lines)
 
     def __getitem__(self, metric: str) -> Any:
         if metric not in self.results:

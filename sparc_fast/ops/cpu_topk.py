@@ -148,7 +148,7 @@ def _operands(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor) -
 
 def _centred(x: Tensor, pre_bias: Tensor) -> Tensor:
     x, pre_bias = wide(x.detach()), wide(pre_bias.detach())
-    return torch.sub(x, pre_bias, out=lent(*x.shape, dtype=torch.result_type(x, pre_bias)))
+    return torch.sub(x, pre_bias, out=lent(*x.shape, dtype=torch.result_type(x, pre_bias), for_long=False))
 
 
 def _ragged(screen: Any, x: Tensor, W: Tensor) -> Tensor | None:
@@ -222,7 +222,8 @@ def _filtered(
     operand, norm, residual = _measured(x, dtype, None)
     capacity = _capacity(k if among == _cpu.Among.row else UNLIKE * k, L)
     screen = _cpu.Screen(norm, residual, bias, D, k, capacity, dtype == torch.bfloat16, among, least, sure)
-    scores, copies = lent(N * chunk, dtype=dtype), lent(chunk, D, dtype=dtype)
+    scores = lent(N * chunk, dtype=dtype, for_long=False)
+    copies = lent(chunk, D, dtype=dtype, for_long=False)
     for first in range(0, L, chunk):
         rows, norm, residual = _measured(W[first : first + chunk], dtype, copies)
         product = torch.mm(operand, rows.T, out=scores[: N * len(rows)].view(N, len(rows)))
@@ -235,7 +236,7 @@ def _measured(w: Tensor, dtype: torch.dtype, room: Tensor | None) -> tuple[Tenso
     norm, residual = torch.empty(2, len(w), dtype=torch.float32, device="cpu").unbind()
     copy = None
     if dtype != w.dtype:
-        copy = lent(*w.shape, dtype=dtype) if room is None else room[: len(w)]
+        copy = lent(*w.shape, dtype=dtype, for_long=False) if room is None else room[: len(w)]
         if dtype == torch.float32:
             copy.copy_(w)
     rounded = copy if dtype == torch.bfloat16 else None
@@ -248,7 +249,7 @@ def _exact(x: Tensor, W: Tensor, bias: Tensor, k: int) -> Tensor:
     best, latents = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int32, device="cpu")
     for first in range(0, len(W), LATENTS):
         rows = W[first : first + LATENTS]
-        h = lent(len(x), len(rows), dtype=x.dtype)
+        h = lent(len(x), len(rows), dtype=x.dtype, for_long=False)
         _cpu.exact_scores(h, x, rows, bias[first : first + LATENTS], torch.get_num_threads())
         numbers = torch.arange(first, first + len(rows), dtype=torch.int32, device="cpu").expand_as(h)
         best, latents = torch.cat([best, h], dim=1), torch.cat([latents, numbers], dim=1)

@@ -26,17 +26,20 @@ def empty_rows(*size: int, **like: Any) -> Tensor:
     return rows
 
 
-def lent(*size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+def lent(*size: int, dtype: torch.dtype, device: torch.device | str = "cpu", for_long: bool = True) -> Tensor:
     """torch.empty(*size) for a result of every step: on a CPU, a large one in memory that others have left.
 
     Fresh pages cost more than filling them. The memory is the tensor's for as long as anything refers to it; what
-    nobody has used for some steps goes back to the system.
+    nobody has used for some steps goes back to the system. What is not had `for_long`, but gone with the call that
+    asks, may be part of a larger piece.
     """
     if not _HAS_COMPILED or (n_bytes := math.prod(size) * dtype.itemsize) < LENT or torch.device(device).type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)
     from sparc_fast import _cpu
 
-    memory = torch.frombuffer(_cpu.LentMemory(n_bytes), dtype=dtype, count=n_bytes // dtype.itemsize).view(size)
+    memory = torch.frombuffer(_cpu.LentMemory(n_bytes, for_long), dtype=dtype, count=n_bytes // dtype.itemsize).view(
+        size
+    )
     # no view of another tensor, which nobody may change in place and differentiate
     rows: Tensor = torch.empty(0, dtype=dtype, device="cpu").set_(memory.untyped_storage(), 0, size, memory.stride())
     settings: Any = torch.utils.deterministic

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparc_fast.batch import AllStreams, Arrays, Batch, Inputs, columns_of, stack, streams_of
+from sparc_fast.batch import AllStreams, Arrays, Batch, Inputs, Presence, columns_of, stack, streams_of
 from sparc_fast.model import SPARC
 from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
@@ -33,7 +33,7 @@ MomentType = Literal["float32", "bfloat16"]
 class Coming:
     """The parts of a batch, of which other ranks are sent the next while one is worked on."""
 
-    def __init__(self, model: SPARC, parts: Sequence[tuple[Inputs, Tensor | None]], n_samples: int) -> None:
+    def __init__(self, model: SPARC, parts: Sequence[tuple[Inputs, Presence | None]], n_samples: int) -> None:
         self.parts, self.n_samples, self._model = parts, n_samples, model
         self._first: Callable[[], Batch] | None = None
 
@@ -153,7 +153,7 @@ class SparcAdam(torch.optim.Optimizer):
         cross_loss_coef: float = 1.0,
         auxk_coef: float = 1 / 32,
         support_from: Sequence[str] | None = None,
-        present: Tensor | Sequence[Tensor | None] | None = None,
+        present: Presence | Sequence[Presence | None] | None = None,
     ) -> SparcLoss:
         """One training step on a batch; returns its loss, before the step. Arguments as in `SPARC.loss`.
 
@@ -182,7 +182,7 @@ class SparcAdam(torch.optim.Optimizer):
     def send(
         self,
         inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
-        present: Tensor | Sequence[Tensor | None] | None = None,
+        present: Presence | Sequence[Presence | None] | None = None,
     ) -> Coming:
         """What to give to a later `step` in place of inputs and `present`, which other ranks are sent meanwhile.
 
@@ -204,7 +204,7 @@ class SparcAdam(torch.optim.Optimizer):
     def _given(
         self,
         inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
-        present: Tensor | Sequence[Tensor | None] | None,
+        present: Presence | Sequence[Presence | None] | None,
     ) -> Coming:
         with self.model._shards.agreed("step"):
             return Coming(self.model, *self._parts(inputs, present))
@@ -212,8 +212,8 @@ class SparcAdam(torch.optim.Optimizer):
     def _parts(
         self,
         inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
-        present: Tensor | Sequence[Tensor | None] | None,
-    ) -> tuple[list[tuple[Inputs, Tensor | None]], int]:
+        present: Presence | Sequence[Presence | None] | None,
+    ) -> tuple[list[tuple[Inputs, Presence | None]], int]:
         """(the parts of a batch, and which streams their samples have; how many samples these are together)."""
         given = [self.model._tensors(part) for part in (inputs if isinstance(inputs, Sequence) else [inputs])]
         n_samples = self._count_samples(given)
@@ -284,7 +284,7 @@ class SparcAdam(torch.optim.Optimizer):
         self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
         return loss
 
-    def _is_fixed(self, parts: Sequence[tuple[Inputs, Tensor | None]]) -> bool:
+    def _is_fixed(self, parts: Sequence[tuple[Inputs, Presence | None]]) -> bool:
         """Whether such a step may read nothing on the host but which samples it gets."""
         model = self.model
         is_plain = not self.capturable and self._behind is None

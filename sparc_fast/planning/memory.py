@@ -2,7 +2,8 @@
 
 A step's tensors come and go, so a part says in which phases of a run it is there; the peak is that of the largest
 phase. Freed blocks below 32 MiB stay with the C library's allocator: on a CPU what finding the support takes, which is
-such blocks, is there in every phase of a step.
+such blocks, is there in every phase of a step. What a step on a CPU frees it lends again: all of it together takes
+little more than what is there at once.
 """
 
 from __future__ import annotations
@@ -264,6 +265,7 @@ def _cpu_scratch(config: Config, sizes: Sizes, threads: int) -> Iterator[Part]:
     columns = D if sizes.supports == 1 else sizes.W
     topk = cpu_topk.scratch_bytes(N, columns, L, sizes.widest_support, sizes.weight < FLOAT)
     yield Part("support: scores, candidates", topk, (*STEP, VALIDATING))
+    yield Part("freed, for the next step", _cpu.SPARE_MEMORY, STEP)
     if config.dtype == "float16":
         yield Part("float16 weights widened to be read", FLOAT * L * D, (CHOOSING, RECONSTRUCTING, VALIDATING))
     kept = STEP if sizes.apart * L * sizes.weight < KEPT else (CHOOSING,)

@@ -25,6 +25,7 @@ from sparc_fast.data.absence import mark_zero_rows, present_of, without_empty_sa
 from sparc_fast.files import Closing
 from sparc_fast.model import SPARC
 from sparc_fast.ops import backends
+from sparc_fast.ops.huge_pages import give_back_freed
 from sparc_fast.optim import Coming, SparcAdam
 from sparc_fast.version import __version__
 from sparc_fast.whole import Whole
@@ -288,6 +289,7 @@ class Trainer(Closing):
         config = self.config
         assert self.validation_files is not None
         self.model.k = config.k
+        give_back_freed()  # steps have lent each other more than validation takes
         found = validate(
             self.model, self.validation_files, config.micro_batch, config.cross_loss_coef, config.zero_rows
         )
