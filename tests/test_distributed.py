@@ -368,9 +368,9 @@ def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def train_beside(
-    options: dict[str, Any], of_optimizer: dict[str, Any], of_step: dict[str, Any], replicas: int = 1
+    options: dict[str, Any], of_optimizer: dict[str, Any], of_step: dict[str, Any], replicas: int = 1, steps: int = 24
 ) -> dict[str, Any] | None:
-    """How far what ranks hold and are told is from one process, which the first trains beside and tells of, 50 steps on."""
+    """How far what ranks hold and are told is from one process, which the first trains beside and tells of."""
     dtype, absent, parts = options.get("dtype", torch.float64), of_step.pop("absent", False), of_step.pop("parts", 1)
     size = replicas, here()[1] // replicas
     mesh = init_device_mesh("cpu", size, mesh_dim_names=("replicas", "latents")) if replicas > 1 else None
@@ -378,7 +378,7 @@ def train_beside(
     optimizers = [sf.SparcAdam(model, 3e-3, **of_optimizer) for model in models]
     losses: list[list[Any]] = [[] for _ in models]
     most_dead, bits = 0, []
-    for step in range(50):
+    for step in range(steps):
         x, present = samples(17, seed=100 + step, dtype=dtype), None
         if absent:
             present = torch.rand(17, 2, generator=torch.Generator().manual_seed(step)) < 0.6
@@ -476,13 +476,21 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
+# each rule of selection, and what it is combined with for fewer steps
+FOR_FIFTY = {
+    "global", "absent streams, local", "batch, absent streams", "jumprelu", "local jumprelu, absent streams", "nested",
+    "private",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", TRAININGS)
-def test_fifty_steps_are_those_of_one_process_to_1e_12(ranks: Ranks, name: str) -> None:
+def test_fifty_steps_of_any_rule_are_those_of_one_process_to_1e_12(ranks: Ranks, name: str) -> None:
     if ranks.n != 3 and name not in ("global", "absent streams, local", "nested", "private"):
         pytest.skip("three ranks are the hardest; each costs its processes")
-    told = ranks(train_beside, *TRAININGS[name])[0]
+    steps = 50 if name in FOR_FIFTY else 24
+    told = ranks(train_beside, *TRAININGS[name], 1, steps)[0]
     assert_that_of_one_process(told)
-    assert told["with AuxK"] > 20
+    assert told["with AuxK"] > steps / 2.5
 
 
 def trained(
