@@ -30,8 +30,8 @@ def lent(*size: int, dtype: torch.dtype, device: torch.device | str = "cpu", for
     """torch.empty(*size) for a result of every step: on a CPU, a large one in memory that others have left.
 
     Fresh pages cost more than filling them. The memory is the tensor's for as long as anything refers to it; what
-    nobody has used for some steps goes back to the system. What is not had `for_long`, but gone with the call that asks,
-    may be part of a larger piece.
+    nobody has used for some steps goes back to the system. What is not had `for_long`, but gone with the call that
+    asks, may be part of a larger piece.
     """
     if not _HAS_COMPILED or (n_bytes := math.prod(size) * dtype.itemsize) < LENT or torch.device(device).type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)
