@@ -320,14 +320,29 @@ def _step_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Calla
     return run
 
 
-def _step_biases(b: Any, o: Operands) -> Callable[[], Tensor]:
+def _biases(o: Operands) -> list[Bias]:
     own = [wide(bias).clone() for bias in (o.latent_bias, o.pre_bias)]
     copies = [None if bias.dtype == o.dtype else bias.to(o.dtype) for bias in own]
-    biases = [Bias(w, [w / 10], [w * 0, w * 0 + 1e-6], copy) for w, copy in zip(own, copies, strict=True)]
+    return [Bias(w, [w / 10], [w * 0, w * 0 + 1e-6], copy) for w, copy in zip(own, copies, strict=True)]
+
+
+def _step_biases(b: Any, o: Operands) -> Callable[[], Tensor]:
+    biases = _biases(o)
 
     def run() -> Tensor:
         b.step_biases(biases, AdamStep(**ADAM, step=1000))
-        return own[0]
+        return biases[0].bias
+
+    return run
+
+
+def _finish_step(b: Any, o: Operands) -> Callable[[], Tensor]:
+    biases, counted = _biases(o), torch.ones((), dtype=torch.float64, device=o.device)
+    told = o.nmse, o.auxk, o.energy, o.weights, o.auxk_coef
+
+    def run() -> Tensor:
+        b.finish_step(biases, AdamStep(**ADAM, step=1000), o.silence, o.values, o.indices, counted, *told)
+        return biases[0].bias
 
     return run
 
@@ -361,6 +376,7 @@ CALLS: dict[str, Callable[[Any, Operands], Callable[[], Any]]] = {
     "step_rows": _step_rows,
     "replay_rows": _replay_rows,
     "step_biases": _step_biases,
+    "finish_step": _finish_step,
 }
 # the same operators with Adam's moments in bfloat16, which other machine code does
 NARROW_MOMENTS = {

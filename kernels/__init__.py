@@ -4,6 +4,7 @@ from .count_silence import count_silence
 from .decode_loss import decode_loss
 from .decoder_gradients import decoder_gradients
 from .encoder_gradients import encoder_gradients
+from .finish_step import finish_step
 from .global_topk import global_topk
 from .gradient_squares import gradient_squares
 from .invert_indices import invert_indices
@@ -28,6 +29,7 @@ __all__ = [
     "decode_loss",
     "decoder_gradients",
     "encoder_gradients",
+    "finish_step",
     "global_topk",
     "gradient_squares",
     "invert_indices",

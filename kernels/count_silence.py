@@ -33,11 +33,12 @@ def count_silence(silence: Tensor, values: Tensor, indices: Tensor) -> None:
     torch.autograd.graph.increment_version([silence])
 
 
-@triton.jit(do_not_specialize=["positions"])
-def _count_silence_kernel(
-    silence, stride, values, indices, positions, L, k, SOURCES: tl.constexpr, BLOCK: tl.constexpr
-):
-    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def end_silence(
+    block, silence, stride, values, indices, positions, L, k, SOURCES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Of the latents that fired at a block of positions."""
+    p = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = p < positions
     l = tl.load(indices + p, mask=live, other=-1).to(tl.int64)
     fired = tl.zeros([BLOCK], tl.int32)
@@ -45,3 +46,10 @@ def _count_silence_kernel(
         at = (p // k * SOURCES + s) * k + p % k
         fired |= (tl.load(values + at, mask=live, other=0).to(tl.float32) > 0).to(tl.int32)
     tl.store(silence + l * stride, tl.zeros([BLOCK], tl.int64), mask=(fired != 0) & (l >= 0) & (l < L))
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _count_silence_kernel(
+    silence, stride, values, indices, positions, L, k, SOURCES: tl.constexpr, BLOCK: tl.constexpr
+):
+    end_silence(tl.program_id(0), silence, stride, values, indices, positions, L, k, SOURCES, BLOCK)

@@ -37,6 +37,7 @@ from sparc_fast.kernels.gather import (
     locate,
     operand_type,
     stored,
+    sum_rows,
     sum_type,
 )
 from sparc_fast.kernels.launching import column_blocks, dense_rows, launch, next_power_of_2, widths
@@ -116,18 +117,6 @@ def _decode_loss_kernel(
 
 
 @triton.jit
-def _sum_rows(total, rows, many, D, block, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """total[d] = sum_r rows[r, d] for the columns of a block."""
-    cols = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    sums = tl.zeros([ROWS, BLOCK_D], total.dtype.element_ty)
-    for start in range(0, many, ROWS):
-        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        inside = (row < many) & (cols < D)[None, :]
-        sums += tl.load(rows + row * D + cols[None, :], mask=inside, other=0.0).to(sums.dtype)
-    tl.store(total + cols, tl.sum(sums, axis=0), mask=cols < D)
-
-
-@triton.jit
 def _sum_samples(nmse, parts, columns, pair, N, S, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """nmse[p, s, t] = the sum of parts[p, c, s, n] over samples and the chunks c of stream t, in float64."""
     p, s, t = pair // (S * S), pair // S % S, pair % S
@@ -163,7 +152,7 @@ def _finish_kernel(
     of_bias, of_nmse = tl.cdiv(D, BLOCK_D), PREFIXES * S * S
     program = tl.program_id(0)
     if program < of_bias:
-        _sum_rows(grad_pre_bias, grad_recons, N * S, D, program, ROWS, BLOCK_D)
+        sum_rows(grad_pre_bias, grad_recons, N * S, D, program, ROWS, BLOCK_D)
     elif program < of_bias + of_nmse:
         _sum_samples(nmse, nmse_parts, columns, program - of_bias, N, S, CHUNKS, BLOCK)
     else:

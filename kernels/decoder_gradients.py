@@ -17,8 +17,8 @@ from sparc_fast.kernels.segment_sums import (
     Entries,
     add_pieces,
     column_block,
-    decoder_pieces,
     of_blocks,
+    pieces_of,
     segment,
     tile,
     weighted_rows,
@@ -41,7 +41,7 @@ def decoder_sums_of(grad_recons: Tensor, batch: Entries, *, squares: bool) -> Te
     D, L = grad_recons.shape[1], batch.n_latents
     chosen = choice(D, grad_recons.dtype)
     columns = Columns.of([D], chosen["BLOCK_D"], grad_recons.device)
-    pieces = decoder_pieces(grad_recons, batch, columns, chosen)
+    _, pieces = pieces_of(batch, [D], grad_recons=grad_recons)
     found = of_blocks(columns, L) if squares else coefficients.new_empty(L, D)
     launch(
         _decoder_gradients_kernel, (triton.cdiv(L, chosen["LATENTS"]), len(columns.table)), found, grad_recons,

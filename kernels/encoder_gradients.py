@@ -21,8 +21,8 @@ from sparc_fast.kernels.segment_sums import (
     add_bias_pieces,
     add_pieces,
     column_block,
-    encoder_pieces,
     of_blocks,
+    pieces_of,
     segment,
     tile,
     weighted_rows,
@@ -57,7 +57,7 @@ def encoder_sums_of(
     D, L, S = x.shape[1], batch.n_latents, len(d_streams)
     chosen = choice(d_streams, x.dtype)
     columns = Columns.of(d_streams, chosen["BLOCK_D"], x.device)
-    pieces = encoder_pieces(x, pre_bias, batch, columns, chosen)
+    pieces, _ = pieces_of(batch, d_streams, x, pre_bias)
     grad_latent_bias = wide(x.new_empty(0)).new_empty(S, L)
     found = grad_latent_bias.new_empty(L, D) if not squares else of_blocks(columns, L)
     grid = (triton.cdiv(L, chosen["LATENTS"]), len(columns.table))

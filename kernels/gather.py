@@ -75,6 +75,18 @@ def dots(products, grad, rows, SOURCES: tl.constexpr, TENSOR_CORES: tl.constexpr
     return products
 
 
+@triton.jit
+def sum_rows(total, rows, many, D, block, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """total[d] = sum_r rows[r, d] for the columns of a block."""
+    cols = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    sums = tl.zeros([ROWS, BLOCK_D], total.dtype.element_ty)
+    for start in range(0, many, ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside = (row < many) & (cols < D)[None, :]
+        sums += tl.load(rows + row * D + cols[None, :], mask=inside, other=0.0).to(sums.dtype)
+    tl.store(total + cols, tl.sum(sums, axis=0), mask=cols < D)
+
+
 def block_columns(L: int, width: int, item_size: int, most: int) -> int:
     """Columns of a block, a power of two: few enough that they stay in the L2 cache for all latents, if 128 are."""
     block = min(most, max(next_power_of_2(width), 16))

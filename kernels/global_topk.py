@@ -50,14 +50,13 @@ from sparc_fast.kernels.topk_rows import (
     candidate_room,
     choose,
     kth_largest,
-    merge_choice,
     merge_parts,
     number_of,
     sortable,
     take,
 )
 from sparc_fast.ops.gpu_scratch import CANDIDATES, ROOM, ROWS, SPARE
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import wide_type
 
 SCORES = 0.64  # of the L2 cache may be scores of one GEMM: they are still there when the filter reads them
 
@@ -130,9 +129,10 @@ def _device(device: torch.device) -> tuple[int, int]:
 
 @triton.jit
 def _sum_biases(
-    bias, narrow_bias, total, latent_bias, stride_s, stride_l, none_given_up, L, S: tl.constexpr, BLOCK: tl.constexpr
-):
-    """`summed_bias`, the same in float32, and how many samples are given up so far."""
+    bias, narrow_bias, counts, latent_bias, stride_s, stride_l, given_up, L, S: tl.constexpr, COUNTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`summed_bias`, the same in float32, and how many samples are given up so far, with no part of them done."""
     l = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float64)
     for s in range(S):
@@ -140,7 +140,8 @@ def _sum_biases(
     tl.store(bias + l, sums, mask=l < L)
     tl.store(narrow_bias + l, sums.to(tl.float32), mask=l < L)
     if tl.program_id(0) == 0:
-        tl.store(total, none_given_up)
+        place = tl.arange(0, COUNTS)
+        tl.store(counts + place, tl.where(place == 0, given_up, 0))
 
 
 @triton.jit
@@ -492,17 +493,19 @@ def _settle(
 
 @triton.jit(do_not_specialize=["L", "k", "capacity"])
 def _score_in_full(
-    x, x_stride, pre_bias, W, W_stride, bias, L, D, k, capacity, total, rows, keys, latents, part_keys, part_latents,
+    x, x_stride, pre_bias, W, W_stride, bias, L, D, k, capacity, given_up, rows, keys, latents, part_keys, part_latents,
     part_counts, indices, among,
     SUM: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The k largest exact scores of the samples given up; where these are few, of parts, which `merge_parts` joins."""
+    """The k largest exact scores of the samples given up; where these are few, of parts, which the program that is
+    last done with a sample's merges."""
     program = tl.program_id(0)
-    groups = tl.load(total)
+    groups = tl.load(given_up)
     parts = tl.maximum(tl.num_programs(0) // tl.maximum(groups, 1), 1)
     span = tl.cdiv(L, parts)
     keys += program.to(tl.int64) * capacity
     latents += program.to(tl.int64) * capacity
+    all_keys, all_latents = part_keys, part_latents
     part_keys += program.to(tl.int64) * k
     part_latents += program.to(tl.int64) * k
     for task in range(program, groups * parts, tl.num_programs(0)):
@@ -529,7 +532,12 @@ def _score_in_full(
                 lane = start + tl.arange(0, BLOCK)
                 name = tl.load(part_latents + lane, mask=lane < written, other=0)
                 tl.store(indices + row * k + lane, name, mask=lane < written)
-            tl.debug_barrier()
+        elif tl.atomic_add(given_up + 1 + task // parts, 1) == parts - 1:
+            merge_parts(
+                task // parts, parts, row, all_keys, all_latents, part_counts, k, capacity, keys, latents, indices, TOP,
+                BLOCK,
+            )  # fmt: skip
+        tl.debug_barrier()
 
 
 def _float32_is_ieee(device: torch.device) -> bool:
@@ -648,7 +656,7 @@ def select(
         indices.fill_(-1)
     if N == 0:
         return indices
-    sums = torch.promote_types(wide(x).dtype, wide(pre_bias).dtype)
+    sums = torch.promote_types(wide_type(x.dtype), wide_type(pre_bias.dtype))
     is_exact = torch.float64 in (sums, W.dtype)
     latent_bias, biases = latent_bias.detach(), _biases(len(W), x.device)
     if is_exact:
@@ -664,19 +672,26 @@ def select(
 
 
 Biases = tuple[Tensor, Tensor, Tensor]
-"""Their sums over streams, float64 [L]; what belongs to a product, float32 [L]; [1], how many samples are given up."""
+"""Their sums over streams, float64 [L]; what belongs to a product, float32 [L]; how many samples are given up, and
+behind that how many parts of each are done, where there are parts."""
 
 
 def _biases(L: int, device: torch.device) -> Biases:
     bias = torch.empty(L, dtype=torch.float64, device=device)
-    return bias, bias.new_empty(L, dtype=torch.float32), bias.new_empty(1, dtype=torch.int32)
+    counts = bias.new_empty(next_power_of_2(1 + _programs_in_full(device)), dtype=torch.int32)
+    return bias, bias.new_empty(L, dtype=torch.float32), counts
+
+
+def _programs_in_full(device: torch.device) -> int:
+    # estimated, not measured: two programs a multiprocessor
+    return 2 * _device(device)[1]
 
 
 def _sum(latent_bias: Tensor, biases: Biases, given_up: int) -> None:
-    (S, L), (bias, narrow_bias, total) = latent_bias.shape, biases
+    (S, L), (bias, narrow_bias, counts) = latent_bias.shape, biases
     launch(
-        _sum_biases, (triton.cdiv(L, 1024),), bias, narrow_bias, total, latent_bias, *latent_bias.stride(), given_up,
-        L, S=S, BLOCK=1024,
+        _sum_biases, (triton.cdiv(L, 1024),), bias, narrow_bias, counts, latent_bias, *latent_bias.stride(), given_up,
+        L, S=S, COUNTS=len(counts), BLOCK=1024,
     )  # fmt: skip
 
 
@@ -708,8 +723,8 @@ def _screen(
     x: Tensor, W: Tensor, pre_bias: Tensor, latent_bias: Tensor, biases: Biases, k: int, dtype: torch.dtype,
     indices: Tensor, given_up: Tensor, selection: Selection, among: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes the supports that the GEMM proves, and the numbers of the other samples into given_up[:total]."""
-    (N, D), L, device, (bias, narrow_bias, total) = x.shape, len(W), x.device, biases
+    """Writes the supports that the GEMM proves, and the numbers of the other samples into given_up."""
+    (N, D), L, device, (bias, narrow_bias, counts_given_up) = x.shape, len(W), x.device, biases
     capacity = min(ROOM * k + SPARE, L)
     blocks = -(-N // max(1, min(ROWS, CANDIDATES // (16 * capacity))))
     rows = -(-N // blocks // 8) * 8
@@ -776,19 +791,17 @@ def _screen(
         settle = selection.settle if among is None else partial(_settle_rows, listed=listed)
         settle(
             x, pre_bias, W, bias, n, N_here, size, of_w[0], candidates, k, rounding, bounds[2], indices, given_up,
-            total,
+            counts_given_up[:1],
         )  # fmt: skip
 
 
 def _in_full(
     x: Tensor, W: Tensor, pre_bias: Tensor, bias: Tensor, k: int, sums: torch.dtype, indices: Tensor, rows: Tensor,
-    total: Tensor, among: Tensor | None,
+    given_up: Tensor, among: Tensor | None,
 ) -> None:  # fmt: skip
-    """The supports of the samples rows[:total]."""
-    (N, D), L, device = x.shape, len(W), x.device
-    # estimated, not measured: two programs a multiprocessor
-    most = 2 * _device(device)[1]
-    capacity = candidate_room(k, L)
+    """The supports of the samples rows[: given_up[0]]; `given_up` as in `Biases`."""
+    D, L, device = x.shape[1], len(W), x.device
+    most, capacity = _programs_in_full(device), candidate_room(k, L)
     key_dtype = torch.int64 if sums == torch.float64 else torch.int32
     keys = torch.empty(most, capacity, dtype=key_dtype, device=device)
     latents = torch.empty(most, capacity, dtype=torch.int32, device=device)
@@ -797,13 +810,9 @@ def _in_full(
     part_counts = torch.empty(most, dtype=torch.int32, device=device)
     launched = full_choice(D, W.element_size())
     launch(
-        _score_in_full, (most,), x, x.stride(0), pre_bias, W, W.stride(0), bias, L, D, k, capacity, total, rows, keys,
-        latents, part_keys, part_latents, part_counts, indices, among,
+        _score_in_full, (most,), x, x.stride(0), pre_bias, W, W.stride(0), bias, L, D, k, capacity, given_up, rows,
+        keys, latents, part_keys, part_latents, part_counts, indices, among,
         SUM=tl.float64 if sums == torch.float64 else tl.float32, TOP=TOP[sums],
         # products of float64 are rounded before they are added, those of float32 are exact
         enable_fp_fusion=sums != torch.float64, **launched,
-    )  # fmt: skip
-    launch(
-        merge_parts, (min(N, most // 2),), part_keys, part_latents, part_counts, total, rows, k, capacity, most, keys,
-        latents, indices, TOP=TOP[sums], **merge_choice(launched["BLOCK"]),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """entries[offsets[l] : offsets[l + 1]] = the flat positions p, ascending, with indices.view(-1)[p] == l.
 
 A stable radix sort of the positions by latent; then every latent looks up its first position by binary search.
-Latents outside 0 ... L - 1, as those of empty slots, are sorted behind all others as if they were L.
+Positions of latents below 0, as those of empty slots, are sorted before all others, and moved behind them.
 """
 
 from __future__ import annotations
@@ -11,43 +11,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.launching import launch, next_power_of_2
+from sparc_fast.kernels.launching import launch
 
 
-def choice(n_latents: int) -> dict[str, int]:
+def choice() -> dict[str, int]:
     # estimated, not measured: neighbours search the same cache lines, so only their number in flight counts
-    return {"BLOCK_L": min(next_power_of_2(n_latents + 1), 256), "num_warps": 4}
+    return {"BLOCK": 256, "num_warps": 4}
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     indices = indices.detach().reshape(-1)
-    keys = torch.empty(len(indices), dtype=torch.int32, device=indices.device)  # half as many passes as of int64
-    block = 1024
-    launch(_keys_kernel, (triton.cdiv(len(keys), block),), keys, indices, n_latents, len(keys), BLOCK=block)
-    keys, entries = torch.sort(keys, stable=True)
+    if indices.dtype != torch.int32:  # clamped first, so that none wraps into range
+        indices = indices.clamp(-1, n_latents).to(torch.int32)  # half as many passes of the sort
+    keys, positions = torch.sort(indices, stable=True)
     offsets = torch.empty(n_latents + 1, dtype=torch.int64, device=indices.device)
-    chosen = choice(n_latents)
-    grid = (triton.cdiv(n_latents + 1, chosen["BLOCK_L"]),)
-    launch(_offsets_kernel, grid, offsets, keys, n_latents + 1, len(keys), len(keys).bit_length(), **chosen)
+    entries, length, chosen = torch.empty_like(positions), len(keys), choice()
+    programs = triton.cdiv(n_latents + 1, chosen["BLOCK"]) + triton.cdiv(length, chosen["BLOCK"])
+    launch(
+        _offsets_kernel, (programs,), offsets, entries, keys, positions, n_latents + 1, length, length.bit_length(),
+        **chosen,
+    )  # fmt: skip
     return offsets, entries
 
 
-@triton.jit(do_not_specialize=["length"])
-def _keys_kernel(keys, indices, L, length, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    latent = tl.load(indices + at, mask=at < length, other=0)
-    tl.store(keys + at, tl.where((latent < 0) | (latent > L), L, latent).to(tl.int32), mask=at < length)
-
-
-@triton.jit(do_not_specialize=["length", "bits"])
-def _offsets_kernel(offsets, keys, n_offsets, length, bits, BLOCK_L: tl.constexpr):
-    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    low = tl.zeros([BLOCK_L], tl.int64)  # ends as the first position with keys[position] >= l
+@triton.jit
+def _first(keys, latent, length, bits):
+    """The first position with keys[position] >= latent."""
+    low = tl.zeros_like(latent).to(tl.int64)
     high = low + length
     for _ in range(bits):
         middle = (low + high) // 2
         searching = low < high
-        below = tl.load(keys + middle, mask=searching, other=0) < l
+        below = tl.load(keys + middle, mask=searching, other=0) < latent
         low = tl.where(searching & below, middle + 1, low)
         high = tl.where(searching & ~below, middle, high)
-    tl.store(offsets + l, low, mask=l < n_offsets)
+    return low
+
+
+@triton.jit(do_not_specialize=["length", "bits"])
+def _offsets_kernel(offsets, entries, keys, positions, n_offsets, length, bits, BLOCK: tl.constexpr):
+    program, of_offsets = tl.program_id(0), tl.cdiv(n_offsets, BLOCK)
+    lanes = tl.arange(0, BLOCK)
+    absent = tl.max(_first(keys, lanes * 0, length, bits), 0)
+    if program < of_offsets:
+        l = program * BLOCK + lanes
+        tl.store(offsets + l, _first(keys, l, length, bits) - absent, mask=l < n_offsets)
+    else:
+        at = (program - of_offsets).to(tl.int64) * BLOCK + lanes
+        moved = tl.where(at < absent, at - absent + length, at - absent)
+        tl.store(entries + moved, tl.load(positions + at, mask=at < length), mask=at < length)

@@ -18,10 +18,8 @@ from sparc_fast.kernels.sample_scale import LEAST
 from sparc_fast.ops.reference import has_cross
 
 
-@jit(do_not_specialize=["N"])
-def _loss_summary_kernel(
-    zero_rows, told, nmse, auxk, energy, weights, N, S: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr
-):
+@jit
+def summarize(zero_rows, told, nmse, auxk, energy, weights, N, S: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr):
     """told: total, self, cross, AuxK, nmse [S, S]. Behind the weights is AuxK's coefficient."""
     s, t = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
     inside = (s < S) & (t < S)
@@ -45,22 +43,39 @@ def _loss_summary_kernel(
     tl.store(zero_rows + tl.arange(0, P), rows, mask=tl.arange(0, P) < S)
 
 
+@jit(do_not_specialize=["N"])
+def _loss_summary_kernel(
+    zero_rows, told, nmse, auxk, energy, weights, N, S: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    summarize(zero_rows, told, nmse, auxk, energy, weights, N, S, P, BLOCK_N)
+
+
 def choice(S: int) -> dict[str, int]:
     # estimated, not measured: one program, whose loads are what it waits for
     block = next_power_of_2(S)
     return {"P": block, "BLOCK_N": max(2048 // block, 16), "num_warps": 8}
 
 
-def loss_summary(
+Summary = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]
+
+
+def summary_of(
     nmse: Tensor, auxk: Tensor | None, energy: Tensor, weights: Sequence[float], auxk_coef: float
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+) -> tuple[tuple[Tensor | int | None, ...], Summary]:
+    """(what `summarize` takes, whose results are these)"""
     S, device = len(nmse), nmse.device
     coef = 1.0 if auxk is None else float(auxk_coef)
     memory = torch.empty(8 * S + (4 + S * S) * nmse.itemsize, dtype=torch.uint8, device=device)
     zero_rows, told = memory[: 8 * S].view(torch.int64), memory[8 * S :].view(nmse.dtype)
-    launch(
-        _loss_summary_kernel, (1,), zero_rows, told, nmse.contiguous(), auxk, energy.contiguous(),
-        weights_on((*weights, coef), device), len(energy), S=S, **choice(S),
-    )  # fmt: skip
+    on_device = weights_on((*weights, coef), device)
+    operands = zero_rows, told, nmse.contiguous(), auxk, energy.contiguous(), on_device, len(energy)
     cross = told[2] if has_cross(weights, S) else None
-    return told[0], told[1], cross, None if auxk is None else told[3], told[4:].view(S, S), zero_rows
+    return operands, (told[0], told[1], cross, None if auxk is None else told[3], told[4:].view(S, S), zero_rows)
+
+
+def loss_summary(
+    nmse: Tensor, auxk: Tensor | None, energy: Tensor, weights: Sequence[float], auxk_coef: float
+) -> Summary:
+    operands, summary = summary_of(nmse, auxk, energy, weights, auxk_coef)
+    launch(_loss_summary_kernel, (1,), *operands, S=len(nmse), **choice(len(nmse)))
+    return summary

@@ -14,12 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparc_fast.kernels.adam import Constants, adam
 from sparc_fast.kernels.launching import launch
 from sparc_fast.kernels.segment_sums import Columns, column_block
 from sparc_fast.kernels.update_rows import (
     InPlace,
-    adam,
-    adam_constants,
     decoder_choice,
     grain,
     rounded_moments,
@@ -43,7 +42,7 @@ def replay_rows(rows: DecoderRows, latents: Tensor, history: Tensor, seed: int |
     width, R, L, T = max(d_streams), len(latents), len(W_dec), len(history)
     first_step = torch.ones((), dtype=torch.float64, device=W_dec.device)
     rounding = rounding_seed(W_dec, moments, seed)
-    constants, noise = adam_constants(history[:, 0], history[:, 1:], first_step, T, W_dec.dtype, rounding)
+    constants, noise, _ = Constants.of(history[:, 0], history[:, 1:], first_step, T, W_dec.dtype, rounding).write()
     chosen = choice(d_streams, W_dec.dtype)
     streams = Columns.of(d_streams, width, W_dec.device)
     grid = (triton.cdiv(R, chosen["LATENTS"]), len(d_streams))

@@ -49,17 +49,17 @@ def _are_multiplied_as_they_are(x, stride, pre_bias, N, D, LOOKED_AT: tl.constex
 
 @triton.jit(do_not_specialize=["first", "here", "N", "growth", "flushed", "rounding"])
 def _prepare(
-    bias, narrow_bias, none_given_up, w_norm, X, norm, residual, inverse, size, x, stride, W, W_stride, pre_bias,
+    bias, narrow_bias, counts, w_norm, X, norm, residual, inverse, size, x, stride, W, W_stride, pre_bias,
     latent_bias, stride_s, stride_l, first, here, N, L, D, growth, flushed, rounding,
-    S: tl.constexpr, LOOKED_AT: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    COUNTS: tl.constexpr, S: tl.constexpr, LOOKED_AT: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    SAMPLES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Of L latents, TILES times ROWS a program; then of SAMPLES a program, those from `first` to first + here."""
     program, of_latents = tl.program_id(0), tl.cdiv(L, TILES * ROWS)
     as_they_are = _are_multiplied_as_they_are(x, stride, pre_bias, N, D, LOOKED_AT, BLOCK_D)
     if program < of_latents:
         if program == 0:
-            tl.store(none_given_up, 0)
+            tl.store(counts + tl.arange(0, COUNTS), 0)
         for tile in range(TILES):
             l = (program * TILES + tile).to(tl.int64) * ROWS + tl.arange(0, ROWS)
             squares = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -140,11 +140,13 @@ def prepare(
     """Of the samples from `first` on, X [here, D] and of_x [4, here]: bounds of ||X||, of what X is away from them, 1,
     and a bound of ||x - pre_bias||; with first == 0 also what is the latents'.
 
-    ``biases`` are their sums in float64, those that belong to X in float32, and how many samples are given up: none.
+    ``biases`` are their sums in float64, those that belong to X in float32, and how many samples are given up, and
+    how many parts of each are done: none.
     """
     (N, D), L, chosen = x.shape, 0 if first else len(W), choice(x.shape[1])
     programs = triton.cdiv(L, chosen["TILES"] * chosen["ROWS"]) + triton.cdiv(here, chosen["SAMPLES"])
     launch(
         _prepare, (programs,), *biases, w_norm, X, *of_x, x, x.stride(0), W, W.stride(0), pre_bias, latent_bias,
-        *latent_bias.stride(), first, here, N, L, D, growth, flushed, rounding, S=len(latent_bias), **chosen,
+        *latent_bias.stride(), first, here, N, L, D, growth, flushed, rounding, COUNTS=len(biases[2]),
+        S=len(latent_bias), **chosen,
     )  # fmt: skip

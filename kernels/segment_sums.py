@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparc_fast.kernels.adam import Constants, write_constants
 from sparc_fast.kernels.gather import sum_type, times, widened
 from sparc_fast.kernels.launching import column_blocks, launch, next_power_of_2, widths
 from sparc_fast.ops.gpu_scratch import PIECE  # of a support per stream, PIECE entries of each stream
@@ -68,9 +69,15 @@ class Entries(NamedTuple):
 
     @classmethod
     def of(
-        cls, values: Tensor, grad_values: Tensor | None, offsets: Tensor, entries: Tensor, decoder: bool = True
+        cls,
+        values: Tensor,
+        grad_values: Tensor | None,
+        offsets: Tensor,
+        entries: Tensor,
+        decoder: bool = True,
+        constants: Constants | None = None,
     ) -> Entries:
-        """With terms of an encoder where there are gradients of values."""
+        """With terms of an encoder where there are gradients of values. The same launch writes `constants`."""
         (N, S, k), length, device = values.shape, len(entries), values.device
         per_stream = length != N * k
 
@@ -81,9 +88,11 @@ class Entries(NamedTuple):
         encoder = None if grad_values is None else terms(S)
         of_decoder = terms(1 if per_stream else S) if decoder else None
         launch(
-            _terms_kernel, (triton.cdiv(length, 256),), *(encoder or (None, None)), *(of_decoder or (None, None)),
-            values.detach().contiguous(), None if grad_values is None else grad_values.detach().contiguous(),
-            entries.contiguous(), length, S=S, K=k, PER_STREAM=per_stream, SUM=sum_type(values), BLOCK=256,
+            _terms_kernel, (max(triton.cdiv(length, 256), 1),), *(encoder or (None, None)),
+            *(of_decoder or (None, None)), values.detach().contiguous(),
+            None if grad_values is None else grad_values.detach().contiguous(),
+            entries.contiguous(), length, *_told(constants), S=S, K=k, PER_STREAM=per_stream, SUM=sum_type(values),
+            BLOCK=256,
         )  # fmt: skip
         return cls(offsets.contiguous(), encoder, of_decoder, PIECE * S if per_stream else PIECE)
 
@@ -95,6 +104,11 @@ class Entries(NamedTuple):
     def length(self) -> int:
         terms = self.encoder or self.decoder
         return 0 if terms is None else len(terms.rows)
+
+
+def _told(constants: Constants | None) -> tuple[Tensor | int | None, ...]:
+    """What `write_constants` takes."""
+    return (None,) * 10 if constants is None else (constants.numbers, constants.noise, *constants.told)
 
 
 class Columns(NamedTuple):
@@ -117,43 +131,65 @@ def of_blocks(columns: Columns, L: int) -> Tensor:
 class Pieces(NamedTuple):
     """Sums of the pieces beyond the first of every latent: rows [slots, D], and the encoder's bias [slots, S]."""
 
-    rows: Tensor
+    rows: Tensor | None
     bias: Tensor | None
 
 
-def encoder_pieces(x: Tensor, pre_bias: Tensor, batch: Entries, columns: Columns, choice: dict[str, int]) -> Pieces:
-    assert batch.encoder is not None
-    return _pieces(x, pre_bias, batch, batch.encoder, columns, choice)
+NO_PIECES = Pieces(None, None)
 
 
-def decoder_pieces(grad_recons: Tensor, batch: Entries, columns: Columns, choice: dict[str, int]) -> Pieces:
-    """grad_recons as rows [N * S, D]."""
-    assert batch.decoder is not None
-    return _pieces(grad_recons, None, batch, batch.decoder, columns, choice)
+def pieces_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
+    # estimated, not measured: 4 rows of 2 KB in flight
+    return tile(d_streams, dtype, widest=1024, rows=4)
 
 
-def _pieces(
-    source: Tensor, centre: Tensor | None, batch: Entries, terms: Terms, columns: Columns, choice: dict[str, int]
-) -> Pieces:
-    sums, length = terms.coefficients.shape
-    slots, D, dtype = triton.cdiv(length, batch.PIECE), source.shape[1], wide_type(source.dtype)
-    rows = torch.empty(max(slots, 1), D, dtype=dtype, device=source.device)
-    bias = None if centre is None else torch.empty(max(slots, 1), sums, dtype=dtype, device=source.device)
+def pieces_of(
+    batch: Entries,
+    d_streams: Sequence[int],
+    x: Tensor | None = None,
+    pre_bias: Tensor | None = None,
+    grad_recons: Tensor | None = None,
+) -> tuple[Pieces, Pieces]:
+    """Of the encoder where there is x, of the decoder where there is grad_recons, as rows [N * S, D]: in one launch."""
+    given = [source for source in (x, grad_recons) if source is not None]
+    (D,), device = {source.shape[1] for source in given}, given[0].device
+    slots = triton.cdiv(batch.length, batch.PIECE)
+    chosen = pieces_choice(d_streams, max((source.dtype for source in given), key=lambda dtype: dtype.itemsize))
+    columns = Columns.of(d_streams, chosen["BLOCK_D"], device)
+
+    def room(source: Tensor | None, terms: Terms | None) -> Pieces:
+        if source is None or terms is None:
+            return NO_PIECES
+        dtype, sums = wide_type(source.dtype), len(terms.coefficients)
+        rows = torch.empty(max(slots, 1), D, dtype=dtype, device=device)
+        return Pieces(rows, rows.new_empty(max(slots, 1), sums) if source is x else None)
+
+    encoder, decoder = room(x, batch.encoder), room(grad_recons, batch.decoder)
     if slots > 1:  # the first slot is never taken
-        grid = (triton.cdiv(slots, choice["LATENTS"]), len(columns.table))
+        grid = (triton.cdiv(slots, chosen["LATENTS"]), len(columns.table), len(given))
+        of_encoder, of_decoder = batch.encoder or (None, None), batch.decoder or (None, None)
         launch(
-            _pieces_kernel, grid, rows, bias, source, source.stride(0), centre, batch.offsets, *terms, length,
-            columns.table, slots, batch.n_latents, batch.n_latents.bit_length() + 1, D, S=sums, PIECE=batch.PIECE,
-            SUM=sum_type(source), ALIGN=columns.ALIGN, **choice,
+            _pieces_kernel, grid, *encoder, x, 0 if x is None else x.stride(0), pre_bias, *of_encoder,
+            decoder.rows, grad_recons, 0 if grad_recons is None else grad_recons.stride(0), *of_decoder,
+            batch.offsets, batch.length, columns.table, slots, batch.n_latents, batch.n_latents.bit_length() + 1, D,
+            S=1 if batch.encoder is None else len(batch.encoder.coefficients),
+            SOURCES=1 if batch.decoder is None else len(batch.decoder.coefficients),
+            PIECE=batch.PIECE, ALIGN=columns.ALIGN, **chosen,
         )  # fmt: skip
-    return Pieces(rows, bias)
+    return encoder, decoder
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "steps", "seed_low", "seed_high"])
 def _terms_kernel(
     encoder_rows, encoder_coefficients, decoder_rows, decoder_coefficients, values, grad_values, entries, length,
+    constants, noise, lr, settings, stride_lr, stride_settings, first_step, steps, seed_low, seed_high,
     S: tl.constexpr, K: tl.constexpr, PER_STREAM: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    if constants is not None and tl.program_id(0) == 0:
+        write_constants(
+            tl.arange(0, BLOCK), constants, noise, lr, settings, stride_lr, stride_settings, first_step, steps,
+            seed_low, seed_high,
+        )  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < length
     p = tl.load(entries + i, mask=inside, other=0)
@@ -268,26 +304,31 @@ def piece_of_slot(slot, slots, offsets, L, bits, PIECE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "slots"])
 def _pieces_kernel(
-    piece_rows, piece_bias, source, stride, pre_bias, offsets, rows, coefficients, length, table, slots, L, bits, D,
-    S: tl.constexpr, PIECE: tl.constexpr, SUM: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr,
+    x_sums, bias_sums, x, stride_x, pre_bias, x_rows, x_coefficients, sums, grad_recons, stride, rows, coefficients,
+    offsets, length, table, slots, L, bits, D,
+    S: tl.constexpr, SOURCES: tl.constexpr, PIECE: tl.constexpr, ALIGN: tl.constexpr, LATENTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The encoder's, if there are any, then the decoder's."""
     first, last, stream = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
     inside = columns < last
     slot = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
     begin, end = piece_of_slot(slot, slots, offsets, L, bits, PIECE)
     taken = begin < end
-    if pre_bias is None:
-        sums, _ = weighted_rows(
-            begin, end, columns, inside, source, stride, None, rows, coefficients, length, S, ROWS, SUM
-        )
-    else:
+    at = slot.to(tl.int64)[:, None] * D + columns[None, :]
+    if x is not None and tl.program_id(2) == 0:
+        SUM: tl.constexpr = x_sums.dtype.element_ty
         centre = tl.load(pre_bias + columns, mask=inside, other=0).to(SUM)
-        coefficients += stream.to(tl.int64) * length
-        sums, weight = weighted_rows(
-            begin, end, columns, inside, source, stride, centre, rows, coefficients, length, 1, ROWS, SUM
-        )
-        tl.store(piece_bias + slot * S + stream, weight, mask=taken)
-    at = piece_rows + slot.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(at, sums, mask=taken[:, None] & inside[None, :])
+        total, weight = weighted_rows(
+            begin, end, columns, inside, x, stride_x, centre, x_rows,
+            x_coefficients + stream.to(tl.int64) * length, length, 1, ROWS, SUM,
+        )  # fmt: skip
+        tl.store(bias_sums + slot * S + stream, weight, mask=taken)
+        tl.store(x_sums + at, total, mask=taken[:, None] & inside[None, :])
+    if grad_recons is not None and tl.program_id(2) == tl.num_programs(2) - 1:
+        total, _ = weighted_rows(
+            begin, end, columns, inside, grad_recons, stride, None, rows, coefficients, length, SOURCES, ROWS,
+            sums.dtype.element_ty,
+        )  # fmt: skip
+        tl.store(sums + at, total, mask=taken[:, None] & inside[None, :])

@@ -1,4 +1,4 @@
-"""A step of Adam of the biases, one launch for all: by the constants that `update_rows` moves rows by."""
+"""A step of Adam of the biases, one launch for two: by the constants that `update_rows` moves rows by."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparc_fast.kernels.adam import adam_by, adam_numbers, scalar, settings_on
 from sparc_fast.kernels.launching import launch
-from sparc_fast.kernels.update_rows import adam_by, adam_numbers, scalar, settings_on, store_copy
+from sparc_fast.kernels.update_rows import store_copy
 from sparc_fast.ops import reference
 from sparc_fast.ops.row_step import AdamStep, Bias
 
@@ -31,19 +32,29 @@ def _step(bias, gradient, more, M, V, copy, size, block, numbers, BLOCK: tl.cons
 
 
 @triton.jit
+def _grow(counters, stride, size, by, block, BLOCK: tl.constexpr):
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    place = counters + at.to(tl.int64) * stride
+    tl.store(place, tl.load(place, mask=at < size, other=0) + by, mask=at < size)
+
+
+@triton.jit(do_not_specialize=["by"])
 def _step_biases_kernel(
-    lr, settings, step, a, a_gradient, a_more, a_m, a_v, a_copy, a_size, b, b_gradient, b_more, b_m, b_v, b_copy,
-    b_size, BLOCK: tl.constexpr,
+    lr, settings, step, counters, stride, counted, by, a, a_gradient, a_more, a_m, a_v, a_copy, a_size, b, b_gradient,
+    b_more, b_m, b_v, b_copy, b_size, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one bias, and in the blocks behind its own of another, if there is one."""
+    """Of one bias, and in the blocks behind its own of another, if there is one; behind these, counters grow."""
     block, blocks = tl.program_id(0), tl.cdiv(a_size, BLOCK)
     numbers = adam_numbers(
         tl.load(lr), tl.load(settings), tl.load(settings + 1), tl.load(settings + 2), tl.load(step), a.dtype.element_ty
     )
     if block < blocks:
         _step(a, a_gradient, a_more, a_m, a_v, a_copy, a_size, block, numbers, BLOCK)
-    if b is not None and block >= blocks:
+    more = tl.cdiv(b_size, BLOCK)
+    if b is not None and block >= blocks and block < blocks + more:
         _step(b, b_gradient, b_more, b_m, b_v, b_copy, b_size, block - blocks, numbers, BLOCK)
+    if counters is not None and block >= blocks + more:
+        _grow(counters, stride, counted, by, block - blocks - more, BLOCK)
 
 
 def choice() -> dict[str, int]:
@@ -52,23 +63,33 @@ def choice() -> dict[str, int]:
 
 
 def step_biases(biases: Sequence[Bias], adam: AdamStep) -> None:
-    changed = [t for one in biases for t in (one.bias, *one.moments, one.copy) if t is not None]
-    if not all(tensor.is_contiguous() for tensor in changed):
+    if not are_dense(biases):
         reference.step_biases(biases, adam)
         return
-    chosen = choice()
     for first in range(0, len(biases), 2):
-        pair = biases[first : first + 2]
-        device = pair[0].bias.device
-        numbers = (scalar(adam.lr, torch.float64, device), settings_on(*adam.betas, adam.eps, device),
-                   scalar(adam.step, torch.float64, device))  # fmt: skip
-        operands = [part for one in pair for part in _operands(one)]
-        blocks = sum(triton.cdiv(one.bias.numel(), chosen["BLOCK"]) for one in pair)
-        nothing = [None] * 6 + [0]
-        launch(
-            _step_biases_kernel, (blocks,), *numbers, *operands, *(nothing if len(pair) == 1 else []), **chosen
-        )  # fmt: skip
-    torch.autograd.graph.increment_version(changed)
+        step_pair(biases[first : first + 2], adam)
+
+
+def are_dense(biases: Sequence[Bias]) -> bool:
+    return all(tensor.is_contiguous() for one in biases for tensor in _changed(one))
+
+
+def step_pair(pair: Sequence[Bias], adam: AdamStep, counters: Tensor | None = None, by: int = 0) -> None:
+    """Of one or two biases; in the same launch counters grow."""
+    device, chosen = pair[0].bias.device, choice()
+    numbers = (scalar(adam.lr, torch.float64, device), settings_on(*adam.betas, adam.eps, device),
+               scalar(adam.step, torch.float64, device))  # fmt: skip
+    growing = (None, 0, 0, by) if counters is None else (counters, counters.stride(0), len(counters), by)
+    operands = [part for one in pair for part in _operands(one)]
+    nothing = [None] * 6 + [0] if len(pair) == 1 else []
+    sizes = [*(one.bias.numel() for one in pair), 0 if counters is None else len(counters)]
+    blocks = sum(triton.cdiv(size, chosen["BLOCK"]) for size in sizes)
+    launch(_step_biases_kernel, (blocks,), *numbers, *growing, *operands, *nothing, **chosen)
+    torch.autograd.graph.increment_version([tensor for one in pair for tensor in _changed(one)])
+
+
+def _changed(one: Bias) -> list[Tensor]:
+    return [tensor for tensor in (one.bias, *one.moments, one.copy) if tensor is not None]
 
 
 def _operands(one: Bias) -> list[Tensor | int | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparc_fast.kernels.global_topk import dense_rows, exact_scores, full_choice
 from sparc_fast.kernels.launching import launch
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import wide_type
 from sparc_fast.ops.reference import summed_bias
 
 
@@ -40,7 +40,7 @@ def choice(D: int, k: int, item_size: int) -> dict[str, int]:
 def support_scores(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, indices: Tensor) -> Tensor:
     x, W, pre_bias = dense_rows(x.detach()), dense_rows(W_enc.detach()), pre_bias.detach().contiguous()
     (N, k), D = indices.shape, x.shape[1]
-    sums = torch.promote_types(wide(x).dtype, wide(pre_bias).dtype)
+    sums = torch.promote_types(wide_type(x.dtype), wide_type(pre_bias.dtype))
     scores = torch.empty(N, k, dtype=sums, device=x.device)
     chosen = choice(D, k, W.element_size())
     is_float64 = sums == torch.float64

@@ -220,31 +220,37 @@ def _parts(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["k", "capacity", "most_parts"])
+@triton.jit
 def merge_parts(
-    part_keys, part_latents, part_counts, total, rows, k, capacity, most_parts, keys, latents, indices,
+    group, parts, row, part_keys, part_latents, part_counts, k, capacity, keys, latents, indices,
     TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """indices[rows[g]] from parts g P ... g P + P - 1, P = most_parts // total: a program for each of g < total."""
-    group, groups = tl.program_id(0), tl.load(total)
-    parts = most_parts // tl.maximum(groups, 1)
-    if (group < groups) & (parts > 1):
-        keys += group.to(tl.int64) * capacity
-        latents += group.to(tl.int64) * capacity
-        count, threshold = tl.full((), 0, tl.int32), tl.full((), -TOP, keys.dtype.element_ty)
-        for start in range(0, parts * k, BLOCK):
-            entry = start + tl.arange(0, BLOCK)
-            part = group * parts + entry // k
-            inside = entry < parts * k
-            inside = inside & (entry % k < tl.load(part_counts + part, mask=inside, other=0))
-            place = group.to(tl.int64) * parts * k + entry
-            key = tl.load(part_keys + place, mask=inside, other=-TOP)
-            name = tl.load(part_latents + place, mask=inside, other=0)
-            count, threshold = take(
-                key, key, name, inside, count, threshold, keys, keys, latents, k, capacity, True, TOP, BLOCK
-            )
-        row = tl.load(rows + group).to(tl.int64)
-        choose(keys, latents, count, k, indices + row * k, keys, False, TOP, BLOCK)
+    """indices[row] from parts group * parts ... group * parts + parts - 1, of which each has counted its own."""
+    count, threshold = tl.full((), 0, tl.int32), tl.full((), -TOP, keys.dtype.element_ty)
+    for start in range(0, parts * k, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        part = group * parts + entry // k
+        inside = entry < parts * k
+        inside = inside & (entry % k < tl.load(part_counts + part, mask=inside, other=0))
+        place = tl.cast(group, tl.int64) * parts * k + entry
+        key = tl.load(part_keys + place, mask=inside, other=-TOP)
+        name = tl.load(part_latents + place, mask=inside, other=0)
+        count, threshold = take(
+            key, key, name, inside, count, threshold, keys, keys, latents, k, capacity, True, TOP, BLOCK
+        )
+    choose(keys, latents, count, k, indices + row * k, keys, False, TOP, BLOCK)
+
+
+@triton.jit(do_not_specialize=["k", "capacity", "parts"])
+def _merge_parts(
+    part_keys, part_latents, part_counts, k, capacity, parts, keys, latents, indices,
+    TOP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    merge_parts(
+        tl.program_id(0), parts, row, part_keys, part_latents, part_counts, k, capacity, keys + row * capacity,
+        latents + row * capacity, indices, TOP, BLOCK,
+    )  # fmt: skip
 
 
 def candidate_room(k: int, columns: int) -> int:
@@ -282,10 +288,8 @@ def topk_rows(scores: Tensor, k: int) -> Tensor:
         _parts, (started,), scores, scores.stride(0), N, L, k, capacity, parts, keys, latents, part_latents, part_keys,
         part_counts, TOP=top, KEYS=True, **launched,
     )  # fmt: skip
-    rows = torch.arange(N, dtype=torch.int32, device=scores.device)
-    total = torch.full((), N, dtype=torch.int32, device=scores.device)
     launch(
-        merge_parts, (N,), part_keys, part_latents, part_counts, total, rows, k, capacity, N * parts, keys, latents,
-        indices, TOP=top, **merge_choice(launched["BLOCK"]),
+        _merge_parts, (N,), part_keys, part_latents, part_counts, k, capacity, parts, keys, latents, indices, TOP=top,
+        **merge_choice(launched["BLOCK"]),
     )  # fmt: skip
     return indices

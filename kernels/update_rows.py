@@ -8,18 +8,18 @@ for the blocks to be added in order: blocks depend on L alone, and there are at 
 w /= ||w||. Streams wider than WHOLE_ROW go through memory instead, a block of columns at a time, and sum their
 gradient twice.
 
+The decoder's first programs add the blocks' sums, beside those that wait for memory.
+
 `step_rows` is the same kernels, which read a gradient where there are no values to sum it from.
 
 Adam and the norm are written so that a row's bits depend on the row alone, not on the kernel that computes it
-(`replay_rows` takes the same step in another one): every product that meets a sum is an explicit fma, the same
-instructions approximate Adam's root and quotient, and ||w||^2 is a float64 sum of squares cut to a common grain, which
-no order can change.
+(`replay_rows` takes the same step in another one): `adam` is, and ||w||^2 is a float64 sum of squares cut to a common
+grain, which no order can change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,16 +27,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.gather import sum_type
+from sparc_fast.kernels.adam import INTERPRETED, Constants, absorb, adam, mix, scalar, settings_on
+from sparc_fast.kernels.gather import sum_rows, sum_type
 from sparc_fast.kernels.launching import dense_rows, launch, next_power_of_2
 from sparc_fast.kernels.segment_sums import (
+    NO_PIECES,
     Columns,
     Entries,
+    Pieces,
     add_bias_pieces,
     add_pieces,
     column_block,
-    decoder_pieces,
-    encoder_pieces,
+    pieces_of,
     segment,
     tile,
     weighted_rows,
@@ -48,7 +50,6 @@ from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
 
 WHOLE_ROW = 4096  # columns of a stream up to which the decoder's row stays in registers
 MOST_BLOCKS = 4096  # of latents
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def encoder_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
@@ -62,33 +63,44 @@ def decoder_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, in
     return tile(d_streams, dtype, widest, rows=4 if len(d_streams) == 1 else 2)
 
 
-def pieces_choice(d_streams: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
-    # estimated, not measured: as the decoder's, whose pieces these are
-    return tile(d_streams, dtype, widest=1024, rows=4)
+def blocks_sum_choice(num_warps: int) -> dict[str, int]:
+    # estimated, not measured: 32 numbers a thread, in lines of 64 bytes
+    return {"SUMMED_ROWS": 64 * num_warps, "SUMMED_COLUMNS": 16}
 
 
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:
     x, grad_recons = dense_rows(samples.x), dense_rows(samples.grad_recons.detach().flatten(0, 1))
     grad_values = None if rows.W_enc is None else samples.grad_values
-    batch = Entries.of(
-        samples.values, grad_values, samples.offsets, samples.entries, decoder=rows.W_dec is not None
-    )  # fmt: skip
+    constants, step = _constants(rows, adam)
+    moves_decoder = rows.W_dec is not None
+    batch = Entries.of(samples.values, grad_values, samples.offsets, samples.entries, moves_decoder, constants)
     grad_latent_bias = torch.empty(len(rows.d_streams), batch.n_latents, dtype=wide_type(x.dtype), device=x.device)
-    grad_pre_bias = grad_latent_bias.new_empty(0)
-    numbers, pre_bias = _numbers(rows, adam), samples.pre_bias.detach().contiguous()
+    pre_bias = samples.pre_bias.detach().contiguous()
+    of_encoder, of_decoder = pieces_of(
+        batch,
+        rows.d_streams,
+        None if rows.W_enc is None else x,
+        pre_bias,
+        grad_recons if moves_decoder else None,
+    )
+    parts = None
     if rows.W_enc is not None:
-        grad_pre_bias = _update_encoder(rows, numbers, grad_latent_bias, x, pre_bias, batch).sum(0)
-    if rows.W_dec is not None:
-        _update_decoder(rows, numbers, grad_recons, batch)
+        parts = _update_encoder(rows, constants, grad_latent_bias, x, pre_bias, batch, of_encoder)
+    if moves_decoder:
+        grad_pre_bias = _update_decoder(rows, constants, step, grad_recons, batch, of_decoder, parts)
+    elif parts is not None:
+        grad_pre_bias = parts.sum(0)
     return grad_latent_bias, grad_pre_bias
 
 
 def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> None:
-    numbers, used = _numbers(rows, adam), gradients.used.contiguous().view(torch.uint8)
+    constants, step = _constants(rows, adam)
+    constants.write()
+    used = gradients.used.contiguous().view(torch.uint8)
     if rows.W_enc is not None:
-        _update_encoder(rows, numbers, None, dense_rows(gradients.W_enc), None, used)
+        _update_encoder(rows, constants, None, dense_rows(gradients.W_enc), None, used)
     if rows.W_dec is not None:
-        _update_decoder(rows, numbers, dense_rows(gradients.W_dec), used)
+        _update_decoder(rows, constants, step, dense_rows(gradients.W_dec), used)
 
 
 class InPlace:
@@ -112,24 +124,21 @@ class InPlace:
         torch.autograd.graph.increment_version(changed)
 
 
-Numbers = tuple[Tensor, Tensor | None, Tensor]
-"""`adam_constants` of one step, and the number of the step."""
-
-
-def _numbers(rows: Rows, adam: AdamStep) -> Numbers:
+def _constants(rows: Rows, adam: AdamStep) -> tuple[Constants, Tensor]:
+    """Of one step, and the number of the step."""
     W, moments = rows.weights[0], rows.their_moments
     device = W.device
     step = scalar(adam.step, torch.float64, device)
-    constants, noise = adam_constants(
+    constants = Constants.of(
         scalar(adam.lr, torch.float64, device), settings_on(*adam.betas, adam.eps, device), step, 1,
         W.dtype, rounding_seed(W, moments, adam.seed),
     )  # fmt: skip
-    return constants, noise, step
+    return constants, step
 
 
 def _update_encoder(
-    rows: Rows, numbers: Numbers, grad_latent_bias: Tensor | None, source: Tensor, pre_bias: Tensor | None,
-    batch: Entries | Tensor,
+    rows: Rows, constants: Constants, grad_latent_bias: Tensor | None, source: Tensor, pre_bias: Tensor | None,
+    batch: Entries | Tensor, pieces: Pieces = NO_PIECES,
 ) -> Tensor:  # fmt: skip
     """Returns rows of D that add up to grad_pre_bias; none where gradients are given, which are then the source, and
     the batch says which latents are used."""
@@ -141,8 +150,6 @@ def _update_encoder(
     S, piece, summed = 1, 1, isinstance(batch, Entries)
     if isinstance(batch, Entries):
         assert batch.encoder is not None
-        assert pre_bias is not None
-        pieces = encoder_pieces(source, pre_bias, batch, columns, chosen)
         sums = batch.offsets, *batch.encoder, batch.length, *pieces
         S, piece = len(batch.encoder.coefficients), batch.PIECE
     tiles = triton.cdiv(L, chosen["LATENTS"])  # of latents
@@ -153,64 +160,45 @@ def _update_encoder(
     copy, _ = rows.copies or (None, None)
     with InPlace(rows.W_enc, *rows.moments[:2], copy) as moved:
         launch(
-            _update_encoder_kernel, (blocks, len(columns.table)), *moved, *numbers[:2], grad_latent_bias,
+            _update_encoder_kernel, (blocks, len(columns.table)), *moved, *constants[:2], grad_latent_bias,
             pre_bias_parts if summed else None, tiles_per_block, source, source.stride(0), pre_bias, *sums,
             columns.table, L, D, S=S, PIECE=piece, SUM=sum_type(source), ALIGN=columns.ALIGN, **chosen,
         )  # fmt: skip
     return pre_bias_parts
 
 
-def _update_decoder(rows: Rows, numbers: Numbers, source: Tensor, batch: Entries | Tensor) -> None:
-    """The source is grad_recons as rows [N * S, D], or the gradient."""
+def _update_decoder(
+    rows: Rows, constants: Constants, step: Tensor, source: Tensor, batch: Entries | Tensor, pieces: Pieces = NO_PIECES,
+    parts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The source is grad_recons as rows [N * S, D], or the gradient. Returns the sum of the rows of `parts`."""
     assert rows.W_dec is not None
     width, (L, D) = max(rows.d_streams), rows.W_dec.shape
-    chosen, of_pieces = (choice(rows.d_streams, source.dtype) for choice in (decoder_choice, pieces_choice))
+    chosen = decoder_choice(rows.d_streams, source.dtype)
     streams = Columns.of(rows.d_streams, width, source.device)
     sums: tuple[Any, ...] = batch, None, None, 0, None
     sources, piece = 1, 1
     if isinstance(batch, Entries):
         assert batch.decoder is not None
-        columns = Columns.of(rows.d_streams, of_pieces["BLOCK_D"], source.device)
-        pieces = decoder_pieces(source, batch, columns, of_pieces)
         sums = batch.offsets, *batch.decoder, batch.length, pieces.rows
         sources, piece = len(batch.decoder.coefficients), batch.PIECE
     whole = chosen["BLOCK_D"] >= width
     _, copy = rows.copies or (None, None)
+    of_sum, summing, total = blocks_sum_choice(chosen["num_warps"]), 0, source.new_empty(0)
+    if parts is not None:
+        total = parts.new_empty(D)
+        summing = triton.cdiv(triton.cdiv(D, of_sum["SUMMED_COLUMNS"]), len(rows.d_streams))
     with InPlace(rows.W_dec, *rows.moments[2:], copy) as moved:
         launch(
             _update_decoder_kernel if whole else _update_wide_decoder_kernel,
-            (triton.cdiv(L, chosen["LATENTS"]), len(rows.d_streams)), *moved, *numbers, rows.last_step, source,
-            source.stride(0), *sums, streams.table, L, D, SOURCES=sources, PIECE=piece, SUM=sum_type(source),
-            GRAIN=grain(width), ALIGN=streams.ALIGN, **chosen,
+            (summing + triton.cdiv(L, chosen["LATENTS"]), len(rows.d_streams)), *moved, *constants[:2], step,
+            rows.last_step, source, source.stride(0), *sums, streams.table, L, D, total, parts,
+            0 if parts is None else len(parts), summing, SOURCES=sources, PIECE=piece, SUM=sum_type(source),
+            GRAIN=grain(width), ALIGN=streams.ALIGN, **of_sum, **chosen,
         )  # fmt: skip
     if rows.last_step is not None:
         torch.autograd.graph.increment_version([rows.last_step])
-
-
-def adam_constants(
-    lr: Tensor, settings: Tensor, first_step: Tensor, steps: int, dtype: torch.dtype, seed: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """[steps, 7]: beta_1, beta_2, 1 - beta_1, 1 - beta_2, eps, lr / (1 - beta_1^t), 1 / sqrt(1 - beta_2^t); with a
-    seed, int32 [steps, 2] besides: the two words that the noise of a step's roundings comes from.
-
-    `lr` [steps] and `settings` [steps, 3] = (beta_1, beta_2, eps) of each step are float64, or one row for all;
-    so is `first_step`, the t of the first row. Worked out in float64 and rounded once.
-    """
-    constants = torch.empty(steps, 7, dtype=dtype, device=lr.device)
-    noise = None if seed is None else torch.empty(steps, 2, dtype=torch.int32, device=lr.device)
-    strides = (lr.stride(0) if lr.ndim else 0, settings.stride(0) if settings.ndim > 1 else 0)
-    grid = (triton.cdiv(steps, 128),)
-    launch(
-        _constants_kernel, grid, constants, noise, lr, settings, *strides, first_step, steps, *_words(seed or 0),
-        BLOCK=128, num_warps=4,
-    )  # fmt: skip
-    return constants, noise
-
-
-def _words(seed: int) -> tuple[int, int]:
-    """The lower and the upper 32 of 64 bits, as int32."""
-    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    return low - (low >> 31 << 32), high - (high >> 31 << 32)
+    return total
 
 
 def grain(width: int) -> float:
@@ -219,90 +207,6 @@ def grain(width: int) -> float:
     Twice a power of two that is at least `width`: the sum of the cut squares then fits a float64.
     """
     return 2.0 * next_power_of_2(width)
-
-
-def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # full() puts a number on the device without a copy from the host, which would wait
-    return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
-
-
-@cache
-def settings_on(beta_1: float, beta_2: float, eps: float, device: torch.device) -> Tensor:
-    """Kept for good, as a captured CUDA graph goes on reading it: 512 bytes of the device for all betas ever used."""
-    return torch.tensor([beta_1, beta_2, eps], dtype=torch.float64, device=device)
-
-
-@triton.jit
-def adam_numbers(lr, beta_1, beta_2, eps, step, TYPE: tl.constexpr):
-    """What `adam` is told by, worked out in float64 and rounded once."""
-    rate = lr / (1 - tl.exp(step * tl.log(beta_1)))
-    scale = 1 / tl.sqrt(1 - tl.exp(step * tl.log(beta_2)))
-    rest_1, rest_2 = 1 - beta_1, 1 - beta_2
-    return (beta_1.to(TYPE), beta_2.to(TYPE), rest_1.to(TYPE), rest_2.to(TYPE), eps.to(TYPE), rate.to(TYPE),
-            scale.to(TYPE))  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["steps", "seed_low", "seed_high"])
-def _constants_kernel(
-    constants, noise, lr, settings, stride_lr, stride_settings, first_step, steps, seed_low, seed_high,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = i < steps
-    step = tl.load(first_step) + i
-    beta_1 = tl.load(settings + i * stride_settings, mask=live, other=0.5)
-    beta_2 = tl.load(settings + i * stride_settings + 1, mask=live, other=0.5)
-    eps = tl.load(settings + i * stride_settings + 2, mask=live, other=0)
-    lr = tl.load(lr + i * stride_lr, mask=live, other=0)
-    numbers = adam_numbers(lr, beta_1, beta_2, eps, step, constants.dtype.element_ty)
-    for n in tl.static_range(7):
-        tl.store(constants + i * 7 + n, numbers[n], mask=live)
-    if noise is not None:
-        nothing = tl.zeros([BLOCK], tl.uint32)
-        a, b = absorb(nothing, nothing, nothing + seed_low.to(tl.uint32, bitcast=True))
-        a, b = absorb(a, b, nothing + seed_high.to(tl.uint32, bitcast=True))
-        a, b = absorb(a, b, step.to(tl.int64).to(tl.uint32))
-        tl.store(noise + 2 * i, a.to(tl.int32, bitcast=True), mask=live)
-        tl.store(noise + 2 * i + 1, b.to(tl.int32, bitcast=True), mask=live)
-
-
-@triton.jit
-def root(a):
-    """Of float32 approximate, at most one unit in the last place off, also below the normal numbers."""
-    if INTERPRETED or a.dtype == tl.float64:
-        result = tl.sqrt(a)
-    else:
-        result = tl.inline_asm_elementwise("sqrt.approx.f32 $0, $1;", "=f,f", [a], a.dtype, is_pure=True, pack=1)
-    return result
-
-
-@triton.jit
-def reciprocal(a):
-    """Of float32 approximate, as far off; of numbers beyond 2^126, and below the normal ones, of infinity and 0."""
-    if INTERPRETED or a.dtype == tl.float64:
-        result = 1 / a
-    else:
-        result = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [a], a.dtype, is_pure=True, pack=1)
-    return result
-
-
-@triton.jit
-def adam(w, gradient, m, v, constants):
-    """The row and its moments, in its type, after a step, with the row of `adam_constants` at `constants`."""
-    beta_1, beta_2 = tl.load(constants), tl.load(constants + 1)
-    rest_1, rest_2 = tl.load(constants + 2), tl.load(constants + 3)
-    eps, rate, scale = tl.load(constants + 4), tl.load(constants + 5), tl.load(constants + 6)
-    return adam_by(w, gradient, m, v, (beta_1, beta_2, rest_1, rest_2, eps, rate, scale))
-
-
-@triton.jit
-def adam_by(w, gradient, m, v, numbers):
-    """The same, by `adam_numbers`."""
-    beta_1, beta_2, rest_1, rest_2, eps, rate, scale = numbers
-    m = tl.fma(m.to(w.dtype), beta_1, rest_1 * gradient)
-    v = tl.fma(v.to(w.dtype), beta_2, rest_2 * gradient * gradient)
-    inverse = reciprocal(tl.fma(root(v), scale, eps))
-    return tl.fma(-(rate * m), inverse, w), m, v
 
 
 @triton.jit
@@ -373,19 +277,6 @@ def store_copy(copy, at, w, mask):
             tl.store(copy + at, to_bfloat16(w), mask=mask)
         else:
             tl.store(copy + at, w.to(copy.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def mix(x, key):
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ (x >> 13) ^ key) * 0xC2B2AE35
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def absorb(a, b, word):
-    a = mix(a + word, 0)
-    return a, mix(b ^ a, 0)
 
 
 @triton.jit
@@ -500,17 +391,22 @@ def added(a, b, c, d):
     return a + c, b + d
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "many", "summing"])
 def _update_decoder_kernel(
     W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, step, last_step, source,
-    stride_source, offsets, rows, coefficients, length, piece_rows, table, L, D,
+    stride_source, offsets, rows, coefficients, length, piece_rows, table, L, D, total, parts, many, summing,
     SOURCES: tl.constexpr, PIECE: tl.constexpr, SUM: tl.constexpr, GRAIN: tl.constexpr, ALIGN: tl.constexpr,
-    LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SUMMED_ROWS: tl.constexpr, SUMMED_COLUMNS: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    if parts is not None and tl.program_id(0) < summing:
+        block = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        sum_rows(total, parts, many, D, block, SUMMED_ROWS, SUMMED_COLUMNS)
+        return
     first, last, _ = column_block(table, tl.program_id(1), ALIGN)
     columns = first + tl.arange(0, BLOCK_D)
     inside = columns < last
-    l = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    l = (tl.program_id(0) - summing) * LATENTS + tl.arange(0, LATENTS)
     begin, end = entries_of(offsets, l, L, rows)
     mask = latents_to_update(l, begin, end, L, first, step, last_step)[:, None] & inside[None, :]
     at = l.to(tl.int64)[:, None]
@@ -554,15 +450,20 @@ def scale_wide_rows(W, at, stride_W, copy, stride_copy, factor, updated, first, 
         store_copy(copy, at * stride_copy + columns[None, :], w, mask)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "many", "summing"])
 def _update_wide_decoder_kernel(
     W, stride_W, M, stride_M, V, stride_V, copy, stride_copy, constants, noise, step, last_step, source,
-    stride_source, offsets, rows, coefficients, length, piece_rows, table, L, D,
+    stride_source, offsets, rows, coefficients, length, piece_rows, table, L, D, total, parts, many, summing,
     SOURCES: tl.constexpr, PIECE: tl.constexpr, SUM: tl.constexpr, GRAIN: tl.constexpr, ALIGN: tl.constexpr,
-    LATENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SUMMED_ROWS: tl.constexpr, SUMMED_COLUMNS: tl.constexpr, LATENTS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    if parts is not None and tl.program_id(0) < summing:
+        block = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        sum_rows(total, parts, many, D, block, SUMMED_ROWS, SUMMED_COLUMNS)
+        return
     first, last, _ = column_block(table, tl.program_id(1), ALIGN)
-    l = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    l = (tl.program_id(0) - summing) * LATENTS + tl.arange(0, LATENTS)
     begin, end = entries_of(offsets, l, L, rows)
     updated = latents_to_update(l, begin, end, L, first, step, last_step)
     at = l.to(tl.int64)[:, None]

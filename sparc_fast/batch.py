@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sparc_fast import arrays
 from sparc_fast.ops.layout import stream_slices, wide
 
 Inputs = Mapping[str, Tensor] | Tensor
 Arrays = Mapping[str, npt.NDArray[Any]] | npt.NDArray[Any]
+Presence = Tensor | npt.NDArray[np.bool_]
 Normalize = Literal["l2", "none"]
 Whiten = Literal["none", "diag"]
 
@@ -202,8 +204,7 @@ def _as_tensor(x: Any, device: torch.device) -> Any:
         return x
     if x.dtype.kind not in "fiu":
         raise ValueError(f"inputs must be arrays of real numbers, got {x.dtype}")
-    native = x.astype(x.dtype.newbyteorder("="), order="C", copy=not x.flags.writeable)  # as torch takes them
-    return torch.from_numpy(native).to(device)
+    return arrays.as_tensor(x).to(device)
 
 
 def side_by_side(
@@ -262,9 +263,11 @@ def _is_real(dtype: torch.dtype) -> bool:
 
 
 def check_present(
-    present: Tensor, streams: Sequence[str], leading: tuple[int, ...], device: torch.device
+    present: Presence, streams: Sequence[str], leading: tuple[int, ...], device: torch.device
 ) -> Tensor | None:
     """Which of the streams each sample has, [N, S'] on `device`; None where each has them all."""
+    if isinstance(present, np.ndarray):
+        present = arrays.as_tensor(present)
     if not isinstance(present, Tensor) or present.dtype != torch.bool:
         got = present.dtype if isinstance(present, Tensor) else type(present).__name__
         raise ValueError(f"present must be a bool tensor, a column for each of the streams {tuple(streams)}, got {got}")
@@ -350,22 +353,20 @@ def in_pieces(
 
 
 class Moments:
-    """Mean [D] and mean squared deviation of samples [n, D] that come in pieces, in float64, on some columns together.
+    """Mean [D] and mean squared deviation [D] of samples [n, D] that come in pieces, in float64.
 
-    Pieces are combined as in Chan et al., 1979.
+    Pieces are combined as in Chan et al., 1979, so they equal the measurement in one piece to rounding.
     """
 
-    def __init__(self, columns: Sequence[slice]) -> None:
-        self.columns, self.n = columns, 0
+    def __init__(self) -> None:
+        self.n = 0
         self.mean = self.spread = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, piece: Tensor) -> None:
-        if not len(piece):
-            return
-        x = piece.double()
-        mean = x.mean(0)
-        spread = torch.stack([(x - mean)[:, cols].square().sum(1).mean() for cols in self.columns])
-        self.add_moments(len(piece), mean, spread)
+        if len(piece):
+            x = piece.double()
+            mean = x.mean(0)
+            self.add_moments(len(x), mean, (x - mean).square_().mean(0))
 
     def add_moments(self, n: int, mean: Tensor, spread: Tensor) -> None:
         """Those of n more samples."""
@@ -373,23 +374,24 @@ class Moments:
             self.mean, self.spread = mean, spread
         else:
             apart, share = mean - self.mean, n / (self.n + n)
-            between = torch.stack([apart[cols].square().sum() for cols in self.columns])
-            self.spread = self.spread + (spread - self.spread) * share + between * share * (1 - share)
+            self.spread = self.spread + (spread - self.spread) * share + apart.square() * (share * (1 - share))
             self.mean = self.mean + apart * share
         self.n += n
 
 
-def measure(pieces: Iterable[Tensor], d_streams: Sequence[int], whiten: Whiten = "none") -> tuple[Tensor, Tensor]:
-    """(mean [D], what `scales` says) of samples [n, D] in pieces, in float64; zero rows of a stream are none."""
-    streams = [Moments(stream_slices([1] * width if whiten == "diag" else [width])) for width in d_streams]
-    for piece in pieces:
-        is_zero = zero_rows(piece, d_streams)
+def measure(
+    pieces: Iterable[tuple[Tensor, Tensor | None]], d_streams: Sequence[int], whiten: str = "none"
+) -> tuple[Tensor, Tensor, list[int]]:
+    """(mean [D], what `scales` says, n of each stream) of samples [n, D] in pieces, with which streams count [n, S]."""
+    streams = [Moments() for _ in d_streams]
+    for piece, counts in pieces:
         for s, cols in enumerate(stream_slices(d_streams)):
             rows = piece[:, cols]
-            streams[s].add(rows[~is_zero[:, s]] if bool(is_zero[:, s].any()) else rows)
+            streams[s].add(rows if counts is None or bool(counts[:, s].all()) else rows[counts[:, s]])
     mean = torch.cat([moments.mean.expand(width) for moments, width in zip(streams, d_streams, strict=True)])
-    spread = torch.cat([moments.spread.expand(len(moments.columns)) for moments in streams])
-    return mean, scales(mean, spread, d_streams)
+    spreads = [moments.spread.expand(width) for moments, width in zip(streams, d_streams, strict=True)]
+    spread = torch.cat(spreads) if whiten == "diag" else torch.stack([each.sum() for each in spreads])
+    return mean, scales(mean, spread, d_streams), [moments.n for moments in streams]
 
 
 def spread_of(
@@ -403,15 +405,14 @@ def spread_of(
     found: dict[str, Moments] = {}
     for batch in batches:
         for s, (name, cols) in enumerate(zip(batch.streams, stream_slices(batch.d_streams), strict=True)):
-            moments = found.setdefault(name, Moments([slice(None)]))
+            moments = found.setdefault(name, Moments())
             here = batch.x[:, cols] if batch.present is None else batch.x[batch.present[:, s], cols]
-            if len(here):
-                moments.add(here)
-    found = of_all(found)
-    return {
-        name: torch.where(moments.spread > 1e-12 * moments.mean.square().sum(), moments.spread, 0.0).sum()
-        for name, moments in found.items()
-    }
+            moments.add(here)
+    varying = {}
+    for name, moments in of_all(found).items():
+        spread = moments.spread.sum()
+        varying[name] = torch.where(spread > 1e-12 * moments.mean.square().sum(), spread, 0.0)
+    return varying
 
 
 def scales(mean: Tensor, spread: Tensor, d_streams: Sequence[int]) -> Tensor:
@@ -442,6 +443,11 @@ def calibrate(x: Tensor, mean: Tensor, rms: Sequence[Tensor], d_streams: Sequenc
     """(x_s - mean_s) / rms_s of every stream, its rms one number or one a column, in float32 or wider."""
     parts = [(x[:, cols] - mean[cols]) / rms[s] for s, cols in enumerate(stream_slices(d_streams))]
     return torch.cat(parts, dim=1)
+
+
+def as_names(given: str | Collection[str]) -> tuple[str, ...]:
+    """Names, of which there may be one alone; what are none are told by whoever looks them up."""
+    return tuple(given) if isinstance(given, Collection) and not isinstance(given, str) else (given,)
 
 
 def position(name: str, streams: Sequence[str], argument: str) -> int:

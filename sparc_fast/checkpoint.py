@@ -20,15 +20,16 @@ from sparc_fast.files import atomic_path
 __all__ = ["FORMAT", "load", "save", "save_in_parts"]
 
 FORMAT = "sparc_fast.SPARC/1"
+LOAD_MODEL = ": sparc_fast.training.load_model reads a run's folder and its checkpoints"
 NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int32: "I32",
     torch.float32: "F32",
     torch.float64: "F64",
-    torch.int32: "I32",
     torch.int64: "I64",
 }
-"""What safetensors calls them."""
+"""What safetensors calls them; the last come first in its files."""
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], form: str = FORMAT) -> None:
@@ -50,15 +51,18 @@ def save_in_parts(
 ) -> Iterator[Callable[[str, Tensor], None]]:
     """As `save`, for tensors of these dtypes and shapes that come row by row: ``write(name, rows)`` goes on with one.
 
+    The file has the bytes that safetensors would write.
+
     Raises:
         ValueError: when the block ends, rows are missing; no file is written.
     """
     header: dict[str, Any] = {"__metadata__": {form: json.dumps(dict(config))}}
     end = 0
-    for name, (dtype, shape) in tensors.items():
+    places = {dtype: place for place, dtype in enumerate(reversed(NAMES))}
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (places[item[1][0]], item[0])):
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary, temporary.open("r+b") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -87,6 +91,8 @@ def load(path: str | Path, form: str = FORMAT) -> tuple[dict[str, Tensor], dict[
 
     expected = f"path must be {'a model' if form == FORMAT else 'codes'} saved by sparc_fast"
 
+    if Path(path).is_dir():
+        raise FileNotFoundError(f"{expected}, but {path} is a folder{LOAD_MODEL if form == FORMAT else ''}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{expected}, but there is no file {path}")
     try:
@@ -96,7 +102,10 @@ def load(path: str | Path, form: str = FORMAT) -> tuple[dict[str, Tensor], dict[
     except SafetensorError as error:
         raise ValueError(f"{expected}, but {path} is truncated or foreign: {error}") from error
     if form not in metadata:
-        raise ValueError(f"{expected} ({form}), but {path} says {sorted(metadata)}")
+        of_run = (
+            LOAD_MODEL if form == FORMAT and any(name.startswith("sparc_fast.training/") for name in metadata) else ""
+        )
+        raise ValueError(f"{expected} ({form}), but {path} says {sorted(metadata)}{of_run}")
     try:
         config = json.loads(metadata[form])
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; and small ones are read."""
+"""Files appear whole or not at all; small ones are read, and what is open is closed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,23 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["atomic_path", "check_folder", "flush", "read_object"]
+__all__ = ["Closing", "atomic_path", "check_folder", "flush", "read_object"]
+
+T = TypeVar("T")
+
+
+class Closing:
+    """What the end of a `with` block closes."""
+
+    def close(self) -> None: ...
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @contextmanager

@@ -16,7 +16,18 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from sparc_fast import batch, checkpoint
-from sparc_fast.batch import AllStreams, Arrays, Batch, BatchSamples, Inputs, Normalize, Whiten, columns_of, position
+from sparc_fast.batch import (
+    AllStreams,
+    Arrays,
+    Batch,
+    BatchSamples,
+    Inputs,
+    Normalize,
+    Presence,
+    Whiten,
+    columns_of,
+    position,
+)  # fmt: skip
 from sparc_fast.codes import SparseLatents
 from sparc_fast.objective import Loss, Objective, SparcLoss, fired, nested_sizes
 from sparc_fast.ops import backends, functional, reference
@@ -24,6 +35,7 @@ from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import stream_slices
 from sparc_fast.selection import BY_THRESHOLD, LOCAL, RULES, Private, Selection, Thresholds, select
 from sparc_fast.selection.jumprelu import BANDWIDTH, SPARSITY_COEF, JumpReLU
+from sparc_fast.sizes import is_number
 from sparc_fast.whole import WHOLE, Whole
 
 if TYPE_CHECKING:
@@ -120,9 +132,11 @@ class SPARC(nn.Module):
             )
         n_latents, k, auxk, dead_after = int(n_latents), int(k), int(auxk), int(dead_after)
         if dtype not in functional.FLOATS:
-            raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+            raise ValueError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
         if not 1 <= k <= n_latents:
             raise ValueError(f"k must be between 1 and n_latents={n_latents}, got {k}")
+        if not isinstance(backend, str):
+            raise ValueError(f"backend must be a name, got {backend!r}")
         if selection not in RULES:
             raise ValueError(f"selection must be one of {RULES}, got {selection!r}")
         if auxk < 0 or dead_after < 0:
@@ -137,10 +151,14 @@ class SPARC(nn.Module):
         self.error: Loss = loss
         self.matryoshka = nested_sizes(matryoshka, n_latents)
         if self.matryoshka and private:
-            raise ValueError(f"matryoshka must be left out with private latents, got {self.matryoshka}")
-        if not (math.isfinite(sparsity_coef) and sparsity_coef >= 0 and math.isfinite(bandwidth) and bandwidth > 0):
             raise ValueError(
-                f"sparsity_coef must be >= 0 and bandwidth > 0, both finite, got {sparsity_coef} and {bandwidth}"
+                "matryoshka must be left out with private latents, which are the last and in no smaller dictionary, "
+                f"got {self.matryoshka}"
+            )
+        are_finite = all(is_number(one) and math.isfinite(one) for one in (sparsity_coef, bandwidth))
+        if not are_finite or sparsity_coef < 0 or bandwidth <= 0:
+            raise ValueError(
+                f"sparsity_coef must be >= 0 and bandwidth > 0, both finite, got {sparsity_coef!r} and {bandwidth!r}"
             )
         self.jumprelu = None
         if selection in ("jumprelu", "local_jumprelu"):
@@ -258,9 +276,9 @@ class SPARC(nn.Module):
         if self.W_dec.grad is not None:
             reference.project_gradients(self.W_dec.grad, self.W_dec, tuple(self.d_streams.values()))
 
-    def normalized(self, inputs: Inputs) -> dict[str, Tensor]:
+    def normalized(self, inputs: Inputs | Arrays) -> dict[str, Tensor]:
         """The streams given, [..., D_s], in the units of reconstructions: with unit norm where `normalize` says so."""
-        parts = batch.streams_of(inputs, self.d_streams)
+        parts = batch.streams_of(self._tensors(inputs), self.d_streams)
         return {name: self._unit_rows(x.flatten(0, -2), (name,)).view_as(x) for name, x in parts.items()}
 
     def _unit_rows(self, x: Tensor, streams: Sequence[str]) -> Tensor:
@@ -295,8 +313,10 @@ class SPARC(nn.Module):
             raise ValueError(
                 f"inputs must hold samples of every stream {self.streams} to calibrate, got {n} of {given}"
             )
-        mean, rms = batch.measure(self._finite_pieces(inputs), tuple(self.d_streams.values()), whiten)
-        self._calibrate_streams(mean, rms, self.streams if streams is None else streams)
+        widths = tuple(self.d_streams.values())
+        pieces = ((x, ~batch.zero_rows(x, widths)) for x in self._finite_pieces(inputs))
+        mean, rms, _ = batch.measure(pieces, widths, whiten)
+        self._calibrate_streams(mean, rms, self.streams if streams is None else batch.as_names(streams))
 
     @torch.no_grad()
     def with_stream(self, name: str, width: int, *, normalize: Normalize = "none") -> SPARC:
@@ -307,7 +327,7 @@ class SPARC(nn.Module):
         """
         if not self._shards.is_whole:
             raise ValueError("with_stream must be called before a model's latents are shared between processes")
-        if name in self.streams:
+        if not isinstance(name, str) or name in self.streams:
             raise ValueError(f"name must be of a stream that is new beside {self.streams}, got {name!r}")
         like: dict[str, Any] = {"dtype": self.W_enc.dtype, "device": self.W_enc.device, "backend": self.backend}
         streams = {"d_streams": {**self.d_streams, name: width}, "normalize": {**self.normalize, name: normalize}}
@@ -324,7 +344,10 @@ class SPARC(nn.Module):
         ``selection="batch"`` those above this model's threshold, just the ones that it fires of them.
         """
         if not self._shards.is_whole:
-            raise ValueError("prefix must be of a whole model, not of latents that processes share")
+            raise ValueError(
+                "prefix must be of a whole model, not of latents that processes share: save the model, and take "
+                f"SPARC.load(path).prefix({n_latents})"
+            )
         most = self.n_shared
         if not isinstance(n_latents, Integral) or not 1 <= n_latents <= most:
             raise ValueError(f"n_latents must be between 1 and those that streams share, {most}, got {n_latents}")
@@ -380,7 +403,7 @@ class SPARC(nn.Module):
         self._set_calibration(means, kept)
 
     @torch.no_grad()
-    def learn_thresholds(self, inputs: Inputs | Arrays, present: Tensor | None = None) -> None:
+    def learn_thresholds(self, inputs: Inputs | Arrays, present: Presence | None = None) -> None:
         """Learn the threshold of every set of the streams given once more, from the first samples of these inputs.
 
         Under ``selection="batch"`` and JumpReLU, whose training learns them too; other models have none.
@@ -419,7 +442,7 @@ class SPARC(nn.Module):
             first += len(x)
             yield self._unit_rows(x, streams)
 
-    def encode(self, inputs: Inputs | Arrays, present: Tensor | None = None) -> SparseLatents:
+    def encode(self, inputs: Inputs | Arrays, present: Presence | None = None) -> SparseLatents:
         """Sparse codes of any non-empty subset of streams; the support is chosen from the streams given.
 
         A support that all streams share has the private latents of each in its last slots, which have a value in their
@@ -447,7 +470,7 @@ class SPARC(nn.Module):
                 return self._encode_in_pieces(inputs, present, n_samples).reshape(*leading)
         return self._encode_together(inputs, present)
 
-    def _encode_in_pieces(self, inputs: Inputs, present: Tensor | None, n_samples: int) -> SparseLatents:
+    def _encode_in_pieces(self, inputs: Inputs, present: Presence | None, n_samples: int) -> SparseLatents:
         """Beside the inputs it takes what a piece does: autograd, if it is on, encodes each again on its way back."""
         codes, first = [], 0
         for piece in batch.in_pieces(inputs, self.d_streams, batch.PIECE, n_samples):
@@ -461,7 +484,7 @@ class SPARC(nn.Module):
             first += n
         return SparseLatents.cat(codes)
 
-    def _encode_together(self, inputs: Inputs, present: Tensor | None, first: int = 0) -> SparseLatents:
+    def _encode_together(self, inputs: Inputs, present: Presence | None, first: int = 0) -> SparseLatents:
         given = self._batch(inputs, present, first)
         parts = [(rows, part, self._encode(part)) for rows, part in given.by_presence()]
         if given.present is None:
@@ -474,6 +497,8 @@ class SPARC(nn.Module):
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
         """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""
         with self._shards.agreed("decode"):
+            if not isinstance(codes, SparseLatents):
+                raise ValueError(f"codes must be SparseLatents, as encode gives them, got {type(codes).__name__}")
             if codes.n_latents != self.n_latents:
                 raise ValueError(f"codes must be of a model with n_latents={self.n_latents}, got {codes.n_latents}")
             position(source, codes.streams, "source")
@@ -499,7 +524,7 @@ class SPARC(nn.Module):
                 raise ValueError(f"inputs must hold the source stream {source!r}, got {tuple(parts)}")
         return self.decode(self.encode({source: parts[source]}), source, target)
 
-    def forward(self, inputs: Inputs, cross_loss_coef: float = 1.0) -> SparcOutput:
+    def forward(self, inputs: Inputs | Arrays, cross_loss_coef: float = 1.0) -> SparcOutput:
         """Codes, every reconstruction, and (when all streams are given) the differentiable reconstruction loss.
 
         `loss` computes the same objective, and AuxK, without keeping the reconstructions: train with that.
@@ -526,11 +551,11 @@ class SPARC(nn.Module):
 
     def loss(
         self,
-        inputs: Inputs,
+        inputs: Inputs | Arrays,
         cross_loss_coef: float = 1.0,
         auxk_coef: float = 1 / 32,
         support_from: Sequence[str] | None = None,
-        present: Tensor | None = None,
+        present: Presence | None = None,
     ) -> SparcLoss:
         """The training objective:  mean_s NMSE(s, s) + cross_loss_coef mean_{s != t} NMSE(s, t) + auxk_coef AuxK.
 
@@ -567,6 +592,11 @@ class SPARC(nn.Module):
         support_from: Sequence[str] | None = None,
         reads_host: bool = True,
     ) -> Objective:
+        if not torch.compiler.is_compiling():
+            for name, coef in (("cross_loss_coef", cross_loss_coef), ("auxk_coef", auxk_coef)):
+                if not is_number(coef) and not isinstance(coef, Tensor):
+                    raise ValueError(f"{name} must be a number, got {coef!r}")
+            support_from = None if support_from is None else batch.as_names(support_from)
         dead = self.dead if self.training and self.auxk and auxk_coef else None
         n_dead = 0
         if dead is not None and reads_host:
@@ -592,7 +622,7 @@ class SPARC(nn.Module):
         )
 
     def _batch(
-        self, inputs: Inputs, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
+        self, inputs: Inputs | Arrays, present: Presence | None = None, first: int = 0, into: Tensor | None = None
     ) -> Batch:
         """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights;
         `into` is memory that they may take, if they need some.
@@ -602,23 +632,25 @@ class SPARC(nn.Module):
         return self._begin_batch(inputs, present, first, into)()
 
     def _begin_batch(
-        self, inputs: Inputs, present: Tensor | None = None, first: int = 0, into: Tensor | None = None
+        self, inputs: Inputs | Arrays, present: Presence | None = None, first: int = 0, into: Tensor | None = None
     ) -> Callable[[], Batch]:
         """`_batch` when it is called; the samples of other processes come meanwhile."""
         samples = self._shards.begin_batch(partial(self._own_samples, inputs, present, first, into))
         return lambda: self._with_weights(samples())
 
-    def _own_samples(self, inputs: Inputs, present: Tensor | None, first: int, into: Tensor | None) -> BatchSamples:
-        streams, x, leading = batch.side_by_side(inputs, self.d_streams, into)
+    def _own_samples(
+        self, inputs: Inputs | Arrays, present: Presence | None, first: int, into: Tensor | None
+    ) -> BatchSamples:
+        streams, x, leading = batch.side_by_side(self._tensors(inputs), self.d_streams, into)
         positions = [self.streams.index(name) for name in streams]
         widths = tuple(self.d_streams[name] for name in streams)
-        is_zero = None
+        is_zero = has = None
         if present is not None:
-            present = batch.check_present(present, streams, leading, x.device)
+            has = batch.check_present(present, streams, leading, x.device)
         elif self.is_calibrated:
             is_zero = batch.zero_rows(x, widths)
-        if present is not None:
-            x = batch.without_absent(x, present, widths)
+        if has is not None:
+            x = batch.without_absent(x, has, widths)
         x = self._unit_rows(x, streams)
         if self.is_calibrated:
             mean = columns_of(self.input_mean, streams, self.d_streams)
@@ -629,11 +661,11 @@ class SPARC(nn.Module):
         if is_zero is not None and not (may_wait and not is_zero.any()):
             x = batch.without_absent(x, ~is_zero, widths)  # 0, not -mean / rms: no error is told of it
             if may_wait:
-                has = ~is_zero | is_zero.all(1, keepdim=True)
-                present, left_out = None if has.all() else has, (~has).sum(0)
+                found = ~is_zero | is_zero.all(1, keepdim=True)
+                has, left_out = None if found.all() else found, (~found).sum(0)
         if self.check_finite and may_wait:
             batch.check_finite(x, streams, widths, first)
-        return BatchSamples(x, streams, widths, leading, present, left_out)
+        return BatchSamples(x, streams, widths, leading, has, left_out)
 
     def _with_weights(self, samples: BatchSamples) -> Batch:
         streams, positions = samples.streams, [self.streams.index(name) for name in samples.streams]

@@ -7,10 +7,9 @@ one part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,14 +18,18 @@ from torch import Tensor
 from sparc_fast import selection
 from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
 from sparc_fast.ops import backends
-from sparc_fast.ops.autograd import Reconstruction, measure, reconstruct
+from sparc_fast.ops.autograd import Reconstruction, compare, reconstruct
 from sparc_fast.ops.layout import stream_slices, wide
 from sparc_fast.ops.reference import ZERO_ROW, loss_summary, nmse_scale, row_energy, weighted_sum
 from sparc_fast.selection import LOCAL, Private, Selection, Thresholds
 from sparc_fast.selection.jumprelu import Jump, JumpGradients, JumpReLU
+from sparc_fast.sizes import is_integer
 from sparc_fast.whole import WHOLE, Whole
 
 Loss = Literal["nmse", "fvu"]
+
+Summarize = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]]
+"""What has the operands and results of `loss_summary`."""
 
 
 def nmse(recons: Tensor, x: Tensor) -> Tensor:
@@ -73,8 +76,8 @@ def nested_sizes(matryoshka: Sequence[int], n_latents: int) -> tuple[int, ...]:
     Raises:
         ValueError: they do not ascend within the dictionary.
     """
-    sizes = tuple(matryoshka)
-    whole = all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes)
+    sizes = tuple(matryoshka) if isinstance(matryoshka, Iterable) else (matryoshka,)
+    whole = isinstance(matryoshka, Iterable) and all(map(is_integer, sizes))
     if not whole or any(a >= b for a, b in pairwise((0, *sizes))) or max(sizes, default=0) > n_latents:
         raise ValueError(f"matryoshka must be integers that ascend from 1 to n_latents={n_latents}, got {matryoshka}")
     sizes = tuple(map(int, sizes)) if n_latents in sizes else (*map(int, sizes), n_latents)
@@ -333,7 +336,7 @@ class Objective:
         if self.sizes or jumped is not None or torch.is_grad_enabled():
             first = reconstruct(*operands, self.sizes, fires)
         else:
-            first = measure(*operands)
+            first = compare(*operands)
         gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc), self.shards)
         if supports.dead is None:
             return Flow(first, None, energy, gradients, batch.latent_threshold)
@@ -347,7 +350,7 @@ class Objective:
             scale = scale * supports.dead.any_dead
         weights = self_weights(S, self.auxk_coef)
         before, indices = supports.dead.before(batch)
-        through = reconstruct if torch.is_grad_enabled() else measure
+        through = reconstruct if torch.is_grad_enabled() else compare
         auxk = through(*before.operands(), indices, residual, scale, weights, widths, backend)
         if auxk.loss is None:
             auxk = auxk._replace(loss=weighted_sum(auxk.nmse, weights))
@@ -380,14 +383,18 @@ class Objective:
         return fvu_scale([self.spread[name] for name in batch.streams], energy, n_samples)
 
     def summarize(
-        self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...], zero_rows: Tensor | None = None
+        self,
+        terms: Mapping[tuple[str, ...], Terms],
+        streams: tuple[str, ...],
+        zero_rows: Tensor | None = None,
+        by: Summarize | None = None,
     ) -> SparcLoss:
         """The loss of a batch of these streams, from the terms of its samples that have the same ones.
 
         A sample's loss is that of the streams it has; the batch's is the mean over samples. `zero_rows` are those that
-        were found to be absent.
+        were found to be absent. `by` is called in place of `loss_summary`, once where all samples have all streams.
         """
-        loss = self._over_samples(terms, streams)
+        loss = self._over_samples(terms, streams, by)
         if self.jumprelu is not None:
             l0, penalty = self.jumprelu.penalty(*self.fired(terms, streams), self.k)
             loss = loss._replace(total=loss.total + penalty, l0=l0)
@@ -405,9 +412,11 @@ class Objective:
             samples[at] += len(some.energy)
         return fired, samples
 
-    def _over_samples(self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...]) -> SparcLoss:
+    def _over_samples(
+        self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...], by: Summarize | None
+    ) -> SparcLoss:
         if tuple(terms) == (streams,):
-            return self._summary(terms[streams])
+            return self._summary(terms[streams], by)
         whole = {name: s for s, name in enumerate(streams)}
         first = next(iter(terms.values())).nmse.detach()
         nmse, counts = first.new_zeros(2, len(streams), len(streams))
@@ -432,9 +441,9 @@ class Objective:
             prefixes=_sum(*[loss.prefixes for loss in losses]),
         )
 
-    def _summary(self, terms: Terms) -> SparcLoss:
+    def _summary(self, terms: Terms, by: Summarize | None = None) -> SparcLoss:
         nmse, auxk, energy, total, prefixes, _ = terms
-        summarize = loss_summary if torch.is_grad_enabled() else self._backend(nmse).loss_summary
+        summarize = by or (loss_summary if torch.is_grad_enabled() else self._backend(nmse).loss_summary)
         weights = pair_weights(len(nmse), self.cross_loss_coef)
         loss = SparcLoss(*summarize(nmse, auxk, energy, weights, self.auxk_coef), prefixes)
         if total is None and prefixes is not None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["as_bytes", "counted", "is_integer", "parse_bytes"]
+__all__ = ["as_bytes", "counted", "is_integer", "is_number", "parse_bytes"]
 
 
 def is_integer(value: Any) -> bool:
     """Python's integers and NumPy's; True is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Python's numbers and NumPy's; True is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def counted(number: float, thing: str, things: str | None = None) -> str:

@@ -76,6 +76,10 @@ class Whole:
         """The same of a number."""
         return n
 
+    def of_ranks(self, numbers: Tensor) -> Tensor:
+        """[rank, ...] the numbers of every process that shares these latents."""
+        return numbers[None]
+
     def samples(self, n: int) -> int:
         """How many all processes have together, of which this one has n."""
         return n

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
 import random
@@ -29,6 +30,10 @@ from operands import fast_backends
 
 from sparc_fast.ops import backends
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import triton_interpreter
+
+    triton_interpreter.make_faster()
 torch.set_num_threads(1)  # shapes are tiny; tests of threads set their own number
 # SPARC_FAST_TEST_DEVICE=cuda runs the operators' tests on a GPU, =two on memory that keeps to the rules of one
 TEST_DEVICE = os.environ.get("SPARC_FAST_TEST_DEVICE", "cpu")
@@ -36,7 +41,8 @@ if TEST_DEVICE == "two":
     FOR_GOOD = ExitStack()
     FOR_GOOD.enter_context(two_devices.two_devices())
     torch.compile = lambda *_, **__: pytest.skip("torch.compile compiles nothing while operators are watched")
-torch.set_default_device(two_devices.DEVICE if TEST_DEVICE == "two" else TEST_DEVICE)
+if TEST_DEVICE != "cpu":  # a default that is set goes through Python in every operator
+    torch.set_default_device(two_devices.DEVICE if TEST_DEVICE == "two" else TEST_DEVICE)
 
 MOST_WORKERS = 4
 MOST_EXAMPLES = 5  # of a test on a device
@@ -108,11 +114,11 @@ def native_results(
 
 @pytest.fixture(scope="session")
 def emulated_kernels(made_once: Callable[..., Path]) -> Callable[[str], list[Path]]:
-    """The objects of the emulated CUDA kernels, by the sanitizer that watches them."""
+    """The objects of the emulated CUDA kernels and of the emulation, by the sanitizer that watches the kernels."""
 
     def objects(sanitizer: str) -> list[Path]:
         folder = made_once(f"kernels {sanitizer}", partial(build.compile_kernels, sanitizer=sanitizer))
-        return sorted(folder.glob("*.o"))
+        return sorted([*folder.glob("*.o"), *made_once("emulation", build.compile_runtime).glob("*.o")])
 
     return objects
 
@@ -174,14 +180,15 @@ def pytest_configure(config: pytest.Config) -> None:
 ON_THE_HOST = {
     "test_benchmarks", "test_benchmarks_gpu", "test_cli", "test_convert", "test_data_files", "test_data_loader",
     "test_eval_command", "test_glyph_files", "test_glyphs", "test_report", "test_screening", "test_simd_levels",
-    "test_crosscoders", "test_export_command", "test_hub", "test_interop", "test_saelens",
+    "test_crosscoders", "test_docs", "test_export_command", "test_hub", "test_interop", "test_saelens",
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def device_of_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
     name = request.module.__name__
-    with torch.device("cpu") if name in ON_THE_HOST or name.startswith("test_training_") else nullcontext():
+    of_the_host = TEST_DEVICE != "cpu" and (name in ON_THE_HOST or name.startswith("test_training_"))
+    with torch.device("cpu") if of_the_host else nullcontext():
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import pytest
@@ -215,7 +215,7 @@ def count_silence(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
     return (silence,)
 
 
-def step_biases(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
+def biases_to_step(o: Operands) -> list[Bias]:
     """Both biases, of which one has two gradients and one a narrower copy, and their moments."""
     generator = seeded(2)
     moved = []
@@ -225,16 +225,41 @@ def step_biases(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
             [torch.rand(w.shape, generator=generator).to(w.dtype) for _ in range(n)] for n in (count, 2)
         )
         moved.append(Bias(w, gradients, moments, bias.clone() if bias.dtype != w.dtype else None))
-    backend.step_biases(moved, AdamStep(0.01, (0.9, 0.999), 1e-8, STEP))
-    for one in moved:
+    return moved
+
+
+def stepped(biases: Sequence[Bias]) -> tuple[Tensor, ...]:
+    for one in biases:
         assert one.copy is None or torch.equal(one.copy, one.bias.to(one.copy.dtype))
-    return tuple(tensor for one in moved for tensor in (one.bias, *one.moments))
+    return tuple(tensor for one in biases for tensor in (one.bias, *one.moments))
+
+
+def step_biases(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
+    biases = biases_to_step(o)
+    backend.step_biases(biases, AdamStep(0.01, (0.9, 0.999), 1e-8, STEP))
+    return stepped(biases)
+
+
+def finish_step(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
+    biases, silence, (nmse, energy) = biases_to_step(o), torch.arange(len(o.W_enc)), told(o)
+    counted = torch.tensor(STEP, dtype=torch.float64)
+    adam = AdamStep(0.01, (0.9, 0.999), 1e-8, counted)
+    summary = backend.finish_step(
+        biases, adam, silence, o.values, o.indices, counted, nmse, nmse.sum(), energy, o.weights, 0.5
+    )
+    return *stepped(biases), silence, counted, *(part for part in summary if part is not None)
+
+
+def told(o: Operands) -> tuple[Tensor, Tensor]:
+    """(nmse, energy)"""
+    S = len(o.d_streams)
+    energy, nmse = wide(o.scale).clone(), wide(o.values).square().sum() + torch.arange(S * S).view(S, S)
+    energy[1::3, 0] = 0
+    return nmse, energy
 
 
 def loss_summary(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
-    S = len(o.d_streams)
-    energy, nmse = wide(o.scale).clone(), wide(o.grad_values).square().sum() + torch.arange(S * S).view(S, S)
-    energy[1::3, 0] = 0
+    nmse, energy = told(o)
     with_auxk = backend.loss_summary(nmse, nmse.sum(), energy, o.weights, 0.5)
     without = backend.loss_summary(nmse, None, energy, o.weights, 0.0)
     assert without[3] is None
@@ -277,6 +302,7 @@ OPERATORS: dict[str, Callable[[Operands, Backend], tuple[Tensor, ...]]] = {
     "step_biases": step_biases,
     "sample_scale": lambda o, b: b.sample_scale(o.x, o.d_streams),
     "loss_summary": loss_summary,
+    "finish_step": finish_step,
 }
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
 import sparc_fast as sf
 from sparc_fast.ops import functional as F
+from sparc_fast.training import Config, Trainer
 
 WIDTHS = {"dino": 4, "text": 3}
+SAMPLES = {name: torch.ones(4, width) for name, width in WIDTHS.items()}
+CONFIG = Config(n_latents=9, k=2, steps=1, batch_size=2)
 
 
 def operands(N: int = 5, L: int = 9) -> dict[str, torch.Tensor]:
@@ -39,7 +45,8 @@ def test_k_outside_the_latents(k: int) -> None:
         ({"d_streams": {0: 4}}, "d_streams must name at least one stream.*got {0: 4}"),
         ({"d_streams": {"a": 4.0}}, "each an integer width >= 1, got {'a': 4.0}"),
         ({"k": 2.5}, "n_latents, k, auxk and dead_after must be integers, got 9, 2.5"),
-        ({"dtype": torch.complex64}, "dtype must be float32, bfloat16, float16 or float64, got torch.complex64"),
+        ({"dtype": torch.complex64}, "dtype must be torch.float32, bfloat16, float16 or float64, got torch.complex64"),
+        ({"dtype": "float32"}, "dtype must be torch.float32, bfloat16, float16 or float64, got 'float32'"),
         ({"backend": "abacus"}, "backend must be one of 'auto', .*'reference'.* for cpu tensors, got 'abacus'"),
     ],
 )
@@ -224,10 +231,57 @@ def test_weights_that_are_not_pairs_of_streams() -> None:
         F.reconstruction_loss(**arguments, d_streams=(4, 3), scale=torch.ones(5, 2), weights=(1.0, 1.0))
 
 
-@pytest.mark.parametrize("arguments", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}, {"lr": "a"}, {"lr": None}, {"betas": 0.9}, {"betas": ("a", 0)},
+     {"betas": (0.9,)}, {"eps": [1e-8]}, {"lr": torch.ones(2)}],
+)  # fmt: skip
 def test_optimizer_settings_out_of_range(arguments: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="lr and eps must be >= 0 and betas in"):
+    with pytest.raises(ValueError, match=r"lr and eps must be numbers >= 0 and betas two in \[0, 1\), got lr="):
         sf.SparcAdam(sf.SPARC(WIDTHS, 9, 2), **arguments)
+
+
+NONSENSE = ["a", -1, 1.5, None, [1], (), {}, float("nan")]
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (lambda **given: sf.SPARC(**{"d_streams": WIDTHS, "n_latents": 9, "k": 2, **given}),
+         ["d_streams", "n_latents", "k", "selection", "auxk", "dead_after", "private", "private_k", "normalize", "loss",
+          "matryoshka", "sparsity_coef", "bandwidth", "backend", "dtype"]),
+        (lambda **given: sf.SparcAdam(sf.SPARC(WIDTHS, 9, 2), **given),
+         ["lr", "betas", "eps", "lazy", "moments", "seed", "freeze", "max_grad_norm"]),
+        (lambda **given: sf.SparcAdam(sf.SPARC(WIDTHS, 9, 2)).step(**{"inputs": torch.ones(2, 7), **given}),
+         ["inputs", "cross_loss_coef", "auxk_coef", "support_from", "present"]),
+        (lambda **given: sf.evaluate.evaluate(**{"model": sf.SPARC(WIDTHS, 9, 2), "inputs": SAMPLES, **given}),
+         ["model", "inputs", "labels", "groups", "metrics", "batch_size", "resamples", "zero_rows", "memory"]),
+        (lambda **given: sf.data.Loader(**{"files": sf.data.open(SAMPLES), "batch_size": 2, **given}),
+         ["files", "batch_size", "memory", "seed", "last", "dtype", "n_threads", "part"]),
+        (lambda **given: sf.data.open(**{"sources": SAMPLES, **given}),
+         ["sources", "split", "ids", "join", "repeated"]),
+        (lambda **given: Trainer(**{"config": CONFIG, "folder": "never made", "files": sf.data.open(SAMPLES), **given}),
+         ["config", "model", "files", "validation_files"]),
+        (lambda **given: sf.SPARC(WIDTHS, 9, 2).calibrate(**{"inputs": SAMPLES, **given}),
+         ["inputs", "whiten", "streams"]),
+        (lambda **given: sf.SPARC(WIDTHS, 9, 2).with_stream(**{"name": "new", "width": 4, **given}),
+         ["name", "width"]),
+    ],
+    ids=["SPARC", "SparcAdam", "step", "evaluate", "Loader", "open", "Trainer", "calibrate", "with_stream"],
+)  # fmt: skip
+def test_whatever_an_argument_is_the_error_is_one_that_says_what_it_must_be(
+    call: Callable[..., object], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        said = []
+        for value in NONSENSE:
+            try:
+                call(**{name: value})
+            except (ValueError, FileNotFoundError) as error:  # any other is raised
+                said.append(str(error))
+        assert said, f"{name} may be anything"
+        assert all(" must " in words for words in said), said
 
 
 def test_moments_that_cannot_be_kept() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 import sparc_fast as sf
 from sparc_fast.benchmarks import memory
 from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE, STEP, Place
-from sparc_fast.benchmarks.experiments import moments_curve, width
+from sparc_fast.benchmarks.experiments import training
 from sparc_fast.benchmarks.figures import ON_CPU, reached
 from sparc_fast.benchmarks.main import main
 from sparc_fast.benchmarks.operators import OPERATORS, disagreement, measure
@@ -133,24 +133,14 @@ def test_quick_run_writes_json_and_a_plot(tmp_path: Path, capsys: pytest.Capture
     assert "roofs: copy" in capsys.readouterr().out
 
 
-def test_curves_of_both_moments_are_written_beside_each_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("matplotlib")
+def test_ways_of_training_are_compared_a_line_a_run_and_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
-    paths = tmp_path / "curves.json", tmp_path / "curves.png"
-    arguments = ["--steps", "20", "--seeds", "1", "--json", str(paths[0]), "--plot", str(paths[1])]
-    assert moments_curve.main(arguments) == 0
-    record = json.loads(paths[0].read_text())
-    exact, narrow = record["curves"]
-    assert [curve["moments"] for curve in (exact, narrow)] == ["float32", "bfloat16"]
-    assert len(exact["loss"]) == len(narrow["loss"]) == 20
-    assert narrow["loss"][0] == exact["loss"][0]
-    assert narrow["loss"][1:] == pytest.approx(exact["loss"][1:], rel=0.02)
-    assert narrow["loss"] != exact["loss"]
-    assert narrow["final"] == narrow["loss"][-1]
-    assert paths[1].read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.count("held out") == 2
+    arguments = ["digits", "--rules", "global", "local, nested", "--steps", "5", "--seeds", "0", "--prefixes", "16"]
+    assert training.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    runs = [f"digits, {rule}, seed 0, {n} latents: " for rule in ("global", "local, nested") for n in (16, 256)]
+    assert all(line.startswith(run + "single_loss ") for run, line in zip(runs, lines, strict=False))
+    assert any(line.startswith("| Retrieval R@1 |") and line.count("|") == 6 for line in lines)
 
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
@@ -211,26 +201,6 @@ def test_the_floor_is_the_slowest_resource_of_each_phase() -> None:
     roofs = Roofline(copy=10.0, float32=100.0, bfloat16=400.0, gather=20.0)
     assert roofs.floor([Cost(100, 20), Cost(300, 10), Cost(400, 10, "bfloat16"), Cost(gathered=100)]) == 2 + 3 + 1 + 5
     assert Roofline(10.0, 100.0, 400.0).floor([Cost(gathered=100)]) == 0
-
-
-def test_the_width_command_measures_time_memory_and_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record, picture = tmp_path / "width.json", tmp_path / "width.png"
-    threads = ["--threads", "1", "--seconds", "0"]
-    assert width.main(["--latents", "2048", *threads, "--json", str(record), "--plot", str(picture)]) == 0
-    printed = capsys.readouterr().out
-    assert "MB beyond" in printed
-    assert f"{4 * (3 * (2 * 2048 * 256 + 256 + 2 * 2048) + 512 * 256) / 1e9:.2f} GB held" in printed
-    beyond, step = json.loads(record.read_text())["rows"]
-    assert (beyond["what"], step["what"]) == ("memory", "step")
-    assert step["value"] > step["floor"] / 100 > 0
-    first, last = map(float, step["note"].rpartition("loss ")[2].split(" → "))
-    assert last < first
-    assert picture.stat().st_size > 0
-
-
-def test_time_that_grows_as_the_square_has_exponent_2() -> None:
-    narrow, wide = (Row("", "step", f"N512-L{L}", value=seconds) for L, seconds in ((65536, 0.5), (262144, 8.0)))
-    assert width.exponent(narrow, wide) == pytest.approx(2)
 
 
 @pytest.mark.distributed

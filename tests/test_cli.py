@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import sparc_fast.demo
 from sparc_fast import cli
 from sparc_fast.cli import demo
+from sparc_fast.planning import process_memory
+
+
+@pytest.fixture(scope="module")
+def glyphs() -> Any:
+    """Drawn once."""
+    return sparc_fast.demo.glyphs()
+
+
+@pytest.fixture
+def drawn(glyphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparc_fast.demo, "glyphs", lambda: glyphs)
 
 
 def test_the_version_names_the_backends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,7 +35,7 @@ def test_the_version_names_the_backends(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_short_demo_prints_the_table_and_writes_the_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, drawn: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["demo", "--steps", "5", "--ablations", "--out", str(tmp_path / "report")]) == 0
     printed = capsys.readouterr().out
@@ -42,7 +55,7 @@ def test_an_unwritable_output_folder_is_one_line_before_any_training(
     assert re.fullmatch(r"sparc-fast: --out must be a folder that can be written, got .*file: .*\n", error)
 
 
-def test_settings_out_of_range_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_out_of_range_are_one_line(tmp_path: Path, drawn: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", "--steps", "0", "--out", str(tmp_path)]) == 1
     assert "steps and batch_size must be >= 1, got 0" in capsys.readouterr().err
 
@@ -69,25 +82,32 @@ def test_bench_passes_its_options_to_the_benchmarks(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_help_and_plan_can_be_read_on_every_terminal(encoding: str) -> None:
-    commands = [[], *([name] for name in cli.COMMANDS)]
+def test_help_and_plan_can_be_read_on_every_terminal(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = "--n-latents 64 --k 3 --auxk 3 --steps 9 --d-streams a=9 --rows 9999 --device cpu"
     machine = "--machine-memory 80GB --copy-rate 1e10 --float32-rate 1e11 --bfloat16-rate 1e11"
-    code = f"""if True:
-        from sparc_fast.cli import main
-        for words in {[[*command, "--help"] for command in commands]}:
-            try:
-                main(words)
-            except SystemExit as stop:
-                assert stop.code == 0, words
-        assert main("plan {run} {machine}".split()) == 0
-        assert main(["convert", "λ → 漢.pth", "x.pth"]) == 1
-    """
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
-    printed, error = done.stdout.decode(encoding), done.stderr.decode(encoding)
-    assert done.returncode == 0, error
+    monkeypatch.setattr(process_memory, "in_own_process", lambda *_: str(2**28))
+    terminals = {}
+    for name, errors in (("stdout", "strict"), ("stderr", "backslashreplace")):  # as Python opens them
+        terminals[name] = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors, write_through=True)
+        monkeypatch.setattr(sys, name, terminals[name])
+    for command in ([], *([name] for name in cli.COMMANDS)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*command, "--help"])
+        assert stop.value.code == 0, command
+    assert cli.main(f"plan {run} {machine}".split()) == 0
+    assert cli.main(["convert", "λ → 漢.pth", "x.pth"]) == 1
+    printed, error = (terminal.buffer.getvalue().decode(encoding) for terminal in terminals.values())
     assert "lambda, the weight of the cross-reconstruction loss" in " ".join(printed.split())
     times = "×" if encoding == "cp1252" else "x"
     assert f"samples {times} concepts" in " ".join(printed.split())
     assert error.endswith("got lambda > \\u6f22.pth and x.pth\n")
+
+
+@pytest.mark.parametrize(("flag", "meant"), [("--selction", "--selection"), ("--nlatents=3", "--n-latents")])
+def test_a_flag_that_is_not_known_is_said_beside_the_one_that_may_be_meant(
+    flag: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--out", "x", flag])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {flag}; did you mean {meant}?\n")

@@ -133,7 +133,7 @@ def test_a_norm_that_is_not_finite_is_an_error_and_nothing_has_moved() -> None:
 
 @pytest.mark.parametrize("most", [0, -1.0, float("nan")])
 def test_a_norm_that_makes_no_sense_is_named(most: float) -> None:
-    with pytest.raises(ValueError, match="max_grad_norm must be > 0 or None, got"):
+    with pytest.raises(ValueError, match="max_grad_norm must be a number > 0 or None, got"):
         sf.SparcAdam(make(), max_grad_norm=most)
 
 

@@ -56,7 +56,7 @@ def program(made_once: Callable[..., Path], emulated_kernels: Callable[[str], li
         sources = {"faults": build.HERE / "faults.cu", "operators": build.HERE / "operators.cpp"}
 
         def fill(folder: Path) -> None:
-            build.compile_all(folder, [sources[name]], sanitizer)
+            build.compile_all(folder, [sources[name]], build.SANITIZERS[sanitizer])
             runtime = [path for path in kernels if path.stem == build.RUNTIME.stem]
             objects = runtime if name == "faults" else kernels
             build.link(folder / name, [*folder.glob("*.o"), *objects], sanitizer)
@@ -67,7 +67,8 @@ def program(made_once: Callable[..., Path], emulated_kernels: Callable[[str], li
 
 
 def run(path: Path, *arguments: str, schedule: int = 0) -> subprocess.CompletedProcess[str]:
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "atexit_sleep_ms=0"}
+    # a race is told with few of the steps that led to it: thousands of fibres each keep their own
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "atexit_sleep_ms=0:history_size=0"}
     environment = {**os.environ, **options, "CUDA_EMULATION_SCHEDULE": str(schedule)}
     return subprocess.run([path, *arguments], env=environment, capture_output=True, text=True, check=False)
 
@@ -88,7 +89,7 @@ def test_sound_kernels_pass_in_any_order_of_threads(sanitizer: str, program: Pro
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_a_sanitizer_finds_nothing_in_the_kernels(sanitizer: str, program: Program) -> None:
-    # first to last, all that is counted comes sorted already, so that sorting moves nothing
-    for schedule, arguments in [(0, []), (2, ["few"])]:
-        done = run(program("operators", sanitizer), *arguments, schedule=schedule)
+    # first to last, all that is counted comes sorted already, so that sorting moves nothing; to see races any order will do
+    for schedule in (2,) if sanitizer == "thread" else (0, 2):
+        done = run(program("operators", sanitizer), schedule=schedule)
         assert done.returncode == 0, done.stdout + done.stderr[-4000:]

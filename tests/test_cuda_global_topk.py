@@ -25,6 +25,7 @@ if torch.cuda.is_available():
     pytest.skip("with a GPU, Triton is not interpreted: tests/test_cuda_device.py", allow_module_level=True)
 
 from test_kernel_global_topk import (
+    all_given_up,
     given_up,
     test_a_latent_that_rounding_misjudges_as_far_as_the_bound_allows_is_placed,
     test_a_product_as_wrong_as_the_bound_allows_changes_no_support,
@@ -205,9 +206,7 @@ def test_a_score_is_summed_in_the_order_of_samples_given_up(
     found = cuda.global_topk(*operands[:3], operands[3].float(), 20)
     assert given_up == [0]
     in_full, every = torch.empty_like(found), torch.zeros(1, dtype=torch.int32)
-    kernel._in_full(
-        *operands[:3], operands[3][0], 20, torch.float32, in_full, every, torch.ones(1, dtype=torch.int32), None
-    )
+    kernel._in_full(*operands[:3], operands[3][0], 20, torch.float32, in_full, every, all_given_up(1), None)
     assert torch.equal(found, in_full)
 
 

@@ -85,7 +85,7 @@ def test_ids_must_be_unique_to_be_joined_and_the_first_double_is_named() -> None
     ("arguments", "message"),
     [
         ({"join": "left", "ids": {"a": [0], "b": [0]}}, 'join must be None, "inner" or "outer", got \'left\''),
-        ({"join": "inner"}, "ids must be given to join by, got None with join='inner'"),
+        ({"join": "inner"}, "ids must be given for join to match rows by, got join 'inner' without ids"),
         ({"join": "inner", "ids": {"a": range(5)}}, "identifiers of all of the streams"),
         ({"join": "inner", "ids": {"a": range(5), "b": range(4)}}, "ids of 'b' must be one a row, 5 in all, got 4"),
         ({"repeated": "all"}, "join must be .* with repeated='all', got None"),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from itertools import islice
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import in_fork
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from sparc_fast import data
 from sparc_fast.data import flat, readers
 from sparc_fast.data import loader as loader_module
 from sparc_fast.data.shuffle import Shuffling
+from sparc_fast.planning.process_memory import forget_peak, resident
 
 N = 6000
 WINDOWED = 9_500_000  # bytes: below what all rows take
@@ -281,34 +281,25 @@ def test_a_row_of_a_file_that_is_not_finite_is_named(
                 list(made)
 
 
-MEASURE = """
-import gc, sys, torch
-from pathlib import Path
-from sparc_fast import data
-torch.set_num_threads(1)
-
-def resident(key):
-    return next(int(l.split()[1]) * 1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
-
-memory, joined, paths = int(sys.argv[1]), sys.argv[2] == "joined", sys.argv[3:]
-warm = data.Loader(data.open({"w": torch.zeros(100, 8)}), 10, n_threads=2)
-list(warm); warm.close()
-sources = {str(i): path for i, path in enumerate(paths)}
-files = data.open(sources)
-if joined:
-    order = torch.randperm(len(files))
-    files = data.open({**sources, "again": paths[0]}, ids={**{s: order.sort().values for s in sources}, "again": order}, join="inner")
-files.rows(0, 1)
-gc.collect()
-Path("/proc/self/clear_refs").write_text("5")
-base = resident("VmRSS")
-rows = 0
-loader = data.Loader(files, 64, memory=memory, n_threads=2)
-for epoch in range(2):
-    for batch in loader:
-        rows += len(batch)
-print(resident("VmHWM") - base, rows, loader.plan.n_windows)
-"""
+def measured(path: Path, how: str, memory: int) -> tuple[int, int, int]:
+    """(bytes that a loader takes, rows of two epochs, windows)"""
+    torch.set_num_threads(1)
+    with data.Loader(data.open({"w": torch.zeros(100, 8)}), 10, n_threads=2) as warm:
+        list(warm)
+    files = data.open({"0": str(path)})
+    if how == "joined":
+        order = torch.randperm(len(files))
+        ids = {"0": order.sort().values, "again": order}
+        files = data.open({"0": str(path), "again": str(path)}, ids=ids, join="inner")
+    files.rows(0, 1)
+    gc.collect()
+    forget_peak()
+    base, rows = resident("VmRSS"), 0
+    loader = data.Loader(files, 64, memory=memory, n_threads=2)
+    for _ in range(2):
+        for batch in loader:
+            rows += len(batch)
+    return resident("VmHWM") - base, rows, loader.plan.n_windows
 
 
 def write_one_group(path: Path, rows: Tensor) -> Path:
@@ -336,10 +327,8 @@ def test_the_loader_stays_within_its_memory(tmp_path: Path, kind: str, how: str,
     rows = torch.randn(n, 512) if kind == "parquet, one group" else torch.rand(n, 512).mul(8).round()
     path = WRITERS.get(kind, write_one_group)(tmp_path / "file", rows)
     assert rows.nbytes * (2 if how == "joined" else 1) > memory
-    command = [sys.executable, "-c", MEASURE, str(memory), how, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    taken, rows, n_windows = map(int, done.stdout.split())
-    assert rows == 2 * n
+    taken, n_read, n_windows = in_fork(measured, path, how, memory)
+    assert n_read == 2 * n
     assert n_windows > 2
     assert taken <= memory, f"{taken} bytes of {memory}"
     assert taken > memory / 4, "the windows cannot have been in memory"
@@ -362,7 +351,7 @@ def test_too_little_memory_says_how_much_is_needed_and_that_suffices(files: data
         ({"seed": -1}, "seed must be an integer >= 0, got -1"),
         ({"n_threads": 0}, "n_threads must be an integer >= 1, got 0"),
         ({"last": "fold"}, 'last must be "keep" or "drop", got \'fold\''),
-        ({"dtype": torch.int32}, "dtype must be float32, bfloat16, float16 or float64"),
+        ({"dtype": torch.int32}, "dtype must be torch.float32, bfloat16, float16 or float64"),
         (
             {"batch_size": N + 1, "last": "drop"},
             f"files must hold at least one batch, got {N} rows for batch_size {N + 1}",

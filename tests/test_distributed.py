@@ -21,6 +21,8 @@ from sparc_fast.distributed import received, shard
 from sparc_fast.distributed.bytes import exchanged_bytes
 from sparc_fast.planning.process_memory import forget_peak, resident
 from sparc_fast.selection import BY_THRESHOLD, select
+from sparc_fast.selection.jumprelu import means_of_latents
+from sparc_fast.whole import WHOLE
 
 pytestmark = [
     pytest.mark.distributed,
@@ -345,18 +347,14 @@ def training_model(learned: bool = False, **options: Any) -> sf.SPARC:
     return model
 
 
-def weights_of(model: sf.SPARC) -> dict[str, Tensor]:
-    """Whole, on every rank."""
-    mine = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    if model._shards.is_whole:
-        return mine
-    found = []
-    for part in gathered(mine):
-        found.append(part)
-    dims = {"W_enc": 0, "W_dec": 0, "silence": 0, "latent_bias": 1, "latent_threshold": 1}
-    return {
-        name: torch.cat([part[name] for part in found], dim=dims[name]) if name in dims else mine[name] for name in mine
-    }
+SHARED = {"W_enc": 0, "W_dec": 0, "silence": 0, "latent_bias": 1, "latent_threshold": 1}
+"""Name -> the dimension along which ranks share it; each holds all of the others."""
+
+
+def as_held(parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The model of each rank's own, whole by the shares of all."""
+    whole = {name: torch.cat([part[name] for part in parts], dim) for name, dim in SHARED.items() if name in parts[0]}
+    return [{**part, **whole} for part in parts]
 
 
 def gathered(mine: Any) -> list[Any]:
@@ -366,41 +364,69 @@ def gathered(mine: Any) -> list[Any]:
 
 
 def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+    return float(torch.stack([(one[name].double() - other[name].double()).abs().max() for name in one]).max())
 
 
-def train_beside(options: dict[str, Any], of_optimizer: dict[str, Any], of_step: dict[str, Any], steps: int) -> Any:
-    """(how far losses and weights of ranks are from those of one process, how many latents were dead, AuxK steps)."""
-    options = dict(options)
+def train_beside(
+    options: dict[str, Any], of_optimizer: dict[str, Any], of_step: dict[str, Any], replicas: int = 1
+) -> dict[str, Any] | None:
+    """How far what ranks hold and are told is from one process, which the first trains beside and tells of, 50 steps on."""
     dtype, absent, parts = options.get("dtype", torch.float64), of_step.pop("absent", False), of_step.pop("parts", 1)
-    whole = training_model(**options)
-    sharded = shard(training_model(**options))
-    optimizers = [sf.SparcAdam(model, 3e-3, **of_optimizer) for model in (whole, sharded)]
-    of_loss, with_auxk, most_dead = 0.0, 0, 0
-    for step in range(steps):
-        x = samples(17, seed=100 + step, dtype=dtype)
-        present = None
+    size = replicas, here()[1] // replicas
+    mesh = init_device_mesh("cpu", size, mesh_dim_names=("replicas", "latents")) if replicas > 1 else None
+    models = [shard(training_model(**options), mesh), *([training_model(**options)] if here()[0] == 0 else [])]
+    optimizers = [sf.SparcAdam(model, 3e-3, **of_optimizer) for model in models]
+    losses: list[list[Any]] = [[] for _ in models]
+    most_dead, bits = 0, []
+    for step in range(50):
+        x, present = samples(17, seed=100 + step, dtype=dtype), None
         if absent:
             present = torch.rand(17, 2, generator=torch.Generator().manual_seed(step)) < 0.6
             present[:, 0] |= ~present.any(1)
-        most_dead = max(most_dead, int(whole.dead.sum()))
-        given = [(x, present), (own(x, step % 2 == 1), None if present is None else own(present, step % 2 == 1))]
+        most_dead = max(most_dead, int(models[-1].dead.sum()))
+        given = [(own(x, step % 2 == 1), None if present is None else own(present, step % 2 == 1)), (x, present)]
         if parts > 1:
-            given = [(x.tensor_split(parts), None), (own(x).tensor_split(parts), None)]
+            given = [(own(x).tensor_split(parts), None), (x.tensor_split(parts), None)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sparc_fast.optim.sparc_adam._processes", lambda: 1)  # the whole model is this process's own
-            expected, found = (
-                optimizer.step(inputs, present=has, **of_step)
-                for optimizer, (inputs, has) in zip(optimizers, given, strict=True)
-            )
-        with_auxk += expected.auxk is not None
-        for one, other in zip(expected, found, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None:
-                of_loss = max(of_loss, float((one - other).abs().max()))
-    ends = weights_of(whole), weights_of(sharded)
-    assert torch.equal(ends[0]["silence"], ends[1]["silence"])
-    return of_loss, farthest(*ends), most_dead, with_auxk
+            for told, optimizer, (inputs, has) in zip(losses, optimizers, given, strict=False):
+                told.append(optimizer.step(inputs, present=has, **of_step))
+        held = b"".join(tensor.detach().numpy().tobytes() for tensor in models[0].state_dict().values())
+        bits.append(hashlib.sha256(held).digest())
+    x = samples(19, dtype=torch.float64).to(dtype)
+    evaluated = [
+        float(model.eval().loss(part).total.detach())
+        for model, part in zip(models, (own(x, uneven=True), x), strict=False)
+    ]
+    mine = {name: tensor.detach().clone() for name, tensor in models[0].state_dict().items()}
+    of_ranks = gathered((losses[0], evaluated[0], bits, mine))
+    if here()[0] != 0:
+        return None
+    of_losses = [abs(evaluation - evaluated[1]) for _, evaluation, _, _ in of_ranks]
+    for found, *_ in of_ranks:
+        for ours, theirs in zip(found, losses[1], strict=True):
+            for one, other in zip(ours, theirs, strict=True):
+                assert (one is None) == (other is None)
+                of_losses += [] if one is None else [float((one - other).abs().max())]
+    whole = {name: tensor.detach() for name, tensor in models[1].state_dict().items()}
+    shares = [[rank[3] for rank in of_ranks[first : first + size[1]]] for first in range(0, here()[1], size[1])]
+    held_by = [model for replica in shares for model in as_held(replica)]
+    return {
+        "losses": float(torch.tensor(of_losses).max()),
+        "weights": float(torch.tensor([farthest(model, whole) for model in held_by]).max()),
+        "same silence": all(torch.equal(model["silence"], whole["silence"]) for model in held_by),
+        "same replicas": all(rank[2] == of_ranks[number % size[1]][2] for number, rank in enumerate(of_ranks)),
+        "dead": most_dead,
+        "with AuxK": sum(loss.auxk is not None for loss in losses[1]),
+    }
+
+
+def assert_that_of_one_process(told: dict[str, Any]) -> None:
+    assert told["losses"] < 1e-12
+    assert told["weights"] < 1e-12
+    assert told["same silence"]
+    assert told["same replicas"]
+    assert told["dead"] > 6
 
 
 TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -454,11 +480,9 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 def test_fifty_steps_are_those_of_one_process_to_1e_12(ranks: Ranks, name: str) -> None:
     if ranks.n != 3 and name not in ("global", "absent streams, local", "nested", "private"):
         pytest.skip("three ranks are the hardest; each costs its processes")
-    for of_loss, of_weights, most_dead, with_auxk in ranks(train_beside, *TRAININGS[name], 50):
-        assert of_loss < 1e-12
-        assert of_weights < 1e-12
-        assert most_dead > 6
-        assert with_auxk > 20
+    told = ranks(train_beside, *TRAININGS[name])[0]
+    assert_that_of_one_process(told)
+    assert told["with AuxK"] > 20
 
 
 def trained(
@@ -691,6 +715,32 @@ def test_metrics_of_directions_need_no_row_of_another_rank(ranks: Ranks) -> None
         assert max(apart.values()) < 1e-6, apart
 
 
+def means_of_thresholds(n_latents: int) -> tuple[list[float], list[float], int]:
+    """(the means of one process, those of ranks, how often these exchange something for them)."""
+    whole = model_of(n_latents=n_latents, selection="local_jumprelu")
+    with torch.no_grad():
+        whole.latent_threshold.normal_()
+        whole.latent_threshold[0, :3] = torch.tensor([1e5, -1e-5, 3.0])
+    sharded = shard(whole)
+    own, exchange = sharded.latent_threshold.detach(), sharded._shards.exchange
+    with pytest.MonkeyPatch.context() as patch:
+        calls, gather, numbers = [], exchange.gather, exchange.numbers
+        patch.setattr(exchange, "gather", lambda *given: (calls.append("rows"), gather(*given))[1])
+        patch.setattr(exchange, "numbers", lambda *given: (calls.append("numbers"), numbers(*given))[1])
+        found = means_of_latents([own[:1], own[1:], own], sharded._shards)
+    everything = whole.latent_threshold.detach()
+    return means_of_latents([everything[:1], everything[1:], everything], WHOLE), found, len(calls)
+
+
+@pytest.mark.parametrize("n_latents", [50, 53])
+def test_the_mean_thresholds_of_all_streams_are_exchanged_together_and_are_the_bits_of_one_process(
+    ranks: Ranks, n_latents: int
+) -> None:
+    for expected, found, calls in ranks(means_of_thresholds, n_latents):
+        assert found == expected
+        assert calls == (2 if ranks.n > 1 else 1)
+
+
 def exchanged(n_latents: int, dtype: torch.dtype, selection: str = "global", **options: Any) -> dict[str, int]:
     model = shard(model_of(n_latents=n_latents, dtype=dtype, auxk=0, selection=selection, **options))
     optimizer = sf.SparcAdam(model)
@@ -869,6 +919,8 @@ def refused(case: str) -> str:
             sf.evaluate.evaluate(model, streams_of(samples(9)), labels)
         elif case == "capturable":
             sf.SparcAdam(model, capturable=True)
+        elif case == "prefix":
+            model.prefix(7)
     except (ValueError, RuntimeError) as error:
         return str(error)
     return ""
@@ -879,6 +931,7 @@ REFUSALS = {
     "other calls": "ranks must make the same calls", "other models": "model must be the same on every rank",
     "too few latents": "n_latents must be enough", "forward": "forward must be of a whole model",
     "capturable": "capturable must be False",
+    "prefix": r"prefix must be of a whole model, .*: save the model, and take SPARC.load\(path\).prefix\(7\)",
     "other samples": "inputs must be the same on every rank", "labels": "labels must be",
 }  # fmt: skip
 
@@ -899,69 +952,24 @@ def needs_four(ranks: Ranks) -> None:
         pytest.skip("two replicas of two ranks are four")
 
 
-def replicated(options: dict[str, Any], of_optimizer: dict[str, Any], absent: bool, parts: int) -> dict[str, Any]:
-    """How far two replicas of two ranks are from one process after 50 steps, and whether they have the same bits."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "latents"))
-    whole, sharded = training_model(**options), shard(training_model(**options), mesh)
-    optimizers = [sf.SparcAdam(model, 3e-3, **of_optimizer) for model in (whole, sharded)]
-    of_loss, dead, apart = 0.0, 0, 0
-    for step in range(50):
-        x, present = samples(17, seed=100 + step, dtype=torch.float64), None
-        if absent:
-            present = torch.rand(17, 2, generator=torch.Generator().manual_seed(step)) < 0.6
-            present[:, 0] |= ~present.any(1)
-        dead = max(dead, int(whole.dead.sum()))
-        given = [(x, present), (own(x, step % 2 == 1), None if present is None else own(present, step % 2 == 1))]
-        if parts > 1:
-            given = [(x.tensor_split(parts), None), (own(x).tensor_split(parts), None)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sparc_fast.optim.sparc_adam._processes", lambda: 1)
-            one, other = (o.step(inputs, present=has) for o, (inputs, has) in zip(optimizers, given, strict=True))
-        for a, b in zip(one, other, strict=True):
-            assert (a is None) == (b is None)
-            of_loss = max(of_loss, 0.0 if a is None else float((a - b).abs().max()))
-        bits = hashlib.sha256(b"".join(part.detach().numpy().tobytes() for part in sharded.state_dict().values()))
-        apart += (told := gathered(bits.digest()))[:2] != told[2:]
-    x = samples(19, dtype=torch.float64)
-    evaluated = whole.eval().loss(x).total - sharded.eval().loss(own(x, uneven=True)).total
-    mine = {name: tensor.detach().clone() for name, tensor in sharded.state_dict().items()}
-    rows = sharded._shards.rows(whole.n_latents)
-    expected = {
-        name: tensor[rows]
-        if name in ("W_enc", "W_dec", "silence")
-        else tensor[:, rows]
-        if name in ("latent_bias", "latent_threshold")
-        else tensor
-        for name, tensor in whole.state_dict().items()
-    }
-    return {
-        "loss": max(of_loss, float(evaluated.detach().abs())),
-        "weights": farthest(mine, expected),
-        "same silence": torch.equal(mine["silence"], expected["silence"]),
-        "same replicas": not apart,
-        "dead": dead,
-    }
-
-
-REPLICATED: dict[str, tuple[dict[str, Any], dict[str, Any], bool, int]] = {
-    "global": ({}, {}, False, 1),
-    "local, replayed, absent": ({"selection": "local"}, {"lazy": "replay"}, True, 1),
-    "accumulated and clipped": ({}, {"max_grad_norm": 0.05}, False, 3),
-    "clipped, absent": ({}, {"max_grad_norm": 0.05}, True, 1),
-    "batch, replayed, absent": ({"selection": "batch"}, {"lazy": "replay"}, True, 1),
-    "jumprelu, replayed, absent": ({"selection": "jumprelu"}, {"lazy": "replay"}, True, 1),
+REPLICATED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "global": ({}, {}, {}),
+    "local, replayed, absent": ({"selection": "local"}, {"lazy": "replay"}, {"absent": True}),
+    "accumulated and clipped": ({}, {"max_grad_norm": 0.05}, {"parts": 3}),
+    "clipped, absent": ({}, {"max_grad_norm": 0.05}, {"absent": True}),
+    "batch, replayed, absent": ({"selection": "batch"}, {"lazy": "replay"}, {"absent": True}),
+    "jumprelu, replayed, absent": ({"selection": "jumprelu"}, {"lazy": "replay"}, {"absent": True}),
     "local jumprelu, accumulated": (
         {"selection": "local_jumprelu", "learned": True},
         {"max_grad_norm": 0.05},
-        False,
-        3,
+        {"parts": 3},
     ),
-    "nested, absent": ({"matryoshka": [7, 20, 30]}, {}, True, 1),
-    "nested, accumulated": ({"matryoshka": [7, 20]}, {"max_grad_norm": 0.05}, False, 3),
-    "private, absent": ({**PRIVATE, "selection": "local"}, {"max_grad_norm": 0.05}, True, 1),
-    "private, most, accumulated": (MOST_PRIVATE, {"lazy": "replay"}, False, 3),
-    "fvu, absent": ({"loss": "fvu"}, {}, True, 1),
-    "fvu, accumulated": ({"loss": "fvu"}, {}, False, 3),
+    "nested, absent": ({"matryoshka": [7, 20, 30]}, {}, {"absent": True}),
+    "nested, accumulated": ({"matryoshka": [7, 20]}, {"max_grad_norm": 0.05}, {"parts": 3}),
+    "private, absent": ({**PRIVATE, "selection": "local"}, {"max_grad_norm": 0.05}, {"absent": True}),
+    "private, most, accumulated": (MOST_PRIVATE, {"lazy": "replay"}, {"parts": 3}),
+    "fvu, absent": ({"loss": "fvu"}, {}, {"absent": True}),
+    "fvu, accumulated": ({"loss": "fvu"}, {}, {"parts": 3}),
 }
 
 
@@ -997,9 +1005,4 @@ def test_the_batch_of_batch_topk_is_that_of_all_replicas(ranks: Ranks, uneven: b
 @pytest.mark.parametrize("name", REPLICATED)
 def test_replicas_are_equal_bit_for_bit_and_train_as_one_process(ranks: Ranks, name: str) -> None:
     needs_four(ranks)
-    for found in ranks(replicated, *REPLICATED[name]):
-        assert found["same replicas"]
-        assert found["same silence"]
-        assert found["loss"] < 1e-12
-        assert found["weights"] < 1e-12
-        assert found["dead"] > 6
+    assert_that_of_one_process(ranks(train_beside, *REPLICATED[name], 2)[0])

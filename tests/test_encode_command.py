@@ -237,6 +237,8 @@ def test_a_file_written_in_parts_is_read_like_any_other_and_must_be_written_whol
     assert torch.equal(found["x"], rows)
     assert found["empty"].shape == (0, 2)
     assert config == {"of": "é"}
+    checkpoint.save(tmp_path / "whole", found, {"of": "é"})
+    assert (tmp_path / "f").read_bytes() == (tmp_path / "whole").read_bytes()
     with (
         pytest.raises(ValueError, match=r"rows are missing: \{'x': 1\}"),
         checkpoint.save_in_parts(tmp_path / "g", shapes, {}) as write_rows,

@@ -366,7 +366,10 @@ def test_errors_are_one_line_that_says_what_is_wrong(
             [finished, "--data", a, f"b={tmp_path / 'wide.npy'}"],
             "--data must have the widths {'a': 300, 'b': 200}, got",
         ),
-        ([finished, "--data", unseen, "--join", "inner"], "ids must be given to join by, got None with join='inner'"),
+        (
+            [finished, "--data", unseen, "--join", "inner"],
+            "ids must be given for join to match rows by, got join 'inner' without ids",
+        ),
         ([finished, "--data", unseen, "--memory", "1MiB"], "memory must be at least"),
         ([finished, "--data", unseen, "--label-ids", tmp_path / "ids.csv"], "--label-ids must be matched with --ids"),
         (

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import seeded
 from torch import Tensor
@@ -20,8 +21,10 @@ from sparc_fast.evaluate import (
     class_purity,
     cofiring_iou,
     concept_jaccard,
+    concept_jaccard_by_chance,
     energy_share,
     firing_agreement,
+    firing_entropy,
     latent_use,
     linear_probe,
     mlp_probe,
@@ -139,6 +142,55 @@ def of_two_streams() -> dict[str, Callable[[Codes], Tensor]]:
         "nearest": lambda c: retrieve(c["a"], c["b"], 12, top=3).cosines,
         "top": lambda c: top_samples(c, 12, 3).values,
     }
+
+
+def of_latents(streams: Codes, labels: Tensor, x: Tensor, L: int, seed: int = 0) -> dict[str, Tensor]:
+    """What metrics say of each latent, [..., L]."""
+    weighted = class_purity(streams, labels, L, weighted=True)
+    names = name_latents(streams, labels, list("abcdefghijk")[: labels.shape[1]], L, shuffles=0)
+    return {
+        "jaccard": concept_jaccard(streams, labels, L),
+        "chance": concept_jaccard_by_chance(streams, labels, L, seed),
+        "agreement": firing_agreement(streams, L),
+        "entropy": firing_entropy(streams, L),
+        "iou": cofiring_iou(streams, L),
+        "energy": energy_share(streams, L),
+        "frequency": latent_use(streams, L).frequency,
+        "purity": class_purity(streams, labels, L).purity,
+        "weighted purity": weighted.purity,
+        "concept": weighted.concept,
+        "mono": mono_score(streams, x, L).score,
+        "name": names.score,
+        "recall": names.stream_recall,
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(min_samples=1), seed=st.integers(0, 2**31))
+def test_what_is_said_of_a_latent_follows_a_permutation_of_latents_and_ignores_one_of_samples(
+    case: tuple[dict[str, StreamCode], Tensor, int], seed: int
+) -> None:
+    streams, labels, L = case
+    x = torch.randn(len(labels), 3, generator=seeded(seed))
+    order, rows = torch.randperm(L, generator=seeded(seed)), torch.randperm(len(labels), generator=seeded(seed + 1))
+    renamed = {name: (values, order[indices.long()]) for name, (values, indices) in streams.items()}
+    moved = {name: (values[rows], indices[rows]) for name, (values, indices) in renamed.items()}
+    expected, same = of_latents(streams, labels, x, L, seed), of_latents(renamed, labels, x, L, seed)
+    for name, found in of_latents(moved, labels[rows], x[rows], L, seed).items():
+        torch.testing.assert_close(same[name][..., order], expected[name], equal_nan=True, msg=name)
+        if name != "chance":  # which shuffles samples by their numbers
+            torch.testing.assert_close(found[..., order], expected[name], equal_nan=True, msg=name)
+
+
+def test_nothing_depends_on_the_chunks_in_which_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = {name: (torch.randn(40, 6, generator=seeded(s)), torch.rand(40, 9, generator=seeded(s)).argsort(1)[:, :6])
+               for s, name in enumerate("abc")}  # fmt: skip
+    labels, x = torch.rand(40, 11, generator=seeded(7)) < 0.3, torch.randn(40, 7, generator=seeded(8))
+    whole = of_latents(streams, labels, x, 9)
+    for n_bytes in (1, 200, 500, 2000, 20000):
+        monkeypatch.setattr("sparc_fast.evaluate.codes.CHUNK_BYTES", n_bytes)
+        for name, found in of_latents(streams, labels, x, 9).items():
+            torch.testing.assert_close(found, whole[name], equal_nan=True, msg=name)
 
 
 def test_slots_that_hold_no_latent_change_nothing() -> None:

@@ -2,14 +2,13 @@ from __future__ import annotations
 
 from itertools import combinations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from test_evaluate_codes import cases, code_of, dense_of
 from torch import Tensor
 
 import sparc_fast as sf
-from sparc_fast.evaluate import StreamCode, codes, concept_jaccard, concept_jaccard_by_chance
+from sparc_fast.evaluate import StreamCode, concept_jaccard, concept_jaccard_by_chance
 
 Case = tuple[dict[str, StreamCode], Tensor, int]
 
@@ -32,16 +31,6 @@ def jaccard_by_definition(case: Case) -> list[float]:
 def test_jaccard_equals_its_definition(case: Case) -> None:
     expected = torch.tensor(jaccard_by_definition(case), dtype=torch.float64)
     torch.testing.assert_close(concept_jaccard(*case), expected)
-
-
-def test_jaccard_does_not_depend_on_the_chunks_of_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    streams = {name: (torch.randn(40, 6).relu(), torch.rand(40, 9).argsort(1)[:, :6]) for name in "abc"}
-    labels = torch.rand(40, 11) < 0.3
-    whole = concept_jaccard(streams, labels, 9)
-    for n_bytes in (1, 200, 3 * 4 * 3 * 9, 2000):
-        monkeypatch.setattr(codes, "CHUNK_BYTES", n_bytes)
-        assert torch.equal(concept_jaccard(streams, labels, 9), whole)
 
 
 def test_jaccard_of_a_hand_made_example() -> None:

@@ -36,19 +36,6 @@ def test_latent_use_equals_counting_in_the_dense_codes(case: Case) -> None:
     assert list(use.active_per_sample.values()) == pytest.approx([float(f.sum()) / max(N, 1) for f in fires])
 
 
-def test_alive_dead_and_mixed_of_a_hand_made_example() -> None:
-    use = latent_use(
-        {"a": code_of([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), "b": code_of([[0.5, 0.0, 0.0], [0.0, 0.0, 0.0]])}, 3
-    )
-    assert (use.n_alive, use.n_dead, use.n_mixed) == (1, 1, 1)
-    assert use.dead == {"a": 1, "b": 2}
-    assert use.frequency.tolist() == [[1.0, 0.0, 0.5], [0.5, 0.0, 0.0]]
-
-
-def test_a_selected_latent_of_value_zero_is_not_alive() -> None:
-    assert latent_use({"a": (torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.int32))}, 2).n_dead == 2
-
-
 # --- agreement ---
 
 
@@ -63,12 +50,6 @@ def test_agreement_equals_the_overlap_of_the_sets_of_samples(case: Case) -> None
         pairs = [len(a & b) / len(a | b) if a | b else 0.0 for a, b in combinations(sets, 2)]
         expected.append(sum(pairs) / len(pairs) if pairs else 0.0)
     torch.testing.assert_close(firing_agreement(streams, L), torch.tensor(expected, dtype=torch.float64))
-
-
-def test_agreement_is_1_for_equal_firings_whatever_the_values_and_0_for_disjoint_ones() -> None:
-    a = code_of([[1.0, 2.0], [0.0, 0.0]])
-    b = code_of([[9.0, 0.0], [0.0, 1.0]])
-    assert firing_agreement({"a": a, "b": b}, 2).tolist() == [1, 0]
 
 
 def test_agreement_compares_codes_of_different_k() -> None:

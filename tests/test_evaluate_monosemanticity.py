@@ -70,28 +70,6 @@ def test_a_latent_that_always_fires_is_judged_by_where_it_fires_more() -> None:
     assert found.score[0, 1].isnan()  # at one value always
 
 
-@settings(max_examples=40, deadline=None)
-@given(case=cases(min_samples=1), seed=st.integers(0, 2**31))
-def test_the_score_follows_a_permutation_of_latents_and_ignores_one_of_samples(case: Case, seed: int) -> None:
-    streams, labels, L = case
-    embeddings = torch.randn(len(labels), 3, generator=seeded(seed))
-    order = torch.randperm(L, generator=seeded(seed))
-    rows = torch.randperm(len(labels), generator=seeded(seed + 1))
-    moved = {name: (values[rows], order[indices[rows].long()]) for name, (values, indices) in streams.items()}
-    found, again = mono_score(streams, embeddings, L), mono_score(moved, embeddings[rows], L)
-    torch.testing.assert_close(again.score[:, order], found.score, equal_nan=True)
-
-
-def test_the_score_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    streams = {name: (torch.randn(40, 6), torch.rand(40, 9).argsort(1)[:, :6]) for name in "abc"}
-    embeddings = torch.randn(40, 7)
-    whole = mono_score(streams, embeddings, 9).score
-    for n_bytes in (1, 500, 3000):
-        monkeypatch.setattr(codes, "CHUNK_BYTES", n_bytes)
-        torch.testing.assert_close(mono_score(streams, embeddings, 9).score, whole)
-
-
 @settings(max_examples=100, deadline=None)
 @given(case=cases(), chunk=st.sampled_from([1, 300, 2**26]))
 def test_a_code_by_latent_holds_its_active_entries(case: Case, chunk: int) -> None:

@@ -10,7 +10,7 @@ from operands import seeded
 from test_evaluate_codes import cases, code_of, dense_of
 from torch import Tensor
 
-from sparc_fast.evaluate import StreamCode, class_purity, codes
+from sparc_fast.evaluate import StreamCode, class_purity
 
 Case = tuple[dict[str, StreamCode], Tensor, int]
 
@@ -71,28 +71,3 @@ def test_one_concept_in_all_streams_is_consistent() -> None:
     assert class_purity(streams, labels, 3).consistent.tolist() == [False, False, True]
     silent = {"a": code_of([[0.0]] * 3), "b": code_of([[0.0]] * 3)}
     assert class_purity(silent, labels, 1).consistent.tolist() == [False]
-
-
-@settings(max_examples=50, deadline=None)
-@given(case=cases(), seed=st.integers(0, 2**31))
-def test_purity_follows_a_permutation_of_latents_and_ignores_one_of_samples(case: Case, seed: int) -> None:
-    streams, labels, L = case
-    order = torch.randperm(L, generator=seeded(seed))
-    rows = torch.randperm(len(labels), generator=seeded(seed + 1))
-    moved = {name: (values[rows], order[indices[rows].long()]) for name, (values, indices) in streams.items()}
-    found, again = class_purity(streams, labels, L), class_purity(moved, labels[rows], L)
-    assert torch.equal(again.concept[:, order], found.concept)
-    torch.testing.assert_close(again.purity[:, order], found.purity, equal_nan=True)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_purity_does_not_depend_on_the_chunks_of_labels(monkeypatch: pytest.MonkeyPatch, weighted: bool) -> None:
-    torch.manual_seed(0)
-    streams = {name: (torch.randn(40, 6).relu(), torch.rand(40, 9).argsort(1)[:, :6]) for name in "abc"}
-    labels = torch.rand(40, 11) < 0.3
-    whole = class_purity(streams, labels, 9, weighted=weighted)
-    for n_bytes in (1, 200, 2000):
-        monkeypatch.setattr(codes, "CHUNK_BYTES", n_bytes)
-        found = class_purity(streams, labels, 9, weighted=weighted)
-        torch.testing.assert_close(found.purity, whole.purity)
-        assert torch.equal(found.concept, whole.concept)

@@ -302,7 +302,7 @@ with sf.data.open({name: f"{name}.npy" for name in model.streams}) as files:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak anew")
 def test_files_larger_than_memory_are_evaluated_within_it(tmp_path: Path) -> None:
-    memory, N = 160 * 2**20, 90_000
+    memory, N = 115 * 2**20, 50_000
     block = np.random.default_rng(0).standard_normal((1000, 768)).astype(np.float16)
     for name, width in (("a", 768), ("b", 512)):
         np.save(tmp_path / f"{name}.npy", np.tile(block[:, :width], (N // 1000, 1)))
@@ -379,11 +379,11 @@ def test_wrong_inputs_are_named() -> None:
     for scalar in ({name: torch.tensor(1.0) for name in inputs}, {name: x[0] for name, x in inputs.items()}):
         with pytest.raises(ValueError, match=r"inputs\['image'\] must be \[N, D=7\], got \[7?\]"):
             evaluate(model, scalar)
-    with pytest.raises(ValueError, match=r"inputs\['text'\] must be a tensor \[N, D=5\], got ndarray"):
-        evaluate(model, {**inputs, "text": inputs["text"].numpy()})
+    with pytest.raises(ValueError, match=r"inputs\['text'\] must be a tensor \[N, D=5\], got list"):
+        evaluate(model, {**inputs, "text": inputs["text"].tolist()})
     with pytest.raises(ValueError, match=r"groups must be ids \[N=4\], integers or text, got float32 \[4\]"):
         evaluate(model, inputs, groups=torch.ones(4))
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         evaluate(model, inputs, labels, batch_size=0)
 
 
@@ -434,6 +434,14 @@ def test_scores_average_over_latents_streams_and_pairs() -> None:
         "active": 1.0,
     }
     assert evaluation_of().scores() == pytest.approx(expected)
+
+
+def test_what_no_model_has_a_result_of_has_no_row() -> None:
+    x = {"image": torch.randn(40, 7)}
+    rows = table({"one stream": evaluate(model_of({"image": 7}), x, torch.rand(40, 3) < 0.4, resamples=0)})
+    assert {row.key for row in rows} == {
+        score.key for metric in METRICS if metric.key in ("reconstruction", "latents") for score in metric.scores
+    }
 
 
 def test_the_table_compares_models_by_column_and_dashes_what_is_missing() -> None:
@@ -511,6 +519,27 @@ def test_the_summary_is_strict_json_even_where_scores_are_undefined() -> None:
     assert summary["nmse"]["a -> b"] == pytest.approx(0.5)
     assert summary["dead_latents"] == {"a": 1, "b": 1}
     assert summary["active_per_sample"] == {"a": 1.0, "b": 1.0}
+
+
+def test_an_evaluation_prints_its_scores_a_line_each_and_nothing_that_is_undefined() -> None:
+    x, _ = data_of(60)
+    found = evaluate(model_of(), x, resamples=0)
+    first, *lines = repr(found).splitlines()
+    assert first == "Evaluation of 20 latents on 60 samples of image, text, sound"
+    assert f"  Firing agreement: {found.scores()['agreement']:.3f}" in lines
+    assert len(lines) == sum(value is not None for value in found.scores().values()) < len(found.scores())
+
+
+def test_numpy_arrays_are_evaluated_as_the_tensors_they_are() -> None:
+    (x, labels), model = data_of(60), model_of()
+    arrays = {name: part.numpy(force=True) for name, part in x.items()}
+    found, expected = (
+        evaluate(model, given, labels, train=given, train_labels=labels, metrics="all", resamples=0)
+        for given in (arrays, x)
+    )
+    assert found.scores() == expected.scores()
+    with pytest.raises(ValueError, match=r"inputs\['text'\] must be a tensor \[N, D=5\], got list"):
+        evaluate(model, {**arrays, "text": arrays["text"].tolist()})
 
 
 def test_a_model_that_normalizes_is_measured_against_unit_rows() -> None:

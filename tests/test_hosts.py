@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import Ranks
 from training_runs import rows
 
 import sparc_fast as sf
@@ -100,23 +104,39 @@ def test_two_hosts_with_a_replica_each_train_the_model_of_one_process(folder: Pa
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
 
 
+def enter_host(names: list[str], rank: int) -> None:
+    """The network of the host that has this rank, two of them each."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "cable"
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{names[rank // 2]}") as network:
+        assert libc.setns(network.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+
+
+def train_on(folder: Path) -> None:
+    """Until a host is gone, which ends the process; what the command says is written down."""
+    command = ["train", str(folder / "train.toml"), "--out", str(folder / "cut"), "--progress", "none"]
+    with (folder / f"said by {torch.distributed.get_rank()}").open("w", buffering=1) as errors, redirect_stderr(errors):
+        os._exit(cli.main([*command, "--replicas", "2", "--steps", "1000000"]))
+
+
 def test_a_host_that_is_gone_ends_the_other_by_name(folder: Path, hosts: list[str]) -> None:
-    settings = "--replicas", "2", "--steps", "1000000"
-    runs = [start(folder, host, name, "cut", *settings) for host, name in enumerate(hosts)]
-    try:
-        until = time.monotonic() + 600
-        while not (folder / "cut" / "checkpoints" / "step-000000020").is_dir():
-            assert time.monotonic() < until
-            assert runs[0].poll() is None, runs[0].communicate()
+    four, until = Ranks(4, partial(enter_host, hosts)), time.monotonic() + 600
+
+    def cut() -> None:
+        while not (folder / "cut" / "checkpoints" / "step-000000020").is_dir() and time.monotonic() < until:
             time.sleep(0.05)
-        found = subprocess.run(["ip", "netns", "pids", hosts[1]], check=True, capture_output=True, text=True).stdout
         ip("-n", hosts[1], "link", "set", "cable", "down")
-        for process in found.split():
-            os.kill(int(process), signal.SIGKILL)
-        _, errors = runs[0].communicate(timeout=600)
+        for rank in (2, 3):
+            four.kill(rank)
+
+    cutting = threading.Thread(target=cut)
+    cutting.start()
+    try:
+        with pytest.raises(EOFError):
+            four(train_on, folder)
+        cutting.join()
+        assert [four.status(rank) for rank in range(2)] == [1, 1]
     finally:
-        for run in runs:
-            with run:  # which closes its pipes
-                run.kill()
-    assert runs[0].returncode != 0
-    assert re.search("ranks? [23].* gone", errors), errors
+        four.close()
+    said = [(folder / f"said by {rank}").read_text() for rank in range(2)]
+    assert re.search("ranks? [23].* gone", "".join(said)), said

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from cuda_emulation import build
 
 from sparc_fast.benchmarks.tools import cuda_resources
 from sparc_fast.benchmarks.tools.machine_code import Code
@@ -24,7 +26,7 @@ from sparc_fast.benchmarks.tools import predictions, step_launches
 counted = predictions.instructions(predictions.TRITON, predictions.compiled_triton(cases.A))
 compiled_cuda = predictions.compiled_cuda(pickle.loads(Path(sys.argv[1]).read_bytes()))
 counted |= predictions.instructions((*predictions.CUDA, *predictions.STAGED), compiled_cuda)
-counted |= predictions.step_counts(*step_launches.count(captured=True))
+counted |= predictions.step_counts(step_launches.emulated(Path(sys.argv[2])))
 print(json.dumps({"counted": counted, "held": json.loads(predictions.BASELINE.read_text()),
                   "compilers": predictions.compilers()}))
 """
@@ -73,10 +75,11 @@ def test_the_shortest_way_is_the_one_that_does_the_work(assembly: str) -> None:
 
 @pytest.mark.compilers
 @pytest.mark.skipif(cuda_resources.nvcc() is None, reason="no nvcc")
-def test_no_hot_path_takes_more_instructions_than_it_did(machine_code: Path) -> None:
+@pytest.mark.skipif(build.COMPILER is None, reason="no g++")
+def test_no_hot_path_takes_more_instructions_than_it_did(machine_code: Path, cuda: ModuleType) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", COUNT, str(machine_code)]
+    command = [sys.executable, "-c", COUNT, str(machine_code), str(Path(cuda._cuda.__file__).parent)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)

@@ -11,6 +11,7 @@ from hard_rows import VECTORS, inf, nan, vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import kernel_device, seeded
+from test_kernel_global_topk import all_given_up
 from torch import Tensor
 
 from sparc_fast.ops import reference
@@ -104,8 +105,8 @@ def test_no_rows_and_no_centre_break_the_bound(
         x, W_enc, pre_bias, bias = (o.to(DEVICE) for o in (x, W_enc, pre_bias, bias))
         found = kernel.global_topk(x, W_enc, pre_bias, bias, k)
     in_full = torch.empty_like(found)
-    every, total = torch.arange(N, dtype=torch.int32), torch.tensor([N], dtype=torch.int32)
+    every = torch.arange(N, dtype=torch.int32)
     of_bias = reference.summed_bias(bias)
-    rest = k, torch.float32, in_full, every.to(DEVICE), total.to(DEVICE), None
+    rest = k, torch.float32, in_full, every.to(DEVICE), all_given_up(N), None
     kernel._in_full(x, W_enc, pre_bias, of_bias, *rest)
     assert torch.equal(found, in_full)

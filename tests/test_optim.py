@@ -333,3 +333,18 @@ def test_whoever_reads_the_decoder_of_a_lazy_run_gets_rows_that_are_up_to_date()
         for optimizer in optimizers:
             optimizer.step(batches(7)[6][:2])
         assert torch.equal(read(lazy), read(eager))
+
+
+def test_numpy_arrays_are_trained_on_as_the_tensors_they_are(backend: str) -> None:
+    ours, theirs = make(backend), make(backend)
+    optimizers = sf.SparcAdam(ours, lr=1e-3), sf.SparcAdam(theirs, lr=1e-3)
+    for x in batches(3):
+        of_streams = theirs.normalized(x)
+        arrays = {name: part.numpy(force=True) for name, part in of_streams.items()}
+        halves = [{name: part[rows] for name, part in arrays.items()} for rows in (slice(7), slice(7, None))]
+        for given, tensors in ((arrays, of_streams), (x.numpy(force=True), x), (halves, x.split([7, 9]))):
+            assert torch.equal(optimizers[0].step(given).total, optimizers[1].step(tensors).total)
+        assert torch.equal(ours.loss(arrays).total, theirs.loss(of_streams).total)
+        assert torch.equal(ours(arrays).recons["a", "b"], theirs(of_streams).recons["a", "b"])
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -182,6 +182,23 @@ def test_leading_dimensions_and_no_samples_at_all_keep_their_shape() -> None:
     assert model.loss(nobody, present=present[:0]).total == 0
 
 
+def test_a_mask_may_be_an_array_of_numpy_as_the_samples_may() -> None:
+    inputs, present = batch()
+    arrays, mask = {name: x.numpy(force=True) for name, x in inputs.items()}, present.numpy(force=True)
+    models = make(), make()
+    codes = models[0].encode(arrays, mask), models[1].encode(inputs, present)
+    assert torch.equal(codes[0].values, codes[1].values)
+    optimizers = [sf.SparcAdam(model) for model in models]
+    halves = [{name: x[rows] for name, x in arrays.items()} for rows in (slice(9), slice(9, None))]
+    parts = [{name: x[rows] for name, x in inputs.items()} for rows in (slice(9), slice(9, None))]
+    for ours, theirs in (
+        ((arrays, mask), (inputs, present)),
+        ((halves, [mask[:9], mask[9:]]), (parts, [*present.split([9, 8])])),
+    ):
+        found, expected = (opt.step(x, present=has) for opt, (x, has) in zip(optimizers, (ours, theirs), strict=True))
+        assert torch.equal(found.total, expected.total)
+
+
 def test_a_mask_that_does_not_fit_is_refused_in_words() -> None:
     model = make()
     inputs, present = batch()

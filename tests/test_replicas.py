@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+import sparc_fast as sf
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
+]
+WIDTHS = {"a": 16, "b": 12}
+
+
+def of_a_replica() -> dict[str, Any]:
+    from torch.nn.parallel import DistributedDataParallel
+
+    rank, generator = torch.distributed.get_rank(), torch.Generator().manual_seed(0)
+    x = {name: 3 + torch.randn(64, width, generator=generator) for name, width in WIDTHS.items()}
+    mine = {name: part[rank * 32 :][:32] for name, part in x.items()}
+    torch.manual_seed(0)
+    model, whole = (sf.SPARC(WIDTHS, 64, 4) for _ in range(2))
+    whole.load_state_dict(model.state_dict())
+    whole.calibrate(x)
+    if rank == 0:
+        model.calibrate(x)
+    replica = DistributedDataParallel(model)
+    found: dict[str, Any] = {}
+    for _ in range(2):
+        replica(mine).loss.total.backward()
+        whole(x).loss.total.backward()
+    pairs = zip(model.parameters(), whole.parameters(), strict=True)
+    found["gradients differ by"] = max(float((p.grad - q.grad).abs().max()) for p, q in pairs)
+    found["silence"] = torch.equal(model.silence, whole.silence) and bool((whole.silence == 128).any())
+    found["calibrated"] = model.is_calibrated
+    for name, wrong in (("step", lambda: sf.SparcAdam(model).step(mine)), ("wrapped", lambda: sf.SparcAdam(replica))):
+        with pytest.raises(ValueError, match="must") as error:
+            wrong()
+        found[name] = str(error.value)
+    return found
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    meeting = tmp_path_factory.mktemp("replicas") / "meeting"
-    commands = [
-        [sys.executable, str(Path(__file__).with_name("replica.py")), str(rank), str(meeting)] for rank in (0, 1)
-    ]
-    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-    results = [process.communicate(timeout=600) for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors for _, errors in results)
-    return [json.loads(printed.splitlines()[-1]) for printed, _ in results]
+def found() -> list[dict[str, Any]]:
+    two = Ranks(2)
+    try:
+        return two(of_a_replica)
+    finally:
+        two.close()
 
 
 def test_gradients_and_dead_latents_are_those_of_all_samples(found: list[dict[str, Any]]) -> None:

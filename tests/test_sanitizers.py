@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
-import pybind11
 import pytest
 from cuda_emulation import build as cuda_emulation
 from native import build as native
@@ -56,11 +54,9 @@ tests.test_a_cuda_kernel_refuses_a_workspace_that_is_too_small_and_sizes_beyond_
 
 
 def test_no_wrong_call_from_python_touches_what_is_not_its_own(native_objects: Objects, tmp_path: Path) -> None:
-    module, sanitizer = tmp_path / "_cpu.so", "address,undefined"
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    binding = ROOT / "csrc/cpu/binding.cpp"
-    native.compiler(sanitizer, *includes, "-shared", binding, *native_objects(sanitizer), "-o", module)
-    run_in_python(WRONG_CALLS, module)
+    sanitizer = "address,undefined"
+    native.compile_module(tmp_path, native_objects(sanitizer), sanitizer)
+    run_in_python(WRONG_CALLS, tmp_path / "_cpu.so")
 
 
 def test_no_wrong_call_of_a_cuda_kernel_touches_what_is_not_its_own(

@@ -66,7 +66,7 @@ def test_replayed_steps_have_the_bits_of_steps_made_one_call_at_a_time(
     settings: dict[str, object], kwargs: dict[str, object]
 ) -> None:
     plain, captured = optimizer(settings, **kwargs), optimizer(settings, **kwargs)
-    given = batches(4, 4, 4, 3, 4)
+    given = batches(2, 2, 2, 3, 2)
     expected = train(plain, given)
     with recorded_graphs(captured) as graphs:
         found = train(captured, given)
@@ -78,7 +78,7 @@ def test_replayed_steps_have_the_bits_of_steps_made_one_call_at_a_time(
 
 def test_weights_that_others_write_between_replays_are_trained_on() -> None:
     plain, captured = (optimizer(dtype=torch.bfloat16) for _ in range(2))
-    given = batches(*[4] * 4)
+    given = batches(*[2] * 4)
     with recorded_graphs(captured) as graphs:
         for opt in (plain, captured):
             opt.graph = opt is captured
@@ -120,7 +120,7 @@ def test_rows_of_zeros_are_absent_from_steps_made_one_call_at_a_time() -> None:
 
 def test_a_step_that_cannot_be_captured_is_made_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, captured = optimizer(), optimizer()
-    given = batches(*[4] * 3)
+    given = batches(*[2] * 3)
     train(plain, given)
 
     def capture(function: object, device: torch.device) -> None:
@@ -146,30 +146,36 @@ def test_a_learning_rate_of_the_device_is_read_at_every_replay() -> None:
         for opt in (plain, captured):
             opt.graph = opt is captured
             rate = opt.param_groups[0]["lr"] = torch.tensor(0.01)
-            for t, x in enumerate(batches(*[4] * 3)):
+            for t, x in enumerate(batches(*[2] * 3)):
                 rate.fill_(0.01 / (t + 1))
                 opt.step(x)
     assert len(graphs) == 1
     assert_same(captured, plain)
 
 
-def test_streams_given_apart_are_put_side_by_side_where_the_graph_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["given", "sent"])
+def test_streams_given_apart_are_put_side_by_side_where_the_graph_reads_them(
+    ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, captured = (optimizer({"graph": g}) for g in (False, True))
-    given = [{"a": x[:, :6], "b": x[:, 6:]} for x in batches(4, 4, 4, 3, 4, 4)]
-    places: list[int] = []
+    given = [{"a": x[:, :6], "b": x[:, 6:]} for x in batches(2, 2, 2, 3, 2, 2)]
+    samples_of: list[Tensor] = []  # all kept, so that none has the place of another
     with_weights = captured.model._with_weights
 
     def noted(samples: object) -> object:
         batch = with_weights(samples)  # type: ignore[arg-type]
-        places.append(batch.x.data_ptr())
+        samples_of.append(batch.x)
         return batch
 
     monkeypatch.setattr(captured.model, "_with_weights", noted)
     with recorded_graphs(captured) as graphs:
-        for x in given:
+        coming = captured.send(given[0])
+        for x, after in zip(given, [*given[1:], given[0]], strict=True):
             plain.step(x)
-            captured.step(x)
+            now, coming = coming, captured.send(after)
+            captured.step(now if ahead else x)
     assert len(graphs) == 1
     assert captured._graphs.inputs is not None
-    assert [place == captured._graphs.inputs.data_ptr() for place in places] == [False, False, True, False, True, True]
+    place = captured._graphs.inputs.data_ptr()
+    assert [x.data_ptr() == place for x in samples_of] == [False, False, True, False, True, True]
     assert_same(captured, plain)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import Ranks
 from training_runs import rows
 
 import sparc_fast as sf
+from sparc_fast import cli
+from sparc_fast.training import read_metrics
 
 pytestmark = [
     pytest.mark.distributed,
@@ -37,11 +43,11 @@ device = "cpu"
 """
 
 
-def start(folder: Path, out: str, *settings: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["--max-restarts", str(restarts)]
-    command += ["-m", "sparc_fast", "train", str(folder / "train.toml"), "--out", str(folder / out)]
-    command += settings
+def start(folder: Path, out: str) -> subprocess.Popen[str]:
+    """With two ranks, which are started again once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "sparc_fast", "train", str(folder / "train.toml")]
+    command += ["--out", str(folder / out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
@@ -60,6 +66,18 @@ def process_of(rank: int, torchrun: int) -> int:
     raise AssertionError(f"torchrun has no rank {rank}")
 
 
+def command(folder: Path, out: str, *settings: str) -> int:
+    return cli.main(["train", str(folder / "train.toml"), "--out", str(folder / out), "--progress", "none", *settings])
+
+
+def until_there(folder: Path, out: str) -> Iterator[None]:
+    """While there is no checkpoint."""
+    until = time.monotonic() + 600
+    while not (folder / out / "checkpoints" / f"step-{EVERY:09d}").is_dir():
+        assert time.monotonic() < until
+        yield time.sleep(0.02)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import numpy as np
@@ -72,19 +90,46 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path) -> str:
-    run = start(folder, "whole")
-    printed, errors = run.communicate(timeout=600)
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    ranks = Ranks(3)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, two: Ranks) -> Path:
+    """Of a run that nobody disturbed."""
+    assert two(command, folder, "whole") == [0, 0]
+    return folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def restarted(folder: Path) -> tuple[str, str]:
+    """What torchrun and the ranks that it started print and say, one of which was killed after the first checkpoint."""
+    run = start(folder, "restarted")
+    try:
+        for _ in until_there(folder, "restarted"):
+            assert run.poll() is None, run.communicate()
+        os.kill(process_of(1, run.pid), signal.SIGKILL)
+        printed, errors = run.communicate(timeout=600)
+    finally:
+        run.kill()
     assert run.returncode == 0, errors
-    return printed
+    return printed, errors
 
 
-def test_the_command_of_one_process_trains_on_several_and_speaks_once(folder: Path, finished: str) -> None:
-    assert finished.count("steps done") == 1
-    assert f"{STEPS} steps done" in finished
-    model = sf.SPARC.load(folder / "whole" / "model.safetensors")
-    assert model.W_enc.shape == (64, 500)
-    assert len((folder / "whole" / "sessions.jsonl").read_text().splitlines()) == 1
+def test_the_command_of_one_process_trains_on_several_and_speaks_once(folder: Path, restarted: tuple[str, str]) -> None:
+    printed, _ = restarted
+    assert printed.count("steps done") == 1
+    assert f"{STEPS} steps done" in printed
+    assert sf.SPARC.load(folder / "restarted" / "model.safetensors").W_enc.shape == (64, 500)
 
 
 RULES = {
@@ -94,33 +139,14 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_every_rule_trains_on_several_processes_as_on_one(folder: Path, rule: str) -> None:
+def test_every_rule_trains_on_several_processes_as_on_one(folder: Path, three: Ranks, rule: str) -> None:
     settings = *RULES[rule], "--steps", "20", "--support-dropout", "0"
-    run = start(folder, f"{rule} of three", *settings, ranks=3)
-    _, errors = run.communicate(timeout=600)
-    assert run.returncode == 0, errors
-    alone = [sys.executable, "-m", "sparc_fast", "train", str(folder / "train.toml"), "--out", str(folder / rule)]
-    subprocess.run([*alone, *settings], check=True, capture_output=True, cwd=folder, timeout=600)
+    assert three(command, folder, f"{rule} of three", *settings) == [0, 0, 0]
+    assert command(folder, rule, *settings) == 0
     model, expected = (sf.SPARC.load(folder / out / "model.safetensors") for out in (f"{rule} of three", rule))
     assert model.config() == expected.config()
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
-
-
-def killed(folder: Path, out: str, rank: int, restarts: int = 0) -> tuple[int, str]:
-    """(exit status of torchrun, what it and its ranks said), where this one is killed after the first checkpoint."""
-    run = start(folder, out, restarts=restarts)
-    try:
-        until = time.monotonic() + 600
-        while not (folder / out / "checkpoints" / f"step-{EVERY:09d}").is_dir():
-            assert time.monotonic() < until
-            assert run.poll() is None, run.communicate()
-            time.sleep(0.02)
-        os.kill(process_of(rank, run.pid), signal.SIGKILL)
-        _, errors = run.communicate(timeout=600)
-    finally:
-        run.kill()
-    return run.returncode, errors
 
 
 def assert_same_bits(folder: Path, out: str) -> None:
@@ -128,24 +154,45 @@ def assert_same_bits(folder: Path, out: str) -> None:
         assert (folder / out / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
 
+def killed(folder: Path, out: str) -> None:
+    """Rank 0 is killed after the first checkpoint; the other writes down how the command ended."""
+
+    def kill() -> None:
+        for _ in until_there(folder, out):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if torch.distributed.get_rank() == 0:
+        threading.Thread(target=kill, daemon=True).start()
+    with redirect_stderr(io.StringIO()) as errors:
+        status = command(folder, out)
+    (folder / "ended").write_text(f"{status} {errors.getvalue()}")
+
+
 def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_to_the_same_bits(
-    folder: Path, finished: str
+    folder: Path, two: Ranks, finished: Path
 ) -> None:
-    status, errors = killed(folder, "killed", rank=0)
-    assert status != 0
-    assert "rank 0 is gone" in errors or "rank      : 0 (local_rank: 0)" in errors, errors
+    some, ended, until = Ranks(2), folder / "ended", time.monotonic() + 600
+    try:
+        with pytest.raises(EOFError):
+            some(killed, folder, "killed")
+        while not (ended.exists() and ended.read_text()) and time.monotonic() < until:
+            time.sleep(0.1)
+    finally:
+        some.close()
+    assert re.fullmatch(r"1 sparc-fast: rank 0 is gone, .*\n", ended.read_text())
     assert not (folder / "killed" / "model.safetensors").exists()
-    again = start(folder, "killed")
-    _, errors = again.communicate(timeout=600)
-    assert again.returncode == 0, errors
+    assert two(command, folder, "killed") == [0, 0]
+    assert read_metrics(folder / "killed" / "sessions.jsonl")[-1]["from_step"] >= EVERY
     assert_same_bits(folder, "killed")
 
 
-def test_torchrun_starts_the_ranks_again_which_go_on_to_the_same_bits(folder: Path, finished: str) -> None:
-    status, errors = killed(folder, "restarted", rank=1, restarts=1)
-    assert status == 0, errors
+def test_torchrun_starts_the_ranks_again_which_go_on_to_the_same_bits(
+    folder: Path, restarted: tuple[str, str], finished: Path
+) -> None:
+    _, errors = restarted
     assert re.search(r"rank 1 is gone|local_rank: 1\b", errors), errors
-    sessions = (folder / "restarted" / "sessions.jsonl").read_text().splitlines()
-    assert json.loads(sessions[-1])["from_step"] >= EVERY
-    assert json.loads(sessions[-1])["ended"] == "finished"
+    session = read_metrics(folder / "restarted" / "sessions.jsonl")[-1]
+    assert session["from_step"] >= EVERY
+    assert session["ended"] == "finished"
     assert_same_bits(folder, "restarted")

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from training_runs import assert_same_results, config, files, trained
 
+from sparc_fast import SPARC
 from sparc_fast.training import Trainer, checkpoints, load_model, read_metrics
 
 STATE = {"step": 3, "best": None, "loader": {"d_streams": {"b": 1, "a": 2}}}
@@ -49,6 +50,7 @@ def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:
 
 def test_large_tensors_are_hashed_in_pieces_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "HASHED_TOGETHER", 16)
+    monkeypatch.setattr(checkpoints, "AT_ONCE", 6)
     checkpoints.write(tmp_path / "c", tensors(), STATE)
     checkpoints.read(tmp_path / "c")
     content = bytearray((tmp_path / "c").read_bytes())
@@ -86,6 +88,19 @@ def test_foreign_files_are_refused_and_never_unpickled(tmp_path: Path) -> None:
         checkpoints.read(tmp_path / "pickle")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         checkpoints.read(tmp_path / "nothing")
+
+
+def test_whoever_takes_a_run_for_a_model_is_told_what_reads_it_and_its_records_are_found(tmp_path: Path) -> None:
+    trainer = trained(tmp_path / "run")
+    for path in (tmp_path / "run", trainer.folder.checkpoint(trainer.step)):
+        assert load_model(path).n_latents == trainer.model.n_latents
+        with pytest.raises(
+            (ValueError, FileNotFoundError), match=r"load_model reads a run's folder and its checkpoints"
+        ):
+            SPARC.load(path)
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "run" / "metrics.jsonl") != []
+    with pytest.raises(FileNotFoundError, match=r"path must be a run's folder or its metrics\.jsonl, but there is no"):
+        read_metrics(tmp_path / "nowhere")
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:

@@ -142,3 +142,5 @@ def test_every_setting_has_a_flag_with_help(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     for words in ("--n-latents", "--cross-loss-ramp", "--no-calibrate", "STREAM=FILE[#NAME]", "rows measured, at most"):
         assert words in printed
+    for words in ("--loss {nmse,fvu}", "--selection {global,local,batch,jumprelu,local_jumprelu}"):
+        assert words in " ".join(printed.split()), "what may be said is shown"

@@ -54,7 +54,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"data": {"a": 3}}, "data must be a table of streams"),
     ({"data": {"a": {"path": "a.h5", "nam": "x"}}}, "data must be a table of streams"),
     ({"ids": 3}, "ids must be the name of a data set in every file, or a table of streams as for data, got 3"),
-    ({"join": "inner"}, "ids must be given with join='inner', got none"),
+    ({"join": "inner"}, "ids must be given for join to match rows by, got join 'inner' without ids"),
     ({"repeated": "all"}, "join must be inner or outer with repeated='all', got none"),
     ({"join": "left"}, "join must be one of none, inner, outer, got 'left'"),
     ({"memory": "4 apples"}, 'memory must be an integer >= 1, in bytes, or a size such as "4GiB", got \'4 apples\''),

@@ -25,7 +25,8 @@ SLOW = [
     "bit_for_bit", "bfloat16_moments", "alone", "long_rows", "no_rows_break", "without_a_proof", "misjudges", "bad_row",
     "cancellation", "wider_matrix", "halves", "equals_decoding", "narrow_weights", "takes_parts_too", "whole_step",
     "parts_without", "without_a_say", "moves_nothing", "about_k_latents", "puts_what_matters", "cannot_be_imported",
-    "several_versions", "without_triton", "sixty", "steps_on_samples",
+    "several_versions", "without_triton", "sixty", "steps_on_samples", "do_not_share", "of_their_own",
+    "reads_nothing_on_the_host",
 ]  # fmt: skip
 QUICK = " and ".join(f"not {word}" for word in SLOW)
 

@@ -28,7 +28,8 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
 def build(folder: Path, **environment: str) -> None:
     """The wheel, from the sources alone, in an environment of its own that holds what pyproject.toml asks for.
 
-    Unoptimised, which compiles many times faster: what `pip install -e` compiled is what all other tests run on.
+    Unoptimised and for one instruction set, which compiles many times faster: what `pip install -e` compiled is what all
+    other tests run on, each instruction set those of test_simd_levels.py.
     """
     compiled = shutil.ignore_patterns("*.so", "__pycache__")
     for name in SOURCES:
@@ -40,8 +41,9 @@ def build(folder: Path, **environment: str) -> None:
     # nvcc is left out: the CUDA module's compilation has tests of its own
     folders = [str(folder), *os.environ["PATH"].split(os.pathsep)]
     path = os.pathsep.join(p for p in folders if not Path(p, "nvcc").exists())
-    unoptimised = folder / "unoptimised"  # of flags that differ the last counts
-    unoptimised.write_text(f'#!/bin/sh\nexec {sysconfig.get_config_var("CXX") or "c++"} "$@" -O0\n')
+    unoptimised = folder / "unoptimised"
+    flags = "-O0 -DSPARC_FAST_BASELINE_ONLY"  # of flags that differ the last counts
+    unoptimised.write_text(f'#!/bin/sh\nexec {sysconfig.get_config_var("CXX") or "c++"} "$@" {flags}\n')
     unoptimised.chmod(0o755)
     done = run(
         sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, folder / "source", cwd=folder,

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -503,18 +505,26 @@ def path_lines(found: Sequence[Counted]) -> Iterator[str]:
         )
 
 
-def step_counts(host: step_launches.Counted, graph: step_launches.Counted) -> dict[str, float]:
+def step_counts(emulated: ModuleType) -> dict[str, float]:
     """What may not rise besides, of a captured step."""
-    return {"a captured step, launches": host.kernels + 1, "a captured step, kernels in its graph": graph.kernels}
+    counts = {}
+    for backend, cuda in (("Triton", None), ("CUDA", emulated)):
+        host, graph = step_launches.count(captured=True, cuda=cuda)
+        counts[f"a captured step by {backend}, launches"] = host.kernels + 1
+        counts[f"a captured step by {backend}, kernels in its graph"] = graph.kernels
+    return counts
 
 
-def step_lines() -> Iterator[str]:
-    yield "| a step by the Triton backend | launches of the host | kernels it runs | the host's µs |"
+def step_lines(emulated: ModuleType) -> Iterator[str]:
+    yield "| a step | launches of the host | kernels it runs, in a graph | the host's µs |"
     yield "|---|---|---|---|"
-    eager, _ = step_launches.count(captured=False)
-    host, graph = step_launches.count(captured=True)
-    yield f"| one call at a time | {eager.kernels} | {eager.kernels} | {eager.microseconds:.0f}, without the launches |"
-    yield f"| captured | {host.kernels + 1} | {host.kernels + graph.kernels} | {host.microseconds:.0f} |"
+    for backend, cuda in (("Triton", None), ("CUDA", emulated)):
+        eager, _ = step_launches.count(captured=False, cuda=cuda)
+        host, graph = step_launches.count(captured=True, cuda=cuda)
+        of_eager = f"{eager.kernels} | {eager.kernels} | {eager.microseconds:.0f}, without the launches"
+        yield f"| {backend}, one call at a time | {of_eager} |"
+        kernels = f"{host.kernels + graph.kernels}, {graph.kernels} of them"
+        yield f"| {backend}, captured | {host.kernels + 1} | {kernels} | {host.microseconds:.0f} |"
 
 
 def merged(triton: Sequence[Counted], cuda: Sequence[Counted]) -> list[Counted]:
@@ -526,16 +536,19 @@ def merged(triton: Sequence[Counted], cuda: Sequence[Counted]) -> list[Counted]:
 def main(write: bool) -> str:
     """The tables; with `write` also into docs/gpu.md and benchmarks/instructions.json."""
     own = compiled_cuda(cuda_resources.machine_code([90], ["global_topk", "screen_scores", "update_rows"]))
+    with TemporaryDirectory() as folder:
+        emulated = step_launches.emulated(Path(folder))
+        of_steps, launched = step_counts(emulated), list(step_lines(emulated))
     lines, baseline = [], {}
     for shape in (cases.SHAPES[name] for name in "ABCU"):
         triton = compiled_triton(shape)
         of_triton, of_cuda = counted(shape, TRITON, triton), counted(shape, CUDA, own)
         if shape is cases.A:
             baseline = instructions(TRITON, triton) | instructions((*CUDA, *STAGED), own)
-            baseline |= step_counts(*step_launches.count(captured=True))
+            baseline |= of_steps
             lines += [*path_lines([*of_triton, *of_cuda, *counted(shape, STAGED, own)]), ""]
         lines += [*shape_lines(shape, of_triton, merged(of_triton, of_cuda)), ""]
-    text = "\n".join([*lines, *step_lines()])
+    text = "\n".join([*lines, *launched])
     if write:
         TABLE.write_text(LINES.sub(lambda _: f"\n{text}\n", TABLE.read_text(encoding="utf-8")), encoding="utf-8")
         held = {"compilers": compilers(), "instructions": baseline}

@@ -11,8 +11,16 @@
 #endif
 
 #ifndef INLINE
+// Unoptimised code is to be compiled soon: it is there once, not wherever it is called.
+#ifdef __OPTIMIZE__
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+#else
+#define INLINE inline
+#define INLINE_LAMBDA
+#define UNROLL
+#endif
 // The compiler would read a row from memory again for each stream that uses it.
 #if defined(__x86_64__)
 #define KEEP_IN_REGISTER(vector) asm("" : "+v"(vector))
@@ -21,7 +29,6 @@
 #else
 #define KEEP_IN_REGISTER(vector)
 #endif
-#define UNROLL _Pragma("GCC unroll 32")
 #endif
 
 namespace SIMD_LEVEL {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
+from typing import NoReturn
 
 from .terminal import warn_in_a_line, write_anywhere
 
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(asked: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sparc-fast", description="Concept-aligned sparse autoencoders over several models and modalities."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and the backends built in")
@@ -59,7 +61,22 @@ def _parser(asked: str) -> argparse.ArgumentParser:
             of_command.description = command.__doc__
             command.add_arguments(of_command)
             of_command.set_defaults(run=command.run)
+            parser.flags = list(of_command._option_string_actions)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says of a flag that is not known which one may be meant."""
+
+    flags: Sequence[str] = ()
+    """Of the command that was asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized") and unknown:
+            near = [best for word in unknown for best in get_close_matches(word, self.flags, 1, 0.7)]
+            message += f"; did you mean {', '.join(near)}?" if near else ""
+        super().error(message)
 
 
 class _Version(argparse.Action):

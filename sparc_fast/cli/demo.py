@@ -17,7 +17,7 @@ from sparc_fast.files import check_folder
 from sparc_fast.training.progress import Display, best_display
 
 from . import extract
-from .eval import load, untrained
+from .eval import load, print_table, untrained
 from .explain import curves
 
 __all__ = ["add_arguments", "run"]
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from sparc_fast import demo
-    from sparc_fast.evaluate import as_text, comparison
+    from sparc_fast.evaluate import comparison
     from sparc_fast.explain import write_report
 
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -77,8 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             of_seed = replace(settings, seed=seed)
             runs.append(demo.run(glyphs, of_seed, ablations=arguments.ablations, progress=progress))
     table = comparison({name: [of_seed[name].evaluation for of_seed in runs] for name in runs[0]})
-    console.print(as_text(table, "held-out characters"))
-    console.print(*table.notes, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    print_table(console, table, "held-out characters")
     options = [f"--{name} {value}" for name, value in changed.items()]
     options += [f"--seeds {arguments.seeds}"] if arguments.seeds > 1 else []
     command = " ".join(["sparc-fast demo", *options, *(["--ablations"] if arguments.ablations else [])])
@@ -99,7 +98,6 @@ def _emoji(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sparc_fast.demo import emoji
-    from sparc_fast.evaluate import as_text
     from sparc_fast.explain import report_of, write_report
 
     check_folder(arguments.out, "--out")
@@ -128,8 +126,7 @@ def _emoji(arguments: argparse.Namespace) -> int:
         first=emoji.CONCEPTS, curves={name: curves(folder) for name, folder in runs.items()},
         settings={"command": f"sparc-fast demo --data emoji{options}", **settings},
     )  # fmt: skip
-    console.print(as_text(report.table, "held-out emoji"))
-    console.print(*getattr(report.table, "notes", ()), sep="\n", highlight=False, markup=False, soft_wrap=True)
+    print_table(console, report.table, "held-out emoji")
     for name, found in emoji.word_latents(report, features).items():
         print(f"{name}: {found.sum()} latents whose strongest held-out samples share a word in every stream")
     page = write_report(report, arguments.out)

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +20,12 @@ from sparc_fast.batch import PIECE
 from sparc_fast.codes import FORMAT, SparseLatents
 from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import present_of
-from sparc_fast.data.feature_folder import Split
 from sparc_fast.model import SPARC
 from sparc_fast.selection import BY_THRESHOLD, LOCAL
 from sparc_fast.sizes import as_bytes, counted
 from sparc_fast.training.trainer import device_of
 
-from .eval import add_joining, load, model_file, open_joined, sources_of
+from .eval import add_reading, load, model_file, open_joined, sources_of
 
 __all__ = ["add_arguments", "encode_files", "run"]
 
@@ -43,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder of features, a folder with a file named after each of the model's streams, or the files, of all "
         "streams or some",
     )  # fmt: skip
-    parser.add_argument("--split", choices=get_args(Split), default="all", help="of a folder of features (%(default)s)")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.safetensors or FOLDER",
         help=f"the file to write, or the folder of {CODES}",
@@ -53,13 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decode", metavar="STREAM=FILE.safetensors",
         help="also write this stream as each stream's code reconstructs it, a tensor [N, D] for each",
     )  # fmt: skip
-    add_joining(parser)
-    parser.add_argument(
-        "--zero-rows", choices=("absent", "keep"), default="absent",
-        help="a stream's rows of zeros are absent, or encoded as they are (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--memory", default="2GiB", help="to take beside the model, in bytes or as 4GiB (%(default)s)")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add_reading(parser, split="all", memory="2GiB", what="a stream's rows of zeros are absent, or encoded")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, redirect_stderr
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from sparc_fast.evaluate import (
     METRICS,
     Evaluation,
     Hierarchy,
+    Row,
     as_text,
     comparison,
     evaluate,
@@ -52,7 +53,13 @@ from sparc_fast.training import Config, load_model
 from sparc_fast.training.config import parse_sources
 from sparc_fast.training.trainer import device_of
 
-__all__ = ["add_arguments", "add_joining", "load", "model_file", "open_joined", "run", "sources_of", "untrained"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "add_arguments", "add_device", "add_reading", "load", "model_file", "named", "open_joined", "print_table", "run",
+    "sources_of", "untrained",
+]  # fmt: skip
 
 MODEL, LABELS = "model.safetensors", "labels.npy"
 AFTERWARDS = ", matched"
@@ -79,9 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "after each stream, or the files themselves",
     )
     parser.add_argument(
-        "--split", choices=get_args(Split), default="held_out", help="of a folder of features (%(default)s)"
-    )
-    parser.add_argument(
         "--metrics", nargs="+", action="extend", metavar="NAME",
         help=f"all, or of {', '.join(metric.key for metric in METRICS)} (default: "
         f"{', '.join(metric.key for metric in METRICS if metric.default)})",
@@ -106,19 +110,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an id a sample, such as the image of a caption: retrieval counts any sample of the group as right; "
         "otherwise those of a folder of features",
     )
-    add_joining(parser)
+    add_reading(
+        parser, split="held_out", memory="4GiB", what="samples with a stream of zeros are left out, or evaluated"
+    )
     parser.add_argument(
         "--label-ids", metavar="FILE[:COLUMN]",
         help="an id for each row of --labels and --groups, to be matched with --ids (default: they are in the order of "
         "the first stream)",
     )  # fmt: skip
-    parser.add_argument(
-        "--zero-rows", choices=("absent", "keep"), default="absent",
-        help="samples with a stream of zeros are left out, or evaluated as they are (%(default)s)",
-    )  # fmt: skip
     parser.add_argument("--no-retrieval", action="store_true", help="leave out what compares all pairs of samples")
-    parser.add_argument("--memory", default="4GiB", help="to take beside the model, in bytes or as 4GiB (%(default)s)")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
     parser.add_argument("--seed", type=int, default=0, help="of the untrained model's weights (%(default)s)")
     parser.add_argument(
         "--resamples", type=int, default=RESAMPLES,
@@ -207,16 +207,19 @@ def _show(evaluations: Mapping[str, Evaluated], n: int, arguments: argparse.Name
     if arguments.form is None:
         from rich.console import Console
 
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(as_text(rows, f"{n:,} samples"))
-        for note in rows.notes:
-            console.print(note, highlight=False, markup=False, soft_wrap=True)
+        print_table(Console(width=None if sys.stdout.isatty() else 160), rows, f"{n:,} samples")
     else:
         ending = {"json": ".json", "csv": ".csv", "latex": ".tex", "markdown": ".md"}[arguments.form]
         sys.stdout.write(TABLE_FORMATS[ending](rows, evaluations))
     write_comparison(rows, evaluations, arguments.out)
     if arguments.plots is not None:
         write_plots(evaluations, arguments.plots)
+
+
+def print_table(console: Console, rows: Sequence[Row], samples: str) -> None:
+    """A comparison, and what is to be said of it."""
+    console.print(as_text(rows, samples))
+    console.print(*getattr(rows, "notes", ()), sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def _names(texts: Sequence[str] | None) -> str | tuple[str, ...] | None:
@@ -349,20 +352,20 @@ def _raw(files: AlignedFiles, groups: Tensor | None, memory: int, arguments: arg
 def _load_all(texts: Sequence[str], taken: Collection[str] = ()) -> dict[str, SPARC]:
     models: dict[str, SPARC] = {}
     for text in texts:
-        name, equals, path = text.partition("=")
-        if not equals or Path(text).exists():
-            path = text
-            name = _name(Path(text))
+        name, path = named(text)
         if name in models or name in taken:
             raise ValueError(f"models must have names of their own, got two called {name}: give NAME=MODEL")
-        models[name] = load(Path(path))
+        models[name] = load(path)
     return models
 
 
-def _name(path: Path) -> str:
-    """A run is called as its folder is."""
-    path = path.resolve()
-    return path.parent.name if path.name == MODEL else path.stem
+def named(text: str) -> tuple[str, Path]:
+    """[NAME=]MODEL; a run is called as its folder is."""
+    name, equals, path = text.partition("=")
+    if equals and not Path(text).exists():
+        return name, Path(path)
+    there = Path(text).resolve()
+    return (there.parent.name if there.name == MODEL else there.stem), Path(text)
 
 
 def model_file(path: Path) -> Path:
@@ -422,8 +425,20 @@ def sources_of(texts: Sequence[str], model: SPARC, some: bool = False) -> dict[s
     return {stream: sources[stream] for stream in model.streams if stream in sources}
 
 
-def add_joining(parser: argparse.ArgumentParser) -> None:
-    """How rows of several files belong together, in the words of `sparc-fast train`."""
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where the model computes."""
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
+
+
+def add_reading(parser: argparse.ArgumentParser, *, split: Split, memory: str, what: str) -> None:
+    """Which samples are read, how rows of several files belong together (in the words of `sparc-fast train`), and what
+    it may take; `what` is done with rows of zeros."""
+    parser.add_argument("--split", choices=get_args(Split), default=split, help="of a folder of features (%(default)s)")
+    parser.add_argument(
+        "--zero-rows", choices=("absent", "keep"), default="absent", help=f"{what} as they are (%(default)s)"
+    )
+    parser.add_argument("--memory", default=memory, help="to take beside the model, in bytes or as 4GiB (%(default)s)")
+    add_device(parser)
     parser.add_argument(
         "--ids", nargs="+", action="extend", metavar="STREAM=FILE[#NAME] or NAME",
         help="identifiers of the rows, as for train",
@@ -433,7 +448,7 @@ def add_joining(parser: argparse.ArgumentParser) -> None:
 
 
 def open_joined(sources: Mapping[str, Source], arguments: argparse.Namespace) -> AlignedFiles:
-    """The files, their rows joined as the arguments of `add_joining` say."""
+    """The files, their rows joined as the arguments of `add_reading` say."""
     ids = arguments.ids
     if ids is not None:
         ids = ids[0] if len(ids) == 1 and "=" not in ids[0] else parse_sources(ids, "--ids")

@@ -25,7 +25,7 @@ from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.sizes import counted
 from sparc_fast.training.run_folder import RunFolder
 
-from .eval import load, untrained
+from .eval import add_device, load, named, untrained
 
 __all__ = ["add_arguments", "curves", "run"]
 
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     looking.add_argument(
         "--models", type=Path, metavar="extract.toml", help="the settings that name the models, where one is a function"
     )
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _look(arguments, device_of(arguments.device))
     if arguments.latent or arguments.source:
         raise ValueError("--heatmap must say in which samples --latent or --from is looked for, got none")
-    paths = [_named(text) for text in (arguments.before, arguments.model) if text is not None]
+    paths = [named(text) for text in (arguments.before, arguments.model) if text is not None]
     if len({name for name, _ in paths}) < len(paths):
         raise ValueError(f"RUN and --before must have names of their own, got two called {paths[0][0]}: give NAME=RUN")
     device = device_of(arguments.device)
@@ -119,8 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
         settings={"command": _command(arguments), "latents": f"{after.n_latents:,}", "k": str(after.k)},
     )
     page = write_report(report, arguments.out)
-    named = sum(map(bool, report.after.names))
-    print(f"{page}: {counted(len(report.items), 'sample')}, {counted(named, 'named latent')}")
+    n_named = sum(map(bool, report.after.names))
+    print(f"{page}: {counted(len(report.items), 'sample')}, {counted(n_named, 'named latent')}")
     if arguments.atlas is not None:
         from sparc_fast.explain.embedding_atlas import write_atlas
 
@@ -142,7 +142,7 @@ def _look(arguments: argparse.Namespace, device: str | torch.device) -> int:
     from sparc_fast import attribution
     from sparc_fast.explain.folder import codes_of, concepts_of
 
-    folder, model = FeatureFolder(arguments.data), load(_named(arguments.model)[1]).to(device)
+    folder, model = FeatureFolder(arguments.data), load(named(arguments.model)[1]).to(device)
     if missing := [stream for stream in model.streams if stream not in folder.streams]:
         raise ValueError(f"--data must have the streams {', '.join(model.streams)}, got none called {missing[0]}")
     if arguments.source is not None and arguments.source not in model.streams:
@@ -159,7 +159,7 @@ def _look(arguments: argparse.Namespace, device: str | torch.device) -> int:
     )  # fmt: skip
     about = str(folder.manifest.get("attribution") or "")
     page = attribution.write_heatmaps(looked, arguments.out, attribution=about)
-    print(f"{page}: {len(looked)} samples, {len(encoders)} streams")
+    print(f"{page}: {counted(len(looked), 'sample')}, {counted(len(encoders), 'stream')}")
     return 0
 
 
@@ -177,15 +177,6 @@ def _text_encoders(
     if not texts:
         raise ValueError(f"--words must name models of texts for one of {', '.join(streams)}, got none in {settings}")
     return {s: encoder_of(about, extraction.folder, torch.device(device)).encode for s, about in texts.items()}
-
-
-def _named(text: str) -> tuple[str, Path]:
-    """A model by its name, by default that of its run's folder."""
-    name, equals, path = text.partition("=")
-    if equals and not Path(text).exists():
-        return name, Path(path)
-    resolved = Path(text).resolve()
-    return (resolved.parent.name if resolved.stem == "model" else resolved.stem), Path(text)
 
 
 def curves(path: Path) -> dict[str, list[float]]:

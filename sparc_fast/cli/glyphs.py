@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sparc_fast.files import check_folder
 from sparc_fast.sizes import counted
+from sparc_fast.training.progress import Bar
 
 __all__ = ["add_arguments", "run"]
 
@@ -27,18 +28,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the files, and say how to train on them."""
     if missing := [name for name in ("rich", "matplotlib", "sklearn", "pyarrow") if find_spec(name) is None]:
         raise ImportError(f"the glyphs need {', '.join(missing)}: pip install 'sparc_fast[demo,data]'")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from sparc_fast.demo import write_glyphs
 
     check_folder(arguments.out, "--out")
-    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=arguments.rows)
+    bar = Bar()
+    bar.start(0, arguments.rows, 1)
+    try:
         write_glyphs(
             arguments.out, arguments.rows, seed=arguments.seed, threads=arguments.threads,
-            progress=lambda done, rows: bar.update(task, completed=done),
+            progress=lambda done, _: bar.advance(done),
         )  # fmt: skip
+    finally:
+        bar.close()
     print(f"{counted(arguments.rows, 'row')}; now: sparc-fast train {arguments.out / 'train.toml'} --out runs/wide")
     return 0

@@ -10,24 +10,7 @@ from typing import Any
 
 from sparc_fast.distributed import torchrun
 from sparc_fast.sizes import counted
-from sparc_fast.training.config import (
-    Config,
-    absolute,
-    counts,
-    flag,
-    identifiers,
-    names,
-    norms,
-    parse_counts,
-    parse_norms,
-    parse_sources,
-    place,
-    quotas,
-    read_settings,
-    sizes,
-    sources,
-    with_absolute_paths,
-)
+from sparc_fast.training.config import Config, flag, read_settings
 from sparc_fast.training.progress import Display, Lines, best_display
 from sparc_fast.training.trainer import Trainer
 
@@ -93,22 +76,10 @@ def _parsed(f: Field[Any], given: Any) -> Any:
     kind = f.metadata["kind"]
     if kind is flag:
         return given
-    if kind is identifiers and len(given) == 1 and "=" not in given[0]:
-        return given[0]
-    if kind is names:
-        return given
-    if kind is place:
-        return absolute(given, Path.cwd())
-    if kind is norms:
-        return parse_norms(given, _flag(f))
-    if kind in (counts, quotas):
-        return parse_counts(given, _flag(f))
-    if kind is sources and len(given) == 1 and Path(given[0]).is_dir():
-        return str(Path(given[0]).resolve())
-    if kind in (sources, identifiers):
-        return with_absolute_paths(parse_sources(given, _flag(f)), Path.cwd())
+    if kind.parse_all is not None:
+        return kind.parse_all(given, _flag(f))
     try:
-        return [kind.parse(one) for one in given] if kind is sizes else kind.parse(given)
+        return kind.parse(given)
     except ValueError:
         raise ValueError(f"{_flag(f)} must be {kind.expected}, got {given!r}") from None
 
@@ -120,24 +91,8 @@ def _flag(f: Field[Any]) -> str:
 def _arguments(f: Field[Any]) -> dict[str, Any]:
     kind, default = f.metadata["kind"], f.default
     words = f.metadata["help"].replace("%", "%%")
-    if kind in (sources, identifiers):
-        shape = "STREAM=FILE[#NAME]"
-        return {
-            "nargs": "+",
-            "action": "extend",
-            "metavar": f"{shape} or FOLDER" if kind is sources else f"{shape} or NAME",
-            "help": words,
-        }
-    if kind is names:
-        return {"nargs": "+", "action": "extend", "metavar": "NAME", "help": words}
-    if kind is sizes:
-        return {"nargs": "+", "action": "extend", "metavar": "M", "help": words}
-    if kind in (counts, quotas):
-        shape = "STREAM=N" if kind is counts else "N or STREAM=N"
-        return {"nargs": "+", "action": "extend", "metavar": shape, "help": words}
-    if kind is norms:
-        return {"nargs": "+", "action": "extend", "metavar": "HOW or STREAM=HOW", "help": f"{words} ({default})"}
     if kind is flag:
         return {"action": argparse.BooleanOptionalAction, "help": words}
-    shown = "" if default in (MISSING, "", None) else f" ({default})"
-    return {"metavar": "X", "help": words + shown}
+    several = {} if kind.parse_all is None else {"nargs": "+", "action": "extend"}
+    shown = "" if default in (MISSING, "", None) or (several and not isinstance(default, str)) else f" ({default})"
+    return {**several, "metavar": kind.metavar, "help": words + shown}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sparc_fast.files import Closing
 from sparc_fast.sizes import counted
 
 from .feature_folder import FeatureFolder, Split, is_feature_folder, samples_and_tokens
@@ -37,7 +37,7 @@ class Scan(NamedTuple):
     """Rows that are 0 throughout, which have no direction to reconstruct."""
 
 
-class AlignedFiles:
+class AlignedFiles(Closing):
     """Streams in their files: row n of every stream is the same sample. `open` makes it."""
 
     def __init__(
@@ -99,14 +99,6 @@ class AlignedFiles:
         for reader in self.readers.values():
             reader.close()
 
-    def __enter__(self) -> AlignedFiles:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def open(
     sources: Mapping[str, Source] | str | Path,
@@ -145,6 +137,8 @@ def open(
     if isinstance(sources, str | Path) and not Path(sources).is_file():
         folder = FeatureFolder(sources)
         sources = {stream: (folder.path, stream) for stream in folder.streams}
+    if split not in get_args(Split):
+        raise ValueError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
     if not isinstance(sources, Mapping) or not sources or not all(isinstance(s, str) and s for s in sources):
         raise ValueError(
             f"sources must map the name of at least one stream to its file, or be a folder of features, got {sources!r}"
@@ -184,7 +178,7 @@ def _aligned(
     counts = {stream: reader.n_rows for stream, reader in readers.items()}
     if join is not None:
         if ids is None:
-            raise ValueError(f"ids must be given to join by, got None with join={join!r}")
+            raise ValueError(f"ids must be given for join to match rows by, got join {join!r} without ids")
         found = ids_of_streams(ids, sources, of_all=True, split=split)
         check_lengths(found, counts)
         return AlignedFiles(*join_by(found, readers, join, repeated))
@@ -192,7 +186,7 @@ def _aligned(
         listed = ", ".join(f"{n} in {stream!r}" for stream, n in counts.items())
         raise ValueError(
             f"sources must have equally many rows, row n being the same sample in each, got {listed}; "
-            "rows in another order, or missing, are joined by ids= and join="
+            "rows in another order, or missing, are matched by ids and join (on the command line --ids and --join)"
         )
     if ids is not None:
         found = ids_of_streams(ids, sources, of_all=False, split=split)
@@ -212,7 +206,7 @@ def _tokens(source: Source, stream: str) -> int:
 
 def check_dtype(dtype: torch.dtype) -> None:
     if dtype not in FLOATS:
-        raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        raise ValueError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
 
 
 def blocks(reader: Reader, bytes_at_once: int) -> Iterator[tuple[int, int]]:

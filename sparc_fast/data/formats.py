@@ -8,8 +8,9 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
+
+from sparc_fast.arrays import as_tensor
 
 from . import arrow, hdf5, npy, parquet, safetensors_file, torch_file
 from .feature_folder import FeatureFolder, Split, is_feature_folder
@@ -50,9 +51,9 @@ def open_reader(source: Source, stream: str, split: Split = "all") -> Reader:
     Of a folder of features these are the rows of the split, of the stream named or of this one.
     """
     if isinstance(source, np.ndarray):
-        if numpy_dtype(source.dtype) is None:
+        if numpy_dtype(source.dtype.newbyteorder("=")) is None:
             raise ValueError(f"source of {stream!r} must hold float16, float32 or float64, got {source.dtype}")
-        return TensorReader(torch.from_numpy(source), f"array of {stream!r}")
+        return TensorReader(as_tensor(source), f"array of {stream!r}")
     if isinstance(source, Tensor):
         return TensorReader(source.cpu(), f"tensor of {stream!r}")
     where, name = where_and_name(source, stream)

@@ -34,6 +34,11 @@ def ids_of_streams(
                 f"ids must map streams to identifiers where a source is in memory, as {in_memory[0]!r}, got {ids!r}"
             )
         places = {s: where_and_name(source, s) for s, source in sources.items()}
+        for stream, (where, _) in places.items():
+            if not is_feature_folder(where) and _format(files_of(where, f"source of {stream!r}", FORMATS)[0]) is npy:
+                raise ValueError(
+                    f"ids must map streams to identifiers where a file has rows alone, as {where}, got {ids!r}"
+                )
         return {
             s: _of_folder(FeatureFolder(cast(Any, where)), ids, name or s, split)
             if is_feature_folder(where)
@@ -107,7 +112,7 @@ def _read(path: Path, name: str | None) -> npt.NDArray[Any]:
     if (form := _format(path)) is None:
         return _plain(np.array(_lines(path), dtype=np.str_), str(path))
     if name is None and form is not npy:
-        raise ValueError(f"ids in {path} must be given as (path, name of the data set), got the path alone")
+        raise ValueError(f"ids in {path} must be given as (path, name of the data set), path#name, got the path alone")
     return _plain(form.read_ids(path, name), str(path) if name is None else f"{path}[{name}]")
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparc_fast.files import Closing
 from sparc_fast.ops.huge_pages import empty_rows, give_back_freed, lent
 from sparc_fast.sizes import as_bytes, is_integer
 
@@ -40,7 +40,7 @@ class Window(NamedTuple):
         return self.start + len(self.order)
 
 
-class Loader:
+class Loader(Closing):
     """Batches of all streams side by side, [batch_size, D], from files of any size, shuffled anew in every epoch.
 
     ``for batch in loader`` is one epoch, or what is left of it; the next ``for`` is the next epoch. Where samples lack
@@ -89,6 +89,8 @@ class Loader:
         pin_memory: bool | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> None:
+        if not isinstance(files, AlignedFiles):
+            raise ValueError(f"files must be what sparc_fast.data.open gave, got {type(files).__name__}")
         n_threads = budget.default_threads() if n_threads is None else n_threads
         memory = as_bytes(memory, "memory")
         for name, value, least in (("batch_size", batch_size, 1), ("memory", memory, 1), ("n_threads", n_threads, 1),
@@ -103,6 +105,10 @@ class Loader:
         if pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory must be False or None where there is no CUDA device, got True")
         check_dtype(dtype)
+        if not (
+            isinstance(part, Sequence) and len(part) == 2 and all(map(is_integer, part)) and 0 <= part[0] < part[1]
+        ):
+            raise ValueError(f"part must be (r, R), integers 0 <= r < R, got {part!r}")
         self.files, self.batch_size, self.memory, self.last = files, batch_size, memory, last
         self.dtype, self.check_finite, self.n_threads = dtype, check_finite, n_threads
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -189,14 +195,6 @@ class Loader:
         self._window, self._next, self._dealt = None, None, None
         self._spare = []
         give_back_freed()
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def _rows_of_epoch(self) -> int:

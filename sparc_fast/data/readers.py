@@ -194,7 +194,7 @@ def choose_name(names: Collection[str], wanted: str | None, path: Path) -> str:
     if len(names) != 1:
         raise ValueError(
             f"{path} must hold a data set {DEFAULT_NAME!r} or a single one, or be given as (path, name), "
-            f"got {_listed(names)}"
+            f"on the command line path#name, got {_listed(names)}"
         )
     return next(iter(names))
 

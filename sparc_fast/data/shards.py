@@ -12,6 +12,12 @@ from typing import Any
 __all__ = ["files_of", "in_natural_order", "is_list_of_files"]
 
 PATTERN = re.compile(r"[*?\[]")
+INSTEAD = {
+    ".npz": "a .npy file for each array, or as safetensors",
+    **dict.fromkeys((".csv", ".tsv", ".json", ".jsonl"), "a .npy file, or as Parquet with a column of lists"),
+    **dict.fromkeys((".pkl", ".pickle", ".bin"), "a .npy file, or as safetensors"),
+}
+"""Suffix of files that people have rows in -> what to save them as."""
 OPEN_AT_ONCE = 200  # files that any system lets a process have open
 
 
@@ -54,7 +60,8 @@ def files_of(
         found = [path]
     for file in found:
         if not others and file.suffix.lower() not in suffixes:
-            raise ValueError(f"{what} must end in one of {', '.join(suffixes)}, got {file}")
+            hint = f": save it as {INSTEAD[suffix]}" if (suffix := file.suffix.lower()) in INSTEAD else ""
+            raise ValueError(f"{what} must end in one of {', '.join(suffixes)}, got {file}{hint}")
         if not file.is_file():
             raise FileNotFoundError(f"{what} must be a file, but there is none at {file}")
     if len(found) > OPEN_AT_ONCE:

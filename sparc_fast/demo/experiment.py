@@ -153,11 +153,8 @@ def report(glyphs: Glyphs, trained: dict[str, Trained], settings: Settings, comm
 
 
 def _model_report(name: str, trained: Trained, glyphs: Glyphs, rows: Tensor, items: Items) -> ModelReport:
-    model, evaluation = trained.model, trained.evaluation
+    model = trained.model
     with torch.no_grad():
         codes = {stream: model.encode({stream: x[rows]}).stream(stream) for stream, x in glyphs.inputs.items()}
-    held_out_jaccard = evaluation.jaccard_single
-    assert held_out_jaccard is not None  # the glyphs have labels
-    silent = ~evaluation.latents_single.alive_in_any
-    jaccard = held_out_jaccard.masked_fill(silent, torch.nan)
+    jaccard = ModelReport.jaccard_of(trained.evaluation)
     return ModelReport.of(name, codes, model.n_latents, items, jaccard=jaccard, curves=trained.curves)

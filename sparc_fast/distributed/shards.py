@@ -23,7 +23,7 @@ from sparc_fast.batch import BatchSamples, Moments
 from sparc_fast.objective import Terms
 from sparc_fast.ops import backends
 from sparc_fast.ops.backends import Backend
-from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide
+from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide, wide_type
 from sparc_fast.whole import Whole
 
 from .batch_topk import batch_topk, latents_above
@@ -207,6 +207,10 @@ class Shards(Whole):
     def total(self, n: int) -> int:
         return sum(number for (number,) in self.exchange.numbers(NUMBER, n))
 
+    def of_ranks(self, numbers: Tensor) -> Tensor:
+        exchange = self.exchange
+        return exchange.gather(numbers[None].to(exchange.device), [1] * exchange.ranks, "sums").to(numbers.device)
+
     def samples(self, n: int) -> int:
         return sum(number for (number,) in self.all.numbers(NUMBER, n))
 
@@ -229,7 +233,7 @@ class Shards(Whole):
     def moments(self, moments: dict[str, Moments]) -> dict[str, Moments]:
         if self.replicas is None:
             return moments
-        merged = {name: Moments(one.columns) for name, one in moments.items()}
+        merged = {name: Moments() for name in moments}
         here = {name: (one.n, one.mean.cpu(), one.spread.cpu()) for name, one in moments.items()}
         for of_replica in self.replicas.objects(here):
             for name, (n, mean, spread) in of_replica.items():
@@ -347,7 +351,7 @@ class _OfRows:
             found: tuple[Tensor, Tensor] = best_rows(x, W_enc, pre_bias, latent_bias, k, among, screening)
             return found
         rows = torch.zeros(N, k, dtype=torch.int32, device=x.device)
-        scores = torch.zeros(N, k, dtype=wide(x).dtype, device=x.device)
+        scores = torch.zeros(N, k, dtype=wide_type(x.dtype), device=x.device)
         if own and N:
             best = backend.global_topk(x, W_enc, pre_bias, latent_bias, own, screening)
             rows[:, :own], scores[:, :own] = best, backend.support_scores(x, W_enc, pre_bias, latent_bias, best)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .codes import Codes, StreamCode, check_codes, firing_counts, parts
 from .registry import Given, Metric, Score
-from .resampling import drawn_sums, firing_keys, latent_blocks
+from .resampling import Bags, firing_keys, latent_blocks
 
 __all__ = ["AGREEMENT", "Agreement", "firing_agreement"]
 
@@ -62,23 +62,20 @@ class Agreement:
 
 
 def _compute(given: Given) -> Agreement:
-    return Agreement(firing_agreement(given.single, given.n_latents), (given.fired > 0).any(dim=0))
+    return Agreement(firing_agreement(given.single, given.n_latents), given.alive)
 
 
 def _resample(given: Given, found: Agreement) -> Mapping[str, Tensor]:
     """Firings, alone and common, summed anew in each resampling; which latents are alive too."""
-    resampling, codes = given.resampling, list(given.single.values())
-    assert resampling is not None
-    N, pairs = resampling.n, list(combinations(range(len(codes)), 2))
+    resampling, codes = given.draws, list(given.single.values())
+    pairs = list(combinations(range(len(codes)), 2))
     total, alive = resampling.zeros(), resampling.zeros()
     for latents in latent_blocks(codes, given.n_latents, resampling):
-        l = latents.stop - latents.start
         keys = [firing_keys(code, latents, resampling.chunk_bytes) for code in codes]
         keys += [keys[s][torch.isin(keys[s], keys[t], assume_unique=True)] for s, t in pairs]
-        offsets = [torch.searchsorted(key, torch.arange(l, device="cpu") * N) for key in keys]
-        samples = [key % max(N, 1) for key in keys]
-        for some, weights in resampling.pieces(4 * len(keys) * l):
-            sums = [drawn_sums(x, o, weights) for x, o in zip(samples, offsets, strict=True)]
+        bags = [Bags.of(some_keys, latents, resampling.n) for some_keys in keys]
+        for some, weights in resampling.pieces(4 * len(keys) * (latents.stop - latents.start)):
+            sums = [of_keys.drawn(weights) for of_keys in bags]
             of_latents = torch.zeros_like(sums[0])
             for (s, t), both in zip(pairs, sums[len(codes) :], strict=True):
                 of_latents += both / (sums[s] + sums[t] - both).clamp_min(1)
@@ -97,9 +94,7 @@ AGREEMENT = Metric(
             "Firing agreement",
             "Of the samples that fire a latent in either of two streams, the fraction that fire it in both, each "
             "encoded alone, over alive latents.",
-            "higher",
-            ".3f",
-            lambda found: found.mean,
+            value=lambda found: found.mean,
             highlight=True,
         ),
     ),

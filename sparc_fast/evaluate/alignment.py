@@ -114,20 +114,17 @@ def _hierarchy(given: Given) -> tuple[Hierarchy, Sequence[str]]:
 
 
 def _compute(given: Given) -> tuple[Concepts, ...]:
-    assert given.labels is not None  # it is needed
     hierarchy, concepts = _hierarchy(given)
-    return alignment_by_depth(given.single, given.labels, concepts, hierarchy, given.n_latents)
+    return alignment_by_depth(given.single, given.concepts, concepts, hierarchy, given.n_latents)
 
 
 def _resample(given: Given, found: tuple[Concepts, ...]) -> Mapping[str, Tensor]:
-    assert given.labels is not None
-    assert given.resampling is not None
     hierarchy, concepts = _hierarchy(given)
-    total, L = given.resampling.zeros(), given.n_latents
+    total, L = given.draws.zeros(), given.n_latents
     for depth in range(1, len(found)):
-        lifted = hierarchy.at_depth(given.labels, concepts, depth)[0]
+        lifted = hierarchy.at_depth(given.concepts, concepts, depth)[0]
         jaccard, chance = (
-            drawn_jaccard(given.single, lifted, L, given.resampling, shuffled=shuffled) for shuffled in (False, True)
+            drawn_jaccard(given.single, lifted, L, given.draws, shuffled=shuffled) for shuffled in (False, True)
         )
         total += (jaccard - chance) / (L - chance)
     return {"alignment_by_depth": total / (len(found) - 1)} if len(found) > 1 else {}
@@ -137,7 +134,7 @@ def _details(found: tuple[Concepts, ...]) -> Mapping[str, Any]:
     return {
         "alignment_by_depth": {
             str(depth): {
-                "alignment": one.corrected if one.chance.mean() < 1 else None,
+                "alignment": one.corrected,
                 "jaccard": float(one.jaccard.mean()),
                 "chance": float(one.chance.mean()),
             }
@@ -157,22 +154,24 @@ def _rows(models: Mapping[str, tuple[Concepts, ...]]) -> Iterator[Row]:
         yield Row(f"Depth {depth}", meaning, "higher", cells, section, values=values)
 
 
+def _labelled(given: Given) -> tuple[Tensor, Codes, Tensor]:
+    """The samples that carry a label, their codes and their labels."""
+    some = given.concepts.any(dim=1)
+    codes = {name: (values[some], indices[some]) for name, (values, indices) in given.joint.items()}
+    return some, codes, given.concepts[some]
+
+
 def _compute_sparc_paper(given: Given) -> Tensor:
-    assert given.labels is not None  # it is needed
     hierarchy, concepts = _hierarchy(given)
-    labelled = given.labels.any(dim=1)
-    codes = {name: (values[labelled], indices[labelled]) for name, (values, indices) in given.joint.items()}
-    return sparc_paper_alignment_by_depth(codes, given.labels[labelled], concepts, hierarchy, given.n_latents)
+    _, codes, labels = _labelled(given)
+    return sparc_paper_alignment_by_depth(codes, labels, concepts, hierarchy, given.n_latents)
 
 
 def _resample_sparc_paper(given: Given, found: Tensor) -> Mapping[str, Tensor]:
-    assert given.labels is not None
-    assert given.resampling is not None
     hierarchy, concepts = _hierarchy(given)
-    labelled = given.labels.any(dim=1)
-    codes = {name: (values[labelled], indices[labelled]) for name, (values, indices) in given.joint.items()}
-    times = _times(given.labels[labelled], hierarchy.nodes(concepts), hierarchy, hierarchy.max_depth)
-    total = drawn_jaccard(codes, times, given.n_latents, given.resampling[labelled])
+    some, codes, labels = _labelled(given)
+    times = _times(labels, hierarchy.nodes(concepts), hierarchy, hierarchy.max_depth)
+    total = drawn_jaccard(codes, times, given.n_latents, given.draws[some])
     return {"jaccard_sparc_paper": total / given.n_latents}
 
 
@@ -198,9 +197,7 @@ CONCEPTS_BY_DEPTH = Metric(
             "alignment_by_depth",
             "Concept alignment above chance, over depths",
             "Concept alignment above chance, each stream encoded alone, over all depths of the hierarchy but its root.",
-            "higher",
-            ".3f",
-            lambda found: sum(one.corrected for one in found[1:]) / (len(found) - 1) if len(found) > 1 else None,
+            value=lambda found: sum(one.corrected for one in found[1:]) / (len(found) - 1) if len(found) > 1 else None,
         ),
     ),
     needs=frozenset({"single", "pairs", "labels", "hierarchy"}),
@@ -221,9 +218,8 @@ CONCEPTS_BY_DEPTH_SPARC_PAPER = Metric(
             "Concept alignment as in the SPARC paper",
             "Its published figure, at the greatest depth of the hierarchy: of labelled samples, all streams encoded "
             "together, which makes it high by construction.",
-            "neither",
-            ".3f",
-            lambda found: float(found[-1].mean()),
+            better="neither",
+            value=lambda found: float(found[-1].mean()),
         ),
     ),
     needs=frozenset({"joint", "pairs", "labels", "hierarchy"}),

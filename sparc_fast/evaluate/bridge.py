@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .codes import CHUNK_BYTES, ByLatent, StreamCode, by_latent, check_codes, parts
 from .dictionary import Dictionary, directions
+from .pairs import details_by_pair, mean_over_pairs
 from .registry import Given, Metric, Score, Sizes
 
 __all__ = ["BRIDGE", "Bridge", "BridgePair", "bridge_pairs", "bridge_score"]
@@ -177,8 +177,7 @@ def _compute(given: Given) -> dict[tuple[str, str], Bridge]:
 
 def _resample(given: Given, found: Mapping[tuple[str, str], Bridge]) -> Mapping[str, Tensor]:
     """Both sums are of the samples that are drawn."""
-    resampling = given.resampling
-    assert resampling is not None
+    resampling = given.draws
     if not found:
         return {}
     shared = resampling.zeros()
@@ -187,15 +186,6 @@ def _resample(given: Given, found: Mapping[tuple[str, str], Bridge]) -> Mapping[
             own, total = one.of_samples @ weights.double()
             shared[some] += torch.where(total != 0, own / total.where(total != 0, 1), torch.nan) / len(found)
     return {"bridge_shared": shared}
-
-
-def _details(found: Mapping[tuple[str, str], Bridge]) -> Mapping[str, Any]:
-    return {
-        "bridge": {
-            f"{a} - {b}": {"shared": one.shared if math.isfinite(one.shared) else None, "total": one.total}
-            for (a, b), one in found.items()
-        }
-    }
 
 
 def _work(sizes: Sizes) -> int:
@@ -214,13 +204,11 @@ BRIDGE = Metric(
             "Likeness carried by shared latents",
             "The part of the dot products of two streams' reconstructions, each from its own code, that each latent "
             "contributes with itself; of pairs of streams of one width, which must be of one space.",
-            "higher",
-            ".3f",
-            lambda found: sum(one.shared for one in found.values()) / len(found) if found else None,
+            value=mean_over_pairs("shared"),
         ),
     ),
     needs=frozenset({"single", "pairs"}),
     resample=_resample,
-    details=_details,
+    details=details_by_pair("bridge", lambda one: {"shared": one.shared, "total": one.total}, arrow="-"),
     work=_work,
 )

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ByLatent", "Codes", "StreamCode", "by_latent", "firing_counts", "firings", "label_counts", "parts"]
+__all__ = ["ByLatent", "Codes", "StreamCode", "by_latent", "firing_counts", "firings", "label_counts", "parts", "runs"]
 
 StreamCode = tuple[Tensor, Tensor]
 Codes = Mapping[str, StreamCode]
@@ -76,6 +76,15 @@ def parts(n: int, row_bytes: int, chunk_bytes: int | None = None) -> Iterator[sl
     """All of n rows in order, so many at a time that work of so many bytes a row stays within a chunk."""
     step = max(1, (chunk_bytes or CHUNK_BYTES) // max(1, row_bytes))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
+def runs(ends: Sequence[int], most: int) -> Iterator[slice]:
+    """Of items whose sizes add up to `ends`, runs of at most so much together; a larger item is a run by itself."""
+    start = 0
+    while start < len(ends):
+        stop = max(start + 1, bisect_right(ends, (ends[start - 1] if start else 0) + most, start))
+        yield slice(start, stop)
+        start = stop
 
 
 def firing_counts(code: StreamCode, n_latents: int) -> Tensor:

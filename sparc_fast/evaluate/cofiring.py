@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .codes import Codes, StreamCode, check_codes, firing_counts, parts
 from .registry import Given, Metric, Score
-from .resampling import Resampling, drawn_sums, firing_entries, latent_blocks
+from .resampling import Bags, Resampling, firing_entries, latent_blocks
 
 __all__ = ["COFIRING", "Cofiring", "cofiring_iou", "energy_share", "firing_entropy"]
 
@@ -92,36 +92,29 @@ class Cofiring:
 
 def _compute(given: Given) -> Cofiring:
     codes, L = given.single, given.n_latents
-    return Cofiring(
-        firing_entropy(codes, L), cofiring_iou(codes, L), energy_share(codes, L), (given.fired > 0).any(dim=0)
-    )
+    return Cofiring(firing_entropy(codes, L), cofiring_iou(codes, L), energy_share(codes, L), given.alive)
 
 
 def _resample(given: Given, found: Cofiring) -> Mapping[str, Tensor]:
     """Firings summed anew in each resampling; which latents are alive too."""
-    resampling, codes = given.resampling, list(given.single.values())
-    assert resampling is not None
-    S, N, L = len(codes), max(resampling.n, 1), given.n_latents
+    resampling, codes = given.draws, list(given.single.values())
+    S, L = len(codes), given.n_latents
     iou, entropy, energy, alive = (resampling.zeros() for _ in range(4))
     of_streams = torch.stack([_drawn_energy(code, resampling) for code in codes])
     for latents in latent_blocks(codes, L, resampling):
-        l = latents.stop - latents.start
         entries = [firing_entries(code, latents, resampling.chunk_bytes, code[0]) for code in codes]
         keys, squares = [keys for keys, _ in entries], [each.square() for _, (each,) in entries]
         some_stream, times = torch.unique(torch.cat(keys), return_counts=True)
         keys += [some_stream, some_stream[times == S]]
-        offsets = [torch.searchsorted(key, torch.arange(l, device="cpu") * N) for key in keys]
-        samples = [key % N for key in keys]
-        for drawn, weights in resampling.pieces(4 * (len(keys) + 2 * S) * l):
-            *firings, union, common = (drawn_sums(x, o, weights) for x, o in zip(samples, offsets, strict=True))
+        bags = [Bags.of(some_keys, latents, resampling.n) for some_keys in keys]
+        for drawn, weights in resampling.pieces(4 * (len(keys) + 2 * S) * (latents.stop - latents.start)):
+            *firings, union, common = (of_keys.drawn(weights) for of_keys in bags)
             counts = torch.stack(firings)
             share = counts / counts.sum(dim=0).clamp_min(1)
             iou[drawn] += (common / union.clamp_min(1)).sum(dim=0, dtype=torch.float64)
             entropy[drawn] += torch.special.entr(share).sum(dim=(0, 1), dtype=torch.float64)
             alive[drawn] += (union > 0).sum(dim=0)
-            own = torch.stack(
-                [drawn_sums(x, o, weights, e) for x, o, e in zip(samples[:S], offsets[:S], squares, strict=True)]
-            )
+            own = torch.stack([bags[s].drawn(weights, each) for s, each in enumerate(squares)])
             own /= of_streams[:, None, drawn]
             energy[drawn] += (own.amax(dim=0) / own.sum(dim=0).where(union > 0, 1)).sum(dim=0, dtype=torch.float64)
     scores = {"cofiring_iou": iou / alive, "largest_energy_share": energy / alive}
@@ -146,27 +139,22 @@ COFIRING = Metric(
             "cofiring_iou",
             "Co-firing over all streams",
             "Of the samples that fire a latent in any stream, the fraction that fire it in all, over alive latents.",
-            "higher",
-            ".3f",
-            lambda found: found.mean(found.iou),
+            value=lambda found: found.mean(found.iou),
         ),
         Score(
             "firing_entropy",
             "Firing entropy over streams",
             "How evenly a latent's firings are spread over the streams, for whatever samples: 1 is evenly, 0 is in one "
             "stream alone, over alive latents.",
-            "higher",
-            ".3f",
-            lambda found: found.mean(found.entropy),
+            value=lambda found: found.mean(found.entropy),
         ),
         Score(
             "largest_energy_share",
             "Energy in a latent's strongest stream",
             "The part of a latent's energy that is in one stream, each stream's energy counting alike, over alive "
             "latents: 1 / streams is best.",
-            "lower",
-            ".3f",
-            lambda found: found.mean(found.energy.amax(dim=0)),
+            better="lower",
+            value=lambda found: found.mean(found.energy.amax(dim=0)),
         ),
     ),
     needs=frozenset({"single", "pairs"}),

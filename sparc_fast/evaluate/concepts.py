@@ -32,10 +32,13 @@ class Carried:
 
     @classmethod
     def from_labels(cls, labels: Tensor) -> Carried:
-        """Of truth values, bool [N, C]."""
+        """Of truth values, bool [N, C], or of how often a sample counts as one of each, whose list has it so often."""
         offsets = torch.zeros(len(labels) + 1, dtype=torch.int64, device=labels.device)
         offsets[1:] = labels.sum(dim=1).cumsum(0)
-        return cls(offsets, labels.nonzero()[:, 1], labels.shape[1])
+        samples, concepts = labels.nonzero(as_tuple=True)
+        if labels.dtype != torch.bool:
+            concepts = concepts.repeat_interleave(labels[samples, concepts].long())
+        return cls(offsets, concepts, labels.shape[1])
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from sparc_fast.data import AlignedFiles
-from sparc_fast.sizes import as_bytes
+from sparc_fast.sizes import as_bytes, is_integer
 
 from .agreement import Agreement
 from .codes import Codes
@@ -19,7 +18,7 @@ from .jaccard import Concepts
 from .labels import PerSample
 from .latents import LatentUse
 from .metrics import METRICS
-from .passing import Run, to_stderr
+from .passing import Run, Samples, check_model, to_stderr
 from .reconstruction import Reconstructed
 from .registry import Metric, Need, choose
 from .resampling import RESAMPLES
@@ -33,7 +32,7 @@ __all__ = ["Evaluation", "evaluate", "half_width"]
 Z = 1.96  # normal quantile of the 95 % interval
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
     """Metrics of one model on one set of samples, on the CPU.
 
@@ -54,6 +53,15 @@ class Evaluation:
     """By each score's key its value in each resampling of the samples, float64 [B]."""
     drawn: str = "samples"
     """What is drawn in a resampling: "samples", or "groups" of them."""
+
+    def __repr__(self) -> str:
+        """The scores, one a line."""
+        lines = [f"Evaluation of {self.n_latents:,} latents on {self.n_samples:,} samples of {', '.join(self.streams)}"]
+        found = self.scores()
+        for score in (score for metric in self.metrics for score in metric.scores):
+            if (value := found[score.key]) is not None:
+                lines.append(f"  {score.name}: {value:{score.format}}")
+        return "\n".join(lines)
 
     def __getitem__(self, metric: str) -> Any:
         if metric not in self.results:
@@ -144,12 +152,21 @@ class Evaluation:
             summary["intervals"] = self.intervals()
         for metric in self.metrics:
             if metric.details is not None and (result := self.results[metric.key]) is not None:
-                summary.update(metric.details(result))
+                summary.update(_plain(metric.details(result)))
         return summary
 
     def _concepts(self, key: str = "concepts") -> Concepts | None:
         found: Concepts | None = self.results.get(key)
         return found
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, which knows no NaN and no infinity."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def half_width(resampled: Tensor | None) -> float | None:
@@ -163,13 +180,13 @@ def half_width(resampled: Tensor | None) -> float | None:
 @torch.no_grad()
 def evaluate(
     model: SPARC,
-    inputs: Mapping[str, Tensor] | AlignedFiles,
+    inputs: Samples,
     labels: PerSample | None = None,
     *,
     metrics: Sequence[str | Metric] | None = None,
     groups: PerSample | None = None,
     hierarchy: Any = None,
-    train: Mapping[str, Tensor] | AlignedFiles | None = None,
+    train: Samples | None = None,
     train_labels: PerSample | None = None,
     batch_size: int = 1024,
     retrieval: bool = True,
@@ -186,8 +203,9 @@ def evaluate(
     encodes and decodes its share of every batch.
 
     Args:
-        inputs: of patch tokens, [N, T, D_s], each token is a sample. Or files that `sparc_fast.data.open` opened, of
-            which samples that lack a stream are left out; rows of one identifier, with ``repeated="all"``, are a group.
+        inputs: tensors or NumPy arrays; of patch tokens, [N, T, D_s], each token is a sample. Or files that
+            `sparc_fast.data.open` opened, of which samples that lack a stream are left out; rows of one identifier,
+            with ``repeated="all"``, are a group.
         labels: the concepts each sample carries, bool [N, C] or [N], or its class, ids (-1: none) or names [N]: a
             tensor, array or list, a .npy file, or a column of a CSV, Parquet, Arrow or HDF5 file, "labels.csv:column"
             or (path, column), by default its only column or the one called "label". For [N, T, D_s] one a sample or
@@ -211,8 +229,11 @@ def evaluate(
     """
     if zero_rows not in ("keep", "absent"):
         raise ValueError(f'zero_rows must be "keep" or "absent", got {zero_rows!r}')
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_model(model)
+    if not is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    if not is_integer(resamples) or resamples < 0 or resamples == 1:
+        raise ValueError(f"resamples must be at least 2, or 0 for no intervals, got {resamples!r}")
     there: dict[Need, bool] = {"labels": labels is not None, "hierarchy": hierarchy is not None}
     there |= {"train": train is not None, "pairs": len(model.streams) > 1}
     chosen = choose(metrics, METRICS, there)
@@ -222,8 +243,6 @@ def evaluate(
     if both and train is not None and train_labels is None and labels is not None:
         raise ValueError(f"train_labels must be given for {', '.join(both)}, got None")
     computed = [metric for metric in chosen if all(there.get(need, True) for need in metric.needs)]
-    if resamples and resamples < 2:
-        raise ValueError(f"resamples must be at least 2, or 0 for no intervals, got {resamples}")
     run = Run(
         model._shards.together(model), computed, batch_size, zero_rows, as_bytes(memory, "memory"), memory, resamples
     )

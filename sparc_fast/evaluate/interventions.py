@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from sparc_fast.codes import SparseLatents
 from .codes import CHUNK_BYTES, StreamCode, check_code, check_codes, parts
 from .dictionary import Dictionary, directions
 from .kept_inputs import InputsOnCPU, bytes_of_inputs
+from .pairs import details_by_pair, mean_over_pairs, rows_by_pair
 from .probes import linear_probe
 from .purity import class_purity
-from .registry import Batch, Given, Metric, Row, Score, Sizes
-from .resampling import drawn_sums, firing_entries, latent_blocks
+from .registry import Batch, Given, Metric, Score, Sizes
+from .resampling import Bags, firing_entries, latent_blocks
 
 if TYPE_CHECKING:
     from sparc_fast.model import SPARC
@@ -222,9 +223,8 @@ def _compute(given: Given) -> dict[tuple[str, str], Ablations]:
 
 def _resample(given: Given, found: Mapping[tuple[str, str], Ablations]) -> Mapping[str, Tensor]:
     """What each latent does to each sample is summed anew, and the median latent of each resampling its own."""
-    resampling, watched, L = given.resampling, given.watched["ablations"], given.n_latents
-    assert resampling is not None
-    N, S = max(resampling.n, 1), len(given.streams)
+    resampling, watched, L = given.draws, given.watched["ablations"], given.n_latents
+    S = len(given.streams)
     helpful, own, faithful = (resampling.zeros() for _ in range(3))
     for source, code in given.single.items():
         grown = [watched.grown(source, target, code[0]) for target in given.streams]
@@ -236,12 +236,11 @@ def _resample(given: Given, found: Mapping[tuple[str, str], Ablations]) -> Mappi
             alive = torch.zeros(b, dtype=torch.int64, device="cpu")
             for latents in latent_blocks([code], L, resampling, 1 + S // 4):
                 keys, (z, *worse) = firing_entries(code, latents, resampling.chunk_bytes, code[0], *grown)
-                bags = torch.arange(latents.stop - latents.start, device="cpu") * N
-                of_latents = keys % N, torch.searchsorted(keys, bags), weights
-                fired, energy = drawn_sums(*of_latents) > 0, drawn_sums(*of_latents, z.square())
+                bags = Bags.of(keys, latents, resampling.n)
+                fired, energy = bags.drawn(weights) > 0, bags.drawn(weights, z.square())
                 alive += fired.sum(dim=0)
                 for t, (each, norm) in enumerate(zip(worse, norms, strict=True)):
-                    grows, moved = drawn_sums(*of_latents, each), energy * norm[latents, None]
+                    grows, moved = bags.drawn(weights, each), energy * norm[latents, None]
                     helps[t] += (fired & (grows > 0)).sum(dim=0)
                     part[t, latents] = torch.where(moved > 0, grows / moved, torch.nan)
             for t, target in enumerate(given.streams):
@@ -254,39 +253,12 @@ def _resample(given: Given, found: Mapping[tuple[str, str], Ablations]) -> Mappi
     return of_own if S == 1 else {"ablation_helpful": helpful, "ablation_faithful": faithful, **of_own}
 
 
-def _mean(value: Callable[[Ablations], float], own: bool) -> Callable[[Mapping[tuple[str, str], Ablations]], float]:
-    def mean(found: Mapping[tuple[str, str], Ablations]) -> float:
-        values = [value(one) for (source, target), one in found.items() if (source == target) is own]
-        return sum(values) / len(values) if values else float("nan")
-
-    return mean
-
-
 def _faithful(found: Ablations) -> float:
     return float(found.faithful.nanmedian())
 
 
-def _details(found: Mapping[tuple[str, str], Ablations]) -> Mapping[str, Any]:
-    def plain(value: float) -> float | None:
-        return value if value == value else None
-
-    return {
-        "ablations": {
-            f"{source} -> {target}": {"helpful": plain(one.helpful), "faithful": plain(_faithful(one))}
-            for (source, target), one in found.items()
-        }
-    }
-
-
-def _rows(models: Mapping[str, Mapping[tuple[str, str], Ablations]]) -> Iterator[Row]:
-    for source, target in next(iter(models.values())):
-        both = {name: found[source, target] for name, found in models.items()}
-        cells = {name: f"{one.helpful:.1%} / {_faithful(one):.3f}" for name, one in both.items()}
-        meaning = (
-            f"Latents of the {source} code without which the {target} reconstruction is worse / how much of what the "
-            "median latent does is right."
-        )
-        yield Row(f"{source} → {target}", meaning, "higher", cells, "Latents taken out: worse without / right")
+def _figures(found: Ablations) -> dict[str, float]:
+    return {"helpful": found.helpful, "faithful": _faithful(found)}
 
 
 def _kept(sizes: Sizes) -> int:
@@ -305,45 +277,46 @@ ABLATIONS = Metric(
             "Latents that help another stream",
             "Of the latents that fire in one stream, the fraction without which another stream's reconstruction from "
             "that code has a larger error, over all pairs.",
-            "higher",
-            ".1%",
-            _mean(lambda one: one.helpful, own=False),
+            format=".1%",
+            value=mean_over_pairs("helpful", own=False),
         ),
         Score(
             "ablation_faithful",
             "What a latent is worth to another stream",
             "By how much another stream's error grows when a latent is taken out, of how far that moves the "
             "reconstruction: 1 is all of it, below 0 it means something else there; the median latent.",
-            "higher",
-            ".3f",
-            _mean(_faithful, own=False),
+            value=mean_over_pairs(_faithful, own=False),
         ),
         Score(
             "ablation_helpful_own",
             "Latents that help their own stream",
             "The same fraction for the stream that was encoded.",
-            "higher",
-            ".1%",
-            _mean(lambda one: one.helpful, own=True),
+            format=".1%",
+            value=mean_over_pairs("helpful", own=True),
         ),
     ),
     needs=frozenset({"single"}),
     watch=_Watch,
     resample=_resample,
-    details=_details,
-    rows=_rows,
+    details=details_by_pair("ablations", _figures),
+    rows=rows_by_pair(
+        "Latents taken out: worse without / right",
+        "Latents of the {source} code without which the {target} reconstruction is worse / how much of what the median "
+        "latent does is right.",
+        lambda one: f"{one.helpful:.1%} / {_faithful(one):.3f}",
+    ),
     kept=_kept,
 )
 
 
 def _compute_with_probe(given: Given) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
     """By (source, target): `probe_effects` of the source's latents on a linear probe on the target's inputs."""
-    assert given.labels is not None  # it is needed
     inputs: InputsOnCPU = given.watched["probe_ablations"]
-    concepts = dict(zip(given.streams, class_purity(given.single, given.labels, given.n_latents).concept, strict=True))
+    purity = class_purity(given.single, given.concepts, given.n_latents)
+    concepts = dict(zip(given.streams, purity.concept, strict=True))
     found = {}
     for target in given.streams:
-        weight = linear_probe(inputs.stream(target), given.labels, groups=given.groups).weight
+        weight = linear_probe(inputs.stream(target), given.concepts, groups=given.groups).weight
         dictionary = directions(given.model, target).to("cpu")
         assert weight is not None  # of dense features
         for source in given.streams:
@@ -357,11 +330,9 @@ def _resample_with_probe(given: Given, found: Mapping[tuple[str, str], tuple[Ten
     Whether a latent lowers its own concept most is up to those alone, whatever samples are drawn, and so how many do
     has no interval: it would take a probe for each resampling.
     """
-    resampling, L = given.resampling, given.n_latents
-    assert resampling is not None
+    resampling, L = given.draws, given.n_latents
     if not found:
         return {}
-    N = max(resampling.n, 1)
     once = torch.ones(resampling.n, 1, dtype=torch.float32, device="cpu")
     falls = resampling.zeros()
     for source, code in given.single.items():
@@ -369,14 +340,13 @@ def _resample_with_probe(given: Given, found: Mapping[tuple[str, str], tuple[Ten
         fall, n = (torch.zeros(len(more), resampling.n_resamples, dtype=torch.float64, device="cpu") for _ in range(2))
         for latents in latent_blocks([code], L, resampling):
             keys, (z,) = firing_entries(code, latents, resampling.chunk_bytes, code[0])
-            bags = torch.arange(latents.stop - latents.start, device="cpu") * N
-            of_latents = keys % N, torch.searchsorted(keys, bags)
-            mean = drawn_sums(*of_latents, once, z) / drawn_sums(*of_latents, once)
+            bags = Bags.of(keys, latents, resampling.n)
+            mean = bags.drawn(once, z) / bags.drawn(once)
             known = ~more[:, latents].isnan()
             each = torch.where(known, more[:, latents], 0)
-            for some, weights in resampling.pieces(24 * len(bags)):
-                fired = drawn_sums(*of_latents, weights)
-                drawn = drawn_sums(*of_latents, weights, z) / fired.clamp_min(1)
+            for some, weights in resampling.pieces(24 * len(mean)):
+                fired = bags.drawn(weights)
+                drawn = bags.drawn(weights, z) / fired.clamp_min(1)
                 fall[:, some] += each @ (drawn / mean.where(mean > 0, 1)).double()
                 n[:, some] += known.double() @ (fired > 0).double()
         falls += (fall / n).sum(dim=0) / len(found)
@@ -390,11 +360,8 @@ def _own_concept(found: Mapping[tuple[str, str], tuple[Tensor, Tensor]]) -> floa
 
 
 def _fall(found: Mapping[tuple[str, str], tuple[Tensor, Tensor]]) -> float:
-    return (
-        float(torch.stack([(own - others).nanmean() for own, others in found.values()]).mean())
-        if found
-        else float("nan")
-    )
+    falls = [(own - others).nanmean() for own, others in found.values()]
+    return float(torch.stack(falls).mean()) if falls else float("nan")
 
 
 def _work(sizes: Sizes) -> int:
@@ -413,17 +380,14 @@ PROBE_ABLATIONS = Metric(
             "Latents that carry their concept to another stream",
             "Of the latents with a dominant concept in one stream, the fraction that lower its logit of a linear probe "
             "on another stream's inputs by more than those of other concepts when they are taken out; chance is half.",
-            "higher",
-            ".1%",
-            _own_concept,
+            format=".1%",
+            value=_own_concept,
         ),
         Score(
             "probe_ablation_fall",
             "Fall of a concept's logit in another stream",
             "By how much that logit falls more than those of other concepts, on average.",
-            "higher",
-            ".3f",
-            _fall,
+            value=_fall,
         ),
     ),
     needs=frozenset({"single", "labels"}),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .codes import CHUNK_BYTES, Codes, check_codes, check_labels, firing_counts, label_counts
+from .concepts import Carried
 from .registry import Given, Metric, Score, Sizes
 from .resampling import Resampling, drawn_firings, drawn_sums, firing_keys, latent_blocks
 
@@ -125,17 +126,12 @@ class Concepts:
 
 
 def _compute(given: Given) -> Concepts:
-    assert given.labels is not None  # it is needed
-    return Concepts(
-        concept_jaccard(given.single, given.labels, given.n_latents),
-        concept_jaccard_by_chance(given.single, given.labels, given.n_latents),
-        (given.fired > 0).any(dim=0),
-    )
+    arguments = given.single, given.concepts, given.n_latents
+    return Concepts(concept_jaccard(*arguments), concept_jaccard_by_chance(*arguments), given.alive)
 
 
 def _compute_joint(given: Given) -> Concepts:
-    assert given.labels is not None  # it is needed
-    jaccard = concept_jaccard(given.joint, given.labels, given.n_latents)
+    jaccard = concept_jaccard(given.joint, given.concepts, given.n_latents)
     fired = torch.stack([firing_counts(code, given.n_latents) for code in given.joint.values()])
     return Concepts(jaccard, torch.zeros_like(jaccard), (fired > 0).any(dim=0))
 
@@ -152,21 +148,16 @@ def drawn_jaccard(
     pairs = list(combinations(range(S), 2))
     orders = [order.argsort() for order in _shuffles(S, N)] if shuffled else [None] * S
     total = resampling.zeros()
-    degree = labels.sum(dim=1)
-    first = degree.cumsum(0) - degree
-    holders, carried = labels.nonzero(as_tuple=True)
-    carried = carried.repeat_interleave(labels[holders, carried].long())
-    for latents in latent_blocks(of_streams, n_latents, resampling, int(degree.max()) if N else 0):
+    carried = Carried.from_labels(labels)
+    most = int(carried.offsets.diff().max()) if N else 0
+    for latents in latent_blocks(of_streams, n_latents, resampling, most):
         l = latents.stop - latents.start
         cells, samples = [], []
         for code, order in zip(of_streams, orders, strict=True):
             keys = firing_keys(code, latents, resampling.chunk_bytes, order)
             sample = keys % max(N, 1)
-            times = degree[sample]
-            of_key = torch.repeat_interleave(times)
-            within = torch.arange(len(of_key), device="cpu") - (times.cumsum(0) - times)[of_key]
-            cell = (keys // max(N, 1))[of_key] * C + carried[first[sample[of_key]] + within]
-            cell, place = cell.sort(stable=True)
+            of_key, concept = carried.of(sample)
+            cell, place = ((keys // max(N, 1))[of_key] * C + concept).sort(stable=True)
             cells.append(cell)
             samples.append(sample[of_key][place])
         known = torch.unique(torch.cat(cells))
@@ -195,25 +186,21 @@ def _alive(codes: Codes, n_latents: int, resampling: Resampling) -> Tensor:
 
 
 def _resample(given: Given, found: Concepts) -> Mapping[str, Tensor]:
-    assert given.labels is not None
-    assert given.resampling is not None
-    L, arguments = given.n_latents, (given.single, given.labels, given.n_latents, given.resampling)
+    L, arguments = given.n_latents, (given.single, given.concepts, given.n_latents, given.draws)
     total, chance = drawn_jaccard(*arguments), drawn_jaccard(*arguments, shuffled=True)
     return {
         "alignment": (total - chance) / (L - chance),
         "jaccard_single": total / L,
-        "jaccard_single_alive": total / _alive(given.single, L, given.resampling),
+        "jaccard_single_alive": total / _alive(given.single, L, given.draws),
         "jaccard_chance": chance / L,
     }
 
 
 def _resample_joint(given: Given, found: Concepts) -> Mapping[str, Tensor]:
-    assert given.labels is not None
-    assert given.resampling is not None
-    total = drawn_jaccard(given.joint, given.labels, given.n_latents, given.resampling)
+    total = drawn_jaccard(given.joint, given.concepts, given.n_latents, given.draws)
     return {
         "jaccard_joint": total / given.n_latents,
-        "jaccard_joint_alive": total / _alive(given.joint, given.n_latents, given.resampling),
+        "jaccard_joint_alive": total / _alive(given.joint, given.n_latents, given.draws),
     }
 
 
@@ -232,9 +219,7 @@ CONCEPTS = Metric(
             "Concept alignment above chance",
             "How alike the labels are that a latent fires for in two streams, each encoded alone, above what shuffled "
             "samples score: (J - chance) / (1 - chance), 1 is perfect and 0 is chance, over all latents.",
-            "higher",
-            ".3f",
-            lambda found: found.corrected,
+            value=lambda found: found.corrected,
             highlight=True,
         ),
         Score(
@@ -242,25 +227,20 @@ CONCEPTS = Metric(
             "Concept alignment (Jaccard)",
             "How alike the labels are that a latent fires for in two streams, each encoded alone (Jaccard, 0 to "
             "1, over all latents, a dead one counting 0).",
-            "higher",
-            ".3f",
-            lambda found: float(found.jaccard.mean()),
+            value=lambda found: float(found.jaccard.mean()),
         ),
         Score(
             "jaccard_single_alive",
             "Concept alignment, alive latents",
             "The same over the latents that fire in at least one stream.",
-            "higher",
-            ".3f",
-            lambda found: float(found.jaccard[found.alive].mean()),
+            value=lambda found: float(found.jaccard[found.alive].mean()),
         ),
         Score(
             "jaccard_chance",
             "Concept alignment by chance",
             "The same after each stream's samples are shuffled: what firing often earns without any meaning.",
-            "neither",
-            ".3f",
-            lambda found: float(found.chance.mean()),
+            better="neither",
+            value=lambda found: float(found.chance.mean()),
         ),
     ),
     needs=frozenset({"single", "pairs", "labels"}),
@@ -280,17 +260,15 @@ CONCEPTS_JOINT = Metric(
             "Concept alignment, encoded jointly",
             "The same with all streams encoded together: a shared support makes it high by construction, even "
             "untrained.",
-            "neither",
-            ".3f",
-            lambda found: float(found.jaccard.mean()),
+            better="neither",
+            value=lambda found: float(found.jaccard.mean()),
         ),
         Score(
             "jaccard_joint_alive",
             "Concept alignment, encoded jointly, alive latents",
             "The same over the latents that fire in at least one stream.",
-            "neither",
-            ".3f",
-            lambda found: float(found.jaccard[found.alive].mean()),
+            better="neither",
+            value=lambda found: float(found.jaccard[found.alive].mean()),
         ),
     ),
     needs=frozenset({"joint", "pairs", "labels"}),

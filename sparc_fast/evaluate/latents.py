@@ -85,8 +85,7 @@ def _details(use: LatentUse) -> Mapping[str, Any]:
 
 
 def _resample(given: Given, use: LatentUse) -> Mapping[str, Tensor]:
-    resampling = given.resampling
-    assert resampling is not None
+    resampling = given.draws
     everywhere, nowhere, fired = resampling.zeros(), resampling.zeros(), resampling.zeros()
     for some, counts in drawn_firings(list(given.single.values()), given.n_latents, resampling):
         alive = counts > 0
@@ -114,33 +113,32 @@ LATENTS = Metric(
             "alive",
             "Latents alive in all streams",
             "Fraction of latents that some sample fires in every stream, each encoded alone.",
-            "higher",
-            ".1%",
-            lambda use: use.n_alive / use.frequency.shape[1],
+            format=".1%",
+            value=lambda use: use.n_alive / use.frequency.shape[1],
         ),
         Score(
             "mixed",
             "Latents alive in some streams only",
             "Fraction of latents that cannot mean the same in all streams, being silent in some.",
-            "lower",
-            ".1%",
-            lambda use: use.n_mixed / use.frequency.shape[1],
+            better="lower",
+            format=".1%",
+            value=lambda use: use.n_mixed / use.frequency.shape[1],
         ),
         Score(
             "dead",
             "Latents dead in all streams",
             "Fraction of latents that no sample fires in any stream.",
-            "lower",
-            ".1%",
-            lambda use: use.n_dead / use.frequency.shape[1],
+            better="lower",
+            format=".1%",
+            value=lambda use: use.n_dead / use.frequency.shape[1],
         ),
         Score(
             "active",
             "Active latents per sample",
             "Mean number of latents with a value above 0 (L0), over the streams.",
-            "neither",
-            ".1f",
-            lambda use: float(use.frequency.sum(dim=1).mean()),
+            better="neither",
+            format=".1f",
+            value=lambda use: float(use.frequency.sum(dim=1).mean()),
         ),
     ),
     needs=frozenset({"single"}),

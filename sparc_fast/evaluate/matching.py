@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparc_fast.data import AlignedFiles
 from sparc_fast.selection import LOCAL
 
-from .codes import Codes, check_codes, firings, parts
-from .passing import codes_alone
+from .codes import Codes, check_codes, firings, parts, runs
+from .passing import Samples, codes_alone
 
 if TYPE_CHECKING:
     from ..model import SPARC
@@ -62,16 +60,14 @@ def rename_latents(codes: Codes, matches: Tensor) -> Codes:
 
 
 @torch.no_grad()
-def matched(
-    model: SPARC, inputs: Mapping[str, Tensor] | AlignedFiles, *, batch_size: int = 1024, memory: int | str = "4GiB"
-) -> SPARC:
+def matched(model: SPARC, inputs: Samples, *, batch_size: int = 1024, memory: int | str = "4GiB") -> SPARC:
     """The same independent SAEs with each stream's latents in another order: those of `match_latents` on these inputs.
 
     Its reconstructions of a stream from itself are the same, and all that compares streams finds latents matched.
 
     Args:
         model: of selection "local" or "local_jumprelu", in which streams share nothing but the numbers of latents.
-        inputs: training samples {stream: [N, D_s]}, or files that `sparc_fast.data.open` opened.
+        inputs: training samples {stream: [N, D_s]}, tensors or NumPy arrays, or files that `sparc_fast.data.open` gave.
 
     Raises:
         ValueError: the model's streams share a support, so their latents cannot be in orders of their own; or some are
@@ -141,25 +137,21 @@ def _partners(
     first: Any, other: Any, n: npt.NDArray[np.float64], m: npt.NDArray[np.float64], n_samples: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Pairs of latents and their correlations: of each latent of the first, [L, N], those of largest correlation."""
-    L, k = len(n), max(1, other.nnz // max(1, other.shape[0]))
+    k = max(1, other.nnz // max(1, other.shape[0]))
     spread, other_spread = np.sqrt(n * (n_samples - n)), np.sqrt(m * (n_samples - m))
     found: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]] = []
-    ends = np.cumsum(n * k)
-    start = 0
-    while start < L:
-        stop = max(start + 1, int(np.searchsorted(ends, (ends[start - 1] if start else 0) + PRODUCTS, side="right")))
-        both = first[start:stop] @ other
-        row = np.repeat(np.arange(start, stop), np.diff(both.indptr))
+    for some in runs(np.cumsum(n * k).tolist(), PRODUCTS):
+        both = first[some] @ other
+        row = np.repeat(np.arange(some.start, some.stop), np.diff(both.indptr))
         column, together = both.indices, both.data.astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
             phi = (n_samples * together - n[row] * m[column]) / (spread[row] * other_spread[column])
         good = np.flatnonzero(phi > 0)
         good = good[np.argsort(row[good] - phi[good] / 2, kind="stable")]  # by row, the largest first
-        per_row = np.bincount(row[good] - start, minlength=stop - start)
+        per_row = np.bincount(row[good] - some.start, minlength=some.stop - some.start)
         place = np.arange(len(good)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
         good = good[place < PARTNERS]
         found.append((row[good], column[good].astype(np.int64), phi[good]))
-        start = stop
     if not found:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
     rows, columns, weights = (np.concatenate(part) for part in zip(*found, strict=True))

@@ -167,8 +167,7 @@ def drawn_mono_score(
 
 def _resample(given: Given, found: dict[tuple[str, str], Monosemanticity]) -> Mapping[str, Tensor]:
     """See `drawn_mono_score`."""
-    resampling, inputs = given.resampling, given.watched["monosemanticity"]
-    assert resampling is not None
+    resampling, inputs = given.draws, given.watched["monosemanticity"]
     if not found:
         return {}
     every = torch.arange(resampling.n, device="cpu")
@@ -225,20 +224,17 @@ MONOSEMANTICITY = Metric(
             "MonoScore above chance",
             "Mean cosine of the inputs, in another stream, of two samples that fire a latent, weighted by how both do, "
             "above that of any two: (score - chance) / (1 - chance), over latents and pairs of streams.",
-            "higher",
-            ".3f",
-            lambda found: _mean(found, lambda one: above_chance(one.score, torch.full_like(one.score, one.chance))),
+            value=lambda found: _mean(
+                found, lambda one: above_chance(one.score, torch.full_like(one.score, one.chance))
+            ),
         ),
-        Score(
-            "mono", "MonoScore", "The same as it is.", "higher", ".3f", lambda found: _mean(found, lambda o: o.score)
-        ),
+        Score("mono", "MonoScore", "The same as it is.", value=lambda found: _mean(found, lambda o: o.score)),
         Score(
             "mono_chance",
             "MonoScore by chance",
             "Mean cosine of the inputs of any two samples.",
-            "neither",
-            ".3f",
-            lambda found: _mean(found, _chance),
+            better="neither",
+            value=lambda found: _mean(found, _chance),
         ),
     ),
     needs=frozenset({"single"}),

@@ -6,12 +6,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparc_fast.batch import Arrays, as_tensors
 from sparc_fast.codes import SparseLatents
 from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import mark_zero_rows
@@ -27,7 +28,10 @@ from .resampling import Resampling
 if TYPE_CHECKING:
     from ..model import SPARC
 
-__all__ = ["Run", "codes_alone", "to_stderr"]
+__all__ = ["Run", "Samples", "check_model", "codes_alone", "to_stderr"]
+
+Samples = Mapping[str, Tensor] | Arrays | AlignedFiles
+"""stream -> its rows, tensors or NumPy arrays, or files that were opened."""
 
 LEAST_CHUNK, PIECES = 2**17, 12  # bytes of a piece of work on resamplings, and how many such pieces there are at a time
 
@@ -35,13 +39,14 @@ LEAST_CHUNK, PIECES = 2**17, 12  # bytes of a piece of work on resamplings, and 
 @torch.no_grad()
 def codes_alone(
     model: SPARC,
-    inputs: Mapping[str, Tensor] | AlignedFiles,
+    inputs: Samples,
     *,
     batch_size: int = 1024,
     zero_rows: Literal["keep", "absent"] = "keep",
     memory: int | str = "4GiB",
 ) -> Codes:
     """The codes of each stream encoded by itself, on the CPU; arguments are those of `evaluate`."""
+    check_model(model)
     codes = Metric("codes", "The codes themselves.", lambda given: given.single, needs=frozenset({"single"}))
     run = Run(model._shards.together(model), (codes,), batch_size, zero_rows, as_bytes(memory, "memory"), memory)
     was_training = model.training
@@ -52,8 +57,23 @@ def codes_alone(
         model.train(was_training)
 
 
+def check_model(model: SPARC) -> None:
+    """ValueError where it is none; a file of one is not read here."""
+    from sparc_fast.model import SPARC
+
+    if not isinstance(model, SPARC):
+        raise ValueError(f"model must be a SPARC, got {type(model).__name__}")
+
+
 def to_stderr(words: str) -> None:
     print(words, file=sys.stderr)
+
+
+def _as_tensors(inputs: Samples) -> Mapping[str, Tensor] | AlignedFiles:
+    """On the host, from which batches go to the model's device; tensors are as they were."""
+    if isinstance(inputs, AlignedFiles):
+        return inputs
+    return cast("Mapping[str, Tensor]", as_tensors(inputs, torch.device("cpu")))  # what is none is refused later
 
 
 def _check_inputs(model: SPARC, inputs: Mapping[str, Tensor] | AlignedFiles) -> tuple[int, ...]:
@@ -104,7 +124,7 @@ class Run:
 
     def given(
         self,
-        inputs: Mapping[str, Tensor] | AlignedFiles,
+        samples: Samples,
         labels: PerSample | None,
         groups: PerSample | None,
         say: Callable[[str], object],
@@ -113,6 +133,7 @@ class Run:
         """What the metrics are computed from, of these samples; it names labels as the caller does."""
         model = self.model
         with model._shards.agreed("evaluate"):
+            inputs = _as_tensors(samples)
             leading = _check_inputs(model, inputs)
             N = math.prod(leading)
             truth = None if labels is None else as_labels(labels, leading, labels_name)

@@ -204,10 +204,8 @@ def _log_losses(x: Tensor, y: Tensor, fit: tuple[Tensor, Tensor]) -> Tensor:
 def _computed(protocol: Literal["held_out", "sparc_paper"]) -> Callable[[Given], dict[str, Probe1D]]:
     def compute(given: Given) -> dict[str, Probe1D]:
         """By stream."""
-        labels, groups = given.labels, given.groups
-        assert labels is not None  # it is needed
         return {
-            name: probe_1d(code, labels, given.n_latents, groups=groups, protocol=protocol)
+            name: probe_1d(code, given.concepts, given.n_latents, groups=given.groups, protocol=protocol)
             for name, code in given.single.items()
         }
 
@@ -217,8 +215,7 @@ def _computed(protocol: Literal["held_out", "sparc_paper"]) -> Callable[[Given],
 def _resampled(key: str) -> Callable[[Given, Mapping[str, Probe1D]], Mapping[str, Tensor]]:
     def resample(given: Given, found: Mapping[str, Probe1D]) -> Mapping[str, Tensor]:
         """Held-out samples are drawn; what was fitted and chosen stays."""
-        resampling = given.resampling
-        assert resampling is not None
+        resampling = given.draws
         total = resampling.zeros()
         for one in found.values():
             drawn = [resampling.means(each, samples) for samples, each in one.held_out]
@@ -233,7 +230,7 @@ def _mean(found: Mapping[str, Probe1D]) -> float:
 
 
 def _detailed(key: str) -> Callable[[Mapping[str, Probe1D]], Mapping[str, Any]]:
-    return lambda found: {key: {name: one.mean if len(one.concepts) else None for name, one in found.items()}}
+    return lambda found: {key: {name: one.mean for name, one in found.items()}}
 
 
 def _work(sizes: Sizes) -> int:
@@ -251,9 +248,8 @@ PROBE_1D = Metric(
             "1-D probe, held-out log-loss",
             "Log-loss of the best latent's logistic regression for each concept, on samples that neither it nor the "
             "latent was chosen by: 0 is perfect, 0.693 is chance.",
-            "lower",
-            ".3f",
-            _mean,
+            better="lower",
+            value=_mean,
         ),
     ),
     needs=frozenset({"single", "labels"}),
@@ -271,9 +267,8 @@ PROBE_1D_SPARC_PAPER = Metric(
             "probe_1d_sparc_paper",
             "1-D probe, log-loss as in the SPARC paper",
             "The same with candidates that fire most often for the concept in all samples, tested ones too.",
-            "neither",
-            ".3f",
-            _mean,
+            better="neither",
+            value=_mean,
         ),
     ),
     needs=frozenset({"single", "labels"}),

@@ -394,7 +394,7 @@ def _computed(key: str, fit: Callable[..., Probe]) -> Callable[[Given], dict[tup
             recon = [("recon", source, target) for source in given.streams]
             for of in [("raw", target, target), ("latents", target, target), *recon]:
                 n_latents = given.n_latents if of[0] == "latents" else None
-                found[of] = fit(_features(given, key, of), given.labels, n_latents, groups=given.groups)
+                found[of] = fit(_features(given, key, of), given.concepts, n_latents, groups=given.groups)
         return found
 
     return compute
@@ -403,12 +403,10 @@ def _computed(key: str, fit: Callable[..., Probe]) -> Callable[[Given], dict[tup
 def _resampled(key: str) -> Callable[[Given, Mapping[tuple[str, str, str], Probe]], Mapping[str, Tensor]]:
     def resample(given: Given, found: Mapping[tuple[str, str, str], Probe]) -> Mapping[str, Tensor]:
         """Held-out samples are drawn, and ranked by the probe as it was fitted."""
-        labels = given.labels
-        assert labels is not None
-        assert given.resampling is not None
+        labels = given.concepts
         drawn: dict[str, list[Tensor]] = {}
         for of, probe in found.items():
-            truth, resampling = labels[probe.held_out], given.resampling[probe.held_out]
+            truth, resampling = labels[probe.held_out], given.draws[probe.held_out]
             logits = probe.classify(_features(given, key, of, probe.held_out))
             total, n = resampling.zeros(), resampling.zeros()
             for some, weights in resampling.pieces(16 * len(truth)):
@@ -436,16 +434,13 @@ def _mean(suffix: str) -> Callable[[Mapping[tuple[str, str, str], Probe]], float
 
 
 def _detailed(key: str) -> Callable[[Mapping[tuple[str, str, str], Probe]], Mapping[str, Any]]:
-    def plain(value: float) -> float | None:
-        return value if value == value else None
-
     def details(found: Mapping[tuple[str, str, str], Probe]) -> Mapping[str, Any]:
         return {
             key: {
                 f"{what} {source} -> {target}" if what == "recon" else f"{what} {target}": {
-                    "map": plain(one.mean_average_precision),
-                    "f1_macro": plain(one.f1_macro),
-                    "f1_micro": plain(one.f1_micro),
+                    "map": one.mean_average_precision,
+                    "f1_macro": one.f1_macro,
+                    "f1_micro": one.f1_micro,
                 }
                 for (what, source, target), one in found.items()
             }
@@ -483,9 +478,8 @@ def _scores(kind: str, key: str) -> tuple[Score, ...]:
             f"{kind} probe on {name}, mAP",
             f"Mean average precision over concepts of a {kind.lower() if kind != 'MLP' else kind} probe on {what}, on "
             "samples that it was not fitted on.",
-            "neither" if suffix == "raw" else "higher",
-            ".3f",
-            _mean(suffix),
+            better="neither" if suffix == "raw" else "higher",
+            value=_mean(suffix),
         )
         for suffix, (name, what) in means.items()
     )

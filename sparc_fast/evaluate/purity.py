@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .codes import CHUNK_BYTES, Codes, check_codes, check_labels, label_counts
+from .concepts import Carried
 from .registry import Given, Metric, Score, Sizes
-from .resampling import drawn_sums, firing_entries, latent_blocks
+from .resampling import Bags, drawn_sums, firing_entries, latent_blocks
 
 __all__ = ["PURITY", "Purity", "class_purity"]
 
@@ -59,8 +60,7 @@ def class_purity(codes: Codes, labels: Tensor, n_latents: int, *, weighted: bool
 
 def _compute(given: Given) -> tuple[Purity, Purity]:
     """Plain, and weighted by activation."""
-    assert given.labels is not None  # it is needed
-    plain, weighted = (class_purity(given.single, given.labels, given.n_latents, weighted=w) for w in (False, True))
+    plain, weighted = (class_purity(given.single, given.concepts, given.n_latents, weighted=w) for w in (False, True))
     return plain, weighted
 
 
@@ -71,12 +71,10 @@ def _consistent(found: tuple[Purity, Purity]) -> float:
 
 def _resample(given: Given, found: tuple[Purity, Purity]) -> Mapping[str, Tensor]:
     """Counts of labels are of the drawn samples, and so are dominant concepts."""
-    resampling, labels, codes = given.resampling, given.labels, list(given.single.values())
-    assert labels is not None
-    assert resampling is not None
+    resampling, labels, codes = given.draws, given.concepts, list(given.single.values())
     (N, C), S = labels.shape, len(codes)
-    degree = labels.sum(dim=1)
-    first, carried = degree.cumsum(0) - degree, labels.nonzero()[:, 1]
+    carried = Carried.from_labels(labels)
+    degree = carried.offsets.diff()
     purity, heavy, base, fired, same, everywhere = (resampling.zeros() for _ in range(6))
     for latents in latent_blocks(codes, given.n_latents, resampling, int(degree.max()) if N else 0):
         l, cells, holders, labelled = latents.stop - latents.start, [], [], []
@@ -87,9 +85,8 @@ def _resample(given: Given, found: tuple[Purity, Purity]) -> Mapping[str, Tensor
             keys, each = keys[kept], each[kept]
             labelled.append(keys)
             sample = keys % max(N, 1)
-            of_key = torch.repeat_interleave(degree[sample])
-            within = torch.arange(len(of_key), device="cpu") - (degree[sample].cumsum(0) - degree[sample])[of_key]
-            cell, place = ((keys // max(N, 1))[of_key] * C + carried[first[sample[of_key]] + within]).sort(stable=True)
+            of_key, concept = carried.of(sample)
+            cell, place = ((keys // max(N, 1))[of_key] * C + concept).sort(stable=True)
             cells.append(cell)
             holders.append(sample[of_key][place])
             activations.append((each[of_key][place], each))
@@ -99,15 +96,15 @@ def _resample(given: Given, found: tuple[Purity, Purity]) -> Mapping[str, Tensor
             rates = labels.T.float() @ weights / weights[degree > 0].sum(dim=0).clamp_min(1)
             for cell, holder, mine, keys, active in zip(cells, holders, known, labelled, activations, strict=True):
                 of_cells = holder, torch.searchsorted(cell, mine), weights
-                of_latents = keys % max(N, 1), torch.searchsorted(keys, torch.arange(l, device="cpu") * N), weights
-                counts, total = drawn_sums(*of_cells), drawn_sums(*of_latents)
+                of_latents = Bags.of(keys, latents, N)
+                counts, total = drawn_sums(*of_cells), of_latents.drawn(weights)
                 latent = (mine // max(C, 1))[:, None].expand(counts.shape)
                 most = torch.zeros_like(total).scatter_reduce(0, latent, counts, "amax")
                 column = torch.where(counts == most.gather(0, latent), (mine % max(C, 1))[:, None], C)
                 concept = torch.full(total.shape, C, dtype=torch.int64, device="cpu")
                 concept = concept.scatter_reduce(0, latent, column, "amin").where(total > 0, C)
                 purity[some] += (most / total.clamp_min(1)).sum(dim=0, dtype=torch.float64)
-                weighed, in_all = drawn_sums(*of_cells, active[0]), drawn_sums(*of_latents, active[1])
+                weighed, in_all = drawn_sums(*of_cells, active[0]), of_latents.drawn(weights, active[1])
                 heaviest = torch.zeros_like(in_all).scatter_reduce(0, latent, weighed, "amax")
                 heavy[some] += (heaviest / in_all.where(in_all > 0, 1)).sum(dim=0, dtype=torch.float64)
                 padded = torch.cat([rates, rates.new_zeros(1, rates.shape[1])])
@@ -141,34 +138,28 @@ PURITY = Metric(
             "Class purity",
             "Of the labelled samples that fire a latent, the fraction that carry its dominant concept, over latents "
             "and streams.",
-            "higher",
-            ".3f",
-            lambda found: float(found[0].purity.nanmean()),
+            value=lambda found: float(found[0].purity.nanmean()),
         ),
         Score(
             "purity_weighted",
             "Class purity, weighted",
             "The same, each sample counting by its activation.",
-            "higher",
-            ".3f",
-            lambda found: float(found[1].purity.nanmean()),
+            value=lambda found: float(found[1].purity.nanmean()),
         ),
         Score(
             "purity_base",
             "Class purity by chance",
             "How many of all labelled samples carry the dominant concept: what firing at random scores.",
-            "neither",
-            ".3f",
-            lambda found: float(found[0].base.nanmean()),
+            better="neither",
+            value=lambda found: float(found[0].base.nanmean()),
         ),
         Score(
             "purity_consistent",
             "Latents of one concept in all streams",
             "Of the latents that labelled samples fire in every stream, the fraction whose dominant concept is one in "
             "all.",
-            "higher",
-            ".1%",
-            _consistent,
+            format=".1%",
+            value=_consistent,
         ),
     ),
     needs=frozenset({"single", "labels"}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -180,9 +179,9 @@ def _cross(matrix: Tensor) -> float:
 
 
 def _details(found: Reconstructed) -> Mapping[str, Any]:
-    def by_pair(matrix: Tensor) -> dict[str, float | None]:
+    def by_pair(matrix: Tensor) -> dict[str, float]:
         return {
-            f"{source} -> {target}": value if math.isfinite(value := float(matrix[s, t])) else None
+            f"{source} -> {target}": float(matrix[s, t])
             for s, source in enumerate(found.streams)
             for t, target in enumerate(found.streams)
         }
@@ -208,33 +207,27 @@ RECONSTRUCTION = Metric(
             "nmse_self",
             "Own error (NMSE)",
             "Squared error of rebuilding a stream from its own code, as a fraction of its squared norm.",
-            "lower",
-            ".3f",
-            lambda found: _own(found.nmse),
+            better="lower",
+            value=lambda found: _own(found.nmse),
         ),
         Score(
             "nmse_cross",
             "Cross error (NMSE)",
             "The same, from the code of another stream.",
-            "lower",
-            ".3f",
-            lambda found: _cross(found.nmse),
+            better="lower",
+            value=lambda found: _cross(found.nmse),
         ),
         Score(
             "r2_self",
             "Own variance explained (R²)",
             "Fraction of a stream's variance that its own code explains; 0 is what the mean scores.",
-            "higher",
-            ".3f",
-            lambda found: _own(found.r2),
+            value=lambda found: _own(found.r2),
         ),
         Score(
             "r2_cross",
             "Cross variance explained (R²)",
             "The same, from the code of another stream.",
-            "higher",
-            ".3f",
-            lambda found: _cross(found.r2),
+            value=lambda found: _cross(found.r2),
         ),
     ),
     default=True,

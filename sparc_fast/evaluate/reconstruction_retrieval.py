@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from sparc_fast.codes import SparseLatents
 
 from .codes import StreamCode
 from .kept_inputs import InputsOnDevice, bytes_of_inputs
-from .registry import Given, Metric, Row, Score, Sizes
+from .pairs import details_by_pair, mean_over_pairs, rows_by_pair
+from .registry import Given, Metric, Score, Sizes
 from .retrieval import CELL, LONG, Retrieval, drawn_retrieval, retrieval_scores, retrieval_seconds
 
 if TYPE_CHECKING:
@@ -62,40 +62,13 @@ def _compute(given: Given) -> dict[tuple[str, str], Retrieval]:
     return {(s, t): found[s, t] for s in given.streams for t in given.streams}
 
 
-def _mean(field: str, own: bool) -> Callable[[Mapping[tuple[str, str], Retrieval]], float]:
-    def value(found: Mapping[tuple[str, str], Retrieval]) -> float:
-        values = [getattr(one, field) for (source, target), one in found.items() if (source == target) is own]
-        return sum(values) / len(values) if values else math.nan
-
-    return value
-
-
 def _resample(given: Given, found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Tensor]:
-    assert given.resampling is not None
     own, cross = (
-        drawn_retrieval({pair: one for pair, one in found.items() if (pair[0] == pair[1]) is same}, given.resampling)
+        drawn_retrieval({pair: one for pair, one in found.items() if (pair[0] == pair[1]) is same}, given.draws)
         for same in (True, False)
     )
     drawn = {"self_recon_r1": own.get("r1"), "cross_recon_r1": cross.get("r1"), "cross_recon_mrr": cross.get("mrr")}
     return {key: values for key, values in drawn.items() if values is not None}
-
-
-def _details(found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Any]:
-    def plain(one: Retrieval) -> dict[str, float | None]:
-        figures = {key: getattr(one, key) for key in ("n", "r1", "r5", "r10", "median_rank", "mrr", "n_candidates")}
-        return {key: value if math.isfinite(value) else None for key, value in figures.items()}
-
-    return {"retrieval_by_reconstruction": {f"{s} -> {t}": plain(one) for (s, t), one in found.items()}}
-
-
-def _rows(models: Mapping[str, Mapping[tuple[str, str], Retrieval]]) -> Iterator[Row]:
-    for (source, target), first in next(iter(models.values())).items():
-        cells = {name: found[source, target].cell for name, found in models.items()}
-        meaning = (
-            f"Finding a sample's {target} input by what its {source} code reconstructs of it, among "
-            f"{first.n_candidates} inputs."
-        )
-        yield Row(f"{source} → {target}", meaning, "higher", cells, f"Retrieval of inputs: {CELL}")
 
 
 def _work(sizes: Sizes) -> int:
@@ -112,33 +85,32 @@ RETRIEVAL_BY_RECONSTRUCTION = Metric(
             "self_recon_r1",
             "Retrieval of inputs by own reconstruction, R@1",
             "How often a reconstruction is nearest to the input that it is of (the SPARC paper's SelfRecon).",
-            "higher",
-            ".3f",
-            _mean("r1", own=True),
+            value=mean_over_pairs("r1", own=True),
         ),
         Score(
             "cross_recon_r1",
             "Retrieval of inputs by cross reconstruction, R@1",
             "How often what another stream's code reconstructs is nearest to the input of the same sample (the SPARC "
             "paper's CrossReconRecall).",
-            "higher",
-            ".3f",
-            _mean("r1", own=False),
+            value=mean_over_pairs("r1", own=False),
         ),
         Score(
             "cross_recon_mrr",
             "Retrieval of inputs by cross reconstruction, MRR",
             "Mean of 1 / rank.",
-            "higher",
-            ".3f",
-            _mean("mrr", own=False),
+            value=mean_over_pairs("mrr", own=False),
         ),
     ),
     needs=frozenset({"single"}),
     watch=InputsOnDevice,
     resample=_resample,
-    details=_details,
-    rows=_rows,
+    details=details_by_pair("retrieval_by_reconstruction", Retrieval.figures),
+    rows=rows_by_pair(
+        f"Retrieval of inputs: {CELL}",
+        "Finding a sample's {target} input by what its {source} code reconstructs of it, among {one.n_candidates} "
+        "inputs.",
+        lambda one: one.cell,
+    ),
     kept=bytes_of_inputs,
     work=_work,
 )

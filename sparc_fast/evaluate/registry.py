@@ -39,9 +39,9 @@ class Score:
     key: str
     name: str
     meaning: str  # one sentence
-    better: Better
-    format: str
-    value: Callable[[Any], float | None]
+    better: Better = "higher"
+    format: str = ".3f"
+    value: Callable[[Any], float | None] = float
     """Of what the metric's `compute` returns; None or nan where it is undefined."""
     highlight: bool = False  # also shown as a large figure at the top of a page
 
@@ -144,10 +144,27 @@ class Given:
     def n_latents(self) -> int:
         return self.model.n_latents if self.first_latents is None else self.first_latents
 
+    @property
+    def concepts(self) -> Tensor:
+        """`labels`, of a metric that needs them."""
+        assert self.labels is not None
+        return self.labels
+
+    @property
+    def draws(self) -> Resampling:
+        """`resampling`, where there is one."""
+        assert self.resampling is not None
+        return self.resampling
+
     @cached_property
     def fired(self) -> Tensor:
         """How many samples fire each latent in each stream encoded alone, int64 [S, L]."""
         return torch.stack([firing_counts(code, self.n_latents) for code in self.single.values()])
+
+    @property
+    def alive(self) -> Tensor:
+        """Which of them fire in any stream, bool [L]."""
+        return (self.fired > 0).any(dim=0)
 
     @cached_property
     def of_shared(self) -> Given:
@@ -186,7 +203,7 @@ class Metric:
     resample: Callable[[Given, Any], Mapping[str, Tensor]] | None = None
     """Score's key -> its value in each resampling of the samples, float64 [B]."""
     details: Callable[[Any], Mapping[str, Any]] | None = None
-    """More than scores for the JSON, plain."""
+    """More than scores for the JSON, plain; NaN and infinity become null."""
     rows: Callable[[Mapping[str, Any]], Iterable[Row]] | None = None
     """More rows of a table, of each model's result, each in a section of its own."""
     kept: Callable[[Sizes], int] | None = None
@@ -209,6 +226,8 @@ def choose(
         return tuple(metric for metric in known if all(there.get(need, True) for need in metric.needs))
     if isinstance(metrics, str):
         raise ValueError(f"metrics must be a sequence of names, such as ({metrics!r},), got the text {metrics!r}")
+    if not isinstance(metrics, Iterable):
+        raise ValueError(f"metrics must be a sequence of names, got {metrics!r}")
     by_key = {metric.key: metric for metric in known}
     chosen: dict[str, Metric] = {}
     for asked in metrics:

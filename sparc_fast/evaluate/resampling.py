@@ -6,6 +6,7 @@ Each sum of a metric is resampled exactly: a resampled score is the score of the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,18 @@ from torch.nn.functional import embedding_bag
 
 from sparc_fast.ops.huge_pages import give_back_freed
 
-from .codes import CHUNK_BYTES, StreamCode, firing_counts, parts
+from .codes import CHUNK_BYTES, StreamCode, firing_counts, parts, runs
 
-__all__ = ["RESAMPLES", "Resampling", "drawn_firings", "drawn_sums", "firing_entries", "firing_keys", "latent_blocks"]
+__all__ = [
+    "RESAMPLES",
+    "Bags",
+    "Resampling",
+    "drawn_firings",
+    "drawn_sums",
+    "firing_entries",
+    "firing_keys",
+    "latent_blocks",
+]
 
 RESAMPLES = 200  # by default; the width of an interval is then known to 5 %
 
@@ -107,13 +117,9 @@ def latent_blocks(
     """
     fired = torch.stack([firing_counts(code, n_latents) for code in codes]).sum(dim=0)
     taken = (48 * max(1, times) * fired + 64 * len(codes) ** 2).cumsum(0)
-    start = 0
-    while start < n_latents:
+    for latents in runs(taken.tolist(), resampling.chunk_bytes):
         give_back_freed()  # the allocator would hold back several times what a block takes
-        room = resampling.chunk_bytes + (int(taken[start - 1]) if start else 0)
-        stop = max(start + 1, int(torch.searchsorted(taken, room, right=True)))
-        yield slice(start, stop)
-        start = stop
+        yield latents
 
 
 def firing_keys(code: StreamCode, latents: slice, chunk_bytes: int, order: Tensor | None = None) -> Tensor:
@@ -159,16 +165,29 @@ def drawn_sums(samples: Tensor, offsets: Tensor, weights: Tensor, each: Tensor |
     return embedding_bag(samples, weights, offsets, per_sample_weights=each, mode="sum")
 
 
+class Bags(NamedTuple):
+    """The samples of each of some latents, those of latent i from offsets[i] on."""
+
+    samples: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor, latents: slice, N: int) -> Bags:
+        """Of `firing_keys`."""
+        first = torch.arange(latents.stop - latents.start, device="cpu") * N
+        return cls(keys % max(N, 1), torch.searchsorted(keys, first))
+
+    def drawn(self, weights: Tensor, each: Tensor | None = None) -> Tensor:
+        """`drawn_sums` of them."""
+        return drawn_sums(self.samples, self.offsets, weights, each)
+
+
 def drawn_firings(
     codes: Sequence[StreamCode], n_latents: int, resampling: Resampling
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield (some resamplings, [S, l, b]), of all latents in turn: how often samples that fire each are drawn."""
-    N = resampling.n
     for latents in latent_blocks(codes, n_latents, resampling):
-        l = latents.stop - latents.start
-        bags = torch.arange(l, device="cpu") * N
         keys = [firing_keys(code, latents, resampling.chunk_bytes) for code in codes]
-        offsets = [torch.searchsorted(key, bags) for key in keys]
-        samples = [key % max(N, 1) for key in keys]
-        for some, weights in resampling.pieces(4 * len(codes) * l):
-            yield some, torch.stack([drawn_sums(x, o, weights) for x, o in zip(samples, offsets, strict=True)])
+        bags = [Bags.of(of_stream, latents, resampling.n) for of_stream in keys]
+        for some, weights in resampling.pieces(4 * len(codes) * (latents.stop - latents.start)):
+            yield some, torch.stack([of_stream.drawn(weights) for of_stream in bags])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any, NamedTuple, Protocol
@@ -14,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from . import codes as chunks
-from .codes import StreamCode, check_code, firing_counts, parts
-from .registry import Given, Metric, Row, Score, Sizes
+from .codes import StreamCode, check_code, firing_counts, parts, runs
+from .pairs import details_by_pair, mean_over_pairs, rows_by_pair
+from .registry import Given, Metric, Score, Sizes
 from .resampling import Resampling
 
 try:
@@ -84,6 +83,10 @@ class Retrieval:
     """float64 [n]"""
     queries: Tensor | None = field(default=None, repr=False, compare=False)
     """Which samples they are of, int64 [n]; None: all."""
+
+    def figures(self) -> dict[str, float]:
+        """For the JSON."""
+        return {key: getattr(self, key) for key in FIGURES}
 
     @property
     def cell(self) -> str:
@@ -288,7 +291,7 @@ def _count_dense(a: _Rows, b: _Rows, places: Tensor, first: Tensor, last: Tensor
     higher, equal = torch.zeros_like(first), torch.zeros_like(first)
     own = torch.full(first.shape, -float("inf"), dtype=torch.float32, device=first.device)
     counts = last - first
-    for run in _runs(counts):  # pairs of a query and what is right for it
+    for run in runs(counts.cumsum(0).tolist(), chunks.CHUNK_BYTES // 64):  # pairs of a query and what is right for it
         query = torch.repeat_interleave(torch.arange(run.start, run.stop, device=first.device), counts[run])
         ends = counts[run].cumsum(0)
         within = torch.arange(len(query), device=first.device) - (ends - counts[run])[query - run.start]
@@ -305,16 +308,6 @@ def _count_dense(a: _Rows, b: _Rows, places: Tensor, first: Tensor, last: Tensor
             higher[part] += (cosines > own[part] + TIE).sum(dim=0)
             equal[part] += (cosines >= own[part] - TIE).sum(dim=0)
     return higher, equal - higher
-
-
-def _runs(counts: Tensor) -> Iterator[slice]:
-    """Runs of queries that have so many pairs together that their numbers stay within a chunk."""
-    ends = counts.cumsum(0).tolist()
-    most, start = max(1, chunks.CHUNK_BYTES // 64), 0
-    while start < len(ends):
-        stop = max(start + 1, bisect_right(ends, (ends[start - 1] if start else 0) + most, start))
-        yield slice(start, stop)
-        start = stop
 
 
 def _count_by_chunks(
@@ -454,20 +447,6 @@ def _compute(given: Given) -> dict[tuple[str, str], Retrieval]:
     return {(a, b): retrieval_scores(codes[a], codes[b], n_latents, given.groups) for a, b in pairs}
 
 
-def _mean(field: str) -> Callable[[Mapping[Any, Retrieval]], float]:
-    """Over all pairs of streams."""
-
-    def value(found: Mapping[Any, Retrieval]) -> float:
-        return sum(getattr(one, field) for one in found.values()) / len(found) if found else math.nan
-
-    return value
-
-
-def _resample(given: Given, found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Tensor]:
-    assert given.resampling is not None
-    return drawn_retrieval(found, given.resampling)
-
-
 def drawn_retrieval(found: Mapping[Any, Retrieval], resampling: Resampling) -> Mapping[str, Tensor]:
     """Scores of several retrievals together, each [B]. Queries are drawn; what each is compared with stays."""
     drawn = {key: resampling.zeros() for key in ("r1", "r5", "r10", "median_rank", "mrr")}
@@ -489,27 +468,6 @@ def drawn_retrieval(found: Mapping[Any, Retrieval], resampling: Resampling) -> M
     return {key: values / len(found) for key, values in drawn.items()} if found else {}
 
 
-def _details(found: Mapping[tuple[str, str], Retrieval]) -> Mapping[str, Any]:
-    def plain(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    return {
-        "retrieval": {
-            f"{query} -> {candidate}": {key: plain(getattr(one, key)) for key in FIGURES}
-            for (query, candidate), one in found.items()
-        }
-    }
-
-
-def _rows(models: Mapping[str, Mapping[tuple[str, str], Retrieval]]) -> Iterator[Row]:
-    first = next(iter(models.values()))
-    for (query, candidate), one in first.items():
-        pairs = {name: found.get((query, candidate)) for name, found in models.items()}
-        cells = {name: pair.cell for name, pair in pairs.items() if pair is not None}
-        meaning = f"Finding a sample's {candidate} code from its {query} code, among {one.n_candidates} candidates."
-        yield Row(f"{query} → {candidate}", meaning, "higher", cells, f"Retrieval: {CELL}")
-
-
 def _work(sizes: Sizes) -> int:
     """Two streams' entries, scales and places."""
     return sizes.N * (16 * sizes.k + 80) if sizes.S > 1 else 0
@@ -524,28 +482,30 @@ RETRIEVAL = Metric(
             "r1",
             "Retrieval R@1",
             "How often a sample's code in one stream is nearest to its own code in another, over all pairs.",
-            "higher",
-            ".3f",
-            _mean("r1"),
+            value=mean_over_pairs("r1"),
             highlight=True,
         ),
-        Score("r5", "Retrieval R@5", "How often it is among the 5 nearest.", "higher", ".3f", _mean("r5")),
-        Score("r10", "Retrieval R@10", "How often it is among the 10 nearest.", "higher", ".3f", _mean("r10")),
+        Score("r5", "Retrieval R@5", "How often it is among the 5 nearest.", value=mean_over_pairs("r5")),
+        Score("r10", "Retrieval R@10", "How often it is among the 10 nearest.", value=mean_over_pairs("r10")),
         Score(
             "median_rank",
             "Retrieval median rank",
             "The rank at which half of the samples are found; 1 is best.",
-            "lower",
-            ",.1f",
-            _mean("median_rank"),
+            better="lower",
+            format=",.1f",
+            value=mean_over_pairs("median_rank"),
         ),
-        Score("mrr", "Retrieval MRR", "Mean of 1 / rank.", "higher", ".3f", _mean("mrr")),
+        Score("mrr", "Retrieval MRR", "Mean of 1 / rank.", value=mean_over_pairs("mrr")),
     ),
     needs=frozenset({"single", "pairs"}),
     of_shared=True,
     default=True,
-    resample=_resample,
-    details=_details,
-    rows=_rows,
+    resample=lambda given, found: drawn_retrieval(found, given.draws),
+    details=details_by_pair("retrieval", Retrieval.figures),
+    rows=rows_by_pair(
+        f"Retrieval: {CELL}",
+        "Finding a sample's {target} code from its {source} code, among {one.n_candidates} candidates.",
+        lambda one: one.cell,
+    ),
     work=_work,
 )

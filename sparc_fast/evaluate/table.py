@@ -59,8 +59,8 @@ def table(evaluations: Mapping[str, Evaluated]) -> Comparison:
 
     A column of several evaluations, of runs of the same settings with other seeds, is their mean. Intervals are of
     95 %, over samples (see `Evaluation.intervals`) and, where there are several runs, over seeds too (Student's t).
-    Notes say in which scores the first column is better than another, worse, or within noise: the interval of the
-    difference, resampled on the same samples, holds 0.
+    What none of them has, such as what labels are needed for, has no row. Notes say in which scores the first column is
+    better than another, worse, or within noise: the interval of the difference, resampled on the same samples, holds 0.
     """
     runs = {column: _runs(evaluated) for column, evaluated in evaluations.items()}
     scores = {column: [one.scores() for one in of_column] for column, of_column in runs.items()}
@@ -184,12 +184,15 @@ def _notes(rows: Sequence[Row], runs: Mapping[str, Sequence[Evaluation]]) -> lis
 
 
 def _metrics(runs: Mapping[str, Sequence[Evaluation]]) -> list[Metric]:
-    """Of any of them, in the order of the registry; of no evaluation the default ones."""
+    """Of which any has a result, in the order of the registry; of no evaluation the default ones."""
     if not runs:
         return [metric for metric in METRICS if metric.default]
     found = {metric.key: metric for of_column in runs.values() for one in of_column for metric in one.metrics}
     known = [metric.key for metric in METRICS]
-    return sorted(found.values(), key=lambda metric: known.index(metric.key) if metric.key in known else len(known))
+    told = [m for m in found.values() if any(one.results.get(m.key) is not None for of in runs.values() for one in of)]
+    return sorted(
+        told or found.values(), key=lambda metric: known.index(metric.key) if metric.key in known else len(known)
+    )
 
 
 def as_text(rows: Sequence[Row], samples: str) -> Table:

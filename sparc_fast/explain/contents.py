@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from sparc_fast.evaluate import Carried, Codes, Row, latent_use, name_latents, words_as_concepts
+from sparc_fast.evaluate import Carried, Codes, Evaluation, Row, latent_use, name_latents, words_as_concepts
 from sparc_fast.evaluate.codes import check_codes
 
 from .pictures import Pictures
@@ -114,6 +115,15 @@ class ModelReport:
             None if jaccard is None else jaccard.numpy(),
             curves or {},
         )
+
+    @staticmethod
+    def jaccard_of(found: Evaluation) -> Tensor | None:
+        """The `jaccard` that an evaluation found: NaN where a latent is silent, or private to a stream."""
+        if (jaccard := found.jaccard_single) is None:
+            return None
+        silent = ~found.latents_single.alive_in_any
+        jaccard = jaccard.masked_fill(silent[: len(jaccard)], torch.nan)
+        return pad(jaccard, (0, len(silent) - len(jaccard)), value=torch.nan)
 
     def concept(self, latent: int) -> str:
         """The word that describes the latent best, or ""."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sparc_fast import data
 from sparc_fast.batch import stack
@@ -176,25 +175,12 @@ def report_of(
     )
     reports = []
     for name, model in models.items():
-        found = evaluations[name]
-        jaccard = found.jaccard_single
-        if jaccard is not None:
-            silent = ~found.latents_single.alive_in_any
-            jaccard = jaccard.masked_fill(silent[: len(jaccard)], torch.nan)
-            jaccard = pad(jaccard, (0, len(silent) - len(jaccard)), value=torch.nan)  # those of one stream have none
-        codes = codes_of(model, folder, streams, split)
-        of_model = (curves or {}).get(name)
-        reports.append(
-            ModelReport.of(
-                name,
-                codes,
-                model.n_latents,
-                items,
-                jaccard=jaccard,
-                curves=of_model,
-                private=model.private_latents,
-            )
-        )
+        of_model = ModelReport.of(
+            name, codes_of(model, folder, streams, split), model.n_latents, items,
+            jaccard=ModelReport.jaccard_of(evaluations[name]), curves=(curves or {}).get(name),
+            private=model.private_latents,
+        )  # fmt: skip
+        reports.append(of_model)
     reports[-1] = replace(reports[-1], names=_asked_first(reports[-1], items, first))
     return Report(
         after=reports[-1],

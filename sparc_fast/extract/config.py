@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from operator import le
 from pathlib import Path
 from typing import Any
 
-from sparc_fast.training.config import read_table
+from sparc_fast.training.config import known_settings, read_table
 
 __all__ = ["Extraction", "SourceConfig", "StreamConfig", "read_extraction"]
 
@@ -178,40 +177,20 @@ def read_extraction(path: str | Path, **changed: Any) -> Extraction:
         ValueError: a setting is unknown or out of range, or the file is not what its suffix says.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"extraction must be a file of settings, but there is no file {path}")
-    content = read_table(path)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"extraction must be a table of settings, got {type(content).__name__} in {path}")
-    content = {**content, **changed}
+    content = {**read_table(path, "extraction"), **changed}
     streams = content.pop("streams", {})
     if not isinstance(streams, Mapping):
         raise ValueError(f"streams must be tables, [streams.NAME], got {streams!r}")
     source = _of(SourceConfig, content.pop("source", {}), "source.")
     named = {str(name): _of(StreamConfig, about, f"streams.{name}.") for name, about in streams.items()}
-    settings = _known(Extraction, content, "", leave={"source", "streams", "folder"})
+    settings = known_settings(Extraction, content, left_out=("source", "streams", "folder"))
     return Extraction(source=source, streams=named, folder=path.resolve().parent, **settings)
 
 
 def _of(kind: Callable[..., Any], table: Any, at: str) -> Any:
     if not isinstance(table, Mapping):
         raise ValueError(f"{at.rstrip('.')} must be a table, got {table!r}")
-    return kind(**_known(kind, table, at))
-
-
-def _known(
-    kind: Any, table: Mapping[str, Any], at: str, leave: frozenset[str] | set[str] = frozenset()
-) -> dict[str, Any]:
-    known = [f.name for f in fields(kind) if f.name not in leave]
-    for name in table:
-        if name not in known:
-            meant = difflib.get_close_matches(str(name), known, 1, 0.5)
-            hint = f"did you mean {meant[0]}?" if meant else f"the settings are {', '.join(known)}"
-            raise ValueError(f"{at}{name} is not a setting; {hint}")
-    for f in fields(kind):
-        if f.name in known and f.default is MISSING and f.default_factory is MISSING and f.name not in table:
-            raise ValueError(f"{at}{f.name} must be given")
-    return dict(table)
+    return kind(**known_settings(kind, table, at))
 
 
 def _check(name: str, value: Any, fits: Callable[[Any], bool], expected: str) -> None:

@@ -201,9 +201,6 @@ class HuggingFaceEncoder(ModelEncoder):
             return self._stack(batch)
         return dict(self._tokenizer(list(batch), return_tensors="pt", **self._options).to(self.device))
 
-    def run(self, inputs: Any) -> Tensor:
-        return self._of_pictures(inputs) if self.stream.modality == "image" else self._of_texts(inputs)
-
     def words(self, texts: Sequence[str]) -> list[Words]:
         return (
             _words_by(self._tokenizer, texts, **self._options)
@@ -211,23 +208,18 @@ class HuggingFaceEncoder(ModelEncoder):
             else super().words(texts)
         )
 
-    def _of_pictures(self, x: Tensor) -> Tensor:
-        plain = self.stream.pooling == "model" and not self.stream.layer
-        if plain and hasattr(self.model, "get_image_features"):
-            self.pooled = "get_image_features"
-            return _tensor(self.model.get_image_features(pixel_values=x))
-        tower: Any = getattr(self.model, "vision_model", self.model)
-        found = self._captured(tower, lambda: tower(pixel_values=x).last_hidden_state, self.stream.layer)
-        return self._pooled(found, x, tower)
-
-    def _of_texts(self, given: Mapping[str, Tensor]) -> Tensor:
-        plain = self.stream.pooling == "model" and not self.stream.layer
-        if plain and hasattr(self.model, "get_text_features"):
-            self.pooled = "get_text_features"
-            return _tensor(self.model.get_text_features(**given))
-        tower: Any = getattr(self.model, "text_model", self.model)
-        found = self._captured(tower, lambda: tower(**given).last_hidden_state, self.stream.layer)
-        self.pooled = pooling = "mean" if self.stream.pooling == "model" else self.stream.pooling
+    def run(self, inputs: Any) -> Tensor:
+        stream, sees = self.stream, self.stream.modality == "image"
+        given: Mapping[str, Tensor] = {"pixel_values": inputs} if sees else inputs
+        embedding = f"get_{stream.modality}_features"
+        if stream.pooling == "model" and not stream.layer and hasattr(self.model, embedding):
+            self.pooled = embedding
+            return _tensor(getattr(self.model, embedding)(**given))
+        tower: Any = getattr(self.model, "vision_model" if sees else "text_model", self.model)
+        found = self._captured(tower, lambda: tower(**given).last_hidden_state, stream.layer)
+        if sees:
+            return self._pooled(found, inputs, tower)
+        self.pooled = pooling = "mean" if stream.pooling == "model" else stream.pooling
         return pool(found, pooling, 0, given.get("attention_mask"))
 
 

@@ -108,6 +108,41 @@ class Reconstruction(NamedTuple):
     """[N, S, k], what values are where latents fire, of a support that has others too."""
 
 
+def compare(
+    x: Tensor,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    indices: Tensor,
+    residual: Tensor | None,
+    scale: Tensor,
+    weights: Sequence[float],
+    d_streams: Sequence[int],
+    backend: Backend,
+    sizes: Sequence[int] = (),
+    fires: Tensor | None = None,
+    *,
+    with_loss: bool = False,
+) -> Reconstruction:
+    """What `reconstruct` finds, of which nothing is to be differentiated; the loss where it is asked for, or nested."""
+    activations = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
+    values = activations if fires is None else activations * (fires[:, None] if fires.ndim == 2 else fires)
+    target, decoder_bias = (x, pre_bias) if residual is None else (residual, torch.zeros_like(pre_bias))
+    operands = values, indices, W_dec, decoder_bias, target, scale, weights, d_streams
+    loss = prefixes = None
+    if sizes:
+        of_prefixes, grad_recons, grad_values, grad_pre_bias = backend.nested_decode_loss(*operands, sizes)
+        nmse = of_prefixes[-1].clone()  # no view of another's
+        prefixes = torch.stack([weighted_sum(one, weights) for one in of_prefixes])
+        loss = prefixes.mean()
+    else:
+        nmse, grad_recons, grad_values, grad_pre_bias = backend.decode_loss(*operands)
+        loss = weighted_sum(nmse, weights) if with_loss else None
+    parts = values, grad_recons, grad_values, grad_pre_bias, prefixes, None if fires is None else activations
+    return Reconstruction(loss, nmse, *parts)
+
+
 class ReconstructionLoss(torch.autograd.Function):
     """Encode on a given support, decode to every stream, compare: the loss, and what it was made of.
 
@@ -116,42 +151,15 @@ class ReconstructionLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W_enc: Tensor,
-        W_dec: Tensor,
-        pre_bias: Tensor,
-        latent_bias: Tensor,
-        indices: Tensor,
-        residual: Tensor | None,
-        scale: Tensor,
-        weights: Sequence[float],
-        d_streams: Sequence[int],
-        backend: Backend,
-        sizes: Sequence[int],
-        fires: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        activations = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
-        values = activations if fires is None else activations * (fires[:, None] if fires.ndim == 2 else fires)
-        target, decoder_bias = (x, pre_bias) if residual is None else (residual, torch.zeros_like(pre_bias))
-        operands = values, indices, W_dec, decoder_bias, target, scale, weights, d_streams
-        prefixes: tuple[Tensor, ...] = ()
-        if sizes:
-            of_prefixes, grad_recons, grad_values, grad_pre_bias = backend.nested_decode_loss(*operands, sizes)
-            nmse = of_prefixes[-1].clone()  # no view of another's
-            prefixes = (torch.stack([weighted_sum(one, weights) for one in of_prefixes]),)
-            loss = prefixes[0].mean()
-        else:
-            nmse, grad_recons, grad_values, grad_pre_bias = backend.decode_loss(*operands)
-            loss = weighted_sum(nmse, weights)
-        ctx.save_for_backward(x, W_enc, pre_bias, indices, values, grad_recons, grad_values, grad_pre_bias)
-        ctx.d_streams, ctx.backend, ctx.decodes_pre_bias, ctx.sizes = d_streams, backend, residual is None, sizes
+    def forward(ctx: Any, *operands: Any) -> Reconstruction:
+        found = compare(*operands, with_loss=True)
+        x, W_enc, _, pre_bias, _, indices, residual, _, _, ctx.d_streams, ctx.backend, ctx.sizes, _ = operands
+        gradients = found.grad_recons, found.grad_values, found.grad_pre_bias
+        ctx.save_for_backward(x, W_enc, pre_bias, indices, found.values, *gradients)
+        ctx.decodes_pre_bias = residual is None
         ctx.set_materialize_grads(False)
-        more = prefixes if fires is None else (*prefixes, activations)
-        parts = nmse, values, grad_recons, grad_values, grad_pre_bias, *more
-        ctx.mark_non_differentiable(*parts)
-        return loss, *parts
+        ctx.mark_non_differentiable(*(part for part in found[1:] if part is not None))
+        return found
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -183,28 +191,6 @@ class ReconstructionLoss(torch.autograd.Function):
         return None, *scaled, *(None,) * 8
 
 
-def measure(
-    x: Tensor,
-    W_enc: Tensor,
-    W_dec: Tensor,
-    pre_bias: Tensor,
-    latent_bias: Tensor,
-    indices: Tensor,
-    residual: Tensor | None,
-    scale: Tensor,
-    weights: Sequence[float],
-    d_streams: Sequence[int],
-    backend: Backend,
-) -> Reconstruction:
-    """What `reconstruct` finds, without the loss, of which nothing is to be differentiated."""
-    values = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
-    target, decoder_bias = (x, pre_bias) if residual is None else (residual, torch.zeros_like(pre_bias))
-    nmse, grad_recons, grad_values, grad_pre_bias = backend.decode_loss(
-        values, indices, W_dec, decoder_bias, target, scale, weights, d_streams
-    )
-    return Reconstruction(None, nmse, values, grad_recons, grad_values, grad_pre_bias)
-
-
 def reconstruct(
     x: Tensor,
     W_enc: Tensor,
@@ -233,7 +219,4 @@ def reconstruct(
     operands = x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale
     with without_autocast(x):
         settings = tuple(weights), tuple(d_streams), backend, tuple(sizes), fires
-        parts = list(ReconstructionLoss.apply(*operands, *settings))  # type: ignore[no-untyped-call]
-    activations = None if fires is None else parts.pop()
-    found = Reconstruction(*parts)
-    return found._replace(activations=activations)
+        return Reconstruction(*ReconstructionLoss.apply(*operands, *settings))  # type: ignore[no-untyped-call]

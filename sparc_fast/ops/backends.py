@@ -146,6 +146,21 @@ class Backend(Protocol):
 
     def count_silence(self, silence: Tensor, values: Tensor, indices: Tensor) -> None: ...
 
+    def finish_step(
+        self,
+        biases: Sequence[Bias],
+        adam: AdamStep,
+        silence: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        counted: Tensor | None,
+        nmse: Tensor,
+        auxk: Tensor | None,
+        energy: Tensor,
+        weights: Sequence[float],
+        auxk_coef: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]: ...
+
 
 IN_GRAPHS = (
     "global_topk",
@@ -166,7 +181,10 @@ IN_GRAPHS = (
 )
 RAGGED = ("batch_topk", "latents_above")  # how wide their results are depends on data
 # these move weights and moments in place, or say how, outside of any graph of torch.compile
-PLAIN = (*RAGGED, "gradient_squares", "update_rows", "step_rows", "replay_rows", "step_biases", "loss_summary")
+PLAIN = (
+    *RAGGED, "gradient_squares", "update_rows", "step_rows", "replay_rows", "step_biases", "loss_summary",
+    "finish_step",
+)  # fmt: skip
 OPTIONAL = ("best_rows",)  # what others do in several steps
 
 # results that the reference does not find without looking at data, or at all

@@ -25,9 +25,9 @@ from sparc_fast.ops.cpu_topk import (
     topk_rows,
 )
 from sparc_fast.ops.huge_pages import lent
-from sparc_fast.ops.layout import gradient_dtype, wide
+from sparc_fast.ops.layout import gradient_dtype, wide, wide_type
 from sparc_fast.ops.reference import loss_summary, sample_scale, step_biases
-from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Gradients, Rows, Samples
 
 __all__ = [
     "batch_topk",
@@ -36,6 +36,7 @@ __all__ = [
     "decode_loss",
     "decoder_gradients",
     "encoder_gradients",
+    "finish_step",
     "global_topk",
     "gradient_squares",
     "invert_indices",
@@ -79,7 +80,7 @@ def support_values_grad_x(
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor) -> Tensor:
     (rows,) = _stored(W_dec)
-    dtype = values.dtype if values.dtype == torch.bfloat16 else wide(rows).dtype
+    dtype = values.dtype if values.dtype == torch.bfloat16 else wide_type(rows.dtype)
     recons = lent(*values.shape[:2], W_dec.shape[1], dtype=dtype)
     operands = _summed(values), _indices(indices), rows, _summed(pre_bias)
     _cpu.sparse_decode(recons, *operands, torch.get_num_threads())
@@ -290,6 +291,26 @@ def count_silence(silence: Tensor, values: Tensor, indices: Tensor) -> None:
     active = _summed(values), _indices(indices)
     _cpu.count_silence(silence, *active)
     torch.autograd.graph.increment_version([silence])
+
+
+def finish_step(
+    biases: Sequence[Bias],
+    adam: AdamStep,
+    silence: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    counted: Tensor | None,
+    nmse: Tensor,
+    auxk: Tensor | None,
+    energy: Tensor,
+    weights: Sequence[float],
+    auxk_coef: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    step_biases(biases, adam)
+    count_silence(silence, values, indices)
+    if counted is not None:
+        counted.add_(1)
+    return loss_summary(nmse, auxk, energy, weights, auxk_coef)
 
 
 def _batch(

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparc_fast import _cpu
 from sparc_fast.ops import pooled_topk
 from sparc_fast.ops.huge_pages import lent
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import wide, wide_type
 from sparc_fast.ops.reference import summed_bias
 
 ROWS, LATENTS = 2048, 2048  # samples and latents of one GEMM
@@ -77,7 +77,7 @@ def best_rows(
     """
     W, bias, own = _stored(W_enc.detach(), x.dtype), summed_bias(latent_bias.detach()), min(k, len(W_enc))
     rows = torch.full((len(x), k), -1, dtype=torch.int32, device="cpu")
-    scores = torch.full((len(x), k), -math.inf, dtype=wide(x).dtype, device="cpu")
+    scores = torch.full((len(x), k), -math.inf, dtype=wide_type(x.dtype), device="cpu")
     at_once = _samples(k, 2**31)  # whatever the rows here, which other processes may have more of
     with torch.autocast("cpu", enabled=False):
         for n in range(0, len(x), at_once):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparc_fast.ops import autograd, backends
 from sparc_fast.ops.backends import Backend
-from sparc_fast.ops.layout import stream_slices, wide
+from sparc_fast.ops.layout import stream_slices, wide_type
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -270,8 +270,8 @@ def reconstruction_loss(
     if residual is not None:
         _check("residual", residual, tuple(x.shape))
         _check_together("x", x, residual=residual)
-    if scale.dtype != wide(x).dtype or scale.device != x.device:
-        raise ValueError(f"scale must be {wide(x).dtype} on {x.device}, got {scale.dtype} on {scale.device}")
+    if scale.dtype != wide_type(x.dtype) or scale.device != x.device:
+        raise ValueError(f"scale must be {wide_type(x.dtype)} on {x.device}, got {scale.dtype} on {scale.device}")
     if len(weights) != len(d_streams) ** 2:
         raise ValueError(f"weights must hold {len(d_streams) ** 2} factors, source by target, got {len(weights)}")
     if sizes and (list(sizes) != sorted(sizes) or sizes[0] < 0 or sizes[-1] != len(W_enc)):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import wide_type
 
 Operator = Callable[..., Tensor]
 T = TypeVar("T", float, Tensor)
@@ -92,7 +92,7 @@ class Best:
 def nothing(x: Tensor) -> tuple[Tensor, Tensor]:
     """Supports of samples where there is no latent, one empty slot wide, and their scores."""
     indices = torch.full((len(x), 1), -1, dtype=torch.int32, device=x.device)
-    return indices, torch.full((len(x), 1), -torch.inf, dtype=wide(x).dtype, device=x.device)
+    return indices, torch.full((len(x), 1), -torch.inf, dtype=wide_type(x.dtype), device=x.device)
 
 
 def kth_largest(scores: Tensor, k: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.ops import pooled_topk
-from sparc_fast.ops.layout import by_group, gradient_dtype, stream_slices, wide
+from sparc_fast.ops.layout import by_group, gradient_dtype, stream_slices, wide, wide_type
 from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Gradients, Rows, Samples
 
 
@@ -237,7 +237,7 @@ def decode_loss(
     in the type of `gradient_dtype`.
     """
     S = len(d_streams)
-    weight = torch.tensor(weights, dtype=wide(values).dtype, device=values.device).view(S, S)
+    weight = torch.tensor(weights, dtype=wide_type(values.dtype), device=values.device).view(S, S)
     error = _decode(wide(values), indices, W_dec) + (wide(pre_bias) - wide(target))[:, None]
     scale = wide(scale)
     nmse = torch.zeros(S, S, dtype=error.dtype, device=error.device)
@@ -701,3 +701,27 @@ def step_biases(biases: Sequence[Bias], adam: AdamStep) -> None:
         apply_adam(bias, sum(gradients[1:], gradients[0]), mean, square, adam.lr, adam.betas, adam.eps, adam.step)
         if copy is not None:
             copy.copy_(bias)
+
+
+def finish_step(
+    biases: Sequence[Bias],
+    adam: AdamStep,
+    silence: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    counted: Tensor | None,
+    nmse: Tensor,
+    auxk: Tensor | None,
+    energy: Tensor,
+    weights: Sequence[float],
+    auxk_coef: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """What of a step is left when its rows have moved: `step_biases`, `count_silence` of values and indices, and what
+    `loss_summary` returns of nmse and what follows it. `counted`, float64 [], the number of the step where the device
+    keeps it, grows by 1 when nothing reads it any more.
+    """
+    step_biases(biases, adam)
+    count_silence(silence, values, indices)
+    if counted is not None:
+        counted.add_(1)
+    return loss_summary(nmse, auxk, energy, weights, auxk_coef)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparc_fast.batch import as_names
 from sparc_fast.ops.layout import stream_slices
 
 PARTS = ("encoder", "decoder")
@@ -41,7 +42,7 @@ class Trained(NamedTuple):
     @classmethod
     def but(cls, freeze: str | Collection[str], d_streams: Mapping[str, int]) -> Trained:
         """Everything but these; ValueError where they are none, or all there is."""
-        names = (freeze,) if isinstance(freeze, str) else tuple(freeze)
+        names = as_names(freeze)
         known = (*PARTS, *d_streams)
         for name in names:
             if name not in known:

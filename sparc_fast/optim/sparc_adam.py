@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sparc_fast.batch import AllStreams, Batch, Inputs, columns_of, stack, streams_of
+from sparc_fast.batch import AllStreams, Arrays, Batch, Inputs, Presence, columns_of, stack, streams_of
 from sparc_fast.model import SPARC
 from sparc_fast.objective import Objective, SparcLoss, fired
 from sparc_fast.ops import autograd, backends, reference
@@ -24,6 +25,7 @@ from sparc_fast.optim.micro_batches import MicroBatches, OneBatch
 from sparc_fast.optim.private_rows import decoder_blocks
 from sparc_fast.optim.step_graphs import Made, Quiet, StepGraphs, can_capture
 from sparc_fast.selection import BY_THRESHOLD
+from sparc_fast.sizes import is_integer, is_number
 
 MomentType = Literal["float32", "bfloat16"]
 
@@ -31,17 +33,20 @@ MomentType = Literal["float32", "bfloat16"]
 class Coming:
     """The parts of a batch, of which other ranks are sent the next while one is worked on."""
 
-    def __init__(
-        self,
-        model: SPARC,
-        parts: Sequence[tuple[Inputs, Tensor | None]],
-        n_samples: int,
-        into: Tensor | None = None,
-    ) -> None:
+    def __init__(self, model: SPARC, parts: Sequence[tuple[Inputs, Presence | None]], n_samples: int) -> None:
         self.parts, self.n_samples, self._model = parts, n_samples, model
-        self._first = model._begin_batch(*parts[0], into=into)
+        self._first: Callable[[], Batch] | None = None
+
+    def begin(self, into: Tensor | None = None) -> Coming:
+        """Sends the first part, if it has not been sent. `into`: where samples of one part that are copied may be, if a
+        step takes them before others are sent."""
+        if self._first is None:
+            with autograd.without_autocast(self._model.W_enc):
+                self._first = self._model._begin_batch(*self.parts[0], into=into if len(self.parts) == 1 else None)
+        return self
 
     def batches(self) -> Iterator[Batch]:
+        assert self._first is not None
         coming, here = self._first, deque[Batch]()  # which no variable holds while it is worked on
         for part in self.parts[1:]:
             here.append(coming())
@@ -107,8 +112,10 @@ class SparcAdam(torch.optim.Optimizer):
         if not isinstance(model, SPARC):
             hint = ": it trains one process's model, and exchanges nothing" if hasattr(model, "module") else ""
             raise ValueError(f"model must be a SPARC, got {type(model).__name__}{hint}")
-        if not lr >= 0 or not eps >= 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"lr and eps must be >= 0 and betas in [0, 1), got lr={lr}, eps={eps}, betas={betas}")
+        if not (_is_number(lr) and lr >= 0 and _is_number(eps) and eps >= 0 and _are_betas(betas)):
+            raise ValueError(
+                f"lr and eps must be numbers >= 0 and betas two in [0, 1), got lr={lr!r}, eps={eps!r}, betas={betas!r}"
+            )
         if lazy not in (None, "replay"):
             raise ValueError(f'lazy must be None or "replay", got {lazy!r}')
         if lazy and capturable:
@@ -119,15 +126,15 @@ class SparcAdam(torch.optim.Optimizer):
             raise ValueError(f'moments must be "float32" or "bfloat16", got {moments!r}')
         if moments == "bfloat16" and model.W_enc.dtype == torch.float64:
             raise ValueError('moments must be "float32" for a float64 model, whose moments are float64, got "bfloat16"')
-        if not isinstance(seed, int):
+        if not is_integer(seed):
             raise ValueError(f"seed must be an integer, got {seed!r}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
+        if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
+            raise ValueError(f"max_grad_norm must be a number > 0 or None, got {max_grad_norm!r}")
         self.model = model
         self.max_grad_norm = max_grad_norm
         self.capturable = capturable
         self.moments: MomentType = moments
-        self.seed = seed
+        self.seed = int(seed)
         self.graph = graph
         self._graphs, self._quiet = StepGraphs(), Quiet()
         self._trained = Trained.but(freeze, model.d_streams)
@@ -142,11 +149,11 @@ class SparcAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        inputs: Inputs | Sequence[Inputs] | Coming,
+        inputs: Inputs | Arrays | Sequence[Inputs | Arrays] | Coming,
         cross_loss_coef: float = 1.0,
         auxk_coef: float = 1 / 32,
         support_from: Sequence[str] | None = None,
-        present: Tensor | Sequence[Tensor | None] | None = None,
+        present: Presence | Sequence[Presence | None] | None = None,
     ) -> SparcLoss:
         """One training step on a batch; returns its loss, before the step. Arguments as in `SPARC.loss`.
 
@@ -160,7 +167,8 @@ class SparcAdam(torch.optim.Optimizer):
                 "its latents between them with sparc_fast.distributed.shard, or wrap the model in "
                 "DistributedDataParallel and give its parameters to torch.optim.Adam instead"
             )
-        coming = inputs if isinstance(inputs, Coming) else self._sent(inputs, present, self._graphs.inputs)
+        coming = inputs if isinstance(inputs, Coming) else self._given(inputs, present)
+        coming.begin(self._graphs.inputs)
         is_fixed = self._is_fixed(coming.parts)
         if is_fixed and self.model.auxk and auxk_coef and self._quiet.holds(self.model.silence, self.model.dead_after):
             auxk_coef = 0.0
@@ -173,8 +181,8 @@ class SparcAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def send(
         self,
-        inputs: Inputs | Sequence[Inputs],
-        present: Tensor | Sequence[Tensor | None] | None = None,
+        inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
+        present: Presence | Sequence[Presence | None] | None = None,
     ) -> Coming:
         """What to give to a later `step` in place of inputs and `present`, which other ranks are sent meanwhile.
 
@@ -186,30 +194,30 @@ class SparcAdam(torch.optim.Optimizer):
                 optimizer.step(now)
             optimizer.step(coming)
 
-        All ranks call it together. One process has nothing to send. It takes memory for the samples of one batch, or of
-        its first part, more.
+        All ranks call it together. It takes memory for the samples of one batch, or of its first part, more. One
+        process has nothing to send: its samples must stay as they are until the step, which looks whether they are
+        finite.
         """
-        return self._sent(inputs, present)
+        coming, shards = self._given(inputs, present), self.model._shards
+        return coming if shards.is_whole and not shards.has_replicas else coming.begin()
 
-    def _sent(
+    def _given(
         self,
-        inputs: Inputs | Sequence[Inputs],
-        present: Tensor | Sequence[Tensor | None] | None,
-        into: Tensor | None = None,
+        inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
+        present: Presence | Sequence[Presence | None] | None,
     ) -> Coming:
-        """`into`: where samples of one part that are copied may be, if a step takes them before others are sent."""
         with self.model._shards.agreed("step"):
-            parts, n_samples = self._parts(inputs, present)
-        with autograd.without_autocast(self.model.W_enc):
-            return Coming(self.model, parts, n_samples, into if len(parts) == 1 else None)
+            return Coming(self.model, *self._parts(inputs, present))
 
     def _parts(
-        self, inputs: Inputs | Sequence[Inputs], present: Tensor | Sequence[Tensor | None] | None
-    ) -> tuple[list[tuple[Inputs, Tensor | None]], int]:
+        self,
+        inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
+        present: Presence | Sequence[Presence | None] | None,
+    ) -> tuple[list[tuple[Inputs, Presence | None]], int]:
         """(the parts of a batch, and which streams their samples have; how many samples these are together)."""
-        given = list(inputs) if isinstance(inputs, Sequence) else [inputs]
+        given = [self.model._tensors(part) for part in (inputs if isinstance(inputs, Sequence) else [inputs])]
         n_samples = self._count_samples(given)
-        has = [None] * len(given) if present is None else [present] if isinstance(present, Tensor) else list(present)
+        has = [None] * len(given) if present is None else list(present) if isinstance(present, Sequence) else [present]
         if len(has) != len(given):
             raise ValueError(f"present must be one tensor for each of {len(given)} parts of a batch, got {len(has)}")
         if self.capturable and any(one is not None for one in has):
@@ -240,9 +248,9 @@ class SparcAdam(torch.optim.Optimizer):
             if objective.jumprelu is not None and batch.of_threshold is not None:
                 counts = objective.fired(batch.terms, model.streams)
                 batch = batch.with_grad_threshold(objective.jumprelu.gradient(batch.of_threshold, *counts, objective.k))
-            self._update(batch, states, backend, lr, step)
-            batch.count_silence(model.silence, backend)
-            return objective.summarize(batch.terms, batch.streams, batch.zero_rows)
+            biases, adam = self._update(batch, states, backend, lr, step)
+            counted = step if isinstance(step, Tensor) and not self.capturable else None
+            return self._finish(batch, biases, adam, backend, objective, counted)
 
         def whole_step(given: Batch, lr: float | Tensor, step: int | Tensor) -> SparcLoss:
             over = objective.over([given])
@@ -276,7 +284,7 @@ class SparcAdam(torch.optim.Optimizer):
         self._seen.update((p, p._version) for p in model.parameters() if "master" in self.state[p])
         return loss
 
-    def _is_fixed(self, parts: Sequence[tuple[Inputs, Tensor | None]]) -> bool:
+    def _is_fixed(self, parts: Sequence[tuple[Inputs, Presence | None]]) -> bool:
         """Whether such a step may read nothing on the host but which samples it gets."""
         model = self.model
         is_plain = not self.capturable and self._behind is None
@@ -402,7 +410,8 @@ class SparcAdam(torch.optim.Optimizer):
         backend: backends.Backend,
         lr: float | Tensor,
         step: int | Tensor,
-    ) -> None:
+    ) -> tuple[list[Bias], AdamStep]:
+        """A step of the rows; returns the biases that are left to move, and how."""
         model, group = self.model, self.param_groups[0]
         eps = group["eps"]
         betas: tuple[float, float] = group["betas"]
@@ -417,9 +426,9 @@ class SparcAdam(torch.optim.Optimizer):
         if self._behind is not None:
             self._behind.record(float(lr), *betas, float(eps))
         adam = AdamStep(lr, betas, eps, step, self._seed_of_rows)
+        biases = []
         for run, rows in of_runs:
             grad_latent_bias, grad_pre_bias = batch.update(rows, run, adam, backend)
-            biases = []
             if states[2] is not None:
                 biases.append(self._bias(model.latent_bias, [grad_latent_bias], states[2], run))
             if states[3] is not None:
@@ -429,7 +438,28 @@ class SparcAdam(torch.optim.Optimizer):
             if model.latent_threshold is not None and batch.grad_threshold is not None and states[4] is not None:
                 of_run = batch.grad_threshold if run is None else batch.grad_threshold[run.streams]
                 biases.append(self._bias(model.latent_threshold, [of_run], states[4], run))
-            backend.step_biases(biases, adam)
+        return biases, adam
+
+    def _finish(
+        self,
+        batch: OneBatch | MicroBatches,
+        biases: list[Bias],
+        adam: AdamStep,
+        backend: backends.Backend,
+        objective: Objective,
+        counted: Tensor | None,
+    ) -> SparcLoss:
+        """What is left of a step when its rows have moved; `counted`, the number of the step, grows where given."""
+        silence, shards = self.model.silence, self.model._shards
+        is_alone = shards.is_whole and not shards.has_replicas
+        if is_alone and isinstance(batch, OneBatch) and tuple(batch.terms) == (batch.streams,):
+            at_once = partial(backend.finish_step, biases, adam, silence, batch.values, batch.support, counted)
+            return objective.summarize(batch.terms, batch.streams, batch.zero_rows, at_once)
+        backend.step_biases(biases, adam)
+        batch.count_silence(silence, backend)
+        if counted is not None:
+            counted.add_(1)
+        return objective.summarize(batch.terms, batch.streams, batch.zero_rows)
 
     def _clipped(
         self,
@@ -669,6 +699,16 @@ class SparcAdam(torch.optim.Optimizer):
                 got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"state_dict must hold a float {key} {shape} of {name}, got {got}")
         return {key: torch.as_tensor(state[key]) for key in shapes}
+
+
+def _is_number(value: Any) -> bool:
+    return is_number(value) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _are_betas(values: Any) -> bool:
+    return (
+        isinstance(values, Sequence) and len(values) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in values)
+    )
 
 
 def _processes() -> int:

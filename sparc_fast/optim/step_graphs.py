@@ -33,7 +33,7 @@ class Variables(NamedTuple):
     lr: Tensor
     """float64, as is `step`."""
     step: Tensor
-    """The number of the step; the graph counts."""
+    """The number of the step that comes; the step counts."""
 
 
 class Captured(NamedTuple):
@@ -44,7 +44,7 @@ class Captured(NamedTuple):
 
 Made = Callable[[Tensor, float | Tensor, int | Tensor], SparcLoss]
 """A step of samples x, by a learning rate and the number of the step: reads nothing on the host where these are on the
-device."""
+device, where it is counted too."""
 
 
 class StepGraphs:
@@ -68,9 +68,9 @@ class StepGraphs:
         held = self._held.get(id(variables), (None, None))
         if not isinstance(lr, Tensor) and held[0] != lr:
             variables.lr.fill_(lr)
-        if held[1] != number - 1:
-            variables.step.fill_(number - 1)
-        self._held[id(variables)] = (0.0 if isinstance(lr, Tensor) else lr), number
+        if held[1] != number:
+            variables.step.fill_(number)
+        self._held[id(variables)] = (0.0 if isinstance(lr, Tensor) else lr), number + 1
         if x.data_ptr() != variables.x.data_ptr():
             variables.x.copy_(x)
         self.inputs = variables.x
@@ -91,13 +91,8 @@ class StepGraphs:
         zero = torch.zeros(2, dtype=torch.float64, device=x.device)
         variables = Variables(torch.empty_like(x), zero[0], zero[1])
         rate = lr if isinstance(lr, Tensor) else variables.lr
-
-        def counted() -> SparcLoss:
-            variables.step.add_(1)
-            return step(variables.x, rate, variables.step)
-
         try:
-            replay, loss = capture(counted, x.device)
+            replay, loss = capture(lambda: step(variables.x, rate, variables.step), x.device)
         except RuntimeError as error:
             self._met[kind] = -(2**62)
             warnings.warn(

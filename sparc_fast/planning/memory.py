@@ -2,8 +2,8 @@
 
 A step's tensors come and go, so a part says in which phases of a run it is there; the peak is that of the largest
 phase. Freed blocks below 32 MiB stay with the C library's allocator: on a CPU what finding the support takes, which is
-such blocks, is there in every phase of a step. What a step on a CPU frees it lends again: all of it takes little more
-than what is there at once.
+such blocks, is there in every phase of a step. What a step on a CPU frees it lends again: all of it together takes
+little more than what is there at once.
 """
 
 from __future__ import annotations

@@ -98,9 +98,11 @@ def _streams(
     if d_streams is not None:
         return _imagined(config, d_streams, n_rows)
     if n_rows is not None:
-        raise ValueError(f"n_rows must be left to the files where d_streams is, got {n_rows}")
+        raise ValueError(f"n_rows (--rows) must be left to the files where d_streams is, got {n_rows}")
     if files is None and not config.data:
-        raise ValueError("d_streams must give the width of every stream, or data name their files")
+        raise ValueError(
+            "d_streams (--d-streams) must give the width of every stream, or data (--data) name their files"
+        )
     with ExitStack() as opened:
         if files is None:
             try:
@@ -126,7 +128,7 @@ def _imagined(config: Config, d_streams: Mapping[str, int], n_rows: int | None) 
         raise ValueError(f"d_streams must name the streams of data, {named}, got {list(d_streams)}")
     left = None if n_rows is None else n_rows - config.validation_rows
     if left is not None and left < config.batch_size:
-        raise ValueError(f"n_rows must be at least a batch beside the held-out rows, got {n_rows}")
+        raise ValueError(f"n_rows (--rows) must be at least a batch beside the held-out rows, got {n_rows}")
     readers = {s: _Imagined(f"stream {s!r}", (left or 1, width), torch.float32) for s, width in d_streams.items()}
     return Streams(readers, left)
 

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from sparc_fast.batch import Batch
 from sparc_fast.ops import backends, functional
 from sparc_fast.ops.backends import Backend
-from sparc_fast.ops.layout import wide
+from sparc_fast.ops.layout import wide_type
 from sparc_fast.whole import WHOLE, Whole
 
 MOST_STREAMS = 8  # 255 sets of them
@@ -99,7 +99,7 @@ class Thresholds:
         x = self.shards.first_samples(every, MEASURED)
         operands = x, W_enc, pre_bias, bias
         support = functional.batch_topk(*operands, k, backend=backend)
-        fires = torch.empty(0, dtype=wide(x).dtype, device=x.device)
+        fires = torch.empty(0, dtype=wide_type(x.dtype), device=x.device)
         if len(W_enc):
             scores = backends.resolve(backend, x.device).support_scores(*operands, support.clamp(min=0))
             fires = scores.masked_fill(support < 0, torch.inf).flatten()

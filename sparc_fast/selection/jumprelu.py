@@ -175,17 +175,16 @@ class JumpReLU(NamedTuple):
         Of the latents that are here, by a backend that knows of no others: no latent's score depends on them.
         """
         choosing = batch if streams is None else batch.of_streams(streams)
-        choices, shards = _choices(self.rule, choosing, thresholds), thresholds.shards
-        found = [self._near(*choice, k, backend, shards) for choice in choices]
+        choices = _choices(self.rule, choosing, thresholds)
+        means = means_of_latents([_thresholds_of(part) for part, _ in choices], thresholds.shards)
+        found = [self._near(*choice, mean, k, backend) for choice, mean in zip(choices, means, strict=True)]
         indices, fires, slope = (_side_by_side(list(of_sets), self.rule) for of_sets in zip(*found, strict=True))
         return Jump(indices, fires, slope, [batch.streams.index(name) for name in choosing.streams])
 
     def _near(
-        self, batch: Batch, offset: float, k: int, backend: str | Backend, shards: Whole
+        self, batch: Batch, offset: float, mean: float, k: int, backend: str | Backend
     ) -> tuple[Tensor, Tensor, Tensor]:
-        assert batch.latent_threshold is not None
-        mean = mean_of_latents(batch.latent_threshold, shards) + offset
-        width = max(self.bandwidth * abs(mean), NARROWEST)
+        width = max(self.bandwidth * abs(mean + offset), NARROWEST)
         operator = backends.resolve(backend, batch.x.device).latents_above
         least, sure = offset - width / 2, offset + width / 2
         n = len(batch.W_enc)
@@ -218,16 +217,38 @@ def _choices(rule: Rule, batch: Batch, thresholds: Thresholds) -> list[tuple[Bat
     return [(batch.of_streams(some), thresholds.of(some) if n_samples else 0.0) for some in sets]
 
 
-def mean_of_latents(of_streams: Tensor, shards: Whole) -> float:
-    """The mean over latents of the sum over streams, of [S, L]; the same bits however processes share the latents."""
-    first, *others = of_streams.double().unbind()
-    numbers = sum(others, first)
-    n, largest = shards.total(len(numbers)), pad(numbers.abs(), (0, 1)).amax()
-    bound = -float(shards.least(-largest))
-    if bound == 0 or not math.isfinite(bound):
-        return bound
-    unit = math.ldexp(1.0, math.frexp(bound)[1] + n.bit_length() - 62)  # a sum of integers has no order
-    return int(shards.sum((numbers / unit).round().long().sum()[None])) * unit / n
+def _thresholds_of(batch: Batch) -> Tensor:
+    assert batch.latent_threshold is not None
+    return batch.latent_threshold
+
+
+def means_of_latents(several: Sequence[Tensor], shards: Whole) -> list[float]:
+    """Of each [S, L] the mean over latents of the sum over streams; the same bits however processes share the latents.
+
+    All are exchanged together: first how large they are, then their sums.
+    """
+    numbers = torch.stack([_sum_of_streams(of_streams.double()) for of_streams in several])
+    largest = pad(numbers.abs(), (0, 1)).amax(1)
+    told = shards.of_ranks(torch.cat([torch.full_like(largest[:1], numbers.shape[1]), largest]))
+    n, bounds = int(told[:, 0].sum()), told[:, 1:].amax(0).tolist()
+    # a sum of integers has no order
+    units = [
+        math.ldexp(1.0, math.frexp(bound)[1] + n.bit_length() - 62) if _has_mean(bound) else 1.0 for bound in bounds
+    ]
+    integers = (numbers / numbers.new_tensor(units)[:, None]).round().long().sum(1)
+    sums = shards.sum(integers).tolist()
+    return [
+        total * unit / n if _has_mean(bound) else bound for total, unit, bound in zip(sums, units, bounds, strict=True)
+    ]
+
+
+def _has_mean(bound: float) -> bool:
+    return bound != 0 and math.isfinite(bound)
+
+
+def _sum_of_streams(numbers: Tensor) -> Tensor:
+    first, *others = numbers.unbind()
+    return sum(others, first)
 
 
 def _side_by_side(of_sets: list[Tensor], rule: Rule) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from sparc_fast.whole import WHOLE
 
 FORMAT = "sparc_fast.training/1"
 HASHED_TOGETHER = 2**26  # bytes: pieces that threads hash side by side
+AT_ONCE = 2**23  # bytes that are read from a file before their pages are given back
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -50,10 +51,38 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Also of the folder that ranks have written together.
     """
-    from safetensors import SafetensorError, safe_open
-
     if path.is_dir():
         return distributed.read(path, WHOLE)
+    tensors, state = _checked(path)
+    return dict(tensors), state
+
+
+class _OneByOne(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each of which is mapped alone, and only while somebody has it.
+
+    The pages that have been read are resident until the map of them is gone.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self._path, self._names = path, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self._path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _checked(path: Path) -> tuple[_OneByOne, dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise FileNotFoundError(f"path must be a checkpoint of a training run, but there is no file {path}")
     try:
@@ -61,12 +90,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = (file.metadata() or {}).get(FORMAT)
             if header is None:
                 raise ValueError(f"path must be a checkpoint of a training run ({FORMAT}), but {path} is none")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = _OneByOne(path, list(file.keys()))
         content = json.loads(header)
         expected, state = content["sha256"], content["state"]
+        found = _digest(tensors, state)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"path must be a checkpoint, but {path} is truncated or damaged: {error}") from error
-    if _digest(tensors, state) != expected:
+    if found != expected:
         raise ValueError(f"path must be a checkpoint, but {path} is damaged: its content has another hash")
     return tensors, state
 
@@ -74,21 +104,21 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _digest(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
     """SHA-256 of names, shapes, dtypes and state, and of the SHA-256s of the tensors' pieces."""
     names = sorted(tensors)
-    shapes = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]
+    shapes = [(name, str(tensor.dtype), list(tensor.shape)) for name in names for tensor in [tensors[name]]]
     whole = hashlib.sha256(json.dumps([shapes, state]).encode())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        for piece in threads.map(_hash, (piece for name in names for piece in _pieces(tensors[name]))):
+        pieces = ((tensors, name, start) for name in names for start in range(0, tensors[name].nbytes, HASHED_TOGETHER))
+        for piece in threads.map(_hash, pieces):
             whole.update(piece)
     return whole.hexdigest()
 
 
-def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    content = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
-    return (content[start : start + HASHED_TOGETHER] for start in range(0, len(content), HASHED_TOGETHER))
-
-
-def _hash(piece: memoryview) -> bytes:
-    return hashlib.sha256(piece).digest()
+def _hash(piece: tuple[Mapping[str, Tensor], str, int]) -> bytes:
+    tensors, name, start = piece
+    digest, stop = hashlib.sha256(), min(start + HASHED_TOGETHER, tensors[name].nbytes)
+    for at in range(start, stop, AT_ONCE):
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data[at : min(at + AT_ONCE, stop)])
+    return digest.digest()
 
 
 def tensors_of(model: SPARC, optimizer: SparcAdam) -> dict[str, Tensor]:
@@ -135,9 +165,15 @@ def load_model(path: str | Path, *, device: torch.device | str | None = None, ba
 
 
 def save_model_of(path: Path, to: Path) -> None:
-    """``load_model(path).save(to)`` without a second model in memory: tensors go from file to file."""
-    tensors, state = read(path)
-    checkpoint.save(to, under("model.", tensors), state["model"])
+    """``load_model(path).save(to)`` without a second model in memory: rows go from file to file."""
+    tensors, state = read(path) if path.is_dir() else _checked(path)
+    names = [name.removeprefix("model.") for name in tensors if name.startswith("model.")]
+    shapes = {name: (tensor.dtype, tensor.shape) for name in names for tensor in [tensors[f"model.{name}"]]}
+    with checkpoint.save_in_parts(to, shapes, state["model"]) as write_rows:
+        for name, (dtype, shape) in shapes.items():
+            together = max(1, AT_ONCE // (shape[1:].numel() * dtype.itemsize))
+            for start in range(0, shape[0], together):
+                write_rows(name, tensors[f"model.{name}"][start : start + together])
 
 
 def find_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -155,4 +191,4 @@ def _parameters(model: SPARC) -> list[str]:
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)}

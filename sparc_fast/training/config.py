@@ -43,16 +43,17 @@ class Kind:
     """The value as it is kept; TypeError or ValueError where it is none."""
     parse: Callable[[str], Any] = str
     """The value that a text stands for; ValueError where it stands for none."""
-
-
-def about(kind: Kind, help: str, *, free: bool = False) -> dict[str, Any]:
-    """What a field of settings carries. A `free` one may change when a run goes on, since no result depends on it."""
-    return {"kind": kind, "help": help, "free": free}
+    parse_all: Callable[[Sequence[str], str], Any] | None = None
+    """Of a kind whose flag, of this name, takes several texts: the value of them all."""
+    metavar: str = "X"
+    """Of a text, for `--help`."""
 
 
 def setting(default: Any, kind: Kind, help: str, *, free: bool = False) -> Any:
-    """A field of a dataclass of settings."""
-    return field(default=default, metadata=about(kind, help, free=free))
+    """A field of settings, `dict` being an empty one. A `free` one may change when a run goes on: no result depends on
+    it."""
+    given = {"default_factory": dict} if default is dict else {"default": default}
+    return field(**given, metadata={"kind": kind, "help": help, "free": free})
 
 
 def _checked(expected: str, accepted: Any, fits: Callable[[Any], bool], kept_as: Callable[[Any], Any]) -> Kind:
@@ -73,7 +74,9 @@ def number(expected: str, fits: Callable[[float], bool]) -> Kind:
 
 
 def choice(*names: str) -> Kind:
-    return _checked(f"one of {', '.join(names)}", str, names.__contains__, str)
+    return replace(
+        _checked(f"one of {', '.join(names)}", str, names.__contains__, str), metavar=f"{{{','.join(names)}}}"
+    )
 
 
 def _sources(value: Any, suffixes: Collection[str] = tuple(FORMATS)) -> dict[str, Place | tuple[Place, str]]:
@@ -185,6 +188,26 @@ def parse_sources(texts: Sequence[str], flag: str) -> dict[str, Place | tuple[Pl
     return dict(named)
 
 
+def _parse_places(texts: Sequence[str], flag: str) -> Any:
+    """Sources whose paths do not depend on the working folder, or a folder of all."""
+    if len(texts) == 1 and Path(texts[0]).is_dir():
+        return str(Path(texts[0]).resolve())
+    return with_absolute_paths(parse_sources(texts, flag), Path.cwd())
+
+
+def _parse_identifiers(texts: Sequence[str], flag: str) -> Any:
+    if len(texts) == 1 and "=" not in texts[0]:
+        return texts[0]
+    return with_absolute_paths(parse_sources(texts, flag), Path.cwd())
+
+
+def _parse_sizes(texts: Sequence[str], flag: str) -> list[int]:
+    try:
+        return list(map(int, texts))
+    except ValueError:
+        raise ValueError(f"{flag} must be {sizes.expected}, got {list(texts)!r}") from None
+
+
 def parse_norms(texts: Sequence[str], flag: str) -> str | dict[str, str]:
     """One word for all streams, or ``stream=l2`` of some."""
     if len(texts) == 1 and "=" not in texts[0]:
@@ -198,15 +221,24 @@ def parse_norms(texts: Sequence[str], flag: str) -> str | dict[str, str]:
 flag = _checked("true or false", bool, lambda _: True, bool)
 text = _checked("text", str, lambda _: True, str)
 sources = Kind(
-    "a table of streams, each a path, a list of files or [path, name], or a folder of features", _sources_or_folder
+    "a table of streams, each a path, a list of files or [path, name], or a folder of features", _sources_or_folder,
+    parse_all=_parse_places, metavar="STREAM=FILE[#NAME] or FOLDER",
+)  # fmt: skip
+identifiers = Kind(
+    "the name of a data set in every file, or a table of streams as for data", _identifiers,
+    parse_all=_parse_identifiers, metavar="STREAM=FILE[#NAME] or NAME",
+)  # fmt: skip
+norms = Kind(
+    "none or l2, or a table of streams, each none or l2", _norms, parse_all=parse_norms, metavar="HOW or STREAM=HOW"
 )
-identifiers = Kind("the name of a data set in every file, or a table of streams as for data", _identifiers)
-norms = Kind("none or l2, or a table of streams, each none or l2", _norms)
-names = Kind("a list of names", _names)
-sizes = Kind("a list of integers >= 1", _sizes, int)
-counts = Kind("a table of streams, each an integer >= 1", _counts)
-quotas = Kind("an integer >= 0, or a table of streams, each an integer >= 1", _quotas)
-place = _checked("a path", (str, Path), lambda _: True, str)
+names = Kind("a list of names", _names, parse_all=lambda texts, _: texts, metavar="NAME")
+sizes = Kind("a list of integers >= 1", _sizes, parse_all=_parse_sizes, metavar="M")
+counts = Kind("a table of streams, each an integer >= 1", _counts, parse_all=parse_counts, metavar="STREAM=N")
+quotas = Kind(
+    "an integer >= 0, or a table of streams, each an integer >= 1", _quotas, parse_all=parse_counts,
+    metavar="N or STREAM=N",
+)  # fmt: skip
+place = replace(_checked("a path", (str, Path), lambda _: True, str), parse=lambda text: absolute(text, Path.cwd()))
 size = Kind('an integer >= 1, in bytes, or a size such as "4GiB"', lambda value: as_bytes(value, "size"), parse_bytes)
 part = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 below_one = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
@@ -222,29 +254,18 @@ class Config:
         ValueError: names the setting, what was expected and what came.
     """
 
-    data: str | Sources = field(
-        default_factory=dict,
-        metadata=about(
-            sources,
-            "the streams' files, in the model's order, or a folder of features, of its training split",
-            free=True,
-        ),
+    data: str | Sources = setting(
+        dict, sources, "the streams' files, in the model's order, or a folder of features, of its training split",
+        free=True,
+    )  # fmt: skip
+    validation_data: str | Sources = setting(
+        dict, sources, "the same streams' held-out files, or the held-out split of a folder", free=True
     )
-    validation_data: str | Sources = field(
-        default_factory=dict,
-        metadata=about(sources, "the same streams' held-out files, or the held-out split of a folder", free=True),
+    ids: str | Sources = setting(
+        "", identifiers, "identifiers of the rows: a data set of this name in every file, or files", free=True
     )
-    ids: str | Sources = field(
-        default="",
-        metadata=about(
-            identifiers, "identifiers of the rows: a data set of this name in every file, or files", free=True
-        ),
-    )
-    validation_ids: str | Sources = field(
-        default="",
-        metadata=about(
-            identifiers, "those of `validation_data`; where `ids` is a name, the same by default", free=True
-        ),
+    validation_ids: str | Sources = setting(
+        "", identifiers, "those of `validation_data`; where `ids` is a name, the same by default", free=True
     )
     join: str = setting(
         "none", choice("none", "inner", "outer"), "match rows by `ids`: samples that all streams have, or any has"
@@ -259,9 +280,7 @@ class Config:
     start_from: str = setting(
         "", place, "a run's folder, a model file or a checkpoint, whose weights and calibration are the first"
     )
-    freeze: Sequence[str] = field(
-        default=(), metadata=about(names, "what stays as it is: encoder, decoder, or streams' names")
-    )
+    freeze: Sequence[str] = setting((), names, "what stays as it is: encoder, decoder, or streams' names")
     n_latents: int = setting(REQUIRED, integer(1), "L, latents of the shared dictionary")
     k: int = setting(REQUIRED, integer(1), "latents kept per sample")
     selection: str = setting(
@@ -270,20 +289,16 @@ class Config:
         "one support for all streams; local: one for each; batch: for all, of k latents a sample on average; jumprelu "
         "and local_jumprelu: the same by latents' thresholds",
     )
-    matryoshka: Sequence[int] = field(
-        default=(),
-        metadata=about(
-            sizes,
-            "sizes of nested dictionaries, ascending, each the first latents; the last is `n_latents`, or left out",
-        ),
+    matryoshka: Sequence[int] = setting(
+        (),
+        sizes,
+        "sizes of nested dictionaries, ascending, each the first latents; the last is `n_latents` in any case",
     )
-    private: Mapping[str, int] = field(
-        default_factory=dict,
-        metadata=about(counts, "how many of the latents belong to one stream alone: a table of streams"),
+    private: Mapping[str, int] = setting(
+        dict, counts, "how many of the latents belong to one stream alone: a table of streams"
     )
-    private_k: int | Mapping[str, int] = field(
-        default=0,
-        metadata=about(quotas, "how many of its own latents a stream fires beside the k; or a table of streams"),
+    private_k: int | Mapping[str, int] = setting(
+        0, quotas, "how many of its own latents a stream fires beside the k; or a table of streams"
     )
     auxk: int = setting(64, integer(0), "dead latents that reconstruct the residual; 0 turns AuxK off")
     dead_after: int = setting(256_000, integer(0), "samples without firing after which a latent is dead")
@@ -304,7 +319,9 @@ class Config:
 
     steps: int = setting(0, integer(0), "optimizer steps; or give `epochs`")
     epochs: float = setting(0.0, not_negative, "passes over the data; or give `steps`")
-    batch_size: int = setting(4096, integer(1), "rows of an optimizer step; the rows that an epoch has over wait")
+    batch_size: int = setting(
+        4096, integer(1), "rows of an optimizer step; the rows that an epoch has over are left out"
+    )
     accumulate: int = setting(1, integer(1), "micro-batches in which the rows of a step pass through the model")
     seed: int = setting(0, integer(0), "of first weights, shuffling, support dropout and rounding")
 
@@ -334,8 +351,8 @@ class Config:
     zero_rows: str = setting(
         "absent", choice("absent", "keep"), "a stream's rows of zeros are absent (an image that failed), or as they are"
     )
-    normalize: str | Mapping[str, str] = field(
-        default="none", metadata=about(norms, "l2: rows get unit norm, of all streams or of those in a table")
+    normalize: str | Mapping[str, str] = setting(
+        "none", norms, "l2: rows get unit norm, of all streams or of those in a table"
     )
     calibrate: bool = setting(True, flag, "measure the streams first, so that none outweighs the others")
     whiten: str = setting(
@@ -383,15 +400,7 @@ class Config:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Config:
         """From a mapping, as a file holds it; ValueError names unknown settings, and what they may have meant."""
-        known = {f.name: f for f in fields(cls)}
-        for name in settings:
-            if name not in known:
-                raise ValueError(f"{name} is not a setting{_hint(str(name), list(known))}")
-        required = [name for name, f in known.items() if f.default is REQUIRED and f.default_factory is MISSING]
-        missing = [name for name in required if name not in settings]
-        if missing:
-            raise ValueError(f"{' and '.join(missing)} must be given")
-        return cls(**settings)
+        return cls(**known_settings(cls, settings))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""
@@ -422,7 +431,7 @@ class Config:
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(f"steps or epochs must be given, and only one, got {self.steps} and {self.epochs}")
         if self.join != "none" and not self.ids:
-            raise ValueError(f"ids must be given with join={self.join!r}, got none")
+            raise ValueError(f"ids must be given for join to match rows by, got join {self.join!r} without ids")
         if self.join == "none" and self.repeated != "none":
             raise ValueError(f"join must be inner or outer with repeated={self.repeated!r}, got none")
         if self.whiten != "none" and not self.calibrate:
@@ -436,7 +445,10 @@ class Config:
         if self.k > self.n_latents:
             raise ValueError(f"k must be between 1 and n_latents={self.n_latents}, got {self.k}")
         if nested_sizes(self.matryoshka, self.n_latents) and self.private:
-            raise ValueError(f"matryoshka must be left out with private latents, got {self.matryoshka}")
+            raise ValueError(
+                "matryoshka must be left out with private latents, which are the last and in no smaller dictionary, "
+                f"got {self.matryoshka}"
+            )
         if bool(self.private) != bool(self.private_k):
             raise ValueError(f"private and private_k must be given together, got {self.private} and {self.private_k}")
         shared = self.n_latents - sum(self.private.values())
@@ -474,10 +486,25 @@ ELSEWHERE = {
 
 
 def _hint(name: str, known: list[str]) -> str:
-    if "accum" in name or "micro" in name:
+    if "accumulate" in known and ("accum" in name or "micro" in name):
         return "; did you mean accumulate, into how many micro-batches the batch_size rows of a step are split?"
-    meant = ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, known, 1, 0.5)), None)
+    meant = ELSEWHERE.get(name, "")
+    if meant.partition(" ")[0] not in known:
+        meant = next(iter(difflib.get_close_matches(name, known, 1, 0.5)), "")
     return f"; did you mean {meant}?" if meant else f"; the settings are {', '.join(known)}"
+
+
+def known_settings(cls: Any, given: Mapping[str, Any], at: str = "", left_out: Collection[str] = ()) -> dict[str, Any]:
+    """Those given of a class of settings, called `at` + their names; ValueError where one is unknown or missing."""
+    known = [f for f in fields(cls) if f.name not in left_out]
+    names = [f.name for f in known]
+    for name in given:
+        if name not in names:
+            raise ValueError(f"{at}{name} is not a setting{_hint(str(name), names)}")
+    required = [f.name for f in known if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [f"{at}{name}" for name in required if name not in given]:
+        raise ValueError(f"{' and '.join(missing)} must be given")
+    return dict(given)
 
 
 def read_config(path: str | Path) -> Config:
@@ -500,12 +527,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         ImportError: the library that reads it is missing.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"config must be a file of settings, but there is no file {path}")
-    content = read_table(path)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"config must hold a table of settings, got {type(content).__name__} in {path}")
-    settings = dict(content)
+    settings = read_table(path, "config")
     for f in fields(Config):
         value = settings.get(f.name)
         if f.metadata["kind"] in (sources, identifiers):
@@ -560,10 +582,19 @@ def absolute(source: Any, folder: Path) -> Any:
     return source
 
 
-def read_table(path: Path) -> Any:
-    """What a TOML, JSON or YAML file holds."""
+def read_table(path: Path, what: str) -> dict[str, Any]:
+    """The settings that a TOML, JSON or YAML file holds; `what` they are of, for messages."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{what} must be a file of settings, but there is no file {path}")
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"config must end in one of {', '.join(SUFFIXES)}, got {path}")
+        raise ValueError(f"{what} must end in one of {', '.join(SUFFIXES)}, got {path}")
+    content = _parsed(path, what)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{what} must hold a table of settings, got {type(content).__name__} in {path}")
+    return dict(content)
+
+
+def _parsed(path: Path, what: str) -> Any:
     text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".toml":
@@ -575,7 +606,7 @@ def read_table(path: Path) -> Any:
     except ImportError:
         raise
     except Exception as error:  # every library has its own
-        raise ValueError(f"config must be {path.suffix[1:].upper()}, but {path} is not: {error}") from error
+        raise ValueError(f"{what} must be {path.suffix[1:].upper()}, but {path} is not: {error}") from error
 
 
 def _library(module: str, package: str, path: Path) -> Any:

@@ -112,8 +112,12 @@ class MetricsFile:
 
 
 def read_metrics(path: str | Path) -> list[Record]:
-    """The records of a run's metrics.jsonl."""
-    return [json.loads(line) for line in _whole_lines(Path(path))]
+    """The records of a run, whose folder or metrics.jsonl this is; none where it has not yet written any."""
+    path = Path(path)
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"path must be a run's folder or its metrics.jsonl, but there is nothing at {path}")
+    return [json.loads(line) for line in _whole_lines(file)]
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -12,20 +12,20 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from sparc_fast import distributed
-from sparc_fast.batch import scales
+from sparc_fast.batch import measure
 from sparc_fast.data import AlignedFiles, Loader
 from sparc_fast.data.absence import mark_zero_rows, present_of, without_empty_samples
+from sparc_fast.files import Closing
 from sparc_fast.model import SPARC
 from sparc_fast.ops import backends
 from sparc_fast.ops.huge_pages import give_back_freed
-from sparc_fast.ops.layout import stream_slices
 from sparc_fast.optim import Coming, SparcAdam
 from sparc_fast.version import __version__
 from sparc_fast.whole import Whole
@@ -53,7 +53,7 @@ class Outcome:
     """(step, validation figure) of the best checkpoint; None without validation."""
 
 
-class Trainer:
+class Trainer(Closing):
     """Train a SPARC in a folder; in a folder where a run was interrupted, go on with it.
 
     What a run computes is a function of its configuration and data: killed at any moment and started again with the
@@ -85,6 +85,13 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         progress: Display | None = None,
     ) -> None:
+        if not isinstance(config, Config):
+            raise ValueError(f"config must be a Config, such as read_config gives, got {type(config).__name__}")
+        if not isinstance(model, SPARC | None):
+            raise ValueError(f"model must be a SPARC, got {type(model).__name__}")
+        for name, some in (("files", files), ("validation_files", validation_files)):
+            if not isinstance(some, AlignedFiles | None):
+                raise ValueError(f"{name} must be what sparc_fast.data.open gave, got {type(some).__name__}")
         self._shared = distributed.is_running()
         self.leads = not self._shared or distributed.leads()
         self.folder = RunFolder(folder)
@@ -149,14 +156,6 @@ class Trainer:
     def close(self) -> None:
         """Close what was opened, and let others train in the folder."""
         self._opened.close()
-
-    def __enter__(self) -> Trainer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _run(self, stop: Stop, closing: ExitStack) -> None:
         config, progress, device = self.config, self._progress, self.model.W_enc.device
@@ -440,51 +439,36 @@ def calibrate(
 ) -> dict[str, Tensor]:
     """`SPARC.calibrate` on the first `n_rows` rows that the loader gives, at most one epoch; the loader stands still.
 
-    Of each stream over the samples that have it; with `zero_rows` "absent", zero rows are none. Means and squares are
-    combined batch by batch in float64 (Chan et al., 1979), so it equals the measurement in one piece to rounding.
+    Of each stream over the samples that have it; with `zero_rows` "absent", zero rows are none.
 
     Returns:
         stream -> numbers in the files of the zero rows that were met, ascending, where there were any.
     """
-    state, d_streams, part = loader.state_dict(), loader.files.d_streams, loader.part
+    files, state, part = loader.files, loader.state_dict(), loader.part
     loader.part = (0, 1)  # all ranks measure the same rows, each as one process would
-    widths, columns = torch.tensor(list(d_streams.values()), device="cpu"), stream_slices(tuple(d_streams.values()))
-    mean, squares, n = torch.zeros(3, sum(d_streams.values()), dtype=torch.float64, device="cpu")
     zero: list[Tensor] = []
-    left = n_rows
-    for batch, numbers in loader.numbered_batches():
-        batch, numbers = batch[:left], numbers[:left]
-        left -= len(batch)
-        has = None if loader.files.present is None else loader.files.present[numbers]
-        filled, is_zero = mark_zero_rows(batch, has, d_streams)
-        if is_zero is not None:
-            zero.append(torch.where(is_zero, numbers[:, None], -1))
-        present = filled if zero_rows == "absent" else has
-        x = model._unit_rows(batch.double(), model.streams)
-        counts = (
-            torch.full((len(widths),), len(x), dtype=torch.int64, device="cpu") if present is None else present.sum(0)
-        )
-        n_batch = counts.double().repeat_interleave(widths)
-        of_batch = x.sum(0) / n_batch.clamp(min=1)  # absent rows are zeros
-        x = (x - of_batch).square_()
-        squares += (x if present is None else x.mul_(present.repeat_interleave(widths, dim=1))).sum(0)
-        delta, total = of_batch - mean, n + n_batch
-        squares += delta.square() * (n * n_batch / total.clamp(min=1))
-        mean += delta * (n_batch / total.clamp(min=1))
-        n = total
-        if not left:
-            break
+
+    def pieces() -> Iterator[tuple[Tensor, Tensor | None]]:
+        left = n_rows
+        for batch, numbers in loader.numbered_batches():
+            batch, numbers = batch[:left], numbers[:left]
+            left -= len(batch)
+            has = None if files.present is None else files.present[numbers]
+            filled, is_zero = mark_zero_rows(batch, has, files.d_streams)
+            if is_zero is not None:
+                zero.append(torch.where(is_zero, numbers[:, None], -1))
+            yield model._unit_rows(batch.double(), model.streams), filled if zero_rows == "absent" else has
+            if not left:
+                break
+
+    mean, rms, counts = measure(pieces(), tuple(files.d_streams.values()), whiten)
     loader.load_state_dict(state)
     loader.part = part
-    for stream, cols in zip(d_streams, columns, strict=True):
-        if not n[cols.start]:
+    for stream, n in zip(files.d_streams, counts, strict=True):
+        if not n:
             raise ValueError(f"data must have rows of {stream!r} that are not zero to be calibrated, got none")
-    spread = squares / n
-    if whiten == "none":
-        spread = torch.stack([squares[cols].sum() / n[cols.start] for cols in columns])
-    rms = scales(mean, spread, tuple(d_streams.values()))
     model._calibrate_streams(mean, rms, model.streams if streams is None else streams)
-    found = zip(d_streams, torch.cat(zero).T if zero else [], strict=False)
+    found = zip(files.d_streams, torch.cat(zero).T if zero else [], strict=False)
     return {stream: rows[rows >= 0].sort().values for stream, rows in found if (rows >= 0).any()}
 
 

@@ -55,17 +55,22 @@ struct Product {
     unsigned group;
 };
 
+// Where a flow of control goes on, as __builtin_setjmp leaves it: swapcontext would ask the system for signals at every
+// switch, and AddressSanitizer's forget the red zones of the whole stack.
+using Place = void* [5];
+
 struct Fibre {
-    ucontext_t context;
+    Place place;
     char* stack = nullptr;
     void *tsan = nullptr, *asan = nullptr;
     dim3 index;
-    enum { ready, at_barrier, at_vote, at_phase, done } state;
+    enum { ready, at_barrier, at_vote, at_phase, done } state = ready;
     Where where;
     Vote vote;
     unsigned mask;
     uint64_t value, brought[32];
     bool voted;  // the vote it waits for is complete
+    bool begun = false;
     const uint64_t* phase_of;
     unsigned parity;
     Product products[16];
@@ -108,7 +113,7 @@ Fibre* current;
 Transactions transactions[32];
 Copy copies[64];
 unsigned set_up, on_their_way;
-ucontext_t host;
+Place host;
 void *host_tsan, *host_asan;
 const void* host_stack;
 size_t host_stack_bytes;
@@ -126,12 +131,33 @@ struct Random {
 int schedule;
 std::string error;
 
-void switch_to_host(bool leaving) {
+[[noreturn, gnu::noinline]] void jump(Place& to) { __builtin_longjmp(to, 1); }
+
+// Its callers find their registers on the stack that they come back to.
+[[gnu::noipa]] void switch_over(Place& from, Place& to) {
+    if (!__builtin_setjmp(from)) jump(to);
+}
+
+[[gnu::noipa]] void begin(Place& from, const ucontext_t& to) {
+    if (!__builtin_setjmp(from)) setcontext(&to);
+}
+
+void switch_to_host() {
     if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(host_tsan, no_order);
-    if (__sanitizer_start_switch_fiber)
-        __sanitizer_start_switch_fiber(leaving ? nullptr : &current->asan, host_stack, host_stack_bytes);
-    swapcontext(&current->context, &host);
+    if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&current->asan, host_stack, host_stack_bytes);
+    switch_over(current->place, host);
     if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(current->asan, nullptr, nullptr);
+}
+
+// Block after block, a fibre is a thread of each.
+void run_fibre() {
+    if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
+    for (;; switch_to_host()) {
+        starts.acquire();
+        (*running)();
+        ends.release();
+        current->state = Fibre::done;
+    }
 }
 
 void switch_to(Fibre& fibre) {
@@ -139,17 +165,19 @@ void switch_to(Fibre& fibre) {
     threadIdx = fibre.index;
     if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(fibre.tsan, no_order);
     if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&host_asan, fibre.stack + page, stack_bytes);
-    swapcontext(&host, &fibre.context);
+    if (fibre.begun) {
+        switch_over(host, fibre.place);
+    } else {
+        ucontext_t context;
+        getcontext(&context);
+        context.uc_stack.ss_sp = fibre.stack + page;
+        context.uc_stack.ss_size = stack_bytes;
+        context.uc_link = nullptr;
+        makecontext(&context, run_fibre, 0);
+        fibre.begun = true;
+        begin(host, context);
+    }
     if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(host_asan, nullptr, nullptr);
-}
-
-void run_fibre() {
-    if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
-    starts.acquire();
-    (*running)();
-    ends.release();
-    current->state = Fibre::done;
-    switch_to_host(true);
 }
 
 void prepare(Fibre& fibre, unsigned i) {
@@ -160,17 +188,14 @@ void prepare(Fibre& fibre, unsigned i) {
         fibre.stack = static_cast<char*>(memory);
         mprotect(memory, page, PROT_NONE);  // a stack that overflows is noticed
     }
-    // frames that a failed launch left behind
-    if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(fibre.stack + page, stack_bytes);
+    if (fibre.begun && fibre.state != Fibre::done) {  // in a launch that failed, which left frames behind
+        fibre.begun = false;
+        if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(fibre.stack + page, stack_bytes);
+    }
     if (__tsan_create_fiber && !fibre.tsan) fibre.tsan = __tsan_create_fiber(0);
     fibre.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     fibre.state = Fibre::ready;
     fibre.pending = fibre.groups = fibre.fenced = 0;
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack + page;
-    fibre.context.uc_stack.ss_size = stack_bytes;
-    fibre.context.uc_link = nullptr;
-    makecontext(&fibre.context, run_fibre, 0);
 }
 
 std::string described(const Where& where) {
@@ -180,7 +205,7 @@ std::string described(const Where& where) {
 
 [[noreturn]] void fail(const std::string& message) {
     error = message + " in block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(threadIdx.x);
-    switch_to_host(true);
+    switch_to_host();
     std::abort();
 }
 
@@ -317,9 +342,17 @@ void run_block(unsigned threads) {
 
 }  // namespace
 
+// For those who count launches, with the kernels left out or run as ever.
+extern "C" {
+__attribute__((visibility("default"))) int cuda_emulation_launches = 0;
+__attribute__((visibility("default"))) int cuda_emulation_leaves_out = 0;
+}
+
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
     const unsigned threads = block.x * block.y * block.z;
     if (!threads || threads > 1024 || !grid.x || !grid.y || !grid.z) throw std::runtime_error("invalid launch");
+    ++cuda_emulation_launches;
+    if (cuda_emulation_leaves_out) return;
     const char* const chosen = std::getenv("CUDA_EMULATION_SCHEDULE");
     schedule = chosen ? std::atoi(chosen) : 0;
     shuffle.state = unsigned(schedule);
@@ -358,7 +391,7 @@ void forbid(const void* begin, size_t bytes) {
 }
 
 void pause_at_atomic() {
-    if (schedule > 1 && shuffle() % 4 == 0) switch_to_host(false);
+    if (schedule > 1 && shuffle() % 4 == 0) switch_to_host();
 }
 
 unsigned lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
@@ -384,7 +417,7 @@ int barrier(bool predicate, Where where) {
         self.state = Fibre::at_barrier;
     }
     // all go on in the order of the schedule, the last to arrive as well
-    switch_to_host(false);
+    switch_to_host();
     order.acquire();
     return counted;
 }
@@ -418,7 +451,7 @@ const uint64_t* meet(Vote vote, unsigned mask, uint64_t value, Where where) {
                 if (mask >> j & 1) other.brought[j] = fibres[first + j].value;
         }
     }
-    switch_to_host(false);
+    switch_to_host();
     if (vote == Vote::sync) order.acquire();
     return self.brought;
 }
@@ -452,7 +485,7 @@ void wait_for_phase(const uint64_t* at, unsigned parity, Where where) {
     if ((of.phase & 1) == parity) {
         current->where = where, current->phase_of = at, current->parity = parity;
         current->state = Fibre::at_phase;
-        switch_to_host(false);
+        switch_to_host();
     } else {
         pause_at_atomic();  // others may overtake it
     }

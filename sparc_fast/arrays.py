@@ -1,0 +1,23 @@
+"""NumPy's arrays as tensors."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["as_tensor"]
+
+
+def as_tensor(array: npt.NDArray[Any]) -> Tensor:
+    """Of the same memory, which nobody writes, where torch can take it as it lies; else of a copy."""
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if any(stride < 0 or stride % native.itemsize for stride in native.strides):
+        native = np.ascontiguousarray(native)
+    with warnings.catch_warnings():  # of memory that may not be written, such as that of a file that is mapped
+        warnings.filterwarnings("ignore", "The given NumPy array is not writ")
+        return torch.from_numpy(native)
