@@ -7,7 +7,7 @@ constexpr size_t large_memory = size_t(1) << 20;
 // What so many others did not fit into is given back to the system; and whatever is more than this beyond what was lent
 // at once of late.
 constexpr int others_before_let_go = 256;
-constexpr size_t spare_memory = size_t(16) << 20;
+constexpr size_t spare_memory = size_t(64) << 20;
 
 // Uninitialised memory, if it is large in huge pages where the system grants them.
 class LentMemory {

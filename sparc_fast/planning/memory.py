@@ -265,7 +265,6 @@ def _cpu_scratch(config: Config, sizes: Sizes, threads: int) -> Iterator[Part]:
     columns = D if sizes.supports == 1 else sizes.W
     topk = cpu_topk.scratch_bytes(N, columns, L, sizes.widest_support, sizes.weight < FLOAT)
     yield Part("support: scores, candidates", topk, (*STEP, VALIDATING))
-    yield Part("freed, for the next step", _cpu.SPARE_MEMORY, STEP)
     if config.dtype == "float16":
         yield Part("float16 weights widened to be read", FLOAT * L * D, (CHOOSING, RECONSTRUCTING, VALIDATING))
     kept = STEP if sizes.apart * L * sizes.weight < KEPT else (CHOOSING,)
@@ -280,6 +279,10 @@ def _cpu_scratch(config: Config, sizes: Sizes, threads: int) -> Iterator[Part]:
     terms = sizes.entries * (S + of_decoder) * (INDEX + FLOAT) + INDEX * (S + 1) * L
     yield Part("update: terms of the sums", terms, (UPDATING,))
     runs = threads * min(_cpu.RUN_BYTES, -(-L // (3 * threads)) * sizes.W * FLOAT)
+    of_weights = 2 * L * D * FLOAT if config.accumulate > 1 else 0
+    lent = sizes.passes * sizes.P * N * S * D * sizes.gradient + of_weights + strips + terms
+    # what has no use for another's memory, a quarter of it about
+    yield Part("freed, for the next step", min(_cpu.SPARE_MEMORY, lent // 4), STEP)
     yield Part("update: gradients of some rows", runs + 256 * D * FLOAT + 4 * S * L * FLOAT, (UPDATING,))
 
 
