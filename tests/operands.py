@@ -266,6 +266,14 @@ def loss_summary(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
     return tuple(part for part in (*with_auxk, *without) if part is not None)
 
 
+def gradient_squares(o: Operands, backend: Backend) -> tuple[Tensor, Tensor]:
+    """Squares in the type of the gradients' sums: float64 holds them, but they are no more exact than those."""
+    samples = Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse)
+    squares, grad_latent_bias = backend.gradient_squares(samples, o.d_streams)
+    assert squares.dtype == torch.float64
+    return squares.to(grad_latent_bias.dtype), grad_latent_bias
+
+
 OPERATORS: dict[str, Callable[[Operands, Backend], tuple[Tensor, ...]]] = {
     "support_values": lambda o, b: (b.support_values(o.x, o.W_enc, o.pre_bias, o.latent_bias, o.indices, o.d_streams),),
     "support_values_grad_x": lambda o, b: (
@@ -287,9 +295,7 @@ OPERATORS: dict[str, Callable[[Operands, Backend], tuple[Tensor, ...]]] = {
     "weight_gradients": lambda o, b: b.weight_gradients(
         o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams
     ),
-    "gradient_squares": lambda o, b: b.gradient_squares(
-        Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse), o.d_streams
-    ),
+    "gradient_squares": gradient_squares,
     "update_rows": update_rows,
     "update_rows lazily": lambda o, b: update_rows(o, b, lazy=True),
     "update_rows, bfloat16 moments": lambda o, b: update_rows(o, b, narrow=True),

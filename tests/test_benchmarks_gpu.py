@@ -273,7 +273,7 @@ def test_a_launch_choice_is_found_changed_and_put_back() -> None:
 
     functions = launch_sweep.choice_functions()
     assert {"decode_loss.choice", "update_rows.decoder_choice", "topk_rows.choice"} <= set(functions)
-    choice = functions["invert_indices.choice"]
+    choice = functions["topk_rows.choice"]
     own = choice(100)
     key = next(iter(own))
     with launch_sweep.changed(choice, {key: 3, "no such": 1}) as given:
