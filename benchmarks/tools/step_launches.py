@@ -98,6 +98,7 @@ def emulated(folder: Path) -> ModuleType:
     build = import_module("cuda_emulation.build")
     if not (folder / "_cuda.so").exists():
         build.compile_kernels(folder, "plain")
+        build.compile_runtime(folder)
         build.emulated_module(folder, [])
     backend: ModuleType = build.emulated_backend(folder)
     return backend
