@@ -22,6 +22,7 @@ from training_runs import rows
 
 import sparc_fast as sf
 from sparc_fast import cli
+from sparc_fast.distributed import watch
 
 MAY = sys.platform == "linux" and hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("ip") is not None
 pytestmark = [
@@ -76,8 +77,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(rank: int, names: list[str], folder: Path, out: str, settings: Sequence[str]) -> None:
+def train(rank: int, names: list[str], folder: Path, out: str, settings: Sequence[str], gone: float) -> None:
     """The command as torchrun starts it, on the host that has this rank, two of them each."""
+    watch.GONE = gone
     libc, place = ctypes.CDLL(None, use_errno=True), divmod(rank, 2)
     with open(f"/run/netns/{names[place[0]]}") as network:
         assert libc.setns(network.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
@@ -95,9 +97,10 @@ def start(folder: Path, hosts: list[str]) -> Iterator[Callable[..., list[Any]]]:
     """Starts a run of four ranks, which are returned."""
     started = []
 
-    def on_both(out: str, *settings: str) -> list[Any]:
+    def on_both(out: str, *settings: str, gone: float = watch.GONE) -> list[Any]:
         for rank in range(4):
-            started.append(context().Process(target=train, args=(rank, hosts, folder, out, settings), daemon=True))
+            arguments = rank, hosts, folder, out, settings, gone
+            started.append(context().Process(target=train, args=arguments, daemon=True))
             started[-1].start()
         return started
 
@@ -129,7 +132,7 @@ def test_two_hosts_with_a_replica_each_train_the_model_of_one_process(
 def test_a_host_that_is_gone_ends_the_other_by_name(
     folder: Path, hosts: list[str], start: Callable[..., list[Any]]
 ) -> None:
-    ranks, until = start("cut", "--replicas", "2", "--steps", "1000000"), time.monotonic() + 600
+    ranks, until = start("cut", "--replicas", "2", "--steps", "1000000", gone=10.0), time.monotonic() + 600
     while not (folder / "cut" / "checkpoints" / "step-000000020").is_dir():
         assert time.monotonic() < until
         assert all(rank.is_alive() for rank in ranks)

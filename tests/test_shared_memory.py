@@ -110,13 +110,17 @@ def without_memory(case: str) -> tuple[bool, bool]:
     with pytest.MonkeyPatch.context() as patch:
         if case == "other host" and rank == 1:
             patch.setattr(shared_memory, "_place", lambda: "elsewhere")
-            patch.setattr(neighbours, "_connected", refuse)
+            patch.setattr(neighbours, "_network", lambda: "elsewhere")
+        if case == "not to be connected":
+            patch.setattr(neighbours, "CONNECTING", 0.5)
+            if rank == 1:
+                patch.setattr(neighbours, "_connected", refuse)
         if case == "not allowed" and rank == 1:
             patch.setattr("os.open", refuse)
         if case == "no buffers left":
             patch.setattr(shared_memory, "MOST_BUFFERS", 0)
         one = exchange()
-        assert (one._neighbours is None) == (case == "other host")
+        assert (one._neighbours is None) == (case in ("other host", "not to be connected"))
         found = one.gather(rows[6 * rank :][:6], [6] * n, "x")
         has = one._memory is not None and bool(one._memory._buffers)
     return has, torch.equal(found, rows)
@@ -129,6 +133,21 @@ def refuse(*_: object) -> Any:
 @pytest.mark.parametrize("case", ["other host", "not allowed", "no buffers left"])
 def test_ranks_that_cannot_share_memory_send_messages(ranks: Ranks, case: str) -> None:
     assert ranks(without_memory, case) == [(False, True)] * ranks.n
+
+
+def test_ranks_that_may_not_connect_share_memory_nevertheless(ranks: Ranks) -> None:
+    assert ranks(without_memory, "not to be connected") == [(True, True)] * ranks.n
+
+
+def waits_for_no_other_host() -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "CONNECTING", None)  # would be forever
+        patch.setattr(neighbours, "_network", lambda: str(here()[0]))
+        return exchange()._neighbours is None
+
+
+def test_ranks_of_other_hosts_are_not_waited_for(ranks: Ranks) -> None:
+    assert all(ranks(waits_for_no_other_host, timeout=60))
 
 
 def hard(case: str) -> tuple[sf.SPARC, Tensor]:

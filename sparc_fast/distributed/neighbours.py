@@ -6,6 +6,7 @@ their caches have other things to do; a socket wakes the one that waits. It clos
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import sys
@@ -72,9 +73,10 @@ def neighbours(exchange: Exchange) -> Neighbours | None:
                 address = f"\0sparc_fast/{secrets.token_hex(16)}"  # no file
                 listener.bind(address)
                 listener.listen(exchange.ranks)
-        addresses, others = exchange.texts(address), {}
+        networks, addresses = zip(*exchange.objects((_network(), address)), strict=True)
+        others = {}
         with suppress(OSError):
-            if all(addresses):
+            if all(addresses) and len(set(networks)) == 1:
                 for rank in range(exchange.rank):
                     others[rank] = _connected(addresses[rank], exchange.rank)
                 for _ in range(exchange.rank + 1, exchange.ranks):
@@ -85,6 +87,13 @@ def neighbours(exchange: Exchange) -> Neighbours | None:
                     others[int.from_bytes(number, "big")] = other
     found = sorted({*others, exchange.rank}) == list(range(exchange.ranks))
     return Neighbours(exchange.rank, others) if all(exchange.objects(found)) else None
+
+
+def _network() -> str:
+    """Where an address without a file is that of one socket; empty where that is not known."""
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as boot:
+        return f"{boot.read()}{os.readlink('/proc/self/ns/net')}"
+    return ""
 
 
 def _connected(address: str, rank: int) -> socket.socket:
