@@ -9,8 +9,6 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pybind11
-
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("g++")
 PROGRAM = ROOT / "tests/native/operators.cpp"
@@ -29,6 +27,8 @@ def compiler(sanitizer: str, *arguments: object) -> None:
 
 def compile_module(folder: Path, objects: list[Path], sanitizer: str) -> None:
     """`_cpu.so` in the folder: what sparc_fast._cpu is, of these objects."""
+    import pybind11  # which tests of other people's packages go without
+
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     binding = folder / "binding.o"
     # most of it is pybind11's, where only memory is watched
