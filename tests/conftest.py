@@ -27,6 +27,7 @@ import two_devices
 from cuda_emulation import build
 from native import build as native
 from operands import fast_backends
+from ranks import Ranks
 
 from sparc_fast.ops import backends
 
@@ -139,6 +140,20 @@ def machine_code(made_once: Callable[..., Path]) -> Path:
         (folder / "pickle").write_bytes(pickle.dumps(cuda_resources.machine_code()))
 
     return made_once("machine code", compile_all) / "pickle"
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    ranks = Ranks(3)
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(params=["0", "1", "2", "3"], ids=["first to last", "last to first", "shuffled", "shuffled otherwise"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "jumprelu, nested": ({"selection": "jumprelu", "matryoshka": [7, 20]}, {}),
     "private": ({"private": {"a": 9, "b": 20}, "private_k": 2}, {"lazy": "replay"}),
 }
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Ranks]:
-    ranks = Ranks(3)
-    yield ranks
-    ranks.close()
 
 
 def made(variant: str, seed: int, shared: bool = True) -> tuple[sf.SPARC, sf.SparcAdam]:

@@ -90,20 +90,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Ranks]:
-    ranks = Ranks(3)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
 def finished(folder: Path, two: Ranks) -> Path:
     """Of a run that nobody disturbed."""
     assert two(command, folder, "whole") == [0, 0]

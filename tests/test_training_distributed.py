@@ -28,20 +28,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Ranks]:
-    ranks = Ranks(3)
-    yield ranks
-    ranks.close()
-
-
 def train(folder: Path, **changes: Any) -> int:
     """Steps made."""
     with Trainer(config(**changes), folder, files=files()) as trainer:
