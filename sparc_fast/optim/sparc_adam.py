@@ -547,8 +547,9 @@ class SparcAdam(torch.optim.Optimizer):
     def _replay(self, latents: Tensor, backend: backends.Backend) -> None:
         assert self._behind is not None
         W_dec, behind = self.model.W_dec, self._behind
-        before = behind.last_step.clone() if len(self._runs()) > 1 else behind.last_step
-        for run in self._runs():
+        runs = self._runs()
+        before = behind.last_step.clone() if len(runs) > 1 else behind.last_step
+        for run in runs:
             behind.last_step.copy_(before)  # the run before has caught up
             of_run = self._rows_of(run, [None, self.state[W_dec]])
             (exact,), moments = of_run.weights, of_run.their_moments
@@ -556,6 +557,8 @@ class SparcAdam(torch.optim.Optimizer):
             rows = DecoderRows(exact, moments, of_run.d_streams, behind.last_step, copy)
             for some, here in decoder_blocks(rows, run, latents, self.model._private_here):
                 backend.replay_rows(some, here, behind.history, self._seed_of_rows)
+        if len(runs) > 1:  # the last has no private latents of the others
+            behind.last_step[latents] = len(behind.history)
         if "master" in self.state[W_dec]:
             self._seen[W_dec] = W_dec._version
 
