@@ -412,9 +412,7 @@ class SPARC(nn.Module):
             raise ValueError(
                 f"selection must be one of {tuple(BY_THRESHOLD)} for thresholds to be learned, got {self.selection!r}"
             )
-        for _, part in self._batch(self._tensors(inputs), present).by_presence():
-            backend = self._shards.backend(self.backend, part.x.device)
-            self._all_thresholds().learn_all(self._of_shared(part), self.k, backend)
+        self._learn(self._batch(self._tensors(inputs), present), Thresholds.learn_all)
 
     def _all_thresholds(self) -> Thresholds:
         return BY_THRESHOLD[self.selection](self.threshold, self.threshold_count, self.streams, self._shards)
@@ -426,13 +424,13 @@ class SPARC(nn.Module):
 
     def _learn_threshold(self, given: Batch) -> None:
         if self.selection in BY_THRESHOLD and self.training:
-            for _, part in given.by_presence():
-                backend = self._shards.backend(self.backend, part.x.device)
-                self._all_thresholds().learn(self._of_shared(part), self.k, backend)
+            self._learn(given, BY_THRESHOLD[self.selection].learn)
 
-    def _of_shared(self, given: Batch) -> Batch:
+    def _learn(self, given: Batch, how: Callable[..., None]) -> None:
         private = self._private_here
-        return given if private is None else private.shared(given)
+        for _, part in given.by_presence():
+            of_shared = part if private is None else private.shared(part)
+            how(self._all_thresholds(), of_shared, self.k, self._shards.backend(self.backend, part.x.device))
 
     def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
         first = 0

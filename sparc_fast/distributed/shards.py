@@ -135,17 +135,13 @@ class Shards(Whole):
             flags = mine.present is not None, mine.zero_rows is not None, 0
             of_all = self.all.numbers(BATCH, len(mine.x), number_of("\0".join(mine.streams)), *flags)
         if any(has_failed for *_, has_failed in of_all):
-            return partial(self._fail, failed)
+            return partial(self.all.fail, failed)
         for rank, (_, others, *_rest) in enumerate(of_all):
             if others != of_all[0][1]:
                 raise ValueError(f"inputs must be of the streams that rank 0 has on every rank, got others on {rank}")
         counts = [n for n, *_ in of_all[self.rank - exchange.rank :][: exchange.ranks]]
         x = exchange.begin_gather(mine.x.detach(), counts, "x")
         return lambda: self._of_all(mine, x(), of_all, counts)
-
-    def _fail(self, error: Exception | None) -> BatchSamples:
-        self.all.fail(error)
-        raise AssertionError("a rank has failed")
 
     def _of_all(
         self, mine: BatchSamples, x: Tensor, of_all: Sequence[Sequence[int]], counts: Sequence[int]
@@ -186,9 +182,6 @@ class Shards(Whole):
     def first_samples(self, rows: Tensor, n: int) -> Tensor:
         before = self.in_replicas_before(len(rows), ROWS)
         return rows[: max(0, n - before)]
-
-    def least(self, number: Tensor) -> Tensor:
-        return self.all.gather(number[None], [1] * self.ranks, "sums").amin()
 
     def agreed(self, call: str) -> AbstractContextManager[None]:
         return self.all.agreed(call)
