@@ -210,14 +210,10 @@ def _local(tensor: Any) -> Tensor:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _in_pieces(file)
-
-
-def _in_pieces(file: Any) -> str:
     whole = hashlib.sha256()
-    while piece := file.read(2**20):
-        whole.update(piece)
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            whole.update(piece)
     return whole.hexdigest()
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -252,7 +252,7 @@ class Exchange:
         if any(failed for (failed,) in self.numbers(number_of(call), found is not None)):
             self.fail(found)
 
-    def fail(self, error: Exception | None) -> None:
+    def fail(self, error: Exception | None) -> NoReturn:
         """Raise this rank's error, or where it has none, the first that another has."""
         kinds: tuple[type[Exception], ...] = (FloatingPointError, FileNotFoundError, OSError, ValueError, RuntimeError)
         mine = [kind.__name__ for kind in kinds if isinstance(error, kind)]
