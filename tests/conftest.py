@@ -172,7 +172,6 @@ IN_INTERPRETER = {
     "test_offsets",
     "test_support_values",
     "test_update_rows",
-    "test_weight_gradients",
 }
 
 

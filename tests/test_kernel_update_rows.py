@@ -248,6 +248,8 @@ def test_what_a_sample_does_not_use_cannot_harm_a_gradient() -> None:
     clean = KERNELS.weight_gradients(
         o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *inverse.invert_indices(o.indices, 33), o.d_streams
     )
+    of_nobody = ~torch.isin(torch.arange(33, device=DEVICE), o.indices)
+    assert not any(gradient[of_nobody].any() for gradient in clean[:2])
     o.x[1], o.grad_recons[1] = torch.nan, torch.inf
     index = inverse.invert_indices(o.indices, 33)
     assert_equal(
