@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_equal, check_accuracy
+from accuracy import assert_equal, check_accuracy, check_replayed_rows
 from cuda_emulation import build
 from cuda_emulation.build import planned
 from hypothesis import HealthCheck, given, settings
@@ -176,26 +176,7 @@ def test_without_samples_every_row_takes_its_step(dtype: torch.dtype, per_stream
 def test_replayed_rows_equal_rows_that_were_never_left_behind(
     d_streams: tuple[int, ...], eps: float, cuda: ModuleType, without_triton: None
 ) -> None:
-    L, lrs = 6, [0.1, 0.03, 0.01, 0.02]
-    dense = rows_to_update(operands((d_streams, 1, L, 2), torch.bfloat16))
-    dense[4][1] *= 1e-6
-    lazy = [tensor.clone() for tensor in dense]
-    dense_copies, lazy_copies = ([W.bfloat16() for W in rows[:2]] for rows in (dense, lazy))
-    last_step = torch.zeros(L, dtype=torch.int64)
-    history = torch.tensor([(lr, *BETAS, eps) for lr in lrs], dtype=torch.float64)
-    left_behind = DecoderRows(lazy[1], lazy[4:], d_streams, last_step, lazy_copies[1])
-    for t, lr in enumerate(lrs, 1):
-        o = operands((d_streams, 1, L, 2), torch.bfloat16, seed=t)
-        used = o.indices[0].long()
-        move_rows(cuda, dense, o, step=t, lr=lr, eps=eps, copies=dense_copies)
-        cuda.replay_rows(left_behind, used, history[: t - 1])
-        move_rows(cuda, lazy, o, step=t, lr=lr, eps=eps, copies=lazy_copies, last_step=last_step)
-        assert (last_step[used] == t).all()
-        assert torch.equal(lazy[1][used], dense[1][used])
-    assert (last_step < len(lrs)).any()
-    cuda.replay_rows(left_behind, torch.arange(L), history)
-    assert_equal([*lazy, *lazy_copies], [*dense, *dense_copies])
-    assert (last_step == len(lrs)).all()
+    check_replayed_rows(cuda, d_streams, 6, 2, torch.bfloat16, [0.1, 0.03, 0.01, 0.02], eps)
 
 
 def test_replaying_many_steps_equals_steps_without_entries(cuda: ModuleType) -> None:

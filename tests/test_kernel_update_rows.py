@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_equal, check_accuracy
+from accuracy import assert_equal, check_accuracy, check_replayed_rows
 from operands import SEED, STEP, SUPPORTS, Operands, kernel_device, move_rows, operands, rows_to_update, seeded
 from torch import Tensor
 
@@ -137,23 +137,8 @@ def test_replayed_rows_equal_rows_that_were_never_left_behind(
     narrow: bool, dtype: torch.dtype, whole_row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(update, "WHOLE_ROW", whole_row)
-    L, d_streams, lrs = 9, (33, 20), [0.1, 0.03, 0.01, 0.3]
-    dense = [tensor.to(DEVICE) for tensor in rows_to_update(operands((d_streams, 1, L, 2), dtype), narrow)]
-    lazy = [tensor.clone() for tensor in dense]
-    dense_copies, lazy_copies = ([W.to(torch.bfloat16) for W in rows[:2]] for rows in (dense, lazy))
-    last_step = torch.zeros(L, dtype=torch.int64, device=DEVICE)
-    left_behind = DecoderRows(lazy[1], lazy[4:], d_streams, last_step, lazy_copies[1])
-    history = torch.tensor([(lr, *BETAS, EPS) for lr in lrs], dtype=torch.float64, device=DEVICE)
-    for t, lr in enumerate(lrs, 1):
-        o = on_device(operands((d_streams, 1, L, 2), dtype, seed=t))
-        step(dense, o, t, lr, copies=dense_copies, seed=SEED)
-        replay_rows.replay_rows(left_behind, o.indices[0].long(), history[: t - 1], SEED)
-        step(lazy, o, t, lr, copies=lazy_copies, last_step=last_step, seed=SEED)
-        assert (last_step[o.indices[0].long()] == t).all()
-        assert_equal([lazy[1][o.indices[0].long()]], [dense[1][o.indices[0].long()]])
-    replay_rows.replay_rows(left_behind, torch.arange(L, device=DEVICE), history, SEED)
-    assert_equal([*lazy, *lazy_copies], [*dense, *dense_copies])
-    assert (last_step == len(lrs)).all()
+    with DEVICE:
+        check_replayed_rows(KERNELS, (33, 20), 9, 2, dtype, [0.1, 0.03, 0.01, 0.3], narrow=narrow)
 
 
 @pytest.mark.parametrize("whole_row", [4096, 16], ids=["rows in registers", "rows in memory"])
