@@ -202,13 +202,6 @@ def test_a_model_goes_to_the_hub_s_format_with_a_card_and_back(here: Path) -> No
     assert "9,000 characters" in Path("glyphs/README.md").read_text()
 
 
-def test_what_is_wrong_in_the_research_code_is_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("docs/migration.md", 0, {})
-    printed = capsys.readouterr().out
-    assert "pairs of streams decoded with λ = 0: 6 of 6" in printed
-    assert "loss with one zero row: nan" in printed or "loss with one zero row: inf" in printed
-
-
 @pytest.mark.distributed
 def test_latents_are_shared_sent_for_and_saved_by_ranks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By one, which has all: what several do, their own tests tell."""
