@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["Closing", "atomic_path", "check_folder", "flush", "read_object"]
+__all__ = ["Closing", "atomic_path", "check_folder", "flush", "read_object", "write_text"]
 
 T = TypeVar("T")
 
@@ -54,6 +54,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """In UTF-8, whole or not at all; OSError as `atomic_path` raises it."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def check_folder(folder: Path, name: str) -> None:

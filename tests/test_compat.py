@@ -147,7 +147,7 @@ def test_nothing_dense_is_made_until_it_is_read() -> None:
     x = batch(0)
     outputs = model(x)
     model.compute_loss(outputs, x)[0].backward()
-    made = [name for name, entry in outputs._entries.items() if isinstance(entry, Tensor)]
+    made = [name for name, entry in outputs.data.items() if isinstance(entry, Tensor)]
     assert sorted(made) == sorted(["avg_num_active_neurons", *(name for name in outputs if "recon" in name)])
     assert outputs["mask_a"] is outputs["mask_a"]
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from sparc_fast.files import atomic_path
+from sparc_fast.files import atomic_path, write_text
 
 from . import npy
 from .readers import Reader, require
@@ -181,8 +181,7 @@ def write_items(
 def write_manifest(folder: Path, streams: Mapping[str, Mapping[str, Any]], items: int, **about: Any) -> None:
     """The last file to be written: it makes a folder one of features."""
     content = {"format": FORMAT, "items": items, "streams": streams, **about}
-    with atomic_path(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / MANIFEST, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def samples_and_tokens(readers: Mapping[str, Reader], tokens: Sequence[int]) -> tuple[dict[str, Reader], Rows | None]:

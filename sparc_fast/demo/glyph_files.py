@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.data.feature_folder import write_items, write_manifest
-from sparc_fast.files import atomic_path
+from sparc_fast.files import atomic_path, write_text
 
 from .glyphs import EM, FACES, FEATURES, SIDE, Glyphs, Pictures, draw, glyphs
 from .jitter import CHANGES, jitter
@@ -74,7 +74,7 @@ def write_glyphs(
     _write_contents(folder, base, seed)
     _write_folder(folder, base, rows, faces[0])
     for name, settings in RUNS.items():
-        _write_text(folder / name, settings)
+        write_text(folder / name, settings)
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def _write_held_out(folder: Path, base: Glyphs, rows: Tensor, inputs: dict[str, 
     with _array(folder / "labels.npy", (len(rows), len(base.concepts)), np.bool_) as labels:
         labels[:] = base.labels[rows].numpy()
     whose = {"characters": [base.characters[n] for n in rows], "names": [base.names[n] for n in rows]}
-    _write_text(folder / "rows.json", json.dumps(whose, ensure_ascii=False))
+    write_text(folder / "rows.json", json.dumps(whose, ensure_ascii=False))
 
 
 def _write_training(
@@ -188,7 +188,7 @@ def _write_contents(folder: Path, base: Glyphs, seed: int) -> None:
         "names": [base.names[n] for n in first],
         "held_out": base.held_out[first].tolist(),
     }
-    _write_text(folder / "glyphs.json", json.dumps(contents, ensure_ascii=False))
+    write_text(folder / "glyphs.json", json.dumps(contents, ensure_ascii=False))
 
 
 def _write_folder(folder: Path, base: Glyphs, rows: int, face: str) -> None:
@@ -241,11 +241,6 @@ def _array(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Iterator
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)  # type: ignore[no-untyped-call]
         yield array
         array.flush()
-
-
-def _write_text(path: Path, content: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
 
 
 SETTINGS = """\

@@ -30,7 +30,7 @@ from sparc_fast.data.feature_folder import (
     write_manifest,
 )
 from sparc_fast.data.readers import require
-from sparc_fast.files import atomic_path, check_folder
+from sparc_fast.files import atomic_path, check_folder, write_text
 from sparc_fast.sizes import counted
 from sparc_fast.training.run_folder import lock
 from sparc_fast.training.trainer import device_of
@@ -328,8 +328,7 @@ def _keep(folder: Path, settings: Mapping[str, Any], out: Path) -> None:
         _agree(there, settings, out)
     if there == settings:
         return
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings), encoding="utf-8")
+    write_text(path, json.dumps(settings))
 
 
 def _agree(there: Any, settings: Mapping[str, Any], out: Path) -> None:

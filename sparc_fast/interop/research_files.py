@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast.files import atomic_path, read_object
+from sparc_fast.files import atomic_path, read_object, write_text
 from sparc_fast.model import SPARC
 from sparc_fast.selection import BY_THRESHOLD
 
@@ -159,8 +159,7 @@ def to_upstream(model: SPARC, path: str | Path, *, batch_size: int = 256, fold_c
     with atomic_path(path) as temporary:
         torch.save(_state_dict(model, batch_size), temporary)
     if not config_path.exists():
-        with atomic_path(config_path) as temporary:
-            temporary.write_text(json.dumps({"args": settings, "config_file_content": {}}, indent=4))
+        write_text(config_path, json.dumps({"args": settings, "config_file_content": {}}, indent=4))
 
 
 def _state_dict(model: SPARC, batch_size: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast.files import atomic_path, read_object
+from sparc_fast.files import atomic_path, read_object, write_text
 from sparc_fast.model import SPARC
 from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.version import __version__
@@ -189,8 +189,7 @@ def to_saelens(
         save_file(
             {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, temporary
         )
-    with atomic_path(folder / CONFIG) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(folder / CONFIG, text + "\n")
 
 
 def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
