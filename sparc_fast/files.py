@@ -85,7 +85,14 @@ def flush(path: Path) -> None:
 
 
 def read_object(path: Path, argument: str) -> dict[str, Any]:
-    """What a file of one JSON object holds; ValueError names the argument that `path` was given as."""
+    """What a file of one JSON object holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it holds something else. Both name the argument that `path` was given as.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument} must be JSON, but there is no file {path}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

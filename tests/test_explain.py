@@ -22,10 +22,10 @@ from PIL import Image
 from sparc_fast import explain
 from sparc_fast.explain import Ink, Items, Latent, ModelReport, Report, Stream, Thumbnails, choose_latents, write_report
 from sparc_fast.explain.latents import Shown, tops_of
-from sparc_fast.explain.page import render_page
 from sparc_fast.explain.pictures import columns
 from sparc_fast.explain.relations import energy, fire_together, latents_of_words
 from sparc_fast.explain.shards import Shards
+from sparc_fast.explain.write import render_page
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_words_lead_to_latents_and_samples(report, written):
 
 
 def test_the_table_has_every_row_and_a_dash_where_a_model_has_no_number(report):
-    page = render_page(report, "pieces")
+    page = render_page(report, "pieces").decode()
     table = page[page.index("<table>") : page.index("</table>")]
     assert re.findall(r"<td[^>]*>(.*?)</td>", table) == ["0.02", "0.21", "0.01", "12", "12", "–"]
     assert all(row.meaning in table and row.section in table for row in report.table)

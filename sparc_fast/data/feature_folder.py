@@ -27,6 +27,8 @@ from .views import PickedReader, PiecesReader
 __all__ = ["FeatureFolder", "Split", "below", "is_feature_folder", "write_items", "write_manifest"]
 
 MANIFEST, ITEMS, FORMAT = "manifest.json", "items.parquet", "sparc_fast.Features/1"
+KNOWN = ("id", "picture", "thumbnail", "label", "group", "split")
+"""Columns of items that are no texts."""
 WRITTEN_TOGETHER = 20_000  # items
 Split = Literal["train", "held_out", "all"]
 """Samples to train on, those kept from that, or both."""

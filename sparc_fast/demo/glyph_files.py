@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.data.feature_folder import write_items, write_manifest
+from sparc_fast.explain.pictures import as_png
 from sparc_fast.files import atomic_path, write_text
 
 from .glyphs import EM, FACES, FEATURES, SIDE, Glyphs, Pictures, draw, glyphs
@@ -208,13 +208,15 @@ def _write_folder(folder: Path, base: Glyphs, rows: int, face: str) -> None:
 
 def _items(folder: Path, base: Glyphs, held_out: Tensor) -> Iterator[dict[str, object]]:
     """Pictures are those of held-out rows; a training row's is drawn anew for its features alone."""
+    from PIL import Image
+
     first = dict(zip(map(tuple, _whose(base).tolist()), range(len(base.characters)), strict=True))
     faces = list(dict.fromkeys(base.faces))
     whose = np.load(folder / "train" / "rows.npy", mmap_mode="r")
     for n, (character, face, size) in enumerate(whose):
         yield _item(base, first[int(character), int(face)], f"train-{n}-{size}", "train")
     for n in held_out.tolist():
-        pictures = {stream: _as_png(base.images[stream][n]) for stream in FEATURES}
+        pictures = {stream: as_png(Image.fromarray(255 - base.images[stream][n].numpy())) for stream in FEATURES}
         yield {**_item(base, n, f"held-out-{base.characters[n]}-{faces[0]}", "held_out"), **pictures}
 
 
@@ -224,14 +226,6 @@ def _item(base: Glyphs, n: int, name: str, split: str) -> dict[str, object]:
         "id": name, "text": base.names[n], "character": base.characters[n], "face": base.faces[n], "label": words,
         "group": base.names[n], "split": split,
     }  # fmt: skip
-
-
-def _as_png(image: Tensor) -> bytes:
-    from PIL import Image
-
-    file = BytesIO()
-    Image.fromarray(255 - image.numpy()).save(file, "PNG")
-    return file.getvalue()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -313,9 +313,7 @@ def _versions() -> dict[str, str]:
 
 def _settings(extraction: Extraction) -> dict[str, Any]:
     """What the result depends on."""
-    bound = replace(extraction, device="auto", threads=1)
-    kept = asdict(bound)
-    del kept["device"], kept["threads"], kept["folder"]
+    kept = {name: value for name, value in asdict(extraction).items() if name not in ("device", "threads", "folder")}
     settings: dict[str, Any] = json.loads(json.dumps(kept))
     return settings
 

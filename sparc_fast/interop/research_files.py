@@ -53,7 +53,9 @@ def read_config(config: str | Path | Mapping[str, Any]) -> UpstreamConfig:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, or a setting is not what it should be.
     """
-    content, origin = (config, "config") if isinstance(config, Mapping) else (_read_json(Path(config)), str(config))
+    content, origin = (
+        (config, "config") if isinstance(config, Mapping) else (read_object(Path(config), "config"), str(config))
+    )
     arguments = content.get("args", {} if _has_files(content) else content)
     data = content.get("config_file_content", content)
     if not isinstance(arguments, Mapping) or not isinstance(data, Mapping):
@@ -218,12 +220,6 @@ def _check_config_beside(path: Path, settings: Mapping[str, Any]) -> None:
                 f"path must not be beside another model's configuration: {path} says {name}={getattr(there, name)}, "
                 f"the model has {settings[name]}"
             )
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"config must be a JSON file of the research code, but there is no file {path}")
-    return read_object(path, "config")
 
 
 def _files_key(split: str) -> str:

@@ -210,8 +210,6 @@ def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
         ValueError: they are truncated or foreign, or hold a SAE that our model cannot be exactly; the message says why.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{EXPECTED}, but there is no file {folder / CONFIG}")
     config = read_object(folder / CONFIG, "folder's configuration")
     architecture = str(config.get("architecture"))
     normalization = str(config.get("normalize_activations", "none"))
