@@ -12,7 +12,7 @@ from torch.nn.functional import embedding_bag
 
 from .codes import CHUNK_BYTES, ByLatent, Codes, by_latent, check_codes, parts
 from .jaccard import above_chance
-from .kept_inputs import InputsOnCPU, bytes_of_inputs
+from .passing import InputsOnCPU, bytes_of_inputs
 from .registry import Given, Metric, Score, Sizes
 from .resampling import Resampling
 

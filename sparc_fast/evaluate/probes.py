@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag,
 
 from . import codes as chunks
 from .codes import StreamCode, by_latent, check_code, check_labels, parts
-from .kept_inputs import InputsOnCPU, bytes_of_inputs
+from .passing import InputsOnCPU, bytes_of_inputs
 from .probe_1d import split_samples
 from .reconstruction_retrieval import Decoded
 from .registry import Given, Metric, Row, Score, Sizes
