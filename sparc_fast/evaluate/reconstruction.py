@@ -127,7 +127,8 @@ def _matrices(of_targets: Mapping[str, Reconstruction]) -> list[Tensor]:
 
 
 def _compute(given: Given) -> Reconstructed:
-    return Reconstructed(given.streams, *_matrices(given.watched["reconstruction"].targets))
+    nmse, r2 = _matrices(given.watched["reconstruction"].targets)
+    return Reconstructed(given.streams, nmse, r2)
 
 
 def _resample(given: Given, found: Reconstructed) -> Mapping[str, Tensor]:
@@ -152,8 +153,8 @@ def _cross(matrix: Tensor) -> float:
 
 
 def _by_pair(found: Reconstructed) -> dict[tuple[str, str], tuple[float, float]]:
-    figures = zip(found.nmse.flatten().tolist(), found.r2.flatten().tolist(), strict=True)
-    return dict(zip(product(found.streams, repeat=2), figures, strict=True))
+    figures = product(found.streams, found.streams), found.nmse.flatten().tolist(), found.r2.flatten().tolist()
+    return {pair: (nmse, r2) for pair, nmse, r2 in zip(*figures, strict=True)}
 
 
 def _details(found: Reconstructed) -> Mapping[str, Any]:
@@ -162,8 +163,11 @@ def _details(found: Reconstructed) -> Mapping[str, Any]:
 
 
 def _rows(models: Mapping[str, Reconstructed]) -> Iterator[Row]:
+    def cell(one: tuple[float, float]) -> str:
+        return f"{one[0]:.3f} / {one[1]:.3f}"
+
     meaning = "{target} reconstructed from the {source} code alone."
-    rows = rows_by_pair("Reconstruction: NMSE / R²", meaning, lambda one: "{:.3f} / {:.3f}".format(*one), "neither")
+    rows = rows_by_pair("Reconstruction: NMSE / R²", meaning, cell, "neither")
     return rows({name: _by_pair(found) for name, found in models.items()})
 
 
