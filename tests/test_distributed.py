@@ -391,15 +391,17 @@ def train_beside(
             patch.setattr("sparc_fast.optim.sparc_adam._processes", lambda: 1)  # the whole model is this process's own
             for told, optimizer, (inputs, has) in zip(losses, optimizers, given, strict=False):
                 told.append(optimizer.step(inputs, present=has, **of_step))
-        held = b"".join(tensor.detach().numpy().tobytes() for tensor in models[0].state_dict().values())
-        bits.append(hashlib.sha256(held).digest())
+        if replicas > 1:
+            held = b"".join(tensor.detach().numpy().tobytes() for tensor in models[0].state_dict().values())
+            bits.append(hashlib.sha256(held).digest())
     x = samples(19, dtype=torch.float64).to(dtype)
     evaluated = [
         float(model.eval().loss(part).total.detach())
         for model, part in zip(models, (own(x, uneven=True), x), strict=False)
     ]
     mine = {name: tensor.detach().clone() for name, tensor in models[0].state_dict().items()}
-    of_ranks = gathered((losses[0], evaluated[0], bits, mine))
+    told = [[None if part is None else part.tolist() for part in loss] for loss in losses[0]]
+    of_ranks = gathered((told, evaluated[0], bits, mine))
     if here()[0] != 0:
         return None
     of_losses = [abs(evaluation - evaluated[1]) for _, evaluation, _, _ in of_ranks]
@@ -407,7 +409,7 @@ def train_beside(
         for ours, theirs in zip(found, losses[1], strict=True):
             for one, other in zip(ours, theirs, strict=True):
                 assert (one is None) == (other is None)
-                of_losses += [] if one is None else [float((one - other).abs().max())]
+                of_losses += [] if other is None else [float((torch.tensor(one, dtype=other.dtype) - other).abs().max())]
     whole = {name: tensor.detach() for name, tensor in models[1].state_dict().items()}
     shares = [[rank[3] for rank in of_ranks[first : first + size[1]]] for first in range(0, here()[1], size[1])]
     held_by = [model for replica in shares for model in as_held(replica)]
