@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from inspect import unwrap
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.sizes import is_integer, is_number
 
 MomentType = Literal["float32", "bfloat16"]
+T = TypeVar("T")
 Parts = Inputs | Arrays | Sequence[Inputs | Arrays]
 """A batch, or several that are parts of one."""
 PresenceOfParts = Presence | Sequence[Presence | None] | None
@@ -581,7 +584,7 @@ class SparcAdam(torch.optim.Optimizer):
         """Only the model's own weights, given to the constructor, can be trained."""
         if self.param_groups:
             raise ValueError("SparcAdam has one parameter group, the model's weights, and takes no other")
-        super().add_param_group(param_group)
+        _eager(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
@@ -636,7 +639,7 @@ class SparcAdam(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As on any optimizer; decoder rows are brought up to date first."""
         self.catch_up()
-        return super().state_dict()
+        return _eager(torch.optim.Optimizer.state_dict)(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As on any optimizer; master rows keep their float32. torch.optim.Adam's state loads too.
@@ -655,7 +658,7 @@ class SparcAdam(torch.optim.Optimizer):
         self.catch_up()
         with self.model._rows_left_behind():
             # without the state: torch.optim.Optimizer would copy it in its parameters' type first
-            super().load_state_dict({**state_dict, "state": {}})
+            _eager(torch.optim.Optimizer.load_state_dict)(self, {**state_dict, "state": {}})
             for parameter, state in zip(parameters, states, strict=True):
                 for key, value in state.items():
                     device = torch.device("cpu") if key == "step" and not self.capturable else parameter.device
@@ -701,3 +704,8 @@ def _zeros_like(rows: Tensor, dtype: torch.dtype) -> Tensor:
     if rows.ndim != 2:
         return torch.zeros_like(rows, dtype=dtype)
     return empty_rows(*rows.shape, dtype=dtype, device=rows.device).zero_()
+
+
+def _eager(method: Callable[..., T]) -> Callable[..., T]:
+    """torch keeps some methods from its compiler, and loads that for it: a second, for nothing where nobody has."""
+    return method if "torch._dynamo" in sys.modules else unwrap(method)
