@@ -155,8 +155,3 @@ def test_replaying_equals_steps_without_entries(case: str, eps: float, moments: 
     operators.replay_rows(left_behind, torch.arange(0, L, 2), half, seed=7)
     operators.replay_rows(left_behind, torch.arange(L), history, seed=7)
     assert_equal(lazy, dense)
-
-
-def test_lazy_must_be_replay_or_nothing() -> None:
-    with pytest.raises(ValueError, match='lazy must be None or "replay", got True'):
-        sf.SparcAdam(sf.SPARC({"a": 3}, 4, 2), lazy=True)

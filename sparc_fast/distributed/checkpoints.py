@@ -104,7 +104,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], s
         with _quiet():
             save(_distributed(tensors, shards), checkpoint_id=unfinished, process_group=exchange.group)
         own = {file.name: _digest(file) for file in unfinished.glob(f"__{shards.rank}_*")}
-    hashes = {name: digest for part in exchange.texts(json.dumps(own)) for name, digest in json.loads(part).items()}
+    hashes = {name: digest for part in exchange.objects(json.dumps(own)) for name, digest in json.loads(part).items()}
     with exchange.agreed("publish"):
         if not shards.leads:
             return

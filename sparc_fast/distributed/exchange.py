@@ -233,10 +233,6 @@ class Exchange:
 
         return wait
 
-    def texts(self, text: str) -> list[str]:
-        """[rank] -> its text; for what is said once."""
-        return self.objects(text)
-
     def objects(self, mine: T) -> list[T]:
         """[rank] -> what it has; tensors in it take long."""
         if self.ranks == 1:
@@ -275,7 +271,7 @@ class Exchange:
         """Raise this rank's error, or where it has none, the first that another has."""
         kinds: tuple[type[Exception], ...] = (FloatingPointError, FileNotFoundError, OSError, ValueError, RuntimeError)
         mine = [kind.__name__ for kind in kinds if isinstance(error, kind)]
-        told = self.texts("" if error is None else f"{(mine or ['RuntimeError'])[0]}:{error}")
+        told = self.objects("" if error is None else f"{(mine or ['RuntimeError'])[0]}:{error}")
         if error is not None:
             raise error
         rank, text = next((rank, text) for rank, text in enumerate(told) if text)

@@ -289,13 +289,13 @@ class Shards(Whole):
         return cast("SPARC", Together(model, self))
 
     def check_samples(self, inputs: Mapping[str, Tensor] | AlignedFiles) -> None:
-        told = self.all.texts(fingerprint(inputs))
+        told = self.all.objects(fingerprint(inputs))
         for rank, other in enumerate(told):
             if other != told[0]:
                 raise ValueError(f"inputs must be the same on every rank, but rank {rank} has others than rank 0")
 
     def told_by_leader(self, numbers: list[int]) -> list[int]:
-        told: list[int] = json.loads(self.all.texts(json.dumps(numbers))[0])
+        told: list[int] = json.loads(self.all.objects(json.dumps(numbers))[0])
         return told
 
     def save(self, path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

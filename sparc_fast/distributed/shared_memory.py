@@ -103,7 +103,7 @@ class _Buffer:
 
 def shared_memory(exchange: Exchange) -> SharedMemory | None:
     """That of the ranks of an exchange, which all ask; None where they are not on one host."""
-    places = exchange.texts(_place())
+    places = exchange.objects(_place())
     return SharedMemory(exchange) if places[0] and len(set(places)) == 1 else None
 
 
