@@ -129,30 +129,6 @@ def _printed(tool: str, option: str, cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def trips(assembly: str) -> list[tuple[int, int, int]]:
-    """(instructions a thread issues, loads of 16 bytes, narrower loads) once round every loop, in order.
-
-    Loops inside a loop are not counted with it, nor what a branch may jump past to avoid one: the rare case.
-    """
-    code: list[str] = []
-    labels: dict[str, int] = {}
-    for line in assembly.splitlines():
-        if found := re.match(r"\s*(\.L\w+):", line):
-            labels[found[1]] = len(code)
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(found[1])
-    jumps = [(i, labels[to[1]]) for i, text in enumerate(code) if (to := re.search(r"BRA.*\((\.L\w+)\)", text))]
-    loops = sorted((to, i) for i, to in jumps if to < i)  # a jump to itself ends the code
-    counted = []
-    for begin, end in loops:
-        inner = [(a, b) for a, b in loops if begin <= a and b <= end and (a, b) != (begin, end)]
-        rare = [(i + 1, to - 1) for i, to in jumps if begin <= i < to <= end and any(i < a < to for a, _ in inner)]
-        skipped = {i for a, b in inner + rare for i in range(a, b + 1)}
-        loads = [".128" in code[i] for i in range(begin, end + 1) if i not in skipped and "LDG" in code[i]]
-        counted.append((end + 1 - begin - len(skipped), sum(loads), len(loads) - sum(loads)))
-    return counted
-
-
 # noting launches
 
 
@@ -299,7 +275,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="only this one (all)")
     parser.add_argument("--operator", action="append", default=[], choices=CALLS, help="only this one (all)")
     parser.add_argument("--cuda", action="store_true", help="the kernels in CUDA C++; needs nvcc")
-    parser.add_argument("--loops", action="store_true", help="print `trips` of the machine code instead")
     parser.add_argument("--predict", action="store_true", help="predict a step's time; needs nvcc")
     parser.add_argument("--write", action="store_true", help="with --predict: also into docs/gpu.md")
     arguments = parser.parse_args(argv)
@@ -317,11 +292,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps([asdict(r) for r in compiled]) if arguments.json else cuda_resources.table(compiled))
         return int(not all(r.fits for r in compiled))
     found = jobs(arguments.target or list(TARGETS), arguments.operator, arguments.brief)
-    if arguments.loops:
-        for (launch, target), operator in found.items():
-            of_loops = trips(disassembled(launch.compiled(target).asm["cubin"]))
-            print(f"{operator} {launch.name} sm_{target} {dict(launch.constants)}:", *of_loops)
-        return 0
     taken = resources(list(found))
     if arguments.json:
         lines = zip(found.values(), taken, strict=True)
