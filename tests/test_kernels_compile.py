@@ -17,7 +17,7 @@ pytestmark = pytest.mark.compilers
 TOY = """
 import sys
 import torch, triton, triton.language as tl
-from sparc_fast.benchmarks.tools import kernel_resources
+from sparc_fast.benchmarks import kernel_resources
 
 @triton.jit(do_not_specialize=["N"])
 def _sum_kernel(out, x, bias, stride, N, scale, BLOCK: tl.constexpr, KEPT: tl.constexpr):
@@ -51,8 +51,7 @@ MACHINE_CODE = """
 import re
 from dataclasses import replace
 import torch
-from sparc_fast.benchmarks import cases
-from sparc_fast.benchmarks.tools import kernel_resources
+from sparc_fast.benchmarks import cases, kernel_resources
 from sparc_fast.benchmarks.tools.machine_code import Code
 
 wide = replace(cases.A, d_streams=(8192,))  # rows that go through memory
