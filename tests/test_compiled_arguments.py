@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import gc
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -152,6 +151,10 @@ def places(arguments: list[Any]) -> Iterator[tuple[Any, ...]]:
             yield from ((i, j) for j, part in enumerate(argument) if isinstance(part, Tensor))
 
 
+def at(arguments: list[Any], place: tuple[Any, ...]) -> Any:
+    return arguments[place[0]] if len(place) == 1 else arguments[place[0]][place[1]]
+
+
 def replaced(arguments: list[Any], place: tuple[Any, ...], tensor: Any) -> list[Any]:
     arguments = list(arguments)
     if len(place) == 1:
@@ -197,9 +200,7 @@ def check_wrong(
     call(name, right())
     refused = 0
     for place in places(right()):
-        arguments = right()
-        tensor = arguments[place[0]] if len(place) == 1 else arguments[place[0]][place[1]]
-        for what, changed in wrong(tensor):
+        for what, changed in wrong(at(right(), place)):
             try:
                 call(name, replaced(right(), place, changed))
                 assert what.startswith("size") or what == "None" or may_pass(place, what), f"{name}{place}: {what}"
@@ -259,8 +260,7 @@ def huge(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def check_huge(name: str, right: Callable[[], list[Any]], call: Callable[[str, list[Any]], Any]) -> None:
     for place in places(right()):
-        arguments = right()
-        tensor = arguments[place[0]] if len(place) == 1 else arguments[place[0]][place[1]]
+        tensor = at(right(), place)
         for what, changed in huge(tensor) if (name, place) not in ENDLESS else ():
             may_pass = what.endswith("expanded") and tensor.ndim > 1
             try:
@@ -289,13 +289,14 @@ def test_a_cuda_kernel_gets_no_tensor_that_names_more_numbers_than_memory_holds(
 def test_what_a_cuda_kernel_writes_shares_no_memory_with_what_else_it_is_given(name: str, cuda: ModuleType) -> None:
     """Every tensor in turn takes the place of every other of its shape and type."""
     right, refused = cuda_calls(cuda._cuda)[name], 0
-    at = lambda place: right[place[0]] if len(place) == 1 else right[place[0]][place[1]]  # noqa: E731
     for one, other in product(places(right), repeat=2):
-        if one != other and (at(one).shape, at(one).dtype) == (at(other).shape, at(other).dtype):
+        if one != other and (at(right, one).shape, at(right, one).dtype) == (
+            at(right, other).shape,
+            at(right, other).dtype,
+        ):
             arguments = cuda_calls(cuda._cuda)[name]
-            shared = arguments[other[0]] if len(other) == 1 else arguments[other[0]][other[1]]
             try:
-                cuda_call(cuda._cuda, name, replaced(arguments, one, shared))
+                cuda_call(cuda._cuda, name, replaced(arguments, one, at(arguments, other)))
                 assert {one, other} <= READ[name], f"{name}: {other} as {one}"
             except ValueError as error:
                 assert "must be memory of its own, got that of" in str(error)  # noqa: PT017
@@ -347,10 +348,8 @@ def test_what_holds_addresses_keeps_their_tensors(made: str, name: str, place: i
     seen = [weakref.ref(tensor) for tensor in tensors]
     held = getattr(_cpu, made)(*tensors, WIDTHS)
     tensors.clear()
-    gc.collect()
     assert all(tensor() is not None for tensor in seen)
     del held
-    gc.collect()
     assert all(tensor() is None for tensor in seen)
 
 

@@ -19,17 +19,13 @@ from sparc_fast.ops.row_step import DecoderRows
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
 # modules, not the functions of the same names that the package offers
-(
-    count_silence, decode_loss, decoder_gradients, encoder_gradients, inverse, launching, nested_decode_loss,
-    replay_rows, segment_sums, update, gradients,
-) = (
+decode_loss, inverse, launching, nested_decode_loss, segment_sums, update, gradients = (
     import_module(f"sparc_fast.kernels.{name}")
     for name in (
-        "count_silence", "decode_loss", "decoder_gradients", "encoder_gradients", "invert_indices", "launching",
-        "nested_decode_loss", "replay_rows", "segment_sums", "update_rows", "weight_gradients",
+        "decode_loss", "invert_indices", "launching", "nested_decode_loss", "segment_sums", "update_rows",
+        "weight_gradients",
     )
 )  # fmt: skip
-
 KERNELS: Any = import_module("sparc_fast.kernels")
 DEVICE = kernel_device()
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -74,8 +70,7 @@ def test_the_bits_of_a_gradient_do_not_show_how_many_rows_were_in_flight(
     tile, found = segment_sums.tile, []
     for rows, latents in ((1, 1), (4, 1), (2, 4)):
         chosen = {"ROWS": rows, "LATENTS": latents}
-        for module in (encoder_gradients, decoder_gradients):
-            monkeypatch.setattr(module, "tile", lambda *args, chosen=chosen, **more: tile(*args, **more) | chosen)
+        monkeypatch.setattr(gradients, "tile", lambda *args, chosen=chosen, **more: tile(*args, **more) | chosen)
         found.append(
             KERNELS.weight_gradients(
                 o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *inverse_index, o.d_streams
@@ -149,7 +144,7 @@ def test_the_norm_of_a_row_does_not_depend_on_the_order_of_its_columns(
         rows = [tensor.clone() for tensor in rows]
         last_step = torch.zeros(50, dtype=torch.int64, device=DEVICE)
         moved = DecoderRows(rows[0], rows[1:], (90,), last_step)
-        replay_rows.replay_rows(moved, torch.arange(50, device=DEVICE), history)
+        KERNELS.replay_rows(moved, torch.arange(50, device=DEVICE), history)
         return rows
 
     _, W_dec, _, _, m, v = (t.to(DEVICE) for t in rows_to_update(operands(((90,), 1, 50, 2), torch.float32)))
@@ -172,7 +167,7 @@ def test_latents_outside_the_dictionary_are_in_no_segment(dtype: torch.dtype) ->
         found = entries[offsets[l] : offsets[l + 1]]
         assert torch.equal(found, (flat == l).nonzero()[:, 0])
     silence = torch.arange(33, device=DEVICE)
-    count_silence.count_silence(silence, torch.ones(3, 1, 3, device=DEVICE), indices)
+    KERNELS.count_silence(silence, torch.ones(3, 1, 3, device=DEVICE), indices)
     assert (silence == 0).nonzero()[:, 0].tolist() == [0, 2, 32]
 
 
@@ -215,7 +210,7 @@ def test_one_nan_makes_its_row_of_a_stream_nan_and_no_other(
     rows = [t.to(DEVICE) for t in rows_to_update(o)]
     rows[1][5, 7] = torch.nan
     left_behind = DecoderRows(rows[1], rows[4:], o.d_streams, last_step)
-    replay_rows.replay_rows(left_behind, torch.arange(14, device=DEVICE), history)
+    KERNELS.replay_rows(left_behind, torch.arange(14, device=DEVICE), history)
     assert torch.equal(rows[1].isnan(), nan)
 
 

@@ -24,9 +24,9 @@ import torch
 from sparc_fast.ops.gpu_scratch import ROWS
 from sparc_fast.planning.roofline import Cost, Roofline
 
-from .. import cases
+from .. import cases, kernel_resources
 from ..cases import CALLS, Operands, Shape, namespace
-from . import cuda_resources, kernel_resources, step_launches
+from . import cuda_resources, step_launches
 from .machine_code import Code, Needs, Way
 
 ISSUED = 132 * 4 * 1.755e9 * 0.7
