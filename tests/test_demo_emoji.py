@@ -19,6 +19,7 @@ from PIL import Image
 from sparc_fast import cli
 from sparc_fast.data import FeatureFolder
 from sparc_fast.data.feature_folder import write_items, write_manifest
+from sparc_fast.demo import emoji
 from sparc_fast.demo.emoji import write_choosing
 from sparc_fast.evaluate import Carried, latents_of_one_concept
 
@@ -53,8 +54,9 @@ def write_features(folder: Path) -> Path:
 
 
 def test_the_demo_goes_from_a_finished_folder_to_table_page_and_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(emoji, "SETTINGS", {**emoji.SETTINGS, "n_latents": 192, "k": 8})
     features = write_features(tmp_path / "out" / "features")
     before = {path: path.stat().st_mtime_ns for path in features.rglob("*") if path.is_file()}
     command = ["demo", "--data", "emoji", "--steps", "60", "--out", str(tmp_path / "out")]
