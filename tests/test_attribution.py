@@ -249,16 +249,6 @@ def test_models_are_as_they_were_afterwards(method: str, made: Any) -> None:
     assert not any(part._forward_hooks for part in encoder.model.modules())
 
 
-def test_each_encoder_sees_the_picture_through_its_own_preprocessing(made: Any) -> None:
-    """Two models of one stream's width: the scores are of the rows that `extract` makes with each."""
-    for model, pooling in (("hf:vit", "mean"), ("hf:siglip", "mean"), ("timm:vit_medium_patch16_reg4_gap_256", "mean")):
-        encoder = made(model, pooling)
-        rows = encoder.encode([encoder.prepare(p) for p in pictures()])
-        sparc = model_of(rows.shape[1])
-        expected = Target.of(sparc, "eye", 2, 3).score(rows)
-        torch.testing.assert_close(of(sparc, encoder, 2).scores, expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("size", [(40, 40), (64, 40), (37, 61), (300, 200)])
 def test_the_part_of_a_picture_that_a_model_sees_is_read_off_its_preprocessing(
     size: tuple[int, int], made: Any

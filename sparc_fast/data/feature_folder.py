@@ -20,9 +20,9 @@ import numpy.typing as npt
 from sparc_fast.files import atomic_path, write_text
 
 from . import npy
-from .readers import Reader, require
+from .readers import Reader, closed_on_failure, require
 from .shuffle import Rows
-from .views import PickedReader, PiecesReader
+from .views import PickedReader, one_after_the_other
 
 __all__ = ["FeatureFolder", "Split", "below", "is_feature_folder", "write_items", "write_manifest"]
 
@@ -78,20 +78,14 @@ class FeatureFolder:
     def reader(self, stream: str, split: Split = "all") -> Reader:
         """The rows of a stream."""
         about, tokens = self._about(stream), self.tokens(stream)
-        readers: list[Reader] = []
-        try:
+        with closed_on_failure() as readers:
             for name in about["files"]:
                 readers.append(npy.open_file(below(self.path, name, f"files of stream {stream!r}"), None))
             title = f"{self.path} stream {stream!r}"
-            filled = [reader for reader in readers if reader.n_rows] or readers
-            whole = PiecesReader([(reader, 0, reader.n_rows) for reader in filled], title)
+            whole = one_after_the_other(readers, title)
             if whole.n_rows != self.n_items * tokens:
                 raise ValueError(f"{title} must hold {self.n_items * tokens} rows, got {whole.n_rows}")
             numbers = _of_tokens(self.rows(split), tokens)
-        except BaseException:
-            for reader in readers:
-                reader.close()
-            raise
         return whole if len(numbers) == whole.n_rows else PickedReader(whole, numbers)
 
     @property

@@ -158,9 +158,7 @@ def _parquet(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Opene
     files = _files(folder, config.parquet, "source.parquet", (".parquet",))
     parquet = require("pyarrow.parquet", files[0])
     schema = parquet.read_schema(files[0])
-    config = _with_picture_column(config, schema.names)
-    columns = [name for name in schema.names if name in _columns(config, texts)]
-    names = _class_names(schema)
+    config, columns, names = _of_schema(config, texts, schema)
 
     def rows() -> Iterator[Mapping[str, Any]]:
         for path in files:
@@ -194,9 +192,7 @@ def _datasets(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Open
 
     with pyarrow.memory_map(str(files[0][0])) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
         schema = stream.schema
-    config = _with_picture_column(config, schema.names)
-    columns = [name for name in schema.names if name in _columns(config, texts)]
-    names = _class_names(schema)
+    config, columns, names = _of_schema(config, texts, schema)
 
     def rows() -> Iterator[Mapping[str, Any]]:
         for path, split in files:
@@ -328,10 +324,16 @@ def _columns(config: SourceConfig, texts: Sequence[str]) -> list[str]:
     return [config.id, config.path, config.label, config.group, config.split, *texts]
 
 
-def _with_picture_column(config: SourceConfig, names: Sequence[str]) -> SourceConfig:
-    """`datasets` calls pictures "image"."""
-    default = config.path == SourceConfig.path and config.path not in names and "image" in names
-    return replace(config, path="image") if default else config
+def _of_schema(
+    config: SourceConfig, texts: Sequence[str], schema: Any
+) -> tuple[SourceConfig, list[str], dict[str, list[str]]]:
+    """(with the column of pictures, which `datasets` calls "image", columns to read, what a column's integers mean)."""
+    if config.path == SourceConfig.path and config.path not in schema.names and "image" in schema.names:
+        config = replace(config, path="image")
+    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = about.get("info", {}).get("features", {})
+    classes = {name: kind["names"] for name, kind in features.items() if isinstance(kind, dict) and "names" in kind}
+    return config, [name for name in schema.names if name in _columns(config, texts)], classes
 
 
 def _table(
@@ -373,13 +375,6 @@ def _listed(value: Any) -> list[str]:
     """Texts: none, one or several."""
     several = value if isinstance(value, list | tuple) else [value]
     return [str(one) for one in several if one is not None and str(one).strip()]
-
-
-def _class_names(schema: Any) -> dict[str, list[str]]:
-    """What the integers of a column of `datasets` stand for."""
-    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = about.get("info", {}).get("features", {})
-    return {name: kind["names"] for name, kind in features.items() if isinstance(kind, dict) and "names" in kind}
 
 
 def _with_class_names(row: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> Mapping[str, Any]:
