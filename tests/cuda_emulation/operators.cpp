@@ -84,6 +84,12 @@ static std::vector<uint16_t> bfloat16_of(const std::vector<float>& wide) {
 
 static uint16_t half_of(float value) { return __half_as_ushort(__float2half_rn(value)); }
 
+static Streams streams_of(const std::vector<int>& widths) {
+    Streams streams{int(widths.size()), {}};
+    std::partial_sum(widths.begin(), widths.end(), streams.begin + 1);
+    return streams;
+}
+
 struct Problem {
     int L, D, k, capacity, chunk, threads, sample;
     float residual;  // how far the products may be from the scores, in lengths of a sample
@@ -130,10 +136,32 @@ static void check_global_topk(const Problem& problem, bool copied, int number) {
     const Matrix weights = copied ? Matrix{W.data(), D, Floats::float32} : Matrix{narrow.data(), D, Floats::bfloat16};
     const Operands operands{{x.data(), D, Floats::float32}, {pre_bias.data(), 1, Floats::float32}, weights,
                             wide_bias.data(), D};
+    const Streams streams = streams_of(D > 1 ? std::vector<int>{D / 2, D - D / 2} : std::vector<int>{1});
+    const int S = streams.count;
+    std::vector<float> biases(S * L), values(N * S * k, -1), all_values(values), listed_values(values);
+    for (float& v : biases) v = float(generator() % 7) - 3;
+    const Matrix latent_bias{biases.data(), L, Floats::float32};
+    const auto to = [&](std::vector<float>& values) {
+        return Activations{latent_bias, {values.data(), 0, Floats::float32}};
+    };
     settle_supports(
-        candidates, operands, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack, indices.data(),
-        given_up.data(), &total, 0);
+        candidates, operands, streams, to(values), 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack,
+        indices.data(), given_up.data(), &total, 0);
     expect(total == expected_given_up, "samples given up", number);
+    // every sum of products is exact
+    const int32_t listed[] = {2, 0}, some = 1;
+    support_values(operands, streams, to(all_values), {indices.data(), L, k, false, nullptr, nullptr}, N, 0);
+    support_values(operands, streams, to(listed_values), {indices.data(), L, k, false, listed, &some}, N, 0);
+    for (int i = 0; i < N * S * k; ++i) {
+        const int n = i / (S * k), s = i / k % S, l = indices[n * k + i % k];
+        float sum = l < 0 ? 0 : biases[s * L + l];
+        for (int d = streams.begin[s]; l >= 0 && d < streams.begin[s + 1]; ++d)
+            sum += (x[n * D + d] - 1) * W[l * D + d];
+        const auto is = [&](float value) { return std::isnan(sum) ? std::isnan(value) : value == std::max(sum, 0.0f); };
+        expect(is(all_values[i]), "support_values", number);
+        expect(l < 0 ? values[i] == -1 : is(values[i]), "values of the choice", number);
+        expect(n == 2 ? is(listed_values[i]) : listed_values[i] == -1, "support_values, listed", number);
+    }
     for (int n = 0; n < N; ++n) {
         if (std::count(given_up.begin(), given_up.begin() + total, n)) continue;
         for (int l = 0; l < L; ++l) scores[n * L + l] += n == 1 ? NAN : bias[l];
@@ -185,8 +213,8 @@ static void check_screen_scores(int N, int L, int D, int apart, int blocks, Floa
     const Operands operands{{X.data(), D, Floats::float32}, {pre_bias.data(), 1, Floats::float32},
                             {narrow_W.data(), D, type}, wide_bias.data(), D};
     settle_supports(
-        candidates, operands, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack, indices.data(),
-        given_up.data(), &total, 0);
+        candidates, operands, streams_of({D}), {}, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack,
+        indices.data(), given_up.data(), &total, 0);
     expect(total == 0, "samples given up by tiles", number);
     for (int n = 0; n < N; ++n) {
         for (int l = 0; l < L; ++l) scores[n * L + l] += bias[l];
@@ -283,12 +311,6 @@ struct DeviceRows {
         return equal;
     }
 };
-
-static Streams streams_of(const std::vector<int>& widths) {
-    Streams streams{int(widths.size()), {}};
-    std::partial_sum(widths.begin(), widths.end(), streams.begin + 1);
-    return streams;
-}
 
 static void check_update_rows(const UpdateShape& shape, int number) {
     const Streams streams = streams_of(shape.widths);
