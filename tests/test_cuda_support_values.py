@@ -34,7 +34,7 @@ pytestmark = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # the package may give its functions the names of their modules
-kernel = importlib.import_module("sparc_fast.kernels.global_topk")
+kernel, gather = (importlib.import_module(f"sparc_fast.kernels.{name}") for name in ("global_topk", "gather"))
 
 
 def encoder(o: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,7 +146,7 @@ def left_to_triton(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[st
     [
         lambda patch, cuda, of: [one.double() for one in of],
         lambda patch, cuda, of: patch.setattr(cuda._cuda, "most_streams", 1),
-        lambda patch, cuda, of: patch.setattr(cuda, "L2_BYTES", 2 * of[1].nbytes // 3 - 1),
+        lambda patch, cuda, of: patch.setattr(gather, "L2_BYTES", 2 * of[1].nbytes // 3 - 1),
     ],
     ids=["float64", "too many streams", "where the cache keeps chunks of columns, not rows"],
 )

@@ -38,7 +38,7 @@ from sparc_fast.kernels import (
     support_values_grad_x,
     weight_gradients,
 )
-from sparc_fast.kernels.gather import L2_BYTES
+from sparc_fast.kernels.gather import gathers_whole_rows
 from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
 OWN = ("global_topk", "invert_indices", "replay_rows", "step_rows", "support_values", "topk_rows", "update_rows")
@@ -231,13 +231,12 @@ def _gathers(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, d_
     """Whether values are summed here, from whole rows of W_enc. One answer for both operators, and for any number of
     samples: values must not depend on what found them.
 
-    Triton's kernel gathers chunks of columns, one after the other, where those of all latents are what the L2 cache
-    keeps. Whole rows are as fast where the cache keeps most of W_enc, or no chunk. Estimated, not measured.
+    Elsewhere Triton's kernel gathers columns chunk by chunk, of all latents what the L2 cache keeps.
     """
-    (L, D), size = W_enc.shape, W_enc.element_size()
+    L, D = W_enc.shape
     narrow = all(tensor.dtype in _FLOATS for tensor in (x, W_enc, pre_bias, latent_bias))
     fits = len(d_streams) <= _cuda.most_streams and max(L, D) < 2**31 - 1
-    return narrow and fits and (2 * L * D * size <= 3 * L2_BYTES or L * 128 * size > L2_BYTES)
+    return narrow and fits and gathers_whole_rows(L, D, W_enc.element_size())
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
