@@ -241,6 +241,8 @@ class SPARC(nn.Module):
 
         Nothing is calibrated, and no latent is dead.
         """
+        if self.W_enc.is_meta:  # which has no numbers, and takes its time to say so
+            return
         for cols in stream_slices(tuple(self.d_streams.values())):
             bound = 1 / math.sqrt(cols.stop - cols.start)
             self._shards.draw(self.W_enc[:, cols], bound)

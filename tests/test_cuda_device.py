@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_equal, check_accuracy
+from accuracy import assert_equal, check_accuracy, check_replayed_rows
 from operands import SUPPORTS, Operands, move_rows, operands, rows_to_update
 from torch import Tensor
 
 import sparc_fast as sf
 from sparc_fast.ops import reference
 from sparc_fast.ops.layout import stream_slices, wide
-from sparc_fast.ops.row_step import DecoderRows
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -176,20 +175,7 @@ def test_replayed_rows_equal_rows_that_were_never_left_behind(
     shape: tuple[tuple[int, ...], int, int, int], operands_on_the_gpu: None
 ) -> None:
     d_streams, _, L, k = shape
-    start = operands((d_streams, 1, L, k), torch.float32)
-    dense, lazy = rows_to_update(start), rows_to_update(start)
-    last_step = torch.zeros(L, dtype=torch.int64)
-    left_behind = DecoderRows(lazy[1], lazy[4:], d_streams, last_step)
-    history = torch.tensor([(0.1 / t, 0.9, 0.999, 1e-8) for t in range(1, 31)], dtype=torch.float64)
-    for t in range(1, 31):
-        o = operands((d_streams, 1, L, k), torch.float32, seed=t)
-        used = o.indices[0].long()
-        move_rows(cuda, dense, o, lr=0.1 / t, step=t)
-        cuda.replay_rows(left_behind, used, history[: t - 1])
-        move_rows(cuda, lazy, o, lr=0.1 / t, step=t, last_step=last_step)
-    assert (last_step < 30).any()
-    cuda.replay_rows(left_behind, torch.arange(L), history)
-    assert_equal(lazy, dense)
+    check_replayed_rows(cuda, d_streams, L, k, torch.float32, [0.1 / t for t in range(1, 31)])
 
 
 def test_a_graph_moves_rows_as_eager_steps_do(operands_on_the_gpu: None) -> None:

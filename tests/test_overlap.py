@@ -61,7 +61,8 @@ def model_of(**options: Any) -> sf.SPARC:
 def by_way(patch: pytest.MonkeyPatch, way: str, least: int = 4) -> None:
     """Exchange through memory that ranks share, by messages through sockets where they are small, or through gloo."""
     patch.setattr(sizes, "TOGETHER", least)  # samples of a piece
-    patch.setattr(shared_memory, "LEAST", 1 if way == "memory" else 2**60)
+    for name in ("LEAST", "LEAST_DEALT"):
+        patch.setattr(shared_memory, name, 1 if way == "memory" else 2**60)
     if way == "gloo":
         patch.setattr(exchanges, "neighbours", lambda exchange: None)
         patch.setattr(shared_memory, "_place", lambda: "")

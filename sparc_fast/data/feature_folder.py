@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from sparc_fast.files import atomic_path
+from sparc_fast.files import atomic_path, write_text
 
 from . import npy
 from .readers import Reader, require
@@ -27,6 +27,8 @@ from .views import PickedReader, PiecesReader
 __all__ = ["FeatureFolder", "Split", "below", "is_feature_folder", "write_items", "write_manifest"]
 
 MANIFEST, ITEMS, FORMAT = "manifest.json", "items.parquet", "sparc_fast.Features/1"
+KNOWN = ("id", "picture", "thumbnail", "label", "group", "split")
+"""Columns of items that are no texts."""
 WRITTEN_TOGETHER = 20_000  # items
 Split = Literal["train", "held_out", "all"]
 """Samples to train on, those kept from that, or both."""
@@ -181,8 +183,7 @@ def write_items(
 def write_manifest(folder: Path, streams: Mapping[str, Mapping[str, Any]], items: int, **about: Any) -> None:
     """The last file to be written: it makes a folder one of features."""
     content = {"format": FORMAT, "items": items, "streams": streams, **about}
-    with atomic_path(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / MANIFEST, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def samples_and_tokens(readers: Mapping[str, Reader], tokens: Sequence[int]) -> tuple[dict[str, Reader], Rows | None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparc_fast import data
 from sparc_fast.batch import stack
-from sparc_fast.data.feature_folder import FeatureFolder, Split
+from sparc_fast.data.feature_folder import KNOWN, FeatureFolder, Split
 from sparc_fast.evaluate import Carried, Codes, Evaluation, comparison, evaluate, top_samples, words_as_concepts
 from sparc_fast.model import SPARC
 from sparc_fast.version import __version__
@@ -30,7 +30,6 @@ __all__ = ["codes_of", "concepts_of", "items_of", "report_of"]
 
 FEWEST = 5  # samples of a label that may name a latent
 PICTURE = "picture"
-KNOWN = ("id", "picture", "thumbnail", "label", "group", "split")
 ROWS, WORDS = 4096, 256  # encoded together
 WIDER = 8  # times as wide as that of a token is the code of a sample that has as many or more
 STRONGEST, MOST = 8, 0.6  # samples of a latent that are asked for a concept, and their share that must bear it

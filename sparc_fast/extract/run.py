@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from sparc_fast.data.feature_folder import (
     write_manifest,
 )
 from sparc_fast.data.readers import require
-from sparc_fast.files import atomic_path, check_folder
+from sparc_fast.files import atomic_path, check_folder, write_text
 from sparc_fast.sizes import counted
 from sparc_fast.training.run_folder import lock
 from sparc_fast.training.trainer import device_of
@@ -313,9 +313,7 @@ def _versions() -> dict[str, str]:
 
 def _settings(extraction: Extraction) -> dict[str, Any]:
     """What the result depends on."""
-    bound = replace(extraction, device="auto", threads=1)
-    kept = asdict(bound)
-    del kept["device"], kept["threads"], kept["folder"]
+    kept = {name: value for name, value in asdict(extraction).items() if name not in ("device", "threads", "folder")}
     settings: dict[str, Any] = json.loads(json.dumps(kept))
     return settings
 
@@ -328,8 +326,7 @@ def _keep(folder: Path, settings: Mapping[str, Any], out: Path) -> None:
         _agree(there, settings, out)
     if there == settings:
         return
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings), encoding="utf-8")
+    write_text(path, json.dumps(settings))
 
 
 def _agree(there: Any, settings: Mapping[str, Any], out: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from sparc_fast.data.feature_folder import below
 from sparc_fast.data.readers import require
 from sparc_fast.data.shards import files_of, in_natural_order
+from sparc_fast.files import read_object
 
 from .config import SourceConfig
 from .items import Failure, Item
@@ -209,12 +210,12 @@ def _datasets(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Open
 
 def _coco(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Opened:
     root = _folder(folder / config.coco["images"], "source.coco.images")
-    told = _json(folder / config.coco["captions"], "source.coco.captions")
+    told = read_object(folder / config.coco["captions"], "source.coco.captions")
     captions, labels = defaultdict(list), defaultdict(set)
     for one in told.get("annotations", ()):
         captions[one["image_id"]].append(one["caption"].strip())
     if "instances" in config.coco:
-        instances = _json(folder / config.coco["instances"], "source.coco.instances")
+        instances = read_object(folder / config.coco["instances"], "source.coco.instances")
         category = {one["id"]: one["name"] for one in instances["categories"]}
         for one in instances["annotations"]:
             labels[one["image_id"]].add(category[one["category_id"]])
@@ -397,15 +398,3 @@ def _folder(path: Path, what: str) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{what} must be a folder, but there is none at {path}")
     return path.resolve()
-
-
-def _json(path: Path, what: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{what} must be a file, but there is none at {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{what} must be JSON, but {path} is not: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{what} must be a table, got {type(content).__name__} in {path}")
-    return content

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from inspect import unwrap
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.sizes import is_integer, is_number
 
 MomentType = Literal["float32", "bfloat16"]
+T = TypeVar("T")
 
 
 class Coming:
@@ -547,8 +550,9 @@ class SparcAdam(torch.optim.Optimizer):
     def _replay(self, latents: Tensor, backend: backends.Backend) -> None:
         assert self._behind is not None
         W_dec, behind = self.model.W_dec, self._behind
-        before = behind.last_step.clone() if len(self._runs()) > 1 else behind.last_step
-        for run in self._runs():
+        runs = self._runs()
+        before = behind.last_step.clone() if len(runs) > 1 else behind.last_step
+        for run in runs:
             behind.last_step.copy_(before)  # the run before has caught up
             of_run = self._rows_of(run, [None, self.state[W_dec]])
             (exact,), moments = of_run.weights, of_run.their_moments
@@ -556,6 +560,8 @@ class SparcAdam(torch.optim.Optimizer):
             rows = DecoderRows(exact, moments, of_run.d_streams, behind.last_step, copy)
             for some, here in decoder_blocks(rows, run, latents, self.model._private_here):
                 backend.replay_rows(some, here, behind.history, self._seed_of_rows)
+        if len(runs) > 1:  # the last has no private latents of the others
+            behind.last_step[latents] = len(behind.history)
         if "master" in self.state[W_dec]:
             self._seen[W_dec] = W_dec._version
 
@@ -601,7 +607,7 @@ class SparcAdam(torch.optim.Optimizer):
         """Only the model's own weights, given to the constructor, can be trained."""
         if self.param_groups:
             raise ValueError("SparcAdam has one parameter group, the model's weights, and takes no other")
-        super().add_param_group(param_group)
+        _eager(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
@@ -656,7 +662,7 @@ class SparcAdam(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As on any optimizer; decoder rows are brought up to date first."""
         self.catch_up()
-        return super().state_dict()
+        return _eager(torch.optim.Optimizer.state_dict)(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As on any optimizer; master rows keep their float32. torch.optim.Adam's state loads too.
@@ -675,7 +681,7 @@ class SparcAdam(torch.optim.Optimizer):
         self.catch_up()
         with self.model._rows_left_behind():
             # without the state: torch.optim.Optimizer would copy it in its parameters' type first
-            super().load_state_dict({**state_dict, "state": {}})
+            _eager(torch.optim.Optimizer.load_state_dict)(self, {**state_dict, "state": {}})
             for parameter, state in zip(parameters, states, strict=True):
                 for key, value in state.items():
                     device = torch.device("cpu") if key == "step" and not self.capturable else parameter.device
@@ -721,3 +727,8 @@ def _zeros_like(rows: Tensor, dtype: torch.dtype) -> Tensor:
     if rows.ndim != 2:
         return torch.zeros_like(rows, dtype=dtype)
     return empty_rows(*rows.shape, dtype=dtype, device=rows.device).zero_()
+
+
+def _eager(method: Callable[..., T]) -> Callable[..., T]:
+    """torch keeps some methods from its compiler, and loads that for it: a second, for nothing where nobody has."""
+    return method if "torch._dynamo" in sys.modules else unwrap(method)
