@@ -33,7 +33,7 @@ from sparc_fast.objective import Loss, Objective, SparcLoss, fired, nested_sizes
 from sparc_fast.ops import backends, functional, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import stream_slices
-from sparc_fast.selection import BY_THRESHOLD, LOCAL, RULES, Private, Selection, Thresholds, select
+from sparc_fast.selection import BY_THRESHOLD, LOCAL, RULES, Private, Selection, Thresholds, encode, select
 from sparc_fast.selection.jumprelu import BANDWIDTH, SPARSITY_COEF, JumpReLU
 from sparc_fast.sizes import is_number
 from sparc_fast.whole import WHOLE, Whole
@@ -687,14 +687,18 @@ class SPARC(nn.Module):
 
     def _encode(self, given: Batch) -> tuple[Tensor, Tensor]:
         """(values [N, S', k], the support)"""
-        backend = self._shards.backend(self.backend, given.x.device)
-        indices = select(
-            self.selection, given, self.k, thresholds=self._thresholds(), private=self._private_here, backend=backend
-        )
-        values = functional.support_values(
-            given.x, given.W_enc, given.pre_bias, given.latent_bias, indices,
-            d_streams=given.d_streams, backend=self.backend,
-        )  # fmt: skip
+        chosen = self.selection, given, self.k
+        settings: Any = {"thresholds": self._thresholds(), "private": self._private_here}
+        settings["backend"] = self._shards.backend(self.backend, given.x.device)
+        if torch.is_grad_enabled():  # values carry one
+            indices, values = select(*chosen, **settings), None
+        else:
+            indices, values = encode(*chosen, **settings)
+        if values is None:
+            values = functional.support_values(
+                given.x, given.W_enc, given.pre_bias, given.latent_bias, indices,
+                d_streams=given.d_streams, backend=self.backend,
+            )  # fmt: skip
         return self._shards.codes(values, indices)
 
     def _codes(self, given: Batch, values: Tensor, indices: Tensor) -> SparseLatents:

@@ -113,7 +113,9 @@ def cuda_calls(module: Any) -> dict[str, list[Any]]:
         "filter_scores": take_in,
         "screen_scores": screened,
         "settle_supports": [candidates, capacity, x, pre_bias, W, zeros(L).double(), 0, x_norm, w_norm, 1e-5, 0.0,
-                            integers(N, K), integers(N), integers(1), 0],
+                            integers(N, K), integers(N), integers(1), [floats(S, L), floats(N, S, K)], streams, 0],
+        "support_values": [x, pre_bias, W, floats(S, L), floats(N, S, K), indices.flatten(), integers(N), integers(1),
+                           streams, 0],
         "invert_indices": [integers(L + 1, **whole), integers(N * K, **whole), indices.flatten(),
                            room(module.invert_indices_workspace(N * K, L)), False, 0],
         "update_rows": [update, floats(S, L), floats(D), rows(), rows(), samples, *step,
@@ -224,13 +226,15 @@ CUDA = [
     "filter_scores",
     "screen_scores",
     "settle_supports",
+    "support_values",
     "invert_indices",
     "update_rows",
     "step_rows",
     "replay_rows",
 ]
 # scores, x, weights, pre_bias and copies, whose type is their own
-NARROW = {"topk_rows": [2], "settle_supports": [2, 3, 4], "update_rows": [(3, 3), (4, 3), *((5, i) for i in range(5))],
+NARROW = {"topk_rows": [2], "settle_supports": [2, 3, 4, (14, 0), (14, 1)],
+          "support_values": [0, 1, 2, 3, 4], "update_rows": [(3, 3), (4, 3), *((5, i) for i in range(5))],
           "step_rows": [(1, 3), (2, 3)], "replay_rows": [(0, 3)]}  # fmt: skip
 
 
@@ -301,14 +305,15 @@ def test_what_a_cuda_kernel_writes_shares_no_memory_with_what_else_it_is_given(n
             except ValueError as error:
                 assert "must be memory of its own, got that of" in str(error)  # noqa: PT017
                 refused += 1
-    assert refused or name in ("topk_rows", "invert_indices")
+    assert refused or name in ("topk_rows", "invert_indices", "support_values")
 
 
 READ = {
     "topk_rows": {(2,)},
     "filter_scores": {(3,), *((5, i) for i in range(4)), *((6, i) for i in range(3))},
     "screen_scores": {(2,), (3,), (4,), (5,), *((6, i) for i in range(3))},
-    "settle_supports": {(i,) for i in (2, 3, 4, 5, 7, 8)},
+    "settle_supports": {*((i,) for i in (2, 3, 4, 5, 7, 8)), (14, 0)},
+    "support_values": {(i,) for i in (0, 1, 2, 3, 5, 6, 7)},
     "invert_indices": {(2,)},
     "update_rows": {*((5, i) for i in range(7)), (7, 0), (7, 1)},
     "step_rows": {*((3, i) for i in range(3)), (5, 0), (5, 1)},

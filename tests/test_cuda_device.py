@@ -71,6 +71,16 @@ def test_supports_are_exact(N: int, L: int, D: int, k: int, dtype: torch.dtype) 
     found = cuda.global_topk(x, W_enc, pre_bias, bias, k)
     for rows, indices in zip(x.split(64), found.split(64), strict=True):
         assert torch.equal(indices, reference.global_topk(rows, W_enc, pre_bias, bias, k))
+    check_together((x, W_enc, pre_bias, bias), k, found)
+
+
+def check_together(of: tuple[Tensor, ...], k: int, support: Tensor) -> None:
+    """Values that come with the choice are those found alone, bit for bit."""
+    D = of[0].shape[1]
+    widths = (D - D // 3, D // 3)
+    indices, values = cuda.encode_topk(*of, k, widths)
+    assert torch.equal(indices, support)
+    assert_equal([values], [cuda.support_values(*of, support, widths)], equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -88,6 +98,7 @@ def test_supports_are_exact_on_hard_samples(dtype: torch.dtype) -> None:
     ):
         found = cuda.global_topk(x, weights, pre_bias, biases, 64)
         assert torch.equal(found, reference.global_topk(x, weights, pre_bias, biases, 64))
+        check_together((x, weights, pre_bias, biases), 64, found)
     assert torch.equal(found, cuda.global_topk(x[:1], W_enc * 0, pre_bias, bias * 0, 64).expand(64, -1))
 
 

@@ -70,6 +70,12 @@ static std::vector<uint16_t> bfloat16_of(const std::vector<float>& wide) {
 
 static uint16_t half_of(float value) { return __half_as_ushort(__float2half_rn(value)); }
 
+static Streams streams_of(const std::vector<int>& widths) {
+    Streams streams{int(widths.size()), {}};
+    std::partial_sum(widths.begin(), widths.end(), streams.begin + 1);
+    return streams;
+}
+
 struct Problem {
     int L, D, k, capacity, chunk, threads, sample;
     float residual;  // how far the products may be from the scores, in lengths of a sample
@@ -116,10 +122,17 @@ static void check_global_topk(const Problem& problem, bool copied, int number) {
     const Matrix weights = copied ? Matrix{W.data(), D, Floats::float32} : Matrix{narrow.data(), D, Floats::bfloat16};
     const Operands operands{{x.data(), D, Floats::float32}, {pre_bias.data(), 1, Floats::float32}, weights,
                             wide_bias.data(), D};
+    const Streams streams = streams_of(D > 1 ? std::vector<int>{D / 2, D - D / 2} : std::vector<int>{1});
+    const int S = streams.count;
+    std::vector<float> biases(S * L), values(N * S * k);
+    const Activations to{{biases.data(), L, Floats::float32}, {values.data(), 0, Floats::float32}};
     settle_supports(
-        candidates, operands, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack, indices.data(),
-        given_up.data(), &total, 0);
+        candidates, operands, streams, to, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack,
+        indices.data(), given_up.data(), &total, 0);
     expect(total == expected_given_up, "samples given up", number);
+    const int32_t listed[] = {2, 0}, some = 1;
+    support_values(operands, streams, to, {indices.data(), L, k, false, nullptr, nullptr}, N, 0);
+    support_values(operands, streams, to, {indices.data(), L, k, false, listed, &some}, N, 0);
 }
 
 // All scores by tiles, after the filter has taken in every `apart`-th latent. Sample 1 holds NaN.
@@ -165,8 +178,8 @@ static void check_screen_scores(int N, int L, int D, int apart, int blocks, Floa
     const Operands operands{{X.data(), D, Floats::float32}, {pre_bias.data(), 1, Floats::float32},
                             {narrow_W.data(), D, type}, wide_bias.data(), D};
     settle_supports(
-        candidates, operands, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack, indices.data(),
-        given_up.data(), &total, 0);
+        candidates, operands, streams_of({D}), {}, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack,
+        indices.data(), given_up.data(), &total, 0);
     expect(total == 0, "samples given up by tiles", number);
 }
 
@@ -219,12 +232,6 @@ struct DeviceRows {
                 matrix(copy, Floats::bfloat16)};
     }
 };
-
-static Streams streams_of(const std::vector<int>& widths) {
-    Streams streams{int(widths.size()), {}};
-    std::partial_sum(widths.begin(), widths.end(), streams.begin + 1);
-    return streams;
-}
 
 static void run_update_rows(const UpdateShape& shape) {
     const Streams streams = streams_of(shape.widths);
