@@ -6,13 +6,15 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import context
 from torch import Tensor
 
 import sparc_fast as sf
-from sparc_fast.benchmarks import memory
+from sparc_fast.benchmarks import distributed, memory
 from sparc_fast.benchmarks.cases import SMALL, SMALL_SINGLE, STEP, Place
 from sparc_fast.benchmarks.experiments import training
 from sparc_fast.benchmarks.figures import ON_CPU, reached
@@ -204,7 +206,10 @@ def test_the_floor_is_the_slowest_resource_of_each_phase() -> None:
 
 
 @pytest.mark.distributed
-def test_processes_that_share_latents_are_timed_once_they_train_as_one_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_processes_that_share_latents_are_timed_once_they_train_as_one_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "mp", SimpleNamespace(get_context=lambda _: context()))  # nothing is loaded again
     assert main(["--quick", "--threads", "1", "--op", "distributed"]) == 0
     printed = capsys.readouterr().out
     assert "2 processes, 1 thread" in printed

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import context
 
 pytest.importorskip("triton")
 
-from sparc_fast.benchmarks import checks, gpu, processes, timing
+from sparc_fast.benchmarks import checks, distributed, gpu, processes, timing
 from sparc_fast.benchmarks.cases import Place
 from sparc_fast.benchmarks.figures import to_paste
 from sparc_fast.benchmarks.record import Record, Row
@@ -29,7 +30,7 @@ STAND_IN = Place(torch.device("cpu"), {}, stands_in=True)
 PHASE = """# as `gpu --phase NAME --record PATH`, without the time that importing torch takes
 import json, subprocess, sys, time
 name, path = sys.argv[2], sys.argv[4]
-if name == "small": time.sleep(3)  # slow to load
+if name == "small": time.sleep(1)  # slow to load
 told = json.loads(sys.stdin.readline())
 row = {row!r}
 if name == "profile-A": sys.exit("segmentation fault")
@@ -78,7 +79,7 @@ def test_a_deadline_is_absolute_and_counts_from_when_the_phase_may_begin(
     phases: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "PHASES", {"roofs": gpu.Phase(print, 60.0), "small": gpu.Phase(print, 60.0)})
-    for name, loading in (("roofs", 0), ("small", 3)):
+    for name, loading in (("roofs", 0), ("small", 1)):
         began = monotonic()
         ((left, until),) = (row.seconds for row in gpu.run_phases([name], True, phases))
         assert until >= began + 56  # four seconds less than it may take, to end by itself
@@ -88,10 +89,10 @@ def test_a_deadline_is_absolute_and_counts_from_when_the_phase_may_begin(
 def test_a_phase_that_hangs_is_stopped_with_all_it_started_in_any_session(
     phases: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "PHASES", {"step-A-cuda": gpu.Phase(print, 6.0, "cuda")})
+    monkeypatch.setattr(gpu, "PHASES", {"step-A-cuda": gpu.Phase(print, 5.0, "cuda")})
     row, stopped = gpu.run_phases(["step-A-cuda"], True, phases)
     assert row.contender == "copy"
-    assert stopped.error == "stopped after 6 s"
+    assert stopped.error == "stopped after 5 s"
     assert not running("sleep", f"{LONG}1")
 
 
@@ -113,15 +114,17 @@ def test_a_hybrid_is_made_of_what_this_run_has_measured(phases: list[str], monke
 def test_a_command_that_outlasts_its_time_is_stopped_with_its_children() -> None:
     seconds = [f"{LONG}{i}" for i in range(3, 6)]
     command = "echo said; sleep {} & setsid sleep {} & sleep {}".format(*seconds)
-    assert processes.run_until(2, ["sh", "-c", command]) == "said\n"
+    assert processes.run_until(0.5, ["sh", "-c", command]) == "said\n"
     assert not any(running("sleep", each) for each in seconds)
 
 
 @pytest.mark.parametrize("name", [name for name in gpu.PHASES if name != "tests"])
 def test_every_phase_runs_on_stand_ins_at_a_tiny_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.backends, "FASTER_IN_CUDA", {})
+    monkeypatch.setattr(distributed, "mp", SimpleNamespace(get_context=lambda _: context()))  # nothing is loaded again
     told = {"until": monotonic() + 60, "faster": ["update_rows"]}
     record = gpu.run_phase(name, STAND_IN, False, None, told)
+    assert {row.what for row in record.rows} >= ({"kernel, triton", "all kernels"} if name == "profile-A" else set())
     assert record.rows
     needs_gpu = ("needs a GPU", "only a GPU counts its memory", "the backend 'reference' has none")
     assert not [row for row in record.rows if row.error and row.error not in needs_gpu]
@@ -131,13 +134,13 @@ def test_every_phase_runs_on_stand_ins_at_a_tiny_shape(name: str, monkeypatch: p
 
 def test_the_command_runs_whole_on_stand_ins(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run.json"
-    names = ["roofs", "profile-A", "step-A-triton"]
+    names = ["roofs", "step-A-triton"]
     before = set((processes.ROOT / "benchmarks").rglob("*.json"))
     gpu.main(["--stand-in", "--out", str(out), *[word for name in names for word in ("--only", name)]])
     report = json.loads(out.read_text())
     assert {row["phase"] for row in report["rows"]} == set(names)
     assert not [row for row in report["rows"] if row["error"]]
-    assert {row["what"] for row in report["rows"]} >= {"roof", "kernel, triton", "all kernels", "step"}
+    assert {row["what"] for row in report["rows"]} >= {"roof", "step"}
     printed = capfd.readouterr().out
     assert "no GPU" in printed
     assert "FASTER_IN_CUDA: dict[str, str] = {" in printed

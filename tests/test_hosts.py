@@ -37,10 +37,10 @@ n_latents = 65
 k = 3
 auxk = 8
 dead_after = 400
-steps = 60
+steps = 30
 batch_size = 33
 lr = 1e-2
-checkpoint_every = 20
+checkpoint_every = 10
 calibration_rows = 500
 device = "cpu"
 """
@@ -132,8 +132,8 @@ def test_two_hosts_with_a_replica_each_train_the_model_of_one_process(
 def test_a_host_that_is_gone_ends_the_other_by_name(
     folder: Path, hosts: list[str], start: Callable[..., list[Any]]
 ) -> None:
-    ranks, until = start("cut", "--replicas", "2", "--steps", "1000000", gone=10.0), time.monotonic() + 600
-    while not (folder / "cut" / "checkpoints" / "step-000000020").is_dir():
+    ranks, until = start("cut", "--replicas", "2", "--steps", "1000000", gone=4.0), time.monotonic() + 600
+    while not (folder / "cut" / "checkpoints" / "step-000000010").is_dir():
         assert time.monotonic() < until
         assert all(rank.is_alive() for rank in ranks)
         time.sleep(0.05)

@@ -23,12 +23,12 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc"),
 ]
 MACHINE = Machine("a machine", "cpu", 2**36, 0, 0, 1, Roofline(copy=2e10, float32=1e11, bfloat16=4e11))
-WIDTHS = (256, 128, 128)
+WIDTHS = (128, 64, 64)
 
 RUNS: dict[str, dict[str, Any]] = {
     "many samples, few latents": {"n_latents": 2048, "k": 16, "batch_size": 16384, "calibrate": False},
     "few samples, many latents": {"n_latents": 65536, "k": 16, "batch_size": 64},
-    "accumulated": {"n_latents": 16384, "k": 16, "batch_size": 12288, "accumulate": 3},
+    "accumulated": {"n_latents": 12288, "k": 16, "batch_size": 8192, "accumulate": 2},
     "bfloat16, local": {
         "n_latents": 32768, "k": 16, "batch_size": 2048, "dtype": "bfloat16", "moments": "bfloat16", "selection": "local",
     },

@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(sys.platform != "linux" or not torch.distributed.is_available(), reason="no torchrun here"),
 ]
-STEPS, EVERY = 240, 20
+STEPS, EVERY = 120, 10
 SETTINGS = f"""
 n_latents = 64
 k = 3
@@ -75,7 +75,7 @@ def until_there(folder: Path, out: str) -> Iterator[None]:
     until = time.monotonic() + 600
     while not (folder / out / "checkpoints" / f"step-{EVERY:09d}").is_dir():
         assert time.monotonic() < until
-        yield time.sleep(0.02)
+        yield time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")

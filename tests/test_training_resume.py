@@ -6,44 +6,30 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ranks import in_fork
+from training_killer import killed_run
 from training_runs import RUNS, Recorder, Said, assert_same_results, config, files, trained
 
 from sparc_fast.training import Trainer, read_metrics
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
-def killed(made_once: Callable[..., Path]) -> tuple[Path, list[list[str]]]:
-    """(folder of `RUNS`, how every session of each ended)"""
-
-    def train(folder: Path) -> None:
-        command = [sys.executable, str(HERE / "training_killer.py"), str(folder), "0"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE, timeout=600)
-        assert result.returncode == 0, result.stderr
-        (folder / "sessions").write_text(result.stdout)
-
-    folder = made_once("killed", train)
-    return folder, [line.split() for line in (folder / "sessions").read_text().splitlines()]
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run that nobody disturbed."""
+    return trained(tmp_path_factory.mktemp("whole")).folder.path
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(
-    name: str, killed: tuple[Path, list[list[str]]], tmp_path: Path
-) -> None:
-    folder, sessions = killed
-    ends = [(place, int(how)) for run, place, how in sessions if run == name]
+def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(name: str, tmp_path: Path) -> None:
+    ends = in_fork(killed_run, name, tmp_path / "killed")
     assert ends[:4] == [(place, -signal.SIGKILL) for place in ("step", "replace", "unlink", "step")]
     assert ends[-1] == ("time", 0)
-    trained(tmp_path, **RUNS[name])
-    assert_same_results(folder / name, tmp_path)
-    *_, last = read_metrics(folder / name / "sessions.jsonl")  # who is killed writes none, but at its very end
+    trained(tmp_path / "whole", **RUNS[name])
+    assert_same_results(tmp_path / "killed", tmp_path / "whole")
+    *_, last = read_metrics(tmp_path / "killed" / "sessions.jsonl")  # who is killed writes none, but at its very end
     assert last["from_step"] > 0, "the last session should have gone on from a checkpoint"
 
 
@@ -53,7 +39,9 @@ def signals(number: signal.Signals, step: int, times: int = 1) -> Recorder:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_ends_a_run_after_a_checkpoint_and_it_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_ends_a_run_after_a_checkpoint_and_it_goes_on(
+    number: signal.Signals, whole: Path, tmp_path: Path
+) -> None:
     before = signal.getsignal(number)
     with Trainer(config(), tmp_path / "stopped", files=files(), sinks=[signals(number, 7)]) as trainer:
         outcome = trainer.run()
@@ -63,8 +51,7 @@ def test_a_signal_ends_a_run_after_a_checkpoint_and_it_goes_on(number: signal.Si
         assert trainer.folder.steps()[-1] == 7
         outcome = trainer.run()  # the same object goes on too
         assert (outcome.step, outcome.stopped_by) == (40, None)
-    trained(tmp_path / "whole")
-    assert_same_results(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_results(tmp_path / "stopped", whole)
     ended = [line["ended"] for line in read_metrics(tmp_path / "stopped" / "sessions.jsonl")]
     assert ended == [number.name, "finished"]
 
@@ -76,8 +63,7 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
     assert trainer.folder.steps() == [5]
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(tmp_path: Path) -> None:
-    trained(tmp_path / "whole")
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(whole: Path, tmp_path: Path) -> None:
     with Trainer(config(), tmp_path / "hurt", files=files(), sinks=[signals(signal.SIGTERM, 14)]) as trainer:
         trainer.run()
         newest, older = (trainer.folder.checkpoint(step) for step in reversed(trainer.folder.steps()))
@@ -90,16 +76,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(tmp_path:
         assert trainer.step == 10
         assert older.exists()
         trainer.run()
-    assert_same_results(tmp_path / "hurt", tmp_path / "whole")
+    assert_same_results(tmp_path / "hurt", whole)
 
 
-def test_settings_no_result_depends_on_may_change_on_the_way(tmp_path: Path) -> None:
-    trained(tmp_path / "whole")
+def test_settings_no_result_depends_on_may_change_on_the_way(whole: Path, tmp_path: Path) -> None:
     with Trainer(config(), tmp_path / "changed", files=files(), sinks=[signals(signal.SIGTERM, 14)]) as trainer:
         trainer.run()
     trained(tmp_path / "changed", lazy=True, checkpoint_every=9, keep=1, reading_threads=2, memory=2**28)
-    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("changed", "whole")]
-    assert metrics[0] == metrics[1]
+    assert (tmp_path / "changed" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert json.loads((tmp_path / "changed" / "config.json").read_text())["checkpoint_every"] == 9
 
 

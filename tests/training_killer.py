@@ -1,14 +1,10 @@
-"""Run training in processes that are killed again and again; a script, since it forks.
-
-``python training_killer.py FOLDER SEED`` does each of `RUNS` in a folder of its own, and prints how every session ended.
-"""
+"""Run training in processes that are killed again and again."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,25 +16,18 @@ import sparc_fast as sf
 from sparc_fast.training import Trainer
 
 
-def main(folder: Path, seed: int) -> None:
-    torch.set_num_threads(1)  # no threads in this process: it forks
+def killed_run(name: str, folder: Path) -> list[tuple[str, int]]:
+    """One of `RUNS`, by the children of this process, which has no threads: (where it died, status) of every session."""
+    torch.set_num_threads(1)
     sf.SparcAdam(sf.SPARC({"a": 2}, 2, 1)).step(torch.ones(1, 2))  # what is loaded with the first step, loaded once
-    chance = random.Random(seed)
-    for name, changes in RUNS.items():
-        run(name, folder / name, changes, chance)
-
-
-def run(name: str, folder: Path, changes: dict[str, Any], chance: random.Random) -> None:
+    chance, changes = random.Random(name), RUNS[name]
     # at certain places: a random step, a checkpoint written but not there, there but the old one not yet deleted
-    for place in ("step", "replace", "unlink", "step"):
-        print(name, place, session(folder, changes, die=(place, chance.randint(2, 6))), flush=True)
-    kills = 0
-    while True:  # and at any time; ever later, so that it ends
-        kills += 1
-        how = session(folder, changes, after=chance.uniform(0, 0.05 * 1.6**kills))
-        print(name, "time", how, flush=True)
-        if how == 0:
-            return
+    places = ("step", "replace", "unlink", "step")
+    ends = [(place, session(folder, changes, die=(place, chance.randint(2, 6)))) for place in places]
+    while ends[-1][1] != 0:  # and at any time; ever later, so that it ends
+        after = chance.uniform(0, 0.05 * 1.6 ** (len(ends) - len(places) + 1))
+        ends.append(("time", session(folder, changes, after=after)))
+    return ends
 
 
 def session(
@@ -82,7 +71,3 @@ def killing(function, count):  # type: ignore[no-untyped-def]
         return function(*args, **kwargs)
 
     return called
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,8 +1,8 @@
 """Which ranks are still there: each says so once a second where all can read it; it is read when an exchange fails.
 
 The error of a broken connection names an address, and reaches the neighbours of the lost rank alone; the others see
-these go, in turn. A host that loses its power or its cable closes no connection: whoever it leaves waiting ends when it
-was silent for long.
+these go, in turn. Which processes of a host are there, its system knows at once. A host that loses its power or its
+cable closes no connection: whoever it leaves waiting ends when it was silent for long.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import threading
 import time
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from .shared_memory import _place
+
 BEAT = 1.0  # seconds
 SILENT = 4.0  # seconds after which a rank that said nothing is lost
 GONE = 30.0  # seconds of silence after which nobody waits any longer
-LOST, ENDED = "sparc_fast/lost", "sparc_fast/ended"
+LOST, ENDED, PROCESS = "sparc_fast/lost", "sparc_fast/ended", "sparc_fast/process"
 
 
 class Watch:
@@ -32,24 +35,42 @@ class Watch:
         self._store = store.clone() if hasattr(store, "clone") else store
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._ended = threading.Event()
+        self._place = _place()
+        self._store.set(f"{PROCESS}/{self.rank}", f"{os.getpid()} {self._place}")
         self._beat()
         thread = threading.Thread(target=self._run, name="sparc_fast ranks", daemon=True)
         thread.start()
         atexit.register(self._end, thread)
 
     def lost(self) -> list[int]:
-        """The ranks that are gone; takes some seconds, since a rank that works is silent for one."""
+        """The ranks that are gone, as the first that looked has found."""
         try:
-            if self._store.check([LOST]):
-                return [int(rank) for rank in self._store.get(LOST).decode().split()]
-            before = [self._count(rank) for rank in range(self.ranks)]
-            time.sleep(SILENT)
-            gone = [rank for rank in range(self.ranks) if rank != self.rank and self._count(rank) == before[rank]]
+            gone = [] if self._store.check([LOST]) else self._gone()
             if gone and not self._store.check([LOST]):
                 self._store.set(LOST, " ".join(map(str, gone)))
-            return gone
+            return [int(rank) for rank in self._store.get(LOST).decode().split()] if self._store.check([LOST]) else []
         except RuntimeError:  # whoever keeps the store is gone, with all that is in it
             return [0]
+
+    def _gone(self) -> list[int]:
+        """Takes some seconds where they are of other hosts, since a rank that works is silent for one."""
+        before, here = [self._count(rank) for rank in range(self.ranks)], self._processes()
+        until = time.monotonic() + SILENT
+        while time.monotonic() < until:
+            if ended := [rank for rank, process in here.items() if _has_ended(process)]:
+                return ended
+            time.sleep(0.05)
+        return [rank for rank in range(self.ranks) if rank != self.rank and self._count(rank) == before[rank]]
+
+    def _processes(self) -> dict[int, int]:
+        """The numbers of those of the other ranks that are of this host."""
+        found = {}
+        for rank in range(self.ranks):
+            if rank != self.rank and self._place and self._store.check([key := f"{PROCESS}/{rank}"]):
+                number, _, place = self._store.get(key).decode().partition(" ")
+                if place == self._place:
+                    found[rank] = int(number)
+        return found
 
     def _run(self) -> None:
         now = time.monotonic()
@@ -86,6 +107,14 @@ class Watch:
         with suppress(RuntimeError):
             self._store.set(f"{ENDED}/{self.rank}", "")
         thread.join(BEAT)
+
+
+def _has_ended(process: int) -> bool:
+    """Whether there is no such process any more, but for what its parent may ask of it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 @cache
