@@ -50,12 +50,9 @@ class Dictionary:
         """Those of all latents whose rows are here."""
         return self._shards.rows(self.shape[0])
 
-    def to(self, *arguments: torch.device | torch.dtype | str) -> Dictionary:
+    def to(self, where: torch.device | torch.dtype | str) -> Dictionary:
         """As Tensor.to."""
-        rows = self.rows
-        for argument in arguments:
-            rows = rows.to(argument)
-        return Dictionary(rows, self._shards, self.shape[0])
+        return Dictionary(self.rows.to(where), self._shards, self.shape[0])
 
     def of_each(self, numbers: Tensor) -> Tensor:
         """[L, ...], from the numbers of the rows here."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from .codes import CHUNK_BYTES, Codes, check_codes, check_labels, firing_counts, label_counts
 from .concepts import Carried
 from .registry import Given, Metric, Score, Sizes
-from .resampling import Resampling, drawn_firings, drawn_sums, firing_keys, latent_blocks
+from .resampling import Resampling, drawn_firings, drawn_sums, firing_entries, latent_blocks
 
 __all__ = [
     "CONCEPTS",
@@ -154,7 +154,7 @@ def drawn_jaccard(
         l = latents.stop - latents.start
         cells, samples = [], []
         for code, order in zip(of_streams, orders, strict=True):
-            keys = firing_keys(code, latents, resampling.chunk_bytes, order)
+            keys, _ = firing_entries(code, latents, resampling.chunk_bytes, order=order)
             sample = keys % max(N, 1)
             of_key, concept = carried.of(sample)
             cell, place = ((keys // max(N, 1))[of_key] * C + concept).sort(stable=True)

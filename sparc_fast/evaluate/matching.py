@@ -139,7 +139,7 @@ def _partners(
     """Pairs of latents and their correlations: of each latent of the first, [L, N], those of largest correlation."""
     k = max(1, other.nnz // max(1, other.shape[0]))
     spread, other_spread = np.sqrt(n * (n_samples - n)), np.sqrt(m * (n_samples - m))
-    found: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]] = []
+    found: list[tuple[npt.NDArray[Any], ...]] = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
     for some in runs(np.cumsum(n * k).tolist(), PRODUCTS):
         both = first[some] @ other
         row = np.repeat(np.arange(some.start, some.stop), np.diff(both.indptr))
@@ -152,7 +152,5 @@ def _partners(
         place = np.arange(len(good)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
         good = good[place < PARTNERS]
         found.append((row[good], column[good].astype(np.int64), phi[good]))
-    if not found:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
     rows, columns, weights = (np.concatenate(part) for part in zip(*found, strict=True))
     return rows, columns, weights

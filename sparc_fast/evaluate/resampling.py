@@ -23,7 +23,6 @@ __all__ = [
     "drawn_firings",
     "drawn_sums",
     "firing_entries",
-    "firing_keys",
     "latent_blocks",
 ]
 
@@ -122,23 +121,13 @@ def latent_blocks(
         yield latents
 
 
-def firing_keys(code: StreamCode, latents: slice, chunk_bytes: int, order: Tensor | None = None) -> Tensor:
-    """(latent - first) * N + sample of all firings of some latents, ascending, int64. order: the sample each row is."""
-    return _keys(code, latents, chunk_bytes, (), order)[0].sort().values
-
-
 def firing_entries(
-    code: StreamCode, latents: slice, chunk_bytes: int, *carried: Tensor
+    code: StreamCode, latents: slice, chunk_bytes: int, *carried: Tensor, order: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`firing_keys`, and in the same order float32 of what each firing carries, [N, k] each, such as its activation."""
-    keys, of_firings = _keys(code, latents, chunk_bytes, carried)
-    keys, place = keys.sort()
-    return keys, tuple(each[place] for each in of_firings)
+    """(latent - first) * N + sample of all firings of some latents, ascending, int64; order: the sample each row is.
 
-
-def _keys(
-    code: StreamCode, latents: slice, chunk_bytes: int, carried: Sequence[Tensor], order: Tensor | None = None
-) -> tuple[Tensor, list[Tensor]]:
+    In the same order float32 of what each firing carries, [N, k] each, such as its activation.
+    """
     values, indices = code
     N = len(values)
     found = [torch.zeros(0, dtype=torch.int64, device="cpu")]
@@ -152,7 +141,8 @@ def _keys(
         for kept, each in zip(of_firings, carried, strict=True):
             kept.append(each[samples, slots].float())
         found.append(latent * N + (samples if order is None else order[samples]))
-    return torch.cat(found), [torch.cat(kept) for kept in of_firings]
+    keys, place = torch.cat(found).sort()
+    return keys, tuple(torch.cat(kept)[place] for kept in of_firings)
 
 
 def drawn_sums(samples: Tensor, offsets: Tensor, weights: Tensor, each: Tensor | None = None) -> Tensor:
@@ -173,7 +163,7 @@ class Bags(NamedTuple):
 
     @classmethod
     def of(cls, keys: Tensor, latents: slice, N: int) -> Bags:
-        """Of `firing_keys`."""
+        """Of keys by `firing_entries`."""
         first = torch.arange(latents.stop - latents.start, device="cpu") * N
         return cls(keys % max(N, 1), torch.searchsorted(keys, first))
 
@@ -190,7 +180,7 @@ def drawn_firings(
     Behind the streams stand pairs of them, [S + pairs, l, b]: samples that fire the latent in both.
     """
     for latents in latent_blocks(codes, n_latents, resampling):
-        keys = [firing_keys(code, latents, resampling.chunk_bytes) for code in codes]
+        keys = [firing_entries(code, latents, resampling.chunk_bytes)[0] for code in codes]
         keys += [keys[s][torch.isin(keys[s], keys[t], assume_unique=True)] for s, t in pairs]
         bags = [Bags.of(some_keys, latents, resampling.n) for some_keys in keys]
         for some, weights in resampling.pieces(4 * len(keys) * (latents.stop - latents.start)):
