@@ -42,9 +42,7 @@ def measure(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
     x, W = shape.inputs(), shape.model().W_enc.data
     runs: dict[str, Run] = {PRODUCT: lambda: x @ W.T}
     for name in (*record.place.ours, CPU_RIVALS[-1]):
-        if complaint := check_step(name, record.place):
-            record.add(GROWTH, shape.name, name, dtype, error=f"WRONG, not timed: {complaint}")
-        else:
+        if not record.is_wrong(check_step(name, record.place), GROWTH, shape.name, name, dtype):
             runs[name] = partial(trainer(name, shape, record.place, dtype).step, x)
     quiet: dict[str, list[float]] = {name: [] for name in runs}
     busy: dict[str, list[float]] = {name: [] for name in runs}

@@ -141,8 +141,7 @@ def _run(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
         return
     with ranks(SMALL, place) as small:
         complaint = same_training(Ours(SMALL.model(place.backend)), SMALL.inputs(), small)
-    if complaint:
-        record.add(*where, together, error=f"WRONG, not timed: {complaint}")
+    if record.is_wrong(complaint, *where, together):
         return
     torch.set_num_threads(RANKS)
     try:
@@ -187,9 +186,8 @@ def on_devices(record: Record, shape: Shape, dtype: str, seconds: float) -> None
         runs: dict[str, Callable[[int], object]] = {"no ranks": lambda times: _steps(alone, x, times)}
         for n, of_ranks in shared.items():
             fresh = Ours(model_of(shape, place, place.role, dtype))
-            if complaint := same_training(fresh, x, of_ranks, 1e-5 if dtype == "float32" else 1e-2):
-                record.add(*where, names[n], dtype, error=f"WRONG, not timed: {complaint}")
-            else:
+            complaint = same_training(fresh, x, of_ranks, 1e-5 if dtype == "float32" else 1e-2)
+            if not record.is_wrong(complaint, *where, names[n], dtype):
                 runs[names[n]] = of_ranks.step
         for name, taken in _in_turns(runs, seconds).items():
             record.times(*where, name, dtype, taken=taken, work=phases(shape, dtype), role="ours")

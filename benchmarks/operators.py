@@ -206,8 +206,8 @@ def _ready(
                 narrow = 6e-2 if label in operator.gpu else 2e-2
                 tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}.get(o.dtype, narrow)
                 got = operator.comparable(few, prepare(few)())
-                if complaint := disagreement(got, want, tolerance, order=2 if as_gpu else math.inf):
-                    record.add(*where, error=f"WRONG, not timed: {complaint}")
+                complaint = disagreement(got, want, tolerance, order=2 if as_gpu else math.inf)
+                if record.is_wrong(complaint, *where):
                     continue
             run = prepare(o)
             run()

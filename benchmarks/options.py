@@ -59,8 +59,7 @@ def _replay(op: str, record: Record, shape: Shape, dtype: str, seconds: float) -
     for name, backend in record.place.ours.items():
         if not record.fits(2 * shape.held_bytes, op, shape.name, name, share=0.9):
             continue
-        if complaint := same_training(backend, skewed):
-            record.add(op, shape.name, name, error=f"WRONG, not timed: {complaint}")
+        if record.is_wrong(same_training(backend, skewed), op, shape.name, name):
             continue
         for label, lazy in zip((name, f"{name}, every row"), LAZY, strict=True):
             runs[label] = stepping(training(shape, backend, skewed, lazy), shape)
@@ -84,8 +83,7 @@ def _moments(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
     x = shape.inputs()
     runs: dict[str, Run] = {}
     for name, backend in record.place.ours.items():
-        if complaint := same_losses(backend):
-            record.add("moments", shape.name, f"{name}, bfloat16 moments", error=f"WRONG, not timed: {complaint}")
+        if record.is_wrong(same_losses(backend), "moments", shape.name, f"{name}, bfloat16 moments"):
             continue
         for moments in ("bfloat16", "float32"):
             runs[f"{name}, {moments} moments"] = partial(Ours(shape.model(backend), moments=moments).step, x)

@@ -96,6 +96,12 @@ class Record:
                 with contextlib.suppress(Exception):
                     torch.cuda.empty_cache()
 
+    def is_wrong(self, complaint: str | None, *name: str) -> bool:
+        """Whether anything was found wrong with a contender, which is then not timed; a row says it."""
+        if complaint:
+            self.add(*name, error=f"WRONG, not timed: {complaint}")
+        return bool(complaint)
+
     def has_time(self, seconds: float, *name: str) -> bool:
         """Whether so many seconds are left; if not, a row says so."""
         if self.left() >= seconds:

@@ -162,15 +162,14 @@ def compare(record: Record, shape: Shape, wanted: Sequence[tuple[str, str]], sec
         if not (record.has_time(seconds, *where) and record.fits(needed, *where)):
             continue
         with record.guard(*where):
-            if not place.as_gpu and (complaint := check_step(name, place)):
-                record.add(*where, error=f"WRONG, not timed: {complaint}")
+            if not place.as_gpu and record.is_wrong(check_step(name, place), *where):
                 continue
             contender, x = trainer(name, shape, place, dtype), inputs_of(name, shape, place, dtype)
             if place.as_gpu:
                 losses[key] = [float(contender.step(x)) for _ in range(3)]
             made[key] = partial(contender.step, x)
     for key, complaint in disagreements(losses).items():
-        record.add("step", shape.name, *key, error=f"WRONG, not timed: {complaint}")
+        record.is_wrong(complaint, "step", shape.name, *key)
         del made[key]
     if not made:
         return
@@ -303,9 +302,7 @@ def _sae(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
     runs: dict[str, Run] = {}
     for name, contender in {**own, "EagerSAE": EagerSAE(shape.model())}.items():
         run = partial(_forward_backward, contender, x)
-        if complaint := disagreement(run(), want):
-            record.add(*where, name, dtype, error=f"WRONG, not timed: {complaint}")
-        else:
+        if not record.is_wrong(disagreement(run(), want), *where, name, dtype):
             runs[name] = run
     N, L, D, k = shape.N, shape.L, shape.D, shape.k
     work = (
@@ -349,8 +346,7 @@ def _rules(record: Record, shape: Shape, dtype: str, seconds: float) -> None:
     for rule, (sized, options) in rules(shape).items():
         small, of_small = rules(SMALL)[rule]
         losses = [_losses(Ours(model(small, place, name, "float32", **of_small))) for name in (place.role, "reference")]
-        if complaint := disagreement(*losses):
-            record.add("rules", shape.name, rule, error=f"WRONG, not timed: {complaint}")
+        if record.is_wrong(disagreement(*losses), "rules", shape.name, rule):
             continue
         ours = Ours(model(sized, place, place.role, dtype, **options), lr=0.0)
         runs[rule] = partial(ours.step, inputs_of(place.role, shape, place, dtype))

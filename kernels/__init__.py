@@ -1,12 +1,9 @@
-"""Triton kernels of sparc_fast, installed as ``sparc_fast.kernels``: one operator a file, named after it."""
+"""Triton kernels of sparc_fast, installed as ``sparc_fast.kernels``: a file an operator, or several of one kind."""
 
 from .count_silence import count_silence
 from .decode_loss import decode_loss
-from .decoder_gradients import decoder_gradients
-from .encoder_gradients import encoder_gradients
 from .finish_step import finish_step
 from .global_topk import global_topk
-from .gradient_squares import gradient_squares
 from .invert_indices import invert_indices
 from .loss_summary import loss_summary
 from .nested_decode_loss import nested_decode_loss
@@ -21,7 +18,7 @@ from .support_values import support_values
 from .support_values_grad_x import support_values_grad_x
 from .topk_rows import topk_rows
 from .update_rows import step_rows, update_rows
-from .weight_gradients import weight_gradients
+from .weight_gradients import decoder_gradients, encoder_gradients, gradient_squares, weight_gradients
 
 __all__ = [
     "batch_topk",

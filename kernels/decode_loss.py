@@ -19,8 +19,9 @@ them, and the rows of grad_recons, in order.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -209,11 +210,6 @@ def choice(
     }
 
 
-def are_whole(d_streams: Sequence[int], chosen: dict[str, int]) -> bool:
-    """Whether no stream ends in the middle of a block of columns."""
-    return all(d % chosen["BLOCK_D"] == 0 for d in d_streams)
-
-
 def decode_loss(
     values: Tensor,
     indices: Tensor,
@@ -224,6 +220,18 @@ def decode_loss(
     weights: Sequence[float],
     d_streams: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands = values, indices, W_dec, pre_bias, target, scale, weights, d_streams
+    nmse, grad_recons, grad_values, grad_pre_bias = losses(_decode_loss_kernel, choice, *operands, 1)
+    return nmse[0], grad_recons[0], grad_values, grad_pre_bias
+
+
+def losses(
+    kernel: Any, choice: Callable[..., dict[str, int]], values: Tensor, indices: Tensor, W_dec: Tensor,
+    pre_bias: Tensor, target: Tensor, scale: Tensor, weights: Sequence[float], d_streams: Sequence[int], P: int,
+    sizes: Sequence[Tensor] = (), **constants: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """nmse [P, S, S], grad_recons [P, N, S, D], grad_values and grad_pre_bias of P dictionaries, by a kernel that takes
+    their sizes, if any, and these constants."""
     (N, S, k), (L, D), device = values.shape, W_dec.shape, values.device
     sums, dtype = sum_type(values, W_dec, pre_bias, target), gradient_dtype(values)
     stored_sums = torch.float64 if sums == tl.float64 else torch.float32
@@ -233,21 +241,20 @@ def decode_loss(
     columns = column_blocks(widths(d_streams), chosen.pop("CHUNK"), device)
     chunks = len(columns)
 
-    nmse_parts = torch.empty(chunks, S, N, dtype=stored_sums, device=device)
+    nmse_parts = torch.empty(P, chunks, S, N, dtype=stored_sums, device=device)
     grad_values_parts = torch.empty(chunks, N, S, k, dtype=stored_sums, device=device)
-    grad_recons = torch.empty(N, S, D, dtype=stored(dtype, device), device=device)
+    grad_recons = torch.empty(P, N, S, D, dtype=stored(dtype, device), device=device)
     rows, target = dense_rows(W_dec), dense_rows(target)
+    whole = all(d % chosen["BLOCK_D"] == 0 for d in d_streams)  # no stream ends in the middle of a block of columns
     launch(
-        _decode_loss_kernel, (N, chunks, triton.cdiv(S, chosen["SOURCES"])),
-        nmse_parts, grad_recons, grad_values_parts,
+        kernel, (N, chunks, triton.cdiv(S, chosen["SOURCES"])), nmse_parts, grad_recons, grad_values_parts,
         values.contiguous(), indices.contiguous(), rows, pre_bias.contiguous(), target, scale.contiguous(),
-        weights_on(tuple(weights), device), columns, rows.stride(0), target.stride(0), N, S, k, L, D,
-        PER_STREAM=per_stream, ALIGNED=math.gcd(16, *d_streams), EVEN=are_whole(d_streams, chosen), SUM=sums,
-        OPERAND=operand_type(values), **chosen,
+        weights_on(tuple(weights), device), *sizes, columns, rows.stride(0), target.stride(0), N, S, k, L, D,
+        PER_STREAM=per_stream, ALIGNED=math.gcd(16, *d_streams), EVEN=whole, SUM=sums, OPERAND=operand_type(values),
+        **constants, **chosen,
     )  # fmt: skip
-
-    nmse, grad_values, grad_pre_bias = finish(nmse_parts[None], grad_values_parts, grad_recons, columns, dtype)
-    return nmse[0], grad_recons.to(dtype), grad_values, grad_pre_bias
+    nmse, grad_values, grad_pre_bias = finish(nmse_parts, grad_values_parts, grad_recons, columns, dtype)
+    return nmse, grad_recons.to(dtype), grad_values, grad_pre_bias
 
 
 @cache

@@ -13,6 +13,12 @@ L2_BYTES = 40_000_000
 """What random reads find in the L2 cache of a large GPU."""
 
 
+def gathers_whole_rows(L: int, D: int, item_size: int) -> bool:
+    """Whether rows [L, D] are gathered whole as fast as chunk by chunk of columns: where the L2 cache keeps most of
+    them, or not even chunks of 128 columns. Estimated, not measured."""
+    return 2 * L * D * item_size <= 3 * L2_BYTES or L * 128 * item_size > L2_BYTES
+
+
 @triton.jit
 def widened(numbers, TYPE: tl.constexpr):
     """bfloat16 by its bits, in half the instructions."""

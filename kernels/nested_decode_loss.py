@@ -14,7 +14,6 @@ as it has.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -23,11 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_fast.kernels.decode_loss import are_whole, finish, weights_on
 from sparc_fast.kernels.decode_loss import choice as of_one_dictionary
-from sparc_fast.kernels.gather import coefficients, combine, dots, gather, locate, operand_type, stored, sum_type
-from sparc_fast.kernels.launching import column_blocks, dense_rows, launch, next_power_of_2, widths
-from sparc_fast.ops.layout import gradient_dtype
+from sparc_fast.kernels.decode_loss import losses
+from sparc_fast.kernels.gather import coefficients, combine, dots, gather, locate
+from sparc_fast.kernels.launching import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -142,30 +140,10 @@ def nested_decode_loss(
     d_streams: Sequence[int],
     sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (N, S, k), (L, D), P, device = values.shape, W_dec.shape, len(sizes), values.device
-    sums, dtype = sum_type(values, W_dec, pre_bias, target), gradient_dtype(values)
-    stored_sums = torch.float64 if sums == tl.float64 else torch.float32
-    per_stream = indices.ndim == 3
-    aligned = all(d % 16 == 0 for d in d_streams)
-    chosen = choice(1 if per_stream else S, k, L, max(d_streams), values.dtype, W_dec.dtype, aligned)
-    columns = column_blocks(widths(d_streams), chosen.pop("CHUNK"), device)
-    chunks = len(columns)
-
-    nmse_parts = torch.empty(P, chunks, S, N, dtype=stored_sums, device=device)
-    grad_values_parts = torch.empty(chunks, N, S, k, dtype=stored_sums, device=device)
-    grad_recons = torch.empty(P, N, S, D, dtype=stored(dtype, device), device=device)
-    rows, target = dense_rows(W_dec), dense_rows(target)
-    launch(
-        _nested_decode_loss_kernel, (N, chunks, triton.cdiv(S, chosen["SOURCES"])),
-        nmse_parts, grad_recons, grad_values_parts,
-        values.contiguous(), indices.contiguous(), rows, pre_bias.contiguous(), target, scale.contiguous(),
-        weights_on(tuple(weights), device), _sizes(tuple(sizes), device), columns, rows.stride(0), target.stride(0), N,
-        S, k, L, D, PER_STREAM=per_stream, ALIGNED=math.gcd(16, *d_streams), EVEN=are_whole(d_streams, chosen),
-        SUM=sums, OPERAND=operand_type(values), PREFIXES=P, BLOCK_P=next_power_of_2(P), **chosen,
-    )  # fmt: skip
-
-    nmse, grad_values, grad_pre_bias = finish(nmse_parts, grad_values_parts, grad_recons, columns, dtype)
-    return nmse, grad_recons.to(dtype), grad_values, grad_pre_bias
+    operands = values, indices, W_dec, pre_bias, target, scale, weights, d_streams
+    P, ends = len(sizes), _sizes(tuple(sizes), values.device)
+    constants = {"PREFIXES": P, "BLOCK_P": next_power_of_2(P)}
+    return losses(_nested_decode_loss_kernel, choice, *operands, P, [ends], **constants)
 
 
 @cache

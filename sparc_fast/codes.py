@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class SparseLatents:
             lacking = torch.where(here.any(-1, keepdim=True), -1, latent).to(indices.dtype)
             indices = torch.cat([indices, lacking], dim=-1)
             values = torch.cat([values, values.new_zeros(*values.shape[:-1], 1)], dim=-1)
-        grown = SparseLatents(values, indices, self.streams, self.n_latents)
+        grown = replace(self, values=values, indices=indices)
         return grown._change(latent, stream, lambda old: torch.full_like(old, value))
 
     def scale(self, latent: int, factor: float, stream: str | None = None) -> SparseLatents:
@@ -104,23 +104,21 @@ class SparseLatents:
             chosen = torch.zeros(len(self.streams), 1, dtype=torch.bool, device=here.device)
             chosen[position(stream, self.streams, "stream")] = True
             here = here & chosen
-        values = torch.where(here, change(self.values), self.values)
-        return SparseLatents(values, self.indices, self.streams, self.n_latents)
+        return replace(self, values=torch.where(here, change(self.values), self.values))
 
     def to(self, *arguments: Any, **options: Any) -> SparseLatents:
         """As Tensor.to: another device, and another dtype of the values."""
         values = self.values.to(*arguments, **options)
-        return SparseLatents(values, self.indices.to(values.device), self.streams, self.n_latents)
+        return replace(self, values=values, indices=self.indices.to(values.device))
 
     def reshape(self, *leading: int) -> SparseLatents:
         """The same samples in other leading dimensions."""
-        parts = [part.reshape(*leading, *part.shape[len(self.shape) :]) for part in (self.values, self.indices)]
-        return SparseLatents(parts[0], parts[1], self.streams, self.n_latents)
+        return self._map(lambda part: part.reshape(*leading, *part.shape[len(self.shape) :]))
 
     def with_slots(self, k: int) -> SparseLatents:
         """The same with k slots a sample, the further ones empty: latent -1 of value 0."""
         room = (0, k - self.values.shape[-1])
-        return SparseLatents(pad(self.values, room), pad(self.indices, room, value=-1), self.streams, self.n_latents)
+        return replace(self, values=pad(self.values, room), indices=pad(self.indices, room, value=-1))
 
     @staticmethod
     def cat(codes: Sequence[SparseLatents]) -> SparseLatents:
@@ -130,7 +128,7 @@ class SparseLatents:
         if first is None or any(other != like[0] for other in like):
             raise ValueError(f"codes must be at least one, all of the same streams and latents, got {like}")
         values, indices = stack([one.values for one in codes]), stack([one.indices for one in codes])
-        return SparseLatents(values, indices, first.streams, first.n_latents)
+        return replace(first, values=values, indices=indices)
 
     def stream(self, name: str) -> tuple[Tensor, Tensor]:
         """(values, indices) of one stream, both [..., k]."""
@@ -178,7 +176,7 @@ class SparseLatents:
             raise ValueError(f"path must be codes saved by sparc_fast, but {path} has no {error}") from error
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> SparseLatents:
-        return SparseLatents(change(self.values), change(self.indices), self.streams, self.n_latents)
+        return replace(self, values=change(self.values), indices=change(self.indices))
 
 
 def _strongest(values: Tensor, indices: Tensor) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["Closing", "atomic_path", "check_folder", "flush", "read_object"]
+__all__ = ["Closing", "atomic_path", "check_folder", "flush", "read_object", "write_text"]
 
 T = TypeVar("T")
 
@@ -56,6 +56,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """In UTF-8, whole or not at all; OSError as `atomic_path` raises it."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def check_folder(folder: Path, name: str) -> None:
     """Make the folder now, or OSError naming the argument: minutes of work must not end in an error about it."""
     try:
@@ -79,7 +85,14 @@ def flush(path: Path) -> None:
 
 
 def read_object(path: Path, argument: str) -> dict[str, Any]:
-    """What a file of one JSON object holds; ValueError names the argument that `path` was given as."""
+    """What a file of one JSON object holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it holds something else. Both name the argument that `path` was given as.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument} must be JSON, but there is no file {path}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

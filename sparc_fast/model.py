@@ -33,7 +33,7 @@ from sparc_fast.objective import Loss, Objective, SparcLoss, fired, nested_sizes
 from sparc_fast.ops import backends, functional, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import stream_slices
-from sparc_fast.selection import BY_THRESHOLD, LOCAL, RULES, Private, Selection, Thresholds, select
+from sparc_fast.selection import BY_THRESHOLD, LOCAL, RULES, Private, Selection, Thresholds, encode, select
 from sparc_fast.selection.jumprelu import BANDWIDTH, SPARSITY_COEF, JumpReLU
 from sparc_fast.sizes import is_number
 from sparc_fast.whole import WHOLE, Whole
@@ -241,6 +241,8 @@ class SPARC(nn.Module):
 
         Nothing is calibrated, and no latent is dead.
         """
+        if self.W_enc.is_meta:  # which has no numbers, and takes its time to say so
+            return
         for cols in stream_slices(tuple(self.d_streams.values())):
             bound = 1 / math.sqrt(cols.stop - cols.start)
             self._shards.draw(self.W_enc[:, cols], bound)
@@ -412,9 +414,7 @@ class SPARC(nn.Module):
             raise ValueError(
                 f"selection must be one of {tuple(BY_THRESHOLD)} for thresholds to be learned, got {self.selection!r}"
             )
-        for _, part in self._batch(self._tensors(inputs), present).by_presence():
-            backend = self._shards.backend(self.backend, part.x.device)
-            self._all_thresholds().learn_all(self._of_shared(part), self.k, backend)
+        self._learn(self._batch(self._tensors(inputs), present), Thresholds.learn_all)
 
     def _all_thresholds(self) -> Thresholds:
         return BY_THRESHOLD[self.selection](self.threshold, self.threshold_count, self.streams, self._shards)
@@ -426,13 +426,13 @@ class SPARC(nn.Module):
 
     def _learn_threshold(self, given: Batch) -> None:
         if self.selection in BY_THRESHOLD and self.training:
-            for _, part in given.by_presence():
-                backend = self._shards.backend(self.backend, part.x.device)
-                self._all_thresholds().learn(self._of_shared(part), self.k, backend)
+            self._learn(given, BY_THRESHOLD[self.selection].learn)
 
-    def _of_shared(self, given: Batch) -> Batch:
+    def _learn(self, given: Batch, how: Callable[..., None]) -> None:
         private = self._private_here
-        return given if private is None else private.shared(given)
+        for _, part in given.by_presence():
+            of_shared = part if private is None else private.shared(part)
+            how(self._all_thresholds(), of_shared, self.k, self._shards.backend(self.backend, part.x.device))
 
     def _finite_pieces(self, inputs: Inputs) -> Iterator[Tensor]:
         first = 0
@@ -687,14 +687,18 @@ class SPARC(nn.Module):
 
     def _encode(self, given: Batch) -> tuple[Tensor, Tensor]:
         """(values [N, S', k], the support)"""
-        backend = self._shards.backend(self.backend, given.x.device)
-        indices = select(
-            self.selection, given, self.k, thresholds=self._thresholds(), private=self._private_here, backend=backend
-        )
-        values = functional.support_values(
-            given.x, given.W_enc, given.pre_bias, given.latent_bias, indices,
-            d_streams=given.d_streams, backend=self.backend,
-        )  # fmt: skip
+        chosen = self.selection, given, self.k
+        settings: Any = {"thresholds": self._thresholds(), "private": self._private_here}
+        settings["backend"] = self._shards.backend(self.backend, given.x.device)
+        if torch.is_grad_enabled():  # values carry one
+            indices, values = select(*chosen, **settings), None
+        else:
+            indices, values = encode(*chosen, **settings)
+        if values is None:
+            values = functional.support_values(
+                given.x, given.W_enc, given.pre_bias, given.latent_bias, indices,
+                d_streams=given.d_streams, backend=self.backend,
+            )  # fmt: skip
         return self._shards.codes(values, indices)
 
     def _codes(self, given: Batch, values: Tensor, indices: Tensor) -> SparseLatents:

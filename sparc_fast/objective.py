@@ -165,6 +165,8 @@ class Supports(NamedTuple):
     dead: AmongDead | None
     jump: Jump | None = None
     """Under JumpReLU, which of the indices fire."""
+    activations: Tensor | None = None
+    """[N, S, k], where they came with the indices."""
 
     def used(self) -> list[Tensor]:
         return [self.indices] if self.dead is None else [self.indices, self.dead.indices]
@@ -311,8 +313,11 @@ class Objective:
         if self.jumprelu is not None:
             jumped = self._jump(self.jumprelu, batch)
             return Part(batch, Supports(jumped.indices, dead, jumped), self)
-        indices = self._select(self.selection, batch, self.k, self.support_from, self.private)
-        return Part(batch, Supports(indices, dead), self)
+        indices, activations = selection.encode(
+            self.selection, batch, self.k, support_from=self.support_from, thresholds=self.thresholds,
+            private=self.private, backend=self.shards.backend(self.backend, batch.x.device),
+        )  # fmt: skip
+        return Part(batch, Supports(self.shards.compact(indices), dead, activations=activations), self)
 
     def _jump(self, settings: JumpReLU, batch: Batch) -> Jump:
         assert self.thresholds is not None
@@ -334,9 +339,9 @@ class Objective:
         fires = None if jumped is None else jumped.fires
         operands = *batch.operands(), supports.indices, None, scale, weights, widths, backend
         if self.sizes or jumped is not None or torch.is_grad_enabled():
-            first = reconstruct(*operands, self.sizes, fires)
+            first = reconstruct(*operands, self.sizes, fires, supports.activations)
         else:
-            first = compare(*operands)
+            first = compare(*operands, activations=supports.activations)
         gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc), self.shards)
         if supports.dead is None:
             return Flow(first, None, energy, gradients, batch.latent_threshold)
@@ -458,21 +463,8 @@ class Objective:
     def _best(self, batch: Batch, n_latents: int, among: Tensor | None = None) -> Tensor:
         """AuxK's support: of each sample or, under local selection, each stream of it, as many as may be of so many."""
         rule: Selection = "local" if self.selection in LOCAL else "global"
-        return self._select(rule, batch, min(self.auxk, n_latents), among=among)
-
-    def _select(
-        self,
-        rule: Selection,
-        batch: Batch,
-        k: int,
-        support_from: Sequence[str] | None = None,
-        private: Private | None = None,
-        among: Tensor | None = None,
-    ) -> Tensor:
-        found = selection.select(
-            rule, batch, k, support_from=support_from, thresholds=self.thresholds, private=private, among=among,
-            backend=self.shards.backend(self.backend, batch.x.device),
-        )  # fmt: skip
+        backend = self.shards.backend(self.backend, batch.x.device)
+        found = selection.select(rule, batch, min(self.auxk, n_latents), among=among, backend=backend)
         return self.shards.compact(found)
 
     def _among(self, dead: Tensor, batch: Batch) -> AmongDead:

@@ -92,10 +92,6 @@ class Whole:
         """Those rows here that are among the first n of all processes together."""
         return rows[:n]
 
-    def least(self, number: Tensor) -> Tensor:
-        """The smallest of all processes' numbers, which are scalars."""
-        return number
-
     def of_replicas(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Samples of all replicas below each other, as `sparc_fast.batch.stack` puts them."""
         return tensors

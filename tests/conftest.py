@@ -172,7 +172,6 @@ IN_INTERPRETER = {
     "test_offsets",
     "test_support_values",
     "test_update_rows",
-    "test_weight_gradients",
 }
 
 
@@ -194,7 +193,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # the host's, whatever the default device: what files hold, runs on them, the CPU backend's own
 ON_THE_HOST = {
     "test_benchmarks", "test_benchmarks_gpu", "test_cli", "test_convert", "test_data_files", "test_data_loader",
-    "test_eval_command", "test_glyph_files", "test_glyphs", "test_report", "test_screening", "test_simd_levels",
+    "test_eval_command", "test_glyphs", "test_report", "test_screening", "test_simd_levels",
     "test_crosscoders", "test_docs", "test_export_command", "test_hub", "test_interop", "test_saelens",
 }  # fmt: skip
 
@@ -277,7 +276,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         all_here = metafunc.module.__name__ in IN_INTERPRETER
         names = backends.available(torch.get_default_device()) if all_here else fast_backends()
-        metafunc.parametrize("backend", sorted(names))
+        metafunc.parametrize("backend", sorted(getattr(metafunc.module, "BACKENDS", names)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

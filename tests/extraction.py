@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from sparc_fast.data.feature_folder import write_items, write_manifest
 
 SETTINGS = """\
 batch_size = 4
@@ -45,7 +47,7 @@ def letters(texts: Sequence[str]) -> Tensor:
     )
 
 
-batches_left = int(os.environ.get("BATCHES_TO_LIVE", "-1"))
+batches_left = -1
 
 
 def mortal(texts: Sequence[str]) -> Tensor:
@@ -71,6 +73,29 @@ def write_pictures(folder: Path, n: int) -> list[dict[str, Any]]:
         words = f"picture {'abcdefghij'[i % 10]} of {'kitten' if i % 3 else 'rocket'}"
         rows.append({"id": f"p{i}", "path": f"pictures/{i:03}.png", "text": words, "label": words.split()[-1]})
     return rows
+
+
+def write_features(
+    folder: Path,
+    streams: Mapping[str, tuple[str, np.ndarray]],
+    rows: Sequence[dict[str, Any]],
+    texts: Sequence[str],
+    contents: Sequence[str] = ("thumbnail",),
+    parts: int = 1,
+    **about: Any,
+) -> Path:
+    """A folder of features: streams that are (the column they saw, rows [N, D] or of tokens [N, T, D])."""
+    described = {}
+    for name, (column, x) in streams.items():
+        files = [f"{name}/{part:05}.npy" for part in range(parts)]
+        (folder / name).mkdir(parents=True)
+        for file, some in zip(files, np.array_split(x.astype(np.float32), parts), strict=True):
+            np.save(folder / file, some.reshape(-1, x.shape[-1]))
+        tokens = x.shape[1] if x.ndim == 3 else 1
+        described[name] = {"column": column, "width": x.shape[-1], "tokens": tokens, "files": files, "model": name}
+    write_items(folder, rows, texts, contents)
+    write_manifest(folder, described, len(rows), failed=0, **about)
+    return folder
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
+import io
 import os
+import pickle
 import signal
 import tempfile
 import time
@@ -46,6 +48,26 @@ def in_fork(function: Callable[..., Result], *arguments: Any) -> Result:
         return pool.submit(function, *arguments).result()
 
 
+class _Pickler(pickle.Pickler):
+    """Tensors by their bytes, which take no file and no memory of their own."""
+
+    def reducer_override(self, found: Any) -> Any:
+        if not isinstance(found, torch.Tensor):
+            return NotImplemented
+        flat = found.detach().reshape(-1).contiguous()
+        return _tensor, (bytearray(flat.view(torch.uint8).numpy()), found.dtype, found.shape)
+
+
+def _tensor(numbers: bytearray, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    return torch.frombuffer(numbers, dtype=dtype).view(shape) if numbers else torch.empty(shape, dtype=dtype)
+
+
+def _send(pipe: Connection, told: Any) -> None:
+    pickled = io.BytesIO()
+    _Pickler(pickled).dump(told)
+    pipe.send_bytes(pickled.getbuffer())
+
+
 class Ranks:
     """P processes over gloo; ``ranks(function, *arguments)`` gives what the function returned in each."""
 
@@ -63,7 +85,7 @@ class Ranks:
 
     def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 600) -> list[Any]:
         for pipe in self._pipes:
-            pipe.send((function, arguments))
+            _send(pipe, (function, arguments))
         end, results = time.monotonic() + timeout, {}
         while len(results) < self.n and time.monotonic() < end:
             for rank, pipe in enumerate(self._pipes):
@@ -106,6 +128,6 @@ def _serve(rank: int, n: int, folder: str, pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            pipe.send(("", function(*arguments)))
+            _send(pipe, ("", function(*arguments)))
         except Exception:
-            pipe.send((traceback.format_exc(), None))
+            _send(pipe, (traceback.format_exc(), None))

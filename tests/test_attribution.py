@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from extraction import letters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_encoders import CPU, SIDE, TEXTS, library, pictures, saved
+from tiny_encoders import CPU, SIDE, TEXTS, pictures, save_sentences, saved, tiny_timm, with_weights
 from torch import Tensor, nn
 
 from sparc_fast import SPARC
@@ -25,23 +26,6 @@ from sparc_fast.evaluate.localisation import pointing_game
 from sparc_fast.extract import StreamConfig
 from sparc_fast.extract.encoders import FunctionEncoder, ModelEncoder, encoder_of
 
-SIZES = {
-    "vit_tiny_patch16_224": (32, 32),
-    "vit_medium_patch16_reg4_gap_256": (32, 48),
-    "vit_base_patch16_siglip_224": (32, 32),
-}
-TIMM = {
-    "vit_tiny_patch16_224": {"depth": 3, "patch_size": 8},
-    "vit_medium_patch16_reg4_gap_256": {"depth": 3, "embed_dim": 64, "num_heads": 2, "patch_size": 8},
-    "vit_base_patch16_siglip_224": {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8},
-    "resnet18": {"layers": (1, 1, 1, 1)},
-    "mobilenetv3_small_050": {},
-    "tf_mobilenetv3_small_minimal_100": {},
-    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
-    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 24},
-}  # fmt: skip
-for _name, _size in SIZES.items():
-    TIMM[_name] |= {"img_size": _size, "pretrained_cfg_overlay": {"input_size": (3, *_size)}}
 CASES = {  # (model, pooling): (grid, tokens that are no positions, whether the row is the mean of the positions' rows)
     ("hf:vit", "model"): ((4, 4), 1, False),
     ("hf:vit", "mean"): ((4, 4), 1, True),
@@ -73,39 +57,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(model: str, pooling: str = "model", **more: Any) -> ModelEncoder:
         key = (model, pooling, *more.items())
         if key not in known:
-            known[key] = _make(folder, model, pooling, more)
+            family, _, name = model.partition(":")
+            with tiny_timm() if family == "timm" else nullcontext():
+                if family in ("timm", "open_clip"):
+                    more["weights"] = with_weights(folder, model)[1]
+                elif family == "sentence-transformers":
+                    save_sentences(folder / name)
+                elif not (folder / name).exists():
+                    saved(folder / name, name)
+                known[key] = encoder_of(StreamConfig(model=model, pooling=pooling, **more), folder, CPU)
         return known[key]
 
     return make
-
-
-def _make(folder: Path, model: str, pooling: str, more: dict[str, Any]) -> ModelEncoder:
-    family, _, name = model.partition(":")
-    weights = ""
-    torch.manual_seed(0)
-    if family == "hf" and not (folder / name).exists():
-        saved(folder / name, name)
-    if family == "sentence-transformers":
-        made = library("sentence_transformers").SentenceTransformer(
-            str(saved(folder / "for-sentences", "bert")[0]), device="cpu"
-        )
-        made.save(str(folder / name))
-    if family == "timm":
-        timm, weights = library("timm"), f"{name}.pth"
-        make = timm.create_model
-        torch.save(make(name, num_classes=0, **TIMM[name]).state_dict(), folder / weights)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(timm, "create_model", lambda *a, **k: make(*a, **k, **TIMM[name]))
-            return encoder_of(StreamConfig(model=model, pooling=pooling, weights=weights, **more), folder, CPU)
-    if family == "open_clip":
-        open_clip, weights = library("open_clip"), "clip.pth"
-        (folder / "tiny-clip.json").write_text(
-            '{"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "patch_size": 8},'
-            ' "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}'
-        )
-        open_clip.add_model_config(folder / "tiny-clip.json")
-        torch.save(open_clip.create_model(name).state_dict(), folder / weights)
-    return encoder_of(StreamConfig(model=model, pooling=pooling, weights=weights, **more), folder, CPU)
 
 
 def model_of(width: int, *, normalize: str = "none", whiten: str = "none", L: int = 12, k: int = 5) -> SPARC:
@@ -150,8 +113,8 @@ def test_the_mean_of_a_map_is_the_code_where_a_row_is_the_mean_of_its_positions(
         return
     sparc = model_of(rows.shape[1], normalize=normalize)
     values, indices = sparc.encode({"eye": rows}).stream("eye")
-    for latent in set(indices.flatten().tolist()):
-        found = of(sparc, encoder, int(latent))
+    for latent in sorted(set(indices.flatten().tolist()))[:4]:
+        found = of(sparc, encoder, latent)
         assert found.gap.abs().max() < 1e-6
         n, j = ((indices == latent) & (values > 0)).nonzero(as_tuple=True)
         torch.testing.assert_close(found.maps.double().mean((1, 2))[n].float(), values[n, j], rtol=1e-6, atol=2e-6)
@@ -286,16 +249,6 @@ def test_models_are_as_they_were_afterwards(method: str, made: Any) -> None:
     assert not any(part._forward_hooks for part in encoder.model.modules())
 
 
-def test_each_encoder_sees_the_picture_through_its_own_preprocessing(made: Any) -> None:
-    """Two models of one stream's width: the scores are of the rows that `extract` makes with each."""
-    for model, pooling in (("hf:vit", "mean"), ("hf:siglip", "mean"), ("timm:vit_medium_patch16_reg4_gap_256", "mean")):
-        encoder = made(model, pooling)
-        rows = encoder.encode([encoder.prepare(p) for p in pictures()])
-        sparc = model_of(rows.shape[1])
-        expected = Target.of(sparc, "eye", 2, 3).score(rows)
-        torch.testing.assert_close(of(sparc, encoder, 2).scores, expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("size", [(40, 40), (64, 40), (37, 61), (300, 200)])
 def test_the_part_of_a_picture_that_a_model_sees_is_read_off_its_preprocessing(
     size: tuple[int, int], made: Any
@@ -370,7 +323,7 @@ def colours_model() -> SPARC:
     return model
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_of_four_squares_the_map_points_at_the_one_with_the_latents_colour(data: Any) -> None:
     crop = data.draw(st.sampled_from([1.0, 0.75]))

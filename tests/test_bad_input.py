@@ -112,64 +112,6 @@ def test_finite_inputs_whose_sum_overflows_are_accepted() -> None:
     model.encode({"dino": torch.full((5, 4), 1e38), "text": torch.zeros(5, 3)})
 
 
-@pytest.mark.parametrize("role", ["source", "target"])
-def test_unknown_streams_in_decode_and_translate(role: str) -> None:
-    model = sf.SPARC(WIDTHS, 9, 2)
-    names = {"source": "dino", "target": "text", role: "audio"}
-    with pytest.raises(ValueError, match=r"must be one of the streams \('dino'.*got 'audio'"):
-        model.translate({"dino": torch.zeros(2, 4)}, **names)
-    with pytest.raises(ValueError, match=r"must be one of the streams \('dino'.*got 'audio'"):
-        model.decode(model.encode({"dino": torch.zeros(2, 4)}), **names)
-
-
-def test_inputs_that_overflow_in_the_dtype_of_the_weights() -> None:
-    model = sf.SPARC(WIDTHS, 9, 2, dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"inputs\['dino'\] must be finite in torch.float16"):
-        model.loss(torch.full((5, 7), 1e5))
-
-
-def test_streams_nobody_asked_for_are_checked_in_translate_too() -> None:
-    model = sf.SPARC(WIDTHS, 9, 2)
-    with pytest.raises(ValueError, match="got 'audio'"):
-        model.translate({"dino": torch.zeros(2, 4), "audio": torch.zeros(2, 4)}, "dino", "text")
-    with pytest.raises(ValueError, match="same samples in every stream"):
-        model.translate({"dino": torch.zeros(2, 4), "text": torch.zeros(3, 3)}, "dino", "text")
-
-
-def test_codes_of_another_model() -> None:
-    codes = sf.SPARC(WIDTHS, 16, 2).encode(torch.zeros(2, 7))
-    with pytest.raises(ValueError, match="codes must be of a model with n_latents=9, got 16"):
-        sf.SPARC(WIDTHS, 9, 2).decode(codes, "dino", "text")
-
-
-def test_decode_operands_that_do_not_fit_each_other() -> None:
-    values, indices = torch.ones(4, 1, 2), torch.zeros(4, 2, dtype=torch.int32)
-    W_dec, pre_bias = torch.ones(3, 2), torch.zeros(2)
-    with pytest.raises(ValueError, match=r"indices must be \[N=4, k=2\] or \[N=4, S=1, k=2\], got \[4, 3\]"):
-        F.sparse_decode(values, torch.zeros(4, 3, dtype=torch.int32), W_dec, pre_bias)
-    with pytest.raises(ValueError, match="pre_bias must have the dtype and device of values"):
-        F.sparse_decode(values, indices, W_dec, pre_bias.double())
-    with pytest.raises(ValueError, match="indices must lie in -1 … n_latents - 1 = 2, got 3 … 3"):
-        F.sparse_decode(values, indices + 3, W_dec, pre_bias)
-
-
-def test_losses_of_different_shapes() -> None:
-    for measure in (sf.nmse, sf.fvu):
-        with pytest.raises(ValueError, match=r"recons must have the shape of x, \[5, 3\], got \[3\]"):
-            measure(torch.zeros(3), torch.zeros(5, 3))
-
-
-def test_translate_without_its_source() -> None:
-    model = sf.SPARC(WIDTHS, 9, 2)
-    with pytest.raises(ValueError, match=r"inputs must hold the source stream 'text', got \('dino',\)"):
-        model.translate({"dino": torch.zeros(2, 4)}, "text", "dino")
-
-
-def test_calibration_without_every_stream() -> None:
-    with pytest.raises(ValueError, match=r"inputs must hold samples of every stream \('dino', 'text'\)"):
-        sf.SPARC(WIDTHS, 9, 2).calibrate({"dino": torch.randn(5, 4)})
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -195,11 +137,6 @@ def test_operands_that_do_not_fit_each_other(change: dict[str, object], message:
         F.support_values(**arguments)
 
 
-def test_a_screening_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match='screening must be "auto", "bf16" or "off", got \'int8\''):
-        F.global_topk(**operands(), k=2, screening="int8")
-
-
 def test_indices_outside_the_latents() -> None:
     with torch.device("cpu"):  # elsewhere to look would be to wait
         arguments, far = operands(), torch.full((5, 2), 2**32 + 1)
@@ -210,35 +147,79 @@ def test_indices_outside_the_latents() -> None:
                 F.support_values(**arguments, indices=indices, d_streams=(4, 3))
 
 
-def test_the_fused_loss_refuses_inputs_that_want_gradients() -> None:
-    model = sf.SPARC(WIDTHS, 9, 2)
-    with pytest.raises(ValueError, match="x must not require a gradient"):
-        model.loss(torch.randn(5, 7, requires_grad=True))
+def decode(**change: torch.Tensor) -> torch.Tensor:
+    given = {"values": torch.ones(4, 1, 2), "indices": torch.zeros(4, 2, dtype=torch.int32)}
+    return F.sparse_decode(**{**given, "W_dec": torch.ones(3, 2), "pre_bias": torch.zeros(2), **change})
 
 
-def test_scale_and_residual_of_another_dtype() -> None:
-    arguments = {**operands(), "W_dec": torch.randn(9, 7), "indices": torch.zeros(5, 2, dtype=torch.int32)}
-    arguments |= {"d_streams": (4, 3), "weights": (1.0,) * 4}
-    with pytest.raises(ValueError, match=r"scale must be torch.float32 on \S+, got torch.float64 on \S+"):
-        F.reconstruction_loss(**arguments, scale=torch.ones(5, 2).double())
-    with pytest.raises(ValueError, match="residual must have the dtype and device of x"):
-        F.reconstruction_loss(**arguments, scale=torch.ones(5, 2), residual=torch.ones(5, 7).double())
+def reconstruction_loss(**change: object) -> object:
+    given = {**operands(), "W_dec": torch.randn(9, 7), "indices": torch.zeros(5, 2, dtype=torch.int32)}
+    given |= {"d_streams": (4, 3), "weights": (1.0,) * 4, "scale": torch.ones(5, 2)}
+    return F.reconstruction_loss(**{**given, **change})
 
 
-def test_weights_that_are_not_pairs_of_streams() -> None:
-    arguments = {**operands(), "W_dec": torch.randn(9, 7), "indices": torch.zeros(5, 2, dtype=torch.int32)}
-    with pytest.raises(ValueError, match="weights must hold 4 factors, source by target, got 2"):
-        F.reconstruction_loss(**arguments, d_streams=(4, 3), scale=torch.ones(5, 2), weights=(1.0, 1.0))
+DINO = {"dino": torch.zeros(2, 4)}
+A_STREAM = r"must be one of the streams \('dino'.*got 'audio'"
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}, {"lr": "a"}, {"lr": None}, {"betas": 0.9}, {"betas": ("a", 0)},
-     {"betas": (0.9,)}, {"eps": [1e-8]}, {"lr": torch.ones(2)}],
+    ("call", "message"),
+    [
+        (lambda model: model.translate(DINO, "audio", "text"), A_STREAM),
+        (lambda model: model.translate(DINO, "dino", "audio"), A_STREAM),
+        (lambda model: model.decode(model.encode(DINO), "audio", "text"), A_STREAM),
+        (lambda model: model.decode(model.encode(DINO), "dino", "audio"), A_STREAM),
+        (lambda model: model.translate({**DINO, "audio": torch.zeros(2, 4)}, "dino", "text"), "got 'audio'"),
+        (lambda model: model.translate({**DINO, "text": torch.zeros(3, 3)}, "dino", "text"), "same samples in every"),
+        (lambda model: model.translate(DINO, "text", "dino"),
+         r"inputs must hold the source stream 'text', got \('dino',\)"),
+        (lambda model: model.decode(sf.SPARC(WIDTHS, 16, 2).encode(torch.zeros(2, 7)), "dino", "text"),
+         "codes must be of a model with n_latents=9, got 16"),
+        (lambda model: model.calibrate(DINO), r"inputs must hold samples of every stream \('dino', 'text'\)"),
+        (lambda model: model.half().loss(torch.full((5, 7), 1e5)), r"inputs\['dino'\] must be finite in torch.float16"),
+        (lambda model: model.loss(torch.randn(5, 7, requires_grad=True)), "x must not require a gradient"),
+        (lambda _: sf.nmse(torch.zeros(3), torch.zeros(5, 3)), r"recons must have the shape of x, \[5, 3\], got \[3\]"),
+        (lambda _: sf.fvu(torch.zeros(3), torch.zeros(5, 3)), r"recons must have the shape of x, \[5, 3\], got \[3\]"),
+        (lambda _: F.global_topk(**operands(), k=2, screening="int8"),
+         'screening must be "auto", "bf16" or "off", got \'int8\''),
+        (lambda _: decode(indices=torch.zeros(4, 3, dtype=torch.int32)),
+         r"indices must be \[N=4, k=2\] or \[N=4, S=1, k=2\], got \[4, 3\]"),
+        (lambda _: decode(pre_bias=torch.zeros(2).double()), "pre_bias must have the dtype and device of values"),
+        (lambda _: decode(indices=torch.full((4, 2), 3)), "indices must lie in -1 … n_latents - 1 = 2, got 3 … 3"),
+        (lambda _: reconstruction_loss(scale=torch.ones(5, 2).double()),
+         r"scale must be torch.float32 on \S+, got torch.float64 on \S+"),
+        (lambda _: reconstruction_loss(residual=torch.ones(5, 7).double()),
+         "residual must have the dtype and device of x"),
+        (lambda _: reconstruction_loss(weights=(1.0, 1.0)), "weights must hold 4 factors, source by target, got 2"),
+    ],
 )  # fmt: skip
-def test_optimizer_settings_out_of_range(arguments: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"lr and eps must be numbers >= 0 and betas two in \[0, 1\), got lr="):
-        sf.SparcAdam(sf.SPARC(WIDTHS, 9, 2), **arguments)
+def test_arguments_that_do_not_fit_the_model_or_each_other(call: Callable[[sf.SPARC], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(sf.SPARC(WIDTHS, 9, 2))
+
+
+OF_ADAM = r"lr and eps must be numbers >= 0 and betas two in \[0, 1\), got lr="
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(({name: value}, OF_ADAM) for name, values in {
+            "lr": (-1.0, "a", None, torch.ones(2)), "eps": (-1e-8, [1e-8]),
+            "betas": ((1.0, 0.9), 0.9, ("a", 0), (0.9,)),
+        }.items() for value in values),
+        ({"moments": "float16"}, 'moments must be "float32" or "bfloat16", got \'float16\''),
+        ({"moments": torch.bfloat16}, "moments must be .* got torch.bfloat16"),
+        ({"moments": "bfloat16", "seed": 0.5}, "seed must be an integer, got 0.5"),
+        ({"moments": "bfloat16", "dtype": torch.float64}, 'moments must be "float32" for a float64 model'),
+        ({"lazy": True}, 'lazy must be None or "replay", got True'),
+    ],
+)  # fmt: skip
+def test_settings_of_an_optimizer_out_of_range(arguments: dict[str, object], message: str) -> None:
+    dtype, arguments = arguments.get("dtype", torch.float32), {**arguments}
+    arguments.pop("dtype", None)
+    with pytest.raises(ValueError, match=message):
+        sf.SparcAdam(sf.SPARC(WIDTHS, 9, 2, dtype=dtype), **arguments)
 
 
 NONSENSE = ["a", -1, 1.5, None, [1], (), {}, float("nan")]
@@ -282,17 +263,6 @@ def test_whatever_an_argument_is_the_error_is_one_that_says_what_it_must_be(
                 said.append(str(error))
         assert said, f"{name} may be anything"
         assert all(" must " in words for words in said), said
-
-
-def test_moments_that_cannot_be_kept() -> None:
-    for dtype, arguments, message in (
-        (torch.float32, {"moments": "float16"}, 'moments must be "float32" or "bfloat16", got \'float16\''),
-        (torch.float32, {"moments": torch.bfloat16}, "moments must be .* got torch.bfloat16"),
-        (torch.float32, {"moments": "bfloat16", "seed": 0.5}, "seed must be an integer, got 0.5"),
-        (torch.float64, {"moments": "bfloat16"}, 'moments must be "float32" for a float64 model'),
-    ):
-        with pytest.raises(ValueError, match=message):
-            sf.SparcAdam(sf.SPARC(WIDTHS, 9, 2, dtype=dtype), **arguments)
 
 
 def test_steps_that_would_not_be_what_they_say() -> None:

@@ -93,9 +93,8 @@ def compare_steps(steps: int, dense: UpstreamDense, model: compat.MultiStreamSpa
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("name", ["auto", "reference"])
-def test_fifty_steps_give_the_losses_gradients_and_counters_of_the_dense_model(selection: str, name: str) -> None:
-    useful_auxk, reinitialized = compare_steps(50, *pair(selection, backend=name))
+def test_fifty_steps_give_the_losses_gradients_and_counters_of_the_dense_model(selection: str) -> None:
+    useful_auxk, reinitialized = compare_steps(50, *pair(selection))
     assert useful_auxk > 200
     assert reinitialized > 20
 
@@ -148,7 +147,7 @@ def test_nothing_dense_is_made_until_it_is_read() -> None:
     x = batch(0)
     outputs = model(x)
     model.compute_loss(outputs, x)[0].backward()
-    made = [name for name, entry in outputs._entries.items() if isinstance(entry, Tensor)]
+    made = [name for name, entry in outputs.data.items() if isinstance(entry, Tensor)]
     assert sorted(made) == sorted(["avg_num_active_neurons", *(name for name in outputs if "recon" in name)])
     assert outputs["mask_a"] is outputs["mask_a"]
 
@@ -292,7 +291,7 @@ def test_counters_move_in_eval_mode_too() -> None:
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_float32_is_no_further_from_the_truth_than_the_dense_model_over_100_steps(selection: str) -> None:
+def test_float32_is_no_further_from_the_truth_than_the_dense_model_over_50_steps(selection: str) -> None:
     truth, _ = pair(selection)
     dense, model = pair(selection, torch.float32)
     curves: dict[str, list[float]] = {}
@@ -301,7 +300,7 @@ def test_float32_is_no_further_from_the_truth_than_the_dense_model_over_100_step
         dtype = next(side.parameters()).dtype
         sgd = torch.optim.SGD(side.parameters(), lr=0.05)
         curves[name] = []
-        for step in range(100):
+        for step in range(50):
             x = {s: t.to(dtype) for s, t in batch(step % 5, 32).items()}
             sgd.zero_grad()
             loss = side.compute_loss(side(x), x)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import gc
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -114,7 +113,9 @@ def cuda_calls(module: Any) -> dict[str, list[Any]]:
         "filter_scores": take_in,
         "screen_scores": screened,
         "settle_supports": [candidates, capacity, x, pre_bias, W, zeros(L).double(), 0, x_norm, w_norm, 1e-5, 0.0,
-                            integers(N, K), integers(N), integers(1), 0],
+                            integers(N, K), integers(N), integers(1), [floats(S, L), floats(N, S, K)], streams, 0],
+        "support_values": [x, pre_bias, W, floats(S, L), floats(N, S, K), indices.flatten(), integers(N), integers(1),
+                           streams, 0],
         "invert_indices": [integers(L + 1, **whole), integers(N * K, **whole), indices.flatten(),
                            room(module.invert_indices_workspace(N * K, L)), False, 0],
         "update_rows": [update, floats(S, L), floats(D), rows(), rows(), samples, *step,
@@ -150,6 +151,10 @@ def places(arguments: list[Any]) -> Iterator[tuple[Any, ...]]:
             yield (i,)
         elif isinstance(argument, tuple | list):
             yield from ((i, j) for j, part in enumerate(argument) if isinstance(part, Tensor))
+
+
+def at(arguments: list[Any], place: tuple[Any, ...]) -> Any:
+    return arguments[place[0]] if len(place) == 1 else arguments[place[0]][place[1]]
 
 
 def replaced(arguments: list[Any], place: tuple[Any, ...], tensor: Any) -> list[Any]:
@@ -197,9 +202,7 @@ def check_wrong(
     call(name, right())
     refused = 0
     for place in places(right()):
-        arguments = right()
-        tensor = arguments[place[0]] if len(place) == 1 else arguments[place[0]][place[1]]
-        for what, changed in wrong(tensor):
+        for what, changed in wrong(at(right(), place)):
             try:
                 call(name, replaced(right(), place, changed))
                 assert what.startswith("size") or what == "None" or may_pass(place, what), f"{name}{place}: {what}"
@@ -223,13 +226,15 @@ CUDA = [
     "filter_scores",
     "screen_scores",
     "settle_supports",
+    "support_values",
     "invert_indices",
     "update_rows",
     "step_rows",
     "replay_rows",
 ]
 # scores, x, weights, pre_bias and copies, whose type is their own
-NARROW = {"topk_rows": [2], "settle_supports": [2, 3, 4], "update_rows": [(3, 3), (4, 3), *((5, i) for i in range(5))],
+NARROW = {"topk_rows": [2], "settle_supports": [2, 3, 4, (14, 0), (14, 1)],
+          "support_values": [0, 1, 2, 3, 4], "update_rows": [(3, 3), (4, 3), *((5, i) for i in range(5))],
           "step_rows": [(1, 3), (2, 3)], "replay_rows": [(0, 3)]}  # fmt: skip
 
 
@@ -259,8 +264,7 @@ def huge(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def check_huge(name: str, right: Callable[[], list[Any]], call: Callable[[str, list[Any]], Any]) -> None:
     for place in places(right()):
-        arguments = right()
-        tensor = arguments[place[0]] if len(place) == 1 else arguments[place[0]][place[1]]
+        tensor = at(right(), place)
         for what, changed in huge(tensor) if (name, place) not in ENDLESS else ():
             may_pass = what.endswith("expanded") and tensor.ndim > 1
             try:
@@ -289,25 +293,27 @@ def test_a_cuda_kernel_gets_no_tensor_that_names_more_numbers_than_memory_holds(
 def test_what_a_cuda_kernel_writes_shares_no_memory_with_what_else_it_is_given(name: str, cuda: ModuleType) -> None:
     """Every tensor in turn takes the place of every other of its shape and type."""
     right, refused = cuda_calls(cuda._cuda)[name], 0
-    at = lambda place: right[place[0]] if len(place) == 1 else right[place[0]][place[1]]  # noqa: E731
     for one, other in product(places(right), repeat=2):
-        if one != other and (at(one).shape, at(one).dtype) == (at(other).shape, at(other).dtype):
+        if one != other and (at(right, one).shape, at(right, one).dtype) == (
+            at(right, other).shape,
+            at(right, other).dtype,
+        ):
             arguments = cuda_calls(cuda._cuda)[name]
-            shared = arguments[other[0]] if len(other) == 1 else arguments[other[0]][other[1]]
             try:
-                cuda_call(cuda._cuda, name, replaced(arguments, one, shared))
+                cuda_call(cuda._cuda, name, replaced(arguments, one, at(arguments, other)))
                 assert {one, other} <= READ[name], f"{name}: {other} as {one}"
             except ValueError as error:
                 assert "must be memory of its own, got that of" in str(error)  # noqa: PT017
                 refused += 1
-    assert refused or name in ("topk_rows", "invert_indices")
+    assert refused or name in ("topk_rows", "invert_indices", "support_values")
 
 
 READ = {
     "topk_rows": {(2,)},
     "filter_scores": {(3,), *((5, i) for i in range(4)), *((6, i) for i in range(3))},
     "screen_scores": {(2,), (3,), (4,), (5,), *((6, i) for i in range(3))},
-    "settle_supports": {(i,) for i in (2, 3, 4, 5, 7, 8)},
+    "settle_supports": {*((i,) for i in (2, 3, 4, 5, 7, 8)), (14, 0)},
+    "support_values": {(i,) for i in (0, 1, 2, 3, 5, 6, 7)},
     "invert_indices": {(2,)},
     "update_rows": {*((5, i) for i in range(7)), (7, 0), (7, 1)},
     "step_rows": {*((3, i) for i in range(3)), (5, 0), (5, 1)},
@@ -347,10 +353,8 @@ def test_what_holds_addresses_keeps_their_tensors(made: str, name: str, place: i
     seen = [weakref.ref(tensor) for tensor in tensors]
     held = getattr(_cpu, made)(*tensors, WIDTHS)
     tensors.clear()
-    gc.collect()
     assert all(tensor() is not None for tensor in seen)
     del held
-    gc.collect()
     assert all(tensor() is None for tensor in seen)
 
 

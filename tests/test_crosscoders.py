@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from test_convert import Trap
 from torch import Tensor
 
 from sparc_fast.interop.crosscoders import from_crosscoder
@@ -217,14 +217,6 @@ def test_weights_that_do_not_fit_are_named(name: str, tensor: Tensor | None, mes
         there[name] = tensor
     with pytest.raises(ValueError, match=message):
         from_crosscoder(write(there, tmp_path / "a"), topk=True)
-
-
-class Trap:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.path),)
 
 
 def test_pickles_are_never_run_and_foreign_files_refused(tmp_path: Path) -> None:

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_equal, check_accuracy
+from accuracy import assert_equal, check_accuracy, check_replayed_rows
 from operands import SUPPORTS, Operands, move_rows, operands, rows_to_update
 from torch import Tensor
 
 import sparc_fast as sf
 from sparc_fast.ops import reference
 from sparc_fast.ops.layout import stream_slices, wide
-from sparc_fast.ops.row_step import DecoderRows
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -72,6 +71,16 @@ def test_supports_are_exact(N: int, L: int, D: int, k: int, dtype: torch.dtype) 
     found = cuda.global_topk(x, W_enc, pre_bias, bias, k)
     for rows, indices in zip(x.split(64), found.split(64), strict=True):
         assert torch.equal(indices, reference.global_topk(rows, W_enc, pre_bias, bias, k))
+    check_together((x, W_enc, pre_bias, bias), k, found)
+
+
+def check_together(of: tuple[Tensor, ...], k: int, support: Tensor) -> None:
+    """Values that come with the choice are those found alone, bit for bit."""
+    D = of[0].shape[1]
+    widths = (D - D // 3, D // 3)
+    indices, values = cuda.encode_topk(*of, k, widths)
+    assert torch.equal(indices, support)
+    assert_equal([values], [cuda.support_values(*of, support, widths)], equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -89,6 +98,7 @@ def test_supports_are_exact_on_hard_samples(dtype: torch.dtype) -> None:
     ):
         found = cuda.global_topk(x, weights, pre_bias, biases, 64)
         assert torch.equal(found, reference.global_topk(x, weights, pre_bias, biases, 64))
+        check_together((x, weights, pre_bias, biases), 64, found)
     assert torch.equal(found, cuda.global_topk(x[:1], W_enc * 0, pre_bias, bias * 0, 64).expand(64, -1))
 
 
@@ -165,20 +175,7 @@ def test_replayed_rows_equal_rows_that_were_never_left_behind(
     shape: tuple[tuple[int, ...], int, int, int], operands_on_the_gpu: None
 ) -> None:
     d_streams, _, L, k = shape
-    start = operands((d_streams, 1, L, k), torch.float32)
-    dense, lazy = rows_to_update(start), rows_to_update(start)
-    last_step = torch.zeros(L, dtype=torch.int64)
-    left_behind = DecoderRows(lazy[1], lazy[4:], d_streams, last_step)
-    history = torch.tensor([(0.1 / t, 0.9, 0.999, 1e-8) for t in range(1, 31)], dtype=torch.float64)
-    for t in range(1, 31):
-        o = operands((d_streams, 1, L, k), torch.float32, seed=t)
-        used = o.indices[0].long()
-        move_rows(cuda, dense, o, lr=0.1 / t, step=t)
-        cuda.replay_rows(left_behind, used, history[: t - 1])
-        move_rows(cuda, lazy, o, lr=0.1 / t, step=t, last_step=last_step)
-    assert (last_step < 30).any()
-    cuda.replay_rows(left_behind, torch.arange(L), history)
-    assert_equal(lazy, dense)
+    check_replayed_rows(cuda, d_streams, L, k, torch.float32, [0.1 / t for t in range(1, 31)])
 
 
 def test_a_graph_moves_rows_as_eager_steps_do(operands_on_the_gpu: None) -> None:

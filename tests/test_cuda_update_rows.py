@@ -1,5 +1,8 @@
 """The CUDA kernels of update_rows and replay_rows, run on the host by tests/cuda_emulation."""
 
+# tests of every backend are imported to run here as well
+# ruff: noqa: F401
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,12 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_equal, check_accuracy
+from accuracy import assert_equal, check_accuracy, check_replayed_rows
 from cuda_emulation import build
 from cuda_emulation.build import planned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operands import CASES, OPERATORS, STEP, SUPPORTS, Operands, move_rows, operands, rows_to_update, seeded, sliced
+from test_update_rows import (
+    test_a_lazy_step_moves_decoder_rows_with_entries_bit_for_bit_and_no_others,
+    test_a_zero_decoder_row_without_gradient_stays_zero,
+    test_columns_of_a_wider_matrix_are_updated_in_place_and_nothing_beside_them,
+    test_copies_are_rounded_as_torch_rounds,
+    test_given_gradients_move_rows_that_are_not_used_in_a_dense_step_alone,
+    test_it_equals_gradients_then_projection_then_adam_then_unit_norm,
+    test_rates_and_steps_on_the_device_give_the_same_bits,
+    test_what_a_sample_does_not_use_cannot_harm_a_gradient,
+)
 from torch import Tensor
 
 import sparc_fast as sf
@@ -26,6 +39,16 @@ NAMES = ["update_rows", "update_rows lazily", "step_rows", "step_rows lazily", "
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BETAS, EPS = (0.9, 0.999), 1e-8
 WIDE = (4100, 9)  # a block holds 4096 columns
+
+
+BACKENDS = ["cuda"]
+
+
+@pytest.fixture(autouse=True)
+def emulated(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes by that name, on tensors of the host."""
+    monkeypatch.setitem(backends._BACKENDS, "cuda", cuda)
+    monkeypatch.setitem(backends._AVAILABLE, torch.get_default_device().type, ("reference", "triton", "cuda"))
 
 
 @pytest.fixture
@@ -149,53 +172,11 @@ def test_without_samples_every_row_takes_its_step(dtype: torch.dtype, per_stream
     assert not moved[7].any()
 
 
-def test_a_zero_decoder_row_without_gradient_stays_zero(cuda: ModuleType) -> None:
-    o = operands("ragged", torch.float32)
-    unused = int(torch.isin(torch.arange(33), o.indices).logical_not().nonzero()[0])
-    rows = [o.W_enc.clone(), o.W_dec.clone(), *(torch.zeros_like(o.W_enc) for _ in range(4))]
-    rows[1][unused] = 0
-    move_rows(cuda, rows, o, step=1)
-    assert not rows[1][unused].any()
-    assert rows[1].isfinite().all()
-
-
-def test_rows_without_an_entry_are_left_behind(cuda: ModuleType) -> None:
-    o = operands("few samples of many latents", torch.float32)
-    start, dense = rows_to_update(o), OPERATORS["update_rows"](o, cuda)
-    *lazy, last_step = OPERATORS["update_rows lazily"](o, cuda)
-    used = torch.isin(torch.arange(500), o.indices)
-    assert 0 < used.sum() < 500
-    assert torch.equal(last_step, torch.where(used, STEP, STEP - 1))
-    for i, (before, all_rows, some_rows) in enumerate(zip(start, dense, lazy, strict=False)):
-        of_decoder = i in (1, 4, 5)
-        assert torch.equal(some_rows, torch.where(used[:, None], all_rows, before) if of_decoder else all_rows)
-    assert_equal(lazy[6:], dense[6:])
-
-
 @pytest.mark.parametrize(("d_streams", "eps"), [((33, 20), EPS), ((33, 20), 0.0), ((300, 520), EPS), (WIDE, EPS)])
 def test_replayed_rows_equal_rows_that_were_never_left_behind(
     d_streams: tuple[int, ...], eps: float, cuda: ModuleType, without_triton: None
 ) -> None:
-    L, lrs = 6, [0.1, 0.03, 0.01, 0.02]
-    dense = rows_to_update(operands((d_streams, 1, L, 2), torch.bfloat16))
-    dense[4][1] *= 1e-6
-    lazy = [tensor.clone() for tensor in dense]
-    dense_copies, lazy_copies = ([W.bfloat16() for W in rows[:2]] for rows in (dense, lazy))
-    last_step = torch.zeros(L, dtype=torch.int64)
-    history = torch.tensor([(lr, *BETAS, eps) for lr in lrs], dtype=torch.float64)
-    left_behind = DecoderRows(lazy[1], lazy[4:], d_streams, last_step, lazy_copies[1])
-    for t, lr in enumerate(lrs, 1):
-        o = operands((d_streams, 1, L, 2), torch.bfloat16, seed=t)
-        used = o.indices[0].long()
-        move_rows(cuda, dense, o, step=t, lr=lr, eps=eps, copies=dense_copies)
-        cuda.replay_rows(left_behind, used, history[: t - 1])
-        move_rows(cuda, lazy, o, step=t, lr=lr, eps=eps, copies=lazy_copies, last_step=last_step)
-        assert (last_step[used] == t).all()
-        assert torch.equal(lazy[1][used], dense[1][used])
-    assert (last_step < len(lrs)).any()
-    cuda.replay_rows(left_behind, torch.arange(L), history)
-    assert_equal([*lazy, *lazy_copies], [*dense, *dense_copies])
-    assert (last_step == len(lrs)).all()
+    check_replayed_rows(cuda, d_streams, 6, 2, torch.bfloat16, [0.1, 0.03, 0.01, 0.02], eps)
 
 
 def test_replaying_many_steps_equals_steps_without_entries(cuda: ModuleType) -> None:
@@ -238,48 +219,6 @@ def test_a_lazy_training_run_is_the_dense_one_bit_for_bit(cuda: ModuleType, monk
     assert_equal([got[name] for name in expected], list(expected.values()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_copies_are_rounded_as_torch_rounds(dtype: torch.dtype, cuda: ModuleType) -> None:
-    o = operands(((64,), 1, 600, 1), dtype).samples(slice(0, 0))
-    bits = torch.randint(-(2**31), 2**31, (600, 64), generator=seeded(0), dtype=torch.int32)
-    bits[::2] = bits[::2] & 0x0FFFFFFF | 0x30000000  # of magnitudes near those of float16
-    bits[1::4] &= -0x1000  # ties
-    W_enc = bits.view(torch.float32).clone()
-    rows = [W_enc, o.W_dec.float(), *(torch.zeros(600, 64) for _ in range(4))]
-    copies = [torch.zeros(600, 64, dtype=dtype) for _ in range(2)]
-    move_rows(cuda, rows, o, lr=0.0, copies=copies)
-    assert_equal([rows[0]], [W_enc], equal_nan=True)
-    for copy, exact in zip(copies, rows, strict=False):
-        assert_equal([copy], [exact.to(dtype)], equal_nan=True)
-
-
-def test_rates_and_steps_on_the_device_give_the_same_bits(cuda: ModuleType) -> None:
-    o = operands("ragged", torch.float32)
-    numbers, tensors = rows_to_update(o), rows_to_update(o)
-    last_steps = [torch.zeros(33, dtype=torch.int64) for _ in range(2)]
-    move_rows(cuda, numbers, o, step=1234, lr=0.0123, last_step=last_steps[0])
-    lr = torch.tensor(0.0123, dtype=torch.float64)
-    move_rows(cuda, tensors, o, step=torch.tensor(1234.0), lr=lr, last_step=last_steps[1])
-    assert_equal([*numbers, last_steps[0]], [*tensors, last_steps[1]])
-    assert last_steps[0].max() == 1234
-
-
-@pytest.mark.parametrize("window", [lambda t: t[:, 5:113], lambda t: t[:, 1::2][:, :108]], ids=["beside", "apart"])
-def test_weights_may_be_columns_of_wider_tensors(window: Callable[[Tensor], Tensor], cuda: ModuleType) -> None:
-    o = operands("ragged", torch.float32)
-    plain = rows_to_update(o)
-    wider = [torch.full((33, 220), torch.nan) for _ in plain]
-    inner = [window(tensor) for tensor in wider]
-    for columns, tensor in zip(inner, plain, strict=True):
-        columns.copy_(tensor)
-    versions = [columns._version for columns in inner]
-    move_rows(cuda, plain, o)
-    move_rows(cuda, inner, o)
-    assert_equal(inner, plain)
-    assert all(columns._version > version for columns, version in zip(inner, versions, strict=True))
-    assert all(tensor.isfinite().sum() == 33 * 108 for tensor in wider)
-
-
 def test_inputs_may_be_slices_of_wider_tensors(cuda: ModuleType) -> None:
     for dtype in DTYPES:
         o = operands(((64, 16), 9, 20, 3), dtype)
@@ -294,18 +233,6 @@ def test_gradients_of_another_type_than_the_inputs_lose_nothing(cuda: ModuleType
         expected = Operands(**{**vars(narrow.to(torch.float32)), "grad_recons": grad_recons.float()})
         got, wide = rows_to_update(o), rows_to_update(o)
         assert_equal((*move_rows(cuda, got, o), *got), (*move_rows(cuda, wide, expected), *wide))
-
-
-def test_what_a_sample_does_not_use_cannot_harm_a_gradient(cuda: ModuleType) -> None:
-    o = operands("ragged", torch.float32)
-    expected = OPERATORS["update_rows"](o, cuda)
-    o.values[2], o.x[2] = 0, torch.nan  # nothing of sample 2 fires
-    o.grad_recons[2] = torch.inf
-    without = operands("ragged", torch.float32)
-    without.values[2] = 0
-    got = OPERATORS["update_rows"](o, cuda)
-    assert_equal(got, OPERATORS["update_rows"](without, cuda))
-    assert not torch.equal(got[0], expected[0])
 
 
 def test_latents_outside_the_dictionary_are_in_no_segment(cuda: ModuleType) -> None:

@@ -165,12 +165,6 @@ def test_one_file_can_hold_all_streams_under_their_names(tmp_path: Path) -> None
             data.open({"a": (path, "c")})
 
 
-def test_tensors_and_arrays_are_sources_too() -> None:
-    rows = sample(dtype=torch.float16)
-    with data.open({"a": rows, "b": rows.float().numpy()}) as files:
-        assert torch.equal(files.rows(2, 9), torch.cat([rows, rows], 1)[2:9].float())
-
-
 @pytest.mark.parametrize("dtype", [np.int32, np.complex64, np.dtype(">f4"), np.bool_], ids=str)
 def test_other_numbers_are_refused(tmp_path: Path, dtype: np.dtype) -> None:
     np.save(tmp_path / "file.npy", np.zeros((3, 4), dtype))
@@ -179,14 +173,6 @@ def test_other_numbers_are_refused(tmp_path: Path, dtype: np.dtype) -> None:
     if dtype != np.dtype(">f4"):  # in memory these are turned around
         with pytest.raises(ValueError, match="must hold float16, float32 or float64"):
             data.open({"a": np.zeros((3, 4), dtype)})
-
-
-def test_big_endian_hdf5_is_turned_around(tmp_path: Path) -> None:
-    rows = sample()
-    with h5py.File(tmp_path / "file.h5", "w") as file:
-        file["features"] = rows.numpy().astype(">f4")
-    with data.open({"a": tmp_path / "file.h5"}) as files:
-        assert torch.equal(files.rows(0, N), rows)
 
 
 @pytest.mark.parametrize("userblock", [0, 512])

@@ -156,7 +156,7 @@ def test_neighbours_are_read_together_and_chunks_once(granule: int) -> None:
     assert counted.reads == [(row, row + 1) for row in far[::-1].tolist()], "what lies between is not read"
 
 
-M = 6000
+M = 3000
 WINDOWED = 17_000_000  # bytes: below what all rows, their places and reading them take
 
 

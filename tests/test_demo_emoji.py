@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from extraction import write_features
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -18,7 +19,7 @@ from PIL import Image
 
 from sparc_fast import cli
 from sparc_fast.data import FeatureFolder
-from sparc_fast.data.feature_folder import write_items, write_manifest
+from sparc_fast.demo import emoji
 from sparc_fast.demo.emoji import write_choosing
 from sparc_fast.evaluate import Carried, latents_of_one_concept
 
@@ -26,19 +27,15 @@ KINDS = ["cat", "heart", "rocket"]
 N = 360
 
 
-def write_features(folder: Path) -> Path:
+def write_emoji(folder: Path) -> Path:
     """360 samples of three kinds in groups of two, seen by two streams of pictures and two of texts."""
     rng = np.random.default_rng(0)
     kinds = np.arange(N) // 2 % 3
     (folder / "pictures").mkdir(parents=True)
     for kind, colour in zip(KINDS, ("orange", "red", "grey"), strict=True):
         Image.new("RGB", (12, 12), colour).save(folder / "pictures" / f"{kind}.png")
-    streams = {}
-    for name, column, width in (("a", "picture", 8), ("b", "picture", 7), ("c", "name", 6), ("d", "translated", 5)):
-        (folder / name).mkdir()
-        x = np.eye(width)[kinds] * 3 + rng.normal(0, 0.3, (N, width))
-        np.save(folder / name / "00000.npy", x.astype(np.float32))
-        streams[name] = {"column": column, "width": width, "tokens": 1, "files": [f"{name}/00000.npy"], "model": name}
+    seen = (("a", "picture", 8), ("b", "picture", 7), ("c", "name", 6), ("d", "translated", 5))
+    streams = {name: (column, np.eye(D)[kinds] * 3 + rng.normal(0, 0.3, (N, D))) for name, column, D in seen}
     rows = [
         {
             "id": f"item {i}", "picture": f"{KINDS[kinds[i]]}.png", "thumbnail": None, "name": f"a {KINDS[kinds[i]]}",
@@ -47,15 +44,15 @@ def write_features(folder: Path) -> Path:
         }
         for i in range(N)
     ]  # fmt: skip
-    write_items(folder, rows, ("name", "translated"))
-    write_manifest(folder, streams, N, pictures="pictures", attribution="Pictures by nobody, CC-BY 4.0")
-    return folder
+    about = {"pictures": "pictures", "attribution": "Pictures by nobody, CC-BY 4.0"}
+    return write_features(folder, streams, rows, ("name", "translated"), **about)
 
 
 def test_the_demo_goes_from_a_finished_folder_to_table_page_and_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    features = write_features(tmp_path / "out" / "features")
+    monkeypatch.setattr(emoji, "SETTINGS", {**emoji.SETTINGS, "n_latents": 192, "k": 8})
+    features = write_emoji(tmp_path / "out" / "features")
     before = {path: path.stat().st_mtime_ns for path in features.rglob("*") if path.is_file()}
     command = ["demo", "--data", "emoji", "--steps", "60", "--out", str(tmp_path / "out")]
     assert cli.main(command) == 0
@@ -81,7 +78,7 @@ def test_ablations_are_of_glyphs_alone(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_settings_are_chosen_on_training_samples_alone_and_no_group_is_on_both_sides(tmp_path: Path) -> None:
-    whole = FeatureFolder(write_features(tmp_path / "features"))
+    whole = FeatureFolder(write_emoji(tmp_path / "features"))
     write_choosing(whole.path, tmp_path / "choosing")
     choosing = FeatureFolder(tmp_path / "choosing")
     assert choosing.column("id") == whole.column("id", "train")

@@ -11,14 +11,12 @@ from test_evaluate_codes import cases, code_of, dense_of
 from test_evaluate_hierarchy import ANIMALS, forests
 from torch import Tensor
 
-import sparc_fast as sf
 from sparc_fast.evaluate import (
     Hierarchy,
     StreamCode,
     alignment_by_depth,
     concept_alignment,
     concept_jaccard_by_chance,
-    latent_use,
     sparc_paper_alignment_by_depth,
 )
 
@@ -80,17 +78,6 @@ def test_the_published_jaccard_by_depth_equals_a_plain_transcription(
         assert of_depth == pytest.approx(published((codes, labels[:, :C], L), concepts, tree, depth), abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=cases())
-def test_alive_mixed_and_dead_are_counted_as_published(case: Case) -> None:
-    codes, _, L = case
-    alive = [sum(bool((dense_of(code, L)[:, l] > 0).any()) for code in codes.values()) for l in range(L)]
-    use = latent_use(codes, L)
-    assert use.n_alive_in == tuple(alive.count(n) for n in range(len(codes) + 1))
-    assert (use.n_dead, use.n_alive) == (use.n_alive_in[0], use.n_alive_in[-1])
-    assert use.n_mixed == sum(use.n_alive_in[1:-1])
-
-
 def test_two_mammals_of_one_sample_are_two_as_published_and_one_in_truth() -> None:
     both, cat = [True, True, False, False], [True, False, False, False]
     labels = torch.tensor([both, cat, cat])
@@ -129,19 +116,6 @@ def test_dead_latents_count_as_zero_and_one_that_always_fires_is_undefined() -> 
     found = concept_alignment({"a": code, "b": code}, labels, 2)
     assert found.of_latents.isnan().tolist() == [True, False]
     assert found.of_latents[1] == 0
-
-
-def test_an_untrained_model_encoded_jointly_is_at_chance_once_labels_are_shuffled() -> None:
-    torch.manual_seed(0)
-    model = sf.SPARC({"a": 48, "b": 32, "c": 32}, n_latents=256, k=8, backend="reference")
-    codes = model.encode({name: torch.randn(1500, width) for name, width in model.d_streams.items()})
-    joint = {name: codes.stream(name) for name in model.streams}
-    labels = torch.rand(1500, 40) < 0.05
-    found = concept_alignment(joint, labels, 256, shuffle="labels", shuffles=4)
-    assert found.jaccard.mean() > 0.8
-    assert abs(found.corrected) < 0.05
-    apart = concept_alignment(joint, labels, 256, shuffles=2)
-    assert apart.corrected > 0.5  # shuffling each stream by itself does not see that the support is shared
 
 
 def test_no_samples_and_no_labels_align_nothing() -> None:

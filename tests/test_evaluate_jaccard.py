@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Literal
 
 import torch
 from hypothesis import given, settings
@@ -8,9 +9,10 @@ from test_evaluate_codes import cases, code_of, dense_of
 from torch import Tensor
 
 import sparc_fast as sf
-from sparc_fast.evaluate import StreamCode, concept_jaccard, concept_jaccard_by_chance
+from sparc_fast.evaluate import StreamCode, concept_alignment, concept_jaccard, concept_jaccard_by_chance
 
 Case = tuple[dict[str, StreamCode], Tensor, int]
+SHUFFLES: tuple[Literal["streams", "labels"], ...] = ("streams", "labels")
 
 
 def jaccard_by_definition(case: Case) -> list[float]:
@@ -31,29 +33,6 @@ def jaccard_by_definition(case: Case) -> list[float]:
 def test_jaccard_equals_its_definition(case: Case) -> None:
     expected = torch.tensor(jaccard_by_definition(case), dtype=torch.float64)
     torch.testing.assert_close(concept_jaccard(*case), expected)
-
-
-def test_jaccard_of_a_hand_made_example() -> None:
-    labels = torch.tensor([[1, 0], [1, 1], [0, 1]], dtype=torch.bool)
-    streams = {
-        # latent 0: counts a (2, 1), b (1, 2); latent 1: alive in a only; latent 2: dead
-        "a": code_of([[1.0, 3.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
-        "b": code_of([[0.0, 0.0, 0.0], [5.0, 0.0, 0.0], [1.0, 0.0, 0.0]]),
-    }
-    assert concept_jaccard(streams, labels, 3).tolist() == [(1 + 1) / (2 + 2), 0, 0]
-
-
-def test_a_pair_with_a_silent_stream_is_left_out_of_the_mean() -> None:
-    labels = torch.ones(2, 1, dtype=torch.bool)
-    twice, once, never = code_of([[1.0], [1.0]]), code_of([[1.0], [0.0]]), code_of([[0.0], [0.0]])
-    assert concept_jaccard({"a": twice, "b": once, "c": never}, labels, 1).tolist() == [0.5]
-    assert concept_jaccard({"a": twice, "b": never, "c": never}, labels, 1).tolist() == [0]
-
-
-def test_samples_without_labels_do_not_make_a_latent_active() -> None:
-    streams = {"a": code_of([[1.0], [0.0]]), "b": code_of([[1.0], [1.0]])}
-    labels = torch.tensor([[False], [True]])
-    assert concept_jaccard(streams, labels, 1).tolist() == [0]
 
 
 def test_shuffling_breaks_an_alignment_by_meaning_but_not_one_by_frequency() -> None:
@@ -83,3 +62,8 @@ def test_an_untrained_model_on_independent_streams_aligns_jointly_by_constructio
     alone = concept_jaccard(single, labels, 256).mean()
     assert alone < 0.6
     assert abs(alone - concept_jaccard_by_chance(single, labels, 256).mean()) < 0.02
+    above = {
+        shuffle: concept_alignment(joint, labels, 256, shuffle=shuffle, shuffles=4).corrected for shuffle in SHUFFLES
+    }
+    assert abs(above["labels"]) < 0.05
+    assert above["streams"] > 0.5, "shuffling each stream by itself does not see that the support is shared"

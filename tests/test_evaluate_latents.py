@@ -32,6 +32,7 @@ def test_latent_use_equals_counting_in_the_dense_codes(case: Case) -> None:
     assert use.n_alive == int(alive.all(dim=0).sum())
     assert use.n_dead == int((~alive).all(dim=0).sum())
     assert use.n_mixed == int((alive.any(dim=0) & ~alive.all(dim=0)).sum())
+    assert use.n_alive_in == tuple(int((alive.sum(dim=0) == n).sum()) for n in range(len(fires) + 1))
     assert use.dead == {name: int((~alive[s]).sum()) for s, name in enumerate(streams)}
     assert list(use.active_per_sample.values()) == pytest.approx([float(f.sum()) / max(N, 1) for f in fires])
 
@@ -116,29 +117,23 @@ def one_latent_over(fires: Tensor) -> dict[str, StreamCode]:
     return {"a": code_of(fires[:, None].float().tolist())}
 
 
-def test_a_broad_word_that_is_always_right_beats_a_rare_word_met_once() -> None:
-    fires = torch.arange(1000) < 10
-    broad = torch.arange(1000) < 300
-    rare = torch.arange(1000) == 0  # F1 2/11 and lift 100, against F1 20/310 and lift 3.3
-    found = name_latents(one_latent_over(fires), torch.stack([rare, broad], 1), ["RARE", "BROAD"], 1)
-    assert found.names == ("BROAD",)
-    assert found.precision.item() == 1
-    assert found.recall.item() == pytest.approx(10 / 300)
+NAMED = {  # which samples fire, which carry each concept, and the names given
+    "a broad word always right, not a rare one met once": (10, {"RARE": 1, "BROAD": 300}, ("BROAD", "RARE")),
+    "of two words always right the more specific": (10, {"LETTER": 500, "GREEK": 50}, ("GREEK",)),
+    "cat, and not animal": (16, {"animal": 200, "cat": 20}, ("cat",)),  # F1 0.15 and 0.86
+    "three that describe it about as well": (20, {"a": 20, "b": 22, "c": 25, "d": 30, "e": 500}, ("a", "b", "c")),
+}
 
 
-def test_a_latent_of_cats_is_called_cat_and_not_animal() -> None:
+@pytest.mark.parametrize("case", NAMED)
+def test_a_latent_is_called_by_what_its_firings_vouch_for(case: str) -> None:
+    n_firing, concepts, names = NAMED[case]
     n = torch.arange(1000)
-    animal, cat, fires = n < 200, n < 20, (n < 16) | (n == 500)  # F1 of animal 0.15, of cat 0.86
-    found = name_latents(one_latent_over(fires), torch.stack([animal, cat], 1), ["animal", "cat"], 1)
-    assert found.several == (("cat",),)
-
-
-def test_three_names_are_given_of_concepts_that_describe_a_latent_about_as_well() -> None:
-    n = torch.arange(1000)
-    labels = torch.stack([n < 20, n < 22, n < 25, n < 30, n < 500], 1)
-    found = name_latents(one_latent_over(n < 20), labels, list("abcde"), 1)
-    assert found.several == (("a", "b", "c"),)
-    assert found.names == ("a",)
+    fires = (n < n_firing) | ((n == 500) & ("cat" in concepts))
+    labels = torch.stack([n < of_concept for of_concept in concepts.values()], dim=1)
+    found = name_latents({"a": code_of(fires[:, None].float().tolist())}, labels, list(concepts), 1)
+    assert found.several == (names,)
+    assert found.names == names[:1]
 
 
 def test_what_shuffled_samples_score_as_well_is_no_name() -> None:
@@ -152,12 +147,6 @@ def test_what_shuffled_samples_score_as_well_is_no_name() -> None:
     assert sum(map(bool, found.names)) < 0.15 * L
     meant = torch.cat([chance, dense_of(streams["a"], L)[:, :1] > 0], 1)
     assert name_latents(streams, meant, [*concepts, "meant"], L).names[0] == "meant"
-
-
-def test_of_two_words_always_right_the_more_specific_names_the_latent() -> None:
-    fires = torch.arange(1000) < 10
-    labels = torch.stack([torch.arange(1000) < 500, torch.arange(1000) < 50], 1)
-    assert name_latents(one_latent_over(fires), labels, ["LETTER", "GREEK"], 1).names == ("GREEK",)
 
 
 def test_a_word_no_likelier_than_usual_names_nothing() -> None:

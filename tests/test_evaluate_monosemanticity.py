@@ -63,13 +63,6 @@ def test_alike_samples_score_one_opposite_ones_minus_one_and_any_at_random_chanc
     assert mono_score({"a": code}, two, 4).score[0, 1] == pytest.approx(-1)
 
 
-def test_a_latent_that_always_fires_is_judged_by_where_it_fires_more() -> None:
-    embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    found = mono_score({"a": code_of([[9.0, 5.0], [9.0, 5.0], [1.0, 5.0], [1.0, 5.0]])}, embeddings, 2)
-    assert found.score[0, 0] == pytest.approx(1)
-    assert found.score[0, 1].isnan()  # at one value always
-
-
 @settings(max_examples=100, deadline=None)
 @given(case=cases(), chunk=st.sampled_from([1, 300, 2**26]))
 def test_a_code_by_latent_holds_its_active_entries(case: Case, chunk: int) -> None:

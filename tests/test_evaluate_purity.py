@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import seeded
 from test_evaluate_codes import cases, code_of, dense_of
 from torch import Tensor
 
@@ -46,22 +45,6 @@ def test_a_latent_of_one_class_is_pure_one_that_always_fires_is_not_and_a_dead_o
     assert math.isnan(found.purity[0, 2])
     assert found.base[0, :2].tolist() == [0.25, 0.25]
     assert found.concept.tolist() == [[0, 0, -1]]
-
-
-def test_a_latent_that_fires_at_random_has_the_base_rate() -> None:
-    labels = torch.rand(20_000, 3, generator=seeded(0)) < torch.tensor([0.7, 0.4, 0.1])
-    labels = labels[labels.any(1)]
-    noise = (torch.rand(len(labels), 1, generator=seeded(1)) < 0.5).float()
-    found = class_purity({"a": (noise, torch.zeros(noise.shape, dtype=torch.int32))}, labels, 1)
-    assert abs(float(found.purity - found.base)) < 0.02
-
-
-def test_what_fires_strongly_weighs_more() -> None:
-    labels = torch.tensor([[True, False], [False, True], [False, True]])
-    streams = {"a": code_of([[8.0], [1.0], [1.0]])}
-    assert class_purity(streams, labels, 1).purity.tolist() == [[2 / 3]]
-    weighted = class_purity(streams, labels, 1, weighted=True)
-    assert (weighted.purity.tolist(), weighted.concept.tolist()) == ([[0.8]], [[0]])
 
 
 def test_one_concept_in_all_streams_is_consistent() -> None:

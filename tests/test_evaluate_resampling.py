@@ -71,7 +71,7 @@ def draws(N: int, B: int) -> Iterator[tuple[int, torch.Tensor]]:
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_a_resampled_score_is_that_of_the_drawn_samples(selection: str, metrics: tuple[str, ...]) -> None:
-    N, B = 40, 6
+    N, B = 40, 4
     model, (inputs, labels) = model_of(WIDTHS, selection), data_of(N, WIDTHS)
     assert not labels.any(1).all()
     found = evaluate(model, inputs, labels, metrics=metrics, hierarchy=(TREE, NAMES), resamples=B, batch_size=7)
@@ -306,7 +306,7 @@ def test_effects_on_a_probe_are_of_the_drawn_samples_the_probe_and_concepts_bein
 
 
 def test_every_score_has_an_interval_but_the_one_that_a_fixed_probe_settles() -> None:
-    N, widths = 600, {"image": 5, "text": 5}
+    N, widths = 300, {"image": 5, "text": 5}
     model, (inputs, labels) = model_of(widths), data_of(N, widths)
     found = evaluate(model, inputs, labels, hierarchy=(TREE, NAMES), metrics="all", resamples=4)
     assert set(found.intervals()) == {score.key for metric in METRICS for score in metric.scores}

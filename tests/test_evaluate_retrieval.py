@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +14,7 @@ from torch import Tensor
 from sparc_fast.evaluate import (
     Retrieval,
     StreamCode,
+    retrieval,
     retrieval_ranks,
     retrieval_scores,
     retrieval_seconds,
@@ -50,12 +49,11 @@ def ranks_by_definition(queries: Tensor, candidates: Tensor) -> list[float]:
 @pytest.fixture(params=["compiled", "plain"], scope="module")
 def way(request: pytest.FixtureRequest) -> Iterator[None]:
     """Sparse codes are compared in compiled code, and by plain PyTorch where it is missing."""
-    module = sys.modules["sparc_fast.evaluate.retrieval"]
-    if request.param == "compiled" and module._cpu is None:  # type: ignore[attr-defined]
+    if request.param == "compiled" and retrieval._cpu is None:
         pytest.skip("nothing is compiled here")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
-            patch.setattr(module, "_cpu", None)
+            patch.setattr(retrieval, "_cpu", None)
         yield
 
 
@@ -147,12 +145,12 @@ def test_images_repeated_beside_their_captions_are_scored_as_in_the_protocol_of_
 def test_ranks_over_several_blocks_equal_those_by_dense_products(many: float) -> None:
     """More rows than a block, latents that few fire and that most do, groups across blocks, and zero rows."""
     generator = seeded(4)
-    N, L = 9000, 24
+    N, L = 8500 if retrieval._cpu is not None else 1500, 24  # a compiled block is of 8192
     a, b = ((torch.rand(N, L, generator=generator) < many) * torch.rand(N, L, generator=generator) for _ in range(2))
     a, b = (torch.where(torch.rand(N, L, generator=generator) < 0.2, x.round(decimals=1), 0) for x in (a, b))
     codes = [(x.topk(20).values, x.topk(20).indices) for x in (a, b)]
     kept = [torch.zeros_like(x).scatter(1, i, v) for x, (v, i) in zip((a, b), codes, strict=True)]
-    for groups in (None, torch.randint(0, 3000, (N,), generator=generator)):
+    for groups in (None, torch.randint(0, N // 3, (N,), generator=generator)):
         expected = retrieval_ranks(*kept, groups=groups, chunk=500)
         found = retrieval_ranks(*codes, L, groups, chunk=500)
         assert (found == expected).float().mean() > 0.999  # a cosine at the very edge of a tie is a matter of rounding
@@ -161,7 +159,7 @@ def test_ranks_over_several_blocks_equal_those_by_dense_products(many: float) ->
 
 def test_the_number_of_threads_changes_no_rank() -> None:
     generator = seeded(5)
-    codes = [(torch.rand(3000, 8, generator=generator), torch.rand(3000, 64, generator=generator).topk(8).indices)] * 2
+    codes = [(torch.rand(1000, 8, generator=generator), torch.rand(1000, 64, generator=generator).topk(8).indices)] * 2
     before = torch.get_num_threads()
     try:
         ranks = []
@@ -288,21 +286,6 @@ def test_summary_of_hand_made_ranks() -> None:
         4, r1=0.25, r5=0.5, r10=0.75, median_rank=5.0, mrr=(1 + 1 / 2 + 1 / 8) / 4, n_candidates=4
     )
     assert Retrieval.from_ranks(torch.tensor([3.0, 1.0, 9.0])).median_rank == 3
-
-
-def test_recall_median_rank_and_mrr_equal_a_plain_transcription_of_the_published_ones() -> None:
-    """Query i is right with candidate i: its place in the candidates sorted by cosine, numpy's median, mean of 1 / rank."""
-    generator = seeded(7)
-    a, b = (torch.randn(90, 12, generator=generator, dtype=torch.float64) for _ in range(2))
-    b += a
-    unit_a, unit_b = ((x / x.norm(dim=1, keepdim=True)).numpy() for x in (a, b))
-    order = np.argsort(-(unit_a @ unit_b.T), axis=1)
-    ranks = np.array([int(np.where(order[i] == i)[0][0]) + 1 for i in range(90)])
-    found = retrieval_scores(a.float(), b.float())
-    for top, recall in ((1, found.r1), (5, found.r5), (10, found.r10)):
-        assert recall == pytest.approx(np.mean(ranks <= top), abs=1e-12)
-    assert found.median_rank == pytest.approx(np.median(ranks), abs=1e-12)
-    assert found.mrr == pytest.approx(np.mean(1 / ranks), abs=1e-12)
 
 
 def test_no_queries_have_no_scores() -> None:

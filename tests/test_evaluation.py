@@ -252,7 +252,7 @@ def files_of(folder: Path, inputs: dict[str, Tensor], dtype: Any = np.float32) -
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_files_are_evaluated_as_the_numbers_in_them(dtype: Any, tmp_path: Path) -> None:
-    model, (inputs, labels) = model_of(), data_of(500)
+    model, (inputs, labels) = model_of(), data_of(100)
     inputs = {name: torch.from_numpy(x.numpy().astype(dtype)).float() for name, x in inputs.items()}
     with sf.data.open(files_of(tmp_path, dict(reversed(inputs.items())), dtype)) as files:
         for batch_size in (7, 1024):
@@ -262,17 +262,17 @@ def test_files_are_evaluated_as_the_numbers_in_them(dtype: Any, tmp_path: Path) 
 
 def test_little_memory_makes_small_batches_and_changes_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model, (inputs, labels) = sf.SPARC(WIDTHS, n_latents=20, k=4), data_of(3000)
+    model, (inputs, labels) = sf.SPARC(WIDTHS, n_latents=20, k=4), data_of(1500)
     much = evaluate(model, inputs, labels)
     with pytest.raises(
-        ValueError, match=r"memory must be at least \d+ bytes for 3000 samples here, got 1MiB"
+        ValueError, match=r"memory must be at least \d+ bytes for 1500 samples here, got 1MiB"
     ) as refused:
         evaluate(model, inputs, labels, memory="1MiB")
     least = int(str(refused.value).split()[5])
     encoded, encode = [], model.encode
     monkeypatch.setattr(model, "encode", lambda x: (encoded.append(len(next(iter(x.values())))), encode(x))[1])
-    little = evaluate(model, inputs, labels, memory=least, batch_size=3000)
-    assert 1 < max(encoded) < 3000
+    little = evaluate(model, inputs, labels, memory=least, batch_size=1500)
+    assert 1 < max(encoded) < 1500
     assert little.to_dict()["retrieval"] == much.to_dict()["retrieval"]
     assert little.scores() == pytest.approx(much.scores())
     for one, other in zip(little.single_codes.values(), much.single_codes.values(), strict=True):
@@ -290,7 +290,7 @@ import sparc_fast as sf
 from sparc_fast.evaluate import evaluate
 from sparc_fast.planning.process_memory import forget_peak, resident
 torch.set_num_threads(1)
-model = sf.SPARC({"a": 768, "b": 512}, n_latents=256, k=8)
+model = sf.SPARC({"a": 2048, "b": 1024}, n_latents=256, k=8)
 evaluate(model, {name: torch.randn(300, width) for name, width in model.d_streams.items()}, retrieval=False)
 with sf.data.open({name: f"{name}.npy" for name in model.streams}) as files:
     forget_peak()
@@ -302,9 +302,9 @@ with sf.data.open({name: f"{name}.npy" for name in model.streams}) as files:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak anew")
 def test_files_larger_than_memory_are_evaluated_within_it(tmp_path: Path) -> None:
-    memory, N = 115 * 2**20, 50_000
-    block = np.random.default_rng(0).standard_normal((1000, 768)).astype(np.float16)
-    for name, width in (("a", 768), ("b", 512)):
+    memory, N = 55 * 2**20, 10_000
+    block = np.random.default_rng(0).standard_normal((1000, 2048)).astype(np.float16)
+    for name, width in (("a", 2048), ("b", 1024)):
         np.save(tmp_path / f"{name}.npy", np.tile(block[:, :width], (N // 1000, 1)))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) > memory
     command = [sys.executable, "-c", PEAK, str(memory)]
@@ -533,10 +533,7 @@ def test_an_evaluation_prints_its_scores_a_line_each_and_nothing_that_is_undefin
 def test_numpy_arrays_are_evaluated_as_the_tensors_they_are() -> None:
     (x, labels), model = data_of(60), model_of()
     arrays = {name: part.numpy(force=True) for name, part in x.items()}
-    found, expected = (
-        evaluate(model, given, labels, train=given, train_labels=labels, metrics="all", resamples=0)
-        for given in (arrays, x)
-    )
+    found, expected = (evaluate(model, given, labels, train=given, train_labels=labels) for given in (arrays, x))
     assert found.scores() == expected.scores()
     with pytest.raises(ValueError, match=r"inputs\['text'\] must be a tensor \[N, D=5\], got list"):
         evaluate(model, {**arrays, "text": arrays["text"].tolist()})

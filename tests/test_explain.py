@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -21,10 +22,10 @@ from PIL import Image
 from sparc_fast import explain
 from sparc_fast.explain import Ink, Items, Latent, ModelReport, Report, Stream, Thumbnails, choose_latents, write_report
 from sparc_fast.explain.latents import Shown, tops_of
-from sparc_fast.explain.page import render_page
 from sparc_fast.explain.pictures import columns
 from sparc_fast.explain.relations import energy, fire_together, latents_of_words
 from sparc_fast.explain.shards import Shards
+from sparc_fast.explain.write import render_page
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def report() -> Report:
 
 @pytest.fixture(scope="module")
 def written(report, tmp_path_factory):
-    return write_report(report, tmp_path_factory.mktemp("report"))
+    return write_report(report, tmp_path_factory.mktemp("report") / "new" / "folder")
 
 
 def pieces(page, kind: str) -> list:
@@ -163,7 +164,7 @@ def test_words_lead_to_latents_and_samples(report, written):
 
 
 def test_the_table_has_every_row_and_a_dash_where_a_model_has_no_number(report):
-    page = render_page(report, "pieces")
+    page = render_page(report, "pieces").decode()
     table = page[page.index("<table>") : page.index("</table>")]
     assert re.findall(r"<td[^>]*>(.*?)</td>", table) == ["0.02", "0.21", "0.01", "12", "12", "–"]
     assert all(row.meaning in table and row.section in table for row in report.table)
@@ -172,13 +173,13 @@ def test_the_table_has_every_row_and_a_dash_where_a_model_has_no_number(report):
     assert re.findall(r"<dt>(.*?)</dt>", figures) == ["Jaccard"]
 
 
-def test_numbers_that_are_not_finite_become_null(report, tmp_path):
+def test_numbers_that_are_not_finite_become_null(report):
     jaccard = report.after.jaccard.copy()
     jaccard[0] = np.nan
-    page = write_report(replace(report, after=replace(report.after, jaccard=jaccard)), tmp_path)
-    index = pieces(page, "index")
+    shards = Shards(replace(report, after=replace(report.after, jaccard=jaccard)))
+    index = shards.index()
     assert index["stats"][2][index["ids"].index(0)] is None
-    assert dict(pieces(page, "start")["models"][1]["curves"])["self"] == [1.0, 0.5, None]
+    assert dict(shards.start()["models"][1]["curves"])["self"] == [1.0, 0.5, None]
 
 
 def test_a_report_without_labels_pictures_texts_or_another_model_is_written(report, tmp_path):
@@ -283,13 +284,13 @@ def test_codes_come_as_encode_gives_them(report):
     assert Shards(replace(report, after=after)).chosen
 
 
-def test_a_private_latent_has_the_frequency_of_its_stream_and_no_agreement(report, tmp_path):
+def test_a_private_latent_has_the_frequency_of_its_stream_and_no_agreement(report):
     report, latent, stream = with_a_private_latent(report)
     model, (values, indices) = report.after, report.after.codes[stream]
     assert model.names[latent][-1] == "private to name"
     assert model.frequency[latent] == pytest.approx(((indices == latent) & (values > 0)).sum().item() / len(values))
     assert np.isnan(model.agreement[latent])
-    index = pieces(write_report(report, tmp_path), "index")
+    index = Shards(report).index()
     place = index["ids"].index(latent)
     assert [index["stats"][i][place] for i in (0, 1)] == [None, pytest.approx(model.frequency[latent])]
     assert "agreement" not in repr(Latent(report, latent))
@@ -344,45 +345,43 @@ def test_a_word_speaks_of_the_latents_that_take_energy_where_it_is(report):
 # --- files ---
 
 
-def test_the_report_is_a_page_its_pieces_and_a_picture(report, tmp_path):
-    page = write_report(report, tmp_path / "new" / "folder")
-    assert page == tmp_path / "new" / "folder" / explain.PAGE
-    names = sorted(p.name for p in page.parent.iterdir())
+def test_the_report_is_a_page_its_pieces_and_a_picture(written):
+    assert written.relative_to(written.parents[2]).as_posix() == f"new/folder/{explain.PAGE}"
+    names = sorted(p.name for p in written.parent.iterdir())
     assert names[:2] == [explain.HEADLINE, explain.PAGE]
     assert len(names) == 3
-    picture = Image.open(page.with_name(explain.HEADLINE))
+    picture = Image.open(written.with_name(explain.HEADLINE))
     assert picture.width == 1600
     assert len(np.unique(np.array(picture.convert("L")))) > 50
 
 
-def test_the_same_report_gives_the_same_files_and_another_one_replaces_them(report, tmp_path):
-    def files():
-        return {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
-    write_report(report, tmp_path)
-    first = files()
+
+def test_the_same_report_gives_the_same_files_and_another_one_replaces_them(written, tmp_path):
     write_report(a_report(), tmp_path)
-    assert files() == first
+    assert files(tmp_path) == files(written.parent)
     write_report(a_report(seed=1), tmp_path)
     assert len(list(tmp_path.glob("report-*"))) == 1
-    assert files().keys() != first.keys()
+    assert files(tmp_path).keys() != files(written.parent).keys()
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError("No space left on device")])
-@pytest.mark.parametrize("where", ["headline.render_headline", "shards.Shards.vocabulary"])
-def test_a_failed_write_leaves_the_previous_report(report, tmp_path, monkeypatch, interruption, where):
-    write_report(report, tmp_path)
-    previous = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+@pytest.mark.parametrize(
+    ("where", "interruption"),
+    [("headline.render_headline", KeyboardInterrupt), ("shards.Shards.vocabulary", OSError("No space left on device"))],
+)
+def test_a_failed_write_leaves_the_previous_report(report, written, tmp_path, monkeypatch, where, interruption):
+    folder = shutil.copytree(written.parent, tmp_path / "page")
 
     def fail(*_):
         raise interruption
 
     monkeypatch.setattr(f"sparc_fast.explain.{where}", fail)
     with pytest.raises((KeyboardInterrupt, OSError)):
-        write_report(replace(report, items=replace(report.items, ids=report.items.ids[::-1])), tmp_path)
-    there = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    assert {p: there[p] for p in previous} == previous
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+        write_report(replace(report, items=replace(report.items, ids=report.items.ids[::-1])), folder)
+    assert files(written.parent).items() <= files(folder).items()
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(report, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extraction import write_features
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -19,7 +20,7 @@ pytest.importorskip("pyarrow")
 from PIL import Image
 
 from sparc_fast import SPARC, cli, data
-from sparc_fast.data.feature_folder import FeatureFolder, write_items, write_manifest
+from sparc_fast.data import FeatureFolder
 from sparc_fast.explain import choose_latents, items_of, report_of
 
 N, KINDS = 60, ["kitten", "rocket", "boat"]
@@ -28,16 +29,11 @@ EVIL = '</script><img src=x onerror="alert(1)">'
 
 def write_folder(folder: Path, **changed: Any) -> Path:
     """60 items of three kinds, two streams of pictures and texts; every third item has its picture in a file."""
-    folder.mkdir()
-    (folder / "pictures").mkdir()
+    (folder / "pictures").mkdir(parents=True)
     rng = np.random.default_rng(0)
     kinds = np.arange(N) % 3
-    streams = {}
-    for name, column, width in (("eye", "picture", 6), ("ear", "caption", 5)):
-        x = np.eye(width)[kinds] * 3 + rng.normal(0, 0.3, (N, width))
-        (folder / name).mkdir()
-        np.save(folder / name / "00000.npy", x.astype(np.float32))
-        streams[name] = {"column": column, "width": width, "tokens": 1, "files": [f"{name}/00000.npy"], "model": f"my:{name}"}  # fmt: skip
+    seen = (("eye", "picture", 6), ("ear", "caption", 5))
+    streams = {name: (column, np.eye(D)[kinds] * 3 + rng.normal(0, 0.3, (N, D))) for name, column, D in seen}
     rows = []
     for i in range(N):
         picture = Image.new("RGB", (20, 10), ("red", "green", "blue")[kinds[i]])
@@ -51,9 +47,8 @@ def write_folder(folder: Path, **changed: Any) -> Path:
             "caption": f"a {KINDS[kinds[i]]} {EVIL if i == 7 else ''} 猫{i}", "more": None if i % 2 else "and more",
             "label": [KINDS[kinds[i]]], "group": f"g{i}", "split": "held_out" if i % 5 == 0 else "train",
         } | {key: value(i) for key, value in changed.items()})  # fmt: skip
-    write_items(folder, rows, ("caption", "more"))
-    write_manifest(folder, streams, N, failed=0, pictures="pictures", attribution="Pictures by nobody")
-    return folder
+    about = {"pictures": "pictures", "attribution": "Pictures by nobody"}
+    return write_features(folder, streams, rows, ("caption", "more"), **about)
 
 
 @pytest.fixture(scope="module")
@@ -179,12 +174,11 @@ def test_without_labels_latents_are_named_by_words_of_the_texts(tmp_path):
 def test_a_stream_of_pictures_may_have_a_column_of_its_own(tmp_path):
     folder, file = tmp_path / "features", io.BytesIO()
     Image.new("RGB", (4, 4), "blue").save(file, "PNG")
-    (folder / "eye").mkdir(parents=True)
-    np.save(folder / "eye" / "00000.npy", np.ones((2, 6), np.float32))
     rows = [{"id": f"{i}", "picture": None, "close": file.getvalue(), "text": "a", "label": [], "group": f"{i}", "split": "train"} for i in range(2)]  # fmt: skip
-    write_items(folder, rows, ("text",), contents=("close",))
-    eye = {"modality": "image", "column": "close", "width": 6, "tokens": 1, "files": ["eye/00000.npy"]}
-    write_manifest(folder, {"eye": eye}, 2, failed=0)
+    write_features(folder, {"eye": ("close", np.ones((2, 6)))}, rows, ("text",), contents=("close",))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["streams"]["eye"]["modality"] = "image"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     items = items_of(FeatureFolder(folder))
     assert list(items.pictures) == ["close"]
     assert np.asarray(items.pictures["close"].draw(1))[48, 48].tolist() == [0, 0, 255, 255]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_encoders import CPU, PATCHES, TEXTS, WIDTH, library, pictures, saved
+from tiny_encoders import CPU, PATCHES, TEXTS, WIDTH, library, pictures, save_sentences, saved, tiny_timm, with_weights
 from torch import Tensor
 
 from sparc_fast.extract import StreamConfig
@@ -102,66 +102,55 @@ def test_texts_of_transformers(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(own, found, rtol=1e-4, atol=1e-5)
 
 
-TIMM = {  # name: (tokens that are no patches, options that make it small)
-    "vit_tiny_patch16_224": (1, {"depth": 3}),
-    "vit_medium_patch16_reg4_gap_256": (4, {"depth": 3, "embed_dim": 64, "num_heads": 2}),
-    "resnet18": (0, {"layers": (1, 1, 1, 1)}),
-    "swin_tiny_patch4_window7_224": (0, {"depths": (1, 1, 1, 1), "embed_dim": 24}),
-}
-
-
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("vit_tiny_patch16_224", 1),
+        ("vit_medium_patch16_reg4_gap_256", 4),
+        ("resnet18", 0),
+        ("swin_tiny_patch4_window7_224", 0),
+    ],
+)
 @torch.no_grad()
-def test_models_of_timm(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timm = library("timm")
-    prefix, options = TIMM[name]
-    torch.manual_seed(0)
-    make = timm.create_model
-    model = make(name, num_classes=0, **options).eval()
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: make(*a, **k, **options))
-    close = {"rtol": 1e-3, "atol": 1e-4}
-    own = encoded(f"timm:{name}", tmp_path, weights="weights.pth")
-    encoder = encoder_of(StreamConfig(model=f"timm:{name}", weights="weights.pth"), tmp_path, CPU)
-    x = torch.stack([encoder.prepare(p) for p in pictures()])
-    torch.testing.assert_close(own, model(x), **close)
-    features = model.forward_features(x)
-    tokens = encoded(f"timm:{name}", tmp_path, weights="weights.pth", pooling="tokens")
-    if prefix:
-        assert model.num_prefix_tokens == prefix
-        torch.testing.assert_close(tokens, features[:, prefix:], **close)
-        block = model.forward_intermediates(x, indices=[1], norm=False, output_fmt="NLC", intermediates_only=True)[0]
-        found = encoded(f"timm:{name}", tmp_path, weights="weights.pth", pooling="tokens", layer=2)
-        torch.testing.assert_close(found, block, **close)
-        with pytest.raises(ValueError, match=f"layer must be 1 to 3, or -1 back, of timm:{name}, got 4"):
-            encoded(f"timm:{name}", tmp_path, weights="weights.pth", layer=4)
-    else:
-        width = features.flatten(2).shape[1] if name == "resnet18" else features.shape[-1]
-        assert tokens.shape == (3, 49, width)
-        mean = features.mean((2, 3)) if name == "resnet18" else features.mean((1, 2))
-        torch.testing.assert_close(tokens.mean(1), mean, **close)
+def test_models_of_timm(name: str, prefix: int, tmp_path: Path) -> None:
+    with tiny_timm():
+        model, weights = with_weights(tmp_path, f"timm:{name}")
+        told = {"model": f"timm:{name}", "weights": weights}
+        close = {"rtol": 1e-3, "atol": 1e-4}
+        own = encoded(folder=tmp_path, **told)
+        encoder = encoder_of(StreamConfig(**told), tmp_path, CPU)
+        x = torch.stack([encoder.prepare(p) for p in pictures()])
+        torch.testing.assert_close(own, model(x), **close)
+        features = model.forward_features(x)
+        tokens = encoded(folder=tmp_path, pooling="tokens", **told)
+        if prefix:
+            assert model.num_prefix_tokens == prefix
+            torch.testing.assert_close(tokens, features[:, prefix:], **close)
+            block = model.forward_intermediates(x, indices=[1], norm=False, output_fmt="NLC", intermediates_only=True)[
+                0
+            ]
+            torch.testing.assert_close(encoded(folder=tmp_path, pooling="tokens", layer=2, **told), block, **close)
+            with pytest.raises(ValueError, match=f"layer must be 1 to 3, or -1 back, of timm:{name}, got 4"):
+                encoded(folder=tmp_path, layer=4, **told)
+        else:
+            features = features.flatten(2).mT if name == "resnet18" else features.flatten(1, 2)
+            assert tokens.shape == (3, 49, features.shape[2])
+            torch.testing.assert_close(tokens, features, **close)
 
 
 @torch.no_grad()
 def test_models_of_open_clip(tmp_path: Path) -> None:
-    open_clip = library("open_clip")
-    (tmp_path / "tiny-clip.json").write_text(
-        '{"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "patch_size": 8},'
-        ' "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}'
-    )
-    open_clip.add_model_config(tmp_path / "tiny-clip.json")
-    torch.manual_seed(0)
-    model = open_clip.create_model("tiny-clip").eval()
-    torch.save(model.state_dict(), tmp_path / "w.pt")
+    model, weights = with_weights(tmp_path, "open_clip:tiny-clip")
+    told = {"model": "open_clip:tiny-clip", "weights": weights}
     close = {"rtol": 1e-4, "atol": 1e-5}
-    encoder = encoder_of(StreamConfig(model="open_clip:tiny-clip", weights="w.pt"), tmp_path, CPU)
+    encoder = encoder_of(StreamConfig(**told), tmp_path, CPU)
     x = torch.stack([encoder.prepare(p) for p in pictures()])
-    torch.testing.assert_close(encoded("open_clip:tiny-clip", tmp_path, weights="w.pt"), model.encode_image(x), **close)
-    words = open_clip.get_tokenizer("tiny-clip")(TEXTS)
-    found = encoded("open_clip:tiny-clip", tmp_path, weights="w.pt", modality="text")
+    torch.testing.assert_close(encoded(folder=tmp_path, **told), model.encode_image(x), **close)
+    words = library("open_clip").get_tokenizer("tiny-clip")(TEXTS)
+    found = encoded(folder=tmp_path, **told, modality="text")
     torch.testing.assert_close(found, model.encode_text(words), **close)
-    tokens = encoded("open_clip:tiny-clip", tmp_path, weights="w.pt", pooling="tokens", layer=3)
-    cls = encoded("open_clip:tiny-clip", tmp_path, weights="w.pt", pooling="cls")
+    tokens = encoded(folder=tmp_path, **told, pooling="tokens", layer=3)
+    cls = encoded(folder=tmp_path, **told, pooling="cls")
     assert tokens.shape == (3, 16, 64)
     torch.testing.assert_close(cls @ model.visual.proj, model.encode_image(x), **close)
     with pytest.raises(ValueError, match="model must be open_clip:ARCHITECTURE/WEIGHTS, or weights a file"):
@@ -170,11 +159,8 @@ def test_models_of_open_clip(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_models_of_sentence_transformers(tmp_path: Path) -> None:
-    library("transformers")
-    sentences = library("sentence_transformers")
-    folder, _ = saved(tmp_path / "bert", "bert")
-    model = sentences.SentenceTransformer(str(folder), device="cpu")
-    model.save(str(tmp_path / "sentences"))
+    save_sentences(tmp_path / "sentences")
+    model = library("sentence_transformers").SentenceTransformer(str(tmp_path / "sentences"), device="cpu")
     found = encoded("sentence-transformers:sentences", tmp_path, modality="text")
     torch.testing.assert_close(found, model.encode(TEXTS, convert_to_tensor=True), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="modality must be text, pooling model and layer 0 with sentence-transformers"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import extraction
 import numpy as np
 import pytest
+import ranks
 import torch
 from extraction import SETTINGS, write_csv, write_pictures
 from hypothesis import given, settings
@@ -135,18 +135,25 @@ def test_a_link_out_of_the_pictures_folder_is_refused_by_name(tmp_path: Path) ->
     assert "pictures/002.png" in line
 
 
+def extract_or_die(*arguments: str) -> None:
+    """The command, in a process that kills itself after five batches."""
+    extraction.batches_left = 5
+    raise SystemExit(main(["extract", *arguments, "--progress", "none"]))
+
+
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
 def test_an_extraction_killed_again_and_again_ends_in_the_same_bytes_as_one_that_was_not(tmp_path: Path) -> None:
     settings_file = begin(tmp_path, 61, **{"extraction:letters": "extraction:mortal"})
     (tmp_path / "pictures" / "030.png").write_bytes(b"no picture")
     extract(read_extraction(settings_file), tmp_path / "whole")
-    command = [sys.executable, "-m", "sparc_fast", "extract", str(settings_file), "--progress", "none"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "BATCHES_TO_LIVE": "5"}
-    ended: list[int] = []
+    ended: list[int | None] = []
     while not (tmp_path / "killed" / "manifest.json").exists():
-        done = subprocess.run([*command, "--out", str(tmp_path / "killed")], env=environment, check=False)
-        ended.append(done.returncode)
-        assert done.returncode == 0 or len(ended) < 16
+        arguments = str(settings_file), "--out", str(tmp_path / "killed")
+        process = ranks.context().Process(target=extract_or_die, args=arguments)
+        process.start()
+        process.join()
+        ended.append(process.exitcode)
+        assert process.exitcode == 0 or len(ended) < 16
     assert ended == [-signal.SIGKILL] * (len(ended) - 1) + [0]
     assert len(ended) > 3
     whole, killed = contents(tmp_path / "whole"), contents(tmp_path / "killed")
@@ -336,17 +343,18 @@ def test_a_function_that_gives_something_else_is_named(tmp_path: Path) -> None:
         extract(read_extraction(settings_file), tmp_path / "features")
 
 
+def runs_when_opened(folder: Path) -> bool:
+    sys.path.insert(0, str(folder))
+    with data.open(folder / "features", split="train") as files:
+        files.rows(0, 1)
+    return "bomb" in sys.modules
+
+
 def test_reading_a_folder_of_features_runs_no_module_that_its_manifest_names(tmp_path: Path) -> None:
     (tmp_path / "bomb.py").write_text("import extraction\nletters = extraction.letters\n")
     settings_file = begin(tmp_path, 9, **{"extraction:letters": "bomb:letters"})
     extract(read_extraction(settings_file), tmp_path / "features")
-    (tmp_path / "bomb.py").write_text("raise SystemExit('ran')\n")
-    code = (
-        "import sys; from sparc_fast import data; "
-        f"files = data.open({str(tmp_path / 'features')!r}, split='train'); files.rows(0, 1); print('bomb' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert result.stdout.strip() == "False"
+    assert not ranks.in_fork(runs_when_opened, tmp_path)
 
 
 def test_the_command_says_what_it_did(tmp_path: Path, capsys) -> None:

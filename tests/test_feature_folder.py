@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extraction import write_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparc_fast import data
 from sparc_fast.cli import main
 from sparc_fast.data import FeatureFolder
-from sparc_fast.data.feature_folder import below, write_items, write_manifest
+from sparc_fast.data.feature_folder import below
 
 pytest.importorskip("pyarrow", reason="items are Parquet")
 
@@ -24,29 +25,14 @@ N = 12
 
 def write_folder(path: Path, streams: dict[str, np.ndarray], splits: list[str] | None = None, **item: Any) -> Path:
     """A folder of features; streams [N, D] or [N, T, D] in two files each."""
-    described = {}
     n = len(next(iter(streams.values())))
-    for name, rows in streams.items():
-        (path / name).mkdir(parents=True)
-        tokens = 1 if rows.ndim == 2 else rows.shape[1]
-        for part, some in enumerate(np.array_split(rows, 2)):
-            np.save(path / name / f"{part}.npy", some.reshape(-1, rows.shape[-1]))
-        files = [f"{name}/{part}.npy" for part in range(2)]
-        described[name] = {
-            "modality": "image",
-            "column": "picture",
-            "width": rows.shape[-1],
-            "tokens": tokens,
-            "files": files,
-        }
     splits = splits or ["train", "train", "held_out"] * n
     rows_of_items = [
         {"id": f"i{i}", "picture": f"{i}.png", "thumbnail": None, "text": f"t{i}", "label": ["odd"] * (i % 2) + ["all"],
          "group": f"g{i // 2}", "split": splits[i], **{k: v[i] for k, v in item.items()}} for i in range(n)
     ]  # fmt: skip
-    write_items(path, rows_of_items, ["text"])
-    write_manifest(path, described, n, failed=0, pictures="pictures")
-    return path
+    seen = {name: ("picture", rows) for name, rows in streams.items()}
+    return write_features(path, seen, rows_of_items, ["text"], parts=2, pictures="pictures")
 
 
 def numbered(*shape: int, start: int = 0) -> np.ndarray:
@@ -123,7 +109,7 @@ def test_labels_are_truth_values_of_those_that_enough_samples_carry(tmp_path: Pa
         ({"items": 11}, r"stream 'a' must hold 11 rows, got 12"),
         ({"files": ["../a.npy"]}, r"files of stream 'a' must stay below .*, got '../a.npy'"),
         ({"files": ["/etc/passwd"]}, r"files of stream 'a' must stay below .*, got '/etc/passwd'"),
-        ({"files": ["a/0.npy"]}, r"stream 'a' must hold 12 rows, got 6"),
+        ({"files": ["a/00000.npy"]}, r"stream 'a' must hold 12 rows, got 6"),
     ],
 )
 def test_a_manifest_that_is_none_or_names_other_files_is_an_error(
@@ -159,22 +145,6 @@ def test_a_split_or_a_stream_that_is_not_there_is_named(tmp_path: Path, capsys: 
         data.open({"c": folder})
     with pytest.raises(FileNotFoundError, match=r"must hold a manifest.json, but there is none in"):
         data.open(tmp_path)
-    assert (
-        main(
-            [
-                "train",
-                "--data",
-                str(tmp_path),
-                "--out",
-                str(tmp_path / "run"),
-                "--n-latents",
-                "4",
-                "--k",
-                "2",
-                "--steps",
-                "1",
-            ]
-        )
-        == 1
-    )
+    command = f"train --data {tmp_path} --out {tmp_path / 'run'} --n-latents 4 --k 2 --steps 1"
+    assert main(command.split()) == 1
     assert "must hold a manifest.json" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from dense import Weights, objective
@@ -12,12 +14,13 @@ from operands import fast_backends
 import sparc_fast as sf
 
 
-def random_model(widths: list[int], L: int, k: int, selection: str, backend: str, **kwargs: int) -> sf.SPARC:
+def random_model(widths: list[int], L: int, k: int, selection: str, backend: str, **kwargs: Any) -> sf.SPARC:
     d_streams = {f"stream{s}": width for s, width in enumerate(widths)}
     model = sf.SPARC(d_streams, L, k, selection=selection, backend=backend, dtype=torch.float64, **kwargs)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    model._clear_private()
     return model
 
 
@@ -44,29 +47,34 @@ def test_gradients_equal_the_dense_float64_equations(widths: list[int], k: int, 
     assert_same_gradients(model, truth)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     widths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     N=st.integers(1, 6),
-    L=st.integers(1, 12),
+    n_shared=st.integers(1, 12),
     data=st.data(),
     selection=st.sampled_from(["global", "local", "batch"]),
     cross=st.sampled_from([0.0, 1.0, 2.5]),
     seed=st.integers(0, 2**31),
 )
 def test_gradients_with_auxk_equal_the_dense_equations_for_any_shape(
-    widths: list[int], N: int, L: int, data: st.DataObject, selection: str, cross: float, seed: int
+    widths: list[int], N: int, n_shared: int, data: st.DataObject, selection: str, cross: float, seed: int
 ) -> None:
-    k = data.draw(st.integers(1, L), label="k")
+    counts = data.draw(st.just([0] * 4) | st.lists(st.integers(0, 5), min_size=4, max_size=4), label="private")
+    private = {f"stream{s}": n for s, n in enumerate(counts[: len(widths)]) if n}
+    private_k = {name: data.draw(st.integers(1, n), label=f"of {name}") for name, n in private.items()}
+    L, k = n_shared + sum(private.values()), data.draw(st.integers(1, n_shared), label="k")
     dead = torch.tensor(data.draw(st.lists(st.booleans(), min_size=L, max_size=L), label="dead"))
     for backend in fast_backends():
         torch.manual_seed(seed)
-        model = random_model(widths, L, k, selection, backend, auxk=3, dead_after=5)
+        of_streams = {"private": private, "private_k": private_k or None}
+        model = random_model(widths, L, k, selection, backend, auxk=3, dead_after=5, **of_streams)
         model.silence[dead] = 6
         inputs = {name: torch.randn(N, width, dtype=torch.float64) for name, width in model.d_streams.items()}
         loss = model.loss(inputs, cross_loss_coef=cross, auxk_coef=0.25)
         truth = Weights.of(model)
-        expected = objective(truth, list(inputs.values()), k, selection, cross, dead, 3, 0.25)
+        own = {model.streams.index(name): (some, private_k[name]) for name, some in model.private_latents.items()}
+        expected = objective(truth, list(inputs.values()), k, selection, cross, dead, 3, 0.25, own)
         torch.testing.assert_close(loss.total, expected, rtol=1e-9, atol=1e-11)
         loss.total.backward()
         expected.backward()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import in_fork
 
 import sparc_fast as sf
 from sparc_fast.evaluate import evaluate
 from sparc_fast.interop import hub
 
-ROOT = Path(__file__).parents[1]
 D = {"dino": 6, "clip | txt": 4}
 
 
@@ -115,19 +114,6 @@ def test_the_code_on_the_card_runs(model: sf.SPARC, tmp_path: Path, monkeypatch:
     assert names["codes"].values.shape == (20, 1, 3)
 
 
-def test_the_code_of_the_documentation_runs(model: sf.SPARC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "formats.md").read_text(), re.DOTALL)
-    assert code is not None
-    (tmp_path / "sparc_report").mkdir()
-    (tmp_path / "sparc_report" / "alignment.png").write_bytes(b"\x89PNG")
-    monkeypatch.chdir(tmp_path)
-    found = evaluate(model, batch())
-    names: dict[str, Any] = {"model": model, "evaluation": found, "baseline": found}
-    exec(code[1], names)
-    assert names["model"] is not model
-    assert same(names["model"], model)
-
-
 def test_a_repository_is_found_in_the_cache_without_a_network(model: sf.SPARC, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -182,19 +168,20 @@ def test_what_is_missing_is_said_before_anything_is_written(model: sf.SPARC, tmp
         sf.SPARC.from_pretrained(tmp_path / "empty")
 
 
+def without_huggingface_hub(folder: Path) -> list[str]:
+    assert "huggingface_hub" not in sys.modules
+    sys.modules["huggingface_hub"] = None  # type: ignore[assignment]
+    model, said = sf.SPARC.load(folder / "model.safetensors"), []
+    model.save_pretrained(folder / "out")
+    sf.SPARC.from_pretrained(folder / "out")
+    for call in (lambda: model.push_to_hub("me/glyphs"), lambda: sf.SPARC.from_pretrained("me/glyphs")):
+        with pytest.raises(ImportError) as error:
+            call()
+        said.append(str(error.value))
+    return said
+
+
 def test_without_huggingface_hub_folders_work_and_the_hub_says_what_to_install(model: sf.SPARC, tmp_path: Path) -> None:
     model.save(tmp_path / "model.safetensors")
-    code = f"""if True:
-        import sys
-        sys.modules["huggingface_hub"] = None
-        import sparc_fast as sf
-        model = sf.SPARC.load({str(tmp_path / "model.safetensors")!r})
-        model.save_pretrained({str(tmp_path / "out")!r})
-        sf.SPARC.from_pretrained({str(tmp_path / "out")!r})
-        for call in (lambda: model.push_to_hub("me/glyphs"), lambda: sf.SPARC.from_pretrained("me/glyphs")):
-            try:
-                call()
-            except ImportError as error:
-                print(error)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["the Hugging Face Hub needs huggingface_hub: pip install 'sparc_fast[hub]'"] * 2
+    words = "the Hugging Face Hub needs huggingface_hub: pip install 'sparc_fast[hub]'"
+    assert in_fork(without_huggingface_hub, tmp_path) == [words] * 2

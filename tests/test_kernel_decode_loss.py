@@ -22,6 +22,7 @@ NAMES = [
 ]  # fmt: skip
 LOSSES = pytest.mark.parametrize("name", ["decode_loss", "nested_decode_loss"])
 MODULES = {name: import_module(f"sparc_fast.kernels.{name}") for name in NAMES}
+KERNELS: Any = import_module("sparc_fast.kernels")
 DEVICE = kernel_device()
 CASE = (7, 40, 5), 3, 20, 6
 # NumPy, which Triton's interpreter computes with, warns of inf * 0
@@ -32,14 +33,6 @@ EVERY_OPERATOR = pytest.mark.parametrize("name", NAMES)
 def run(name: str, o: Operands) -> tuple[Tensor, ...]:
     tensors = {key: value.to(DEVICE) for key, value in vars(o).items() if isinstance(value, Tensor)}
     return tuple(result.to(o.x.device) for result in OPERATORS[name](replace(o, **tensors), KERNELS))
-
-
-class _Kernels:
-    def __getattr__(self, name: str) -> Any:
-        return getattr(MODULES[name], name)
-
-
-KERNELS: Any = _Kernels()
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, name: str, **chosen: Any) -> None:

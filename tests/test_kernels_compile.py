@@ -17,7 +17,7 @@ pytestmark = pytest.mark.compilers
 TOY = """
 import sys
 import torch, triton, triton.language as tl
-from sparc_fast.benchmarks.tools import kernel_resources
+from sparc_fast.benchmarks import kernel_resources
 
 @triton.jit(do_not_specialize=["N"])
 def _sum_kernel(out, x, bias, stride, N, scale, BLOCK: tl.constexpr, KEPT: tl.constexpr):
@@ -51,8 +51,8 @@ MACHINE_CODE = """
 import re
 from dataclasses import replace
 import torch
-from sparc_fast.benchmarks import cases
-from sparc_fast.benchmarks.tools import kernel_resources
+from sparc_fast.benchmarks import cases, kernel_resources
+from sparc_fast.benchmarks.tools.machine_code import Code
 
 wide = replace(cases.A, d_streams=(8192,))  # rows that go through memory
 seen = set()
@@ -64,8 +64,7 @@ for shape in (cases.A, wide):
         compiled = launch.compiled(90)
         seen.add(launch.name)
         if launch.name == "_parts":
-            trips = kernel_resources.trips(kernel_resources.disassembled(compiled.asm["cubin"]))
-            assert any(of_16_bytes for _, of_16_bytes, _ in trips)
+            Code(kernel_resources.disassembled(compiled.asm["cubin"])).loop({r"LDG.*\\.128": 1})
             continue
         ptx = compiled.asm["ptx"]
         # max drops NaN: of roots of sums, and of float32, where every number is a weight's or a gradient's, it may not
@@ -77,8 +76,9 @@ for shape in (cases.A, wide):
 assert len(seen) == 6, seen
 for launch in kernel_resources.launches(cases.A, torch.bfloat16, ["global_topk"]):
     if launch.name == "_filter":
-        trips = kernel_resources.trips(kernel_resources.disassembled(launch.compiled(90).asm["cubin"]))
-        assert trips[0][1] == 12 and trips[0][2] == 0, trips  # 16 scores, norms and biases a thread, 4 at once
+        way = Code(kernel_resources.disassembled(launch.compiled(90).asm["cubin"])).loop({"LDG": 12})
+        read = {name: many for name, many in way.accesses.items() if name.startswith("LDG")}
+        assert read == {"LDG 16": 12}, read  # 16 scores, norms and biases a thread, 4 at once
 print("as expected")
 """
 

@@ -2,16 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import IN_INTERPRETER
+from test_global_topk import fitting
 
 from sparc_fast.ops import functional
 from sparc_fast.ops.layout import stream_slices
-
-
-def fitting(N: int, backend: str) -> int:
-    """N, or as many samples as Triton's interpreter gets through in a test."""
-    interprets = backend == "triton" and torch.get_default_device().type == "cpu"
-    return min(N, IN_INTERPRETER) if interprets else N
 
 
 @pytest.mark.parametrize("widths", [[7], [100, 1], [3, 1, 7, 5]], ids=str)

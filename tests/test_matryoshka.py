@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import DTYPES, Operands, fast_backends, operands, operators_of, seeded
 from torch import Tensor
+from torch_adam import WIDTHS
 
 import sparc_fast as sf
 from sparc_fast.cli import train
@@ -25,7 +26,6 @@ from sparc_fast.ops import reference
 from sparc_fast.ops.layout import by_group, wide
 from sparc_fast.training import Config
 
-WIDTHS = {"a": 7, "b": 12, "c": 5}
 L, K = 40, 6
 SELECTIONS = pytest.mark.parametrize("selection", ["global", "local", "batch"])
 
@@ -86,47 +86,6 @@ def test_loss_and_gradients_are_those_of_every_prefix_decoded_by_itself(selectio
         torch.testing.assert_close(getattr(model, name).grad, gradient, rtol=1e-10, atol=1e-11)
 
 
-@SELECTIONS
-@pytest.mark.parametrize(
-    "options", [{}, {"lazy": "replay"}, {"max_grad_norm": 0.01}, {"freeze": ("b",)}, {"freeze": "encoder"},
-                {"freeze": "decoder"}], ids=str
-)  # fmt: skip
-def test_the_fused_step_is_autograd_and_adam(selection: str, options: dict[str, Any]) -> None:
-    fused, plain = (make(selection, auxk=8, dead_after=30, dtype=torch.float64) for _ in range(2))
-    start = {name: p.detach().clone() for name, p in plain.named_parameters()}
-    ours, adam = sf.SparcAdam(fused, lr=1e-2, **options), torch.optim.Adam(plain.parameters(), lr=1e-2)
-    for step in range(6):
-        x, adam_step = samples(seed=step), ours.step(samples(seed=step), 0.5)
-        loss = plain.loss(x, 0.5)
-        adam.zero_grad()
-        loss.total.backward()
-        hold(plain, options.get("freeze", ()))
-        if "max_grad_norm" in options:
-            torch.nn.utils.clip_grad_norm_(plain.parameters(), options["max_grad_norm"])
-        plain.project_gradients_()
-        adam.step()
-        plain.normalize_decoder_()
-        for mine, theirs in zip(adam_step, loss, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
-    assert (plain.silence > 0).any()
-    for name, p in plain.named_parameters():
-        torch.testing.assert_close(dict(fused.named_parameters())[name], p, rtol=1e-9, atol=1e-10)
-    assert not torch.equal(fused.W_enc, start["W_enc"]) or options.get("freeze") == "encoder"
-
-
-def hold(model: sf.SPARC, freeze: str | tuple[str, ...]) -> None:
-    """Gradients of 0 for what stays."""
-    moving = {"encoder": (model.W_dec,), "decoder": (model.W_enc, model.latent_bias)}
-    for parameter in model.parameters():
-        if isinstance(freeze, str) and all(parameter is not one for one in moving[freeze]):
-            parameter.grad = None
-    for name in freeze if isinstance(freeze, tuple) else ():
-        s, columns = model.streams.index(name), model._columns()[model.streams.index(name)]
-        for parameter in model.parameters():
-            assert parameter.grad is not None
-            parameter.grad[s if parameter is model.latent_bias else (..., columns)] = 0
-
-
 @pytest.mark.parametrize("selection", ["global", "local"])
 def test_a_batch_in_parts_and_streams_that_are_absent_are_the_same_batch(selection: str) -> None:
     present = torch.rand(24, 3, generator=seeded(5)) < 0.7
@@ -153,18 +112,6 @@ def test_a_step_that_a_graph_could_capture_is_the_same_step(selection: str) -> N
         sf.SparcAdam(model, lr=1e-2, capturable=capturable).step(samples(dtype=torch.float32))
     for one, two in zip(captured.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, two)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-def test_lazy_steps_are_the_same_bits(dtype: torch.dtype, moments: Any) -> None:
-    eager, lazy = (make(auxk=8, dead_after=30, dtype=dtype) for _ in range(2))
-    steps = [sf.SparcAdam(model, lr=1e-2, lazy=how, moments=moments).step
-             for model, how in ((eager, None), (lazy, "replay"))]  # fmt: skip
-    for step in range(5):
-        for one in steps:
-            one(samples(9, step, torch.float32))
-    assert_equal(lazy.state_dict().values(), eager.state_dict().values())
 
 
 @SELECTIONS

@@ -17,7 +17,7 @@ from training_runs import config, files
 import sparc_fast as sf
 from sparc_fast.distributed import bytes as sizes
 from sparc_fast.distributed import exchange as exchanges
-from sparc_fast.distributed import shard, shared_memory
+from sparc_fast.distributed import shard, shared_memory, watch
 from sparc_fast.distributed.exchange import Exchange, in_turn
 from sparc_fast.training import Trainer
 
@@ -61,7 +61,8 @@ def model_of(**options: Any) -> sf.SPARC:
 def by_way(patch: pytest.MonkeyPatch, way: str, least: int = 4) -> None:
     """Exchange through memory that ranks share, by messages through sockets where they are small, or through gloo."""
     patch.setattr(sizes, "TOGETHER", least)  # samples of a piece
-    patch.setattr(shared_memory, "LEAST", 1 if way == "memory" else 2**60)
+    for name in ("LEAST", "LEAST_DEALT"):
+        patch.setattr(shared_memory, name, 1 if way == "memory" else 2**60)
     if way == "gloo":
         patch.setattr(exchanges, "neighbours", lambda exchange: None)
         patch.setattr(shared_memory, "_place", lambda: "")
@@ -154,7 +155,7 @@ def trained(way: str, ahead: bool, parts: int, least: int, loss: Any = "nmse") -
         by_way(patch, way, least)
         model = shard(model_of(auxk=3, dead_after=20, loss=loss))
         optimizer = sf.SparcAdam(model, 1e-2)
-        given = [own(samples(31, step)) for step in range(6)]
+        given = [own(samples(31, step)) for step in range(4)]
         batches: list[Any] = [x if parts == 1 else x.tensor_split(parts) for x in given]
         coming = optimizer.send(batches[0])
         for step, batch in enumerate(batches):
@@ -243,6 +244,7 @@ def test_one_process_has_nothing_to_send() -> None:
 
 def loses_a_rank(folder: str) -> str:
     """What those say that wait for what a rank began, which has gone since."""
+    watch.BEAT, watch.SILENT = 0.25, 2.0  # of a process that ends here
     optimizer = sf.SparcAdam(shard(model_of()))
     now, coming = (optimizer.send(own(samples(600, seed))) for seed in (1, 2))
     optimizer.step(now)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import training_runs as runs
-from dense import Weights, objective
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from operands import fast_backends, seeded
+from operands import seeded
 from torch import Tensor
+from torch_adam import WIDTHS, some_present
 
 import sparc_fast as sf
 from sparc_fast.attribution.target import Target
@@ -25,7 +22,6 @@ from sparc_fast.interop.research_files import to_upstream
 from sparc_fast.interop.saelens import to_saelens
 from sparc_fast.training import Config, read_config
 
-WIDTHS = {"a": 12, "b": 7, "c": 5}
 PRIVATE = {"a": 9, "c": 6}
 PRIVATE_K = {"a": 3, "c": 2}
 RULES = ["global", "local", "batch"]
@@ -49,124 +45,13 @@ def samples(n: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> dict[s
     return inputs
 
 
-def randomized(model: sf.SPARC) -> sf.SPARC:
-    """Biases that are not zero, and decoders that are not the encoders."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.normalize_decoder_()
-    return model
-
-
-def own_of(model: sf.SPARC, streams: list[str] | None = None) -> dict[int, tuple[slice, int]]:
-    """As tests/dense.py takes them."""
-    names = list(model.d_streams) if streams is None else streams
-    of_each = model.config()["private_k"]
-    return {names.index(name): (some, of_each[name]) for name, some in model.private_latents.items() if name in names}
-
-
-def elsewhere(model: sf.SPARC) -> list[tuple[slice, slice, int]]:
-    """(private latents, columns of a stream that is not theirs, its position)"""
-    columns = model._columns()
-    return [
-        (some, columns[s], s)
-        for name, some in model.private_latents.items()
-        for s, other in enumerate(model.streams)
-        if other != name
-    ]
-
-
 def assert_nothing_elsewhere(model: sf.SPARC) -> None:
-    for some, cols, s in elsewhere(model):
-        assert (model.W_enc[some, cols] == 0).all()
-        assert (model.W_dec[some, cols] == 0).all()
-        assert (model.latent_bias[s, some] == 0).all()
-
-
-@pytest.mark.parametrize("selection", RULES)
-@pytest.mark.parametrize("loss", ["nmse"])
-def test_gradients_equal_the_dense_float64_equations(selection: str, loss: str, backend: str) -> None:
-    model = randomized(make(selection, backend=backend, loss=loss))
-    inputs = samples(11)
-    found = model.loss(inputs, cross_loss_coef=0.7)
-    truth = Weights.of(model)
-    expected = objective(truth, list(inputs.values()), 4, selection, 0.7, private=own_of(model))
-    torch.testing.assert_close(found.total, expected, rtol=1e-10, atol=1e-12)
-    found.total.backward()
-    expected.backward()
-    for name, gradient in truth.gradients().items():
-        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-10, atol=1e-11)
-    for some, cols, s in elsewhere(model):
-        assert (model.W_enc.grad[some, cols] == 0).all()
-        assert (model.W_dec.grad[some, cols] == 0).all()
-        assert (model.latent_bias.grad[s, some] == 0).all()
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    widths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    N=st.integers(1, 6),
-    n_shared=st.integers(1, 9),
-    data=st.data(),
-    selection=st.sampled_from(RULES),
-    cross=st.sampled_from([0.0, 1.0, 2.5]),
-    seed=st.integers(0, 2**31),
-)
-def test_gradients_with_auxk_equal_the_dense_equations_for_any_shape(
-    widths: list[int], N: int, n_shared: int, data: st.DataObject, selection: str, cross: float, seed: int
-) -> None:
-    d_streams = {f"s{i}": width for i, width in enumerate(widths)}
-    private = {name: n for name in d_streams if (n := data.draw(st.integers(0, 5), label=name))}
-    private_k = {name: data.draw(st.integers(1, n), label=f"of {name}") for name, n in private.items()}
-    L, k = n_shared + sum(private.values()), data.draw(st.integers(1, n_shared), label="k")
-    dead = torch.tensor(data.draw(st.lists(st.booleans(), min_size=L, max_size=L), label="dead"))
-    for backend in fast_backends():
-        torch.manual_seed(seed)
-        model = sf.SPARC(
-            d_streams, L, k, selection=selection, private=private, private_k=private_k or None, auxk=3, dead_after=5,
-            dtype=torch.float64, backend=backend,
-        )  # fmt: skip
-        randomized(model).silence[dead] = 6
-        inputs = {name: torch.randn(N, width, dtype=torch.float64) for name, width in d_streams.items()}
-        found = model.loss(inputs, cross_loss_coef=cross, auxk_coef=0.25)
-        truth = Weights.of(model)
-        own = own_of(model) if private else None
-        expected = objective(truth, list(inputs.values()), k, selection, cross, dead, 3, 0.25, own)
-        torch.testing.assert_close(found.total, expected, rtol=1e-9, atol=1e-11)
-        found.total.backward()
-        expected.backward()
-        for name, gradient in truth.gradients().items():
-            torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-9, atol=1e-11)
-
-
-def plain_step(model: sf.SPARC, adam: torch.optim.Optimizer, inputs: object, **options: object) -> sf.SparcLoss:
-    adam.zero_grad()
-    loss = model.loss(inputs, **options)
-    loss.total.backward()
-    model.project_gradients_()
-    adam.step()
-    model.normalize_decoder_()
-    return loss
-
-
-@pytest.mark.parametrize("selection", RULES)
-def test_sixty_steps_equal_torch_adam_with_auxk_at_work(selection: str, backend: str) -> None:
-    ours, theirs = (make(selection, backend=backend) for _ in range(2))
-    fused, adam = sf.SparcAdam(ours, lr=1e-2), torch.optim.Adam(theirs.parameters(), lr=1e-2)
-    used_auxk = 0
-    for step in range(60):
-        inputs = samples(16, step)
-        if step % 3 == 2:
-            del inputs["abc"[step % 9 // 3]]
-        loss, expected = fused.step(inputs), plain_step(theirs, adam, inputs)
-        torch.testing.assert_close(loss.total, expected.total.detach(), rtol=1e-10, atol=1e-12)
-        used_auxk += loss.auxk is not None
-    assert used_auxk > 10
-    assert torch.equal(ours.silence, theirs.silence)
-    for name, p in ours.named_parameters():
-        torch.testing.assert_close(p, theirs.get_parameter(name), rtol=1e-8, atol=1e-10)
-    assert_nothing_elsewhere(ours)
-    assert_nothing_elsewhere(theirs)
+    for name, some in model.private_latents.items():
+        for s, (other, cols) in enumerate(zip(model.streams, model._columns(), strict=True)):
+            if other != name:
+                assert (model.W_enc[some, cols] == 0).all()
+                assert (model.W_dec[some, cols] == 0).all()
+                assert (model.latent_bias[s, some] == 0).all()
 
 
 def trained(model: sf.SPARC, steps: int = 12, **options: object) -> sf.SPARC:
@@ -177,116 +62,28 @@ def trained(model: sf.SPARC, steps: int = 12, **options: object) -> sf.SPARC:
     return model
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-@pytest.mark.parametrize("selection", ["global", "local"])
-def test_rows_left_behind_are_replayed_to_the_same_bits(selection: str, moments: str, backend: str) -> None:
-    models = [
-        trained(make(selection, torch.float32, backend=backend, auxk=auxk), lazy=lazy, moments=moments, seed=3)
-        for auxk in (0, 6)
-        for lazy in (None, "replay")
-    ]
-    for eager, lazy in (models[:2], models[2:]):
-        for name, tensor in eager.state_dict().items():
-            assert torch.equal(tensor, lazy.state_dict()[name]), name
-        assert_nothing_elsewhere(lazy)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_trains_and_keeps_the_zeros(dtype: torch.dtype, backend: str) -> None:
     model = make("global", dtype, backend=backend)
     optimizer = sf.SparcAdam(model, lr=1e-2)
     inputs = samples(64, dtype=dtype)
-    losses = [float(optimizer.step(inputs).total) for _ in range(40)]
-    assert losses[-1] < 0.6 * losses[0]
+    losses = [float(optimizer.step(inputs).total) for _ in range(25)]
+    assert losses[-1] < 0.7 * losses[0]
     assert_nothing_elsewhere(model)
     assert_nothing_elsewhere(model.float())
 
 
-@pytest.mark.parametrize("selection", ["global", "local"])
-@pytest.mark.parametrize("most", [None, 0.05])
-def test_a_batch_in_parts_is_one_batch(selection: str, most: float | None, backend: str) -> None:
-    whole, split = (make(selection, backend=backend) for _ in range(2))
-    of_whole, of_split = (sf.SparcAdam(model, lr=1e-2, max_grad_norm=most) for model in (whole, split))
-    for step in range(6):
-        x = torch.cat(list(samples(18, step).values()), dim=1)
-        loss, expected = of_split.step(x.split(5)), of_whole.step(x)
-        torch.testing.assert_close(loss.total, expected.total, rtol=1e-10, atol=1e-12)
-    for name, p in whole.named_parameters():
-        torch.testing.assert_close(p, split.get_parameter(name), rtol=1e-8, atol=1e-10)
-    assert_nothing_elsewhere(split)
-
-
-def test_a_clipped_step_equals_torch_adam(backend: str) -> None:
-    ours, theirs = (make(backend=backend) for _ in range(2))
-    fused, adam = sf.SparcAdam(ours, lr=1e-2, max_grad_norm=0.02), torch.optim.Adam(theirs.parameters(), lr=1e-2)
-    for step in range(8):
-        adam.zero_grad()
-        theirs.loss(samples(16, step)).total.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.02)
-        theirs.project_gradients_()
-        adam.step()
-        theirs.normalize_decoder_()
-        fused.step(samples(16, step))
-    for name, p in ours.named_parameters():
-        torch.testing.assert_close(p, theirs.get_parameter(name), rtol=1e-7, atol=1e-9)
-
-
-@pytest.mark.parametrize("selection", ["global", "local"])
-@pytest.mark.parametrize("freeze", ["encoder", "decoder", "a", "b", ("a", "c"), ("decoder", "c")], ids=str)
-def test_what_is_frozen_stays_and_the_rest_moves_as_in_torch_adam(
-    selection: str, freeze: str | tuple[str, ...], backend: str
-) -> None:
-    ours, theirs = (make(selection, backend=backend) for _ in range(2))
-    start = copy.deepcopy(ours)
-    lazy = None if freeze == "decoder" or "decoder" in freeze else "replay"
-    fused, adam = sf.SparcAdam(ours, lr=1e-2, freeze=freeze, lazy=lazy), torch.optim.Adam(theirs.parameters(), lr=1e-2)
-    frozen = [freeze] if isinstance(freeze, str) else freeze
-    for step in range(6):
-        adam.zero_grad()
-        theirs.loss(samples(16, step)).total.backward()
-        for part, names in (("encoder", ("W_enc", "latent_bias", "pre_bias")), ("decoder", ("W_dec", "pre_bias"))):
-            for name in names if part in frozen else ():
-                theirs.get_parameter(name).grad = None
-        for s, (name, columns) in enumerate(zip(WIDTHS, theirs._columns(), strict=True)):
-            for parameter in theirs.parameters() if name in frozen else ():
-                if parameter.grad is not None:
-                    parameter.grad[s if parameter is theirs.latent_bias else (..., columns)] = 0
-        theirs.project_gradients_()
-        adam.step()
-        fused.step(samples(16, step))
-        if "decoder" not in frozen:
-            theirs.normalize_decoder_()
-    moved = 0
-    for name, p in ours.named_parameters():
-        torch.testing.assert_close(p, theirs.get_parameter(name), rtol=1e-7, atol=1e-9)
-        moved += not torch.equal(p, start.get_parameter(name))
-    assert moved
-    assert_nothing_elsewhere(ours)
-
-
-def test_what_a_sample_lacks_has_no_say_in_either_way_of_training(backend: str) -> None:
-    ours, theirs = (make(backend=backend) for _ in range(2))
-    fused, adam = sf.SparcAdam(ours, lr=1e-2), torch.optim.Adam(theirs.parameters(), lr=1e-2)
-    for step in range(12):
-        inputs = samples(16, step)
-        present = torch.rand(16, 3, generator=seeded(step)) < 0.6
-        present[:, step % 3] = True
-        junk = {n: torch.where(present[:, i, None], x, 1e3) for i, (n, x) in enumerate(inputs.items())}
-        loss = fused.step(junk, present=present)
-        expected = plain_step(theirs, adam, inputs, present=present)
-        torch.testing.assert_close(loss.total, expected.total.detach(), rtol=1e-10, atol=1e-12)
-    for name, p in ours.named_parameters():
-        torch.testing.assert_close(p, theirs.get_parameter(name), rtol=1e-7, atol=1e-9)
-    codes = ours.encode(samples(16), present)
+def test_what_a_sample_lacks_has_no_code(backend: str) -> None:
+    present = some_present(16, 3)
+    codes = make(backend=backend).encode(samples(16), present)
     for i, name in enumerate(WIDTHS):
         assert (codes.stream(name)[0][~present[:, i]] == 0).all()
 
 
 def test_streams_left_out_of_the_choice_still_choose_their_own() -> None:
     model = make()
-    private = {name: model.encode(inputs).indices[:, 4:] for name, inputs in (("all", samples(9)),)}["all"]
-    objective_of_a = model._objective(1.0, support_from=["a"])
-    (part,) = objective_of_a.choose(model._batch(samples(9)))
+    private = model.encode(samples(9)).indices[:, 4:]
+    (part,) = model._objective(1.0, support_from=["a"]).choose(model._batch(samples(9)))
     assert torch.equal(part.supports.indices[:, 4:], private)
     shared = model.encode({"a": samples(9)["a"]}).indices[:, :4]
     assert torch.equal(part.supports.indices[:, :4], shared)
@@ -294,7 +91,7 @@ def test_streams_left_out_of_the_choice_still_choose_their_own() -> None:
 
 @pytest.mark.parametrize("selection", RULES)
 def test_codes_have_the_best_private_latents_of_each_stream_for_it_alone(selection: str, backend: str) -> None:
-    model = trained(randomized(make(selection, backend=backend)), 3).eval()
+    model = trained(make(selection, backend=backend), 3).eval()
     inputs = samples(20)
     codes = model.encode(inputs)
     h = {
@@ -379,8 +176,8 @@ def test_private_latents_take_what_streams_do_not_share() -> None:
     model = make(dead_after=400)
     found = {}
     for name, one in (("plain", plain), ("private", model)):
-        optimizer = sf.SparcAdam(one, lr=5e-3)
-        for step in range(400):
+        optimizer = sf.SparcAdam(one, lr=1e-2)
+        for step in range(150):
             optimizer.step(samples(64, step))
         found[name] = one.eval().loss(samples(500, 999))
     assert found["private"].self < found["plain"].self

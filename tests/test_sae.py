@@ -7,7 +7,7 @@ import torch
 from dense import Weights, logits, masks, objective
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import fast_backends, seeded
+from operands import fast_backends
 
 import sparc_fast as sf
 from sparc_fast import selection
@@ -217,20 +217,6 @@ def test_k_and_widths_without_round_numbers_or_limits(backend: str) -> None:
     objective(truth, list(x.split([1152, 385], dim=1)), 513, "global", 1.0).backward()
     for name, expected in truth.gradients().items():
         torch.testing.assert_close(model.get_parameter(name).grad, expected, rtol=1e-8, atol=1e-11)
-
-
-def test_training_does_not_depend_on_the_number_of_threads(backend: str) -> None:
-    runs = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        model = make(backend)
-        optimizer = sf.SparcAdam(model, lr=1e-2)
-        for seed in range(3):
-            optimizer.step(torch.randn(40, 22, generator=seeded(seed)))
-        runs.append(model.state_dict())
-    torch.set_num_threads(1)
-    for name, tensor in runs[0].items():
-        assert all(torch.equal(tensor, run[name]) for run in runs), name
 
 
 def test_autocast_does_not_change_the_numbers(backend: str) -> None:

@@ -57,6 +57,7 @@ def trained(least: int, matryoshka: tuple[int, ...]) -> tuple[list[Tensor], int]
     """(what a rank holds after some steps, how many buffers of shared memory it used)"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_memory, "LEAST", least)
+        patch.setattr(shared_memory, "LEAST_DEALT", least)
         model = shard(model_of(matryoshka=matryoshka))
         optimizer = sf.SparcAdam(model, 1e-2)
         for step in range(6):

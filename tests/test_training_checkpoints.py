@@ -30,6 +30,11 @@ def tensors() -> dict[str, torch.Tensor]:
         }
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return trained(tmp_path_factory.mktemp("run"))
+
+
 def test_a_checkpoint_comes_back_bit_for_bit_with_its_state_in_order(tmp_path: Path) -> None:
     checkpoints.write(tmp_path / "c", tensors(), STATE)
     found, state = checkpoints.read(tmp_path / "c")
@@ -90,30 +95,31 @@ def test_foreign_files_are_refused_and_never_unpickled(tmp_path: Path) -> None:
         checkpoints.read(tmp_path / "nothing")
 
 
-def test_whoever_takes_a_run_for_a_model_is_told_what_reads_it_and_its_records_are_found(tmp_path: Path) -> None:
-    trainer = trained(tmp_path / "run")
-    for path in (tmp_path / "run", trainer.folder.checkpoint(trainer.step)):
-        assert load_model(path).n_latents == trainer.model.n_latents
+def test_whoever_takes_a_run_for_a_model_is_told_what_reads_it_and_its_records_are_found(
+    finished: Trainer, tmp_path: Path
+) -> None:
+    folder = finished.folder
+    for path in (folder.path, folder.checkpoint(finished.step)):
+        assert load_model(path).n_latents == finished.model.n_latents
         with pytest.raises(
             (ValueError, FileNotFoundError), match=r"load_model reads a run's folder and its checkpoints"
         ):
             SPARC.load(path)
-    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "run" / "metrics.jsonl") != []
+    assert read_metrics(folder.path) == read_metrics(folder.metrics) != []
     with pytest.raises(FileNotFoundError, match=r"path must be a run's folder or its metrics\.jsonl, but there is no"):
         read_metrics(tmp_path / "nowhere")
 
 
-def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, keep=2)
-    figures = {
-        r["step"]: r["validation"]["single_loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "validation" in r
-    }
+def test_the_newest_and_the_best_checkpoint_are_kept(finished: Trainer) -> None:
+    folder = finished.folder
+    records = [record for record in read_metrics(folder.metrics) if "validation" in record]
+    figures = {record["step"]: record["validation"]["single_loss"] for record in records}
     assert list(figures) == [16, 32, 40]
     best = min(figures, key=lambda step: figures[step])
-    assert trainer.best == (best, figures[best])
-    assert trainer.folder.steps() == sorted({best, 35, 40})
-    saved = load_model(trainer.folder.checkpoint(best))
-    assert torch.equal(saved.W_dec, type(saved).load(trainer.folder.best).W_dec)
+    assert finished.best == (best, figures[best])
+    assert folder.steps() == sorted({best, 35, 40})
+    saved = load_model(folder.checkpoint(best))
+    assert torch.equal(saved.W_dec, type(saved).load(folder.best).W_dec)
     assert saved.k == 3
     assert not saved.training
 
@@ -127,9 +133,8 @@ def test_a_best_checkpoint_outlives_newer_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["a write that the system refuses", "no space left"])
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_says_so(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, finished: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained(tmp_path / "whole")
     written = checkpoints.write
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -160,7 +165,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_says_so(
     assert trainer.folder.steps() == [5, 10]
     monkeypatch.undo()
     trained(tmp_path / "full")
-    assert_same_results(tmp_path / "full", tmp_path / "whole")
+    assert_same_results(tmp_path / "full", finished.folder.path)
 
 
 def test_a_checkpoint_holds_bfloat16_moments_and_is_a_third_smaller(tmp_path: Path) -> None:
@@ -175,9 +180,10 @@ def test_a_checkpoint_holds_bfloat16_moments_and_is_a_third_smaller(tmp_path: Pa
     assert narrow.stat().st_size / exact.stat().st_size == pytest.approx(2 / 3, abs=0.03)
 
 
-def test_the_best_model_is_written_from_file_to_file_as_the_model_itself_would_be(tmp_path: Path) -> None:
-    trainer = trained(tmp_path / "run")
-    checkpoint = trainer.folder.checkpoint(trainer.step)
+def test_the_best_model_is_written_from_file_to_file_as_the_model_itself_would_be(
+    finished: Trainer, tmp_path: Path
+) -> None:
+    checkpoint = finished.folder.checkpoint(finished.step)
     checkpoints.save_model_of(checkpoint, tmp_path / "copied.safetensors")
     load_model(checkpoint).save(tmp_path / "loaded.safetensors")
     assert (tmp_path / "copied.safetensors").read_bytes() == (tmp_path / "loaded.safetensors").read_bytes()

@@ -9,7 +9,7 @@ import sys
 import threading
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,6 +23,21 @@ from sparc_fast.training.metrics import flat
 from sparc_fast.training.progress import Bar, Lines
 from sparc_fast.training.trainer import calibrate
 from sparc_fast.training.validation import hold_out, validate
+
+
+class Run(NamedTuple):
+    trainer: Trainer
+    recorder: Recorder
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    recorder, out = Recorder(), io.StringIO()
+    folder = tmp_path_factory.mktemp("run")
+    with Trainer(config(), folder, files=files(), sinks=[recorder], progress=Lines(out)) as trainer:
+        trainer.run()
+    return Run(trainer, recorder, out.getvalue())
 
 
 def test_a_run_is_the_loop_one_would_write_by_hand(tmp_path: Path) -> None:
@@ -72,11 +87,9 @@ def test_training_learns(tmp_path: Path) -> None:
     assert sf.fvu(model.translate({"a": x["a"]}, "a", "b"), x["b"]) < 0.6
 
 
-def test_every_record_goes_to_the_file_and_to_the_sinks(tmp_path: Path) -> None:
-    recorder = Recorder()
-    with Trainer(config(), tmp_path, files=files(), sinks=[recorder]) as trainer:
-        trainer.run()
-    assert recorder.records == read_metrics(tmp_path / "metrics.jsonl")
+def test_every_record_goes_to_the_file_and_to_the_sinks(finished: Run) -> None:
+    recorder = finished.recorder
+    assert recorder.records == read_metrics(finished.trainer.folder.metrics)
     assert recorder.closed == 1
     kinds = [(r["step"], "validation" if "validation" in r else "train") for r in recorder.records]
     logged = [(step, "train") for step in (7, 14, 21, 28, 35, 40)]
@@ -193,11 +206,10 @@ def test_a_run_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
         assert trainer.step == 8
 
 
-def test_another_order_of_streams_is_refused_when_a_run_goes_on(tmp_path: Path) -> None:
-    trained(tmp_path)
+def test_another_order_of_streams_is_refused_when_a_run_goes_on(finished: Run) -> None:
     same_shape = {"b": torch.randn(6000, 300), "a": torch.randn(6000, 200)}
     with pytest.raises(ValueError, match=r"data must have the streams \{'a': 300, 'b': 200\}, got \{'b': 300"):
-        Trainer(config(), tmp_path, files=data.open(same_shape))
+        Trainer(config(), finished.trainer.folder.path, files=data.open(same_shape))
 
 
 def test_data_must_be_given_once_and_fit(tmp_path: Path) -> None:
@@ -271,13 +283,10 @@ def test_a_missing_board_says_what_to_install(
         trained(tmp_path, **setting)
 
 
-def test_lines_tell_how_far_it_is_and_how_fast(tmp_path: Path) -> None:
-    out = io.StringIO()
-    with Trainer(config(), tmp_path, files=files(), progress=Lines(out)) as trainer:
-        trainer.run()
-    lines = out.getvalue().splitlines()
+def test_lines_tell_how_far_it_is_and_how_fast(finished: Run) -> None:
+    lines = finished.printed.splitlines()
     assert lines[0] == "calibrating on up to 500 rows"
-    assert len(lines) == 1 + len(read_metrics(tmp_path / "metrics.jsonl"))
+    assert len(lines) == 1 + len(finished.recorder.records)
     pattern = r"step 7 of 40, [\d,]+ rows/s, \d:\d\d:\d\d left: loss \d\.\d{4}, self \d\.\d{4}, cross \d\.\d{4}, 0 dead"
     assert re.fullmatch(pattern, lines[1])
 
@@ -293,12 +302,12 @@ def test_the_bar_shows_steps_speed_and_figures(tmp_path: Path) -> None:
         assert words in out.getvalue()
 
 
-def test_a_session_says_where_and_how_fast(tmp_path: Path) -> None:
-    trained(tmp_path)
-    (session,) = read_metrics(tmp_path / "sessions.jsonl")
+def test_a_session_says_where_and_how_fast(finished: Run) -> None:
+    folder = finished.trainer.folder
+    session, *_ = read_metrics(folder.sessions)
     assert (session["from_step"], session["to_step"], session["ended"]) == (0, 40, "finished")
     assert session["rows_per_second"] == pytest.approx(40 * 32 / session["seconds"], rel=0.1)
-    assert json.loads((tmp_path / "config.json").read_text())["n_latents"] == 64
+    assert json.loads(folder.config.read_text())["n_latents"] == 64
 
 
 def test_random_numbers_of_others_are_left_alone(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,55 @@ def saved(folder: Path, kind: str) -> tuple[Path, nn.Module]:
         options = {"size": size, "crop_size": {"height": SIDE, "width": SIDE}}
         (getattr(t, f"{name}Pil", None) or getattr(t, name))(**options).save_pretrained(folder)
     return folder, model
+
+
+TIMM = {  # what makes models of timm small
+    "vit_tiny_patch16_224": {"depth": 3, "patch_size": 8, "img_size": (32, 32)},
+    "vit_medium_patch16_reg4_gap_256": {
+        "depth": 3, "embed_dim": 64, "num_heads": 2, "patch_size": 8, "img_size": (32, 48),
+    },
+    "vit_base_patch16_siglip_224": {
+        "depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "img_size": (32, 32),
+    },
+    "resnet18": {"layers": (1, 1, 1, 1), "channels": (16, 16, 24, 32)},
+    "mobilenetv3_small_050": {},
+    "tf_mobilenetv3_small_minimal_100": {},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
+    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 24},
+}  # fmt: skip
+for _options in TIMM.values():
+    if "img_size" in _options:
+        _options["pretrained_cfg_overlay"] = {"input_size": (3, *_options["img_size"])}
+
+
+@contextmanager
+def tiny_timm() -> Iterator[None]:
+    """Here models of timm are as small as `TIMM` has them."""
+    timm = library("timm")
+    make = timm.create_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda name, **told: make(name, **TIMM[name], **told))
+        yield
+
+
+def with_weights(folder: Path, model: str) -> tuple[nn.Module, str]:
+    """A tiny model of timm or open_clip, and the name of the file with its weights."""
+    family, _, name = model.partition(":")
+    torch.manual_seed(0)
+    if family == "timm":
+        made = library("timm").create_model(name, num_classes=0)
+    else:
+        (folder / f"{name}.json").write_text(
+            '{"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "patch_size": 8},'
+            ' "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}'
+        )
+        library("open_clip").add_model_config(folder / f"{name}.json")
+        made = library("open_clip").create_model(name)
+    torch.save(made.state_dict(), folder / f"{name}.pth")
+    return made.eval(), f"{name}.pth"
+
+
+def save_sentences(folder: Path) -> None:
+    """A tiny model of sentence-transformers."""
+    of_tokens, _ = saved(folder.with_name("bert"), "bert")
+    library("sentence_transformers").SentenceTransformer(str(of_tokens), device="cpu").save(str(folder))

@@ -24,9 +24,9 @@ import torch
 from sparc_fast.ops.gpu_scratch import ROWS
 from sparc_fast.planning.roofline import Cost, Roofline
 
-from .. import cases
+from .. import cases, kernel_resources
 from ..cases import CALLS, Operands, Shape, namespace
-from . import cuda_resources, kernel_resources, step_launches
+from . import cuda_resources, step_launches
 from .machine_code import Code, Needs, Way
 
 ISSUED = 132 * 4 * 1.755e9 * 0.7
@@ -39,6 +39,8 @@ ROOFS = {
 MARKED = 12
 """Rows a sample whose score is settled exactly, counted at shapes A and B on a CPU; where pre_bias is as long as what
 is left of the samples without it, 16, and at its worst, where samples are centred, 44."""
+KNOWN = 6
+"""Of these, those that are in the support."""
 PASSING, STAYING = 1.2, 1.2
 """Latents of a sample, for each of k, that pass in a step by tiles, and that stay candidates: simulated at A and B."""
 LISTED = 3.6
@@ -279,7 +281,16 @@ def _rows_of_warps(shape: Shape, mean: float, at_once: int) -> float:
     return shape.L * warps * rounds(mean, at_once)
 
 
+def gathered_together(shape: Shape) -> bool:
+    """Whether the CUDA backend sums values with the choice of a support."""
+    from sparc_fast.kernels.gather import gathers_whole_rows
+
+    return gathers_whole_rows(shape.L, shape.D, torch.bfloat16.itemsize)
+
+
 IN_FLIGHT = 4
+SUMMED = {WIDE_LOADS: IN_FLIGHT, "^FFMA": HELD * IN_FLIGHT}
+SUMS = SUMMED | {"^SHFL": 6}  # of four rows' columns in one stream
 KEPT = r"LDG\.E\.NA\.128"
 PRODUCTS, PRODUCT_UNIT = {"HGMMA": 4, "SYNCS": 2}, "64 columns of a tile"
 DIGITS = 2  # of four, until no more than k / 8 candidates too many reach a threshold
@@ -316,6 +327,22 @@ CUDA = (
     HotPath(
         "filter", "filter_scores_kernel", "a score", lambda c: {r"LDG\.E\.EF\.128": 4}, lambda c: 16,
         lambda shape, c: shape.N * shape.L / 2 ** len(steps_by_tiles(shape)) / 32 / 16,
+    ),
+    HotPath(
+        "settle", "settle_supports_kernel", "16 bytes gathered", lambda c: SUMMED, lambda c: IN_FLIGHT,
+        lambda shape, c: _gathered(shape, MARKED) / IN_FLIGHT,
+    ),
+    HotPath(
+        "settle", "settle_supports_kernel", "a row's product in a stream", lambda c: SUMS, lambda c: IN_FLIGHT,
+        lambda shape, c: shape.N * MARKED * shape.S / IN_FLIGHT, without=lambda c: SUMMED,
+    ),
+    HotPath(
+        "support_values", "support_values_kernel", "16 bytes gathered", lambda c: SUMMED, lambda c: IN_FLIGHT,
+        lambda shape, c: _gathered(shape, shape.k - KNOWN) / IN_FLIGHT,
+    ),
+    HotPath(
+        "support_values", "support_values_kernel", "a row's product in a stream", lambda c: SUMS, lambda c: IN_FLIGHT,
+        lambda shape, c: shape.N * (shape.k - KNOWN) * shape.S / IN_FLIGHT, without=lambda c: SUMMED,
     ),
     HotPath(
         "update, encoder", "update_rows_kernel", "16 bytes gathered, encoder",
@@ -384,6 +411,8 @@ def compiled_cuda(machine_code: Sequence[tuple[cuda_resources.CudaResources, str
         ("screen_scores_kernel", "BFloat16"): "screen_scores_kernel",
         ("tighten_kernel", ""): "tighten_kernel",
         ("filter_scores_kernel", ""): "filter_scores_kernel",
+        ("settle_supports_kernel", "BFloat16"): "settle_supports_kernel",
+        ("support_values_kernel", "BFloat16"): "support_values_kernel",
         ("update_rows_kernel", "BFloat16 BFloat16 whole"): "update_rows_kernel",
         ("update_rows_kernel", "BFloat16 BFloat16 whole staged"): "update_rows_kernel, staged",
     }
@@ -392,6 +421,8 @@ def compiled_cuda(machine_code: Sequence[tuple[cuda_resources.CudaResources, str
         "screen_scores_kernel": 222 * 1024 - 2048,
         "tighten_kernel": 6 * 1024 + 512,
         "filter_scores_kernel": 6 * 1024 + 512,
+        "settle_supports_kernel": 6 * 1024 + 512 + 2560 * 4 + 1024,
+        "support_values_kernel": 2560 * 4 - 2048,
     }
     threads = {"screen_scores_kernel": 384, "tighten_kernel": 32}
     return {
@@ -401,17 +432,22 @@ def compiled_cuda(machine_code: Sequence[tuple[cuda_resources.CudaResources, str
     }
 
 
+def _touched(shape: Shape, rows: float) -> float:
+    """Bytes of W of which so many rows of every sample are read."""
+    return (1 - math.exp(-shape.N * rows / shape.L)) * shape.L * shape.D * 2
+
+
 def costs(shape: Shape) -> dict[str, Cost]:
     """What every part of a step cannot do without: weights and inputs in bfloat16, masters and moments in float32."""
     N, L, D, S, k = shape.N, shape.L, shape.D, shape.S, shape.k
-    row, used = 2.0 * N * D, (1 - math.exp(-_entries(shape))) * L * D * 2
+    row, used = 2.0 * N * D, _touched(shape, k)
     moved = 26.0 * L * D  # a weight and its moments read and written, and its copy written
     parts = 4.0 * N * S * k * D / 512  # of grad_values, by chunks of columns
     return {
         "norms and biases": Cost(bytes=2.0 * L * D + 2 * row),
         "product": Cost(2.0 * N * L * D, 2.0 * L * D + row, "bfloat16"),
         "filter": Cost(),
-        "settle": Cost(gathered=row * MARKED),
+        "settle": Cost(bytes=_touched(shape, MARKED) + row, gathered=row * MARKED),
         "support_values": Cost(bytes=used + row, gathered=row * k),
         "decode_loss": Cost(bytes=used + row * (1 + S), gathered=row * k),
         "sums of decode_loss": Cost(bytes=row * S + parts),
@@ -457,6 +493,9 @@ def seconds(shape: Shape, counts: Sequence[Counted], roof: Roofline) -> dict[str
     work = costs(shape)
     if any(c.path.part == "product" for c in counts):
         work["product"] = product_by_tiles(shape)
+    if any(c.path.kernel == "support_values_kernel" for c in counts):  # of what the choice has not summed
+        touched = _touched(shape, shape.k + MARKED - KNOWN) - _touched(shape, MARKED)
+        work["support_values"] = Cost(bytes=touched, gathered=2.0 * shape.N * shape.D * (shape.k - KNOWN))
     return {
         part: max(sum(c.seconds for c in counts if c.path.part == part), roof.floor([cost]))
         for part, cost in work.items()
@@ -535,7 +574,9 @@ def merged(triton: Sequence[Counted], cuda: Sequence[Counted]) -> list[Counted]:
 
 def main(write: bool) -> str:
     """The tables; with `write` also into docs/gpu.md and benchmarks/instructions.json."""
-    own = compiled_cuda(cuda_resources.machine_code([90], ["global_topk", "screen_scores", "update_rows"]))
+    own = compiled_cuda(
+        cuda_resources.machine_code([90], ["global_topk", "screen_scores", "support_values", "update_rows"])
+    )
     with TemporaryDirectory() as folder:
         emulated = step_launches.emulated(Path(folder))
         of_steps, launched = step_counts(emulated), list(step_lines(emulated))
@@ -547,6 +588,8 @@ def main(write: bool) -> str:
             baseline = instructions(TRITON, triton) | instructions((*CUDA, *STAGED), own)
             baseline |= of_steps
             lines += [*path_lines([*of_triton, *of_cuda, *counted(shape, STAGED, own)]), ""]
+        if not gathered_together(shape):
+            of_cuda = [c for c in of_cuda if c.path.kernel != "support_values_kernel"]
         lines += [*shape_lines(shape, of_triton, merged(of_triton, of_cuda)), ""]
     text = "\n".join([*lines, *launched])
     if write:

@@ -39,64 +39,14 @@ static std::unique_ptr<Screen> make_screen(
     return std::make_unique<Screen>(norm, residual, bias, D, k, capacity, narrow_scores, among, least, sure);
 }
 
-static void filter(Screen& screen, Tensor scores, int64_t first, Tensor norm, Tensor residual, int threads) {
-    static const Signature signature("filter", "scores:T[N,m] norm:f32[m] residual:f32[m]");
-    signature.check(Arguments(scores, norm, residual), {{"N", screen.N}});
-    if (first < 0 || scores.size[1] > screen.L - first)
-        throw std::invalid_argument("filter: scores must be of latents there are");
-    screen.filter(scores, first, norm, residual, threads);
-}
-
-static void settle(Screen& screen, Tensor indices, Tensor given_up, Tensor x, Tensor W, int threads) {
-    static const Signature signature("settle", ">indices:i32[N,k] >given_up:bool[N] x:f32[N,D] W:T[L,D]");
-    const int64_t D = x.size[1];
-    signature.check(
-        Arguments(indices, given_up, x, W), {{"N", screen.N}, {"k", screen.k}, {"L", screen.L}, {"D", D}});
-    screen.settle(indices, given_up, x, W, threads);
-}
-
-static void best_ends(Screen& screen, Tensor ends, int threads) {
-    static const Signature signature("best_ends", ">ends:f32[N,k]");
-    signature.check(Arguments(ends), {{"N", screen.N}, {"k", screen.k}});
-    if (screen.among != Among::row) throw std::invalid_argument("best_ends: the k must be each row's");
-    screen.best_ends(ends, threads);
-}
-
-static void settle_among(
-    Screen& screen, Tensor indices, Tensor scores, Tensor given_up, Tensor ends, int64_t k_all, Tensor x, Tensor W,
-    int threads) {
-    static const Signature signature(
-        "settle_among",
-        ">indices:i32[N,k] >scores:f32[N,k] >given_up:bool[N] ends:f32[N,m] #k_all x:f32[N,D] W:T[L,D]");
-    signature.check(Arguments(indices, scores, given_up, ends, k_all, x, W),
-                    {{"N", screen.N}, {"k", screen.k}, {"L", screen.L}, {"D", x.size[1]}});
-    if (screen.among != Among::row) throw std::invalid_argument("settle_among: the k must be each row's");
-    if (k_all < screen.k || k_all > ends.size[1])
-        throw std::out_of_range("settle_among: k_all must lie in k ... the number of ends of a row");
-    screen.settle_among(indices, scores, given_up, ends, k_all, x, W, threads);
-}
-
-static int64_t settle_ragged(Screen& screen, Tensor x, Tensor W, int threads) {
-    static const Signature signature("settle_ragged", "x:f32[N,D] W:T[L,D]");
-    signature.check(Arguments(x, W), {{"N", screen.N}, {"L", screen.L}, {"D", x.size[1]}});
-    if (screen.among == Among::row) throw std::invalid_argument("settle_ragged: each row's k are no ragged support");
-    return screen.settle_ragged(x, W, threads);
-}
-
-static void write_support(const Screen& screen, Tensor indices) {
-    static const Signature signature("write", ">indices:i32[N,w]");
-    signature.check(Arguments(indices), {{"N", screen.N}});
-    for (const int64_t count : screen.count)
-        if (count < 0 || count > indices.size[1]) throw std::out_of_range("write: indices must have room for the largest support");
-    screen.write(indices);
-}
-
-static void write_scores(const Screen& screen, Tensor scores) {
-    static const Signature signature("write_scores", ">scores:f32[N,w]");
-    signature.check(Arguments(scores), {{"N", screen.N}});
-    for (const int64_t count : screen.count)
-        if (count < 0 || count > scores.size[1]) throw std::out_of_range("write_scores: scores must have room for the largest support");
-    screen.write_scores(scores);
+// As `define`, of a method.
+template <class R, class... Args>
+static void define(py::class_<Screen>& screens, const char* name, R (Screen::*method)(Args...), const char* words) {
+    const auto checked = [method, signature = Signature(name, words)](Screen& screen, Args... args) {
+        signature.check(Arguments(args...), {{"N", screen.N}, {"k", screen.k}, {"L", screen.L}});
+        return (screen.*method)(std::move(args)...);
+    };
+    screens.def(name, checked, py::call_guard<py::gil_scoped_release>());
 }
 
 #define SUPPORT "indices:i32![N,k|N,S,k] "
@@ -152,15 +102,15 @@ PYBIND11_MODULE(_cpu, m) {
     define(m, "find_nearest", find_nearest,
            ">candidates:i64![Q,t] >cosines:f32![Q,t] query_offsets:i64![Q+1] query_latents:i32![F] query_values:f32![F] "
            "offsets:i64![N+1] latents:i32![E] values:f32![E] #L");
-    py::class_<Screen>(m, "Screen")
-        .def(py::init(&make_screen))
-        .def("filter", &filter, py::call_guard<py::gil_scoped_release>())
-        .def("settle", &settle, py::call_guard<py::gil_scoped_release>())
-        .def("best_ends", &best_ends, py::call_guard<py::gil_scoped_release>())
-        .def("settle_among", &settle_among, py::call_guard<py::gil_scoped_release>())
-        .def("settle_ragged", &settle_ragged, py::call_guard<py::gil_scoped_release>())
-        .def("write", &write_support, py::call_guard<py::gil_scoped_release>())
-        .def("write_scores", &write_scores, py::call_guard<py::gil_scoped_release>());
+    auto screens = py::class_<Screen>(m, "Screen").def(py::init(&make_screen));
+    define(screens, "filter", &Screen::filter, "scores:T[N,m] norm:f32[m] residual:f32[m]");
+    define(screens, "settle", &Screen::settle, ">indices:i32[N,k] >given_up:bool[N] x:f32[N,D] W:T[L,D]");
+    define(screens, "best_ends", &Screen::best_ends, ">ends:f32[N,k]");
+    define(screens, "settle_among", &Screen::settle_among,
+           ">indices:i32[N,k] >scores:f32[N,k] >given_up:bool[N] ends:f32[N,m] #k_all x:f32[N,D] W:T[L,D]");
+    define(screens, "settle_ragged", &Screen::settle_ragged, "x:f32[N,D] W:T[L,D]");
+    define(screens, "write", &Screen::write, ">indices:i32[N,w]");
+    define(screens, "write_scores", &Screen::write_scores, ">scores:f32[N,w]");
     define(m, "exact_scores", exact_scores, ">scores:A[N,L] x:A[N,D] W:T[L,D] bias:f64[L]");
     define(m, "support_scores", support_scores, ">scores:A[N,k] x:A[N,D] W:T[L,D] bias:f64[L] indices:i32![N,k]");
     define(m, "measure_rows", measure_rows, ">norm:f32[n] >residual:f32[n] >copy:bf16[n,D]? w:T[n,D]");

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 #include <type_traits>
 
 #include "invert_indices.h"
@@ -196,6 +197,7 @@ Screen::Screen(
 }
 
 void Screen::filter(Tensor scores, int64_t first, Tensor norm, Tensor residual, int threads) {
+    if (first < 0 || scores.size[1] > L - first) throw std::invalid_argument("filter: scores must be of latents there are");
     const Chunk chunk{first, scores.size[1], norm.at<const float>(0), residual.at<const float>(0)};
     const auto take = [&](auto type) {
         using T = const decltype(type);
@@ -384,6 +386,7 @@ void Screen::settle(Tensor indices, Tensor given_up, Tensor x, Tensor W, int thr
 }
 
 void Screen::best_ends(Tensor ends, int threads) {
+    if (among != Among::row) throw std::invalid_argument("best_ends: the k must be each row's");
     parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {
             if (count[n] > 0) prune(n);
@@ -398,6 +401,9 @@ void Screen::best_ends(Tensor ends, int threads) {
 
 void Screen::settle_among(
     Tensor indices, Tensor scores, Tensor given_up, Tensor ends, int64_t k_all, Tensor x, Tensor W, int threads) {
+    if (among != Among::row) throw std::invalid_argument("settle_among: the k must be each row's");
+    if (k_all < k || k_all > ends.size[1])
+        throw std::out_of_range("settle_among: k_all must lie in k ... the number of ends of a row");
     const auto each_row = [&](auto f) {
         parallel_runs(N, 8, threads, [&](int64_t begin, int64_t end) {
             for (int64_t n = begin; n < end; ++n) f(n);
@@ -473,21 +479,29 @@ void Screen::settle_above(Tensor x, Tensor W, int threads) {
 }
 
 int64_t Screen::settle_ragged(Tensor x, Tensor W, int threads) {
+    if (among == Among::row) throw std::invalid_argument("settle_ragged: each row's k are no ragged support");
     if (std::any_of(count.begin(), count.end(), [](int64_t c) { return c < 0; })) return -1;
     among == Among::batch ? settle_batch(x, W, threads) : settle_above(x, W, threads);
     return N ? *std::max_element(count.begin(), count.end()) : 0;
 }
 
-void Screen::write(Tensor indices) const {
-    const int64_t width = indices.size[1];
+void Screen::check_room(const Tensor& result, const std::string& name) const {
+    for (const int64_t of_row : count)
+        if (of_row < 0 || of_row > result.size[1])
+            throw std::out_of_range(name + " must have room for the largest support");
+}
+
+void Screen::write(Tensor indices) {
+    check_room(indices, "write: indices");
     for (int64_t n = 0; n < N; ++n) {
         const int32_t* const of_row = &latent[n * capacity];
         int32_t* const end = std::copy(of_row, of_row + count[n], indices.at<int32_t>(n));
-        std::fill(end, indices.at<int32_t>(n) + width, -1);
+        std::fill(end, indices.at<int32_t>(n) + indices.size[1], -1);
     }
 }
 
-void Screen::write_scores(Tensor scores) const {
+void Screen::write_scores(Tensor scores) {
+    check_room(scores, "write_scores: scores");
     for (int64_t n = 0; n < N; ++n)
         for (int64_t j = 0; j < scores.size[1]; ++j) {
             const float score = j < count[n] ? lower[n * capacity + j] : -infinity;

@@ -24,6 +24,7 @@
 #pragma once
 #include <cstdint>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "scratch.h"
@@ -70,9 +71,9 @@ public:
     // The same where rows have as many latents as they have. The most that one has, or -1 if a row was given up; then
     // `write` fills indices, the rest of a row with -1.
     int64_t settle_ragged(Tensor x, Tensor W, int threads);
-    void write(Tensor indices) const;
+    void write(Tensor indices);
     // The scores of these where they are at most `sure`, infinity where they are above, and -infinity in empty slots.
-    void write_scores(Tensor scores) const;
+    void write_scores(Tensor scores);
 
     // Raises the threshold of a row whose room is used up and drops what is below it; false if the row is given up.
     bool compact(int64_t n);
@@ -89,6 +90,7 @@ public:
     Scratch<int32_t> latent;                // [N, capacity], ascending
 
 private:
+    void check_room(const Tensor& result, const std::string& name) const;
     void prune(int64_t n);
     void drop_below(int64_t n);
     int64_t number_reaching(float end) const;

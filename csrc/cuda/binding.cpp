@@ -141,20 +141,39 @@ static void define_global_topk(py::module_& m) {
            "#capacity #apart", memory);
     const auto settle = +[](CandidateTensors candidates, int64_t capacity, Tensor x, Tensor pre_bias, Tensor W,
                             Tensor bias, int64_t first_row, Tensor x_norm, Tensor w_norm, float rounding, float slack,
-                            Tensor indices, Tensor given_up, Tensor total, uintptr_t stream) {
+                            Tensor indices, Tensor given_up, Tensor total, Tensors<2> to, Streams streams,
+                            uintptr_t stream) {
         const int64_t N = x_norm.size[0];
         const int k = narrow(indices.size[1], "k"), D = narrow(x.size[1], "columns");
         must(N <= x.size[0] - first_row, "there must be rows of every sample");
+        must(!to[0].data == !to[1].data, "latent_bias and values must both be there or be None");
         narrow(x.size[0], "rows"), narrow(W.size[0], "latents");
         settle_supports(
             candidates_of(candidates, capacity, N, k),
-            {matrix_of(x), matrix_of(pre_bias), matrix_of(W), data_of<double>(bias), D}, first_row, N,
-            data_of<float>(x_norm), data_of<float>(w_norm), k, rounding, slack, data_of<int32_t>(indices),
+            {matrix_of(x), matrix_of(pre_bias), matrix_of(W), data_of<double>(bias), D}, streams,
+            {matrix_of(to[0]), matrix_of(to[1])}, first_row, N, data_of<float>(x_norm), data_of<float>(w_norm), k, rounding, slack, data_of<int32_t>(indices),
             data_of<int32_t>(given_up), data_of<int32_t>(total), stream);
     };
     define(m, "settle_supports", settle, CANDIDATES
            "x:F[P,D] pre_bias:F![D] W:F[L,D] bias:f64![L] x_norm:f32![N] w_norm:f32![L] >indices:i32![P,k] "
-           ">given_up:i32![P] >total:i32[1] #capacity #first_row", memory);
+           ">given_up:i32![P] >total:i32[1] latent_bias:F[S,L]? >values:F![P,S,k]? #capacity #first_row streams", memory);
+}
+
+static void define_support_values(py::module_& m) {
+    const auto run = +[](Tensor x, Tensor pre_bias, Tensor W, Tensor latent_bias, Tensor values, Tensor indices,
+                         Tensor listed, Tensor count, Streams streams, uintptr_t stream) {
+        const int64_t N = values.size[0];
+        const int L = narrow(W.size[0], "latents"), k = narrow(values.size[2], "k"), D = narrow(x.size[1], "columns");
+        must(!listed.data == !count.data, "listed and count must both be there or be None");
+        narrow(N, "samples");
+        const Supports supports{data_of<const int32_t>(indices), L, k, indices.size[0] != N * k,
+                                data_of<const int32_t>(listed), data_of<const int32_t>(count)};
+        support_values(
+            {matrix_of(x), matrix_of(pre_bias), matrix_of(W), nullptr, D}, streams,
+            {matrix_of(latent_bias), matrix_of(values)}, supports, N, stream);
+    };
+    define(m, "support_values", run, "x:F[N,D] pre_bias:F![D] W:F[L,D] latent_bias:F[S,L] >values:F![N,S,k] "
+           "indices:i32![N*k|N*S*k] listed:i32![N]? count:i32[1]? streams", memory);
 }
 
 static void define_invert_indices(py::module_& m) {
@@ -268,6 +287,7 @@ PYBIND11_MODULE(_cuda, m) {
 
     define_topk_rows(m);
     define_global_topk(m);
+    define_support_values(m);
     define_invert_indices(m);
     define_update_rows(m);
     define_replay_rows(m);

@@ -25,13 +25,14 @@ void filter_scores(
 }
 
 void settle_supports(
-    Candidates candidates, Operands operands, int64_t first_row, int64_t N, const float* x_norm, const float* w_norm,
-    int k, float rounding, float slack, int32_t* indices, int32_t* given_up, int32_t* total, uintptr_t stream) {
+    Candidates candidates, Operands operands, const Streams& streams, Activations to, int64_t first_row, int64_t N,
+    const float* x_norm, const float* w_norm, int k, float rounding, float slack, int32_t* indices, int32_t* given_up,
+    int32_t* total, uintptr_t stream) {
     if (k < 1 || k > most_k || k > candidates.capacity) throw std::invalid_argument("k does not fit the candidates");
     const auto kernel = operands.W.type == Floats::float32    ? settle_supports_kernel<Float32>
                         : operands.W.type == Floats::bfloat16 ? settle_supports_kernel<BFloat16>
                                                               : settle_supports_kernel<Float16>;
     launch(
-        kernel, N, 128, SettleShared(SharedMemory(), k, operands.D).bytes, stream, candidates, operands, first_row,
-        x_norm, w_norm, k, rounding, slack, indices, given_up, total);
+        kernel, N, 128, SettleShared(SharedMemory(), k, operands.D, streams.count).bytes, stream, candidates, operands,
+        first_row, x_norm, w_norm, k, rounding, slack, streams, to, indices, given_up, total);
 }

@@ -9,12 +9,12 @@
 // given up, whatever the order of the threads. Ends are compared together with the latent, so that of equals the lower
 // wins, as in the support; then candidates may be in any order.
 //
-// Choice: a block a sample. Candidates that may be on either side of the k-th place get a sum in float32, those still
-// undecided the score of the specification. Both are summed by a warp: a lane adds up 8 columns of each 256, which are
-// added by halving, neighbours first.
+// Choice: a block a sample. Candidates that may be on either side of the k-th place get a sum in float32, stream by
+// stream as their values are summed (gather.cuh), those still undecided the score of the specification. Of the support
+// only rows that were not summed so are read again for its values.
 #pragma once
 #include "candidates.cuh"
-#include "row_part.cuh"
+#include "gather.cuh"
 
 struct Four {
     float of[4];
@@ -147,111 +147,27 @@ __global__ void __launch_bounds__(512, 2) filter_scores_kernel(
     }
 }
 
-__device__ inline float value_of(const Matrix& numbers, int64_t i) {
-    switch (numbers.type) {
-        case Floats::float32: return static_cast<const float*>(numbers.data)[i];
-        case Floats::bfloat16: return BFloat16::value(static_cast<const uint16_t*>(numbers.data)[i]);
-        default: return Float16::value(static_cast<const uint16_t*>(numbers.data)[i]);
-    }
-}
-
-constexpr int staged_columns = 8192;  // of a sample, in shared memory; estimated, not measured: 32 KB
+constexpr int most_known = 32;  // rows of W, summed for the choice, whose products are kept for the values
 
 // What a block shares that settles a support.
 struct SettleShared : SelectionShared {
     int* chosen;    // [power_of_two(k)]
-    float* sample;  // [D], centred, or nothing where D is larger than staged_columns
+    int* missing;   // [k], places of the support whose products are not known; the histogram's
+    int* latents;   // [most_known]
+    float* products;  // [most_known, S], of these latents
+    float4* sample;
     size_t bytes;
 
-    __host__ __device__ SettleShared(SharedMemory memory, int k, int D) : SelectionShared(memory) {
+    __host__ __device__ SettleShared(SharedMemory memory, int k, int D, int S) : SelectionShared(memory) {
         chosen = memory.take<int>(power_of_two(k));
-        sample = memory.take<float>(D <= staged_columns ? D : 0);
+        missing = histogram;
+        latents = memory.take<int>(most_known);
+        products = memory.take<float>(most_known * S);
+        sample = memory.take<float4>(staged_fours(D));
         bytes = memory.bytes();
     }
 };
-
-// A sample minus pre_bias.
-struct Centred {
-    Matrix x, pre_bias;
-    int64_t begin;  // of the sample
-    const float* staged;
-    int D;
-
-    __device__ float computed(int d) const { return value_of(x, begin + d) - value_of(pre_bias, d); }
-    __device__ float operator[](int d) const { return D <= staged_columns ? staged[d] : computed(d); }
-};
-
-constexpr int side_by_side = 8;  // columns of a lane
-
-// row[0 ... 7], 0 from `length` on.
-template <class Format>
-__device__ void load_eight(float (&values)[side_by_side], const typename Format::Word* row, int length) {
-    using Part = RowPart<Format>;
-    if (length >= side_by_side && on_16_bytes(row)) {
-#pragma unroll
-        for (int v = 0; v < side_by_side / Part::width; ++v) {
-            const uint4 vector = __ldg(reinterpret_cast<const uint4*>(row) + v);
-#pragma unroll
-            for (int i = 0; i < Part::width; ++i) values[v * Part::width + i] = Part::in(vector, i);
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < side_by_side; ++i) values[i] = i < length ? Format::value(row[i]) : 0;
-    }
-}
-
-// The products of a sample and of rows of W, for every lane of a warp; the order of a sum depends on D alone.
-template <class Format, class Sum, int many>
-__device__ void dots(Sum (&sums)[many], const Centred& sample, const typename Format::Word* const (&rows)[many]) {
-    Sum parts[many][side_by_side] = {};
-    for (int d = side_by_side * int(threadIdx.x % 32); d < sample.D; d += 32 * side_by_side) {
-        float x[side_by_side];
-#pragma unroll
-        for (int i = 0; i < side_by_side; ++i) x[i] = d + i < sample.D ? sample[d + i] : 0;
-#pragma unroll
-        for (int r = 0; r < many; ++r) {
-            float w[side_by_side];
-            load_eight<Format>(w, rows[r] + d, sample.D - d);
-#pragma unroll
-            for (int i = 0; i < side_by_side; ++i) parts[r][i] += Sum(w[i]) * Sum(x[i]);
-        }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int r = 0; r < many; ++r) {
-#pragma unroll
-        for (int half = 1; half < side_by_side; half *= 2)
-#pragma unroll
-            for (int i = 0; i < side_by_side; i += 2 * half) parts[r][i] += parts[r][i + half];
-        sums[r] = parts[r][0];
-        for (int by = 1; by < 32; by *= 2) sums[r] += __shfl_xor_sync(all_lanes, sums[r], by);
-    }
-}
-
-// Calls place(i, latent, product) in one lane for each of the `marked` candidates at places[0 ... marked - 1].
-template <class Format, class Sum, int many, class Place>
-__device__ void multiply_marked(
-    const RowCandidates& candidates, int marked, const Centred& sample, const Operands& operands, Place place) {
-    using Word = typename Format::Word;
-    const int lane = threadIdx.x % 32;
-    for (int begin = int(threadIdx.x / 32) * many; begin < marked; begin += int(blockDim.x / 32) * many) {
-        const Word* rows[many];
-#pragma unroll
-        for (int r = 0; r < many; ++r) {
-            const int64_t latent = candidates.latents[candidates.places[smaller(begin + r, marked - 1)]];
-            rows[r] = static_cast<const Word*>(operands.W.data) + latent * operands.W.stride;
-        }
-        Sum sums[many];
-        dots<Format>(sums, sample, rows);
-#pragma unroll
-        for (int r = 0; r < many; ++r) {
-            if (lane != r || begin + r >= marked) continue;
-            const int i = candidates.places[begin + r];
-            place(i, candidates.latents[i], sums[r]);
-        }
-    }
-    __syncthreads();
-}
+static_assert(most_k <= digits);
 
 // Lists the intervals that are not points with lower end <= `above` and upper end >= `below`; how many.
 __device__ inline int mark(
@@ -267,63 +183,93 @@ __device__ inline int mark(
     return *shared.kept;
 }
 
-// The support of one sample from its candidates, or its number among those given up.
+// The support of one sample from its candidates, and its values if there is room for them; or its number among those
+// given up.
 template <class Format>
 __global__ void __launch_bounds__(128, 4) settle_supports_kernel(
     Candidates all, Operands operands, int64_t first_row, const float* x_norm, const float* w_norm, int k,
-    float rounding, float slack, int32_t* indices, int32_t* given_up, int32_t* total) {
-    const SettleShared shared(SharedMemory(shared_memory()), k, operands.D);
+    float rounding, float slack, Streams streams, Activations to, int32_t* indices, int32_t* given_up,
+    int32_t* total) {
+    const SettleShared shared(SharedMemory(shared_memory()), k, operands.D, streams.count);
     const int64_t n = blockIdx.x, row = first_row + n;
     const int count = all.counts[n];
-    indices += row * k;
     if (count == -1) {
         if (threadIdx.x == 0) given_up[atomicAdd(total, 1)] = int32_t(row);
         return;
     }
-    if (count == -2) {  // every score is NaN
-        for (int i = threadIdx.x; i < k; i += blockDim.x) indices[i] = i;
-        return;
-    }
-    const RowCandidates candidates(all, n);
-    const auto lower = [&](int i) { return key_from(candidates.lows[i]); };
-    const auto upper = [&](int i) { return key_from(candidates.highs[i]); };
-    // what is above `rival` is in the support, what is under `least` is not
-    uint32_t rival = ~0u, least = 0;
-    if (count > k) {
-        const Centred sample{operands.x, operands.pre_bias, row * operands.x.stride, shared.sample, operands.D};
-        if (operands.D <= staged_columns)
-            for (int d = threadIdx.x; d < operands.D; d += blockDim.x) shared.sample[d] = sample.computed(d);
-        // the k-th score is between these: intervals around it become narrow by a sum in float32
-        least = kth_largest(lower, count, k, shared), rival = kth_largest<true>(upper, count, k, shared);
-        const uint32_t kth = least + (rival - least) / 2;
-        int marked = mark(candidates, count, kth, kth, shared);
-        const float size_of_x = x_norm[n];
-        multiply_marked<Format, float, 4>(candidates, marked, sample, operands, [&](int i, int latent, float a) {
-            const float norm = w_norm[latent], bound = rounding * size_of_x * norm;
-            const Interval ends =
-                interval(a, float(operands.bias[latent]), bound, slack, norm == 0 || size_of_x == 0);
-            candidates.lows[i] = larger(candidates.lows[i], stored(key_of(ends.lower)));
-            candidates.highs[i] = smaller(candidates.highs[i], stored(key_of(ends.upper)));
-        });
-        // few are left on both sides of these: they get the score of the specification
-        least = kth_largest(lower, count, k, shared), rival = kth_largest<true>(upper, count, k + 1, shared);
-        marked = mark(candidates, count, rival, least, shared);
-        multiply_marked<Format, double, 2>(candidates, marked, sample, operands, [&](int i, int latent, double sum) {
-            candidates.lows[i] = candidates.highs[i] = stored(key_of(float(sum + operands.bias[latent])));
-        });
-    }
-    const auto final = [&](int i) {
-        const uint32_t low = lower(i);
-        return candidate(low > rival ? ~0u : upper(i) < least ? 0 : low, candidates.latents[i]);
-    };
-    const Candidate last = count > k ? kth_largest(final, count, k, shared) : 0;
+    const Centred sample(operands.x, operands.pre_bias, row, operands.D, shared.sample);
     const int size = power_of_two(k);
-    if (threadIdx.x == 0) *shared.kept = 0;
-    for (int i = threadIdx.x; i < size; i += blockDim.x) shared.chosen[i] = INT32_MAX;
-    __syncthreads();
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        if (final(i) >= last) shared.chosen[atomicAdd(shared.kept, 1)] = candidates.latents[i];
+    for (int i = threadIdx.x; i < size; i += blockDim.x) shared.chosen[i] = count == -2 ? i : INT32_MAX;
+    int known = 0;
+    if (count != -2) {  // else every score is NaN
+        const RowCandidates candidates(all, n);
+        const auto lower = [&](int i) { return key_from(candidates.lows[i]); };
+        const auto upper = [&](int i) { return key_from(candidates.highs[i]); };
+        const auto marked_latent = [&](int i) { return candidates.latents[candidates.places[i]]; };
+        // what is above `rival` is in the support, what is under `least` is not
+        uint32_t rival = ~0u, least = 0;
+        if (count > k) {
+            // the k-th score is between these: intervals around it become narrow by a sum in float32
+            least = kth_largest(lower, count, k, shared), rival = kth_largest<true>(upper, count, k, shared);
+            const uint32_t kth = least + (rival - least) / 2;
+            int marked = mark(candidates, count, kth, kth, shared);
+            known = to.values.data ? smaller(marked, most_known) : 0;
+            const float size_of_x = x_norm[n];
+            float a = 0;
+            const auto narrow = [&](int r, int s, int latent, float product) {
+                if (r < known) shared.latents[r] = latent, shared.products[r * streams.count + s] = product;
+                a = s ? a + product : product;
+                if (s < streams.count - 1) return;
+                const int i = candidates.places[r];
+                const float norm = w_norm[latent], bound = rounding * size_of_x * norm;
+                const Interval ends =
+                    interval(a, float(operands.bias[latent]), bound, slack, norm == 0 || size_of_x == 0);
+                candidates.lows[i] = larger(candidates.lows[i], stored(key_of(ends.lower)));
+                candidates.highs[i] = smaller(candidates.highs[i], stored(key_of(ends.upper)));
+            };
+            multiply_rows<Format, float>(
+                marked, marked_latent, 0, streams.count, begin_in(streams), sample, operands.W, narrow);
+            // few are left on both sides of these: they get the score of the specification
+            least = kth_largest(lower, count, k, shared), rival = kth_largest<true>(upper, count, k + 1, shared);
+            marked = mark(candidates, count, rival, least, shared);
+            const auto settle = [&](int r, int, int latent, double sum) {
+                const int i = candidates.places[r];
+                candidates.lows[i] = candidates.highs[i] = stored(key_of(float(sum + operands.bias[latent])));
+            };
+            const auto whole = [&](int s) { return s ? operands.D : 0; };
+            multiply_rows<Format, double>(marked, marked_latent, 0, 1, whole, sample, operands.W, settle);
+        }
+        const auto final = [&](int i) {
+            const uint32_t low = lower(i);
+            return candidate(low > rival ? ~0u : upper(i) < least ? 0 : low, candidates.latents[i]);
+        };
+        const Candidate last = count > k ? kth_largest(final, count, k, shared) : 0;
+        if (threadIdx.x == 0) *shared.kept = 0;
+        __syncthreads();
+        for (int i = threadIdx.x; i < count; i += blockDim.x) {
+            if (final(i) >= last) shared.chosen[atomicAdd(shared.kept, 1)] = candidates.latents[i];
+        }
+        sort_in_block(shared.chosen, size);
     }
-    sort_in_block(shared.chosen, size);
-    for (int i = threadIdx.x; i < k; i += blockDim.x) indices[i] = shared.chosen[i];
+    for (int i = threadIdx.x; i < k; i += blockDim.x) indices[row * k + i] = shared.chosen[i];
+    if (!to.values.data) return;
+    if (threadIdx.x == 0) *shared.kept = 0;
+    __syncthreads();
+    const int64_t place = row * streams.count * k;
+    for (int j = threadIdx.x; j < k; j += blockDim.x) {
+        int r = 0;
+        while (r < known && shared.latents[r] != shared.chosen[j]) ++r;
+        if (r == known)
+            shared.missing[atomicAdd(shared.kept, 1)] = j;
+        else
+            for (int s = 0; s < streams.count; ++s)
+                activate(to, place + s * k + j, s, shared.chosen[j], shared.products[r * streams.count + s]);
+    }
+    __syncthreads();
+    const auto missing_latent = [&](int i) { return shared.chosen[shared.missing[i]]; };
+    const auto write = [&](int i, int s, int latent, float product) {
+        activate(to, place + s * k + shared.missing[i], s, latent, product);
+    };
+    multiply_rows<Format, float>(
+        *shared.kept, missing_latent, 0, streams.count, begin_in(streams), sample, operands.W, write);
 }

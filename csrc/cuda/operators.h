@@ -87,11 +87,30 @@ struct Operands {
     int D;
 };
 
-// indices[first_row + n] for N samples, from all their candidates; those given up are listed behind given_up[*total].
-// The order of a score's sum is that of kernels/global_topk.py. 1 <= k <= most_k.
+// Where the values of samples go, [samples, S, k] without gaps, and the biases in them, [S, L]; or nothing.
+struct Activations {
+    Matrix latent_bias, values;
+};
+
+// indices[first_row + n] for N samples, from all their candidates, and with their values where these go somewhere; those
+// given up are listed behind given_up[*total]. The order of a score's sum is that of kernels/global_topk.py.
+// 1 <= k <= most_k.
 void settle_supports(
-    Candidates candidates, Operands operands, int64_t first_row, int64_t N, const float* x_norm, const float* w_norm,
-    int k, float rounding, float slack, int32_t* indices, int32_t* given_up, int32_t* total, uintptr_t stream);
+    Candidates candidates, Operands operands, const Streams& streams, Activations to, int64_t first_row, int64_t N,
+    const float* x_norm, const float* w_norm, int k, float rounding, float slack, int32_t* indices, int32_t* given_up,
+    int32_t* total, uintptr_t stream);
+
+// The values of N samples on their supports, [samples, k] or, `per_stream`, [samples, S, k]; 0 where a latent is not
+// 0 ... L - 1. Of all samples, or of those listed, *count of the N there may be. operands.bias is not read.
+struct Supports {
+    const int32_t* indices;
+    int L, k;
+    bool per_stream;
+    const int32_t *listed, *count;
+};
+
+void support_values(
+    Operands operands, const Streams& streams, Activations to, Supports supports, int64_t N, uintptr_t stream);
 
 int64_t invert_indices_workspace(int64_t n, int64_t L);
 

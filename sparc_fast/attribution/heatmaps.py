@@ -68,20 +68,16 @@ class Heatmaps:
         Bilinear between the positions' centres; NaN where the model did not see the picture.
         """
         width, height = size or self.sizes[n]
-        across, down = width / self.sizes[n][0], height / self.sizes[n][1]
+        x, y = ((np.arange(m) + 0.5) / (m / own) for m, own in zip((width, height), self.sizes[n], strict=True))
         left, top, right, bottom = self.windows[n]
-        x = ((np.arange(width) + 0.5) / across - left) / (right - left) * 2 - 1
-        y = ((np.arange(height) + 0.5) / down - top) / (bottom - top) * 2 - 1
-        places = torch.from_numpy(np.stack(np.meshgrid(x, y), axis=-1)[None].astype(np.float32))
-        found = F.grid_sample(self.maps[n][None, None], places, padding_mode="border", align_corners=False)[
-            0, 0
-        ].numpy()
+        places = np.stack(np.meshgrid((x - left) / (right - left) * 2 - 1, (y - top) / (bottom - top) * 2 - 1), axis=-1)
+        at = torch.from_numpy(places[None].astype(np.float32))
+        sampled = F.grid_sample(self.maps[n][None, None], at, padding_mode="border", align_corners=False)
+        found: npt.NDArray[np.float32] = sampled[0, 0].numpy()
         left, top, right, bottom = self.regions[n]
-        x, y = (np.arange(width) + 0.5) / across, (np.arange(height) + 0.5) / down
         found[(y < top) | (y > bottom)] = np.nan
         found[:, (x < left) | (x > right)] = np.nan
-        seen: npt.NDArray[np.float32] = found
-        return seen
+        return found
 
     def overlay(self, n: int, picture: Image, highest: float | None = None) -> Image:
         """The picture, grey, with the n-th map over it; what is at most 0, and what was not seen, is left grey.

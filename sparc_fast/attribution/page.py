@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparc_fast.explain.pictures import as_png
+from sparc_fast.explain.write import render
 from sparc_fast.files import atomic_path, check_folder
 
 from .texts import WordScores
@@ -52,8 +53,6 @@ def write_heatmaps(samples: Sequence[Looked], folder: str | os.PathLike[str], *,
     Raises:
         OSError: the folder cannot be written.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     folder = Path(folder).resolve()
     check_folder(folder / FOLDER, "folder")
     for old in (folder / FOLDER).glob("*.png"):
@@ -63,20 +62,16 @@ def write_heatmaps(samples: Sequence[Looked], folder: str | os.PathLike[str], *,
     def save(picture: Image) -> str:
         if id(picture) not in names:
             names[id(picture)] = f"{len(names):04}.png"
-            content = io.BytesIO()
-            picture.save(content, "PNG", optimize=True)
-            (folder / FOLDER / names[id(picture)]).write_bytes(content.getvalue())
+            (folder / FOLDER / names[id(picture)]).write_bytes(as_png(picture, optimize=True))
         return f"{FOLDER}/{names[id(picture)]}"
 
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("heatmaps.html.jinja").render(
-        samples=samples, save=save, shades=_shades, style=f"{FOLDER}/{STYLE}", attribution=attribution
-    )
+    page = render(
+        HERE / "heatmaps.html.jinja", samples=samples, save=save, shades=_shades, style=f"{FOLDER}/{STYLE}",
+        attribution=attribution,
+    )  # fmt: skip
     shutil.copyfile(HERE / STYLE, folder / FOLDER / STYLE)
     with atomic_path(folder / PAGE) as file:
-        file.write_bytes(page.encode("utf-8", "replace"))
+        file.write_bytes(page)
     return folder / PAGE
 
 

@@ -97,6 +97,4 @@ def _metadata(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: Path | None, flag: str) -> dict[str, Any]:
-    if path is None:
-        return {}
-    return read_object(path, flag)
+    return {} if path is None else read_object(path, flag)

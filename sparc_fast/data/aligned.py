@@ -18,7 +18,7 @@ from .feature_folder import FeatureFolder, Split, is_feature_folder, samples_and
 from .formats import open_reader, where_and_name
 from .ids import Ids, check_equal, check_lengths, ids_of_streams
 from .join import Join, Matched, Repeated, check_words, join_by
-from .readers import FLOATS, Reader, Source, first_not_finite
+from .readers import FLOATS, Reader, Source, closed_on_failure, first_not_finite
 from .shuffle import Rows
 
 __all__ = ["AlignedFiles", "Scan", "blocks", "check_dtype", "open"]
@@ -143,11 +143,10 @@ def open(
         raise ValueError(
             f"sources must map the name of at least one stream to its file, or be a folder of features, got {sources!r}"
         )
-    readers: dict[str, Reader] = {}
-    try:
+    with closed_on_failure() as opened:
         for stream, source in sources.items():
-            readers[stream] = open_reader(source, stream, split)
-        files = _aligned(sources, readers, ids, join, repeated, split)
+            opened.append(open_reader(source, stream, split))
+        files = _aligned(sources, dict(zip(sources, opened, strict=True)), ids, join, repeated, split)
         for stream, found in (files.scan() if scan else {}).items():
             if found.first_not_finite is not None:
                 title, row = files.readers[stream].origin(found.first_not_finite)
@@ -155,10 +154,6 @@ def open(
                     f"{title} must be finite, but {found.not_finite} of {files.n_rows} rows are not; "
                     f"the first is row {row}"
                 )
-    except BaseException:
-        for reader in readers.values():
-            reader.close()
-        raise
     return files
 
 

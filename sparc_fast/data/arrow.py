@@ -51,8 +51,7 @@ class ArrowReader(PiecewiseReader):
             self._map.close()
             raise
         self._parts = parts
-        n_rows = self._set_lengths([len(part) for part in parts])
-        super().__init__(title, (n_rows, parts[0].shape[1] if parts else 1), dtype)
+        super().__init__(title, list(map(len, parts)), parts[0].shape[1] if parts else 1, dtype)
 
     def _piece(self, number: int) -> npt.NDArray[Any]:
         return self._parts[number]

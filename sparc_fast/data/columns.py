@@ -60,14 +60,11 @@ def column_ids(table: Any, name: str | None, path: Path) -> npt.NDArray[Any]:
 
 
 class PiecewiseReader(Reader):
-    """Rows that lie in several matrices, one after the other."""
+    """Rows that lie in several matrices of so many rows each, one after the other."""
 
-    _ends: npt.NDArray[np.int64]
-
-    def _set_lengths(self, lengths: Sequence[int]) -> int:
-        """How many rows each piece has; gives their sum."""
+    def __init__(self, title: str, lengths: Sequence[int], width: int, dtype: torch.dtype, **about: int) -> None:
+        super().__init__(title, (sum(lengths), width), dtype, **about)
         self._ends = np.cumsum(lengths, dtype=np.int64)
-        return int(self._ends[-1]) if len(lengths) else 0
 
     @abstractmethod
     def _piece(self, number: int) -> npt.NDArray[Any]:

@@ -17,16 +17,18 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from sparc_fast.files import atomic_path
+from sparc_fast.files import atomic_path, write_text
 
 from . import npy
-from .readers import Reader, require
+from .readers import Reader, closed_on_failure, require
 from .shuffle import Rows
-from .views import PickedReader, PiecesReader
+from .views import PickedReader, one_after_the_other
 
 __all__ = ["FeatureFolder", "Split", "below", "is_feature_folder", "write_items", "write_manifest"]
 
 MANIFEST, ITEMS, FORMAT = "manifest.json", "items.parquet", "sparc_fast.Features/1"
+KNOWN = ("id", "picture", "thumbnail", "label", "group", "split")
+"""Columns of items that are no texts."""
 WRITTEN_TOGETHER = 20_000  # items
 Split = Literal["train", "held_out", "all"]
 """Samples to train on, those kept from that, or both."""
@@ -76,20 +78,14 @@ class FeatureFolder:
     def reader(self, stream: str, split: Split = "all") -> Reader:
         """The rows of a stream."""
         about, tokens = self._about(stream), self.tokens(stream)
-        readers: list[Reader] = []
-        try:
+        with closed_on_failure() as readers:
             for name in about["files"]:
                 readers.append(npy.open_file(below(self.path, name, f"files of stream {stream!r}"), None))
             title = f"{self.path} stream {stream!r}"
-            filled = [reader for reader in readers if reader.n_rows] or readers
-            whole = PiecesReader([(reader, 0, reader.n_rows) for reader in filled], title)
+            whole = one_after_the_other(readers, title)
             if whole.n_rows != self.n_items * tokens:
                 raise ValueError(f"{title} must hold {self.n_items * tokens} rows, got {whole.n_rows}")
             numbers = _of_tokens(self.rows(split), tokens)
-        except BaseException:
-            for reader in readers:
-                reader.close()
-            raise
         return whole if len(numbers) == whole.n_rows else PickedReader(whole, numbers)
 
     @property
@@ -181,8 +177,7 @@ def write_items(
 def write_manifest(folder: Path, streams: Mapping[str, Mapping[str, Any]], items: int, **about: Any) -> None:
     """The last file to be written: it makes a folder one of features."""
     content = {"format": FORMAT, "items": items, "streams": streams, **about}
-    with atomic_path(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / MANIFEST, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def samples_and_tokens(readers: Mapping[str, Reader], tokens: Sequence[int]) -> tuple[dict[str, Reader], Rows | None]:

@@ -14,9 +14,9 @@ from sparc_fast.arrays import as_tensor
 
 from . import arrow, hdf5, npy, parquet, safetensors_file, torch_file
 from .feature_folder import FeatureFolder, Split, is_feature_folder
-from .readers import Reader, Source, TensorReader, Where, numpy_dtype
+from .readers import Reader, Source, TensorReader, Where, closed_on_failure, numpy_dtype
 from .shards import files_of, is_list_of_files
-from .views import PiecesReader
+from .views import one_after_the_other
 
 __all__ = ["FORMATS", "Format", "open_reader", "where_and_name"]
 
@@ -60,15 +60,10 @@ def open_reader(source: Source, stream: str, split: Split = "all") -> Reader:
     if is_feature_folder(where):
         return FeatureFolder(cast(Any, where)).reader(name or stream, split)
     files = files_of(where, f"source of {stream!r}", FORMATS)
-    readers: list[Reader] = []
-    try:
+    with closed_on_failure() as readers:
         for path in files:
             readers.append(FORMATS[path.suffix.lower()].open_file(path, name))
-        return readers[0] if len(readers) == 1 else _shards(readers)
-    except BaseException:
-        for reader in readers:
-            reader.close()
-        raise
+        return readers[0] if len(readers) == 1 else one_after_the_other(readers)
 
 
 def where_and_name(source: Any, stream: str) -> tuple[Where, str | None]:
@@ -83,10 +78,3 @@ def where_and_name(source: Any, stream: str) -> tuple[Where, str | None]:
             f"a tensor or an array, got {source!r}"
         )
     return where, name
-
-
-def _shards(readers: list[Reader]) -> Reader:
-    """One after the other; those without rows, whose width nobody may know, are left out."""
-    filled = [reader for reader in readers if reader.n_rows] or readers[:1]
-    title = f"{filled[0].title} and {len(filled) - 1} more" if len(filled) > 1 else filled[0].title
-    return PiecesReader([(reader, 0, reader.n_rows) for reader in filled], title)

@@ -142,24 +142,18 @@ class Loader(Closing):
                 "files must hold every stream of every sample to be iterated over, but some are absent: "
                 "iterate over loader.batches(), which says which streams each sample has"
             )
-        epoch = self._epoch
-        while self._epoch == epoch:
-            yield self._batch()[0]
+        yield from (x for x, _ in self._rest(numbered=False))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(x [n, D], present) of what is left of this epoch, in the same order: `present`, bool [n, S], says which
         streams each sample has, or is None where all have all. Absent rows are zeros."""
-        epoch = self._epoch
-        while self._epoch == epoch:
-            yield self._marked(*self._batch(numbered=self.files.present is not None))
+        present = self.files.present
+        for x, rows in self._rest(numbered=present is not None):
+            yield x, None if present is None else present[rows]
 
     def numbered_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(x [n, D], numbers [n] of its rows in `files`) of what is left of this epoch, in the same order."""
-        epoch = self._epoch
-        while self._epoch == epoch:
-            x, rows = self._batch(numbered=True)
-            assert rows is not None
-            yield x, rows
+        return self._rest(numbered=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, as plain numbers and text that JSON can hold."""
@@ -201,16 +195,17 @@ class Loader(Closing):
         n = self.files.n_rows
         return n if self.last == "keep" else n - n % self.batch_size
 
-    def _marked(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        present = self.files.present
-        return x, None if present is None or rows is None else present[rows]
+    def _rest(self, numbered: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of what is left of this epoch, and where they are asked for, the numbers of their rows."""
+        epoch = self._epoch
+        while self._epoch == epoch:
+            yield self._batch(numbered)
 
-    def _batch(self, numbered: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The next one, and where it is asked for, the numbers of its rows in the files."""
+    def _batch(self, numbered: bool) -> tuple[Tensor, Tensor]:
         n = min(self.batch_size, self._rows_of_epoch - self._row)
         begin, end = self._own(n)
         batch = self._new_batch(end - begin)
-        done, numbers = 0, []
+        done, numbers = 0, [torch.empty(0, dtype=torch.int64, device="cpu")]
         while done < n:
             window = self._window_at(self._epoch, self._row + done)
             first = self._row + done - window.start
@@ -225,7 +220,7 @@ class Loader(Closing):
         self._row += n
         if self._row == self._rows_of_epoch:
             self._epoch, self._row = self._epoch + 1, 0
-        return batch, torch.cat(numbers) if numbered else None
+        return batch, torch.cat(numbers)
 
     def _own(self, n: int) -> tuple[int, int]:
         """The rows of a batch of n that are given."""

@@ -47,14 +47,13 @@ class ParquetReader(PiecewiseReader):
         self._name, dtype = vector_column(schema, name, path)
         title = f"{path}[{self._name}]"
         groups = [self._metadata.row_group(g).num_rows for g in range(self._metadata.num_row_groups)]
-        n_rows = self._set_lengths(groups)
-        width = self._width(schema.field(self._name).type, title) if n_rows else 1
+        width = self._width(schema.field(self._name).type, title) if any(groups) else 1
         granule = max(groups, default=1)
         scratch = 3 * granule * width * dtype.itemsize + 2**22  # as stored, decoded, joined; pyarrow's own
         self.scattered = granule * width * dtype.itemsize > LARGE
         if self.scattered:
             granule, scratch = 1, 3 * DECODED_TOGETHER + PAGES
-        super().__init__(title, (n_rows, width), dtype, granule=granule, scratch=scratch)
+        super().__init__(title, groups, width, dtype, granule=granule, scratch=scratch)
         self.order_bytes = 64 if self.scattered else 0
         self._places: list[_Place] = []
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
@@ -163,6 +164,18 @@ class Reader(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Let go of the file."""
+
+
+@contextmanager
+def closed_on_failure() -> Iterator[list[Reader]]:
+    """A list for readers, which are closed where the block does not end well."""
+    readers: list[Reader] = []
+    try:
+        yield readers
+    except BaseException:
+        for reader in readers:
+            reader.close()
+        raise
 
 
 class TensorReader(Reader):

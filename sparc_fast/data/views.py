@@ -12,7 +12,7 @@ from torch import Tensor
 from .readers import Reader, Spans, first_not_finite
 from .shuffle import Rows, uniform
 
-__all__ = ["PickedReader", "PiecesReader", "SampledReader"]
+__all__ = ["PickedReader", "PiecesReader", "SampledReader", "one_after_the_other"]
 
 
 class PiecesReader(Reader):
@@ -95,6 +95,13 @@ class PiecesReader(Reader):
                 start, number = max(start, end), number + 1
         runs = [list(same) for _, same in groupby(found, lambda piece: id(piece[0]))]
         return [(run[0][0], [span for _, span in run]) for run in runs]
+
+
+def one_after_the_other(readers: Sequence[Reader], title: str | None = None) -> Reader:
+    """All their rows; readers without any, whose width nobody may know, are left out."""
+    filled = [reader for reader in readers if reader.n_rows] or readers[:1]
+    of_all = f"{filled[0].title} and {len(filled) - 1} more" if len(filled) > 1 else filled[0].title
+    return PiecesReader([(reader, 0, reader.n_rows) for reader in filled], title or of_all)
 
 
 class PickedReader(Reader):

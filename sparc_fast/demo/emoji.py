@@ -15,7 +15,7 @@ import torch
 
 from sparc_fast import data
 from sparc_fast.data import FeatureFolder
-from sparc_fast.data.feature_folder import write_items, write_manifest
+from sparc_fast.data.feature_folder import KNOWN, write_items, write_manifest
 from sparc_fast.evaluate import Carried, Codes, latents_of_one_concept, matched
 from sparc_fast.explain import ModelReport, Report
 from sparc_fast.extract.items import held_out_by_name
@@ -88,21 +88,13 @@ def write_choosing(features: Path, out: Path, *, seed: int = 1) -> None:
     folder = FeatureFolder(features)
     kept = folder.rows("train")
     with data.open({stream: (folder.path, stream) for stream in folder.streams}, split="train") as files:
-        parts = dict(
-            zip(
-                files.d_streams,
-                torch.split(files.rows(0, files.n_rows), list(files.d_streams.values()), 1),
-                strict=True,
-            )
-        )
+        for stream, reader in files.readers.items():
+            with atomic_path(out / stream / "00000.npy") as path, path.open("wb") as file:
+                np.save(file, reader.rows(0, reader.n_rows).float().numpy())
     streams = {stream: {**about, "files": [f"{stream}/00000.npy"]} for stream, about in folder.streams.items()}
-    for stream, x in parts.items():
-        (out / stream).mkdir(parents=True, exist_ok=True)
-        with atomic_path(out / stream / "00000.npy") as path, path.open("wb") as file:
-            np.save(file, x.numpy())
     columns = {name: folder.column(name, "train") for name in folder.columns}
     columns["split"] = ["held_out" if held_out_by_name(g, 0.2, seed) else "train" for g in columns["group"]]
-    texts = [name for name in columns if name not in ("id", "picture", "thumbnail", "label", "group", "split")]
+    texts = [name for name in columns if name not in KNOWN]
     rows = ({name: column[n] for name, column in columns.items()} for n in range(len(kept)))
     write_items(out, rows, texts, [name for name in columns if name == "thumbnail"])
     write_manifest(out, streams, len(kept))

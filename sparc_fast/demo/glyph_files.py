@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 
 from sparc_fast.data.feature_folder import write_items, write_manifest
-from sparc_fast.files import atomic_path
+from sparc_fast.explain.pictures import as_png
+from sparc_fast.files import atomic_path, write_text
 
 from .glyphs import EM, FACES, FEATURES, SIDE, Glyphs, Pictures, draw, glyphs
 from .jitter import CHANGES, jitter
@@ -74,7 +74,7 @@ def write_glyphs(
     _write_contents(folder, base, seed)
     _write_folder(folder, base, rows, faces[0])
     for name, settings in RUNS.items():
-        _write_text(folder / name, settings)
+        write_text(folder / name, settings)
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def _write_held_out(folder: Path, base: Glyphs, rows: Tensor, inputs: dict[str, 
     with _array(folder / "labels.npy", (len(rows), len(base.concepts)), np.bool_) as labels:
         labels[:] = base.labels[rows].numpy()
     whose = {"characters": [base.characters[n] for n in rows], "names": [base.names[n] for n in rows]}
-    _write_text(folder / "rows.json", json.dumps(whose, ensure_ascii=False))
+    write_text(folder / "rows.json", json.dumps(whose, ensure_ascii=False))
 
 
 def _write_training(
@@ -188,7 +188,7 @@ def _write_contents(folder: Path, base: Glyphs, seed: int) -> None:
         "names": [base.names[n] for n in first],
         "held_out": base.held_out[first].tolist(),
     }
-    _write_text(folder / "glyphs.json", json.dumps(contents, ensure_ascii=False))
+    write_text(folder / "glyphs.json", json.dumps(contents, ensure_ascii=False))
 
 
 def _write_folder(folder: Path, base: Glyphs, rows: int, face: str) -> None:
@@ -208,13 +208,15 @@ def _write_folder(folder: Path, base: Glyphs, rows: int, face: str) -> None:
 
 def _items(folder: Path, base: Glyphs, held_out: Tensor) -> Iterator[dict[str, object]]:
     """Pictures are those of held-out rows; a training row's is drawn anew for its features alone."""
+    from PIL import Image
+
     first = dict(zip(map(tuple, _whose(base).tolist()), range(len(base.characters)), strict=True))
     faces = list(dict.fromkeys(base.faces))
     whose = np.load(folder / "train" / "rows.npy", mmap_mode="r")
     for n, (character, face, size) in enumerate(whose):
         yield _item(base, first[int(character), int(face)], f"train-{n}-{size}", "train")
     for n in held_out.tolist():
-        pictures = {stream: _as_png(base.images[stream][n]) for stream in FEATURES}
+        pictures = {stream: as_png(Image.fromarray(255 - base.images[stream][n].numpy())) for stream in FEATURES}
         yield {**_item(base, n, f"held-out-{base.characters[n]}-{faces[0]}", "held_out"), **pictures}
 
 
@@ -226,14 +228,6 @@ def _item(base: Glyphs, n: int, name: str, split: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _as_png(image: Tensor) -> bytes:
-    from PIL import Image
-
-    file = BytesIO()
-    Image.fromarray(255 - image.numpy()).save(file, "PNG")
-    return file.getvalue()
-
-
 @contextmanager
 def _array(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Iterator[npt.NDArray[np.generic]]:
     """A .npy file to be filled; it appears when the block ends well."""
@@ -241,11 +235,6 @@ def _array(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Iterator
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)  # type: ignore[no-untyped-call]
         yield array
         array.flush()
-
-
-def _write_text(path: Path, content: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
 
 
 SETTINGS = """\

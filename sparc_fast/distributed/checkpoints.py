@@ -104,7 +104,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], s
         with _quiet():
             save(_distributed(tensors, shards), checkpoint_id=unfinished, process_group=exchange.group)
         own = {file.name: _digest(file) for file in unfinished.glob(f"__{shards.rank}_*")}
-    hashes = {name: digest for part in exchange.texts(json.dumps(own)) for name, digest in json.loads(part).items()}
+    hashes = {name: digest for part in exchange.objects(json.dumps(own)) for name, digest in json.loads(part).items()}
     with exchange.agreed("publish"):
         if not shards.leads:
             return
@@ -210,14 +210,10 @@ def _local(tensor: Any) -> Tensor:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _in_pieces(file)
-
-
-def _in_pieces(file: Any) -> str:
     whole = hashlib.sha256()
-    while piece := file.read(2**20):
-        whole.update(piece)
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            whole.update(piece)
     return whole.hexdigest()
 
 

@@ -7,11 +7,13 @@ while a rank works, and is waited for when what that returned is called; all ran
 from __future__ import annotations
 
 import hashlib
+import pickle
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,11 +22,11 @@ from torch import Tensor
 from sparc_fast.ops.huge_pages import lent
 
 from . import shared_memory
-from .neighbours import MOST, neighbours
+from .neighbours import MOST, Neighbours, neighbours
 from .watch import watch
 
 T = TypeVar("T")
-MEETING = 6  # a call, as ranks tell them apart
+MEETING, OBJECTS = 6, 9  # calls, as ranks tell them apart
 NUMBERS = 8  # that every rank tells of a call, whatever it is: calls that differ are found out
 
 
@@ -48,12 +50,13 @@ class Exchange:
         self._watch = watch()
         self.received: Counter[str] = Counter()
         """By what they are."""
-        on_cpus = self.ranks > 1 and device.type == "cpu"
-        self._neighbours = neighbours(self) if self.ranks > 1 else None
-        by_hosts = self._neighbours is not None or "cpu" in dist.get_backend_config(group)
+        by_hosts = "cpu" in dist.get_backend_config(group)
         self._of_numbers = torch.device("cpu") if by_hosts else device  # a host waits for no device then
+        self._neighbours: Neighbours | None = None
         self._memory: shared_memory.SharedMemory | None = None
-        self._memory = shared_memory.shared_memory(self) if on_cpus else None
+        if self.ranks > 1:
+            self._neighbours = neighbours(self)
+            self._memory = shared_memory.shared_memory(self) if device.type == "cpu" else None
 
     def gather(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
         """The rows of all ranks, of which each has as many as `counts` says, below each other, [sum counts, ...].
@@ -71,9 +74,10 @@ class Exchange:
             return lambda: rows
         if not n or not shape.numel():
             return lambda: rows.new_empty(n, *shape)
-        room = self.room(rows, n) if room is None else room
-        if not room.is_shared:
-            return self._begin_by_message(rows, counts, what, room.rows)
+        if room is None and (shared := self._shared(rows, n)) is not None:
+            room = Room(shared, True)
+        if room is None or not room.is_shared:
+            return self._begin_by_message(rows, counts, what, None if room is None else room.rows)
         first = sum(counts[: self.rank])
         room.rows[first : first + len(rows)] = rows
         self.received[what] += (n - len(rows)) * shape.numel() * rows.itemsize
@@ -121,7 +125,7 @@ class Exchange:
             return lambda: (rows, self._numbers([0], parts, n))
         size = shape.numel() * rows.itemsize
         self.received[what] += n * size * (before[P] - parts[self.rank])
-        if (shared := self._shared(rows, before[P] * N)) is not None:
+        if (shared := self._shared(rows, before[P] * N, shared_memory.LEAST_DEALT)) is not None:
             shared[before[self.rank] * N : before[self.rank + 1] * N] = rows
             met = self._begin_meeting(shared)
             first = sum(counts[: self.rank])
@@ -155,7 +159,7 @@ class Exchange:
             return rows[_slice(mine)]
         size = rows.shape[2:].numel() * rows.itemsize
         self.received[what] += len(mine) * (N - n) * size
-        if (shared := self._shared(rows.flatten(0, 1), G * N)) is not None:
+        if (shared := self._shared(rows.flatten(0, 1), G * N, shared_memory.LEAST_DEALT)) is not None:
             of_all, first = shared.view(G, N, *shape), sum(counts[: self.rank])
             of_all[:, first : first + n] = rows
             self._begin_meeting(shared)()
@@ -170,12 +174,21 @@ class Exchange:
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of all ranks' parts, which are small."""
+        return self.begin_sum(part)()
+
+    def begin_sum(self, part: Tensor) -> Callable[[], Tensor]:
+        """`sum`."""
         if self.ranks == 1 or not part.numel():
-            return part
-        total, *others = self.gather(part[None], [1] * self.ranks, "sums").unbind()
-        for other in others:
-            total = total + other
-        return total
+            return lambda: part
+        gathered = self.begin_gather(part[None], [1] * self.ranks, "sums")
+
+        def wait() -> Tensor:
+            total, *others = gathered().unbind()
+            for other in others:
+                total = total + other
+            return total
+
+        return wait
 
     def one_of(self, part: Tensor, what: str) -> Tensor:
         """The sum of all ranks' parts where at most one of them is not 0, bit for bit; in place."""
@@ -197,14 +210,18 @@ class Exchange:
         """`numbers`; with them goes which shared memory a rank holds."""
         number, held = (0, 0) if self._memory is None else self._memory.held()
         told = [call, *numbers, *[0] * (NUMBERS - 2 - len(numbers)), held]
-        own = torch.tensor([told], dtype=torch.int64, device="cpu")
-        own = own.to(self._of_numbers)
-        arrived: Callable[[], Tensor] = lambda: own  # noqa: E731
-        if self.ranks > 1:
-            arrived = self._begin_by_message(own, [1] * self.ranks, "numbers", own.new_empty(self.ranks, NUMBERS))
+        arrived: Callable[[], list[int]] = lambda: told  # noqa: E731
+        if self._neighbours is not None:
+            of_numbers = self._begin_by_sockets(array("q", told).tobytes(), [8 * NUMBERS] * self.ranks)
+            arrived = lambda: memoryview(of_numbers()).cast("q").tolist()  # noqa: E731
+        elif self.ranks > 1:
+            own = torch.tensor(told, dtype=torch.int64, device="cpu").to(self._of_numbers)
+            of_ranks = self._begin_by_message(own, [NUMBERS] * self.ranks, "numbers")
+            arrived = lambda: of_ranks().tolist()  # noqa: E731
 
         def wait() -> list[list[int]]:
-            of_all = arrived().tolist()
+            flat = arrived()
+            of_all = [flat[first : first + NUMBERS] for first in range(0, len(flat), NUMBERS)]
             for rank, (other, *_) in enumerate(of_all):
                 if other != call:
                     raise RuntimeError(
@@ -216,16 +233,14 @@ class Exchange:
 
         return wait
 
-    def texts(self, text: str) -> list[str]:
-        """[rank] -> its text; for what is said once."""
-        return self.objects(text)
-
     def objects(self, mine: T) -> list[T]:
-        """[rank] -> what it has."""
-        found: list[T] = [mine] * self.ranks
-        with self.with_others():
-            dist.all_gather_object(found, mine, group=self.group)
-        return found
+        """[rank] -> what it has; tensors in it take long."""
+        if self.ranks == 1:
+            return [mine]
+        own = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8).to(self._of_numbers)
+        counts = [n for (n,) in self.numbers(OBJECTS, len(own))]
+        of_all = self.gather(own, counts, "objects").cpu()
+        return [pickle.loads(part.numpy().tobytes()) for part in torch.split(of_all, counts)]
 
     @contextmanager
     def with_others(self) -> Iterator[None]:
@@ -252,21 +267,21 @@ class Exchange:
         if any(failed for (failed,) in self.numbers(number_of(call), found is not None)):
             self.fail(found)
 
-    def fail(self, error: Exception | None) -> None:
+    def fail(self, error: Exception | None) -> NoReturn:
         """Raise this rank's error, or where it has none, the first that another has."""
         kinds: tuple[type[Exception], ...] = (FloatingPointError, FileNotFoundError, OSError, ValueError, RuntimeError)
         mine = [kind.__name__ for kind in kinds if isinstance(error, kind)]
-        told = self.texts("" if error is None else f"{(mine or ['RuntimeError'])[0]}:{error}")
+        told = self.objects("" if error is None else f"{(mine or ['RuntimeError'])[0]}:{error}")
         if error is not None:
             raise error
         rank, text = next((rank, text) for rank, text in enumerate(told) if text)
         name, _, words = text.partition(":")
         raise next(kind for kind in kinds if kind.__name__ == name)(f"rank {rank}: {words}")
 
-    def _shared(self, like: Tensor, n: int) -> Tensor | None:
+    def _shared(self, like: Tensor, n: int, least: int | None = None) -> Tensor | None:
         """Memory of all ranks for n such rows; None where they share none, or the rows are not worth it."""
         n_bytes = n * like.shape[1:].numel() * like.itemsize
-        if self._memory is None or n_bytes < shared_memory.LEAST:
+        if self._memory is None or n_bytes < (shared_memory.LEAST if least is None else least):
             return None
         memory = self._memory.take(n_bytes)
         return None if memory is None else memory.view(like.dtype).view(n, *like.shape[1:])
@@ -281,35 +296,48 @@ class Exchange:
 
         return wait
 
-    def _begin_by_message(self, rows: Tensor, counts: Sequence[int], what: str, out: Tensor) -> Callable[[], Tensor]:
-        most, shape = max(counts), rows.shape[1:]
-        own = rows.contiguous()
+    def _begin_by_message(
+        self, rows: Tensor, counts: Sequence[int], what: str, out: Tensor | None = None
+    ) -> Callable[[], Tensor]:
+        most, n, shape = max(counts), sum(counts), rows.shape[1:]
+        size, own = shape.numel() * rows.itemsize, rows.contiguous()
+        if self._neighbours is not None and most * size <= MOST and own.device.type == "cpu":
+            self.received[what] += (n - len(own)) * size
+            told = self._begin_by_sockets(_bytes(own).numpy().tobytes(), [some * size for some in counts])
+
+            def received() -> Tensor:
+                found = torch.frombuffer(told(), dtype=rows.dtype).view(n, *shape)
+                return found if out is None else out.copy_(found)
+
+            return received
         if len(own) < most:
             own = torch.cat([own, own.new_zeros(most - len(own), *shape)])
-        is_even = min(counts) == most
-        all_rows = out if is_even else _empty_like(own, self.ranks * most)
-        arrived = self._begin_all_gather(_bytes(all_rows), _bytes(own))
+        into = _empty_like(own, n) if out is None else out
+        all_rows = into if min(counts) == most else _empty_like(own, self.ranks * most)
+        dist_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+        with self.with_others():
+            work = dist_gather(_bytes(all_rows), _bytes(own), group=self.group, async_op=True)
+        arrived = self._waiting_for(work, own)
         self.received[what] += own.nbytes * (self.ranks - 1)
 
         def wait() -> Tensor:
             arrived()
-            if not is_even:
+            if all_rows is not into:
                 parts = zip(torch.split(all_rows, most), counts, strict=True)
-                torch.cat([part[:n] for part, n in parts], out=out)
-            return out
+                torch.cat([part[:some] for part, some in parts], out=into)
+            return into
 
         return wait
 
-    def _begin_all_gather(self, out: Tensor, own: Tensor) -> Callable[[], object]:
-        dist_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+    def _begin_by_sockets(self, own: bytes, sizes: Sequence[int]) -> Callable[[], bytearray]:
+        """The bytes of all ranks, one after another."""
+        assert self._neighbours is not None
         with self.with_others():
-            if self._neighbours is None or own.nbytes > MOST or own.device.type != "cpu":
-                return self._waiting_for(dist_gather(out, own, group=self.group, async_op=True), own)
-            arrived = self._neighbours.begin_gather(own)
+            arrived = self._neighbours.begin_gather(own, sizes)
 
-        def wait() -> None:
+        def wait() -> bytearray:
             with self.with_others():
-                out.copy_(arrived())
+                return arrived()
 
         return wait
 

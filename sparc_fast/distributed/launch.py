@@ -68,7 +68,7 @@ def check_same(shards: Whole, config: Config, files: AlignedFiles) -> None:
         "sparc_fast": __version__, "torch": str(torch.__version__), **bound,
         "data": fingerprint(files),
     }  # fmt: skip
-    for rank, text in enumerate(told := shards.all.texts(json.dumps(mine, default=str))):
+    for rank, text in enumerate(told := shards.all.objects(json.dumps(mine, default=str))):
         first, other = json.loads(told[0]), json.loads(text)
         if different := [name for name in first if first[name] != other.get(name)]:
             name = different[0]

@@ -11,12 +11,10 @@ import secrets
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 if TYPE_CHECKING:
@@ -32,35 +30,35 @@ class Neighbours:
 
     def __init__(self, rank: int, others: Mapping[int, socket.socket]) -> None:
         self._rank, self._others = rank, others
-        self._coming: deque[bytearray] = deque()
+        self._coming: deque[dict[int, memoryview]] = deque()
+        """Where what comes from other ranks goes."""
         for other in others.values():
             other.settimeout(default_pg_timeout.total_seconds())
 
-    def begin_gather(self, own: Tensor) -> Callable[[], Tensor]:
-        """The same few bytes of all ranks, one after another, uint8; when it is called, it waits for them.
+    def begin_gather(self, own: bytes, sizes: Sequence[int]) -> Callable[[], bytearray]:
+        """The few bytes of all ranks, so many of each, one after another; when it is called, it waits for them.
 
         Raises:
             OSError: a rank is gone, or silent for long.
         """
-        mine = own.numpy().tobytes()
         for other in self._others.values():
-            other.sendall(mine)
-        found = bytearray(len(mine) * (len(self._others) + 1))
-        found[self._rank * len(mine) : (self._rank + 1) * len(mine)] = mine
-        self._coming.append(found)
+            other.sendall(own)
+        found = bytearray(sum(sizes))
+        places, first = {}, 0
+        for rank, size in enumerate(sizes):
+            places[rank] = memoryview(found)[first : first + size]
+            first += size
+        places.pop(self._rank)[:] = own
+        self._coming.append(places)
 
-        def wait() -> Tensor:
-            while any(one is found for one in self._coming):  # what was sent before comes before
-                self._receive(self._coming[0])
+        def wait() -> bytearray:
+            while any(some is places for some in self._coming):  # what was sent before comes before
+                for rank, place in self._coming[0].items():
+                    _receive(self._others[rank], place)
                 self._coming.popleft()
-            return torch.frombuffer(found, dtype=torch.uint8)
+            return found
 
         return wait
-
-    def _receive(self, found: bytearray) -> None:
-        places, n = memoryview(found), len(found) // (len(self._others) + 1)
-        for rank, other in sorted(self._others.items()):
-            _receive(other, places[rank * n : (rank + 1) * n])
 
 
 def neighbours(exchange: Exchange) -> Neighbours | None:

@@ -60,8 +60,9 @@ def nested_decode_loss(
         nmse, grad_pre_bias = parts.new_zeros(len(sizes), S, S), parts.new_zeros(D)
         grad_recons = parts.new_zeros(len(sizes), 0, S, D)
     del parts
+    summed = exchange.begin_sum(torch.cat([nmse.reshape(-1), grad_pre_bias]))
     grad_recons = exchange.hand(grad_recons.to(gradient_dtype(values)), counts, told_groups(sizes, P), "G")
     grad_values = wide(backend.sparse_decode_grad_values(grad_recons.flatten(0, 1), supports, W_dec))
     grad_values = grad_values.view(len(here), *values.shape).sum(0).to(grad_recons.dtype)
-    sums = exchange.sum(torch.cat([nmse.reshape(-1), grad_pre_bias]))
+    sums = summed()
     return sums[: nmse.numel()].view_as(nmse), grad_recons, grad_values, sums[nmse.numel() :]

@@ -51,7 +51,7 @@ def shard(model: SPARC, mesh: DeviceMesh | None = None) -> SPARC:
     device = torch.device("cpu") if device.type == "meta" else device
     shards = Shards(mesh, model.n_latents, device)
     about = f"{model.config()} {model.W_enc.dtype}"
-    for rank, other in enumerate(shards.all.texts(about)):
+    for rank, other in enumerate(shards.all.objects(about)):
         if other != about:
             raise ValueError(f"model must be the same on every rank, but on rank {rank} it is {other}, here {about}")
     return _with_rows(model, shards, device)

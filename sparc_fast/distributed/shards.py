@@ -135,17 +135,13 @@ class Shards(Whole):
             flags = mine.present is not None, mine.zero_rows is not None, 0
             of_all = self.all.numbers(BATCH, len(mine.x), number_of("\0".join(mine.streams)), *flags)
         if any(has_failed for *_, has_failed in of_all):
-            return partial(self._fail, failed)
+            return partial(self.all.fail, failed)
         for rank, (_, others, *_rest) in enumerate(of_all):
             if others != of_all[0][1]:
                 raise ValueError(f"inputs must be of the streams that rank 0 has on every rank, got others on {rank}")
         counts = [n for n, *_ in of_all[self.rank - exchange.rank :][: exchange.ranks]]
         x = exchange.begin_gather(mine.x.detach(), counts, "x")
         return lambda: self._of_all(mine, x(), of_all, counts)
-
-    def _fail(self, error: Exception | None) -> BatchSamples:
-        self.all.fail(error)
-        raise AssertionError("a rank has failed")
 
     def _of_all(
         self, mine: BatchSamples, x: Tensor, of_all: Sequence[Sequence[int]], counts: Sequence[int]
@@ -186,9 +182,6 @@ class Shards(Whole):
     def first_samples(self, rows: Tensor, n: int) -> Tensor:
         before = self.in_replicas_before(len(rows), ROWS)
         return rows[: max(0, n - before)]
-
-    def least(self, number: Tensor) -> Tensor:
-        return self.all.gather(number[None], [1] * self.ranks, "sums").amin()
 
     def agreed(self, call: str) -> AbstractContextManager[None]:
         return self.all.agreed(call)
@@ -234,23 +227,31 @@ class Shards(Whole):
         if self.replicas is None:
             return moments
         merged = {name: Moments() for name in moments}
-        here = {name: (one.n, one.mean.cpu(), one.spread.cpu()) for name, one in moments.items()}
+        here = {name: (one.n, one.mean.cpu().numpy(), one.spread.cpu().numpy()) for name, one in moments.items()}
         for of_replica in self.replicas.objects(here):
             for name, (n, mean, spread) in of_replica.items():
                 if n:
-                    merged[name].add_moments(n, mean, spread)
+                    merged[name].add_moments(n, torch.from_numpy(mean), torch.from_numpy(spread))
         return merged
 
     def terms(self, terms: dict[tuple[str, ...], Terms]) -> dict[tuple[str, ...], Terms]:
         if self.replicas is None:
             return terms
         merged: dict[tuple[str, ...], Terms] = {}
-        here = {streams: _on(some, "cpu") for streams, some in terms.items()}
+        here = {
+            streams: [None if part is None else part.detach().cpu().numpy() for part in some]
+            for streams, some in terms.items()
+        }
         for of_replica in self.replicas.objects(here):
-            for streams, some in of_replica.items():
+            for streams, parts in of_replica.items():
+                some = Terms._make(None if part is None else torch.from_numpy(part) for part in parts)
                 before = merged.get(streams)
                 merged[streams] = some._replace(loss=None) if before is None else before.plus(some)
-        return {s: _on(some, self.exchange.device) for s, some in merged.items()}
+        device = self.exchange.device
+        return {
+            streams: Terms._make(None if part is None else part.to(device) for part in some)
+            for streams, some in merged.items()
+        }
 
     def most(self, n: int) -> int:
         return max(number for (number,) in self.all.numbers(NUMBER, n))
@@ -288,13 +289,13 @@ class Shards(Whole):
         return cast("SPARC", Together(model, self))
 
     def check_samples(self, inputs: Mapping[str, Tensor] | AlignedFiles) -> None:
-        told = self.all.texts(fingerprint(inputs))
+        told = self.all.objects(fingerprint(inputs))
         for rank, other in enumerate(told):
             if other != told[0]:
                 raise ValueError(f"inputs must be the same on every rank, but rank {rank} has others than rank 0")
 
     def told_by_leader(self, numbers: list[int]) -> list[int]:
-        told: list[int] = json.loads(self.all.texts(json.dumps(numbers))[0])
+        told: list[int] = json.loads(self.all.objects(json.dumps(numbers))[0])
         return told
 
     def save(self, path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -383,6 +384,7 @@ class _OfRows:
         like = torch.empty(0, *((D,) if alone else (S, D)), dtype=dtype, device=values.device)
         room = exchange.room(like, N) if len(pieces) > 1 else None
         sums: list[Tensor] = []
+        totals: list[Callable[[], Tensor]] = []
         of_pieces: list[tuple[Tensor, Tensor]] = []
 
         def stages(piece: slice) -> Iterator[None]:
@@ -411,6 +413,8 @@ class _OfRows:
             grad_recons = _from_itself(grad_recons, d_streams) if alone else grad_recons
             into = None if room is None else room.part(piece.start, piece.stop - piece.start)
             gathered = exchange.begin_gather(grad_recons, counts, "G", into)
+            if len(sums) == len(pieces):
+                totals.append(exchange.begin_sum(sum(sums[1:], sums[0])))
             del grad_recons
             yield
             grad_recons = gathered()
@@ -419,7 +423,7 @@ class _OfRows:
             of_pieces.append((grad_recons if room is None else grad_recons[:0], grad_values))
 
         in_turn(stages(piece) for piece in pieces)
-        (grad_recons, grad_values), total = of_pieces[0], exchange.sum(sum(sums[1:], sums[0]))
+        (grad_recons, grad_values), total = of_pieces[0], totals[0]()
         if room is not None:
             grad_recons = _of_streams(room.rows, d_streams) if alone else room.rows
             grad_values = torch.cat([of_piece for _, of_piece in of_pieces])
@@ -444,10 +448,3 @@ def _of_streams(itself: Tensor, d_streams: Sequence[int]) -> Tensor:
     for s, cols in enumerate(stream_slices(d_streams)):
         of_all[:, s, cols] = itself[:, cols]
     return of_all
-
-
-def _on(terms: Terms, device: torch.device | str) -> Terms:
-    moved: dict[str, Any] = {
-        name: None if part is None else part.detach().to(device) for name, part in terms._asdict().items()
-    }
-    return Terms(**moved)

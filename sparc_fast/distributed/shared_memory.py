@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LEAST = 4096
 """Bytes; fewer come with a message as soon as word of them would."""
+LEAST_DEALT = 1
+"""The same where each rank takes its own of what others have, which is no message to all."""
 MOST_BUFFERS = 62
 """Which of them are held is one number."""
 MEMORY = 5  # a call, as ranks tell them apart
@@ -38,7 +40,7 @@ class SharedMemory:
 
     def take(self, n_bytes: int) -> Tensor | None:
         """The same free memory, uint8 [n_bytes], on all ranks, which ask together; None where there is none."""
-        size = 1 << (n_bytes - 1).bit_length()  # whatever nobody writes to takes no memory
+        size = max(mmap.PAGESIZE, 1 << (n_bytes - 1).bit_length())  # whatever nobody writes to takes no memory
         fit = (i for i, buffer in enumerate(self._buffers) if buffer.size == size and not self._held >> i & 1)
         if (number := next(fit, None)) is None:
             if len(self._buffers) == MOST_BUFFERS or (memory := self._map(size)) is None:
@@ -101,7 +103,7 @@ class _Buffer:
 
 def shared_memory(exchange: Exchange) -> SharedMemory | None:
     """That of the ranks of an exchange, which all ask; None where they are not on one host."""
-    places = exchange.texts(_place())
+    places = exchange.objects(_place())
     return SharedMemory(exchange) if places[0] and len(set(places)) == 1 else None
 
 

@@ -16,7 +16,7 @@ from .codes import Codes, StreamCode
 from .cofiring import cofiring_iou, energy_share, firing_entropy
 from .concepts import Carried, LatentNames, TopSamples, latents_of_one_concept, name_latents, top_samples
 from .dictionary import dictionary_of
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, evaluate, evaluate_raw
 from .formats import as_csv, as_latex, as_markdown, write_comparison
 from .hierarchy import Hierarchy
 from .interventions import Ablations, Intervention, intervene, probe_effects
@@ -29,7 +29,6 @@ from .plots import write_plots
 from .probe_1d import Probe1D, probe_1d, split_samples
 from .probes import Probe, average_precision, linear_probe, mlp_probe
 from .purity import Purity, class_purity
-from .raw import evaluate_raw
 from .reconstruction import nmse_from_errors, r2_from_errors, squared_error
 from .recovery import Recovery, SyntheticStreams, feature_recovery, synthetic_streams
 from .registry import Batch, Given, Metric, Row, Score

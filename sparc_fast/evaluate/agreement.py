@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .codes import Codes, StreamCode, check_codes, firing_counts, parts
 from .registry import Given, Metric, Score
-from .resampling import Bags, firing_keys, latent_blocks
+from .resampling import drawn_firings
 
 __all__ = ["AGREEMENT", "Agreement", "firing_agreement"]
 
@@ -70,17 +70,12 @@ def _resample(given: Given, found: Agreement) -> Mapping[str, Tensor]:
     resampling, codes = given.draws, list(given.single.values())
     pairs = list(combinations(range(len(codes)), 2))
     total, alive = resampling.zeros(), resampling.zeros()
-    for latents in latent_blocks(codes, given.n_latents, resampling):
-        keys = [firing_keys(code, latents, resampling.chunk_bytes) for code in codes]
-        keys += [keys[s][torch.isin(keys[s], keys[t], assume_unique=True)] for s, t in pairs]
-        bags = [Bags.of(some_keys, latents, resampling.n) for some_keys in keys]
-        for some, weights in resampling.pieces(4 * len(keys) * (latents.stop - latents.start)):
-            sums = [of_keys.drawn(weights) for of_keys in bags]
-            of_latents = torch.zeros_like(sums[0])
-            for (s, t), both in zip(pairs, sums[len(codes) :], strict=True):
-                of_latents += both / (sums[s] + sums[t] - both).clamp_min(1)
-            total[some] += of_latents.sum(dim=0, dtype=torch.float64) / max(len(pairs), 1)
-            alive[some] += (torch.stack(sums[: len(codes)]) > 0).any(dim=0).sum(dim=0)
+    for some, sums in drawn_firings(codes, given.n_latents, resampling, pairs):
+        of_latents = torch.zeros_like(sums[0])
+        for (s, t), both in zip(pairs, sums[len(codes) :], strict=True):
+            of_latents += both / (sums[s] + sums[t] - both).clamp_min(1)
+        total[some] += of_latents.sum(dim=0, dtype=torch.float64) / max(len(pairs), 1)
+        alive[some] += (sums[: len(codes)] > 0).any(dim=0).sum(dim=0)
     return {"agreement": total / alive}
 
 

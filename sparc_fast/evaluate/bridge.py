@@ -12,8 +12,7 @@ from torch import Tensor
 
 from .codes import CHUNK_BYTES, ByLatent, StreamCode, by_latent, check_codes, parts
 from .dictionary import Dictionary, directions
-from .pairs import details_by_pair, mean_over_pairs
-from .registry import Given, Metric, Score, Sizes
+from .registry import Given, Metric, Score, Sizes, details_by_pair, mean_over_pairs
 
 __all__ = ["BRIDGE", "Bridge", "BridgePair", "bridge_pairs", "bridge_score"]
 

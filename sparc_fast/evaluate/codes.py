@@ -106,17 +106,14 @@ class ByLatent(NamedTuple):
     values: Tensor
 
     def blocks(self, row_bytes: int) -> Iterator[tuple[slice, slice]]:
-        """Runs of latents, and of their entries, each of so few that work of row_bytes for either stays in a chunk.
+        """Runs of latents, and of their entries, each of so few that work of row_bytes for all stays in a chunk.
 
         A latent of more entries is a run by itself.
         """
-        most, bounds, start = max(1, CHUNK_BYTES // max(1, row_bytes)), self.offsets.tolist(), 0
-        L = len(bounds) - 1
-        while start < L:
-            stop = bisect_right(bounds, bounds[start] + most, start + 1, min(start + most, L) + 1) - 1
-            stop = max(stop, start + 1)
-            yield slice(start, stop), slice(bounds[start], bounds[stop])
-            start = stop
+        bounds = self.offsets.tolist()
+        both = [n_latents + n_entries for n_latents, n_entries in enumerate(bounds)]
+        for latents in runs(both[1:], max(1, CHUNK_BYTES // max(1, row_bytes))):
+            yield latents, slice(bounds[latents.start], bounds[latents.stop])
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import codes as chunks
 from .agreement import firing_agreement
-from .codes import Codes, check_codes, check_labels, firing_counts, firings
+from .codes import ByLatent, Codes, by_latent, check_codes, check_labels, firings
 
 __all__ = ["Carried", "LatentNames", "TopSamples", "latents_of_one_concept", "name_latents", "top_samples"]
 
@@ -110,8 +110,8 @@ def name_latents(
         raise ValueError(f"labels must be of N={n_samples} samples, got {len(labels)}")
     if len(concepts) != labels.n_concepts:
         raise ValueError(f"concepts must be one per column of labels ({labels.n_concepts}), got {len(concepts)}")
-    postings = [_postings(code, n_latents) for code in codes.values()]
-    fired = torch.stack([firing_counts(code, n_latents) for code in codes.values()]).float()
+    postings = [by_latent(code, n_latents) for code in codes.values()]
+    fired = torch.stack([entries.offsets.diff() for entries in postings]).float()
     base = labels.counts().float()
     kept = min(n_names, labels.n_concepts)
     scores = fired.new_zeros(n_latents, kept)
@@ -144,19 +144,8 @@ def name_latents(
     )
 
 
-Postings = tuple[Tensor, Tensor]
-
-
-def _postings(code: chunks.StreamCode, n_latents: int) -> Postings:
-    """The samples that fire each latent, latent after latent, and where each latent's begin, [L + 1]."""
-    samples, latents, _ = firings(code)
-    offsets = torch.zeros(n_latents + 1, dtype=torch.int64, device=samples.device)
-    offsets[1:] = torch.bincount(latents, minlength=n_latents).cumsum(0)
-    return samples[latents.argsort(stable=True)], offsets
-
-
 def _counts(
-    postings: Sequence[Postings], carried: Carried, n_latents: int, order: Tensor | None = None
+    postings: Sequence[ByLatent], carried: Carried, n_latents: int, order: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield (some latents, c float [S, l, C]), c[s, l, y] = samples of concept y that fire l in s; exact up to 2^24.
 
@@ -167,7 +156,7 @@ def _counts(
     for start in range(0, n_latents, step):
         stop = min(start + step, n_latents)
         counts = []
-        for samples, offsets in postings:
+        for offsets, samples, _ in postings:
             some = samples[offsets[start] : offsets[stop]]
             latent = torch.repeat_interleave(offsets[start + 1 : stop + 1] - offsets[start:stop])
             position, concept = carried.of(some if order is None else order[some])
@@ -197,7 +186,7 @@ def _largest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _chance(
-    postings: Sequence[Postings], carried: Carried, fired: Tensor, base: Tensor, shuffles: int, seed: int
+    postings: Sequence[ByLatent], carried: Carried, fired: Tensor, base: Tensor, shuffles: int, seed: int
 ) -> Tensor:
     """What the best concept of a latent scores on shuffled samples, at the quantile `CHANCE`, [L]."""
     L, N = fired.shape[1], len(carried)

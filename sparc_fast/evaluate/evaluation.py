@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,19 +16,19 @@ from sparc_fast.sizes import as_bytes, is_integer
 from .agreement import Agreement
 from .codes import Codes
 from .jaccard import Concepts
-from .labels import PerSample
+from .labels import PerSample, as_groups
 from .latents import LatentUse
 from .metrics import METRICS
 from .passing import Run, Samples, check_model, to_stderr
 from .reconstruction import Reconstructed
 from .registry import Metric, Need, choose
-from .resampling import RESAMPLES
-from .retrieval import Retrieval
+from .resampling import RESAMPLES, Resampling
+from .retrieval import RETRIEVAL, Retrieval, drawn_retrieval, retrieval_scores
 
 if TYPE_CHECKING:
     from ..model import SPARC
 
-__all__ = ["Evaluation", "evaluate", "half_width"]
+__all__ = ["Evaluation", "evaluate", "evaluate_raw", "half_width"]
 
 Z = 1.96  # normal quantile of the 95 % interval
 
@@ -264,4 +265,32 @@ def evaluate(
     return Evaluation(
         tuple(model.streams), given.n_samples, model.n_latents, chosen, results, given.single, resampled,
         "samples" if given.groups is None else "groups",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate_raw(
+    inputs: Mapping[str, Tensor], *, groups: PerSample | None = None, resamples: int = RESAMPLES
+) -> Evaluation:
+    """Retrieval by cosine of the inputs, {stream: [N, D_s]}, between all streams of one width; no other metric.
+
+    It says something of streams in one space alone, such as CLIP's pictures and texts. It compares all pairs, in
+    O(N² D) time.
+
+    Raises:
+        ValueError: no two streams have the same width.
+    """
+    widths = {name: x.shape[1] for name, x in inputs.items()}
+    pairs = [(a, b) for a, b in permutations(inputs, 2) if widths[a] == widths[b]]
+    if not pairs:
+        raise ValueError(f"inputs must have two streams of one width, got {widths}")
+    N = len(next(iter(inputs.values())))
+    group_of = None if groups is None else as_groups(groups, (N,))
+    found = {(a, b): retrieval_scores(inputs[a], inputs[b], groups=group_of) for a, b in pairs}
+    resampled: Mapping[str, Tensor] = {}
+    if resamples and N:
+        resampled = drawn_retrieval(found, Resampling(N, resamples, group_of))
+    return Evaluation(
+        tuple(inputs), N, 0, (RETRIEVAL,), {"retrieval": found}, {}, resampled,
+        "samples" if groups is None else "groups",
     )  # fmt: skip

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,15 @@ class Hierarchy:
     def __post_init__(self) -> None:
         n = len(self.names)
         if len(set(self.names)) != n:
-            raise ValueError(f"names must be distinct, got {self._first_twice()!r} twice")
+            twice = next(name for i, name in enumerate(self.names) if name in self.names[:i])
+            raise ValueError(f"names must be distinct, got {twice!r} twice")
         if len(self.parents) != n or any(not -1 <= p < n for p in self.parents):
             raise ValueError(f"parents must be one of -1 ... {n - 1} for each of {n} names, got {self.parents}")
-        clear: set[int] = set()  # nodes from which a root is reached
-        for node in range(n):
-            path: list[int] = []
-            at = node
-            while at >= 0 and at not in clear:
-                path.append(at)
-                if len(path) > n:
-                    raise ValueError(f"parents must lead to a root, got a cycle through {self.names[at]!r}")
-                at = self.parents[at]
-            clear.update(path)
-
-    def _first_twice(self) -> str:
-        return next(name for i, name in enumerate(self.names) if name in self.names[:i])
+        try:
+            _ = self.depths
+        except CycleError as error:
+            name = self.names[error.args[1][0]]
+            raise ValueError(f"parents must lead to a root, got a cycle through {name!r}") from None
 
     @classmethod
     def from_parents(cls, parents: Mapping[str, str | None]) -> Hierarchy:
@@ -100,17 +94,11 @@ class Hierarchy:
     @cached_property
     def depths(self) -> tuple[int, ...]:
         """Steps from each node up to its root."""
-        depths: list[int | None] = [None] * len(self)
-        for node in range(len(self)):
-            path, at = [], node
-            while at >= 0 and depths[at] is None:
-                path.append(at)
-                at = self.parents[at]
-            above = -1 if at < 0 else depths[at]
-            assert above is not None
-            for step, one in enumerate(reversed(path), start=1):
-                depths[one] = above + step
-        return tuple(depth or 0 for depth in depths)
+        depths = {-1: -1}
+        for node in TopologicalSorter({node: [above] for node, above in enumerate(self.parents)}).static_order():
+            if node >= 0:
+                depths[node] = depths[self.parents[node]] + 1
+        return tuple(depths[node] for node in range(len(self)))
 
     @property
     def max_depth(self) -> int:
@@ -140,35 +128,30 @@ class Hierarchy:
         """
         if depth < 0:
             raise ValueError(f"depth must be at least 0, got {depth}")
-        columns = [self.lifted(node, depth) for node in self._columns(labels, concepts)]
-        kept = sorted(set(columns))
-        return self._any_of(labels, columns, kept), tuple(self.names[node] for node in kept)
+        columns = enumerate(self._columns(labels, concepts))
+        return self._any_of(labels, [(column, self.lifted(node, depth)) for column, node in columns])
 
     def closed(self, labels: Tensor, concepts: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
         """Labels bool [N, C] with all above each carried too: bool [N, B], and the names of the B columns."""
-        columns, owners = [], []
-        for column, node in enumerate(self._columns(labels, concepts)):
-            at = node
-            while at >= 0:
-                columns.append(at)
-                owners.append(column)
-                at = self.parents[at]
-        kept = sorted(set(columns))
-        return self._any_of(labels, columns, kept, owners), tuple(self.names[node] for node in kept)
+        depths = range(self.max_depth + 1)
+        columns = enumerate(self._columns(labels, concepts))
+        return self._any_of(
+            labels, [(column, self.lifted(node, depth)) for column, node in columns for depth in depths]
+        )
 
     def _columns(self, labels: Tensor, concepts: Sequence[str]) -> tuple[int, ...]:
         if labels.dtype != torch.bool or labels.dim() != 2 or labels.shape[1] != len(concepts):
             raise ValueError(f"labels must be bool [N, C={len(concepts)}], got {labels.dtype} {list(labels.shape)}")
         return self.nodes(concepts)
 
-    @staticmethod
-    def _any_of(labels: Tensor, nodes: list[int], kept: list[int], owners: Sequence[int] | None = None) -> Tensor:
-        """Whether any column of each kept node is carried; column owners[i], by default i, is of nodes[i]."""
+    def _any_of(self, labels: Tensor, carried: list[tuple[int, int]]) -> tuple[Tensor, tuple[str, ...]]:
+        """Whether a sample carries any column of each node, of pairs (column, node); and the nodes' names."""
+        kept = sorted({node for _, node in carried})
         place = {node: column for column, node in enumerate(kept)}
         lifted = torch.zeros(len(labels), len(kept), dtype=torch.bool, device=labels.device)
-        for i, node in enumerate(nodes):
-            lifted[:, place[node]] |= labels[:, i if owners is None else owners[i]]
-        return lifted
+        for column, node in carried:
+            lifted[:, place[node]] |= labels[:, column]
+        return lifted, tuple(self.names[node] for node in kept)
 
 
 def _nodes(tree: Mapping[str, Any]) -> Iterator[tuple[str, str | None, int]]:

@@ -14,11 +14,10 @@ from sparc_fast.codes import SparseLatents
 
 from .codes import CHUNK_BYTES, StreamCode, check_code, check_codes, parts
 from .dictionary import Dictionary, directions
-from .kept_inputs import InputsOnCPU, bytes_of_inputs
-from .pairs import details_by_pair, mean_over_pairs, rows_by_pair
+from .passing import InputsOnCPU, bytes_of_inputs
 from .probes import linear_probe
 from .purity import class_purity
-from .registry import Batch, Given, Metric, Score, Sizes
+from .registry import Batch, Given, Metric, Score, Sizes, details_by_pair, mean_over_pairs, rows_by_pair
 from .resampling import Bags, firing_entries, latent_blocks
 
 if TYPE_CHECKING:

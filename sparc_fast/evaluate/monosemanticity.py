@@ -12,7 +12,7 @@ from torch.nn.functional import embedding_bag
 
 from .codes import CHUNK_BYTES, ByLatent, Codes, by_latent, check_codes, parts
 from .jaccard import above_chance
-from .kept_inputs import InputsOnCPU, bytes_of_inputs
+from .passing import InputsOnCPU, bytes_of_inputs
 from .registry import Given, Metric, Score, Sizes
 from .resampling import Resampling
 
@@ -48,10 +48,7 @@ def mono_score(codes: Codes, embeddings: Tensor, n_latents: int) -> Monosemantic
     n = check_codes(codes, n_latents)
     if embeddings.dim() != 2 or len(embeddings) != n or not embeddings.is_floating_point():
         raise ValueError(f"embeddings must be [N={n}, D], got {embeddings.dtype} {list(embeddings.shape)}")
-    D, device = embeddings.shape[1], embeddings.device
-    norms = torch.zeros(n, dtype=torch.float64, device=device)
-    for rows in parts(n, 16 * D):
-        norms[rows] = embeddings[rows].double().norm(dim=1)
+    D, device, norms = embeddings.shape[1], embeddings.device, _norms(embeddings)
     if not norms.isfinite().all():
         raise ValueError("embeddings must be finite, got NaN or inf")
     streams = [_scaled(by_latent(code, n_latents), n) for code in codes.values()]
@@ -72,21 +69,26 @@ def mono_score(codes: Codes, embeddings: Tensor, n_latents: int) -> Monosemantic
                 )
                 together[s, latents] += sums.square().sum(dim=1)
     counted = (norms > 0).double()
-    weight, own, squares = torch.zeros(3, len(codes), n_latents, dtype=torch.float64, device=device)
+    weight, own, squares = sums_of = torch.zeros(3, len(codes), n_latents, dtype=torch.float64, device=device)
     for s, (entries, _) in enumerate(streams):
         for latents, some in entries.blocks(64):
             a = _weights(streams[s], latents, some)
             lengths = entries.offsets[latents.start : latents.stop + 1].diff()
-            each = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
-            for sums, of_entry in ((weight, a), (squares, a * a), (own, a * a * counted[entries.samples[some].long()])):
-                sums[s, latents] = torch.zeros(len(lengths), dtype=torch.float64, device=device).scatter_add_(
-                    0, each, of_entry
-                )
+            each = torch.repeat_interleave(torch.arange(latents.start, latents.stop, device=device), lengths)
+            of_entries = torch.stack([a, a * a * counted[entries.samples[some].long()], a * a])
+            sums_of[:, s].scatter_add_(1, each.expand(of_entries.shape), of_entries)
     return Monosemanticity(
         tuple(codes),
         _ratio(together - own, weight.square() - squares, weight.square()),
         float(_ratio(of_all - counted.sum(), of_all.new_tensor(n * (n - 1)), of_all.new_tensor(n * n))),
     )
+
+
+def _norms(embeddings: Tensor) -> Tensor:
+    norms = torch.zeros(len(embeddings), dtype=torch.float64, device=embeddings.device)
+    for rows in parts(len(embeddings), 16 * embeddings.shape[1]):
+        norms[rows] = embeddings[rows].double().norm(dim=1)
+    return norms
 
 
 _Scaled = tuple[ByLatent, tuple[Tensor, Tensor]]
@@ -175,9 +177,7 @@ def _resample(given: Given, found: dict[tuple[str, str], Monosemanticity]) -> Ma
     judges = {}
     for judge in given.streams:
         embeddings = inputs.stream(judge)
-        norms = torch.zeros(len(embeddings), dtype=torch.float64, device="cpu")
-        for rows in parts(len(embeddings), 16 * embeddings.shape[1]):
-            norms[rows] = embeddings[rows].double().norm(dim=1)
+        norms = _norms(embeddings)
         chance = drawn_mono_score(every, torch.ones_like(norms), embeddings, norms, resampling, None)
         judges[judge] = embeddings, norms, chance
     scores, above, by_chance = (resampling.zeros() for _ in range(3))

@@ -28,7 +28,9 @@ from .resampling import Resampling
 if TYPE_CHECKING:
     from ..model import SPARC
 
-__all__ = ["Run", "Samples", "check_model", "codes_alone", "to_stderr"]
+__all__ = [
+    "InputsOnCPU", "InputsOnDevice", "Run", "Samples", "bytes_of_inputs", "check_model", "codes_alone", "to_stderr",
+]  # fmt: skip
 
 Samples = Mapping[str, Tensor] | Arrays | AlignedFiles
 """stream -> its rows, tensors or NumPy arrays, or files that were opened."""
@@ -287,3 +289,32 @@ class _Store:
         assert self._codes is not None  # there is one batch at least
         parts = self._codes.values[: self._n], self._codes.indices[: self._n]
         return SparseLatents(*parts, self._codes.streams, self._codes.n_latents)
+
+
+class InputsOnDevice:
+    """All inputs, float32 and in the units of reconstructions, on the model's device: a `Watch`."""
+
+    device: torch.device | None = None
+
+    def __init__(self, given: Given) -> None:
+        self._parts: dict[str, list[Tensor]] = {name: [] for name in given.streams}
+
+    def see(self, batch: Batch) -> None:
+        for name, kept in self._parts.items():
+            kept.append(batch.truth[name].to(self.device, torch.float32))
+
+    def stream(self, name: str) -> Tensor:
+        """[N, D]."""
+        self._parts[name] = [torch.cat(self._parts[name])]
+        return self._parts[name][0]
+
+
+class InputsOnCPU(InputsOnDevice):
+    """The same on the CPU, where codes are."""
+
+    device = torch.device("cpu")
+
+
+def bytes_of_inputs(sizes: Sizes) -> int:
+    """That are kept, and side by side once."""
+    return 8 * sizes.N * sizes.D

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from .codes import ByLatent, StreamCode, by_latent, check_code, check_labels
-from .registry import Given, Metric, Score, Sizes
+from .registry import Better, Given, Metric, Score, Sizes
 
 __all__ = ["PROBE_1D", "PROBE_1D_SPARC_PAPER", "Probe1D", "probe_1d", "split_samples"]
 
 SHARES = (0.7, 0.15, 0.15)  # of training, validation, test
 NEWTON_STEPS, PRECISE = 100, 1e-10
+Protocol = Literal["held_out", "sparc_paper"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ def probe_1d(
     groups: Tensor | None = None,
     fewest: int = 50,
     n_candidates: int = 20,
-    protocol: Literal["held_out", "sparc_paper"] = "held_out",
+    protocol: Protocol = "held_out",
     seed: int = 0,
 ) -> Probe1D:
     """The best latent's logistic regression for each concept of more than `fewest` samples; labels bool [N, C].
@@ -66,7 +67,7 @@ def probe_1d(
     check_code(code, n_latents)
     N = len(code[0])
     check_labels(labels, N)
-    if protocol not in ("held_out", "sparc_paper"):
+    if protocol not in get_args(Protocol):
         raise ValueError(f'protocol must be "held_out" or "sparc_paper", got {protocol!r}')
     if fewest < 1 or n_candidates < 1:
         raise ValueError(f"fewest and n_candidates must be at least 1, got {fewest} and {n_candidates}")
@@ -87,10 +88,8 @@ def probe_1d(
             samples, part = _split_then_balanced(carried, shared, generator)
         train = samples[part == 0]
         positives, negatives = (_fire(code, train[carried[train] == truth], n_latents) for truth in (True, False))
-        if published:
-            worth = _fire(code, carried.nonzero()[:, 0], n_latents).masked_fill(positives + negatives == 0, -1)
-        else:
-            worth = (positives - negatives).abs().masked_fill(positives + negatives == 0, -1)
+        worth = _fire(code, carried.nonzero()[:, 0], n_latents) if published else (positives - negatives).abs()
+        worth = worth.masked_fill(positives + negatives == 0, -1)
         order = worth.argsort(descending=True, stable=True)[:n_candidates]
         candidates = order[worth[order] >= 0]
         row[samples] = torch.arange(len(samples), device=row.device)
@@ -201,7 +200,7 @@ def _log_losses(x: Tensor, y: Tensor, fit: tuple[Tensor, Tensor]) -> Tensor:
     return softplus(t) - t * y
 
 
-def _computed(protocol: Literal["held_out", "sparc_paper"]) -> Callable[[Given], dict[str, Probe1D]]:
+def _metric(protocol: Protocol, key: str, meaning: str, score: str, told: str, better: Better) -> Metric:
     def compute(given: Given) -> dict[str, Probe1D]:
         """By stream."""
         return {
@@ -209,28 +208,24 @@ def _computed(protocol: Literal["held_out", "sparc_paper"]) -> Callable[[Given],
             for name, code in given.single.items()
         }
 
-    return compute
-
-
-def _resampled(key: str) -> Callable[[Given, Mapping[str, Probe1D]], Mapping[str, Tensor]]:
     def resample(given: Given, found: Mapping[str, Probe1D]) -> Mapping[str, Tensor]:
         """Held-out samples are drawn; what was fitted and chosen stays."""
-        resampling = given.draws
-        total = resampling.zeros()
+        total = given.draws.zeros()
         for one in found.values():
-            drawn = [resampling.means(each, samples) for samples, each in one.held_out]
+            drawn = [given.draws.means(each, samples) for samples, each in one.held_out]
             total += torch.stack(drawn).nanmean(dim=0) if drawn else torch.nan
         return {key: total / len(found)}
 
-    return resample
-
-
-def _mean(found: Mapping[str, Probe1D]) -> float:
-    return sum(one.mean for one in found.values()) / len(found)
-
-
-def _detailed(key: str) -> Callable[[Mapping[str, Probe1D]], Mapping[str, Any]]:
-    return lambda found: {key: {name: one.mean for name, one in found.items()}}
+    return Metric(
+        key,
+        meaning,
+        compute,
+        (Score(key, score, told, better, value=lambda found: sum(one.mean for one in found.values()) / len(found)),),
+        needs=frozenset({"single", "labels"}),
+        resample=resample,
+        details=lambda found: {key: {name: one.mean for name, one in found.items()}},
+        work=_work,
+    )
 
 
 def _work(sizes: Sizes) -> int:
@@ -238,41 +233,20 @@ def _work(sizes: Sizes) -> int:
     return 8 * sizes.N * sizes.k + 500 * sizes.N + 64 * sizes.L
 
 
-PROBE_1D = Metric(
+PROBE_1D = _metric(
+    "held_out",
     "probe_1d",
     "1-D probes: how well the best latent of each stream, encoded alone, tells each concept of more than 50 samples.",
-    _computed("held_out"),
-    (
-        Score(
-            "probe_1d",
-            "1-D probe, held-out log-loss",
-            "Log-loss of the best latent's logistic regression for each concept, on samples that neither it nor the "
-            "latent was chosen by: 0 is perfect, 0.693 is chance.",
-            better="lower",
-            value=_mean,
-        ),
-    ),
-    needs=frozenset({"single", "labels"}),
-    resample=_resampled("probe_1d"),
-    details=_detailed("probe_1d"),
-    work=_work,
+    "1-D probe, held-out log-loss",
+    "Log-loss of the best latent's logistic regression for each concept, on samples that neither it nor the latent was "
+    "chosen by: 0 is perfect, 0.693 is chance.",
+    "lower",
 )
-
-PROBE_1D_SPARC_PAPER = Metric(
+PROBE_1D_SPARC_PAPER = _metric(
+    "sparc_paper",
     "probe_1d_sparc_paper",
     "The same by the SPARC paper's protocol, whose candidates are the latents that fire most often for a concept.",
-    _computed("sparc_paper"),
-    (
-        Score(
-            "probe_1d_sparc_paper",
-            "1-D probe, log-loss as in the SPARC paper",
-            "The same with candidates that fire most often for the concept in all samples, tested ones too.",
-            better="neither",
-            value=_mean,
-        ),
-    ),
-    needs=frozenset({"single", "labels"}),
-    resample=_resampled("probe_1d_sparc_paper"),
-    details=_detailed("probe_1d_sparc_paper"),
-    work=_work,
+    "1-D probe, log-loss as in the SPARC paper",
+    "The same with candidates that fire most often for the concept in all samples, tested ones too.",
+    "neither",
 )

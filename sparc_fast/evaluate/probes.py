@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag,
 
 from . import codes as chunks
 from .codes import StreamCode, by_latent, check_code, check_labels, parts
-from .kept_inputs import InputsOnCPU, bytes_of_inputs
+from .passing import InputsOnCPU, bytes_of_inputs
 from .probe_1d import split_samples
 from .reconstruction_retrieval import Decoded
 from .registry import Given, Metric, Row, Score, Sizes
@@ -78,16 +78,16 @@ def linear_probe(
     width, C = data.width, labels.shape[1]
     weight = torch.zeros(width, C, dtype=torch.float32, device=labels.device)
     bias = torch.zeros(C, dtype=torch.float32, device=labels.device)
-    x = data.matrix(data.train)
+    x = data.scaled(data.train)
     few = max(1, 8 * chunks.CHUNK_BYTES // (4 * ((2 * HISTORY + 6) * width + 4 * len(data.train) + 1)))
     for start in range(0, C, few):
         some = slice(start, start + few)
         weight[:, some], bias[some] = _logistic(x, width, labels[data.train, some].float(), strength, steps)
 
     def classify(given: Features) -> Tensor:
-        return data.matrix(None, given).times(weight) + bias
+        return _times(data.scaled(features=given), weight) + bias
 
-    found = data.judge(lambda rows, some: data.matrix(rows).times(weight[:, some]) + bias[some], classify)
+    found = data.judge(lambda rows, some: _times(data.scaled(rows), weight[:, some]) + bias[some], classify)
     return replace(found, weight=weight / data.scale) if data.is_dense else found
 
 
@@ -126,7 +126,7 @@ def mlp_probe(
         for _ in range(epochs if C else 0):
             order = torch.randperm(len(data.train), device="cpu").to(device)
             for batch in torch.split(data.train[order], batch_size):
-                logits = rest(first(data.matrix(batch)))[:, :C]
+                logits = rest(first(data.scaled(batch)))[:, :C]
                 loss = binary_cross_entropy_with_logits(logits, labels[batch].float(), pos_weight=heavier)
                 for optimizer in optimizers:
                     optimizer.zero_grad()
@@ -136,49 +136,33 @@ def mlp_probe(
     rest.eval()
 
     @torch.no_grad()
-    def logits_of(x: _Matrix) -> Tensor:
+    def logits_of(x: Features) -> Tensor:
         logits: Tensor = rest(first(x))[:, :C]
         return logits
 
     found = torch.zeros(len(labels), C, dtype=torch.float32, device=device)
     for some in torch.split(torch.arange(len(labels), device=device), 4096):
-        found[some] = logits_of(data.matrix(some))
-    return data.judge(lambda rows, some: found[rows, some], lambda given: logits_of(data.matrix(None, given)))
+        found[some] = logits_of(data.scaled(some))
+    return data.judge(lambda rows, some: found[rows, some], lambda given: logits_of(data.scaled(features=given)))
 
 
-class _Matrix:
-    """Features of some samples, dense, or those of a code that the training part knows; times a matrix."""
-
-    def __init__(self, dense: Tensor | None, values: Tensor | None = None, indices: Tensor | None = None) -> None:
-        self.dense, self.values, self.indices = dense, values, indices
-        self._turned: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def times(self, weight: Tensor, sparse: bool = False) -> Tensor:
-        """[n, columns] of weight [width, columns]; with gradients of the rows that are used alone."""
-        if self.dense is not None:
-            return self.dense @ weight
-        if weight.shape[1] == 0:
-            return weight.new_zeros(len(self.indices), 0)  # type: ignore[arg-type]
-        found: Tensor = embedding_bag(self.indices, weight, per_sample_weights=self.values, mode="sum", sparse=sparse)  # type: ignore[arg-type]
-        return found
-
-    def turned_times(self, grad: Tensor) -> Tensor:
-        """The transpose, times [n, columns]."""
-        if self.dense is not None:
-            return self.dense.T @ grad
-        assert self._turned is not None
-        offsets, samples, values = self._turned
-        return embedding_bag(samples, grad, offsets, per_sample_weights=values, mode="sum", include_last_offset=True)
-
-    def turn(self, width: int) -> None:
-        """Make ready for `turned_times`."""
-        if self.values is not None and self.indices is not None:
-            entries = by_latent((self.values, self.indices), width)
-            self._turned = entries.offsets, entries.samples.long(), entries.values
+def _times(x: Features, weight: Tensor, sparse: bool = False) -> Tensor:
+    """[n, columns] of weight [width, columns]; `sparse`: with gradients of the rows that a code uses alone."""
+    if isinstance(x, Tensor):
+        return x @ weight
+    if weight.shape[1] == 0:
+        return weight.new_zeros(len(x[0]), 0)
+    found: Tensor = embedding_bag(x[1], weight, per_sample_weights=x[0], mode="sum", sparse=sparse)
+    return found
 
 
-def _detached(features: Features) -> Features:
-    return features.detach() if isinstance(features, Tensor) else (features[0].detach(), features[1])
+def _turned(x: Features, width: int) -> Callable[[Tensor], Tensor]:
+    """What multiplies the transpose with [n, columns]."""
+    if isinstance(x, Tensor):
+        return lambda grad: x.T @ grad
+    offsets, samples, values = by_latent(x, width)
+    of = samples.long()
+    return lambda g: embedding_bag(of, g, offsets, per_sample_weights=values, mode="sum", include_last_offset=True)
 
 
 class _Data:
@@ -197,62 +181,51 @@ class _Data:
         if isinstance(features, Tensor):
             if features.dim() != 2 or not features.is_floating_point():
                 raise ValueError(f"features must be [N, D], got {features.dtype} {list(features.shape)}")
-            N = len(features)
         else:
             if n_latents is None:
                 raise ValueError("n_latents must be given where features are a sparse code, got None")
             check_code(features, n_latents, "features")
-            N = len(features[0])
+        self.features, self.labels = features, labels
+        values = (features if isinstance(features, Tensor) else features[0]).detach()
+        (N, self.row_width), device = values.shape, labels.device
         check_labels(labels, N)
-        self.features, self.labels = _detached(features), labels
         if not 0 < test_share < 1:
             raise ValueError(f"test_share must be between 0 and 1, got {test_share}")
-        part = split_samples(N, (1 - test_share, test_share), groups, seed).to(labels.device)
+        part = split_samples(N, (1 - test_share, test_share), groups, seed).to(device)
         self.train, self.test = ((part == p).nonzero()[:, 0] for p in (0, 1))
-        self.place = torch.zeros(0, dtype=torch.int64, device=labels.device)
+        self.mean = torch.zeros((), dtype=torch.float64, device=device)
         if isinstance(features, Tensor):
-            self.width = features.shape[1]
-            total = torch.zeros(self.width, dtype=torch.float64, device=labels.device)
+            self.width = self.row_width
+            self.mean = self.mean.expand(self.width).clone()
             for rows in parts(len(self.train), 16 * self.width):
-                total += self._values(self.train[rows]).double().sum(dim=0)
-            self.mean = total / max(len(self.train), 1)
+                self.mean += values[self.train[rows]].double().sum(dim=0)
+            self.mean /= max(len(self.train), 1)
         else:
-            values, indices = features
-            fires = torch.zeros(int(n_latents or 0), dtype=torch.bool, device=labels.device)
-            for rows in parts(len(self.train), 16 * values.shape[1]):
-                fires[indices[self.train[rows]][values[self.train[rows]] > 0].long()] = True
+            fires = torch.zeros(int(n_latents or 0), dtype=torch.bool, device=device)
+            for rows in parts(len(self.train), 16 * self.row_width):
+                fires[features[1][self.train[rows]][values[self.train[rows]] > 0].long()] = True
             self.place = torch.where(fires, fires.long().cumsum(0) - 1, -1)  # dead in training: without a weight
             self.width = int(fires.sum())
-            self.mean = torch.zeros((), dtype=torch.float64, device=labels.device)
         squares, n = 0.0, 0
-        for rows in parts(len(self.train), 16 * self._row_width):
-            own = self._values(self.train[rows]).double() - self.mean
+        for rows in parts(len(self.train), 16 * self.row_width):
+            own = values[self.train[rows]].double() - self.mean
             squares += float((own if self.is_dense else own.relu()).square().sum())
             n += int(own.numel() if self.is_dense else (own > 0).sum())
         self.scale = (squares / n) ** 0.5 if squares else 1.0
         if not squares < float("inf"):
             raise ValueError("features must be finite, got NaN or inf")
 
-    @property
-    def _row_width(self) -> int:
-        return int((self.features if isinstance(self.features, Tensor) else self.features[0]).shape[1])
-
-    def _values(self, rows: Tensor) -> Tensor:
-        return (self.features if isinstance(self.features, Tensor) else self.features[0])[rows]
-
-    def matrix(self, rows: Tensor | None, given: Features | None = None) -> _Matrix:
-        """Some samples, or all of other features."""
-        features = self.features if given is None else _detached(given)
+    def scaled(self, rows: Tensor | slice = slice(None), features: Features | None = None) -> Features:
+        """Some samples, of other features where given; of a code the latents that fire in training, by their place."""
+        features = self.features if features is None else features
         if isinstance(features, Tensor) != self.is_dense:
             raise ValueError("features must be dense or sparse as those that the probe was fitted on")
-        at: Any = slice(None) if rows is None else rows
         if isinstance(features, Tensor):
-            return _Matrix((features[at].float() - self.mean.float()) / self.scale)
-        values, indices = features[0][at].float().relu() / self.scale, self.place[features[1][at].long()]
-        matrix = _Matrix(None, values.masked_fill(indices < 0, 0), indices.clamp_min(0))
+            return (features[rows].detach().float() - self.mean.float()) / self.scale
+        values, indices = features[0][rows].detach().float().relu() / self.scale, self.place[features[1][rows].long()]
         if self.width == 0:
-            return _Matrix(values.new_zeros(len(values), 0))
-        return matrix
+            return values.new_zeros(len(values), 0)
+        return values.masked_fill(indices < 0, 0), indices.clamp_min(0)
 
     def judge(self, logits: Callable[[Tensor, slice], Tensor], classify: Callable[[Features], Tensor]) -> Probe:
         """By logits of (samples, concepts) in both parts."""
@@ -278,24 +251,24 @@ class _FirstLayer(nn.Module):
 
     def __init__(self, data: _Data) -> None:
         super().__init__()
-        inputs = data.width if data.is_dense else min(data.width, data._row_width)
+        inputs = data.width if data.is_dense else min(data.width, data.row_width)
         bound = max(inputs, 1) ** -0.5  # torch.nn.Linear's, for as many inputs as are on
         shape, device = (data.width, HIDDEN[0]), data.labels.device
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(shape[1], dtype=torch.float32, device=device).uniform_(-bound, bound))
         self.is_sparse = not data.is_dense and data.width > 0
 
-    def forward(self, x: _Matrix) -> Tensor:
-        return x.times(self.weight, sparse=self.is_sparse) + self.bias
+    def forward(self, x: Features) -> Tensor:
+        return _times(x, self.weight, sparse=self.is_sparse) + self.bias
 
 
 @torch.no_grad()
-def _logistic(x: _Matrix, width: int, y: Tensor, strength: float, steps: int) -> tuple[Tensor, Tensor]:
+def _logistic(x: Features, width: int, y: Tensor, strength: float, steps: int) -> tuple[Tensor, Tensor]:
     """Weights [width, C] and biases [C] of the regressions on y [n, C]."""
     if strength <= 0 or steps < 1:
         raise ValueError(f"strength must be > 0 and steps at least 1, got {strength} and {steps}")
     n, C = y.shape
-    x.turn(width)
+    turned_times = _turned(x, width)
     weight, bias = (torch.zeros(size, dtype=torch.float32, device=y.device) for size in ((width, C), (C,)))
     if n == 0 or C == 0:
         return weight, bias
@@ -309,9 +282,9 @@ def _logistic(x: _Matrix, width: int, y: Tensor, strength: float, steps: int) ->
     )
 
     def closure() -> Tensor:
-        logits = x.times(weight) + bias
+        logits = _times(x, weight) + bias
         residual = (logits.sigmoid() - y) / n
-        weight.grad = x.turned_times(residual).add_(weight, alpha=1 / (strength * n))
+        weight.grad = turned_times(residual).add_(weight, alpha=1 / (strength * n))
         bias.grad = residual.sum(dim=0)
         loss = (softplus(logits) - logits * y).sum(dtype=torch.float64) / n
         return loss + weight.double().square().sum() / (2 * strength * n)
@@ -386,9 +359,33 @@ def _features(given: Given, key: str, of: tuple[str, str, str], samples: slice |
     return torch.cat(some) if some else torch.zeros(rows.shape, dtype=torch.float32, device="cpu")
 
 
-def _computed(key: str, fit: Callable[..., Probe]) -> Callable[[Given], dict[tuple[str, str, str], Probe]]:
-    def compute(given: Given) -> dict[tuple[str, str, str], Probe]:
-        """By what `_features` are of."""
+Found = Mapping[tuple[str, str, str], Probe]
+"""By what `_features` are of."""
+OF = {"raw": "the inputs of {t}", "latents": "the latents of {t}", "recon": "{t} as the {s} code reconstructs it"}
+SCORED = {
+    "latents": ("latents", "latents"),
+    "raw": ("raw", "inputs"),
+    "recon": ("own reconstructions", "what a stream's own code reconstructs"),
+    "cross_recon": ("cross reconstructions", "what another stream's code reconstructs"),
+}
+
+
+def _suffix(of: tuple[str, str, str]) -> str:
+    what, source, target = of
+    return what if source == target else f"cross_{what}"
+
+
+def _work(sizes: Sizes) -> int:
+    """Features of one stream, decoded and scaled; a code by latent; logits; what fitting some concepts takes."""
+    return 16 * sizes.N * sizes.D + 32 * sizes.N * sizes.k + 13 * sizes.N * sizes.C + 24 * chunks.CHUNK_BYTES
+
+
+def _metric(kind: str, fit: Callable[..., Probe], meaning: str, work: Callable[[Sizes], int]) -> Metric:
+    """Probes of one kind on all features there are."""
+    name = kind.lower()
+    key = f"{name}_probes"
+
+    def compute(given: Given) -> Found:
         found = {}
         for target in given.streams:
             recon = [("recon", source, target) for source in given.streams]
@@ -397,16 +394,11 @@ def _computed(key: str, fit: Callable[..., Probe]) -> Callable[[Given], dict[tup
                 found[of] = fit(_features(given, key, of), given.concepts, n_latents, groups=given.groups)
         return found
 
-    return compute
-
-
-def _resampled(key: str) -> Callable[[Given, Mapping[tuple[str, str, str], Probe]], Mapping[str, Tensor]]:
-    def resample(given: Given, found: Mapping[tuple[str, str, str], Probe]) -> Mapping[str, Tensor]:
+    def resample(given: Given, found: Found) -> Mapping[str, Tensor]:
         """Held-out samples are drawn, and ranked by the probe as it was fitted."""
-        labels = given.concepts
         drawn: dict[str, list[Tensor]] = {}
         for of, probe in found.items():
-            truth, resampling = labels[probe.held_out], given.draws[probe.held_out]
+            truth, resampling = given.concepts[probe.held_out], given.draws[probe.held_out]
             logits = probe.classify(_features(given, key, of, probe.held_out))
             total, n = resampling.zeros(), resampling.zeros()
             for some, weights in resampling.pieces(16 * len(truth)):
@@ -415,105 +407,69 @@ def _resampled(key: str) -> Callable[[Given, Mapping[tuple[str, str, str], Probe
                     total[some] += one.nan_to_num()
                     n[some] += one.isfinite()
             drawn.setdefault(_suffix(of), []).append(total / n)
-        return {f"{key[:-1]}_{suffix}": torch.stack(values).mean(dim=0) for suffix, values in drawn.items()}
+        return {f"{name}_probe_{suffix}": torch.stack(values).mean(dim=0) for suffix, values in drawn.items()}
 
-    return resample
-
-
-def _suffix(of: tuple[str, str, str]) -> str:
-    what, source, target = of
-    return what if source == target else f"cross_{what}"
-
-
-def _mean(suffix: str) -> Callable[[Mapping[tuple[str, str, str], Probe]], float]:
-    def value(found: Mapping[tuple[str, str, str], Probe]) -> float:
-        values = [probe.mean_average_precision for of, probe in found.items() if _suffix(of) == suffix]
-        return sum(values) / len(values) if values else float("nan")
-
-    return value
-
-
-def _detailed(key: str) -> Callable[[Mapping[tuple[str, str, str], Probe]], Mapping[str, Any]]:
-    def details(found: Mapping[tuple[str, str, str], Probe]) -> Mapping[str, Any]:
-        return {
-            key: {
-                f"{what} {source} -> {target}" if what == "recon" else f"{what} {target}": {
-                    "map": one.mean_average_precision,
-                    "f1_macro": one.f1_macro,
-                    "f1_micro": one.f1_micro,
-                }
-                for (what, source, target), one in found.items()
+    def details(found: Found) -> Mapping[str, Any]:
+        figures = {
+            f"{what} {source} -> {target}" if what == "recon" else f"{what} {target}": {
+                "map": one.mean_average_precision,
+                "f1_macro": one.f1_macro,
+                "f1_micro": one.f1_micro,
             }
+            for (what, source, target), one in found.items()
         }
+        return {key: figures}
 
-    return details
-
-
-def _rowed(section: str) -> Callable[[Mapping[str, Mapping[tuple[str, str, str], Probe]]], Iterator[Row]]:
-    of = {"raw": "the inputs of {t}", "latents": "the latents of {t}", "recon": "{t} as the {s} code reconstructs it"}
-
-    def rows(models: Mapping[str, Mapping[tuple[str, str, str], Probe]]) -> Iterator[Row]:
-        for what, s, t in next(iter(models.values())):
-            found = {name: by_features[what, s, t] for name, by_features in models.items()}
+    def rows(models: Mapping[str, Found]) -> Iterator[Row]:
+        for of in next(iter(models.values())):
+            found = {model: by_features[of] for model, by_features in models.items()}
             cells = {
-                name: f"{one.mean_average_precision:.3f} · {one.f1_macro:.3f} / {one.f1_micro:.3f}"
-                for name, one in found.items()
+                model: f"{one.mean_average_precision:.3f} · {one.f1_macro:.3f} / {one.f1_micro:.3f}"
+                for model, one in found.items()
             }
-            name = of[what].format(s=s, t=t)
-            yield Row(name[:1].upper() + name[1:], f"A probe on {name}.", "higher", cells, section)
+            what = OF[of[0]].format(s=of[1], t=of[2])
+            section = f"{kind} probes: mAP · macro / micro F1"
+            yield Row(what[:1].upper() + what[1:], f"A probe on {what}.", "higher", cells, section)
 
-    return rows
+    def score(suffix: str) -> Score:
+        def mean(found: Found) -> float:
+            values = [probe.mean_average_precision for of, probe in found.items() if _suffix(of) == suffix]
+            return sum(values) / len(values) if values else float("nan")
 
-
-def _scores(kind: str, key: str) -> tuple[Score, ...]:
-    means = {
-        "latents": ("latents", "latents"),
-        "raw": ("raw", "inputs"),
-        "recon": ("own reconstructions", "what a stream's own code reconstructs"),
-        "cross_recon": ("cross reconstructions", "what another stream's code reconstructs"),
-    }
-    return tuple(
-        Score(
-            f"{key}_{suffix}",
-            f"{kind} probe on {name}, mAP",
-            f"Mean average precision over concepts of a {kind.lower() if kind != 'MLP' else kind} probe on {what}, on "
-            "samples that it was not fitted on.",
+        features, what = SCORED[suffix]
+        return Score(
+            f"{name}_probe_{suffix}",
+            f"{kind} probe on {features}, mAP",
+            f"Mean average precision over concepts of a {'MLP' if kind == 'MLP' else name} probe on {what}, on samples "
+            "that it was not fitted on.",
             better="neither" if suffix == "raw" else "higher",
-            value=_mean(suffix),
+            value=mean,
         )
-        for suffix, (name, what) in means.items()
+
+    return Metric(
+        key,
+        meaning,
+        compute,
+        tuple(map(score, SCORED)),
+        needs=frozenset({"single", "labels"}),
+        watch=InputsOnCPU,
+        resample=resample,
+        details=details,
+        rows=rows,
+        kept=bytes_of_inputs,
+        work=work,
     )
 
 
-def _work(sizes: Sizes) -> int:
-    """Features of one stream, decoded and scaled; a code by latent; logits; what fitting some concepts takes."""
-    return 16 * sizes.N * sizes.D + 32 * sizes.N * sizes.k + 13 * sizes.N * sizes.C + 24 * chunks.CHUNK_BYTES
-
-
-LINEAR_PROBES = Metric(
-    "linear_probes",
+LINEAR_PROBES = _metric(
+    "Linear",
+    linear_probe,
     "Linear probes for all concepts on inputs, latents, and reconstructions from own and other codes, held out.",
-    _computed("linear_probes", linear_probe),
-    _scores("Linear", "linear_probe"),
-    needs=frozenset({"single", "labels"}),
-    watch=InputsOnCPU,
-    resample=_resampled("linear_probes"),
-    details=_detailed("linear_probes"),
-    rows=_rowed("Linear probes: mAP · macro / micro F1"),
-    kept=bytes_of_inputs,
-    work=_work,
+    _work,
 )
-
-MLP_PROBES = Metric(
-    "mlp_probes",
+MLP_PROBES = _metric(
+    "MLP",
+    mlp_probe,
     "The same by the SPARC code's probe, an MLP of two hidden layers.",
-    _computed("mlp_probes", mlp_probe),
-    _scores("MLP", "mlp_probe"),
-    needs=frozenset({"single", "labels"}),
-    watch=InputsOnCPU,
-    resample=_resampled("mlp_probes"),
-    details=_detailed("mlp_probes"),
-    rows=_rowed("MLP probes: mAP · macro / micro F1"),
-    kept=bytes_of_inputs,
-    work=lambda sizes: _work(sizes) + 4 * 4 * HIDDEN[0] * sizes.L,
+    lambda sizes: _work(sizes) + 4 * 4 * HIDDEN[0] * sizes.L,
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .registry import Batch, Given, Metric, Row, Score, Sizes
+from .registry import Batch, Given, Metric, Row, Score, Sizes, rows_by_pair
 
 __all__ = ["RECONSTRUCTION", "Reconstructed", "Reconstruction", "nmse_from_errors", "r2_from_errors", "squared_error"]
 
@@ -25,39 +26,50 @@ def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 class Reconstruction:
-    """How well one stream is reconstructed, over samples that come a batch at a time."""
+    """How well one stream is reconstructed, over samples that come a batch at a time; or in each of B resamplings."""
 
     def __init__(self) -> None:
         self.n = 0
-        self._error = self._relative = torch.zeros((), dtype=torch.float64, device="cpu")
-        self._origin = self._sum = self._squares = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._origin = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._sums = [
+            self._origin
+        ] * 5  # samples; of them errors and relative errors; their distances from one, and squares
 
-    def add(self, error: Tensor, x: Tensor) -> None:
-        """error [..., n] from `squared_error`, x [n, D]."""
+    def add(self, error: Tensor, x: Tensor, weights: Tensor | None = None) -> None:
+        """error [..., n] from `squared_error`, x [n, D]; weights [n, B]: how often each is drawn."""
         if x.dim() != 2 or error.shape[-1:] != x.shape[:1]:
             raise ValueError(f"error and x must be [..., N] and [N, D], got {tuple(error.shape)} and {tuple(x.shape)}")
-        if not self.n and len(x):
-            self._origin = x[0].double()
-        for errors, rows in zip(torch.split(error, ROWS, dim=-1), torch.split(x, ROWS), strict=True):
-            power = rows.double().square().sum(dim=1)
+        if not self.n:
+            self._origin = x[0].double() if len(x) else self._origin.to(x.device)
+        self.n += len(x)
+        for start in range(0, max(len(x), 1), ROWS):
+            some = slice(start, start + ROWS)
+            errors, rows = error[..., some], x[some].double()
+            power = rows.square().sum(dim=1)
             relative = torch.where(power > 0, errors / power.where(power > 0, 1), 0)
-            apart = rows.double() - self._origin  # sums of squares about a sample do not cancel as those about 0 may
-            self.n += len(rows)
-            self._error = self._error.to(x.device) + errors.sum(dim=-1)
-            self._relative = self._relative.to(x.device) + relative.sum(dim=-1)
-            self._sum = self._sum.to(x.device) + apart.sum(dim=0)
-            self._squares = self._squares.to(x.device) + apart.square().sum()
+            apart = rows - self._origin  # sums of squares about a sample do not cancel as those about 0 may
+            squares = apart.square()
+            if weights is None:
+                n = torch.full((), len(rows), dtype=torch.float64, device=x.device)
+                more = [n, errors.sum(dim=-1), relative.sum(dim=-1), apart.sum(dim=0), squares.sum()]
+            else:
+                w = weights[some].double()
+                of_each = (weights[some].T @ apart.float()).double()
+                more = [w.sum(dim=0), errors @ w, relative @ w, of_each, squares.sum(dim=1) @ w]
+            self._sums = [total.to(x.device) + one for total, one in zip(self._sums, more, strict=True)]
 
     @property
     def nmse(self) -> Tensor:
         """Mean over samples of ||x - x_hat||^2 / ||x||^2, [...]: see `nmse_from_errors`."""
-        return self._relative / self.n if self.n else torch.full_like(self._relative, torch.nan)
+        n, _, relative, _, _ = self._sums
+        return relative / n
 
     @property
     def r2(self) -> Tensor:
         """1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, [...]: see `r2_from_errors`."""
-        variation = self._squares - self._sum.square().sum() / max(self.n, 1)
-        return torch.where(variation > 0, 1 - self._error / variation, torch.nan)
+        n, error, _, apart, squares = self._sums
+        variation = squares - apart.square().sum(dim=-1) / n
+        return torch.where(variation > 0, 1 - error / variation, torch.nan)
 
 
 def nmse_from_errors(error: Tensor, x: Tensor) -> Tensor:
@@ -94,51 +106,11 @@ class Reconstructed:
     r2: Tensor
 
 
-class _Resampled:
-    """The sums of a `Reconstruction`, in each of B resamplings of its samples."""
-
-    def __init__(self) -> None:
-        self._origin = self._n = self._error = self._relative = self._sum = self._squares = torch.zeros(
-            (), dtype=torch.float64, device="cpu"
-        )
-
-    def add(self, error: Tensor, x: Tensor, weights: Tensor) -> None:
-        """error [S, n], x [n, D], weights [n, B]."""
-        if not len(x):
-            return
-        if not self._n.ndim:
-            self._origin = x[0].double()
-        for errors, rows, w in zip(
-            torch.split(error, ROWS, 1), torch.split(x, ROWS), torch.split(weights, ROWS), strict=True
-        ):
-            power = rows.double().square().sum(dim=1)
-            relative = torch.where(power > 0, errors / power.where(power > 0, 1), 0)
-            apart = rows.double() - self._origin
-            squares, w64 = apart.square().sum(dim=1), w.double()
-            self._n = self._n.to(x.device) + w64.sum(dim=0)
-            self._error = self._error.to(x.device) + errors @ w64
-            self._relative = self._relative.to(x.device) + relative @ w64
-            self._sum = self._sum.to(x.device) + (w.T @ apart.float()).double()
-            self._squares = self._squares.to(x.device) + squares @ w64
-
-    @property
-    def nmse(self) -> Tensor:
-        """[S, B]"""
-        return (self._relative / self._n).cpu()
-
-    @property
-    def r2(self) -> Tensor:
-        """[S, B]"""
-        variation = self._squares - self._sum.square().sum(dim=1) / self._n
-        return torch.where(variation > 0, 1 - self._error / variation, torch.nan).cpu()
-
-
 class _Watch:
     """Every stream from every stream, a batch at a time."""
 
     def __init__(self, given: Given) -> None:
-        self.targets = {name: Reconstruction() for name in given.streams}
-        self.resampled = {name: _Resampled() for name in given.streams}
+        self.targets, self.resampled = ({name: Reconstruction() for name in given.streams} for _ in range(2))
 
     def see(self, batch: Batch) -> None:
         for target, found in self.targets.items():
@@ -149,18 +121,20 @@ class _Watch:
                 self.resampled[target].add(errors, truth, batch.weights)
 
 
+def _matrices(of_targets: Mapping[str, Reconstruction]) -> list[Tensor]:
+    """nmse and r2, [S, S, ...] by source and target, on the CPU."""
+    return [torch.stack([getattr(one, what).cpu() for one in of_targets.values()], dim=1) for what in ("nmse", "r2")]
+
+
 def _compute(given: Given) -> Reconstructed:
-    targets = given.watched["reconstruction"].targets.values()
-    nmse, r2 = (torch.stack([getattr(found, what).cpu() for found in targets], dim=1) for what in ("nmse", "r2"))
+    nmse, r2 = _matrices(given.watched["reconstruction"].targets)
     return Reconstructed(given.streams, nmse, r2)
 
 
 def _resample(given: Given, found: Reconstructed) -> Mapping[str, Tensor]:
-    sums = given.watched["reconstruction"].resampled.values()
     own = torch.eye(len(found.streams), dtype=torch.bool, device="cpu")
     drawn = {}
-    for what in ("nmse", "r2"):
-        matrices = torch.stack([getattr(of_target, what) for of_target in sums], dim=1)  # [S, S, B]
+    for what, matrices in zip(("nmse", "r2"), _matrices(given.watched["reconstruction"].resampled), strict=True):
         drawn[f"{what}_self"], drawn[f"{what}_cross"] = matrices[own].mean(dim=0), matrices[~own].mean(dim=0)
     return drawn
 
@@ -178,24 +152,23 @@ def _cross(matrix: Tensor) -> float:
     return float(matrix[~torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)].mean())
 
 
-def _details(found: Reconstructed) -> Mapping[str, Any]:
-    def by_pair(matrix: Tensor) -> dict[str, float]:
-        return {
-            f"{source} -> {target}": float(matrix[s, t])
-            for s, source in enumerate(found.streams)
-            for t, target in enumerate(found.streams)
-        }
+def _by_pair(found: Reconstructed) -> dict[tuple[str, str], tuple[float, float]]:
+    figures = product(found.streams, found.streams), found.nmse.flatten().tolist(), found.r2.flatten().tolist()
+    return {pair: (nmse, r2) for pair, nmse, r2 in zip(*figures, strict=True)}
 
-    return {"nmse": by_pair(found.nmse), "r2": by_pair(found.r2)}
+
+def _details(found: Reconstructed) -> Mapping[str, Any]:
+    pairs = _by_pair(found).items()
+    return {what: {f"{s} -> {t}": one[i] for (s, t), one in pairs} for i, what in enumerate(("nmse", "r2"))}
 
 
 def _rows(models: Mapping[str, Reconstructed]) -> Iterator[Row]:
-    streams = next(iter(models.values())).streams
-    for s, source in enumerate(streams):
-        for t, target in enumerate(streams):
-            cells = {name: f"{found.nmse[s, t]:.3f} / {found.r2[s, t]:.3f}" for name, found in models.items()}
-            meaning = f"{target} reconstructed from the {source} code alone."
-            yield Row(f"{source} → {target}", meaning, "neither", cells, "Reconstruction: NMSE / R²")
+    def cell(one: tuple[float, float]) -> str:
+        return f"{one[0]:.3f} / {one[1]:.3f}"
+
+    meaning = "{target} reconstructed from the {source} code alone."
+    rows = rows_by_pair("Reconstruction: NMSE / R²", meaning, cell, "neither")
+    return rows({name: _by_pair(found) for name, found in models.items()})
 
 
 RECONSTRUCTION = Metric(

@@ -11,9 +11,8 @@ from torch import Tensor
 from sparc_fast.codes import SparseLatents
 
 from .codes import StreamCode
-from .kept_inputs import InputsOnDevice, bytes_of_inputs
-from .pairs import details_by_pair, mean_over_pairs, rows_by_pair
-from .registry import Given, Metric, Score, Sizes
+from .passing import InputsOnDevice, bytes_of_inputs
+from .registry import Given, Metric, Score, Sizes, details_by_pair, mean_over_pairs, rows_by_pair
 from .retrieval import CELL, LONG, Retrieval, drawn_retrieval, retrieval_scores, retrieval_seconds
 
 if TYPE_CHECKING:

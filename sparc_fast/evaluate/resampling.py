@@ -183,11 +183,15 @@ class Bags(NamedTuple):
 
 
 def drawn_firings(
-    codes: Sequence[StreamCode], n_latents: int, resampling: Resampling
+    codes: Sequence[StreamCode], n_latents: int, resampling: Resampling, pairs: Sequence[tuple[int, int]] = ()
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (some resamplings, [S, l, b]), of all latents in turn: how often samples that fire each are drawn."""
+    """Yield (some resamplings, [S, l, b]), of all latents in turn: how often samples that fire each are drawn.
+
+    Behind the streams stand pairs of them, [S + pairs, l, b]: samples that fire the latent in both.
+    """
     for latents in latent_blocks(codes, n_latents, resampling):
         keys = [firing_keys(code, latents, resampling.chunk_bytes) for code in codes]
-        bags = [Bags.of(of_stream, latents, resampling.n) for of_stream in keys]
-        for some, weights in resampling.pieces(4 * len(codes) * (latents.stop - latents.start)):
-            yield some, torch.stack([of_stream.drawn(weights) for of_stream in bags])
+        keys += [keys[s][torch.isin(keys[s], keys[t], assume_unique=True)] for s, t in pairs]
+        bags = [Bags.of(some_keys, latents, resampling.n) for some_keys in keys]
+        for some, weights in resampling.pieces(4 * len(keys) * (latents.stop - latents.start)):
+            yield some, torch.stack([of_keys.drawn(weights) for of_keys in bags])

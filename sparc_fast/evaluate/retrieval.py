@@ -13,8 +13,7 @@ from torch.nn.functional import embedding_bag
 
 from . import codes as chunks
 from .codes import StreamCode, check_code, firing_counts, parts, runs
-from .pairs import details_by_pair, mean_over_pairs, rows_by_pair
-from .registry import Given, Metric, Score, Sizes
+from .registry import Given, Metric, Score, Sizes, details_by_pair, mean_over_pairs, rows_by_pair
 from .resampling import Resampling
 
 try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparc_fast import data
 from sparc_fast.batch import stack
-from sparc_fast.data.feature_folder import FeatureFolder, Split
+from sparc_fast.data.feature_folder import KNOWN, FeatureFolder, Split
 from sparc_fast.evaluate import Carried, Codes, Evaluation, comparison, evaluate, top_samples, words_as_concepts
 from sparc_fast.model import SPARC
 from sparc_fast.version import __version__
@@ -30,7 +30,6 @@ __all__ = ["codes_of", "concepts_of", "items_of", "report_of"]
 
 FEWEST = 5  # samples of a label that may name a latent
 PICTURE = "picture"
-KNOWN = ("id", "picture", "thumbnail", "label", "group", "split")
 ROWS, WORDS = 4096, 256  # encoded together
 WIDER = 8  # times as wide as that of a token is the code of a sample that has as many or more
 STRONGEST, MOST = 8, 0.6  # samples of a latent that are asked for a concept, and their share that must bear it
@@ -45,23 +44,17 @@ def items_of(folder: FeatureFolder, split: Split = "all", *, labels: bool = True
     Raises:
         ValueError: a picture's path leads out of the folder of pictures.
     """
-    columns = [
-        str(stream["column"]) for stream in folder.streams.values() if stream.get("column") and not _sees(stream)
-    ]
-    read = dict.fromkeys(columns)
-    contents = dict.fromkeys(
-        str(stream["column"]) for stream in folder.streams.values() if _sees(stream) and stream["column"] not in KNOWN
-    )
+    read, contents = _columns(folder, sees=False), [c for c in _columns(folder, sees=True) if c not in KNOWN]
     others = [column for column in folder.columns if column not in (*KNOWN, *read, *contents)]
-    texts = {column: [text or "" for text in folder.column(column, split)] for column in (*read, *others)}
+    texts = _texts(folder, split, (*read, *others))
     carried, concepts = _concepts(folder, split, {column: texts[column] for column in read} or texts, labels)
     splits = folder.column("split", split)
     labelled = [", ".join(of_sample or ()) for of_sample in folder.column("label", split)]
     groups = [str(group) for group in folder.column("group", split)]
     return Items(
         ids=folder.column("id", split),
-        texts={column: texts.pop(column) for column in list(read) or list(texts)[:1]},
-        pictures=_pictures(folder, split, list(contents)),
+        texts={column: texts.pop(column) for column in read or list(texts)[:1]},
+        pictures=_pictures(folder, split, contents),
         carried=carried,
         concepts=concepts,
         groups=groups if len(set(groups)) < len(groups) else None,
@@ -72,11 +65,18 @@ def items_of(folder: FeatureFolder, split: Split = "all", *, labels: bool = True
 
 def concepts_of(folder: FeatureFolder, split: Split, *, labels: bool = True) -> tuple[Carried, Sequence[str]]:
     """What latents are named by: labels, or, where there are none, words of the texts that streams read."""
-    read = dict.fromkeys(str(stream.get("column")) for stream in folder.streams.values() if not _sees(stream))
-    texts = {
-        column: [text or "" for text in folder.column(column, split)] for column in read if column in folder.columns
-    }
-    return _concepts(folder, split, texts, labels)
+    read = [column for column in _columns(folder, sees=False) if column in folder.columns]
+    return _concepts(folder, split, _texts(folder, split, read), labels)
+
+
+def _columns(folder: FeatureFolder, sees: bool) -> list[str]:
+    """Columns of the items that streams of pictures were made of, or those of texts."""
+    streams = [stream for stream in folder.streams.values() if stream.get("column") and _sees(stream) == sees]
+    return list(dict.fromkeys(str(stream["column"]) for stream in streams))
+
+
+def _texts(folder: FeatureFolder, split: Split, columns: Sequence[str]) -> dict[str, list[str]]:
+    return {column: [text or "" for text in folder.column(column, split)] for column in columns}
 
 
 def _concepts(
@@ -237,12 +237,8 @@ def _word_codes(
     codes = {}
     for stream, encode in encoders.items():
         parts = [encode(words[start : start + WORDS]).float() for start in range(0, len(words), WORDS)]
-        x = torch.cat(
-            [
-                torch.zeros(0, model.d_streams[stream], dtype=torch.float32, device="cpu"),
-                *(part.cpu() for part in parts),
-            ]
-        )
+        none = torch.zeros(0, model.d_streams[stream], dtype=torch.float32, device="cpu")
+        x = torch.cat([none, *(part.cpu() for part in parts)])
         values, indices = model.encode({stream: x.to(model.W_enc.device)}).stream(stream)
         codes[stream] = values.float().cpu(), indices.cpu()
     return words, codes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -16,6 +15,7 @@ from sparc_fast.sizes import is_integer
 
 from .contents import ModelReport, Report, Stream
 from .latents import Tops, tops_of
+from .pictures import as_png
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -92,6 +92,4 @@ def _address(picture: Image.Image) -> str:
     """The picture itself, as an address of one: ink is black on white."""
     if picture.mode == "L":
         picture = picture.point(lambda ink: 255 - ink)
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(as_png(picture)).decode()}"

@@ -6,7 +6,7 @@ import base64
 import io
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Ink", "Pictures", "Thumbnails"]
+__all__ = ["Ink", "Pictures", "Thumbnails", "as_png"]
 
 SIDE = 96  # pixels of a thumbnail
 LARGEST_INK = 40  # pixels of an ink picture's longer side
@@ -45,6 +45,24 @@ class Pictures(Protocol):
 def columns(sheet: int) -> int:
     """Pictures in a row of a sheet."""
     return math.isqrt(sheet)
+
+
+def as_png(picture: Image.Image, **options: Any) -> bytes:
+    """The content of a PNG file of it; `options` are pillow's."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def _sheet(mode: str, pictures: Sequence[Image.Image | None], wide: int, side: int) -> Image.Image:
+    """Pictures, row after row of so many; an empty place where there is none."""
+    from PIL import Image
+
+    sheet = Image.new(mode, (wide * side, max(1, -(-len(pictures) // wide)) * side))
+    for place, picture in enumerate(pictures):
+        if picture is not None:
+            sheet.paste(picture, (place % wide * side, place // wide * side))
+    return sheet
 
 
 def sights(pictures: Pictures, rows: Sequence[int]) -> npt.NDArray[np.floating]:
@@ -96,18 +114,14 @@ class Ink:
     def write(self, rows: Sequence[int]) -> tuple[str, str, Sequence[bool]]:
         from PIL import Image
 
-        wide = columns(self.sheet)
-        sheet = Image.new("L", (wide * self.side, max(1, -(-len(rows) // wide)) * self.side))
-        for place, row in enumerate(rows):
-            sheet.paste(self.draw(row), (place % wide * self.side, place // wide * self.side))
+        sheet = _sheet("L", [self.draw(row) for row in rows], columns(self.sheet), self.side)
         step = 255 // (LEVELS - 1)
         levels = ((np.asarray(sheet).astype(np.uint16) + step // 2) // step).astype(np.uint8)
         picture = Image.fromarray(levels).convert("P")
         picture.putpalette([0] * 3 * LEVELS)
-        file = io.BytesIO()
-        picture.save(file, "PNG", bits=4, transparency=bytes(step * level for level in range(LEVELS)))
+        png = as_png(picture, bits=4, transparency=bytes(step * level for level in range(LEVELS)))
         # as a mask, a file beside the page is refused by browsers where the page is opened from disk
-        content = base64.b64encode(file.getvalue()).decode()
+        content = base64.b64encode(png).decode()
         return "js", f"data:image/png;base64,{content}", [True] * len(rows)
 
 
@@ -143,14 +157,9 @@ class Thumbnails:
         return square
 
     def write(self, rows: Sequence[int]) -> tuple[str, bytes, Sequence[bool]]:
-        from PIL import Image
-
-        wide = columns(self.sheet)
         pictures = [self.draw(row) for row in rows]
-        sheet = Image.new("RGBA", (wide * self.side, max(1, -(-len(rows) // wide)) * self.side))
-        for place, picture in enumerate(pictures):
-            if picture is not None:
-                sheet.paste(picture, (place % wide * self.side, place // wide * self.side))
         file = io.BytesIO()
-        sheet.save(file, "WEBP", quality=80, method=2)  # 4, the default, is half as fast for 8 % fewer bytes
+        _sheet("RGBA", pictures, columns(self.sheet), self.side).save(
+            file, "WEBP", quality=80, method=2
+        )  # 4, the default, is half as fast for 8 % fewer bytes
         return "webp", file.getvalue(), [picture is not None for picture in pictures]

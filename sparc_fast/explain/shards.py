@@ -48,7 +48,8 @@ class Shards:
         self.rows = self._order()  # the row of each number
         self.number = np.full(len(report.items) + 1, -1)  # of each row; the last is of row -1
         self.number[self.rows] = np.arange(len(self.rows))
-        self.flags = self._pictures_there()
+        self.flags = [(1 << len(report.items.pictures)) - 1] * len(self.rows)
+        """Of each number, which pictures it has, as bits; known once they are drawn."""
 
     def _order(self) -> npt.NDArray[np.int64]:
         """Rows in the order in which the page first shows them."""
@@ -59,10 +60,6 @@ class Shards:
         together = together[together >= 0]
         _, first = np.unique(together, return_index=True)
         return together[np.sort(first)]
-
-    def _pictures_there(self) -> list[int]:
-        """Of each number, which pictures it has, as bits; known once they are drawn."""
-        return [(1 << len(self.report.items.pictures)) - 1] * len(self.rows)
 
     def pictures(self) -> Iterator[tuple[str, bytes]]:
         """(name of the file, content) of all sheets, several drawn at a time."""

@@ -8,10 +8,12 @@ import os
 import secrets
 import shutil
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparc_fast.files import atomic_path
+from sparc_fast.sizes import counted
 
 from .contents import Report
 
@@ -39,7 +41,6 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> Path:
     if missing:
         raise ImportError(f"the report needs {', '.join(missing)}: pip install 'sparc_fast[demo]'")
     from .headline import render_headline
-    from .page import render_page
     from .shards import Shards
 
     folder, shards = Path(folder).resolve(), Shards(report)
@@ -54,7 +55,7 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> Path:
             os.replace(temporary, pieces)
         for name, content in (
             (HEADLINE, render_headline(report, shards)),
-            (PAGE, render_page(report, pieces.name).encode("utf-8", "replace")),
+            (PAGE, render_page(report, pieces.name)),
         ):
             with atomic_path(folder / name) as file:
                 file.write_bytes(content)
@@ -64,6 +65,27 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> Path:
         if other.parent != pieces:
             shutil.rmtree(other.parent, ignore_errors=True)
     return folder / PAGE
+
+
+def render(template: Path, **values: Any) -> bytes:
+    """A page of a template, in which values are text and no markup."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(template.parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(template.name).render(values).encode("utf-8", "replace")
+
+
+def render_page(report: Report, pieces: str) -> bytes:
+    """What the page says whatever is looked at; its scripts draw the rest from `pieces`, the folder that they load."""
+    return render(
+        HERE / "page.html.jinja", report=report, counted=counted, pieces=pieces,
+        sections=[(name, list(rows)) for name, rows in groupby(report.table, key=lambda row: row.section)],
+        table_notes=getattr(report.table, "notes", ()),
+        table_columns=list(dict.fromkeys(column for row in report.table for column in row.cells)),
+    )  # fmt: skip
 
 
 def _fill(folder: Path, shards: Shards) -> str:

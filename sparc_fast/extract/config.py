@@ -10,6 +10,7 @@ from operator import le
 from pathlib import Path
 from typing import Any
 
+from sparc_fast.data.feature_folder import KNOWN
 from sparc_fast.training.config import known_settings, read_table
 
 __all__ = ["Extraction", "SourceConfig", "StreamConfig", "read_extraction"]
@@ -23,8 +24,6 @@ MODALITIES = ("image", "text")
 POOLINGS = ("model", "cls", "mean", "last", "tokens")
 DTYPES = ("float32", "float16", "bfloat16")
 STREAM_NAME = re.compile(r"\w[\w.-]*")  # it names a folder
-RESERVED = ("id", "picture", "thumbnail", "label", "group", "split")
-"""Columns of items.parquet that are no texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +154,8 @@ class Extraction:
             if STREAM_NAME.fullmatch(name) is None:
                 raise ValueError(f"streams must have names of letters, digits, '_', '-' and '.', got {name!r}")
             stream.check(name)
-        if reserved := [column for column in self.texts if column in RESERVED]:
-            raise ValueError(f"text must be another column than {', '.join(RESERVED)}, got {reserved[0]!r}")
+        if reserved := [column for column in self.texts if column in KNOWN]:
+            raise ValueError(f"text must be another column than {', '.join(KNOWN)}, got {reserved[0]!r}")
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -113,6 +113,12 @@ class ModelEncoder(Encoder):
         """That of what the model computes."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
+    _transform: Callable[[Image], Any]
+    """A picture as the library prepares it."""
+
+    def prepare(self, picture: Image) -> Any:
+        return self._transform(picture)
+
     @torch.inference_mode()
     def encode(self, batch: Sequence[Any]) -> Tensor:
         with self.precision():
@@ -123,7 +129,14 @@ class ModelEncoder(Encoder):
 
     def inputs(self, batch: Sequence[Any]) -> Any:
         """A batch as `run` takes it: pictures [n, 3, H, W], or what a tokenizer makes of texts."""
-        return self._stack(batch)
+        if self.stream.modality == "text":
+            return self._tokens(batch)
+        if len({picture.shape for picture in batch}) > 1:
+            raise ValueError(f"{self.stream.model} must prepare all pictures in one size, got several")
+        return torch.stack(list(batch)).to(self.device)
+
+    def _tokens(self, texts: Sequence[str]) -> Any:
+        raise NotImplementedError
 
     @abstractmethod
     def run(self, inputs: Any) -> Tensor:
@@ -131,12 +144,12 @@ class ModelEncoder(Encoder):
 
     def words(self, texts: Sequence[str]) -> list[Words]:
         """Of each text its words, and to which each token belongs."""
-        raise ValueError(f"{self.stream.model} must read texts to have words, got a model of pictures")
+        if self.stream.modality == "image":
+            raise ValueError(f"{self.stream.model} must read texts to have words, got a model of pictures")
+        return self._words(texts)
 
-    def _stack(self, batch: Sequence[Tensor]) -> Tensor:
-        if len({picture.shape for picture in batch}) > 1:
-            raise ValueError(f"{self.stream.model} must prepare all pictures in one size, got several")
-        return torch.stack(list(batch)).to(self.device)
+    def _words(self, texts: Sequence[str]) -> list[Words]:
+        raise NotImplementedError
 
     def _pooled(self, features: Tensor, pictures: Tensor, tower: nn.Module, channels_last: bool = False) -> Tensor:
         """What is asked for, of a tower's features of pictures: tokens [n, T, D], or maps [n, D, H, W]."""
@@ -180,8 +193,9 @@ class HuggingFaceEncoder(ModelEncoder):
         super().__init__(model, stream, device, "transformers", "tokenizers")
         self.about["revision"] = getattr(model.config, "_commit_hash", None) or stream.revision or None
         if stream.modality == "image":
-            self._processor = transformers.AutoImageProcessor.from_pretrained(**source)
-            self.about["preprocessing"] = {"first": PREPROCESSING, **_plain(self._processor.to_dict())}
+            processor = transformers.AutoImageProcessor.from_pretrained(**source)
+            self._transform = lambda picture: processor(images=picture, return_tensors="pt")["pixel_values"][0]
+            self.about["preprocessing"] = {"first": PREPROCESSING, **_plain(processor.to_dict())}
             return
         self._tokenizer = tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         config = getattr(model.config, "text_config", model.config)
@@ -192,21 +206,11 @@ class HuggingFaceEncoder(ModelEncoder):
         self._tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         self.about["preprocessing"] = {"tokenizer": type(tokenizer).__name__, **self._options}
 
-    def prepare(self, picture: Image) -> Tensor:
-        found: Tensor = self._processor(images=picture, return_tensors="pt")["pixel_values"][0]
-        return found
+    def _tokens(self, texts: Sequence[str]) -> Any:
+        return dict(self._tokenizer(list(texts), return_tensors="pt", **self._options).to(self.device))
 
-    def inputs(self, batch: Sequence[Any]) -> Any:
-        if self.stream.modality == "image":
-            return self._stack(batch)
-        return dict(self._tokenizer(list(batch), return_tensors="pt", **self._options).to(self.device))
-
-    def words(self, texts: Sequence[str]) -> list[Words]:
-        return (
-            _words_by(self._tokenizer, texts, **self._options)
-            if self.stream.modality == "text"
-            else super().words(texts)
-        )
+    def _words(self, texts: Sequence[str]) -> list[Words]:
+        return _words_by(self._tokenizer, texts, **self._options)
 
     def run(self, inputs: Any) -> Tensor:
         stream, sees = self.stream, self.stream.modality == "image"
@@ -237,10 +241,6 @@ class TimmEncoder(ModelEncoder):
         self.about["revision"] = model.pretrained_cfg.get("hf_hub_id") if not weights else None
         self.about["preprocessing"] = {"first": PREPROCESSING, **_plain(options)}
 
-    def prepare(self, picture: Image) -> Tensor:
-        found: Tensor = self._transform(picture)
-        return found
-
     def run(self, x: Any) -> Tensor:
         model = self.model
         features = self._captured(model, lambda: model.forward_features(x), self.stream.layer)
@@ -269,16 +269,10 @@ class OpenClipEncoder(ModelEncoder):
         else:
             self._tokenizer = open_clip.get_tokenizer(architecture)
 
-    def prepare(self, picture: Image) -> Tensor:
-        found: Tensor = self._transform(picture)
-        return found
+    def _tokens(self, texts: Sequence[str]) -> Any:
+        return self._tokenizer(list(texts)).to(self.device)
 
-    def inputs(self, batch: Sequence[Any]) -> Any:
-        return self._stack(batch) if self.stream.modality == "image" else self._tokenizer(list(batch)).to(self.device)
-
-    def words(self, texts: Sequence[str]) -> list[Words]:
-        if self.stream.modality == "image":
-            return super().words(texts)
+    def _words(self, texts: Sequence[str]) -> list[Words]:
         tokenizer = self._tokenizer
         if (inner := getattr(tokenizer, "tokenizer", None)) is not None:  # one of transformers'
             length = {"padding": "max_length", "truncation": True, "max_length": tokenizer.context_length}
@@ -330,17 +324,17 @@ class SentenceEncoder(ModelEncoder):
         )
         return found
 
-    def inputs(self, batch: Sequence[Any]) -> Any:
+    def _tokens(self, texts: Sequence[str]) -> Any:
         if self.model.default_prompt_name:
             raise ValueError(f"{self.stream.model} must read texts without a prompt to be looked into, got one")
-        given = self.model.tokenize(list(batch))
+        given = self.model.tokenize(list(texts))
         return {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in given.items()}
 
     def run(self, inputs: Any) -> Tensor:
         found: Tensor = self.model(dict(inputs))["sentence_embedding"]
         return found
 
-    def words(self, texts: Sequence[str]) -> list[Words]:
+    def _words(self, texts: Sequence[str]) -> list[Words]:
         length = {"padding": True, "truncation": True, "max_length": self.model.max_seq_length}
         return _words_by(self.model.tokenizer, [text.strip() for text in texts], **length)
 

@@ -128,7 +128,9 @@ class Rows:
         shard, rest = divmod(items, self._shard_items)
         whole = all(self._whole(n).is_file() or self._growing(n).is_file() for n in range(shard))
         return whole and (
-            not rest or _size(self._there(shard)) >= len(self._header(0, width)) + self._bytes(rest, tokens, width)
+            not rest
+            or max(map(_size, (self._whole(shard), self._growing(shard))))
+            >= len(self._header(0, width)) + self._bytes(rest, tokens, width)
         )
 
     def cut(self, items: int, tokens: int, width: int) -> None:
@@ -186,9 +188,6 @@ class Rows:
 
     def _bytes(self, items: int, tokens: int, width: int) -> int:
         return items * tokens * width * self._dtype.itemsize
-
-    def _there(self, shard: int) -> Path:
-        return self._whole(shard) if self._whole(shard).is_file() else self._growing(shard)
 
     def _whole(self, shard: int) -> Path:
         return self._folder / f"{shard:05d}.npy"

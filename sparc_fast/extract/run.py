@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from sparc_fast.data.feature_folder import (
     write_manifest,
 )
 from sparc_fast.data.readers import require
-from sparc_fast.files import atomic_path, check_folder
+from sparc_fast.files import atomic_path, check_folder, write_text
 from sparc_fast.sizes import counted
 from sparc_fast.training.run_folder import lock
 from sparc_fast.training.trainer import device_of
@@ -62,12 +62,15 @@ class Extracted(NamedTuple):
     """That this call took."""
 
 
-@dataclass(frozen=True)
-class _Prepared:
+_Inputs = tuple[dict[str, Any], bytes | None]
+"""stream -> what its model gets of an item, and a small copy of a picture that is in no file."""
+
+
+class _Prepared(NamedTuple):
     """A batch on its way to the models."""
 
     found: Sequence[Item | Failure]
-    pictures: Mapping[Any, Future[tuple[dict[str, Any], bytes | None]]]
+    pictures: Mapping[Any, Future[_Inputs]]
 
 
 def extract(
@@ -167,7 +170,7 @@ class _Run:
         """Batches, the pictures of the next ones already being read."""
         waiting: deque[_Prepared] = deque()
         while batch := list(islice(found, self.extraction.batch_size)):
-            pictures: dict[Any, Future[tuple[dict[str, Any], bytes | None]]] = {}
+            pictures: dict[Any, Future[_Inputs]] = {}
             for item in batch:
                 if isinstance(item, Item) and item.picture is not None and item.picture not in pictures:
                     pictures[item.picture] = pool.submit(self._prepare, item.picture)
@@ -176,8 +179,7 @@ class _Run:
                 yield waiting.popleft()
         yield from waiting
 
-    def _prepare(self, picture: str | bytes) -> tuple[dict[str, Any], bytes | None]:
-        """(stream -> the picture as its model takes it, a small copy of what is in no file)."""
+    def _prepare(self, picture: str | bytes) -> _Inputs:
         loaded = load_picture(picture, self.source.root)
         small = thumbnail(loaded) if isinstance(picture, bytes) else None
         return {name: self.encoders[name].prepare(loaded) for name in self._sees}, small
@@ -216,8 +218,8 @@ class _Run:
             {name: self.encoders[name].pooled for name in rows},
         )  # fmt: skip
 
-    def _inputs(self, item: Item, batch: _Prepared) -> tuple[dict[str, Any], bytes | None]:
-        """(stream -> what its model gets, small picture); an exception where something is missing or cannot be read."""
+    def _inputs(self, item: Item, batch: _Prepared) -> _Inputs:
+        """An exception where something is missing or cannot be read."""
         given: dict[str, Any] = {}
         small = None
         if item.picture is not None:
@@ -271,11 +273,12 @@ class _Run:
                 "pooling": state.pooled[name] or stream.pooling,
                 **self.encoders[name].about,
             }  # fmt: skip
+        versions = {"sparc_fast": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
         write_manifest(
             self.out, streams, state.items, failed=state.failed,
             splits={split: splits.count(split) for split in ("train", "held_out")},
             pictures=None if self.source.root is None else _pictures(self.source.root, self.out),
-            extraction=settings, versions=_versions(), **about,
+            extraction=settings, versions=versions, **about,
         )  # fmt: skip
         shutil.rmtree(self.out / PARTIAL)
 
@@ -307,15 +310,9 @@ def _pictures(root: Path, out: Path) -> str:
     return root.relative_to(out).as_posix() if root.is_relative_to(out) else str(root)
 
 
-def _versions() -> dict[str, str]:
-    return {"sparc_fast": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-
-
 def _settings(extraction: Extraction) -> dict[str, Any]:
     """What the result depends on."""
-    bound = replace(extraction, device="auto", threads=1)
-    kept = asdict(bound)
-    del kept["device"], kept["threads"], kept["folder"]
+    kept = {name: value for name, value in asdict(extraction).items() if name not in ("device", "threads", "folder")}
     settings: dict[str, Any] = json.loads(json.dumps(kept))
     return settings
 
@@ -328,8 +325,7 @@ def _keep(folder: Path, settings: Mapping[str, Any], out: Path) -> None:
         _agree(there, settings, out)
     if there == settings:
         return
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings), encoding="utf-8")
+    write_text(path, json.dumps(settings))
 
 
 def _agree(there: Any, settings: Mapping[str, Any], out: Path) -> None:

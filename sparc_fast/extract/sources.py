@@ -16,6 +16,7 @@ from typing import Any
 from sparc_fast.data.feature_folder import below
 from sparc_fast.data.readers import require
 from sparc_fast.data.shards import files_of, in_natural_order
+from sparc_fast.files import read_object
 
 from .config import SourceConfig
 from .items import Failure, Item
@@ -157,9 +158,7 @@ def _parquet(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Opene
     files = _files(folder, config.parquet, "source.parquet", (".parquet",))
     parquet = require("pyarrow.parquet", files[0])
     schema = parquet.read_schema(files[0])
-    config = _with_picture_column(config, schema.names)
-    columns = [name for name in schema.names if name in _columns(config, texts)]
-    names = _class_names(schema)
+    config, columns, names = _of_schema(config, texts, schema)
 
     def rows() -> Iterator[Mapping[str, Any]]:
         for path in files:
@@ -193,9 +192,7 @@ def _datasets(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Open
 
     with pyarrow.memory_map(str(files[0][0])) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
         schema = stream.schema
-    config = _with_picture_column(config, schema.names)
-    columns = [name for name in schema.names if name in _columns(config, texts)]
-    names = _class_names(schema)
+    config, columns, names = _of_schema(config, texts, schema)
 
     def rows() -> Iterator[Mapping[str, Any]]:
         for path, split in files:
@@ -209,12 +206,12 @@ def _datasets(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Open
 
 def _coco(config: SourceConfig, folder: Path, texts: Sequence[str]) -> _Opened:
     root = _folder(folder / config.coco["images"], "source.coco.images")
-    told = _json(folder / config.coco["captions"], "source.coco.captions")
+    told = read_object(folder / config.coco["captions"], "source.coco.captions")
     captions, labels = defaultdict(list), defaultdict(set)
     for one in told.get("annotations", ()):
         captions[one["image_id"]].append(one["caption"].strip())
     if "instances" in config.coco:
-        instances = _json(folder / config.coco["instances"], "source.coco.instances")
+        instances = read_object(folder / config.coco["instances"], "source.coco.instances")
         category = {one["id"]: one["name"] for one in instances["categories"]}
         for one in instances["annotations"]:
             labels[one["image_id"]].add(category[one["category_id"]])
@@ -327,10 +324,16 @@ def _columns(config: SourceConfig, texts: Sequence[str]) -> list[str]:
     return [config.id, config.path, config.label, config.group, config.split, *texts]
 
 
-def _with_picture_column(config: SourceConfig, names: Sequence[str]) -> SourceConfig:
-    """`datasets` calls pictures "image"."""
-    default = config.path == SourceConfig.path and config.path not in names and "image" in names
-    return replace(config, path="image") if default else config
+def _of_schema(
+    config: SourceConfig, texts: Sequence[str], schema: Any
+) -> tuple[SourceConfig, list[str], dict[str, list[str]]]:
+    """(with the column of pictures, which `datasets` calls "image", columns to read, what a column's integers mean)."""
+    if config.path == SourceConfig.path and config.path not in schema.names and "image" in schema.names:
+        config = replace(config, path="image")
+    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = about.get("info", {}).get("features", {})
+    classes = {name: kind["names"] for name, kind in features.items() if isinstance(kind, dict) and "names" in kind}
+    return config, [name for name in schema.names if name in _columns(config, texts)], classes
 
 
 def _table(
@@ -374,13 +377,6 @@ def _listed(value: Any) -> list[str]:
     return [str(one) for one in several if one is not None and str(one).strip()]
 
 
-def _class_names(schema: Any) -> dict[str, list[str]]:
-    """What the integers of a column of `datasets` stand for."""
-    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = about.get("info", {}).get("features", {})
-    return {name: kind["names"] for name, kind in features.items() if isinstance(kind, dict) and "names" in kind}
-
-
 def _with_class_names(row: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> Mapping[str, Any]:
     if not names:
         return row
@@ -397,15 +393,3 @@ def _folder(path: Path, what: str) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{what} must be a folder, but there is none at {path}")
     return path.resolve()
-
-
-def _json(path: Path, what: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{what} must be a file, but there is none at {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{what} must be JSON, but {path} is not: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{what} must be a table, got {type(content).__name__} in {path}")
-    return content

@@ -21,8 +21,7 @@ from torch import Tensor
 from sparc_fast.files import read_object
 from sparc_fast.model import SPARC
 
-from .pickled_tensors import load_tensors
-from .thresholds import LIKELY_K, known_threshold
+from .weights import LIKELY_K, known_threshold, load_tensors, model_of
 
 __all__ = ["from_crosscoder"]
 
@@ -31,15 +30,8 @@ WEIGHTS = ("model.safetensors", "model_final.pt")  # as save_pretrained and as t
 NORMALIZATIONS = {1: "CROSSCODER", 2: "SAE", 3: "MIXED", 4: "NONE", 5: "DECOUPLED"}
 COMPILED = "_orig_mod."  # before the names of a model that was saved while it was compiled
 EPSILON = 1e-8  # of its `denormalize_activations`
-OPTIONAL = {
-    "k",
-    "threshold",
-    "code_normalization_id",
-    "activation_mean",
-    "activation_std",
-    "activation_global_scale",
-    "target_rms",
-}
+STATISTICS = ("activation_mean", "activation_std", "activation_global_scale")
+OPTIONAL = {"k", "threshold", "code_normalization_id", "target_rms", *STATISTICS}
 
 
 def from_crosscoder(
@@ -95,39 +87,21 @@ def from_crosscoder(
     bias = W_dec.new_zeros(len(names), L)
     bias[0 if len(names) == 1 else reads[0]] = latent_bias
     state = {} if topk else known_threshold(float(tensors.get("threshold", 0)), len(names))
-    with torch.random.fork_rng(devices=[]):  # the first weights are thrown away: draw nothing for them
-        model = SPARC(
-            widths,
-            L,
-            int(tensors.get("k", min(LIKELY_K, L))),
-            selection="global" if topk else "batch",
-            dtype=tensors["encoder.weight"].dtype,
-        )
     weights = {
         "W_enc": encoder.permute(2, 0, 1).flatten(1),
         "W_dec": decoder.permute(1, 0, 2).flatten(1),
         "pre_bias": (moved + mean).flatten(),
         "latent_bias": bias,
     }
-    model.load_state_dict({**model.state_dict(), **weights, **state})
+    k, rule = int(tensors.get("k", min(LIKELY_K, L))), "global" if topk else "batch"
+    model = model_of({**weights, **state}, widths, L, k, selection=rule, dtype=tensors["encoder.weight"].dtype)
     return model if topk else model.eval()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         path = next((file for name in WEIGHTS if (file := path / name).is_file()), path / WEIGHTS[0])
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        if not path.is_file():
-            raise FileNotFoundError(f"path must be a crosscoder, but there is no file {path}")
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"path must be a crosscoder, but {path} is truncated or foreign: {error}") from error
-    else:
-        tensors = load_tensors(path, "dictionary_learning")
+    tensors = load_tensors(path, "path must be a crosscoder of dictionary_learning")
     return {name.rpartition(COMPILED)[2]: tensor for name, tensor in tensors.items()}
 
 
@@ -151,15 +125,10 @@ def _check(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], path: Pat
             f"three dimensions; its first keys are {list(tensors)[:4]}"
         )
     (_, D, L), layers = encoder, decoder[0]
-    expected = {
-        "encoder.weight": encoder,
-        "encoder.bias": (L,),
-        "decoder.weight": (layers, L, D),
-        "decoder.bias": (layers, D),
-    }
-    whole = {"activation_mean": (layers, D), "activation_std": (layers, D), "activation_global_scale": (layers,)}
+    expected = {"encoder.weight": encoder, "encoder.bias": (L,)}
+    expected |= {"decoder.weight": (layers, L, D), "decoder.bias": (layers, D)}
     if "activation_mean" in shapes:
-        expected |= whole
+        expected |= zip(STATISTICS, ((layers, D), (layers, D), (layers,)), strict=True)
     wrong = {name: shapes.get(name) for name, shape in expected.items() if shapes.get(name) != shape}
     if wrong or (unknown := sorted(set(shapes) - set(expected) - OPTIONAL)):
         raise ValueError(
@@ -194,8 +163,7 @@ def _centre(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
     Without statistics, which it marks as NaN, they stay.
     """
-    names = ("activation_mean", "activation_std", "activation_global_scale")
-    mean, deviation, scale = (tensors[name].double() if name in tensors else None for name in names)
+    mean, deviation, scale = (tensors[name].double() if name in tensors else None for name in STATISTICS)
     if mean is None or deviation is None or scale is None or bool(mean.isnan().any() or deviation.isnan().any()):
         b_dec = tensors["decoder.bias"].double()
         one = torch.ones_like(b_dec[:, 0])

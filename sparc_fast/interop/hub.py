@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sparc_fast.checkpoint import FORMAT
-from sparc_fast.files import atomic_path
+from sparc_fast.files import write_text
 from sparc_fast.model import SPARC
 from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.version import __version__
@@ -57,12 +57,8 @@ class Card:
 
     def as_text(self, model: SPARC, repository: str) -> str:
         """The model card, in Markdown; `repository` is what `SPARC.from_pretrained` takes."""
-        about = {
-            "library_name": "sparc_fast",
-            "license": self.license,
-            "tags": list(TAGS),
-            "datasets": list(self.datasets),
-        }
+        about: dict[str, Any] = {"library_name": "sparc_fast", "license": self.license}
+        about |= {"tags": list(TAGS), "datasets": list(self.datasets)}
         streams = [[name, f"{width:,}", model.normalize.get(name, "none")] for name, width in model.d_streams.items()]
         first = model.streams[0]
         usually = " on average" if model.selection in BY_THRESHOLD else ""
@@ -76,17 +72,10 @@ class Card:
             f"SPARC, {PAPER}, by sparc_fast {__version__}. Inputs are {calibrated}.{_private(model)}",
             _table(["stream", "width", "rows normalized"], streams),
             "## Use",
-            "\n".join(
-                [
-                    "```python",
-                    "import sparc_fast as sf",
-                    "",
-                    f"model = sf.SPARC.from_pretrained({json.dumps(repository)})  # pip install 'sparc_fast[hub]'",
-                    f"codes = model.encode({{{json.dumps(first)}: x}})  "
-                    f"# x [N, {model.d_streams[first]}]; values and indices of {model.k} latents a sample{usually}",
-                    "```",
-                ]
-            ),
+            "```python\nimport sparc_fast as sf\n\n"
+            f"model = sf.SPARC.from_pretrained({json.dumps(repository)})  # pip install 'sparc_fast[hub]'\n"
+            f"codes = model.encode({{{json.dumps(first)}: x}})  "
+            f"# x [N, {model.d_streams[first]}]; values and indices of {model.k} latents a sample{usually}\n```",
         ]
         if self.data:
             parts += ["## Data", self.data]
@@ -137,8 +126,7 @@ def save_pretrained(model: SPARC, folder: str | Path, card: Card | None = None, 
     if card.picture is not None and Path(card.picture).resolve() != (folder / Path(card.picture).name).resolve():
         shutil.copyfile(card.picture, folder / Path(card.picture).name)
     for name, text in texts.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 def push_to_hub(
@@ -161,41 +149,21 @@ def push_to_hub(
     repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
     with TemporaryDirectory() as folder:
         save_pretrained(model, folder, card, repository=repo_id)
-        return str(
-            api.upload_folder(
-                repo_id=repo_id,
-                repo_type="model",
-                folder_path=folder,
-                commit_message=commit_message,
-                revision=branch,
-                create_pr=create_pr,
-            )
-        )
+        commit = api.upload_folder(
+            repo_id=repo_id, repo_type="model", folder_path=folder, commit_message=commit_message, revision=branch,
+            create_pr=create_pr,
+        )  # fmt: skip
+        return str(commit)
 
 
-def fetch(
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-) -> Path:
-    """The file of a model: of a folder that is there, or of a repository of the Hub, downloaded if need be."""
+def fetch(name: str | Path, **options: Any) -> Path:
+    """The file of a model: of a folder that is there, or of a repository of the Hub, downloaded if need be.
+
+    The options are huggingface_hub's: revision, token, cache_dir, force_download, local_files_only.
+    """
     if Path(name).is_dir():
         return Path(name) / MODEL
-    return Path(
-        _hub().hf_hub_download(
-            str(name),
-            MODEL,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
-    )
+    return Path(_hub().hf_hub_download(str(name), MODEL, **options))
 
 
 def _hub() -> Any:

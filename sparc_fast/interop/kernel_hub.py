@@ -13,7 +13,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from sparc_fast.files import atomic_path
+from sparc_fast.files import write_text
 from sparc_fast.version import __version__
 
 __all__ = ["write_kernel"]
@@ -209,18 +209,13 @@ def write_kernel(folder: str | Path) -> str:
     for backend, name in names.items():
         variant = f"build/torch-{backend}"
         metadata = {
-            "id": name,
-            "name": NAME,
-            "version": VERSION,
-            "license": "Apache-2.0",
-            "python-depends": [],
+            "id": name, "name": NAME, "version": VERSION, "license": "Apache-2.0", "python-depends": [],
             "backend": {"type": backend},
-        }
+        }  # fmt: skip
         files[f"{variant}/metadata.json"] = json.dumps(metadata, indent=2) + "\n"
         files |= {f"{variant}/{path}": _moved(text, name) for path, text in sources.items()}
     for path, text in files.items():
-        with atomic_path(folder / path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / path, text)
     return names["cuda"]
 
 

@@ -13,10 +13,11 @@ Written from the paper's mathematics (arXiv 2507.06265) and the behaviour of its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,26 +77,32 @@ class Code:
     """int32 [N, A]."""
 
 
+_TopK = Callable[[], torch.return_types.topk]
+
+
 class _Later(NamedTuple):
     make: Callable[[], Tensor]
     weights: Sequence[Tensor]
     versions: Sequence[int]
 
 
-class Outputs(MutableMapping[str, Tensor]):
+class Outputs(UserDict[str, Tensor]):
     """What `forward` returns: the research code's keys; what is [N, L] is made when it is first read."""
 
+    data: dict[str, Any]
+    """Entries, and of those that nobody has read yet a `_Later`."""
+
     def __init__(self, codes: Mapping[str, Code]) -> None:
+        super().__init__()
         self.codes = codes
-        self._entries: dict[str, Tensor | _Later] = {}
         self._grad = torch.is_grad_enabled()
 
     def later(self, name: str, make: Callable[[], Tensor], weights: Sequence[Tensor] = ()) -> None:
         """Make an entry when it is first read; `weights` are what it is made from then."""
-        self._entries[name] = _Later(make, weights, [weight._version for weight in weights])
+        self.data[name] = _Later(make, weights, [weight._version for weight in weights])
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries[name]
+        entry = self.data[name]
         if isinstance(entry, _Later):
             if any(weight._version != version for weight, version in zip(entry.weights, entry.versions, strict=True)):
                 raise RuntimeError(
@@ -103,23 +110,8 @@ class Outputs(MutableMapping[str, Tensor]):
                     "but the optimizer has stepped"
                 )
             with torch.set_grad_enabled(self._grad):
-                entry = self._entries[name] = entry.make()
-        return entry
-
-    def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self._entries[name] = tensor
-
-    def __delitem__(self, name: str) -> None:
-        del self._entries[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
+                entry = self.data[name] = entry.make()
+        return cast(Tensor, entry)
 
     def __repr__(self) -> str:
         return f"Outputs({', '.join(self)})"
@@ -348,13 +340,7 @@ class MultiStreamSparseAutoencoder(nn.Module):
         if self.auxk is not None:
             self._add_auxk(outputs, stream, partial(self._masked_topk, outputs, stream, dead), weights)
 
-    def _add_auxk(
-        self,
-        outputs: Outputs,
-        stream: str,
-        topk: Callable[[], torch.return_types.topk],
-        weights: Sequence[Tensor],
-    ) -> None:
+    def _add_auxk(self, outputs: Outputs, stream: str, topk: _TopK, weights: Sequence[Tensor]) -> None:
         code = outputs.codes[stream]
         outputs.later(f"auxk_sparse_codes_{stream}", partial(self._dense, code.auxk_values, code.auxk_indices))
         outputs.later(f"auxk_indices_{stream}", lambda: topk().indices, weights)
@@ -450,13 +436,7 @@ class LocalMultiStreamSparseAutoencoder(MultiStreamSparseAutoencoder):
     def _auxk_dead(self, stream: str, before: Tensor) -> Tensor:
         return before
 
-    def _add_auxk(
-        self,
-        outputs: Outputs,
-        stream: str,
-        topk: Callable[[], torch.return_types.topk],
-        weights: Sequence[Tensor],
-    ) -> None:
+    def _add_auxk(self, outputs: Outputs, stream: str, topk: _TopK, weights: Sequence[Tensor]) -> None:
         outputs.later(f"auxk_indices_{stream}", lambda: topk().indices, weights)
         outputs.later(f"auxk_values_{stream}", lambda: topk().values, weights)
 

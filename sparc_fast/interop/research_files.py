@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast.files import atomic_path, read_object
+from sparc_fast.files import atomic_path, read_object, write_text
 from sparc_fast.model import SPARC
 from sparc_fast.selection import BY_THRESHOLD
 
-from .pickled_tensors import load_tensors
-from .stream_weights import stream_weights
+from .weights import load_tensors, model_of, stream_weights
 
 __all__ = ["UpstreamConfig", "from_upstream", "read_config", "to_upstream"]
 
@@ -54,7 +53,9 @@ def read_config(config: str | Path | Mapping[str, Any]) -> UpstreamConfig:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, or a setting is not what it should be.
     """
-    content, origin = (config, "config") if isinstance(config, Mapping) else (_read_json(Path(config)), str(config))
+    content, origin = (
+        (config, "config") if isinstance(config, Mapping) else (read_object(Path(config), "config"), str(config))
+    )
     arguments = content.get("args", {} if _has_files(content) else content)
     data = content.get("config_file_content", content)
     if not isinstance(arguments, Mapping) or not isinstance(data, Mapping):
@@ -92,36 +93,24 @@ def from_upstream(path: str | Path, config: str | Path | Mapping[str, Any] | Non
         ValueError: the file is not a checkpoint of the research code, or the configuration does not fit it.
     """
     path = Path(path)
-    tensors = load_tensors(path, "the research code")
+    tensors = load_tensors(path, "path must be a state_dict of the research code")
     settings = read_config(path.with_name(RUN_CONFIG) if config is None else config)
     d_streams, n_latents = _check_tensors(tensors, path)
     if settings.n_latents not in (None, n_latents):
         raise ValueError(f"config must say n_latents={n_latents}, as {path} has them, got {settings.n_latents}")
     streams = list(d_streams)
-    dtype = tensors[f"encoders.{streams[0]}.weight"].dtype
-    with torch.random.fork_rng(devices=[]):  # the first weights are thrown away: draw nothing for them
-        model = SPARC(
-            d_streams,
-            n_latents,
-            settings.k,
-            selection="global" if settings.topk_type == "global" else "local",
-            auxk=min(settings.auxk or 0, n_latents),
-            dead_after=settings.dead_steps_threshold * settings.batch_size,
-            dtype=dtype,
-        )
     silent = torch.stack([tensors[f"stats_last_nonzero_{s}"] for s in streams]).amin(0)
-    model.load_state_dict(
-        {
-            "W_enc": torch.cat([tensors[f"encoders.{s}.weight"] for s in streams], dim=1),
-            "W_dec": torch.cat([tensors[f"decoders.{s}.weight"].T for s in streams], dim=1),
-            "pre_bias": torch.cat([tensors[f"pre_biases.{s}"] for s in streams]),
-            "latent_bias": torch.stack([tensors[f"latent_biases.{s}"] for s in streams]),
-            "input_mean": model.input_mean,
-            "input_rms": model.input_rms,
-            "silence": silent * settings.batch_size,
-        }
-    )
-    return model
+    state = {
+        "W_enc": torch.cat([tensors[f"encoders.{s}.weight"] for s in streams], dim=1),
+        "W_dec": torch.cat([tensors[f"decoders.{s}.weight"].T for s in streams], dim=1),
+        "pre_bias": torch.cat([tensors[f"pre_biases.{s}"] for s in streams]),
+        "latent_bias": torch.stack([tensors[f"latent_biases.{s}"] for s in streams]),
+        "silence": silent * settings.batch_size,
+    }
+    return model_of(
+        state, d_streams, n_latents, settings.k, selection=settings.topk_type, auxk=min(settings.auxk or 0, n_latents),
+        dead_after=settings.dead_steps_threshold * settings.batch_size, dtype=state["W_enc"].dtype,
+    )  # fmt: skip
 
 
 def to_upstream(model: SPARC, path: str | Path, *, batch_size: int = 256, fold_calibration: bool = False) -> None:
@@ -172,8 +161,7 @@ def to_upstream(model: SPARC, path: str | Path, *, batch_size: int = 256, fold_c
     with atomic_path(path) as temporary:
         torch.save(_state_dict(model, batch_size), temporary)
     if not config_path.exists():
-        with atomic_path(config_path) as temporary:
-            temporary.write_text(json.dumps({"args": settings, "config_file_content": {}}, indent=4))
+        write_text(config_path, json.dumps({"args": settings, "config_file_content": {}}, indent=4))
 
 
 def _state_dict(model: SPARC, batch_size: int) -> dict[str, Tensor]:
@@ -232,12 +220,6 @@ def _check_config_beside(path: Path, settings: Mapping[str, Any]) -> None:
                 f"path must not be beside another model's configuration: {path} says {name}={getattr(there, name)}, "
                 f"the model has {settings[name]}"
             )
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"config must be a JSON file of the research code, but there is no file {path}")
-    return read_object(path, "config")
 
 
 def _files_key(split: str) -> str:

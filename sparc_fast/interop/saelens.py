@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast.batch import Normalize
-from sparc_fast.files import atomic_path, read_object
+from sparc_fast.files import atomic_path, read_object, write_text
 from sparc_fast.model import SPARC
 from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.version import __version__
 
-from .stream_weights import stream_weights
-from .thresholds import LIKELY_K, known_threshold
+from .weights import LIKELY_K, known_threshold, load_tensors, model_of, stream_weights
 
 __all__ = ["from_saelens", "is_saelens", "to_saelens"]
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+EXPECTED = "folder must hold a SAE as SAELens saves it"
 RELEASE = "6.54.12"
 """Of SAELens; it reads a configuration by the release that it says wrote it."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -190,8 +189,7 @@ def to_saelens(
         save_file(
             {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, temporary
         )
-    with atomic_path(folder / CONFIG) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(folder / CONFIG, text + "\n")
 
 
 def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
@@ -212,7 +210,7 @@ def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
         ValueError: they are truncated or foreign, or hold a SAE that our model cannot be exactly; the message says why.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG)
+    config = read_object(folder / CONFIG, "folder's configuration")
     architecture = str(config.get("architecture"))
     normalization = str(config.get("normalize_activations", "none"))
     for name, got, known in (
@@ -225,13 +223,11 @@ def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
     dtype = DTYPES.get(str(config.get("dtype", "float32")).removeprefix("torch."))
     if dtype is None:
         raise ValueError(f"folder must hold a SAE with dtype {' or '.join(DTYPES)}, got {config['dtype']!r}")
-    tensors = _read_weights(folder / WEIGHTS, dtype)
+    # as SAELens does, all in the type that the configuration names
+    tensors = {name: tensor.to(dtype) for name, tensor in load_tensors(folder / WEIGHTS, EXPECTED).items()}
     try:
         arguments, state = READERS[architecture](config, tensors)
         _check_weights(tensors, config, folder / WEIGHTS)
-        with torch.random.fork_rng(devices=[]):  # the first weights are thrown away: draw nothing for them
-            normalize: Normalize = "none" if normalization == "none" else "l2"
-            model = SPARC({stream: config["d_in"]}, config["d_sae"], **arguments, normalize=normalize, dtype=dtype)
     except KeyError as error:
         raise ValueError(f"folder must hold a whole SAE, but {folder} lacks {error}") from error
     W_enc, W_dec, b_enc, b_dec = tensors["W_enc"].T, tensors["W_dec"], tensors["b_enc"], tensors["b_dec"]
@@ -244,27 +240,10 @@ def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
     if not config.get("apply_b_dec_to_input", True):
         b_enc = b_enc + W_enc.double() @ b_dec.double()  # our encoder subtracts it
     weights = {"W_enc": W_enc, "W_dec": W_dec, "pre_bias": b_dec, "latent_bias": b_enc[None]}
-    model.load_state_dict({**model.state_dict(), **weights, **state})
+    normalize = "none" if normalization == "none" else "l2"
+    shape = {stream: config["d_in"]}, config["d_sae"]
+    model = model_of({**weights, **state}, *shape, **arguments, normalize=normalize, dtype=dtype)
     return model.eval() if model.selection in BY_THRESHOLD else model
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"folder must hold a SAE as SAELens saves it, but there is no file {path}")
-    return read_object(path, "folder's configuration")
-
-
-def _read_weights(path: Path, dtype: torch.dtype) -> Tensors:
-    """As SAELens does, all in the type that the configuration names."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"folder must hold a SAE as SAELens saves it, but there is no file {path}")
-    try:
-        return {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise ValueError(f"folder must hold weights, but {path} is truncated or foreign: {error}") from error
 
 
 def _check_weights(tensors: Tensors, config: Fields, path: Path) -> None:

@@ -123,10 +123,12 @@ def compare(
     sizes: Sequence[int] = (),
     fires: Tensor | None = None,
     *,
+    activations: Tensor | None = None,
     with_loss: bool = False,
 ) -> Reconstruction:
     """What `reconstruct` finds, of which nothing is to be differentiated; the loss where it is asked for, or nested."""
-    activations = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
+    if activations is None:
+        activations = backend.support_values(x, W_enc, pre_bias, latent_bias, indices, d_streams)
     values = activations if fires is None else activations * (fires[:, None] if fires.ndim == 2 else fires)
     target, decoder_bias = (x, pre_bias) if residual is None else (residual, torch.zeros_like(pre_bias))
     operands = values, indices, W_dec, decoder_bias, target, scale, weights, d_streams
@@ -151,8 +153,8 @@ class ReconstructionLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Reconstruction:
-        found = compare(*operands, with_loss=True)
+    def forward(ctx: Any, activations: Sequence[Tensor | None], *operands: Any) -> Reconstruction:
+        found = compare(*operands, activations=activations[0], with_loss=True)
         x, W_enc, _, pre_bias, _, indices, residual, _, _, ctx.d_streams, ctx.backend, ctx.sizes, _ = operands
         gradients = found.grad_recons, found.grad_values, found.grad_pre_bias
         ctx.save_for_backward(x, W_enc, pre_bias, indices, found.values, *gradients)
@@ -165,7 +167,7 @@ class ReconstructionLoss(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 13
+            return (None,) * 14
         with without_autocast(grad_loss):
             return ReconstructionLoss._gradients(ctx, grad_loss)
 
@@ -188,7 +190,7 @@ class ReconstructionLoss(torch.autograd.Function):
             grad_pre_bias = grad_pre_bias + through_decoder
         grads = (grad_W_enc, grad_W_dec, grad_pre_bias, grad_latent_bias)
         scaled = (grad.mul_(grad_loss).to(x.dtype) for grad in grads)
-        return None, *scaled, *(None,) * 8
+        return None, None, *scaled, *(None,) * 8
 
 
 def reconstruct(
@@ -205,11 +207,12 @@ def reconstruct(
     backend: Backend,
     sizes: Sequence[int] = (),
     fires: Tensor | None = None,
+    activations: Tensor | None = None,
 ) -> Reconstruction:
     """`ReconstructionLoss` by the names of its results; a residual is reconstructed without the pre-bias.
 
     With ``sizes``, the loss is the mean over nested dictionaries, `nested_decode_loss`. Where `fires`, of the shape of
-    the support, is False, values are 0, as in an empty slot; grad_values are told.
+    the support, is False, values are 0, as in an empty slot; grad_values are told. Activations are found if not given.
     """
     for name, data in (("x", x), ("scale", scale), ("residual", residual)):
         if data is not None and data.requires_grad and torch.is_grad_enabled():
@@ -219,4 +222,6 @@ def reconstruct(
     operands = x, W_enc, W_dec, pre_bias, latent_bias, indices, residual, scale
     with without_autocast(x):
         settings = tuple(weights), tuple(d_streams), backend, tuple(sizes), fires
-        return Reconstruction(*ReconstructionLoss.apply(*operands, *settings))  # type: ignore[no-untyped-call]
+        # in a tuple autograd does not look for the values it returns among its arguments
+        found = ReconstructionLoss.apply((activations,), *operands, *settings)  # type: ignore[no-untyped-call]
+        return Reconstruction(*found)

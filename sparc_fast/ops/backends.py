@@ -185,7 +185,7 @@ PLAIN = (
     *RAGGED, "gradient_squares", "update_rows", "step_rows", "replay_rows", "step_biases", "loss_summary",
     "finish_step",
 )  # fmt: skip
-OPTIONAL = ("best_rows",)  # what others do in several steps
+OPTIONAL = ("best_rows", "encode_topk")  # what others do in several steps
 
 # results that the reference does not find without looking at data, or at all
 _FAKES: dict[str, Callable[..., Any]] = {

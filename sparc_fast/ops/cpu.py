@@ -105,16 +105,9 @@ def decode_loss(
     weights: Sequence[float],
     d_streams: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (rows, target), coefficients = _stored(W_dec, target), _summed(values)
-    N, S, _ = values.shape
-    nmse = coefficients.new_empty(S, S)
-    grad_recons = lent(N, S, W_dec.shape[1], dtype=rows.dtype)
-    grad_values, grad_pre_bias = _sums(coefficients, *coefficients.shape), coefficients.new_empty(W_dec.shape[1])
-    operands = coefficients, _indices(indices), rows, _summed(pre_bias), target, _summed(scale)
-    results = nmse, grad_recons, grad_values, grad_pre_bias
-    _cpu.decode_loss(*results, *operands, weights, d_streams, torch.get_num_threads())
-    dtype = gradient_dtype(values)
-    return nmse, _as(grad_recons, dtype), _as(grad_values, dtype), grad_pre_bias
+    operands = values, indices, W_dec, pre_bias, target, scale, weights, d_streams
+    nmse, grad_recons, grad_values, grad_pre_bias = _losses(_cpu.decode_loss, *operands, 1)
+    return nmse[0], grad_recons[0], grad_values, grad_pre_bias
 
 
 def nested_decode_loss(
@@ -128,19 +121,23 @@ def nested_decode_loss(
     d_streams: Sequence[int],
     sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands = values, indices, W_dec, pre_bias, target, scale, weights, d_streams
+    return _losses(_cpu.nested_decode_loss, *operands, len(sizes), torch.tensor(sizes, dtype=torch.int64, device="cpu"))
+
+
+def _losses(
+    operator: Any, values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor, target: Tensor, scale: Tensor,
+    weights: Sequence[float], d_streams: Sequence[int], P: int, *sizes: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """nmse [P, S, S], grad_recons [P, N, S, D], grad_values and grad_pre_bias of P dictionaries."""
     (rows, target), coefficients = _stored(W_dec, target), _summed(values)
-    N, S, _ = values.shape
-    P = len(sizes)
-    nmse, grad_recons = coefficients.new_empty(P * S, S), lent(P * N, S, W_dec.shape[1], dtype=rows.dtype)
-    grad_values, grad_pre_bias = _sums(coefficients, *coefficients.shape), coefficients.new_empty(W_dec.shape[1])
-    operands = coefficients, _indices(indices), rows, _summed(pre_bias), target, _summed(scale)
-    results, ends = (
-        (nmse, grad_recons, grad_values, grad_pre_bias),
-        torch.tensor(sizes, dtype=torch.int64, device="cpu"),
-    )
-    _cpu.nested_decode_loss(*results, *operands, weights, d_streams, ends, torch.get_num_threads())
+    (N, S, _), D = values.shape, W_dec.shape[1]
+    nmse, grad_recons = coefficients.new_empty(P * S, S), lent(P * N, S, D, dtype=rows.dtype)
+    grad_values, grad_pre_bias = _sums(coefficients, *coefficients.shape), coefficients.new_empty(D)
+    operands = coefficients, _indices(indices), rows, _summed(pre_bias), target, _summed(scale), weights, d_streams
+    operator(nmse, grad_recons, grad_values, grad_pre_bias, *operands, *sizes, torch.get_num_threads())
     dtype = gradient_dtype(values)
-    grad_recons = _as(grad_recons, dtype).view(P, N, S, W_dec.shape[1])
+    grad_recons = _as(grad_recons, dtype).view(P, N, S, D)
     return nmse.view(P, S, S), grad_recons, _as(grad_values, dtype), grad_pre_bias
 
 

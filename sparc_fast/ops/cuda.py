@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -34,18 +35,19 @@ from sparc_fast.kernels import (
     sparse_decode_grad_values,
     step_biases,
     support_scores,
-    support_values,
     support_values_grad_x,
     weight_gradients,
 )
+from sparc_fast.kernels.gather import gathers_whole_rows
 from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
-OWN = ("global_topk", "invert_indices", "replay_rows", "step_rows", "topk_rows", "update_rows")
+OWN = ("global_topk", "invert_indices", "replay_rows", "step_rows", "support_values", "topk_rows", "update_rows")
 __all__ = [
     "batch_topk",
     "count_silence",
     "decode_loss",
     "decoder_gradients",
+    "encode_topk",
     "encoder_gradients",
     "finish_step",
     "global_topk",
@@ -154,12 +156,87 @@ def _screen(
 def _settle(
     x: Tensor, pre_bias: Tensor, W: Tensor, bias: Tensor, first_row: int, N: int, x_norm: Tensor, w_norm: Tensor,
     candidates: Any, k: int, rounding: float, slack: float, indices: Tensor, given_up: Tensor, total: Tensor,
+    d_streams: Sequence[int] = (), values: Sequence[Tensor | None] = (None, None),
 ) -> None:  # fmt: skip
+    """`values`: latent_bias, and where the values of the supports go, too."""
+    streams = _cuda.Streams(list(map(int, d_streams)) or [x.shape[1]])
     with _on(x.device):
         _cuda.settle_supports(
             candidates[:6], candidates.capacity, x, pre_bias, W, bias, first_row, x_norm[:N], w_norm, rounding, slack,
-            indices, given_up, total, _stream(x.device),
+            indices, given_up, total, values, streams, _stream(x.device),
         )  # fmt: skip
+
+
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    pre_bias: Tensor,
+    latent_bias: Tensor,
+    k: int,
+    d_streams: Sequence[int],
+    screening: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(indices, values): `global_topk`, and `support_values` there, for which rows summed by the choice are not read
+    again."""
+    encoder = W_enc, pre_bias, latent_bias
+    if k > _cuda.most_k or not _gathers(x, *encoder, d_streams):
+        indices = global_topk(x, *encoder, k, screening)
+        return indices, support_values(x, *encoder, indices, d_streams)
+    triton = import_module("sparc_fast.kernels.global_topk")
+    latent_bias = _dense(latent_bias)
+    values = torch.empty(len(x), len(d_streams), k, dtype=x.dtype, device=x.device)
+
+    settle_values: Any = partial(_settle, d_streams=d_streams, values=(latent_bias, values))
+
+    def settle(*operands: Any) -> None:
+        settle_values(*operands)
+        settled[:] = operands[0], operands[2], operands[1], *operands[-2:]
+
+    settled: list[Tensor] = []
+    selection = triton.Selection(_take_in, settle, _screen)
+    indices = triton.select(x, *encoder, k, screening, selection, None)
+    if settled:  # those given up, whose supports are known now
+        rows, W, bias, given_up, total = settled
+        _values(rows, W, bias, latent_bias, values, indices, d_streams, given_up, total)
+    return indices, values
+
+
+def support_values(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, indices: Tensor, d_streams: Sequence[int]
+) -> Tensor:
+    if not _gathers(x, W_enc, pre_bias, latent_bias, d_streams):
+        found: Tensor = _in_triton("support_values", x, W_enc, pre_bias, latent_bias, indices, d_streams)
+        return found
+    (N, k), L = (len(x), indices.shape[-1]), len(W_enc)
+    values = torch.empty(N, len(d_streams), k, dtype=x.dtype, device=x.device)
+    operands = _dense(x), _dense(W_enc), pre_bias.detach().contiguous(), _dense(latent_bias), values
+    if values.numel():
+        _values(*operands, _narrow(indices, L).contiguous(), d_streams)
+    return values
+
+
+def _values(
+    x: Tensor, W: Tensor, pre_bias: Tensor, latent_bias: Tensor, values: Tensor, indices: Tensor,
+    d_streams: Sequence[int], listed: Tensor | None = None, count: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The values of all samples, or of as many as `count` says of those listed."""
+    streams = _cuda.Streams(list(map(int, d_streams)))
+    with _on(x.device):
+        _cuda.support_values(
+            x, pre_bias, W, latent_bias, values, indices.view(-1), listed, count, streams, _stream(x.device)
+        )
+
+
+def _gathers(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, d_streams: Sequence[int]) -> bool:
+    """Whether values are summed here, from whole rows of W_enc. One answer for both operators, and for any number of
+    samples: values must not depend on what found them.
+
+    Elsewhere Triton's kernel gathers columns chunk by chunk, of all latents what the L2 cache keeps.
+    """
+    L, D = W_enc.shape
+    narrow = all(tensor.dtype in _FLOATS for tensor in (x, W_enc, pre_bias, latent_bias))
+    fits = len(d_streams) <= _cuda.most_streams and max(L, D) < 2**31 - 1
+    return narrow and fits and gathers_whole_rows(L, D, W_enc.element_size())
 
 
 def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
@@ -167,15 +244,18 @@ def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     if max(n, n_latents + 1) >= 2**31:
         offsets, entries = _in_triton("invert_indices", indices, n_latents)
         return offsets, entries
-    if indices.dtype != torch.int32:  # clamped first, so that none wraps into range
-        indices = indices.clamp(-1, n_latents).to(torch.int32)
-    indices = indices.flatten()
+    indices = _narrow(indices, n_latents).flatten()
     offsets = torch.empty(n_latents + 1, dtype=torch.int64, device=device)
     entries = torch.empty(n, dtype=torch.int64, device=device)
     workspace = _bytes(_cuda.invert_indices_workspace(n, n_latents), device)
     with _on(device):
         _cuda.invert_indices(offsets, entries, indices, workspace, max(n, n_latents) <= FEW, _stream(device))
     return offsets, entries
+
+
+def _narrow(indices: Tensor, n_latents: int) -> Tensor:
+    """int32; clamped first, so that none wraps into range."""
+    return indices if indices.dtype == torch.int32 else indices.clamp(-1, n_latents).to(torch.int32)
 
 
 def gradient_squares(

@@ -31,6 +31,9 @@ from sparc_fast.sizes import is_integer, is_number
 
 MomentType = Literal["float32", "bfloat16"]
 T = TypeVar("T")
+Parts = Inputs | Arrays | Sequence[Inputs | Arrays]
+"""A batch, or several that are parts of one."""
+PresenceOfParts = Presence | Sequence[Presence | None] | None
 
 
 class Coming:
@@ -152,11 +155,11 @@ class SparcAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        inputs: Inputs | Arrays | Sequence[Inputs | Arrays] | Coming,
+        inputs: Parts | Coming,
         cross_loss_coef: float = 1.0,
         auxk_coef: float = 1 / 32,
         support_from: Sequence[str] | None = None,
-        present: Presence | Sequence[Presence | None] | None = None,
+        present: PresenceOfParts = None,
     ) -> SparcLoss:
         """One training step on a batch; returns its loss, before the step. Arguments as in `SPARC.loss`.
 
@@ -182,11 +185,7 @@ class SparcAdam(torch.optim.Optimizer):
             return self._step(coming, objective, is_fixed)
 
     @torch.no_grad()
-    def send(
-        self,
-        inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
-        present: Presence | Sequence[Presence | None] | None = None,
-    ) -> Coming:
+    def send(self, inputs: Parts, present: PresenceOfParts = None) -> Coming:
         """What to give to a later `step` in place of inputs and `present`, which other ranks are sent meanwhile.
 
         Called before the step that comes first, so that samples are exchanged while that works::
@@ -202,21 +201,13 @@ class SparcAdam(torch.optim.Optimizer):
         finite.
         """
         coming, shards = self._given(inputs, present), self.model._shards
-        return coming if shards.is_whole and not shards.has_replicas else coming.begin()
+        return coming if shards.is_whole else coming.begin()
 
-    def _given(
-        self,
-        inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
-        present: Presence | Sequence[Presence | None] | None,
-    ) -> Coming:
+    def _given(self, inputs: Parts, present: PresenceOfParts) -> Coming:
         with self.model._shards.agreed("step"):
             return Coming(self.model, *self._parts(inputs, present))
 
-    def _parts(
-        self,
-        inputs: Inputs | Arrays | Sequence[Inputs | Arrays],
-        present: Presence | Sequence[Presence | None] | None,
-    ) -> tuple[list[tuple[Inputs, Presence | None]], int]:
+    def _parts(self, inputs: Parts, present: PresenceOfParts) -> tuple[list[tuple[Inputs, Presence | None]], int]:
         """(the parts of a batch, and which streams their samples have; how many samples these are together)."""
         given = [self.model._tensors(part) for part in (inputs if isinstance(inputs, Sequence) else [inputs])]
         n_samples = self._count_samples(given)
@@ -290,18 +281,10 @@ class SparcAdam(torch.optim.Optimizer):
     def _is_fixed(self, parts: Sequence[tuple[Inputs, Presence | None]]) -> bool:
         """Whether such a step may read nothing on the host but which samples it gets."""
         model = self.model
-        is_plain = not self.capturable and self._behind is None
+        is_plain = not self.capturable and self._behind is None and not model.silence.is_inference()
         chooses_alike = model.selection in ("global", "local") and model._private is None and not model.matryoshka
-        is_alone = model._shards.is_whole and not model._shards.has_replicas
         is_one = len(parts) == 1 and parts[0][1] is None
-        return (
-            is_plain
-            and chooses_alike
-            and is_alone
-            and is_one
-            and not model.silence.is_inference()
-            and can_capture(model.W_enc.device)
-        )
+        return is_plain and chooses_alike and is_one and model._shards.is_whole and can_capture(model.W_enc.device)
 
     def _kind(self, given: Batch, objective: Objective, states: Sequence[dict[str, Tensor] | None]) -> Hashable | None:
         """What a captured step stands on; None where it may not be captured."""
@@ -453,9 +436,8 @@ class SparcAdam(torch.optim.Optimizer):
         counted: Tensor | None,
     ) -> SparcLoss:
         """What is left of a step when its rows have moved; `counted`, the number of the step, grows where given."""
-        silence, shards = self.model.silence, self.model._shards
-        is_alone = shards.is_whole and not shards.has_replicas
-        if is_alone and isinstance(batch, OneBatch) and tuple(batch.terms) == (batch.streams,):
+        silence = self.model.silence
+        if self.model._shards.is_whole and isinstance(batch, OneBatch) and tuple(batch.terms) == (batch.streams,):
             at_once = partial(backend.finish_step, biases, adam, silence, batch.values, batch.support, counted)
             return objective.summarize(batch.terms, batch.streams, batch.zero_rows, at_once)
         backend.step_biases(biases, adam)
@@ -550,8 +532,9 @@ class SparcAdam(torch.optim.Optimizer):
     def _replay(self, latents: Tensor, backend: backends.Backend) -> None:
         assert self._behind is not None
         W_dec, behind = self.model.W_dec, self._behind
-        before = behind.last_step.clone() if len(self._runs()) > 1 else behind.last_step
-        for run in self._runs():
+        runs = self._runs()
+        before = behind.last_step.clone() if len(runs) > 1 else behind.last_step
+        for run in runs:
             behind.last_step.copy_(before)  # the run before has caught up
             of_run = self._rows_of(run, [None, self.state[W_dec]])
             (exact,), moments = of_run.weights, of_run.their_moments
@@ -559,17 +542,14 @@ class SparcAdam(torch.optim.Optimizer):
             rows = DecoderRows(exact, moments, of_run.d_streams, behind.last_step, copy)
             for some, here in decoder_blocks(rows, run, latents, self.model._private_here):
                 backend.replay_rows(some, here, behind.history, self._seed_of_rows)
+        if len(runs) > 1:  # the last has no private latents of the others
+            behind.last_step[latents] = len(behind.history)
         if "master" in self.state[W_dec]:
             self._seen[W_dec] = W_dec._version
 
     @property
     def _seed_of_rows(self) -> int:
         return self.model._shards.seed(self.seed)
-
-    def _rows(self, parameter: Tensor) -> Tensor:
-        """What Adam moves: the parameter, or its float32 master."""
-        rows: Tensor = self.state[parameter].get("master", parameter)
-        return rows
 
     def _moment_dtype(self, parameter: Tensor) -> torch.dtype:
         if self.moments == "bfloat16" and (parameter is self.model.W_enc or parameter is self.model.W_dec):

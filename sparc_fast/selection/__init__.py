@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from sparc_fast.batch import Batch
-from sparc_fast.ops import functional
+from sparc_fast.ops import backends, functional
 from sparc_fast.ops.backends import Backend
 
 from .batch_topk import Thresholds
 from .jumprelu import Offsets, StreamOffsets, fire
 from .private import Private
 
-__all__ = ["BY_THRESHOLD", "LOCAL", "RULES", "Private", "Selection", "Thresholds", "check_support_from", "select"]
+__all__ = [
+    "BY_THRESHOLD",
+    "LOCAL",
+    "RULES",
+    "Private",
+    "Selection",
+    "Thresholds",
+    "check_support_from",
+    "encode",
+    "select",
+]
 
 Selection = Literal["global", "local", "batch", "jumprelu", "local_jumprelu"]
 RULES: tuple[Selection, ...] = get_args(Selection)
@@ -69,6 +80,31 @@ def select(
     if rule == "global":
         return functional.global_topk(*operands, k, among=among, backend=backend)
     return functional.local_topk(*operands, k, d_streams=batch.d_streams, among=among, backend=backend)
+
+
+def encode(
+    rule: Selection,
+    batch: Batch,
+    k: int,
+    *,
+    support_from: Sequence[str] | None = None,
+    thresholds: Thresholds | None = None,
+    private: Private | None = None,
+    backend: str | Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """(what `select` finds, activations there): [N, S, k] where the backend has them at once, else None.
+
+    They carry no gradient.
+    """
+    if rule == "global" and isinstance(backend, str) and support_from is None and private is None:
+        together = getattr(backends.resolve(backend, batch.x.device), "encode_topk", None)
+        if together is not None and not torch.compiler.is_compiling():
+            with torch.no_grad(), torch.autocast(batch.x.device.type, enabled=False):
+                operands = batch.x, batch.W_enc, batch.pre_bias, batch.latent_bias
+                indices, values = together(*operands, k, batch.d_streams)
+                return indices, values
+    support = select(rule, batch, k, support_from=support_from, thresholds=thresholds, private=private, backend=backend)
+    return support, None
 
 
 def check_support_from(rule: Selection) -> None:

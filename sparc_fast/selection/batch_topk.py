@@ -103,7 +103,7 @@ class Thresholds:
         if len(W_enc):
             scores = backends.resolve(backend, x.device).support_scores(*operands, support.clamp(min=0))
             fires = scores.masked_fill(support < 0, torch.inf).flatten()
-        smallest = self.shards.least(pad(fires, (0, 1), value=torch.inf).amin())
+        smallest = self.shards.each(pad(fires, (0, 1), value=torch.inf).amin()).amin()
         return smallest.clamp(min=0) if batch.latent_threshold is None else smallest
 
     def _place(self, streams: Sequence[str]) -> int:

@@ -37,18 +37,14 @@ class Private:
         d_streams: name -> width of each stream of the model.
         n_latents: L, shared and private.
         counts: name -> private latents of that stream; of the others there are none.
-        quotas: name -> how many of them fire for a sample, or one number for all of these streams.
-
-    Raises:
-        ValueError: names the argument, what was expected and what came.
+        quotas: name -> how many of them fire for a sample.
     """
 
     def __init__(
-        self, d_streams: Mapping[str, int], n_latents: int, counts: Mapping[str, int], quotas: int | Mapping[str, int]
+        self, d_streams: Mapping[str, int], n_latents: int, counts: Mapping[str, int], quotas: Mapping[str, int]
     ) -> None:
         self.counts = {name: int(counts[name]) for name in d_streams if name in counts}
-        of_each = quotas if isinstance(quotas, Mapping) else dict.fromkeys(counts, quotas)
-        self.quotas = {name: int(of_each[name]) for name in self.counts}
+        self.quotas = {name: int(quotas[name]) for name in self.counts}
         self.n_latents, self.n_shared = n_latents, n_latents - sum(self.counts.values())
         self.latents: dict[str, slice] = {}
         """name -> its private latents."""

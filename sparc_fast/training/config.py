@@ -47,6 +47,8 @@ class Kind:
     """Of a kind whose flag, of this name, takes several texts: the value of them all."""
     metavar: str = "X"
     """Of a text, for `--help`."""
+    from_folder: Callable[[Any, Path], Any] | None = None
+    """Of paths: the value in which those that are relative are paths from this folder."""
 
 
 def setting(default: Any, kind: Kind, help: str, *, free: bool = False) -> Any:
@@ -129,33 +131,31 @@ def _norms(value: Any) -> str | dict[str, str]:
 
 
 def _counts(value: Any) -> dict[str, int]:
-    if not isinstance(value, Mapping) or not all(isinstance(s, str) and is_integer(n) for s, n in value.items()):
+    if not isinstance(value, Mapping) or not all(isinstance(stream, str) for stream in value):
         raise ValueError
-    if not all(n >= 1 for n in value.values()):
-        raise ValueError
-    return {stream: int(n) for stream, n in value.items()}
+    return {stream: integer(1).convert(n) for stream, n in value.items()}
 
 
 def _quotas(value: Any) -> int | dict[str, int]:
-    if not is_integer(value):
-        return _counts(value)
-    if value < 0:
-        raise ValueError
-    return int(value)
+    return integer(0).convert(value) if is_integer(value) else _counts(value)
 
 
-def parse_counts(texts: Sequence[str], flag: str) -> int | dict[str, int]:
-    """One number, or ``stream=number`` of some streams."""
-    named = [text.rpartition("=") for text in texts]
-    try:
-        if len(texts) == 1 and "=" not in texts[0]:
-            return int(texts[0])
-        counts = {stream: int(number) for stream, _, number in named if stream}
-    except ValueError:
-        counts = {}
-    if len(counts) < len(named):
-        raise ValueError(f"{flag} must be a number, or stream=number once for each of some streams, got {list(texts)}")
-    return counts
+def _of_streams(one: str, word: str, kept_as: Callable[[str], Any]) -> Callable[[Sequence[str], str], Any]:
+    """What parses one word for all streams, or ``stream=word`` of some."""
+
+    def parse(texts: Sequence[str], flag: str) -> Any:
+        named = [text.rpartition("=") for text in texts]
+        try:
+            if len(texts) == 1 and "=" not in texts[0]:
+                return kept_as(texts[0])
+            kept = {stream: kept_as(value) for stream, _, value in named if stream}
+        except ValueError:
+            kept = {}
+        if len(kept) < len(named):
+            raise ValueError(f"{flag} must be {one}, or stream={word} once for each of some streams, got {list(texts)}")
+        return kept
+
+    return parse
 
 
 def parse_source(text: str) -> tuple[str, Place | tuple[Place, str]]:
@@ -208,14 +208,24 @@ def _parse_sizes(texts: Sequence[str], flag: str) -> list[int]:
         raise ValueError(f"{flag} must be {sizes.expected}, got {list(texts)!r}") from None
 
 
-def parse_norms(texts: Sequence[str], flag: str) -> str | dict[str, str]:
-    """One word for all streams, or ``stream=l2`` of some."""
-    if len(texts) == 1 and "=" not in texts[0]:
-        return texts[0]
-    named = [text.rpartition("=") for text in texts]
-    if len({stream for stream, _, _ in named}) < len(named) or not all(stream for stream, _, _ in named):
-        raise ValueError(f"{flag} must be one word, or stream=word once for each of some streams, got {list(texts)}")
-    return {stream: how for stream, _, how in named}
+def with_absolute_paths(sources: Any, folder: Path) -> Any:
+    """Sources whose paths do not depend on the working folder; a name of identifiers stays one."""
+    if not isinstance(sources, Mapping):
+        return sources
+    return {stream: absolute(source, folder) for stream, source in sources.items()}
+
+
+def absolute(source: Any, folder: Path) -> Any:
+    """A source whose paths do not depend on the working folder."""
+    if isinstance(source, str | Path):
+        return str(source) if "://" in str(source) else str((folder / source).resolve())
+    if isinstance(source, Mapping) and "path" in source:
+        return {**source, "path": absolute(source["path"], folder)}
+    if is_list_of_files(source, IDS_SUFFIXES):
+        return [absolute(path, folder) for path in source]
+    if isinstance(source, list | tuple) and source:
+        return (absolute(source[0], folder), *source[1:])
+    return source
 
 
 flag = _checked("true or false", bool, lambda _: True, bool)
@@ -223,22 +233,30 @@ text = _checked("text", str, lambda _: True, str)
 sources = Kind(
     "a table of streams, each a path, a list of files or [path, name], or a folder of features", _sources_or_folder,
     parse_all=_parse_places, metavar="STREAM=FILE[#NAME] or FOLDER",
+    from_folder=lambda value, folder: (absolute if isinstance(value, str) else with_absolute_paths)(value, folder),
 )  # fmt: skip
 identifiers = Kind(
     "the name of a data set in every file, or a table of streams as for data", _identifiers,
-    parse_all=_parse_identifiers, metavar="STREAM=FILE[#NAME] or NAME",
+    parse_all=_parse_identifiers, metavar="STREAM=FILE[#NAME] or NAME", from_folder=with_absolute_paths,
 )  # fmt: skip
 norms = Kind(
-    "none or l2, or a table of streams, each none or l2", _norms, parse_all=parse_norms, metavar="HOW or STREAM=HOW"
-)
+    "none or l2, or a table of streams, each none or l2", _norms, parse_all=_of_streams("one word", "word", str),
+    metavar="HOW or STREAM=HOW",
+)  # fmt: skip
 names = Kind("a list of names", _names, parse_all=lambda texts, _: texts, metavar="NAME")
 sizes = Kind("a list of integers >= 1", _sizes, parse_all=_parse_sizes, metavar="M")
-counts = Kind("a table of streams, each an integer >= 1", _counts, parse_all=parse_counts, metavar="STREAM=N")
-quotas = Kind(
-    "an integer >= 0, or a table of streams, each an integer >= 1", _quotas, parse_all=parse_counts,
+counts = Kind(
+    "a table of streams, each an integer >= 1", _counts, parse_all=_of_streams("a number", "number", int),
+    metavar="STREAM=N",
+)  # fmt: skip
+quotas = replace(
+    counts, expected="an integer >= 0, or a table of streams, each an integer >= 1", convert=_quotas,
     metavar="N or STREAM=N",
 )  # fmt: skip
-place = replace(_checked("a path", (str, Path), lambda _: True, str), parse=lambda text: absolute(text, Path.cwd()))
+place = replace(
+    _checked("a path", (str, Path), lambda _: True, str), parse=lambda text: absolute(text, Path.cwd()),
+    from_folder=absolute,
+)  # fmt: skip
 size = Kind('an integer >= 1, in bytes, or a size such as "4GiB"', lambda value: as_bytes(value, "size"), parse_bytes)
 part = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 below_one = number("a number >= 0 and < 1", lambda x: 0 <= x < 1)
@@ -408,10 +426,7 @@ class Config:
 
     def with_paths_from(self, folder: Path) -> Config:
         """The same, its relative paths those of `folder`."""
-        paths = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["kind"] in (sources, identifiers)}
-        kinds = {f.name: f.metadata["kind"] for f in fields(self)}
-        absolutes = {name: _absolute_setting(kinds[name], value, folder) for name, value in paths.items()}
-        return replace(self, **absolutes, start_from=self.start_from and absolute(self.start_from, folder))
+        return replace(self, **_from_folder({f.name: getattr(self, f.name) for f in fields(self)}, folder))
 
     def going_on_from(self, there: Config) -> Config:
         """The same, but where a default has changed since a run began `there`, and nobody says otherwise, its own."""
@@ -528,16 +543,20 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     settings = read_table(path, "config")
-    for f in fields(Config):
-        value = settings.get(f.name)
-        if f.metadata["kind"] in (sources, identifiers):
-            if value is not None:
-                settings[f.name] = _absolute_setting(f.metadata["kind"], value, path.parent)
-        elif f.metadata["kind"] is place and value:
-            settings[f.name] = absolute(value, path.parent)
-        elif path.suffix in (".yaml", ".yml") and isinstance(value, str) and f.metadata["kind"].parse is float:
+    for f in fields(Config) if path.suffix in (".yaml", ".yml") else ():
+        if f.metadata["kind"].parse is float and isinstance(value := settings.get(f.name), str):
             settings[f.name] = _as_number(value)  # YAML takes 1e-3 for text
-    return settings
+    return {**settings, **_from_folder(settings, path.parent)}
+
+
+def _from_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Those of settings, by name, that are paths; relative ones are of this folder."""
+    kinds = {f.name: f.metadata["kind"] for f in fields(Config)}
+    return {
+        name: kinds[name].from_folder(value, folder)
+        for name, value in settings.items()
+        if value and name in kinds and kinds[name].from_folder is not None
+    }
 
 
 def open_files(config: Config, validation: bool = False) -> AlignedFiles:
@@ -553,33 +572,9 @@ def open_files(config: Config, validation: bool = False) -> AlignedFiles:
     )  # fmt: skip
 
 
-def _absolute_setting(kind: Kind, value: Any, folder: Path) -> Any:
-    return absolute(value, folder) if kind is sources and isinstance(value, str) else with_absolute_paths(value, folder)
-
-
 def streams_of(sources: str | Sources) -> list[str]:
     """Their names, in order."""
     return list(FeatureFolder(sources).streams if isinstance(sources, str) else sources)
-
-
-def with_absolute_paths(sources: Any, folder: Path) -> Any:
-    """Sources whose paths do not depend on the working folder; a name of identifiers stays one."""
-    if not isinstance(sources, Mapping):
-        return sources
-    return {stream: absolute(source, folder) for stream, source in sources.items()}
-
-
-def absolute(source: Any, folder: Path) -> Any:
-    """A source whose paths do not depend on the working folder."""
-    if isinstance(source, str | Path):
-        return str(source) if "://" in str(source) else str((folder / source).resolve())
-    if isinstance(source, Mapping) and "path" in source:
-        return {**source, "path": absolute(source["path"], folder)}
-    if is_list_of_files(source, IDS_SUFFIXES):
-        return [absolute(path, folder) for path in source]
-    if isinstance(source, list | tuple) and source:
-        return (absolute(source[0], folder), *source[1:])
-    return source
 
 
 def read_table(path: Path, what: str) -> dict[str, Any]:

@@ -133,19 +133,6 @@ def _whole_lines(path: Path) -> list[bytes]:
     return [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")] if path.exists() else []
 
 
-class NoMetricsFile:
-    """Of a process beside the one that writes the records of both."""
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def sync(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
 class Sink(Protocol):
     """Anything that takes records."""
 
@@ -197,16 +184,10 @@ class WandB:
         self._run.finish()
 
 
-def flat(record: Record) -> Iterator[tuple[str, float]]:
+def flat(record: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, float]]:
     """("train/nmse/a -> b", 0.5) and so on; what is None is left out."""
     for name, value in record.items():
-        if name != "step":
-            yield from _flat(name, value)
-
-
-def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _flat(f"{name}/{key}", part)
-    elif value is not None:
-        yield name, value
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{within}{name}/")
+        elif value is not None and name != "step":
+            yield within + name, value

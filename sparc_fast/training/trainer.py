@@ -32,7 +32,7 @@ from sparc_fast.whole import Whole
 
 from .checkpoints import find_not_finite, load_model, load_tensors, save_model_of, tensors_of, under
 from .config import Config, open_files
-from .metrics import Means, MetricsFile, NoMetricsFile, Record, Sink, TensorBoard, WandB
+from .metrics import Means, MetricsFile, Record, Sink, TensorBoard, WandB
 from .progress import Display
 from .run_folder import RunFolder, Session
 from .schedules import Schedule, advice_on_few_steps
@@ -159,10 +159,9 @@ class Trainer(Closing):
 
     def _run(self, stop: Stop, closing: ExitStack) -> None:
         config, progress, device = self.config, self._progress, self.model.W_enc.device
-        self._metrics: MetricsFile | NoMetricsFile = NoMetricsFile()
-        if self.leads:
-            self._metrics = MetricsFile(self.folder.metrics, self.step)
-        closing.callback(self._metrics.close)
+        self._metrics = MetricsFile(self.folder.metrics, self.step) if self.leads else None
+        if self._metrics is not None:
+            closing.callback(self._metrics.close)
         sinks = [*self._sinks, *self._asked_for()] if self.leads and self.step < self.steps else []
         for sink in sinks:
             closing.callback(sink.close)
@@ -304,7 +303,8 @@ class Trainer(Closing):
 
     def _record(self, kind: str, content: Record) -> None:
         record = {"step": self.step, kind: content}
-        self._metrics.append(record)
+        if self._metrics is not None:
+            self._metrics.append(record)
         for receiver in self._receivers:
             receiver.record(record)
 
@@ -313,7 +313,8 @@ class Trainer(Closing):
         with self.model._shards.agreed("save"):
             if (name := find_not_finite(tensors)) is not None:
                 self._diverged(name)
-            self._metrics.sync()
+            if self._metrics is not None:
+                self._metrics.sync()
         state = {
             "sparc_fast": __version__,
             "step": self.step,

@@ -1,5 +1,5 @@
-// The CUDA operators on small ragged shapes against plain loops, for builds with sanitizers: buffers are exactly as
-// large as their tensors. Exits with 1 and a line where they disagree.
+// The CUDA operators on small ragged shapes, for builds with sanitizers: buffers are exactly as large as their tensors.
+// That results are right is the business of the Python tests, but for quotients and for who is given up.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -19,16 +19,6 @@ static void expect(bool holds, const char* claim, int number) {
     if (holds) return;
     std::printf("%s: case %d\n", claim, number);
     ++failures;
-}
-
-static std::vector<int32_t> largest(const float* row, int L, int k) {
-    const auto rank = [&](int32_t l) { return std::isnan(row[l]) ? std::numeric_limits<float>::infinity() : row[l]; };
-    std::vector<int32_t> order(L);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return rank(a) > rank(b); });
-    order.resize(k);
-    std::sort(order.begin(), order.end());
-    return order;
 }
 
 struct Shape {
@@ -53,7 +43,7 @@ static std::vector<float> scores(int count, int kind) {
     return values;
 }
 
-static void check_topk_rows(const Shape& shape, int kind, int number) {
+static void run_topk_rows(const Shape& shape, int kind) {
     const int stride = shape.L + 3, words = (shape.N - 1) * stride + shape.L;
     const std::vector<float> wide = scores(words, kind);
     std::vector<uint16_t> narrow(words);
@@ -68,10 +58,6 @@ static void check_topk_rows(const Shape& shape, int kind, int number) {
         const void* const data = type == Floats::float32 ? static_cast<const void*>(wide.data()) : narrow.data();
         topk_rows(
             plan, indices.data(), data, type, stride, shape.N, shape.L, shape.k, workspace.data(), 0);
-        for (int n = 0; n < shape.N; ++n) {
-            const std::vector<int32_t> exact = largest(&wide[n * stride], shape.L, shape.k);
-            expect(std::equal(exact.begin(), exact.end(), &indices[n * shape.k]), "topk_rows", number);
-        }
     }
 }
 
@@ -83,6 +69,12 @@ static std::vector<uint16_t> bfloat16_of(const std::vector<float>& wide) {
 }
 
 static uint16_t half_of(float value) { return __half_as_ushort(__float2half_rn(value)); }
+
+static Streams streams_of(const std::vector<int>& widths) {
+    Streams streams{int(widths.size()), {}};
+    std::partial_sum(widths.begin(), widths.end(), streams.begin + 1);
+    return streams;
+}
 
 struct Problem {
     int L, D, k, capacity, chunk, threads, sample;
@@ -130,16 +122,17 @@ static void check_global_topk(const Problem& problem, bool copied, int number) {
     const Matrix weights = copied ? Matrix{W.data(), D, Floats::float32} : Matrix{narrow.data(), D, Floats::bfloat16};
     const Operands operands{{x.data(), D, Floats::float32}, {pre_bias.data(), 1, Floats::float32}, weights,
                             wide_bias.data(), D};
+    const Streams streams = streams_of(D > 1 ? std::vector<int>{D / 2, D - D / 2} : std::vector<int>{1});
+    const int S = streams.count;
+    std::vector<float> biases(S * L), values(N * S * k);
+    const Activations to{{biases.data(), L, Floats::float32}, {values.data(), 0, Floats::float32}};
     settle_supports(
-        candidates, operands, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack, indices.data(),
-        given_up.data(), &total, 0);
+        candidates, operands, streams, to, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack,
+        indices.data(), given_up.data(), &total, 0);
     expect(total == expected_given_up, "samples given up", number);
-    for (int n = 0; n < N; ++n) {
-        if (std::count(given_up.begin(), given_up.begin() + total, n)) continue;
-        for (int l = 0; l < L; ++l) scores[n * L + l] += n == 1 ? NAN : bias[l];
-        const std::vector<int32_t> exact = largest(&scores[n * L], L, k);
-        expect(std::equal(exact.begin(), exact.end(), &indices[n * k]), "global_topk", number);
-    }
+    const int32_t listed[] = {2, 0}, some = 1;
+    support_values(operands, streams, to, {indices.data(), L, k, false, nullptr, nullptr}, N, 0);
+    support_values(operands, streams, to, {indices.data(), L, k, false, listed, &some}, N, 0);
 }
 
 // All scores by tiles, after the filter has taken in every `apart`-th latent. Sample 1 holds NaN.
@@ -185,32 +178,20 @@ static void check_screen_scores(int N, int L, int D, int apart, int blocks, Floa
     const Operands operands{{X.data(), D, Floats::float32}, {pre_bias.data(), 1, Floats::float32},
                             {narrow_W.data(), D, type}, wide_bias.data(), D};
     settle_supports(
-        candidates, operands, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack, indices.data(),
-        given_up.data(), &total, 0);
+        candidates, operands, streams_of({D}), {}, 0, N, x_norm.data(), norm.data(), k, 0x1p-16f, bounds.slack,
+        indices.data(), given_up.data(), &total, 0);
     expect(total == 0, "samples given up by tiles", number);
-    for (int n = 0; n < N; ++n) {
-        for (int l = 0; l < L; ++l) scores[n * L + l] += bias[l];
-        const std::vector<int32_t> exact = largest(&scores[n * L], L, k);
-        expect(std::equal(exact.begin(), exact.end(), &indices[n * k]), "screen_scores", number);
-    }
 }
 
-static void check_invert_indices(int n, int L, int hot, bool few, int number) {
+static void run_invert_indices(int n, int L, int hot, bool few) {
     std::vector<int32_t> indices(n);
     for (int p = 0; p < n; ++p) {
         const int latent = int(generator() % (L + 2)) - 1;  // -1 and L are outside
         indices[p] = int(generator() % 100) < hot ? 0 : latent;
     }
-    std::vector<int64_t> offsets(L + 1, -1), entries(n, -1);
+    std::vector<int64_t> offsets(L + 1), entries(n);
     std::vector<char> workspace(invert_indices_workspace(n, L));
     invert_indices(offsets.data(), entries.data(), indices.data(), n, L, few, workspace.data(), 0);
-    std::vector<int64_t> expected_offsets{0}, expected;
-    for (int l = 0; l <= L; ++l) {
-        for (int p = 0; p < n; ++p)
-            if (l < L ? indices[p] == l : indices[p] < 0 || indices[p] >= L) expected.push_back(p);
-        if (l < L) expected_offsets.push_back(int64_t(expected.size()));
-    }
-    expect(offsets == expected_offsets && entries == expected, "invert_indices", number);
 }
 
 static std::vector<float> normal(size_t count) {
@@ -236,23 +217,6 @@ struct UpdateShape {
     bool per_stream, lazy, staged = false;
 };
 
-// Rows as plain loops in float64 move them.
-struct ExactRows {
-    std::vector<double> w, m, v;
-
-    void step(size_t i, double gradient, double lr, double step) {
-        m[i] = 0.9 * m[i] + 0.1 * gradient;
-        v[i] = 0.999 * v[i] + 0.001 * gradient * gradient;
-        const double scale = std::sqrt(v[i] / (1 - std::pow(0.999, step)));
-        w[i] -= lr / (1 - std::pow(0.9, step)) * m[i] / (scale + 1e-3);
-    }
-    void normalize(size_t begin, int width) {
-        double square = 0;
-        for (int d = 0; d < width; ++d) square += w[begin + d] * w[begin + d];
-        for (int d = 0; d < width; ++d) w[begin + d] /= std::sqrt(square);
-    }
-};
-
 // Weights, moments and a bfloat16 copy, each exactly as large as it must be.
 struct DeviceRows {
     std::vector<float> w, m, v;
@@ -261,143 +225,57 @@ struct DeviceRows {
 
     DeviceRows(int L, int64_t D_) : w(normal(L * D_)), m(normal(L * D_)), v(normal(L * D_)), copy(L * D_), D(D_) {
         for (float& value : v) value = std::abs(value) + 0.1f;
-        for (size_t i = 0; i < w.size(); ++i) copy[i] = narrow(w[i]);
-    }
-    static uint16_t narrow(float value) {
-        uint32_t bits;
-        std::memcpy(&bits, &value, sizeof bits);
-        return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
     Rows rows() {
         const auto matrix = [&](auto& data, Floats type) { return Matrix{data.data(), D, type}; };
         return {matrix(w, Floats::float32), matrix(m, Floats::float32), matrix(v, Floats::float32),
                 matrix(copy, Floats::bfloat16)};
     }
-    ExactRows exact() const { return {{w.begin(), w.end()}, {m.begin(), m.end()}, {v.begin(), v.end()}}; }
-    bool equals(const ExactRows& other) const {
-        bool equal = true;
-        const auto close = [](double a, double b) { return std::abs(a - b) <= 1e-3 * (std::abs(b) + 1); };
-        for (size_t i = 0; i < w.size(); ++i)
-            equal &= close(w[i], other.w[i]) && close(m[i], other.m[i]) && close(v[i], other.v[i]) &&
-                     copy[i] == narrow(w[i]);
-        return equal;
-    }
 };
 
-static Streams streams_of(const std::vector<int>& widths) {
-    Streams streams{int(widths.size()), {}};
-    std::partial_sum(widths.begin(), widths.end(), streams.begin + 1);
-    return streams;
-}
-
-static void check_update_rows(const UpdateShape& shape, int number) {
+static void run_update_rows(const UpdateShape& shape) {
     const Streams streams = streams_of(shape.widths);
     const int N = shape.N, S = streams.count, L = shape.L, k = shape.k, D = streams.begin[S];
     std::vector<int32_t> indices(N * k * (shape.per_stream ? S : 1));
     for (size_t i = 0; i < indices.size(); ++i) indices[i] = i % 3 ? 0 : int(generator() % (L + 1));  // L is outside
-    std::vector<int64_t> offsets(L + 1), entries(indices.size());
-    std::vector<char> room(invert_indices_workspace(indices.size(), L));
+    std::vector<int64_t> offsets(L + 1), entries(indices.size()), last_step(L, -1);
+    std::vector<char> room(invert_indices_workspace(indices.size(), L)), used(L);
     invert_indices(offsets.data(), entries.data(), indices.data(), indices.size(), L, false, room.data(), 0);
+    for (int l = 0; l < L; ++l) used[l] = offsets[l] < offsets[l + 1];
     std::vector<float> x = normal(N * D), grad_recons = normal(N * S * D), pre_bias = normal(D);
     std::vector<float> values = normal(N * S * k), grad_values = normal(N * S * k);
+    std::vector<float> grad_W_enc = normal(L * D), grad_W_dec = normal(L * D), grad_latent_bias(S * L), grad_pre_bias(D);
     for (float& value : values) value = std::max(value, 0.f);
     DeviceRows encoder(L, D), decoder(L, D);
-    DeviceRows stepped_encoder = encoder, stepped_decoder = decoder;
-    ExactRows exact_encoder = encoder.exact(), exact_decoder = decoder.exact();
-    std::vector<float> grad_W_enc(L * D), grad_W_dec(L * D);  // what step_rows is given
-    std::vector<char> has_entries(L);
-    std::vector<float> grad_latent_bias(S * L, NAN), grad_pre_bias(D, NAN);
-    std::vector<int64_t> last_step(L, -1);
     const auto matrix = [](std::vector<float>& data, int64_t stride) { return Matrix{data.data(), stride, {}}; };
     const Batch batch{
         matrix(x, D), matrix(grad_recons, D), matrix(pre_bias, 1), matrix(values, k), matrix(grad_values, k),
         offsets.data(), entries.data(), int64_t(entries.size()), L, k, shape.per_stream, streams};
+    const Gradients gradients{
+        matrix(grad_W_enc, D), matrix(grad_W_dec, D), reinterpret_cast<const bool*>(used.data()), L, streams};
     const UpdatePlan plan{shape.blocks, shape.piece, shape.staged};
+    const AdamStep adam{0.01, 0.9, 0.999, 1e-3, 3, nullptr, nullptr};
+    int64_t* const lazy = shape.lazy ? last_step.data() : nullptr;
     std::vector<char> workspace(update_rows_workspace(plan, entries.size(), L, streams), char(0xa5));
     update_rows(
-        plan, grad_latent_bias.data(), grad_pre_bias.data(), encoder.rows(), decoder.rows(), batch,
-        {0.01, 0.9, 0.999, 1e-3, 3, nullptr, nullptr}, shape.lazy ? last_step.data() : nullptr, workspace.data(), 0);
-
-    std::vector<double> exact_pre_bias(D);
-    bool marked = true, biased = true;
-    for (int l = 0; l < L; ++l) {
-        const bool used = offsets[l] < offsets[l + 1];
-        has_entries[l] = used;
-        marked &= last_step[l] == (shape.lazy && used ? 3 : -1);
-        for (int t = 0; t < S; ++t) {
-            const int begin = streams.begin[t], width = streams.begin[t + 1] - begin;
-            std::vector<double> of_encoder(width), of_decoder(width);
-            double bias = 0, gw = 0, ww = 0;
-            for (int64_t e = offsets[l]; e < offsets[l + 1]; ++e)
-                for (int s = 0; s < S; ++s) {
-                    const int64_t row = entries[e] / k, j = entries[e] % k, n = shape.per_stream ? row / S : row;
-                    if (shape.per_stream && row % S != s) continue;
-                    const int64_t at = (n * S + s) * k + j;
-                    const double grad_z = s == t && values[at] > 0 ? grad_values[at] : 0;
-                    bias += grad_z;
-                    for (int d = 0; d < width; ++d) {
-                        of_encoder[d] += grad_z * (x[n * D + begin + d] - pre_bias[begin + d]);
-                        of_decoder[d] += double(values[at]) * grad_recons[(n * S + s) * D + begin + d];
-                    }
-                }
-            biased &= std::abs(bias - grad_latent_bias[t * L + l]) < 1e-3;
-            for (int d = 0; d < width; ++d) {
-                const size_t i = size_t(l) * D + begin + d;
-                exact_pre_bias[begin + d] -= bias * exact_encoder.w[i];
-                exact_encoder.step(i, of_encoder[d], 0.01, 3);
-                grad_W_enc[i] = float(of_encoder[d]), grad_W_dec[i] = float(of_decoder[d]);
-                gw += of_decoder[d] * exact_decoder.w[i], ww += exact_decoder.w[i] * exact_decoder.w[i];
-            }
-            if (shape.lazy && !used) continue;
-            for (int d = 0; d < width; ++d) {
-                const size_t i = size_t(l) * D + begin + d;
-                exact_decoder.step(i, of_decoder[d] - gw / ww * exact_decoder.w[i], 0.01, 3);
-            }
-            exact_decoder.normalize(size_t(l) * D + begin, width);
-        }
-    }
-    expect(marked && biased, "update_rows, steps and biases", number);
-    for (int d = 0; d < D; ++d)
-        expect(std::abs(exact_pre_bias[d] - grad_pre_bias[d]) < 1e-2, "update_rows, pre-bias", number);
-    const auto check = [&](const DeviceRows& encoder, const DeviceRows& decoder, const char* claim) {
-        expect(encoder.equals(exact_encoder) && decoder.equals(exact_decoder), claim, number);
-    };
-    check(encoder, decoder, "update_rows");
-
-    const Gradients gradients{
-        matrix(grad_W_enc, D), matrix(grad_W_dec, D), reinterpret_cast<const bool*>(has_entries.data()), L, streams};
-    const std::vector<int64_t> noted = last_step;
-    std::fill(last_step.begin(), last_step.end(), -1);
+        plan, grad_latent_bias.data(), grad_pre_bias.data(), encoder.rows(), decoder.rows(), batch, adam, lazy,
+        workspace.data(), 0);
     workspace.assign(update_rows_workspace(plan, 0, L, streams), char(0xa5));
     workspace.shrink_to_fit();
-    step_rows(
-        plan, stepped_encoder.rows(), stepped_decoder.rows(), gradients,
-        {0.01, 0.9, 0.999, 1e-3, 3, nullptr, nullptr}, shape.lazy ? last_step.data() : nullptr, workspace.data(), 0);
-    check(stepped_encoder, stepped_decoder, "step_rows");
-    expect(last_step == noted, "step_rows, steps", number);
+    step_rows(plan, encoder.rows(), decoder.rows(), gradients, adam, lazy, workspace.data(), 0);
 }
 
-static void check_replay_rows(const std::vector<int>& widths, int number) {
+static void run_replay_rows(const std::vector<int>& widths) {
     const Streams streams = streams_of(widths);
-    const int L = 5, T = 4, D = streams.begin[streams.count];
-    DeviceRows decoder(L, D);
-    ExactRows exact = decoder.exact();
+    const int L = 5, T = 4;
+    DeviceRows decoder(L, streams.begin[streams.count]);
     std::vector<int64_t> latents{3, 0, 4, -1, L}, last_step{1, 0, 2, T, 3};
     std::vector<double> history;
     for (int t = 1; t <= T; ++t) history.insert(history.end(), {0.1 / t, 0.9, 0.999, 1e-3});
-    for (const int l : {0, 4})
-        for (int64_t t = last_step[l] + 1; t <= T; ++t)
-            for (int s = 0; s < streams.count; ++s) {
-                const int begin = streams.begin[s], width = streams.begin[s + 1] - begin;
-                for (int d = 0; d < width; ++d) exact.step(size_t(l) * D + begin + d, 0, 0.1 / t, t);
-                exact.normalize(size_t(l) * D + begin, width);
-            }
     std::vector<char> workspace(replay_rows_workspace(T));
     replay_rows(
         decoder.rows(), latents.data(), latents.size(), L, last_step.data(), history.data(), T, streams,
         workspace.data(), 0);
-    expect(decoder.equals(exact), "replay_rows", number);
-    expect(last_step == std::vector<int64_t>{T, 0, 2, T, T}, "replay_rows, steps", number);
 }
 
 int main() {
@@ -413,9 +291,8 @@ int main() {
         {1, 130, 40, 32, 160, 3, 0, 0},      // the last part has fewer than k
         {1, 130, 70, 32, 102, 1, 0, 0},      // to be sorted, the k largest take more room than there are candidates
     };
-    int number = 0;
     for (const Shape& shape : shapes)
-        for (int kind = 0; kind < 5; ++kind) check_topk_rows(shape, kind, ++number);
+        for (int kind = 0; kind < 5; ++kind) run_topk_rows(shape, kind);
     const Problem problems[] = {
         {1, 1, 1, 1, 1, 32, 0, 0, 0},
         {300, 9, 7, 60, 130, 32, 0, 0, 0},     // the room is used up in every chunk
@@ -424,21 +301,20 @@ int main() {
         {290, 270, 20, 80, 100, 64, 32, 9, 2},  // no room for intervals so wide
         {40, 9, 40, 40, 13, 32, 0, 1, 0},      // all
     };
-    number = 0;
+    int number = 0;
     for (const Problem& problem : problems) {
         check_global_topk(problem, true, ++number);
         if (problem.given_up == 0) check_global_topk(problem, false, ++number);
     }
     check_screen_scores(3, 700, 72, 2, 2, Floats::bfloat16, 1);  // tiles that end within: of samples, latents, columns
     check_screen_scores(1, 70, 8, 4, 1, Floats::float16, 2);    // in two steps
-    number = 0;
     for (const int n : {0, 1, 77, 300}) {
         for (const bool few : {false, true}) {
-            for (const int L : {1, 5, 700}) check_invert_indices(n, L, 0, few, ++number);
-            check_invert_indices(n, 40, 50, few, ++number);
+            for (const int L : {1, 5, 700}) run_invert_indices(n, L, 0, few);
+            run_invert_indices(n, 40, 50, few);
         }
     }
-    check_invert_indices(4200, 3, 80, false, ++number);  // one latent takes a block more than one round
+    run_invert_indices(4200, 3, 80, false);  // one latent takes a block more than one round
     for (int divisor = 1; divisor <= 2048; ++divisor) check_divisor(divisor);
     check_divisor(std::numeric_limits<int>::max());
     const UpdateShape updates[] = {
@@ -454,11 +330,9 @@ int main() {
 #else
     const int widest = 5000;
 #endif
-    number = 0;
     for (const UpdateShape& shape : updates)
-        if (shape.widths[0] < widest) check_update_rows(shape, ++number);
-    number = 0;
+        if (shape.widths[0] < widest) run_update_rows(shape);
     for (const std::vector<int>& widths : {std::vector<int>{7, 1, 12}, {16, 8}, {4100, 3}})
-        if (widths[0] < widest) check_replay_rows(widths, ++number);
+        if (widths[0] < widest) run_replay_rows(widths);
     return failures != 0;
 }
