@@ -6,8 +6,9 @@ import io
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import Ranks
-from training_runs import D, config, files, rows
+from training_runs import D, config, files, rows, trained
 
 import sparc_fast as sf
 from sparc_fast import cli
@@ -69,6 +70,16 @@ def assert_same_figures(found: list[dict[str, Any]], expected: list[dict[str, An
         assert dict(flat(one)) == pytest.approx(dict(flat(other)), rel=rel, nan_ok=False)
 
 
+def assert_same_run(found: Path, expected: Path) -> None:
+    """To rounding: figures, the model and the best one."""
+    assert_same_figures(figures(found), figures(expected))
+    for file in ("model.safetensors", "best.safetensors"):
+        one, other = (sf.SPARC.load(folder / file) for folder in (expected, found))
+        assert one.config() == other.config()
+        for (key, tensor), same in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+            torch.testing.assert_close(same, tensor, rtol=0, atol=2e-4, msg=key)
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {},
     "accumulated and clipped": {"accumulate": 3, "max_grad_norm": 0.5},
@@ -78,17 +89,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of the run of one process, by the name of the variant."""
+
+    @cache
+    def run(name: str) -> Path:
+        return trained(tmp_path_factory.mktemp("alone"), **VARIANTS[name]).folder.path
+
+    return run
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_run_of_several_ranks_is_that_of_one_process_to_rounding(two: Ranks, tmp_path: Path, name: str) -> None:
-    with Trainer(config(**VARIANTS[name]), tmp_path / "one", files=files()) as trainer:
-        trainer.run()
+def test_a_run_of_several_ranks_is_that_of_one_process_to_rounding(
+    two: Ranks, alone: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
     assert two(train_variant, tmp_path / "two", name) == [40, 40]
-    assert_same_figures(figures(tmp_path / "two"), figures(tmp_path / "one"))
-    for file in ("model.safetensors", "best.safetensors"):
-        one, other = (sf.SPARC.load(tmp_path / folder / file) for folder in ("one", "two"))
-        assert one.config() == other.config()
-        for (key, expected), found in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
-            torch.testing.assert_close(found, expected, rtol=0, atol=2e-4, msg=key)
+    assert_same_run(tmp_path / "two", alone(name))
     assert len((tmp_path / "two" / "sessions.jsonl").read_text().splitlines()) == 1
 
 
@@ -107,14 +124,9 @@ def with_replicas(folder: Path) -> list[int]:
 
 
 def test_replicas_train_and_go_on_as_one_process(four: Ranks, tmp_path: Path) -> None:
-    with Trainer(config(**OVER_BATCH), tmp_path / "one", files=files()) as trainer:
-        trainer.run()
+    trained(tmp_path / "one", **OVER_BATCH)
     assert four(with_replicas, tmp_path / "four") == [[13, 40]] * 4
-    assert_same_figures(figures(tmp_path / "four"), figures(tmp_path / "one"))
-    for file in ("model.safetensors", "best.safetensors"):
-        one, other = (sf.SPARC.load(tmp_path / folder / file) for folder in ("one", "four"))
-        for (key, expected), found in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
-            torch.testing.assert_close(found, expected, rtol=0, atol=2e-4, msg=key)
+    assert_same_run(tmp_path / "four", tmp_path / "one")
 
 
 def refused_three(folder: Path) -> str:
@@ -137,28 +149,17 @@ def variant_stopped_at(folder: Path, step: int, rank: int, name: str) -> int:
     return stopped_at(folder, step, rank, **VARIANTS[name])
 
 
-def test_a_run_goes_on_to_the_same_bits(two: Ranks, tmp_path: Path) -> None:
-    two(train, tmp_path / "whole")
-    assert two(stopped_at, tmp_path / "parts", 13, 1) == [13, 13]
-    assert two(train, tmp_path / "parts") == [40, 40]
-    assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-    for file in ("model.safetensors", "best.safetensors"):
-        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-
-
 @pytest.mark.parametrize("name", ["dense", "jumprelu, nested", "private"])
 def test_a_checkpoint_is_read_by_any_number_of_ranks(
-    two: Ranks, three: Ranks, four: Ranks, tmp_path: Path, name: str
+    two: Ranks, three: Ranks, four: Ranks, alone: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    with Trainer(config(**VARIANTS[name]), tmp_path / "one", files=files()) as trainer:
-        trainer.run()
     folder = tmp_path / "many"
     assert two(variant_stopped_at, folder, 11, 0, name) == [11, 11]
     before = load_model(sorted((folder / "checkpoints").iterdir())[-1])
     assert three(variant_stopped_at, folder, 19, 2, name) == [19] * 3
     assert stopped_at(folder, 25, 0, **VARIANTS[name]) == 25
     assert four(train_variant, folder, name) == [40] * 4
-    assert_same_figures(figures(folder), figures(tmp_path / "one"))
+    assert_same_figures(figures(folder), figures(alone(name)))
     assert not torch.equal(before.W_enc, sf.SPARC.load(folder / "model.safetensors").W_enc)
 
 
@@ -256,8 +257,7 @@ def test_a_bfloat16_run_goes_on_to_the_same_bits(two: Ranks, tmp_path: Path) -> 
     for file in ("metrics.jsonl", "model.safetensors", "best.safetensors"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert sf.SPARC.load(tmp_path / "whole" / "model.safetensors").W_enc.dtype == torch.bfloat16
-    with Trainer(config(**NARROW), tmp_path / "one", files=files()) as trainer:
-        trainer.run()
+    trained(tmp_path / "one", **NARROW)
     # moments are rounded by other random numbers: it trains like another seed
     for record, rel in ((0, 0.002), (-1, 0.2)):
         found, expected = (dict(flat(figures(tmp_path / name)[record])) for name in ("whole", "one"))
