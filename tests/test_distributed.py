@@ -460,7 +460,7 @@ FOR_FIFTY = {
     "global", "absent streams, local", "batch, absent streams", "jumprelu", "local jumprelu, absent streams", "nested",
     "private",
 }  # fmt: skip
-FEWER = 12
+FEWER = 14
 
 
 @cache
