@@ -166,6 +166,8 @@ def test_what_is_missing_is_said_before_anything_is_written(model: sf.SPARC, tmp
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"there is no file .*empty/model\.safetensors"):
         sf.SPARC.from_pretrained(tmp_path / "empty")
+    with pytest.raises(TypeError, match="revison"):
+        sf.SPARC.from_pretrained(tmp_path / "empty", revison="main")
 
 
 def without_huggingface_hub(folder: Path) -> list[str]:

@@ -156,14 +156,18 @@ def push_to_hub(
         return str(commit)
 
 
-def fetch(name: str | Path, **options: Any) -> Path:
-    """The file of a model: of a folder that is there, or of a repository of the Hub, downloaded if need be.
-
-    The options are huggingface_hub's: revision, token, cache_dir, force_download, local_files_only.
-    """
+def fetch(
+    name: str | Path, *, revision: str | None = None, token: str | bool | None = None,
+    cache_dir: str | Path | None = None, force_download: bool = False, local_files_only: bool = False,
+) -> Path:  # fmt: skip
+    """The file of a model: of a folder that is there, or of a repository of the Hub, downloaded if need be."""
     if Path(name).is_dir():
         return Path(name) / MODEL
-    return Path(_hub().hf_hub_download(str(name), MODEL, **options))
+    file = _hub().hf_hub_download(
+        str(name), MODEL, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
+        local_files_only=local_files_only,
+    )  # fmt: skip
+    return Path(file)
 
 
 def _hub() -> Any:

@@ -189,5 +189,5 @@ def flat(record: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, flo
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{within}{name}/")
-        elif value is not None and name != "step":
+        elif value is not None and (within or name != "step"):
             yield within + name, value
