@@ -151,8 +151,8 @@ static void define_global_topk(py::module_& m) {
         settle_supports(
             candidates_of(candidates, capacity, N, k),
             {matrix_of(x), matrix_of(pre_bias), matrix_of(W), data_of<double>(bias), D}, streams,
-            {matrix_of(to[0]), matrix_of(to[1])}, first_row, N, data_of<float>(x_norm), data_of<float>(w_norm), k, rounding, slack, data_of<int32_t>(indices),
-            data_of<int32_t>(given_up), data_of<int32_t>(total), stream);
+            {matrix_of(to[0]), matrix_of(to[1])}, first_row, N, data_of<float>(x_norm), data_of<float>(w_norm), k, rounding,
+            slack, data_of<int32_t>(indices), data_of<int32_t>(given_up), data_of<int32_t>(total), stream);
     };
     define(m, "settle_supports", settle, CANDIDATES
            "x:F[P,D] pre_bias:F![D] W:F[L,D] bias:f64![L] x_norm:f32![N] w_norm:f32![L] >indices:i32![P,k] "

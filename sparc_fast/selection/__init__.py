@@ -17,16 +17,8 @@ from .jumprelu import Offsets, StreamOffsets, fire
 from .private import Private
 
 __all__ = [
-    "BY_THRESHOLD",
-    "LOCAL",
-    "RULES",
-    "Private",
-    "Selection",
-    "Thresholds",
-    "check_support_from",
-    "encode",
-    "select",
-]
+    "BY_THRESHOLD", "LOCAL", "RULES", "Private", "Selection", "Thresholds", "check_support_from", "encode", "select",
+]  # fmt: skip
 
 Selection = Literal["global", "local", "batch", "jumprelu", "local_jumprelu"]
 RULES: tuple[Selection, ...] = get_args(Selection)
