@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sparc_fast.files import atomic_path
 
-__all__ = ["FORMAT", "load", "save", "save_in_parts"]
+__all__ = ["FORMAT", "load", "load_tensors", "save", "save_in_parts", "tensors_of", "under"]
 
 FORMAT = "sparc_fast.SPARC/1"
 LOAD_MODEL = ": sparc_fast.training.load_model reads a run's folder and its checkpoints"
@@ -111,3 +112,28 @@ def load(path: str | Path, form: str = FORMAT) -> tuple[dict[str, Tensor], dict[
     except json.JSONDecodeError as error:
         raise ValueError(f"{expected}, but {path} has no configuration") from error
     return tensors, config
+
+
+def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """``model.*`` and ``optimizer.<parameter>.*``; on a CPU they are the tensors themselves, not copies."""
+    state = optimizer.state_dict()["state"]
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for i, name in enumerate(_parameters(model)):
+        tensors.update({f"optimizer.{name}.{key}": value for key, value in state.get(i, {}).items()})
+    return tensors
+
+
+def load_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """What `tensors_of` gave, back in place."""
+    model.load_state_dict(under("model.", tensors))
+    state = {i: under(f"optimizer.{name}.", tensors) for i, name in enumerate(_parameters(model))}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)}
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = ["Closing", "atomic_path", "check_folder", "flush", "read_object", "write_text"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Closing", "as_png", "atomic_path", "check_folder", "flush", "read_object", "write_text"]
 
 T = TypeVar("T")
 
@@ -60,6 +64,13 @@ def write_text(path: str | Path, text: str) -> None:
     """In UTF-8, whole or not at all; OSError as `atomic_path` raises it."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def as_png(picture: Image.Image, **options: Any) -> bytes:
+    """The content of a PNG file of it; `options` are pillow's."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", **options)
+    return file.getvalue()
 
 
 def check_folder(folder: Path, name: str) -> None:

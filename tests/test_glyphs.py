@@ -23,10 +23,9 @@ pytest.importorskip("pyarrow")
 import sparc_fast as sf
 from sparc_fast import cli, data
 from sparc_fast.cli import glyphs as command
-from sparc_fast.data import FeatureFolder, Glyphs, glyphs, write_glyphs
-from sparc_fast.demo import glyph_files
-from sparc_fast.demo.glyphs import FACES, Principal, _blurred, _hog, _semantic, draw
-from sparc_fast.demo.jitter import CHANGES, jitter
+from sparc_fast.data import FeatureFolder, Glyphs, glyph_files, glyphs, write_glyphs
+from sparc_fast.data.glyphs import FACES, Principal, _blurred, _hog, _semantic, draw
+from sparc_fast.data.jitter import CHANGES, jitter
 from sparc_fast.training import read_config
 
 REGULAR = ["regular"]

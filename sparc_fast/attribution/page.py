@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparc_fast.explain.pictures import as_png
 from sparc_fast.explain.write import render
-from sparc_fast.files import atomic_path, check_folder
+from sparc_fast.files import as_png, atomic_path, check_folder
 
 from .texts import WordScores
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparc_fast.data import Glyphs
 from sparc_fast.evaluate import Carried, Evaluation, comparison, evaluate, matched
 from sparc_fast.explain import Ink, Items, ModelReport, Report, Stream
 from sparc_fast.model import SPARC
 from sparc_fast.selection import Selection
 from sparc_fast.training.in_memory import Curves, train
 from sparc_fast.version import __version__
-
-from .glyphs import Glyphs
 
 __all__ = ["ABLATIONS", "RECIPES", "STREAMS", "Progress", "Recipe", "Settings", "Trained", "report", "run"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from sparc_fast.distributed.checkpoints import State, is_checkpoint, read, write
+    from sparc_fast.distributed.checkpoints import State, is_checkpoint, read, rows_here, write
     from sparc_fast.distributed.launch import check_same, leads, mesh_of
     from sparc_fast.distributed.sharding import received, shard
 
@@ -22,13 +22,14 @@ __all__ = [
     "mesh_of",
     "read",
     "received",
+    "rows_here",
     "shard",
     "torchrun",
     "write",
 ]
 
 _PLACES = {
-    "checkpoints": ("State", "is_checkpoint", "read", "write"),
+    "checkpoints": ("State", "is_checkpoint", "read", "rows_here", "write"),
     "launch": ("check_same", "leads", "mesh_of"),
     "sharding": ("received", "shard"),
 }

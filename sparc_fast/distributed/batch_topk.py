@@ -7,33 +7,29 @@ which all know the last score that fires; and how many of its own a sample has a
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.pooled_topk import Best, nothing
+from sparc_fast.whole import Whole
 
 from .exchange import Exchange
-
-if TYPE_CHECKING:
-    from .shards import Shards
 
 DIGIT = 11  # bits of a score that are told apart at a time
 WIDER, TIES = 7, 8  # calls, as ranks tell them apart
 
 
 def batch_topk(
-    backend: Backend, shards: Shards, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor,
-    k: int, screening: str = "auto",
+    backend: Backend, exchange: Exchange, everybody: Exchange, replicas: Whole, x: Tensor, W_enc: Tensor,
+    pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto",
 ) -> Tensor:  # fmt: skip
     """`reference.batch_topk` of all ranks' rows and all replicas' samples, [N, W] of the samples here.
 
     The rows here are in the slots that they have in one process, and -1 in those of other ranks' rows.
     """
-    exchange, everybody = shards.exchange, shards.all
-    count = k * shards.of_all_replicas(len(x))
+    count = k * replicas.of_all_replicas(len(x))
     if not count:
         return torch.full((len(x), 1), -1, dtype=torch.int32, device=x.device)
     best = Best(backend.global_topk, backend.support_scores, (W_enc, pre_bias, latent_bias), screening)
@@ -45,7 +41,7 @@ def batch_topk(
     here = torch.stack([larger.sum(1), equal.sum(1)]).int()
     n_larger, n_equal = exchange.gather(here[None], [1] * exchange.ranks, "candidates").movedim(0, -1)  # [N, P] each
     # of equal scores those of earlier samples, then of lower latents, which are those of earlier ranks
-    left = count - shards.of_all_replicas(int(n_larger.sum())) - shards.in_replicas_before(int(n_equal.sum()), TIES)
+    left = count - replicas.of_all_replicas(int(n_larger.sum())) - replicas.in_replicas_before(int(n_equal.sum()), TIES)
     before = n_equal.flatten().cumsum(0).view_as(n_equal) - n_equal
     n_equal = torch.minimum(n_equal, (left - before).clamp(min=0))
     chosen = larger | (equal & (equal.cumsum(1) <= n_equal[:, exchange.rank, None]))
@@ -53,11 +49,10 @@ def batch_topk(
 
 
 def latents_above(
-    backend: Backend, shards: Shards, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor,
+    backend: Backend, exchange: Exchange, x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor,
     threshold: float, k: int, screening: str = "auto", sure: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`reference.latents_above` of all ranks' rows, laid out as `batch_topk`."""
-    exchange = shards.exchange
     operands, n = (x, W_enc, pre_bias, latent_bias), len(W_enc)
     own, scores = backend.latents_above(*operands, threshold, min(k, n), screening, sure) if n else nothing(x)
     counts = exchange.gather((own >= 0).sum(1).int()[None], [1] * exchange.ranks, "candidates").T

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from sparc_fast.checkpoint import tensors_of
 from sparc_fast.files import atomic_path, flush
 from sparc_fast.whole import Whole
 
@@ -73,8 +74,6 @@ class State:
 
     @torch.no_grad()
     def _tensors(self) -> dict[str, Tensor]:
-        from sparc_fast.training.checkpoints import tensors_of
-
         if self._optimizer is None:
             return {f"model.{name}": tensor for name, tensor in self._model.state_dict().items()}
         self._optimizer._all_states()
@@ -121,8 +120,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], s
 def read(path: Path, shards: Whole) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(this rank's rows of every tensor, state), whatever number of ranks wrote them; or all rows, without ranks.
 
-    Also of a checkpoint that one process wrote.
-
     Raises:
         ValueError: a file is damaged or missing.
     """
@@ -130,8 +127,6 @@ def read(path: Path, shards: Whole) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    if path.is_file():
-        return _of_one_process(path, shards)
     with shards.agreed("files"):  # before any is read by all together
         state = _checked(path, shards)
     with _quiet():
@@ -165,15 +160,15 @@ def _checked(path: Path, shards: Whole) -> dict[str, Any]:
     return cast("dict[str, Any]", state)
 
 
-def _of_one_process(path: Path, shards: Whole) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from sparc_fast.training import checkpoints
-
-    tensors, state = checkpoints.read(path)
+def rows_here(tensors: Mapping[str, Tensor], shards: Whole) -> dict[str, Tensor]:
+    """Of the tensors of a whole checkpoint, this rank's rows."""
+    found = {}
     for name, tensor in tensors.items():
         if (dim := _dimension(name)) is not None:
             rows = shards.rows(tensor.shape[dim])
-            tensors[name] = tensor.narrow(dim, rows.start, rows.stop - rows.start).clone()
-    return tensors, state
+            tensor = tensor.narrow(dim, rows.start, rows.stop - rows.start).clone()
+        found[name] = tensor
+    return found
 
 
 def _dimension(name: str) -> int | None:

@@ -55,8 +55,10 @@ class Exchange:
         self._neighbours: Neighbours | None = None
         self._memory: shared_memory.SharedMemory | None = None
         if self.ranks > 1:
-            self._neighbours = neighbours(self)
-            self._memory = shared_memory.shared_memory(self) if device.type == "cpu" else None
+            self._neighbours = neighbours(self.rank, self.ranks, self.objects)
+            self._memory = (
+                shared_memory.shared_memory(self.rank, self.objects, self.numbers) if device.type == "cpu" else None
+            )
 
     def gather(self, rows: Tensor, counts: Sequence[int], what: str) -> Tensor:
         """The rows of all ranks, of which each has as many as `counts` says, below each other, [sum counts, ...].

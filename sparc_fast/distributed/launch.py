@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,6 @@ from .together import fingerprint
 
 if TYPE_CHECKING:
     from sparc_fast.data import AlignedFiles
-    from sparc_fast.training import Config
 
 
 def leads() -> bool:
@@ -56,16 +54,15 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def check_same(shards: Whole, config: Config, files: AlignedFiles) -> None:
+def check_same(shards: Whole, settings: Mapping[str, Any], files: AlignedFiles) -> None:
     """Ranks must compute the same thing.
 
     Raises:
         ValueError: a rank has another version, other settings or other data than rank 0; it names the rank.
     """
     assert isinstance(shards, Shards)
-    bound = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata["free"]}
     mine: dict[str, Any] = {
-        "sparc_fast": __version__, "torch": str(torch.__version__), **bound,
+        "sparc_fast": __version__, "torch": str(torch.__version__), **settings,
         "data": fingerprint(files),
     }  # fmt: skip
     for rank, text in enumerate(told := shards.all.objects(json.dumps(mine, default=str))):

@@ -13,12 +13,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch.distributed.constants import default_pg_timeout
-
-if TYPE_CHECKING:
-    from .exchange import Exchange
 
 MOST = 4096
 """Bytes of a message, of which a socket takes several though nobody reads them yet."""
@@ -61,8 +58,8 @@ class Neighbours:
         return wait
 
 
-def neighbours(exchange: Exchange) -> Neighbours | None:
-    """Those of a rank, when all ask; None where they are not on one host."""
+def neighbours(own: int, ranks: int, told: Callable[[Any], list[Any]]) -> Neighbours | None:
+    """Those of rank `own`, when all ask; None where they are not on one host. `told` gives what every rank has."""
     with socket.socket(socket.AF_UNIX if sys.platform == "linux" else socket.AF_INET) as listener:
         listener.settimeout(CONNECTING)
         address = ""
@@ -70,21 +67,21 @@ def neighbours(exchange: Exchange) -> Neighbours | None:
             if sys.platform == "linux":
                 address = f"\0sparc_fast/{secrets.token_hex(16)}"  # no file
                 listener.bind(address)
-                listener.listen(exchange.ranks)
-        networks, addresses = zip(*exchange.objects((_network(), address)), strict=True)
+                listener.listen(ranks)
+        networks, addresses = zip(*told((_network(), address)), strict=True)
         others = {}
         with suppress(OSError):
             if all(addresses) and len(set(networks)) == 1:
-                for rank in range(exchange.rank):
-                    others[rank] = _connected(addresses[rank], exchange.rank)
-                for _ in range(exchange.rank + 1, exchange.ranks):
+                for rank in range(own):
+                    others[rank] = _connected(addresses[rank], own)
+                for _ in range(own + 1, ranks):
                     other, _ = listener.accept()
                     other.settimeout(CONNECTING)
                     number = bytearray(8)
                     _receive(other, memoryview(number))
                     others[int.from_bytes(number, "big")] = other
-    found = sorted({*others, exchange.rank}) == list(range(exchange.ranks))
-    return Neighbours(exchange.rank, others) if all(exchange.objects(found)) else None
+    found = sorted({*others, own}) == list(range(ranks))
+    return Neighbours(own, others) if all(told(found)) else None
 
 
 def _network() -> str:

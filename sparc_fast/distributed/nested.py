@@ -7,7 +7,6 @@ P + G - 1 parts of a reconstruction, not P G, which in the order of ranks are in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,15 +14,12 @@ from torch import Tensor
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import by_group, gradient_dtype, wide
 
-from .exchange import shares
+from .exchange import Exchange, shares
 from .layout import groups_of, sizes_here, told_groups
-
-if TYPE_CHECKING:
-    from .shards import Shards
 
 
 def nested_decode_loss(
-    backend: Backend, shards: Shards, values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor, target: Tensor,
+    backend: Backend, exchange: Exchange, values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor, target: Tensor,
     scale: Tensor, weights: Sequence[float], d_streams: Sequence[int], sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.nested_decode_loss` of all ranks' rows; grad_recons are those of the groups of `told_groups`.
@@ -31,8 +27,7 @@ def nested_decode_loss(
     As `_OfRows.decode_loss`: what a rank's rows of one group add to a sample is one row of a dictionary, whose sizes
     say which of them are of the first groups.
     """
-    exchange, P = shards.exchange, shards.exchange.ranks
-    (N, S, _), D, device = values.shape, W_dec.shape[1], values.device
+    P, (N, S, _), D, device = exchange.ranks, values.shape, W_dec.shape[1], values.device
     counts = shares(N, P)
     first, n = sum(counts[: exchange.rank]), counts[exchange.rank]
     own, groups = slice(first, first + n), groups_of(sizes, P)

@@ -100,9 +100,9 @@ class Shards(Whole):
             of_rows = _OfRows(backends.resolve(name, device), self.exchange)
             operators: dict[str, Callable[..., Any]] = {
                 "global_topk": of_rows.global_topk, "decode_loss": of_rows.decode_loss,
-                "batch_topk": partial(batch_topk, of_rows.backend, self),
-                "latents_above": partial(latents_above, of_rows.backend, self),
-                "nested_decode_loss": partial(nested_decode_loss, of_rows.backend, self),
+                "batch_topk": partial(batch_topk, of_rows.backend, self.exchange, self.all, self),
+                "latents_above": partial(latents_above, of_rows.backend, self.exchange),
+                "nested_decode_loss": partial(nested_decode_loss, of_rows.backend, self.exchange),
             }  # fmt: skip
             self._backends[name, device] = backends.replaced(of_rows.backend, operators)
         return self._backends[name, device]
@@ -174,7 +174,6 @@ class Shards(Whole):
         return n if self.replicas is None else sum(other for (other,) in self.replicas.numbers(NUMBER, n))
 
     def in_replicas_before(self, n: int, call: int) -> int:
-        """The sum of the numbers of the replicas before this one."""
         if self.replicas is None:
             return 0
         return sum(other for (other,) in self.replicas.numbers(call, n)[: self.replicas.rank])
@@ -286,7 +285,7 @@ class Shards(Whole):
         return self.all.gather(numbers[None].to(self.all.device), [1] * self.ranks, "numbers")
 
     def together(self, model: SPARC) -> SPARC:
-        return cast("SPARC", Together(model, self))
+        return cast("SPARC", Together(model, self, self.all))
 
     def check_samples(self, inputs: Mapping[str, Tensor] | AlignedFiles) -> None:
         told = self.all.objects(fingerprint(inputs))

@@ -9,15 +9,12 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .exchange import Exchange
 
 LEAST = 4096
 """Bytes; fewer come with a message as soon as word of them would."""
@@ -31,8 +28,8 @@ MEMORY = 5  # a call, as ranks tell them apart
 class SharedMemory:
     """Buffers that all ranks of an exchange have; one is free again when no rank has a tensor of it left."""
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
+    def __init__(self, rank: int, numbers: Callable[..., list[list[int]]]) -> None:
+        self._rank, self._numbers = rank, numbers
         self._buffers: list[_Buffer] = []
         self._held = 0
         """Bits, of the buffers that some rank held when all last told, and of those lent since."""
@@ -66,18 +63,18 @@ class SharedMemory:
 
     def _map(self, size: int) -> mmap.mmap | None:
         """New memory of the first rank, opened by all; None where one of them cannot."""
-        exchange, descriptor, memory = self._exchange, -1, None
+        descriptor, memory = -1, None
         with suppress(OSError):
-            if exchange.rank == 0:
+            if self._rank == 0:
                 descriptor = os.memfd_create("sparc_fast", os.MFD_CLOEXEC)
                 os.ftruncate(descriptor, size)
         try:
-            pid, theirs, _ = exchange.numbers(MEMORY, os.getpid(), descriptor, size)[0]
+            pid, theirs, _ = self._numbers(MEMORY, os.getpid(), descriptor, size)[0]
             with suppress(OSError):
-                if exchange.rank:
+                if self._rank:
                     descriptor = os.open(f"/proc/{pid}/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
                 memory = mmap.mmap(descriptor, size)
-            return memory if all(found for (found,) in exchange.numbers(MEMORY, memory is not None)) else None
+            return memory if all(found for (found,) in self._numbers(MEMORY, memory is not None)) else None
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
@@ -101,10 +98,17 @@ class _Buffer:
         return self._window is not None and self._window() is not None
 
 
-def shared_memory(exchange: Exchange) -> SharedMemory | None:
-    """That of the ranks of an exchange, which all ask; None where they are not on one host."""
-    places = exchange.objects(_place())
-    return SharedMemory(exchange) if places[0] and len(set(places)) == 1 else None
+def shared_memory(
+    rank: int, told: Callable[[Any], list[Any]], numbers: Callable[..., list[list[int]]]
+) -> SharedMemory | None:
+    """That of the ranks, which all ask; None where they are not on one host.
+
+    Args:
+        told: what every rank has, from what this one has.
+        numbers: the same of a call's numbers: `Exchange.numbers`.
+    """
+    places = told(_place())
+    return SharedMemory(rank, numbers) if places[0] and len(set(places)) == 1 else None
 
 
 def _place() -> str:

@@ -12,13 +12,12 @@ from torch import Tensor
 from sparc_fast.batch import Arrays, Inputs, as_tensors, streams_of
 from sparc_fast.codes import SparseLatents
 from sparc_fast.data import AlignedFiles
+from sparc_fast.whole import Whole
 
-from .exchange import shares
+from .exchange import Exchange, shares
 
 if TYPE_CHECKING:
     from sparc_fast.model import SPARC
-
-    from .shards import Shards
 
 PROBES = 64  # rows by which samples are told from others
 
@@ -30,8 +29,8 @@ class Together:
     on all.
     """
 
-    def __init__(self, model: SPARC, shards: Shards) -> None:
-        self._model, self._shards = model, shards
+    def __init__(self, model: SPARC, shards: Whole, everybody: Exchange) -> None:
+        self._model, self._shards, self._everybody = model, shards, everybody
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -66,7 +65,7 @@ class Together:
         return own
 
     def _of_all(self, rows: Tensor, n: int) -> Tensor:
-        return self._shards.all.gather(rows.detach(), shares(n, self._shards.ranks), "results")
+        return self._everybody.gather(rows.detach(), shares(n, self._shards.ranks), "results")
 
 
 def fingerprint(inputs: Mapping[str, Tensor] | AlignedFiles) -> str:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sparc_fast.files import as_png
 from sparc_fast.sizes import is_integer
 
 from .contents import ModelReport, Report, Stream
 from .latents import Tops, tops_of
-from .pictures import as_png
 
 if TYPE_CHECKING:
     from PIL import Image

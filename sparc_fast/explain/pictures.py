@@ -6,15 +6,17 @@ import base64
 import io
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from sparc_fast.files import as_png
+
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Ink", "Pictures", "Thumbnails", "as_png"]
+__all__ = ["Ink", "Pictures", "Thumbnails"]
 
 SIDE = 96  # pixels of a thumbnail
 LARGEST_INK = 40  # pixels of an ink picture's longer side
@@ -45,13 +47,6 @@ class Pictures(Protocol):
 def columns(sheet: int) -> int:
     """Pictures in a row of a sheet."""
     return math.isqrt(sheet)
-
-
-def as_png(picture: Image.Image, **options: Any) -> bytes:
-    """The content of a PNG file of it; `options` are pillow's."""
-    file = io.BytesIO()
-    picture.save(file, "PNG", **options)
-    return file.getvalue()
 
 
 def _sheet(mode: str, pictures: Sequence[Image.Image | None], wide: int, side: int) -> Image.Image:

@@ -8,7 +8,6 @@ out while another is trained on.
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from sparc_fast.files import check_folder
+from sparc_fast.files import as_png, check_folder
 
 from .config import Extraction, StreamConfig
 from .encoders import Encoder, HuggingFaceEncoder, ModelEncoder
@@ -134,7 +133,7 @@ def emoji_items(pictures: Path) -> list[Item]:
         if base == path.stem and font.getlength(emoji) < 1.5 * font.size:  # more is several glyphs, not one
             drawing = Image.new("L", (DRAWN, DRAWN), 255)
             ImageDraw.Draw(drawing).text((DRAWN / 2, DRAWN / 2), emoji, font=font, fill=0, anchor="mm")
-            styles["drawn"] = _as_png(drawing)
+            styles["drawn"] = as_png(drawing)
         about = library.EMOJI_DATA[emoji]
         name = _plain(about["en"])
         aliases = [alias for alias in map(_plain, about.get("alias", ())) if alias != name]
@@ -165,12 +164,6 @@ def _plain(name: str) -> str:
 def _words(name: str) -> tuple[str, ...]:
     words = re.findall(r"[a-z]{2,}", SKIN.sub("", name.lower().replace("’", "")))
     return tuple(dict.fromkeys(word for word in words if word not in COMMON))
-
-
-def _as_png(picture: Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
 
 
 class _Lite(ModelEncoder):

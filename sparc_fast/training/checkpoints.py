@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from sparc_fast import checkpoint, distributed
+from sparc_fast.checkpoint import under
 from sparc_fast.files import atomic_path
 from sparc_fast.model import SPARC
-from sparc_fast.optim import SparcAdam
-from sparc_fast.whole import WHOLE
+from sparc_fast.whole import WHOLE, Whole
 
 FORMAT = "sparc_fast.training/1"
 HASHED_TOGETHER = 2**26  # bytes: pieces that threads hash side by side
@@ -46,15 +46,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
         raise OSError(f"cannot write the checkpoint {path}: {error}") from error
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path, shards: Whole = WHOLE) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, state) from `path`; ValueError where the file is not whole, or not ours, or not what was written.
 
-    Also of the folder that ranks have written together.
+    Of a file, or of a folder that ranks have written together: this process's rows.
     """
     if path.is_dir():
-        return distributed.read(path, WHOLE)
+        return distributed.read(path, shards)
     tensors, state = _checked(path)
-    return dict(tensors), state
+    return (dict(tensors) if shards.is_whole else distributed.rows_here(tensors, shards)), state
 
 
 class _OneByOne(Mapping[str, Tensor]):
@@ -121,23 +121,6 @@ def _hash(piece: tuple[Mapping[str, Tensor], str, int]) -> bytes:
     return digest.digest()
 
 
-def tensors_of(model: SPARC, optimizer: SparcAdam) -> dict[str, Tensor]:
-    """``model.*`` and ``optimizer.<parameter>.*``; on a CPU they are the tensors themselves, not copies."""
-    state = optimizer.state_dict()["state"]
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for i, name in enumerate(_parameters(model)):
-        tensors.update({f"optimizer.{name}.{key}": value for key, value in state.get(i, {}).items()})
-    return tensors
-
-
-def load_tensors(model: SPARC, optimizer: SparcAdam, tensors: Mapping[str, Tensor]) -> None:
-    """What `tensors_of` gave, back in place."""
-    model.load_state_dict(under("model.", tensors))
-    state = {i: under(f"optimizer.{name}.", tensors) for i, name in enumerate(_parameters(model))}
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
-
-
 def load_model(path: str | Path, *, device: torch.device | str | None = None, backend: str = "auto") -> SPARC:
     """The model in a checkpoint of a training run, such as ``checkpoints/step-000001000.safetensors``.
 
@@ -184,11 +167,3 @@ def find_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
             if not bool((low.isfinite() & high.isfinite()).item()):
                 return name
     return None
-
-
-def _parameters(model: SPARC) -> list[str]:
-    return [name for name, _ in model.named_parameters()]
-
-
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)}

@@ -439,8 +439,12 @@ class Config:
 
     def differences(self, other: Config) -> list[str]:
         """Settings in which the two would give different results."""
-        bound = [f.name for f in fields(self) if not f.metadata["free"]]
-        return [name for name in bound if getattr(self, name) != getattr(other, name)]
+        theirs = other.bound()
+        return [name for name, value in self.bound().items() if value != theirs[name]]
+
+    def bound(self) -> dict[str, Any]:
+        """The settings on which a run's results depend."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["free"]}
 
     def _check_together(self) -> None:
         if (self.steps > 0) == (self.epochs > 0):

@@ -116,7 +116,7 @@ class RunFolder:
             path = self.checkpoint(step)
             try:
                 with shards.agreed(f"read {step}"):
-                    return checkpoints.read(path) if shards.is_whole else distributed.read(path, shards)
+                    return checkpoints.read(path, shards)
             except ValueError as error:
                 if shards.leads:
                     aside = path.with_suffix(".damaged")

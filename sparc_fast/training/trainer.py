@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparc_fast import distributed
 from sparc_fast.batch import measure
+from sparc_fast.checkpoint import load_tensors, tensors_of, under
 from sparc_fast.data import AlignedFiles, Loader
 from sparc_fast.data.absence import mark_zero_rows, present_of, without_empty_samples
 from sparc_fast.files import Closing
@@ -30,7 +31,7 @@ from sparc_fast.optim import Coming, SparcAdam
 from sparc_fast.version import __version__
 from sparc_fast.whole import Whole
 
-from .checkpoints import find_not_finite, load_model, load_tensors, save_model_of, tensors_of, under
+from .checkpoints import find_not_finite, load_model, read, save_model_of
 from .config import Config, open_files
 from .metrics import Means, MetricsFile, Record, Sink, TensorBoard, WandB
 from .progress import Display
@@ -107,7 +108,7 @@ class Trainer(Closing):
             files, self.validation_files = _open(config, files, validation_files, opened)
             self.model = _new_model(config, files, device, self._shared)
             if self._shared:
-                distributed.check_same(self.model._shards, config, files)
+                distributed.check_same(self.model._shards, config.bound(), files)
             self.optimizer = SparcAdam(
                 self.model, config.lr, (config.beta_1, config.beta_2), config.eps,
                 lazy="replay" if config.lazy else None,
@@ -222,7 +223,7 @@ class Trainer(Closing):
         if not self._shared:
             save_model_of(path, self.folder.best)
             return
-        tensors, state = distributed.read(path, self.model._shards)
+        tensors, state = read(path, self.model._shards)
         self.model._shards.save(self.folder.best, under("model.", tensors), state["model"])
 
     def _train_on(self, sent: _Sent, stop: Stop) -> None:

@@ -18,10 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparc_fast.data.feature_folder import write_items, write_manifest
-from sparc_fast.explain.pictures import as_png
-from sparc_fast.files import atomic_path, write_text
+from sparc_fast.files import as_png, atomic_path, write_text
 
+from .feature_folder import write_items, write_manifest
 from .glyphs import EM, FACES, FEATURES, SIDE, Glyphs, Pictures, draw, glyphs
 from .jitter import CHANGES, jitter
 
