@@ -29,7 +29,7 @@ from sparc_fast.batch import (
     position,
 )  # fmt: skip
 from sparc_fast.codes import SparseLatents
-from sparc_fast.objective import Loss, Objective, SparcLoss, fired, nested_sizes
+from sparc_fast.objective import Loss, Objective, SparcLoss, fired, nested_sizes, of_all_replicas
 from sparc_fast.ops import backends, functional, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import stream_slices
@@ -582,7 +582,7 @@ class SPARC(nn.Module):
             every = self.d_streams if self._shards.has_replicas else None
             self._count_silence(*self._shards.of_replicas(*fired(parts, flows, every)))
         terms = {part.batch.streams: flow.terms() for part, flow in zip(parts, flows, strict=True)}
-        terms = self._shards.terms(terms)
+        terms = of_all_replicas(terms, self._shards, self.W_enc.device)
         return objective.summarize(terms, given.streams, given.zero_rows)
 
     def _objective(

@@ -197,6 +197,28 @@ class Terms(NamedTuple):
         )  # fmt: skip
 
 
+def of_all_replicas(
+    terms: dict[tuple[str, ...], Terms], shards: Whole, device: torch.device
+) -> dict[tuple[str, ...], Terms]:
+    """By streams, with the terms of all replicas' samples, on this device."""
+    if not shards.has_replicas:
+        return terms
+    here = {
+        streams: [None if part is None else part.detach().cpu().numpy() for part in some]
+        for streams, some in terms.items()
+    }
+    merged: dict[tuple[str, ...], Terms] = {}
+    for of_replica in shards.told_by_replicas(here):
+        for streams, parts in of_replica.items():
+            some = Terms._make(None if part is None else torch.from_numpy(part) for part in parts)
+            before = merged.get(streams)
+            merged[streams] = some._replace(loss=None) if before is None else before.plus(some)
+    return {
+        streams: Terms._make(None if part is None else part.to(device) for part in some)
+        for streams, some in merged.items()
+    }
+
+
 def _sum(*terms: Tensor | None) -> Tensor | None:
     """Of those there are."""
     some = [term for term in terms if term is not None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from sparc_fast.ops.backends import Backend
 if TYPE_CHECKING:
     from sparc_fast.batch import BatchSamples, Moments
     from sparc_fast.data import AlignedFiles
-    from sparc_fast.model import SPARC
-    from sparc_fast.objective import Terms
+
+T = TypeVar("T")
 
 
 class Whole:
@@ -107,9 +107,9 @@ class Whole:
         """Of each stream's samples, with those of all replicas."""
         return moments
 
-    def terms(self, terms: dict[tuple[str, ...], Terms]) -> dict[tuple[str, ...], Terms]:
-        """Of the objective, of all replicas' samples."""
-        return terms
+    def told_by_replicas(self, mine: T) -> list[T]:
+        """What every replica has; tensors in it take long."""
+        return [mine]
 
     def most(self, n: int) -> int:
         """The largest of all processes' numbers."""
@@ -135,7 +135,7 @@ class Whole:
         """One model file, of tensors of which the rows that are here are given."""
         checkpoint.save(path, tensors, config)
 
-    def together(self, model: SPARC) -> SPARC:
+    def together(self, model: T) -> T:
         """The model, to which all processes give the same samples and of which all have the same results."""
         return model
 

@@ -19,8 +19,8 @@ from .layout import groups_of, sizes_here, told_groups
 
 
 def nested_decode_loss(
-    backend: Backend, exchange: Exchange, values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor, target: Tensor,
-    scale: Tensor, weights: Sequence[float], d_streams: Sequence[int], sizes: Sequence[int],
+    backend: Backend, exchange: Exchange, values: Tensor, indices: Tensor, W_dec: Tensor, pre_bias: Tensor,
+    target: Tensor, scale: Tensor, weights: Sequence[float], d_streams: Sequence[int], sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.nested_decode_loss` of all ranks' rows; grad_recons are those of the groups of `told_groups`.
 

@@ -20,11 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 
 from sparc_fast.batch import BatchSamples, Moments
-from sparc_fast.objective import Terms
 from sparc_fast.ops import backends
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide, wide_type
-from sparc_fast.whole import Whole
+from sparc_fast.whole import T, Whole
 
 from .batch_topk import batch_topk, latents_above
 from .bytes import piece_size
@@ -233,24 +232,8 @@ class Shards(Whole):
                     merged[name].add_moments(n, torch.from_numpy(mean), torch.from_numpy(spread))
         return merged
 
-    def terms(self, terms: dict[tuple[str, ...], Terms]) -> dict[tuple[str, ...], Terms]:
-        if self.replicas is None:
-            return terms
-        merged: dict[tuple[str, ...], Terms] = {}
-        here = {
-            streams: [None if part is None else part.detach().cpu().numpy() for part in some]
-            for streams, some in terms.items()
-        }
-        for of_replica in self.replicas.objects(here):
-            for streams, parts in of_replica.items():
-                some = Terms._make(None if part is None else torch.from_numpy(part) for part in parts)
-                before = merged.get(streams)
-                merged[streams] = some._replace(loss=None) if before is None else before.plus(some)
-        device = self.exchange.device
-        return {
-            streams: Terms._make(None if part is None else part.to(device) for part in some)
-            for streams, some in merged.items()
-        }
+    def told_by_replicas(self, mine: T) -> list[T]:
+        return [mine] if self.replicas is None else self.replicas.objects(mine)
 
     def most(self, n: int) -> int:
         return max(number for (number,) in self.all.numbers(NUMBER, n))
@@ -284,8 +267,8 @@ class Shards(Whole):
     def each(self, numbers: Tensor) -> Tensor:
         return self.all.gather(numbers[None].to(self.all.device), [1] * self.ranks, "numbers")
 
-    def together(self, model: SPARC) -> SPARC:
-        return cast("SPARC", Together(model, self, self.all))
+    def together(self, model: T) -> T:
+        return cast("T", Together(cast("SPARC", model), self, self.all))
 
     def check_samples(self, inputs: Mapping[str, Tensor] | AlignedFiles) -> None:
         told = self.all.objects(fingerprint(inputs))

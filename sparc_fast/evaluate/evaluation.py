@@ -148,6 +148,7 @@ class Evaluation:
             "n_samples": self.n_samples,
             "n_latents": self.n_latents,
             "scores": self.scores(),
+            "names": {score.key: score.name for metric in self.metrics for score in metric.scores},
         }
         if self.resampled:
             summary["intervals"] = self.intervals()

@@ -12,22 +12,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from sparc_fast.checkpoint import FORMAT
 from sparc_fast.files import write_text
-from sparc_fast.model import SPARC
 from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.version import __version__
-
-if TYPE_CHECKING:
-    from sparc_fast.evaluate import Evaluation
 
 __all__ = ["Card", "fetch", "push_to_hub", "save_pretrained"]
 
 MODEL, CONFIG, CARD, EVALUATION = "model.safetensors", "config.json", "README.md", "evaluation.json"
 TAGS = ("sparse-autoencoder", "sparc", "interpretability", "multimodal")
 PAPER = "arXiv [2507.06265](https://arxiv.org/abs/2507.06265)"
+
+
+class Model(Protocol):
+    """What is written of a `SPARC`."""
+
+    @property
+    def is_calibrated(self) -> bool: ...
+
+    def config(self) -> dict[str, Any]: ...
+
+    def save(self, path: str | Path) -> None: ...
+
+
+class Evaluation(Protocol):
+    """What is written of a `sparc_fast.evaluate.Evaluation`."""
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -48,34 +61,34 @@ class Card:
     datasets: Sequence[str] = ()
     """Their names on the Hub."""
 
-    def scores(self) -> dict[str, dict[str, float | None]]:
-        """Model -> score -> value."""
-        return {
-            name: dict(found["scores"]) if isinstance(found, Mapping) else found.scores()
-            for name, found in self.evaluation.items()
-        }
+    def evaluations(self) -> dict[str, Mapping[str, Any]]:
+        """By model, as ``sparc-fast eval --json`` prints them."""
+        return {name: e if isinstance(e, Mapping) else e.to_dict() for name, e in self.evaluation.items()}
 
-    def as_text(self, model: SPARC, repository: str) -> str:
+    def as_text(self, model: Model, repository: str) -> str:
         """The model card, in Markdown; `repository` is what `SPARC.from_pretrained` takes."""
         about: dict[str, Any] = {"library_name": "sparc_fast", "license": self.license}
         about |= {"tags": list(TAGS), "datasets": list(self.datasets)}
-        streams = [[name, f"{width:,}", model.normalize.get(name, "none")] for name, width in model.d_streams.items()]
-        first = model.streams[0]
-        usually = " on average" if model.selection in BY_THRESHOLD else ""
+        config = model.config()
+        d_streams, normalize, k = config["d_streams"], config.get("normalize", {}), config["k"]
+        streams = [[name, f"{width:,}", normalize.get(name, "none")] for name, width in d_streams.items()]
+        first = next(iter(d_streams))
+        usually = " on average" if config["selection"] in BY_THRESHOLD else ""
+        private = _private(config.get("private", {}))
         calibrated = "centred and scaled by the model" if model.is_calibrated else "taken as they are"
         parts = [
             # JSON is YAML
             "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in about.items() if value), "---"]),
             f"# {self.title}",
             f"A sparse autoencoder over {len(streams)} {'stream' if len(streams) == 1 else 'streams'} that share "
-            f"{model.n_latents:,} latents, {model.k} of them active a sample{usually} ({model.selection} selection): "
-            f"SPARC, {PAPER}, by sparc_fast {__version__}. Inputs are {calibrated}.{_private(model)}",
+            f"{config['n_latents']:,} latents, {k} of them active a sample{usually} ({config['selection']} selection): "
+            f"SPARC, {PAPER}, by sparc_fast {__version__}. Inputs are {calibrated}.{private}",
             _table(["stream", "width", "rows normalized"], streams),
             "## Use",
             "```python\nimport sparc_fast as sf\n\n"
             f"model = sf.SPARC.from_pretrained({json.dumps(repository)})  # pip install 'sparc_fast[hub]'\n"
             f"codes = model.encode({{{json.dumps(first)}: x}})  "
-            f"# x [N, {model.d_streams[first]}]; values and indices of {model.k} latents a sample{usually}\n```",
+            f"# x [N, {d_streams[first]}]; values and indices of {k} latents a sample{usually}\n```",
         ]
         if self.data:
             parts += ["## Data", self.data]
@@ -85,23 +98,20 @@ class Card:
             parts.append(f"![{self.title}]({Path(self.picture).name})")
         if self.settings:
             parts += ["## Training", _code(self.settings)]
-        parts += ["## Configuration", _code(model.config())]
+        parts += ["## Configuration", _code(config)]
         return "\n\n".join(parts) + "\n"
 
     def _evaluation(self) -> list[str]:
         """A row a score, a column a model."""
-        from sparc_fast.evaluate import table
-
-        scores = self.scores()
-        names = {row.key: row.name for row in table({})}
-        keys = list(dict.fromkeys(key for of_model in scores.values() for key in of_model))
-        rows = [[names.get(key, key), *(_number(of_model.get(key)) for of_model in scores.values())] for key in keys]
-        first = next(iter(self.evaluation.values()))
-        n = first["n_samples"] if isinstance(first, Mapping) else first.n_samples
-        return [f"Of {n:,} samples; `{EVALUATION}` has all figures.", _table(["", *scores], rows)]
+        found = self.evaluations()
+        names = {key: name for one in found.values() for key, name in one.get("names", {}).items()}
+        keys = list(dict.fromkeys(key for one in found.values() for key in one["scores"]))
+        rows = [[names.get(key, key), *(_number(one["scores"].get(key)) for one in found.values())] for key in keys]
+        n = next(iter(found.values()))["n_samples"]
+        return [f"Of {n:,} samples; `{EVALUATION}` has all figures.", _table(["", *found], rows)]
 
 
-def save_pretrained(model: SPARC, folder: str | Path, card: Card | None = None, *, repository: str = "") -> None:
+def save_pretrained(model: Model, folder: str | Path, card: Card | None = None, *, repository: str = "") -> None:
     """Write a folder as the Hub shows it: model.safetensors, config.json, README.md, and what the card holds.
 
     Args:
@@ -120,8 +130,7 @@ def save_pretrained(model: SPARC, folder: str | Path, card: Card | None = None, 
         CARD: card.as_text(model, repository or folder.resolve().name),
     }
     if card.evaluation:
-        found = {name: e if isinstance(e, Mapping) else e.to_dict() for name, e in card.evaluation.items()}
-        texts[EVALUATION] = json.dumps(found, indent=2) + "\n"
+        texts[EVALUATION] = json.dumps(card.evaluations(), indent=2) + "\n"
     model.save(folder / MODEL)
     if card.picture is not None and Path(card.picture).resolve() != (folder / Path(card.picture).name).resolve():
         shutil.copyfile(card.picture, folder / Path(card.picture).name)
@@ -130,7 +139,7 @@ def save_pretrained(model: SPARC, folder: str | Path, card: Card | None = None, 
 
 
 def push_to_hub(
-    model: SPARC,
+    model: Model,
     repo_id: str,
     card: Card | None = None,
     *,
@@ -178,11 +187,9 @@ def _hub() -> Any:
     return huggingface_hub
 
 
-def _private(model: SPARC) -> str:
-    own = [f"{stream} {some.stop - some.start:,}" for stream, some in model.private_latents.items()]
-    return (
-        f" Of the latents these are of one stream alone, and fire beside the others: {', '.join(own)}." if own else ""
-    )
+def _private(counts: Mapping[str, int]) -> str:
+    own = ", ".join(f"{stream} {count:,}" for stream, count in counts.items())
+    return f" Of the latents these are of one stream alone, and fire beside the others: {own}." if own else ""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

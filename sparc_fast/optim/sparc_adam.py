@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparc_fast.batch import AllStreams, Arrays, Batch, Inputs, Presence, columns_of, stack, streams_of
 from sparc_fast.model import SPARC
-from sparc_fast.objective import Objective, SparcLoss, fired
+from sparc_fast.objective import Objective, SparcLoss, fired, of_all_replicas
 from sparc_fast.ops import autograd, backends, reference
 from sparc_fast.ops.huge_pages import empty_rows
 from sparc_fast.ops.layout import by_group, wide
@@ -385,8 +385,8 @@ class SparcAdam(torch.optim.Optimizer):
             )
         (grad_pre_bias,) = shards.sum_of_replicas(one.grad_pre_bias)
         return one._replace(
-            terms=shards.terms(one.terms), values=values, support=support, samples=samples, used=used,
-            grad_pre_bias=grad_pre_bias, of_decoder=of_decoder,
+            terms=of_all_replicas(one.terms, shards, x.device), values=values, support=support, samples=samples,
+            used=used, grad_pre_bias=grad_pre_bias, of_decoder=of_decoder,
         )  # fmt: skip
 
     def _update(
