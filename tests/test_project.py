@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,33 @@ def test_the_map_of_the_code_names_every_place_and_only_places_there_are() -> No
     places += [path for path in (ROOT / "sparc_fast" / "ops").glob("*.py") if path.name != "__init__.py"]
     assert {path.name for path in places} <= {name.rstrip("/").split("/")[-1] for name in names}
     assert not [name for name in names if "/" in name and not (ROOT / name).exists()]
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Wherever in a file: in functions, for types alone, by a name in a string. The package's own face loads on use."""
+    files = [path for top in ("sparc_fast", "kernels", "benchmarks") for path in (ROOT / top).rglob("*.py")]
+    modules = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files}
+    sorter: TopologicalSorter[str] = TopologicalSorter()
+    for path, module in modules.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text())) if module != "sparc_fast" else ():
+            for name in imported(node, package):
+                name = name.replace("sparc_fast.kernels", "kernels").replace("sparc_fast.benchmarks", "benchmarks")
+                while name and name not in modules.values():
+                    name = name.rpartition(".")[0]
+                if name not in ("", module, "sparc_fast"):
+                    sorter.add(module, name)
+    sorter.prepare()
+
+
+def imported(node: ast.AST, package: str) -> list[str]:
+    """What an import, or a call of import_module, names."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        above = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+        return [".".join(filter(None, (above, node.module, alias.name))) for alias in node.names]
+    match node:
+        case ast.Call(ast.Name("import_module") | ast.Attribute(attr="import_module"), [ast.Constant(str(name)), *_]):
+            return [f"{package}{name}" if name.startswith(".") else name]
+    return []

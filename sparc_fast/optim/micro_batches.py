@@ -12,8 +12,8 @@ from sparc_fast.objective import Terms
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import stream_slices, wide
 from sparc_fast.ops.row_step import AdamStep, Gradients, Rows, Samples
-from sparc_fast.optim import private_rows
 from sparc_fast.optim.freezing import Run
+from sparc_fast.optim.private_rows import Block, blocks, of_all, sum_of_columns
 from sparc_fast.selection import Private
 
 LATENTS_AT_ONCE = 1024
@@ -50,7 +50,9 @@ class OneBatch(NamedTuple):
     def update(self, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend) -> tuple[Tensor, Tensor]:
         """A step of the rows, those of a run of streams or all; returns what a backend's `update_rows` does."""
         if self.private is not None:
-            return private_rows.update(self, self.private, rows, run, adam, backend)
+            moved = [(b, one.update(b.rows, b.run, adam, backend)) for b, one in self._blocks(rows, run, backend)]
+            grad_latent_bias = of_all(self.samples, self.private, rows, [(block, bias) for block, (bias, _) in moved])
+            return grad_latent_bias, sum_of_columns(self.samples, rows, [(block, sums) for block, (_, sums) in moved])
         grads = self.grad_pre_bias.new_empty(0), self.grad_pre_bias.new_empty(0)
         for some, samples in self._of(rows, run, backend):
             found = backend.update_rows(some, samples, adam)
@@ -59,9 +61,11 @@ class OneBatch(NamedTuple):
 
     def squared_norm(self, rows: Rows, run: Run | None, backend: Backend) -> tuple[Tensor, Tensor]:
         """(the sum of squares of the rows' gradients, float64, grad_latent_bias), as for `update`."""
-        if self.private is not None:
-            return private_rows.squared_norm(self, self.private, rows, run, backend)
         total = torch.zeros((), dtype=torch.float64, device=self.grad_pre_bias.device)
+        if self.private is not None:
+            of_blocks = [(b, one.squared_norm(b.rows, b.run, backend)) for b, one in self._blocks(rows, run, backend)]
+            total = torch.stack([total, *(squares for _, (squares, _) in of_blocks)]).sum()
+            return total, of_all(self.samples, self.private, rows, [(block, bias) for block, (_, bias) in of_blocks])
         grad_latent_bias = self.grad_pre_bias.new_empty(0)
         for some, samples in self._of(rows, run, backend):
             moves = some.W_enc is not None, some.W_dec is not None
@@ -94,6 +98,12 @@ class OneBatch(NamedTuple):
         grad_W_enc, grad_latent_bias = backend.encoder_gradients(*of_encoder, d_streams)
         _, _, values, _, grad_recons, *inverse = self.of_decoder
         return grad_W_enc, backend.decoder_gradients(values, grad_recons, inverse[0], inverse[1]), grad_latent_bias
+
+    def _blocks(self, rows: Rows, run: Run | None, backend: Backend) -> Iterator[tuple[Block, OneBatch]]:
+        """Where there are private latents, each block of rows, and the batch as it sees it."""
+        assert self.private is not None
+        for block in blocks(self.samples, self.used, self.private, rows, run, backend):
+            yield block, self._replace(samples=block.samples, used=block.used, private=None)
 
     def _of(self, rows: Rows, run: Run | None, backend: Backend) -> Iterator[tuple[Rows, Samples]]:
         """Rows, and the samples that their gradients are sums over."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import wide_type
-from sparc_fast.ops.row_step import AdamStep, DecoderRows, Rows
+from sparc_fast.ops.row_step import DecoderRows, Rows, Samples
 from sparc_fast.optim.freezing import Run
 from sparc_fast.selection import Private
-
-if TYPE_CHECKING:
-    from sparc_fast.optim.micro_batches import OneBatch
 
 
 class Block(NamedTuple):
@@ -27,26 +24,31 @@ class Block(NamedTuple):
     columns: slice
     rows: Rows
     run: Run | None
-    batch: OneBatch
+    samples: Samples
+    used: Tensor
+    """The supports that the samples' entries are of."""
 
 
-def blocks(batch: OneBatch, private: Private, rows: Rows, run: Run | None, backend: Backend) -> Iterator[Block]:
+def blocks(
+    samples: Samples, used: Tensor, private: Private, rows: Rows, run: Run | None, backend: Backend
+) -> Iterator[Block]:
     """The rows of a run of streams, or of all: those of shared latents, then those of each stream's own, if any."""
     if private.n_shared:
         shared = slice(0, private.n_shared)
         columns = slice(0, sum(rows.d_streams))
-        samples = batch.samples._replace(offsets=batch.samples.offsets[: private.n_shared + 1])
-        used = batch.used.masked_fill(batch.used >= private.n_shared, -1) if run is not None else batch.used
-        of_shared = batch._replace(samples=samples, used=used, private=None)
         whole = slice(0, len(rows.d_streams))
-        yield Block(shared, whole, columns, rows.block(shared, columns, rows.d_streams), run, of_shared)
+        yield Block(
+            shared, whole, columns, rows.block(shared, columns, rows.d_streams), run,
+            samples._replace(offsets=samples.offsets[: private.n_shared + 1]),
+            used.masked_fill(used >= private.n_shared, -1) if run is not None else used,
+        )  # fmt: skip
     for s, stream, here in _own(private, run):
         latents, width = private.latents[stream], here.stop - here.start
         one = slice(s, s + 1)
         first = 0 if run is None else run.streams.start
         yield Block(
             latents, slice(s - first, s - first + 1), here, rows.block(latents, here, (width,)), None,
-            _of_stream(batch, latents, one, private.columns[stream], backend),
+            *_of_stream(samples, used, latents, one, private.columns[stream], backend),
         )  # fmt: skip
 
 
@@ -66,38 +68,24 @@ def decoder_blocks(
         yield DecoderRows(W_dec, moments, widths, rows.last_step[some], copy), inside
 
 
-def update(
-    batch: OneBatch, private: Private, rows: Rows, run: Run | None, adam: AdamStep, backend: Backend
-) -> tuple[Tensor, Tensor]:
-    """As `OneBatch.update`, block by block."""
-    found = [(b, b.batch.update(b.rows, b.run, adam, backend)) for b in blocks(batch, private, rows, run, backend)]
-    grad_pre_bias = _sums(batch, sum(rows.d_streams))
-    if rows.W_enc is not None:
-        for block, (_, through_encoder) in found:
-            grad_pre_bias[block.columns] += through_encoder
-    return _of_all(batch, private, rows, [(block, bias) for block, (bias, _) in found]), grad_pre_bias
-
-
-def squared_norm(
-    batch: OneBatch, private: Private, rows: Rows, run: Run | None, backend: Backend
-) -> tuple[Tensor, Tensor]:
-    """As `OneBatch.squared_norm`, block by block."""
-    found = [(b, b.batch.squared_norm(b.rows, b.run, backend)) for b in blocks(batch, private, rows, run, backend)]
-    squares = [torch.zeros((), dtype=torch.float64, device=batch.used.device), *(of_rows for _, (of_rows, _) in found)]
-    return torch.stack(squares).sum(), _of_all(batch, private, rows, [(block, bias) for block, (_, bias) in found])
-
-
-def _of_all(batch: OneBatch, private: Private, rows: Rows, found: Sequence[tuple[Block, Tensor]]) -> Tensor:
-    """[S, L] of those of blocks; 0 where a latent is another stream's. Of no use where the encoder stays."""
-    grad_latent_bias = _sums(batch, len(rows.d_streams), private.n_latents)
+def of_all(samples: Samples, private: Private, rows: Rows, found: Sequence[tuple[Block, Tensor]]) -> Tensor:
+    """[S, L] of what was found of blocks; 0 where a latent is another stream's. Of no use where the encoder stays."""
+    grad_latent_bias = _sums(samples, len(rows.d_streams), private.n_latents)
     for block, of_block in found if rows.W_enc is not None else ():
         grad_latent_bias[block.streams, block.latents] = of_block
     return grad_latent_bias
 
 
-def _sums(batch: OneBatch, *shape: int) -> Tensor:
-    x = batch.samples.x
-    return torch.zeros(shape, dtype=wide_type(x.dtype), device=x.device)
+def sum_of_columns(samples: Samples, rows: Rows, found: Sequence[tuple[Block, Tensor]]) -> Tensor:
+    """[D] of what was found of the columns of blocks."""
+    sums = _sums(samples, sum(rows.d_streams))
+    for block, of_block in found if rows.W_enc is not None else ():
+        sums[block.columns] += of_block
+    return sums
+
+
+def _sums(samples: Samples, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=wide_type(samples.x.dtype), device=samples.x.device)
 
 
 def _own(private: Private, run: Run | None) -> Iterator[tuple[int, str, slice]]:
@@ -110,10 +98,11 @@ def _own(private: Private, run: Run | None) -> Iterator[tuple[int, str, slice]]:
         yield s, name, slice(columns.start - first, columns.stop - first)
 
 
-def _of_stream(batch: OneBatch, latents: slice, one: slice, columns: slice, backend: Backend) -> OneBatch:
-    """The batch as a model of this stream and these latents alone sees it."""
-    samples = batch.samples
-    used = batch.used if batch.used.ndim == 2 else batch.used[:, one.start]
+def _of_stream(
+    samples: Samples, used: Tensor, latents: slice, one: slice, columns: slice, backend: Backend
+) -> tuple[Samples, Tensor]:
+    """Samples and their supports as a model of this stream and these latents alone sees them."""
+    used = used if used.ndim == 2 else used[:, one.start]
     inside = (used >= latents.start) & (used < latents.stop)
     own = torch.where(inside, used - latents.start, -1)
     offsets, entries = backend.invert_indices(own, latents.stop - latents.start)
@@ -122,4 +111,4 @@ def _of_stream(batch: OneBatch, latents: slice, one: slice, columns: slice, back
         grad_values=samples.grad_values[:, one], grad_recons=samples.grad_recons[:, one, columns],
         offsets=offsets, entries=entries,
     )  # fmt: skip
-    return batch._replace(samples=samples, used=own, private=None)
+    return samples, own
