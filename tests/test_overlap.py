@@ -64,7 +64,7 @@ def by_way(patch: pytest.MonkeyPatch, way: str, least: int = 4) -> None:
     for name in ("LEAST", "LEAST_DEALT"):
         patch.setattr(shared_memory, name, 1 if way == "memory" else 2**60)
     if way == "gloo":
-        patch.setattr(exchanges, "neighbours", lambda exchange: None)
+        patch.setattr(exchanges, "neighbours", lambda *_: None)
         patch.setattr(shared_memory, "_place", lambda: "")
 
 
