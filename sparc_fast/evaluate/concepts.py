@@ -11,10 +11,10 @@ from torch import Tensor
 from . import codes as chunks
 from .agreement import firing_agreement
 from .codes import ByLatent, Codes, by_latent, check_codes, check_labels, firings
+from .resampling import Z
 
 __all__ = ["Carried", "LatentNames", "TopSamples", "latents_of_one_concept", "name_latents", "top_samples"]
 
-Z = 1.96  # normal quantile of the 95 % interval
 ALIKE = 64  # latents of about one frequency that share a threshold of chance
 CHANCE = 0.95  # quantile of what shuffled samples score
 
