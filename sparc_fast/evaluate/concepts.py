@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import codes as chunks
 from .agreement import firing_agreement
@@ -33,8 +34,7 @@ class Carried:
     @classmethod
     def from_labels(cls, labels: Tensor) -> Carried:
         """Of truth values, bool [N, C], or of how often a sample counts as one of each, whose list has it so often."""
-        offsets = torch.zeros(len(labels) + 1, dtype=torch.int64, device=labels.device)
-        offsets[1:] = labels.sum(dim=1).cumsum(0)
+        offsets = pad(labels.sum(dim=1).cumsum(0), (1, 0))
         samples, concepts = labels.nonzero(as_tuple=True)
         if labels.dtype != torch.bool:
             concepts = concepts.repeat_interleave(labels[samples, concepts].long())

@@ -127,9 +127,7 @@ def _matching(first: Any, other: Any, n_samples: int) -> npt.NDArray[np.int64]:
         at, found = min_weight_full_bipartite_matching(edges, maximize=True)
         match[at] = found
     alone = np.flatnonzero(match >= L)
-    taken = np.zeros(L, np.bool_)
-    taken[match[match < L]] = True
-    left = np.flatnonzero(~taken)
+    left = np.setdiff1d(every, match)
     match[alone[np.argsort(-n[alone], kind="stable")]] = left[np.argsort(-m[left], kind="stable")]
     return match
 

@@ -201,6 +201,8 @@ def _batches(
     files = inputs if isinstance(inputs, AlignedFiles) else None
     flat = {} if files is not None else {name: x.reshape(-1, x.shape[-1]) for name, x in inputs.items()}  # type: ignore[union-attr]
     room = {} if files is None else files.room(min(rows.read, N), model.streams)
+    # of what is present, which is in the files' order of streams, whose rows go together
+    columns = [] if files is None else [list(files.d_streams).index(name) for name in model.streams]
     for start in range(0, max(N, 1), rows.read):
         stop = min(start + rows.read, N)
         give_back_freed()  # the allocator would hold back several times what a batch takes
@@ -212,9 +214,7 @@ def _batches(
         for first in range(start, max(stop, start + 1), rows.encoded):
             at = slice(first, min(first + rows.encoded, stop))
             batch = {name: x[at.start - start : at.stop - start] for name, x in block.items()}
-            present = None if files is None or files.present is None else files.present[at]
-            if present is not None:  # in the files' order of streams, whose rows go together
-                present = present[:, [list(files.d_streams).index(name) for name in model.streams]]  # type: ignore[union-attr]
+            present = None if files is None or files.present is None else files.present[at, columns]
             if zero_rows == "absent":
                 present, _ = mark_zero_rows(torch.cat(list(batch.values()), dim=1), present, model.d_streams)
             complete = None if present is None else present.all(dim=1)

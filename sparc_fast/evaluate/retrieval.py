@@ -221,8 +221,7 @@ def _pair(
         raise ValueError(f"queries and candidates must have the same N, got {a}, {b}")
     if groups is not None:
         if groups.is_floating_point() or groups.is_complex() or groups.shape != a.given.shape[:1]:
-            expected = f"integers [N={len(a)}]"
-            raise ValueError(f"groups must be {expected}, got {groups.dtype} {list(groups.shape)}")
+            raise ValueError(f"groups must be integers [N={len(a)}], got {groups.dtype} {list(groups.shape)}")
         groups = groups.to(a.given.device)
     return a, b, groups
 
