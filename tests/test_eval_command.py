@@ -28,7 +28,7 @@ FLAGS = ["--n-latents", "64", "--k", "3", "--batch-size", "32", "--progress", "n
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 60 steps, `run`, and held-out samples with labels, `held_out`."""
+    """A finished run of 30 steps, `run`, and held-out samples with labels, `held_out`."""
     folder = tmp_path_factory.mktemp("eval")
     (folder / "held_out").mkdir()
     for stream, x in rows(400 + N).items():

@@ -7,20 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import seeded
-from test_evaluate_codes import cases, code_of, dense_of
+from test_evaluate_codes import Case, cases, code_of, dense_of
 from test_evaluate_hierarchy import ANIMALS, forests
-from torch import Tensor
 
 from sparc_fast.evaluate import (
     Hierarchy,
-    StreamCode,
     alignment_by_depth,
     concept_alignment,
     concept_jaccard_by_chance,
     sparc_paper_alignment_by_depth,
 )
 
-Case = tuple[dict[str, StreamCode], Tensor, int]
 PETS = ["cat", "dog", "bird", "car"]
 TREE = Hierarchy.from_parents(ANIMALS)
 

@@ -36,6 +36,9 @@ from sparc_fast.evaluate import (
     top_samples,
 )
 
+Case = tuple[dict[str, StreamCode], Tensor, int]
+"""Codes, labels, n_latents."""
+
 
 def code_of(dense: list[list[float]]) -> StreamCode:
     """The code of a small dense matrix [N, L], all L latents selected."""
@@ -49,14 +52,15 @@ def dense_of(code: StreamCode, n_latents: int) -> Tensor:
 
 
 @st.composite
-def cases(draw: st.DrawFn, min_samples: int = 0) -> tuple[dict[str, StreamCode], Tensor, int]:
-    """Codes of 1 to 4 streams, labels, n_latents; values from -2 to 3, so ties, dead latents and zero rows."""
+def cases(draw: st.DrawFn, min_samples: int = 0) -> Case:
+    """Codes of 1 to 4 streams, each of its own k, labels, n_latents; values from -2 to 3, so ties, dead latents and zero rows."""
     S, N = draw(st.integers(1, 4)), draw(st.integers(min_samples, 9))
     L, C = draw(st.integers(1, 7)), draw(st.integers(0, 5))
     k = draw(st.integers(1, L))
     generator = seeded(draw(st.integers(0, 2**31)))
     codes = {}
     for s in range(S):
+        k = draw(st.integers(1, L))
         indices = torch.rand(N, L, generator=generator).argsort(dim=1)[:, :k].int()
         values = torch.randint(-2, 4, (N, k), generator=generator).float()
         codes[f"stream{s}"] = (values, indices)
@@ -168,7 +172,7 @@ def of_latents(streams: Codes, labels: Tensor, x: Tensor, L: int, seed: int = 0)
 @settings(max_examples=60, deadline=None)
 @given(case=cases(min_samples=1), seed=st.integers(0, 2**31))
 def test_what_is_said_of_a_latent_follows_a_permutation_of_latents_and_ignores_one_of_samples(
-    case: tuple[dict[str, StreamCode], Tensor, int], seed: int
+    case: Case, seed: int
 ) -> None:
     streams, labels, L = case
     x = torch.randn(len(labels), 3, generator=seeded(seed))

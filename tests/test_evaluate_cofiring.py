@@ -5,17 +5,9 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings
-from test_evaluate_codes import cases, code_of, dense_of
-from torch import Tensor
+from test_evaluate_codes import Case, cases, dense_of
 
-from sparc_fast.evaluate import (
-    StreamCode,
-    cofiring_iou,
-    energy_share,
-    firing_entropy,
-)
-
-Case = tuple[dict[str, StreamCode], Tensor, int]
+from sparc_fast.evaluate import cofiring_iou, energy_share, firing_entropy
 
 
 def by_definition(case: Case) -> tuple[list[float], list[float]]:
@@ -52,14 +44,3 @@ def test_energy_shares_equal_their_definition(case: Case) -> None:
     total = energy.sum(1, keepdim=True)
     relative = energy / torch.where(total > 0, total, 1)
     torch.testing.assert_close(energy_share(streams, L), relative / relative.sum(0), equal_nan=True)
-
-
-def test_a_latent_of_one_stream_has_entropy_0_and_one_that_takes_turns_has_1_but_no_iou() -> None:
-    #        shared, turns, of a, dead
-    a = code_of([[2.0, 1.0, 1.0, 0.0], [2.0, 0.0, 1.0, 0.0]])
-    b = code_of([[1.0, 0.0, 0.0, 0.0], [1.0, 3.0, 0.0, 0.0]])
-    streams = {"a": a, "b": b}
-    assert firing_entropy(streams, 4)[:3].tolist() == [1, 1, 0]
-    assert firing_entropy(streams, 4)[3].isnan()
-    assert cofiring_iou(streams, 4).tolist() == [1, 0, 0, 0]
-    assert energy_share(streams, 4, relative=False)[0].tolist()[:3] == [0.8, 0.1, 1.0]

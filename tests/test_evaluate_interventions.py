@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import seeded
-from test_evaluate_codes import cases, code_of, dense_of
+from test_evaluate_codes import Case, cases, code_of, dense_of
 from torch import Tensor
 
 import sparc_fast as sf
@@ -22,16 +22,14 @@ from sparc_fast.evaluate import (
     probe_effects,
 )
 
-Case = tuple[dict[str, StreamCode], Tensor, int]
 
-
-def a_model(**options: int) -> sf.SPARC:
+def a_model(calibrated: bool = False) -> sf.SPARC:
     torch.manual_seed(0)
     model = sf.SPARC({"a": 6, "b": 5}, n_latents=12, k=3, backend="reference")
     with torch.no_grad():
         model.pre_bias.normal_()
     inputs = {name: torch.randn(50, width) * 3 + 1 for name, width in model.d_streams.items()}
-    if options:
+    if calibrated:
         model.calibrate(inputs)
     return model
 
@@ -62,9 +60,9 @@ def test_all_ablations_at_once_equal_one_after_another(case: Case, seed: int, ch
         assert int(found.fired[l]) == int((z[:, l] > 0).sum())
 
 
-@pytest.mark.parametrize("options", [{}, {"calibrated": 1}], ids=["as it is", "calibrated"])
-def test_the_dictionary_is_what_latents_add_and_ablations_are_interventions(options: dict[str, int]) -> None:
-    model = a_model(**options)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_dictionary_is_what_latents_add_and_ablations_are_interventions(calibrated: bool) -> None:
+    model = a_model(calibrated)
     inputs = {name: torch.randn(40, width) for name, width in model.d_streams.items()}
     alone = model.encode({"a": inputs["a"]})
     dictionary = dictionary_of(model, "b")
@@ -106,14 +104,13 @@ def planted(matched: bool) -> tuple[StreamCode, Tensor, Tensor]:
 
 
 def test_a_matched_latent_helps_the_other_stream_and_one_that_means_something_else_there_does_not() -> None:
-    for matched, faithful, helpful in ((True, 1.0, 1.0), (False, -0.5, 0.0)):
+    for matched, least, most in ((True, 1 - 1e-4, 1 + 1e-4), (False, -math.inf, -0.5 + 1e-5)):
         code, x, dictionary = planted(matched)
         found = Ablations(dictionary)
         found.add(code, x - dense_of(code, 8) @ dictionary)
-        assert found.helpful == helpful
-        assert (found.faithful <= faithful + 1e-5).all() if not matched else True
-        if matched:
-            torch.testing.assert_close(found.faithful, torch.full((8,), faithful).double(), atol=1e-4, rtol=0)
+        assert found.helpful == matched
+        assert least <= found.faithful.min()
+        assert found.faithful.max() <= most
 
 
 def test_latents_that_do_not_fire_are_not_faithful_nor_the_opposite() -> None:

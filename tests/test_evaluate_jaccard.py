@@ -5,13 +5,11 @@ from typing import Literal
 
 import torch
 from hypothesis import given, settings
-from test_evaluate_codes import cases, code_of, dense_of
-from torch import Tensor
+from test_evaluate_codes import Case, cases, code_of, dense_of
 
 import sparc_fast as sf
-from sparc_fast.evaluate import StreamCode, concept_alignment, concept_jaccard, concept_jaccard_by_chance
+from sparc_fast.evaluate import concept_alignment, concept_jaccard, concept_jaccard_by_chance
 
-Case = tuple[dict[str, StreamCode], Tensor, int]
 SHUFFLES: tuple[Literal["streams", "labels"], ...] = ("streams", "labels")
 
 

@@ -6,12 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evaluate_codes import cases, code_of, dense_of
-from torch import Tensor
+from test_evaluate_codes import Case, cases, code_of, dense_of
 
-from sparc_fast.evaluate import Carried, StreamCode, codes, firing_agreement, latent_use, name_latents, top_samples
+from sparc_fast.evaluate import Carried, codes, firing_agreement, latent_use, name_latents, top_samples
 
-Case = tuple[dict[str, StreamCode], Tensor, int]
 LATENT_0_ALWAYS = {"a": code_of([[1.0], [1.0]]), "b": code_of([[1.0], [1.0]])}
 
 
@@ -51,18 +49,6 @@ def test_agreement_equals_the_overlap_of_the_sets_of_samples(case: Case) -> None
         pairs = [len(a & b) / len(a | b) if a | b else 0.0 for a, b in combinations(sets, 2)]
         expected.append(sum(pairs) / len(pairs) if pairs else 0.0)
     torch.testing.assert_close(firing_agreement(streams, L), torch.tensor(expected, dtype=torch.float64))
-
-
-def test_agreement_compares_codes_of_different_k() -> None:
-    wide = code_of([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    narrow = (torch.ones(2, 1), torch.tensor([[0], [2]]))
-    assert firing_agreement({"a": wide, "b": narrow}, 3).tolist() == [0.5, 0, 0]
-
-
-def test_agreement_of_unrelated_latents_is_about_half_their_frequency() -> None:
-    torch.manual_seed(0)
-    streams = {name: code_of((torch.rand(4000, 20) < 0.1).float().tolist()) for name in "ab"}
-    assert float(firing_agreement(streams, 20).mean()) == pytest.approx(0.1 / (2 - 0.1), abs=0.01)
 
 
 # --- names ---
@@ -113,10 +99,6 @@ def test_names_equal_the_definition_of_their_score(case: Case) -> None:
     assert torch.equal(found.agreement, firing_agreement(streams, L))
 
 
-def one_latent_over(fires: Tensor) -> dict[str, StreamCode]:
-    return {"a": code_of(fires[:, None].float().tolist())}
-
-
 NAMED = {  # which samples fire, which carry each concept, and the names given
     "a broad word always right, not a rare one met once": (10, {"RARE": 1, "BROAD": 300}, ("BROAD", "RARE")),
     "of two words always right the more specific": (10, {"LETTER": 500, "GREEK": 50}, ("GREEK",)),
@@ -147,14 +129,6 @@ def test_what_shuffled_samples_score_as_well_is_no_name() -> None:
     assert sum(map(bool, found.names)) < 0.15 * L
     meant = torch.cat([chance, dense_of(streams["a"], L)[:, :1] > 0], 1)
     assert name_latents(streams, meant, [*concepts, "meant"], L).names[0] == "meant"
-
-
-def test_a_word_no_likelier_than_usual_names_nothing() -> None:
-    labels = torch.ones(2, 1, dtype=torch.bool)
-    found = name_latents(LATENT_0_ALWAYS, labels, ["ALWAYS"], 2)
-    assert found.names == ("", "")
-    assert found.concept.tolist() == [-1, -1]
-    assert found.agreement.tolist() == [1, 0]
 
 
 def test_a_word_that_no_sample_carries_names_nothing_however_many_samples_fire() -> None:

@@ -7,12 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import seeded
-from test_evaluate_codes import cases, code_of, dense_of
+from test_evaluate_codes import Case, cases, code_of, dense_of
 from torch import Tensor
 
 from sparc_fast.evaluate import StreamCode, codes, mono_score
-
-Case = tuple[dict[str, StreamCode], Tensor, int]
 
 
 def by_pairs(code: StreamCode, embeddings: Tensor, L: int) -> list[float]:

@@ -1,17 +1,12 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evaluate_codes import cases, code_of, dense_of
-from torch import Tensor
+from test_evaluate_codes import Case, cases, code_of, dense_of
 
-from sparc_fast.evaluate import StreamCode, class_purity
-
-Case = tuple[dict[str, StreamCode], Tensor, int]
+from sparc_fast.evaluate import class_purity
 
 
 @settings(max_examples=150, deadline=None)
@@ -35,16 +30,6 @@ def test_purity_equals_its_definition(case: Case, weighted: bool) -> None:
             assert int(found.concept[s, l]) == y
             assert float(found.purity[s, l]) == pytest.approx(of[y] / total)
             assert float(found.base[s, l]) == pytest.approx(int(labels[:, y].sum()) / len(labelled))
-
-
-def test_a_latent_of_one_class_is_pure_one_that_always_fires_is_not_and_a_dead_one_has_no_purity() -> None:
-    labels = torch.eye(4, dtype=torch.bool).repeat(5, 1)
-    code = code_of(torch.cat([labels[:, :1].float(), torch.ones(20, 1), torch.zeros(20, 1)], dim=1).tolist())
-    found = class_purity({"a": code}, labels, 3)
-    assert found.purity[0, :2].tolist() == [1.0, 0.25]
-    assert math.isnan(found.purity[0, 2])
-    assert found.base[0, :2].tolist() == [0.25, 0.25]
-    assert found.concept.tolist() == [[0, 0, -1]]
 
 
 def test_one_concept_in_all_streams_is_consistent() -> None:

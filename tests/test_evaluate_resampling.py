@@ -235,10 +235,10 @@ def test_drawn_average_precision_is_that_of_repeated_rows_ties_and_none_drawn_to
         assert float(found[b]) == pytest.approx(expected, rel=1e-5, nan_ok=True)
 
 
-def mono_of_pairs(a: torch.Tensor, weights: torch.Tensor, embeddings: torch.Tensor) -> float:
+def mono_of_pairs(a: torch.Tensor, weights: torch.Tensor, embeddings: torch.Tensor, from_least: bool = True) -> float:
     """Over pairs of different samples n < m, each w_n w_m times. a [n] and weights [n]: 0 where a latent is silent."""
     unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
-    if bool((a[weights > 0] > 0).all()):
+    if from_least and bool((a[weights > 0] > 0).all()):
         a = a - a[weights > 0].min()
     n, m = torch.triu_indices(len(a), len(a), 1)
     times = weights[n] * weights[m] * a[n] * a[m]
@@ -260,10 +260,7 @@ def test_mono_scores_are_of_pairs_of_different_samples_that_are_drawn() -> None:
         for name, judge in permutations(inputs, 2):
             of_latents = [mono_of_pairs(dense[name][:, l], drawn[:, b], truth[judge]) for l in range(20)]
             score.append(float(torch.tensor(of_latents).nanmean()))
-            n, m = torch.triu_indices(N, N, 1)
-            unit = torch.nn.functional.normalize(truth[judge].double(), dim=1)
-            times = drawn[n, b] * drawn[m, b]
-            chance.append(float((times * (unit[n] * unit[m]).sum(dim=1)).sum() / times.sum()))
+            chance.append(mono_of_pairs(torch.ones(N), drawn[:, b], truth[judge], from_least=False))
             above.append((score[-1] - chance[-1]) / (1 - chance[-1]))
         for key, values in (("mono", score), ("mono_chance", chance), ("mono_above_chance", above)):
             assert float(found.resampled[key][b]) == pytest.approx(sum(values) / len(values), rel=1e-5), key

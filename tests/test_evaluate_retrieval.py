@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import seeded
-from test_evaluate_codes import cases, code_of, dense_of
+from test_evaluate_codes import Case, cases, code_of, dense_of
 from torch import Tensor
 
 from sparc_fast.evaluate import (
@@ -21,7 +22,6 @@ from sparc_fast.evaluate import (
     retrieve,
 )
 
-Case = tuple[dict[str, StreamCode], Tensor, int]
 INF = math.inf
 
 
@@ -157,18 +157,22 @@ def test_ranks_over_several_blocks_equal_those_by_dense_products(many: float) ->
         assert (found - expected).abs().nan_to_num(0).max() <= 1
 
 
-def test_the_number_of_threads_changes_no_rank() -> None:
-    generator = seeded(5)
-    codes = [(torch.rand(1000, 8, generator=generator), torch.rand(1000, 64, generator=generator).topk(8).indices)] * 2
+def by_threads(counts: Iterable[int], call: Callable[[], Any]) -> Iterator[Any]:
+    """What is found by so many threads."""
     before = torch.get_num_threads()
     try:
-        ranks = []
-        for threads in (1, 2, 3):
+        for threads in counts:
             torch.set_num_threads(threads)
-            ranks.append(retrieval_ranks(*codes, 64))
+            yield call()
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(one, ranks[0]) for one in ranks)
+
+
+def test_the_number_of_threads_changes_no_rank() -> None:
+    generator = seeded(5)
+    code = torch.rand(1000, 8, generator=generator), torch.rand(1000, 64, generator=generator).topk(8).indices
+    first, *others = by_threads((1, 2, 3), lambda: retrieval_ranks(code, code, 64))
+    assert all(torch.equal(one, first) for one in others)
 
 
 @pytest.mark.usefixtures("way")
@@ -223,15 +227,9 @@ def test_of_equal_codes_in_all_blocks_the_lower_are_found_whatever_the_threads()
     kind = torch.randint(0, 40, (N,), generator=generator)
     kind[:100] = 39  # of this one as many as fill the first places
     code = kinds[0][kind], kinds[1][kind]
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            found.append(retrieve(kinds, code, L, top=top, chunk=16))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    for k, chosen in enumerate(found[0].candidates.tolist()):
+    one, other = by_threads((1, 3), lambda: retrieve(kinds, code, L, top=top, chunk=16))
+    assert all(map(torch.equal, one, other))
+    for k, chosen in enumerate(one.candidates.tolist()):
         same = (kind == k).nonzero()[:top, 0].tolist()
         assert chosen[: len(same)] == same
 
@@ -264,15 +262,6 @@ def test_constant_codes_tie_with_everything_and_rank_in_the_middle(width: int) -
     assert Retrieval.from_ranks(ranks).r10 == 0
 
 
-def test_a_zero_row_matches_nothing_and_stands_behind_all_others() -> None:
-    queries = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
-    candidates = torch.tensor([[-1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
-    assert retrieval_ranks(queries, candidates).tolist() == [2.0, INF, INF]
-    zero = torch.zeros(1, 2)
-    found = Retrieval.from_ranks(retrieval_ranks(zero, zero))
-    assert (found.r1, found.r10, found.median_rank, found.mrr) == (0, 0, INF, 0)
-
-
 @pytest.mark.parametrize("scale", [1e-30, 1e-4, 1e30])
 def test_the_scale_of_the_codes_does_not_matter(scale: float) -> None:
     torch.manual_seed(0)
@@ -286,6 +275,8 @@ def test_summary_of_hand_made_ranks() -> None:
         4, r1=0.25, r5=0.5, r10=0.75, median_rank=5.0, mrr=(1 + 1 / 2 + 1 / 8) / 4, n_candidates=4
     )
     assert Retrieval.from_ranks(torch.tensor([3.0, 1.0, 9.0])).median_rank == 3
+    none = Retrieval.from_ranks(torch.tensor([INF]))
+    assert (none.r1, none.r10, none.median_rank, none.mrr) == (0, 0, INF, 0)
 
 
 def test_no_queries_have_no_scores() -> None:

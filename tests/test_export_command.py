@@ -80,22 +80,16 @@ def test_a_crosscoder_is_converted_with_its_threshold_or_its_topk(tmp_path: Path
         assert (ours.d_streams, ours.selection) == ({"layers": 10}, selection)
 
 
-def test_a_folder_for_the_hub_has_what_was_given(model: sf.SPARC, tmp_path: Path) -> None:
+def test_a_folder_for_the_hub_has_what_was_given(
+    model: sf.SPARC, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "eval.json").write_text(json.dumps({"mine": {"n_samples": 7, "scores": {"r1": 0.25}}}))
     (tmp_path / "config.json").write_text('{"steps": 5}')
     (tmp_path / "figure.png").write_bytes(b"\x89PNG")
-    given = (
-        "--evaluation",
-        tmp_path / "eval.json",
-        "--settings",
-        tmp_path / "config.json",
-        "--picture",
-        tmp_path / "figure.png",
-    )
-    words = ("--title", "Mine", "--about", "Photographs.", "--license", "mit")
-    assert (
-        command("export", tmp_path / "model.safetensors", "--to", "hub", "--out", tmp_path / "out", *given, *words) == 0
-    )
+    given = "--evaluation eval.json --settings config.json --picture figure.png"
+    words = "--title Mine --about Photographs. --license mit"
+    assert command(*f"export model.safetensors --to hub --out out {given} {words}".split()) == 0
     text = (tmp_path / "out" / "README.md").read_text().splitlines()
     for line in (
         "# Mine",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,8 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ImportError(f"the demo needs {', '.join(missing)}: pip install 'sparc_fast[demo]'")
     if arguments.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {arguments.seeds}")
+    changed = {name: value for name in ("steps", "seed") if (value := getattr(arguments, name)) is not None}
     if arguments.data == "emoji":
-        return _emoji(arguments)
+        return _emoji(arguments, changed)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -57,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
     from sparc_fast.explain import write_report
 
     console = Console(width=None if sys.stdout.isatty() else 160)
-    changed = {name: value for name in ("steps", "seed") if (value := getattr(arguments, name)) is not None}
     settings = demo.Settings(**changed)
     check_folder(arguments.out, "--out")
     with console.status("drawing the glyphs and reading their names", spinner="line"):
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _emoji(arguments: argparse.Namespace) -> int:
+def _emoji(arguments: argparse.Namespace, changed: Mapping[str, int]) -> int:
     """Extract, train and explain in folders of `--out`; what is finished there stays as it is."""
     if arguments.ablations:
         raise ValueError("--ablations must be left out with --data emoji, got it")
@@ -104,7 +105,6 @@ def _emoji(arguments: argparse.Namespace) -> int:
     console, features = Console(width=None if sys.stdout.isatty() else 160), arguments.out / "features"
     if not is_feature_folder(features) and extract.to_folder("emoji", features) is None:
         return 128 + signal.SIGINT
-    changed = {name: value for name in ("steps", "seed") if (value := getattr(arguments, name)) is not None}
 
     def progress(name: str) -> Display:
         print(f"training {name}", file=sys.stderr, flush=True)

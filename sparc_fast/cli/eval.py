@@ -130,10 +130,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--raw", action="store_true", help="also retrieval by the inputs of streams of one width")
     printed = parser.add_mutually_exclusive_group()
-    for form, words in (("json", "all figures as JSON"), ("csv", "the table as CSV"), ("latex", "the table as LaTeX"),
-                        ("markdown", "the table in Markdown")):  # fmt: skip
+    for form, ending, words in (("json", ".json", "all figures as JSON"), ("csv", ".csv", "the table as CSV"),
+                                ("latex", ".tex", "the table as LaTeX"),
+                                ("markdown", ".md", "the table in Markdown")):  # fmt: skip
         printed.add_argument(
-            f"--{form}", dest="form", action="store_const", const=form, help=f"print {words} instead of a table"
+            f"--{form}", dest="form", action="store_const", const=ending, help=f"print {words} instead of a table"
         )
     parser.add_argument(
         "--out", nargs="+", default=[], metavar="FILE", help="also write it to files that end in .json, .csv, .tex, .md"
@@ -209,8 +210,7 @@ def _show(evaluations: Mapping[str, Evaluated], n: int, arguments: argparse.Name
 
         print_table(Console(width=None if sys.stdout.isatty() else 160), rows, f"{n:,} samples")
     else:
-        ending = {"json": ".json", "csv": ".csv", "latex": ".tex", "markdown": ".md"}[arguments.form]
-        sys.stdout.write(TABLE_FORMATS[ending](rows, evaluations))
+        sys.stdout.write(TABLE_FORMATS[arguments.form](rows, evaluations))
     write_comparison(rows, evaluations, arguments.out)
     if arguments.plots is not None:
         write_plots(evaluations, arguments.plots)
@@ -296,25 +296,13 @@ def _training_samples(
     if arguments.train_labels is not None:
         return files, as_labels(arguments.train_labels, (files.n_rows,), "--train-labels")
     if is_feature_folder(path):
-        folder = FeatureFolder(path)
-        held_out, own = (folder.labels(which, 1) for which in (split, "train"))
-        return files, None if held_out is None or own is None else _same_columns(folder, split, own, files.n_rows)
+        own, evaluated = FeatureFolder(path).labels("train"), FeatureFolder(path).labels(split, FEWEST)
+        if own is None or evaluated is None:
+            return files, None
+        columns, nobody = dict(zip(own[1], own[0].T, strict=True)), np.zeros(len(own[0]), np.bool_)
+        truth = np.stack([columns.get(name, nobody) for name in evaluated[1]], axis=1)  # in the evaluated ones' order
+        return files, torch.from_numpy(truth.repeat(files.n_rows // len(truth), axis=0))
     return files, as_labels(path / LABELS, (files.n_rows,), "--train-labels") if (path / LABELS).is_file() else None
-
-
-def _same_columns(
-    folder: FeatureFolder, split: Split, own: tuple[npt.NDArray[np.bool_], Sequence[str]], n: int
-) -> Tensor | None:
-    """Labels of the training samples, a column for each of the evaluated ones' concepts, in their order."""
-    evaluated = folder.labels(split, FEWEST)
-    if evaluated is None:
-        return None
-    place = {name: column for column, name in enumerate(own[1])}
-    truth = np.zeros((len(own[0]), len(evaluated[1])), np.bool_)
-    for column, name in enumerate(evaluated[1]):
-        if name in place:
-            truth[:, column] = own[0][:, place[name]]
-    return torch.from_numpy(truth.repeat(n // len(truth), axis=0))
 
 
 def _with_baselines(

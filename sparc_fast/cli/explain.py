@@ -189,12 +189,8 @@ def curves(path: Path) -> dict[str, list[float]]:
         {**record["train"], "step": record["step"]} for record in records if "train" in record
     ]
     trained = [*trained[:: math.ceil(len(trained) / POINTS) or 1], *trained[-1:]]
-    found = {key: [_number(record.get(key)) for record in trained] for key in ("step", *CURVES)}
+    found = {key: [math.nan if (x := r.get(key)) is None else float(x) for r in trained] for key in ("step", *CURVES)}
     return {key: line for key, line in found.items() if any(x == x for x in line)}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
 
 
 def _command(arguments: argparse.Namespace) -> str:

@@ -16,7 +16,6 @@ from sparc_fast.files import read_object
 from sparc_fast.interop.hub import Card, save_pretrained
 from sparc_fast.interop.kernel_hub import write_kernel
 from sparc_fast.interop.saelens import to_saelens
-from sparc_fast.model import SPARC
 
 from .eval import load
 
@@ -70,16 +69,12 @@ def run(arguments: argparse.Namespace) -> int:
         save_pretrained(model, out, card)
         print(f"{out}: {model.n_latents} latents, and a card to look through; hf upload NAME/{out.name} {out}")
         return 0
-    stream = _stream(model, arguments.stream)
+    stream = model.streams[0] if arguments.stream is None else arguments.stream
+    if arguments.stream is None and len(model.streams) > 1:
+        raise ValueError(f"--stream must be one of the streams {model.streams}, got none")
     to_saelens(model, out, stream, _metadata(arguments.metadata), unit_norm=arguments.unit_norm)
     print(f"{out}: {stream}, {model.n_latents} latents, k {model.k}; sae_lens.SAE.load_from_disk loads it")
     return 0
-
-
-def _stream(model: SPARC, named: str | None) -> str:
-    if named is None and len(model.streams) > 1:
-        raise ValueError(f"--stream must be one of the streams {model.streams}, got none")
-    return model.streams[0] if named is None else named
 
 
 def _metadata(texts: Sequence[str]) -> dict[str, Any]:

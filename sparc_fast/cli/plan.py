@@ -75,18 +75,14 @@ def _machine(arguments: argparse.Namespace, config: Config) -> Machine:
 
 def _widths(texts: Sequence[str]) -> dict[str, int]:
     widths: dict[str, int] = {}
-    for stream, width in map(_width, texts):
+    for text in texts:
+        stream, _, width = text.partition("=")
+        if not stream or not width.isdigit():
+            raise ValueError(f"--d-streams must be stream=width, got {text!r}")
         if stream in widths:
             raise ValueError(f"--d-streams must give each stream once, got {stream!r} twice")
-        widths[stream] = width
+        widths[stream] = int(width)
     return widths
-
-
-def _width(text: str) -> tuple[str, int]:
-    stream, _, width = text.partition("=")
-    if not stream or not width.isdigit():
-        raise ValueError(f"--d-streams must be stream=width, got {text!r}")
-    return stream, int(width)
 
 
 def _size(text: str) -> int:

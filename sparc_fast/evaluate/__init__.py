@@ -6,11 +6,7 @@ models.
 """
 
 from .agreement import firing_agreement
-from .alignment import (
-    alignment_by_depth,
-    concept_alignment,
-    sparc_paper_alignment_by_depth,
-)
+from .alignment import alignment_by_depth, sparc_paper_alignment_by_depth
 from .bridge import Bridge, BridgePair, bridge_pairs, bridge_score
 from .codes import Codes, StreamCode
 from .cofiring import cofiring_iou, energy_share, firing_entropy
@@ -20,7 +16,7 @@ from .evaluation import Evaluation, evaluate, evaluate_raw
 from .formats import as_csv, as_latex, as_markdown, write_comparison
 from .hierarchy import Hierarchy
 from .interventions import Ablations, Intervention, intervene, probe_effects
-from .jaccard import Concepts, above_chance, concept_jaccard, concept_jaccard_by_chance
+from .jaccard import Concepts, above_chance, concept_alignment, concept_jaccard, concept_jaccard_by_chance
 from .latents import LatentUse, latent_use
 from .matching import match_latents, matched, rename_latents
 from .metrics import METRICS

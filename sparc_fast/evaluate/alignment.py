@@ -1,4 +1,4 @@
-"""Concept alignment above chance, and by depth of a hierarchy of concepts."""
+"""Concept alignment by depth of a hierarchy of concepts."""
 
 from __future__ import annotations
 
@@ -10,41 +10,10 @@ from torch import Tensor
 
 from .codes import CHUNK_BYTES, Codes, check_codes, check_labels, firing_counts
 from .hierarchy import Hierarchy
-from .jaccard import Concepts, concept_jaccard, concept_jaccard_by_chance, drawn_jaccard, mean_jaccard
+from .jaccard import Concepts, concept_alignment, drawn_jaccard, mean_jaccard
 from .registry import Given, Metric, Row, Score, Sizes
 
-__all__ = [
-    "CONCEPTS_BY_DEPTH",
-    "CONCEPTS_BY_DEPTH_SPARC_PAPER",
-    "alignment_by_depth",
-    "concept_alignment",
-    "sparc_paper_alignment_by_depth",
-]
-
-
-def concept_alignment(
-    codes: Codes,
-    labels: Tensor,
-    n_latents: int,
-    *,
-    shuffle: Literal["streams", "labels"] = "streams",
-    shuffles: int = 1,
-    seed: int = 0,
-) -> Concepts:
-    """`concept_jaccard`, and its mean over `shuffles` shuffles by `concept_jaccard_by_chance`.
-
-    Of *single* codes shuffle "streams": all that streams agree on beyond how often a latent fires is alignment. Of
-    *joint* codes shuffle "labels": their streams agree by construction, so only what is beyond that speaks of labels.
-    A rare latent's chance is noisy: shuffle several times to rank latents.
-    """
-    if shuffles < 1:
-        raise ValueError(f"shuffles must be at least 1, got {shuffles}")
-    found = concept_jaccard(codes, labels, n_latents)
-    chance = torch.zeros_like(found)
-    for turn in range(shuffles):
-        chance += concept_jaccard_by_chance(codes, labels, n_latents, seed + turn, shuffle)
-    fired = torch.stack([firing_counts(code, n_latents) for code in codes.values()])
-    return Concepts(found, chance / shuffles, (fired > 0).any(dim=0))
+__all__ = ["CONCEPTS_BY_DEPTH", "CONCEPTS_BY_DEPTH_SPARC_PAPER", "alignment_by_depth", "sparc_paper_alignment_by_depth"]
 
 
 def alignment_by_depth(

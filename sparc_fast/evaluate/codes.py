@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["ByLatent", "Codes", "StreamCode", "by_latent", "firing_counts", "firings", "label_counts", "parts", "runs"]
 
@@ -120,9 +121,7 @@ class ByLatent(NamedTuple):
 def by_latent(code: StreamCode, n_latents: int) -> ByLatent:
     """A code the other way round, in memory of about its own size."""
     values, indices = code
-    counts = firing_counts(code, n_latents)
-    offsets = torch.zeros(n_latents + 1, dtype=torch.int64, device=values.device)
-    offsets[1:] = counts.cumsum(0)
+    offsets = pad(firing_counts(code, n_latents).cumsum(0), (1, 0))
     samples = torch.empty(int(offsets[-1]), dtype=torch.int32, device=values.device)
     ordered = values.new_empty(len(samples))
     at = offsets[:-1].clone()

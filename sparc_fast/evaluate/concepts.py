@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import codes as chunks
 from .agreement import firing_agreement
 from .codes import ByLatent, Codes, by_latent, check_codes, check_labels, firings
+from .resampling import Z
 
 __all__ = ["Carried", "LatentNames", "TopSamples", "latents_of_one_concept", "name_latents", "top_samples"]
 
-Z = 1.96  # normal quantile of the 95 % interval
 ALIKE = 64  # latents of about one frequency that share a threshold of chance
 CHANCE = 0.95  # quantile of what shuffled samples score
 
@@ -33,8 +34,7 @@ class Carried:
     @classmethod
     def from_labels(cls, labels: Tensor) -> Carried:
         """Of truth values, bool [N, C], or of how often a sample counts as one of each, whose list has it so often."""
-        offsets = torch.zeros(len(labels) + 1, dtype=torch.int64, device=labels.device)
-        offsets[1:] = labels.sum(dim=1).cumsum(0)
+        offsets = pad(labels.sum(dim=1).cumsum(0), (1, 0))
         samples, concepts = labels.nonzero(as_tuple=True)
         if labels.dtype != torch.bool:
             concepts = concepts.repeat_interleave(labels[samples, concepts].long())

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from sparc_fast.batch import position
-from sparc_fast.codes import SparseLatents
 from sparc_fast.ops import functional
 from sparc_fast.whole import WHOLE, Whole
 
@@ -24,13 +23,7 @@ def dictionary_of(model: SPARC, stream: str) -> Tensor:
     """What a unit of each latent adds to a stream as `model.decode` gives it, [L, D], on the model's device."""
     if not model._shards.is_whole:
         raise ValueError("model must be whole for its dictionary to be in one place, but ranks share its latents")
-    L, device, dtype = model.n_latents, model.W_dec.device, model.W_dec.dtype
-    latents = torch.arange(L, dtype=torch.int32, device=device)[:, None]
-    added, nothing = (
-        SparseLatents(fill(L, 1, 1, dtype=dtype, device=device), latents, (stream,), L)
-        for fill in (torch.ones, torch.zeros)
-    )
-    return model.decode(added, stream, stream) - model.decode(nothing[:1], stream, stream)
+    return directions(model, stream).rows
 
 
 class Dictionary:
@@ -84,8 +77,6 @@ class Dictionary:
 @torch.no_grad()
 def directions(model: SPARC, stream: str) -> Dictionary:
     """`dictionary_of`, also where ranks share the latents."""
-    if model._shards.is_whole:
-        return Dictionary(dictionary_of(model, stream))
     t = position(stream, model.streams, "stream")
     cols, W_dec = model._columns()[t], model.W_dec
     rows = torch.arange(len(W_dec), dtype=torch.int32, device=W_dec.device)[:, None]

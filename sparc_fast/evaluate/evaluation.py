@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import permutations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from sparc_fast.sizes import as_bytes, is_integer
+from sparc_fast.sizes import is_integer
 
 from .agreement import Agreement
 from .codes import Codes
@@ -19,18 +21,16 @@ from .jaccard import Concepts
 from .labels import PerSample, as_groups
 from .latents import LatentUse
 from .metrics import METRICS
-from .passing import Run, Samples, check_model, to_stderr
+from .passing import Run, Samples
 from .reconstruction import Reconstructed
 from .registry import Metric, Need, choose
-from .resampling import RESAMPLES, Resampling
+from .resampling import RESAMPLES, Resampling, Z
 from .retrieval import RETRIEVAL, Retrieval, drawn_retrieval, retrieval_scores
 
 if TYPE_CHECKING:
     from ..model import SPARC
 
 __all__ = ["Evaluation", "evaluate", "evaluate_raw", "half_width"]
-
-Z = 1.96  # normal quantile of the 95 % interval
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -229,9 +229,12 @@ def evaluate(
     Raises:
         ValueError: names the argument, what was expected and what came.
     """
+    from sparc_fast.model import SPARC
+
+    if not isinstance(model, SPARC):
+        raise ValueError(f"model must be a SPARC, got {type(model).__name__}")
     if zero_rows not in ("keep", "absent"):
         raise ValueError(f'zero_rows must be "keep" or "absent", got {zero_rows!r}')
-    check_model(model)
     if not is_integer(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     if not is_integer(resamples) or resamples < 0 or resamples == 1:
@@ -245,13 +248,11 @@ def evaluate(
     if both and train is not None and train_labels is None and labels is not None:
         raise ValueError(f"train_labels must be given for {', '.join(both)}, got None")
     computed = [metric for metric in chosen if all(there.get(need, True) for need in metric.needs)]
-    run = Run(
-        model._shards.together(model), computed, batch_size, zero_rows, as_bytes(memory, "memory"), memory, resamples
-    )
+    run = Run(model._shards.together(model), computed, batch_size, zero_rows, memory, resamples)
     was_training = model.training
     model.eval()
     try:
-        given = run.given(inputs, labels, groups, say or to_stderr)
+        given = run.given(inputs, labels, groups, say or partial(print, file=sys.stderr))
         given.hierarchy = hierarchy
         if train is not None and any("train" in metric.needs for metric in computed):
             given.train = replace(run, resamples=0).given(train, train_labels, None, given.say, "train_labels")

@@ -46,7 +46,8 @@ class Ablations:
         for some in parts(len(rows), 16 * D):
             squares[some] = rows[some].detach().double().square().sum(dim=1)
         self._squares = self.dictionary.of_each(squares)
-        self._fired = torch.zeros(L, dtype=torch.int64, device=rows.device)
+        self.fired = torch.zeros(L, dtype=torch.int64, device=rows.device)
+        """How many samples fire each latent, [L]: of the others nothing is taken out."""
 
     @torch.no_grad()
     def add(self, code: StreamCode, residual: Tensor) -> Tensor:
@@ -68,14 +69,9 @@ class Ablations:
             worse = 2 * z * along + moved
             self._worse.scatter_add_(0, latents.flatten(), worse.flatten())
             grown[rows] = worse.float()
-            self._fired += torch.bincount(latents[z > 0], minlength=L)
+            self.fired += torch.bincount(latents[z > 0], minlength=L)
         self.n += len(values)
         return grown
-
-    @property
-    def fired(self) -> Tensor:
-        """How many samples fire each latent, [L]: of the others nothing is taken out."""
-        return self._fired
 
     @property
     def moved(self) -> Tensor:
@@ -99,7 +95,7 @@ class Ablations:
     @property
     def helpful(self) -> float:
         """Of the latents that fire, the fraction without which the target is worse; nan where none does."""
-        return float((self._worse > 0)[self._fired > 0].double().mean())
+        return float((self._worse > 0)[self.fired > 0].double().mean())
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,9 +147,7 @@ def intervene(
                 errors[when].append((truth[rows].double() - x_hat).square().sum(dim=1))
             if probe is not None:
                 logits[when].append(probe(x_hat.float()).double())
-    before, after = (torch.cat(found) if found else None for found in errors)
-    told_before, told_after = (torch.cat(found) if found else None for found in logits)
-    return Intervention(torch.cat(moved), before, after, told_before, told_after)
+    return Intervention(torch.cat(moved), *(torch.cat(found) if found else None for found in (*errors, *logits)))
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ __all__ = [
     "CONCEPTS_JOINT",
     "Concepts",
     "above_chance",
+    "concept_alignment",
     "concept_jaccard",
     "concept_jaccard_by_chance",
 ]
@@ -71,11 +72,7 @@ def _shuffles(S: int, N: int, seed: int = 0) -> list[Tensor]:
 
 
 def mean_jaccard(
-    codes: Codes,
-    labels: Tensor,
-    n_latents: int,
-    orders: Sequence[Tensor] | None = None,
-    active: Tensor | None = None,
+    codes: Codes, labels: Tensor, n_latents: int, orders: Sequence[Tensor] | None = None, active: Tensor | None = None
 ) -> Tensor:
     """`concept_jaccard` of labels and orders as `label_counts` takes them, by default active where a label fires."""
     given, found = active, torch.zeros(len(codes), n_latents, dtype=torch.bool, device=labels.device)
@@ -125,9 +122,33 @@ class Concepts:
         return float(above_chance(self.jaccard.mean(), self.chance.mean()))
 
 
+def concept_alignment(
+    codes: Codes,
+    labels: Tensor,
+    n_latents: int,
+    *,
+    shuffle: Literal["streams", "labels"] = "streams",
+    shuffles: int = 1,
+    seed: int = 0,
+) -> Concepts:
+    """`concept_jaccard`, and its mean over `shuffles` shuffles by `concept_jaccard_by_chance`.
+
+    Of *single* codes shuffle "streams": all that streams agree on beyond how often a latent fires is alignment. Of
+    *joint* codes shuffle "labels": their streams agree by construction, so only what is beyond that speaks of labels.
+    A rare latent's chance is noisy: shuffle several times to rank latents.
+    """
+    if shuffles < 1:
+        raise ValueError(f"shuffles must be at least 1, got {shuffles}")
+    found = concept_jaccard(codes, labels, n_latents)
+    chance = torch.zeros_like(found)
+    for turn in range(shuffles):
+        chance += concept_jaccard_by_chance(codes, labels, n_latents, seed + turn, shuffle)
+    fired = torch.stack([firing_counts(code, n_latents) for code in codes.values()])
+    return Concepts(found, chance / shuffles, (fired > 0).any(dim=0))
+
+
 def _compute(given: Given) -> Concepts:
-    arguments = given.single, given.concepts, given.n_latents
-    return Concepts(concept_jaccard(*arguments), concept_jaccard_by_chance(*arguments), given.alive)
+    return concept_alignment(given.single, given.concepts, given.n_latents)
 
 
 def _compute_joint(given: Given) -> Concepts:

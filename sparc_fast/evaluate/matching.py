@@ -14,7 +14,9 @@ from torch import Tensor
 from sparc_fast.selection import LOCAL
 
 from .codes import Codes, check_codes, firings, parts, runs
-from .passing import Samples, codes_alone
+from .evaluation import evaluate
+from .passing import Samples
+from .registry import Metric
 
 if TYPE_CHECKING:
     from ..model import SPARC
@@ -24,6 +26,7 @@ __all__ = ["match_latents", "matched", "rename_latents"]
 PRODUCTS = 2**21  # co-firings that are counted at a time
 PARTNERS = 64  # of each latent, those of largest correlation, that may become its match
 NOBODY = 1e-9  # correlation with a partner of one's own, so that all latents can be matched
+CODES = Metric("codes", "The codes of each stream alone.", lambda given: given.single, needs=frozenset({"single"}))
 
 
 def match_latents(codes: Codes, n_latents: int) -> Tensor:
@@ -41,12 +44,9 @@ def match_latents(codes: Codes, n_latents: int) -> Tensor:
     if find_spec("scipy") is None:
         raise ImportError("matching latents needs SciPy: pip install 'sparc_fast[evaluate]'")
     n_samples = check_codes(codes, n_latents)
-    of_streams = [_firings(code, n_latents) for code in codes.values()]
-    first = of_streams[0]
-    found = [np.arange(n_latents)]
-    for other in of_streams[1:]:
-        found.append(_matching(first, other, n_samples))
-    return torch.from_numpy(np.stack(found))
+    first, *others = (_firings(code, n_latents) for code in codes.values())
+    matches = [_matching(first, other, n_samples) for other in others]
+    return torch.from_numpy(np.stack([np.arange(n_latents), *matches]))
 
 
 def rename_latents(codes: Codes, matches: Tensor) -> Codes:
@@ -80,7 +80,8 @@ def matched(model: SPARC, inputs: Samples, *, batch_size: int = 1024, memory: in
         raise ValueError(f"model must have selection {' or '.join(map(repr, LOCAL))}, got {model.selection!r}")
     if model.private_latents:
         raise ValueError(f"model must have no private latents to be put in another order, got {model.private_latents}")
-    matches = match_latents(codes_alone(model, inputs, batch_size=batch_size, memory=memory), model.n_latents)
+    found = evaluate(model, inputs, metrics=(CODES,), batch_size=batch_size, resamples=0, memory=memory)
+    matches = match_latents(found.single_codes, model.n_latents)
     reordered = copy.deepcopy(model)
     columns = torch.split(torch.arange(model.W_enc.shape[1], device="cpu"), list(model.d_streams.values()))
     for s, (match, cols) in enumerate(zip(matches.to(model.W_enc.device), columns, strict=True)):
@@ -126,9 +127,7 @@ def _matching(first: Any, other: Any, n_samples: int) -> npt.NDArray[np.int64]:
         at, found = min_weight_full_bipartite_matching(edges, maximize=True)
         match[at] = found
     alone = np.flatnonzero(match >= L)
-    taken = np.zeros(L, np.bool_)
-    taken[match[match < L]] = True
-    left = np.flatnonzero(~taken)
+    left = np.setdiff1d(every, match)
     match[alone[np.argsort(-n[alone], kind="stable")]] = left[np.argsort(-m[left], kind="stable")]
     return match
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from sparc_fast.ops.huge_pages import give_back_freed
 from sparc_fast.selection import LOCAL
 from sparc_fast.sizes import as_bytes
 
-from .codes import CHUNK_BYTES, Codes
+from .codes import CHUNK_BYTES
 from .labels import PerSample, as_groups, as_labels
 from .registry import Batch, Given, Metric, Need, Sizes
 from .resampling import Resampling
@@ -28,47 +27,12 @@ from .resampling import Resampling
 if TYPE_CHECKING:
     from ..model import SPARC
 
-__all__ = [
-    "InputsOnCPU", "InputsOnDevice", "Run", "Samples", "bytes_of_inputs", "check_model", "codes_alone", "to_stderr",
-]  # fmt: skip
+__all__ = ["InputsOnCPU", "InputsOnDevice", "Run", "Samples", "bytes_of_inputs"]
 
 Samples = Mapping[str, Tensor] | Arrays | AlignedFiles
 """stream -> its rows, tensors or NumPy arrays, or files that were opened."""
 
 LEAST_CHUNK, PIECES = 2**17, 12  # bytes of a piece of work on resamplings, and how many such pieces there are at a time
-
-
-@torch.no_grad()
-def codes_alone(
-    model: SPARC,
-    inputs: Samples,
-    *,
-    batch_size: int = 1024,
-    zero_rows: Literal["keep", "absent"] = "keep",
-    memory: int | str = "4GiB",
-) -> Codes:
-    """The codes of each stream encoded by itself, on the CPU; arguments are those of `evaluate`."""
-    check_model(model)
-    codes = Metric("codes", "The codes themselves.", lambda given: given.single, needs=frozenset({"single"}))
-    run = Run(model._shards.together(model), (codes,), batch_size, zero_rows, as_bytes(memory, "memory"), memory)
-    was_training = model.training
-    model.eval()
-    try:
-        return run.given(inputs, None, None, to_stderr).single
-    finally:
-        model.train(was_training)
-
-
-def check_model(model: SPARC) -> None:
-    """ValueError where it is none; a file of one is not read here."""
-    from sparc_fast.model import SPARC
-
-    if not isinstance(model, SPARC):
-        raise ValueError(f"model must be a SPARC, got {type(model).__name__}")
-
-
-def to_stderr(words: str) -> None:
-    print(words, file=sys.stderr)
 
 
 def _as_tensors(inputs: Samples) -> Mapping[str, Tensor] | AlignedFiles:
@@ -120,9 +84,8 @@ class Run:
     metrics: Sequence[Metric]
     batch_size: int
     zero_rows: str
-    room: int
     memory: int | str
-    resamples: int = 0
+    resamples: int
 
     def given(
         self,
@@ -197,7 +160,7 @@ class Run:
 
     def _rows_at_once(self, inputs: Mapping[str, Tensor] | AlignedFiles, N: int, n_labels: int) -> _Rows:
         """Such that all of it fits: what is kept, and beside it a batch, and after it what metrics take."""
-        model = self.model
+        model, room = self.model, as_bytes(self.memory, "memory")
         S, k, L, itemsize = len(model.streams), model._slots(), model.n_latents, model.W_enc.dtype.itemsize
         sizes = Sizes(N, S, k, L, n_labels, sum(model.d_streams.values()), self.resamples)
         kept = 2**25 + 2 * N * n_labels  # and what the allocator holds back
@@ -221,12 +184,12 @@ class Run:
         encoded = wide * (5 * sizes.D + 2 * L) + 24 * S * k
         copies = 4 * min(L * sizes.D, 2**23) + 48 * L + 2 * max((r.pick_scratch for r in readers), default=0)
         least = kept + max(work, copies + 2 * (stored + encoded))
-        if self.room < least:
+        if room < least:
             raise ValueError(f"memory must be at least {least} bytes for {N} samples here, got {self.memory}")
-        half = (self.room - kept - copies) // 2
+        half = (room - kept - copies) // 2
         read = min(min(half, 2**25) // stored, 2**27 // encoded)  # more at a time is no faster
         together = max(1, min(self.batch_size, half // encoded, read))
-        chunk = max(LEAST_CHUNK, min(CHUNK_BYTES, (self.room - kept) // PIECES))
+        chunk = max(LEAST_CHUNK, min(CHUNK_BYTES, (room - kept) // PIECES))
         return _Rows(max(1, read // together) * together, together, chunk)
 
 
@@ -238,6 +201,8 @@ def _batches(
     files = inputs if isinstance(inputs, AlignedFiles) else None
     flat = {} if files is not None else {name: x.reshape(-1, x.shape[-1]) for name, x in inputs.items()}  # type: ignore[union-attr]
     room = {} if files is None else files.room(min(rows.read, N), model.streams)
+    # of what is present, which is in the files' order of streams, whose rows go together
+    columns = [] if files is None else [list(files.d_streams).index(name) for name in model.streams]
     for start in range(0, max(N, 1), rows.read):
         stop = min(start + rows.read, N)
         give_back_freed()  # the allocator would hold back several times what a batch takes
@@ -249,9 +214,7 @@ def _batches(
         for first in range(start, max(stop, start + 1), rows.encoded):
             at = slice(first, min(first + rows.encoded, stop))
             batch = {name: x[at.start - start : at.stop - start] for name, x in block.items()}
-            present = None if files is None or files.present is None else files.present[at]
-            if present is not None:  # in the files' order of streams, whose rows go together
-                present = present[:, [list(files.d_streams).index(name) for name in model.streams]]  # type: ignore[union-attr]
+            present = None if files is None or files.present is None else files.present[at, columns]
             if zero_rows == "absent":
                 present, _ = mark_zero_rows(torch.cat(list(batch.values()), dim=1), present, model.d_streams)
             complete = None if present is None else present.all(dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,7 @@ def _latents(evaluations: Mapping[str, Evaluation]) -> Figure | None:
     for one, (words, of_models) in zip(axes, found.items(), strict=True):
         low = min(0.0, *(float(values.nan_to_num(0).min()) for values in of_models.values()))
         edges = np.linspace(max(low, -1), 1, BINS + 1)
-        for color, (name, values) in zip(_colors(len(of_models)), of_models.items(), strict=True):
+        for color, (name, values) in zip(cycle(COLORS), of_models.items(), strict=False):
             counts, _ = np.histogram(values.nan_to_num(0).clamp(min=-1).numpy(), edges)
             one.stairs(counts, edges, label=name, color=color, linewidth=1.4)
         one.set(xlabel=words, ylabel="latents", yscale="symlog", ylim=(0, None))
@@ -99,7 +100,7 @@ def _depth(evaluations: Mapping[str, Evaluation]) -> Figure | None:
     if not found:
         return None
     figure, (one,) = _figure(1, 5)
-    for color, (name, by_depth) in zip(_colors(len(found)), found.items(), strict=True):
+    for color, (name, by_depth) in zip(cycle(COLORS), found.items(), strict=False):
         heights = [at.corrected for at in by_depth]
         one.plot(range(len(heights)), heights, marker="o", label=name, color=color, linewidth=1.6)
     one.axhline(0, color="#b5b1a8", linestyle=":", linewidth=1)
@@ -136,7 +137,7 @@ def _retrieval(evaluations: Mapping[str, Evaluation]) -> Figure | None:
     if not found:
         return None
     figure, (one,) = _figure(1, 5)
-    for color, (name, of_pairs) in zip(_colors(len(found)), found.items(), strict=True):
+    for color, (name, of_pairs) in zip(cycle(COLORS), found.items(), strict=False):
         most = min(r.n_candidates for r in of_pairs)
         at = np.unique(np.geomspace(1, max(most, 1), 100).astype(int))
         curves = [
@@ -155,7 +156,3 @@ def _named(figure: Figure, axes: Axes) -> Figure:
     lines, names = axes.get_legend_handles_labels()
     figure.legend(lines, names, loc="outside upper center", ncols=3, frameon=False, fontsize=7)
     return figure
-
-
-def _colors(n: int) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(n)]

@@ -77,8 +77,8 @@ def _resample(given: Given, found: tuple[Purity, Purity]) -> Mapping[str, Tensor
     degree = carried.offsets.diff()
     purity, heavy, base, fired, same, everywhere = (resampling.zeros() for _ in range(6))
     for latents in latent_blocks(codes, given.n_latents, resampling, int(degree.max()) if N else 0):
-        l, cells, holders, labelled = latents.stop - latents.start, [], [], []
-        activations = []
+        l = latents.stop - latents.start
+        cells, holders, labelled, activations = [], [], [], []
         for code in codes:
             keys, (each,) = firing_entries(code, latents, resampling.chunk_bytes, code[0])
             kept = degree[keys % max(N, 1)] > 0

@@ -31,9 +31,8 @@ class Reconstruction:
     def __init__(self) -> None:
         self.n = 0
         self._origin = torch.zeros((), dtype=torch.float64, device="cpu")
-        self._sums = [
-            self._origin
-        ] * 5  # samples; of them errors and relative errors; their distances from one, and squares
+        # samples; of them errors and relative errors; their distances from one, and squares
+        self._sums = [self._origin] * 5
 
     def add(self, error: Tensor, x: Tensor, weights: Tensor | None = None) -> None:
         """error [..., n] from `squared_error`, x [n, D]; weights [n, B]: how often each is drawn."""

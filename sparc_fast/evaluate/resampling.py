@@ -16,17 +16,10 @@ from sparc_fast.ops.huge_pages import give_back_freed
 
 from .codes import CHUNK_BYTES, StreamCode, firing_counts, parts, runs
 
-__all__ = [
-    "RESAMPLES",
-    "Bags",
-    "Resampling",
-    "drawn_firings",
-    "drawn_sums",
-    "firing_entries",
-    "latent_blocks",
-]
+__all__ = ["RESAMPLES", "Bags", "Resampling", "Z", "drawn_firings", "drawn_sums", "firing_entries", "latent_blocks"]
 
 RESAMPLES = 200  # by default; the width of an interval is then known to 5 %
+Z = 1.96  # normal quantile of the 95 % interval
 
 
 class Resampling:

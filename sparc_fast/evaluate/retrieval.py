@@ -108,12 +108,7 @@ class Retrieval:
 
 @torch.no_grad()
 def retrieval_scores(
-    queries: Rows,
-    candidates: Rows,
-    n_latents: int | None = None,
-    groups: Tensor | None = None,
-    *,
-    chunk: int = 64,
+    queries: Rows, candidates: Rows, n_latents: int | None = None, groups: Tensor | None = None, *, chunk: int = 64
 ) -> Retrieval:
     """The ranks of `retrieval_ranks`, summarised.
 
@@ -131,12 +126,7 @@ def retrieval_scores(
 
 @torch.no_grad()
 def retrieval_ranks(
-    queries: Rows,
-    candidates: Rows,
-    n_latents: int | None = None,
-    groups: Tensor | None = None,
-    *,
-    chunk: int = 64,
+    queries: Rows, candidates: Rows, n_latents: int | None = None, groups: Tensor | None = None, *, chunk: int = 64
 ) -> Tensor:
     """Exact rank of candidate n for query n by cosine similarity among all N candidates, float64 [N].
 
@@ -184,14 +174,7 @@ class Found(NamedTuple):
 
 
 @torch.no_grad()
-def retrieve(
-    queries: Rows,
-    candidates: Rows,
-    n_latents: int | None = None,
-    *,
-    top: int = 10,
-    chunk: int = 64,
-) -> Found:
+def retrieve(queries: Rows, candidates: Rows, n_latents: int | None = None, *, top: int = 10, chunk: int = 64) -> Found:
     """The candidates most similar to each query by cosine, such as the pictures of a text.
 
     Both are dense, [Q, D] and [M, D], or both sparse codes over `n_latents`. Found exactly, among all: sparse codes as
@@ -230,11 +213,7 @@ def _find_by_chunks(found: Tensor, cosines: Tensor, a: _Rows, b: _Rows, chunk: i
 
 
 def _pair(
-    queries: Rows,
-    candidates: Rows,
-    n_latents: int | None,
-    groups: Tensor | None,
-    chunk: int,
+    queries: Rows, candidates: Rows, n_latents: int | None, groups: Tensor | None, chunk: int
 ) -> tuple[_Rows, _Rows, Tensor | None]:
     """Query n beside its candidate n, checked."""
     a, b = _same_kind(queries, candidates, n_latents, chunk)
@@ -242,8 +221,7 @@ def _pair(
         raise ValueError(f"queries and candidates must have the same N, got {a}, {b}")
     if groups is not None:
         if groups.is_floating_point() or groups.is_complex() or groups.shape != a.given.shape[:1]:
-            expected = f"integers [N={len(a)}]"
-            raise ValueError(f"groups must be {expected}, got {groups.dtype} {list(groups.shape)}")
+            raise ValueError(f"groups must be integers [N={len(a)}], got {groups.dtype} {list(groups.shape)}")
         groups = groups.to(a.given.device)
     return a, b, groups
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .evaluation import Evaluation, Z, half_width
+from .evaluation import Evaluation, half_width
 from .metrics import METRICS
 from .registry import Metric, Row
+from .resampling import Z
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -125,10 +126,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _drawn(runs: Sequence[Evaluation], score: str) -> Tensor | None:
     """The mean of several runs' score in each resampling of their common samples, [B]."""
-    drawn = [run.resampled.get(score) for run in runs]
-    if any(one is None for one in drawn) or len({len(one) for one in drawn if one is not None}) != 1:
+    drawn = [run.resampled[score] for run in runs if score in run.resampled]
+    if len(drawn) < len(runs) or len(set(map(len, drawn))) != 1:
         return None
-    return torch.stack([one for one in drawn if one is not None]).mean(dim=0)
+    return torch.stack(drawn).mean(dim=0)
 
 
 def _between(runs: Sequence[Evaluation], score: str) -> float:

@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
@@ -59,8 +60,7 @@ def words_as_concepts(
     kept = sorted((-n, word) for word, n in counts.items() if fewest <= n <= MOST_SHARE * len(texts))
     number = {word: place for place, (_, word) in enumerate(kept[:most_words])}
     lists = [sorted(number[word] for word in words if word in number) for words in carried]
-    offsets = torch.zeros(len(lists) + 1, dtype=torch.int64, device="cpu")
-    offsets[1:] = torch.tensor([len(found) for found in lists], dtype=torch.int64, device="cpu").cumsum(0)
+    offsets = torch.tensor([0, *accumulate(map(len, lists))], dtype=torch.int64, device="cpu")
     concepts = torch.tensor([y for found in lists for y in found], dtype=torch.int64, device="cpu")
     return Carried(offsets, concepts, len(number)), _as_written(texts, number)
 
