@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparc_fast.extract.encoders import Encoder, ModelEncoder
 from sparc_fast.model import SPARC
 
-from .grids import hooks
+from .grids import hooks, rows_of
 from .target import Latents, Target
 
 __all__ = ["TextMethod", "WordScores", "word_scores"]
@@ -124,18 +124,16 @@ def _slopes(
             for module in encoder.model.modules():
                 if isinstance(module, nn.Embedding):
                     add(module.register_forward_hook(swap))
-            scores = target.score(encoder.run(inputs))
+            scores = target.score(rows_of(encoder, inputs))
         if not caught:
             raise ValueError(
                 f'method must be "omission" with {encoder.stream.model}: its tokens have no embedding of their own'
             )
         return scores.detach(), caught[0], torch.autograd.grad(scores.sum(), caught[1])[0]
 
-    pooled = encoder.pooled
     with torch.enable_grad():
         whole, given, first = at(1.0)
         slopes = [first if scale == 1.0 else at(scale)[2] for scale in steps]
-    encoder.pooled = pooled
     return whole, given, torch.stack(slopes).mean(0)
 
 

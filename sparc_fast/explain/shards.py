@@ -24,7 +24,7 @@ from .latents import Shown, Tops, choose_latents, tops_of
 from .pictures import Ink, columns
 from .relations import energy, fire_together, latents_of_words
 
-__all__ = ["Shards"]
+__all__ = ["Shards", "clipped"]
 
 LATENTS, TEXTS, SAMPLES = 64, 128, 64  # in a piece
 ENERGIES = 12  # latents of a sample
@@ -183,7 +183,7 @@ class Shards:
         for place, some in _parts(self.rows, TEXTS):
             content = []
             for row in some.tolist():
-                texts = [_clipped(column[row], CLIPPED) for column in items.texts.values()]
+                texts = [clipped(column[row], CLIPPED) for column in items.texts.values()]
                 content.append([str(items.ids[row]), int(held_out[row]), self.flags[self.number[row]], texts])
             yield f"texts/{place}", content
 
@@ -209,8 +209,8 @@ class Shards:
                     [[] if found is None else [n for n in found[row].tolist() if n >= 0] for found in of_stream]
                     for of_stream in near
                 ]
-                about = [_clipped(str(column[row]), LONGEST) for column in items.about.values()]
-                texts = [_clipped(column[row], LONGEST) for column in items.texts.values()]
+                about = [clipped(str(column[row]), LONGEST) for column in items.about.values()]
+                texts = [clipped(column[row], LONGEST) for column in items.texts.values()]
                 content.append({"codes": fired, "near": nearby, "about": about, "texts": texts})
             yield f"samples/{place}", content
 
@@ -231,7 +231,7 @@ def _call(name: str, content: Any) -> bytes:
     return f'shard("{name}",{text});\n'.encode("utf-8", "replace")
 
 
-def _clipped(text: str, letters: int) -> str:
+def clipped(text: str, letters: int) -> str:
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 

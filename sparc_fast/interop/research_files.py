@@ -56,7 +56,7 @@ def read_config(config: str | Path | Mapping[str, Any]) -> UpstreamConfig:
     content, origin = (
         (config, "config") if isinstance(config, Mapping) else (read_object(Path(config), "config"), str(config))
     )
-    arguments = content.get("args", {} if _has_files(content) else content)
+    arguments = content.get("args", {} if any(_files_key(s) in content for s in SPLITS) else content)
     data = content.get("config_file_content", content)
     if not isinstance(arguments, Mapping) or not isinstance(data, Mapping):
         raise ValueError(f"config must hold objects under args and config_file_content, got others in {origin}")
@@ -224,10 +224,6 @@ def _check_config_beside(path: Path, settings: Mapping[str, Any]) -> None:
 
 def _files_key(split: str) -> str:
     return f"{split}_stream_feature_files"
-
-
-def _has_files(content: Mapping[str, Any]) -> bool:
-    return any(_files_key(split) in content for split in SPLITS)
 
 
 def _is_count(value: object) -> bool:
