@@ -102,8 +102,8 @@ def test_the_mean_of_a_map_is_the_code_where_a_row_is_the_mean_of_its_positions(
 ) -> None:
     encoder = made(model, pooling)
     rows = encoder.encode([encoder.prepare(p) for p in pictures()])
+    sparc = model_of(rows.shape[-1], normalize=normalize)
     if pooling == "tokens":  # each is a sample of its own, and its map the codes themselves
-        sparc = model_of(rows.shape[-1], normalize=normalize)
         codes = sparc.encode({"eye": rows}).stream("eye")
         for latent in range(12):
             map_, code = of(sparc, encoder, latent).maps.flatten(1), codes[0].new_zeros(3, 16, 12)
@@ -111,7 +111,6 @@ def test_the_mean_of_a_map_is_the_code_where_a_row_is_the_mean_of_its_positions(
             on = code[..., latent] > 0
             torch.testing.assert_close(map_[on], code[..., latent][on], rtol=0, atol=1e-5)
         return
-    sparc = model_of(rows.shape[1], normalize=normalize)
     values, indices = sparc.encode({"eye": rows}).stream("eye")
     for latent in sorted(set(indices.flatten().tolist()))[:4]:
         found = of(sparc, encoder, latent)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from extraction import write_features
+from reports import pieces
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -70,8 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def start(page: Path) -> dict[str, Any]:
-    (path,) = page.glob("report-*/start.js")
-    return json.loads(re.fullmatch(r'shard\("start",(.*)\);\n', path.read_text("utf-8"))[1])
+    return pieces(page / "index.html", "start")
 
 
 def test_a_run_and_one_before_it_become_a_page(folder, runs, tmp_path, capsys):
@@ -117,8 +117,7 @@ def test_words_are_searched_by_their_own_codes_where_their_model_is_named(folder
     settings.write_text('[source]\ncsv = "none.csv"\n[streams.ear]\nmodel = "mine:kinds"\nmodality = "text"\n')
     arguments = ["explain", str(runs["shared"]), "--data", str(folder), "--out", str(tmp_path / "page")]
     assert cli.main([*arguments, "--words", str(settings)]) == 0
-    (path,) = (tmp_path / "page").glob("report-*/words.js")
-    known = json.loads(re.fullmatch(r'shard\("words",(.*)\);\n', path.read_text("utf-8"))[1])
+    known = pieces(tmp_path / "page" / "index.html", "words")
     model = SPARC.load(runs["shared"] / "model.safetensors").eval()
     rocket = model.encode({"ear": torch.tensor([[0.0, 1, 0, 0, 0]])}).stream("ear")
     told = known["latents"][known["words"].index("rocket")]

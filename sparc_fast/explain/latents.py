@@ -124,9 +124,8 @@ def choose_latents(report: Report, tops: Sequence[Tops] = (), n: int = 12, shown
     likeness = np.maximum(_alike_to_the_eye(report, after, latents, shown), _alike_in_samples(after, latents, shown))
     concepts = [model.concept(latent) or str(latent) for latent in latents]
     free = np.ones(len(latents), bool)
-    wanted = [
-        concepts.index(concept) for concept in dict.fromkeys(report.first) if concept in concepts
-    ]  # the best of each
+    # the best of each
+    wanted = [concepts.index(concept) for concept in dict.fromkeys(report.first) if concept in concepts]
     chosen: list[int] = []  # positions in latents
     while free.any() and len(chosen) < n:
         novelty = np.maximum(1 - likeness[:, chosen].max(axis=1, initial=0), 0)
