@@ -14,10 +14,9 @@ from torch import Tensor
 from sparc_fast.data.feature_folder import FeatureFolder
 from sparc_fast.evaluate import Carried, Codes, name_latents
 from sparc_fast.extract.encoders import Encoder, ModelEncoder
-from sparc_fast.extract.items import load_picture
 from sparc_fast.model import SPARC
 
-from .heatmaps import Heatmaps, Method, heatmaps
+from .heatmaps import Heatmaps, Method, heatmaps, opened_picture
 from .page import Looked, Seen
 from .target import Latents, strongest
 from .texts import word_scores
@@ -76,10 +75,10 @@ def samples_of(folder: FeatureFolder, asked: Sequence[str]) -> list[Sample]:
     for name in asked:
         if (row := rows.get(name)) is not None:
             path = columns["picture"][row]
-            picture = None if path is None else load_picture(folder.picture(path).read_bytes(), None)
+            picture = None if path is None else opened_picture(folder.picture(path))
             found.append(Sample(name, picture, {column: columns[column][row] or "" for column in texts}, row))
         elif Path(name).is_file():
-            found.append(Sample(Path(name).name, load_picture(Path(name).read_bytes(), None), {}, -1))
+            found.append(Sample(Path(name).name, opened_picture(name), {}, -1))
         else:
             raise ValueError(f"--heatmap must be the id of a sample or the file of a picture, got {_got(name, rows)}")
     return found

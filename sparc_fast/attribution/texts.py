@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sparc_fast.evaluate.words import SPACELESS
 from sparc_fast.extract.encoders import Encoder, ModelEncoder
 from sparc_fast.model import SPARC
 
@@ -21,10 +22,8 @@ __all__ = ["TextMethod", "WordScores", "word_scores"]
 
 TextMethod = Literal["omission", "gradient", "integrated"]
 STEPS = 32  # of the way from no words to the text
-WORD = re.compile(  # a run of letters and digits; of scripts without spaces, a character
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-    r"|(?:(?![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])[^\W_])+"
-)
+ONE = SPACELESS.pattern.removesuffix("+")  # a character of a script without spaces
+WORD = re.compile(rf"{ONE}|(?:(?!{ONE})[^\W_])+")  # a run of letters and digits; of scripts without spaces, a character
 
 
 @dataclass(frozen=True)

@@ -90,11 +90,8 @@ function card(id, latent, entries, note) {
 let found = []; // [latent, note] in the order shown
 let asked = 0;
 let vocabulary = null; // word -> its place
-const sortings = {
-  name: (a, b) => (nameOf(index.ids[a]) || "\uffff").localeCompare(nameOf(index.ids[b]) || "\uffff"),
-};
-const sorted = (order) => order.sort(
-  sortings[sort.value] ?? ((a, b) => (index.stats[sort.value][b] ?? -1) - (index.stats[sort.value][a] ?? -1)));
+const byName = (a, b) => (nameOf(index.ids[a]) || "\uffff").localeCompare(nameOf(index.ids[b]) || "\uffff");
+const byStat = (a, b) => (index.stats[sort.value][b] ?? -1) - (index.stats[sort.value][a] ?? -1);
 
 /** What a text speaks of: Map(latent -> thousandths of energy), and samples that have its words. */
 async function evidence(text) {
@@ -119,7 +116,7 @@ async function evidence(text) {
 
 async function browse() {
   const [mine, query] = [++asked, search.value.trim()];
-  const all = sorted([...index.ids.keys()]);
+  const all = [...index.ids.keys()].sort(sort.value === "name" ? byName : byStat);
   if (query === "") {
     found = all.map((place) => [index.ids[place], null]);
     foundSamples.hidden = true;
@@ -133,19 +130,14 @@ async function browse() {
     const told = [...weights].filter(([id]) => places.has(id) && !head.has(places.get(id))).sort(([, x], [, y]) => y - x);
     const note = (x) => ["“", el("bdi", {}, read), `”: ${percent(x / 1000)} more of its energy`];
     found = [...[...head].map((place) => [index.ids[place], null]), ...told.map(([id, x]) => [id, note(x)])];
-    await drawSamples(samples, read, mine);
+    const entries = await loadAll("texts", samples);
     if (mine !== asked) return;
+    foundSamples.hidden = !samples.length;
+    foundSamples.replaceChildren(el("h3", {}, "Samples with “", el("bdi", {}, read), "”"), chips(samples, entries));
   }
   count.value = `${found.length.toLocaleString("en")} of ${index.ids.length.toLocaleString("en")} live latents`;
   list.replaceChildren();
   await show();
-}
-
-async function drawSamples(numbers, read, mine) {
-  const entries = await loadAll("texts", numbers);
-  if (mine !== asked) return;
-  foundSamples.hidden = !numbers.length;
-  foundSamples.replaceChildren(el("h3", {}, "Samples with “", el("bdi", {}, read), "”"), chips(numbers, entries));
 }
 
 /** Samples as a list of links: a picture, where there is one, and the title. */

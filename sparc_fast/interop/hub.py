@@ -50,10 +50,11 @@ class Card:
 
     def scores(self) -> dict[str, dict[str, float | None]]:
         """Model -> score -> value."""
-        return {
-            name: dict(found["scores"]) if isinstance(found, Mapping) else found.scores()
-            for name, found in self.evaluation.items()
-        }
+        return {name: dict(found["scores"]) for name, found in self._found().items()}
+
+    def _found(self) -> dict[str, Mapping[str, Any]]:
+        """The evaluation, as the command prints it."""
+        return {name: e if isinstance(e, Mapping) else e.to_dict() for name, e in self.evaluation.items()}
 
     def as_text(self, model: SPARC, repository: str) -> str:
         """The model card, in Markdown; `repository` is what `SPARC.from_pretrained` takes."""
@@ -96,8 +97,7 @@ class Card:
         names = {row.key: row.name for row in table({})}
         keys = list(dict.fromkeys(key for of_model in scores.values() for key in of_model))
         rows = [[names.get(key, key), *(_number(of_model.get(key)) for of_model in scores.values())] for key in keys]
-        first = next(iter(self.evaluation.values()))
-        n = first["n_samples"] if isinstance(first, Mapping) else first.n_samples
+        n = next(iter(self._found().values()))["n_samples"]
         return [f"Of {n:,} samples; `{EVALUATION}` has all figures.", _table(["", *scores], rows)]
 
 
@@ -120,8 +120,7 @@ def save_pretrained(model: SPARC, folder: str | Path, card: Card | None = None, 
         CARD: card.as_text(model, repository or folder.resolve().name),
     }
     if card.evaluation:
-        found = {name: e if isinstance(e, Mapping) else e.to_dict() for name, e in card.evaluation.items()}
-        texts[EVALUATION] = json.dumps(found, indent=2) + "\n"
+        texts[EVALUATION] = json.dumps(card._found(), indent=2) + "\n"
     model.save(folder / MODEL)
     if card.picture is not None and Path(card.picture).resolve() != (folder / Path(card.picture).name).resolve():
         shutil.copyfile(card.picture, folder / Path(card.picture).name)

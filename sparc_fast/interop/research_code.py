@@ -393,11 +393,7 @@ class MultiStreamSparseAutoencoder(nn.Module):
         return support.long().gather(1, score.argsort(dim=1, descending=True, stable=True))
 
     def _encoder_parameters(self, streams: Sequence[str]) -> list[Tensor]:
-        return [
-            parameter
-            for s in streams
-            for parameter in (_weight(self.encoders[s]), self.pre_biases[s], self.latent_biases[s])
-        ]
+        return [parameter for s in streams for parameter in self._encoder(s)]
 
     def _check(self, inputs: Mapping[str, Tensor]) -> list[str]:
         """The streams given, in the model's order."""
