@@ -44,17 +44,13 @@ def tops_of(report: Report, model: ModelReport, latents: Tensor | None = None) -
     if groups is None:
         return Tops(rows, values)
     number = np.append(np.unique(np.array(groups, np.str_), return_inverse=True)[1], -1)
-    kept_rows, kept_values = [], []
-    for s in range(len(rows)):
-        group = number[rows[s]]
-        later = np.zeros_like(group, bool)
-        for place in range(1, group.shape[1]):
-            later[:, place] = (group[:, :place] == group[:, place, None]).any(1)
-        order = (later | (rows[s] < 0)).argsort(axis=1, kind="stable")[:, :SHOWN]
-        left = np.take_along_axis(later, order, 1)
-        kept_rows.append(np.where(left, -1, np.take_along_axis(rows[s], order, 1)))
-        kept_values.append(np.where(left, 0, np.take_along_axis(values[s], order, 1)))
-    return Tops(np.stack(kept_rows), np.stack(kept_values))
+    group = number[rows]
+    later = np.zeros_like(group, bool)
+    for place in range(1, group.shape[2]):
+        later[..., place] = (group[..., :place] == group[..., place, None]).any(2)
+    order = (later | (rows < 0)).argsort(axis=2, kind="stable")[..., :SHOWN]
+    rows, values, later = (np.take_along_axis(of_samples, order, 2) for of_samples in (rows, values, later))
+    return Tops(np.where(later, -1, rows), np.where(later, 0, values))
 
 
 class Shown:
