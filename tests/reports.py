@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +105,7 @@ def hostile(report: Report) -> Report:
 
     def model(m: ModelReport, name: str) -> ModelReport:
         names = [tuple(HOSTILE if word == CONCEPTS[0] else word for word in several) for several in m.names]
-        return replace(m, name=name, names=names, codes=_renamed(m.codes, renamed))
+        return replace(m, name=name, names=names, codes={renamed[stream]: code for stream, code in m.codes.items()})
 
     assert report.before is not None
     return replace(
@@ -121,5 +125,17 @@ def hostile(report: Report) -> Report:
     )  # fmt: skip
 
 
-def _renamed(codes: Mapping[str, tuple[Tensor, Tensor]], names: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
-    return {names[stream]: code for stream, code in codes.items()}
+def pieces(page: Path, kind: str) -> Any:
+    """The content of all pieces of a kind that a page loads, one after another, or of the one of that name."""
+    (folder,) = page.parent.glob("report-*")
+    if (folder / kind).is_dir():
+        files = sorted((folder / kind).glob("*.js"), key=lambda path: int(path.stem))
+        return [entry for path in files for entry in _content(path)]
+    return _content(folder / f"{kind}.js")
+
+
+def _content(path: Path) -> Any:
+    call = re.fullmatch(r'shard\("([\w/]+)",(.*)\);\n', path.read_text("utf-8"), re.DOTALL)
+    assert call
+    assert path.as_posix().endswith(f"/{call[1]}.js")
+    return json.loads(call[2])

@@ -102,8 +102,8 @@ def test_the_mean_of_a_map_is_the_code_where_a_row_is_the_mean_of_its_positions(
 ) -> None:
     encoder = made(model, pooling)
     rows = encoder.encode([encoder.prepare(p) for p in pictures()])
+    sparc = model_of(rows.shape[-1], normalize=normalize)
     if pooling == "tokens":  # each is a sample of its own, and its map the codes themselves
-        sparc = model_of(rows.shape[-1], normalize=normalize)
         codes = sparc.encode({"eye": rows}).stream("eye")
         for latent in range(12):
             map_, code = of(sparc, encoder, latent).maps.flatten(1), codes[0].new_zeros(3, 16, 12)
@@ -111,7 +111,6 @@ def test_the_mean_of_a_map_is_the_code_where_a_row_is_the_mean_of_its_positions(
             on = code[..., latent] > 0
             torch.testing.assert_close(map_[on], code[..., latent][on], rtol=0, atol=1e-5)
         return
-    sparc = model_of(rows.shape[1], normalize=normalize)
     values, indices = sparc.encode({"eye": rows}).stream("eye")
     for latent in sorted(set(indices.flatten().tolist()))[:4]:
         found = of(sparc, encoder, latent)
@@ -263,23 +262,21 @@ def test_the_part_of_a_picture_that_a_model_sees_is_read_off_its_preprocessing(
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "shift"),
     [
-        "resnet18",
-        "convnext_atto",
-        "mobilenetv3_small_050",
-        "tf_mobilenetv3_small_minimal_100",
-        "swin_tiny_patch4_window7_224",
+        ("resnet18", -15.5),
+        ("convnext_atto", 0),
+        ("mobilenetv3_small_050", -15.5),
+        ("tf_mobilenetv3_small_minimal_100", 15.5),
+        ("swin_tiny_patch4_window7_224", 0),
     ],
 )
-def test_positions_lie_where_strides_and_padding_put_them(name: str, made: Any) -> None:
+def test_positions_lie_where_strides_and_padding_put_them(name: str, shift: float, made: Any) -> None:
     """A cell of a residual network is centred on the corner of a uniform grid's, not on its middle."""
     encoder = made(f"timm:{name}")
     x = encoder.inputs([encoder.prepare(p) for p in pictures()])
     grid = grid_of(encoder, x)
-    left, top, right, bottom = (edge * 224 for edge in grid.window)
-    shift = {"resnet18": -15.5, "mobilenetv3_small_050": -15.5, "tf_mobilenetv3_small_minimal_100": 15.5}.get(name, 0)
-    assert (left, top, right, bottom) == (shift, shift, 224 + shift, 224 + shift)
+    assert tuple(edge * 224 for edge in grid.window) == (shift, shift, 224 + shift, 224 + shift)
     if name != "resnet18":
         return
     # where the input moves the middle row of the maps, by slopes at noise
@@ -465,9 +462,9 @@ def test_words_in_pieces_are_put_together_again(made: Any) -> None:
 def test_leaving_words_out_tells_what_each_adds_of_any_function() -> None:
     sparc = SPARC({"eye": 26, "ear": 7}, 12, 3)
     encoder = FunctionEncoder(letters, "extraction:letters")
-    texts = ["abc abc", "zebra", "ネコ dog"]
+    texts = ["abc abc", "zebra", "ネコ dog𠀀"]
     found = word_scores(sparc, encoder, texts, stream="eye", latents=1, method="omission")
-    assert [one.words for one in found] == [("abc", "abc"), ("zebra",), ("ネ", "コ", "dog")]
+    assert [one.words for one in found] == [("abc", "abc"), ("zebra",), ("ネ", "コ", "dog", "𠀀")]
     slope = sparc.W_enc[1, :26].double()
     for one in found:
         for word, score in zip(one.words, one.scores, strict=True):

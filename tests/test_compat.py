@@ -12,12 +12,13 @@ import pytest
 import torch
 from operands import seeded
 from torch import Tensor
-from upstream_dense import UpstreamDense, normalize, project
+from upstream_dense import UpstreamDense, normalize, project, train_step
 
 import sparc_fast.compat as compat
 
 D = {"a": 7, "b": 5, "c": 6}
 SELECTIONS = ("global", "local")
+HELPERS = compat.unit_norm_decoder_, compat.unit_norm_decoder_grad_adjustment_
 
 
 def pair(
@@ -73,11 +74,8 @@ def compare_steps(steps: int, dense: UpstreamDense, model: compat.MultiStreamSpa
         for side, loss, adam in zip((dense, model), (expected_total, total), adams, strict=True):
             adam.zero_grad()
             loss.backward()
-            helpers = (normalize, project)
-            if side is model:
-                helpers = (compat.unit_norm_decoder_, compat.unit_norm_decoder_grad_adjustment_)
             for decoder in side.decoders.values():
-                for helper in helpers:
+                for helper in HELPERS if side is model else (normalize, project):
                     helper(decoder)
         for (name, p), (other, q) in zip(model.named_parameters(), dense.named_parameters(), strict=True):
             assert name == other
@@ -187,9 +185,7 @@ def test_any_adam_takes_the_parameters_as_they_lie(options: dict[str, bool]) -> 
     for side in (dense, model):
         adam = torch.optim.Adam(side.parameters(), lr=1e-2, **options)
         for step in range(3):
-            adam.zero_grad()
-            side.compute_loss(side(batch(step)), batch(step))[0].backward()
-            adam.step()
+            train_step(side, adam, batch(step), helpers=())
     for name, p in model.named_parameters():
         assert_close(p, dense.get_parameter(name), name)
 
@@ -302,14 +298,8 @@ def test_float32_is_no_further_from_the_truth_than_the_dense_model_over_50_steps
         curves[name] = []
         for step in range(50):
             x = {s: t.to(dtype) for s, t in batch(step % 5, 32).items()}
-            sgd.zero_grad()
-            loss = side.compute_loss(side(x), x)[0]
-            loss.backward()
-            for decoder in side.decoders.values():
-                compat.unit_norm_decoder_(decoder)
-                compat.unit_norm_decoder_grad_adjustment_(decoder)
-            sgd.step()
-            curves[name].append(float(loss.detach()))
+            losses = train_step(side, sgd, x, HELPERS)
+            curves[name].append(float(losses["total_loss"].detach()))
     of = {name: torch.tensor(curve, dtype=torch.float64) for name, curve in curves.items()}
     assert of["truth"][-1] < 0.9 * of["truth"][0]
     allowed = 2 * (of["dense"] - of["truth"]).abs().max() + 1e-6
@@ -334,16 +324,15 @@ def test_settings_out_of_range(settings: dict[str, object], message: str) -> Non
 def test_inputs_that_do_not_fit_are_named() -> None:
     _, model = pair("global", torch.float32)
     x = batch(0, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"inputs must hold some of the streams .*, got \['d'\]"):
-        model({"d": x["a"]})
-    with pytest.raises(ValueError, match=r"inputs must hold some of the streams .*, got \[\]"):
-        model({})
-    with pytest.raises(ValueError, match=r"inputs\['b'\] must be torch.float32 \[N=9, 5\] on \S+, got .* \[9, 6\]"):
-        model({**x, "b": x["c"]})
-    with pytest.raises(ValueError, match=r"inputs\['b'\] must be .* got torch.float64 \[9, 5\]"):
-        model({**x, "b": x["b"].double()})
-    with pytest.raises(ValueError, match=r"inputs\['a'\] must be a tensor \[N, D\], got array"):
-        model({"a": x["a"].cpu().numpy()})
+    for wrong, message in (
+        ({"d": x["a"]}, r"inputs must hold some of the streams .*, got \['d'\]"),
+        ({}, r"inputs must hold some of the streams .*, got \[\]"),
+        ({**x, "b": x["c"]}, r"inputs\['b'\] must be torch.float32 \[N=9, 5\] on \S+, got .* \[9, 6\]"),
+        ({**x, "b": x["b"].double()}, r"inputs\['b'\] must be .* got torch.float64 \[9, 5\]"),
+        ({"a": x["a"].cpu().numpy()}, r"inputs\['a'\] must be a tensor \[N, D\], got array"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(wrong)
     with pytest.raises(ValueError, match="outputs must be what forward returned, got dict"):
         model.compute_loss(dict(model(x)), x)
     with pytest.raises(ValueError, match='topk_type must be "global" or "local", got \'batch\''):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import itertools
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from reports import CONCEPTS, HOSTILE, OF_CONCEPT, STREAMS, a_report, hostile, with_a_private_latent
+from reports import CONCEPTS, HOSTILE, OF_CONCEPT, STREAMS, a_report, hostile, pieces, with_a_private_latent
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -36,21 +36,6 @@ def report() -> Report:
 @pytest.fixture(scope="module")
 def written(report, tmp_path_factory):
     return write_report(report, tmp_path_factory.mktemp("report") / "new" / "folder")
-
-
-def pieces(page, kind: str) -> list:
-    """The content of all pieces of a kind, one after another, or of the one of that name."""
-    (folder,) = page.parent.glob("report-*")
-    files = sorted((folder / kind).glob("*.js"), key=lambda path: int(path.stem))
-    found = [content(path) for path in files or [folder / f"{kind}.js"]]
-    return [entry for some in found for entry in some] if files else found[0]
-
-
-def content(path):
-    call = re.fullmatch(r'shard\("([\w/]+)",(.*)\);\n', path.read_text("utf-8"), re.DOTALL)
-    assert call
-    assert path.as_posix().endswith(f"/{call[1]}.js")
-    return json.loads(call[2])
 
 
 # --- safety ---
@@ -140,7 +125,7 @@ def test_a_missing_picture_is_marked_and_leaves_the_others_in_place(report, writ
                 assert np.abs(found[48, 48] - np.asarray(expected)[48, 48].astype(int)).max() < 12
 
 
-def test_a_samples_page_has_its_latents_by_share_of_energy_and_its_nearest_of_other_streams(report, written):
+def test_a_samples_page_has_its_texts_and_its_latents_by_share_of_energy(report, written):
     order = [id for id, *_ in pieces(written, "texts")]
     for n, sample in enumerate(pieces(written, "samples")):
         row = report.items.ids.index(order[n])
@@ -151,8 +136,6 @@ def test_a_samples_page_has_its_latents_by_share_of_energy_and_its_nearest_of_ot
             shares = {l: round(1000 * x / sum(squares.values())) for l, x in squares.items()}
             assert dict(shown) == pytest.approx(shares, abs=1)
             assert [x for _, x in shown] == sorted((x for _, x in shown), reverse=True)
-        for s, of_stream in enumerate(sample["near"]):
-            assert of_stream[s] == []
 
 
 def test_words_lead_to_latents_and_samples(report, written):
@@ -205,8 +188,6 @@ def test_an_ink_picture_in_the_sheet_is_the_one_asked_for(n, height, width):
     suffix, url, there = ink.write(rows)
     assert suffix == "js"
     assert there == [True] * len(rows)
-    import base64
-
     sheet = np.array(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGBA"))[..., 3]
     for cell, row in enumerate(rows):
         y, x = (ink.side * p for p in divmod(cell, columns(ink.sheet)))
@@ -316,13 +297,14 @@ def test_what_fires_together_equals_counting(report):
         assert [float(excess[l, other]) for other in others[l].tolist() if other >= 0] == pytest.approx(best, abs=1e-6)
 
 
-def test_a_sample_s_page_has_the_samples_of_largest_cosine_of_all(report, written):
+def test_a_samples_page_has_the_samples_of_largest_cosine_of_every_other_stream(report, written):
     shards, pages = Shards(report), pieces(written, "samples")
     codes = list(report.after.codes.values())
     dense = [torch.zeros(len(v), report.n_latents).scatter_(1, i.long(), v.clamp_min(0)) for v, i in codes]
     unit = [torch.nn.functional.normalize(x.double()) for x in dense]
     assert len(pages) == len(report.items)
     for row, sample in zip(shards.rows.tolist(), pages, strict=True):
+        assert all(sample["near"][s][s] == [] for s in range(len(codes)))
         for s, t in itertools.permutations(range(len(codes)), 2):
             cosines = unit[t] @ unit[s][row]
             best = cosines.sort(descending=True).values[:6]
@@ -397,16 +379,20 @@ def test_a_missing_extra_is_named(report, tmp_path, monkeypatch):
 
 
 def test_columns_of_different_lengths_are_refused(report):
-    with pytest.raises(ValueError, match=r"texts\['name'\] must be one per sample \(\d+\), got 1"):
-        replace(report.items, texts={"name": ["A"]})
-    with pytest.raises(ValueError, match=r"pictures\['sans'\] must be one per .*, got 3"):
-        replace(report.items, pictures={"sans": Ink(np.zeros((3, 4, 4), np.uint8))})
-    with pytest.raises(ValueError, match="agreement of before must be of 13 latents, got 2"):
-        replace(report, before=replace(report.before, agreement=np.zeros(2)))
-    with pytest.raises(ValueError, match="before must have the streams"):
-        replace(report, before=replace(report.before, codes={"sans": report.before.codes["sans"]}))
-    with pytest.raises(ValueError, match="text of stream 'sans' must be one of"):
-        replace(report, streams={**STREAMS, "sans": Stream(text="caption")})
+    items, before = report.items, report.before
+    for whole, wrong, message in (
+        (items, {"texts": {"name": ["A"]}}, r"texts\['name'\] must be one per sample \(\d+\), got 1"),
+        (items, {"pictures": {"sans": Ink(np.zeros((3, 4, 4), np.uint8))}}, r"pictures\['sans'\] must be .*, got 3"),
+        (
+            report,
+            {"before": replace(before, agreement=np.zeros(2))},
+            "agreement of before must be of 13 latents, got 2",
+        ),
+        (report, {"before": replace(before, codes={"sans": before.codes["sans"]})}, "before must have the streams"),
+        (report, {"streams": {**STREAMS, "sans": Stream(text="caption")}}, "text of stream 'sans' must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(whole, **wrong)
 
 
 def test_the_atlas_has_a_row_a_sample_with_texts_latents_and_places(report, tmp_path):

@@ -122,7 +122,10 @@ def page(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
 PAGES = ("latent=0", "latents=0,1", "sample=0")
 
 
-def test_every_view_is_drawn_from_disk_without_errors(desktop: Browser, page: Path, report: Report) -> None:
+def test_every_view_is_drawn_from_disk_without_errors_or_anything_but_the_pages_files(
+    desktop: Browser, page: Path, report: Report
+) -> None:
+    desktop.requests()
     desktop.open(page)
     assert desktop.value("count.value") == "12 of 12 live latents"
     assert desktop.value("list.querySelectorAll('.card').length") == 12
@@ -133,6 +136,9 @@ def test_every_view_is_drawn_from_disk_without_errors(desktop: Browser, page: Pa
         desktop.visit(place)
     assert desktop.value("view.querySelectorAll('.says').length") == 3
     assert desktop.log() == []
+    asked = desktop.requests()
+    assert len({url for url in asked if "/report-" in url and url.endswith(".js")}) >= 9
+    assert all(url.startswith((page.parent.as_uri(), "data:")) for url in asked)
 
 
 def test_the_photos_are_loaded_from_the_folder(desktop: Browser, page: Path) -> None:
@@ -158,16 +164,6 @@ def test_hostile_texts_are_shown_and_never_run(desktop: Browser, report: Report,
     assert desktop.value("view.querySelector('h1').textContent") == HOSTILE
     assert desktop.value("document.title") == title != "run"
     assert desktop.log() == []
-
-
-def test_nothing_but_the_pages_files_is_asked_for(desktop: Browser, page: Path) -> None:
-    desktop.requests()
-    desktop.open(page)
-    for place in PAGES:
-        desktop.visit(place)
-    asked = desktop.requests()
-    assert len({url for url in asked if "/report-" in url and url.endswith(".js")}) >= 9
-    assert all(url.startswith((page.parent.as_uri(), "data:")) for url in asked)
 
 
 def test_the_policy_refuses_a_script_in_the_page_and_another_origin(desktop: Browser, page: Path) -> None:

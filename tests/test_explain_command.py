@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from extraction import write_features
+from reports import pieces
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -69,15 +70,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"shared": base / "shared", "own": base / "own.safetensors"}
 
 
+def explain(model: Path, folder: Path, page: Path, *more: object) -> int:
+    return cli.main(["explain", *map(str, (model, "--data", folder, "--out", page, *more))])
+
+
 def start(page: Path) -> dict[str, Any]:
-    (path,) = page.glob("report-*/start.js")
-    return json.loads(re.fullmatch(r'shard\("start",(.*)\);\n', path.read_text("utf-8"))[1])
+    return pieces(page / "index.html", "start")
 
 
 def test_a_run_and_one_before_it_become_a_page(folder, runs, tmp_path, capsys):
     page, atlas = tmp_path / "page", tmp_path / "atlas.parquet"
-    arguments = ["explain", str(runs["shared"]), "--before", f"alone={runs['own']}", "--data", str(folder)]
-    assert cli.main([*arguments, "--out", str(page), "--atlas", str(atlas)]) == 0
+    assert explain(runs["shared"], folder, page, "--before", f"alone={runs['own']}", "--atlas", atlas) == 0
     assert f"{page.resolve() / 'index.html'}: 60 samples" in capsys.readouterr().out
     found = start(page)
     assert [model["name"] for model in found["models"]] == ["alone", "shared"]
@@ -93,7 +96,7 @@ def test_a_run_and_one_before_it_become_a_page(folder, runs, tmp_path, capsys):
 
 
 def test_one_model_and_the_held_out_samples_alone(folder, runs, tmp_path):
-    assert cli.main(["explain", str(runs["shared"]), "--data", str(folder), "--out", str(tmp_path), "--split", "held_out"]) == 0  # fmt: skip
+    assert explain(runs["shared"], folder, tmp_path, "--split", "held_out") == 0
     found = start(tmp_path)
     assert (found["samples"], found["heldOut"], len(found["models"])) == (12, False, 1)
     assert "Before" not in (tmp_path / "index.html").read_text("utf-8")
@@ -103,8 +106,7 @@ def test_latents_are_named_by_words_though_there_are_labels_where_that_is_asked_
     folder = write_folder(tmp_path / "features", label=lambda i: [f"class {i % 2}"])
     assert items_of(FeatureFolder(folder)).concepts == ["class 0", "class 1"]
     assert set(items_of(FeatureFolder(folder), labels=False).concepts) == set(KINDS)
-    command = ["explain", str(runs["shared"]), "--data", str(folder), "--out", str(tmp_path)]
-    assert cli.main([*command, "--no-labels", "--show", "rocket"]) == 0
+    assert explain(runs["shared"], folder, tmp_path, "--no-labels", "--show", "rocket") == 0
     assert "--show rocket --no-labels" in (tmp_path / "index.html").read_text("utf-8")
 
 
@@ -115,16 +117,14 @@ def test_words_are_searched_by_their_own_codes_where_their_model_is_named(folder
     )
     settings = tmp_path / "extract.toml"
     settings.write_text('[source]\ncsv = "none.csv"\n[streams.ear]\nmodel = "mine:kinds"\nmodality = "text"\n')
-    arguments = ["explain", str(runs["shared"]), "--data", str(folder), "--out", str(tmp_path / "page")]
-    assert cli.main([*arguments, "--words", str(settings)]) == 0
-    (path,) = (tmp_path / "page").glob("report-*/words.js")
-    known = json.loads(re.fullmatch(r'shard\("words",(.*)\);\n', path.read_text("utf-8"))[1])
+    assert explain(runs["shared"], folder, tmp_path / "page", "--words", settings) == 0
+    known = pieces(tmp_path / "page" / "index.html", "words")
     model = SPARC.load(runs["shared"] / "model.safetensors").eval()
     rocket = model.encode({"ear": torch.tensor([[0.0, 1, 0, 0, 0]])}).stream("ear")
     told = known["latents"][known["words"].index("rocket")]
     assert {l for l, _ in told} <= set(rocket[1][0].tolist())
-    (tmp_path / "extract.toml").write_text('[source]\ncsv = "none.csv"\n[streams.eye]\nmodel = "mine:kinds"\n')
-    assert cli.main([*arguments, "--words", str(settings)]) == 1
+    settings.write_text('[source]\ncsv = "none.csv"\n[streams.eye]\nmodel = "mine:kinds"\n')
+    assert explain(runs["shared"], folder, tmp_path / "page", "--words", settings) == 1
 
 
 def test_of_patch_tokens_a_sample_fires_what_any_of_its_tokens_fires_most(runs, tmp_path):
@@ -143,7 +143,7 @@ def test_of_patch_tokens_a_sample_fires_what_any_of_its_tokens_fires_most(runs, 
     every = torch.zeros(N, T, model.n_latents).scatter_(2, i.long(), v.detach().clamp_min(0))
     torch.testing.assert_close(found, every.amax(1))
     assert report.after.codes["ear"][0].shape == (N, model.k)
-    assert cli.main(["explain", str(runs["shared"]), "--data", str(folder), "--out", str(tmp_path / "page")]) == 0
+    assert explain(runs["shared"], folder, tmp_path / "page") == 0
     assert start(tmp_path / "page")["samples"] == N
 
 
@@ -198,7 +198,7 @@ def test_a_picture_outside_the_folder_is_refused_by_name(tmp_path, runs, capsys,
     folder = write_folder(tmp_path / "features", picture=lambda i: path if i == 0 else None)
     Image.new("RGB", (4, 4)).save(folder / "secret.png")
     (folder / "pictures" / "link.png").symlink_to(folder / "secret.png")
-    assert cli.main(["explain", str(runs["shared"]), "--data", str(folder), "--out", str(tmp_path / "page")]) == 1
+    assert explain(runs["shared"], folder, tmp_path / "page") == 1
     error = capsys.readouterr().err
     assert re.search(rf"picture must stay below .*, got '{re.escape(path)}'", error)
     assert not (tmp_path / "page" / "index.html").exists()
@@ -210,8 +210,7 @@ def test_a_model_of_thresholds_is_explained(selection, folder, tmp_path):
     with data.open(folder) as files:
         model.learn_thresholds(files.rows(0, N))
     model.save(tmp_path / "model.safetensors")
-    command = ["explain", str(tmp_path / "model.safetensors"), "--data", str(folder), "--out", str(tmp_path / "page")]
-    assert cli.main(command) == 0
+    assert explain(tmp_path / "model.safetensors", folder, tmp_path / "page") == 0
     assert start(tmp_path / "page")["alive"] > 0
 
 
@@ -227,17 +226,15 @@ def test_a_model_of_one_stream_has_latents_to_show_and_no_agreement(tmp_path):
 def test_what_does_not_fit_is_one_clear_error(folder, runs, tmp_path, capsys):
     model = SPARC({"eye": 6, "nose": 5}, n_latents=24, k=4)
     model.save(tmp_path / "other.safetensors")
-    out, shared = ["--out", str(tmp_path / "page")], str(runs["shared"])
+    shared = runs["shared"]
 
-    def error(*arguments: str) -> str:
-        assert cli.main(["explain", *arguments, *out]) == 1
+    def error(model: Path, folder: Path, *more: object) -> str:
+        assert explain(model, folder, tmp_path / "page", *more) == 1
         return capsys.readouterr().err
 
-    assert "--data must be a folder that sparc-fast extract wrote, got" in error(shared, "--data", str(tmp_path))
-    assert "must have the streams {'eye': 6, 'nose': 5} of other" in error(
-        str(tmp_path / "other.safetensors"), "--data", str(folder)
-    )
-    assert "names of their own, got two called shared" in error(shared, "--before", shared, "--data", str(folder))
-    assert "--atlas must be a file that ends in .parquet" in error(shared, "--data", str(folder), "--atlas", "a.csv")
+    assert "--data must be a folder that sparc-fast extract wrote, got" in error(shared, tmp_path)
+    assert "must have the streams {'eye': 6, 'nose': 5} of other" in error(tmp_path / "other.safetensors", folder)
+    assert "names of their own, got two called shared" in error(shared, folder, "--before", shared)
+    assert "--atlas must be a file that ends in .parquet" in error(shared, folder, "--atlas", "a.csv")
     with pytest.raises(ValueError, match="models must be one, or two to compare, got 0"):
         report_of({}, folder)

@@ -5,7 +5,6 @@ The ordinary suite loads it as the package `kernels` does, with a stand-in of it
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -14,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +27,6 @@ pytest.importorskip("triton")
 STAND_IN = """
 import importlib.util, json, sys
 import torch
-sys.modules["sparc_fast"] = None  # to import it is an error
 
 def get_local_kernel(folder, backend=None):
     variant = folder / "build" / f"torch-{backend or ('cuda' if torch.cuda.is_available() else 'cpu')}"
@@ -47,19 +46,14 @@ def folder(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> ModuleType:
     """The operators of the folder beside our own."""
-    variant = folder / "build" / "torch-cuda"
-    name = json.loads((variant / "metadata.json").read_text())["id"]
-    spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    kernels: dict[str, Any] = {}
+    exec(STAND_IN, kernels)
+    return kernels["get_local_kernel"](folder, "cuda")
 
 
 def python(code: str, tmp_path: Path, *arguments: str, **environment: str) -> str:
     """What a new process prints in which `kernels` is the stand-in."""
-    (tmp_path / "kernels.py").write_text(STAND_IN)
+    (tmp_path / "kernels.py").write_text(f'{STAND_IN}\nsys.modules["sparc_fast"] = None  # to import it is an error\n')
     command = [sys.executable, *arguments, *(["-c", code] if code else [])]
     variables = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", **environment}
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)

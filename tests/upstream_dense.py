@@ -15,7 +15,7 @@ As a program: `python tests/upstream_dense.py` times whole training steps of it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     inputs: dict[str, Tensor],
-    helpers: tuple[Callable[[nn.Linear], None], Callable[[nn.Linear], None]] = (normalize, project),
+    helpers: Sequence[Callable[[nn.Linear], None]] = (normalize, project),
 ) -> dict[str, Tensor]:
     """The research code's step: loss and gradients, then normalise, project, step. Its losses."""
     optimizer.zero_grad()

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparc_fast.extract.encoders import ModelEncoder, patch_size
 
-__all__ = ["Grid", "grid_of", "hooks"]
+__all__ = ["Grid", "grid_of", "hooks", "rows_of"]
 
 CONVOLUTIONS = {F.conv2d, torch.conv2d}
 POOLS = {F.max_pool2d, torch.max_pool2d, F.avg_pool2d}
@@ -62,7 +62,7 @@ class Grid:
                 return _with(out, change(_features(out))) if calls == self.call.number else None  # type: ignore[arg-type]
 
             add(self.call.module.register_forward_hook(swap))
-            return _rows(self.encoder, inputs)
+            return rows_of(self.encoder, inputs)
 
     def run_keeping(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Rows, and all features of this form that they came from, the last of them last."""
@@ -77,7 +77,7 @@ class Grid:
 
             for module in self.encoder.model.modules():
                 add(module.register_forward_hook(keep))
-            return _rows(self.encoder, inputs), kept
+            return rows_of(self.encoder, inputs), kept
 
     def positions(self, features: Tensor) -> Tensor:
         """[n, h w, D] of features; prefix tokens are left out."""
@@ -213,7 +213,7 @@ def _watch(encoder: ModelEncoder, inputs: Tensor) -> list[_Call]:
             if not isinstance(module, nn.ModuleList | nn.ModuleDict):
                 add(module.register_forward_pre_hook(before))
                 add(module.register_forward_hook(after))
-        _rows(encoder, inputs)
+        rows_of(encoder, inputs)
     return outermost
 
 
@@ -266,7 +266,7 @@ def _leads_to_rows(grid: Grid, inputs: Tensor) -> bool:
         return torch.autograd.grad(rows.sum(), given[0], allow_unused=True)[0] is not None
 
 
-def _rows(encoder: ModelEncoder, inputs: Any) -> Tensor:
+def rows_of(encoder: ModelEncoder, inputs: Any) -> Tensor:
     """In float32 wherever it runs; what the encoder says of its pooling stays."""
     pooled = encoder.pooled
     try:

@@ -25,7 +25,7 @@ from .target import Latents, Target
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Heatmaps", "Method", "heatmaps"]
+__all__ = ["Heatmaps", "Method", "heatmaps", "opened_picture"]
 
 Method = Literal["position", "attention", "gradient"]
 LINEAR = 1e-4  # how far, for its size, a row may be from the mean of its positions' rows
@@ -134,7 +134,7 @@ def heatmaps(
         raise ValueError(f"enlarge must be above 0, got {enlarge}")
     if not isinstance(encoder, ModelEncoder) or encoder.stream.modality != "image":
         raise ValueError(f"encoder must be a model of pictures with modules to look into, got {type(encoder).__name__}")
-    opened = [_opened(picture) for picture in pictures]
+    opened = [opened_picture(picture) for picture in pictures]
     if not opened:
         raise ValueError("pictures must be at least one, got none")
     target = Target.of(model, stream, latents, len(opened)).to(encoder.device)
@@ -232,10 +232,9 @@ def _score(target: Target, rows: Tensor) -> Tensor:
     return scores if scores.ndim == 1 else scores.mean(1)
 
 
-def _opened(picture: Image | str | Path) -> Image:
-    if not isinstance(picture, str | Path):
-        return on_white(picture)
-    return load_picture(Path(picture).read_bytes(), None)
+def opened_picture(picture: Image | str | Path) -> Image:
+    """In RGB, of a file turned as its EXIF says, transparent parts on white."""
+    return load_picture(Path(picture).read_bytes(), None) if isinstance(picture, str | Path) else on_white(picture)
 
 
 def _window(region: Region, grid: Grid) -> Region:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,10 +14,9 @@ from torch import Tensor
 from sparc_fast.data.feature_folder import FeatureFolder
 from sparc_fast.evaluate import Carried, Codes, name_latents
 from sparc_fast.extract.encoders import Encoder, ModelEncoder
-from sparc_fast.extract.items import load_picture
 from sparc_fast.model import SPARC
 
-from .heatmaps import Heatmaps, Method, heatmaps
+from .heatmaps import Heatmaps, Method, heatmaps, opened_picture
 from .page import Looked, Seen
 from .target import Latents, strongest
 from .texts import word_scores
@@ -59,9 +58,7 @@ class Names:
             if named := [latent for latent, names in enumerate(self._several) if asked in names[:most]]:
                 return max(named, key=self._scores.__getitem__)
         known = sorted({name for names in self._several for name in names})
-        near = difflib.get_close_matches(asked, known, 3, 0.5)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ValueError(f"--latent must be a number below {self._n} or a latent's name, got {asked!r}{hint}")
+        raise ValueError(f"--latent must be a number below {self._n} or a latent's name, got {_got(asked, known)}")
 
 
 def samples_of(folder: FeatureFolder, asked: Sequence[str]) -> list[Sample]:
@@ -78,15 +75,19 @@ def samples_of(folder: FeatureFolder, asked: Sequence[str]) -> list[Sample]:
     for name in asked:
         if (row := rows.get(name)) is not None:
             path = columns["picture"][row]
-            picture = None if path is None else load_picture(folder.picture(path).read_bytes(), None)
+            picture = None if path is None else opened_picture(folder.picture(path))
             found.append(Sample(name, picture, {column: columns[column][row] or "" for column in texts}, row))
         elif Path(name).is_file():
-            found.append(Sample(Path(name).name, load_picture(Path(name).read_bytes(), None), {}, -1))
+            found.append(Sample(Path(name).name, opened_picture(name), {}, -1))
         else:
-            near = difflib.get_close_matches(name, list(rows), 3, 0.5)
-            hint = f"; near it: {', '.join(near)}" if near else ""
-            raise ValueError(f"--heatmap must be the id of a sample or the file of a picture, got {name!r}{hint}")
+            raise ValueError(f"--heatmap must be the id of a sample or the file of a picture, got {_got(name, rows)}")
     return found
+
+
+def _got(asked: str, known: Iterable[str]) -> str:
+    """What was asked for, and what is there and nearly so called."""
+    near = difflib.get_close_matches(asked, list(known), 3, 0.5)
+    return repr(asked) + (f"; near it: {', '.join(near)}" if near else "")
 
 
 @torch.no_grad()

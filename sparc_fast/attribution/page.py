@@ -75,9 +75,9 @@ def write_heatmaps(samples: Sequence[Looked], folder: str | os.PathLike[str], *,
 
 
 def _shades(found: WordScores) -> list[tuple[str, str, float]]:
-    """(word, class of its shade, score) of each word."""
+    """(word, classes of its shade, score) of each word."""
     top = max((abs(score) for score in found.scores), default=0.0) or 1.0
     return [
-        (word, f"{'for' if score > 0 else 'against'}{round(SHADES * abs(score) / top)}", score)
+        (word, f"{'for' if score > 0 else 'against'} shade{round(SHADES * abs(score) / top)}", score)
         for word, score in zip(found.words, found.scores, strict=True)
     ]

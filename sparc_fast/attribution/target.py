@@ -47,8 +47,7 @@ class Target:
         device = model.W_enc.device
         weights, indices = weights.to(device, torch.float64), indices.to(device).long()
         weights, indices = weights.masked_fill(indices < 0, 0), indices.clamp(min=0)
-        first = sum(list(model.d_streams.values())[:s])
-        columns = slice(first, first + model.d_streams[stream])
+        columns = model._columns()[s]
         encoder = model.W_enc[:, columns][indices].double()  # [n, m, D_s]
         direction = (weights[..., None] * encoder).sum(1)
         offset = (weights * model.latent_bias[s].double()[indices]).sum(1)

@@ -11,20 +11,19 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sparc_fast.evaluate.words import SPACELESS
 from sparc_fast.extract.encoders import Encoder, ModelEncoder
 from sparc_fast.model import SPARC
 
-from .grids import hooks
+from .grids import hooks, rows_of
 from .target import Latents, Target
 
 __all__ = ["TextMethod", "WordScores", "word_scores"]
 
 TextMethod = Literal["omission", "gradient", "integrated"]
 STEPS = 32  # of the way from no words to the text
-WORD = re.compile(  # a run of letters and digits; of scripts without spaces, a character
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-    r"|(?:(?![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])[^\W_])+"
-)
+ONE = SPACELESS.pattern.removesuffix("+")  # a character of a script without spaces
+WORD = re.compile(rf"{ONE}|(?:(?!{ONE})[^\W_])+")  # a run of letters and digits; of scripts without spaces, a character
 
 
 @dataclass(frozen=True)
@@ -124,18 +123,16 @@ def _slopes(
             for module in encoder.model.modules():
                 if isinstance(module, nn.Embedding):
                     add(module.register_forward_hook(swap))
-            scores = target.score(encoder.run(inputs))
+            scores = target.score(rows_of(encoder, inputs))
         if not caught:
             raise ValueError(
                 f'method must be "omission" with {encoder.stream.model}: its tokens have no embedding of their own'
             )
         return scores.detach(), caught[0], torch.autograd.grad(scores.sum(), caught[1])[0]
 
-    pooled = encoder.pooled
     with torch.enable_grad():
         whole, given, first = at(1.0)
         slopes = [first if scale == 1.0 else at(scale)[2] for scale in steps]
-    encoder.pooled = pooled
     return whole, given, torch.stack(slopes).mean(0)
 
 

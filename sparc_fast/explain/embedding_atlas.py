@@ -10,7 +10,7 @@ from sparc_fast.data.readers import require
 from sparc_fast.files import atomic_path
 
 from .contents import Report
-from .relations import energy
+from .relations import energy, strongest
 
 __all__ = ["write_atlas"]
 
@@ -36,11 +36,10 @@ def write_atlas(report: Report, path: str | Path) -> None:
     if items.held_out is not None:
         taken["held out"] = items.held_out.tolist()
     for stream, code in report.after.codes.items():
-        share, place = energy(code).topk(min(STRONGEST, code[0].shape[1]), dim=1)
-        latents = code[1].long().gather(1, place).tolist()
+        latents, share = strongest(code, STRONGEST)
         taken[f"latents of {stream}"] = [
             ", ".join(dict.fromkeys(report.after.concept(l) or str(l) for l, x in zip(ls, xs, strict=True) if x > 0))
-            for ls, xs in zip(latents, share.tolist(), strict=True)
+            for ls, xs in zip(latents.tolist(), share.tolist(), strict=True)
         ]
     places = _principal(report)
     taken |= {"projection_x": places[:, 0].tolist(), "projection_y": places[:, 1].tolist()}

@@ -82,8 +82,7 @@ def _texts(folder: FeatureFolder, split: Split, columns: Sequence[str]) -> dict[
 def _concepts(
     folder: FeatureFolder, split: Split, texts: Mapping[str, Sequence[str]], labels: bool
 ) -> tuple[Carried, Sequence[str]]:
-    found = folder.labels(split, FEWEST) if labels else None
-    if found is not None:
+    if labels and (found := folder.labels(split, FEWEST)) is not None:
         return Carried.from_labels(torch.from_numpy(found[0])), found[1]
     return words_as_concepts([[column[n] for column in texts.values()] for n in range(len(folder.rows(split)))])
 
@@ -96,22 +95,21 @@ def _sees(stream: Mapping[str, Any]) -> bool:
 def _pictures(folder: FeatureFolder, split: Split, contents: Sequence[str]) -> dict[str, Pictures]:
     """Of the items' thumbnails or files below the folder of pictures, and of each column of contents."""
     paths = folder.column("picture", split)
-    known = folder.columns
-    small = folder.column("thumbnail", split) if "thumbnail" in known else [None] * len(paths)
+    small = folder.column("thumbnail", split) if "thumbnail" in folder.columns else [None] * len(paths)
     files = [
         folder.picture(path) if path is not None and content is None else None
         for path, content in zip(paths, small, strict=True)
     ]
     found: dict[str, Pictures] = {}
     if any(x is not None for x in (*small, *files)):
-        found[PICTURE] = Thumbnails(len(paths), lambda row: _opened(small[row], files[row]))
+        found[PICTURE] = _thumbnails(small, files)
     for column in contents:
-        found[column] = _of_contents(folder.column(column, split))
+        found[column] = _thumbnails(folder.column(column, split), [None] * len(paths))
     return found
 
 
-def _of_contents(contents: Sequence[bytes | None]) -> Pictures:
-    return Thumbnails(len(contents), lambda row: _opened(contents[row], None))
+def _thumbnails(contents: Sequence[bytes | None], files: Sequence[Path | None]) -> Pictures:
+    return Thumbnails(len(contents), lambda row: _opened(contents[row], files[row]))
 
 
 def _opened(content: bytes | None, file: Path | None) -> Image.Image | None:
@@ -173,14 +171,14 @@ def report_of(
     evaluations = _evaluated(
         {**dict(reversed(list(models.items()))), **(beside or {})}, folder, streams, "held_out" if kept else split
     )
-    reports = []
-    for name, model in models.items():
-        of_model = ModelReport.of(
+    reports = [
+        ModelReport.of(
             name, codes_of(model, folder, streams, split), model.n_latents, items,
             jaccard=ModelReport.jaccard_of(evaluations[name]), curves=(curves or {}).get(name),
             private=model.private_latents,
-        )  # fmt: skip
-        reports.append(of_model)
+        )
+        for name, model in models.items()
+    ]  # fmt: skip
     reports[-1] = replace(reports[-1], names=_asked_first(reports[-1], items, first))
     return Report(
         after=reports[-1],

@@ -11,7 +11,7 @@ from PIL import Image
 
 from .contents import Report
 from .latents import Tops
-from .shards import Shards
+from .shards import Shards, clipped
 
 __all__ = ["render_headline"]
 
@@ -122,5 +122,4 @@ def _font_has() -> Callable[[str], bool]:
 
 
 def _short(text: str, letters: int) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= letters else line[: letters - 1] + "…"
+    return clipped(" ".join(text.split()), letters)

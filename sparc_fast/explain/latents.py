@@ -44,17 +44,13 @@ def tops_of(report: Report, model: ModelReport, latents: Tensor | None = None) -
     if groups is None:
         return Tops(rows, values)
     number = np.append(np.unique(np.array(groups, np.str_), return_inverse=True)[1], -1)
-    kept_rows, kept_values = [], []
-    for s in range(len(rows)):
-        group = number[rows[s]]
-        later = np.zeros_like(group, bool)
-        for place in range(1, group.shape[1]):
-            later[:, place] = (group[:, :place] == group[:, place, None]).any(1)
-        order = (later | (rows[s] < 0)).argsort(axis=1, kind="stable")[:, :SHOWN]
-        left = np.take_along_axis(later, order, 1)
-        kept_rows.append(np.where(left, -1, np.take_along_axis(rows[s], order, 1)))
-        kept_values.append(np.where(left, 0, np.take_along_axis(values[s], order, 1)))
-    return Tops(np.stack(kept_rows), np.stack(kept_values))
+    group = number[rows]
+    later = np.zeros_like(group, bool)
+    for place in range(1, group.shape[2]):
+        later[..., place] = (group[..., :place] == group[..., place, None]).any(2)
+    order = (later | (rows < 0)).argsort(axis=2, kind="stable")[..., :SHOWN]
+    rows, values, later = (np.take_along_axis(of_samples, order, 2) for of_samples in (rows, values, later))
+    return Tops(np.where(later, -1, rows), np.where(later, 0, values))
 
 
 class Shown:
@@ -124,9 +120,8 @@ def choose_latents(report: Report, tops: Sequence[Tops] = (), n: int = 12, shown
     likeness = np.maximum(_alike_to_the_eye(report, after, latents, shown), _alike_in_samples(after, latents, shown))
     concepts = [model.concept(latent) or str(latent) for latent in latents]
     free = np.ones(len(latents), bool)
-    wanted = [
-        concepts.index(concept) for concept in dict.fromkeys(report.first) if concept in concepts
-    ]  # the best of each
+    # the best of each
+    wanted = [concepts.index(concept) for concept in dict.fromkeys(report.first) if concept in concepts]
     chosen: list[int] = []  # positions in latents
     while free.any() and len(chosen) < n:
         novelty = np.maximum(1 - likeness[:, chosen].max(axis=1, initial=0), 0)

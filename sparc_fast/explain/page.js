@@ -15,7 +15,8 @@ const unnamed = () => el("span", { className: "unnamed" }, data.named ? "no shar
 const title = (id) => (nameOf(id) ? el("bdi", {}, nameOf(id)) : unnamed());
 const spoken = (id) => nameOf(id) || `latent ${id}`;
 const format = (stat, x) => (x === null ? "–" : stat === 1 ? percent(x) : x.toFixed(2));
-const statsOf = (place) => index.stats.map((column) => column[place]);
+const otherNames = (id) => names(places.get(id)).slice(1).join(", ");
+const statsOf = (id) => index.stats.map((column) => column[places.get(id)]);
 
 function statistics(stats, shown = data.jaccard ? 3 : 2) {
   const lines = stats.slice(0, shown).map((x, i) =>
@@ -68,23 +69,20 @@ async function chosen() {
   const [latents, entries] = await latentsWith(data.chosen, everySide(), OVERVIEW.pictures);
   home.append(...data.chosen.map((id) => {
     const heading = el("h3", {}, el("a", { href: `#latent=${id}` }, title(id)));
-    const others = names(places.get(id)).slice(1);
-    const also = others.length ? el("p", { className: "also" }, el("bdi", {}, others.join(", "))) : null;
-    const about = el("div", {}, heading, also, el("small", {}, `latent ${id}`), statistics(statsOf(places.get(id)), 2));
-    const latent = latents.get(id);
+    const also = otherNames(id) ? el("p", { className: "also" }, el("bdi", {}, otherNames(id))) : null;
+    const about = el("div", {}, heading, also, el("small", {}, `latent ${id}`), statistics(statsOf(id), 2));
     return el("article", { className: `chosen${data.models.length === 1 ? " alone" : ""}` }, about,
-      everySide().map((side) => model(id, latent, side, entries)));
+      everySide().map((side) => model(id, latents.get(id), side, entries)));
   }));
 }
 
 function card(id, latent, entries, note) {
   const head = el("div", { className: "title" }, el("a", { href: `#latent=${id}` }, title(id)), el("span", {}, `latent ${id}`));
-  const others = names(places.get(id)).slice(1);
-  const also = note ?? (others.length ? el("bdi", {}, others.join(", ")) : null);
+  const also = note ?? (otherNames(id) ? el("bdi", {}, otherNames(id)) : null);
   const rows = data.streams.map((_, s) =>
     samples(s, latent.models[after()].streams[s], entries, nameOf(id), drawn(s) ? OVERVIEW.pictures : 2));
   return el("li", { className: "card" }, head, data.named || note ? el("p", { className: "also" }, also ?? "\u00a0") : null, rows,
-    statistics(statsOf(places.get(id))));
+    statistics(statsOf(id)));
 }
 
 // Browsing and searching: by name and number, and by the words that the items' texts have
@@ -92,11 +90,8 @@ function card(id, latent, entries, note) {
 let found = []; // [latent, note] in the order shown
 let asked = 0;
 let vocabulary = null; // word -> its place
-const sortings = {
-  name: (a, b) => (nameOf(index.ids[a]) || "\uffff").localeCompare(nameOf(index.ids[b]) || "\uffff"),
-};
-const sorted = (order) => order.sort(
-  sortings[sort.value] ?? ((a, b) => (index.stats[sort.value][b] ?? -1) - (index.stats[sort.value][a] ?? -1)));
+const byName = (a, b) => (nameOf(index.ids[a]) || "\uffff").localeCompare(nameOf(index.ids[b]) || "\uffff");
+const byStat = (a, b) => (index.stats[sort.value][b] ?? -1) - (index.stats[sort.value][a] ?? -1);
 
 /** What a text speaks of: Map(latent -> thousandths of energy), and samples that have its words. */
 async function evidence(text) {
@@ -121,7 +116,7 @@ async function evidence(text) {
 
 async function browse() {
   const [mine, query] = [++asked, search.value.trim()];
-  const all = sorted([...index.ids.keys()]);
+  const all = [...index.ids.keys()].sort(sort.value === "name" ? byName : byStat);
   if (query === "") {
     found = all.map((place) => [index.ids[place], null]);
     foundSamples.hidden = true;
@@ -135,19 +130,14 @@ async function browse() {
     const told = [...weights].filter(([id]) => places.has(id) && !head.has(places.get(id))).sort(([, x], [, y]) => y - x);
     const note = (x) => ["“", el("bdi", {}, read), `”: ${percent(x / 1000)} more of its energy`];
     found = [...[...head].map((place) => [index.ids[place], null]), ...told.map(([id, x]) => [id, note(x)])];
-    await drawSamples(samples, read, mine);
+    const entries = await loadAll("texts", samples);
     if (mine !== asked) return;
+    foundSamples.hidden = !samples.length;
+    foundSamples.replaceChildren(el("h3", {}, "Samples with “", el("bdi", {}, read), "”"), chips(samples, entries));
   }
   count.value = `${found.length.toLocaleString("en")} of ${index.ids.length.toLocaleString("en")} live latents`;
   list.replaceChildren();
   await show();
-}
-
-async function drawSamples(numbers, read, mine) {
-  const entries = await loadAll("texts", numbers);
-  if (mine !== asked) return;
-  foundSamples.hidden = !numbers.length;
-  foundSamples.replaceChildren(el("h3", {}, "Samples with “", el("bdi", {}, read), "”"), chips(numbers, entries));
 }
 
 /** Samples as a list of links: a picture, where there is one, and the title. */
@@ -186,12 +176,11 @@ async function latentPage(id) {
   const at = found.findIndex(([other]) => other === id);
   const step = (text, [other] = [], key = "") =>
     other === undefined ? null : el("a", { href: `#latent=${other}`, "data-key": key, title: spoken(other) }, text);
-  const others = names(places.get(id)).slice(1);
   return [
     way("Latents", step("← previous", found[at - 1], "ArrowLeft"), at < 0 ? null : step("next →", found[at + 1], "ArrowRight")),
     kicker(`latent ${id}`),
     heading(title(id)),
-    others.length ? el("p", { className: "lead" }, "also: ", el("bdi", {}, others.join(", "))) : null,
+    otherNames(id) ? el("p", { className: "lead" }, "also: ", el("bdi", {}, otherNames(id))) : null,
     el("p", {}, "The samples that fire this latent most, in each stream encoded alone; the bar is how strongly.",
       data.named ? [" ", el("mark", {}, "In colour"), ": it bears the concept. Beside each stream’s name: the concept its samples share most."] : null),
     el("div", { className: `models${data.models.length === 1 ? " alone" : ""}` }, everySide().map((side) => model(id, latent, side, entries, true))),
@@ -200,12 +189,11 @@ async function latentPage(id) {
 }
 
 function together(id, others) {
-  const usual = (other) => (places.has(other) ? statsOf(places.get(other))[1] : 0);
   return el("section", { className: "together" }, el("h2", {}, "Fires together with"),
     el("p", {}, "How many of the samples that fire this latent most fire the other one too, and how many of all samples do."),
     el("ul", {}, others.filter(([other]) => places.has(other)).map(([other, share]) => el("li", {},
       el("a", { href: `#latent=${other}` }, title(other)), el("span", { className: "small" }, `latent ${other}`),
-      bar(share / 100), el("span", { className: "small" }, `${share} % (of all: ${percent(usual(other))})`),
+      bar(share / 100), el("span", { className: "small" }, `${share} % (of all: ${percent(statsOf(other)[1])})`),
       el("a", { href: `#latents=${id},${other}`, "aria-label": `compare with ${spoken(other)}` }, "compare")))));
 }
 

@@ -60,6 +60,15 @@ def _sheet(mode: str, pictures: Sequence[Image.Image | None], wide: int, side: i
     return sheet
 
 
+def _in_square(picture: Image.Image, side: int) -> Image.Image:
+    """The picture in the middle of an empty square."""
+    from PIL import Image
+
+    square = Image.new(picture.mode, (side, side))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
 def sights(pictures: Pictures, rows: Sequence[int]) -> npt.NDArray[np.floating]:
     """The mean of some pictures as numbers that lie near for pictures that look alike."""
     from PIL import Image
@@ -93,18 +102,10 @@ class Ink:
     def draw(self, row: int) -> Image.Image:
         from PIL import Image
 
-        image = self.images[row]
-        height, width = image.shape
-        side = max(height, width)
-        square = np.zeros((side, side), np.uint8)
-        y, x = (side - height) // 2, (side - width) // 2
-        square[y : y + height, x : x + width] = image
-        picture = Image.fromarray(square)
-        if side > LARGEST_INK:
+        picture = _in_square(Image.fromarray(self.images[row]), max(self.images.shape[1:]))
+        if picture.width > LARGEST_INK:
             picture = picture.resize((LARGEST_INK, LARGEST_INK), Image.Resampling.LANCZOS)
-        framed = Image.new("L", (self.side, self.side))
-        framed.paste(picture, (1, 1))
-        return framed
+        return _in_square(picture, self.side)
 
     def write(self, rows: Sequence[int]) -> tuple[str, str, Sequence[bool]]:
         from PIL import Image
@@ -144,12 +145,8 @@ class Thumbnails:
         picture = self._load(row)
         if picture is None:
             return None
-        small = picture.convert("RGBA")
-        scale = self.side / max(small.size)
-        small = small.resize([max(1, round(scale * n)) for n in small.size], Image.Resampling.LANCZOS)
-        square = Image.new("RGBA", (self.side, self.side))
-        square.paste(small, ((self.side - small.width) // 2, (self.side - small.height) // 2))
-        return square
+        size = [max(1, round(self.side / max(picture.size) * n)) for n in picture.size]
+        return _in_square(picture.convert("RGBA").resize(size, Image.Resampling.LANCZOS), self.side)
 
     def write(self, rows: Sequence[int]) -> tuple[str, bytes, Sequence[bool]]:
         pictures = [self.draw(row) for row in rows]

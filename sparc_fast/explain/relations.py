@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparc_fast.evaluate import Carried, Codes, StreamCode, top_samples
 
-__all__ = ["energy", "fire_together", "latents_of_words"]
+__all__ = ["energy", "fire_together", "latents_of_words", "strongest"]
 
 CELLS = 2**21  # numbers of a block of counts
 STRONGEST = 64  # samples of a latent that say what else fires
@@ -25,6 +25,12 @@ def energy(code: StreamCode) -> Tensor:
     return squares / squares.sum(dim=1, keepdim=True).clamp_min(1e-30)
 
 
+def strongest(code: StreamCode, n: int) -> tuple[Tensor, Tensor]:
+    """The latents of each sample with most energy, and their shares of it, [N, min(n, k)] both."""
+    share, place = energy(code).topk(min(n, code[0].shape[1]), dim=1)
+    return code[1].long().gather(1, place), share
+
+
 def fire_together(codes: Codes, frequency: npt.NDArray[np.floating], n: int = 8) -> Found:
     """The latents that fire most beyond their frequency on the samples that fire a latent most, and how often, [L, n].
 
@@ -32,7 +38,7 @@ def fire_together(codes: Codes, frequency: npt.NDArray[np.floating], n: int = 8)
     """
     L = len(frequency)
     usual = torch.as_tensor(frequency, dtype=torch.float32, device="cpu")
-    strongest = top_samples(codes, L, STRONGEST).samples
+    samples = top_samples(codes, L, STRONGEST).samples
     fired = [indices.long().where(values > 0, L) for values, indices in codes.values()]  # L is of nothing
     n = min(n, L)
     others = torch.full((L, n), -1, dtype=torch.int64, device="cpu")
@@ -40,10 +46,10 @@ def fire_together(codes: Codes, frequency: npt.NDArray[np.floating], n: int = 8)
     step = max(1, CELLS // (L + 1))
     for start in range(0, L, step):
         here = torch.arange(start, min(start + step, L), device="cpu")
-        there = strongest[:, here] >= 0
+        there = samples[:, here] >= 0
         cells = [
-            (of_stream.nonzero()[:, :1] * (L + 1) + latents[samples[of_stream]]).flatten()
-            for latents, samples, of_stream in zip(fired, strongest[:, here], there, strict=True)
+            (of_stream.nonzero()[:, :1] * (L + 1) + latents[rows[of_stream]]).flatten()
+            for latents, rows, of_stream in zip(fired, samples[:, here], there, strict=True)
         ]
         counts = torch.bincount(torch.cat(cells), minlength=len(here) * (L + 1)).view(-1, L + 1)
         counts[here - start, here] = counts[:, L] = 0

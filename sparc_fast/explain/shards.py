@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ from sparc_fast.evaluate import Carried, retrieve
 from .contents import ModelReport, Report
 from .latents import Shown, Tops, choose_latents, tops_of
 from .pictures import Ink, columns
-from .relations import energy, fire_together, latents_of_words
+from .relations import fire_together, latents_of_words, strongest
 
-__all__ = ["Shards"]
+__all__ = ["Shards", "clipped"]
 
 LATENTS, TEXTS, SAMPLES = 64, 128, 64  # in a piece
 ENERGIES = 12  # latents of a sample
@@ -53,9 +54,8 @@ class Shards:
 
     def _order(self) -> npt.NDArray[np.int64]:
         """Rows in the order in which the page first shows them."""
-        seen = [of_model.rows[:, self.chosen].transpose(1, 0, 2).ravel() for of_model in reversed(self.tops)]
-        for of_model in reversed(self.tops):
-            seen.append(of_model.rows[:, self.latents].transpose(1, 0, 2).ravel())
+        shown = [of_model.rows[:, some] for some in (self.chosen, self.latents) for of_model in reversed(self.tops)]
+        seen = [rows.transpose(1, 0, 2).ravel() for rows in shown]
         together = np.concatenate([*seen, np.arange(len(self.report.items))])
         together = together[together >= 0]
         _, first = np.unique(together, return_index=True)
@@ -77,13 +77,11 @@ class Shards:
 
     def pieces(self) -> Iterator[tuple[str, bytes]]:
         """(name of the file, content) of all pieces; to be asked for after the pictures."""
-        pieces: list[Iterator[tuple[str, Any]]] = [
-            iter([("start", self.start()), ("index", self.index()), ("words", self.vocabulary())]),
-            self._latents(), self._texts(), self._samples(),
+        whole: list[tuple[str, Any]] = [
+            ("start", self.start()), ("index", self.index()), ("words", self.vocabulary())
         ]  # fmt: skip
-        for some in pieces:
-            for name, content in some:
-                yield f"{name}.js", _call(name, content)
+        for name, content in chain(whole, self._latents(), self._texts(), self._samples()):
+            yield f"{name}.js", _call(name, content)
 
     def start(self) -> dict[str, Any]:
         """What the page needs at once."""
@@ -183,14 +181,15 @@ class Shards:
         for place, some in _parts(self.rows, TEXTS):
             content = []
             for row in some.tolist():
-                texts = [_clipped(column[row], CLIPPED) for column in items.texts.values()]
+                texts = [clipped(column[row], CLIPPED) for column in items.texts.values()]
                 content.append([str(items.ids[row]), int(held_out[row]), self.flags[self.number[row]], texts])
             yield f"texts/{place}", content
 
     def _samples(self) -> Iterator[tuple[str, Any]]:
         report, items, L = self.report, self.report.items, self.report.n_latents
         codes = report.after.codes
-        shares = [_strongest(code) for code in codes.values()]
+        strong = [strongest(code, ENERGIES) for code in codes.values()]
+        shares = [(latents.numpy(), (1000 * share).round().long().numpy()) for latents, share in strong]
         near = [
             [
                 None if s == t else self.number[retrieve(codes[s], codes[t], L, top=NEAREST).candidates.numpy()]
@@ -209,16 +208,10 @@ class Shards:
                     [[] if found is None else [n for n in found[row].tolist() if n >= 0] for found in of_stream]
                     for of_stream in near
                 ]
-                about = [_clipped(str(column[row]), LONGEST) for column in items.about.values()]
-                texts = [_clipped(column[row], LONGEST) for column in items.texts.values()]
+                about = [clipped(str(column[row]), LONGEST) for column in items.about.values()]
+                texts = [clipped(column[row], LONGEST) for column in items.texts.values()]
                 content.append({"codes": fired, "near": nearby, "about": about, "texts": texts})
             yield f"samples/{place}", content
-
-
-def _strongest(code: tuple[torch.Tensor, torch.Tensor]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Latents of most energy of each sample, and their thousandths."""
-    share, place = energy(code).topk(min(ENERGIES, code[0].shape[1]), dim=1)
-    return code[1].long().gather(1, place).numpy(), (1000 * share).round().long().numpy()
 
 
 def _parts(values: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
@@ -231,7 +224,7 @@ def _call(name: str, content: Any) -> bytes:
     return f'shard("{name}",{text});\n'.encode("utf-8", "replace")
 
 
-def _clipped(text: str, letters: int) -> str:
+def clipped(text: str, letters: int) -> str:
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,17 +91,10 @@ def render_page(report: Report, pieces: str) -> bytes:
 def _fill(folder: Path, shards: Shards) -> str:
     """Write all pieces; a hash of their content."""
     digest = hashlib.blake2b(digest_size=6)
-
-    def write(name: str, content: bytes) -> None:
+    own = ((name, (HERE / name).read_bytes()) for name in ("page.css", *SCRIPTS))
+    for name, content in chain(own, shards.pictures(), shards.pieces()):
         digest.update(f"{name} {len(content)} ".encode() + content)
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-
-    for name in ("page.css", *SCRIPTS):
-        write(name, (HERE / name).read_bytes())
-    for name, content in shards.pictures():
-        write(name, content)
-    for name, content in shards.pieces():
-        write(name, content)
     return digest.hexdigest()

@@ -61,8 +61,12 @@ class Card:
     datasets: Sequence[str] = ()
     """Their names on the Hub."""
 
-    def evaluations(self) -> dict[str, Mapping[str, Any]]:
-        """By model, as ``sparc-fast eval --json`` prints them."""
+    def scores(self) -> dict[str, dict[str, float | None]]:
+        """Model -> score -> value."""
+        return {name: dict(found["scores"]) for name, found in self._found().items()}
+
+    def _found(self) -> dict[str, Mapping[str, Any]]:
+        """The evaluation, as ``sparc-fast eval --json`` prints it."""
         return {name: e if isinstance(e, Mapping) else e.to_dict() for name, e in self.evaluation.items()}
 
     def as_text(self, model: Model, repository: str) -> str:
@@ -103,12 +107,12 @@ class Card:
 
     def _evaluation(self) -> list[str]:
         """A row a score, a column a model."""
-        found = self.evaluations()
+        found, scores = self._found(), self.scores()
         names = {key: name for one in found.values() for key, name in one.get("names", {}).items()}
-        keys = list(dict.fromkeys(key for one in found.values() for key in one["scores"]))
-        rows = [[names.get(key, key), *(_number(one["scores"].get(key)) for one in found.values())] for key in keys]
+        keys = list(dict.fromkeys(key for of_model in scores.values() for key in of_model))
+        rows = [[names.get(key, key), *(_number(of_model.get(key)) for of_model in scores.values())] for key in keys]
         n = next(iter(found.values()))["n_samples"]
-        return [f"Of {n:,} samples; `{EVALUATION}` has all figures.", _table(["", *found], rows)]
+        return [f"Of {n:,} samples; `{EVALUATION}` has all figures.", _table(["", *scores], rows)]
 
 
 def save_pretrained(model: Model, folder: str | Path, card: Card | None = None, *, repository: str = "") -> None:
@@ -130,7 +134,7 @@ def save_pretrained(model: Model, folder: str | Path, card: Card | None = None, 
         CARD: card.as_text(model, repository or folder.resolve().name),
     }
     if card.evaluation:
-        texts[EVALUATION] = json.dumps(card.evaluations(), indent=2) + "\n"
+        texts[EVALUATION] = json.dumps(card._found(), indent=2) + "\n"
     model.save(folder / MODEL)
     if card.picture is not None and Path(card.picture).resolve() != (folder / Path(card.picture).name).resolve():
         shutil.copyfile(card.picture, folder / Path(card.picture).name)

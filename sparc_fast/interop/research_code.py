@@ -17,6 +17,7 @@ from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import permutations
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -77,9 +78,6 @@ class Code:
     """int32 [N, A]."""
 
 
-_TopK = Callable[[], torch.return_types.topk]
-
-
 class _Later(NamedTuple):
     make: Callable[[], Tensor]
     weights: Sequence[Tensor]
@@ -138,9 +136,8 @@ class MultiStreamSparseAutoencoder(nn.Module):
         backend: "auto" or one of `sparc_fast.available_backends(device)`.
     """
 
-    _least_auxk = 1
-    _active_keys: tuple[str, ...] = ("avg_num_active_neurons",)
-    _reports_no_cross = False
+    _is_local = False
+    """Whether each stream has a support of its own, and what the research code does otherwise there."""
 
     def __init__(
         self,
@@ -159,8 +156,9 @@ class MultiStreamSparseAutoencoder(nn.Module):
             raise ValueError(f"d_streams must name at least one stream and its width, got {d_streams}")
         if not 1 <= k <= n_latents:
             raise ValueError(f"k must be between 1 and n_latents={n_latents}, got {k}")
-        if auxk is not None and not self._least_auxk <= auxk <= n_latents:
-            raise ValueError(f"auxk must be None or {self._least_auxk} … n_latents={n_latents}, got {auxk}")
+        least_auxk = 0 if self._is_local else 1
+        if auxk is not None and not least_auxk <= auxk <= n_latents:
+            raise ValueError(f"auxk must be None or {least_auxk} … n_latents={n_latents}, got {auxk}")
         self.streams = list(d_streams)
         self.n_latents, self.k, self.auxk = n_latents, k, auxk
         self.auxk_threshold, self.dead_steps_threshold = auxk_threshold, dead_steps_threshold
@@ -202,7 +200,9 @@ class MultiStreamSparseAutoencoder(nn.Module):
         self._add_support(outputs, inputs, supports)
         self._add_recons(outputs)
         active = torch.tensor(float(self.k), dtype=torch.float32, device=supports[stream].device)
-        outputs.update(dict.fromkeys(self._active_keys, active))
+        if self._is_local:
+            outputs["avg_sparsity"] = active
+        outputs["avg_num_active_neurons"] = active
         return outputs
 
     def get_dead_neurons(self, threshold: int | None = None) -> dict[str, Tensor]:
@@ -241,7 +241,7 @@ class MultiStreamSparseAutoencoder(nn.Module):
                 auxk.append(self._auxk_loss(stream, outputs, inputs[stream]))
                 losses[f"auxk_loss_{stream}"] = auxk[-1]
         cross = []
-        for source, target in _pairs(self.streams):
+        for source, target in permutations(self.streams, 2):
             name = f"{target}_from_{source}"
             cross.append(normalized_mean_squared_error(outputs[f"cross_recon_{name}"], inputs[target]))
             losses[f"cross_loss_{name}"] = cross[-1]
@@ -250,7 +250,7 @@ class MultiStreamSparseAutoencoder(nn.Module):
         if self.auxk is not None:
             # NaN counts as no loss
             total = total + self._add_part(losses, "avg_auxk_loss", auxk if sum(auxk) > 0 else [], auxk_coef, total)
-        if cross_loss_coef > 0 and (cross or self._reports_no_cross):
+        if cross_loss_coef > 0 and (cross or self._is_local):
             total = total + self._add_part(losses, "avg_cross_loss", cross, cross_loss_coef, total)
         losses["avg_l1_sparsity"], losses["avg_num_active_neurons"] = _mean(l1), outputs["avg_num_active_neurons"]
         losses["avg_mse_loss"] = losses["total_loss"] = total
@@ -272,28 +272,26 @@ class MultiStreamSparseAutoencoder(nn.Module):
 
     def _supports(self, inputs: Mapping[str, Tensor], streams: Sequence[str]) -> dict[str, Tensor]:
         """The support of each stream, int32 [N, k]."""
+        topk = partial(functional.global_topk, k=self.k, backend=self.backend)
+        if self._is_local:
+            return {s: topk(inputs[s], *self._encoder(s)) for s in streams}
         x = _side_by_side([inputs[s].detach() for s in streams])
         W_enc = _side_by_side([_weight(self.encoders[s]).detach() for s in streams])
         pre_bias = _side_by_side([self.pre_biases[s].detach() for s in streams])
         latent_bias = torch.stack([self.latent_biases[s].detach() for s in streams])
-        support = functional.global_topk(x, W_enc, pre_bias, latent_bias, self.k, backend=self.backend)
-        return dict.fromkeys(streams, support)
+        return dict.fromkeys(streams, topk(x, W_enc, pre_bias, latent_bias))
 
     def _encode(self, stream: str, x: Tensor, support: Tensor) -> tuple[Tensor, Code]:
         """Which latents are dead for AuxK, bool [L], and the stream's codes; moves its counters."""
         before = self._dead(stream)
         values = self._values(stream, x, support)
         self._count(stream, values.detach(), support)
-        dead = self._auxk_dead(stream, before)
+        dead = before if self._is_local else self._dead(stream)
         chosen = self._auxk_support(stream, x, dead)
         if chosen.shape[1]:
             # one operator for both supports: one gradient of the encoder
             values = self._values(stream, x, torch.cat([support, chosen], dim=1))
         return dead, Code(values[:, : self.k], support, values[:, self.k :], chosen)
-
-    def _auxk_dead(self, stream: str, before: Tensor) -> Tensor:
-        """The dead latents AuxK sees: here, those after this batch's count."""
-        return self._dead(stream)
 
     def _dead(self, stream: str, threshold: int | None = None) -> Tensor:
         return self.get_buffer(_counter(stream)) > (self.dead_steps_threshold if threshold is None else threshold)
@@ -337,33 +335,36 @@ class MultiStreamSparseAutoencoder(nn.Module):
         outputs.later(f"logits_{stream}", partial(self._logits, stream, x), weights)
         outputs.later(f"sparse_codes_{stream}", partial(self._dense, code.values, code.indices))
         outputs.later(f"mask_{stream}", partial(self._mask, code.indices))
-        if self.auxk is not None:
-            self._add_auxk(outputs, stream, partial(self._masked_topk, outputs, stream, dead), weights)
-
-    def _add_auxk(self, outputs: Outputs, stream: str, topk: _TopK, weights: Sequence[Tensor]) -> None:
-        code = outputs.codes[stream]
-        outputs.later(f"auxk_sparse_codes_{stream}", partial(self._dense, code.auxk_values, code.auxk_indices))
+        if self.auxk is None:
+            return
+        topk = partial(self._masked_topk, outputs, stream, dead)
         outputs.later(f"auxk_indices_{stream}", lambda: topk().indices, weights)
+        if self._is_local:
+            outputs.later(f"auxk_values_{stream}", lambda: topk().values, weights)
+        else:
+            outputs.later(f"auxk_sparse_codes_{stream}", partial(self._dense, code.auxk_values, code.auxk_indices))
 
     def _add_support(self, outputs: Outputs, inputs: Mapping[str, Tensor], supports: Mapping[str, Tensor]) -> None:
+        if self._is_local:
+            for stream, support in supports.items():
+                weights = self._encoder_parameters([stream])
+                outputs.later(f"indices_{stream}", partial(self._ranked, inputs, [stream], support), weights)
+            return
         streams = list(supports)
-        support = supports[streams[0]]
-        weights = self._encoder_parameters(streams)
+        support, weights = supports[streams[0]], self._encoder_parameters(streams)
         outputs.later("shared_mask", partial(self._mask, support))
         outputs.later("shared_indices", partial(self._ranked, inputs, streams, support), weights)
 
     def _add_recons(self, outputs: Outputs) -> None:
         codes = outputs.codes
         values = torch.stack([code.values for code in codes.values()], dim=1)
-        indices = self._indices_of(codes)
+        supports = [code.indices for code in codes.values()]
+        indices = torch.stack(supports, dim=1) if self._is_local else supports[0]
         for target in codes:
             recons = self._decode(values, indices, target)
             for source, recon in zip(codes, recons, strict=True):
                 name = f"recon_{target}" if source == target else f"cross_recon_{target}_from_{source}"
                 outputs[name] = recon
-
-    def _indices_of(self, codes: Mapping[str, Code]) -> Tensor:
-        return next(iter(codes.values())).indices
 
     def _logits(self, stream: str, x: Tensor) -> Tensor:
         W_enc, pre_bias, latent_bias = self._encoder(stream)
@@ -392,11 +393,7 @@ class MultiStreamSparseAutoencoder(nn.Module):
         return support.long().gather(1, score.argsort(dim=1, descending=True, stable=True))
 
     def _encoder_parameters(self, streams: Sequence[str]) -> list[Tensor]:
-        return [
-            parameter
-            for s in streams
-            for parameter in (_weight(self.encoders[s]), self.pre_biases[s], self.latent_biases[s])
-        ]
+        return [parameter for s in streams for parameter in self._encoder(s)]
 
     def _check(self, inputs: Mapping[str, Tensor]) -> list[str]:
         """The streams given, in the model's order."""
@@ -426,27 +423,7 @@ class LocalMultiStreamSparseAutoencoder(MultiStreamSparseAutoencoder):
     of ``shared_indices`` and ``auxk_sparse_codes_{s}``.
     """
 
-    _least_auxk = 0
-    _active_keys = ("avg_sparsity", "avg_num_active_neurons")
-    _reports_no_cross = True
-
-    def _supports(self, inputs: Mapping[str, Tensor], streams: Sequence[str]) -> dict[str, Tensor]:
-        return {s: functional.global_topk(inputs[s], *self._encoder(s), self.k, backend=self.backend) for s in streams}
-
-    def _auxk_dead(self, stream: str, before: Tensor) -> Tensor:
-        return before
-
-    def _add_auxk(self, outputs: Outputs, stream: str, topk: _TopK, weights: Sequence[Tensor]) -> None:
-        outputs.later(f"auxk_indices_{stream}", lambda: topk().indices, weights)
-        outputs.later(f"auxk_values_{stream}", lambda: topk().values, weights)
-
-    def _add_support(self, outputs: Outputs, inputs: Mapping[str, Tensor], supports: Mapping[str, Tensor]) -> None:
-        for stream, support in supports.items():
-            weights = self._encoder_parameters([stream])
-            outputs.later(f"indices_{stream}", partial(self._ranked, inputs, [stream], support), weights)
-
-    def _indices_of(self, codes: Mapping[str, Code]) -> Tensor:
-        return torch.stack([code.indices for code in codes.values()], dim=1)
+    _is_local = True
 
 
 def _weight(linear: nn.Module) -> Tensor:
@@ -460,10 +437,6 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 def _counter(stream: str) -> str:
     return f"stats_last_nonzero_{stream}"
-
-
-def _pairs(streams: Sequence[str]) -> list[tuple[str, str]]:
-    return [(source, target) for source in streams for target in streams if source != target]
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:

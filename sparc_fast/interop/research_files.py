@@ -56,7 +56,7 @@ def read_config(config: str | Path | Mapping[str, Any]) -> UpstreamConfig:
     content, origin = (
         (config, "config") if isinstance(config, Mapping) else (read_object(Path(config), "config"), str(config))
     )
-    arguments = content.get("args", {} if _has_files(content) else content)
+    arguments = content.get("args", {} if any(_files_key(s) in content for s in SPLITS) else content)
     data = content.get("config_file_content", content)
     if not isinstance(arguments, Mapping) or not isinstance(data, Mapping):
         raise ValueError(f"config must hold objects under args and config_file_content, got others in {origin}")
@@ -166,17 +166,14 @@ def to_upstream(model: SPARC, path: str | Path, *, batch_size: int = 256, fold_c
 
 def _state_dict(model: SPARC, batch_size: int) -> dict[str, Tensor]:
     """A model's weights under the research code's names, in its order and layout."""
-    parts: dict[str, list[Tensor]] = {"encoders": [], "decoders": [], "pre_biases": [], "latent_biases": []}
-    for stream in model.streams:
-        weights = stream_weights(model, stream)
-        for name, tensor in zip(parts, weights._replace(W_dec=weights.W_dec.T), strict=True):
-            parts[name].append(tensor.clone(memory_format=torch.contiguous_format))
+    weights = {s: stream_weights(model, s) for s in model.streams}
     silent = (model.silence.cpu() + batch_size - 1) // batch_size
-    tensors = {f"stats_last_nonzero_{stream}": silent.clone() for stream in model.streams}
-    for name, of_streams in parts.items():
-        ending = ".weight" if name in ("encoders", "decoders") else ""
-        tensors |= {f"{name}.{stream}{ending}": t for stream, t in zip(model.streams, of_streams, strict=True)}
-    return tensors
+    tensors = {f"stats_last_nonzero_{s}": silent for s in weights}
+    tensors |= {f"encoders.{s}.weight": of_stream.W_enc for s, of_stream in weights.items()}
+    tensors |= {f"decoders.{s}.weight": of_stream.W_dec.T for s, of_stream in weights.items()}
+    tensors |= {f"pre_biases.{s}": of_stream.pre_bias for s, of_stream in weights.items()}
+    tensors |= {f"latent_biases.{s}": of_stream.latent_bias for s, of_stream in weights.items()}
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, int], int]:
@@ -224,10 +221,6 @@ def _check_config_beside(path: Path, settings: Mapping[str, Any]) -> None:
 
 def _files_key(split: str) -> str:
     return f"{split}_stream_feature_files"
-
-
-def _has_files(content: Mapping[str, Any]) -> bool:
-    return any(_files_key(split) in content for split in SPLITS)
 
 
 def _is_count(value: object) -> bool:
