@@ -10,21 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import NEED_RANKS, Ranks, here, own
 from torch import Tensor
 from training_runs import config, files
 
 import sparc_fast as sf
-from sparc_fast.distributed import bytes as sizes
 from sparc_fast.distributed import exchange as exchanges
-from sparc_fast.distributed import shard, shared_memory, watch
+from sparc_fast.distributed import layout, shard, shared_memory, watch
 from sparc_fast.distributed.exchange import Exchange, in_turn
 from sparc_fast.training import Trainer
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
-]
+pytestmark = NEED_RANKS
 WIDTHS = {"a": 16, "b": 7}
 D = sum(WIDTHS.values())
 WAYS = ("memory", "sockets", "gloo")
@@ -35,15 +31,6 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     processes = Ranks(request.param)
     yield processes
     processes.close()
-
-
-def here() -> tuple[int, int]:
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def own(x: Tensor) -> Tensor:
-    rank, n = here()
-    return x.tensor_split(n)[rank]
 
 
 def samples(n: int, seed: int = 1) -> Tensor:
@@ -60,7 +47,7 @@ def model_of(**options: Any) -> sf.SPARC:
 
 def by_way(patch: pytest.MonkeyPatch, way: str, least: int = 4) -> None:
     """Exchange through memory that ranks share, by messages through sockets where they are small, or through gloo."""
-    patch.setattr(sizes, "TOGETHER", least)  # samples of a piece
+    patch.setattr(layout, "TOGETHER", least)  # samples of a piece
     for name in ("LEAST", "LEAST_DEALT"):
         patch.setattr(shared_memory, name, 1 if way == "memory" else 2**60)
     if way == "gloo":
@@ -197,7 +184,7 @@ def gradients_differ(weights: list[float]) -> list[bool]:
     found = []
     for least in (4, 2**60):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sizes, "TOGETHER", least)
+            patch.setattr(layout, "TOGETHER", least)
             found.append(backend.decode_loss(*operands, weights, tuple(WIDTHS.values())))
     (nmse, *_, bias), (other, *_, other_bias) = found
     torch.testing.assert_close((nmse, bias), (other, other_bias), rtol=1e-5, atol=1e-5)

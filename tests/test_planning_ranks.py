@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from ranks import Ranks
+from ranks import NEED_RANKS, Ranks
 
 from sparc_fast.ops.huge_pages import give_back_freed
 from sparc_fast.planning import Machine, Roofline, memory, plan
@@ -18,8 +17,7 @@ from sparc_fast.planning.process_memory import forget_peak, resident
 from sparc_fast.training import Config, Trainer
 
 pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
+    *NEED_RANKS,
     pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc"),
 ]
 MACHINE = Machine("a machine", "cpu", 2**36, 0, 0, 1, Roofline(copy=2e10, float32=1e11, bfloat16=4e11))
