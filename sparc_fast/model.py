@@ -616,20 +616,18 @@ class SPARC(nn.Module):
             private=self._private_here,
         )
 
-    def _batch(
-        self, inputs: Inputs | Arrays, present: Presence | None = None, first: int = 0, into: Tensor | None = None
-    ) -> Batch:
-        """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights;
-        `into` is memory that they may take, if they need some.
+    def _batch(self, inputs: Inputs | Arrays, present: Presence | None = None, first: int = 0) -> Batch:
+        """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights.
 
         With those of all processes that share the latents.
         """
-        return self._begin_batch(inputs, present, first, into)()
+        return self._begin_batch(inputs, present, first)()
 
     def _begin_batch(
         self, inputs: Inputs | Arrays, present: Presence | None = None, first: int = 0, into: Tensor | None = None
     ) -> Callable[[], Batch]:
-        """`_batch` when it is called; the samples of other processes come meanwhile."""
+        """`_batch` when it is called; the samples of other processes come meanwhile. `into` is memory that those given
+        may take, if they need some."""
         samples = self._shards.begin_batch(partial(self._own_samples, inputs, present, first, into))
         return lambda: self._with_weights(samples())
 
