@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -246,13 +247,12 @@ def loses_a_rank(folder: str) -> str:
 
 
 def test_a_rank_that_is_lost_while_others_wait_is_named(tmp_path: Path) -> None:
-    three, end = Ranks(3), time.monotonic() + 120
-    with pytest.raises(EOFError):
-        three(loses_a_rank, str(tmp_path))
-    said = [tmp_path / "0", tmp_path / "2"]
-    while not all(file.exists() and file.read_text() for file in said) and time.monotonic() < end:
-        time.sleep(0.1)
-    three.close()
+    said, end = [tmp_path / "0", tmp_path / "2"], time.monotonic() + 120
+    with closing(Ranks(3)) as three:
+        with pytest.raises(EOFError):
+            three(loses_a_rank, str(tmp_path))
+        while not all(file.exists() and file.read_text() for file in said) and time.monotonic() < end:
+            time.sleep(0.1)
     for rank, file in zip((0, 2), said, strict=True):
         assert file.read_text() == f"rank 1 is gone, and rank {rank} cannot go on without"
 

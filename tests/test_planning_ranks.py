@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,8 @@ def test_the_peak_of_a_rank_is_within_15_percent_of_what_is_planned(
 ) -> None:
     settings = {"steps": 3, "auxk": 0, "lr": 1e-3, "memory": 2**28, **RUNS[name], "data": streams}
     found = plan(Config(**settings), machine=MACHINE, dead=1.0, ranks=2)
-    two = Ranks(2)
-    try:
+    with closing(Ranks(2)) as two:
         measured = two(taken, settings, str(tmp_path))
-    finally:
-        two.close()
     for bytes in measured:
         assert found.peak == pytest.approx(bytes, rel=memory.ACCURACY), f"{found}"
         assert bytes > 2**27

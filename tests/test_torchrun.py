@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import closing, redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -138,14 +138,12 @@ def killed(folder: Path, out: str) -> None:
 def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_to_the_same_bits(
     folder: Path, two: Ranks, finished: Path
 ) -> None:
-    some, ended, until = Ranks(2), folder / "ended", time.monotonic() + 600
-    try:
+    ended, until = folder / "ended", time.monotonic() + 600
+    with closing(Ranks(2)) as some:
         with pytest.raises(EOFError):
             some(killed, folder, "killed")
         while not (ended.exists() and ended.read_text()) and time.monotonic() < until:
             time.sleep(0.1)
-    finally:
-        some.close()
     assert re.fullmatch(r"1 sparc-fast: rank 0 is gone, .*\n", ended.read_text())
     assert not (folder / "killed" / "model.safetensors").exists()
     assert two(command, folder, "killed") == [0, 0]
