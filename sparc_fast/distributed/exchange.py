@@ -94,7 +94,8 @@ class Exchange:
         message = torch.cat([_bytes(told), _bytes(tensor.contiguous())])
         of_all = self.gather(message[None], [1] * self.ranks, what)
         numbers, tensors = torch.split(of_all, [told.nbytes, tensor.nbytes], dim=1)
-        own = [row.clone().view(tensor.dtype).view(tensor.shape) for row in tensors]  # each begins where its type may
+        # copies: each begins where its type may
+        own = [row.clone().view(tensor.dtype).view(tensor.shape) for row in tensors]
         return numbers.reshape(-1).view(torch.int64).tolist(), own
 
     def deal(
