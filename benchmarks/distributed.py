@@ -21,7 +21,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from sparc_fast.distributed.bytes import received_bytes
+from sparc_fast.distributed.layout import received_bytes
 from sparc_fast.ops.huge_pages import give_back_freed
 from sparc_fast.planning.process_memory import forget_peak, resident
 

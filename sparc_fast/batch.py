@@ -53,10 +53,6 @@ class Batch(NamedTuple):
     sets: Tensor | None = None
     """bool [n, S'], all sets of streams that some sample of the batch has, where these samples are not all of them."""
 
-    @classmethod
-    def of(cls, samples: BatchSamples, **weights: Any) -> Batch:
-        return cls(**samples._asdict(), **weights)
-
     @property
     def n_samples(self) -> int:
         return len(self.x) if self.of_batch is None else self.of_batch
@@ -109,12 +105,8 @@ class Batch(NamedTuple):
             parts.append((rows, part.of_streams([name for name, here in zip(self.streams, has, strict=True) if here])))
         return parts
 
-    def of_latents(self, latents: Tensor) -> Batch:
-        """The same batch before a dictionary of these latents alone."""
-        return self.encoder_of_latents(latents)._replace(W_dec=self.W_dec[latents])
-
     def encoder_of_latents(self, latents: Tensor) -> Batch:
-        """As `of_latents`, for what does not read the decoder; without thresholds."""
+        """The same batch before the encoder of these latents alone, without thresholds; its decoder is that of all."""
         return self._replace(W_enc=self.W_enc[latents], latent_bias=self.latent_bias[:, latents], latent_threshold=None)
 
 
@@ -395,7 +387,7 @@ def measure(
 
 
 def spread_of(
-    batches: Iterable[Batch], of_all: Callable[[dict[str, Moments]], dict[str, Moments]] = lambda found: found
+    batches: Iterable[Batch], of_all: Callable[[dict[str, Moments]], dict[str, Moments]]
 ) -> dict[str, Tensor]:
     """stream -> mean_n ||x_s[n] - mean_s||^2 over those samples of some batches that have it, float64.
 
@@ -405,9 +397,8 @@ def spread_of(
     found: dict[str, Moments] = {}
     for batch in batches:
         for s, (name, cols) in enumerate(zip(batch.streams, stream_slices(batch.d_streams), strict=True)):
-            moments = found.setdefault(name, Moments())
             here = batch.x[:, cols] if batch.present is None else batch.x[batch.present[:, s], cols]
-            moments.add(here)
+            found.setdefault(name, Moments()).add(here)
     varying = {}
     for name, moments in of_all(found).items():
         spread = moments.spread.sum()

@@ -149,12 +149,7 @@ class SPARC(nn.Module):
         if loss not in ("nmse", "fvu"):
             raise ValueError(f'loss must be "nmse" or "fvu", got {loss!r}')
         self.error: Loss = loss
-        self.matryoshka = nested_sizes(matryoshka, n_latents)
-        if self.matryoshka and private:
-            raise ValueError(
-                "matryoshka must be left out with private latents, which are the last and in no smaller dictionary, "
-                f"got {self.matryoshka}"
-            )
+        self.matryoshka = nested_sizes(matryoshka, n_latents, private)
         are_finite = all(is_number(one) and math.isfinite(one) for one in (sparsity_coef, bandwidth))
         if not are_finite or sparsity_coef < 0 or bandwidth <= 0:
             raise ValueError(
@@ -331,11 +326,8 @@ class SPARC(nn.Module):
             raise ValueError("with_stream must be called before a model's latents are shared between processes")
         if not isinstance(name, str) or name in self.streams:
             raise ValueError(f"name must be of a stream that is new beside {self.streams}, got {name!r}")
-        like: dict[str, Any] = {"dtype": self.W_enc.dtype, "device": self.W_enc.device, "backend": self.backend}
         streams = {"d_streams": {**self.d_streams, name: width}, "normalize": {**self.normalize, name: normalize}}
-        model = SPARC(**{**self.config(), **streams}, **like)
-        model._take_over(self)
-        return model.train(self.training)
+        return self._with(None, **streams)
 
     @torch.no_grad()
     def prefix(self, n_latents: int, k: int | None = None) -> SPARC:
@@ -354,11 +346,14 @@ class SPARC(nn.Module):
         if not isinstance(n_latents, Integral) or not 1 <= n_latents <= most:
             raise ValueError(f"n_latents must be between 1 and those that streams share, {most}, got {n_latents}")
         sizes = [size for size in self.matryoshka if size <= n_latents]
-        settings = {"n_latents": n_latents, "k": min(self.k, n_latents) if k is None else k, "matryoshka": sizes,
-            "private": None, "private_k": None}  # fmt: skip
+        settings = {"n_latents": n_latents, "k": min(self.k, n_latents) if k is None else k, "matryoshka": sizes}
+        return self._with(slice(n_latents), **settings, private=None, private_k=None)
+
+    def _with(self, rows: slice | None, **settings: Any) -> SPARC:
+        """A model of other settings, with copies of these latents' weights, or of all."""
         like: dict[str, Any] = {"dtype": self.W_enc.dtype, "device": self.W_enc.device, "backend": self.backend}
         model = SPARC(**{**self.config(), **settings}, **like)
-        model._take_over(self, slice(n_latents))
+        model._take_over(self, rows)
         return model.train(self.training)
 
     @torch.no_grad()
@@ -621,20 +616,18 @@ class SPARC(nn.Module):
             private=self._private_here,
         )
 
-    def _batch(
-        self, inputs: Inputs | Arrays, present: Presence | None = None, first: int = 0, into: Tensor | None = None
-    ) -> Batch:
-        """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights;
-        `into` is memory that they may take, if they need some.
+    def _batch(self, inputs: Inputs | Arrays, present: Presence | None = None, first: int = 0) -> Batch:
+        """Check inputs, of which these are rows `first` and on, and put them side by side, calibrated, with weights.
 
         With those of all processes that share the latents.
         """
-        return self._begin_batch(inputs, present, first, into)()
+        return self._begin_batch(inputs, present, first)()
 
     def _begin_batch(
         self, inputs: Inputs | Arrays, present: Presence | None = None, first: int = 0, into: Tensor | None = None
     ) -> Callable[[], Batch]:
-        """`_batch` when it is called; the samples of other processes come meanwhile."""
+        """`_batch` when it is called; the samples of other processes come meanwhile. `into` is memory that those given
+        may take, if they need some."""
         samples = self._shards.begin_batch(partial(self._own_samples, inputs, present, first, into))
         return lambda: self._with_weights(samples())
 
@@ -676,11 +669,11 @@ class SPARC(nn.Module):
             by_stream if by_stream is None or streams == self.streams else by_stream[positions]
             for by_stream in (self.latent_bias, self.latent_threshold)
         )
-        weights = {"W_enc": W_enc, "W_dec": W_dec, "pre_bias": pre_bias, "latent_bias": latent_bias}
+        weights: dict[str, Any] = {"W_enc": W_enc, "W_dec": W_dec, "pre_bias": pre_bias, "latent_bias": latent_bias}
         weights["latent_threshold"] = latent_threshold
         if not self._shards.is_whole:  # nothing is differentiated by them
             weights = {name: None if part is None else part.detach() for name, part in weights.items()}
-        return Batch.of(samples, **weights)
+        return Batch(**samples._asdict(), **weights)
 
     def _tensors(self, inputs: Inputs | Arrays) -> Inputs:
         return batch.as_tensors(inputs, self.W_enc.device)

@@ -70,17 +70,24 @@ def fvu_scale(spread: Sequence[Tensor], energy: Tensor, n_samples: int) -> Tenso
     return scale.to(energy.dtype).expand(len(energy), -1).contiguous()
 
 
-def nested_sizes(matryoshka: Sequence[int], n_latents: int) -> tuple[int, ...]:
+def nested_sizes(
+    matryoshka: Sequence[int], n_latents: int, private: Mapping[str, int] | None = None
+) -> tuple[int, ...]:
     """Sizes of nested dictionaries, of which all latents are the last, named or not; none for that one alone.
 
     Raises:
-        ValueError: they do not ascend within the dictionary.
+        ValueError: they do not ascend within the dictionary, or some latents are `private`.
     """
     sizes = tuple(matryoshka) if isinstance(matryoshka, Iterable) else (matryoshka,)
     whole = isinstance(matryoshka, Iterable) and all(map(is_integer, sizes))
     if not whole or any(a >= b for a, b in pairwise((0, *sizes))) or max(sizes, default=0) > n_latents:
         raise ValueError(f"matryoshka must be integers that ascend from 1 to n_latents={n_latents}, got {matryoshka}")
     sizes = tuple(map(int, sizes)) if n_latents in sizes else (*map(int, sizes), n_latents)
+    if len(sizes) > 1 and private:
+        raise ValueError(
+            "matryoshka must be left out with private latents, which are the last and in no smaller dictionary, "
+            f"got {sizes}"
+        )
     return sizes if len(sizes) > 1 else ()
 
 
@@ -154,7 +161,8 @@ class AmongDead(NamedTuple):
     def before(self, batch: Batch) -> tuple[Batch, Tensor]:
         """The batch before the dictionary that AuxK decodes with, and the support there."""
         if self.latents is not None and torch.is_grad_enabled():
-            return batch.of_latents(self.latents), self.positions  # sums of gradients are over the dead alone
+            dead = batch.encoder_of_latents(self.latents)._replace(W_dec=batch.W_dec[self.latents])
+            return dead, self.positions  # sums of gradients are over the dead alone
         return batch._replace(latent_bias=self.latent_bias), self.indices
 
 
@@ -257,10 +265,38 @@ class Part(NamedTuple):
 
         `n_samples` are those of the whole batch.
         """
-        return self.objective._measure(self.batch, self.supports, n_samples)
-
-    def with_decoder(self, W_dec: Tensor) -> Part:
-        return self._replace(batch=self.batch._replace(W_dec=W_dec))
+        batch, supports, objective = self
+        S, widths, sizes = len(batch.streams), batch.d_streams, objective.sizes
+        backend = objective._backend(batch.x)
+        energy, scale = backend.sample_scale(batch.x, widths, n_samples)
+        if objective.spread is not None:
+            scale = objective._scale(batch, energy, n_samples)
+        weights = pair_weights(S, objective.cross_loss_coef)
+        jumped = supports.jump
+        fires = None if jumped is None else jumped.fires
+        operands = *batch.operands(), supports.indices, None, scale, weights, widths, backend
+        if sizes or jumped is not None or torch.is_grad_enabled():
+            first = reconstruct(*operands, sizes, fires, supports.activations)
+        else:
+            first = compare(*operands, activations=supports.activations)
+        gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc), objective.shards)
+        if supports.dead is None:
+            return Flow(first, None, energy, gradients, batch.latent_threshold)
+        if sizes:  # what all latents leave over
+            residual = self_residual(first.grad_recons[-1], scale / len(sizes), widths)
+        else:
+            residual = self_residual(first.grad_recons, scale, widths)
+        if objective.spread is None:
+            _, scale = backend.sample_scale(residual, widths, n_samples)
+        if supports.dead.any_dead is not None:
+            scale = scale * supports.dead.any_dead
+        weights = self_weights(S, objective.auxk_coef)
+        before, indices = supports.dead.before(batch)
+        through = reconstruct if torch.is_grad_enabled() else compare
+        auxk = through(*before.operands(), indices, residual, scale, weights, widths, backend)
+        if auxk.loss is None:
+            auxk = auxk._replace(loss=weighted_sum(auxk.nmse, weights))
+        return Flow(first, auxk, energy, gradients, batch.latent_threshold)
 
 
 def fired(
@@ -349,39 +385,6 @@ class Objective:
             return settings.jump(batch, self.k, self.thresholds, self.support_from, self.backend)
         shared = settings.jump(self.private.shared(batch), self.k, self.thresholds, self.support_from, self.backend)
         return shared.beside(self.private.beside(shared.indices, batch, self._backend(batch.x)))
-
-    def _measure(self, batch: Batch, supports: Supports, n_samples: int) -> Flow:
-        S, widths = len(batch.streams), batch.d_streams
-        backend = self._backend(batch.x)
-        energy, scale = backend.sample_scale(batch.x, widths, n_samples)
-        if self.spread is not None:
-            scale = self._scale(batch, energy, n_samples)
-        weights = pair_weights(S, self.cross_loss_coef)
-        jumped = supports.jump
-        fires = None if jumped is None else jumped.fires
-        operands = *batch.operands(), supports.indices, None, scale, weights, widths, backend
-        if self.sizes or jumped is not None or torch.is_grad_enabled():
-            first = reconstruct(*operands, self.sizes, fires, supports.activations)
-        else:
-            first = compare(*operands, activations=supports.activations)
-        gradients = None if jumped is None else jumped.gradients(first, len(batch.W_enc), self.shards)
-        if supports.dead is None:
-            return Flow(first, None, energy, gradients, batch.latent_threshold)
-        if self.sizes:  # what all latents leave over
-            residual = self_residual(first.grad_recons[-1], scale / len(self.sizes), widths)
-        else:
-            residual = self_residual(first.grad_recons, scale, widths)
-        if self.spread is None:
-            _, scale = backend.sample_scale(residual, widths, n_samples)
-        if supports.dead.any_dead is not None:
-            scale = scale * supports.dead.any_dead
-        weights = self_weights(S, self.auxk_coef)
-        before, indices = supports.dead.before(batch)
-        through = reconstruct if torch.is_grad_enabled() else compare
-        auxk = through(*before.operands(), indices, residual, scale, weights, widths, backend)
-        if auxk.loss is None:
-            auxk = auxk._replace(loss=weighted_sum(auxk.nmse, weights))
-        return Flow(first, auxk, energy, gradients, batch.latent_threshold)
 
     def compare(self, recons: Sequence[Tensor], batch: Batch) -> SparcLoss:
         """The loss of given reconstructions [N, S, D], those of each nested dictionary or one, differentiable by them,
@@ -482,17 +485,14 @@ class Objective:
     def _backend(self, of: Tensor) -> backends.Backend:
         return backends.resolve(self.shards.backend(self.backend, of.device), of.device)
 
-    def _best(self, batch: Batch, n_latents: int, among: Tensor | None = None) -> Tensor:
-        """AuxK's support: of each sample or, under local selection, each stream of it, as many as may be of so many."""
+    def _among(self, dead: Tensor, batch: Batch) -> AmongDead:
+        """Of each sample or, under local selection, each stream of it."""
         rule: Selection = "local" if self.selection in LOCAL else "global"
         backend = self.shards.backend(self.backend, batch.x.device)
-        found = selection.select(rule, batch, min(self.auxk, n_latents), among=among, backend=backend)
-        return self.shards.compact(found)
-
-    def _among(self, dead: Tensor, batch: Batch) -> AmongDead:
-        bias = batch.latent_bias
-        if dead.dtype == torch.int64:
-            positions = self._best(batch.encoder_of_latents(dead), self.n_dead)
-            return AmongDead(positions, dead, bias, None)
-        positions = self._best(batch, len(dead), dead)  # with empty slots where fewer are dead
-        return AmongDead(positions, None, bias, dead.any())
+        latents, any_dead = (dead, None) if dead.dtype == torch.int64 else (None, dead.any())
+        if latents is not None:
+            before = batch.encoder_of_latents(latents)
+            found = selection.select(rule, before, min(self.auxk, self.n_dead), backend=backend)
+        else:  # with empty slots where fewer are dead
+            found = selection.select(rule, batch, min(self.auxk, len(dead)), among=dead, backend=backend)
+        return AmongDead(self.shards.compact(found), latents, batch.latent_bias, any_dead)

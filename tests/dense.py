@@ -5,6 +5,7 @@ Nothing here shares code with the package: every latent of every sample is forme
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,22 +82,29 @@ def objective(
     auxk: int = 0,
     auxk_coef: float = 0.0,
     private: dict[int, tuple[slice, int]] | None = None,
+    sizes: Sequence[int] = (),
 ) -> Tensor:
-    """`private`: position of a stream -> its own latents, behind those of all, and how many of them it fires."""
+    """`private`: position of a stream -> its own latents, behind those of all, and how many of them it fires.
+
+    `sizes`: of nested dictionaries, each of which decodes by itself, with the bias; AuxK, what all latents leave over.
+    """
     S, private = len(inputs), private or {}
     h = logits(weights, inputs)
     n_shared = min((own.start for own, _ in private.values()), default=h[0].shape[1])
     shared = masks([a[:, :n_shared] for a in h], k, selection)
     z = [torch.relu(a[:, :n_shared]) * mask for a, mask in zip(h, shared, strict=True)]
-    recons = [[z[s] @ weights.W_dec[t][:n_shared] + weights.pre_bias[t] for t in range(S)] for s in range(S)]
-    for s, (own, q) in private.items():
-        code = torch.relu(h[s][:, own]) * masks([h[s][:, own]], q, "local")[0]
-        recons[s][s] = recons[s][s] + code @ weights.W_dec[s][own]
-    terms = [[nmse(recons[s][t], inputs[t]) for t in range(S)] for s in range(S)]
-    total = sum(terms[s][s] for s in range(S)) / S
-    if S > 1:
-        cross = sum(terms[s][t] for s in range(S) for t in range(S) if s != t)
-        total = total + cross_loss_coef * cross / (S * (S - 1))
+    totals = []
+    for m in sizes or (n_shared,):
+        recons = [[z[s][:, :m] @ weights.W_dec[t][:m] + weights.pre_bias[t] for t in range(S)] for s in range(S)]
+        for s, (own, q) in private.items():
+            code = torch.relu(h[s][:, own]) * masks([h[s][:, own]], q, "local")[0]
+            recons[s][s] = recons[s][s] + code @ weights.W_dec[s][own]
+        terms = [[nmse(recons[s][t], inputs[t]) for t in range(S)] for s in range(S)]
+        totals.append(sum(terms[s][s] for s in range(S)) / S)
+        if S > 1:
+            cross = sum(terms[s][t] for s in range(S) for t in range(S) if s != t)
+            totals[-1] = totals[-1] + cross_loss_coef * cross / (S * (S - 1))
+    total = sum(totals) / len(totals)
     if dead is not None and dead.any() and auxk_coef:
         rule = "local" if selection == "local" else "global"
         chosen = masks(h, min(auxk, int(dead.sum())), rule, allowed=dead)

@@ -17,6 +17,7 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -24,6 +25,11 @@ import torch.multiprocessing as mp
 import sparc_fast
 
 Result = TypeVar("Result")
+NEED_RANKS = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed"),
+]
+"""Marks of tests that need them."""
 LOADED = [
     "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor", "sparc_fast.cli", "sparc_fast.distributed",
     "sparc_fast.evaluate", "sparc_fast.ops.cpu", "sparc_fast.training", "pytest",
@@ -69,7 +75,7 @@ def _send(pipe: Connection, told: Any) -> None:
 
 
 class Ranks:
-    """P processes over gloo; ``ranks(function, *arguments)`` gives what the function returned in each."""
+    """P processes over gloo; ``ranks(function, *arguments, **named)`` gives what the function returned in each."""
 
     def __init__(self, n: int) -> None:
         self.n, self._stacks = n, Path(tempfile.mkdtemp())
@@ -83,9 +89,9 @@ class Ranks:
             self._pipes.append(here)
             self._processes.append(process)
 
-    def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 600) -> list[Any]:
+    def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 600, **named: Any) -> list[Any]:
         for pipe in self._pipes:
-            _send(pipe, (function, arguments))
+            _send(pipe, (function, arguments, named))
         end, results = time.monotonic() + timeout, {}
         while len(results) < self.n and time.monotonic() < end:
             for rank, pipe in enumerate(self._pipes):
@@ -117,6 +123,17 @@ class Ranks:
             process.join()
 
 
+def here() -> tuple[int, int]:
+    """(the rank that this process is, how many there are)"""
+    return dist.get_rank(), dist.get_world_size()
+
+
+def own(x: torch.Tensor) -> torch.Tensor:
+    """This rank's rows, as evenly as can be."""
+    rank, n = here()
+    return x.tensor_split(n)[rank]
+
+
 def _serve(rank: int, n: int, folder: str, pipe: Connection) -> None:
     faulthandler.register(signal.SIGUSR1, (Path(folder) / str(rank)).open("w"), all_threads=True)
     torch.set_num_threads(1)
@@ -124,10 +141,10 @@ def _serve(rank: int, n: int, folder: str, pipe: Connection) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=n)
     while True:
         try:
-            function, arguments = pipe.recv()
+            function, arguments, named = pipe.recv()
         except EOFError:
             return
         try:
-            _send(pipe, ("", function(*arguments)))
+            _send(pipe, ("", function(*arguments, **named)))
         except Exception:
             _send(pipe, (traceback.format_exc(), None))

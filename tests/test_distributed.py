@@ -6,36 +6,31 @@ import hashlib
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import NEED_RANKS, Ranks, here
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import sparc_fast as sf
 from sparc_fast.distributed import received, shard
-from sparc_fast.distributed.bytes import exchanged_bytes
+from sparc_fast.distributed.layout import exchanged_bytes
 from sparc_fast.planning.process_memory import forget_peak, resident
 from sparc_fast.selection import BY_THRESHOLD, select
 from sparc_fast.selection.jumprelu import means_of_latents
 from sparc_fast.whole import WHOLE
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
-]
+pytestmark = NEED_RANKS
 WIDTHS = {"a": 16, "b": 7}
 D = sum(WIDTHS.values())
 PRIVATE: dict[str, Any] = {"private": {"a": 9, "b": 6}, "private_k": {"a": 3, "b": 2}}
-MOST_PRIVATE: dict[str, Any] = {
-    "private": {"a": 26, "b": 18},
-    "private_k": {"a": 2, "b": 3},
-}  # ranks have no shared ones
+MOST_PRIVATE: dict[str, Any] = {"private": {"a": 26, "b": 18}, "private_k": {"a": 2, "b": 3}}
+"""So many that ranks have no shared ones."""
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
@@ -43,10 +38,6 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     processes = Ranks(request.param)
     yield processes
     processes.close()
-
-
-def here() -> tuple[int, int]:
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 @cache
@@ -112,13 +103,18 @@ def hard_model(case: str) -> tuple[sf.SPARC, Tensor]:
             model.latent_bias.zero_()
         elif case == "all winners on one rank":
             model.latent_bias[:, -5:] += 100
-        elif case == "infinities":
-            model.latent_bias[:, ::3] = torch.inf
-            model.latent_bias[:, 1::3] = -torch.inf
-        elif case == "NaN rows":
-            model.check_finite = False
-            x[3], x[7, 2] = torch.nan, torch.nan
+        else:
+            infinite_or_nan(case, model, x)
     return model, x
+
+
+def infinite_or_nan(case: str, model: sf.SPARC, x: Tensor) -> None:
+    if case.endswith("infinities"):
+        model.latent_bias[:, ::3] = torch.inf
+        model.latent_bias[:, 1::3] = -torch.inf
+    elif case.endswith("NaN rows"):
+        model.check_finite = False
+        x[3], x[7, 2] = torch.nan, torch.nan
 
 
 def hard_batch(case: str) -> tuple[sf.SPARC, Tensor]:
@@ -138,14 +134,10 @@ def hard_batch(case: str) -> tuple[sf.SPARC, Tensor]:
         elif case == "batch, one sample has all, on one rank":
             x[5] *= 1e4
             model.latent_bias[:, :-13] = -1e6
-        elif case == "batch, infinities":
-            model.latent_bias[:, ::3] = torch.inf
-            model.latent_bias[:, 1::3] = -torch.inf
         elif case == "batch, nothing but -infinity":
             model.latent_bias[:] = -torch.inf
-        elif case == "batch, NaN rows":
-            model.check_finite = False
-            x[3], x[7, 2] = torch.nan, torch.nan
+        else:
+            infinite_or_nan(case, model, x)
     return model, x.to(model.W_enc.dtype)
 
 
@@ -194,19 +186,10 @@ def supports_differ(case: str, uneven: bool) -> int:
     sharded = shard(whole)
     given = sharded._batch(own(x, uneven))
     assert torch.equal(given.x.view(torch.uint8), x.to(given.x.dtype).view(torch.uint8))
+    operators = sharded._shards.backend("auto", x.device)
     expected, found = (
-        select(
-            model.selection,
-            inputs,
-            model.k,
-            thresholds=model._thresholds(),
-            private=model._private_here,
-            backend=backend,
-        )
-        for model, inputs, backend in (
-            (whole, whole._batch(x), "auto"),
-            (sharded, given, sharded._shards.backend("auto", x.device)),
-        )
+        select(m.selection, inputs, m.k, thresholds=m._thresholds(), private=m._private_here, backend=backend)
+        for m, inputs, backend in ((whole, whole._batch(x), "auto"), (sharded, given, operators))
     )
     rows = sharded._shards.rows(whole.n_latents)
     mine = torch.where((expected >= rows.start) & (expected < rows.stop), expected - rows.start, -1)
@@ -295,21 +278,11 @@ def counted_by_every_rank() -> None:
     assert set(torch.cat(gathered(model.silence)).tolist()) == {0, 3 * 17}
 
 
-DEFECTS = {
-    function.__name__: function
-    for function in (
-        hot_shard,
-        offset_by_k,
-        four_k_a_sample,
-        received_in_float32,
-        counted_by_every_rank,
-    )
-}
-
-
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_what_goes_wrong_in_other_trainers_goes_right_here(ranks: Ranks, defect: str) -> None:
-    ranks(DEFECTS[defect])
+@pytest.mark.parametrize(
+    "defect", [hot_shard, offset_by_k, four_k_a_sample, received_in_float32, counted_by_every_rank]
+)
+def test_what_goes_wrong_in_other_trainers_goes_right_here(ranks: Ranks, defect: Callable[[], None]) -> None:
+    ranks(defect)
 
 
 def draws_differ() -> bool:
@@ -726,8 +699,8 @@ def test_the_mean_thresholds_of_all_streams_are_exchanged_together_and_are_the_b
         assert calls == (2 if ranks.n > 1 else 1)
 
 
-def exchanged(n_latents: int, dtype: torch.dtype, selection: str = "global", **options: Any) -> dict[str, int]:
-    model = shard(model_of(n_latents=n_latents, dtype=dtype, auxk=0, selection=selection, **options))
+def exchanged(n_latents: int, dtype: torch.dtype, options: dict[str, Any]) -> dict[str, int]:
+    model = shard(model_of(n_latents=n_latents, dtype=dtype, auxk=0, **options))
     optimizer = sf.SparcAdam(model)
     x = samples(360, dtype=dtype)
     optimizer.step(own(x))
@@ -748,7 +721,7 @@ def test_a_step_exchanges_what_the_formula_says_and_nothing_that_grows_with_late
         "G": N * S * D * w * (P - 1) / P,
     }
     assert exchanged_bytes(N, list(WIDTHS.values()), k, P, weight=w) == expected
-    few, many = ranks(exchanged, 50, dtype), ranks(exchanged, 800, dtype)
+    few, many = (ranks(exchanged, n_latents, dtype, {}) for n_latents in (50, 800))
     assert few == many
     for came in few:
         assert sum(came.values()) == pytest.approx(sum(expected.values()), rel=0.02)
@@ -756,12 +729,8 @@ def test_a_step_exchanges_what_the_formula_says_and_nothing_that_grows_with_late
             assert came[what] == pytest.approx(expected[what], rel=0.01)
 
 
-def exchanged_private(n_latents: int) -> dict[str, int]:
-    return exchanged(n_latents, torch.float32, **PRIVATE)
-
-
 def test_a_step_of_private_latents_exchanges_candidates_for_each_stream(ranks: Ranks) -> None:
-    few, many = ranks(exchanged_private, 50), ranks(exchanged_private, 800)
+    few, many = (ranks(exchanged, n_latents, torch.float32, PRIVATE) for n_latents in (50, 800))
     expected = exchanged_bytes(360, list(WIDTHS.values()), 4, ranks.n, private_k=5)
     assert few == many
     for came in few if ranks.n > 1 else ():
@@ -769,12 +738,10 @@ def test_a_step_of_private_latents_exchanges_candidates_for_each_stream(ranks: R
             assert came[what] == pytest.approx(n_bytes, rel=0.01)
 
 
-def exchanged_nested(n_latents: int, sizes: list[int]) -> dict[str, int]:
-    return exchanged(n_latents, torch.float32, matryoshka=sizes)
-
-
 def test_a_step_of_nested_dictionaries_exchanges_what_ranks_have_of_each_group(ranks: Ranks) -> None:
-    few, many = (ranks(exchanged_nested, 50 * times, [7 * times, 20 * times]) for times in (1, 16))
+    few, many = (
+        ranks(exchanged, 50 * times, torch.float32, {"matryoshka": [7 * times, 20 * times]}) for times in (1, 16)
+    )
     assert few == many
     expected = exchanged_bytes(360, list(WIDTHS.values()), 4, ranks.n, sizes=(7, 20, 50))
     plain = exchanged_bytes(360, list(WIDTHS.values()), 4, ranks.n)
@@ -791,7 +758,7 @@ def test_a_step_of_latents_above_a_threshold_exchanges_counts_and_no_candidates(
     expected = exchanged_bytes(N, list(WIDTHS.values()), 4, P, counts=counts)
     assert expected["candidates"] == N * 4 * counts * (P - 1)
     looks = 4 * (2**11 + 2**11 + 2**10) * (P - 1)  # how many scores begin with each of the digits
-    few, many = (ranks(exchanged, n_latents, torch.float32, rule) for n_latents in (50, 800))
+    few, many = (ranks(exchanged, n_latents, torch.float32, {"selection": rule}) for n_latents in (50, 800))
     for came in (*few, *many):
         assert came.get("sums", 0) < 20 * looks + 1000 * S
         for what in expected if P > 1 else ():
@@ -823,14 +790,14 @@ def held() -> tuple[int, int, int]:
     optimizer = sf.SparcAdam(model)
     optimizer.step(own(samples(8, dtype=torch.float64)))
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    here = sum(tensor.nbytes for tensor in (*model.parameters(), *moments))
+    mine = sum(tensor.nbytes for tensor in (*model.parameters(), *moments))
     row = 3 * 8 * (2 * D + 2)  # of both matrices and the biases, with two moments each
-    return here, 50 * row + 3 * 8 * D, row
+    return mine, 50 * row + 3 * 8 * D, row
 
 
 def test_a_rank_holds_its_share_of_weights_and_moments(ranks: Ranks) -> None:
-    for here, of_all, row in ranks(held):
-        assert here <= of_all / ranks.n + row + 3 * 8 * D
+    for mine, of_all, row in ranks(held):
+        assert mine <= of_all / ranks.n + row + 3 * 8 * D
 
 
 def saved_in_pieces(folder: Path, options: dict[str, Any]) -> int:

@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import NEED_RANKS, Ranks, own
 from torch import Tensor
 
 import sparc_fast as sf
 from sparc_fast.distributed import State, shard
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
-]
+pytestmark = NEED_RANKS
 WIDTHS = {"a": 16, "b": 7}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "float32": ({}, {}),
@@ -40,9 +37,7 @@ def made(variant: str, seed: int, shared: bool = True) -> tuple[sf.SPARC, sf.Spa
 def train(optimizer: sf.SparcAdam, steps: range) -> None:
     for step in steps:
         x = torch.randn(24, 23, generator=torch.Generator().manual_seed(step))
-        if torch.distributed.is_initialized():
-            x = x.tensor_split(torch.distributed.get_world_size())[torch.distributed.get_rank()]
-        optimizer.step(x)
+        optimizer.step(own(x) if torch.distributed.is_initialized() else x)
 
 
 def whole(state: dict[str, Any]) -> dict[str, Tensor]:

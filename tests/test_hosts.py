@@ -14,11 +14,10 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from ranks import context
-from training_runs import rows
+from training_runs import save_run
 
 import sparc_fast as sf
 from sparc_fast import cli
@@ -32,18 +31,6 @@ pytestmark = [
         reason="network namespaces need root and iproute2",
     ),
 ]
-SETTINGS = """
-n_latents = 65
-k = 3
-auxk = 8
-dead_after = 400
-steps = 30
-batch_size = 33
-lr = 1e-2
-checkpoint_every = 10
-calibration_rows = 500
-device = "cpu"
-"""
 
 
 def ip(*words: str) -> None:
@@ -71,9 +58,7 @@ def hosts() -> Iterator[list[str]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hosts")
-    for name, part in rows(1000).items():
-        np.save(folder / f"{name}.npy", part.numpy())
-    (folder / "train.toml").write_text(f"{SETTINGS}\n[data]\na = 'a.npy'\nb = 'b.npy'\n")
+    save_run(folder, 1000, n_latents=65, batch_size=33)
     return folder
 
 
@@ -89,7 +74,7 @@ def train(rank: int, names: list[str], folder: Path, out: str, settings: Sequenc
     os.environ["GLOO_SOCKET_IFNAME"] = "cable"
     torch.set_num_threads(1)
     with (folder / f"{out} of {rank}").open("w", buffering=1) as said, redirect_stdout(said), redirect_stderr(said):
-        os._exit(cli.main(["train", str(folder / "train.toml"), "--out", str(folder / out), *settings]))
+        os._exit(cli.main(["train", str(folder / "train.json"), "--out", str(folder / out), *settings]))
 
 
 @pytest.fixture
@@ -123,7 +108,7 @@ def test_two_hosts_with_a_replica_each_train_the_model_of_one_process(
     said = [(folder / f"replicas of {rank}").read_text() for rank in range(4)]
     assert status == [0, 0, 0, 0], said
     assert "".join(said).count("steps done") == 1
-    assert cli.main(["train", str(folder / "train.toml"), "--out", str(folder / "alone")]) == 0
+    assert cli.main(["train", str(folder / "train.json"), "--out", str(folder / "alone")]) == 0
     model, expected = (sf.SPARC.load(folder / out / "model.safetensors") for out in ("replicas", "alone"))
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)

@@ -50,38 +50,20 @@ def every_latent(model: sf.SPARC, x: dict[str, Tensor]) -> Tensor:
     return torch.stack([codes.dense(name) for name in codes.streams], dim=-2).detach()
 
 
-def objective(
-    weights: dense.Weights, inputs: list[Tensor], selection: str, sizes: Sequence[int], dead: Tensor, auxk: int
-) -> Tensor:
-    """Written down for autograd: every prefix is decoded by itself, with the bias, AuxK by what all latents leave."""
-    S, h = len(inputs), dense.logits(weights, inputs)
-    z = [torch.relu(a) * mask for a, mask in zip(h, dense.masks(h, K, selection), strict=True)]
-    total = torch.zeros((), dtype=torch.float64)
-    for m in sizes:
-        recons = [[z[s][:, :m] @ weights.W_dec[t][:m] + weights.pre_bias[t] for t in range(S)] for s in range(S)]
-        terms = [[dense.nmse(recons[s][t], inputs[t]) for t in range(S)] for s in range(S)]
-        total = total + sum(terms[s][s] for s in range(S)) / S / len(sizes)
-        cross = sum(terms[s][t] for s in range(S) for t in range(S) if s != t)
-        total = total + 0.5 * cross / (S * (S - 1)) / len(sizes)
-    if dead.any():
-        rule = "local" if selection == "local" else "global"
-        chosen = dense.masks(h, min(auxk, int(dead.sum())), rule, allowed=dead)
-        for s in range(S):
-            residual = (inputs[s] - recons[s][s]).detach()
-            total = total + 1 / 32 / S * dense.nmse((torch.relu(h[s]) * chosen[s]) @ weights.W_dec[s], residual)
-    return total
-
-
 @SELECTIONS
 def test_loss_and_gradients_are_those_of_every_prefix_decoded_by_itself(selection: str, backend: str) -> None:
     model = make(selection, auxk=8, dead_after=3, dtype=torch.float64, backend=backend)
     model.silence[30:] = 10
     weights, x = dense.Weights.of(model), samples()
-    truth = objective(weights, list(x.values()), selection, (5, 20, L), model.dead, 8)
+    given = list(x.values()), K, selection, 0.5
+    truth = dense.objective(weights, *given, model.dead, 8, 1 / 32, sizes=(5, 20, L))
     truth.backward()
     loss = model.loss(x, 0.5)
     loss.total.backward()
     torch.testing.assert_close(loss.total, truth, rtol=1e-10, atol=0)
+    prefixes = torch.stack([dense.objective(weights, *given, sizes=(size,)) for size in (5, 20, L)])
+    torch.testing.assert_close(loss.prefixes, prefixes.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(loss.total, loss.prefixes.mean() + loss.auxk / 32)
     for name, gradient in weights.gradients().items():
         torch.testing.assert_close(getattr(model, name).grad, gradient, rtol=1e-10, atol=1e-11)
 
@@ -124,26 +106,6 @@ def test_one_dictionary_named_is_one_that_is_not_bit_for_bit(selection: str) -> 
     assert losses[0].prefixes is None
     assert torch.equal(losses[0].total, losses[1].total)
     assert_equal(named.state_dict().values(), plain.state_dict().values())
-
-
-def test_every_prefix_has_the_bias_and_only_its_own_latents() -> None:
-    model = make(dtype=torch.float64)
-    x = samples()
-    loss = model.loss(x)
-    for p, size in enumerate((5, 20, L)):
-        z = every_latent(model, x)
-        z[..., size:] = 0
-        errors = []
-        for s in range(3):
-            recons = (z[:, s] @ model.W_dec + model.pre_bias).split(list(WIDTHS.values()), dim=1)
-            errors.append(
-                [float(sf.nmse(recon.detach(), part)) for recon, part in zip(recons, x.values(), strict=True)]
-            )
-        nmse = torch.tensor(errors, dtype=torch.float64)
-        expected = nmse.diagonal().mean() + (nmse.sum() - nmse.diagonal().sum()) / 6
-        assert loss.prefixes is not None
-        torch.testing.assert_close(loss.prefixes[p], expected)
-    torch.testing.assert_close(loss.total, loss.prefixes.mean())
 
 
 def test_the_parts_that_are_reported_are_those_of_all_latents() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from operands import fast_backends
 from torch_adam import (
+    EVERY_MOMENTS,
     EVERY_RULE,
     KINDS,
     TorchAdam,
@@ -26,7 +27,6 @@ import sparc_fast as sf
 from sparc_fast.selection import jumprelu
 
 FROZEN = [(), "encoder", "decoder", ("a",), ("b",), ("a", "c"), ("encoder", "b"), ("decoder", "c", "a")]
-EVERY_MOMENTS = pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 
 
 @pytest.mark.covering(2)

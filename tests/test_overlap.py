@@ -5,26 +5,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import NEED_RANKS, Ranks, here, own
 from torch import Tensor
 from training_runs import config, files
 
 import sparc_fast as sf
-from sparc_fast.distributed import bytes as sizes
 from sparc_fast.distributed import exchange as exchanges
-from sparc_fast.distributed import shard, shared_memory, watch
+from sparc_fast.distributed import layout, shard, shared_memory, watch
 from sparc_fast.distributed.exchange import Exchange, in_turn
 from sparc_fast.training import Trainer
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
-]
+pytestmark = NEED_RANKS
 WIDTHS = {"a": 16, "b": 7}
 D = sum(WIDTHS.values())
 WAYS = ("memory", "sockets", "gloo")
@@ -35,15 +32,6 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     processes = Ranks(request.param)
     yield processes
     processes.close()
-
-
-def here() -> tuple[int, int]:
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def own(x: Tensor) -> Tensor:
-    rank, n = here()
-    return x.tensor_split(n)[rank]
 
 
 def samples(n: int, seed: int = 1) -> Tensor:
@@ -60,7 +48,7 @@ def model_of(**options: Any) -> sf.SPARC:
 
 def by_way(patch: pytest.MonkeyPatch, way: str, least: int = 4) -> None:
     """Exchange through memory that ranks share, by messages through sockets where they are small, or through gloo."""
-    patch.setattr(sizes, "TOGETHER", least)  # samples of a piece
+    patch.setattr(layout, "TOGETHER", least)  # samples of a piece
     for name in ("LEAST", "LEAST_DEALT"):
         patch.setattr(shared_memory, name, 1 if way == "memory" else 2**60)
     if way == "gloo":
@@ -197,7 +185,7 @@ def gradients_differ(weights: list[float]) -> list[bool]:
     found = []
     for least in (4, 2**60):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sizes, "TOGETHER", least)
+            patch.setattr(layout, "TOGETHER", least)
             found.append(backend.decode_loss(*operands, weights, tuple(WIDTHS.values())))
     (nmse, *_, bias), (other, *_, other_bias) = found
     torch.testing.assert_close((nmse, bias), (other, other_bias), rtol=1e-5, atol=1e-5)
@@ -259,13 +247,12 @@ def loses_a_rank(folder: str) -> str:
 
 
 def test_a_rank_that_is_lost_while_others_wait_is_named(tmp_path: Path) -> None:
-    three, end = Ranks(3), time.monotonic() + 120
-    with pytest.raises(EOFError):
-        three(loses_a_rank, str(tmp_path))
-    said = [tmp_path / "0", tmp_path / "2"]
-    while not all(file.exists() and file.read_text() for file in said) and time.monotonic() < end:
-        time.sleep(0.1)
-    three.close()
+    said, end = [tmp_path / "0", tmp_path / "2"], time.monotonic() + 120
+    with closing(Ranks(3)) as three:
+        with pytest.raises(EOFError):
+            three(loses_a_rank, str(tmp_path))
+        while not all(file.exists() and file.read_text() for file in said) and time.monotonic() < end:
+            time.sleep(0.1)
     for rank, file in zip((0, 2), said, strict=True):
         assert file.read_text() == f"rank 1 is gone, and rank {rank} cannot go on without"
 

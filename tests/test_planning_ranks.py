@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from ranks import Ranks
+from ranks import NEED_RANKS, Ranks
 
 from sparc_fast.ops.huge_pages import give_back_freed
 from sparc_fast.planning import Machine, Roofline, memory, plan
@@ -18,8 +18,7 @@ from sparc_fast.planning.process_memory import forget_peak, resident
 from sparc_fast.training import Config, Trainer
 
 pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
+    *NEED_RANKS,
     pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc"),
 ]
 MACHINE = Machine("a machine", "cpu", 2**36, 0, 0, 1, Roofline(copy=2e10, float32=1e11, bfloat16=4e11))
@@ -64,11 +63,8 @@ def test_the_peak_of_a_rank_is_within_15_percent_of_what_is_planned(
 ) -> None:
     settings = {"steps": 3, "auxk": 0, "lr": 1e-3, "memory": 2**28, **RUNS[name], "data": streams}
     found = plan(Config(**settings), machine=MACHINE, dead=1.0, ranks=2)
-    two = Ranks(2)
-    try:
+    with closing(Ranks(2)) as two:
         measured = two(taken, settings, str(tmp_path))
-    finally:
-        two.close()
     for bytes in measured:
         assert found.peak == pytest.approx(bytes, rel=memory.ACCURACY), f"{found}"
         assert bytes > 2**27

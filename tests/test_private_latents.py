@@ -11,7 +11,7 @@ import torch
 import training_runs as runs
 from operands import seeded
 from torch import Tensor
-from torch_adam import WIDTHS, some_present
+from torch_adam import WIDTHS
 
 import sparc_fast as sf
 from sparc_fast.attribution.target import Target
@@ -73,13 +73,6 @@ def test_half_precision_trains_and_keeps_the_zeros(dtype: torch.dtype, backend: 
     assert_nothing_elsewhere(model.float())
 
 
-def test_what_a_sample_lacks_has_no_code(backend: str) -> None:
-    present = some_present(16, 3)
-    codes = make(backend=backend).encode(samples(16), present)
-    for i, name in enumerate(WIDTHS):
-        assert (codes.stream(name)[0][~present[:, i]] == 0).all()
-
-
 def test_streams_left_out_of_the_choice_still_choose_their_own() -> None:
     model = make()
     private = model.encode(samples(9)).indices[:, 4:]
@@ -116,15 +109,12 @@ def test_codes_have_the_best_private_latents_of_each_stream_for_it_alone(selecti
 def test_a_stream_is_decoded_from_another_by_shared_latents_alone(backend: str) -> None:
     model = trained(make(backend=backend)).eval()
     inputs = samples(10)
-    codes = model.encode(inputs)
+    codes, n = model.encode(inputs), model.n_shared
     for source in WIDTHS:
-        for target in WIDTHS:
-            shared = codes.dense(source)[:, : model.n_shared] @ model.W_dec[: model.n_shared, model._columns()[
-                list(WIDTHS).index(target)
-            ]]  # fmt: skip
-            expected = shared + model.pre_bias[model._columns()[list(WIDTHS).index(target)]]
+        for target, columns in zip(WIDTHS, model._columns(), strict=True):
+            expected = codes.dense(source)[:, :n] @ model.W_dec[:n, columns] + model.pre_bias[columns]
             if source == target and source in PRIVATE:
-                own, columns = model.private_latents[source], model._columns()[list(WIDTHS).index(target)]
+                own = model.private_latents[source]
                 expected = expected + codes.dense(source)[:, own] @ model.W_dec[own, columns]
             torch.testing.assert_close(model.decode(codes, source, target), expected)
     out = model(inputs)

@@ -12,21 +12,11 @@ import torch
 from accuracy import assert_equal
 from operands import CASES, move_rows, operands, operators_of, seeded
 from torch import Tensor
-from torch_adam import (
-    EVERY_RULE,
-    KINDS,
-    assert_same,
-    batches,
-    given,
-    make,
-    train,
-)
+from torch_adam import EVERY_MOMENTS, EVERY_RULE, KINDS, assert_same, batches, given, make, train
 
 import sparc_fast as sf
 from sparc_fast.ops import reference
 from sparc_fast.ops.row_step import DecoderRows
-
-EVERY_MOMENTS = pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 
 
 def pair(

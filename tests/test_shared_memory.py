@@ -7,19 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import NEED_RANKS, Ranks, here, own
 from torch import Tensor
 
 import sparc_fast as sf
 from sparc_fast.distributed import neighbours, received, shard, shared_memory
-from sparc_fast.distributed.bytes import exchanged_bytes
 from sparc_fast.distributed.exchange import Exchange, shares
+from sparc_fast.distributed.layout import exchanged_bytes
 from sparc_fast.selection import select
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
-]
+pytestmark = NEED_RANKS
 WIDTHS = {"a": 16, "b": 7, "c": 9}
 D = sum(WIDTHS.values())
 
@@ -29,10 +26,6 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     processes = Ranks(request.param)
     yield processes
     processes.close()
-
-
-def here() -> tuple[int, int]:
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def exchange() -> Exchange:
@@ -61,7 +54,7 @@ def trained(least: int, matryoshka: tuple[int, ...]) -> tuple[list[Tensor], int]
         model = shard(model_of(matryoshka=matryoshka))
         optimizer = sf.SparcAdam(model, 1e-2)
         for step in range(6):
-            optimizer.step(samples(31, step).tensor_split(here()[1])[here()[0]])
+            optimizer.step(own(samples(31, step)))
         memory = model._shards.exchange._memory if least < 2**60 else None
     return [part.detach() for part in model.parameters()], 0 if memory is None else len(memory._buffers)
 
@@ -176,7 +169,7 @@ def supports_differ(case: str) -> int:
     whole, x = hard(case)
     sharded = shard(whole)
     expected = select("global", whole._batch(x), whole.k)
-    given = sharded._batch(x.tensor_split(here()[1])[here()[0]])
+    given = sharded._batch(own(x))
     found = select("global", given, whole.k, backend=sharded._shards.backend("auto", x.device))
     rows = sharded._shards.rows(whole.n_latents)
     mine = torch.where((expected >= rows.start) & (expected < rows.stop), expected - rows.start, -1)
@@ -195,7 +188,7 @@ def exchanged_with_auxk() -> dict[str, int]:
     optimizer = sf.SparcAdam(model)
     for _ in range(3):
         before = received(model)
-        optimizer.step(samples(360).tensor_split(here()[1])[here()[0]])
+        optimizer.step(own(samples(360)))
     return dict(received(model) - before)
 
 

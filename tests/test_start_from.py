@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import D, config, rows, trained
+from training_runs import D, config, files, rows, trained
 
 import sparc_fast as sf
 from sparc_fast import data
@@ -92,17 +92,12 @@ def test_a_run_starts_from_a_run_a_model_or_a_checkpoint(tmp_path: Path) -> None
     for i, place in enumerate(places):
         models.append(trained(tmp_path / str(i), start_from=str(place), cross_loss_coef=3.0, steps=6).model)
         assert not torch.equal(models[-1].W_dec, first.model.W_dec)
-        assert torch.equal(models[-1].input_mean, first.model.input_mean), (
-            "weights are in the units they were trained in"
-        )
+        assert torch.equal(models[-1].input_mean, first.model.input_mean), "weights keep the units of their training"
         assert torch.equal(models[-1].W_dec, models[0].W_dec)
-    settings = config(cross_loss_coef=3.0, steps=6)
-    with Trainer(settings, tmp_path / "given", model=load_model(tmp_path / "first"), files=data.open(rows())) as given:
-        given.run()
+    given = trained(tmp_path / "given", model=load_model(tmp_path / "first"), cross_loss_coef=3.0, steps=6)
     assert torch.equal(given.model.W_dec, models[0].W_dec)
-    with Trainer(
-        config(start_from=str(places[0]), cross_loss_coef=3.0, steps=6), tmp_path / "0", files=data.open(rows())
-    ) as again:
+    settings = config(start_from=str(places[0]), cross_loss_coef=3.0, steps=6)
+    with Trainer(settings, tmp_path / "0", files=files()) as again:
         assert again.step == 6, "a run that went on does not start again"
 
 
@@ -113,21 +108,15 @@ def test_a_run_leaves_what_is_frozen(part: str, tmp_path: Path) -> None:
     assert torch.equal(second.W_enc, first.W_enc) == (part == "encoder")
     assert torch.equal(second.W_dec, first.W_dec) == (part == "decoder")
     assert torch.equal(second.pre_bias, first.pre_bias)
-    third = trained(tmp_path / "third", start_from=str(tmp_path / "first"), freeze=[part], steps=3).model
-    del third
-    with Trainer(
-        second_config := config(start_from=str(tmp_path / "first"), freeze=part, steps=6),
-        tmp_path / "second",
-        files=data.open(rows()),
-    ):
-        assert second_config.freeze == [part]
+    again = config(start_from=str(tmp_path / "first"), freeze=part, steps=6)
+    assert again.freeze == [part]
+    Trainer(again, tmp_path / "second", files=files()).close()
 
 
 def test_a_run_adds_the_streams_that_data_have_beyond_the_model_in_any_order(tmp_path: Path) -> None:
     first = trained(tmp_path / "first").model
-    settings = config(start_from=str(tmp_path / "first"), freeze=list(D), steps=200, batch_size=128)
-    with Trainer(settings, tmp_path / "second", files=data.open(three())) as trainer:
-        trainer.run()
+    settings = {"start_from": str(tmp_path / "first"), "freeze": list(D), "steps": 200, "batch_size": 128}
+    trained(tmp_path / "second", data.open(three()), **settings)
     model = sf.SPARC.load(tmp_path / "second" / "model.safetensors")
     assert model.streams == ("c", "a", "b")
     x = {name: part[:50] for name, part in three().items()}
@@ -149,11 +138,8 @@ def test_settings_that_do_not_fit_the_model_are_named(tmp_path: Path) -> None:
         trained(tmp_path / "second", start_from=place, n_latents=32)
     with pytest.raises(ValueError, match="normalize must be that of start_from, 'none' for 'a', got 'l2'"):
         trained(tmp_path / "second", start_from=place, normalize="l2")
-    with (
-        pytest.raises(ValueError, match="data must have the streams of start_from"),
-        Trainer(config(start_from=place), tmp_path / "second", files=data.open({"a": rows()["a"]})),
-    ):
-        pass
+    with pytest.raises(ValueError, match="data must have the streams of start_from"):
+        trained(tmp_path / "second", data.open({"a": rows()["a"]}), start_from=place)
     with pytest.raises(FileNotFoundError, match="no file"):
         trained(tmp_path / "second", start_from=str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="freeze must be a list of names, got 3"):

@@ -11,42 +11,26 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import closing, redirect_stderr
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import Ranks
-from training_runs import rows
+from ranks import NEED_RANKS, Ranks
+from training_runs import save_run
 
 import sparc_fast as sf
 from sparc_fast import cli
 from sparc_fast.training import read_metrics
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.skipif(sys.platform != "linux" or not torch.distributed.is_available(), reason="no torchrun here"),
-]
+pytestmark = [*NEED_RANKS, pytest.mark.skipif(sys.platform != "linux", reason="no torchrun here")]
 STEPS, EVERY = 120, 10
-SETTINGS = f"""
-n_latents = 64
-k = 3
-auxk = 8
-dead_after = 400
-steps = {STEPS}
-batch_size = 32
-lr = 1e-2
-checkpoint_every = {EVERY}
-keep = 1000
-calibration_rows = 500
-device = "cpu"
-"""
 
 
 def start(folder: Path, out: str) -> subprocess.Popen[str]:
     """With two ranks, which are started again once."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", "-m", "sparc_fast", "train", str(folder / "train.toml")]
+    command += ["--max-restarts", "1", "-m", "sparc_fast", "train", str(folder / "train.json")]
     command += ["--out", str(folder / out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -67,7 +51,7 @@ def process_of(rank: int, torchrun: int) -> int:
 
 
 def command(folder: Path, out: str, *settings: str) -> int:
-    return cli.main(["train", str(folder / "train.toml"), "--out", str(folder / out), "--progress", "none", *settings])
+    return cli.main(["train", str(folder / "train.json"), "--out", str(folder / out), "--progress", "none", *settings])
 
 
 def until_there(folder: Path, out: str) -> Iterator[None]:
@@ -80,12 +64,8 @@ def until_there(folder: Path, out: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import numpy as np
-
     folder = tmp_path_factory.mktemp("torchrun")
-    for name, part in rows(2000).items():
-        np.save(folder / f"{name}.npy", part.numpy())
-    (folder / "train.toml").write_text(f"{SETTINGS}\n[data]\na = 'a.npy'\nb = 'b.npy'\n")
+    save_run(folder, 2000, steps=STEPS, checkpoint_every=EVERY, keep=1000)
     return folder
 
 
@@ -158,14 +138,12 @@ def killed(folder: Path, out: str) -> None:
 def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_to_the_same_bits(
     folder: Path, two: Ranks, finished: Path
 ) -> None:
-    some, ended, until = Ranks(2), folder / "ended", time.monotonic() + 600
-    try:
+    ended, until = folder / "ended", time.monotonic() + 600
+    with closing(Ranks(2)) as some:
         with pytest.raises(EOFError):
             some(killed, folder, "killed")
         while not (ended.exists() and ended.read_text()) and time.monotonic() < until:
             time.sleep(0.1)
-    finally:
-        some.close()
     assert re.fullmatch(r"1 sparc-fast: rank 0 is gone, .*\n", ended.read_text())
     assert not (folder / "killed" / "model.safetensors").exists()
     assert two(command, folder, "killed") == [0, 0]

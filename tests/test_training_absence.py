@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from test_training_command import main
 from torch import Tensor
-from training_runs import D, assert_same_results, rows
+from training_runs import D, assert_same_results, rows, save_rows, trained
 from training_runs import config as windowed
 
 import sparc_fast as sf
@@ -25,9 +26,12 @@ from sparc_fast.training.validation import hold_out, validate
 N = 1200
 
 
+ALL_ROWS = 2**28
+"""Memory for them, so that the order is the same whether they are joined or not."""
+
+
 def config(**changes: Any) -> Config:
-    """With memory for all rows, so that the order is the same whether they are joined or not."""
-    return windowed(**{"memory": 2**28, **changes})
+    return windowed(memory=ALL_ROWS, **changes)
 
 
 def lacking(n: int = N) -> tuple[dict[str, Tensor], Tensor]:
@@ -60,12 +64,11 @@ def in_that_order() -> AlignedFiles:
 
 def test_a_run_on_samples_that_lack_streams_is_the_loop_one_would_write_by_hand(tmp_path: Path) -> None:
     plain: dict[str, Any] = {"support_dropout": 0.0, "k_start": 0, "k_ramp": 0.0, "cross_loss_ramp": 0.0}
-    settings = config(**plain, validation_rows=0, decay="constant", warmup=0.0, steps=10, log_every=10)
-    with Trainer(settings, tmp_path, files=joined()) as trainer:
-        trainer.run()
+    settings = {**plain, "validation_rows": 0, "decay": "constant", "warmup": 0.0, "steps": 10, "log_every": 10}
+    found = run(tmp_path, joined(), **settings).model.state_dict()
     torch.manual_seed(0)
     model = sf.SPARC(D, 64, 3, auxk=8, dead_after=400)
-    with Loader(joined(), 32, seed=0, memory=settings.memory, last="drop") as loader:
+    with Loader(joined(), 32, seed=0, memory=ALL_ROWS, last="drop") as loader:
         calibrate(model, loader, 500)
         optimizer = sf.SparcAdam(model, lr=1e-2)
         pairs, losses = torch.zeros(2, 2), []
@@ -74,7 +77,7 @@ def test_a_run_on_samples_that_lack_streams_is_the_loop_one_would_write_by_hand(
             losses.append(optimizer.step(x, present=present))
             pairs += losses[-1].nmse
     for name, tensor in model.state_dict().items():
-        assert torch.equal(trainer.model.state_dict()[name], tensor), name
+        assert torch.equal(found[name], tensor), name
     (record,) = read_metrics(tmp_path / "metrics.jsonl")
     assert record["train"]["nmse"]["a -> b"] == pytest.approx(float(pairs[0, 1]) / 10)
     assert record["train"]["loss"] == pytest.approx(sum(float(loss.total) for loss in losses) / 10)
@@ -83,10 +86,8 @@ def test_a_run_on_samples_that_lack_streams_is_the_loop_one_would_write_by_hand(
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 3}, {"lazy": True}, {"calibrate": False}], ids=str)
 def test_zero_rows_train_as_streams_that_are_absent(changes: dict[str, Any], tmp_path: Path) -> None:
     changes = {**changes, "steps": 20}
-    if changes.get("calibrate", True):
-        with pytest.warns(UserWarning, match=r"rows measured of '[ab]' are zero \(row .*they count as absent"):
-            zeros = run(tmp_path / "zeros", in_that_order(), **changes)
-    else:
+    said = r"rows measured of '[ab]' are zero \(row .*they count as absent"
+    with pytest.warns(UserWarning, match=said) if changes.get("calibrate", True) else nullcontext():
         zeros = run(tmp_path / "zeros", in_that_order(), **changes)
     absent = run(tmp_path / "absent", joined(), **changes)
     for name, tensor in absent.model.state_dict().items():
@@ -98,9 +99,7 @@ def test_zero_rows_train_as_streams_that_are_absent(changes: dict[str, Any], tmp
 
 
 def run(folder: Path, files: AlignedFiles, **changes: Any) -> Trainer:
-    with Trainer(config(**changes), folder, files=files) as trainer:
-        trainer.run()
-    return trainer
+    return trained(folder, files, memory=ALL_ROWS, **changes)
 
 
 def strip(record: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def test_zero_rows_may_be_kept_as_they_are(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="are zero .*: they are trained on"):
         kept = run(tmp_path / "kept", in_that_order(), zero_rows="keep", steps=3)
     train, _ = hold_out(in_that_order(), 100)
-    with Loader(train, 32, seed=0, memory=config().memory, last="drop") as loader:
+    with Loader(train, 32, seed=0, memory=ALL_ROWS, last="drop") as loader:
         measured = torch.cat(list(loader))[:500]
     assert torch.allclose(kept.model.input_mean, measured.mean(0), rtol=1e-5, atol=1e-7)
 
@@ -255,8 +254,7 @@ def test_the_command_joins_by_ids_says_what_matched_and_goes_on_from_anywhere(
 def test_a_run_made_in_python_with_relative_paths_goes_on_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, stream in rows(300).items():
-        np.save(tmp_path / f"{name}.npy", stream.numpy())
+    save_rows(tmp_path, 300)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     settings = config(data={"a": "a.npy", "b": "b.npy"}, validation_rows=0, steps=6, batch_size=32)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -181,19 +179,13 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path, monkeypatc
     assert (config.lr, config.wandb, config.data) == (1e-3, "2026", {"a": str(tmp_path / "a.npy")})
 
 
-def without(*names: str) -> Callable[..., Any]:
-    def missing(name: str, *arguments: Any) -> Any:
-        if name in names:
-            raise ImportError(name)
-        return builtins.__import__(name, *arguments)
-
-    return missing
-
-
 def test_a_missing_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr("sparc_fast.training.config.import_module", missing)
     for name, library in (("c.yaml", "PyYAML"), ("c.toml", "tomli")):
         (tmp_path / name).write_text("k = 2")
-        monkeypatch.setattr("sparc_fast.training.config.import_module", without("yaml", "tomllib", "tomli"))
         with pytest.raises(
             ImportError, match=rf"needs {library}: pip install 'sparc_fast\[train\]', or write it as JSON"
         ):

@@ -15,18 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import Ranks
-from training_runs import D, config, files, rows, trained
+from ranks import NEED_RANKS, Ranks
+from training_runs import D, config, files, save_rows, trained
 
 import sparc_fast as sf
 from sparc_fast import cli
 from sparc_fast.objective import Objective
 from sparc_fast.training import Trainer, load_model, read_metrics
+from sparc_fast.training.metrics import flat
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
-]
+pytestmark = NEED_RANKS
 
 
 def train(folder: Path, **changes: Any) -> int:
@@ -52,27 +50,16 @@ def stopped_at(folder: Path, step: int, rank: int, **changes: Any) -> int:
         return outcome.step
 
 
-def figures(folder: Path) -> list[dict[str, Any]]:
-    return read_metrics(folder / "metrics.jsonl")
-
-
-def flat(record: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(record, dict):
-        for key, part in record.items():
-            yield from flat(part, f"{name}/{key}")
-    elif record is not None:
-        yield name, record
-
-
-def assert_same_figures(found: list[dict[str, Any]], expected: list[dict[str, Any]], rel: float = 1e-4) -> None:
-    assert [record["step"] for record in found] == [record["step"] for record in expected]
-    for one, other in zip(found, expected, strict=True):
-        assert dict(flat(one)) == pytest.approx(dict(flat(other)), rel=rel, nan_ok=False)
+def assert_same_figures(found: Path, expected: Path) -> None:
+    """To rounding, of two runs."""
+    for one, other in zip(read_metrics(found), read_metrics(expected), strict=True):
+        assert one["step"] == other["step"]
+        assert dict(flat(one)) == pytest.approx(dict(flat(other)), rel=1e-4, nan_ok=False)
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
     """To rounding: figures, the model and the best one."""
-    assert_same_figures(figures(found), figures(expected))
+    assert_same_figures(found, expected)
     for file in ("model.safetensors", "best.safetensors"):
         one, other = (sf.SPARC.load(folder / file) for folder in (expected, found))
         assert one.config() == other.config()
@@ -104,7 +91,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_a_run_of_several_ranks_is_that_of_one_process_to_rounding(
     two: Ranks, alone: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    assert two(train_variant, tmp_path / "two", name) == [40, 40]
+    assert two(train, tmp_path / "two", **VARIANTS[name]) == [40, 40]
     assert_same_run(tmp_path / "two", alone(name))
     assert len((tmp_path / "two" / "sessions.jsonl").read_text().splitlines()) == 1
 
@@ -119,34 +106,20 @@ def four() -> Iterator[Ranks]:
 OVER_BATCH = {"selection": "batch", "loss": "fvu"}  # who fires, and what errors are told by, is all replicas' affair
 
 
-def with_replicas(folder: Path) -> list[int]:
-    return [stopped_at(folder, 13, 2, replicas=2, **OVER_BATCH), train(folder, replicas=2, **OVER_BATCH)]
-
-
 def test_replicas_train_and_go_on_as_one_process(four: Ranks, tmp_path: Path) -> None:
     trained(tmp_path / "one", **OVER_BATCH)
-    assert four(with_replicas, tmp_path / "four") == [[13, 40]] * 4
+    assert four(stopped_at, tmp_path / "four", 13, 2, replicas=2, **OVER_BATCH) == [13] * 4
+    assert four(train, tmp_path / "four", replicas=2, **OVER_BATCH) == [40] * 4
     assert_same_run(tmp_path / "four", tmp_path / "one")
 
 
-def refused_three(folder: Path) -> str:
-    try:
+def refused_three(folder: Path) -> None:
+    with pytest.raises(ValueError, match="replicas must divide the number of ranks, 4, got 3"):
         train(folder, replicas=3)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def test_replicas_that_cannot_be_are_refused(four: Ranks, tmp_path: Path) -> None:
-    assert all("replicas must divide the number of ranks, 4, got 3" in said for said in four(refused_three, tmp_path))
-
-
-def train_variant(folder: Path, name: str) -> int:
-    return train(folder, **VARIANTS[name])
-
-
-def variant_stopped_at(folder: Path, step: int, rank: int, name: str) -> int:
-    return stopped_at(folder, step, rank, **VARIANTS[name])
+    four(refused_three, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dense", "jumprelu, nested", "private"])
@@ -154,12 +127,12 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks(
     two: Ranks, three: Ranks, four: Ranks, alone: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     folder = tmp_path / "many"
-    assert two(variant_stopped_at, folder, 11, 0, name) == [11, 11]
+    assert two(stopped_at, folder, 11, 0, **VARIANTS[name]) == [11, 11]
     before = load_model(sorted((folder / "checkpoints").iterdir())[-1])
-    assert three(variant_stopped_at, folder, 19, 2, name) == [19] * 3
+    assert three(stopped_at, folder, 19, 2, **VARIANTS[name]) == [19] * 3
     assert stopped_at(folder, 25, 0, **VARIANTS[name]) == 25
-    assert four(train_variant, folder, name) == [40] * 4
-    assert_same_figures(figures(folder), figures(alone(name)))
+    assert four(train, folder, **VARIANTS[name]) == [40] * 4
+    assert_same_figures(folder, alone(name))
     assert not torch.equal(before.W_enc, sf.SPARC.load(folder / "model.safetensors").W_enc)
 
 
@@ -177,26 +150,20 @@ def starts_at(folder: Path) -> int:
         return trainer.step
 
 
-def refused(folder: Path, case: str) -> str:
-    rank = torch.distributed.get_rank()
-    changes: dict[str, Any] = {"lr": 1e-3} if case == "settings" and rank == 1 else {}
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            if case == "version" and rank == 1:
-                patch.setattr("sparc_fast.distributed.launch.__version__", "0.0.1")
-            with Trainer(config(**changes), folder, files=files(5000 if case == "data" and rank == 1 else 6000)):
-                return ""
-    except ValueError as error:
-        return str(error)
+def refused(folder: Path, name: str) -> None:
+    """Where rank 1 has another of this name."""
+    other = name if torch.distributed.get_rank() == 1 else ""
+    settings, rows = config(**{"lr": 1e-3} if other == "lr" else {}), files(5000 if other == "data" else 6000)
+    with pytest.MonkeyPatch.context() as patch:
+        if other == "sparc_fast":
+            patch.setattr("sparc_fast.distributed.launch.__version__", "0.0.1")
+        with pytest.raises(ValueError, match=f"^every rank must have the {name} of rank 0.*rank 1 has"):
+            Trainer(settings, folder, files=rows)
 
 
-@pytest.mark.parametrize(("case", "name"), [("settings", "lr"), ("version", "sparc_fast"), ("data", "data")])
-def test_a_rank_that_is_there_for_something_else_is_refused_by_name(
-    two: Ranks, tmp_path: Path, case: str, name: str
-) -> None:
-    for said in two(refused, tmp_path, case):
-        assert said.startswith(f"every rank must have the {name} of rank 0")
-        assert "rank 1 has" in said
+@pytest.mark.parametrize("name", ["lr", "sparc_fast", "data"])
+def test_a_rank_that_is_there_for_something_else_is_refused_by_name(two: Ranks, tmp_path: Path, name: str) -> None:
+    two(refused, tmp_path, name)
 
 
 def evaluated(folder: Path, out: str) -> tuple[int, str]:
@@ -209,8 +176,7 @@ def evaluated(folder: Path, out: str) -> tuple[int, str]:
 
 
 def test_the_command_eval_has_the_table_of_one_process_and_says_it_once(two: Ranks, tmp_path: Path) -> None:
-    for stream, x in rows(90).items():
-        np.save(tmp_path / f"{stream}.npy", x.numpy())
+    save_rows(tmp_path, 90)
     np.save(tmp_path / "labels.npy", np.arange(90)[:, None] % 5 == np.arange(5))
     torch.manual_seed(0)
     sf.SPARC(D, 64, 3).save(tmp_path / "model.safetensors")
@@ -225,20 +191,16 @@ def test_the_command_eval_has_the_table_of_one_process_and_says_it_once(two: Ran
     assert other == pytest.approx(one, rel=1e-4)
 
 
-def diverges(folder: Path) -> tuple[str, int]:
-    rows = files()
-    try:
-        with Trainer(config(lr=1e20, calibrate=False, max_grad_norm=0.0), folder, files=rows) as trainer:
+def diverges(folder: Path) -> int:
+    """The step at which it says so."""
+    with Trainer(config(lr=1e20, calibrate=False, max_grad_norm=0.0), folder, files=files()) as trainer:
+        with pytest.raises(FloatingPointError, match="was NaN or infinite"):
             trainer.run()
-    except FloatingPointError as error:
-        return str(error), trainer.step
-    return "", trainer.step
+        return trainer.step
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_at_the_same_step(two: Ranks, tmp_path: Path) -> None:
-    (said, step), (other, same) = two(diverges, tmp_path)
-    assert "was NaN or infinite" in said
-    assert "was NaN or infinite" in other
+    step, same = two(diverges, tmp_path)
     assert step == same
     assert json.loads((tmp_path / "sessions.jsonl").read_text().splitlines()[-1])["ended"] == "FloatingPointError"
 
@@ -246,21 +208,17 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_at_the_same_step(two: Ranks, 
 NARROW = {"dtype": "bfloat16", "moments": "bfloat16", "accumulate": 2, "max_grad_norm": 0.5}
 
 
-def narrow(folder: Path, step: int = 0) -> int:
-    return stopped_at(folder, step, 1, **NARROW) if step else train(folder, **NARROW)
-
-
 def test_a_bfloat16_run_goes_on_to_the_same_bits(two: Ranks, tmp_path: Path) -> None:
-    assert two(narrow, tmp_path / "whole") == [40, 40]
-    assert two(narrow, tmp_path / "parts", 13) == [13, 13]
-    assert two(narrow, tmp_path / "parts") == [40, 40]
+    assert two(train, tmp_path / "whole", **NARROW) == [40, 40]
+    assert two(stopped_at, tmp_path / "parts", 13, 1, **NARROW) == [13, 13]
+    assert two(train, tmp_path / "parts", **NARROW) == [40, 40]
     for file in ("metrics.jsonl", "model.safetensors", "best.safetensors"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert sf.SPARC.load(tmp_path / "whole" / "model.safetensors").W_enc.dtype == torch.bfloat16
     trained(tmp_path / "one", **NARROW)
     # moments are rounded by other random numbers: it trains like another seed
     for record, rel in ((0, 0.002), (-1, 0.2)):
-        found, expected = (dict(flat(figures(tmp_path / name)[record])) for name in ("whole", "one"))
+        found, expected = (dict(flat(read_metrics(tmp_path / name)[record])) for name in ("whole", "one"))
         assert found.keys() == expected.keys()
         losses = [name for name in expected if name.endswith(("/loss", "/self", "/cross", "/total"))]
         assert losses

@@ -64,9 +64,8 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(whole: Path, tmp_path: Path) -> None:
-    with Trainer(config(), tmp_path / "hurt", files=files(), sinks=[signals(signal.SIGTERM, 14)]) as trainer:
-        trainer.run()
-        newest, older = (trainer.folder.checkpoint(step) for step in reversed(trainer.folder.steps()))
+    folder = trained(tmp_path / "hurt", sinks=[signals(signal.SIGTERM, 14)]).folder
+    newest, older = (folder.checkpoint(step) for step in reversed(folder.steps()))
     content = bytearray(newest.read_bytes())
     content[-1000] ^= 1
     newest.write_bytes(content)
@@ -80,8 +79,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(whole: Pa
 
 
 def test_settings_no_result_depends_on_may_change_on_the_way(whole: Path, tmp_path: Path) -> None:
-    with Trainer(config(), tmp_path / "changed", files=files(), sinks=[signals(signal.SIGTERM, 14)]) as trainer:
-        trainer.run()
+    trained(tmp_path / "changed", sinks=[signals(signal.SIGTERM, 14)])
     trained(tmp_path / "changed", lazy=True, checkpoint_every=9, keep=1, reading_threads=2, memory=2**28)
     assert (tmp_path / "changed" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert json.loads((tmp_path / "changed" / "config.json").read_text())["checkpoint_every"] == 9
@@ -122,18 +120,13 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     pytest.importorskip("fcntl", reason="Windows has no such lock")
-    with (
-        Trainer(config(), tmp_path, files=files()),
-        pytest.raises(OSError, match="another process is training in"),
-    ):
+    with Trainer(config(), tmp_path, files=files()), pytest.raises(OSError, match="another process is training in"):
         Trainer(config(), tmp_path, files=files())
     Trainer(config(), tmp_path, files=files()).close()
 
 
 def test_a_run_that_began_with_another_default_keeps_it(tmp_path: Path) -> None:
-    before = {"best_by": "loss", "support_dropout": 0.0}
-    with Trainer(config(**before), tmp_path, files=files(), sinks=[signals(signal.SIGTERM, 14)]) as trainer:
-        trainer.run()
+    trained(tmp_path, best_by="loss", support_dropout=0.0, sinks=[signals(signal.SIGTERM, 14)])
     said = Said()
     with Trainer(config(support_dropout=None), tmp_path, files=files(), progress=said) as trainer:
         assert (trainer.config.best_by, trainer.config.support_dropout) == ("loss", 0.0)

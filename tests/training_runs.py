@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sparc_fast import data
+from sparc_fast import SPARC, data
 from sparc_fast.data import AlignedFiles
-from sparc_fast.training import Config, Trainer
+from sparc_fast.training import Config, Sink, Trainer
 from sparc_fast.training.progress import Display
 
 D = {"a": 300, "b": 200}
@@ -50,10 +52,34 @@ def config(**changes: Any) -> Config:
     return Config(**{**settings, **changes})
 
 
-def trained(folder: Path, **changes: Any) -> Trainer:
-    with Trainer(config(**changes), folder, files=files()) as trainer:
+def trained(
+    folder: Path,
+    given: AlignedFiles | None = None,
+    *,
+    model: SPARC | None = None,
+    sinks: Sequence[Sink] = (),
+    **changes: Any,
+) -> Trainer:
+    """What has made a run with these changes of `config`, on `files()` where none are given."""
+    opened = files() if given is None else given
+    with Trainer(config(**changes), folder, model=model, files=opened, sinks=sinks) as trainer:
         trainer.run()
     return trainer
+
+
+def save_rows(folder: Path, n: int) -> None:
+    for name, part in rows(n).items():
+        np.save(folder / f"{name}.npy", part.numpy())
+
+
+def save_run(folder: Path, n: int, **changes: Any) -> None:
+    """Rows in files, and train.json, the settings of a run on them."""
+    save_rows(folder, n)
+    settings = {
+        "data": {name: f"{name}.npy" for name in D}, "n_latents": 64, "k": 3, "auxk": 8, "dead_after": 400, "lr": 1e-2,
+        "steps": 30, "batch_size": 32, "checkpoint_every": 10, "calibration_rows": 500, "device": "cpu",
+    }  # fmt: skip
+    (folder / "train.json").write_text(json.dumps(settings | changes))
 
 
 class Said(Display):

@@ -90,19 +90,15 @@ class Exchange:
         shared = self._shared(like, n)
         return Room(_empty_like(like, n) if shared is None else shared, shared is not None)
 
-    def packed(
-        self, numbers: Sequence[int], tensors: Sequence[Tensor], what: str
-    ) -> tuple[list[list[int]], list[list[Tensor]]]:
-        """([rank] -> its numbers, and of each tensor, [rank] -> what it is there), in one message."""
-        told = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(self.device)
-        message = torch.cat([_bytes(told), *(_bytes(tensor.contiguous()) for tensor in tensors)])
+    def packed(self, number: int, tensor: Tensor, what: str) -> tuple[list[int], list[Tensor]]:
+        """([rank] -> its number, [rank] -> its tensor, of the same shape on all), in one message."""
+        told = torch.tensor([number], dtype=torch.int64, device="cpu").to(self.device)
+        message = torch.cat([_bytes(told), _bytes(tensor.contiguous())])
         of_all = self.gather(message[None], [1] * self.ranks, what)
-        pieces = torch.split(of_all, [told.nbytes, *(tensor.nbytes for tensor in tensors)], dim=1)
-        own = [  # copies: each begins where its type may
-            [row.clone().view(like.dtype).view(like.shape) for row in piece]
-            for piece, like in zip(pieces[1:], tensors, strict=True)
-        ]
-        return pieces[0].reshape(-1).view(torch.int64).view(self.ranks, -1).tolist(), own
+        numbers, tensors = torch.split(of_all, [told.nbytes, tensor.nbytes], dim=1)
+        # copies: each begins where its type may
+        own = [row.clone().view(tensor.dtype).view(tensor.shape) for row in tensors]
+        return numbers.reshape(-1).view(torch.int64).tolist(), own
 
     def deal(
         self, rows: Tensor, counts: Sequence[int], what: str, parts: Sequence[int] | None = None

@@ -26,9 +26,8 @@ from sparc_fast.ops.layout import gradient_dtype, stream_slices, wide, wide_type
 from sparc_fast.whole import T, Whole
 
 from .batch_topk import batch_topk, latents_above
-from .bytes import piece_size
 from .exchange import Exchange, in_turn, number_of, shares
-from .layout import rows_of, sizes_here
+from .layout import piece_size, rows_of, sizes_here
 from .model_file import save_model
 from .nested import nested_decode_loss
 from .together import Together, fingerprint
@@ -47,18 +46,10 @@ class Shards(Whole):
     is_whole = False
 
     @property
-    def has_replicas(self) -> bool:  # type: ignore[override]
-        return self.replicas is not None
-
-    @property
     def received(self) -> Counter[str]:
         """Bytes that came here, by what they are."""
         exchanges = {id(one): one for one in (self.exchange, self.all, self.replicas) if one is not None}
         return sum((one.received for one in exchanges.values()), Counter())
-
-    @property
-    def leads(self) -> bool:  # type: ignore[override]
-        return self.rank == 0
 
     def __init__(self, mesh: DeviceMesh, n_latents: int, device: torch.device) -> None:
         self.mesh, self.n_latents = mesh, n_latents
@@ -67,7 +58,8 @@ class Shards(Whole):
         everybody = distributed.group.WORLD
         assert everybody is not None
         self.all = Exchange(everybody, device) if mesh.ndim == 2 else self.exchange
-        self.rank, self.ranks = self.all.rank, self.all.ranks
+        self.has_replicas = self.replicas is not None
+        self.rank, self.ranks, self.leads = self.all.rank, self.all.ranks, self.all.rank == 0
         among, parts = self.exchange.rank, self.exchange.ranks
         share = -(-n_latents // parts)
         if share * (parts - 1) >= n_latents:
@@ -313,8 +305,8 @@ class _OfRows:
         """
         backend, exchange = self.backend, self.exchange
         rows, scores = self._best_rows(x, W_enc, pre_bias, latent_bias, k, screening)
-        counts, (of_ranks,) = exchange.packed([len(W_enc)], [scores], "candidates")
-        given = [min(k, n) for (n,) in counts]
+        counts, of_ranks = exchange.packed(len(W_enc), scores, "candidates")
+        given = [min(k, n) for n in counts]
         beside = torch.cat([part[:, :n] for part, n in zip(of_ranks, given, strict=True)], dim=1)
         best = backend.topk_rows(beside, min(k, sum(given))).long() - sum(given[: exchange.rank])
         is_here = (best >= 0) & (best < given[exchange.rank])

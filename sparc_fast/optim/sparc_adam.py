@@ -324,7 +324,8 @@ class SparcAdam(torch.optim.Optimizer):
         inverse = backend.invert_indices(supports, len(model.W_enc))
         if self._behind is not None:
             self._replay(inverse[0].diff().nonzero()[:, 0], backend)
-            parts = [part.with_decoder(columns_of(model.W_dec, part.batch.streams, model.d_streams)) for part in parts]
+            W_decs = [columns_of(model.W_dec, part.batch.streams, model.d_streams) for part in parts]
+            parts = [p._replace(batch=p.batch._replace(W_dec=W)) for p, W in zip(parts, W_decs, strict=True)]
         flows = [part.measure(n_samples) for part in parts]
         # what AuxK reconstructed counts as further samples of the same inputs
         passes = [

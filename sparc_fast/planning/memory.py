@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from sparc_fast.data import Reader, budget
-from sparc_fast.distributed.bytes import piece_size
-from sparc_fast.distributed.layout import groups_of, told_groups
+from sparc_fast.distributed.layout import groups_of, piece_size, told_groups
 from sparc_fast.objective import nested_sizes
 from sparc_fast.ops import gpu_scratch
 from sparc_fast.optim.step_graphs import KEPT as KEPT_GRAPHS

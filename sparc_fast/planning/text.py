@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparc_fast.distributed.bytes import exchanged_bytes
+from sparc_fast.distributed.layout import exchanged_bytes
 from sparc_fast.objective import nested_sizes
 from sparc_fast.selection import LOCAL
 from sparc_fast.sizes import counted

@@ -24,11 +24,7 @@ Selection = Literal["global", "local", "batch", "jumprelu", "local_jumprelu"]
 RULES: tuple[Selection, ...] = get_args(Selection)
 LOCAL = ("local", "local_jumprelu")
 """Under which each stream has a support of its own."""
-BY_THRESHOLD: dict[str, type[Thresholds]] = {
-    "batch": Thresholds,
-    "jumprelu": Offsets,
-    "local_jumprelu": StreamOffsets,
-}
+BY_THRESHOLD: dict[str, type[Thresholds]] = {"batch": Thresholds, "jumprelu": Offsets, "local_jumprelu": StreamOffsets}
 """Under which latents fire above what is learned, and what the model stores for it: samples have as many as they need,
 k on average, and supports have empty slots."""
 

@@ -463,11 +463,7 @@ class Config:
             raise ValueError(f'accumulate must be 1 with selection="batch", got {self.accumulate}')
         if self.k > self.n_latents:
             raise ValueError(f"k must be between 1 and n_latents={self.n_latents}, got {self.k}")
-        if nested_sizes(self.matryoshka, self.n_latents) and self.private:
-            raise ValueError(
-                "matryoshka must be left out with private latents, which are the last and in no smaller dictionary, "
-                f"got {self.matryoshka}"
-            )
+        nested_sizes(self.matryoshka, self.n_latents, self.private)  # or an error
         if bool(self.private) != bool(self.private_k):
             raise ValueError(f"private and private_k must be given together, got {self.private} and {self.private_k}")
         shared = self.n_latents - sum(self.private.values())

@@ -29,7 +29,6 @@ from sparc_fast.ops import backends
 from sparc_fast.ops.huge_pages import give_back_freed
 from sparc_fast.optim import Coming, SparcAdam
 from sparc_fast.version import __version__
-from sparc_fast.whole import Whole
 
 from .checkpoints import find_not_finite, load_model, read, save_model_of
 from .config import Config, open_files
@@ -115,7 +114,11 @@ class Trainer(Closing):
                 moments="bfloat16" if config.moments == "bfloat16" else "float32", seed=config.seed,
                 freeze=config.freeze, max_grad_norm=config.max_grad_norm or None,
             )  # fmt: skip
-            self.loader = opened.enter_context(_new_loader(config, files, self.model._shards))
+            shards = self.model._shards
+            self.loader = opened.enter_context(Loader(
+                files, config.batch_size, memory=config.memory, seed=config.seed, last="drop",
+                n_threads=config.reading_threads or None, part=(shards.rank, shards.ranks),
+            ))  # fmt: skip
             self.steps = config.steps or max(1, round(config.epochs * len(self.loader)))
             self.schedule = Schedule(config, self.steps)
             self.step = 0
@@ -123,12 +126,13 @@ class Trainer(Closing):
             self.best: tuple[int, float] | None = None
             self._means = Means(self.model.streams, device, self.model.matryoshka)
             start = None if self.folder.steps() else self._start(model)
-            with self.model._shards.agreed("begin"):
+            with shards.agreed("begin"):
                 if self.leads:
                     opened.enter_context(self.folder.locked())
                     self.folder.agree_on(config)
-            if not self._go_on():
-                self._start_from(start or self._start(model))
+            if not self._go_on() and (start := start or self._start(model)) is not None:
+                self.model._take_over(start)  # with its calibration; streams that it has not begin as ever
+                self._uncalibrated = tuple(name for name in self._uncalibrated if name not in start.streams)
             self._opened = opened.pop_all()
 
     def run(self) -> Outcome:
@@ -351,13 +355,6 @@ class Trainer(Closing):
                 raise ValueError(f"normalize must be that of start_from, {was!r} for {name!r}, got {now!r}")
         return start
 
-    def _start_from(self, start: SPARC | None) -> None:
-        """Take the weights and the calibration of a model; streams that it has not begin as ever."""
-        if start is None:
-            return
-        self.model._take_over(start)
-        self._uncalibrated = tuple(name for name in self._uncalibrated if name not in start.streams)
-
     def _go_on(self) -> bool:
         """Whether there was a checkpoint to go on from."""
         found = self.folder.newest(self.model._shards)
@@ -532,10 +529,3 @@ def _new_model(config: Config, files: AlignedFiles, device: torch.device, shared
     backends.resolve(config.backend, device)
     model.backend = config.backend
     return model.to(device) if device.type != "cpu" else model
-
-
-def _new_loader(config: Config, files: AlignedFiles, shards: Whole) -> Loader:
-    return Loader(
-        files, config.batch_size, memory=config.memory, seed=config.seed, last="drop",
-        n_threads=config.reading_threads or None, part=(shards.rank, shards.ranks),
-    )  # fmt: skip

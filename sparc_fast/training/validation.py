@@ -51,11 +51,8 @@ def validate(
             nmse = model.loss(own, 1.0, 0.0, support_from=alone, present=has).nmse
             single[s] += n[s] * nmse[s].double().cpu()
     model.train(was_training)
-    parts = {
-        **_parts("", joint / n_pairs, cross_loss_coef),
-        **_parts("single_", single / n_pairs, cross_loss_coef),
-    }
-    return {**parts, "rows": n_rows}
+    of_single = _parts("single_", single / n_pairs, cross_loss_coef)
+    return {**_parts("", joint / n_pairs, cross_loss_coef), **of_single, "rows": n_rows}
 
 
 def pairs_of(present: Tensor | None, n_rows: int, n_streams: int) -> Tensor:
