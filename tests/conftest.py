@@ -10,6 +10,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,18 @@ def machine_code(made_once: Callable[..., Path]) -> Path:
         (folder / "pickle").write_bytes(pickle.dumps(cuda_resources.machine_code()))
 
     return made_once("machine code", compile_all) / "pickle"
+
+
+@pytest.fixture(scope="module")
+def every_glyph(made_once: Callable[..., Path]) -> Any:
+    """What `glyphs()` gives: all characters in all faces."""
+
+    def draw(folder: Path) -> None:
+        from sparc_fast.demo import glyphs
+
+        (folder / "pickle").write_bytes(pickle.dumps(glyphs()))
+
+    return pickle.loads((made_once("glyphs", draw) / "pickle").read_bytes())
 
 
 @pytest.fixture(scope="module")

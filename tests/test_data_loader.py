@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import threading
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from ranks import in_fork
 from safetensors.torch import save_file
+from test_data_files import WRITERS, numbered, write_npy, write_parquet
 from torch import Tensor
 
 import sparc_fast as sf
@@ -29,23 +31,13 @@ WINDOWED = 9_500_000  # bytes: below what all rows take
 RESIDENT = 2**28
 
 
-def rows_of(n: int = N) -> dict[str, Tensor]:
-    """Two streams whose first two numbers are the row's own, by thousands so that half precision holds them."""
-    number = torch.arange(n)
-    streams = {}
-    for name, width, dtype in (("a", 300, torch.float32), ("b", 200, torch.float16)):
-        rows = torch.randn(n, width, generator=torch.Generator().manual_seed(width), device="cpu")
-        rows[:, 0], rows[:, 1] = number % 1000, number // 1000
-        streams[name] = rows.to(dtype)
-    return streams
+def rows_of() -> dict[str, Tensor]:
+    return {"a": numbered(N, 300), "b": numbered(N, 200).half()}
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> data.AlignedFiles:
-    streams = rows_of()
-    np.save(tmp_path / "a.npy", streams["a"].numpy())
-    np.save(tmp_path / "b.npy", streams["b"].numpy())
-    return data.open({"a": tmp_path / "a.npy", "b": tmp_path / "b.npy"})
+    return data.open({stream: write_npy(tmp_path / stream, rows) for stream, rows in rows_of().items()})
 
 
 def loader(files: data.AlignedFiles, memory: int = WINDOWED, batch_size: int = 100, **kwargs: Any) -> data.Loader:
@@ -119,9 +111,8 @@ def test_the_order_is_of_the_seed_alone(files: data.AlignedFiles) -> None:
 @pytest.mark.parametrize("memory", [WINDOWED, RESIDENT])
 @pytest.mark.parametrize("n_before", [0, 1, 17, 59, 60, 61, 75])
 def test_an_interrupted_run_goes_on_with_the_same_batches(files: data.AlignedFiles, memory: int, n_before: int) -> None:
-    def stream(made: data.Loader) -> Any:
-        while True:
-            yield from made
+    def stream(made: data.Loader) -> Iterator[Tensor]:
+        return chain.from_iterable(repeat(made))
 
     whole = list(islice(stream(loader(files, memory, seed=5)), 130))
     stopped = loader(files, memory, seed=5)
@@ -302,14 +293,6 @@ def measured(path: Path, how: str, memory: int) -> tuple[int, int, int]:
     return resident("VmHWM") - base, rows, loader.plan.n_windows
 
 
-def write_one_group(path: Path, rows: Tensor) -> Path:
-    import pyarrow.parquet as pq
-    from test_data_files import table
-
-    pq.write_table(table(rows), path.with_suffix(".parquet"))
-    return path.with_suffix(".parquet")
-
-
 @pytest.mark.parametrize(
     ("kind", "how", "memory"),
     [
@@ -321,11 +304,9 @@ def write_one_group(path: Path, rows: Tensor) -> Path:
     ],
 )
 def test_the_loader_stays_within_its_memory(tmp_path: Path, kind: str, how: str, memory: int) -> None:
-    from test_data_files import WRITERS
-
     n = {"parquet, one group": 45_000, "parquet": 30_000}.get(kind, 18_000)
     rows = torch.randn(n, 512) if kind == "parquet, one group" else torch.rand(n, 512).mul(8).round()
-    path = WRITERS.get(kind, write_one_group)(tmp_path / "file", rows)
+    path = WRITERS.get(kind, partial(write_parquet, group=None))(tmp_path / "file", rows)
     assert rows.nbytes * (2 if how == "joined" else 1) > memory
     taken, n_read, n_windows = in_fork(measured, path, how, memory)
     assert n_read == 2 * n
@@ -352,10 +333,7 @@ def test_too_little_memory_says_how_much_is_needed_and_that_suffices(files: data
         ({"n_threads": 0}, "n_threads must be an integer >= 1, got 0"),
         ({"last": "fold"}, 'last must be "keep" or "drop", got \'fold\''),
         ({"dtype": torch.int32}, "dtype must be torch.float32, bfloat16, float16 or float64"),
-        (
-            {"batch_size": N + 1, "last": "drop"},
-            f"files must hold at least one batch, got {N} rows for batch_size {N + 1}",
-        ),
+        ({"batch_size": N + 1, "last": "drop"}, f"must hold at least one batch, got {N} rows for batch_size {N + 1}"),
     ],
 )
 def test_settings_out_of_range(files: data.AlignedFiles, arguments: dict[str, Any], message: str) -> None:

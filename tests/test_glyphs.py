@@ -9,6 +9,8 @@ import re
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,64 +36,56 @@ ROWS = 3000  # a little more than all training characters once
 
 
 @pytest.fixture(scope="module")
-def every() -> Glyphs:
-    """In all faces."""
-    return glyphs()
-
-
-@pytest.fixture(scope="module")
 def regular() -> Glyphs:
     return glyphs(faces=REGULAR)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("glyphs")
-    write_glyphs(folder, ROWS, faces=REGULAR, threads=1)
-    return folder
+def folder(made_once: Callable[..., Path]) -> Path:
+    return made_once("glyph files", partial(write_glyphs, rows=ROWS, faces=REGULAR, threads=1))
 
 
 # ---- in memory
 
 
-def test_every_field_has_one_entry_per_row_and_there_are_at_least_9000_rows(every: Glyphs) -> None:
-    n = len(every.characters)
+def test_every_field_has_one_entry_per_row_and_there_are_at_least_9000_rows(every_glyph: Glyphs) -> None:
+    n = len(every_glyph.characters)
     assert n >= 9000
-    assert {len(every.names), len(every.faces), len(every.held_out), len(every.labels)} == {n}
-    assert {len(x) for x in (*every.inputs.values(), *every.images.values())} == {n}
-    assert list(every.inputs) == ["sans", "serif", "name"]
+    assert {len(every_glyph.names), len(every_glyph.faces), len(every_glyph.held_out), len(every_glyph.labels)} == {n}
+    assert {len(x) for x in (*every_glyph.inputs.values(), *every_glyph.images.values())} == {n}
+    assert list(every_glyph.inputs) == ["sans", "serif", "name"]
 
 
-def test_a_row_is_a_character_in_a_face_and_its_unicode_name(every: Glyphs) -> None:
-    assert len(set(zip(every.characters, every.faces, strict=True))) == len(every.characters)
-    assert every.names == [unicodedata.name(character) for character in every.characters]
+def test_a_row_is_a_character_in_a_face_and_its_unicode_name(every_glyph: Glyphs) -> None:
+    assert len(set(zip(every_glyph.characters, every_glyph.faces, strict=True))) == len(every_glyph.characters)
+    assert every_glyph.names == [unicodedata.name(character) for character in every_glyph.characters]
 
 
-def test_inputs_are_finite_float32_rows_of_unit_length(every: Glyphs) -> None:
-    for x in every.inputs.values():
+def test_inputs_are_finite_float32_rows_of_unit_length(every_glyph: Glyphs) -> None:
+    for x in every_glyph.inputs.values():
         assert x.dtype == torch.float32
         torch.testing.assert_close(x.norm(dim=1), torch.ones(len(x)))
 
 
-def test_the_split_is_by_character_and_keeps_out_a_fifth_of_them(every: Glyphs) -> None:
-    held_out = {every.characters[i] for i in every.rows(held_out=True)}
-    trained = {every.characters[i] for i in every.rows(held_out=False)}
+def test_the_split_is_by_character_and_keeps_out_a_fifth_of_them(every_glyph: Glyphs) -> None:
+    held_out = {every_glyph.characters[i] for i in every_glyph.rows(held_out=True)}
+    trained = {every_glyph.characters[i] for i in every_glyph.rows(held_out=False)}
     assert not held_out & trained
     assert len(held_out) == round(0.2 * len(held_out | trained))
 
 
-def test_the_split_does_not_depend_on_the_faces(every: Glyphs, regular: Glyphs) -> None:
-    rows = torch.tensor([face == "regular" for face in every.faces])
-    assert torch.equal(every.held_out[rows], regular.held_out)
+def test_the_split_does_not_depend_on_the_faces(every_glyph: Glyphs, regular: Glyphs) -> None:
+    rows = torch.tensor([face == "regular" for face in every_glyph.faces])
+    assert torch.equal(every_glyph.held_out[rows], regular.held_out)
 
 
-def test_rows_choose_by_split_and_face_and_together_cover_everything(every: Glyphs) -> None:
-    both = torch.cat([every.rows(held_out=False), every.rows(held_out=True)])
-    assert torch.equal(both.sort().values, torch.arange(len(every.characters)))
-    bold = every.rows(held_out=True, face="bold")
+def test_rows_choose_by_split_and_face_and_together_cover_everything(every_glyph: Glyphs) -> None:
+    both = torch.cat([every_glyph.rows(held_out=False), every_glyph.rows(held_out=True)])
+    assert torch.equal(both.sort().values, torch.arange(len(every_glyph.characters)))
+    bold = every_glyph.rows(held_out=True, face="bold")
     assert bold.dtype == torch.int64
     assert len(bold) > 500
-    assert all(every.held_out[i] and every.faces[i] == "bold" for i in bold)
+    assert all(every_glyph.held_out[i] and every_glyph.faces[i] == "bold" for i in bold)
 
 
 @pytest.mark.parametrize("features", [_hog, _blurred])
@@ -127,24 +121,24 @@ def test_concepts_are_the_words_of_15_to_600_characters_names(regular: Glyphs) -
     assert regular.labels.sum(0).tolist() == [counts[concept] for concept in regular.concepts]
 
 
-def test_a_label_says_that_the_word_is_in_the_name(every: Glyphs) -> None:
-    row = every.names.index("GREEK SMALL LETTER ALPHA WITH TONOS")
-    concepts = [every.concepts[i] for i in every.labels[row].nonzero().flatten()]
+def test_a_label_says_that_the_word_is_in_the_name(every_glyph: Glyphs) -> None:
+    row = every_glyph.names.index("GREEK SMALL LETTER ALPHA WITH TONOS")
+    concepts = [every_glyph.concepts[i] for i in every_glyph.labels[row].nonzero().flatten()]
     assert concepts == ["ALPHA", "GREEK", "TONOS"]
 
 
-def test_pictures_are_never_blank_and_sans_differs_from_serif(every: Glyphs) -> None:
-    sans, serif = every.images["sans"], every.images["serif"]
+def test_pictures_are_never_blank_and_sans_differs_from_serif(every_glyph: Glyphs) -> None:
+    sans, serif = every_glyph.images["sans"], every_glyph.images["serif"]
     assert sans.dtype == serif.dtype == torch.uint8
     assert sans.flatten(1).any(1).all()
     assert serif.flatten(1).any(1).all()
     assert (sans != serif).flatten(1).any(1).float().mean() > 0.8  # braille and box drawings are the same in both
 
 
-def test_faces_differ_from_each_other(every: Glyphs) -> None:
-    a = [i for i, character in enumerate(every.characters) if character == "a"]
-    assert len(a) == len(set(every.faces))
-    assert len({every.images["sans"][i].numpy().tobytes() for i in a}) == len(a)
+def test_faces_differ_from_each_other(every_glyph: Glyphs) -> None:
+    a = [i for i, character in enumerate(every_glyph.characters) if character == "a"]
+    assert len(a) == len(set(every_glyph.faces))
+    assert len({every_glyph.images["sans"][i].numpy().tobytes() for i in a}) == len(a)
 
 
 @pytest.mark.parametrize(
@@ -216,11 +210,8 @@ def test_no_held_out_character_is_in_the_training_files(folder: Path) -> None:
 
 
 def test_files_have_a_row_for_each_row_at_unit_length_that_no_pickle_holds(folder: Path) -> None:
-    for part, n, dtype in (
-        ("train", ROWS, np.float16),
-        ("held_out/regular", 629, np.float32),
-        ("held_out/jittered", 629, np.float32),
-    ):
+    parts = ("train", ROWS, "f2"), ("held_out/regular", 629, "f4"), ("held_out/jittered", 629, "f4")
+    for part, n, dtype in parts:
         for stream in ("sans", "serif", "name"):
             x = np.load(folder / part / f"{stream}.npy", allow_pickle=False)
             assert (x.shape, x.dtype) == ((n, 256), dtype)
@@ -280,10 +271,9 @@ def test_the_folder_is_one_of_features_with_the_names_and_pictures_of_what_is_he
     found = Image.open(io.BytesIO(features.column("serif", "held_out")[5]))
     assert np.array_equal(255 - np.asarray(found), regular.images["serif"][rows[5]].numpy())
     truth, names = features.labels("held_out")
-    assert [regular.concepts.index(name) for name in names] == sorted(regular.concepts.index(name) for name in names)
-    assert torch.equal(
-        torch.from_numpy(truth), regular.labels[rows][:, [regular.concepts.index(name) for name in names]]
-    )
+    order = [regular.concepts.index(name) for name in names]
+    assert order == sorted(order)
+    assert torch.equal(torch.from_numpy(truth), regular.labels[rows][:, order])
     groups = dict(zip(features.column("group"), features.column("split"), strict=True))
     assert all(groups[g] == s for g, s in zip(features.column("group"), features.column("split"), strict=True))
 
@@ -293,11 +283,8 @@ def test_the_files_open_and_the_settings_train(folder: Path, tmp_path: Path) -> 
     with data.open(config.data, scan=True) as files:
         assert (files.n_rows, files.d_streams) == (ROWS, {"sans": 256, "serif": 256, "name": 256})
     assert config.n_latents == 32768
-    assert read_config(folder / "independent.toml").differences(config) == [
-        "selection",
-        "cross_loss_coef",
-        "support_dropout",
-    ]
+    independent = read_config(folder / "independent.toml")
+    assert independent.differences(config) == ["selection", "cross_loss_coef", "support_dropout"]
     arguments = ["--n-latents", "64", "--k", "4", "--steps", "2", "--batch-size", "32", "--progress", "none"]
     for name in ("train", "independent"):
         assert cli.main(["train", str(folder / f"{name}.toml"), "--out", str(tmp_path / name), *arguments]) == 0
@@ -318,11 +305,17 @@ def test_killed_writing_leaves_no_settings_to_train_on_half_a_file(
     assert list((tmp_path / "train").iterdir()) == []
 
 
+def changed(pictures: torch.Tensor, change: int = -1, amount: float = -1) -> torch.Tensor:
+    """Sharp pictures, changed in one way at most."""
+    changes = torch.zeros(len(pictures), CHANGES)
+    changes[:, -1] = -1
+    changes[:, change] = amount
+    return jitter(pictures, changes)
+
+
 def test_no_change_is_none_and_a_picture_depends_on_its_own_row() -> None:
     pictures = torch.from_numpy(draw(list("aÅЖ√"), "regular")[:, 0])
-    still = torch.zeros(4, CHANGES)
-    still[:, -1] = -1  # sharp
-    assert torch.equal(jitter(pictures, still), pictures)
+    assert torch.equal(changed(pictures), pictures)
     changes = torch.rand(4, CHANGES, generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
     whole = jitter(pictures, changes)
     assert all(torch.equal(jitter(pictures[n : n + 1], changes[n : n + 1])[0], whole[n]) for n in range(4))
@@ -332,24 +325,16 @@ def test_no_change_is_none_and_a_picture_depends_on_its_own_row() -> None:
 @pytest.mark.parametrize(("change", "direction"), [(3, (0, 1)), (4, (1, 0))], ids=["right", "down"])
 def test_a_shift_moves_the_ink(change: int, direction: tuple[int, int]) -> None:
     picture = torch.from_numpy(draw(["x"], "regular")[:, 0])
-    changes = torch.zeros(1, CHANGES)
-    changes[0, -1] = -1
-    before = _middle(jitter(picture, changes)[0])
-    changes[0, change] = 1
-    after = _middle(jitter(picture, changes)[0])
-    torch.testing.assert_close(after - before, torch.tensor(direction, dtype=torch.float), rtol=0, atol=0.1)
+    moved = _middle(changed(picture, change, 1)[0]) - _middle(changed(picture)[0])
+    torch.testing.assert_close(moved, torch.tensor(direction, dtype=torch.float), rtol=0, atol=0.1)
 
 
 def test_weight_adds_and_takes_ink_and_blur_keeps_it() -> None:
     picture = torch.from_numpy(draw(["x"], "regular")[:, 0])
-    ink = {}
-    for name, change, amount in (("still", 0, 0), ("heavier", 5, 1), ("thinner", 5, -1), ("blurred", 6, 1)):
-        changes = torch.zeros(1, CHANGES)
-        changes[0, -1] = -1
-        changes[0, change] = amount
-        ink[name] = float(jitter(picture, changes).float().sum())
-    assert ink["thinner"] < 0.9 * ink["still"] < 1.1 * ink["still"] < ink["heavier"]
-    assert ink["blurred"] == pytest.approx(ink["still"], rel=0.01)
+    ways = (0, 0), (5, 1), (5, -1), (6, 1)
+    still, heavier, thinner, blurred = (float(changed(picture, *way).float().sum()) for way in ways)
+    assert thinner < 0.9 * still < 1.1 * still < heavier
+    assert blurred == pytest.approx(still, rel=0.01)
 
 
 def test_letters_of_all_sizes_have_their_middle_in_one_place() -> None:
@@ -379,10 +364,10 @@ def test_a_bad_argument_is_named(arguments: dict, message: str, tmp_path: Path) 
 
 
 def test_the_command_writes_all_faces_and_says_how_to_go_on(
-    every: Glyphs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    every_glyph: Glyphs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr(glyph_files, "glyphs", lambda **asked: drawn.append(asked) or every)
+    monkeypatch.setattr(glyph_files, "glyphs", lambda **asked: drawn.append(asked) or every_glyph)
     assert cli.main(["glyphs", "--out", str(tmp_path / "glyphs"), "--rows", "300"]) == 0
     assert re.search(r"300 rows; now: sparc-fast train .*train\.toml --out", capsys.readouterr().out)
     folders = sorted(path.name for path in (tmp_path / "glyphs" / "held_out").iterdir())
