@@ -143,16 +143,19 @@ def machine_code(made_once: Callable[..., Path]) -> Path:
     return made_once("machine code", compile_all) / "pickle"
 
 
-@pytest.fixture(scope="module")
-def every_glyph(made_once: Callable[..., Path]) -> Any:
-    """What `glyphs()` gives: all characters in all faces."""
+@pytest.fixture(scope="session")
+def drawn_glyphs(made_once: Callable[..., Path]) -> Callable[..., Any]:
+    """What `glyphs` gives for some faces, by default for all."""
 
-    def draw(folder: Path) -> None:
-        from sparc_fast.demo import glyphs
+    def drawn(*faces: str) -> Any:
+        def draw(folder: Path) -> None:
+            from sparc_fast.demo.glyphs import FACES, glyphs
 
-        (folder / "pickle").write_bytes(pickle.dumps(glyphs()))
+            (folder / "pickle").write_bytes(pickle.dumps(glyphs(faces=faces or tuple(FACES))))
 
-    return pickle.loads((made_once("glyphs", draw) / "pickle").read_bytes())
+        return pickle.loads((made_once(" ".join(("glyphs", *faces)), draw) / "pickle").read_bytes())
+
+    return drawn
 
 
 @pytest.fixture(scope="module")

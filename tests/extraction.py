@@ -97,6 +97,11 @@ def write_features(
     return folder
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], delimiter: str = ",") -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)

@@ -247,6 +247,6 @@ def test_integers_of_numpy_and_sizes_with_units_are_taken() -> None:
     loader = data.Loader(files, np.int64(10), memory="1GiB", seed=np.uint8(3), n_threads=np.int32(1))
     assert (loader.memory, len(next(iter(loader)))) == (2**30, 10)
     assert type(loader.state_dict()["batch_size"]) is int
-    for memory in ("1 apple", "", "-1GiB", True, 1.5):
+    for memory in ("1 apple", "", "-1GiB", True, 1.5, float("inf"), None):
         with pytest.raises(ValueError, match='memory must be an integer >= 1, in bytes, or a size such as "4GiB"'):
             data.Loader(files, 10, memory=memory)

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from test_data_files import WRITERS, numbered, write_npy, write_parquet
 from torch import Tensor
 
-import sparc_fast as sf
 from sparc_fast import data
 from sparc_fast.data import flat, readers
 from sparc_fast.data import loader as loader_module
@@ -70,11 +69,6 @@ def test_every_row_comes_once_an_epoch_with_all_its_streams(
         assert torch.equal(orders[-1].sort().values, torch.arange(N))
         assert torch.equal(torch.cat(batches), expected[orders[-1]])
     assert not torch.equal(*orders)
-
-
-def test_without_shuffling_rows_come_in_order(files: data.AlignedFiles) -> None:
-    for memory in (WINDOWED, RESIDENT):
-        assert torch.equal(numbers(list(loader(files, memory, shuffle=False))), torch.arange(N))
 
 
 def test_the_last_batch_is_kept_short_or_dropped(files: data.AlignedFiles) -> None:
@@ -182,10 +176,13 @@ def test_memory_that_a_batch_has_left_is_used_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_batches_come_in_the_dtype_asked_for(files: data.AlignedFiles, dtype: torch.dtype) -> None:
-    x = torch.cat(list(loader(files, dtype=dtype, shuffle=False)))
-    assert x.dtype == dtype
-    assert torch.equal(x, torch.cat([s.to(dtype) for s in rows_of().values()], 1))
+def test_without_shuffling_rows_come_in_order_and_in_the_dtype_asked_for(
+    files: data.AlignedFiles, dtype: torch.dtype
+) -> None:
+    for memory in (WINDOWED, RESIDENT):
+        x = torch.cat(list(loader(files, memory, dtype=dtype, shuffle=False)))
+        assert x.dtype == dtype
+        assert torch.equal(x, torch.cat([s.to(dtype) for s in rows_of().values()], 1))
 
 
 @pytest.mark.parametrize("memory", [WINDOWED, RESIDENT])
@@ -333,7 +330,10 @@ def test_too_little_memory_says_how_much_is_needed_and_that_suffices(files: data
         ({"n_threads": 0}, "n_threads must be an integer >= 1, got 0"),
         ({"last": "fold"}, 'last must be "keep" or "drop", got \'fold\''),
         ({"dtype": torch.int32}, "dtype must be torch.float32, bfloat16, float16 or float64"),
-        ({"batch_size": N + 1, "last": "drop"}, f"must hold at least one batch, got {N} rows for batch_size {N + 1}"),
+        (
+            {"batch_size": N + 1, "last": "drop"},
+            f"files must hold at least one batch, got {N} rows for batch_size {N + 1}",
+        ),
     ],
 )
 def test_settings_out_of_range(files: data.AlignedFiles, arguments: dict[str, Any], message: str) -> None:
@@ -388,13 +388,3 @@ def test_data_that_fit_are_permuted_uniformly() -> None:
     assert len(orders) == 24
     chi2 = ((counts - 500) ** 2 / 500).sum()
     assert chi2 < 49.7  # 0.1 % of true permutations exceed it (23 degrees of freedom)
-
-
-def test_a_model_trains_on_batches_as_they_come(files: data.AlignedFiles) -> None:
-    torch.manual_seed(0)
-    model = sf.SPARC(files.d_streams, 32, 4)
-    made = loader(files, batch_size=100)
-    model.calibrate(next(iter(made)))
-    optimizer = sf.SparcAdam(model, lr=1e-2)
-    losses = [float(optimizer.step(batch).total) for batch in made]
-    assert losses[-1] < losses[0]

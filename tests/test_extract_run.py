@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from extraction import SETTINGS, write_csv, write_pictures
+from extraction import SETTINGS, contents, write_csv, write_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,11 +42,6 @@ def begin(folder: Path, n: int = 37, **texts: str) -> Path:
         content = content.replace(old, new)
     (folder / "extract.toml").write_text(content, encoding="utf-8")
     return folder / "extract.toml"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file's bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_a_table_of_pictures_and_texts_becomes_a_folder_that_is_opened_like_files(tmp_path: Path) -> None:

