@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any
 
@@ -39,10 +40,9 @@ def parse_bytes(text: str) -> int:
 
 def as_bytes(value: Any, name: str) -> int:
     """A number of bytes, or a text such as "4GiB"; ValueError names the argument."""
-    try:
-        size = parse_bytes(value) if isinstance(value, str) else int(value)
-        if isinstance(value, str) or (is_integer(value) and size >= 1):
-            return size
-    except (TypeError, ValueError):
-        pass
+    with suppress(ValueError):
+        if isinstance(value, str):
+            return parse_bytes(value)
+    if is_integer(value) and value >= 1:
+        return int(value)
     raise ValueError(f'{name} must be an integer >= 1, in bytes, or a size such as "4GiB", got {value!r}')

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,21 @@ def machine_code(made_once: Callable[..., Path]) -> Path:
         (folder / "pickle").write_bytes(pickle.dumps(cuda_resources.machine_code()))
 
     return made_once("machine code", compile_all) / "pickle"
+
+
+@pytest.fixture(scope="session")
+def drawn_glyphs(made_once: Callable[..., Path]) -> Callable[..., Any]:
+    """What `glyphs` gives for some faces, by default for all."""
+
+    def drawn(*faces: str) -> Any:
+        def draw(folder: Path) -> None:
+            from sparc_fast.demo.glyphs import FACES, glyphs
+
+            (folder / "pickle").write_bytes(pickle.dumps(glyphs(faces=faces or tuple(FACES))))
+
+        return pickle.loads((made_once(" ".join(("glyphs", *faces)), draw) / "pickle").read_bytes())
+
+    return drawn
 
 
 @pytest.fixture(scope="module")

@@ -42,9 +42,8 @@ def colours(pictures: Sequence[Image.Image]) -> Tensor:
 
 def letters(texts: Sequence[str]) -> Tensor:
     """How often each letter comes, [n, 26]."""
-    return torch.tensor(
-        [[text.count(chr(97 + n)) for n in range(26)] for text in texts], dtype=torch.float32, device="cpu"
-    )
+    counts = [[text.count(chr(97 + n)) for n in range(26)] for text in texts]
+    return torch.tensor(counts, dtype=torch.float32, device="cpu")
 
 
 batches_left = -1
@@ -98,8 +97,13 @@ def write_features(
     return folder
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], delimiter: str = ",") -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
         writer.writeheader()
         writer.writerows(rows)

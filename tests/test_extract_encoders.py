@@ -13,6 +13,8 @@ from torch import Tensor
 from sparc_fast.extract import StreamConfig
 from sparc_fast.extract.encoders import encoder_of, name_on_hub, pool
 
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +37,7 @@ def encoded(model: str, folder: Path, **config: Any) -> Tensor:
     assert rows.dtype == torch.float32
     assert rows.isfinite().all()
     alone = torch.cat([encoder.encode([one]) for one in batch])
-    torch.testing.assert_close(rows, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows, alone, **CLOSE)
     assert (rows[0] - rows[1]).abs().max() > 1e-4
     assert {"weights_sha256", "computed_in", "versions"} <= set(encoder.about)
     assert encoder.pooled or model.startswith("sentence-transformers")
@@ -56,20 +58,19 @@ def test_vision_transformers_of_transformers(kind: str, prefix: int, tmp_path: P
     hidden = tower(pixel_values=seen(folder), output_hidden_states=True)
     last = hidden.last_hidden_state
     assert last.shape[1] == prefix + PATCHES
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(encoded(f"hf:{kind}", tmp_path, pooling="mean"), last[:, prefix:].mean(1), **close)
-    torch.testing.assert_close(encoded(f"hf:{kind}", tmp_path, pooling="tokens"), last[:, prefix:], **close)
+    torch.testing.assert_close(encoded(f"hf:{kind}", tmp_path, pooling="mean"), last[:, prefix:].mean(1), **CLOSE)
+    torch.testing.assert_close(encoded(f"hf:{kind}", tmp_path, pooling="tokens"), last[:, prefix:], **CLOSE)
     tokens = encoded(f"hf:{kind}", tmp_path, pooling="tokens", layer=2)
-    torch.testing.assert_close(tokens, hidden.hidden_states[2][:, prefix:], **close)
+    torch.testing.assert_close(tokens, hidden.hidden_states[2][:, prefix:], **CLOSE)
     if prefix:
-        torch.testing.assert_close(encoded(f"hf:{kind}", tmp_path, pooling="cls"), last[:, 0], **close)
+        torch.testing.assert_close(encoded(f"hf:{kind}", tmp_path, pooling="cls"), last[:, 0], **CLOSE)
     own = encoded(f"hf:{kind}", tmp_path)
     if kind in ("clip", "siglip"):
         found = model.get_image_features(pixel_values=seen(folder))
-        torch.testing.assert_close(own, found if isinstance(found, Tensor) else found.pooler_output, **close)
+        torch.testing.assert_close(own, found if isinstance(found, Tensor) else found.pooler_output, **CLOSE)
         assert own.shape == (3, 24 if kind == "clip" else WIDTH)
     else:
-        torch.testing.assert_close(own, last[:, 0], **close)
+        torch.testing.assert_close(own, last[:, 0], **CLOSE)
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def test_convolutions_of_transformers(tmp_path: Path) -> None:
     folder, model = saved(tmp_path / "convnext", "convnext")
     last = model(pixel_values=seen(folder)).last_hidden_state
     assert last.ndim == 4
-    torch.testing.assert_close(encoded("hf:convnext", tmp_path), last.mean((2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoded("hf:convnext", tmp_path), last.mean((2, 3)), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "bert"])
@@ -91,26 +92,18 @@ def test_texts_of_transformers(kind: str, tmp_path: Path) -> None:
     if kind == "bert":
         last = model(**given).last_hidden_state
         mask = given["attention_mask"][..., None]
-        torch.testing.assert_close(own, (last * mask).sum(1) / mask.sum(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own, (last * mask).sum(1) / mask.sum(1), **CLOSE)
         ends = torch.stack([row[m.bool()][-1] for row, m in zip(last, given["attention_mask"], strict=True)])
         found = encoded("hf:bert", tmp_path, modality="text", pooling="last")
-        torch.testing.assert_close(found, ends, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, ends, **CLOSE)
         assert encoded("hf:bert", tmp_path, modality="text", layer=-2).shape == (3, WIDTH)
         return
     found = model.get_text_features(**given)
-    found = found if isinstance(found, Tensor) else found.pooler_output
-    torch.testing.assert_close(own, found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own, found if isinstance(found, Tensor) else found.pooler_output, **CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("name", "prefix"),
-    [
-        ("vit_tiny_patch16_224", 1),
-        ("vit_medium_patch16_reg4_gap_256", 4),
-        ("resnet18", 0),
-        ("swin_tiny_patch4_window7_224", 0),
-    ],
-)
+@pytest.mark.parametrize(("name", "prefix"), [("vit_tiny_patch16_224", 1), ("vit_medium_patch16_reg4_gap_256", 4),
+                                              ("resnet18", 0), ("swin_tiny_patch4_window7_224", 0)])  # fmt: skip
 @torch.no_grad()
 def test_models_of_timm(name: str, prefix: int, tmp_path: Path) -> None:
     with tiny_timm():
@@ -126,9 +119,8 @@ def test_models_of_timm(name: str, prefix: int, tmp_path: Path) -> None:
         if prefix:
             assert model.num_prefix_tokens == prefix
             torch.testing.assert_close(tokens, features[:, prefix:], **close)
-            block = model.forward_intermediates(x, indices=[1], norm=False, output_fmt="NLC", intermediates_only=True)[
-                0
-            ]
+            options = {"norm": False, "output_fmt": "NLC", "intermediates_only": True}
+            (block,) = model.forward_intermediates(x, indices=[1], **options)
             torch.testing.assert_close(encoded(folder=tmp_path, pooling="tokens", layer=2, **told), block, **close)
             with pytest.raises(ValueError, match=f"layer must be 1 to 3, or -1 back, of timm:{name}, got 4"):
                 encoded(folder=tmp_path, layer=4, **told)
@@ -142,17 +134,16 @@ def test_models_of_timm(name: str, prefix: int, tmp_path: Path) -> None:
 def test_models_of_open_clip(tmp_path: Path) -> None:
     model, weights = with_weights(tmp_path, "open_clip:tiny-clip")
     told = {"model": "open_clip:tiny-clip", "weights": weights}
-    close = {"rtol": 1e-4, "atol": 1e-5}
     encoder = encoder_of(StreamConfig(**told), tmp_path, CPU)
     x = torch.stack([encoder.prepare(p) for p in pictures()])
-    torch.testing.assert_close(encoded(folder=tmp_path, **told), model.encode_image(x), **close)
+    torch.testing.assert_close(encoded(folder=tmp_path, **told), model.encode_image(x), **CLOSE)
     words = library("open_clip").get_tokenizer("tiny-clip")(TEXTS)
     found = encoded(folder=tmp_path, **told, modality="text")
-    torch.testing.assert_close(found, model.encode_text(words), **close)
+    torch.testing.assert_close(found, model.encode_text(words), **CLOSE)
     tokens = encoded(folder=tmp_path, **told, pooling="tokens", layer=3)
     cls = encoded(folder=tmp_path, **told, pooling="cls")
     assert tokens.shape == (3, 16, 64)
-    torch.testing.assert_close(cls @ model.visual.proj, model.encode_image(x), **close)
+    torch.testing.assert_close(cls @ model.visual.proj, model.encode_image(x), **CLOSE)
     with pytest.raises(ValueError, match="model must be open_clip:ARCHITECTURE/WEIGHTS, or weights a file"):
         encoder_of(StreamConfig(model="open_clip:tiny-clip"), tmp_path, CPU)
 
@@ -162,7 +153,7 @@ def test_models_of_sentence_transformers(tmp_path: Path) -> None:
     save_sentences(tmp_path / "sentences")
     model = library("sentence_transformers").SentenceTransformer(str(tmp_path / "sentences"), device="cpu")
     found = encoded("sentence-transformers:sentences", tmp_path, modality="text")
-    torch.testing.assert_close(found, model.encode(TEXTS, convert_to_tensor=True), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, model.encode(TEXTS, convert_to_tensor=True), **CLOSE)
     with pytest.raises(ValueError, match="modality must be text, pooling model and layer 0 with sentence-transformers"):
         encoder_of(StreamConfig(model="sentence-transformers:sentences"), tmp_path, CPU)
 
@@ -179,9 +170,8 @@ def test_a_name_that_is_no_folder_is_the_hubs_and_a_path_that_is_none_is_an_erro
     hub = {"hf:facebook/dinov2-base": "facebook/dinov2-base", "timm:resnet18": "resnet18", "extraction:letters": ""}
     assert {model: name_on_hub(StreamConfig(model=model), tmp_path) for model in hub} == hub
     library("transformers")
-    with pytest.raises(
-        FileNotFoundError, match=r"model must be a folder or a name on the hub, but there is no folder \./no"
-    ):
+    message = r"model must be a folder or a name on the hub, but there is no folder \./no"
+    with pytest.raises(FileNotFoundError, match=message):
         encoder_of(StreamConfig(model="hf:./no"), tmp_path, CPU)
     with pytest.raises(Exception, match=r"asks the network|offline|connect|couldn't|Can't load"):
         encoder_of(StreamConfig(model="hf:somebody/model-that-is-not-here"), tmp_path, CPU)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from extraction import SETTINGS, write_csv, write_pictures
+from extraction import SETTINGS, contents, write_csv, write_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,11 +42,6 @@ def begin(folder: Path, n: int = 37, **texts: str) -> Path:
         content = content.replace(old, new)
     (folder / "extract.toml").write_text(content, encoding="utf-8")
     return folder / "extract.toml"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file's bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_a_table_of_pictures_and_texts_becomes_a_folder_that_is_opened_like_files(tmp_path: Path) -> None:
@@ -109,10 +104,8 @@ def test_items_that_fail_are_listed_and_left_out_of_every_stream(tmp_path: Path)
     extraction.picture(99).save(tmp_path.parent / "secret.png")
     done = extract(read_extraction(settings_file), tmp_path / "features")
     assert (done.items, done.failed) == (31, 6)
-    failed = {
-        line["id"]: line["reason"]
-        for line in map(json.loads, (tmp_path / "features" / "failed.jsonl").read_text().splitlines())
-    }
+    lines = map(json.loads, (tmp_path / "features" / "failed.jsonl").read_text().splitlines())
+    failed = {line["id"]: line["reason"] for line in lines}
     assert sorted(failed) == ["p0", "p5", "p6", "p7", "p8", "p9"]
     assert "must stay below" in failed["p7"]
     assert failed["p8"] == "its row of stream 'letters' is 0 throughout"
@@ -196,21 +189,17 @@ def test_what_was_written_behind_the_last_whole_batch_is_cut_off(
     generator = torch.Generator().manual_seed(seed)
     rows = [{s: torch.randn(n, T, D, generator=generator) for s, (T, D) in WIDTHS.items()} for n in sizes]
 
-    def write(journal: Journal, first: int) -> dict[str, list[str]]:
-        for b in range(first, len(sizes)):
-            lines = [json.dumps({"id": f"{b}-{n}"}) for n in range(sizes[b])]
-            failed = [json.dumps({"failed": b})] * (b % 2)
-            tokens = {s: x if WIDTHS[s][0] > 1 else x[:, 0] for s, x in rows[b].items()}
-            journal.add(sizes[b] + b % 2, f"last {b}", tokens, lines, failed)
-        return journal.close()
+    def add(journal: Journal, b: int) -> None:
+        lines = [json.dumps({"id": f"{b}-{n}"}) for n in range(sizes[b])]
+        failed = [json.dumps({"failed": b})] * (b % 2)
+        tokens = {s: x if WIDTHS[s][0] > 1 else x[:, 0] for s, x in rows[b].items()}
+        journal.add(sizes[b] + b % 2, f"last {b}", tokens, lines, failed)
 
     torn = Journal(folder / "p", streams, dtypes, SHARD)
     before = contents(folder)
     for b in range(min(batch, len(sizes))):
-        write_one = [json.dumps({"id": f"{b}-{n}"}) for n in range(sizes[b])]
-        tokens = {s: x if WIDTHS[s][0] > 1 else x[:, 0] for s, x in rows[b].items()}
         before = contents(folder)
-        torn.add(sizes[b] + b % 2, f"last {b}", tokens, write_one, [json.dumps({"failed": b})] * (b % 2))
+        add(torn, b)
     journal = folder / "p" / "journal.jsonl"
     whole = journal.read_bytes()
     if batch and whole:
@@ -222,8 +211,9 @@ def test_what_was_written_behind_the_last_whole_batch_is_cut_off(
             least = len(before.get(name, b""))
             os.truncate(folder / name, data_.draw(st.integers(least, (folder / name).stat().st_size)))
     again = Journal(folder / "p", streams, dtypes, SHARD)
-    done = len(journal.read_bytes().splitlines())
-    files = write(again, done)
+    for b in range(len(journal.read_bytes().splitlines()), len(sizes)):
+        add(again, b)
+    files = again.close()
     for stream, (T, D) in WIDTHS.items():
         expected = torch.cat([x[stream] for x in rows]).reshape(-1, D).to(dtypes[stream])
         if not len(expected):
@@ -243,9 +233,8 @@ def test_a_folder_goes_on_only_with_the_settings_it_was_begun_with(tmp_path: Pat
     extract(read_extraction(settings_file), tmp_path / "features")
     again = extract(read_extraction(settings_file), tmp_path / "features")
     assert (again.items, again.before) == (9, 9)
-    with pytest.raises(
-        ValueError, match=r"out must be a new folder, or go on as it was begun; .* has other batch_size"
-    ):
+    message = r"out must be a new folder, or go on as it was begun; .* has other batch_size"
+    with pytest.raises(ValueError, match=message):
         extract(read_extraction(settings_file, batch_size=3), tmp_path / "features")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from extraction import picture, write_csv, write_pictures
+from PIL import Image
 
 from sparc_fast.data import FeatureFolder
 from sparc_fast.extract import Extraction, Item, SourceConfig, StreamConfig, extract
@@ -49,9 +50,8 @@ def test_a_folder_of_pictures_in_folders_of_classes_with_texts_beside_them(tmp_p
         (folder / f"{n}.txt").write_text(f"text {n}\n")
     (tmp_path / "kittens" / "notes.md").write_text("no picture")
     found = items(tmp_path, images=".")
-    assert [item.id for item in found] == [f"kittens/{n}.PNG" for n in range(1, 12, 2)] + [
-        f"rockets/{n}.PNG" for n in range(0, 12, 2)
-    ]
+    kittens, rockets = ([f"{name}/{n}.PNG" for n in range(at, 12, 2)] for at, name in ((1, "kittens"), (0, "rockets")))
+    assert [item.id for item in found] == kittens + rockets
     assert found[1] == Item("kittens/3.PNG", "kittens/3.PNG", {"text": "text 3"}, ("kittens",), "kittens/3.PNG")
 
 
@@ -64,8 +64,7 @@ def test_tables_of_paths_and_texts(end: str, tmp_path: Path) -> None:
     elif end == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     else:
-        write_csv(path, rows)
-        path.write_text(path.read_text().replace(",", "\t") if end == "tsv" else path.read_text())
+        write_csv(path, rows, delimiter="\t" if end == "tsv" else ",")
     kind = "csv" if end == "tsv" else end
     found = items(tmp_path, ("text", "name"), **{kind: f"table.{end}"}, text=["text", "name"])
     texts = {"text": "picture b of kitten", "name": "Nr. 1"}
@@ -96,16 +95,11 @@ def test_coco_captions_and_instances(every_text: bool, tmp_path: Path) -> None:
     images = [{"id": 100 + n, "file_name": f"{n:03}.png"} for n in range(N)]
     captions = [{"image_id": 100 + n, "caption": f" caption {i} of {n} "} for i in range(2) for n in range(N)]
     categories = [{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}]
-    instances = [
-        {"image_id": 101, "category_id": 9},
-        {"image_id": 101, "category_id": 3},
-        {"image_id": 101, "category_id": 3},
-    ]
+    instances = [{"image_id": 101, "category_id": category} for category in (9, 3, 3)]
     (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": captions}))
     (tmp_path / "i.json").write_text(json.dumps({"images": images, "categories": categories, "annotations": instances}))
-    found = items(
-        tmp_path, coco={"images": "pictures", "captions": "c.json", "instances": "i.json"}, every_text=every_text
-    )
+    places = {"images": "pictures", "captions": "c.json", "instances": "i.json"}
+    found = items(tmp_path, coco=places, every_text=every_text)
     assert len(found) == N * (2 if every_text else 1)
     expected = Item("101", "001.png", {"text": "caption 0 of 1"}, ("cat", "dog"), "101")
     if not every_text:
@@ -122,17 +116,11 @@ def test_open_images_with_localized_narratives(tmp_path: Path) -> None:
     for part in range(2):
         lines = [{"image_id": f"a{n}", "annotator_id": part, "caption": f"In {n} there is, {part}. "} for n in range(3)]
         (tmp_path / f"narratives-{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "labels.csv").write_text(
-        "ImageID,Source,LabelName,Confidence\na1,v,/m/01,1\na1,v,/m/02,0\na2,v,/m/03,1\n"
-    )
+    labels = "ImageID,Source,LabelName,Confidence\na1,v,/m/01,1\na1,v,/m/02,0\na2,v,/m/03,1\n"
+    (tmp_path / "labels.csv").write_text(labels)
     (tmp_path / "classes.csv").write_text("/m/01,Cat\n/m/02,Dog\n")
-    places = {
-        "images": "pictures",
-        "narratives": "narratives-*.jsonl",
-        "labels": "labels.csv",
-        "classes": "classes.csv",
-    }
-    found = items(tmp_path, open_images=places)
+    places = {"narratives": "narratives-*.jsonl", "labels": "labels.csv", "classes": "classes.csv"}
+    found = items(tmp_path, open_images={"images": "pictures", **places})
     assert found[1] == Item("a1", "a1.jpg", {"text": "In 1 there is, 0."}, ("Cat",), "a1")
     assert [item.label for item in found] == [(), ("Cat",), ("/m/03",)]
 
@@ -235,8 +223,6 @@ def test_pictures_that_are_in_no_file_have_a_small_copy_in_the_table(tmp_path: P
 
 
 def test_transparent_parts_are_white_and_pictures_are_turned_as_they_say(tmp_path: Path) -> None:
-    from PIL import Image
-
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
     assert load_picture("clear.png", tmp_path).getpixel((0, 0)) == (255, 255, 255)

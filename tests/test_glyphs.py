@@ -9,11 +9,14 @@ import re
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from extraction import contents
 from PIL import Image
 
 pytest.importorskip("matplotlib")
@@ -33,21 +36,19 @@ ROWS = 3000  # a little more than all training characters once
 
 
 @pytest.fixture(scope="module")
-def every() -> Glyphs:
+def every(drawn_glyphs: Callable[..., Glyphs]) -> Glyphs:
     """In all faces."""
-    return glyphs()
+    return drawn_glyphs()
 
 
 @pytest.fixture(scope="module")
-def regular() -> Glyphs:
-    return glyphs(faces=REGULAR)
+def regular(drawn_glyphs: Callable[..., Glyphs]) -> Glyphs:
+    return drawn_glyphs(*REGULAR)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("glyphs")
-    write_glyphs(folder, ROWS, faces=REGULAR, threads=1)
-    return folder
+def folder(made_once: Callable[..., Path]) -> Path:
+    return made_once("glyph files", partial(write_glyphs, rows=ROWS, faces=REGULAR, threads=1))
 
 
 # ---- in memory
@@ -179,10 +180,6 @@ def test_a_missing_extra_is_one_sentence_with_the_command(monkeypatch, missing: 
 # ---- in files
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_the_same_arguments_give_the_same_bytes_on_any_number_of_threads(folder: Path, tmp_path: Path) -> None:
     before, told = torch.get_num_threads(), []
     torch.set_num_threads(2)
@@ -215,11 +212,8 @@ def test_no_held_out_character_is_in_the_training_files(folder: Path) -> None:
 
 
 def test_files_have_a_row_for_each_row_at_unit_length_that_no_pickle_holds(folder: Path) -> None:
-    for part, n, dtype in (
-        ("train", ROWS, np.float16),
-        ("held_out/regular", 629, np.float32),
-        ("held_out/jittered", 629, np.float32),
-    ):
+    parts = ("train", ROWS, "f2"), ("held_out/regular", 629, "f4"), ("held_out/jittered", 629, "f4")
+    for part, n, dtype in parts:
         for stream in ("sans", "serif", "name"):
             x = np.load(folder / part / f"{stream}.npy", allow_pickle=False)
             assert (x.shape, x.dtype) == ((n, 256), dtype)
@@ -279,10 +273,9 @@ def test_the_folder_is_one_of_features_with_the_names_and_pictures_of_what_is_he
     found = Image.open(io.BytesIO(features.column("serif", "held_out")[5]))
     assert np.array_equal(255 - np.asarray(found), regular.images["serif"][rows[5]].numpy())
     truth, names = features.labels("held_out")
-    assert [regular.concepts.index(name) for name in names] == sorted(regular.concepts.index(name) for name in names)
-    assert torch.equal(
-        torch.from_numpy(truth), regular.labels[rows][:, [regular.concepts.index(name) for name in names]]
-    )
+    order = [regular.concepts.index(name) for name in names]
+    assert order == sorted(order)
+    assert torch.equal(torch.from_numpy(truth), regular.labels[rows][:, order])
     groups = dict(zip(features.column("group"), features.column("split"), strict=True))
     assert all(groups[g] == s for g, s in zip(features.column("group"), features.column("split"), strict=True))
 
@@ -292,11 +285,8 @@ def test_the_files_open_and_the_settings_train(folder: Path, tmp_path: Path) -> 
     with data.open(config.data, scan=True) as files:
         assert (files.n_rows, files.d_streams) == (ROWS, {"sans": 256, "serif": 256, "name": 256})
     assert config.n_latents == 32768
-    assert read_config(folder / "independent.toml").differences(config) == [
-        "selection",
-        "cross_loss_coef",
-        "support_dropout",
-    ]
+    independent = read_config(folder / "independent.toml")
+    assert independent.differences(config) == ["selection", "cross_loss_coef", "support_dropout"]
     arguments = ["--n-latents", "64", "--k", "4", "--steps", "2", "--batch-size", "32", "--progress", "none"]
     for name in ("train", "independent"):
         assert cli.main(["train", str(folder / f"{name}.toml"), "--out", str(tmp_path / name), *arguments]) == 0
@@ -317,11 +307,17 @@ def test_killed_writing_leaves_no_settings_to_train_on_half_a_file(
     assert list((tmp_path / "train").iterdir()) == []
 
 
+def changed(pictures: torch.Tensor, change: int = -1, amount: float = -1) -> torch.Tensor:
+    """Sharp pictures, changed in one way at most."""
+    changes = torch.zeros(len(pictures), CHANGES)
+    changes[:, -1] = -1
+    changes[:, change] = amount
+    return jitter(pictures, changes)
+
+
 def test_no_change_is_none_and_a_picture_depends_on_its_own_row() -> None:
     pictures = torch.from_numpy(draw(list("aÅЖ√"), "regular")[:, 0])
-    still = torch.zeros(4, CHANGES)
-    still[:, -1] = -1  # sharp
-    assert torch.equal(jitter(pictures, still), pictures)
+    assert torch.equal(changed(pictures), pictures)
     changes = torch.rand(4, CHANGES, generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
     whole = jitter(pictures, changes)
     assert all(torch.equal(jitter(pictures[n : n + 1], changes[n : n + 1])[0], whole[n]) for n in range(4))
@@ -331,24 +327,16 @@ def test_no_change_is_none_and_a_picture_depends_on_its_own_row() -> None:
 @pytest.mark.parametrize(("change", "direction"), [(3, (0, 1)), (4, (1, 0))], ids=["right", "down"])
 def test_a_shift_moves_the_ink(change: int, direction: tuple[int, int]) -> None:
     picture = torch.from_numpy(draw(["x"], "regular")[:, 0])
-    changes = torch.zeros(1, CHANGES)
-    changes[0, -1] = -1
-    before = _middle(jitter(picture, changes)[0])
-    changes[0, change] = 1
-    after = _middle(jitter(picture, changes)[0])
-    torch.testing.assert_close(after - before, torch.tensor(direction, dtype=torch.float), rtol=0, atol=0.1)
+    moved = _middle(changed(picture, change, 1)[0]) - _middle(changed(picture)[0])
+    torch.testing.assert_close(moved, torch.tensor(direction, dtype=torch.float), rtol=0, atol=0.1)
 
 
 def test_weight_adds_and_takes_ink_and_blur_keeps_it() -> None:
     picture = torch.from_numpy(draw(["x"], "regular")[:, 0])
-    ink = {}
-    for name, change, amount in (("still", 0, 0), ("heavier", 5, 1), ("thinner", 5, -1), ("blurred", 6, 1)):
-        changes = torch.zeros(1, CHANGES)
-        changes[0, -1] = -1
-        changes[0, change] = amount
-        ink[name] = float(jitter(picture, changes).float().sum())
-    assert ink["thinner"] < 0.9 * ink["still"] < 1.1 * ink["still"] < ink["heavier"]
-    assert ink["blurred"] == pytest.approx(ink["still"], rel=0.01)
+    ways = (0, 0), (5, 1), (5, -1), (6, 1)
+    still, heavier, thinner, blurred = (float(changed(picture, *way).float().sum()) for way in ways)
+    assert thinner < 0.9 * still < 1.1 * still < heavier
+    assert blurred == pytest.approx(still, rel=0.01)
 
 
 def test_letters_of_all_sizes_have_their_middle_in_one_place() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,8 @@ from torch import Tensor
 from sparc_fast.files import Closing
 from sparc_fast.sizes import counted
 
-from .feature_folder import FeatureFolder, Split, is_feature_folder, samples_and_tokens
-from .formats import open_reader, where_and_name
+from .feature_folder import FeatureFolder, Split, samples_and_tokens
+from .formats import open_reader
 from .ids import Ids, check_equal, check_lengths, ids_of_streams
 from .join import Join, Matched, Repeated, check_words, join_by
 from .readers import FLOATS, Reader, Source, closed_on_failure, first_not_finite
@@ -166,37 +166,28 @@ def _aligned(
     split: Split,
 ) -> AlignedFiles:
     check_words(join, repeated)
-    groups: Rows | None = None
-    if join is None:
-        with_tokens, groups = samples_and_tokens(readers, [_tokens(source, s) for s, source in sources.items()])
-        readers.update(with_tokens)
-    counts = {stream: reader.n_rows for stream, reader in readers.items()}
     if join is not None:
         if ids is None:
             raise ValueError(f"ids must be given for join to match rows by, got join {join!r} without ids")
         found = ids_of_streams(ids, sources, of_all=True, split=split)
-        check_lengths(found, counts)
+        check_lengths(found, readers)
         return AlignedFiles(*join_by(found, readers, join, repeated))
+    readers, groups = samples_and_tokens(readers)
+    counts = {stream: reader.n_rows for stream, reader in readers.items()}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{n} in {stream!r}" for stream, n in counts.items())
         raise ValueError(
             f"sources must have equally many rows, row n being the same sample in each, got {listed}; "
             "rows in another order, or missing, are matched by ids and join (on the command line --ids and --join)"
         )
-    if ids is not None:
-        found = ids_of_streams(ids, sources, of_all=False, split=split)
-        if groups is not None:  # one a sample, or one a token
-            found = {s: np.repeat(of_stream, counts[s] // max(len(of_stream), 1)) for s, of_stream in found.items()}
-        check_lengths(found, counts)
-        check_equal(found)
-        return AlignedFiles(readers, groups=groups, ids=next(iter(found.values())))
-    return AlignedFiles(readers, groups=groups)
-
-
-def _tokens(source: Source, stream: str) -> int:
-    """Rows of a sample."""
-    where, name = (None, None) if isinstance(source, Tensor | np.ndarray) else where_and_name(source, stream)
-    return FeatureFolder(cast(Any, where)).tokens(name or stream) if is_feature_folder(where) else 1
+    if ids is None:
+        return AlignedFiles(readers, groups=groups)
+    found = ids_of_streams(ids, sources, of_all=False, split=split)
+    if groups is not None:  # one a sample, or one a token
+        found = {s: np.repeat(of_stream, counts[s] // max(len(of_stream), 1)) for s, of_stream in found.items()}
+    check_lengths(found, readers)
+    check_equal(found)
+    return AlignedFiles(readers, groups=groups, ids=next(iter(found.values())))
 
 
 def check_dtype(dtype: torch.dtype) -> None:

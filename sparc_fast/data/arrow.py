@@ -8,14 +8,9 @@ from typing import Any
 import numpy.typing as npt
 
 from .columns import PiecewiseReader, as_matrix, column_ids, vector_column
-from .readers import Reader, require
+from .readers import require
 
 __all__ = ["ArrowReader", "open_file", "read_ids"]
-
-
-def open_file(path: Path, name: str | None) -> Reader:
-    """Rows of one column of vectors, mapped."""
-    return ArrowReader(path, name)
 
 
 def read_ids(path: Path, name: str | None) -> npt.NDArray[Any]:
@@ -27,7 +22,7 @@ def read_ids(path: Path, name: str | None) -> npt.NDArray[Any]:
 
 
 class ArrowReader(PiecewiseReader):
-    """The file is mapped, so it must not be compressed."""
+    """Rows of one column of vectors. The file is mapped, so it must not be compressed."""
 
     def __init__(self, path: Path, name: str | None) -> None:
         pyarrow = require("pyarrow", path)
@@ -60,6 +55,9 @@ class ArrowReader(PiecewiseReader):
         self._parts = []
         self._ends = self._ends[:0]
         self._map.close()
+
+
+open_file = ArrowReader
 
 
 def _open(pyarrow: Any, source: Any) -> tuple[Any, Any]:

@@ -59,14 +59,12 @@ def make_plan(readers: Collection[Reader], needs: Needs, memory: int, seed: int,
     if everything <= memory:
         block = min(_whole(target, granule), n_rows)
         return Shuffling(n_rows, block, -(-n_rows // block), seed, shuffle)
-    capacity = (memory - needs.fixed - _order_of_blocks(n_rows, granule)) // (2 * needs.row + needs.order)
+    of_window, of_blocks = 2 * needs.row + needs.order, _order_of_blocks(n_rows, granule)
+    capacity = (memory - needs.fixed - of_blocks) // of_window
     mixing = max(capacity // BLOCKS_TO_MIX, min(READ_AT_LEAST // narrowest, capacity // FEWEST_BLOCKS))
     block = _whole(min(target, mixing), granule)
     if capacity < FEWEST_BLOCKS * block:
-        least = (
-            needs.fixed + _order_of_blocks(n_rows, granule) + FEWEST_BLOCKS * granule * (2 * needs.row + needs.order)
-        )
-        least = min(least, everything)
+        least = min(needs.fixed + of_blocks + FEWEST_BLOCKS * granule * of_window, everything)
         coarse = max(readers, key=lambda reader: reader.granule)
         hint = f"; {coarse.title} is stored {coarse.granule} rows a piece" if coarse.granule > 1 else ""
         raise ValueError(f"memory must be at least {least} bytes here, got {memory}{hint}")

@@ -8,11 +8,11 @@ STREAM/*.npy     rows [N, D_s], or [N T, D_s] of a stream that has T tokens of e
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +54,8 @@ class FeatureFolder:
             streams = {str(name): dict(about) for name, about in manifest["streams"].items()}
             self.n_items = int(manifest["items"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} must be a manifest of features, but {_reason(error)}") from error
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{file} must be a manifest of features, but {reason}") from error
         self.manifest: dict[str, Any] = manifest
         self.streams: dict[str, dict[str, Any]] = streams
         """name -> modality, width, tokens, files, how it was made, and the column of the items that it saw: texts,
@@ -85,8 +86,10 @@ class FeatureFolder:
             whole = one_after_the_other(readers, title)
             if whole.n_rows != self.n_items * tokens:
                 raise ValueError(f"{title} must hold {self.n_items * tokens} rows, got {whole.n_rows}")
-            numbers = _of_tokens(self.rows(split), tokens)
-        return whole if len(numbers) == whole.n_rows else PickedReader(whole, numbers)
+            numbers = (self.rows(split)[:, None] * tokens + np.arange(tokens)).reshape(-1)
+        reader = whole if len(numbers) == whole.n_rows else PickedReader(whole, numbers)
+        reader.tokens = tokens
+        return reader
 
     @property
     def columns(self) -> list[str]:
@@ -139,7 +142,7 @@ class FeatureFolder:
         return self.streams[stream]
 
 
-def is_feature_folder(where: Any) -> bool:
+def is_feature_folder(where: Any) -> TypeGuard[str | Path]:
     """Whether that is a folder with a manifest."""
     return isinstance(where, str | Path) and (Path(where) / MANIFEST).is_file()
 
@@ -180,26 +183,19 @@ def write_manifest(folder: Path, streams: Mapping[str, Mapping[str, Any]], items
     write_text(folder / MANIFEST, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def samples_and_tokens(readers: Mapping[str, Reader], tokens: Sequence[int]) -> tuple[dict[str, Reader], Rows | None]:
+def samples_and_tokens(readers: Mapping[str, Reader]) -> tuple[dict[str, Reader], Rows | None]:
     """Streams whose row n is the same token, and where each sample begins: what has no tokens repeats its rows."""
-    T = max(tokens)
+    T = max(reader.tokens for reader in readers.values())
     if T == 1:
         return dict(readers), None
-    if other := next((n for n in tokens if n not in (1, T)), None):
-        listed = ", ".join(f"{n} in {stream!r}" for stream, n in zip(readers, tokens, strict=True))
+    if other := next((reader.tokens for reader in readers.values() if reader.tokens not in (1, T)), None):
+        listed = ", ".join(f"{reader.tokens} in {stream!r}" for stream, reader in readers.items())
         raise ValueError(
             f"streams must have one row of a sample, or equally many tokens, got {T} and {other}: {listed}"
         )
-    spread: dict[str, Reader] = {}
-    for (stream, reader), own in zip(readers.items(), tokens, strict=True):
-        spread[stream] = reader if own == T else PickedReader(reader, np.repeat(np.arange(reader.n_rows), T))
+    spread = {
+        stream: reader if reader.tokens == T else PickedReader(reader, np.repeat(np.arange(reader.n_rows), T))
+        for stream, reader in readers.items()
+    }
     n = next(iter(spread.values())).n_rows // T
     return spread, np.arange(n + 1) * T
-
-
-def _of_tokens(samples: Rows, tokens: int) -> Rows:
-    return samples if tokens == 1 else (samples[:, None] * tokens + np.arange(tokens)).reshape(-1)
-
-
-def _reason(error: Exception) -> str:
-    return f"it has no {error}" if isinstance(error, KeyError) else str(error)

@@ -22,7 +22,7 @@ _one_at_a_time = threading.Lock()
 class FlatReader(Reader):
     """Reads straight into the result, without a map: a file cut short is an error here, not the process's end."""
 
-    def __init__(self, path: Path, title: str, shape: tuple[int, ...], dtype: torch.dtype | None, offset: int) -> None:
+    def __init__(self, path: Path, title: str, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> None:
         super().__init__(title, shape, dtype)
         if sys.byteorder != "little":
             raise ValueError(f"{title} must be read on a little-endian machine, got a {sys.byteorder}-endian one")

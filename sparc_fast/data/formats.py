@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +58,7 @@ def open_reader(source: Source, stream: str, split: Split = "all") -> Reader:
         return TensorReader(source.cpu(), f"tensor of {stream!r}")
     where, name = where_and_name(source, stream)
     if is_feature_folder(where):
-        return FeatureFolder(cast(Any, where)).reader(name or stream, split)
+        return FeatureFolder(where).reader(name or stream, split)
     files = files_of(where, f"source of {stream!r}", FORMATS)
     with closed_on_failure() as readers:
         for path in files:

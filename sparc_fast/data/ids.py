@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from torch import Tensor
 from . import npy
 from .feature_folder import FeatureFolder, Split, is_feature_folder
 from .formats import FORMATS, Format, where_and_name
-from .readers import Source
+from .readers import Reader, Source
 from .shards import files_of, is_list_of_files
 
 __all__ = ["Ids", "as_comparable", "check_equal", "check_lengths", "ids_of_streams", "read_ids"]
@@ -40,7 +40,7 @@ def ids_of_streams(
                     f"ids must map streams to identifiers where a file has rows alone, as {where}, got {ids!r}"
                 )
         return {
-            s: _of_folder(FeatureFolder(cast(Any, where)), ids, name or s, split)
+            s: _of_folder(FeatureFolder(where), ids, name or s, split)
             if is_feature_folder(where)
             else read_ids((where, ids))
             for s, (where, name) in places.items()
@@ -51,11 +51,11 @@ def ids_of_streams(
     return {stream: read_ids(ids[stream]) for stream in sources if stream in ids}
 
 
-def check_lengths(found: Mapping[str, npt.NDArray[Any]], n_rows: Mapping[str, int]) -> None:
+def check_lengths(found: Mapping[str, npt.NDArray[Any]], readers: Mapping[str, Reader]) -> None:
     """ValueError unless there is one a row."""
     for stream, ids in found.items():
-        if len(ids) != n_rows[stream]:
-            raise ValueError(f"ids of {stream!r} must be one a row, {n_rows[stream]} in all, got {len(ids)}")
+        if len(ids) != (n := readers[stream].n_rows):
+            raise ValueError(f"ids of {stream!r} must be one a row, {n} in all, got {len(ids)}")
 
 
 def check_equal(found: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -143,8 +143,6 @@ def _plain(ids: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
     if ids.dtype.kind not in "SUO":
         raise ValueError(f"ids must be integers or text, got {ids.dtype} in {where}")
     values = ids.tolist()
-    if (
-        missing := next((row for row, value in enumerate(values) if value is None or value != value), None)
-    ) is not None:
-        raise ValueError(f"ids must be there for every row, got none in row {missing} of {where}")
+    if missing := [row for row, value in enumerate(values) if value is None or value != value]:
+        raise ValueError(f"ids must be there for every row, got none in row {missing[0]} of {where}")
     return np.array([i.decode() if isinstance(i, bytes) else str(i) for i in values], dtype=np.str_)

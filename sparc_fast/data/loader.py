@@ -203,7 +203,8 @@ class Loader(Closing):
 
     def _batch(self, numbered: bool) -> tuple[Tensor, Tensor]:
         n = min(self.batch_size, self._rows_of_epoch - self._row)
-        begin, end = self._own(n)
+        r, R = self.part
+        begin, end = r * n // R, (r + 1) * n // R
         batch = self._new_batch(end - begin)
         done, numbers = 0, [torch.empty(0, dtype=torch.int64, device="cpu")]
         while done < n:
@@ -221,11 +222,6 @@ class Loader(Closing):
         if self._row == self._rows_of_epoch:
             self._epoch, self._row = self._epoch + 1, 0
         return batch, torch.cat(numbers)
-
-    def _own(self, n: int) -> tuple[int, int]:
-        """The rows of a batch of n that are given."""
-        r, R = self.part
-        return r * n // R, (r + 1) * n // R
 
     def _new_batch(self, n: int) -> Tensor:
         D = sum(self.files.d_streams.values())

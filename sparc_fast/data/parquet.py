@@ -10,15 +10,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from .columns import PiecewiseReader, as_matrix, column_ids, vector_column
-from .readers import Reader, Spans, choose_name, first_not_finite, require
+from .readers import Spans, choose_name, first_not_finite, require
 from .shuffle import Rows
 
 __all__ = ["ParquetReader", "open_file", "read_ids"]
-
-
-def open_file(path: Path, name: str | None) -> Reader:
-    """Rows of one column of vectors."""
-    return ParquetReader(path, name)
 
 
 def read_ids(path: Path, name: str | None) -> npt.NDArray[Any]:
@@ -34,7 +29,7 @@ PAGES = 3 * 2**22  # bytes that decoding piece by piece takes beside the piece: 
 
 
 class ParquetReader(PiecewiseReader):
-    """Parquet decodes row groups from their first row on: write them small (some thousand rows)."""
+    """Rows of one column of vectors. Row groups are decoded from their first on: write them small (some thousand)."""
 
     def __init__(self, path: Path, name: str | None) -> None:
         pyarrow, self._pq = require("pyarrow", path), require("pyarrow.parquet", path)
@@ -112,6 +107,9 @@ class ParquetReader(PiecewiseReader):
 
     def close(self) -> None:
         self._places.clear()
+
+
+open_file = ParquetReader
 
 
 class _Place:

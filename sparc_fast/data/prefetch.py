@@ -25,12 +25,6 @@ class Job(NamedTuple):
     spans: Spans
     out: Tensor
 
-    def hint(self) -> None:
-        self.reader.will_need(self.spans)
-
-    def run(self, check_finite: bool) -> None:
-        self.reader.read(self.spans, self.out, check_finite)
-
 
 class Reading:
     """Jobs, begun in the order given, done by threads of their own."""
@@ -72,7 +66,7 @@ class _Todo:
     def work(self) -> None:
         try:
             while (job := self._next()) is not None:
-                job.run(self.check_finite)
+                job.reader.read(job.spans, job.out, self.check_finite)
         except Exception as error:  # raised again by wait()
             self.errors.append(error)
             self.clear()
@@ -81,7 +75,7 @@ class _Todo:
         """The next job; it, and those soon to come, have been announced to the disk."""
         with self.lock:
             while self.jobs and len(self.hinted) <= AHEAD:
-                self.jobs[0].hint()
+                self.jobs[0].reader.will_need(self.jobs[0].spans)
                 self.hinted.append(self.jobs.popleft())
             return self.hinted.popleft() if self.hinted else None
 

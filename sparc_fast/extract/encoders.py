@@ -157,7 +157,9 @@ class ModelEncoder(Encoder):
         if features.ndim == 4:
             features = features.flatten(1, 2) if channels_last else features.flatten(2).mT
         else:
-            prefix = max(0, features.shape[1] - _patches(tower, pictures))
+            size, (height, width) = patch_size(tower), pictures.shape[-2:]
+            patches = 0 if size is None else (height // size[0]) * (width // size[1])
+            prefix = max(0, features.shape[1] - patches)
         pooling = self.stream.pooling
         if pooling == "model":
             pooling = "cls" if prefix else "mean"
@@ -231,7 +233,8 @@ class TimmEncoder(ModelEncoder):
     """timm, with published weights or those of a file."""
 
     def __init__(self, name: str, stream: StreamConfig, folder: Path, device: torch.device) -> None:
-        _refuse_text(stream)
+        if stream.modality == "text":
+            raise ValueError(f"modality must be image with {stream.model}, got text")
         timm = _library("timm")
         weights = _weights(stream, folder)
         model = timm.create_model(name, pretrained=not weights, checkpoint_path=weights, num_classes=0)
@@ -414,12 +417,6 @@ def patch_size(tower: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _patches(tower: nn.Module, pictures: Tensor) -> int:
-    """How many tokens are patches."""
-    size = patch_size(tower)
-    return 0 if size is None else (pictures.shape[-2] // size[0]) * (pictures.shape[-1] // size[1])
-
-
 def _words_by(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[Words]:
     """As a tokenizer of transformers splits texts before it looks for tokens."""
     if not tokenizer.is_fast:
@@ -492,11 +489,6 @@ def _weights(stream: StreamConfig, folder: Path) -> str:
     if stream.weights and not path.is_file():
         raise FileNotFoundError(f"weights must be a file, but there is none at {path}")
     return str(path) if stream.weights else ""
-
-
-def _refuse_text(stream: StreamConfig) -> None:
-    if stream.modality == "text":
-        raise ValueError(f"modality must be image with {stream.model}, got text")
 
 
 def _library(module: str) -> Any:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,6 @@ class Journal:
             for line in file:
                 yield json.loads(line)
 
-    def ids(self) -> set[str]:
-        """Those of every item."""
-        return {item["id"] for item in self.items()}
-
     def close(self) -> dict[str, list[str]]:
         """End the files; stream -> their names, relative to the folder of all streams."""
         return {name: rows.close() for name, rows in self._rows.items()}
@@ -128,9 +125,7 @@ class Rows:
         shard, rest = divmod(items, self._shard_items)
         whole = all(self._whole(n).is_file() or self._growing(n).is_file() for n in range(shard))
         return whole and (
-            not rest
-            or max(map(_size, (self._whole(shard), self._growing(shard))))
-            >= len(self._header(0, width)) + self._bytes(rest, tokens, width)
+            not rest or max(map(_size, (self._whole(shard), self._growing(shard)))) >= self._bytes(rest, tokens, width)
         )
 
     def cut(self, items: int, tokens: int, width: int) -> None:
@@ -144,7 +139,7 @@ class Rows:
         if rest:
             if self._whole(shard).is_file():
                 self._whole(shard).rename(self._growing(shard))
-            os.truncate(self._growing(shard), len(self._header(0, width)) + self._bytes(rest, tokens, width))
+            os.truncate(self._growing(shard), self._bytes(rest, tokens, width))
         elif shard and self._growing(shard - 1).is_file():  # full, and not yet called so
             self._end(shard - 1, self._shard_items)
 
@@ -179,15 +174,14 @@ class Rows:
 
     def _header(self, rows: int, width: int) -> bytes:
         """Of equal length whatever the number of rows: NumPy leaves room for it to grow."""
-        from io import BytesIO
-
         file = BytesIO()
         about = {"descr": STORED[self._dtype], "fortran_order": False, "shape": (rows, width)}
         np.lib.format.write_array_header_1_0(file, about)
         return file.getvalue()
 
     def _bytes(self, items: int, tokens: int, width: int) -> int:
-        return items * tokens * width * self._dtype.itemsize
+        """Of a file of so many items."""
+        return len(self._header(0, width)) + items * tokens * width * self._dtype.itemsize
 
     def _whole(self, shard: int) -> Path:
         return self._folder / f"{shard:05d}.npy"

@@ -113,10 +113,10 @@ def extract(
             for leftover in out.glob(f".{name}.*"):
                 leftover.unlink()
         if is_feature_folder(out):
-            shutil.rmtree(out / PARTIAL, ignore_errors=True)
-            _agree(FeatureFolder(out).manifest.get("extraction"), settings, out)
             done = FeatureFolder(out)
-            return Extracted(out, done.n_items, int(done.manifest["failed"]), done.n_items, 0.0)
+            shutil.rmtree(done.path / PARTIAL, ignore_errors=True)
+            _agree(done.manifest.get("extraction"), settings, done.path)
+            return Extracted(done.path, done.n_items, int(done.manifest["failed"]), done.n_items, 0.0)
         if source is None:
             if extraction.source is None:
                 raise ValueError("source must be given, in the settings or as items, got none")
@@ -144,7 +144,7 @@ class _Run:
         self.extraction, self.out, self.source, self.encoders = extraction, out, source, encoders
         dtypes = {name: getattr(torch, stream.dtype) for name, stream in extraction.streams.items()}
         self.journal = Journal(out / PARTIAL, {name: out / name for name in dtypes}, dtypes, extraction.shard_rows)
-        self._ids = self.journal.ids()
+        self._ids = {item["id"] for item in self.journal.items()}
         self._sees = {name: s for name, s in extraction.streams.items() if s.modality == "image"}
 
     def through(self, progress: Callable[[int, int | None], object]) -> None:
@@ -237,17 +237,11 @@ class _Run:
         """Of every stream, each different picture and text encoded once."""
         rows = {}
         for name, encoder in self.encoders.items():
-            seen: dict[Any, int] = {}
-            inputs: list[Any] = []
-            where: list[int] = []
-            for item, given, _ in found:
-                key = item.picture if name in self._sees else given[name]
-                if key not in seen:
-                    seen[key] = len(inputs)
-                    inputs.append(given[name])
-                where.append(seen[key])
-            encoded = encoder.encode(inputs)
-            rows[name] = encoded if len(inputs) == len(found) else encoded[where]
+            keys = [item.picture if name in self._sees else given[name] for item, given, _ in found]
+            inputs = dict(zip(keys, (given[name] for _, given, _ in found), strict=True))
+            place = {key: n for n, key in enumerate(inputs)}
+            encoded = encoder.encode(list(inputs.values()))
+            rows[name] = encoded if len(inputs) == len(found) else encoded[[place[key] for key in keys]]
         return rows
 
     def finish(self, columns: Sequence[str], settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -323,9 +317,8 @@ def _keep(folder: Path, settings: Mapping[str, Any], out: Path) -> None:
     there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if journal.is_file() and journal.stat().st_size:
         _agree(there, settings, out)
-    if there == settings:
-        return
-    write_text(path, json.dumps(settings))
+    if there != settings:
+        write_text(path, json.dumps(settings))
 
 
 def _agree(there: Any, settings: Mapping[str, Any], out: Path) -> None:
