@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Closing", "as_png", "atomic_path", "check_folder", "flush", "read_object", "write_text"]
+__all__ = ["Closing", "as_png", "atomic_path", "check_folder", "flush", "read_object", "sha256_of", "write_text"]
 
 T = TypeVar("T")
 
@@ -93,6 +94,15 @@ def flush(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """Of what the file holds, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_object(path: Path, argument: str) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def drawn_glyphs(made_once: Callable[..., Path]) -> Callable[..., Any]:
 
     def drawn(*faces: str) -> Any:
         def draw(folder: Path) -> None:
-            from sparc_fast.demo.glyphs import FACES, glyphs
+            from sparc_fast.data.glyphs import FACES, glyphs
 
             (folder / "pickle").write_bytes(pickle.dumps(glyphs(faces=faces or tuple(FACES))))
 

@@ -16,15 +16,9 @@ from sparc_fast.cli import demo
 from sparc_fast.planning import process_memory
 
 
-@pytest.fixture(scope="module")
-def glyphs() -> Any:
-    """Drawn once."""
-    return sparc_fast.demo.glyphs()
-
-
 @pytest.fixture
-def drawn(glyphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparc_fast.demo, "glyphs", lambda: glyphs)
+def drawn(drawn_glyphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparc_fast.demo, "glyphs", drawn_glyphs)
 
 
 def test_the_version_names_the_backends(capsys: pytest.CaptureFixture[str]) -> None:

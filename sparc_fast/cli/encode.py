@@ -6,7 +6,6 @@ All streams of a sample are encoded together, or each alone.
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +19,7 @@ from sparc_fast.batch import PIECE
 from sparc_fast.codes import FORMAT, SparseLatents
 from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import present_of
+from sparc_fast.files import sha256_of
 from sparc_fast.model import SPARC
 from sparc_fast.selection import BY_THRESHOLD, LOCAL
 from sparc_fast.sizes import as_bytes, counted
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(files.matched, flush=True)
         absent = encode_files(
             model, files, out, alone=arguments.alone, decode=decode,
-            zero_rows=arguments.zero_rows, memory=memory, about={"model_sha256": _sha256(path)},
+            zero_rows=arguments.zero_rows, memory=memory, about={"model_sha256": sha256_of(path)},
         )  # fmt: skip
         lacking = "".join(f", {n:,} without {stream!r}" for stream, n in absent.items() if n)
         print(f"{out}: {counted(files.n_rows, 'sample')} of {', '.join(files.d_streams)}{lacking}")
@@ -226,11 +226,3 @@ def _target(text: str | None) -> tuple[str, Path] | None:
     if not stream or not path:
         raise ValueError(f"--decode must be STREAM=FILE, got {text!r}")
     return stream, Path(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -5,7 +5,6 @@ Beside it is state.json: what is no tensor, and the hash of every file. The fold
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast.checkpoint import tensors_of
-from sparc_fast.files import atomic_path, flush
+from sparc_fast.files import atomic_path, flush, sha256_of
 from sparc_fast.whole import Whole
 
 from .model_file import DIMENSIONS
@@ -102,12 +101,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], s
     with exchange.agreed("write"), _as_os_errors(unfinished):
         with _quiet():
             save(_distributed(tensors, shards), checkpoint_id=unfinished, process_group=exchange.group)
-        own = {file.name: _digest(file) for file in unfinished.glob(f"__{shards.rank}_*")}
+        own = {file.name: sha256_of(file) for file in unfinished.glob(f"__{shards.rank}_*")}
     hashes = {name: digest for part in exchange.objects(json.dumps(own)) for name, digest in json.loads(part).items()}
     with exchange.agreed("publish"):
         if not shards.leads:
             return
-        hashes |= {file.name: _digest(file) for file in unfinished.glob(".metadata")}
+        hashes |= {file.name: sha256_of(file) for file in unfinished.glob(".metadata")}
         content = {"format": FORMAT, "sha256": hashes, "state": dict(state)}
         with atomic_path(unfinished / STATE) as temporary:
             temporary.write_text(json.dumps(content, allow_nan=False))
@@ -155,7 +154,7 @@ def _checked(path: Path, shards: Whole) -> dict[str, Any]:
         raise ValueError(f"path must be a checkpoint, but {path} has no {STATE} that can be read: {error}") from error
     for number, (name, expected) in enumerate(sorted(hashes.items())):
         mine, file = number % shards.ranks == shards.rank, path / name
-        if mine and not (file.is_file() and _digest(file) == expected):
+        if mine and not (file.is_file() and sha256_of(file) == expected):
             raise ValueError(f"path must be a checkpoint, but {path} is damaged: {name} is not what was written")
     return cast("dict[str, Any]", state)
 
@@ -202,14 +201,6 @@ def _local(tensor: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return torch.as_tensor(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
-
-
-def _digest(path: Path) -> str:
-    whole = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            whole.update(piece)
-    return whole.hexdigest()
 
 
 @contextmanager
