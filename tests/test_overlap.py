@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import NEED_RANKS, Ranks, here, own
+import torch.distributed as dist
+from ranks import NEED_RANKS, Ranks, here, in_fork, own
 from torch import Tensor
 from training_runs import config, files
 
@@ -255,6 +256,20 @@ def test_a_rank_that_is_lost_while_others_wait_is_named(tmp_path: Path) -> None:
             time.sleep(0.1)
     for rank, file in zip((0, 2), said, strict=True):
         assert file.read_text() == f"rank 1 is gone, and rank {rank} cannot go on without"
+
+
+def watches_of_two_groups() -> bool:
+    watches = []
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        watches.append(watch.watch())
+        assert watch.watch() is watches[-1]
+        dist.destroy_process_group()
+    return watches[0] is not watches[1]
+
+
+def test_a_process_that_joins_other_ranks_later_watches_those() -> None:
+    assert in_fork(watches_of_two_groups)
 
 
 def order_of_a_run(folder: Path) -> tuple[list[str], list[int]]:

@@ -12,8 +12,8 @@ import os
 import sys
 import threading
 import time
+import weakref
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import torch.distributed as dist
@@ -34,7 +34,10 @@ class Watch:
         store = distributed_c10d._get_default_store()
         self._store = store.clone() if hasattr(store, "clone") else store
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.group = weakref.ref(dist.group.WORLD)
         self._ended = threading.Event()
+        if self.ranks == 1:
+            return
         self._place = _place()
         self._store.set(f"{PROCESS}/{self.rank}", f"{os.getpid()} {self._place}")
         self._beat()
@@ -75,10 +78,12 @@ class Watch:
     def _run(self) -> None:
         now = time.monotonic()
         heard = {rank: (0, now) for rank in range(self.ranks) if rank != self.rank}
-        while not self._ended.wait(BEAT):
-            with suppress(RuntimeError):  # the store is gone: an exchange fails, or nobody exchanges any more
+        try:
+            while not self._ended.wait(BEAT):
                 self._beat()
                 self._end_without(self._silent(heard))
+        except RuntimeError:  # the store is gone: an exchange fails, or nobody exchanges any more
+            self._ended.set()
 
     def _silent(self, heard: dict[int, tuple[int, float]]) -> list[int]:
         """Ranks that were not heard of for long and did not end; `heard` is when their counts last changed."""
@@ -103,6 +108,8 @@ class Watch:
         return self._store.add(f"sparc_fast/beat/{rank}", 0)
 
     def _end(self, thread: threading.Thread) -> None:
+        if self._ended.is_set():
+            return
         self._ended.set()
         with suppress(RuntimeError):
             self._store.set(f"{ENDED}/{self.rank}", "")
@@ -117,7 +124,11 @@ def _has_ended(process: int) -> bool:
         return True
 
 
-@cache
+_watches: list[Watch] = []
+
+
 def watch() -> Watch:
-    """That of this process."""
-    return Watch()
+    """That of this process: of the torch.distributed that it has joined last."""
+    if not _watches or _watches[0].group() is not dist.group.WORLD:
+        _watches[:] = [Watch()]
+    return _watches[0]
