@@ -283,9 +283,10 @@ class Trained:
         self.start = o.W_enc, o.W_dec
         self.W_enc, self.W_dec = (wide(W).clone() for W in self.start)
         self.moments = [torch.full_like(self.W_enc, value, dtype=moments) for value in (0.0, 1e-6, 0.0, 1e-6)]
-        self.narrow: dict[str, Any] = {}
-        if self.W_enc.dtype != o.dtype:
-            self.narrow = {"copies": (o.W_enc.clone(), o.W_dec.clone())}
+        self.copies = None if self.W_enc.dtype == o.dtype else (o.W_enc.clone(), o.W_dec.clone())
+
+    def rows(self, d_streams: tuple[int, ...]) -> Rows:
+        return Rows(self.W_enc, self.W_dec, self.moments, d_streams, self.copies)
 
     def moved(self) -> tuple[Tensor, Tensor]:
         return self.W_enc - self.start[0], self.W_dec - self.start[1]
@@ -295,29 +296,25 @@ def _samples(o: Operands) -> Samples:
     return Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse)
 
 
-def _update_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Callable[[], Trained]:
+def _moving(move: Callable[..., Any], given: Any, o: Operands, moments: torch.dtype | None) -> Callable[[], Trained]:
     own = Trained(o, moments)
-    rows = Rows(own.W_enc, own.W_dec, own.moments, o.d_streams, **own.narrow)
-    samples = _samples(o)
+    rows = own.rows(o.d_streams)
 
     def run() -> Trained:
-        b.update_rows(rows, samples, AdamStep(**ADAM, step=1000, seed=0))
+        move(rows, given, AdamStep(**ADAM, step=1000, seed=0))
         return own
 
     return run
+
+
+def _update_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Callable[[], Trained]:
+    return _moving(b.update_rows, _samples(o), o, moments)
 
 
 def _step_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Callable[[], Trained]:
-    own = Trained(o, moments)
-    rows = Rows(own.W_enc, own.W_dec, own.moments, o.d_streams, **own.narrow)
     args = (o.x.float(), o.pre_bias.float(), o.values.float(), o.grad_values.float(), o.grad_recons.float())
     gradients = Gradients(*reference.weight_gradients(*args, *o.inverse, o.d_streams)[:2], o.inverse[0].diff() > 0)
-
-    def run() -> Trained:
-        b.step_rows(rows, gradients, AdamStep(**ADAM, step=1000, seed=0))
-        return own
-
-    return run
+    return _moving(b.step_rows, gradients, o, moments)
 
 
 def _biases(o: Operands) -> list[Bias]:
@@ -352,7 +349,7 @@ def _replay_rows(b: Any, o: Operands, moments: torch.dtype | None = None) -> Cal
     own = Trained(o, moments)
     latents = torch.arange(0, o.shape.L, 2, device=o.device)
     history = torch.tensor([[1e-4, 0.9, 0.999, 1e-8]] * 10, dtype=torch.float64, device=o.device)
-    copy = own.narrow["copies"][1] if own.narrow else None
+    copy = own.copies and own.copies[1]
 
     def run() -> Tensor:
         last_step = torch.zeros(o.shape.L, dtype=torch.int64, device=o.device)
@@ -380,9 +377,7 @@ CALLS: dict[str, Callable[[Any, Operands], Callable[[], Any]]] = {
 }
 # the same operators with Adam's moments in bfloat16, which other machine code does
 NARROW_MOMENTS = {
-    "update_rows": partial(_update_rows, moments=torch.bfloat16),
-    "step_rows": partial(_step_rows, moments=torch.bfloat16),
-    "replay_rows": partial(_replay_rows, moments=torch.bfloat16),
+    name: partial(CALLS[name], moments=torch.bfloat16) for name in ("update_rows", "step_rows", "replay_rows")
 }
 
 

@@ -39,6 +39,7 @@ from .tools import cuda_resources
 TARGETS = {80: 163, 90: 227, 100: 227}
 """Compute capability, and the shared memory in KB that one block may have there."""
 
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 POINTERS = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
     torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
@@ -65,14 +66,11 @@ class Launch:
         tiles = ", ".join(f"{name}={value}" for name, value in self.constants if isinstance(value, int))
         known = (self.name, " ".join(types), tiles, dict(self.options), capability)
         try:
-            return Resources(*known, *self._take(capability))
+            compiled = self.compiled(capability)
+            registers, spilled = resource_usage(compiled.asm["cubin"])
+            return Resources(*known, registers, int(compiled.metadata.shared), spilled)
         except Exception as error:  # the other kernels are still worth knowing
             return Resources(*known, error=f"{type(error).__name__}: {str(error).strip()[-1500:]}")
-
-    def _take(self, capability: int) -> tuple[int, int, int]:
-        compiled = self.compiled(capability)
-        registers, spilled = resource_usage(compiled.asm["cubin"])
-        return registers, int(compiled.metadata.shared), spilled
 
     def compiled(self, capability: int) -> Any:
         import triton
@@ -135,7 +133,6 @@ def _printed(tool: str, option: str, cubin: bytes) -> str:
 def noted(kernel: Any, args: Sequence[Any], named: dict[str, Any]) -> Launch:
     """A launch as Triton would specialise it: constants, integers equal to 1, and what 16 divides."""
     parameters = {p.name: p for p in kernel.params}
-    options = {name: value for name, value in named.items() if name not in parameters}
     bound = dict(zip(parameters, args, strict=False)) | {n: v for n, v in named.items() if n in parameters}
     signature, constants, divisible = {}, {}, []
     for at, (name, parameter) in enumerate(parameters.items()):
@@ -147,13 +144,9 @@ def noted(kernel: Any, args: Sequence[Any], named: dict[str, Any]) -> Launch:
         aligned = isinstance(value, Tensor) or (_is_int(value) and value % 16 == 0)
         if aligned and _specialised(parameter):
             divisible.append(at)
-    options = {
-        name: value
-        for name, value in options.items()
-        if name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
-    }
-    as_pairs: Callable[[dict[str, Any]], tuple[tuple[str, Any], ...]] = lambda d: tuple(d.items())  # noqa: E731
-    return Launch(kernel, as_pairs(signature), as_pairs(constants), tuple(divisible), as_pairs(options))
+    options = {name: named[name] for name in named if name in OPTIONS}
+    signature, constants, options = (tuple(pairs.items()) for pairs in (signature, constants, options))
+    return Launch(kernel, signature, constants, tuple(divisible), options)
 
 
 def _is_int(value: Any) -> bool:
@@ -251,12 +244,11 @@ def jobs(targets: Sequence[int], only: Sequence[str] = (), brief: bool = False) 
     return found
 
 
-def resources(wanted: Sequence[Job], workers: int | None = None) -> list[Resources]:
+def resources(wanted: Sequence[Job]) -> list[Resources]:
     """Of every launch for its target, compiled in as many processes as there are cores."""
     global _wanted
     _wanted = list(wanted)
-    workers = workers or os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("fork")) as pool:
         return list(pool.map(_compile, range(len(_wanted))))
 
 

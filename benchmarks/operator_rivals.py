@@ -227,7 +227,7 @@ def update_by(gradients: Callable[[Operands], Any]) -> Callable[[Operands], Run]
             project_gradients(own.W_dec.grad, own.W_dec, o.columns)
             adam.step()
             normalize_rows(own.W_dec, o.columns)
-            for narrow, p in zip(own.narrow.get("copies", ()), parameters, strict=False):
+            for narrow, p in zip(own.copies or (), parameters, strict=False):
                 narrow.copy_(p)
             for p in parameters:
                 p.grad = None

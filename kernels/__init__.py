@@ -1,5 +1,9 @@
 """Triton kernels of sparc_fast, installed as ``sparc_fast.kernels``: a file an operator, or several of one kind."""
 
+from functools import partial
+
+from sparc_fast.ops import pooled_topk
+
 from .count_silence import count_silence
 from .decode_loss import decode_loss
 from .finish_step import finish_step
@@ -7,7 +11,6 @@ from .global_topk import global_topk
 from .invert_indices import invert_indices
 from .loss_summary import loss_summary
 from .nested_decode_loss import nested_decode_loss
-from .pooled_topk import batch_topk, latents_above
 from .replay_rows import replay_rows
 from .sample_scale import sample_scale
 from .sparse_decode import sparse_decode
@@ -46,3 +49,7 @@ __all__ = [
     "update_rows",
     "weight_gradients",
 ]
+
+# of as many latents as a sample has, from its best ones and their scores
+batch_topk = partial(pooled_topk.batch_topk, global_topk, support_scores)
+latents_above = partial(pooled_topk.latents_above, global_topk, support_scores)

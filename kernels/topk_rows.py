@@ -275,21 +275,17 @@ def topk_rows(scores: Tensor, k: int) -> Tensor:
     top, key_dtype = TOP[wide], torch.int64 if wide == torch.float64 else torch.int32
     keys = torch.empty(started, capacity, dtype=key_dtype, device=scores.device)
     latents = torch.empty(started, capacity, dtype=torch.int32, device=scores.device)
-    if parts == 1:
-        launch(
-            _parts, (started,), scores, scores.stride(0), N, L, k, capacity, 1, keys, latents, indices, keys, latents,
-            TOP=top, KEYS=False, **launched,
-        )  # fmt: skip
-        return indices
-    part_keys = torch.empty(N * parts, k, dtype=key_dtype, device=scores.device)
-    part_latents = torch.empty(N * parts, k, dtype=torch.int32, device=scores.device)
-    part_counts = torch.empty(N * parts, dtype=torch.int32, device=scores.device)
+    part_latents, part_keys, part_counts = indices, keys, latents  # of a row's only part, whose keys nobody reads
+    if parts > 1:
+        part_latents, part_keys = (one.new_empty(N * parts, k) for one in (indices, keys))
+        part_counts = indices.new_empty(N * parts)
     launch(
         _parts, (started,), scores, scores.stride(0), N, L, k, capacity, parts, keys, latents, part_latents, part_keys,
-        part_counts, TOP=top, KEYS=True, **launched,
+        part_counts, TOP=top, KEYS=parts > 1, **launched,
     )  # fmt: skip
-    launch(
-        _merge_parts, (N,), part_keys, part_latents, part_counts, k, capacity, parts, keys, latents, indices, TOP=top,
-        **merge_choice(launched["BLOCK"]),
-    )  # fmt: skip
+    if parts > 1:
+        launch(
+            _merge_parts, (N,), part_keys, part_latents, part_counts, k, capacity, parts, keys, latents, indices,
+            TOP=top, **merge_choice(launched["BLOCK"]),
+        )  # fmt: skip
     return indices

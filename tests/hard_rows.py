@@ -8,6 +8,8 @@ import torch
 from operands import normal, seeded
 from torch import Tensor
 
+from sparc_fast.ops import reference
+
 inf, nan = torch.inf, torch.nan
 
 # L scores
@@ -70,3 +72,12 @@ def vectors(kind: str, N: int, D: int, generator: torch.Generator) -> Tensor:
     elif kind == "some zero":
         w[::2] = 0
     return w
+
+
+def encoder(x: Tensor, W_enc: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Samples, weights, a pre-bias of zeros, and the latents' biases, zeros unless they are given."""
+    return x, W_enc, x.new_zeros(x.shape[1]), W_enc.new_zeros(1, len(W_enc)) if bias is None else bias
+
+
+def expected(x: Tensor, W_enc: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
+    return reference.global_topk(*encoder(x, W_enc, bias), k)

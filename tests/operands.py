@@ -135,6 +135,10 @@ def operands(
 STEP, SEED = 3, 2**40 + 7
 
 
+def samples_of(o: Operands, inverse: tuple[Tensor, Tensor] | None = None) -> Samples:
+    return Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *(inverse or o.inverse))
+
+
 def move_rows(
     backend: Backend,
     rows: list[Tensor],
@@ -150,9 +154,9 @@ def move_rows(
 ) -> tuple[Tensor, ...]:
     """An update of rows = [W_enc, W_dec, 4 moments] in place; what it returns."""
     W_enc, W_dec, *moments = rows
-    samples = Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *(inverse or o.inverse))
     settings = AdamStep(lr, (0.9, 0.999), eps, step, seed)
-    return backend.update_rows(Rows(W_enc, W_dec, moments, o.d_streams, copies, last_step), samples, settings)
+    moving = Rows(W_enc, W_dec, moments, o.d_streams, copies, last_step)
+    return backend.update_rows(moving, samples_of(o, inverse), settings)
 
 
 def rows_to_update(o: Operands, narrow: bool = False) -> list[Tensor]:
@@ -169,30 +173,29 @@ def rows_to_update(o: Operands, narrow: bool = False) -> list[Tensor]:
     return [*weights, *moments]
 
 
-def update_rows(o: Operands, backend: Backend, lazy: bool = False, narrow: bool = False) -> tuple[Tensor, ...]:
-    """The updated rows and, where narrower, their copies, what the operator returns, and the steps made."""
-    rows = rows_to_update(o, narrow)
-    copies = [W.to(o.W_enc.dtype) for W in rows[:2]] if o.W_enc.dtype != rows[0].dtype else None
-    last_step = torch.full((len(rows[0]),), STEP - 1) if lazy else None
-    grads = move_rows(backend, rows, o, copies=copies, last_step=last_step, seed=SEED if narrow else None)
+def moved(
+    move: Callable[[Rows, AdamStep], tuple[Tensor, ...] | None], o: Operands, lazy: bool, narrow: bool
+) -> tuple[Tensor, ...]:
+    """The moved rows, whose copies, where these are narrower, follow them; what `move` returns; and the steps made."""
+    W_enc, W_dec, *moments = rows = rows_to_update(o, narrow)
+    copies = [W.to(o.W_enc.dtype) for W in (W_enc, W_dec)] if o.W_enc.dtype != W_enc.dtype else None
+    last_step = torch.full((len(W_enc),), STEP - 1) if lazy else None
+    adam = AdamStep(0.01, (0.9, 0.999), 1e-8, STEP, SEED if narrow else None)
+    grads = move(Rows(W_enc, W_dec, moments, o.d_streams, copies, last_step), adam)
     for copy, exact in zip(copies or (), rows, strict=False):
         assert torch.equal(copy, exact.to(copy.dtype))
-    return (*rows, *grads, *([] if last_step is None else [last_step]))
+    return (*rows, *(grads or ()), *([] if last_step is None else [last_step]))
+
+
+def update_rows(o: Operands, backend: Backend, lazy: bool = False, narrow: bool = False) -> tuple[Tensor, ...]:
+    return moved(lambda rows, adam: backend.update_rows(rows, samples_of(o), adam), o, lazy, narrow)
 
 
 def step_rows(o: Operands, backend: Backend, lazy: bool = False, narrow: bool = False) -> tuple[Tensor, ...]:
-    """The updated rows, with the reference's gradients of every row that is used given, and the steps made."""
-    W_enc, W_dec, *moments = rows = rows_to_update(o, narrow)
-    samples = o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse
-    widened = [wide(tensor) if tensor.is_floating_point() else tensor for tensor in samples]
+    """With the reference's gradients of every row that is used."""
+    widened = [wide(tensor) if tensor.is_floating_point() else tensor for tensor in samples_of(o)]
     gradients = Gradients(*reference.weight_gradients(*widened, o.d_streams)[:2], o.inverse[0].diff() > 0)
-    last_step = torch.full((len(W_enc),), STEP - 1) if lazy else None
-    copies = [W.to(o.W_enc.dtype) for W in (W_enc, W_dec)] if o.W_enc.dtype != W_enc.dtype else None
-    adam = AdamStep(0.01, (0.9, 0.999), 1e-8, STEP, SEED if narrow else None)
-    backend.step_rows(Rows(W_enc, W_dec, moments, o.d_streams, copies, last_step), gradients, adam)
-    for copy, exact in zip(copies or (), rows, strict=False):
-        assert torch.equal(copy, exact.to(copy.dtype))
-    return (*rows, *([] if last_step is None else [last_step]))
+    return moved(lambda rows, adam: backend.step_rows(rows, gradients, adam), o, lazy, narrow)
 
 
 def replay_rows(o: Operands, backend: Backend, narrow: bool = False) -> tuple[Tensor, ...]:
@@ -268,8 +271,7 @@ def loss_summary(o: Operands, backend: Backend) -> tuple[Tensor, ...]:
 
 def gradient_squares(o: Operands, backend: Backend) -> tuple[Tensor, Tensor]:
     """Squares in the type of the gradients' sums: float64 holds them, but they are no more exact than those."""
-    samples = Samples(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse)
-    squares, grad_latent_bias = backend.gradient_squares(samples, o.d_streams)
+    squares, grad_latent_bias = backend.gradient_squares(samples_of(o), o.d_streams)
     assert squares.dtype == torch.float64
     return squares.to(grad_latent_bias.dtype), grad_latent_bias
 
@@ -292,9 +294,7 @@ OPERATORS: dict[str, Callable[[Operands, Backend], tuple[Tensor, ...]]] = {
         o.x, o.pre_bias, o.values, o.grad_values, *o.inverse, o.d_streams
     ),
     "decoder_gradients": lambda o, b: (b.decoder_gradients(o.values, o.grad_recons, *o.inverse),),
-    "weight_gradients": lambda o, b: b.weight_gradients(
-        o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams
-    ),
+    "weight_gradients": lambda o, b: b.weight_gradients(*samples_of(o), o.d_streams),
     "gradient_squares": gradient_squares,
     "update_rows": update_rows,
     "update_rows lazily": lambda o, b: update_rows(o, b, lazy=True),

@@ -79,10 +79,6 @@ def test_headers_that_torch_brings_along_are_enough(monkeypatch: pytest.MonkeyPa
     assert {"pybind11.h", "stl.h"} <= {path.name for path in (headers / "pybind11").iterdir()}
 
 
-def test_every_operator_of_the_backends_can_be_called() -> None:
-    checks.run_every_operator("cpu", "reference")
-
-
 def test_a_wrong_or_failing_contender_becomes_a_row_and_the_others_are_timed(
     record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,41 +261,3 @@ def test_a_sanitizers_report_is_read(record: Record) -> None:
     assert "Race reported" in racy.error
     assert unfinished.value is None
     assert unfinished.error == "did not finish: Device not supported"
-
-
-def test_a_launch_choice_is_found_changed_and_put_back() -> None:
-    pytest.importorskip("triton")
-    from sparc_fast.benchmarks.tools import launch_sweep
-
-    functions = launch_sweep.choice_functions()
-    assert {"decode_loss.choice", "update_rows.decoder_choice", "topk_rows.choice"} <= set(functions)
-    choice = functions["topk_rows.choice"]
-    own = choice(100)
-    key = next(iter(own))
-    with launch_sweep.changed(choice, {key: 3, "no such": 1}) as given:
-        assert sys.modules[choice.__module__].choice(100) == {**own, key: 3}
-    assert given == [{**own, key: 3}]
-    assert sys.modules[choice.__module__].choice is choice
-
-
-def test_neighbours_of_a_launch_choice_change_one_number() -> None:
-    pytest.importorskip("triton")
-    from sparc_fast.benchmarks.tools import launch_sweep
-
-    found = list(launch_sweep.neighbours({"BLOCK": 1, "num_warps": 16, "num_stages": 2, "DOTS": True, "TYPE": None}))
-    start = {"BLOCK": 1, "num_warps": 16, "num_stages": 2, "DOTS": True, "TYPE": None}
-    assert found == [
-        {**start, "BLOCK": 2},
-        {**start, "num_warps": 8},
-        {**start, "num_stages": 3},
-        {**start, "num_stages": 1},
-        {**start, "DOTS": False},
-    ]
-
-
-def test_a_sweep_without_kernels_says_so(record: Record) -> None:
-    pytest.importorskip("triton")
-    from sparc_fast.benchmarks.tools import launch_sweep
-
-    launch_sweep.sweep(record)
-    assert record.rows[0].error == "the backend 'reference' has none"

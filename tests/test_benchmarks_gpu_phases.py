@@ -24,6 +24,7 @@ from sparc_fast.benchmarks.figures import to_paste
 from sparc_fast.benchmarks.record import Record, Row
 from sparc_fast.benchmarks.table import rows_table
 from sparc_fast.benchmarks.timing import Clock
+from sparc_fast.benchmarks.tools import launch_sweep
 
 LONG = f"600.{os.getpid()}"  # seconds that no other process sleeps
 STAND_IN = Place(torch.device("cpu"), {}, stands_in=True)
@@ -126,6 +127,7 @@ def test_every_phase_runs_on_stand_ins_at_a_tiny_shape(name: str, monkeypatch: p
     record = gpu.run_phase(name, STAND_IN, False, None, told)
     assert {row.what for row in record.rows} >= ({"kernel, triton", "all kernels"} if name == "profile-A" else set())
     assert record.rows
+    assert record.rows[0].error or name != "sweep"
     needs_gpu = ("needs a GPU", "only a GPU counts its memory", "the backend 'reference' has none")
     assert not [row for row in record.rows if row.error and row.error not in needs_gpu]
     assert gpu.backends.FASTER_IN_CUDA == {"update_rows": "measured in this run"}
@@ -253,3 +255,26 @@ def test_a_broken_phase_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PHASES", {"roofs": gpu.Phase(run, 1)})
     record = gpu.run_phase("roofs", STAND_IN, False, None, {"until": 0.0, "faster": []})
     assert record.rows[0].error == "RuntimeError: an illegal memory access was encountered"
+
+
+def test_a_launch_choice_is_found_changed_and_put_back() -> None:
+    functions = launch_sweep.choice_functions()
+    assert {"decode_loss.choice", "update_rows.decoder_choice", "topk_rows.choice"} <= set(functions)
+    choice = functions["topk_rows.choice"]
+    own = choice(100)
+    key = next(iter(own))
+    with launch_sweep.changed(choice, {key: 3, "no such": 1}) as given:
+        assert sys.modules[choice.__module__].choice(100) == {**own, key: 3}
+    assert given == [{**own, key: 3}]
+    assert sys.modules[choice.__module__].choice is choice
+
+
+def test_neighbours_of_a_launch_choice_change_one_number() -> None:
+    start = {"BLOCK": 1, "num_warps": 16, "num_stages": 2, "DOTS": True, "TYPE": None}
+    assert list(launch_sweep.neighbours(start)) == [
+        {**start, "BLOCK": 2},
+        {**start, "num_warps": 8},
+        {**start, "num_stages": 3},
+        {**start, "num_stages": 1},
+        {**start, "DOTS": False},
+    ]

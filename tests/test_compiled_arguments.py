@@ -7,7 +7,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -127,13 +126,9 @@ def cuda_calls(module: Any) -> dict[str, list[Any]]:
     }  # fmt: skip
 
 
-def call(name: str, arguments: list[Any]) -> Any:
+def call(name: str, arguments: list[Any], module: Any = _cpu) -> Any:
     packed = {8: _cpu.Batch, 4: _cpu.Gradients}
-    return getattr(_cpu, name)(*(packed[len(a)](*a) if isinstance(a, tuple) else a for a in arguments))
-
-
-def cuda_call(module: Any, name: str, arguments: list[Any]) -> Any:
-    return getattr(module, name)(*arguments)
+    return getattr(module, name)(*(packed[len(a)](*a) if isinstance(a, tuple) else a for a in arguments))
 
 
 def taking_tensors(module: Any) -> set[str]:
@@ -195,16 +190,14 @@ def wrong(tensor: Tensor) -> Iterator[tuple[str, Any]]:
 ANY_DTYPE = {"first_not_finite", "gather_rows", "prefer_huge_pages", "read_spans"}
 
 
-def check_wrong(
-    name: str, right: Callable[[], list[Any]], call: Callable[[str, list[Any]], Any], may_pass: Callable[..., bool]
-) -> None:
+def check_wrong(name: str, right: Callable[[], list[Any]], may_pass: Callable[..., bool], module: Any = _cpu) -> None:
     torch.manual_seed(0)
-    call(name, right())
+    call(name, right(), module)
     refused = 0
     for place in places(right()):
         for what, changed in wrong(at(right(), place)):
             try:
-                call(name, replaced(right(), place, changed))
+                call(name, replaced(right(), place, changed), module)
                 assert what.startswith("size") or what == "None" or may_pass(place, what), f"{name}{place}: {what}"
             except (ValueError, TypeError, IndexError):
                 refused += 1
@@ -218,34 +211,40 @@ def test_a_tensor_of_another_dtype_shape_layout_or_device_is_refused(name: str) 
     def may_pass(place: tuple[int, ...], what: str) -> bool:
         return what == "dtype" or name in ANY_DTYPE or (name, what) == ("invert_indices", "one dimension more")
 
-    check_wrong(name, lambda: calls()[name], call, may_pass)
+    check_wrong(name, lambda: calls()[name], may_pass)
 
 
-CUDA = [
-    "topk_rows",
-    "filter_scores",
-    "screen_scores",
-    "settle_supports",
-    "support_values",
-    "invert_indices",
-    "update_rows",
-    "step_rows",
-    "replay_rows",
-]
+READ = {
+    "topk_rows": {(2,)},
+    "filter_scores": {(3,), *((5, i) for i in range(4)), *((6, i) for i in range(3))},
+    "screen_scores": {(2,), (3,), (4,), (5,), *((6, i) for i in range(3))},
+    "settle_supports": {*((i,) for i in (2, 3, 4, 5, 7, 8)), (14, 0)},
+    "support_values": {(i,) for i in (0, 1, 2, 3, 5, 6, 7)},
+    "invert_indices": {(2,)},
+    "update_rows": {*((5, i) for i in range(7)), (7, 0), (7, 1)},
+    "step_rows": {*((3, i) for i in range(3)), (5, 0), (5, 1)},
+    "replay_rows": {(1,), (3,)},
+}
+"""Of each CUDA kernel, the places of what is only read."""
+EMULATED = pytest.mark.skipif(build.COMPILER is None, reason="no g++")
+EVERY_KERNEL = pytest.mark.parametrize("name", list(READ))
 # scores, x, weights, pre_bias and copies, whose type is their own
 NARROW = {"topk_rows": [2], "settle_supports": [2, 3, 4, (14, 0), (14, 1)],
           "support_values": [0, 1, 2, 3, 4], "update_rows": [(3, 3), (4, 3), *((5, i) for i in range(5))],
           "step_rows": [(1, 3), (2, 3)], "replay_rows": [(0, 3)]}  # fmt: skip
 
 
-@pytest.mark.skipif(build.COMPILER is None, reason="no g++")
-@pytest.mark.parametrize("name", CUDA)
+@EMULATED
+@EVERY_KERNEL
 def test_a_cuda_kernel_gets_no_tensor_of_another_dtype_shape_layout_or_device(name: str, cuda: ModuleType) -> None:
     module = cuda._cuda
-    assert taking_tensors(module) == set(CUDA)
+    assert taking_tensors(module) == set(READ)
     narrow = [place if isinstance(place, tuple) else (place,) for place in NARROW.get(name, [])]
-    right = lambda: cuda_calls(module)[name]  # noqa: E731
-    check_wrong(name, right, partial(cuda_call, module), lambda place, what: what == "float16" and place in narrow)
+
+    def may_pass(place: tuple[int, ...], what: str) -> bool:
+        return what == "float16" and place in narrow
+
+    check_wrong(name, lambda: cuda_calls(module)[name], may_pass, module)
 
 
 HUGE = (2**31, 2**33 + 1, 2**40, 2**61, 2**62)  # bytes beyond 32 and beyond 64 bits
@@ -262,13 +261,13 @@ def huge(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
             yield f"{size} in dimension {d}, meta", tensor.to("meta").narrow(d, 0, 1).expand(shape)
 
 
-def check_huge(name: str, right: Callable[[], list[Any]], call: Callable[[str, list[Any]], Any]) -> None:
+def check_huge(name: str, right: Callable[[], list[Any]], module: Any = _cpu) -> None:
     for place in places(right()):
         tensor = at(right(), place)
         for what, changed in huge(tensor) if (name, place) not in ENDLESS else ():
             may_pass = what.endswith("expanded") and tensor.ndim > 1
             try:
-                call(name, replaced(right(), place, changed))
+                call(name, replaced(right(), place, changed), module)
                 assert may_pass, f"{name}{place}: {what}"
             except (ValueError, TypeError, IndexError):
                 pass
@@ -279,28 +278,26 @@ def test_a_tensor_that_names_more_numbers_than_memory_holds_is_refused_or_only_r
     name: str,
 ) -> None:
     """Rows that are read may be one row again and again."""
-    check_huge(name, lambda: calls()[name], call)
+    check_huge(name, lambda: calls()[name])
 
 
-@pytest.mark.skipif(build.COMPILER is None, reason="no g++")
-@pytest.mark.parametrize("name", CUDA)
+@EMULATED
+@EVERY_KERNEL
 def test_a_cuda_kernel_gets_no_tensor_that_names_more_numbers_than_memory_holds(name: str, cuda: ModuleType) -> None:
-    check_huge(name, lambda: cuda_calls(cuda._cuda)[name], partial(cuda_call, cuda._cuda))
+    check_huge(name, lambda: cuda_calls(cuda._cuda)[name], cuda._cuda)
 
 
-@pytest.mark.skipif(build.COMPILER is None, reason="no g++")
-@pytest.mark.parametrize("name", CUDA)
+@EMULATED
+@EVERY_KERNEL
 def test_what_a_cuda_kernel_writes_shares_no_memory_with_what_else_it_is_given(name: str, cuda: ModuleType) -> None:
     """Every tensor in turn takes the place of every other of its shape and type."""
     right, refused = cuda_calls(cuda._cuda)[name], 0
     for one, other in product(places(right), repeat=2):
-        if one != other and (at(right, one).shape, at(right, one).dtype) == (
-            at(right, other).shape,
-            at(right, other).dtype,
-        ):
+        a, b = at(right, one), at(right, other)
+        if one != other and (a.shape, a.dtype) == (b.shape, b.dtype):
             arguments = cuda_calls(cuda._cuda)[name]
             try:
-                cuda_call(cuda._cuda, name, replaced(arguments, one, at(arguments, other)))
+                call(name, replaced(arguments, one, at(arguments, other)), cuda._cuda)
                 assert {one, other} <= READ[name], f"{name}: {other} as {one}"
             except ValueError as error:
                 assert "must be memory of its own, got that of" in str(error)  # noqa: PT017
@@ -308,43 +305,24 @@ def test_what_a_cuda_kernel_writes_shares_no_memory_with_what_else_it_is_given(n
     assert refused or name in ("topk_rows", "invert_indices", "support_values")
 
 
-READ = {
-    "topk_rows": {(2,)},
-    "filter_scores": {(3,), *((5, i) for i in range(4)), *((6, i) for i in range(3))},
-    "screen_scores": {(2,), (3,), (4,), (5,), *((6, i) for i in range(3))},
-    "settle_supports": {*((i,) for i in (2, 3, 4, 5, 7, 8)), (14, 0)},
-    "support_values": {(i,) for i in (0, 1, 2, 3, 5, 6, 7)},
-    "invert_indices": {(2,)},
-    "update_rows": {*((5, i) for i in range(7)), (7, 0), (7, 1)},
-    "step_rows": {*((3, i) for i in range(3)), (5, 0), (5, 1)},
-    "replay_rows": {(1,), (3,)},
-}
-"""Places of what is only read."""
-
-
-@pytest.mark.skipif(build.COMPILER is None, reason="no g++")
+@EMULATED
 def test_a_cuda_kernel_refuses_a_workspace_that_is_too_small_and_sizes_beyond_its_integers(cuda: ModuleType) -> None:
     module = cuda._cuda
-    for name, i in (
-        ("screen_scores", 11),
-        ("invert_indices", 3),
-        ("update_rows", 9),
-        ("step_rows", 7),
-        ("replay_rows", 4),
-    ):
+    at_workspace = {"screen_scores": 11, "invert_indices": 3, "update_rows": 9, "step_rows": 7, "replay_rows": 4}
+    for name, i in at_workspace.items():
         right = cuda_calls(module)[name]
-        cuda_call(module, name, replaced(right, (i,), right[i][:-1]))
+        call(name, replaced(right, (i,), right[i][:-1]), module)
         with pytest.raises(ValueError, match=r"workspace must be [0-9]+ bytes that begin at whole 16"):
-            cuda_call(module, name, replaced(right, (i,), right[i][:-2]))
+            call(name, replaced(right, (i,), right[i][:-2]), module)
         with pytest.raises(ValueError, match="workspace must be"):
-            cuda_call(module, name, replaced(right, (i,), right[i][1:]))
+            call(name, replaced(right, (i,), right[i][1:]), module)
     for widths in ([], [1] * 65, [4, 0], [-1], [2**30, 2**30], [2**40], [2**62, 2**62]):
         with pytest.raises(ValueError, match=r"1 to 64 streams|widths of at least 1 with a sum below"):
             module.Streams(widths)
     right = cuda_calls(module)["topk_rows"]
     right[0].parts = 0
     with pytest.raises(ValueError, match="the plan does not fit"):
-        cuda_call(module, "topk_rows", right)
+        call("topk_rows", right, module)
 
 
 @pytest.mark.parametrize(("made", "name", "place"), [("Batch", "weight_gradients", 3), ("Gradients", "step_rows", 5)])

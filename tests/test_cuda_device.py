@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 import torch
 from accuracy import assert_equal, check_accuracy, check_replayed_rows
+from cuda_emulation.build import planned
 from operands import SUPPORTS, Operands, move_rows, operands, rows_to_update
 from torch import Tensor
 
@@ -158,15 +158,9 @@ def test_neither_a_second_run_nor_another_grid_changes_a_bit(
     shape: tuple[tuple[int, ...], int, int, int], operands_on_the_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     o = skewed(shape, torch.bfloat16)
-    expected, original = update_directly(rows_to_update(o), o), cuda._cuda.UpdatePlan
-    for blocks in (None, 1, 37, 5000):
-
-        def plan(*arguments: Any, blocks: int | None = blocks) -> Any:
-            chosen = original(*arguments)
-            chosen.blocks = blocks or chosen.blocks
-            return chosen
-
-        monkeypatch.setattr(cuda._cuda, "UpdatePlan", plan)
+    expected = update_directly(rows_to_update(o), o)
+    for choices in ({}, {"blocks": 1}, {"blocks": 37}, {"blocks": 5000}):
+        planned(cuda, monkeypatch, "UpdatePlan", **choices)
         assert_equal(update_directly(rows_to_update(o), o), expected)
 
 

@@ -15,18 +15,9 @@ from hard_rows import SCORES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operands import normal, seeded
-from torch import Tensor
-
-from sparc_fast.ops import reference
-from sparc_fast.ops.layout import stream_slices
-
-pytest.importorskip("triton")
-if torch.cuda.is_available():
-    pytest.skip("with a GPU, Triton is not interpreted: tests/test_cuda_device.py", allow_module_level=True)
-
 from test_kernel_global_topk import (
-    all_given_up,
     given_up,
+    in_full,
     test_a_latent_that_rounding_misjudges_as_far_as_the_bound_allows_is_placed,
     test_a_product_as_wrong_as_the_bound_allows_changes_no_support,
     test_a_sample_alone_equals_the_same_sample_in_a_batch_of_any_size,
@@ -36,16 +27,15 @@ from test_kernel_global_topk import (
     test_only_samples_without_a_proof_are_scored_in_full,
     test_zero_weights_tie_everywhere_and_still_need_no_full_scores,
 )
+from torch import Tensor
+
+from sparc_fast.ops import reference
+from sparc_fast.ops.layout import stream_slices
 
 # the package may give its functions the names of their modules
 kernel = importlib.import_module("sparc_fast.kernels.global_topk")
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(build.COMPILER is None, reason="no g++"),
-    # infinite and NaN intervals are part of the method; the interpreter computes them with numpy
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = build.between_interpreted()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -202,12 +192,10 @@ def test_a_score_is_summed_in_the_order_of_samples_given_up(
     x_half = normal(1, D // 2, seed=2) * 10 ** torch.randint(-4, 4, (1, D // 2), generator=seeded(3))
     places = torch.randperm(D, generator=seeded(4))
     x, W_enc = torch.cat([x_half, x_half], 1)[:, places], torch.cat([W_half, -W_half], 1)[:, places].to(dtype)
-    operands = x, W_enc, torch.zeros(D), torch.zeros(1, 200, dtype=torch.float64)
-    found = cuda.global_topk(*operands[:3], operands[3].float(), 20)
+    operands = x, W_enc, torch.zeros(D), torch.zeros(1, 200)
+    found = cuda.global_topk(*operands, 20)
     assert given_up == [0]
-    in_full, every = torch.empty_like(found), torch.zeros(1, dtype=torch.int32)
-    kernel._in_full(*operands[:3], operands[3][0], 20, torch.float32, in_full, every, all_given_up(1), None)
-    assert torch.equal(found, in_full)
+    assert torch.equal(found, in_full(*operands, 20))
 
 
 def test_k_may_be_as_large_as_promised_and_larger_k_is_left_to_triton(

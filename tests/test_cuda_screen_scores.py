@@ -15,23 +15,14 @@ from hard_rows import SCORES, inf, nan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operands import normal
+from test_kernel_global_topk import given_up
 from torch import Tensor
 
 from sparc_fast.ops import reference
 
-pytest.importorskip("triton")
-if torch.cuda.is_available():
-    pytest.skip("with a GPU, Triton is not interpreted: tests/test_cuda_device.py", allow_module_level=True)
-
-from test_kernel_global_topk import given_up
-
 kernel = importlib.import_module("sparc_fast.kernels.global_topk")
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(build.COMPILER is None, reason="no g++"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = build.between_interpreted()
 L = 403
 
 

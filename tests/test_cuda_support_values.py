@@ -14,24 +14,14 @@ from cuda_emulation import build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operands import Operands, normal, operands
+from test_kernel_global_topk import given_up
 from torch import Tensor
 
 import sparc_fast as sf
 from sparc_fast.ops import backends, reference
 
-pytest.importorskip("triton")
-if torch.cuda.is_available():
-    pytest.skip("with a GPU, Triton is not interpreted: tests/test_cuda_device.py", allow_module_level=True)
-
-from test_kernel_global_topk import given_up
-
 __all__ = ["given_up"]  # a fixture
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(build.COMPILER is None, reason="no g++"),
-    # infinite and NaN intervals are part of the method; the interpreter computes them with numpy
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = build.between_interpreted()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # the package may give its functions the names of their modules
 kernel, gather = (importlib.import_module(f"sparc_fast.kernels.{name}") for name in ("global_topk", "gather"))

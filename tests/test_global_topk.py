@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hard_rows import SCORES, inf, nan
+from hard_rows import SCORES, encoder, inf, nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import DTYPES, IN_INTERPRETER, fast_backends, largest, seeded
@@ -26,10 +26,6 @@ def scores(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor) -> T
     return (centred.double() @ W_enc.double().T + latent_bias.double().sum(0)).float()
 
 
-def no_bias(W_enc: Tensor, streams: int = 1) -> tuple[Tensor, Tensor]:
-    return W_enc.new_zeros(W_enc.shape[1]), W_enc.new_zeros(streams, len(W_enc))
-
-
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("k", [1, 20, 499, 500])
 @pytest.mark.parametrize("kind", SCORES)
@@ -45,7 +41,7 @@ def test_the_same_holds_when_the_row_comes_from_the_weights(kind: str, backend: 
     row = SCORES[kind](500)
     W_enc = row[:, None].clone()
     N = fitting(3, backend, most=1)
-    support = functional.global_topk(torch.ones(N, 1), W_enc, *no_bias(W_enc), 20, backend=backend)
+    support = functional.global_topk(*encoder(torch.ones(N, 1), W_enc), 20, backend=backend)
     assert torch.equal(support, largest(row[None], 20).expand(N, 20))
 
 
@@ -91,7 +87,7 @@ def test_random_supports_are_those_of_the_float64_scores(
 def test_scores_that_differ_in_float64_but_not_in_float32_are_a_tie(backend: str) -> None:
     x = torch.ones(1, 2)
     W_enc = torch.tensor([[1.0, 2.0**-26], [1.0, 2.0**-25], [1.0, 2.0**-23], [1.0, 2.0**-26]])
-    assert functional.global_topk(x, W_enc, *no_bias(W_enc), 2, backend=backend).tolist() == [[0, 2]]
+    assert functional.global_topk(*encoder(x, W_enc), 2, backend=backend).tolist() == [[0, 2]]
 
 
 def test_cancellation_leaves_the_order_of_what_remains(backend: str) -> None:
@@ -100,19 +96,19 @@ def test_cancellation_leaves_the_order_of_what_remains(backend: str) -> None:
     W_enc[:, 1] = -W_enc[:, 0] + 1e-5 * torch.randn(400)
     x = torch.randn(6, 40)
     x[:, :2] = 1e5
-    support = functional.global_topk(x, W_enc, *no_bias(W_enc), 10, backend=backend)
-    assert torch.equal(support, largest(scores(x, W_enc, *no_bias(W_enc)), 10))
+    support = functional.global_topk(*encoder(x, W_enc), 10, backend=backend)
+    assert torch.equal(support, largest(scores(*encoder(x, W_enc)), 10))
 
 
 def test_a_sample_alone_equals_the_same_sample_in_a_batch_and_at_any_thread_count(backend: str) -> None:
     torch.manual_seed(0)
     x, W_enc = torch.randn(fitting(150, backend), 60), torch.randn(3000, 60)
-    together = functional.global_topk(x, W_enc, *no_bias(W_enc), 30, backend=backend)
+    together = functional.global_topk(*encoder(x, W_enc), 30, backend=backend)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = [functional.global_topk(row[None], W_enc, *no_bias(W_enc), 30, backend=backend) for row in x]
-        single = functional.global_topk(x, W_enc, *no_bias(W_enc), 30, backend=backend)
+        alone = [functional.global_topk(*encoder(row[None], W_enc), 30, backend=backend) for row in x]
+        single = functional.global_topk(*encoder(x, W_enc), 30, backend=backend)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(torch.cat(alone), together)
@@ -123,12 +119,12 @@ def test_a_bad_row_does_not_disturb_the_others(backend: str) -> None:
     torch.manual_seed(0)
     N = 2 * fitting(60, backend)
     x, W_enc = torch.randn(N, 30), torch.randn(2500, 30)
-    expected = functional.global_topk(x, W_enc, *no_bias(W_enc), 12, backend=backend)
+    expected = functional.global_topk(*encoder(x, W_enc), 12, backend=backend)
     with_nan, infinite, zero, large = 0, N // 2 - 1, N // 2, N - 2
     bad = x.clone()
     bad[with_nan, 4], bad[infinite, 0], bad[zero] = nan, -inf, 0
     bad[large] *= 1e30
-    support = functional.global_topk(bad, W_enc, *no_bias(W_enc), 12, backend=backend)
+    support = functional.global_topk(*encoder(bad, W_enc), 12, backend=backend)
     good = torch.ones(N, dtype=torch.bool)
     good[[with_nan, infinite, zero, large]] = False
     assert torch.equal(support[good], expected[good])
@@ -151,13 +147,13 @@ def test_weights_may_be_columns_of_a_wider_matrix(backend: str) -> None:
     x, W_enc = torch.randn(fitting(9, backend), 50), torch.randn(700, 80)
     for columns in (slice(11, 47), slice(3, 4)):
         part, rows = x[:, columns], W_enc[:, columns]
-        expected = functional.global_topk(part.clone(), rows.clone(), *no_bias(rows), 8, backend=backend)
-        assert torch.equal(functional.global_topk(part, rows, *no_bias(rows), 8, backend=backend), expected)
+        expected = functional.global_topk(*encoder(part.clone(), rows.clone()), 8, backend=backend)
+        assert torch.equal(functional.global_topk(*encoder(part, rows), 8, backend=backend), expected)
 
 
 def test_no_samples_give_no_supports(backend: str) -> None:
     W_enc = torch.randn(10, 3)
-    assert functional.global_topk(torch.zeros(0, 3), W_enc, *no_bias(W_enc), 4, backend=backend).shape == (0, 4)
+    assert functional.global_topk(*encoder(torch.zeros(0, 3), W_enc), 4, backend=backend).shape == (0, 4)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -165,15 +161,15 @@ def test_reduced_matmul_precision_and_autocast_do_not_change_the_support(precisi
     torch.manual_seed(0)
     N = fitting(200, backend)
     x, W_enc = torch.randn(N, 300), torch.randn(15 * N, 300)
-    expected = largest(scores(x, W_enc, *no_bias(W_enc)), 30)
+    expected = largest(scores(*encoder(x, W_enc)), 30)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(precision)
-        assert torch.equal(functional.global_topk(x, W_enc, *no_bias(W_enc), 30, backend=backend), expected)
+        assert torch.equal(functional.global_topk(*encoder(x, W_enc), 30, backend=backend), expected)
     finally:
         torch.set_float32_matmul_precision(before)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(functional.global_topk(x, W_enc, *no_bias(W_enc), 30, backend=backend), expected)
+        assert torch.equal(functional.global_topk(*encoder(x, W_enc), 30, backend=backend), expected)
 
 
 SHAPES = [(3, 40, 1, 5), (4, 90, 17, 9), (5, 300, 257, 20), (3, 60, 700, 7)]  # N, L, D, k
@@ -233,7 +229,7 @@ def test_equal_rows_of_float64_weights_have_equal_scores_whatever_stands_between
     generator = seeded(0)
     x, W_enc = (torch.randn(shape, 37, generator=generator, dtype=torch.float64) for shape in (fitting(20, backend), 7))
     W_enc = W_enc.repeat(30, 1)
-    indices, found = functional.global_topk(x, W_enc, *no_bias(W_enc), 30, return_scores=True, backend=backend)
+    indices, found = functional.global_topk(*encoder(x, W_enc), 30, return_scores=True, backend=backend)
     assert torch.equal(indices, indices[:, :1] + 7 * torch.arange(30, dtype=torch.int32))
     assert torch.equal(found, found[:, :1].expand_as(found))
 

@@ -20,6 +20,7 @@ NAMES = [
     "support_values", "support_values_grad_x", "sparse_decode", "sparse_decode_grad_values", "decode_loss",
     "nested_decode_loss",
 ]  # fmt: skip
+DECODERS = pytest.mark.parametrize("name", NAMES[2:])
 LOSSES = pytest.mark.parametrize("name", ["decode_loss", "nested_decode_loss"])
 MODULES = {name: import_module(f"sparc_fast.kernels.{name}") for name in NAMES}
 KERNELS: Any = import_module("sparc_fast.kernels")
@@ -46,7 +47,7 @@ def check_accuracy(name: str, o: Operands) -> None:
 
 @pytest.mark.covering(2)
 @SUPPORTS
-@pytest.mark.parametrize("name", ["sparse_decode", "sparse_decode_grad_values", "decode_loss", "nested_decode_loss"])
+@DECODERS
 @pytest.mark.parametrize("slots", [4, 16], ids=["multiply-adds", "tensor cores"])
 def test_either_way_to_multiply_is_accurate(
     name: str, slots: int, per_stream: bool, monkeypatch: pytest.MonkeyPatch
@@ -75,7 +76,7 @@ def test_streams_may_be_cut_into_chunks(per_stream: bool, monkeypatch: pytest.Mo
         check_accuracy(name, operands(CASE, torch.float32, per_stream))
 
 
-@pytest.mark.parametrize("name", ["sparse_decode", "sparse_decode_grad_values", "decode_loss", "nested_decode_loss"])
+@DECODERS
 def test_more_sources_than_a_program_takes_are_taken_by_several(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choose(monkeypatch, name, SOURCES=2, SLOTS=2)
     check_accuracy(name, operands(CASE, torch.float32))

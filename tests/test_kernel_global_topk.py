@@ -1,4 +1,7 @@
-"""The supports by Triton kernels: no rows break the bound, no candidate is dropped, whatever the shape."""
+"""The supports by Triton kernels: no rows break the bound, no candidate is dropped, whatever the shape.
+
+Samples are multiplied as they are, or centred: no support depends on which.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 
 import pytest
 import torch
-from hard_rows import SCORES, VECTORS, inf, nan, vectors
+from hard_rows import SCORES, VECTORS, encoder, expected, inf, nan, vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import kernel_device, largest, seeded
@@ -16,6 +19,7 @@ from torch import Tensor
 from sparc_fast.ops import reference
 
 pytest.importorskip("triton")
+from sparc_fast.kernels.screened_operands import prepare
 from sparc_fast.kernels.topk_rows import topk_rows
 
 # the package may give its functions the names of their modules
@@ -29,14 +33,7 @@ SCREENINGS = ["auto", "bf16", "off"]
 
 
 def support(x: Tensor, W_enc: Tensor, k: int, screening: str = "auto", bias: Tensor | None = None) -> Tensor:
-    bias = W_enc.new_zeros(1, len(W_enc)) if bias is None else bias
-    operands = (x, W_enc, x.new_zeros(x.shape[1]), bias)
-    return kernel.global_topk(*(o.to(DEVICE) for o in operands), k, screening).to(x.device)
-
-
-def expected(x: Tensor, W_enc: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
-    bias = W_enc.new_zeros(1, len(W_enc)) if bias is None else bias
-    return reference.global_topk(x, W_enc, x.new_zeros(x.shape[1]), bias, k)
+    return kernel.global_topk(*(o.to(DEVICE) for o in encoder(x, W_enc, bias)), k, screening).to(x.device)
 
 
 @pytest.fixture
@@ -53,10 +50,14 @@ def given_up(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return totals
 
 
-def all_given_up(n: int) -> Tensor:
-    given_up = kernel._biases(1, DEVICE)[2].zero_()
-    given_up[0] = n
-    return given_up
+def in_full(x: Tensor, W_enc: Tensor, pre_bias: Tensor, bias: Tensor, k: int) -> Tensor:
+    """Where all samples are given up. Not the reference: where sums cancel to the last bit of float64, that one
+    depends on the matrix library."""
+    every = torch.arange(len(x), dtype=torch.int32, device=x.device)
+    found, given_up = every.new_empty(len(x), k), kernel._biases(1, x.device)[2].zero_()
+    given_up[0] = len(x)
+    kernel._in_full(x, W_enc, pre_bias, reference.summed_bias(bias), k, torch.float32, found, every, given_up, None)
+    return found
 
 
 @settings(max_examples=8, deadline=None)
@@ -80,15 +81,7 @@ def test_no_rows_break_the_bound(
     x, W_enc = vectors(x_kind, 2, D, generator).to(dtype), vectors(W_kind, L, D, generator).to(dtype)
     bias = (scale * torch.randn(2, L, generator=generator)).to(dtype)
     operands = [o.to(DEVICE) for o in (x, W_enc, x.new_zeros(D), bias)]
-    found = kernel.global_topk(*operands, k, screening)
-    # not the reference: where sums cancel to the last bit of float64, that one depends on the matrix library
-    in_full = torch.empty_like(found)
-    every = torch.arange(2, dtype=torch.int32, device=DEVICE)
-    x, W_enc, pre_bias, bias = operands
-    kernel._in_full(
-        x, W_enc, pre_bias, bias.sum(0, dtype=torch.float64), k, torch.float32, in_full, every, all_given_up(2), None
-    )
-    assert torch.equal(found, in_full)
+    assert torch.equal(kernel.global_topk(*operands, k, screening), in_full(*operands, k))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -225,6 +218,86 @@ def test_a_sample_alone_equals_the_same_sample_in_a_batch_of_any_size(monkeypatc
     small(monkeypatch)
     assert torch.equal(support(x, W_enc, 30), together)
     assert torch.equal(torch.cat([support(row[None], W_enc, 30) for row in x[:3]]), together[:3])
+
+
+def prepared(
+    x: Tensor, W: Tensor, pre_bias: Tensor, latent_bias: Tensor, first: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(X, of_x, float32 biases, ||w||) where x is, of the samples from `first` on."""
+    D, L, here = x.shape[1], len(W), len(x) - first
+    biases = kernel._biases(L, DEVICE)
+    X = torch.empty(here, D, dtype=torch.bfloat16, device=DEVICE)
+    of_x = torch.full((4, here), nan, device=DEVICE)
+    w_norm = torch.full((L,), nan, device=DEVICE)
+    numbers = 1 + math.ldexp(D + 48, -24), math.ldexp(math.sqrt(D), -63), math.ldexp(D / 256 + 64, -23)
+    operands = [o.to(DEVICE) for o in (x, W, pre_bias, latent_bias)]
+    prepare(biases, w_norm, X, of_x, *operands, first, here, *numbers)
+    return X.to(x.device), of_x.to(x.device), biases[1].to(x.device), w_norm.to(x.device)
+
+
+@pytest.mark.parametrize("away", [0.0, 0.5, 2.0, 4.0, 100.0])
+@pytest.mark.parametrize("D", [3, 300])
+def test_a_product_and_its_bias_are_no_farther_from_the_score_than_the_bound(D: int, away: float) -> None:
+    g = seeded(0)
+    pre_bias = (away * torch.randn(D, generator=g)).bfloat16()
+    x, W = (torch.randn(70, D, generator=g) + pre_bias.float()).bfloat16(), torch.randn(90, D, generator=g).bfloat16()
+    latent_bias = torch.randn(3, 90, generator=g).bfloat16()
+    X, (norm, residual, inverse, size), bias, w_norm = prepared(x, W, pre_bias, latent_bias)
+    centred = (x.float() - pre_bias.float()).double()
+    exact = centred @ W.double().T + latent_bias.double().sum(0)
+    apart = (X.double() @ W.double().T + bias.double() - exact).abs()
+    assert (apart <= residual.double()[:, None] * w_norm.double() + 2.0**-23 * bias.double().abs()).all()
+    assert (norm >= X.double().norm(dim=1) - residual).all()
+    assert (size >= centred.norm(dim=1)).all()
+    assert (w_norm >= W.double().norm(dim=1)).all()
+    assert (inverse == 1).all()
+    assert (size < 1.01 * centred.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize(("away", "as_they_are"), [(0.0, True), (2.0, True), (4.0, False), (nan, False)])
+def test_samples_far_from_zero_are_centred_and_others_keep_every_bit(away: float, as_they_are: bool) -> None:
+    g = seeded(0)
+    pre_bias, W = torch.full((40,), away).bfloat16(), torch.randn(50, 40, generator=g).bfloat16()
+    x = (torch.randn(9, 40, generator=g) + pre_bias.nan_to_num().float()).bfloat16()
+    X, of_x, *_ = prepared(x, W, pre_bias, torch.zeros(1, 50).bfloat16())
+    assert torch.equal(X, x) == as_they_are
+    later, of_later, *_ = prepared(x, W, pre_bias, torch.zeros(1, 50).bfloat16(), first=4)
+    assert torch.equal(later.nan_to_num(), X[4:].nan_to_num())
+    assert torch.equal(of_later.nan_to_num(), of_x[:, 4:].nan_to_num())
+
+
+def test_a_row_of_zeros_without_a_centre_has_no_error() -> None:
+    x, W = torch.zeros(2, 20).bfloat16(), torch.randn(6, 20, generator=seeded(0)).bfloat16()
+    W[3] = 0
+    _, of_x, _, w_norm = prepared(x, W, torch.zeros(20).bfloat16(), torch.zeros(1, 6).bfloat16())
+    assert of_x[:2].eq(0).all()
+    assert w_norm[3] == 0
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    x_kind=st.sampled_from(VECTORS),
+    W_kind=st.sampled_from(VECTORS),
+    D=st.integers(1, 70),
+    L=st.integers(1, 150),
+    away=st.sampled_from([0.0, 0.3, 2.0, 1e3, inf, nan]),
+    N=st.integers(1, 6),
+    data=st.data(),
+    seed=st.integers(0, 2**31),
+)
+def test_no_rows_and_no_centre_break_the_bound(
+    x_kind: str, W_kind: str, D: int, L: int, away: float, N: int, data: st.DataObject, seed: int
+) -> None:
+    k = data.draw(st.integers(1, min(L, 40)), label="k")
+    generator = seeded(seed)
+    x, W_enc = vectors(x_kind, N, D, generator).bfloat16(), vectors(W_kind, L, D, generator).bfloat16()
+    pre_bias = (away * torch.randn(D, generator=generator, device=x.device)).bfloat16()
+    bias = torch.randn(2, L, generator=generator, device=x.device).bfloat16()
+    operands = [o.to(DEVICE) for o in (x, W_enc, pre_bias, bias)]
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(kernel, "ROWS", 3)  # samples beyond these are prepared by themselves
+        found = kernel.global_topk(*operands, k)
+    assert torch.equal(found, in_full(*operands, k))
 
 
 @pytest.mark.parametrize("k", [1, 20, 500])

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_equal, check_accuracy, check_replayed_rows
-from operands import SEED, STEP, SUPPORTS, Operands, kernel_device, move_rows, operands, rows_to_update, seeded
+from operands import (
+    SEED,
+    STEP,
+    SUPPORTS,
+    Operands,
+    kernel_device,
+    move_rows,
+    operands,
+    rows_to_update,
+    samples_of,
+    seeded,
+)
 from torch import Tensor
 
 from sparc_fast.ops import reference
@@ -66,16 +77,12 @@ def test_the_bits_of_a_gradient_do_not_show_how_many_rows_were_in_flight(
     per_stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     o = on_device(operands(((20, 16), 30, 9, 4), torch.float32, per_stream))
-    inverse_index = inverse.invert_indices(o.indices, len(o.W_enc))
+    samples = samples_of(o, inverse.invert_indices(o.indices, len(o.W_enc)))
     tile, found = segment_sums.tile, []
     for rows, latents in ((1, 1), (4, 1), (2, 4)):
         chosen = {"ROWS": rows, "LATENTS": latents}
         monkeypatch.setattr(gradients, "tile", lambda *args, chosen=chosen, **more: tile(*args, **more) | chosen)
-        found.append(
-            KERNELS.weight_gradients(
-                o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *inverse_index, o.d_streams
-            )
-        )  # fmt: skip
+        found.append(KERNELS.weight_gradients(*samples, o.d_streams))
     assert_equal(found[0], found[1])
     assert_equal(found[0], found[2])
 
@@ -173,9 +180,9 @@ def test_latents_outside_the_dictionary_are_in_no_segment(dtype: torch.dtype) ->
 
 def test_a_latent_no_sample_has_gets_no_gradient() -> None:
     o = on_device(operands("ragged", torch.float32))
-    index = inverse.invert_indices(o.indices, 33)
+    samples = samples_of(o, inverse.invert_indices(o.indices, 33))
     of_nobody = ~torch.isin(torch.arange(33, device=DEVICE), o.indices)
-    found = KERNELS.weight_gradients(o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *index, o.d_streams)
+    found = KERNELS.weight_gradients(*samples, o.d_streams)
     assert not any(gradient[of_nobody].any() for gradient in found[:2])
 
 

@@ -31,21 +31,23 @@ def batches(steps: int) -> list[torch.Tensor]:
     return [torch.randn(4, 9, generator=generator, device=generator.device) for _ in range(steps)]
 
 
+def check_training(ours: sf.SparcAdam, reference: sf.SparcAdam, steps: int) -> list[sf.SparcLoss]:
+    """Both train float64 weights to the same numbers, but for rounding. Gives the reference's losses."""
+    losses = [(ours.step(x.double()), reference.step(x.double())) for x in batches(steps)]
+    for found, expected in losses:
+        torch.testing.assert_close(found.total, expected.total, rtol=1e-9, atol=1e-12)
+    for name, tensor in reference.model.state_dict().items():
+        torch.testing.assert_close(ours.model.state_dict()[name], tensor, rtol=1e-7, atol=1e-9)
+    return [expected for _, expected in losses]
+
+
 @pytest.mark.parametrize(
     ("selection", "settings"), [("global", {}), ("local", {"capturable": True}), ("local", {"lazy": "replay"})], ids=str
 )
 def test_training_equals_the_reference(selection: str, settings: dict[str, object]) -> None:
     ours, reference = (make(backend, torch.float64, selection=selection) for backend in ("triton", "reference"))
-    optimizers = sf.SparcAdam(ours, lr=1e-2, **settings), sf.SparcAdam(reference, lr=1e-2)
-    used_auxk = 0
-    for x in batches(4):
-        losses = [optimizer.step(x.double()) for optimizer in optimizers]
-        torch.testing.assert_close(losses[0].total, losses[1].total, rtol=1e-9, atol=1e-12)
-        used_auxk += losses[1].auxk is not None
-    assert used_auxk > 1
-    expected = reference.state_dict()
-    for name, tensor in ours.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-7, atol=1e-9)
+    losses = check_training(sf.SparcAdam(ours, lr=1e-2, **settings), sf.SparcAdam(reference, lr=1e-2), 4)
+    assert sum(loss.auxk is not None for loss in losses) > 1
 
 
 @pytest.mark.covering(1)  # who is chosen is settled before a row is moved
@@ -53,18 +55,13 @@ def test_training_equals_the_reference(selection: str, settings: dict[str, objec
 @pytest.mark.parametrize("settings", [{}, {"capturable": True}, {"lazy": "replay"}, {"max_grad_norm": 0.1}], ids=str)
 def test_private_latents_train_as_in_the_reference(selection: str, settings: dict[str, object]) -> None:
     private = {"private": {"a": 4, "b": 3}, "private_k": {"a": 2, "b": 1}}
-    models = [make(backend, torch.float64, selection=selection, **private) for backend in ("triton", "reference")]
+    ours, reference = (make(b, torch.float64, selection=selection, **private) for b in ("triton", "reference"))
     clipped = {name: most for name, most in settings.items() if name == "max_grad_norm"}
-    optimizers = sf.SparcAdam(models[0], lr=1e-2, **settings), sf.SparcAdam(models[1], lr=1e-2, **clipped)
-    for x in batches(3):
-        for optimizer in optimizers:
-            optimizer.step(x.double())
-    for name, tensor in models[1].state_dict().items():
-        torch.testing.assert_close(models[0].state_dict()[name], tensor, rtol=1e-7, atol=1e-9)
+    check_training(sf.SparcAdam(ours, lr=1e-2, **settings), sf.SparcAdam(reference, lr=1e-2, **clipped), 3)
     for stream, columns in (("a", slice(6, 9)), ("b", slice(0, 6))):
-        some = models[0].private_latents[stream]
-        assert (models[0].W_dec[some, columns] == 0).all()
-        assert (models[0].W_enc[some, columns] == 0).all()
+        some = ours.private_latents[stream]
+        assert (ours.W_dec[some, columns] == 0).all()
+        assert (ours.W_enc[some, columns] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -72,12 +69,7 @@ def test_private_latents_train_as_in_the_reference(selection: str, settings: dic
 )
 def test_training_a_part_with_gradients_clipped_equals_the_reference(freeze: tuple[str, ...], selection: str) -> None:
     models = [make(backend, torch.float64, selection=selection) for backend in ("triton", "reference")]
-    optimizers = [sf.SparcAdam(model, lr=1e-2, freeze=freeze, max_grad_norm=0.3) for model in models]
-    for x in batches(2):
-        for optimizer in optimizers:
-            optimizer.step(x.double())
-    for name, tensor in models[1].state_dict().items():
-        torch.testing.assert_close(models[0].state_dict()[name], tensor, rtol=1e-7, atol=1e-9)
+    check_training(*(sf.SparcAdam(model, lr=1e-2, freeze=freeze, max_grad_norm=0.3) for model in models), 2)
 
 
 def test_bfloat16_moments_are_those_of_the_reference_lazy_or_not_and_captured() -> None:

@@ -47,7 +47,7 @@ from pathlib import Path
 from cuda_emulation import build
 import test_compiled_arguments as tests
 cuda = build.emulated_backend(Path(sys.argv[1]).parent)
-for name in tests.CUDA:
+for name in tests.READ:
     tests.test_a_cuda_kernel_gets_no_tensor_of_another_dtype_shape_layout_or_device(name, cuda)
 tests.test_a_cuda_kernel_refuses_a_workspace_that_is_too_small_and_sizes_beyond_its_integers(cuda)
 """

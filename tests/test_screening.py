@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hard_rows import VECTORS, vectors
+from hard_rows import VECTORS, encoder, expected, vectors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operands import largest, seeded
@@ -29,13 +29,7 @@ def simd_level(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def support(x: Tensor, W_enc: Tensor, k: int, screening: str, bias: Tensor | None = None) -> Tensor:
-    bias = W_enc.new_zeros(1, len(W_enc)) if bias is None else bias
-    return cpu_topk.global_topk(x, W_enc, x.new_zeros(x.shape[1]), bias, k, screening)
-
-
-def expected(x: Tensor, W_enc: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
-    bias = W_enc.new_zeros(1, len(W_enc)) if bias is None else bias
-    return reference.global_topk(x, W_enc, x.new_zeros(x.shape[1]), bias, k)
+    return cpu_topk.global_topk(*encoder(x, W_enc, bias), k, screening)
 
 
 @settings(max_examples=150, deadline=None)

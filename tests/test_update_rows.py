@@ -5,7 +5,19 @@ from collections.abc import Callable
 import pytest
 import torch
 from accuracy import assert_equal
-from operands import SEED, STEP, Operands, fitting, move_rows, operands, operators_of, rows_to_update, run, seeded
+from operands import (
+    SEED,
+    STEP,
+    Operands,
+    fitting,
+    move_rows,
+    operands,
+    operators_of,
+    rows_to_update,
+    run,
+    samples_of,
+    seeded,
+)
 from torch import Tensor
 
 from sparc_fast.ops import reference
@@ -15,9 +27,7 @@ from sparc_fast.ops.row_step import AdamStep, Gradients, Rows
 def test_it_equals_gradients_then_projection_then_adam_then_unit_norm(backend: str) -> None:
     o = operands("ragged", torch.float64)
     W_enc, W_dec, *moments = rows_to_update(o)
-    grad_W_enc, grad_W_dec, _ = reference.weight_gradients(
-        o.x, o.pre_bias, o.values, o.grad_values, o.grad_recons, *o.inverse, o.d_streams
-    )
+    grad_W_enc, grad_W_dec, _ = reference.weight_gradients(*samples_of(o), o.d_streams)
     start, parameters = W_dec.clone(), [torch.nn.Parameter(W.clone()) for W in (W_enc, W_dec)]
     for part, unit in zip(grad_W_dec.split(o.d_streams, dim=1), start.split(o.d_streams, dim=1), strict=True):
         part -= (part * unit).sum(1, keepdim=True) * unit

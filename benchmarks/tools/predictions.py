@@ -407,28 +407,21 @@ def compiled_triton(shape: Shape) -> dict[str, Compiled]:
 
 def compiled_cuda(machine_code: Sequence[tuple[cuda_resources.CudaResources, str]]) -> dict[str, Compiled]:
     """The same for sm_90a, of `cuda_resources.machine_code`; their code is one for all shapes."""
-    wanted = {
-        ("screen_scores_kernel", "BFloat16"): "screen_scores_kernel",
-        ("tighten_kernel", ""): "tighten_kernel",
-        ("filter_scores_kernel", ""): "filter_scores_kernel",
-        ("settle_supports_kernel", "BFloat16"): "settle_supports_kernel",
-        ("support_values_kernel", "BFloat16"): "support_values_kernel",
-        ("update_rows_kernel", "BFloat16 BFloat16 whole"): "update_rows_kernel",
-        ("update_rows_kernel", "BFloat16 BFloat16 whole staged"): "update_rows_kernel, staged",
+    # types, bytes of shared memory, threads of a block
+    started = {
+        "screen_scores_kernel": ("BFloat16", 222 * 1024, 384),
+        "tighten_kernel": ("", 8 * 1024 + 512, 32),
+        "filter_scores_kernel": ("", 8 * 1024 + 512, 128),
+        "settle_supports_kernel": ("BFloat16", 8 * 1024 + 512 + 2560 * 4 + 1024, 128),
+        "support_values_kernel": ("BFloat16", 2560 * 4, 128),
+        "update_rows_kernel": ("BFloat16 BFloat16 whole", 2048, 128),
+        "update_rows_kernel, staged": ("BFloat16 BFloat16 whole staged", 2048 + 2 * 3 * 1024 * 4, 128),
     }
-    shared = {
-        "update_rows_kernel, staged": 2 * 3 * 1024 * 4,
-        "screen_scores_kernel": 222 * 1024 - 2048,
-        "tighten_kernel": 6 * 1024 + 512,
-        "filter_scores_kernel": 6 * 1024 + 512,
-        "settle_supports_kernel": 6 * 1024 + 512 + 2560 * 4 + 1024,
-        "support_values_kernel": 2560 * 4 - 2048,
-    }
-    threads = {"screen_scores_kernel": 384, "tighten_kernel": 32}
     return {
-        name: Compiled(Code(assembly), r.registers, 2048 + shared.get(name, 0), threads.get(name, 128), 0, {})
+        name: Compiled(Code(assembly), r.registers, shared, threads, 0, {})
+        for name, (types, shared, threads) in started.items()
         for r, assembly in machine_code
-        if r.arch == "90a" and (name := wanted.get((r.kernel, r.types)))
+        if (r.arch, r.kernel, r.types) == ("90a", name.partition(",")[0], types)
     }
 
 

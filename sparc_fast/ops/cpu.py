@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from sparc_fast.ops.cpu_topk import (
 from sparc_fast.ops.huge_pages import lent
 from sparc_fast.ops.layout import gradient_dtype, wide, wide_type
 from sparc_fast.ops.reference import loss_summary, sample_scale, step_biases
-from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Gradients, Rows, Samples
+from sparc_fast.ops.row_step import AdamStep, DecoderRows, Gradients, Rows, Samples
 
 __all__ = [
     "batch_topk",
@@ -290,24 +291,7 @@ def count_silence(silence: Tensor, values: Tensor, indices: Tensor) -> None:
     torch.autograd.graph.increment_version([silence])
 
 
-def finish_step(
-    biases: Sequence[Bias],
-    adam: AdamStep,
-    silence: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    counted: Tensor | None,
-    nmse: Tensor,
-    auxk: Tensor | None,
-    energy: Tensor,
-    weights: Sequence[float],
-    auxk_coef: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    step_biases(biases, adam)
-    count_silence(silence, values, indices)
-    if counted is not None:
-        counted.add_(1)
-    return loss_summary(nmse, auxk, energy, weights, auxk_coef)
+finish_step = partial(reference.finish_step, count=count_silence)
 
 
 def _batch(

@@ -115,12 +115,9 @@ def _best(
 def batch_topk(
     x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str = "auto"
 ) -> Tensor:
-    centred, W, bias = _operands(x, W_enc, pre_bias, latent_bias)
-    with torch.autocast("cpu", enabled=False):
-        for dtype in _precisions(centred, screening):
-            screen = _filtered(centred, W, bias, k, dtype, _cpu.Among.batch)
-            if (support := _ragged(screen, centred, W)) is not None:
-                return support
+    found = _ragged(x, W_enc, pre_bias, latent_bias, k, screening, _cpu.Among.batch)
+    if found is not None:
+        return found[0]
     return pooled_topk.batch_topk(global_topk, support_scores, x, W_enc, pre_bias, latent_bias, k, screening)
 
 
@@ -128,22 +125,15 @@ def latents_above(
     x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, threshold: float, k: int, screening: str = "auto",
     sure: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    centred, W, bias = _operands(x, W_enc, pre_bias, latent_bias)
     sure = threshold if sure is None else max(threshold, sure)
-    with torch.autocast("cpu", enabled=False):
-        for dtype in _precisions(centred, screening):
-            screen = _filtered(centred, W, bias, k, dtype, _cpu.Among.above, threshold, sure)
-            if (support := _ragged(screen, centred, W)) is not None:
-                scores = lent(*support.shape, dtype=torch.float32)
-                screen.write_scores(scores)
-                return support, scores
-    return pooled_topk.latents_above(
-        global_topk, support_scores, x, W_enc, pre_bias, latent_bias, threshold, k, screening, sure
-    )
-
-
-def _operands(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _centred(x, pre_bias), _stored(W_enc.detach(), x.dtype), summed_bias(latent_bias.detach())
+    found = _ragged(x, W_enc, pre_bias, latent_bias, k, screening, _cpu.Among.above, threshold, sure)
+    if found is None:
+        encoder = W_enc, pre_bias, latent_bias
+        return pooled_topk.latents_above(global_topk, support_scores, x, *encoder, threshold, k, screening, sure)
+    support, screen = found
+    scores = lent(*support.shape, dtype=torch.float32)
+    screen.write_scores(scores)
+    return support, scores
 
 
 def _centred(x: Tensor, pre_bias: Tensor) -> Tensor:
@@ -151,14 +141,20 @@ def _centred(x: Tensor, pre_bias: Tensor) -> Tensor:
     return torch.sub(x, pre_bias, out=lent(*x.shape, dtype=torch.result_type(x, pre_bias), for_long=False))
 
 
-def _ragged(screen: Any, x: Tensor, W: Tensor) -> Tensor | None:
-    """The support, [N, W] with -1 where a sample has fewer latents than others; None if any could not be proven."""
-    width = screen.settle_ragged(x, W, torch.get_num_threads())
-    if width < 0:
-        return None
-    indices = lent(len(x), max(1, width), dtype=torch.int32)
-    screen.write(indices)
-    return indices
+def _ragged(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str, among: Any, *bounds: float
+) -> tuple[Tensor, Any] | None:
+    """(the support, [N, W] with -1 where a sample has fewer latents than others; its screen), if a GEMM proves it."""
+    centred, W, bias = _centred(x, pre_bias), _stored(W_enc.detach(), x.dtype), summed_bias(latent_bias.detach())
+    with torch.autocast("cpu", enabled=False):
+        for dtype in _precisions(centred, screening):
+            screen = _filtered(centred, W, bias, k, dtype, among, *bounds)
+            width = screen.settle_ragged(centred, W, torch.get_num_threads())
+            if width >= 0:
+                indices = lent(len(x), max(1, width), dtype=torch.int32)
+                screen.write(indices)
+                return indices, screen
+    return None
 
 
 def support_scores(x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, indices: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from sparc_fast.kernels import (
     decoder_gradients,
     encoder_gradients,
     finish_step,
+    gradient_squares,
     latents_above,
     loss_summary,
     nested_decode_loss,
@@ -256,13 +257,6 @@ def invert_indices(indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
 def _narrow(indices: Tensor, n_latents: int) -> Tensor:
     """int32; clamped first, so that none wraps into range."""
     return indices if indices.dtype == torch.int32 else indices.clamp(-1, n_latents).to(torch.int32)
-
-
-def gradient_squares(
-    samples: Samples, d_streams: Sequence[int], encoder: bool = True, decoder: bool = True
-) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = _in_triton("gradient_squares", samples, d_streams, encoder, decoder)
-    return found
 
 
 def update_rows(rows: Rows, samples: Samples, adam: AdamStep) -> tuple[Tensor, Tensor]:

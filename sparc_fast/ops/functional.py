@@ -85,10 +85,7 @@ def global_topk(
         With ``return_scores``, (indices, scores): [N, k], float32, or float64 for float64 inputs; the same bits on
         every backend and in every batch. A NaN that was chosen is +inf, as it ranks.
     """
-    _check_encoder(x, W_enc, pre_bias, latent_bias)
-    _check_k(k, W_enc, backend)
-    _check_screening(screening)
-    _check_among(among, W_enc)
+    _check_choice(x, W_enc, pre_bias, latent_bias, k, screening, backend, among)
     if among is not None and return_scores:
         raise ValueError("return_scores must be False with among: an empty slot has no score")
     with torch.no_grad():
@@ -110,10 +107,7 @@ def local_topk(
     backend: str | Backend = "auto",
 ) -> Tensor:
     """The k latents of largest pre-activation of each stream by itself; as `global_topk`, but int32 [N, S, k]."""
-    _check_encoder(x, W_enc, pre_bias, latent_bias, d_streams)
-    _check_k(k, W_enc, backend)
-    _check_screening(screening)
-    _check_among(among, W_enc)
+    _check_choice(x, W_enc, pre_bias, latent_bias, k, screening, backend, among, d_streams)
     with torch.no_grad():
         operator = backends.resolve(backend, x.device).global_topk
         supports = [
@@ -142,9 +136,7 @@ def batch_topk(
         the latents of the others. Exact, and the same on every backend, as `global_topk`; equal pre-activations go to
         the earlier sample, then to the lower latent. No gradient.
     """
-    _check_encoder(x, W_enc, pre_bias, latent_bias)
-    _check_k(k, W_enc, backend)
-    _check_screening(screening)
+    _check_choice(x, W_enc, pre_bias, latent_bias, k, screening, backend)
     with torch.no_grad():
         return backends.resolve(backend, x.device).batch_topk(x, W_enc, pre_bias, latent_bias, k, screening)
 
@@ -325,12 +317,14 @@ def _check_encoder(
     _check_together("x", x, W_enc=W_enc, pre_bias=pre_bias, latent_bias=latent_bias)
 
 
-def _check_k(k: int, W_enc: Tensor, backend: str | Backend) -> None:
+def _check_choice(
+    x: Tensor, W_enc: Tensor, pre_bias: Tensor, latent_bias: Tensor, k: int, screening: str, backend: str | Backend,
+    among: Tensor | None = None, d_streams: Sequence[int] | None = None,
+) -> None:  # fmt: skip
+    _check_encoder(x, W_enc, pre_bias, latent_bias, d_streams)
     if isinstance(backend, str) and not 1 <= k <= len(W_enc):  # else there may be latents elsewhere, too
         raise ValueError(f"k must be between 1 and n_latents={len(W_enc)}, got {k}")
-
-
-def _check_among(among: Tensor | None, W_enc: Tensor) -> None:
+    _check_screening(screening)
     if among is None:
         return
     if among.dtype != torch.bool or among.shape != W_enc.shape[:1] or among.device != W_enc.device:

@@ -11,7 +11,7 @@ Inputs narrower than float32 are widened first and sums are float32; float64 sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -409,21 +409,18 @@ def step_rows(rows: Rows, gradients: Gradients, adam: AdamStep) -> None:
     A matrix that is None stays as it is; so does all that would be of it.
     """
     d_streams, copies, last_step = rows.d_streams, rows.copies, rows.last_step
-    lr, betas, eps, step, _ = adam
-    seed = rounding_seed(rows.weights[0], rows.their_moments, adam.seed)
+    adam = adam._replace(seed=rounding_seed(rows.weights[0], rows.their_moments, adam.seed))
     if (W_enc := rows.W_enc) is not None:
-        noise = _noise_of_rows(seed, step, 0, W_enc, slice(None))
         m, v = rows.their_moments[:2]
-        apply_adam(W_enc, gradients.W_enc, m, v, lr, betas, eps, step, noise)
+        apply_adam(W_enc, gradients.W_enc, m, v, *adam[:4], _noise_of_rows(adam, 0, W_enc, slice(None)))
         if copies is not None and copies[0] is not None:
             copies[0].copy_(W_enc)
     if (W_dec := rows.W_dec) is not None:
         moved: slice | Tensor = slice(None)
         if last_step is not None:
             moved = gradients.used.nonzero()[:, 0]
-            last_step[moved] = int(step)
-        of_decoder = rows.their_moments[-2:]
-        _step_decoder(W_dec, gradients.W_dec, of_decoder, moved, d_streams, lr, betas, eps, step, seed)
+            last_step[moved] = int(adam.step)
+        _step_decoder(W_dec, gradients.W_dec, rows.their_moments[-2:], moved, d_streams, adam)
         if copies is not None and copies[1] is not None:
             copies[1][moved] = W_dec[moved].to(copies[1].dtype)
 
@@ -442,28 +439,20 @@ def replay_rows(rows: DecoderRows, latents: Tensor, history: Tensor, seed: int |
     for step in range(int(since.min()) + 1 if len(latents) else len(history), len(history) + 1):
         lr, beta_1, beta_2, eps = history[step - 1].tolist()
         late, none = latents[since < step], torch.zeros_like(W_dec)
-        _step_decoder(W_dec, none, moments, late, d_streams, lr, (beta_1, beta_2), eps, step, seed)
+        _step_decoder(W_dec, none, moments, late, d_streams, AdamStep(lr, (beta_1, beta_2), eps, step, seed))
     last_step[latents] = len(history)
     if copy is not None:
         copy[latents] = W_dec[latents].to(copy.dtype)
 
 
 def _step_decoder(
-    W_dec: Tensor,
-    grad: Tensor,
-    moments: Sequence[Tensor],
-    rows: slice | Tensor,
-    d_streams: Sequence[int],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    step: int | Tensor,
-    seed: int | None,
-) -> None:
+    W_dec: Tensor, grad: Tensor, moments: Sequence[Tensor], rows: slice | Tensor, d_streams: Sequence[int],
+    adam: AdamStep,
+) -> None:  # fmt: skip
     w, m, v = (tensor[rows] for tensor in (W_dec, *moments))
     g = grad[rows].clone()  # somebody else's
     project_gradients(g, w, d_streams)
-    apply_adam(w, g, m, v, lr, betas, eps, step, _noise_of_rows(seed, step, 1, W_dec, rows))
+    apply_adam(w, g, m, v, *adam[:4], _noise_of_rows(adam, 1, W_dec, rows))
     normalize_rows(w, d_streams)
     for tensor, moved in zip((W_dec, *moments), (w, m, v), strict=True):
         tensor[rows] = moved
@@ -568,10 +557,10 @@ def _times(x: Tensor, factor: int) -> Tensor:
     return ((x & 0xFFFF) * factor + (((x >> 16) * factor & 0xFFFF) << 16)) & 0xFFFFFFFF
 
 
-def _noise_of_rows(seed: int | None, step: int | Tensor, matrix: int, W: Tensor, rows: slice | Tensor) -> Tensor | None:
-    if seed is None:
+def _noise_of_rows(adam: AdamStep, matrix: int, W: Tensor, rows: slice | Tensor) -> Tensor | None:
+    if adam.seed is None:
         return None
-    return rounding_noise(seed, step, matrix, torch.arange(len(W), device=W.device)[rows], W.shape[1])
+    return rounding_noise(adam.seed, adam.step, matrix, torch.arange(len(W), device=W.device)[rows], W.shape[1])
 
 
 def project_gradients(grad: Tensor, W_dec: Tensor, d_streams: Sequence[int]) -> None:
@@ -698,7 +687,7 @@ def has_cross(weights: Sequence[float], S: int) -> bool:
 def step_biases(biases: Sequence[Bias], adam: AdamStep) -> None:
     """A step of Adam of each bias in place, by the sum of its gradients, and its copy."""
     for bias, gradients, (mean, square), copy in biases:
-        apply_adam(bias, sum(gradients[1:], gradients[0]), mean, square, adam.lr, adam.betas, adam.eps, adam.step)
+        apply_adam(bias, sum(gradients[1:], gradients[0]), mean, square, *adam[:4])
         if copy is not None:
             copy.copy_(bias)
 
@@ -715,13 +704,14 @@ def finish_step(
     energy: Tensor,
     weights: Sequence[float],
     auxk_coef: float,
+    count: Callable[[Tensor, Tensor, Tensor], None] = count_silence,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """What of a step is left when its rows have moved: `step_biases`, `count_silence` of values and indices, and what
     `loss_summary` returns of nmse and what follows it. `counted`, float64 [], the number of the step where the device
     keeps it, grows by 1 when nothing reads it any more.
     """
     step_biases(biases, adam)
-    count_silence(silence, values, indices)
+    count(silence, values, indices)
     if counted is not None:
         counted.add_(1)
     return loss_summary(nmse, auxk, energy, weights, auxk_coef)

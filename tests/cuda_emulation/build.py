@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests/cuda_emulation"
@@ -82,6 +83,15 @@ def emulated_backend(folder: Path) -> ModuleType:
         del sys.modules[name]
         if compiled is not None:
             sys.modules[name] = compiled
+
+
+def between_interpreted() -> list[pytest.MarkDecorator]:
+    """Marks of a module whose kernels run between those of Triton's interpreter; with a GPU it is skipped."""
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU, Triton is not interpreted: tests/test_cuda_device.py", allow_module_level=True)
+    # infinite and NaN intervals are part of the method; the interpreter computes them with numpy
+    as_numbers = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    return [pytest.mark.interpreter, pytest.mark.skipif(COMPILER is None, reason="no g++"), as_numbers]
 
 
 def planned(cuda: ModuleType, patch: pytest.MonkeyPatch, plan: str, **choices: int) -> None:

@@ -50,16 +50,19 @@ static void narrow(bf16& to, double from) {
     to.bits = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// A contiguous tensor of up to three dimensions and its numbers.
+// A contiguous tensor of one to three dimensions and its numbers.
 template <class T>
 struct Array {
-    int64_t size[3];
+    int64_t ndim, size[3];
     std::vector<T> data;
 
-    Array(int64_t a, int64_t b = 1, int64_t c = 1) : size{a, b, c}, data(a * b * c) {}
+    explicit Array(int64_t a) : ndim(1), size{a, 1, 1}, data(a) {}
+    Array(int64_t a, int64_t b) : ndim(2), size{a, b, 1}, data(a * b) {}
+    Array(int64_t a, int64_t b, int64_t c) : ndim(3), size{a, b, c}, data(a * b * c) {}
 
-    static Array random(int64_t a, int64_t b = 1, int64_t c = 1) {
-        Array array(a, b, c);
+    template <class... Sizes>
+    static Array random(Sizes... sizes) {
+        Array array(sizes...);
         std::normal_distribution<double> normal;
         for (T& value : array.data) narrow(value, normal(generator));
         return array;
@@ -71,7 +74,7 @@ struct Array {
                                  : std::is_same_v<T, int32_t> ? Type::int32
                                  : std::is_same_v<T, int64_t> ? Type::int64
                                                               : Type::boolean;
-    Tensor tensor(int64_t ndim) {
+    operator Tensor() {
         Tensor view;
         view.data = data.data();
         view.ndim = ndim;
@@ -113,27 +116,25 @@ void run_step(const Batch& batch, const Gradients& gradients, int threads) {
     auto W_enc = Array<A>::random(L, D), W_dec = Array<A>::random(L, D);
     std::vector<Array<M>> moments(4, Array<M>(L, D));
     Tensors<4> moment_tensors;
-    for (size_t i = 0; i < 4; ++i) moment_tensors[i] = moments[i].tensor(2);
+    for (size_t i = 0; i < 4; ++i) moment_tensors[i] = moments[i];
     Array<A> grad_bias(S, L), grad_pre_bias(D);
     Array<bf16> copy_enc(L, D), copy_dec(L, D);
     Array<int64_t> last_step(L), every_latent(L);
     std::iota(every_latent.data.begin(), every_latent.data.end(), 0);
     Tensors<2> copies;
-    if (sizeof(A) == sizeof(float)) copies = {copy_enc.tensor(2), copy_dec.tensor(2)};
+    if (sizeof(A) == sizeof(float)) copies = {copy_enc, copy_dec};
     Array<double> history(40, 4);
     for (int64_t i = 0; i < 160; ++i) history.data[i] = std::vector<double>{0.01, 0.5, 0.9, 1e-3}[i % 4];
     const uint64_t seed = UINT64_MAX;
     const AdamStep adam{0.01, 0.5, 0.9, 1e-3, 1, seed};
-    for (const Tensor& lazy : {Tensor{}, last_step.tensor(1)}) {
-        step_rows(W_enc.tensor(2), W_dec.tensor(2), moment_tensors, copies, lazy, gradients, adam, threads);
-        update_rows(
-            grad_bias.tensor(2), grad_pre_bias.tensor(1), W_enc.tensor(2), W_dec.tensor(2), moment_tensors, copies, lazy,
-            batch, adam, threads);
+    for (const Tensor& lazy : {Tensor{}, Tensor(last_step)}) {
+        step_rows(W_enc, W_dec, moment_tensors, copies, lazy, gradients, adam, threads);
+        update_rows(grad_bias, grad_pre_bias, W_enc, W_dec, moment_tensors, copies, lazy, batch, adam, threads);
         note(last_step, W_enc, W_dec, grad_bias, grad_pre_bias);
     }
     replay_rows(
-        W_dec.tensor(2), {moment_tensors[2], moment_tensors[3]}, copies[1], every_latent.tensor(1),
-        last_step.tensor(1), history.tensor(2), batch.d_streams, seed, threads);
+        W_dec, {moment_tensors[2], moment_tensors[3]}, copies[1], every_latent, last_step, history, batch.d_streams,
+        seed, threads);
     note(last_step, W_dec, copy_enc, copy_dec, moments[0], moments[1], moments[2], moments[3]);
 }
 
@@ -146,7 +147,7 @@ void run_operators(Widths d_streams, int64_t N, int64_t L, int64_t k, bool share
     auto pre_bias = Array<A>::random(D), latent_bias = Array<A>::random(S, L), scale = Array<A>::random(N, S);
     auto grad_values = Array<A>::random(N, S, k);
     auto G = Array<T>::random(N, S, D);
-    Array<int32_t> indices(N, shared ? k : S, shared ? 1 : k);
+    auto indices = shared ? Array<int32_t>(N, k) : Array<int32_t>(N, S, k);
     std::vector<int32_t> latents(L);
     std::iota(latents.begin(), latents.end(), 0);
     for (size_t row = 0; row * k < indices.data.size(); ++row) {
@@ -156,17 +157,14 @@ void run_operators(Widths d_streams, int64_t N, int64_t L, int64_t k, bool share
     }
     for (int32_t& latent : indices.data)
         if (std::bernoulli_distribution(empty)(generator)) latent = -1;
-    const Tensor index = indices.tensor(shared ? 2 : 3);
+    const Tensor index = indices;
 
     Array<A> values(N, S, k), back(N, S, k);
     Array<T> grad_x(N, D), recons(N, S, D);
-    support_values(
-        values.tensor(3), x.tensor(2), W_enc.tensor(2), pre_bias.tensor(1), latent_bias.tensor(2), index, d_streams,
-        threads);
-    support_values_grad_x(
-        grad_x.tensor(2), grad_values.tensor(3), values.tensor(3), index, W_enc.tensor(2), d_streams, threads);
-    sparse_decode(recons.tensor(3), values.tensor(3), index, W_dec.tensor(2), pre_bias.tensor(1), threads);
-    sparse_decode_grad_values(back.tensor(3), G.tensor(3), index, W_dec.tensor(2), threads);
+    support_values(values, x, W_enc, pre_bias, latent_bias, index, d_streams, threads);
+    support_values_grad_x(grad_x, grad_values, values, index, W_enc, d_streams, threads);
+    sparse_decode(recons, values, index, W_dec, pre_bias, threads);
+    sparse_decode_grad_values(back, G, index, W_dec, threads);
     note(values, grad_x, recons, back);
 
     std::vector<double> weights(S * S, 0.5);
@@ -179,31 +177,28 @@ void run_operators(Widths d_streams, int64_t N, int64_t L, int64_t k, bool share
         ends.data = sizes;
         if (sizes.empty())
             decode_loss(
-                nmse.tensor(2), grad_recons.tensor(3), loss_back.tensor(3), grad_pre_bias.tensor(1), values.tensor(3),
-                index, W_dec.tensor(2), pre_bias.tensor(1), x.tensor(2), scale.tensor(2), weights, d_streams, threads);
+                nmse, grad_recons, loss_back, grad_pre_bias, values, index, W_dec, pre_bias, x, scale, weights,
+                d_streams, threads);
         else
             nested_decode_loss(
-                nmse.tensor(2), grad_recons.tensor(3), loss_back.tensor(3), grad_pre_bias.tensor(1), values.tensor(3),
-                index, W_dec.tensor(2), pre_bias.tensor(1), x.tensor(2), scale.tensor(2), weights, d_streams,
-                ends.tensor(1), threads);
+                nmse, grad_recons, loss_back, grad_pre_bias, values, index, W_dec, pre_bias, x, scale, weights,
+                d_streams, ends, threads);
         note(nmse, grad_recons, loss_back, grad_pre_bias);
     }
 
     Array<int64_t> offsets(L + 1), entries(indices.data.size()), silence(L);
-    invert_indices(offsets.tensor(1), entries.tensor(1), index, L);
-    count_silence(silence.tensor(1), values.tensor(3), index);
-    const Batch batch{
-        x.tensor(2), pre_bias.tensor(1), values.tensor(3), grad_values.tensor(3), G.tensor(3), offsets.tensor(1),
-        entries.tensor(1), d_streams};
+    invert_indices(offsets, entries, index, L);
+    count_silence(silence, values, index);
+    const Batch batch{x, pre_bias, values, grad_values, G, offsets, entries, d_streams};
     Array<A> grad_W_enc(L, D), grad_W_dec(L, D), grad_bias(S, L);
     Array<double> squares(L);
-    weight_gradients(grad_W_enc.tensor(2), grad_W_dec.tensor(2), grad_bias.tensor(2), batch, threads);
-    gradient_squares(squares.tensor(1), grad_bias.tensor(2), batch, threads);
+    weight_gradients(grad_W_enc, grad_W_dec, grad_bias, batch, threads);
+    gradient_squares(squares, grad_bias, batch, threads);
     note(offsets, entries, silence, grad_W_enc, grad_W_dec, grad_bias, squares);
 
     Array<uint8_t> used(L);
     for (int64_t l = 0; l < L; ++l) used.data[l] = offsets.data[l] < offsets.data[l + 1];
-    const Gradients gradients{grad_W_enc.tensor(2), grad_W_dec.tensor(2), used.tensor(1), d_streams};
+    const Gradients gradients{grad_W_enc, grad_W_dec, used, d_streams};
     run_step<T, A>(batch, gradients, threads);
     if constexpr (sizeof(A) == sizeof(float)) run_step<T, bf16>(batch, gradients, threads);
 }
@@ -233,7 +228,7 @@ void run_topk_rows(int64_t L, int64_t k, int distinct) {
     for (T& score : scores.data) score = generator() % 50 ? T(generator() % distinct) : T(NAN);
     for (int threads : thread_counts) {
         Array<int32_t> indices(N, k);
-        topk_rows(indices.tensor(2), scores.tensor(2), k, threads);
+        topk_rows(indices, scores, k, threads);
         note(indices);
     }
 }
@@ -273,33 +268,30 @@ void run_global_topk(int64_t N, int64_t L, int64_t D, int64_t k, int64_t capacit
     tie(W, bias);
     Array<float> norm(N), residual(N);
     Array<bf16> narrow_x(N, D);
-    measure_rows(norm.tensor(1), residual.tensor(1), narrow ? narrow_x.tensor(2) : Tensor{}, x.tensor(2), threads);
+    measure_rows(norm, residual, narrow ? Tensor(narrow_x) : Tensor{}, x, threads);
     const auto filtered = [&] {
-        auto screen = std::make_unique<Screen>(norm.tensor(1), residual.tensor(1), bias.tensor(1), D, k, capacity, narrow);
+        auto screen = std::make_unique<Screen>(norm, residual, bias, D, k, capacity, narrow);
         for (int64_t first = 0; first < L; first += chunk) {
             const int64_t m = std::min(chunk, L - first);
             Array<E> rows(m, D);
             Array<bf16> narrow_rows(m, D);
             Array<float> row_norm(m), row_residual(m);
             std::copy_n(&W.data[first * D], m * D, rows.data.begin());
-            measure_rows(
-                row_norm.tensor(1), row_residual.tensor(1), narrower ? narrow_rows.tensor(2) : Tensor{}, rows.tensor(2),
-                threads);
+            measure_rows(row_norm, row_residual, narrower ? Tensor(narrow_rows) : Tensor{}, rows, threads);
             auto scores = narrower ? product<Score>(narrow_x, narrow_rows)
                           : narrow ? product<Score>(narrow_x, rows)
                                    : product<Score>(x, rows);
-            screen->filter(scores.tensor(2), first, row_norm.tensor(1), row_residual.tensor(1), threads);
+            screen->filter(scores, first, row_norm, row_residual, threads);
         }
         return screen;
     };
     Array<int32_t> indices(N, k), among(N, k);
     Array<uint8_t> given_up(N), unproven(N);
     Array<float> ends(N, k), best(N, k);
-    filtered()->settle(indices.tensor(2), given_up.tensor(1), x.tensor(2), W.tensor(2), threads);
+    filtered()->settle(indices, given_up, x, W, threads);
     const auto again = filtered();
-    again->best_ends(ends.tensor(2), threads);
-    again->settle_among(
-        among.tensor(2), best.tensor(2), unproven.tensor(1), ends.tensor(2), k, x.tensor(2), W.tensor(2), threads);
+    again->best_ends(ends, threads);
+    again->settle_among(among, best, unproven, ends, k, x, W, threads);
     note(indices, given_up, ends, among, best, unproven);
 }
 
@@ -310,18 +302,18 @@ static void run_ragged(int64_t N, int64_t L, int64_t D, int64_t k, int64_t capac
     auto bias = Array<double>::random(L);
     tie(W, bias);
     Array<float> norm(N), residual(N), row_norm(L), row_residual(L);
-    measure_rows(norm.tensor(1), residual.tensor(1), Tensor{}, x.tensor(2), threads);
-    measure_rows(row_norm.tensor(1), row_residual.tensor(1), Tensor{}, W.tensor(2), threads);
+    measure_rows(norm, residual, Tensor{}, x, threads);
+    measure_rows(row_norm, row_residual, Tensor{}, W, threads);
     for (const Among among : {Among::batch, Among::above}) {
         const float least = among == Among::batch ? -INFINITY : 0.25f;
-        Screen screen(norm.tensor(1), residual.tensor(1), bias.tensor(1), D, k, capacity, false, among, least);
-        screen.filter(product<float>(x, W).tensor(2), 0, row_norm.tensor(1), row_residual.tensor(1), threads);
-        const int64_t width = screen.settle_ragged(x.tensor(2), W.tensor(2), threads);
+        Screen screen(norm, residual, bias, D, k, capacity, false, among, least);
+        screen.filter(product<float>(x, W), 0, row_norm, row_residual, threads);
+        const int64_t width = screen.settle_ragged(x, W, threads);
         if (width < 0) continue;
         Array<int32_t> indices(N, std::max<int64_t>(1, width));
         Array<float> scores(N, indices.size[1]);
-        screen.write(indices.tensor(2));
-        screen.write_scores(scores.tensor(2));
+        screen.write(indices);
+        screen.write_scores(scores);
         note(indices, scores);
     }
 }
@@ -336,8 +328,8 @@ void run_scores(int64_t N, int64_t L, int64_t D, int64_t k, int threads) {
     Array<int32_t> indices(N, k);
     for (int32_t& latent : indices.data) latent = int32_t(generator() % L);
     Array<A> all(N, L), of_support(N, k);
-    exact_scores(all.tensor(2), x.tensor(2), W.tensor(2), bias.tensor(1), threads);
-    support_scores(of_support.tensor(2), x.tensor(2), W.tensor(2), bias.tensor(1), indices.tensor(2), threads);
+    exact_scores(all, x, W, bias, threads);
+    support_scores(of_support, x, W, bias, indices, threads);
     note(all, of_support);
 }
 
@@ -377,8 +369,8 @@ void run_loader(int64_t width, int widening) {
     Array<int64_t> rows(n), found(6);
     for (int64_t& row : rows.data) row = generator() % N;
     for (int threads : thread_counts) {
-        if (widening) gather_rows(batch.tensor(2), window.tensor(2), rows.tensor(1), widening, threads);
-        gather_rows(same.tensor(2), window.tensor(2), rows.tensor(1), as_it_is, threads);
+        if (widening) gather_rows(batch, window, rows, widening, threads);
+        gather_rows(same, window, rows, as_it_is, threads);
     }
     std::FILE* file = std::tmpfile();
     std::fwrite(window.data.data(), sizeof(T), window.data.size(), file);
@@ -387,14 +379,14 @@ void run_loader(int64_t width, int widening) {
     const std::vector<int64_t> begins{7 * bytes, 200 * bytes}, lengths{50 * bytes, 100 * bytes};
     will_need(fileno(file), begins, lengths);
     std::tie(found.data[0], found.data[1], found.data[2]) =
-        read_spans(fileno(file), begins, lengths, read.tensor(2), widening, true);
+        read_spans(fileno(file), begins, lengths, read, widening, true);
     note(batch, same, read);
     // past the end, and of no file
-    found.data[3] = std::get<0>(read_spans(fileno(file), {250 * bytes}, {n * bytes}, read.tensor(2), widening, true));
-    found.data[4] = std::get<1>(read_spans(-1, begins, lengths, read.tensor(2), widening, true)) != 0;
+    found.data[3] = std::get<0>(read_spans(fileno(file), {250 * bytes}, {n * bytes}, read, widening, true));
+    found.data[4] = std::get<1>(read_spans(-1, begins, lengths, read, widening, true)) != 0;
     std::fclose(file);
     narrow(read.data.back(), std::numeric_limits<double>::infinity());
-    found.data[5] = first_not_finite(read.tensor(2), widening);
+    found.data[5] = first_not_finite(read, widening);
     note(found);
 }
 
@@ -455,12 +447,11 @@ static void run_nearness(int64_t Q, int64_t N, int64_t L, int threads) {
         last.data[n] = std::min<int64_t>(N, first.data[n] + generator() % 3);
     }
     count_nearer(
-        own.tensor(1), higher.tensor(1), equal.tensor(1), queries.offsets.tensor(1), queries.latents.tensor(1),
-        queries.values.tensor(1), rows.offsets.tensor(1), rows.latents.tensor(1), rows.values.tensor(1), first.tensor(1),
-        last.tensor(1), L, 0.5, threads);
+        own, higher, equal, queries.offsets, queries.latents, queries.values, rows.offsets, rows.latents, rows.values,
+        first, last, L, 0.5, threads);
     find_nearest(
-        nearest.tensor(2), largest.tensor(2), queries.offsets.tensor(1), queries.latents.tensor(1),
-        queries.values.tensor(1), rows.offsets.tensor(1), rows.latents.tensor(1), rows.values.tensor(1), L, threads);
+        nearest, largest, queries.offsets, queries.latents, queries.values, rows.offsets, rows.latents, rows.values, L,
+        threads);
     note(own, higher, equal, nearest, largest);
 }
 
