@@ -17,7 +17,7 @@ pytestmark = pytest.mark.compilers
 TOY = """
 import sys
 import torch, triton, triton.language as tl
-from sparc_fast.benchmarks import kernel_resources
+from sparc_fast.benchmarks.tools import triton_resources
 
 @triton.jit(do_not_specialize=["N"])
 def _sum_kernel(out, x, bias, stride, N, scale, BLOCK: tl.constexpr, KEPT: tl.constexpr):
@@ -29,7 +29,7 @@ def _sum_kernel(out, x, bias, stride, N, scale, BLOCK: tl.constexpr, KEPT: tl.co
         tile += tl.load(bias + cols)[None, :]
     tl.store(out + rows[:, None] * stride + cols[None, :], tile)
 
-with kernel_resources.noting() as seen:
+with triton_resources.noting() as seen:
     x = torch.empty(64, 1024)
     for kept in (4, 32):
         _sum_kernel[(16,)](x, x, None, x.stride(0), 32, 0.5, BLOCK=1024, KEPT=kept, num_warps=4)
@@ -41,7 +41,7 @@ assert dict(small.signature) == {
 }
 assert small.divisible_by_16 == (0, 1, 3) and narrow.divisible_by_16 == (0, 1)
 assert dict(narrow.constants)["stride"] == 1 and dict(small.options) == {"num_warps": 4}
-fits, spills = kernel_resources.resources([(small, 90), (large, 90)])
+fits, spills = triton_resources.resources([(small, 90), (large, 90)])
 assert fits.fits and fits.registers > 16, fits
 assert not spills.fits and spills.spilled > 0, spills
 print("as expected")
@@ -51,20 +51,21 @@ MACHINE_CODE = """
 import re
 from dataclasses import replace
 import torch
-from sparc_fast.benchmarks import cases, kernel_resources
+from sparc_fast.benchmarks import cases
+from sparc_fast.benchmarks.tools import triton_resources
 from sparc_fast.benchmarks.tools.machine_code import Code
 
 wide = replace(cases.A, d_streams=(8192,))  # rows that go through memory
 seen = set()
 for shape in (cases.A, wide):
     names = ["update_rows", "step_rows", "replay_rows", "topk_rows"]
-    for launch in kernel_resources.launches(shape, torch.float32, names):
+    for launch in triton_resources.launches(shape, torch.float32, names):
         if not launch.name.startswith(("_update", "_replay", "_parts")):
             continue
         compiled = launch.compiled(90)
         seen.add(launch.name)
         if launch.name == "_parts":
-            Code(kernel_resources.disassembled(compiled.asm["cubin"])).loop({r"LDG.*\\.128": 1})
+            Code(triton_resources.disassembled(compiled.asm["cubin"])).loop({r"LDG.*\\.128": 1})
             continue
         ptx = compiled.asm["ptx"]
         # max drops NaN: of roots of sums, and of float32, where every number is a weight's or a gradient's, it may not
@@ -74,9 +75,9 @@ for shape in (cases.A, wide):
         assert not {register for pair in taken for register in pair} & set(roots), launch.name
         assert not re.search(r"(?:max|min)\\.f32", ptx), launch.name
 assert len(seen) == 6, seen
-for launch in kernel_resources.launches(cases.A, torch.bfloat16, ["global_topk"]):
+for launch in triton_resources.launches(cases.A, torch.bfloat16, ["global_topk"]):
     if launch.name == "_filter":
-        way = Code(kernel_resources.disassembled(launch.compiled(90).asm["cubin"])).loop({"LDG": 12})
+        way = Code(triton_resources.disassembled(launch.compiled(90).asm["cubin"])).loop({"LDG": 12})
         read = {name: many for name, many in way.accesses.items() if name.startswith("LDG")}
         assert read == {"LDG 16": 12}, read  # 16 scores, norms and biases a thread, 4 at once
 print("as expected")

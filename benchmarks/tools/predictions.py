@@ -24,9 +24,9 @@ import torch
 from sparc_fast.ops.gpu_scratch import ROWS
 from sparc_fast.planning.roofline import Cost, Roofline
 
-from .. import cases, kernel_resources
+from .. import cases
 from ..cases import CALLS, Operands, Shape, namespace
-from . import cuda_resources, step_launches
+from . import cuda_resources, step_launches, triton_resources
 from .machine_code import Code, Needs, Way
 
 ISSUED = 132 * 4 * 1.755e9 * 0.7
@@ -387,8 +387,8 @@ STAGED = tuple(
 
 def compiled_triton(shape: Shape) -> dict[str, Compiled]:
     """Every kernel of a step that has a hot path, for sm_90 and weights and inputs in bfloat16."""
-    operators = kernel_resources.operators()
-    with kernel_resources.noting() as seen:
+    operators = triton_resources.operators()
+    with triton_resources.noting() as seen:
         o = Operands(shape, torch.bfloat16, torch.device("cpu"))
         for name in ("global_topk", "support_values", "decode_loss", "update_rows"):
             CALLS[name](namespace(**operators), o)()
@@ -397,8 +397,8 @@ def compiled_triton(shape: Shape) -> dict[str, Compiled]:
         if launch.name not in {path.kernel for path in TRITON}:
             continue
         made = launch.compiled(90)
-        registers, _ = kernel_resources.resource_usage(made.asm["cubin"])
-        code = Code(kernel_resources.disassembled(made.asm["cubin"]))
+        registers, _ = triton_resources.resource_usage(made.asm["cubin"])
+        code = Code(triton_resources.disassembled(made.asm["cubin"]))
         threads = 32 * dict(launch.options).get("num_warps", 4)
         constants = dict(launch.constants)
         found[launch.name] = Compiled(code, registers, made.metadata.shared, threads, programs, constants)
