@@ -168,7 +168,9 @@ def stack(parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
     width = max(part.shape[-1] for part in parts)
     nothing = 0 if parts[0].is_floating_point() else -1
-    return torch.cat([pad(part, (0, width - part.shape[-1]), value=nothing) for part in parts])
+    fills = [width - part.shape[-1] for part in parts]
+    # pad copies what has nothing to be filled up too
+    return torch.cat([pad(x, (0, fill), value=nothing) if fill else x for x, fill in zip(parts, fills, strict=True)])
 
 
 def columns_of(weights: Tensor, streams: Sequence[str], d_streams: Mapping[str, int]) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 from accuracy import check_accuracy, compare
 from operands import DTYPES, OPERATORS, SUPPORTS, Operands, fitting, operands, operators_of, run
 from torch import Tensor
+from torch.profiler import profile
 
+from sparc_fast.batch import stack
 from sparc_fast.ops import functional
 
 # which slots of a support of 6 are empty
@@ -140,3 +142,13 @@ def test_a_sample_of_empty_slots_alone_is_reconstructed_as_the_pre_bias(backend:
     indices = torch.full((1, 2), -1)
     recons = functional.sparse_decode(torch.zeros(1, 1, 2), indices, W_dec, torch.tensor([4.0, 6.0]), backend=backend)
     assert recons.tolist() == [[[4.0, 6.0]]]
+
+
+def test_supports_of_one_width_are_copied_once_to_be_stacked_and_narrower_ones_filled_up() -> None:
+    two, one = torch.tensor([[3, 5]]), torch.tensor([[4], [6]])
+    assert stack([two, one]).tolist() == [[3, 5], [4, -1], [6, -1]]
+    assert stack([two.float(), one.float()]).tolist() == [[3, 5], [4, 0], [6, 0]]
+    large = torch.ones(1000, 250)  # a megabyte
+    with profile(profile_memory=True) as taken:
+        stacked = stack([large, large])
+    assert sum(max(0, event.self_cpu_memory_usage) for event in taken.events()) == stacked.nbytes
