@@ -244,7 +244,8 @@ class Exchange:
     def with_others(self) -> Iterator[None]:
         """ConnectionError names the ranks that are gone, where what is done with all of them here fails."""
         try:
-            yield
+            with self._watch.waiting():
+                yield
         except (RuntimeError, OSError) as error:
             ranks = dist.get_process_group_ranks(self.group)
             if not (gone := [rank for rank in self._watch.lost() if rank in ranks]):

@@ -8,12 +8,14 @@ cable closes no connection: whoever it leaves waiting ends when it was silent fo
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import sys
 import threading
 import time
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -36,6 +38,8 @@ class Watch:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.group = weakref.ref(dist.group.WORLD)
         self._ended = threading.Event()
+        self._waits: list[float] = []
+        """When each began of what is done with other ranks now."""
         if self.ranks == 1:
             return
         self._place = _place()
@@ -44,6 +48,15 @@ class Watch:
         thread = threading.Thread(target=self._run, name="sparc_fast ranks", daemon=True)
         thread.start()
         atexit.register(self._end, thread)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What is done here needs other ranks."""
+        self._waits.append(began := time.monotonic())
+        try:
+            yield
+        finally:
+            self._waits.remove(began)
 
     def lost(self) -> list[int]:
         """The ranks that are gone, as the first that looked has found."""
@@ -82,8 +95,9 @@ class Watch:
             while not self._ended.wait(BEAT):
                 self._beat()
                 self._end_without(self._silent(heard))
-        except RuntimeError:  # the store is gone: an exchange fails, or nobody exchanges any more
+        except RuntimeError:  # the store is gone, and rank 0, which kept it
             self._ended.set()
+            self._end_in_vain()
 
     def _silent(self, heard: dict[int, tuple[int, float]]) -> list[int]:
         """Ranks that were not heard of for long and did not end; `heard` is when their counts last changed."""
@@ -93,6 +107,14 @@ class Watch:
                 heard[rank] = new, now
         late = [rank for rank, (_, at) in heard.items() if now - at > GONE]
         return [rank for rank in late if not self._store.check([f"{ENDED}/{rank}"])]
+
+    def _end_in_vain(self) -> None:
+        """Once nobody tells any more who is there, an exchange that takes long waits for the lost."""
+        since = time.monotonic()
+        while self.group() is dist.group.WORLD:
+            time.sleep(BEAT)
+            if time.monotonic() - max(since, min(list(self._waits), default=math.inf)) > GONE:
+                self._end_without([0])
 
     def _end_without(self, gone: list[int]) -> None:
         """The thread that waits for them is in a library that nothing interrupts."""
