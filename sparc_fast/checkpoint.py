@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparc_fast.files import atomic_path
+from sparc_fast.files import as_path, atomic_path
 
 __all__ = ["FORMAT", "load", "load_tensors", "save", "save_in_parts", "tensors_of", "under"]
 
@@ -92,9 +92,10 @@ def load(path: str | Path, form: str = FORMAT) -> tuple[dict[str, Tensor], dict[
 
     expected = f"path must be {'a model' if form == FORMAT else 'codes'} saved by sparc_fast"
 
-    if Path(path).is_dir():
+    path = as_path(path, "path")
+    if path.is_dir():
         raise FileNotFoundError(f"{expected}, but {path} is a folder{LOAD_MODEL if form == FORMAT else ''}")
-    if not Path(path).is_file():
+    if not path.is_file():
         raise FileNotFoundError(f"{expected}, but there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from sparc_fast import checkpoint
 from sparc_fast.batch import position, stack
-from sparc_fast.sizes import is_integer
+from sparc_fast.sizes import is_integer, is_number
 
 FORMAT = "sparc_fast.SparseLatents/1"
 SHOWN = 5  # samples, and latents of each, in a notebook
@@ -78,7 +78,7 @@ class SparseLatents:
 
         Where it is in no slot of a sample, the sample gets one slot more.
         """
-        here = self._at(latent)
+        here, value = self._at(latent), _number(value, "value")
         indices, values = self.indices, self.values
         if value != 0 and not bool(here.any(-1).all()):
             lacking = torch.where(here.any(-1, keepdim=True), -1, latent).to(indices.dtype)
@@ -89,6 +89,7 @@ class SparseLatents:
 
     def scale(self, latent: int, factor: float, stream: str | None = None) -> SparseLatents:
         """The same codes with a latent's values times a factor, of one stream or of all."""
+        factor = _number(factor, "factor")
         return self._change(latent, stream, lambda old: old * factor)
 
     def _at(self, latent: int) -> Tensor:
@@ -185,3 +186,10 @@ def _strongest(values: Tensor, indices: Tensor) -> str:
     top = values.topk(min(SHOWN, len(values)))
     latents = indices[top.indices].tolist()
     return ", ".join(f"{l}: {value:.3g}" for l, value in zip(latents, top.values.tolist(), strict=True) if value != 0)
+
+
+def _number(value: Any, name: str) -> float:
+    found = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not is_number(found):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(found)

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Closing", "as_png", "atomic_path", "check_folder", "flush", "read_object", "sha256_of", "write_text"]
+__all__ = [
+    "Closing", "as_path", "as_png", "atomic_path", "check_folder", "flush", "read_object", "sha256_of", "write_text",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -33,6 +35,14 @@ class Closing:
         self.close()
 
 
+def as_path(path: str | os.PathLike[str], name: str) -> Path:
+    """ValueError names the argument."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise ValueError(f"{name} must be a path, got {path!r}") from None
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`; it replaces `path` when the block ends well, and vanishes when it does not.
@@ -40,7 +50,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written; whatever `path` held is untouched.
     """
-    path = Path(path).resolve()
+    path = as_path(path, "path").resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         if path.is_dir():

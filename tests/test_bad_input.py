@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 import sparc_fast as sf
 from sparc_fast.ops import functional as F
-from sparc_fast.training import Config, Trainer
+from sparc_fast.training import Config, Trainer, load_model, read_config
 
 WIDTHS = {"dino": 4, "text": 3}
 SAMPLES = {name: torch.ones(4, width) for name, width in WIDTHS.items()}
@@ -242,7 +243,7 @@ NONSENSE = ["a", -1, 1.5, None, [1], (), {}, float("nan")]
         (lambda **given: sf.data.open(**{"sources": SAMPLES, **given}),
          ["sources", "split", "ids", "join", "repeated"]),
         (lambda **given: Trainer(**{"config": CONFIG, "folder": "never made", "files": sf.data.open(SAMPLES), **given}),
-         ["config", "model", "files", "validation_files"]),
+         ["config", "model", "files", "validation_files", "sinks"]),
         (lambda **given: sf.SPARC(WIDTHS, 9, 2).calibrate(**{"inputs": SAMPLES, **given}),
          ["inputs", "whiten", "streams"]),
         (lambda **given: sf.SPARC(WIDTHS, 9, 2).with_stream(**{"name": "new", "width": 4, **given}),
@@ -263,6 +264,23 @@ def test_whatever_an_argument_is_the_error_is_one_that_says_what_it_must_be(
                 said.append(str(error))
         assert said, f"{name} may be anything"
         assert all(" must " in words for words in said), said
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (sf.SPARC.load, "path"),
+        (sf.SPARC(WIDTHS, 9, 2).save, "path"),
+        (sf.SparseLatents.load, "path"),
+        (load_model, "path"),
+        (read_config, "path"),
+        (lambda folder: Trainer(CONFIG, folder, files=sf.data.open(SAMPLES)), "folder"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", [None, 3, ["a"]])
+def test_what_is_no_path_is_said_to_be_none(call: Callable[..., object], name: str, path: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be a path, got {path!r}")):
+        call(path)
 
 
 def test_steps_that_would_not_be_what_they_say() -> None:

@@ -252,6 +252,10 @@ def test_a_latent_that_is_set_or_scaled_in_a_stream_changes_there_alone(selectio
     assert torch.allclose(moved, direction, atol=1e-5)
     with pytest.raises(ValueError, match=r"latent must be in 0 \.\.\. 47, got 48"):
         codes.set(48, 1.0)
+    for steer, name in ((codes.set, "value"), (codes.scale, "factor")):
+        assert torch.equal(steer(latent, torch.tensor(2.5)).values, steer(latent, 2.5).values)
+        with pytest.raises(ValueError, match=f"{name} must be a number, got 'a'"):
+            steer(latent, "a")
 
 
 def test_codes_print_in_one_line_and_show_their_strongest_latents_in_a_notebook() -> None:

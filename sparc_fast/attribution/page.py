@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparc_fast.explain.write import render
-from sparc_fast.files import as_png, atomic_path, check_folder
+from sparc_fast.files import as_path, as_png, atomic_path, check_folder
 
 from .texts import WordScores
 
@@ -52,7 +52,7 @@ def write_heatmaps(samples: Sequence[Looked], folder: str | os.PathLike[str], *,
     Raises:
         OSError: the folder cannot be written.
     """
-    folder = Path(folder).resolve()
+    folder = as_path(folder, "folder").resolve()
     check_folder(folder / FOLDER, "folder")
     for old in (folder / FOLDER).glob("*.png"):
         old.unlink()

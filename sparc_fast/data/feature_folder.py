@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeGuard, get_args
 import numpy as np
 import numpy.typing as npt
 
-from sparc_fast.files import atomic_path, write_text
+from sparc_fast.files import as_path, atomic_path, write_text
 
 from . import npy
 from .readers import Reader, closed_on_failure, require
@@ -43,7 +43,7 @@ class FeatureFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).resolve()
+        self.path = as_path(path, "path").resolve()
         file = self.path / MANIFEST
         if not file.is_file():
             raise FileNotFoundError(f"a folder of features must hold a {MANIFEST}, but there is none in {path}")

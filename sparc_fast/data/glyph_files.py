@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparc_fast.files import as_png, atomic_path, write_text
+from sparc_fast.files import as_path, as_png, atomic_path, write_text
 
 from .feature_folder import write_items, write_manifest
 from .glyphs import EM, FACES, FEATURES, SIDE, Glyphs, Pictures, draw, glyphs
@@ -61,7 +61,7 @@ def write_glyphs(
         raise ValueError(f"rows must be 1 or more, got {rows}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be 1 or more, got {threads}")
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     with _one_thread_a_product():
         base = glyphs(faces=faces, seed=seed)
         for face in faces:

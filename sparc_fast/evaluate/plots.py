@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sparc_fast.files import atomic_path, check_folder
+from sparc_fast.files import as_path, atomic_path, check_folder
 
 from .evaluation import Evaluation
 from .table import Evaluated
@@ -46,7 +46,7 @@ def write_plots(
         ImportError: matplotlib is not installed.
         OSError: the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     check_plots(folder)
     firsts = {name: one if isinstance(one, Evaluation) else one[0] for name, one in evaluations.items()}
     paths = []

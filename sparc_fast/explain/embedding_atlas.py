@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sparc_fast.data.readers import require
-from sparc_fast.files import atomic_path
+from sparc_fast.files import as_path, atomic_path
 
 from .contents import Report
 from .relations import energy, strongest
@@ -27,7 +27,7 @@ def write_atlas(report: Report, path: str | Path) -> None:
         ImportError: pyarrow is missing.
         OSError: the file cannot be written.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     pyarrow, parquet = require("pyarrow", path), require("pyarrow.parquet", path)
     items = report.items
     taken = {"id": list(map(str, items.ids))}

@@ -12,7 +12,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparc_fast.files import atomic_path
+from sparc_fast.files import as_path, atomic_path
 from sparc_fast.sizes import counted
 
 from .contents import Report
@@ -43,7 +43,7 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> Path:
     from .headline import render_headline
     from .shards import Shards
 
-    folder, shards = Path(folder).resolve(), Shards(report)
+    folder, shards = as_path(folder, "folder").resolve(), Shards(report)
     temporary = folder / f".{PIECES}{os.getpid()}-{secrets.token_hex(4)}"
     try:
         temporary.mkdir(parents=True)

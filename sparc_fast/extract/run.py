@@ -30,7 +30,7 @@ from sparc_fast.data.feature_folder import (
     write_manifest,
 )
 from sparc_fast.data.readers import require
-from sparc_fast.files import atomic_path, check_folder, write_text
+from sparc_fast.files import as_path, atomic_path, check_folder, write_text
 from sparc_fast.sizes import counted
 from sparc_fast.training.run_folder import lock
 from sparc_fast.training.trainer import device_of
@@ -102,7 +102,7 @@ def extract(
         FileNotFoundError: a source or model is missing.
         ImportError: a library is missing.
     """
-    began, out = time.perf_counter(), Path(out)
+    began, out = time.perf_counter(), as_path(out, "out")
     say, progress = say or (lambda _: None), progress or (lambda _done, _total: None)
     require("pyarrow.parquet", out / ITEMS)  # known before the work, not after it
     check_folder(out, "out")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast.files import read_object
+from sparc_fast.files import as_path, read_object
 from sparc_fast.model import SPARC
 
 from .weights import LIKELY_K, known_threshold, load_tensors, model_of
@@ -59,7 +59,7 @@ def from_crosscoder(
         FileNotFoundError: there is no such file.
         ValueError: it is truncated or foreign, or a model here cannot be that crosscoder exactly; the message says why.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     tensors = _read(path)
     settings = _settings(path, config)
     normalization = _check(tensors, settings, path)

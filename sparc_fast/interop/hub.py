@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from sparc_fast.checkpoint import FORMAT
-from sparc_fast.files import write_text
+from sparc_fast.files import as_path, write_text
 from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.version import __version__
 
@@ -126,7 +126,7 @@ def save_pretrained(model: Model, folder: str | Path, card: Card | None = None, 
         FileNotFoundError: the card's picture is not there.
         OSError: the folder cannot be written.
     """
-    folder, card = Path(folder), card or Card()
+    folder, card = as_path(folder, "folder"), card or Card()
     if card.picture is not None and not Path(card.picture).is_file():
         raise FileNotFoundError(f"picture must be a file, but there is none at {card.picture}")
     texts = {

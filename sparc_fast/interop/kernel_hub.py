@@ -13,7 +13,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from sparc_fast.files import write_text
+from sparc_fast.files import as_path, write_text
 from sparc_fast.version import __version__
 
 __all__ = ["write_kernel"]
@@ -196,7 +196,7 @@ def write_kernel(folder: str | Path) -> str:
     Returns:
         the id under which it is loaded, for CUDA: another one whenever a line of it is another.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder must be new or an empty one, got {folder}")
     sources = _sources()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast.files import atomic_path, read_object, write_text
+from sparc_fast.files import as_path, atomic_path, read_object, write_text
 from sparc_fast.model import SPARC
 from sparc_fast.selection import BY_THRESHOLD
 
@@ -92,7 +92,7 @@ def from_upstream(path: str | Path, config: str | Path | Mapping[str, Any] | Non
         FileNotFoundError: there is no such checkpoint or configuration.
         ValueError: the file is not a checkpoint of the research code, or the configuration does not fit it.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     tensors = load_tensors(path, "path must be a state_dict of the research code")
     settings = read_config(path.with_name(RUN_CONFIG) if config is None else config)
     d_streams, n_latents = _check_tensors(tensors, path)
@@ -129,7 +129,7 @@ def to_upstream(model: SPARC, path: str | Path, *, batch_size: int = 256, fold_c
         ValueError: the model is calibrated and `fold_calibration` is not set, or a stream's name cannot be a key
             there, or another model's ``run_config.json`` lies beside `path`.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if model.is_calibrated and not fold_calibration:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc_fast.files import atomic_path, read_object, write_text
+from sparc_fast.files import as_path, atomic_path, read_object, write_text
 from sparc_fast.model import SPARC
 from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.version import __version__
@@ -184,7 +184,7 @@ def to_saelens(
     }
     text = json.dumps(config, indent=2)
     tensors = {"W_enc": W_enc.T, "W_dec": W_dec, "b_enc": latent_bias, "b_dec": pre_bias, **chosen_by}
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     with atomic_path(folder / WEIGHTS) as temporary:
         save_file(
             {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, temporary
@@ -209,7 +209,7 @@ def from_saelens(folder: str | Path, stream: str = "activations") -> SPARC:
         FileNotFoundError: one of the files is missing.
         ValueError: they are truncated or foreign, or hold a SAE that our model cannot be exactly; the message says why.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     config = read_object(folder / CONFIG, "folder's configuration")
     architecture = str(config.get("architecture"))
     normalization = str(config.get("normalize_activations", "none"))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparc_fast import checkpoint, distributed
 from sparc_fast.checkpoint import under
-from sparc_fast.files import atomic_path
+from sparc_fast.files import as_path, atomic_path
 from sparc_fast.model import SPARC
 from sparc_fast.whole import WHOLE, Whole
 
@@ -130,7 +130,7 @@ def load_model(path: str | Path, *, device: torch.device | str | None = None, ba
         FileNotFoundError: there is no such file.
         ValueError: the file is no checkpoint, nor a model, or damaged.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     if path.is_dir() and not distributed.is_checkpoint(path):
         path = path / "model.safetensors"
     try:

@@ -19,6 +19,7 @@ from sparc_fast.data import AlignedFiles, FeatureFolder
 from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.ids import SUFFIXES as IDS_SUFFIXES
 from sparc_fast.data.shards import is_list_of_files
+from sparc_fast.files import as_path
 from sparc_fast.objective import nested_sizes
 from sparc_fast.selection import LOCAL, RULES
 from sparc_fast.selection.jumprelu import BANDWIDTH, SPARSITY_COEF
@@ -541,7 +542,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         ValueError: it is not what its suffix says.
         ImportError: the library that reads it is missing.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     settings = read_table(path, "config")
     for f in fields(Config) if path.suffix in (".yaml", ".yml") else ():
         if f.metadata["kind"].parse is float and isinstance(value := settings.get(f.name), str):

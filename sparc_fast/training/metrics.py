@@ -9,12 +9,12 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from sparc_fast.files import atomic_path
+from sparc_fast.files import as_path, atomic_path
 from sparc_fast.objective import SparcLoss
 
 Record = dict[str, Any]
@@ -113,7 +113,7 @@ class MetricsFile:
 
 def read_metrics(path: str | Path) -> list[Record]:
     """The records of a run, whose folder or metrics.jsonl this is; none where it has not yet written any."""
-    path = Path(path)
+    path = as_path(path, "path")
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"path must be a run's folder or its metrics.jsonl, but there is nothing at {path}")
@@ -133,6 +133,7 @@ def _whole_lines(path: Path) -> list[bytes]:
     return [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")] if path.exists() else []
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Anything that takes records."""
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast import distributed
-from sparc_fast.files import atomic_path
+from sparc_fast.files import as_path, atomic_path
 from sparc_fast.version import __version__
 from sparc_fast.whole import WHOLE, Whole
 
@@ -33,7 +33,7 @@ class RunFolder:
     """config.json, metrics.jsonl, sessions.jsonl, checkpoints/, and in the end model.safetensors."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).resolve()
+        self.path = as_path(path, "folder").resolve()
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.sessions = self.path / "sessions.jsonl"

@@ -89,6 +89,8 @@ class Trainer(Closing):
             raise ValueError(f"config must be a Config, such as read_config gives, got {type(config).__name__}")
         if not isinstance(model, SPARC | None):
             raise ValueError(f"model must be a SPARC, got {type(model).__name__}")
+        if not isinstance(sinks, Sequence) or not all(isinstance(sink, Sink) for sink in sinks):
+            raise ValueError(f"sinks must be a list of objects that have record and close, got {sinks!r}")
         for name, some in (("files", files), ("validation_files", validation_files)):
             if not isinstance(some, AlignedFiles | None):
                 raise ValueError(f"{name} must be what sparc_fast.data.open gave, got {type(some).__name__}")
