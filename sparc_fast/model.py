@@ -841,6 +841,17 @@ class SPARC(nn.Module):
         return (recons * self._scales()[t] + self.input_mean[self._columns()[t]]).to(recons.dtype)
 
 
+@contextmanager
+def evaluating(model: SPARC) -> Iterator[None]:
+    """Eval mode here, and afterwards what there was before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def _is_replicated() -> bool:
     """Whether this is the forward pass of a DistributedDataParallel."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():

@@ -20,7 +20,7 @@ from sparc_fast.codes import FORMAT, SparseLatents
 from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import present_of
 from sparc_fast.files import sha256_of
-from sparc_fast.model import SPARC
+from sparc_fast.model import SPARC, evaluating
 from sparc_fast.selection import BY_THRESHOLD, LOCAL
 from sparc_fast.sizes import as_bytes, counted
 from sparc_fast.training.trainer import device_of
@@ -116,10 +116,8 @@ def encode_files(
     own_support = alone or model.selection in LOCAL
     config = {"streams": list(streams), "n_latents": model.n_latents, **(about or {})}
     read_together, encoded_together = _rows_at_once(model, files, memory)
-    was_training = model.training
-    model.eval()
     absent = torch.zeros(S, dtype=torch.int64, device="cpu")
-    try:
+    with evaluating(model):
         if model.selection in BY_THRESHOLD:  # how many latents the sample of most has is not known beforehand
             blocks = _blocks(files, streams, zero_rows, read_together, encoded_together)
             k = max((encode(model, x, present).values.shape[-1] for x, present in blocks), default=k)
@@ -149,8 +147,6 @@ def encode_files(
                     if present is not None:
                         recons[~present[:, s]] = 0
                     write_decoded(source, recons)
-    finally:
-        model.train(was_training)
     return dict(zip(streams, absent.tolist(), strict=True))
 
 

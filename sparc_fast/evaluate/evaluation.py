@@ -229,7 +229,7 @@ def evaluate(
     Raises:
         ValueError: names the argument, what was expected and what came.
     """
-    from sparc_fast.model import SPARC
+    from sparc_fast.model import SPARC, evaluating
 
     if not isinstance(model, SPARC):
         raise ValueError(f"model must be a SPARC, got {type(model).__name__}")
@@ -249,9 +249,7 @@ def evaluate(
         raise ValueError(f"train_labels must be given for {', '.join(both)}, got None")
     computed = [metric for metric in chosen if all(there.get(need, True) for need in metric.needs)]
     run = Run(model._shards.together(model), computed, batch_size, zero_rows, memory, resamples)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         given = run.given(inputs, labels, groups, say or partial(print, file=sys.stderr))
         given.hierarchy = hierarchy
         if train is not None and any("train" in metric.needs for metric in computed):
@@ -262,8 +260,6 @@ def evaluate(
         for metric in computed if given.resampling is not None and given.n_samples else ():
             if metric.resample is not None and results[metric.key] is not None:
                 resampled.update(metric.resample(seen[metric.key], results[metric.key]))
-    finally:
-        model.train(was_training)
     return Evaluation(
         tuple(model.streams), given.n_samples, model.n_latents, chosen, results, given.single, resampled,
         "samples" if given.groups is None else "groups",

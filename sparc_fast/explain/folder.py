@@ -17,7 +17,7 @@ from sparc_fast import data
 from sparc_fast.batch import stack
 from sparc_fast.data.feature_folder import KNOWN, FeatureFolder, Split
 from sparc_fast.evaluate import Carried, Codes, Evaluation, comparison, evaluate, top_samples, words_as_concepts
-from sparc_fast.model import SPARC
+from sparc_fast.model import SPARC, evaluating
 from sparc_fast.version import __version__
 
 from .contents import Items, ModelReport, Report, Stream
@@ -257,22 +257,18 @@ def _evaluated(
 @torch.no_grad()
 def codes_of(model: SPARC, folder: FeatureFolder, streams: Sequence[str], split: Split) -> Codes:
     """Of each stream encoded alone, (values [N, k], indices [N, k]) on the CPU; wider where a sample has tokens."""
-    device, was_training = model.W_enc.device, model.training
-    model.eval()
     codes = {}
-    try:
+    with evaluating(model):
         for stream in streams:
             T, parts = folder.tokens(stream), []
             with data.open({stream: (folder.path, stream)}, split=split) as files:
                 step = max(1, ROWS // T) * T
                 for start in range(0, files.n_rows, step):
-                    rows = files.rows(start, min(start + step, files.n_rows)).to(device)
+                    rows = files.rows(start, min(start + step, files.n_rows)).to(model.W_enc.device)
                     values, indices = model.encode({stream: rows}).stream(stream)
                     code = values.float(), indices
                     parts.append([x.cpu() for x in (code if T == 1 else _pooled(*code, T, model.n_latents))])
             codes[stream] = stack([values for values, _ in parts]), stack([indices for _, indices in parts])
-    finally:
-        model.train(was_training)
     return codes
 
 

@@ -15,7 +15,7 @@ from sparc_fast.data.absence import present_of, without_empty_samples
 from sparc_fast.data.readers import Spans
 from sparc_fast.data.shuffle import Rows
 from sparc_fast.data.views import PiecesReader
-from sparc_fast.model import SPARC
+from sparc_fast.model import SPARC, evaluating
 from sparc_fast.selection import LOCAL
 
 BLOCKS = 64  # held-out blocks at most: enough of them to see every region of a sorted file
@@ -34,23 +34,21 @@ def validate(
         are the same with every stream encoded by itself, which is what a model meets that is given one stream. Parts
         over pairs of streams are None where there is one stream.
     """
-    was_training = model.training
-    model.eval()
     S = len(model.streams)
     joint, single, n_pairs = (torch.zeros(S, S, dtype=torch.float64, device="cpu") for _ in range(3))
     n_rows = 0
-    for x, present in _batches(files, batch_size, model.W_enc.device, zero_rows):
-        n = pairs_of(present, len(x), S).double().cpu()
-        n_pairs += n
-        n_rows += len(x)
-        own, has = model._shards.own(x), model._shards.own(present)
-        assert own is not None
-        joint += n * model.loss(own, 1.0, 0.0, present=has).nmse.double().cpu()
-        for s, stream in enumerate(model.streams):
-            alone = None if model.selection in LOCAL else (stream,)
-            nmse = model.loss(own, 1.0, 0.0, support_from=alone, present=has).nmse
-            single[s] += n[s] * nmse[s].double().cpu()
-    model.train(was_training)
+    with evaluating(model):
+        for x, present in _batches(files, batch_size, model.W_enc.device, zero_rows):
+            n = pairs_of(present, len(x), S).double().cpu()
+            n_pairs += n
+            n_rows += len(x)
+            own, has = model._shards.own(x), model._shards.own(present)
+            assert own is not None
+            joint += n * model.loss(own, 1.0, 0.0, present=has).nmse.double().cpu()
+            for s, stream in enumerate(model.streams):
+                alone = None if model.selection in LOCAL else (stream,)
+                nmse = model.loss(own, 1.0, 0.0, support_from=alone, present=has).nmse
+                single[s] += n[s] * nmse[s].double().cpu()
     of_single = _parts("single_", single / n_pairs, cross_loss_coef)
     return {**_parts("", joint / n_pairs, cross_loss_coef), **of_single, "rows": n_rows}
 
