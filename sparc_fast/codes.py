@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +63,8 @@ class SparseLatents:
         )
 
     def _repr_html_(self) -> str:
+        from html import escape
+
         """The strongest latents of the first samples, for a notebook."""
         flat = self.reshape(self.shape.numel())[:SHOWN]
         head = "".join(f"<th>{escape(name)}</th>" for name in self.streams)

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -51,7 +50,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         OSError: the folder cannot be written; whatever `path` held is untouched.
     """
     path = as_path(path, "path").resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
