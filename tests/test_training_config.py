@@ -119,6 +119,12 @@ def test_sources_of_every_shape_survive_json_and_are_made_absolute(tmp_path: Pat
     assert moved.ids["shards"] == [str(tmp_path / "1.txt"), str(tmp_path / "2.txt")]
     assert moved.with_paths_from(Path("/elsewhere")) == moved
     assert Config(**LEAST, ids="id", join="outer").with_paths_from(tmp_path).ids == "id"
+    (tmp_path / "blob").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    for link, target in (("linked.npy", "blob"), ("latest", "folder")):
+        (tmp_path / link).symlink_to(target)
+    linked = Config(**LEAST, data={"a": "linked.npy", "b": "latest"}).with_paths_from(tmp_path)
+    assert linked.data == {"a": str(tmp_path / "linked.npy"), "b": str(tmp_path / "folder")}, "a file as it is named"
     tables = {"a": {"path": "a.h5", "name": "rows"}, "b": {"path": ["1.npy", "2.npy"]}}
     assert Config(**LEAST, data=tables).data == {"a": ("a.h5", "rows"), "b": ["1.npy", "2.npy"]}  # type: ignore[arg-type]
 
@@ -202,6 +208,9 @@ def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> Non
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
             read_config(tmp_path / name)
+    (tmp_path / "latin.toml").write_bytes('name = "é"'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config must be TOML, but .*latin\.toml is not: 'utf-8' codec"):
+        read_config(tmp_path / "latin.toml")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         read_settings(tmp_path / "nothing.toml")
 

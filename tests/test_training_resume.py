@@ -56,6 +56,28 @@ def test_a_signal_ends_a_run_after_a_checkpoint_and_it_goes_on(
     assert ended == [number.name, "finished"]
 
 
+class Impatient(Said):
+    """A display whose user stops the run when it begins."""
+
+    def start(self, *_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_before_the_first_step_of_a_session_loses_nothing(whole: Path, tmp_path: Path) -> None:
+    for at_step, words in ((0, "before the first step; the same command begins again"), (7, "after step 7; the same")):
+        display = Impatient()
+        with Trainer(config(), tmp_path / "stopped", files=files(), progress=display) as trainer:
+            outcome = trainer.run()
+            assert (outcome.step, outcome.stopped_by) == (at_step, signal.SIGTERM)
+            assert any(words in line for line in display.words)
+        if at_step == 0:
+            sinks = [signals(signal.SIGINT, 7)]
+            with Trainer(config(), tmp_path / "stopped", files=files(), sinks=sinks) as trainer:
+                trainer.run()
+    trained(tmp_path / "stopped")
+    assert_same_results(tmp_path / "stopped", whole)
+
+
 def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
     sinks = [signals(signal.SIGINT, 7, times=2)]
     with Trainer(config(), tmp_path, files=files(), sinks=sinks) as trainer, pytest.raises(KeyboardInterrupt):

@@ -219,7 +219,7 @@ def with_absolute_paths(sources: Any, folder: Path) -> Any:
 def absolute(source: Any, folder: Path) -> Any:
     """A source whose paths do not depend on the working folder."""
     if isinstance(source, str | Path):
-        return str(source) if "://" in str(source) else str((folder / source).resolve())
+        return str(source) if "://" in str(source) else str(_resolved(folder / source))
     if isinstance(source, Mapping) and "path" in source:
         return {**source, "path": absolute(source["path"], folder)}
     if is_list_of_files(source, IDS_SUFFIXES):
@@ -227,6 +227,12 @@ def absolute(source: Any, folder: Path) -> Any:
     if isinstance(source, list | tuple) and source:
         return (absolute(source[0], folder), *source[1:])
     return source
+
+
+def _resolved(path: Path) -> Path:
+    """Links followed, but for one to a file whose name says another format, or none, as in caches of the Hub."""
+    target = path.resolve()
+    return target if target.suffix == path.suffix or target.is_dir() else path.parent.resolve() / path.name
 
 
 flag = _checked("true or false", bool, lambda _: True, bool)
@@ -591,15 +597,15 @@ def read_table(path: Path, what: str) -> dict[str, Any]:
 
 
 def _parsed(path: Path, what: str) -> Any:
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":
             library = "tomllib" if find_spec("tomllib") else "tomli"  # before Python 3.11
             return _library(library, "tomli", path).loads(text)
         if path.suffix == ".json":
             return json.loads(text)
         return _library("yaml", "PyYAML", path).safe_load(text)
-    except ImportError:
+    except (ImportError, OSError):
         raise
     except Exception as error:  # every library has its own
         raise ValueError(f"{what} must be {path.suffix[1:].upper()}, but {path} is not: {error}") from error

@@ -186,14 +186,16 @@ class Trainer(Closing):
         progress.start(self.step, self.steps, config.batch_size)
         self.model.train()
         self.model.check_finite = device.type == "cpu"  # the loader has looked; a GPU would wait
-        batches = self._batches()
+        self._loader_state, batches = self.loader.state_dict(), self._batches()
         while self.step < self.steps and stop.signal is None:
             self._train_on(next(batches), stop)
             progress.advance(self.step)
             self._after_step(stop)
         if stop.signal is not None and self.step < self.steps:
             self.loader.load_state_dict(self._loader_state)  # ranks were sent what comes next
-            progress.say(f"stopped by {stop.signal.name} after step {self.step:,}; the same command goes on from there")
+            where = f"after step {self.step:,}; the same command goes on from there"
+            where = where if self.step else "before the first step; the same command begins again"
+            progress.say(f"stopped by {stop.signal.name} {where}")
             return
         self.model.k, self.model.check_finite = config.k, True
         self.model.eval()
