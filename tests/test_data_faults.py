@@ -148,6 +148,9 @@ def test_what_torch_save_cannot_give_safely_says_what_to_do(tmp_path: Path) -> N
     torch.save(rows, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match=r"is in the format from before torch 1\.6: load it with torch\.load"):
         data.open({"a": tmp_path / "old.pt"})
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(ValueError, match=r"empty\.pt must hold tensors only, .* but it is truncated or foreign"):
+        data.open({"a": tmp_path / "empty.pt"})
     for tensor, message in ((rows.to_sparse(), "must be dense"), (rows > 0, r"got torch\.bool")):
         with pytest.raises(ValueError, match=message):
             data.open({"a": tensor})
@@ -216,6 +219,31 @@ def test_a_single_row_group_asks_for_no_more_than_all_rows_take(tmp_path: Path) 
     least = int(str(error.value).split()[5])
     needs = budget.Needs.of(files.readers.values(), 64, torch.float32, 4)
     assert least == 20_000 * (needs.row + needs.order) + needs.fixed
+
+
+def test_a_parquet_file_may_begin_with_an_empty_row_group(tmp_path: Path) -> None:
+    rows = torch.randn(50, 3)
+    filled = pa.table({"x": pa.array(rows.tolist(), pa.list_(pa.float32()))})
+    with pq.ParquetWriter(tmp_path / "a.parquet", filled.schema) as writer:
+        for table in (filled[:0], filled):
+            writer.write_table(table)
+    with data.open({"a": tmp_path / "a.parquet"}) as files:
+        assert torch.equal(files.rows(0, 50), rows)
+
+
+def test_the_least_memory_for_rows_in_another_order_decodes_no_piece_a_thousand_times(tmp_path: Path) -> None:
+    n, rows = 20_000, torch.randn(20_000, 64)
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file.create_dataset("rows", data=rows.numpy(), chunks=(1000, 64))
+    sources, ids = (
+        {"a": rows, "b": tmp_path / "b.h5"},
+        {"a": np.arange(n), "b": np.random.default_rng(0).permutation(n)},
+    )
+    with data.open(sources, ids=ids, join="inner") as files:
+        with pytest.raises(ValueError, match="at least") as error:
+            data.Loader(files, 256, memory=1)
+        loader = data.Loader(files, 256, memory=int(str(error.value).split()[5]))
+        assert loader.plan.window_rows > 900
 
 
 @pytest.mark.parametrize("missing", ["sched_getaffinity", "posix_fadvise", "preadv"])

@@ -63,8 +63,9 @@ def make_plan(readers: Collection[Reader], needs: Needs, memory: int, seed: int,
     capacity = (memory - needs.fixed - of_blocks) // of_window
     mixing = max(capacity // BLOCKS_TO_MIX, min(READ_AT_LEAST // narrowest, capacity // FEWEST_BLOCKS))
     block = _whole(min(target, mixing), granule)
-    if capacity < FEWEST_BLOCKS * block:
-        least = min(needs.fixed + of_blocks + FEWEST_BLOCKS * granule * of_window, everything)
+    decoded = max(reader.decodes for reader in readers)  # again for each window, where rows are in another order
+    if capacity < max(FEWEST_BLOCKS * block, decoded):
+        least = min(needs.fixed + of_blocks + max(FEWEST_BLOCKS * granule, decoded) * of_window, everything)
         coarse = max(readers, key=lambda reader: reader.granule)
         hint = f"; {coarse.title} is stored {coarse.granule} rows a piece" if coarse.granule > 1 else ""
         raise ValueError(f"memory must be at least {least} bytes here, got {memory}{hint}")

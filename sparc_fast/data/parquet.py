@@ -42,7 +42,8 @@ class ParquetReader(PiecewiseReader):
         self._name, dtype = vector_column(schema, name, path)
         title = f"{path}[{self._name}]"
         groups = [self._metadata.row_group(g).num_rows for g in range(self._metadata.num_row_groups)]
-        width = self._width(schema.field(self._name).type, title) if any(groups) else 1
+        filled = next((g for g, n_rows in enumerate(groups) if n_rows), None)
+        width = 1 if filled is None else self._width(schema.field(self._name).type, filled, title)
         granule = max(groups, default=1)
         scratch = 3 * granule * width * dtype.itemsize + 2**22  # as stored, decoded, joined; pyarrow's own
         self.scattered = granule * width * dtype.itemsize > LARGE
@@ -52,13 +53,14 @@ class ParquetReader(PiecewiseReader):
         self.order_bytes = 64 if self.scattered else 0
         self._places: list[_Place] = []
 
-    def _width(self, kind: Any, title: str) -> int:
+    def _width(self, kind: Any, group: int, title: str) -> int:
         kind = getattr(kind, "storage_type", kind)
         if hasattr(kind, "list_size"):
             return int(kind.list_size)
-        few = self._metadata.row_group(0).total_byte_size <= LARGE
+        few = self._metadata.row_group(group).total_byte_size <= LARGE
+        n_rows = self._metadata.num_rows if few else 1
         with self._file() as file:  # all of a small one, so that what cannot be read is known at once
-            batch = next(file.iter_batches(self._metadata.num_rows if few else 1, [0], [self._name], use_threads=False))
+            batch = next(file.iter_batches(n_rows, [group], [self._name], use_threads=False))
             return int(as_matrix(batch.column(0), title).shape[1])
 
     def _file(self) -> Any:

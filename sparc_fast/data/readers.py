@@ -71,6 +71,8 @@ class Reader(ABC):
         self.n_rows, self.width, self.dtype = int(shape[0]), int(shape[1]), dtype
         self.granule = max(1, granule)
         """Rows that the format can only read together; reads that start at multiples of it waste nothing."""
+        self.decodes = self.granule
+        """Rows that are decoded for one: as many as the granule, or more where rows are picked in another order."""
         self.scratch = scratch
         """Bytes that a read takes beyond its result."""
 

@@ -115,6 +115,7 @@ class PickedReader(Reader):
             whole.title, (len(numbers), whole.width), whole.dtype,
             granule=whole.granule if ascending else 1, scratch=whole.pick_scratch,
         )  # fmt: skip
+        self.decodes = whole.decodes
         self.scattered = whole.scattered or not ascending
         self._whole, self._numbers = whole, numbers
 
