@@ -330,6 +330,24 @@ def test_a_function_that_gives_something_else_is_named(tmp_path: Path) -> None:
     settings_file = begin(tmp_path, 5, **{"extraction:letters": "own:f"})
     with pytest.raises(ValueError, match=r"own:f must give floats \[4, D\] or \[4, T, D\], got int64 \[1, 2\]"):
         extract(read_extraction(settings_file), tmp_path / "features")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "gives_none.py").write_text("def f(texts):\n    return None\n")
+    settings_file = begin(tmp_path / "other", 5, **{"extraction:letters": "gives_none:f"})
+    with pytest.raises(ValueError, match="gives_none:f must give a tensor or an array, got NoneType"):
+        extract(read_extraction(settings_file), tmp_path / "others")
+
+
+def test_rows_that_are_too_large_for_their_dtype_are_left_out_by_name(tmp_path: Path) -> None:
+    (tmp_path / "large.py").write_text(
+        "import torch\n\ndef f(texts):\n    return torch.tensor([[7e4 if 'kitten' in text else 1, 1] for text in texts])\n"
+    )
+    settings_file = begin(tmp_path, 5, **{"extraction:letters": "large:f"})
+    done = extract(read_extraction(settings_file), tmp_path / "features")
+    lines = (tmp_path / "features" / "failed.jsonl").read_text().splitlines()
+    assert {json.loads(line)["reason"] for line in lines} == {"its row of stream 'letters' is not finite in float16"}
+    assert 0 < len(lines) == done.failed
+    with data.open(tmp_path / "features") as files:
+        assert files.scan()["letters"].not_finite == 0
 
 
 def runs_when_opened(folder: Path) -> bool:

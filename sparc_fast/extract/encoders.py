@@ -87,7 +87,13 @@ class FunctionEncoder(Encoder):
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Any]) -> Tensor:
-        rows = torch.as_tensor(self._function(batch)).detach().cpu()
+        given = self._function(batch)
+        try:
+            rows = torch.as_tensor(given).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{self._name} must give a tensor or an array, got {type(given).__name__}: {error}"
+            ) from None
         if rows.ndim not in (2, 3) or len(rows) != len(batch) or not rows.is_floating_point():
             raise ValueError(
                 f"{self._name} must give floats [{len(batch)}, D] or [{len(batch)}, T, D], "

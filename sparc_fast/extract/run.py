@@ -204,7 +204,7 @@ class _Run:
             except Exception as error:  # each decoder has its own
                 failed.append(Failure(item.id, f"{error}" or type(error).__name__))
         rows = self._rows(found) if found else {}
-        bad = {n: reason for name, of_it in rows.items() for n, reason in _not_rows(of_it, name)}
+        bad = {n: reason for name, of_it in rows.items() for n, reason in self._not_rows(of_it, name)}
         kept = [n for n in range(len(found)) if n not in bad]
         failed += [Failure(found[n][0].id, bad[n]) for n in sorted(bad)]
         lines = []
@@ -243,6 +243,14 @@ class _Run:
             encoded = encoder.encode(list(inputs.values()))
             rows[name] = encoded if len(inputs) == len(found) else encoded[[place[key] for key in keys]]
         return rows
+
+    def _not_rows(self, rows: Tensor, stream: str) -> Iterator[tuple[int, str]]:
+        """(number, reason) of the items whose rows, as they are stored, say nothing."""
+        dtype = self.extraction.streams[stream].dtype
+        given, stored = _faults(rows), _faults(rows.to(getattr(torch, dtype)))
+        for words, bad in stored.items():
+            for n in bad.nonzero().flatten().tolist():
+                yield n, f"its row of stream {stream!r} is {words}{'' if given[words][n] else f' in {dtype}'}"
 
     def finish(self, columns: Sequence[str], settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """What is written when all rows are: the table, the identifiers, what failed, and last the manifest."""
@@ -291,12 +299,10 @@ def _with_content(item: dict[str, Any]) -> dict[str, Any]:
     return {**item, "thumbnail": None if small is None else base64.b64decode(small)}
 
 
-def _not_rows(rows: Tensor, stream: str) -> Iterator[tuple[int, str]]:
-    """(number, reason) of the items whose rows say nothing."""
+def _faults(rows: Tensor) -> dict[str, Tensor]:
+    """words -> of which rows they are true."""
     flat = rows.flatten(1)
-    for words, bad in (("not finite", ~flat.isfinite().all(1)), ("0 throughout", (flat == 0).all(1))):
-        for n in bad.nonzero().flatten().tolist():
-            yield n, f"its row of stream {stream!r} is {words}"
+    return {"not finite": ~flat.isfinite().all(1), "0 throughout": (flat == 0).all(1)}
 
 
 def _pictures(root: Path, out: Path) -> str:
