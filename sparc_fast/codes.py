@@ -125,6 +125,7 @@ class SparseLatents:
     @staticmethod
     def cat(codes: Sequence[SparseLatents]) -> SparseLatents:
         """Samples below samples, of one model and the same streams; empty slots where some have fewer than others."""
+        codes = [one if one.shape else one.reshape(1) for one in codes]
         first = codes[0] if codes else None
         like = [(one.streams, one.n_latents, one.is_shared, one.values.shape[1:-1]) for one in codes]
         if first is None or any(other != like[0] for other in like):

@@ -258,6 +258,14 @@ def test_a_latent_that_is_set_or_scaled_in_a_stream_changes_there_alone(selectio
             steer(latent, "a")
 
 
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_codes_of_single_samples_below_each_other_are_those_of_all(selection: str) -> None:
+    codes = make(selection).encode(samples(3))
+    together = sf.SparseLatents.cat([codes[n] for n in range(3)])
+    assert torch.equal(together.values, codes.values)
+    assert torch.equal(together.indices, codes.indices)
+
+
 def test_codes_print_in_one_line_and_show_their_strongest_latents_in_a_notebook() -> None:
     codes = make().encode(samples(1000))
     assert repr(codes) == (

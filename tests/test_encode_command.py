@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import sparc_fast as sf
@@ -219,6 +220,15 @@ def test_an_error_names_the_file_and_row_and_leaves_what_was_there(
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert message in error
+    for flag, path in (("--out", "m.safetensors"), ("--out", "x.safetensors"), ("--decode", "m.safetensors")):
+        save_file({"rows": x["a"]}, tmp_path / "x.safetensors")
+        written = tmp_path / path
+        kept = written.read_bytes()
+        arguments = [flag, written] if flag == "--out" else [flag, f"a={written}", "--out", out]
+        assert run(tmp_path / "m.safetensors", "--data", f"a={tmp_path / 'x.safetensors'}", *arguments) == 1
+        assert f"{flag} must not be a file that is read, got {written}" in capsys.readouterr().err
+        assert written.read_bytes() == kept
+    (tmp_path / "x.safetensors").unlink()
     assert out.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"m.safetensors", "data", "c.safetensors"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from training_runs import D, rows
 import sparc_fast as sf
 from sparc_fast import cli
 from sparc_fast.cli import eval as evaluation
-from sparc_fast.evaluate import evaluate
+from sparc_fast.evaluate import evaluate, retrieval_scores
 
 N = 60
 AsJson = Callable[..., tuple[dict[str, Any], str]]
@@ -55,7 +56,7 @@ def as_json(capsys: pytest.CaptureFixture[str]) -> AsJson:
     """(what is printed as JSON, what is said)."""
 
     def of(*arguments: object) -> tuple[dict[str, Any], str]:
-        assert run(*arguments, "--json") == 0
+        assert run(*arguments, "--json") == 0, capsys.readouterr().err
         printed = capsys.readouterr()
         return json.loads(printed.out), printed.err
 
@@ -251,6 +252,11 @@ def test_tables_are_printed_and_written_in_every_format(
     assert made == [f"{name}.{ending}" for name in ("latents", "r2", "retrieval") for ending in ("png", "svg")]
     assert all(path.stat().st_size > 5000 for path in (tmp_path / "plots").iterdir())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plots", *sorted(path.name for path in files)]
+    odd = [f"$|<b>$={folder / 'run'}", f"_={folder / 'run'}", *command[1:], "--metrics", "retrieval"]
+    assert run(*odd, "--out", tmp_path / "odd.md", "--plots", tmp_path / "odd") == 0
+    assert (tmp_path / "odd.md").read_text().splitlines()[0] == r"|  | $\|\<b\>$ | \_ | untrained |"
+    drawn = (tmp_path / "odd" / "retrieval.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in ("$|&lt;b&gt;$", " _"))
     assert "must be written to a file that ends in .json, .csv, .tex, .md, got" in refused(
         *command, "--out", tmp_path / "table.xlsx"
     )
@@ -298,7 +304,16 @@ def test_a_hierarchy_of_the_labels_names_gives_alignment_by_depth_as_table_and_p
     assert all(f"Depth {depth}" in printed for depth in range(3))
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["depth.png", "depth.svg"]
     assert "metric 'concepts_by_depth' must be given a hierarchy, got none" in refused(*command)
-    assert "--hierarchy must be of --labels that are names" in refused(*command, *known[:2])
+    assert "concepts must be in the hierarchy, but 5 of 5 are not: ['0', '1', '2']" in refused(*command, *known[:2])
+    data = [f"{stream}={folder / 'held_out' / stream}.npy" for stream in D]
+    named = [folder / "run", "--data", *data, "--metrics", "concepts_by_depth", *known[:2]]
+    assert "--hierarchy must be of --labels that are names" in refused(*named)
+    for stream in D:
+        shutil.copy(folder / "held_out" / f"{stream}.npy", tmp_path)
+    np.save(tmp_path / "labels.npy", [f"kind {n % 5}" for n in range(N)])
+    command[2] = tmp_path
+    assert run(*command, *known[:2], "--resamples", "0") == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_raw_features_are_compared_where_streams_have_one_width(
@@ -316,6 +331,21 @@ def test_raw_features_are_compared_where_streams_have_one_width(
     raw = as_json(f"run={tmp_path / 'model.safetensors'}", "--data", tmp_path, "--raw")[0]["raw features"]
     assert list(raw["retrieval"]) == ["a -> b", "b -> a"]
     assert raw["scores"]["r1"] == 1
+    noisy = x + torch.randn(N, 5)
+    noisy[::2] = 0  # of whom there is a zero row the models say nothing either
+    np.save(tmp_path / "b.npy", noisy.numpy())
+    ids = np.arange(N) // 4
+    for n, more in enumerate(
+        ([], ["--ids", *(f"{s}={tmp_path / 'ids.txt'}" for s in "abc"), "--join", "inner", "--repeated", "all"])
+    ):
+        (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in ids))
+        found = as_json(f"run={tmp_path / 'model.safetensors'}", "--data", *(f"{s}={tmp_path / s}.npy" for s in "abc"),
+                        "--metrics", "retrieval", "--raw", "--resamples", "0", *more)[0]  # fmt: skip
+        groups = torch.from_numpy(ids[1::2].copy()) if n else None
+        expected = retrieval_scores(x[1::2], noisy[1::2], groups=groups)
+        raw = found["raw features"]["retrieval"]["a -> b"]
+        assert (raw["n"], raw["r1"]) == (N // 2, pytest.approx(expected.r1))
+        assert found["run"]["n_samples"] == N // 2
     assert run(f"run={tmp_path / 'model.safetensors'}", "--data", tmp_path, "--raw") == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("a → c"))
     assert line.split()[-1] == "–"

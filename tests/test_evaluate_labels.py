@@ -49,7 +49,8 @@ def test_classes_become_a_concept_each_in_every_form_in_which_they_are_kept(
 
 def test_truth_values_stay_as_they_are_and_one_row_of_them_is_one_concept(tmp_path: Path) -> None:
     truth = torch.rand(5, 3) < 0.5
-    for given in (truth, truth.numpy(), write(tmp_path / "l.npy", truth.numpy())):
+    torch.save(truth, tmp_path / "l.pt")
+    for given in (truth, truth.numpy(), write(tmp_path / "l.npy", truth.numpy()), tmp_path / "l.pt"):
         assert torch.equal(as_labels(given, (5,)), truth)
     assert torch.equal(as_labels(truth[:, 0], (5,)), truth[:, :1])
     assert as_labels(torch.zeros(0, 2, dtype=torch.bool), (0,)).shape == (0, 2)
@@ -64,6 +65,11 @@ def test_a_sample_without_a_class_carries_no_concept() -> None:
 def test_a_table_may_lack_names_of_columns_where_it_has_a_single_one(tmp_path: Path) -> None:
     for n, text in enumerate(["2\n0\n7\n2\n0\n", "label\n2\n0\n7\n2\n0", "kind\r\n2\r\n0\r\n7\r\n2\r\n0\r\n"]):
         assert as_labels(write(tmp_path / f"{n}.csv", text), (5,)).tolist() == ONE_HOT
+    for n, text in enumerate(
+        ["kind\na\n\nb\n\n", "a\n\nb"]
+    ):  # an empty line is a sample without, but for the last ones
+        table = write(tmp_path / f"empty {n}.csv", text)
+        assert as_labels(table, (3,)).tolist() == [[True, False], [False, False], [False, True]]
     quoted = write(tmp_path / "q.csv", '\ufeffid,label\n1,"a, b"\n2,"c"\n')
     assert as_labels(quoted, (2,)).tolist() == [[True, False], [False, True]]
 

@@ -19,6 +19,7 @@ from sparc_fast.evaluate import (
     class_purity,
     dictionary_of,
     evaluate,
+    evaluate_raw,
     linear_probe,
     probe_effects,
 )
@@ -160,6 +161,14 @@ def test_intervals_are_of_every_score_and_shrink_with_samples() -> None:
     assert "intervals" not in without.to_dict()
     with pytest.raises(ValueError, match="resamples must be at least 2, or 0 for no intervals, got 1"):
         evaluate(model, inputs, labels, resamples=1)
+
+
+def test_of_a_single_sample_or_group_there_is_no_interval() -> None:
+    for n, groups in ((1, None), (20, torch.zeros(20, dtype=torch.int64))):
+        inputs, labels = data_of(n)
+        assert "intervals" not in evaluate(model_of(), inputs, labels, groups=groups, resamples=20).to_dict()
+        inputs = {"image": inputs["image"][:, :9], "text": inputs["image"][:, :9]}
+        assert not evaluate_raw(inputs, groups=groups, resamples=20).resampled
 
 
 def test_samples_that_are_left_out_take_their_draws_with_them() -> None:

@@ -19,6 +19,7 @@ from sparc_fast.batch import PIECE
 from sparc_fast.codes import FORMAT, SparseLatents
 from sparc_fast.data import AlignedFiles
 from sparc_fast.data.absence import present_of
+from sparc_fast.data.readers import Source
 from sparc_fast.files import sha256_of
 from sparc_fast.model import SPARC, evaluating
 from sparc_fast.selection import BY_THRESHOLD, LOCAL
@@ -65,6 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
     path = model_file(arguments.model)
     model = load(path).to(device)
     sources = sources_of(arguments.data, model, some=True)
+    read = {path.resolve(), *(file.resolve() for source in sources.values() for file in _files(source))}
+    for flag, written in (("--out", out), ("--decode", out if decode is None else decode[1])):
+        if written.resolve() in read:
+            raise ValueError(f"{flag} must not be a file that is read, got {written}")
     with open_joined(sources, arguments) as files:
         if files.matched is not None:
             print(files.matched, flush=True)
@@ -75,6 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
         lacking = "".join(f", {n:,} without {stream!r}" for stream, n in absent.items() if n)
         print(f"{out}: {counted(files.n_rows, 'sample')} of {', '.join(files.d_streams)}{lacking}")
     return 0
+
+
+def _files(source: Source) -> list[Path]:
+    where: Any = source[0] if isinstance(source, tuple) else source
+    return [Path(where)] if isinstance(where, str | Path) else [Path(one) for one in where]
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparc_fast import data, distributed
 from sparc_fast.data import AlignedFiles, FeatureFolder
+from sparc_fast.data.absence import present_of
 from sparc_fast.data.feature_folder import Split, is_feature_folder
 from sparc_fast.data.formats import FORMATS
 from sparc_fast.data.ids import as_comparable
@@ -270,9 +271,10 @@ def _hierarchy(arguments: argparse.Namespace, n: int) -> tuple[Hierarchy, Sequen
     if arguments.hierarchy is None:
         return None
     found, path = Hierarchy.read(arguments.hierarchy), Path(arguments.data[0])
-    if arguments.labels is not None:
+    given = arguments.labels or (path / LABELS if (path / LABELS).is_file() and not is_feature_folder(path) else None)
+    if given is not None:
         rows = n if arguments.label_ids is None else len(as_ids(arguments.label_ids, "--label-ids"))
-        return found, as_named_labels(arguments.labels, (rows,))[1]
+        return found, as_named_labels(given, (rows,))[1]
     labels = FeatureFolder(path).labels(arguments.split, FEWEST) if is_feature_folder(path) else None
     if labels is None:
         raise ValueError("--hierarchy must be of --labels that are names, or of a folder's labels, got none")
@@ -332,9 +334,13 @@ def _raw(files: AlignedFiles, groups: Tensor | None, memory: int, arguments: arg
     taken = 4 * files.n_rows * sum(files.d_streams.values())
     if taken > memory // 2:
         raise ValueError(f"--memory must be at least {2 * taken} bytes for --raw, got {arguments.memory}")
-    parts = torch.split(files.rows(0, files.n_rows), list(files.d_streams.values()), dim=1)
+    rows, rows_of = files.rows(0, files.n_rows), files.sample_of_rows() if groups is None else groups
+    present, _ = present_of(rows, files.present, files.d_streams, arguments.zero_rows)
+    complete = torch.ones(len(rows), dtype=torch.bool, device="cpu") if present is None else present.all(dim=1)
+    parts = torch.split(rows[complete], list(files.d_streams.values()), dim=1)
     inputs = dict(zip(files.d_streams, parts, strict=True))
-    return evaluate_raw(inputs, groups=groups, resamples=arguments.resamples)
+    of_complete = None if rows_of is None else torch.as_tensor(rows_of)[complete]
+    return evaluate_raw(inputs, groups=of_complete, resamples=arguments.resamples)
 
 
 def _load_all(texts: Sequence[str], taken: Collection[str] = ()) -> dict[str, SPARC]:

@@ -65,6 +65,10 @@ class AlignedFiles(Closing):
     def __len__(self) -> int:
         return self.n_rows
 
+    def sample_of_rows(self) -> npt.NDArray[np.int64] | None:
+        """The number of each row's sample, [N], where samples have several rows."""
+        return None if self.groups is None else np.repeat(np.arange(len(self.groups) - 1), np.diff(self.groups))
+
     def __repr__(self) -> str:
         widths = ", ".join(f"{stream} {width:,}" for stream, width in self.d_streams.items())
         return f"AlignedFiles({counted(self.n_rows, 'row')}: {widths})"

@@ -257,7 +257,8 @@ def evaluate(
         seen = {metric.key: given.of_shared if metric.of_shared else given for metric in computed}
         results = {metric.key: metric.compute(seen[metric.key]) if metric in computed else None for metric in chosen}
         resampled: dict[str, Tensor] = {}
-        for metric in computed if given.resampling is not None and given.n_samples else ():
+        varies = given.resampling is not None and given.resampling.units > 1 and given.n_samples > 0
+        for metric in computed if varies else ():
             if metric.resample is not None and results[metric.key] is not None:
                 resampled.update(metric.resample(seen[metric.key], results[metric.key]))
     return Evaluation(
@@ -286,8 +287,8 @@ def evaluate_raw(
     group_of = None if groups is None else as_groups(groups, (N,))
     found = {(a, b): retrieval_scores(inputs[a], inputs[b], groups=group_of) for a, b in pairs}
     resampled: Mapping[str, Tensor] = {}
-    if resamples and N:
-        resampled = drawn_retrieval(found, Resampling(N, resamples, group_of))
+    if resamples and N and (resampling := Resampling(N, resamples, group_of)).units > 1:
+        resampled = drawn_retrieval(found, resampling)
     return Evaluation(
         tuple(inputs), N, 0, (RETRIEVAL,), {"retrieval": found}, {}, resampled,
         "samples" if groups is None else "groups",

@@ -62,7 +62,7 @@ def as_csv(rows: Comparison, evaluations: Mapping[str, Evaluated] | None = None)
 def as_markdown(rows: Comparison, evaluations: Mapping[str, Evaluated] | None = None) -> str:
     """A table, the best of each row bold, and the notes below."""
     columns = list(rows[0].cells) if rows else []
-    lines = [_piped(["", *columns]), _piped(["---"] * (len(columns) + 1))]
+    lines = [_piped(["", *map(_plain, columns)]), _piped(["---"] * (len(columns) + 1))]
     for section, of_section in groupby(rows, lambda row: row.section):
         lines.append(_piped([f"**{_plain(section)}**", *[""] * len(columns)]))
         for row in of_section:

@@ -193,9 +193,14 @@ def _column_of_table(path: Path, column: str | None, delimiter: str, lengths: Co
     """Below a line of names, which a table of a single column may lack."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
+            rows = list(csv.reader(file, delimiter=delimiter))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no table in UTF-8: {error}") from None
+    while rows and not rows[-1]:
+        rows.pop()
+    if max(map(len, rows), default=0) == 1:  # an empty line is a sample without
+        rows = [row or [""] for row in rows]
+    rows = [row for row in rows if row]
     head = rows[0] if rows else []
     if uneven := next((n for n, row in enumerate(rows) if len(row) != len(head)), 0):
         raise ValueError(f"{path} has {len(head)} columns, but {len(rows[uneven])} in its row {uneven}")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,8 +101,8 @@ class Run:
             leading = _check_inputs(model, inputs)
             N = math.prod(leading)
             truth = None if labels is None else as_labels(labels, leading, labels_name)
-            if groups is None and isinstance(inputs, AlignedFiles) and inputs.groups is not None:
-                groups = np.repeat(np.arange(len(inputs.groups) - 1), np.diff(inputs.groups))
+            if groups is None and isinstance(inputs, AlignedFiles):
+                groups = inputs.sample_of_rows()
             group_of = None if groups is None else as_groups(groups, leading)
             rows = self._rows_at_once(inputs, N, 0 if truth is None else truth.shape[1])
         model._shards.check_samples(inputs)

@@ -89,7 +89,7 @@ def _latents(evaluations: Mapping[str, Evaluation]) -> Figure | None:
         edges = np.linspace(max(low, -1), 1, BINS + 1)
         for color, (name, values) in zip(cycle(COLORS), of_models.items(), strict=False):
             counts, _ = np.histogram(values.nan_to_num(0).clamp(min=-1).numpy(), edges)
-            one.stairs(counts, edges, label=name, color=color, linewidth=1.4)
+            one.stairs(counts, edges, label=_shown(name), color=color, linewidth=1.4)
         one.set(xlabel=words, ylabel="latents", yscale="symlog", ylim=(0, None))
     return _named(figure, axes[0])
 
@@ -102,7 +102,7 @@ def _depth(evaluations: Mapping[str, Evaluation]) -> Figure | None:
     figure, (one,) = _figure(1, 5)
     for color, (name, by_depth) in zip(cycle(COLORS), found.items(), strict=False):
         heights = [at.corrected for at in by_depth]
-        one.plot(range(len(heights)), heights, marker="o", label=name, color=color, linewidth=1.6)
+        one.plot(range(len(heights)), heights, marker="o", label=_shown(name), color=color, linewidth=1.6)
     one.axhline(0, color="#b5b1a8", linestyle=":", linewidth=1)
     one.set_xticks(range(len(heights)))
     one.set(xlabel="depth of the labels", ylabel="concept alignment above chance")
@@ -118,8 +118,8 @@ def _r2(evaluations: Mapping[str, Evaluation]) -> Figure | None:
     for one, (name, e) in zip(axes, found.items(), strict=True):
         shown = one.imshow(e.r2.numpy(), vmin=0, vmax=1, cmap="viridis")
         places = range(len(e.streams))
-        one.set_xticks(places, e.streams, rotation=45, ha="right", fontsize=7)
-        one.set_yticks(places, e.streams, fontsize=7)
+        one.set_xticks(places, map(_shown, e.streams), rotation=45, ha="right", fontsize=7)
+        one.set_yticks(places, map(_shown, e.streams), fontsize=7)
         one.set_title(name, fontsize=8, parse_math=False)
         for s in places:
             for t in places:
@@ -145,10 +145,15 @@ def _retrieval(evaluations: Mapping[str, Evaluation]) -> Figure | None:
             for r in of_pairs
             if r.ranks is not None
         ]
-        one.plot(at, np.mean(curves, axis=0), label=name, color=color, linewidth=1.6)
+        one.plot(at, np.mean(curves, axis=0), label=_shown(name), color=color, linewidth=1.6)
     one.plot(at, at / at[-1], color="#b5b1a8", linestyle=":", linewidth=1, label="chance")
     one.set(xscale="log", xlabel="K", ylabel="recall at K, mean over pairs of streams", ylim=(0, 1))
     return _named(figure, one)
+
+
+def _shown(name: str) -> str:
+    """So that it is drawn as it is: no dollar begins a formula, and what begins with "_" is in a legend."""
+    return f"{' ' * name.startswith('_')}{name}".replace("$", r"\$")
 
 
 def _named(figure: Figure, axes: Axes) -> Figure:

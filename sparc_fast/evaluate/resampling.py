@@ -55,6 +55,11 @@ class Resampling:
             counts = torch.bincount(drawn.flatten(), minlength=size[0] * units).clamp_max_(255)
             self._drawn[:, start : start + size[0]] = counts.view(size).T
 
+    @property
+    def units(self) -> int:
+        """How many groups, or samples, are drawn."""
+        return len(self._drawn)
+
     def __getitem__(self, kept: Tensor) -> Resampling:
         """Of some samples, bool [N] or their places."""
         some = object.__new__(Resampling)

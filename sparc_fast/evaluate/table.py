@@ -202,7 +202,7 @@ def as_text(rows: Sequence[Row], samples: str) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    columns = list(rows[0].cells)
+    columns = list(rows[0].cells) if rows else []
     text = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     text.add_column(samples)
     for name in columns:
