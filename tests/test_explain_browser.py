@@ -252,8 +252,10 @@ def test_no_view_is_wider_than_the_screen_however_long_the_texts(
     opened: Callable[[int, int], Browser], report: Report, tmp_path: Path, size: tuple[int, int]
 ) -> None:
     long = [name + " " + "W" * 300 + " كلمة طويلة " * 40 for name in report.items.texts["name"]]
-    browser = opened(*size)
-    browser.open(write_report(replace(report, items=replace(report.items, texts={"name": long})), tmp_path))
+    names = [tuple(word + "_of_a_very_long_class" * 4 for word in several) for several in report.after.names]
+    browser, after = opened(*size), replace(report.after, names=names)
+    items = replace(report.items, texts={"name": long})
+    browser.open(write_report(replace(report, items=items, after=after), tmp_path))
     for place in (None, *PAGES):
         if place is not None:
             browser.visit(place)
