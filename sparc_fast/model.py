@@ -60,6 +60,9 @@ class SPARC(nn.Module):
     the order of `d_streams`. Decoder rows have unit norm in each stream; call `project_gradients_` before and
     `normalize_decoder_` after every optimizer step to keep them so (`SparcAdam` and `Trainer` do it).
 
+    To a calibrated model a row of zeros is a stream that its sample lacks; but under torch.compile and in a CUDA graph,
+    which wait for no answer, it is its stream's mean, of which no error is told: see `encode`.
+
     Args:
         d_streams: name -> width of each stream, in order.
         n_latents: L, latents in the shared dictionary.
@@ -290,7 +293,8 @@ class SPARC(nn.Module):
         Afterwards the model sees ``(x_s - mean_s) / rms_s`` with rms_s^2 = mean_n ||x_s[n] - mean_s||^2: centred
         streams of mean squared norm 1. Reconstructions come back in the streams' own units; losses are measured
         on the calibrated inputs. Rows that are to be normalized are, first; rows of zeros are not measured, and count
-        as absent from then on. All streams must be given.
+        as absent from then on (under torch.compile and in a CUDA graph as the mean: see `encode`). All streams must be
+        given.
 
         Args:
             whiten: "diag" divides each dimension by its own standard deviation, times sqrt(D_s): centred streams of
@@ -449,7 +453,10 @@ class SPARC(nn.Module):
             present: bool [..., S'], which of the S' streams given a sample has, in the model's order; by default all,
                 but for rows of zeros once the model is calibrated: what could not be read is no sample of a stream.
                 A sample's code is then that of the streams it has; values of the others are 0, and their own supports,
-                under local selection, empty slots: -1.
+                under local selection, empty slots: -1. Under torch.compile and in a CUDA graph, where no shape may
+                depend on what inputs hold, rows of zeros are not absent: each is its stream's mean, which has a say in
+                the support and a code, though no error is told of it. Given `present`, a compiled model finds what
+                one that is not does, and its graph is split.
         """
         inputs = self._tensors(inputs)
         if not torch.compiler.is_compiling():
@@ -481,13 +488,7 @@ class SPARC(nn.Module):
 
     def _encode_together(self, inputs: Inputs, present: Presence | None, first: int = 0) -> SparseLatents:
         given = self._batch(inputs, present, first)
-        parts = [(rows, part, self._encode(part)) for rows, part in given.by_presence()]
-        if given.present is None:
-            return self._codes(given, *parts[0][2])
-        widths = dict(zip(given.streams, given.d_streams, strict=True))
-        order = torch.cat([rows for rows, _, _ in parts if rows is not None]).argsort()
-        whole = [[AllStreams(widths, part).streams(one) for one in code] for _, part, code in parts]
-        return self._codes(given, *(batch.stack(ones)[order] for ones in zip(*whole, strict=True)))
+        return self._codes(given, *self._encode(given))
 
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
         """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""
@@ -522,7 +523,8 @@ class SPARC(nn.Module):
     def forward(self, inputs: Inputs | Arrays, cross_loss_coef: float = 1.0) -> SparcOutput:
         """Codes, every reconstruction, and (when all streams are given) the differentiable reconstruction loss.
 
-        `loss` computes the same objective, and AuxK, without keeping the reconstructions: train with that.
+        `loss` computes the same objective, and AuxK, without keeping the reconstructions: train with that. Rows of
+        zeros count as in `encode`: reconstructions are what `decode` makes of its codes, from an absent stream too.
         """
         if not self._shards.is_whole:
             raise ValueError("forward must be of a whole model: where processes share the latents, call loss or decode")
@@ -679,7 +681,18 @@ class SPARC(nn.Module):
         return batch.as_tensors(inputs, self.W_enc.device)
 
     def _encode(self, given: Batch) -> tuple[Tensor, Tensor]:
-        """(values [N, S', k], the support)"""
+        """(values [N, S', k], the support), each sample's by the streams it has."""
+        parts = [(rows, part, self._encode_alike(part)) for rows, part in given.by_presence()]
+        if given.present is None:
+            return parts[0][2]
+        widths = dict(zip(given.streams, given.d_streams, strict=True))
+        order = torch.cat([rows for rows, _, _ in parts if rows is not None]).argsort()
+        whole = [[AllStreams(widths, part).streams(one) for one in code] for _, part, code in parts]
+        values, indices = (batch.stack(ones)[order] for ones in zip(*whole, strict=True))
+        return values, indices
+
+    def _encode_alike(self, given: Batch) -> tuple[Tensor, Tensor]:
+        """The same of samples that all have these streams."""
         chosen = self.selection, given, self.k
         settings: Any = {"thresholds": self._thresholds(), "private": self._private_here}
         settings["backend"] = self._shards.backend(self.backend, given.x.device)

@@ -7,6 +7,7 @@ one part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast import selection
-from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
+from sparc_fast.batch import AllStreams, Batch, columns_of, position, spread_of, stack
 from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, compare, reconstruct
 from sparc_fast.ops.layout import stream_slices, wide
@@ -38,11 +39,16 @@ def nmse(recons: Tensor, x: Tensor) -> Tensor:
     The uncentred normalised error that TopK autoencoders are trained on (Gao et al., arXiv 2406.04093).
     """
     _check_same_shape(recons, x)
+    return _nmse(recons, x, math.prod(x.shape[:-1]))
+
+
+def _nmse(recons: Tensor, x: Tensor, n_samples: int) -> Tensor:
+    """The same of some of so many samples: what they add to it."""
     error = (wide(recons) - wide(x)).square().sum(-1)
     energy = wide(x).square().sum(-1)
     counted = energy >= ZERO_ROW
     ratio = torch.where(counted, error / energy.where(counted, 1.0), 0.0)
-    return ratio.sum() / max(ratio.numel(), 1)
+    return ratio.sum() / max(n_samples, 1)
 
 
 def fvu(recons: Tensor, x: Tensor) -> Tensor:
@@ -388,23 +394,35 @@ class Objective:
 
     def compare(self, recons: Sequence[Tensor], batch: Batch) -> SparcLoss:
         """The loss of given reconstructions [N, S, D], those of each nested dictionary or one, differentiable by them,
-        without AuxK."""
-        losses = [self._compare(one, batch) for one in recons]
-        if not self.sizes:
-            return losses[0]
-        prefixes = torch.stack([loss.total for loss in losses])
-        return losses[-1]._replace(total=prefixes.mean(), prefixes=prefixes.detach())
+        without AuxK. What is there of streams that a sample lacks does not count."""
+        terms = [self._terms(one, batch) for one in recons]
+        *_, loss = losses = [self._over_samples(some, batch.streams) for some in terms]
+        if self.sizes:
+            prefixes = torch.stack([one.total for one in losses])
+            loss = loss._replace(total=prefixes.mean(), prefixes=prefixes.detach())
+        return loss if batch.zero_rows is None else loss._replace(zero_rows=loss.zero_rows + batch.zero_rows)
 
-    def _compare(self, recons: Tensor, batch: Batch) -> SparcLoss:
+    def _terms(self, recons: Tensor, batch: Batch) -> dict[tuple[str, ...], Terms]:
+        """By streams, of the samples that have these."""
+        widths, terms = dict(zip(batch.streams, batch.d_streams, strict=True)), {}
+        for rows, part in batch.by_presence():
+            of_part = recons
+            if rows is not None:
+                here = [batch.streams.index(name) for name in part.streams]
+                of_part = columns_of(recons[rows][:, here], part.streams, widths)
+            terms[part.streams] = self._compare(of_part, part, batch.n_samples)
+        return terms
+
+    def _compare(self, recons: Tensor, batch: Batch, n_samples: int) -> Terms:
         S, columns = len(batch.streams), stream_slices(batch.d_streams)
         energy = row_energy(batch.x, batch.d_streams)
         if self.spread is None:
-            pairs = [nmse(recons[:, s, cols], batch.x[:, cols]) for s in range(S) for cols in columns]
+            pairs = [_nmse(recons[:, s, cols], batch.x[:, cols], n_samples) for s in range(S) for cols in columns]
         else:
-            scale, error = self._scale(batch, energy, len(energy)), wide(recons) - wide(batch.x)[:, None]
+            scale, error = self._scale(batch, energy, n_samples), wide(recons) - wide(batch.x)[:, None]
             squares = [row_energy(error[:, s], batch.d_streams) for s in range(S)]
             pairs = [(scale * of_source).sum(0) for of_source in squares]
-        return self._summary(Terms(torch.stack(pairs).view(S, S), None, energy))
+        return Terms(torch.stack(pairs).view(S, S), None, energy)
 
     def _scale(self, batch: Batch, energy: Tensor, n_samples: int) -> Tensor:
         """What makes squared errors of each sample and stream the loss, [N, S']."""
@@ -443,7 +461,7 @@ class Objective:
         return fired, samples
 
     def _over_samples(
-        self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...], by: Summarize | None
+        self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...], by: Summarize | None = None
     ) -> SparcLoss:
         if tuple(terms) == (streams,):
             return self._summary(terms[streams], by)
