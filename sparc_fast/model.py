@@ -50,7 +50,7 @@ class SparcOutput:
     recons: dict[tuple[str, str], Tensor]
     """(source, target) -> [..., D_target]; sources are the streams given, targets all streams of the model."""
     loss: SparcLoss | None
-    """The objective's reconstruction part, differentiable, when every stream was given; else None."""
+    """The objective without AuxK, differentiable, when every stream was given; else None."""
 
 
 class SPARC(nn.Module):
@@ -424,8 +424,20 @@ class SPARC(nn.Module):
         return self._all_thresholds() if self.selection in BY_THRESHOLD and not among_each_other else None
 
     def _learn_threshold(self, given: Batch) -> None:
-        if self.selection in BY_THRESHOLD and self.training:
-            self._learn(given, BY_THRESHOLD[self.selection].learn)
+        """Move the thresholds by a batch, in training mode only.
+
+        Inside DistributedDataParallel, to the mean of what all processes learned, so that all have the same.
+        """
+        if self.selection not in BY_THRESHOLD or not self.training:
+            return
+        before = self.threshold_count.clone() if _is_replicated() else None
+        self._learn(given, BY_THRESHOLD[self.selection].learn)
+        if before is not None:
+            learned = (self.threshold_count > before).to(self.threshold)
+            total = torch.stack([self.threshold * learned, learned])
+            torch.distributed.all_reduce(total)
+            torch.distributed.all_reduce(self.threshold_count, torch.distributed.ReduceOp.MAX)
+            self.threshold.copy_(torch.where(total[1] > 0, total[0] / total[1].clamp(min=1), self.threshold))
 
     def _learn(self, given: Batch, how: Callable[..., None]) -> None:
         private = self._private_here
@@ -521,24 +533,32 @@ class SPARC(nn.Module):
         return self.decode(self.encode({source: parts[source]}), source, target)
 
     def forward(self, inputs: Inputs | Arrays, cross_loss_coef: float = 1.0) -> SparcOutput:
-        """Codes, every reconstruction, and (when all streams are given) the differentiable reconstruction loss.
+        """Codes, every reconstruction, and (when all streams are given) the differentiable loss.
 
-        `loss` computes the same objective, and AuxK, without keeping the reconstructions: train with that. Rows of
-        zeros count as in `encode`: reconstructions are what `decode` makes of its codes, from an absent stream too.
+        `loss` computes the same objective, and AuxK, without keeping the reconstructions: train with that, or, under
+        DistributedDataParallel, with this. In training mode dead counters and thresholds move as in `loss`, under
+        DistributedDataParallel by the samples of all processes; the loss is there of a process's own: FVU and
+        JumpReLU's penalty are over them, and BatchTopK chooses among them.
+        Rows of zeros count as in `encode`: reconstructions are what `decode` makes of its codes, from an absent stream
+        too.
         """
         if not self._shards.is_whole:
             raise ValueError("forward must be of a whole model: where processes share the latents, call loss or decode")
         given = self._batch(inputs)
+        self._learn_threshold(given)
         values, indices = self._encode(given)
-        recons = functional.sparse_decode(values, indices, self._decoder(), self.pre_bias, backend=self.backend)
+        nested = [functional.sparse_decode(values, indices, self._decoder(), self.pre_bias, backend=self.backend)]
         self._count_silence(values, indices)
-        loss = None
-        if given.streams == self.streams:
-            nested = [recons]
-            for size in reversed(self.matryoshka[:-1]):
-                some = torch.where(indices < size, indices, -1)
-                nested.append(functional.sparse_decode(values, some, self.W_dec, self.pre_bias, backend=self.backend))
-            loss = self._objective(cross_loss_coef).over([given]).compare(nested[::-1], given)
+        is_complete = given.streams == self.streams
+        for size in reversed(self.matryoshka[:-1] if is_complete else ()):
+            some = torch.where(indices < size, indices, -1)
+            nested.append(functional.sparse_decode(values, some, self.W_dec, self.pre_bias, backend=self.backend))
+        nested.reverse()
+        objective, fired = self._objective(cross_loss_coef), None
+        if self.jumprelu is not None:
+            nested, fired = objective.through_thresholds(nested, given, indices, self.W_dec)
+        loss = objective.over([given]).compare(nested, given, fired) if is_complete else None
+        recons = nested[-1]
         named = {
             (source, target): self._uncalibrate(recons[:, s, cols], t).reshape(*given.leading, self.d_streams[target])
             for s, source in enumerate(given.streams)

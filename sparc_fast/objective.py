@@ -392,15 +392,41 @@ class Objective:
         shared = settings.jump(self.private.shared(batch), self.k, self.thresholds, self.support_from, self.backend)
         return shared.beside(self.private.beside(shared.indices, batch, self._backend(batch.x)))
 
-    def compare(self, recons: Sequence[Tensor], batch: Batch) -> SparcLoss:
+    def through_thresholds(
+        self, recons: list[Tensor], batch: Batch, indices: Tensor, W_dec: Tensor
+    ) -> tuple[list[Tensor], dict[tuple[str, ...], Tensor]]:
+        """Under JumpReLU: given reconstructions from codes of this support, and by streams how many latents fired for
+        samples that have these, all differentiable by thresholds as well."""
+        assert self.jumprelu is not None
+        fires, sizes, found = indices >= 0, (self.sizes or [len(W_dec)])[-len(recons) :], {}
+        if self.private is not None:
+            fires &= indices < self.private.n_shared
+        for rows, part in batch.by_presence():
+            here = [batch.streams.index(name) for name in part.streams]
+            on = fires if rows is None else fires[rows]
+            fired = (on.sum()[None] if on.ndim == 2 else on[:, here].sum((0, 2))).to(wide(part.x[:0]).dtype)
+            thresholds = part.latent_threshold
+            if torch.is_grad_enabled() and thresholds is not None and thresholds.requires_grad:
+                at = None if rows is None else (rows, here)
+                jump = self._jump(self.jumprelu, part)
+                recons, fired = jump.carried(recons, fired, part, at, W_dec, sizes, self._backend(part.x))
+            found[part.streams] = fired
+        return recons, found
+
+    def compare(
+        self, recons: Sequence[Tensor], batch: Batch, fired: Mapping[tuple[str, ...], Tensor] | None = None
+    ) -> SparcLoss:
         """The loss of given reconstructions [N, S, D], those of each nested dictionary or one, differentiable by them,
-        without AuxK. What is there of streams that a sample lacks does not count."""
+        without AuxK. What is there of streams that a sample lacks does not count. `fired` is of `through_thresholds`.
+        """
         terms = [self._terms(one, batch) for one in recons]
         *_, loss = losses = [self._over_samples(some, batch.streams) for some in terms]
         if self.sizes:
             prefixes = torch.stack([one.total for one in losses])
             loss = loss._replace(total=prefixes.mean(), prefixes=prefixes.detach())
-        return loss if batch.zero_rows is None else loss._replace(zero_rows=loss.zero_rows + batch.zero_rows)
+        if fired is not None:
+            terms[-1] = {streams: some._replace(fired=fired[streams]) for streams, some in terms[-1].items()}
+        return self._completed(loss, terms[-1], batch.streams, batch.zero_rows)
 
     def _terms(self, recons: Tensor, batch: Batch) -> dict[tuple[str, ...], Terms]:
         """By streams, of the samples that have these."""
@@ -442,7 +468,16 @@ class Objective:
         A sample's loss is that of the streams it has; the batch's is the mean over samples. `zero_rows` are those that
         were found to be absent. `by` is called in place of `loss_summary`, once where all samples have all streams.
         """
-        loss = self._over_samples(terms, streams, by)
+        return self._completed(self._over_samples(terms, streams, by), terms, streams, zero_rows)
+
+    def _completed(
+        self,
+        loss: SparcLoss,
+        terms: Mapping[tuple[str, ...], Terms],
+        streams: tuple[str, ...],
+        zero_rows: Tensor | None,
+    ) -> SparcLoss:
+        """With what reconstructions do not tell: the penalty of what fired, and the rows that were found absent."""
         if self.jumprelu is not None:
             l0, penalty = self.jumprelu.penalty(*self.fired(terms, streams), self.k)
             loss = loss._replace(total=loss.total + penalty, l0=l0)
