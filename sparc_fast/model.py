@@ -50,7 +50,7 @@ class SparcOutput:
     recons: dict[tuple[str, str], Tensor]
     """(source, target) -> [..., D_target]; sources are the streams given, targets all streams of the model."""
     loss: SparcLoss | None
-    """The objective's reconstruction part, differentiable, when every stream was given; else None."""
+    """The objective without AuxK, differentiable, when every stream was given; else None."""
 
 
 class SPARC(nn.Module):
@@ -59,6 +59,9 @@ class SPARC(nn.Module):
     A latent is a row: ``W_enc[l]`` and ``W_dec[l]`` hold the weights of latent l for all streams, side by side in
     the order of `d_streams`. Decoder rows have unit norm in each stream; call `project_gradients_` before and
     `normalize_decoder_` after every optimizer step to keep them so (`SparcAdam` and `Trainer` do it).
+
+    To a calibrated model a row of zeros is a stream that its sample lacks; but under torch.compile and in a CUDA graph,
+    which wait for no answer, it is its stream's mean, of which no error is told: see `encode`.
 
     Args:
         d_streams: name -> width of each stream, in order.
@@ -290,7 +293,8 @@ class SPARC(nn.Module):
         Afterwards the model sees ``(x_s - mean_s) / rms_s`` with rms_s^2 = mean_n ||x_s[n] - mean_s||^2: centred
         streams of mean squared norm 1. Reconstructions come back in the streams' own units; losses are measured
         on the calibrated inputs. Rows that are to be normalized are, first; rows of zeros are not measured, and count
-        as absent from then on. All streams must be given.
+        as absent from then on (under torch.compile and in a CUDA graph as the mean: see `encode`). All streams must be
+        given.
 
         Args:
             whiten: "diag" divides each dimension by its own standard deviation, times sqrt(D_s): centred streams of
@@ -420,8 +424,20 @@ class SPARC(nn.Module):
         return self._all_thresholds() if self.selection in BY_THRESHOLD and not among_each_other else None
 
     def _learn_threshold(self, given: Batch) -> None:
-        if self.selection in BY_THRESHOLD and self.training:
-            self._learn(given, BY_THRESHOLD[self.selection].learn)
+        """Move the thresholds by a batch, in training mode only.
+
+        Inside DistributedDataParallel, to the mean of what all processes learned, so that all have the same.
+        """
+        if self.selection not in BY_THRESHOLD or not self.training:
+            return
+        before = self.threshold_count.clone() if _is_replicated() else None
+        self._learn(given, BY_THRESHOLD[self.selection].learn)
+        if before is not None:
+            learned = (self.threshold_count > before).to(self.threshold)
+            total = torch.stack([self.threshold * learned, learned])
+            torch.distributed.all_reduce(total)
+            torch.distributed.all_reduce(self.threshold_count, torch.distributed.ReduceOp.MAX)
+            self.threshold.copy_(torch.where(total[1] > 0, total[0] / total[1].clamp(min=1), self.threshold))
 
     def _learn(self, given: Batch, how: Callable[..., None]) -> None:
         private = self._private_here
@@ -449,7 +465,10 @@ class SPARC(nn.Module):
             present: bool [..., S'], which of the S' streams given a sample has, in the model's order; by default all,
                 but for rows of zeros once the model is calibrated: what could not be read is no sample of a stream.
                 A sample's code is then that of the streams it has; values of the others are 0, and their own supports,
-                under local selection, empty slots: -1.
+                under local selection, empty slots: -1. Under torch.compile and in a CUDA graph, where no shape may
+                depend on what inputs hold, rows of zeros are not absent: each is its stream's mean, which has a say in
+                the support and a code, though no error is told of it. Given `present`, a compiled model finds what
+                one that is not does, and its graph is split.
         """
         inputs = self._tensors(inputs)
         if not torch.compiler.is_compiling():
@@ -481,13 +500,7 @@ class SPARC(nn.Module):
 
     def _encode_together(self, inputs: Inputs, present: Presence | None, first: int = 0) -> SparseLatents:
         given = self._batch(inputs, present, first)
-        parts = [(rows, part, self._encode(part)) for rows, part in given.by_presence()]
-        if given.present is None:
-            return self._codes(given, *parts[0][2])
-        widths = dict(zip(given.streams, given.d_streams, strict=True))
-        order = torch.cat([rows for rows, _, _ in parts if rows is not None]).argsort()
-        whole = [[AllStreams(widths, part).streams(one) for one in code] for _, part, code in parts]
-        return self._codes(given, *(batch.stack(ones)[order] for ones in zip(*whole, strict=True)))
+        return self._codes(given, *self._encode(given))
 
     def decode(self, codes: SparseLatents, source: str, target: str) -> Tensor:
         """Stream `target` reconstructed from the activations of stream `source`, [..., D_target]."""
@@ -520,23 +533,32 @@ class SPARC(nn.Module):
         return self.decode(self.encode({source: parts[source]}), source, target)
 
     def forward(self, inputs: Inputs | Arrays, cross_loss_coef: float = 1.0) -> SparcOutput:
-        """Codes, every reconstruction, and (when all streams are given) the differentiable reconstruction loss.
+        """Codes, every reconstruction, and (when all streams are given) the differentiable loss.
 
-        `loss` computes the same objective, and AuxK, without keeping the reconstructions: train with that.
+        `loss` computes the same objective, and AuxK, without keeping the reconstructions: train with that, or, under
+        DistributedDataParallel, with this. In training mode dead counters and thresholds move as in `loss`, under
+        DistributedDataParallel by the samples of all processes; the loss is there of a process's own: FVU and
+        JumpReLU's penalty are over them, and BatchTopK chooses among them.
+        Rows of zeros count as in `encode`: reconstructions are what `decode` makes of its codes, from an absent stream
+        too.
         """
         if not self._shards.is_whole:
             raise ValueError("forward must be of a whole model: where processes share the latents, call loss or decode")
         given = self._batch(inputs)
+        self._learn_threshold(given)
         values, indices = self._encode(given)
-        recons = functional.sparse_decode(values, indices, self._decoder(), self.pre_bias, backend=self.backend)
+        nested = [functional.sparse_decode(values, indices, self._decoder(), self.pre_bias, backend=self.backend)]
         self._count_silence(values, indices)
-        loss = None
-        if given.streams == self.streams:
-            nested = [recons]
-            for size in reversed(self.matryoshka[:-1]):
-                some = torch.where(indices < size, indices, -1)
-                nested.append(functional.sparse_decode(values, some, self.W_dec, self.pre_bias, backend=self.backend))
-            loss = self._objective(cross_loss_coef).over([given]).compare(nested[::-1], given)
+        is_complete = given.streams == self.streams
+        for size in reversed(self.matryoshka[:-1] if is_complete else ()):
+            some = torch.where(indices < size, indices, -1)
+            nested.append(functional.sparse_decode(values, some, self.W_dec, self.pre_bias, backend=self.backend))
+        nested.reverse()
+        objective, fired = self._objective(cross_loss_coef), None
+        if self.jumprelu is not None:
+            nested, fired = objective.through_thresholds(nested, given, indices, self.W_dec)
+        loss = objective.over([given]).compare(nested, given, fired) if is_complete else None
+        recons = nested[-1]
         named = {
             (source, target): self._uncalibrate(recons[:, s, cols], t).reshape(*given.leading, self.d_streams[target])
             for s, source in enumerate(given.streams)
@@ -679,7 +701,18 @@ class SPARC(nn.Module):
         return batch.as_tensors(inputs, self.W_enc.device)
 
     def _encode(self, given: Batch) -> tuple[Tensor, Tensor]:
-        """(values [N, S', k], the support)"""
+        """(values [N, S', k], the support), each sample's by the streams it has."""
+        parts = [(rows, part, self._encode_alike(part)) for rows, part in given.by_presence()]
+        if given.present is None:
+            return parts[0][2]
+        widths = dict(zip(given.streams, given.d_streams, strict=True))
+        order = torch.cat([rows for rows, _, _ in parts if rows is not None]).argsort()
+        whole = [[AllStreams(widths, part).streams(one) for one in code] for _, part, code in parts]
+        values, indices = (batch.stack(ones)[order] for ones in zip(*whole, strict=True))
+        return values, indices
+
+    def _encode_alike(self, given: Batch) -> tuple[Tensor, Tensor]:
+        """The same of samples that all have these streams."""
         chosen = self.selection, given, self.k
         settings: Any = {"thresholds": self._thresholds(), "private": self._private_here}
         settings["backend"] = self._shards.backend(self.backend, given.x.device)

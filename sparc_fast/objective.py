@@ -7,6 +7,7 @@ one part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparc_fast import selection
-from sparc_fast.batch import AllStreams, Batch, position, spread_of, stack
+from sparc_fast.batch import AllStreams, Batch, columns_of, position, spread_of, stack
 from sparc_fast.ops import backends
 from sparc_fast.ops.autograd import Reconstruction, compare, reconstruct
 from sparc_fast.ops.layout import stream_slices, wide
@@ -38,11 +39,16 @@ def nmse(recons: Tensor, x: Tensor) -> Tensor:
     The uncentred normalised error that TopK autoencoders are trained on (Gao et al., arXiv 2406.04093).
     """
     _check_same_shape(recons, x)
+    return _nmse(recons, x, math.prod(x.shape[:-1]))
+
+
+def _nmse(recons: Tensor, x: Tensor, n_samples: int) -> Tensor:
+    """The same of some of so many samples: what they add to it."""
     error = (wide(recons) - wide(x)).square().sum(-1)
     energy = wide(x).square().sum(-1)
     counted = energy >= ZERO_ROW
     ratio = torch.where(counted, error / energy.where(counted, 1.0), 0.0)
-    return ratio.sum() / max(ratio.numel(), 1)
+    return ratio.sum() / max(n_samples, 1)
 
 
 def fvu(recons: Tensor, x: Tensor) -> Tensor:
@@ -386,25 +392,63 @@ class Objective:
         shared = settings.jump(self.private.shared(batch), self.k, self.thresholds, self.support_from, self.backend)
         return shared.beside(self.private.beside(shared.indices, batch, self._backend(batch.x)))
 
-    def compare(self, recons: Sequence[Tensor], batch: Batch) -> SparcLoss:
-        """The loss of given reconstructions [N, S, D], those of each nested dictionary or one, differentiable by them,
-        without AuxK."""
-        losses = [self._compare(one, batch) for one in recons]
-        if not self.sizes:
-            return losses[0]
-        prefixes = torch.stack([loss.total for loss in losses])
-        return losses[-1]._replace(total=prefixes.mean(), prefixes=prefixes.detach())
+    def through_thresholds(
+        self, recons: list[Tensor], batch: Batch, indices: Tensor, W_dec: Tensor
+    ) -> tuple[list[Tensor], dict[tuple[str, ...], Tensor]]:
+        """Under JumpReLU: given reconstructions from codes of this support, and by streams how many latents fired for
+        samples that have these, all differentiable by thresholds as well."""
+        assert self.jumprelu is not None
+        fires, sizes, found = indices >= 0, (self.sizes or [len(W_dec)])[-len(recons) :], {}
+        if self.private is not None:
+            fires &= indices < self.private.n_shared
+        for rows, part in batch.by_presence():
+            here = [batch.streams.index(name) for name in part.streams]
+            on = fires if rows is None else fires[rows]
+            fired = (on.sum()[None] if on.ndim == 2 else on[:, here].sum((0, 2))).to(wide(part.x[:0]).dtype)
+            thresholds = part.latent_threshold
+            if torch.is_grad_enabled() and thresholds is not None and thresholds.requires_grad:
+                at = None if rows is None else (rows, here)
+                jump = self._jump(self.jumprelu, part)
+                recons, fired = jump.carried(recons, fired, part, at, W_dec, sizes, self._backend(part.x))
+            found[part.streams] = fired
+        return recons, found
 
-    def _compare(self, recons: Tensor, batch: Batch) -> SparcLoss:
+    def compare(
+        self, recons: Sequence[Tensor], batch: Batch, fired: Mapping[tuple[str, ...], Tensor] | None = None
+    ) -> SparcLoss:
+        """The loss of given reconstructions [N, S, D], those of each nested dictionary or one, differentiable by them,
+        without AuxK. What is there of streams that a sample lacks does not count. `fired` is of `through_thresholds`.
+        """
+        terms = [self._terms(one, batch) for one in recons]
+        *_, loss = losses = [self._over_samples(some, batch.streams) for some in terms]
+        if self.sizes:
+            prefixes = torch.stack([one.total for one in losses])
+            loss = loss._replace(total=prefixes.mean(), prefixes=prefixes.detach())
+        if fired is not None:
+            terms[-1] = {streams: some._replace(fired=fired[streams]) for streams, some in terms[-1].items()}
+        return self._completed(loss, terms[-1], batch.streams, batch.zero_rows)
+
+    def _terms(self, recons: Tensor, batch: Batch) -> dict[tuple[str, ...], Terms]:
+        """By streams, of the samples that have these."""
+        widths, terms = dict(zip(batch.streams, batch.d_streams, strict=True)), {}
+        for rows, part in batch.by_presence():
+            of_part = recons
+            if rows is not None:
+                here = [batch.streams.index(name) for name in part.streams]
+                of_part = columns_of(recons[rows][:, here], part.streams, widths)
+            terms[part.streams] = self._compare(of_part, part, batch.n_samples)
+        return terms
+
+    def _compare(self, recons: Tensor, batch: Batch, n_samples: int) -> Terms:
         S, columns = len(batch.streams), stream_slices(batch.d_streams)
         energy = row_energy(batch.x, batch.d_streams)
         if self.spread is None:
-            pairs = [nmse(recons[:, s, cols], batch.x[:, cols]) for s in range(S) for cols in columns]
+            pairs = [_nmse(recons[:, s, cols], batch.x[:, cols], n_samples) for s in range(S) for cols in columns]
         else:
-            scale, error = self._scale(batch, energy, len(energy)), wide(recons) - wide(batch.x)[:, None]
+            scale, error = self._scale(batch, energy, n_samples), wide(recons) - wide(batch.x)[:, None]
             squares = [row_energy(error[:, s], batch.d_streams) for s in range(S)]
             pairs = [(scale * of_source).sum(0) for of_source in squares]
-        return self._summary(Terms(torch.stack(pairs).view(S, S), None, energy))
+        return Terms(torch.stack(pairs).view(S, S), None, energy)
 
     def _scale(self, batch: Batch, energy: Tensor, n_samples: int) -> Tensor:
         """What makes squared errors of each sample and stream the loss, [N, S']."""
@@ -424,7 +468,16 @@ class Objective:
         A sample's loss is that of the streams it has; the batch's is the mean over samples. `zero_rows` are those that
         were found to be absent. `by` is called in place of `loss_summary`, once where all samples have all streams.
         """
-        loss = self._over_samples(terms, streams, by)
+        return self._completed(self._over_samples(terms, streams, by), terms, streams, zero_rows)
+
+    def _completed(
+        self,
+        loss: SparcLoss,
+        terms: Mapping[tuple[str, ...], Terms],
+        streams: tuple[str, ...],
+        zero_rows: Tensor | None,
+    ) -> SparcLoss:
+        """With what reconstructions do not tell: the penalty of what fired, and the rows that were found absent."""
         if self.jumprelu is not None:
             l0, penalty = self.jumprelu.penalty(*self.fired(terms, streams), self.k)
             loss = loss._replace(total=loss.total + penalty, l0=l0)
@@ -443,7 +496,7 @@ class Objective:
         return fired, samples
 
     def _over_samples(
-        self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...], by: Summarize | None
+        self, terms: Mapping[tuple[str, ...], Terms], streams: tuple[str, ...], by: Summarize | None = None
     ) -> SparcLoss:
         if tuple(terms) == (streams,):
             return self._summary(terms[streams], by)

@@ -53,6 +53,17 @@ def test_the_first_step_learns_a_threshold_of_every_set_of_streams() -> None:
     assert model.threshold_count[1:].tolist() == [1] * 7
 
 
+def test_forward_in_training_learns_the_thresholds_that_loss_learns() -> None:
+    inputs, (model, other) = samples(64), (make() for _ in range(2))
+    for _ in range(5):
+        model(inputs)
+        other.loss(inputs)
+    assert int(model.threshold_count.min()) >= 1
+    assert torch.equal(model.threshold, other.threshold)
+    assert torch.equal(model.threshold_count, other.threshold_count)
+    assert model.eval().encode(inputs).indices.shape[0] == 64
+
+
 def test_a_stream_of_zeros_does_not_pull_a_threshold_below_zero() -> None:
     model = make()
     model.learn_thresholds({name: torch.zeros_like(x) for name, x in samples(64).items()})

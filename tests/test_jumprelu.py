@@ -113,6 +113,31 @@ def test_gradients_equal_the_dense_straight_through_equations(
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("selection", RULES)
+@pytest.mark.parametrize("kind", ["plain", "private", "nested"])
+def test_forward_trains_thresholds_as_loss_does(selection: str, kind: str, backend: str) -> None:
+    more: dict[str, Any] = {"matryoshka": (10, 30)} if kind == "nested" else KINDS[kind]
+    inputs = {name: 1 + x.double() for name, x in samples(24).items()}
+    model, other = (make(selection, dtype=torch.float64, backend=backend, auxk=0, **more) for _ in range(2))
+    for one in (model, other):
+        one.calibrate(inputs)
+    inputs["a"][3] = 0  # to a calibrated model it is absent
+    for _ in range(2):  # as new, and once thresholds are apart
+        found, expected = model(inputs, 0.7).loss, other.loss(inputs, 0.7)
+        for part, of_loss in zip(found, expected, strict=True):
+            torch.testing.assert_close(part, of_loss, rtol=1e-10, atol=1e-12)
+        for one, loss in ((model, found), (other, expected)):
+            one.zero_grad()
+            loss.total.backward()
+        assert model.latent_threshold.grad.count_nonzero() > 5
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11)
+        for b, c in zip(model.buffers(), other.buffers(), strict=True):
+            assert torch.equal(b, c)
+        for one in (model, other):
+            with_thresholds(one, inputs)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     n=st.integers(0, 30), k=st.integers(1, 16), seed=st.integers(0, 2**31),

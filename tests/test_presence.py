@@ -185,10 +185,10 @@ def test_a_mask_that_does_not_fit_is_refused_in_words() -> None:
         sf.SparcAdam(model, capturable=True).step(inputs, present=present)
 
 
-def calibrated_with_zero_rows() -> tuple[sf.SPARC, dict[str, Tensor], Tensor]:
+def calibrated_with_zero_rows(**more: Any) -> tuple[sf.SPARC, dict[str, Tensor], Tensor]:
     """A calibrated model, inputs of which some rows are zero, and what is there of them."""
     torch.manual_seed(0)
-    model = sf.SPARC({"a": 9, "b": 5}, 32, 4, auxk=4, dead_after=1)
+    model = sf.SPARC({"a": 9, "b": 5}, 32, 4, auxk=4, dead_after=1, **more)
     x = {name: 3 + torch.randn(12, width) for name, width in model.d_streams.items()}
     has = torch.ones(12, 2, dtype=torch.bool)
     has[[1, 7], 0] = has[4, 1] = False
@@ -209,6 +209,23 @@ def test_a_row_of_zeros_is_absent_to_a_calibrated_model_and_is_counted() -> None
     assert found.zero_rows.tolist() == [2, 1]
     assert told.zero_rows.tolist() == [0, 0]
     assert model.loss(x, present=torch.ones_like(has)).total > found.total + 0.1  # they may be said to be there
+
+
+@pytest.mark.parametrize("selection", [*SELECTIONS, "batch"])
+@pytest.mark.parametrize("more", [{}, {"matryoshka": (8, 20)}, {"private": {"a": 6}, "private_k": 1}, {"loss": "fvu"}],
+                         ids=str)  # fmt: skip
+def test_forward_takes_rows_of_zeros_for_absent_as_encode_and_loss_do(selection: str, more: dict[str, Any]) -> None:
+    model, x, has = calibrated_with_zero_rows(selection=selection, **more)
+    found, codes, expected = model(x, 0.7), model.encode(x, has), model.loss(x, 0.7, auxk_coef=0)
+    assert torch.equal(found.codes.values, codes.values)
+    assert torch.equal(found.codes.indices, codes.indices)
+    for (source, target), recons in found.recons.items():
+        torch.testing.assert_close(recons, model.decode(codes, source, target))
+    for one, other in zip(found.loss, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    gradients = [torch.autograd.grad(loss.total, tuple(model.parameters())) for loss in (found.loss, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [1, 3])

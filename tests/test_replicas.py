@@ -38,6 +38,18 @@ def of_a_replica() -> dict[str, Any]:
     found["gradients differ by"] = max(float((p.grad - q.grad).abs().max()) for p, q in pairs)
     found["silence"] = torch.equal(model.silence, whole.silence) and bool((whole.silence == 128).any())
     found["calibrated"] = model.is_calibrated
+    for rule in ("batch", "jumprelu", "local_jumprelu"):
+        torch.manual_seed(0)
+        model = sf.SPARC(WIDTHS, 64, 4, selection=rule)
+        replica = DistributedDataParallel(model, broadcast_buffers=False)
+        adam = torch.optim.Adam(replica.parameters(), 1e-2)
+        for _ in range(3):
+            adam.zero_grad()
+            replica(mine).loss.total.backward()
+            adam.step()
+            model.normalize_decoder_()
+        fires = float((model.eval().encode(x).indices >= 0).sum(-1).float().mean())
+        found[rule] = fires, model.threshold, model.threshold_count, list(model.parameters())
     for name, wrong in (("step", lambda: sf.SparcAdam(model).step(mine)), ("wrapped", lambda: sf.SparcAdam(replica))):
         with pytest.raises(ValueError, match="must") as error:
             wrong()
@@ -58,6 +70,14 @@ def test_gradients_and_dead_latents_are_those_of_all_samples(found: list[dict[st
     for of_rank in found:
         assert of_rank["gradients differ by"] < 1e-6
         assert of_rank["silence"]
+
+
+@pytest.mark.parametrize("rule", ["batch", "jumprelu", "local_jumprelu"])
+def test_thresholds_are_learned_and_the_same_in_all_processes(found: list[dict[str, Any]], rule: str) -> None:
+    (fires, *one), (_, *other) = (of_rank[rule] for of_rank in found)
+    assert 1 < fires < 8
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert one[1].min() >= 1
 
 
 def test_a_calibration_in_one_process_reaches_all(found: list[dict[str, Any]]) -> None:

@@ -82,7 +82,8 @@ class SparcAdam(torch.optim.Optimizer):
             when they are next read: bit for bit the same training, with less memory traffic where latents are many.
             Whoever reads ``model.W_dec`` gets rows that are up to date, which costs the steps that all others missed.
         capturable: as in torch.optim.Adam: the step count stays on the device, ``lr`` may be a tensor there, and a step
-            reads nothing on the host, so that a CUDA graph can capture it.
+            reads nothing on the host, so that a CUDA graph can capture it; captured, rows of zeros are not absent: see
+            `SPARC.encode`.
         moments: "bfloat16" keeps Adam's moments of W_enc and W_dec in half the memory, rounded up or down at random so
             that they are right on average; to the nearest, moments that change by less than a rounding would stand
             still. Rows move by the moments before they are rounded. "float32" keeps them as torch.optim.Adam does.

@@ -14,7 +14,8 @@ dictionary_learning has it in place of the paper's L0: it holds k latents a samp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch.nn.functional import pad
 
 from sparc_fast.batch import Batch
 from sparc_fast.ops import backends, functional
-from sparc_fast.ops.autograd import Reconstruction
+from sparc_fast.ops.autograd import Reconstruction, without_autocast
 from sparc_fast.ops.backends import Backend
 from sparc_fast.ops.layout import wide
 from sparc_fast.ops.pooled_topk import nothing
@@ -103,14 +104,49 @@ class Jump(NamedTuple):
     def gradients(self, of: Reconstruction, n_latents: int, shards: Whole) -> JumpGradients:
         """What thresholds [S, L] get from what was reconstructed, of all replicas' samples."""
         assert of.activations is not None
-        grad_fires, n_streams = wide(of.activations) * of.grad_values, of.activations.shape[1]
-        if self.indices.ndim == 2:
-            grad_fires = grad_fires.sum(1)
-        indices, slope, of_values = shards.of_replicas(self.indices, self.slope, self.slope * grad_fires)
+        through, n_streams = self._through_values(of.activations, of.grad_values), of.activations.shape[1]
+        indices, slope, of_values = shards.of_replicas(self.indices, self.slope, through)
         through_values, through_count = self._by_latent((of_values, slope), indices, slope > 0, n_streams, n_latents)
         fires = self.fires[..., : self.n_by_threshold]
         fired = fires.sum((0, -1)) if fires.ndim == 3 else fires.sum()[None]
         return JumpGradients(shards.sum(fired).to(self.slope.dtype), -through_values, -through_count)
+
+    def carried(
+        self,
+        recons: Sequence[Tensor],
+        fired: Tensor,
+        batch: Batch,
+        rows: tuple[Tensor, Sequence[int]] | None,
+        W_dec: Tensor,
+        sizes: Sequence[int],
+        backend: Backend,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Reconstructions [N, S, D] by dictionaries of these sizes, and how many latents fired in this batch,
+        differentiable by its thresholds. `rows` are its samples and streams among the N and S; None of all.
+        """
+        assert batch.latent_threshold is not None
+        thresholds, W_dec = batch.latent_threshold, W_dec.detach()
+        operands = batch.x, batch.W_enc, batch.pre_bias, batch.latent_bias, self.indices, batch.d_streams
+        with torch.no_grad(), without_autocast(batch.x):
+            activations = backend.support_values(*operands)
+            of_fired = -self._by_latent((self.slope,), self.indices, self.slope > 0, *thresholds.shape)[0]
+
+        def through(size: int, grad_recons: Tensor) -> Tensor:
+            if rows is not None:
+                grad_recons = grad_recons[rows[0]][:, rows[1]]
+            indices = torch.where(self.indices < size, self.indices, -1)
+            grad_values = backend.sparse_decode_grad_values(grad_recons.contiguous(), indices, W_dec)
+            by_value = self._through_values(activations, grad_values)
+            return -self._by_latent((by_value,), self.indices, self.slope > 0, *thresholds.shape)[0]
+
+        carry: Any = _ThroughFires.apply
+        found = [carry(one, thresholds, partial(through, size)) for one, size in zip(recons, sizes, strict=True)]
+        return found, _WithGradient.apply(fired, thresholds, of_fired)  # type: ignore[no-untyped-call]
+
+    def _through_values(self, activations: Tensor, grad_values: Tensor) -> Tensor:
+        """What moves thresholds, as indices: how the loss changes with what fires, within the band."""
+        grad_fires = wide(activations) * grad_values
+        return self.slope * (grad_fires.sum(1) if self.indices.ndim == 2 else grad_fires)
 
     def _by_latent(
         self, terms: Sequence[Tensor], indices: Tensor, where: Tensor, n_streams: int, n_latents: int
@@ -268,6 +304,21 @@ def _sums(terms: Sequence[Tensor], indices: Tensor, where: Tensor, n_latents: in
         else:  # sorts there, where index_add_ is atomic
             of_latents.index_put_((latents,), one.reshape(-1)[places], accumulate=True)
     return total
+
+
+class _ThroughFires(torch.autograd.Function):
+    """Reconstructions [N, S, D] that thresholds [S', L] move by what fires: `through` tells the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, recons: Tensor, thresholds: Tensor, through: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.through, ctx.dtype = through, thresholds.dtype
+        return recons.view_as(recons)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_recons: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(grad_recons):
+            return grad_recons, ctx.through(grad_recons).to(ctx.dtype), None
 
 
 class _WithGradient(torch.autograd.Function):
