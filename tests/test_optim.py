@@ -103,6 +103,20 @@ def test_training_goes_on_bit_for_bit_from_a_state_or_a_copy_which_stands_on_its
     assert_same(again, whole)
 
 
+@pytest.mark.parametrize("lazy", [None, "replay"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_state_may_be_loaded_before_that_of_its_model(steps_before: int, lazy: Any, backend: str) -> None:
+    whole, first, again = (
+        sf.SparcAdam(make(backend, dtype=torch.bfloat16), lr=1e-2, lazy=way) for way in (None, lazy, lazy)
+    )
+    train(batches(4, N=3), whole, first)
+    train(batches(steps_before, N=3, seed=3), again)
+    again.load_state_dict(copy.deepcopy(first.state_dict()))
+    again.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
+    train(batches(4, N=3, seed=2), whole, again)
+    assert_same(again, whole)
+
+
 @pytest.mark.parametrize(
     ("dtype", "most"), [(torch.float32, None), (torch.float32, 0.4), (torch.bfloat16, 0.4)], ids=str
 )

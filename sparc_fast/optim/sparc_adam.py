@@ -522,7 +522,7 @@ class SparcAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def catch_up(self) -> None:
         """With ``lazy="replay"``: bring every decoder row up to date. Otherwise they always are."""
-        if self._behind is None:
+        if self._behind is None or not self._behind.is_any:
             return
         with self.model._rows_left_behind():
             W_dec = self.model.W_dec
@@ -530,6 +530,7 @@ class SparcAdam(torch.optim.Optimizer):
                 self._state(W_dec)
                 every = torch.arange(len(W_dec), device=W_dec.device)
                 self._replay(every, backends.resolve(self.model.backend, W_dec.device))
+                self._behind.is_any = False
 
     def _replay(self, latents: Tensor, backend: backends.Backend) -> None:
         assert self._behind is not None
