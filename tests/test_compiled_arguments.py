@@ -367,6 +367,15 @@ def test_results_must_have_memory_of_their_own() -> None:
         call("sparse_decode", [floats(1, S, D).expand(N, S, D), *right[1:]])
 
 
+def test_a_file_is_read_where_the_rows_are_and_nowhere_beside_them() -> None:
+    """Of one row, and of rows without numbers, strides may be any."""
+    right, room = calls()["read_spans"], floats(3 * D)
+    for out in (room.as_strided((1, D), (3 * D, 1)), floats(N, D)[:, :0]):
+        call("read_spans", replaced(replaced(right, (2,), [out.nbytes]), (3,), out))
+        with pytest.raises(IndexError, match="spans must fit in out"):
+            call("read_spans", replaced(replaced(right, (2,), [out.nbytes + 4]), (3,), out))
+
+
 def test_numbers_that_are_places_must_be_places_there_are() -> None:
     for name, place, bad in (
         ("support_values", (5,), L), ("sparse_decode", (2,), -2), ("count_silence", (2,), 2**30),

@@ -337,15 +337,15 @@ def train(
 ) -> dict[str, Any]:
     """What a rank of so many replicas is told and holds in the end, or where there are none, one process."""
     model, share, of_step = training_model(**options), own if replicas else lambda x, uneven: x, dict(of_step)
-    absent, parts = of_step.pop("absent", False), of_step.pop("parts", 1)
+    absent, parts, n = of_step.pop("absent", False), of_step.pop("parts", 1), of_step.pop("n_samples", 17)
     if replicas:
         model = shard(model, two_by_two() if replicas > 1 else None)
     optimizer = sf.SparcAdam(model, 3e-3, **of_optimizer)
     losses, bits, most_dead = [], [], 0
     for step in range(steps):
-        x, present, uneven = samples(17, 100 + step, torch.float64), None, step % 2 == 1 and parts == 1
+        x, present, uneven = samples(n, 100 + step, torch.float64), None, step % 2 == 1 and parts == 1
         if absent:
-            present = torch.rand(17, 2, generator=torch.Generator().manual_seed(step)) < 0.6
+            present = torch.rand(n, 2, generator=torch.Generator().manual_seed(step)) < 0.6
             present[:, 0] |= ~present.any(1)
             present = share(present, uneven)
         most_dead = max(most_dead, int(model.dead.sum()))
@@ -918,6 +918,11 @@ REPLICATED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "nested, absent": ({"matryoshka": [7, 20, 30]}, {}, {"absent": True}),
     "nested, accumulated": ({"matryoshka": [7, 20]}, {"max_grad_norm": 0.05}, {"parts": 3}),
+    "nested, local, a replica has no samples": (
+        {"matryoshka": [7, 20], "selection": "local", "dead_after": 8},
+        {},
+        {"n_samples": 2},
+    ),
     "private, absent": ({**PRIVATE, "selection": "local"}, {"max_grad_norm": 0.05}, {"absent": True}),
     "private, most, accumulated": (MOST_PRIVATE, {"lazy": "replay"}, {"parts": 3}),
     "fvu, absent": ({"loss": "fvu"}, {}, {"absent": True}),

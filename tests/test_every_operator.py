@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -157,8 +157,15 @@ def test_float32_values_give_float32_reconstructions_by_narrow_rows(per_stream: 
 
 
 @EVERY_OPERATOR_AND_SUPPORT
-def test_no_samples_give_empty_results(name: str, per_stream: bool, backend: str) -> None:
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_no_samples_give_empty_results_whatever_their_strides(
+    name: str, per_stream: bool, mirrored: bool, backend: str
+) -> None:
     o = operands("ragged", torch.float32, per_stream).samples(slice(0, 0))
+    if mirrored:
+        tensors = {f.name: getattr(o, f.name) for f in fields(o)}
+        of_samples = {n: t for n, t in tensors.items() if isinstance(t, Tensor) and not t.numel()}
+        o = replace(o, **{n: t.new_empty(t.shape[::-1]).permute(*range(t.ndim)[::-1]) for n, t in of_samples.items()})
     check_accuracy(name, o, operators_of(backend))
 
 

@@ -103,6 +103,20 @@ def test_training_goes_on_bit_for_bit_from_a_state_or_a_copy_which_stands_on_its
     assert_same(again, whole)
 
 
+@pytest.mark.parametrize("lazy", [None, "replay"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_state_may_be_loaded_before_that_of_its_model(steps_before: int, lazy: Any, backend: str) -> None:
+    whole, first, again = (
+        sf.SparcAdam(make(backend, dtype=torch.bfloat16), lr=1e-2, lazy=way) for way in (None, lazy, lazy)
+    )
+    train(batches(4, N=3), whole, first)
+    train(batches(steps_before, N=3, seed=3), again)
+    again.load_state_dict(copy.deepcopy(first.state_dict()))
+    again.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
+    train(batches(4, N=3, seed=2), whole, again)
+    assert_same(again, whole)
+
+
 @pytest.mark.parametrize(
     ("dtype", "most"), [(torch.float32, None), (torch.float32, 0.4), (torch.bfloat16, 0.4)], ids=str
 )
@@ -145,6 +159,50 @@ def test_narrow_weights_are_their_masters_rounded_which_learn_from_smaller_steps
         assert master.dtype == torch.float32
         assert torch.equal(W, master.to(dtype))
     assert not torch.equal(optimizer.state[model.W_enc]["master"], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("freeze", [(), ("b",)], ids=str)
+@pytest.mark.parametrize("way", ["a state without masters", "a state of float32", "weights that were float32"])
+def test_narrow_weights_that_have_no_masters_get_them(way: str, freeze: Any, dtype: torch.dtype, backend: str) -> None:
+    model = make(backend, dtype=dtype if "without" in way else torch.float32)
+    giver = sf.SparcAdam(model, lr=1e-5, freeze=freeze)
+    train(batches(2), giver)
+    state = copy.deepcopy(giver.state_dict())
+    for of_parameter in state["state"].values():
+        of_parameter.pop("master", None)  # torch.optim.Adam has none
+    model.to(dtype)
+    loaded, expected = (sf.SparcAdam(copy.deepcopy(model), freeze=freeze) for _ in range(2))
+    for optimizer in (loaded, expected):
+        optimizer.load_state_dict(state)
+    for name, parameter in expected.model.named_parameters():
+        expected.state[parameter]["master"] = expected._trained.of(name, parameter.detach()).float()
+    found = giver if "weights" in way else loaded
+    train(batches(9, seed=2), found, expected)
+    assert_same(found, expected)
+
+
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wider", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("freeze", [(), ("b",)], ids=str)
+@pytest.mark.parametrize("lazy", [None, "replay"])
+def test_weights_that_become_as_wide_as_their_masters_take_what_these_hold_but_where_others_wrote(
+    lazy: Any, freeze: Any, wider: torch.dtype, dtype: torch.dtype, backend: str
+) -> None:
+    model = make(backend, dtype=dtype)
+    optimizer = sf.SparcAdam(model, lr=1e-3, freeze=freeze, lazy=lazy)
+    train(batches(3), optimizer)
+    expected = {name: optimizer.state[p]["master"].to(wider) for name, p in model.named_parameters()}
+    model.to(wider)
+    with torch.no_grad():
+        model.pre_bias.add_(1)
+    expected["pre_bias"] = optimizer._trained.of("pre_bias", model.pre_bias).clone()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step(batches(1)[0])
+    for name, parameter in model.named_parameters():
+        assert "master" not in optimizer.state[parameter]
+        torch.testing.assert_close(optimizer._trained.of(name, parameter), expected[name], rtol=0, atol=1e-6)
 
 
 def test_weights_loaded_from_elsewhere_are_not_overwritten_by_old_masters(backend: str) -> None:

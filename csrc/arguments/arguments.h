@@ -26,7 +26,18 @@ struct Tensor {
         return static_cast<T*>(data) + i * stride[0] + j * stride[1];
     }
 
-    int64_t bytes() const { return size[0] * stride[0] * item_size; }
+    bool is_empty() const {
+        for (int64_t i = 0; i < ndim; ++i)
+            if (size[i] == 0) return true;
+        return false;
+    }
+
+    // Of a contiguous tensor.
+    int64_t bytes() const {
+        int64_t product = item_size;
+        for (int64_t i = 0; i < ndim; ++i) product *= size[i];
+        return product;
+    }
 };
 
 template <size_t n>

@@ -30,15 +30,15 @@ const char* name_of(Type type) {
 
 // One past the last byte of a tensor, from its first.
 int64_t extent(const Tensor& tensor) {
+    if (tensor.is_empty()) return 0;
     int64_t last = 0;
-    for (int64_t i = 0; i < tensor.ndim; ++i) {
-        if (tensor.size[i] == 0) return 0;
-        last += (tensor.size[i] - 1) * tensor.stride[i];
-    }
+    for (int64_t i = 0; i < tensor.ndim; ++i) last += (tensor.size[i] - 1) * tensor.stride[i];
     return (last + 1) * tensor.item_size;
 }
 
+// Without numbers it is, whatever its strides, as torch says.
 bool is_packed(const Tensor& tensor, bool wholly) {
+    if (tensor.is_empty()) return true;
     int64_t expected = 1;
     for (int64_t i = tensor.ndim - 1; i >= (wholly ? 0 : tensor.ndim - 1); --i) {
         if (tensor.size[i] > 1 && tensor.stride[i] != expected) return false;
@@ -49,6 +49,7 @@ bool is_packed(const Tensor& tensor, bool wholly) {
 
 // Whether two indices may name one number.
 bool overlaps_itself(const Tensor& tensor) {
+    if (tensor.is_empty()) return false;
     int64_t below = 1;  // what the dimensions further right span
     for (int64_t i = tensor.ndim - 1; i >= 0; --i) {
         if (tensor.size[i] <= 1) continue;

@@ -19,7 +19,7 @@ from sparc_fast.model import SPARC
 from sparc_fast.objective import Objective, SparcLoss, fired, of_all_replicas
 from sparc_fast.ops import autograd, backends, reference
 from sparc_fast.ops.huge_pages import empty_rows
-from sparc_fast.ops.layout import by_group, wide
+from sparc_fast.ops.layout import by_group, wide, wide_type
 from sparc_fast.ops.row_step import AdamStep, Bias, DecoderRows, Rows, Samples
 from sparc_fast.optim.freezing import BY_STREAM, Run, Trained
 from sparc_fast.optim.lazy_rows import Behind
@@ -73,7 +73,8 @@ class SparcAdam(torch.optim.Optimizer):
         model.normalize_decoder_()
 
     Learning-rate schedulers and `state_dict` work as on any optimizer; the state of each parameter is that of
-    torch.optim.Adam. Weights narrower than float32 keep float32 master rows in the state.
+    torch.optim.Adam. Weights narrower than float32 keep float32 master rows in the state; if their type becomes wider,
+    the next step gives them what these hold.
 
     Args:
         model: the model to train.
@@ -522,7 +523,7 @@ class SparcAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def catch_up(self) -> None:
         """With ``lazy="replay"``: bring every decoder row up to date. Otherwise they always are."""
-        if self._behind is None:
+        if self._behind is None or not self._behind.is_any:
             return
         with self.model._rows_left_behind():
             W_dec = self.model.W_dec
@@ -530,6 +531,7 @@ class SparcAdam(torch.optim.Optimizer):
                 self._state(W_dec)
                 every = torch.arange(len(W_dec), device=W_dec.device)
                 self._replay(every, backends.resolve(self.model.backend, W_dec.device))
+                self._behind.is_any = False
 
     def _replay(self, latents: Tensor, backend: backends.Backend) -> None:
         assert self._behind is not None
@@ -612,18 +614,28 @@ class SparcAdam(torch.optim.Optimizer):
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
+        name, is_narrow = self._names[parameter], parameter.dtype != wide_type(parameter.dtype)
         if not state:
-            rows = wide(self._trained.of(self._names[parameter], parameter.detach()))
+            rows = self._trained.of(name, parameter.detach())
             device = parameter.device if self.capturable else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             dtype = self._moment_dtype(parameter)
             state["exp_avg"], state["exp_avg_sq"] = _zeros_like(rows, dtype), _zeros_like(rows, dtype)
-            if parameter.dtype != rows.dtype:
-                state["master"] = rows
-        elif "master" in state and self._seen.get(parameter) != parameter._version:
+        if "master" not in state:
+            if is_narrow:
+                state["master"] = wide(self._trained.of(name, parameter.detach()))
+            return state
+        master, is_ours = state["master"], self._seen.get(parameter) == parameter._version
+        if is_narrow and not is_ours:
             # somebody else wrote the weights: where they did, their rounding is all there is
-            master, trained = state["master"], self._trained.of(self._names[parameter], parameter)
+            trained = self._trained.of(name, parameter)
             master.copy_(torch.where(trained == master.to(parameter.dtype), master, trained))
+        elif not is_narrow:  # any more
+            for run in self._runs() if is_ours else ():
+                exact, _, _, weights = self._of_run(parameter, state, run)
+                assert weights is not None
+                weights.copy_(exact)
+            del state["master"]
         return state
 
     def _all_states(self) -> None:
@@ -646,6 +658,7 @@ class SparcAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As on any optimizer; master rows keep their float32. torch.optim.Adam's state loads too.
 
+        Master rows that narrow weights need and the state lacks are made of the weights, by the next step.
         Moments take the type of this optimizer's ``moments``: float32 ones are rounded to the nearest bfloat16,
         bfloat16 ones widened to the same float32.
         """
