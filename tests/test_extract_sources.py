@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from extraction import picture, write_csv, write_pictures
 from PIL import Image
@@ -232,5 +233,29 @@ def test_transparent_parts_are_white_and_pictures_are_turned_as_they_say(tmp_pat
     wide.save(tmp_path / "turned.jpg", exif=exif)
     assert load_picture("turned.jpg", tmp_path).size == (4, 6)
     Image.new("P", (4, 4), 3).save(tmp_path / "palette.gif")
-    Image.new("I;16", (4, 4), 3).save(tmp_path / "deep.png")
-    assert {load_picture(name, tmp_path).mode for name in ("palette.gif", "deep.png")} == {"RGB"}
+    assert load_picture("palette.gif", tmp_path).mode == "RGB"
+
+
+def test_pictures_of_16_bits_keep_their_greys_and_others_without_a_range_are_refused(tmp_path: Path) -> None:
+    deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(deep.astype(np.int32)).save(tmp_path / "integers.tiff")
+    for name in ("deep.png", "integers.tiff"):
+        grey = np.asarray(load_picture(name, tmp_path))
+        assert (grey == np.arange(256).reshape(16, 16, 1)).all()
+    Image.fromarray(deep / np.float32(65535)).save(tmp_path / "floats.tiff")
+    Image.fromarray(deep.astype(np.int32) * 2).save(tmp_path / "large.tiff")
+    for name in ("floats.tiff", "large.tiff"):
+        with pytest.raises(ValueError, match="it must be a picture of 8 or 16 bits a channel, got"):
+            load_picture(name, tmp_path)
+
+
+def test_what_is_no_picture_or_too_large_a_one_is_an_error_in_words(tmp_path: Path, monkeypatch: Any) -> None:
+    Image.new("1", (100, 100)).save(tmp_path / "large.png")
+    broken = bytearray((tmp_path / "large.png").read_bytes())
+    broken[20:24] = b"\xff" * 4  # the height
+    (tmp_path / "broken.png").write_bytes(broken)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for name in ("large.png", "broken.png"):
+        with pytest.raises((ValueError, OSError)):
+            load_picture(name, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,14 @@ def test_labels_are_truth_values_of_those_that_enough_samples_carry(tmp_path: Pa
     truth, names = folder.labels("train", at_least=N // 2)
     assert (names, truth.shape) == (["all"], (8, 1))
     assert folder.labels(at_least=N + 1) is None
+    pa, pq = import_module("pyarrow"), import_module("pyarrow.parquet")
+    items = pq.read_table(folder.path / "items.parquet")
+    texts = pa.array([f"class {n % 2}" for n in range(N)])
+    pq.write_table(
+        items.set_column(items.schema.get_field_index("label"), "label", texts), folder.path / "items.parquet"
+    )
+    truth, names = folder.labels()
+    assert (names, truth.sum()) == (["class 0", "class 1"], N), "a text is one label"
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,12 @@ def test_a_page_shows_samples_and_pictures_of_ones_own_where_their_strongest_lat
     assert "&lt;img src=x" in page
     assert not re.search(r'(?:src|href)="(?!heatmaps/|data:,)', page)
     assert (tmp_path / "heatmaps" / "heatmaps.css").is_file()
+    with Image.open(own) as picture:
+        picture.resize((4000, 3000)).save(tmp_path / "photo.png")
+    assert look(work, tmp_path / "large", "--heatmap", str(tmp_path / "photo.png"), "--latent", "3") == 0
+    for name in (tmp_path / "large" / "heatmaps").glob("*.png"):
+        with Image.open(name) as picture:
+            assert picture.size == (1280, 960)
     assert look(work, tmp_path, "--heatmap", "p1", "--latent", "3", "12") == 0
     page = (tmp_path / "heatmaps.html").read_text("utf-8")
     assert re.findall(r"<h3>latent (\d+)", page) == ["3", "12"]

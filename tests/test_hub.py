@@ -163,6 +163,17 @@ def test_what_is_missing_is_said_before_anything_is_written(model: sf.SPARC, tmp
     with pytest.raises(FileNotFoundError, match=r"picture must be a file, but there is none at .*none\.png"):
         model.save_pretrained(tmp_path / "out", hub.Card(picture=tmp_path / "none.png"))
     assert not (tmp_path / "out").exists()
+    for evaluation in ({"n_samples": 3}, {"run": {"nmse": 0.5}}):
+        with pytest.raises(
+            ValueError, match="evaluation must be of models by name, as sparc-fast eval --json prints it"
+        ):
+            model.save_pretrained(tmp_path / "out", hub.Card(evaluation=evaluation))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"n_latents": 64}')
+    with pytest.raises(ValueError, match=r"folder must not hold another config\.json, such as a training run's, got"):
+        model.save_pretrained(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"there is no file .*empty/model\.safetensors"):
         sf.SPARC.from_pretrained(tmp_path / "empty")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Names", "Sample", "look_into", "samples_of"]
 
-SIDE = 320  # pixels of a picture's longer side on the page, at least
+SIDES = 320, 1280  # pixels of a picture's longer side on the page, at least and at most
 STRONGEST = 4  # latents of a sample
 
 
@@ -131,7 +131,7 @@ def look_into(
                 total.index_add_(0, indices[0].long().clamp(min=0), values[0].masked_fill(indices[0] < 0, 0))
             every = torch.arange(model.n_latents, dtype=torch.int64, device="cpu")
             targets = [(names.title(latent), latent) for latent in strongest(total, every, STRONGEST)]
-        picture = None if sample.picture is None else _large(sample.picture)
+        picture = None if sample.picture is None else _shown(sample.picture)
         looked = []
         for title, target in targets:
             seen: list[Seen] = []
@@ -182,8 +182,9 @@ def _about(target: Latents, own: tuple[Tensor, Tensor] | None) -> str:
     return "on" if bool(on.any()) else "not on"
 
 
-def _large(picture: Image) -> Image:
+def _shown(picture: Image) -> Image:
     from PIL.Image import Resampling
 
-    scale = max(1.0, SIDE / max(picture.size))
-    return picture.resize((round(picture.width * scale), round(picture.height * scale)), Resampling.BICUBIC)
+    least, most = SIDES
+    scale = min(max(1.0, least / max(picture.size)), most / max(picture.size))
+    return picture.resize([max(1, round(side * scale)) for side in picture.size], Resampling.BICUBIC)

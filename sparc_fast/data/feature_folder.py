@@ -106,12 +106,16 @@ class FeatureFolder:
             raise ValueError(f"items of {self.path} must be {self.n_items}, got {len(values)}")
         return values if split == "all" else [values[row] for row in self.rows(split)]
 
+    def labels_of_samples(self, split: Split = "all") -> list[list[str]]:
+        """Those that each carries; a text is one."""
+        return [[labels] if isinstance(labels, str) else list(labels or ()) for labels in self.column("label", split)]
+
     def labels(self, split: Split = "all", at_least: int = 1) -> tuple[npt.NDArray[np.bool_], list[str]] | None:
         """Which labels each sample carries, bool [n, C], and their names, sorted; None where there are none.
 
         `at_least`: of how many of the samples a label must be.
         """
-        found = [(n, label) for n, labels in enumerate(self.column("label", split)) for label in labels or ()]
+        found = [(n, label) for n, labels in enumerate(self.labels_of_samples(split)) for label in labels]
         names, number, counts = np.unique(
             np.array([label for _, label in found], dtype=np.str_), return_inverse=True, return_counts=True
         )

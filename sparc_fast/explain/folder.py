@@ -49,7 +49,7 @@ def items_of(folder: FeatureFolder, split: Split = "all", *, labels: bool = True
     texts = _texts(folder, split, (*read, *others))
     carried, concepts = _concepts(folder, split, {column: texts[column] for column in read} or texts, labels)
     splits = folder.column("split", split)
-    labelled = [", ".join(of_sample or ()) for of_sample in folder.column("label", split)]
+    labelled = [", ".join(of_sample) for of_sample in folder.labels_of_samples(split)]
     groups = [str(group) for group in folder.column("group", split)]
     return Items(
         ids=folder.column("id", split),

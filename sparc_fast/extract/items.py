@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sparc_fast.data.feature_folder import below
 
 if TYPE_CHECKING:
@@ -60,14 +62,22 @@ def load_picture(picture: str | bytes, root: Path | None) -> Image:
     try:
         with Image.open(io.BytesIO(picture)) as opened:
             return on_white(ImageOps.exif_transpose(opened))
-    except UnidentifiedImageError:
+    except (UnidentifiedImageError, SyntaxError):  # of which the second is of broken PNG files
         raise ValueError("it is no picture of a kind that can be read") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"it is a picture of too many pixels: {error}") from None
 
 
 def on_white(picture: Image) -> Image:
-    """In RGB, transparent parts on white."""
+    """In RGB, transparent parts on white; ValueError where its numbers have no range that is known."""
     from PIL import Image
 
+    if picture.mode.startswith(("I", "F")):  # of which convert keeps what fits 8 bits as it is
+        deep = np.asarray(picture)
+        if picture.mode == "F" or deep.min(initial=0) < 0 or deep.max(initial=0) >= 2**16:
+            raise ValueError(f"it must be a picture of 8 or 16 bits a channel, got {deep.dtype} (mode {picture.mode})")
+        eight = (deep.astype(np.uint32) * 255 + 2**15 - 1) // (2**16 - 1)
+        return Image.fromarray(eight.astype(np.uint8)).convert("RGB")
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     seen = picture.convert("RGBA")

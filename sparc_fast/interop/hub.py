@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from sparc_fast.checkpoint import FORMAT
-from sparc_fast.files import as_path, write_text
+from sparc_fast.files import as_path, read_object, write_text
 from sparc_fast.selection import BY_THRESHOLD
 from sparc_fast.version import __version__
 
@@ -67,7 +67,14 @@ class Card:
 
     def _found(self) -> dict[str, Mapping[str, Any]]:
         """The evaluation, as ``sparc-fast eval --json`` prints it."""
-        return {name: e if isinstance(e, Mapping) else e.to_dict() for name, e in self.evaluation.items()}
+        found = {name: e.to_dict() if hasattr(e, "to_dict") else e for name, e in self.evaluation.items()}
+        for name, one in found.items():
+            if not (isinstance(one, Mapping) and isinstance(one.get("scores"), Mapping)):
+                raise ValueError(
+                    "evaluation must be of models by name, as sparc-fast eval --json prints it, "
+                    f"got {type(one).__name__} for {name!r}"
+                )
+        return found
 
     def as_text(self, model: Model, repository: str) -> str:
         """The model card, in Markdown; `repository` is what `SPARC.from_pretrained` takes."""
@@ -124,9 +131,12 @@ def save_pretrained(model: Model, folder: str | Path, card: Card | None = None, 
 
     Raises:
         FileNotFoundError: the card's picture is not there.
+        ValueError: the folder holds the configuration of something else, such as a training run.
         OSError: the folder cannot be written.
     """
     folder, card = as_path(folder, "folder"), card or Card()
+    if (folder / CONFIG).is_file() and read_object(folder / CONFIG, "folder").get("format") != FORMAT:
+        raise ValueError(f"folder must not hold another {CONFIG}, such as a training run's, got {folder}")
     if card.picture is not None and not Path(card.picture).is_file():
         raise FileNotFoundError(f"picture must be a file, but there is none at {card.picture}")
     texts = {
