@@ -213,6 +213,12 @@ def test_configurations_that_are_none_are_named(content: str, message: str, tmp_
         convert.read_config(tmp_path / "run.json")
 
 
+def test_names_of_streams_are_the_checkpoints_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(upstream(steps=0), tmp_path)
+    assert cli.main(["convert", str(path), str(tmp_path / "m.safetensors"), "--streams", "a"]) == 1
+    assert "--streams must not be given for the research code, which names them, got ['a']" in capsys.readouterr().err
+
+
 def test_nothing_is_written_beside_another_models_configuration(tmp_path: Path) -> None:
     path = write(upstream(steps=0), tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}

@@ -21,8 +21,14 @@ def _sae(given: argparse.Namespace) -> SPARC:
     return from_saelens(given.source, *names)
 
 
+def _research(given: argparse.Namespace) -> SPARC:
+    if given.streams:
+        raise ValueError(f"--streams must not be given for the research code, which names them, got {given.streams}")
+    return from_upstream(given.source, given.config)
+
+
 READERS: Mapping[str, Callable[[argparse.Namespace], SPARC]] = {
-    "research": lambda given: from_upstream(given.source, given.config),
+    "research": _research,
     "saelens": _sae,
     "crosscoder": lambda given: from_crosscoder(given.source, given.config, topk=given.topk, streams=given.streams),
 }
