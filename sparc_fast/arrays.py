@@ -12,7 +12,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["as_tensor"]
+__all__ = ["as_tensor", "tensor_of"]
+
+
+def tensor_of(given: Any) -> Any:
+    """An array as a tensor, anything else as it is."""
+    return as_tensor(given) if isinstance(given, np.ndarray) else given
 
 
 def as_tensor(array: npt.NDArray[Any]) -> Tensor:

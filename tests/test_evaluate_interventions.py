@@ -70,7 +70,7 @@ def test_the_dictionary_is_what_latents_add_and_ablations_are_interventions(cali
     found = Ablations(dictionary)
     found.add(alone.stream("a"), inputs["b"] - decoded)
     for latent in range(12):
-        one = intervene(model, alone, latent, 0.0, "a", "b", truth=inputs["b"])
+        one = intervene(model, alone, latent, 0.0, "a", "b", truth=inputs["b"].numpy())
         assert one.error_before is not None
         assert one.error_after is not None
         assert float(found.moved[latent]) == pytest.approx(float(one.moved.mean()), rel=1e-4, abs=1e-6)

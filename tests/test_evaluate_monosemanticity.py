@@ -42,6 +42,8 @@ def test_the_linear_score_equals_that_over_all_pairs(case: Case, seed: int, D: i
     always = by_pairs((torch.cat([everything[0], 1 - everything[0]]), torch.zeros(2 * len(labels), 1).int()),
                       torch.cat([embeddings, torch.zeros_like(embeddings)]), 1)[0]  # fmt: skip
     assert found.chance == pytest.approx(always, abs=1e-12, nan_ok=True)
+    of_array = mono_score(streams, embeddings.numpy(), L)
+    assert torch.equal(of_array.score.nan_to_num(9), found.score.nan_to_num(9))
 
 
 def test_alike_samples_score_one_opposite_ones_minus_one_and_any_at_random_chance() -> None:

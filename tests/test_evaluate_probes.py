@@ -115,6 +115,12 @@ def test_a_probe_depends_on_its_seed_alone(probe) -> None:
     assert not torch.equal(first.classify(x), other.classify(x))
 
 
+@pytest.mark.parametrize("probe", [linear_probe, mlp_probe])
+def test_arrays_of_numpy_are_probed_as_tensors_are(probe) -> None:
+    x, labels = told_by_a_direction(300, 6, 2, 0.5, 0)
+    assert torch.equal(probe(x.numpy(), labels.numpy()).average_precision, probe(x, labels).average_precision)
+
+
 def test_a_linear_probe_is_the_same_in_any_rotation_shift_and_scale() -> None:
     x, labels = told_by_a_direction(400, 6, 2, 0.5, 0)
     turn = torch.linalg.qr(torch.randn(6, 6, generator=seeded(5))).Q

@@ -164,6 +164,9 @@ def test_a_name_that_timm_does_not_know_and_weights_of_another_model_are_errors(
     for name in ("no_such_model", "resnet18"):
         with pytest.raises(ValueError, match=f"model must be one that timm can make, got timm:{name}: "):
             encoder_of(StreamConfig(model=f"timm:{name}", weights="w.pth"), tmp_path, CPU)
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(ValueError, match="model must be one that timm can make, got timm:resnet18: "):
+        encoder_of(StreamConfig(model="timm:resnet18", weights="empty.pth"), tmp_path, CPU)
 
 
 def test_a_name_that_is_no_folder_is_the_hubs_and_a_path_that_is_none_is_an_error(tmp_path: Path) -> None:

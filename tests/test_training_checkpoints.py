@@ -153,6 +153,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_says_so(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    none = r"No space left on device; there is none before it, and the same command begins again"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write", full)
+        with Trainer(config(), tmp_path / "none", files=files()) as trainer, pytest.raises(OSError, match=none):
+            trainer.run()
     monkeypatch.setattr(checkpoints, "write", refused)
     message = (
         r"cannot write the checkpoint .*15.*(File too large|No space left).*; the last one, step-000000010\..* is whole"

@@ -280,7 +280,8 @@ def test_a_missing_board_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
     with pytest.raises(ImportError, match=r"pip install 'sparc_fast\[(tensorboard|wandb)\]'"):
-        trained(tmp_path, **setting)
+        trained(tmp_path / "run", **setting)
+    assert not (tmp_path / "run").exists(), "a run that could not begin binds nobody to its settings"
 
 
 def test_lines_tell_how_far_it_is_and_how_fast(finished: Run) -> None:

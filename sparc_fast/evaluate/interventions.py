@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparc_fast.arrays import tensor_of
 from sparc_fast.codes import SparseLatents
 
 from .codes import CHUNK_BYTES, StreamCode, check_code, check_codes, parts
@@ -130,7 +131,7 @@ def intervene(
     codes: of N samples. truth [N, D]: the target's inputs in the units of `model.decode`. probe: takes reconstructions
     [n, D] and gives logits [n, C], such as `Probe.classify` of one fitted on the target's inputs.
     """
-    N, D = len(codes), model.d_streams[target]
+    N, D, truth = len(codes), model.d_streams[target], tensor_of(truth)
     if len(codes.shape) != 1:
         raise ValueError(f"codes must be of N samples, got {list(codes.shape)}")
     if truth is not None and truth.shape != (N, D):

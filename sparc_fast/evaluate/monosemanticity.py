@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from sparc_fast.arrays import tensor_of
+
 from .codes import CHUNK_BYTES, ByLatent, Codes, by_latent, check_codes, parts
 from .jaccard import above_chance
 from .passing import InputsOnCPU, bytes_of_inputs
@@ -45,7 +47,7 @@ def mono_score(codes: Codes, embeddings: Tensor, n_latents: int) -> Monosemantic
     N (arXiv 2602.12403). Embeddings should be of a model that is none of the streams, or a latent is judged by what it
     was made from. Memory is that of the codes once more, and a chunk.
     """
-    n = check_codes(codes, n_latents)
+    n, embeddings = check_codes(codes, n_latents), tensor_of(embeddings)
     if embeddings.dim() != 2 or len(embeddings) != n or not embeddings.is_floating_point():
         raise ValueError(f"embeddings must be [N={n}, D], got {embeddings.dtype} {list(embeddings.shape)}")
     D, device, norms = embeddings.shape[1], embeddings.device, _norms(embeddings)

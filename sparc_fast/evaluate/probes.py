@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag, softplus
 
+from sparc_fast.arrays import tensor_of
+
 from . import codes as chunks
 from .codes import StreamCode, by_latent, check_code, check_labels, parts
 from .passing import InputsOnCPU, bytes_of_inputs
@@ -75,6 +77,7 @@ def linear_probe(
     are split at random. Sparse features stay sparse; memory is bounded by fitting some concepts at a time.
     """
     data = _Data(features, labels, n_latents, test_share, groups, seed)
+    labels = data.labels
     width, C = data.width, labels.shape[1]
     weight = torch.zeros(width, C, dtype=torch.float32, device=labels.device)
     bias = torch.zeros(C, dtype=torch.float32, device=labels.device)
@@ -111,6 +114,7 @@ def mlp_probe(
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
     data = _Data(features, labels, n_latents, test_share, groups, seed)
+    labels = data.labels
     device, C = labels.device, labels.shape[1]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(seed)
@@ -177,6 +181,7 @@ class _Data:
         groups: Tensor | None,
         seed: int,
     ) -> None:
+        features, labels = tensor_of(features), tensor_of(labels)
         self.is_dense = isinstance(features, Tensor)
         if isinstance(features, Tensor):
             if features.dim() != 2 or not features.is_floating_point():

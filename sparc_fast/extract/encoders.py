@@ -367,7 +367,7 @@ def encoder_of(stream: StreamConfig, folder: Path, device: torch.device) -> Enco
     if family in _FAMILIES:
         try:
             return _FAMILIES[family](name, stream, folder, device)
-        except (RuntimeError, AssertionError) as error:  # unknown names, weights of another model
+        except (RuntimeError, AssertionError, EOFError) as error:  # unknown names, weights of another model, or none
             raise ValueError(f"model must be one that {family} can make, got {stream.model}: {error}") from error
     if stream.layer or stream.pooling != "model" or stream.revision or stream.weights:
         raise ValueError(

@@ -144,15 +144,27 @@ class Sink(Protocol):
         """The session ends."""
 
 
+def summary_writer() -> Any:
+    """TensorBoard's class; ImportError says what to install."""
+    try:
+        return import_module("torch.utils.tensorboard").SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard = true needs tensorboard: pip install 'sparc_fast[tensorboard]'") from error
+
+
+def wandb_for(project: str) -> Any:
+    """The library; ImportError says what to install."""
+    try:
+        return import_module("wandb")
+    except ImportError as error:
+        raise ImportError(f"wandb = {project!r} needs wandb: pip install 'sparc_fast[wandb]'") from error
+
+
 class TensorBoard:
     """Event files in ``folder/tensorboard``; events after `step`, of a session that broke off, are taken back."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        try:
-            writer = import_module("torch.utils.tensorboard").SummaryWriter
-        except ImportError as error:
-            raise ImportError("tensorboard = true needs tensorboard: pip install 'sparc_fast[tensorboard]'") from error
-        self._writer = writer(str(folder / "tensorboard"), purge_step=step + 1)
+        self._writer = summary_writer()(str(folder / "tensorboard"), purge_step=step + 1)
 
     def record(self, record: Record) -> None:
         for name, value in flat(record):
@@ -166,15 +178,11 @@ class WandB:
     """A run at Weights & Biases that goes on when this one does; its name there is kept in ``folder/wandb_id``."""
 
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
-        try:
-            wandb = import_module("wandb")
-        except ImportError as error:
-            raise ImportError(f"wandb = {project!r} needs wandb: pip install 'sparc_fast[wandb]'") from error
         path = folder / "wandb_id"
         if not path.exists():
             with atomic_path(path) as temporary:
                 temporary.write_text(secrets.token_hex(8))
-        self._run = wandb.init(
+        self._run = wandb_for(project).init(
             project=project, id=path.read_text(), name=folder.name, dir=str(folder), config=dict(config), resume="allow"
         )
 

@@ -104,8 +104,9 @@ class RunFolder:
                 distributed.write(file.with_suffix(""), tensors, state, shards)
         except OSError as error:
             steps = self.steps()
-            left = f"the last one, {self.checkpoint(steps[-1]).name}, is whole" if steps else "there is none yet"
-            raise OSError(f"{error}; {left}, and the same command goes on from it") from error
+            last = f"the last one, {self.checkpoint(steps[-1]).name}, is whole" if steps else "there is none before it"
+            left = f"{last}, and the same command {'goes on from it' if steps else 'begins again'}"
+            raise OSError(f"{error}; {left}") from error
         for old in self.steps()[:-keep] if shards.leads else ():
             if old != best:
                 _remove(self.checkpoint(old))

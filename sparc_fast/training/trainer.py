@@ -32,7 +32,7 @@ from sparc_fast.version import __version__
 
 from .checkpoints import find_not_finite, load_model, read, save_model_of
 from .config import Config, open_files
-from .metrics import Means, MetricsFile, Record, Sink, TensorBoard, WandB
+from .metrics import Means, MetricsFile, Record, Sink, TensorBoard, WandB, summary_writer, wandb_for
 from .progress import Display
 from .run_folder import RunFolder, Session
 from .schedules import Schedule, advice_on_few_steps
@@ -96,6 +96,10 @@ class Trainer(Closing):
                 raise ValueError(f"{name} must be what sparc_fast.data.open gave, got {type(some).__name__}")
         self._shared = distributed.is_running()
         self.leads = not self._shared or distributed.leads()
+        if self.leads and config.tensorboard:  # before there is a folder
+            summary_writer()
+        if self.leads and config.wandb:
+            wandb_for(config.wandb)
         self.folder = RunFolder(folder)
         self._sinks, self._progress = list(sinks), (progress if self.leads else None) or Display()
         given = config.with_paths_from(Path.cwd())
